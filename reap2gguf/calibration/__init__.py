@@ -1,0 +1,1 @@
+"""Calibration text and samples become rows of tokens."""

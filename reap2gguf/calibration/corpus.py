@@ -1,0 +1,180 @@
+"""Reads what `--calibration` names: a text, samples in JSONL or Parquet, a folder, or a mix.
+
+A passage is text with a rule of how it becomes rows. A text file is one stream, cut into rows of
+exactly T tokens as llama-imatrix does; documents keep their last shorter row; a sample is one row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from reap2gguf.errors import CalibrationError
+from reap2gguf.resources import shipped_folder
+
+DEFAULT_MIX = "default"
+MANIFEST_NAME = "manifest.toml"
+_MAX_TEXT_BYTES = 2**31
+_MAX_LINE_BYTES = 2**26
+_SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
+
+Message = Mapping[str, Any]
+RenderChat = Callable[[list[Message]], str]
+
+
+class Cut(Enum):
+    """How a passage becomes rows of at most T tokens."""
+
+    STREAM = "rows of exactly T, the rest dropped"
+    DOCUMENT = "rows of T, the last one shorter"
+    SAMPLE = "one row, cut at T"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of text and how it is cut."""
+
+    text: str
+    cut: Cut
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All passages a spec names; `sha256` is of their texts, in order."""
+
+    spec: str
+    passages: tuple[Passage, ...]
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for passage in self.passages:
+            digest.update(passage.text.encode("utf-8") + b"\0")
+        return digest.hexdigest()
+
+    def text(self) -> str:
+        """Everything as one text, as the importance matrix reads it."""
+        return "\n".join(passage.text for passage in self.passages)
+
+
+def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
+    """Read a calibration spec; `render_chat` applies the model's chat template to messages.
+
+    Raises CalibrationError if the spec names nothing, or a file cannot be read or has no samples.
+    """
+    path = Path(spec).expanduser()
+    if spec == DEFAULT_MIX:
+        passages = list(_embedded(render_chat))
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _SAMPLE_SUFFIXES)
+        passages = [passage for file in files for passage in _samples(file, render_chat)]
+    elif path.suffix == ".txt":
+        passages = [Passage(read_text(path), Cut.STREAM)]
+    elif path.suffix in _SAMPLE_SUFFIXES:
+        passages = list(_samples(path, render_chat))
+    else:
+        raise CalibrationError(
+            f"calibration {spec!r}: expected a .txt, .jsonl or .parquet file, a folder of them, or "
+            f"the embedded mix {DEFAULT_MIX!r}"
+        )
+    if not any(passage.text.strip() for passage in passages):
+        raise CalibrationError(f"calibration {spec!r}: holds no text")
+    return Corpus(spec, tuple(passages))
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file; CalibrationError if it cannot be read as such."""
+    try:
+        if path.stat().st_size > _MAX_TEXT_BYTES:
+            raise CalibrationError(f"{path}: over 2 GiB of text; cut it to what is to be used")
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it with iconv"
+        ) from error
+
+
+def _embedded(render_chat: RenderChat) -> Iterator[Passage]:
+    """The corpus that ships with the program."""
+    folder = shipped_folder("calibration")
+    manifest = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    for entry in manifest["files"]:
+        path = folder / entry["name"]
+        if path.suffix == ".txt":
+            yield Passage(read_text(path), Cut.DOCUMENT)
+        else:
+            yield from _samples(path, render_chat)
+
+
+def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:
+    if path.suffix == ".txt":
+        yield Passage(read_text(path), Cut.SAMPLE)
+        return
+    records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+    for number, record in enumerate(records, start=1):
+        yield Passage(_render(record, render_chat, f"{path}: sample {number}"), Cut.SAMPLE)
+
+
+def _jsonl(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if len(line) > _MAX_LINE_BYTES:
+                    raise CalibrationError(f"{path}: line {number} is over 64 MiB")
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise CalibrationError(
+                            f"{path}: line {number} is not JSON ({error})"
+                        ) from error
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise CalibrationError(f"{path}: cannot be read as Parquet ({error})") from error
+
+
+def _render(record: Any, render_chat: RenderChat, where: str) -> str:
+    """The text of one sample: `text`, `messages`, or `prompt` and `completion`."""
+    if not isinstance(record, dict):
+        raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if record.get("messages") is not None:
+        return render_chat(_messages(record["messages"], "user", where))
+    if record.get("prompt") is not None and record.get("completion") is not None:
+        prompt = _messages(record["prompt"], "user", where)
+        return render_chat(prompt + _messages(record["completion"], "assistant", where))
+    raise CalibrationError(
+        f"{where}: has {', '.join(map(str, record)) or 'no fields'}, expected text, messages, or "
+        "prompt and completion"
+    )
+
+
+def _messages(value: Any, role: str, where: str) -> list[Message]:
+    """Messages as given, or one of `role` where a plain string stands for it."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    good = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
+    )
+    if not good or not value:
+        raise CalibrationError(f"{where}: expected messages with a role and content each")
+    return list(value)

@@ -1,0 +1,109 @@
+"""Passages become rows of tokens: the model's tokenizer, its chat template, and the cutting."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
+from reap2gguf.errors import CalibrationError, CheckpointError
+
+Row = npt.NDArray[np.int64]
+# A tail this short says nothing about the middle of a text.
+_SHORTEST_ROW = 16
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, as far as calibration needs it."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointError(f"{folder}: no usable tokenizer ({first_line})") from error
+        if not self._tokenizer.is_fast:
+            raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
+        # what the tokenizer puts before any text: one BOS or nothing
+        prefix = self._tokenizer("")["input_ids"]
+        self.bos: int | None = prefix[0] if prefix else None
+
+    def encode(self, text: str) -> Row:
+        """Token ids of a text, special tokens in it recognised, none added."""
+        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=np.int64)
+
+    def render_chat(self, messages: list[Message]) -> str:
+        """Messages through the model's chat template, which runs in Jinja's sandbox.
+
+        Without a template the contents follow one another. Raises CalibrationError if the template
+        refuses the messages.
+        """
+        import jinja2
+
+        if self._tokenizer.chat_template is None:
+            return "\n".join(str(message["content"]) for message in messages)
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise CalibrationError(f"the chat template refuses a sample ({error})") from error
+        return text
+
+
+def make_rows(
+    corpus: Corpus, tokenizer: Tokenizer, max_length: int, n_samples: int | None, seed: int
+) -> list[Row]:
+    """At most `n_samples` rows of at most `max_length` tokens.
+
+    Rows of a stream are its first ones, in order; documents and samples are shuffled by `seed`.
+    Raises CalibrationError if there is not one row.
+    """
+    rows: list[Row] = []
+    n_tokens = 0
+    for passage in corpus.passages:
+        tokens = tokenizer.encode(passage.text)
+        n_tokens += len(tokens)
+        rows.extend(_cut(passage, tokens, max_length, tokenizer.bos))
+    if not rows:
+        raise CalibrationError(
+            f"calibration {corpus.spec!r}: {n_tokens:,} tokens do not fill one row of "
+            f"{max_length:,}; give more text or a smaller --max-length"
+        )
+    if any(passage.cut is not Cut.STREAM for passage in corpus.passages):
+        random.Random(seed).shuffle(rows)
+    return rows[:n_samples]
+
+
+def chunk_text(text: str, tokenizer: Tokenizer, chunk_size: int, where: str) -> list[Row]:
+    """A text cut into consecutive chunks of exactly `chunk_size` tokens, as llama-imatrix does."""
+    tokens = tokenizer.encode(text)
+    rows = list(_cut(Passage(text, Cut.STREAM), tokens, chunk_size, tokenizer.bos))
+    if not rows:
+        raise CalibrationError(
+            f"{where}: {len(tokens):,} tokens do not fill one chunk of {chunk_size:,}; give more "
+            "text or a smaller --chunk"
+        )
+    return rows
+
+
+def _cut(passage: Passage, tokens: Row, length: int, bos: int | None) -> Iterator[Row]:
+    if passage.cut is Cut.SAMPLE:
+        # a sample has its own beginning; a template writes its own BOS
+        if len(tokens) >= 2:
+            yield tokens[:length]
+        return
+    for first in range(0, len(tokens), length):
+        row = tokens[first : first + length].copy()
+        shortest = length if passage.cut is Cut.STREAM else min(_SHORTEST_ROW, length)
+        if len(row) < shortest:
+            return
+        if bos is not None:
+            row[0] = bos  # as llama-imatrix: each chunk begins like a text
+        yield row

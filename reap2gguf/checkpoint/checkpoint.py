@@ -1,0 +1,248 @@
+"""A checkpoint on disk: config, tensor headers and lazy reads; nothing is held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header
+from reap2gguf.errors import CheckpointError, SourceError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_READ_BYTES = 2**30  # the kernel moves at most 2 GiB a call
+_SAMPLE_BYTES = 2**14
+_SAMPLES_PER_FILE = 64
+
+# BF16 has no numpy type: its bits travel as uint16.
+_NUMPY_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8",
+    "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "<i1", "U8": "<u1",
+    "BOOL": "<u1", "F8_E4M3": "<u1", "F8_E5M2": "<u1",
+}  # fmt: skip
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint folder. Reads are positioned, so threads may share one."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    shards: tuple[Path, ...]
+    _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the config, the index and every shard's header, and compare them.
+
+        Raises SourceError if there is no such folder and CheckpointError if a file is missing,
+        broken, or disagrees with another.
+        """
+        if not folder.is_dir():
+            raise SourceError(
+                f"{folder}: no such folder; pass a checkpoint folder or a Hub name (owner/name)"
+            )
+        config_path = folder / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(f"{folder}: no config.json; this is no Hugging Face checkpoint")
+        config = read_json(config_path)
+        shards, mapped = _find_shards(folder)
+        tensors: dict[str, StoredTensor] = {}
+        for shard in shards:
+            header = read_header(shard)
+            if twice := tensors.keys() & header.keys():
+                raise CheckpointError(f"{shard}: holds {min(twice)!r}, which another shard holds")
+            tensors |= header
+        if mapped is not None:
+            _compare_index(folder, mapped, tensors)
+        return cls(folder, config, tensors, shards)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(tensor.n_elements for tensor in self.tensors.values())
+
+    def read(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> npt.NDArray[np.generic]:
+        """Rows `first` up to `last` along axis 0, as stored (BF16 as uint16 bits).
+
+        With `index`, the rows are those of that entry along axis 0: expert `index` of a 3D tensor.
+        Raises CheckpointError on a missing tensor or a short read.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        tensor = self.tensors[name]
+        shape, position = tensor.shape, tensor.offset
+        if index is not None:
+            shape = shape[1:]
+            position += index * math.prod(shape) * tensor.item_bytes
+        if shape:
+            position += first * math.prod(shape[1:]) * tensor.item_bytes
+            shape = ((shape[0] if last is None else last) - first, *shape[1:])
+        result = np.empty(shape, dtype=_NUMPY_TYPES[tensor.dtype])
+        self._read_into(tensor, position, result)
+        return result
+
+    def read_float32(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The same rows converted exactly to float32."""
+        return to_float32(self.read(name, first, last, index), self.tensors[name].dtype, name)
+
+    def fingerprint(self) -> str:
+        """A hash that tells two checkpoints apart: config, headers, and bytes sampled evenly.
+
+        Costs at most 64 reads of 16 KiB a shard, so that it can be asked of a 60 GB model.
+        """
+        digest = hashlib.sha256()
+        digest.update((self.folder / "config.json").read_bytes())
+        for shard in self.shards:
+            size = shard.stat().st_size
+            digest.update(f"{shard.name} {size}\n".encode())
+            step = max(size // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
+            descriptor = self._descriptor(shard)
+            for position in range(0, size, step):
+                digest.update(os.pread(descriptor, _SAMPLE_BYTES, position))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the shard files; reading again opens them anew."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                try:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+            return self._descriptors[path]
+
+    def _read_into(
+        self, tensor: StoredTensor, position: int, target: npt.NDArray[np.generic]
+    ) -> None:
+        view = target.reshape(-1).view(np.uint8).data
+        descriptor = self._descriptor(tensor.path)
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(descriptor, [view[done : done + _READ_BYTES]], position + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {tensor.name!r} cannot be read ({error.strerror})"
+                ) from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{tensor.path}: ends inside tensor {tensor.name!r}: {done:,} of "
+                    f"{len(view):,} bytes; the file was cut while it was in use"
+                )
+            done += count
+
+
+def to_float32(raw: npt.NDArray[np.generic], dtype: str, name: str) -> npt.NDArray[np.float32]:
+    """Stored F32, F16 or BF16 values as float32; CheckpointError for any other dtype."""
+    if dtype == "F32":
+        return raw.astype(np.float32, copy=False)
+    if dtype == "F16":
+        return raw.astype(np.float32)
+    if dtype == "BF16":
+        # bfloat16 is the upper half of a float32
+        widened = raw.astype(np.uint32)
+        widened <<= 16
+        return widened.view(np.float32)
+    raise CheckpointError(
+        f"tensor {name!r} is stored as {dtype}; F32, F16 and BF16 are read (dequantize it first)"
+    )
+
+
+def read_tokenizer_json(folder: Path) -> dict[str, Any]:
+    """The checkpoint's `tokenizer.json`; CheckpointError if it is missing or broken."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json; save the tokenizer with a fast tokenizer's "
+            "save_pretrained() first"
+        )
+    return read_json(path, MAX_TOKENIZER_BYTES)
+
+
+def _find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    """The shard files, and the index's map of tensor to file where there is an index."""
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        single = folder / SINGLE_NAME
+        if single.is_file():
+            return (single,), None
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise CheckpointError(
+                f"{folder}: holds pickled weights, which can run code when opened; convert them to "
+                "safetensors first"
+            )
+        raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+    weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: no weight_map of tensor to file")
+    for file_name in set(weight_map.values()):
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(
+                f"{index_path}: names the file {file_name!r}, expected a plain name in this folder"
+            )
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}; download them again"
+        )
+    return tuple(folder / name for name in names), weight_map
+
+
+def _compare_index(
+    folder: Path, mapped: dict[str, str], tensors: Mapping[str, StoredTensor]
+) -> None:
+    """The index must name exactly the tensors that the shards hold, each in its file."""
+    if absent := sorted(mapped.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{folder}: {len(absent)} tensors of the index are in no shard, such as {absent[0]!r}"
+        )
+    if extra := sorted(tensors.keys() - mapped.keys()):
+        raise CheckpointError(
+            f"{folder}: {len(extra)} stored tensors are not in the index, such as {extra[0]!r}"
+        )
+    for name, file_name in mapped.items():
+        if tensors[name].path.name != file_name:
+            raise CheckpointError(
+                f"{folder}: {name!r} lies in {tensors[name].path.name}, the index says {file_name}"
+            )

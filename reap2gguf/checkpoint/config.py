@@ -1,0 +1,133 @@
+"""Typed, bounded reads of JSON files: a value that is not implemented is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_TOKENIZER_BYTES = 256 * 2**20
+_MAX_INT = 2**31 - 1
+
+
+def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises CheckpointError if the file is missing, larger than `max_bytes`, not UTF-8, not JSON
+    (NaN, Infinity and repeated keys included) or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise CheckpointError(
+                f"{path}: {size:,} bytes, expected at most {max_bytes:,}; is this the right file?"
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: not UTF-8 text ({error.reason} at {error.start})"
+        ) from error
+    return parse_json_object(text, str(path))
+
+
+def parse_json_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object in `text`; CheckpointError names `where` if it is not one."""
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"the key {twice!r} occurs twice")
+        return result
+
+    try:
+        value = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+class ConfigReader:
+    """Typed reads from one `config.json`; each error names the key, the value and the file.
+
+    >>> ConfigReader({"num_experts": 16}, "config.json").integer("num_experts", low=1)
+    16
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def integer(
+        self, *keys: str, low: int = 0, high: int = _MAX_INT, default: int | None = None
+    ) -> int:
+        """The integer under the first of `keys` that is present, within [low, high]."""
+        key, value = self._first(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {value!r}, expected an integer from {low} to {high}"
+            )
+        return value
+
+    def number(self, *keys: str, default: float | None = None) -> float:
+        """The finite number under the first of `keys` that is present."""
+        key, value = self._first(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected a number")
+        if not math.isfinite(value):
+            raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected a finite one")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false under `key`."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected true or false")
+        return value
+
+    def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """The list of integers under `key`, each within [low, high]; absent or null is empty."""
+        value = self.values.get(key) or []
+        good = isinstance(value, list) and all(
+            isinstance(item, int) and not isinstance(item, bool) and low <= item <= high
+            for item in value
+        )
+        if not good:
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {value!r}, expected a list of integers "
+                f"from {low} to {high}"
+            )
+        return tuple(value)
+
+    def expect(self, key: str, *allowed: Any, why: str) -> None:
+        """Refuse the model unless `key` is absent or holds one of `allowed`."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            wanted = " or ".join(repr(item) for item in allowed) or "no such key"
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {value!r}, expected {wanted}: {why}"
+            )
+
+    def _first(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
+        for key in keys:
+            if self.values.get(key) is not None:
+                return key, self.values[key]
+        if default is None:
+            names = " or ".join(keys)
+            raise UnsupportedModelError(f"{self.where}: {names} is missing")
+        return keys[0], default

@@ -1,0 +1,130 @@
+"""The header of a safetensors file, read and checked before any tensor is.
+
+Layout (https://huggingface.co/docs/safetensors): eight bytes of little-endian header length, a
+JSON object of {name: {dtype, shape, data_offsets}}, then the bytes of the tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reap2gguf.checkpoint.config import parse_json_object
+from reap2gguf.errors import CheckpointError
+
+# The bound of the reference implementation; a header of 100 MB names about a million tensors.
+MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 8
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
+    "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as it lies on disk; `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str  # safetensors' name, such as "BF16"
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name, in file order.
+
+    Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
+    number is bounded before it is used.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(path, size, file.read(8))
+            header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
+    _check_contiguous(path, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _header_length(path: Path, size: int, prefix: bytes) -> int:
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors file")
+    length = int.from_bytes(prefix, "little")
+    limit = min(MAX_HEADER_BYTES, size - 8)
+    if not 2 <= length <= limit:
+        raise CheckpointError(
+            f"{path}: claims a header of {length:,} bytes, expected 2 to {limit:,} in a file of "
+            f"{size:,} bytes; download it again"
+        )
+    return length
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: the header is not UTF-8 ({error.reason})") from error
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in its header")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{where}: dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
+    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"{where}: shape {shape!r}, expected at most 8 sizes from 0 to 2^48")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets {offsets!r}, expected [begin, end]")
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != expected:
+        raise CheckpointError(
+            f"{where}: {offsets[1] - offsets[0]:,} bytes, expected {expected:,} for {dtype} {shape}"
+        )
+    return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], expected)
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+        for value in values
+    )
+
+
+def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """Tensors must follow one another without gap or overlap, up to the end of the file."""
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            kind = "overlaps the one before" if tensor.offset < position else "leaves a gap"
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name!r} {kind}: it begins at byte {tensor.offset:,}, "
+                f"expected {position:,}"
+            )
+        position += tensor.n_bytes
+    if position != size:
+        problem = "truncated" if size < position else "followed by unknown bytes"
+        raise CheckpointError(
+            f"{path}: {problem}: {size:,} bytes, expected {position:,} by its header; "
+            "download it again"
+        )

@@ -1,0 +1,92 @@
+"""The header of a GGUF file: keys, tokenizer, and where every tensor will lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    size_label,
+)
+
+from reap2gguf.artifacts.gguf_header import row_bytes
+from reap2gguf.artifacts.imatrix import Imatrix
+from reap2gguf.export.tokenizer import add_tokenizer
+from reap2gguf.models.contract import GgufTensor, HeaderValue, MoeModel
+
+ARRAY_PREFIX = "reap2gguf."  # keys of our own
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """Where each tensor of a file begins, and how long the file is."""
+
+    offsets: Mapping[str, int]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class HeaderFacts:
+    """What a header says that the checkpoint does not."""
+
+    name: str  # general.name
+    file_type: LlamaFileType
+    kinds: Mapping[str, GGMLQuantizationType]
+    imatrix: Imatrix | None = None
+    imatrix_file: str = ""
+    extra: Sequence[HeaderValue] = ()
+
+
+def write_header(
+    path: Path, model: MoeModel, tokenizer_folder: Path, tensors: Sequence[GgufTensor],
+    facts: HeaderFacts,
+) -> GgufLayout:  # fmt: skip
+    """Write everything before the tensor bytes to `path`; where the bytes go."""
+    writer = GGUFWriter(path, model.facts.gguf_arch)
+    _add_keys(writer, model, tokenizer_folder, facts)
+    for tensor in tensors:
+        kind = facts.kinds[tensor.name]
+        n_bytes = prod(tensor.shape[:-1]) * row_bytes(kind, tensor.n_columns)
+        # the dtype is gguf-py's name for "not yet quantized"; raw_dtype is what is written
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, kind)
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return _layout(path.stat().st_size, writer)
+
+
+def _add_keys(
+    writer: GGUFWriter, model: MoeModel, tokenizer_folder: Path, facts: HeaderFacts
+) -> None:
+    writer.add_type("model")
+    writer.add_name(facts.name)
+    for value in (*model.gguf_metadata(), *facts.extra):
+        writer.add_key_value(value.key, value.value, value.kind)
+    writer.add_file_type(facts.file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    add_tokenizer(writer, tokenizer_folder, model.facts.vocab_size)
+    if facts.imatrix is not None:
+        writer.add_string("quantize.imatrix.file", facts.imatrix_file)
+        writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)
+        writer.add_uint32("quantize.imatrix.entries_count", len(facts.imatrix.entries))
+        writer.add_uint32("quantize.imatrix.chunks_count", facts.imatrix.n_chunks)
+
+
+def _layout(header_bytes: int, writer: GGUFWriter) -> GgufLayout:
+    """Absolute offsets: the tensors follow the padded header, each padded to the alignment."""
+    alignment = writer.data_alignment
+    position = GGUFWriter.ggml_pad(header_bytes, alignment)
+    offsets: dict[str, int] = {}
+    for name, info in writer.tensors[0].items():
+        offsets[name] = position
+        position += GGUFWriter.ggml_pad(info.nbytes, alignment)
+    return GgufLayout(offsets, position)

@@ -1,0 +1,170 @@
+"""libggml through ctypes: quantizing and dequantizing rows. The only file that knows C.
+
+Any libggml serves: the prebuilt one of `libggml-python`, or the one inside `llama-cpp-python`.
+ctypes releases the interpreter's lock during a call, so threads quantize side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from reap2gguf.errors import DependencyError
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+# Python packages that carry a libggml, best first, and where in them it lies.
+_CARRIERS = (("libggml", "lib64"), ("libggml", "lib"), ("llama_cpp", "lib"))
+_LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so")
+_FLOAT_TYPES = (
+    GGMLQuantizationType.F32,
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.BF16,
+)
+# Types that libggml quantizes to garbage, or not at all, without an importance matrix.
+NEEDS_IMPORTANCE = frozenset(
+    GGMLQuantizationType[name]
+    for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+)
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("block_interleave", ctypes.c_int64),
+        ("size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+@dataclass(frozen=True)
+class Ggml:
+    """A loaded libggml."""
+
+    path: Path
+    version: str
+    _library: ctypes.CDLL
+
+    def quantize(
+        self, rows: Floats, kind: GGMLQuantizationType, importance: Floats | None = None
+    ) -> Bytes:
+        """Rows (R, C) of float32 as `kind`: (R, bytes of a row).
+
+        `importance` is (C,): the mean square of what multiplies each column. Raises ValueError if
+        the shapes do not fit or a type of NEEDS_IMPORTANCE is given none.
+        """
+        n_rows, n_columns = rows.shape
+        block, size = GGML_QUANT_SIZES[kind]
+        if n_columns % block:
+            raise ValueError(f"rows of {n_columns} are no multiple of {kind.name}'s block {block}")
+        if importance is not None and importance.shape != (n_columns,):
+            raise ValueError(f"importance {importance.shape} for {n_columns} columns")
+        if importance is None and kind in NEEDS_IMPORTANCE:
+            raise ValueError(f"{kind.name} needs an importance matrix")
+        if kind in _FLOAT_TYPES:
+            return _to_float_type(rows, kind)
+        source = np.ascontiguousarray(rows, dtype=np.float32)
+        weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+        target = np.empty((n_rows, n_columns // block * size), dtype=np.uint8)
+        written = self._library.ggml_quantize_chunk(
+            kind.value, source.ctypes.data, target.ctypes.data, 0, n_rows, n_columns,
+            None if weights is None else weights.ctypes.data,
+        )  # fmt: skip
+        if written != target.nbytes:
+            raise DependencyError(
+                f"{self.path}: wrote {written} bytes of {kind.name}, expected {target.nbytes}; "
+                "this libggml is of another format"
+            )
+        return target
+
+    def dequantize(self, raw: Bytes, kind: GGMLQuantizationType) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row) stored as `kind`."""
+        raw = np.ascontiguousarray(raw)
+        if kind is GGMLQuantizationType.F32:
+            return raw.view(np.float32)
+        if kind is GGMLQuantizationType.F16:
+            return raw.view(np.float16).astype(np.float32)
+        if kind is GGMLQuantizationType.BF16:
+            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        block, size = GGML_QUANT_SIZES[kind]
+        values = np.empty((raw.shape[0], raw.shape[1] // size * block), dtype=np.float32)
+        to_float = _ToFloat(self._traits(kind).to_float)
+        to_float(raw.ctypes.data, values.ctypes.data, values.size)
+        return values
+
+    def _traits(self, kind: GGMLQuantizationType) -> _TypeTraits:
+        traits: _TypeTraits = self._library.ggml_get_type_traits(kind.value).contents
+        if (traits.block, traits.size) != GGML_QUANT_SIZES[kind] or not traits.to_float:
+            raise DependencyError(
+                f"{self.path}: describes {kind.name} as blocks of {traits.block} in {traits.size} "
+                f"bytes, expected {GGML_QUANT_SIZES[kind]}; install libggml-python>=0.20.2"
+            )
+        return traits
+
+
+def _to_float_type(rows: Floats, kind: GGMLQuantizationType) -> Bytes:
+    if kind is GGMLQuantizationType.F32:
+        return np.ascontiguousarray(rows).view(np.uint8)
+    if kind is GGMLQuantizationType.F16:
+        return rows.astype(np.float16).view(np.uint8)
+    bits = np.ascontiguousarray(rows).view(np.uint32)
+    # round to nearest, ties to even, as ggml_fp32_to_bf16 does for finite values
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return rounded.astype(np.uint16).view(np.uint8)
+
+
+@cache
+def load_ggml() -> Ggml:
+    """Find and load a libggml; DependencyError says what to install if there is none."""
+    tried: list[str] = []
+    for path in _candidates():
+        try:
+            library = ctypes.CDLL(str(path))
+            return Ggml(path, _declare(library), library)
+        except (OSError, AttributeError) as error:
+            tried.append(f"{path} ({error})")
+    detail = f"; tried {'; '.join(tried)}" if tried else ""
+    raise DependencyError(
+        "no libggml was found, which quantizes and dequantizes; run `pip install "
+        f"libggml-python`{detail}"
+    )
+
+
+def _candidates() -> Iterator[Path]:
+    for package, folder in _CARRIERS:
+        spec = importlib.util.find_spec(package)
+        for root in (spec.submodule_search_locations or []) if spec else []:
+            for name in _LIBRARIES:
+                if (path := Path(root) / folder / name).is_file():
+                    yield path
+
+
+def _declare(library: ctypes.CDLL) -> str:
+    """Give the functions their C signatures; the library's version."""
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = (
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    )  # fmt: skip
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = (ctypes.c_int,)
+    library.ggml_version.restype = ctypes.c_char_p
+    version: bytes = library.ggml_version()
+    return version.decode()

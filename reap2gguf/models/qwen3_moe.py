@@ -1,0 +1,283 @@
+"""Qwen3-MoE (Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder).
+
+Stored names follow transformers' `qwen3_moe`; experts are one tensor each (2D, as published) or
+one tensor a layer (3D, `gate_up_proj` (E, 2F, H) and `down_proj` (E, H, F)). GGUF names, types and
+keys are those of llama.cpp's `qwen3moe`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from gguf import GGUFValueType, Keys, RopeScalingType
+
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
+from reap2gguf.models.contract import (
+    Expert,
+    GgufTensor,
+    HeaderValue,
+    ModelFacts,
+    MoeModel,
+    Plain,
+    Projection,
+    Role,
+    Router,
+    Slab,
+)
+
+# HF name -> GGUF name, outside the layers
+_OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+# HF name -> GGUF name, within a layer
+_INNER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+_ROUTER = "mlp.gate.weight"
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)")
+_EXPERT_2D = re.compile(r"mlp\.experts\.(\d{1,6})\.(gate|up|down)_proj\.weight")
+_EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
+_PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
+_COUNT_KEYS = ("num_experts", "num_local_experts")
+_UINT32, _FLOAT32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
+
+
+class Qwen3Moe(MoeModel):
+    """One Qwen3-MoE model."""
+
+    model_type: ClassVar[str] = "qwen3_moe"
+    embedding_name: ClassVar[str] = "model.embed_tokens.weight"
+
+    def read_facts(self) -> ModelFacts:
+        read = self.reader
+        read.expect("model_type", "qwen3_moe", why="the config is of another architecture")
+        read.expect("hidden_act", "silu", why="llama.cpp's qwen3moe computes SwiGLU")
+        read.expect("attention_bias", False, why="attention biases are not implemented")
+        read.expect("use_sliding_window", False, why="llama.cpp's qwen3moe has full attention")
+        read.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
+        n_layers = read.integer("num_hidden_layers", low=1, high=4096)
+        n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
+        hidden = read.integer("hidden_size", low=1)
+        n_heads = read.integer("num_attention_heads", low=1)
+        dense = read.integers("mlp_only_layers", 0, n_layers - 1)
+        step = read.integer("decoder_sparse_step", low=1, default=1)
+        moe_layers = tuple(i for i in range(n_layers) if i not in dense and (i + 1) % step == 0)
+        if not moe_layers:
+            raise UnsupportedModelError(f"{read.where}: every layer is dense; nothing to prune")
+        return ModelFacts(
+            architecture="Qwen3MoeForCausalLM",
+            gguf_arch="qwen3moe",
+            n_layers=n_layers,
+            moe_layers=moe_layers,
+            hidden_size=hidden,
+            expert_width=read.integer("moe_intermediate_size", low=1),
+            n_experts=n_experts,
+            experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
+            n_heads=n_heads,
+            n_kv_heads=read.integer("num_key_value_heads", low=1, default=n_heads),
+            head_dim=read.integer("head_dim", low=1, default=hidden // n_heads),
+            vocab_size=read.integer("vocab_size", low=1),
+            context_length=read.integer("max_position_embeddings", low=1),
+            tied_embeddings=read.boolean("tie_word_embeddings", default=False),
+        )
+
+    def layer_prefix(self, layer: int) -> str:
+        return f"model.layers.{layer}."
+
+    def role(self, name: str) -> Role:
+        if name in _OUTER:
+            return Plain(layer=None)
+        if match := _LAYER.fullmatch(name):
+            layer, rest = int(match[1]), match[2]
+            if layer < self.facts.n_layers:
+                if rest in _INNER:
+                    return Plain(layer)
+                if layer in self.facts.moe_layers:
+                    if rest == _ROUTER:
+                        return Router(layer)
+                    if expert := _EXPERT_2D.fullmatch(rest):
+                        return Expert(layer, expert[2], int(expert[1]))  # type: ignore[arg-type]
+                    if fused := _EXPERT_3D.fullmatch(rest):
+                        return Expert(layer, fused[1], None)  # type: ignore[arg-type]
+        raise UnknownTensorError(
+            f"tensor {name!r} has no meaning in {self.facts.architecture} with "
+            f"{self.facts.n_layers} layers; nothing is skipped silently, so it must be removed or "
+            "taught to models/qwen3_moe.py"
+        )
+
+    def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
+        return tuple(self._gguf_tensors(stored))
+
+    def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
+        for name, gguf_name in _OUTER.items():
+            # a tied model may carry a copy of its embeddings as lm_head, which nothing reads
+            if name == "lm_head.weight" and self.facts.tied_embeddings:
+                continue
+            yield _single(stored, name, gguf_name)
+        for layer in range(self.facts.n_layers):
+            prefix = self.layer_prefix(layer)
+            for rest, gguf_rest in _INNER.items():
+                if rest.startswith("mlp.") and layer in self.facts.moe_layers:
+                    continue
+                yield _single(stored, prefix + rest, f"blk.{layer}.{gguf_rest}")
+            if layer in self.facts.moe_layers:
+                router = f"blk.{layer}.ffn_gate_inp.weight"
+                yield _single(stored, prefix + _ROUTER, router, always_f32=True)
+                yield from self.expert_tensors(layer, stored).values()
+
+    def expert_tensors(
+        self, layer: int, stored: Mapping[str, StoredTensor]
+    ) -> Mapping[Projection, GgufTensor]:
+        return {kind: self._experts(stored, layer, kind) for kind in _PROJECTIONS}
+
+    def _experts(
+        self, stored: Mapping[str, StoredTensor], layer: int, projection: Projection
+    ) -> GgufTensor:
+        """The E matrices of one projection: gate and up (E, F, H), down (E, H, F)."""
+        facts = self.facts
+        width, hidden, count = facts.expert_width, facts.hidden_size, facts.n_experts
+        matrix = (hidden, width) if projection == "down" else (width, hidden)
+        base = f"{self.layer_prefix(layer)}mlp.experts"
+        fused = _fused_name(stored, base, "down" if projection == "down" else "gate_up")
+        if fused is None:
+            slabs = tuple(Slab(f"{base}.{e}.{projection}_proj.weight") for e in range(count))
+            expected: tuple[int, ...] = matrix
+        else:
+            # gate_up_proj holds the gate's rows, then the up's
+            rows = {"gate": (0, width), "up": (width, 2 * width)}.get(projection)
+            slabs = tuple(Slab(fused, index=e, rows=rows) for e in range(count))
+            expected = (count, hidden, width) if rows is None else (count, 2 * width, hidden)
+        for slab in slabs:
+            _check_shape(stored, slab.stored, expected)
+        name = f"blk.{layer}.ffn_{projection}_exps.weight"
+        return GgufTensor(name, (count, *matrix), slabs)
+
+    def gguf_metadata(self) -> tuple[HeaderValue, ...]:
+        facts, llm = self.facts, Keys.LLM
+        entries: list[tuple[str, int | float | None, GGUFValueType]] = [
+            (llm.BLOCK_COUNT, facts.n_layers, _UINT32),
+            (llm.CONTEXT_LENGTH, facts.context_length, _UINT32),
+            (llm.EMBEDDING_LENGTH, facts.hidden_size, _UINT32),
+            (llm.FEED_FORWARD_LENGTH, self.config.get("intermediate_size"), _UINT32),
+            (Keys.Attention.HEAD_COUNT, facts.n_heads, _UINT32),
+            (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, _UINT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, self.reader.number("rms_norm_eps"), _FLOAT32),
+            (Keys.Attention.KEY_LENGTH, facts.head_dim, _UINT32),
+            (Keys.Attention.VALUE_LENGTH, facts.head_dim, _UINT32),
+            (llm.EXPERT_COUNT, facts.n_experts, _UINT32),
+            (llm.EXPERT_USED_COUNT, facts.experts_per_token, _UINT32),
+            (llm.EXPERT_FEED_FORWARD_LENGTH, facts.expert_width, _UINT32),
+        ]
+        own = tuple(
+            HeaderValue(key.format(arch=facts.gguf_arch), value, kind)
+            for key, value, kind in entries
+            if value is not None
+        )
+        return own + rope_metadata(self.config, facts.gguf_arch, self.reader.where)
+
+    def pruned_config(self, n_experts: int) -> dict[str, Any]:
+        return {
+            key: n_experts if key in _COUNT_KEYS else value for key, value in self.config.items()
+        }
+
+    def renumbered(self, name: str, expert: int) -> str:
+        return re.sub(r"(?<=\.experts\.)\d+(?=\.)", str(expert), name)
+
+    def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        blk = f"blk.{layer}"
+        found = {
+            "self_attn.q_proj": (f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v"),
+            "self_attn.o_proj": (f"{blk}.attn_output",),
+        }
+        if layer in self.facts.moe_layers:
+            found["mlp.gate"] = (f"{blk}.ffn_gate_inp",)
+        else:
+            found["mlp.gate_proj"] = (f"{blk}.ffn_gate", f"{blk}.ffn_up")
+            found["mlp.down_proj"] = (f"{blk}.ffn_down",)
+        return {path: tuple(f"{n}.weight" for n in names) for path, names in found.items()}
+
+    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        blk = f"blk.{layer}"
+        fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
+        return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
+
+
+def rope_metadata(config: Mapping[str, Any], arch: str, where: str) -> tuple[HeaderValue, ...]:
+    """Rotary keys from either spelling: `rope_parameters`, or `rope_theta` and `rope_scaling`.
+
+    Raises UnsupportedModelError for a scaling type that is not none, linear or yarn.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UnsupportedModelError(f"{where}: rope_theta is {theta!r}, expected a positive number")
+    values = [HeaderValue(Keys.Rope.FREQ_BASE.format(arch=arch), float(theta), _FLOAT32)]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "yarn"):
+        raise UnsupportedModelError(
+            f"{where}: rope_type {kind!r}, expected default, linear or yarn"
+        )
+    if kind != "default":
+        names = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
+        values += [
+            HeaderValue(
+                Keys.Rope.SCALING_TYPE.format(arch=arch), names[kind].value, GGUFValueType.STRING
+            ),
+            HeaderValue(
+                Keys.Rope.SCALING_FACTOR.format(arch=arch), float(rope["factor"]), _FLOAT32
+            ),
+        ]
+    if kind == "yarn":
+        values.append(
+            HeaderValue(
+                Keys.Rope.SCALING_ORIG_CTX_LEN.format(arch=arch),
+                int(rope["original_max_position_embeddings"]),
+                _UINT32,
+            )
+        )
+    return tuple(values)
+
+
+def _fused_name(
+    stored: Mapping[str, StoredTensor], base: str, projection: Projection
+) -> str | None:
+    """The 3D tensor of a projection, with or without `.weight`; None where experts are 2D."""
+    for name in (f"{base}.{projection}_proj", f"{base}.{projection}_proj.weight"):
+        if name in stored:
+            return name
+    return None
+
+
+def _single(
+    stored: Mapping[str, StoredTensor], name: str, gguf_name: str, always_f32: bool = False
+) -> GgufTensor:
+    """A GGUF tensor that is one stored tensor; vectors and norms stay F32."""
+    if name not in stored:
+        raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
+    shape = stored[name].shape
+    pinned = always_f32 or len(shape) < 2 or gguf_name.endswith("_norm.weight")
+    return GgufTensor(gguf_name, shape, (Slab(name),), always_f32=pinned)
+
+
+def _check_shape(stored: Mapping[str, StoredTensor], name: str, expected: tuple[int, ...]) -> None:
+    if name not in stored:
+        raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
+    if stored[name].shape != expected:
+        raise CheckpointError(
+            f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(expected)}"
+        )

@@ -1,0 +1,41 @@
+"""The architectures this program knows. To add one: write its file, then add its line here."""
+
+from __future__ import annotations
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.qwen3_moe import Qwen3Moe
+
+ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "Qwen3MoeForCausalLM": Qwen3Moe,
+}
+
+# How configs of any architecture spell their number of routed experts.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def describe(checkpoint: Checkpoint) -> MoeModel:
+    """The model a checkpoint holds, its tensors checked against its config.
+
+    Raises UnsupportedModelError if its architecture is not in the table or it has no experts,
+    CheckpointError if its tensors disagree with its config.
+    """
+    where = str(checkpoint.folder / "config.json")
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        nested = checkpoint.config.get("text_config")
+        configs = [checkpoint.config, nested if isinstance(nested, dict) else {}]
+        if not any(key in config for config in configs for key in _EXPERT_KEYS):
+            raise UnsupportedModelError(
+                f"{where}: {name or 'no architecture'} has no experts; only Mixture-of-Experts "
+                "models can be pruned"
+            )
+        raise UnsupportedModelError(
+            f"{where}: architecture {name or '(none)'} is not implemented, expected one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    model = ARCHITECTURES[name](checkpoint.config, where)
+    model.check_tensors(checkpoint.tensors)
+    return model

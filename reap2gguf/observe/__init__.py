@@ -1,0 +1,1 @@
+"""Runs rows through a model one layer at a time and watches what its experts do."""

@@ -1,0 +1,174 @@
+"""A model whose weights are on disk: one decoder layer has them at a time.
+
+transformers builds the whole model on the meta device, where it weighs nothing. A layer is given
+its weights, run, and emptied again. What a layer is called with besides the hidden states (rotary
+embeddings, masks) is recorded from the model's own forward, so every architecture behaves as its
+authors wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.contract import Expert, MoeModel, Projection
+from reap2gguf.observe.experts import IMPLEMENTATION, register
+
+_TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Arguments = dict[str, Any]
+
+
+class _Recorded(Exception):
+    """Every recorder has been called; the rest of the forward is not needed."""
+
+
+class _Recorder(torch.nn.Module):
+    """Stands for a decoder layer: keeps what it is called with."""
+
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.is_last = is_last
+        self.hidden: Tensor | None = None
+        self.arguments: Arguments = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        if self.is_last:
+            raise _Recorded
+        return hidden_states
+
+
+class StreamedDecoder:
+    """The decoder layers of a checkpoint, one in memory at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: MoeModel, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._model = model
+        self._dtype = dtype
+        self._device = device
+        self._base = _build(checkpoint, dtype)
+        self._layers: list[torch.nn.Module] = list(self._base.layers)
+        count = len(self._layers)
+        self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
+        self._base.layers = torch.nn.ModuleList(self._recorders)
+        # buffers are computed, not stored: build them where they are used
+        rotary = type(self._base.rotary_emb)(config=self._base.config)
+        self._base.rotary_emb = rotary.to(device)
+        self._arguments: dict[int, list[Arguments]] = {}  # by row length
+
+    def load_embedding(self) -> None:
+        """Read the token embedding."""
+        name = self._model.embedding_name
+        weight = self._read(name)
+        self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
+
+    def drop_embedding(self) -> None:
+        """Free the token embedding."""
+        self._base.embed_tokens.to("meta")
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, T, H) that enter the first layer, for tokens (B, T)."""
+        try:
+            self._base(input_ids=tokens.to(self._device), use_cache=False)
+        except _Recorded:
+            hidden = self._recorders[0].hidden
+        assert hidden is not None
+        # without a padding mask nothing depends on the batch, only on the length of its rows
+        self._arguments.setdefault(tokens.shape[1], [r.arguments for r in self._recorders])
+        return hidden
+
+    def load_layer(self, index: int) -> torch.nn.Module:
+        """Give layer `index` its weights; CheckpointError if they do not fit it."""
+        layer = self._layers[index]
+        try:
+            layer.load_state_dict(self._layer_state(index), assign=True)
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: layer {index} does not fit the model: {problem}"
+            ) from error
+        return layer
+
+    def drop_layer(self, index: int) -> None:
+        """Free the weights of layer `index`."""
+        self._layers[index].to("meta")
+
+    @torch.inference_mode()
+    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Layer `index` on hidden states (B, T, H), for a T that has been embedded."""
+        output = self._layers[index](hidden, **self._arguments[hidden.shape[1]][index])
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self._layers[index]).__name__} returns {type(output).__name__}; this "
+                "version of transformers is not supported"
+            )
+        return output
+
+    def _layer_state(self, index: int) -> dict[str, Tensor]:
+        """The layer's weights under transformers' names, experts fused to 3D."""
+        prefix = self._model.layer_prefix(index)
+        state: dict[str, Tensor] = {}
+        experts = False
+        for name in self._checkpoint.tensors:
+            if name.startswith(prefix):
+                if isinstance(self._model.role(name), Expert):
+                    experts = True
+                else:
+                    state[name.removeprefix(prefix)] = self._read(name)
+        if experts:
+            base = self._model.experts_module
+            state[f"{base}.gate_up_proj"] = self._fused(index, ("gate", "up"))
+            state[f"{base}.down_proj"] = self._fused(index, ("down",))
+        return state
+
+    def _fused(self, index: int, projections: tuple[Projection, ...]) -> Tensor:
+        """(E, 2F, H) for gate and up, (E, H, F) for down, from however they are stored."""
+        tensors = self._model.expert_tensors(index, self._checkpoint.tensors)
+        chosen = [tensors[projection] for projection in projections]
+        n_experts, rows, columns = chosen[0].shape
+        fused = torch.empty(n_experts, rows * len(chosen), columns, dtype=self._dtype)
+        for position, tensor in enumerate(chosen):
+            for expert, slab in enumerate(tensor.slabs):
+                first, last = slab.rows or (0, rows)
+                values = self._read_host(slab.stored, first, last, slab.index)
+                fused[expert, position * rows : (position + 1) * rows] = values
+        return fused.to(self._device)
+
+    def _read(self, name: str) -> Tensor:
+        return self._read_host(name).to(self._device, self._dtype)
+
+    def _read_host(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> Tensor:
+        stored = self._checkpoint.tensors[name].dtype
+        if stored not in _TORCH_TYPES:
+            raise CheckpointError(
+                f"tensor {name!r} is stored as {stored}; BF16, F16 and F32 are read (dequantize "
+                "the checkpoint first)"
+            )
+        raw = self._checkpoint.read(name, first, last, index)
+        return torch.from_numpy(raw).view(_TORCH_TYPES[stored])
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """transformers' model on the meta device, without its head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register()
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: transformers cannot read the config ({error})"
+        ) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.set_experts_implementation(IMPLEMENTATION)
+    return model.eval().base_model

@@ -1,0 +1,110 @@
+"""Which experts stay: published criteria over the observations, and how many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.models.contract import ModelFacts
+
+Scores = npt.NDArray[np.float64]
+Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the experts that stay, ascending
+DEFAULT_COMPRESSION = 0.25
+
+
+def _mean(sums: Scores, count: npt.NDArray[np.int64]) -> Scores:
+    """Per routed token; an expert that saw none scores zero."""
+    return sums / np.maximum(count, 1)
+
+
+# The names of CerebrasResearch/reap's pruning metrics; a higher score stays.
+CRITERIA: dict[str, Callable[[LayerObservation], Scores]] = {
+    "reap": lambda seen: _mean(seen.reap_sum, seen.count),
+    "frequency": lambda seen: seen.count.astype(np.float64),
+    "ean_sum": lambda seen: seen.norm_sum,
+    "ean_mean": lambda seen: _mean(seen.norm_sum, seen.count),
+    "weighted_ean_sum": lambda seen: seen.reap_sum,
+    "weighted_frequency": lambda seen: seen.gate_sum,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """How many experts each layer keeps, and the compression that this is."""
+
+    n_experts: int
+    n_kept: int
+
+    @property
+    def n_dropped(self) -> int:
+        return self.n_experts - self.n_kept
+
+    @property
+    def compression(self) -> float:
+        return self.n_dropped / self.n_experts
+
+
+def choose_target(facts: ModelFacts, keep_experts: int | None, compression: float | None) -> Target:
+    """The number of experts to keep, from either option; 25 % go where neither is given.
+
+    `compression` R drops floor(E * R) experts: 0.32 of 256 keeps 175. Raises UsageError if the
+    number is not one the model can run with.
+    """
+    if keep_experts is not None and compression is not None:
+        raise UsageError("--keep-experts and --compression say the same thing; pass one of them")
+    total, needed = facts.n_experts, facts.experts_per_token
+    if keep_experts is None:
+        ratio = DEFAULT_COMPRESSION if compression is None else compression
+        if not 0 <= ratio < 1:
+            raise UsageError(f"--compression {ratio:g}: expected 0 or more and less than 1")
+        # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
+        keep_experts = total - math.floor(total * Decimal(str(ratio)))
+    if keep_experts > total:
+        raise UsageError(f"--keep-experts {keep_experts}: the model has {total} experts a layer")
+    if keep_experts < needed:
+        raise UsageError(
+            f"keeping {keep_experts} of {total} experts: the router picks {needed} for each token "
+            f"(num_experts_per_tok), so at least {needed} must stay"
+        )
+    return Target(total, keep_experts)
+
+
+def select_experts(
+    observations: Observations, method: str, target: Target, facts: ModelFacts
+) -> dict[int, tuple[int, ...]]:
+    """Per layer, the experts with the highest scores; of equal scores, the lower id stays.
+
+    Raises ArtifactError if the observations are of another model.
+    """
+    if set(observations.layers) != set(facts.moe_layers):
+        raise ArtifactError(
+            f"observations: of {len(observations.layers)} layers, expected the model's "
+            f"{len(facts.moe_layers)} MoE layers"
+        )
+    kept: dict[int, tuple[int, ...]] = {}
+    for layer, seen in observations.layers.items():
+        scores = CRITERIA[method](seen)
+        if scores.shape != (target.n_experts,):
+            raise ArtifactError(
+                f"observations: layer {layer} has {len(scores)} experts, expected "
+                f"{target.n_experts}"
+            )
+        best_first = np.argsort(-scores, kind="stable")
+        kept[layer] = tuple(sorted(int(e) for e in best_first[: target.n_kept]))
+    return kept
+
+
+def friendly_count(n_kept: int) -> int:
+    """The nearest count that runtimes have fast kernels for: a multiple of 16.
+
+    vLLM's fused kernels want multiples of 8 or 16; llama.cpp's fused top-k on CUDA takes powers of
+    two, 288 and 576, which are multiples of 16 as well.
+    """
+    return max(16, round(n_kept / 16) * 16) if n_kept > 8 else n_kept

@@ -1,0 +1,1 @@
+"""From a recipe to one GGML type per tensor, before any tensor is read."""

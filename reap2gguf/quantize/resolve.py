@@ -1,0 +1,153 @@
+"""A recipe applied to a model: the type of every tensor, decided before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from reap2gguf.artifacts.gguf_header import row_bytes
+from reap2gguf.errors import RecipeError
+from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.models.contract import GgufTensor, ModelFacts
+from reap2gguf.quantize.mixture import MixtureChooser
+from reap2gguf.quantize.recipe import Recipe, Rule
+
+# llama.cpp's quantizer leaves these whole whatever is asked of it.
+_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
+# llama.cpp never collects importance for these; they are quantized unweighted everywhere.
+UNWEIGHTED = ("token_embd.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class ResolvedTensor:
+    """A tensor, its type, and the rule that gave it (None: the file type's mixture)."""
+
+    tensor: GgufTensor
+    kind: Type
+    rule: str | None
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.tensor.shape[:-1]) * row_bytes(self.kind, self.tensor.n_columns)
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe with its per-tensor table, in the order the tensors are written."""
+
+    recipe: Recipe
+    table: tuple[ResolvedTensor, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.table)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
+
+    def kinds(self) -> dict[str, Type]:
+        """Tensor name to type."""
+        return {entry.tensor.name: entry.kind for entry in self.table}
+
+    def needs_importance(self) -> list[str]:
+        """Tensors whose type is garbage without an importance matrix."""
+        return [e.tensor.name for e in self.table if e.kind in NEEDS_IMPORTANCE]
+
+
+def resolve(
+    recipe: Recipe,
+    tensors: Sequence[GgufTensor],
+    facts: ModelFacts,
+    n_experts: int,
+    has_imatrix: bool,
+) -> ResolvedRecipe:
+    """The type of every tensor of a model that keeps `n_experts` experts.
+
+    Raises RecipeError for a rule that matches nothing, is shadowed by earlier rules, or asks for a
+    type that the tensor cannot have.
+    """
+    chooser = MixtureChooser(
+        recipe.mixture,
+        tensors,
+        n_layers=_n_blocks(tensors),
+        n_experts=n_experts,
+        gqa=facts.n_heads // facts.n_kv_heads,
+        has_imatrix=has_imatrix,
+    )
+    won: dict[Rule, int] = dict.fromkeys(recipe.rules, 0)
+    resolved: dict[str, ResolvedTensor] = {}
+    for tensor in sorted(tensors, key=_quantize_order):
+        rule = next((r for r in recipe.rules if fnmatchcase(tensor.name, r.match)), None)
+        if rule is not None:
+            won[rule] += 1
+        whole = _stays_whole(tensor, recipe)
+        if rule is not None:
+            kind = _ruled(tensor, rule, whole, recipe)
+        else:
+            kind = chooser.choose(tensor) if whole is None else whole
+        resolved[tensor.name] = ResolvedTensor(tensor, kind, rule.match if rule else None)
+    _refuse_idle_rules(recipe, won, tensors)
+    return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _n_blocks(tensors: Sequence[GgufTensor]) -> int:
+    layers = (re.match(r"blk\.(\d+)\.", tensor.name) for tensor in tensors)
+    return 1 + max((int(match[1]) for match in layers if match), default=0)
+
+
+def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
+    """The order in which llama.cpp meets tensors: by layer number, then by name."""
+    layer = re.match(r"blk\.(\d+)\.", tensor.name)
+    return (int(layer[1]) if layer else -1, tensor.name)
+
+
+def _stays_whole(tensor: GgufTensor, recipe: Recipe) -> Type | None:
+    """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
+    if tensor.always_f32:
+        return Type.F32
+    one_row = prod(tensor.shape[:-1]) == 1
+    named = not tensor.name.endswith(".weight") or any(n in tensor.name for n in _NEVER_QUANTIZED)
+    if one_row or named:
+        base = recipe.mixture.base
+        return base if base in (Type.F32, Type.F16, Type.BF16) else Type.BF16
+    return None
+
+
+def _ruled(tensor: GgufTensor, rule: Rule, whole: Type | None, recipe: Recipe) -> Type:
+    where = f"recipe {recipe.name!r}: rule {rule.match!r}"
+    if whole is not None and rule.kind is not whole:
+        raise RecipeError(
+            f"{where}: asks for {rule.kind.name}, but {tensor.name} stays {whole.name}, as "
+            "llama.cpp wants it; narrow the rule"
+        )
+    block = GGML_QUANT_SIZES[rule.kind][0]
+    if tensor.n_columns % block:
+        raise RecipeError(
+            f"{where}: {rule.kind.name} has blocks of {block}, and {tensor.name} has rows of "
+            f"{tensor.n_columns}; choose a type with blocks of 32, such as Q8_0 or IQ4_NL"
+        )
+    return rule.kind
+
+
+def _refuse_idle_rules(recipe: Recipe, won: dict[Rule, int], tensors: Sequence[GgufTensor]) -> None:
+    for rule, count in won.items():
+        if count:
+            continue
+        reached = [t.name for t in tensors if fnmatchcase(t.name, rule.match)]
+        if reached:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} is shadowed: earlier rules take all "
+                f"{len(reached)} tensors it matches, such as {reached[0]}; move it up or remove it"
+            )
+        if not rule.optional:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} matches no tensor of this model; "
+                "correct it, or mark it `optional = true` if only other models have such a tensor"
+            )
