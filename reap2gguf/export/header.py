@@ -21,8 +21,6 @@ from reap2gguf.artifacts.imatrix import Imatrix
 from reap2gguf.export.tokenizer import add_tokenizer
 from reap2gguf.models.contract import GgufTensor, HeaderValue, MoeModel
 
-ARRAY_PREFIX = "reap2gguf."  # keys of our own
-
 
 @dataclass(frozen=True)
 class GgufLayout:

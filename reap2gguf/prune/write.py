@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from reap2gguf.artifacts.manifest import MANIFEST_FILE
 from reap2gguf.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, PlannedTensor, write_checkpoint
@@ -23,7 +24,8 @@ from reap2gguf.prune.select import Kept
 _PIECE_BYTES = 2**26
 # What travels with a model besides its weights and its config.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_WRITTEN_HERE = {"config.json", INDEX_NAME, "reap2gguf.json"}
+KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
+_WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""The command line: parse, call one library function, print."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reap2gguf import __version__
+from reap2gguf.errors import OutputError, Reap2ggufError, VerificationError
+from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
+from reap2gguf.terminal.recipe_commands import recipes
+from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
+
+if TYPE_CHECKING:
+    from reap2gguf.plan import Estimate, Plan
+
+# What a full, broken or forbidden disk says.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and an exit code; anything else is a bug and shows itself."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VerificationError as error:
+            for violation in error.violations:
+                click.echo(violation, err=True)
+            _fail(str(error), error.exit_code)
+        except Reap2ggufError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from the last finished stage", 130)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            _fail(f"{error.filename or 'output'}: {error.strerror}", OutputError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Prune a Mixture-of-Experts model with REAP and publish it as verified GGUF and safetensors.
+
+    \b
+    Example:
+      reap2gguf plan  Qwen/Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.25
+      reap2gguf build Qwen/Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.25
+    """
+
+
+@cli.command()
+@build_options
+@click.option("--fresh", is_flag=True, help="Start over, reusing nothing.")
+def build(fresh: bool, **arguments: Any) -> None:
+    """Prune, quantize, verify and bundle MODEL (a folder or owner/name on the Hub).
+
+    MODEL may be left out for the bundled example. The same command goes on where it was stopped.
+
+    \b
+    Example:
+      reap2gguf build --recipe unsloth-iq4km
+      reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
+    """
+    from reap2gguf.pipeline import build as run
+    from reap2gguf.plan import make_plan
+    from reap2gguf.terminal.console import terminal_progress
+    from reap2gguf.terminal.views import plan_lines, result_lines
+
+    plan = make_plan(collect(arguments, fresh))
+    _print(plan_lines(plan, _estimate(plan)))
+    _print(result_lines(run(plan, terminal_progress())))
+
+
+@cli.command("plan")
+@build_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan_command(as_json: bool, **arguments: Any) -> None:
+    """Say what `build` would do, from headers alone.
+
+    \b
+    Example:
+      reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
+    """
+    from reap2gguf.plan import make_plan, plan_as_json
+    from reap2gguf.terminal.views import plan_lines
+
+    plan = make_plan(collect(arguments))
+    needs = _estimate(plan)
+    if as_json:
+        click.echo(json.dumps(plan_as_json(plan, needs), indent=1))
+    else:
+        _print(plan_lines(plan, needs))
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=FolderPath)
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
+    """Check a bundle, or HF_DIR and GGUF files made from it; exit 1 if anything is wrong.
+
+    \b
+    Example:
+      reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF
+      reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
+    """
+    from reap2gguf.terminal.console import terminal_progress
+    from reap2gguf.verify.bundle import verify_paths
+
+    report = verify_paths(paths, threads, terminal_progress())
+    if as_json:
+        values = {"checked": report.checked, "violations": report.violations}
+        click.echo(json.dumps(values, indent=1))
+        sys.exit(VerificationError.exit_code if report.violations else 0)
+    if report.violations:
+        raise VerificationError(list(report.violations))
+    click.echo(f"{', '.join(report.checked)}: no violations")
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what this machine has for the work, and what is missing; exit 2 if something needed is.
+
+    \b
+    Example:
+      reap2gguf doctor
+    """
+    from reap2gguf.doctor import diagnose
+
+    problems = 0
+    for finding in diagnose():
+        problems += finding.is_problem
+        mark = "!" if finding.is_problem else " "
+        click.echo(f"{mark} {finding.what:<24} {finding.found}")
+    sys.exit(2 if problems else 0)
+
+
+for command in (observe, prune, imatrix, quantize, recipes):
+    cli.add_command(command)
+
+
+def _estimate(plan: Plan) -> Estimate:
+    """What the plan needs here; looking for a GPU without loading torch."""
+    from reap2gguf.plan import estimate
+
+    has_gpu = plan.options.compute.device != "cpu" and Path("/proc/driver/nvidia").exists()
+    return estimate(plan, has_gpu)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def main() -> None:
+    """The entry point of the `reap2gguf` program."""
+    cli(prog_name="reap2gguf")

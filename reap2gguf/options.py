@@ -1,0 +1,51 @@
+"""What a user asks of a build, as one value."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def available_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Which texts a sweep reads, and how they are cut."""
+
+    spec: str = "default"
+    samples: int = 1024  # rows at most
+    max_length: int = 2048  # tokens a row, at most
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Where the work runs."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = field(default_factory=available_threads)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The arguments of `build` and `plan`."""
+
+    recipes: tuple[str, ...]
+    model: str | None = None
+    keep_experts: int | None = None
+    compression: float | None = None
+    output: Path = Path("build")
+    name: str | None = None
+    method: str = "reap"
+    calibration: CalibrationOptions = CalibrationOptions()
+    imatrix_text: Path | None = None
+    chunk: int = 512  # tokens a chunk of the importance matrix
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    fresh: bool = False

@@ -1,0 +1,192 @@
+"""What a build will do, decided from headers alone: counts, types, sizes, memory, time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.checkpoint.source import Source, resolve_source
+from reap2gguf.errors import UsageError
+from reap2gguf.models import Expert, GgufTensor, MoeModel, describe
+from reap2gguf.options import BuildOptions
+from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
+from reap2gguf.prune.write import PrunedTensor, plan_pruned
+from reap2gguf.quantize.recipe import load_recipe
+from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
+# Rates behind the time estimate; bench/ measures them.
+_CPU_FLOPS = 60e9  # a core, float32
+_GPU_FLOPS = 150e12
+_QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
+_DISK_BYTES = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build will need; time and memory are estimates, sizes are exact."""
+
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build, decided but not begun."""
+
+    options: BuildOptions
+    source: Source
+    checkpoint: Checkpoint
+    model: MoeModel
+    target: Target
+    name: str
+    pruned: tuple[PrunedTensor, ...]  # sizes are the plan's; which experts stay is not yet known
+    recipes: tuple[ResolvedRecipe, ...]
+
+    @property
+    def hf_bytes(self) -> int:
+        return sum(tensor.planned.n_bytes for tensor in self.pruned)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(math.prod(tensor.planned.shape) for tensor in self.pruned)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a row: what was asked for, within the model's context."""
+        return min(self.options.calibration.max_length, self.model.facts.context_length)
+
+    def gguf_name(self, recipe: ResolvedRecipe) -> str:
+        return f"{self.name}-{recipe.recipe.label}.gguf"
+
+
+def make_plan(options: BuildOptions) -> Plan:
+    """Read headers, config and recipes, and decide everything that they decide.
+
+    Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
+    """
+    # what costs nothing to check comes first
+    recipes = [load_recipe(name) for name in options.recipes]
+    labels = [recipe.label for recipe in recipes]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
+    source = resolve_source(options.model)
+    checkpoint = Checkpoint.open(source.folder)
+    model = describe(checkpoint)
+    target = choose_target(model.facts, options.keep_experts, options.compression)
+    anyone: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
+    pruned = tuple(plan_pruned(model, checkpoint.tensors, anyone))
+    tensors = pruned_gguf_tensors(model, pruned, target)
+    resolved = tuple(
+        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
+    )
+    name = _bundle_name(options, source, target)
+    return Plan(options, source, checkpoint, model, target, name, pruned, resolved)
+
+
+def pruned_gguf_tensors(
+    model: MoeModel, pruned: tuple[PrunedTensor, ...], target: Target
+) -> tuple[GgufTensor, ...]:
+    """The GGUF tensors that the pruned checkpoint will become, by shapes alone."""
+    smaller = type(model)(model.pruned_config(target.n_kept), model.reader.where)
+    stored: Mapping[str, StoredTensor] = {
+        tensor.planned.name: replace(
+            tensor.source,
+            name=tensor.planned.name,
+            shape=tensor.planned.shape,
+            n_bytes=tensor.planned.n_bytes,
+        )
+        for tensor in pruned
+    }
+    return smaller.gguf_tensors(stored)
+
+
+def estimate(plan: Plan, has_gpu: bool) -> Estimate:
+    """Disk, memory and time of a build that starts from nothing."""
+    options, facts = plan.options, plan.model.facts
+    threads = options.compute.threads
+    n_tokens = options.calibration.samples * plan.max_length
+    quantized = sum(
+        math.prod(entry.tensor.shape) for recipe in plan.recipes for entry in recipe.table
+    )
+    flops = 2 * 2 * n_tokens * active_parameters(plan)  # two sweeps
+    seconds = (
+        flops / (_GPU_FLOPS if has_gpu else _CPU_FLOPS * threads)
+        + quantized / (_QUANTIZED_WEIGHTS * threads)
+        + 5 * plan.checkpoint.n_bytes / _DISK_BYTES
+    )
+    width = 1 if has_gpu else 2  # the CPU computes in float32, from 16 bits on disk
+    held = n_tokens * facts.hidden_size * 2 * width
+    largest = max(_layer_bytes(plan).values())
+    gguf = sum(recipe.n_bytes for recipe in plan.recipes)
+    return Estimate(plan.hf_bytes + gguf, 2**30 + held + largest * width, seconds)
+
+
+def active_parameters(plan: Plan) -> int:
+    """Parameters that one token meets, the embedding left out."""
+    facts = plan.model.facts
+    total = 0
+    for name, tensor in plan.checkpoint.tensors.items():
+        if isinstance(plan.model.role(name), Expert):
+            total += tensor.n_elements * facts.experts_per_token // facts.n_experts
+        elif name != plan.model.embedding_name:
+            total += tensor.n_elements
+    return total
+
+
+def _layer_bytes(plan: Plan) -> dict[int | None, int]:
+    found: dict[int | None, int] = {}
+    for name, tensor in plan.checkpoint.tensors.items():
+        layer = plan.model.role(name).layer
+        found[layer] = found.get(layer, 0) + tensor.n_bytes
+    return found
+
+
+def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
+    """The plan for programs: everything the printed one says, and the whole type table."""
+    facts = plan.model.facts
+    return {
+        "name": plan.name,
+        "source": plan.source.label,
+        "architecture": facts.architecture,
+        "experts": {
+            "source": facts.n_experts,
+            "kept": plan.target.n_kept,
+            "per_token": facts.experts_per_token,
+            "layers": len(facts.moe_layers),
+            "friendly": friendly_count(plan.target.n_kept),
+        },
+        "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
+        "safetensors_bytes": plan.hf_bytes,
+        "files": [
+            {
+                "file": plan.gguf_name(recipe),
+                "recipe": recipe.recipe.name,
+                "file_type": recipe.recipe.file_type,
+                "bytes": recipe.n_bytes,
+                "bits_per_weight": round(recipe.bits_per_weight, 4),
+                "tensors": {name: kind.name for name, kind in recipe.kinds().items()},
+            }
+            for recipe in plan.recipes
+        ],
+        "estimate": {
+            "disk_bytes": needs.disk_bytes,
+            "memory_bytes": needs.memory_bytes,
+            "seconds": round(needs.seconds),
+        },
+    }
+
+
+def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
+    ratio = options.compression
+    shown = f"{target.compression:.2f}" if ratio is None else f"{ratio:.2f}"
+    name = options.name or f"{source.short_name}-REAP-{shown}"
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', as the Hub")
+    return name

@@ -1,0 +1,1 @@
+"""The cards and hashes that make a folder ready to upload."""

@@ -1,0 +1,207 @@
+"""The README.md of each folder: Hub front matter, this run's numbers, how to load the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from reap2gguf.artifacts.manifest import GgufRecord, Manifest
+
+_REAP_CITATION = """\
+@article{lasby-reap,
+  title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
+  author  = {Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani
+             and Thangarasa, Vithursan},
+  journal = {arXiv preprint arXiv:2510.13999},
+  year    = {2025}
+}"""
+
+
+def hf_card(manifest: Manifest, source_card: Path) -> str:
+    """The card of the safetensors folder."""
+    folder, name = manifest.hf, manifest.name
+    body = f"""# {name}
+
+{_summary(manifest)}
+
+{_facts_table(manifest)}
+
+## Use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
+```
+
+```bash
+vllm serve {name}
+```
+
+The weights are {_gib(folder.n_bytes)} in {_count_shards(manifest)}. GGUF files of the same model
+are in `{name}-GGUF`.
+
+{_method(manifest)}
+"""
+    return _front_matter(manifest, source_card, "transformers") + body
+
+
+def gguf_card(manifest: Manifest, source_card: Path) -> str:
+    """The card of the GGUF folder."""
+    name = manifest.name
+    files = "\n".join(_file_row(record) for record in manifest.gguf)
+    first = manifest.gguf[0].file
+    body = f"""# {name}-GGUF
+
+{_summary(manifest)}
+
+## Files
+
+| file | size | bits per weight | what it is |
+|---|---|---|---|
+{files}
+
+{_honest_names(manifest.gguf)}`imatrix.gguf` (and `imatrix.dat` for programs that read no other)
+is the importance matrix of the pruned model, over {manifest.calibration.imatrix_chunks} chunks of
+{manifest.calibration.imatrix_chunk_size} tokens of `calibration.txt`. `SHA256SUMS` holds the hash
+of every file: `sha256sum -c SHA256SUMS`.
+
+## Use it
+
+```bash
+llama-cli -m {first}
+llama-server -m {first}
+```
+
+{_facts_table(manifest)}
+
+{_method(manifest)}
+"""
+    return _front_matter(manifest, source_card, "gguf") + body
+
+
+def _front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
+    """YAML for the Hub, the licence taken over from the source's own card."""
+    inherited = _source_data(source_card)
+    values: dict[str, Any] = {
+        key: inherited[key]
+        for key in ("language", "license", "license_name", "license_link")
+        if inherited.get(key) is not None
+    }
+    if "/" in manifest.source.label:
+        values["base_model"] = manifest.source.label
+        values["base_model_relation"] = "quantized" if library == "gguf" else "finetune"
+    tags = ["reap", "moe", "expert-pruning", "pruned"]
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=inherited.get("pipeline_tag") or "text-generation",
+        tags=[*tags, "gguf", "imatrix"] if library == "gguf" else tags,
+        **values,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _source_data(source_card: Path) -> dict[str, Any]:
+    if not source_card.is_file():
+        return {}
+    text = source_card.read_text(encoding="utf-8", errors="replace")
+    try:
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+        return dict(data.to_dict())
+    except (ValueError, TypeError):
+        # a card without readable front matter has no licence to inherit
+        return {}
+
+
+def _summary(manifest: Manifest) -> str:
+    pruning, source = manifest.pruning, manifest.source
+    share = 1 - pruning.n_kept / pruning.n_experts
+    return (
+        f"{_source_link(manifest)} with {share:.0%} of its experts removed by "
+        f"{pruning.method.upper() if pruning.method == 'reap' else pruning.method}: each MoE layer "
+        f"keeps {pruning.n_kept} of {pruning.n_experts} experts and routes every token to "
+        f"{pruning.experts_per_token}. {_billions(manifest.hf.n_parameters)} of "
+        f"{_billions(source.n_parameters)} parameters are left."
+    )
+
+
+def _source_link(manifest: Manifest) -> str:
+    label = manifest.source.label
+    return f"[{label}](https://huggingface.co/{label})" if "/" in label else f"`{label}`"
+
+
+def _facts_table(manifest: Manifest) -> str:
+    pruning, calibration = manifest.pruning, manifest.calibration
+    text = (
+        f"{calibration.spec}, {pruning.n_rows:,} rows of at most {calibration.max_length:,} "
+        f"tokens, {pruning.n_tokens:,} in all, seed {calibration.seed}"
+    )
+    rows = [
+        ("source", manifest.source.label + _at(manifest.source.revision)),
+        ("architecture", manifest.source.architecture),
+        ("experts a layer", f"{pruning.n_kept} of {pruning.n_experts}"),
+        ("experts a token", str(pruning.experts_per_token)),
+        ("parameters", f"{manifest.hf.n_parameters:,}"),
+        ("criterion", pruning.method),
+        ("calibration", text),
+        ("checks", str(manifest.verification.get("summary", "not run"))),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _at(revision: str | None) -> str:
+    return f" at {revision[:12]}" if revision else ""
+
+
+def _file_row(record: GgufRecord) -> str:
+    size = _gib(record.n_bytes)
+    return f"| `{record.file}` | {size} | {record.bits_per_weight:.2f} | {record.title} |"
+
+
+def _honest_names(records: Sequence[GgufRecord]) -> str:
+    """Say what a label really is where it looks like a type that llama.cpp does not have."""
+    lines = [
+        f"`{record.label}` is llama.cpp's file type {record.file_type} with the recipe's "
+        "overrides, not a type of its own."
+        for record in records
+        if record.label != record.file_type
+    ]
+    return " ".join(lines) + "\n\n" if lines else ""
+
+
+def _method(manifest: Manifest) -> str:
+    seen = manifest.pruning
+    dropped = f", {seen.n_dropped_rows} rows not finite and left out" if seen.n_dropped_rows else ""
+    return f"""## How it was made
+
+One sweep over the source observed {seen.n_tokens:,} tokens{dropped}; an expert's score is the mean,
+over the tokens routed to it, of its gate weight times the norm of its output
+([REAP](https://arxiv.org/abs/2510.13999)). Stored tensors were sliced, not converted; everything
+else was copied byte for byte. The importance matrix was taken from the pruned model. Calibration
+was text only. `reap2gguf.json` records versions, hashes, the experts kept in every layer, and the
+type of every tensor.
+
+Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
+
+```bibtex
+{_REAP_CITATION}
+```"""
+
+
+def _count_shards(manifest: Manifest) -> str:
+    count = manifest.hf.n_shards
+    return "one file" if count == 1 else f"{count} shards"
+
+
+def _gib(n_bytes: int) -> str:
+    if n_bytes < 2**30:
+        return f"{n_bytes / 2**20:.1f} MiB"
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

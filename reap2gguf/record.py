@@ -1,0 +1,136 @@
+"""Writes down a finished build: manifest, cards and hashes in both folders."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from reap2gguf import __version__
+from reap2gguf.artifacts.manifest import (
+    CalibrationRecord,
+    FolderRecord,
+    GgufRecord,
+    Manifest,
+    PruningRecord,
+    SourceRecord,
+    StageRecord,
+    hash_file,
+)
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.calibration.texts import ImatrixChunks
+from reap2gguf.ggml import load_ggml
+from reap2gguf.plan import Plan
+from reap2gguf.prune.select import Kept
+from reap2gguf.publish.card import gguf_card, hf_card
+from reap2gguf.publish.sums import hash_folder, write_sums
+from reap2gguf.quantize.resolve import ResolvedRecipe
+from reap2gguf.workdir import Workdir
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
+CARD_FILE = "README.md"
+
+
+def write_bundle_files(
+    plan: Plan,
+    work: Workdir,
+    observations: Observations,
+    observations_file: Path,
+    chunks: ImatrixChunks,
+    kept: Kept,
+    checked: Sequence[str],
+    records: Sequence[StageRecord],
+) -> Manifest:
+    """Cards, manifests and SHA256SUMS of a verified build; the manifest."""
+    options = plan.options
+    manifest = Manifest(
+        name=plan.name,
+        program=program_versions(),
+        source=SourceRecord(
+            label=plan.source.label,
+            revision=plan.source.revision,
+            fingerprint=observations.model_fingerprint,
+            architecture=plan.model.facts.architecture,
+            n_parameters=plan.checkpoint.n_parameters,
+            n_bytes=plan.checkpoint.n_bytes,
+        ),
+        pruning=PruningRecord(
+            method=options.method,
+            n_experts=plan.target.n_experts,
+            n_kept=plan.target.n_kept,
+            experts_per_token=plan.model.facts.experts_per_token,
+            kept=kept,
+            observations_sha256=hash_file(observations_file).sha256,
+            n_rows=observations.n_rows,
+            n_tokens=observations.n_tokens,
+            n_dropped_rows=observations.n_dropped_rows,
+        ),
+        calibration=CalibrationRecord(
+            spec=observations.calibration,
+            sha256=observations.calibration_sha256,
+            max_length=plan.max_length,
+            seed=options.calibration.seed,
+            imatrix_text=chunks.label,
+            imatrix_sha256=chunks.sha256,
+            imatrix_chunks=len(chunks.chunks),
+            imatrix_chunk_size=chunks.chunk_size,
+        ),
+        hf=FolderRecord(
+            folder=work.final_hf.name,
+            n_shards=len(list(work.hf.glob("*.safetensors"))),
+            n_parameters=plan.n_parameters,
+            n_bytes=plan.hf_bytes,
+            files={},
+        ),
+        gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
+        stages=tuple(records),
+        verification={"summary": f"{len(checked)} checks passed", "passed": list(checked)},
+    )
+    return _write(plan, work, chunks, manifest)
+
+
+def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest) -> Manifest:
+    source_card = plan.source.folder / CARD_FILE
+    threads = plan.options.compute.threads
+    _text_file(work.hf / CARD_FILE, hf_card(manifest, source_card))
+    files = hash_folder(work.hf, threads)
+    manifest = replace(manifest, hf=replace(manifest.hf, files=files))
+    manifest.save(work.hf)
+    _text_file(work.gguf / "calibration.txt", chunks.text)
+    _text_file(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
+    manifest.save(work.gguf)
+    write_sums(work.gguf, threads)
+    return manifest
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of everything whose numbers may matter."""
+    found = {"reap2gguf": __version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "missing"
+    found["ggml"] = load_ggml().version
+    return found
+
+
+def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
+    path = folder / plan.gguf_name(recipe)
+    return GgufRecord(
+        file=path.name,
+        recipe=recipe.recipe.name,
+        title=recipe.recipe.title,
+        label=recipe.recipe.label,
+        file_type=recipe.recipe.file_type,
+        recipe_source=recipe.recipe.source,
+        n_bytes=path.stat().st_size,
+        bits_per_weight=round(recipe.bits_per_weight, 4),
+        tensors={name: kind.name for name, kind in recipe.kinds().items()},
+    )
+
+
+def _text_file(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")

@@ -1,0 +1,224 @@
+"""The stages of a build as functions from checkpoints to files, for `build` and single commands.
+
+torch and transformers load inside the stages that compute, so that planning and refusing are quick.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gguf import GGUFValueType
+
+from reap2gguf import __version__
+from reap2gguf.artifacts.imatrix import Imatrix, save_dat, save_gguf
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import ArtifactError, OutputError, VerificationError
+from reap2gguf.export.gguf_export import GgufOutput, export_gguf
+from reap2gguf.export.header import HeaderFacts
+from reap2gguf.models import HeaderValue, MoeModel
+from reap2gguf.options import ComputeOptions
+from reap2gguf.progress import Progress
+from reap2gguf.prune.select import Kept, Target, select_experts
+from reap2gguf.prune.write import KEPT_FILE, plan_pruned, write_pruned
+from reap2gguf.quantize.resolve import ResolvedRecipe
+from reap2gguf.verify.gguf_file import ExpectedGguf, check_against_folder, check_header, open_gguf
+from reap2gguf.verify.hf_folder import ExpectedFolder, ExpectedTensor, check_folder
+
+
+def observe(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    rows: ObservationRows,
+    compute: ComputeOptions,
+    progress: Progress,
+) -> Observations:
+    """Sweep the unpruned model and sum what each expert does."""
+    from reap2gguf.observe.saliency import SaliencyObserver
+    from reap2gguf.observe.sweep import SweepOptions, sweep
+
+    observer = SaliencyObserver(model)
+    options = SweepOptions(compute.device, compute.dtype, compute.threads)
+    report = sweep(checkpoint, model, rows.rows, observer, options, "Observing experts", progress)
+    return Observations(
+        layers=observer.layers,
+        model_fingerprint=checkpoint.fingerprint(),
+        calibration=rows.label,
+        calibration_sha256=rows.sha256,
+        n_rows=report.n_rows,
+        n_tokens=report.n_tokens,
+        n_dropped_rows=report.n_dropped_rows,
+    )
+
+
+def compute_imatrix(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    chunks: ImatrixChunks,
+    compute: ComputeOptions,
+    progress: Progress,
+) -> Imatrix:
+    """Sweep a model and sum the squares of what its matrices multiply."""
+    from reap2gguf.observe.importance import ImportanceObserver
+    from reap2gguf.observe.sweep import SweepOptions, sweep
+
+    observer = ImportanceObserver(model)
+    options = SweepOptions(compute.device, compute.dtype, compute.threads)
+    sweep(checkpoint, model, chunks.chunks, observer, options, "Importance matrix", progress)
+    imatrix = Imatrix(observer.entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
+    for name, count in imatrix.uncovered().items():
+        if name.endswith("ffn_down_exps.weight"):
+            progress.note(
+                f"imatrix: {name}: no token of the text reached {count} of "
+                f"{len(imatrix.entries[name].counts)} experts; they are quantized unweighted"
+            )
+    return imatrix
+
+
+def save_imatrix(imatrix: Imatrix, gguf_path: Path) -> None:
+    """Write both formats, `.dat` beside the GGUF, each under a temporary name first."""
+    for path, save in ((gguf_path, save_gguf), (gguf_path.with_suffix(".dat"), save_dat)):
+        temporary = path.with_name(path.name + ".part")
+        save(imatrix, temporary)
+        temporary.replace(path)
+
+
+def export(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    name: str,
+    files: Mapping[Path, ResolvedRecipe],
+    imatrix: Imatrix | None,
+    extra: Sequence[HeaderValue],
+    n_threads: int,
+    progress: Progress,
+) -> None:
+    """Write one GGUF per recipe in one pass; each takes its name when it is whole."""
+    tensors = model.gguf_tensors(checkpoint.tensors)
+    outputs = [
+        GgufOutput(
+            path.with_name(path.name + ".part"),
+            HeaderFacts(
+                name=name,
+                file_type=recipe.recipe.mixture.file_type,
+                kinds=recipe.kinds(),
+                imatrix=imatrix if uses_imatrix(recipe) else None,
+                imatrix_file="imatrix.gguf",
+                extra=(*extra, _text("reap2gguf.recipe", recipe.recipe.name)),
+            ),
+        )
+        for path, recipe in files.items()
+    ]
+    try:
+        export_gguf(checkpoint, model, tensors, outputs, imatrix, n_threads, progress)
+    except BaseException:
+        for output in outputs:
+            output.path.unlink(missing_ok=True)
+        raise
+    for path in files:
+        path.with_name(path.name + ".part").replace(path)
+
+
+def uses_imatrix(recipe: ResolvedRecipe) -> bool:
+    """Whether any tensor of a recipe is quantized with importance (Q8_0 ignores it)."""
+    whole = ("F32", "F16", "BF16", "Q8_0")
+    return any(kind.name not in whole for kind in recipe.kinds().values())
+
+
+def header_values(source_label: str, method: str, n_experts: int, kept: Kept) -> list[HeaderValue]:
+    """Keys of our own, so that a GGUF alone tells where its experts come from."""
+    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
+    return [
+        _text("reap2gguf.version", __version__),
+        _text("reap2gguf.source", source_label),
+        _text("reap2gguf.method", method),
+        HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
+        # layer after layer, expert_count ids each
+        HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
+    ]
+
+
+def expected_folder(model: MoeModel, source: Checkpoint, kept: Kept, n_kept: int) -> ExpectedFolder:
+    """What the pruned safetensors must be, tensor by tensor."""
+    return ExpectedFolder(
+        n_kept,
+        [
+            ExpectedTensor(
+                tensor.planned.name,
+                tensor.planned.dtype,
+                tensor.planned.shape,
+                tensor.source.name,
+                tensor.entries,
+            )
+            for tensor in plan_pruned(model, source.tensors, kept)
+        ],
+    )
+
+
+def verify_pruned(
+    pruned: Checkpoint, expected: ExpectedFolder, source: Checkpoint, progress: Progress
+) -> list[str]:
+    """Violations of the pruned safetensors against plan and source."""
+    return list(check_folder(pruned, expected, source, progress))
+
+
+def verify_gguf(
+    path: Path,
+    recipe: ResolvedRecipe,
+    pruned: Checkpoint,
+    model: MoeModel,
+    n_threads: int,
+    progress: Progress,
+) -> list[str]:
+    """Violations of one GGUF file against plan and pruned safetensors."""
+    header, violations = open_gguf(path)
+    if header is not None:
+        expected = ExpectedGguf(recipe.kinds(), model.facts.n_experts)
+        violations += check_header(header, expected)
+        violations += check_against_folder(header, pruned, model, n_threads, progress)
+    return violations
+
+
+def prune_to_folder(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    observations: Observations,
+    method: str,
+    target: Target,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Prune on its own: write, verify, then give the folder its name.
+
+    Raises ArtifactError if the observations are of another checkpoint, OutputError if the folder
+    exists, VerificationError if what was written is not what was planned.
+    """
+    if folder.exists():
+        raise OutputError(f"{folder}: exists already; pass another -o or move it away")
+    if observations.model_fingerprint != checkpoint.fingerprint():
+        raise ArtifactError(
+            f"the observations are of another checkpoint than {checkpoint.folder}; run `reap2gguf "
+            "observe` on this one"
+        )
+    kept = select_experts(observations, method, target, model.facts)
+    made = folder.with_name(folder.name + ".part")
+    if made.exists():
+        shutil.rmtree(made)
+    made.mkdir()
+    write_pruned(checkpoint, model, kept, target.n_kept, made, progress)
+    record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
+    (made / KEPT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    expected = expected_folder(model, checkpoint, kept, target.n_kept)
+    with Checkpoint.open(made) as pruned:
+        violations = verify_pruned(pruned, expected, checkpoint, progress)
+    if violations:
+        raise VerificationError(violations)
+    made.rename(folder)
+
+
+def _text(key: str, value: str) -> HeaderValue:
+    return HeaderValue(key, value, GGUFValueType.STRING)

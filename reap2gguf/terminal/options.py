@@ -1,0 +1,118 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from reap2gguf.options import (
+    BuildOptions,
+    CalibrationOptions,
+    ComputeOptions,
+    available_threads,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+FilePath = click.Path(path_type=Path, dir_okay=False)
+FolderPath = click.Path(path_type=Path)
+# prune.select holds the criteria; naming them here keeps numpy out of `--help`
+METHODS = ("reap", "frequency", "ean_sum", "ean_mean", "weighted_ean_sum", "weighted_frequency")
+_DEFAULTS = CalibrationOptions()
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+pruning_options = _all(
+    click.option("--keep-experts", type=int, metavar="N", help="Experts that each layer keeps."),
+    click.option(
+        "--compression", type=float, metavar="R",
+        help="Share of experts to drop, floor(E*R) a layer; 0.25 if neither is given.",
+    ),
+    click.option(
+        "--method", type=click.Choice(METHODS), default="reap", show_default=True,
+        help="Criterion that ranks the experts.",
+    ),
+)  # fmt: skip
+
+calibration_options = _all(
+    click.option(
+        "--calibration", "spec", default=_DEFAULTS.spec, show_default=True, metavar="SPEC",
+        help="Text the experts are observed on: a .txt, .jsonl or .parquet file, a folder of "
+        "them, or the embedded mix `default`.",
+    ),
+    click.option(
+        "--samples", type=click.IntRange(min=1), default=_DEFAULTS.samples, show_default=True,
+        metavar="N", help="Rows at most.",
+    ),
+    click.option(
+        "--max-length", type=click.IntRange(min=2), default=_DEFAULTS.max_length,
+        show_default=True, metavar="T", help="Tokens a row, at most.",
+    ),
+    click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True,
+                 help="Orders the samples."),
+)  # fmt: skip
+
+compute_options = _all(
+    click.option(
+        "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True,
+        help="Where to compute.",
+    ),
+    click.option(
+        "--dtype", type=click.Choice(("auto", "float32", "bfloat16")), default="auto",
+        show_default=True, help="Precision: auto is bfloat16 on a GPU, float32 on a CPU.",
+    ),
+)  # fmt: skip
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), default=available_threads, metavar="N",
+    help="Processor threads; all by default.",
+)  # fmt: skip
+
+build_options = _all(
+    click.argument("model", required=False),
+    click.option(
+        "--recipe", "recipes", multiple=True, required=True, metavar="NAME|FILE",
+        help="Tensor-precision recipe; repeat for several files.",
+    ),
+    pruning_options,
+    click.option("--output", type=FolderPath, default=Path("build"), show_default=True,
+                 metavar="DIR", help="Folder for the bundle."),
+    click.option("--name", metavar="NAME", help="Name of the result; <source>-REAP-<ratio>."),
+    calibration_options,
+    click.option("--imatrix-text", type=FilePath, metavar="FILE",
+                 help="Text for the importance matrix; the calibration text by default."),
+    click.option("--chunk", type=click.IntRange(min=8), default=512, show_default=True,
+                 metavar="T", help="Tokens a chunk of the importance matrix."),
+    compute_options,
+    threads_option,
+)  # fmt: skip
+
+
+def collect(arguments: dict[str, Any], fresh: bool = False) -> BuildOptions:
+    """The arguments of `build` and `plan` as one value."""
+    return BuildOptions(
+        recipes=arguments["recipes"],
+        model=arguments["model"],
+        keep_experts=arguments["keep_experts"],
+        compression=arguments["compression"],
+        output=arguments["output"],
+        name=arguments["name"],
+        method=arguments["method"],
+        calibration=CalibrationOptions(
+            arguments["spec"], arguments["samples"], arguments["max_length"], arguments["seed"]
+        ),
+        imatrix_text=arguments["imatrix_text"],
+        chunk=arguments["chunk"],
+        compute=ComputeOptions(arguments["device"], arguments["dtype"], arguments["threads"]),
+        fresh=fresh,
+    )

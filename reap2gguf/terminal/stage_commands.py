@@ -1,0 +1,170 @@
+"""Commands that run one stage of a build on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from reap2gguf.errors import OutputError
+from reap2gguf.options import CalibrationOptions, ComputeOptions
+from reap2gguf.terminal.options import (
+    FilePath,
+    FolderPath,
+    calibration_options,
+    compute_options,
+    pruning_options,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.checkpoint.source import Source
+    from reap2gguf.models import MoeModel
+
+
+@click.command()
+@click.argument("model")
+@calibration_options
+@compute_options
+@threads_option
+@click.option("-o", "--output", type=FilePath, required=True, help="Observations file to write.")
+def observe(
+    model: str, spec: str, samples: int, max_length: int, seed: int, device: str, dtype: str,
+    threads: int, output: Path,
+) -> None:  # fmt: skip
+    """Observe what the experts of MODEL do on calibration text.
+
+    \b
+    Example:
+      reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
+    """
+    source, checkpoint, described = _open(model)
+    _check_parent(output)
+    from reap2gguf import stages
+    from reap2gguf.calibration.rows import Tokenizer
+    from reap2gguf.calibration.texts import observation_rows
+    from reap2gguf.terminal.console import terminal_progress
+
+    length = min(max_length, described.facts.context_length)
+    options = CalibrationOptions(spec, samples, length, seed)
+    rows = observation_rows(Tokenizer(source.folder), options, length)
+    compute = ComputeOptions(device, dtype, threads)
+    seen = stages.observe(checkpoint, described, rows, compute, terminal_progress())
+    seen.save(output)
+    click.echo(f"{output}: {seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--observations", type=FilePath, required=True, help="File that `observe` wrote.")
+@pruning_options
+@click.option("-o", "--output", type=FolderPath, required=True, help="Folder to write.")
+def prune(
+    model: str, observations: Path, keep_experts: int | None, compression: float | None,
+    method: str, output: Path,
+) -> None:  # fmt: skip
+    """Write MODEL without the experts that matter least, as safetensors.
+
+    \b
+    Example:
+      reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
+          --keep-experts 96 -o Qwen3-30B-A3B-REAP
+    """
+    _, checkpoint, described = _open(model)
+    _check_parent(output)
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.prune.select import choose_target
+    from reap2gguf.stages import prune_to_folder
+    from reap2gguf.terminal.console import terminal_progress
+
+    target = choose_target(described.facts, keep_experts, compression)
+    seen = Observations.load(observations)
+    prune_to_folder(checkpoint, described, seen, method, target, output, terminal_progress())
+    click.echo(f"{output}: {target.n_kept} of {target.n_experts} experts kept in each layer")
+
+
+@click.command()
+@click.argument("hf_dir")
+@click.option("--text", type=FilePath, required=True, help="Plain text to compute it on.")
+@click.option("--chunk", type=click.IntRange(min=8), default=512, show_default=True,
+              help="Tokens a chunk.")  # fmt: skip
+@compute_options
+@threads_option
+@click.option("-o", "--output", type=FilePath, required=True, help="imatrix.gguf to write.")
+def imatrix(
+    hf_dir: str, text: Path, chunk: int, device: str, dtype: str, threads: int, output: Path
+) -> None:
+    """Compute the importance matrix of HF_DIR; a .dat in the older format is written beside it.
+
+    \b
+    Example:
+      reap2gguf imatrix ./Qwen3-30B-A3B-REAP --text calibration.txt -o imatrix.gguf
+    """
+    source, checkpoint, described = _open(hf_dir)
+    _check_parent(output)
+    from reap2gguf import stages
+    from reap2gguf.calibration.rows import Tokenizer
+    from reap2gguf.calibration.texts import imatrix_chunks
+    from reap2gguf.terminal.console import terminal_progress
+
+    chunks = imatrix_chunks(Tokenizer(source.folder), text, "", chunk)
+    compute = ComputeOptions(device, dtype, threads)
+    found = stages.compute_imatrix(checkpoint, described, chunks, compute, terminal_progress())
+    stages.save_imatrix(found, output)
+    click.echo(f"{output}: {len(found.entries)} matrices over {found.n_chunks} chunks")
+
+
+@click.command()
+@click.argument("hf_dir")
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE", help="Recipe.")
+@click.option("--imatrix", "imatrix_file", type=FilePath, help="Importance matrix (either format).")
+@threads_option
+@click.option("-o", "--output", type=FilePath, required=True, help="GGUF file to write.")
+def quantize(
+    hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
+) -> None:
+    """Write HF_DIR as one GGUF file.
+
+    \b
+    Example:
+      reap2gguf quantize ./Qwen3-30B-A3B-REAP --recipe unsloth-iq4km \\
+          --imatrix imatrix.gguf -o Qwen3-30B-A3B-REAP-IQ4_K_M.gguf
+    """
+    from reap2gguf.artifacts.imatrix import load_imatrix
+    from reap2gguf.quantize.recipe import load_recipe
+    from reap2gguf.quantize.resolve import resolve
+
+    recipe = load_recipe(recipe_name)
+    importance = load_imatrix(imatrix_file) if imatrix_file else None
+    source, checkpoint, described = _open(hf_dir)
+    _check_parent(output)
+    from reap2gguf import stages
+    from reap2gguf.terminal.console import size, terminal_progress
+
+    facts = described.facts
+    tensors = described.gguf_tensors(checkpoint.tensors)
+    resolved = resolve(recipe, tensors, facts, facts.n_experts, importance is not None)
+    stages.export(
+        checkpoint, described, source.short_name, {output: resolved}, importance, [], threads,
+        terminal_progress(),
+    )  # fmt: skip
+    click.echo(f"{output}: {size(output.stat().st_size)}, {resolved.bits_per_weight:.2f} bpw")
+
+
+def _open(model: str) -> tuple[Source, Checkpoint, MoeModel]:
+    """A model and what it is, from its headers."""
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.checkpoint.source import resolve_source
+    from reap2gguf.models import describe
+
+    source = resolve_source(model)
+    checkpoint = Checkpoint.open(source.folder)
+    return source, checkpoint, describe(checkpoint)
+
+
+def _check_parent(output: Path) -> None:
+    """Refuse an output whose folder is missing, before the work."""
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: the folder {output.parent} does not exist; make it first")

@@ -1,0 +1,92 @@
+"""Plans, recipes and results as text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from reap2gguf.pipeline import BuildResult
+from reap2gguf.plan import Estimate, Plan
+from reap2gguf.prune.select import friendly_count
+from reap2gguf.quantize.recipe import Recipe
+from reap2gguf.quantize.resolve import ResolvedRecipe
+from reap2gguf.terminal.console import duration, size
+
+
+def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
+    """A plan for people: counts, files, types, what it needs."""
+    facts, target = plan.model.facts, plan.target
+    yield f"{plan.source.label} -> {plan.name}"
+    yield (
+        f"  {facts.architecture}, {facts.n_layers} layers, "
+        f"{_millions(plan.checkpoint.n_parameters)} parameters"
+    )
+    yield (
+        f"  experts: {target.n_kept} of {target.n_experts} stay in each of "
+        f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} a token; "
+        f"{_millions(plan.n_parameters)} parameters are left"
+    )
+    friendly = friendly_count(target.n_kept)
+    if friendly != target.n_kept and facts.n_experts >= 32:
+        yield (
+            f"  {target.n_kept} experts miss the fused kernels of vLLM and llama.cpp on CUDA; "
+            f"the nearest count that has them is {friendly} (--keep-experts {friendly})"
+        )
+    yield ""
+    yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
+    for recipe in plan.recipes:
+        yield (
+            f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}, "
+            f"{recipe.bits_per_weight:.2f} bits per weight, {recipe.recipe.file_type}"
+        )
+        yield from _type_lines(recipe)
+    yield ""
+    yield (
+        f"  needs {size(needs.disk_bytes)} of disk, about {size(needs.memory_bytes)} of memory, "
+        f"about {duration(needs.seconds)}"
+    )
+
+
+def _type_lines(recipe: ResolvedRecipe) -> Iterable[str]:
+    """The type table with layer numbers collapsed: one line per tensor name and type."""
+    groups: Counter[tuple[str, str, str]] = Counter()
+    for entry in recipe.table:
+        name = re.sub(r"^blk\.\d+\.", "blk.*.", entry.tensor.name)
+        groups[name, entry.kind.name, entry.rule or ""] += 1
+    width = max(len(name) for name, _, _ in groups)
+    for (name, kind, rule), count in groups.items():
+        times = f"x{count}" if name.startswith("blk.") else ""
+        yield f"    {name:<{width}}  {kind:<6} {times:<4} {f'rule {rule}' if rule else ''}".rstrip()
+
+
+def result_lines(result: BuildResult) -> Iterable[str]:
+    """What a build left, and how to use it."""
+    manifest = result.manifest
+    yield ""
+    for stage in manifest.stages:
+        again = "  (reused)" if stage.reused else ""
+        peak = size(stage.peak_bytes)
+        yield f"  {stage.name:<8} {stage.seconds:>8.1f} s   peak memory so far {peak}{again}"
+    yield ""
+    for check in manifest.verification["passed"]:
+        yield f"  verified  {check}"
+    yield ""
+    yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
+    for record in manifest.gguf:
+        yield f"  {result.gguf_folder / record.file}  {size(record.n_bytes)}"
+    yield ""
+    yield f"Try it:  llama-cli -m {result.gguf_folder / manifest.gguf[0].file}"
+
+
+def recipe_lines(recipe: Recipe) -> Iterable[str]:
+    """A recipe as it will be applied, rule by rule."""
+    yield f"{recipe.name}: {recipe.title}"
+    yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
+    for rule in recipe.rules:
+        only = "  (where the model has one)" if rule.optional else ""
+        yield f"  {rule.match:<28} {rule.kind.name}{only}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

@@ -1,0 +1,172 @@
+"""Checks a finished bundle from nothing but its own files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from reap2gguf.artifacts.manifest import (
+    MANIFEST_FILE,
+    SUMS_FILE,
+    FileRecord,
+    GgufRecord,
+    Manifest,
+    hash_file,
+)
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.progress import Progress
+from reap2gguf.verify.gguf_file import (
+    ExpectedGguf,
+    check_against_folder,
+    check_header,
+    check_values,
+    open_gguf,
+)
+from reap2gguf.verify.hf_folder import ExpectedFolder, check_folder, open_folder
+
+_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification."""
+
+    checked: tuple[str, ...]  # what was looked at
+    violations: tuple[str, ...]
+
+
+def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> Report:
+    """Verify a bundle folder, or a safetensors folder with GGUF files made from it.
+
+    Raises UsageError if the paths are neither.
+    """
+    folders = [path for path in paths if path.is_dir()]
+    files = [path for path in paths if not path.is_dir()]
+    if missing := [path for path in files if not path.is_file()]:
+        raise UsageError(f"{missing[0]}: no such file or folder")
+    if files and len(folders) == 1:
+        return verify_pair(folders[0], files, n_threads, progress)
+    if files or not folders:
+        raise UsageError("pass a bundle folder, or a safetensors folder and its GGUF files")
+    checked: list[str] = []
+    violations: list[str] = []
+    for folder in folders:
+        if not (folder / MANIFEST_FILE).is_file() and not any(folder.glob("*.gguf")):
+            report = verify_pair(folder, [], n_threads, progress)
+        else:
+            report = verify_bundle(folder, n_threads, progress)
+        checked += report.checked
+        violations += report.violations
+    return Report(tuple(checked), tuple(violations))
+
+
+def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: Progress) -> Report:
+    """A safetensors folder, and GGUF files that must hold its values."""
+    checkpoint, model, violations = open_folder(folder, None)
+    if checkpoint is not None and model is not None:
+        expected = ExpectedFolder(model.facts.n_experts)
+        violations += check_folder(checkpoint, expected, None, progress)
+    for path in files:
+        header, problems = open_gguf(path)
+        violations += problems
+        if header is not None:
+            n_experts = model.facts.n_experts if model else None
+            violations += check_header(header, ExpectedGguf(None, n_experts))
+            if checkpoint is not None and model is not None:
+                violations += check_against_folder(header, checkpoint, model, n_threads, progress)
+    return Report((folder.name, *(path.name for path in files)), tuple(violations))
+
+
+def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
+    """A folder that `build` left: GGUF files, or safetensors; its sibling too where it is there."""
+    try:
+        manifest = Manifest.load(folder)
+    except ArtifactError as error:
+        return Report((folder.name,), (str(error),))
+    if folder.resolve().name == manifest.hf.folder:
+        violations = list(_check_hf(folder, manifest, progress))
+        return Report((folder.name,), tuple(violations))
+    violations = list(_check_sums(folder, n_threads))
+    hf_folder = folder.resolve().parent / manifest.hf.folder
+    checked = [folder.name]
+    if hf_folder.is_dir():
+        checked.append(hf_folder.name)
+        violations += _check_hf(hf_folder, manifest, progress)
+    for record in manifest.gguf:
+        violations += _check_gguf(folder / record.file, record, manifest, hf_folder, n_threads,
+                                  progress)  # fmt: skip
+    return Report(tuple(checked), tuple(violations))
+
+
+def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+    yield from _compare_hashes(folder, manifest.hf.files, 1)
+    expected = ExpectedFolder(manifest.pruning.n_kept)
+    checkpoint, model, violations = open_folder(folder, expected)
+    yield from violations
+    if checkpoint is not None and model is not None:
+        yield from check_folder(checkpoint, expected, None, progress)
+
+
+def _check_gguf(
+    path: Path,
+    record: GgufRecord,
+    manifest: Manifest,
+    hf_folder: Path,
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    if not path.is_file():
+        return  # the sums have said so
+    header, problems = open_gguf(path)
+    yield from problems
+    if header is None:
+        return
+    kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
+    yield from check_header(header, ExpectedGguf(kinds, manifest.pruning.n_kept))
+    if hf_folder.is_dir():
+        checkpoint, model, _ = open_folder(hf_folder, None)
+        if checkpoint is not None and model is not None:
+            yield from check_against_folder(header, checkpoint, model, n_threads, progress)
+            return
+    yield from check_values(header, n_threads, progress)
+
+
+def _check_sums(folder: Path, n_threads: int) -> Iterator[str]:
+    """Every file of the bundle against SHA256SUMS, and every file there against the bundle."""
+    path = folder / SUMS_FILE
+    if not path.is_file():
+        yield f"{folder.name}: {SUMS_FILE} is missing"
+        return
+    expected: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        match = _SUM_LINE.fullmatch(line)
+        if match is None:
+            yield f"{folder.name}: {SUMS_FILE} line {number} is not a hash and a name"
+        else:
+            expected[match[2]] = match[1]
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    for name in sorted(present - expected.keys() - {SUMS_FILE}):
+        yield f"{folder.name}: {name} is not in {SUMS_FILE}"
+    records = {name: FileRecord(-1, sha256) for name, sha256 in expected.items()}
+    yield from _compare_hashes(folder, records, n_threads)
+
+
+def _compare_hashes(
+    folder: Path, expected: Mapping[str, FileRecord], n_threads: int
+) -> Iterator[str]:
+    present = []
+    for name in expected:
+        if Path(name).name != name or not (folder / name).is_file():
+            yield f"{folder.name}: {name} is missing"
+        else:
+            present.append(name)
+    with ThreadPoolExecutor(n_threads) as pool:
+        found = pool.map(lambda name: hash_file(folder / name), present)
+        for name, record in zip(present, found, strict=True):
+            if record.sha256 != expected[name].sha256:
+                yield f"{folder.name}: {name} has another SHA-256 than when it was published"

@@ -1,0 +1,141 @@
+"""Checks a pruned safetensors folder: config, shards, experts, routers, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint, to_float32
+from reap2gguf.errors import Reap2ggufError
+from reap2gguf.models import MoeModel, describe
+from reap2gguf.progress import Progress
+
+_PIECE_ROWS = 2**22
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """A tensor of the pruned folder, and the source entries that its bytes must equal."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str | None = None
+    entries: Sequence[int] | None = None  # along axis 0 of the source; None: all of it
+
+
+@dataclass(frozen=True)
+class ExpectedFolder:
+    """What a pruned folder must hold."""
+
+    n_experts: int
+    tensors: Sequence[ExpectedTensor] | None = None  # None: whatever its own config implies
+
+
+def open_folder(
+    folder: Path, expected: ExpectedFolder | None
+) -> tuple[Checkpoint | None, MoeModel | None, list[str]]:
+    """Open a folder whose config, shards and expert counts agree; else the violations."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except Reap2ggufError as error:
+        return None, None, [str(error)]
+    try:
+        model = describe(checkpoint)
+    except Reap2ggufError as error:
+        return checkpoint, None, [f"{folder.name}: {error}"]
+    if expected is not None and model.facts.n_experts != expected.n_experts:
+        found = model.facts.n_experts
+        message = f"config.json says {found} experts, expected {expected.n_experts}"
+        return checkpoint, None, [f"{folder.name}: {message}"]
+    return checkpoint, model, []
+
+
+def check_folder(
+    checkpoint: Checkpoint, expected: ExpectedFolder, source: Checkpoint | None, progress: Progress
+) -> Iterator[str]:
+    """Violations in an opened folder: names, shapes, dtypes, then every value."""
+    where = checkpoint.folder.name
+    wanted = {tensor.name: tensor for tensor in expected.tensors or ()}
+    if wanted:
+        for name in sorted(wanted.keys() - checkpoint.tensors.keys()):
+            yield f"{where}: tensor {name} is missing"
+        for name in sorted(checkpoint.tensors.keys() - wanted.keys()):
+            yield f"{where}: tensor {name} is not in the plan"
+    with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
+        for name, stored in checkpoint.tensors.items():
+            plan = wanted.get(name)
+            if plan is not None and (stored.dtype, stored.shape) != (plan.dtype, plan.shape):
+                yield (
+                    f"{where}: {name} is {stored.dtype} {list(stored.shape)}, expected "
+                    f"{plan.dtype} {list(plan.shape)}"
+                )
+            elif plan is not None and source is not None:
+                yield from _compare_bytes(checkpoint, plan, source, task.advance)
+            else:
+                yield from _check_values(checkpoint, name, task.advance)
+
+
+def _compare_bytes(
+    checkpoint: Checkpoint,
+    plan: ExpectedTensor,
+    source: Checkpoint,
+    advance: Callable[[float], None],
+) -> Iterator[str]:
+    """Every byte against the source's, at the entries that were kept."""
+    name, source_name = plan.name, plan.source or plan.name
+    length = plan.shape[0] if plan.shape else 1
+    step = max(1, _PIECE_ROWS // max(1, int(np.prod(plan.shape[1:]))))
+    if plan.entries is not None:
+        step = 1
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        begin = first if plan.entries is None else plan.entries[first]
+        written = checkpoint.read(name, first, last)
+        if written.tobytes() != source.read(source_name, begin, begin + last - first).tobytes():
+            yield (
+                f"{checkpoint.folder.name}: {name}: entry {first} differs from entry {begin} of "
+                f"the source's {source_name}"
+            )
+            return
+        yield from _judge(checkpoint, name, written)
+        advance(written.nbytes)
+
+
+def _check_values(
+    checkpoint: Checkpoint, name: str, advance: Callable[[float], None]
+) -> Iterator[str]:
+    stored = checkpoint.tensors[name]
+    length = stored.shape[0] if stored.shape else 1
+    step = max(1, _PIECE_ROWS // max(1, int(np.prod(stored.shape[1:]))))
+    if name in _stacked(checkpoint):
+        step = 1
+    for first in range(0, length, step):
+        piece = checkpoint.read(name, first, min(first + step, length))
+        problems = list(_judge(checkpoint, name, piece))
+        if problems:
+            yield from problems
+            return
+        advance(piece.nbytes)
+
+
+def _stacked(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """Tensors with an expert per entry on axis 0, each of which must hold something."""
+    return {n: t for n, t in checkpoint.tensors.items() if len(t.shape) == 3 and "experts" in n}
+
+
+def _judge(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> Iterator[str]:
+    """Violations within the values of one piece: NaN, infinity, or nothing but zeros."""
+    dtype = checkpoint.tensors[name].dtype
+    if dtype not in _FLOATS:
+        return
+    values = to_float32(raw, dtype, name)
+    if not np.isfinite(values).all():
+        yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
+    elif values.size > 1 and not values.any() and checkpoint.tensors[name].n_elements > 1:
+        yield f"{checkpoint.folder.name}: {name} holds nothing but zeros"

@@ -1,0 +1,127 @@
+"""Names of everything a build writes, done-marks of its stages, and the rename at the end.
+
+OUTPUT/NAME/                        final, safetensors
+OUTPUT/NAME-GGUF/                   final, GGUF
+OUTPUT/.work/NAME/NAME/             the same, while being made
+OUTPUT/.work/NAME/NAME-GGUF/
+OUTPUT/.work/NAME/stages.json       stage -> key of the inputs it was done with
+OUTPUT/.work/observations/KEY.safetensors    kept: another ratio needs no new observation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reap2gguf.artifacts.manifest import MANIFEST_FILE
+from reap2gguf.errors import OutputError
+
+# In order: making a stage anew undoes those after it.
+STAGES = ("prune", "imatrix", "export")
+
+
+def stage_key(*inputs: Any) -> str:
+    """A hash that changes when any input of a stage does."""
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """The folders of one build."""
+
+    output: Path
+    name: str
+
+    @property
+    def root(self) -> Path:
+        return self.output / ".work" / self.name
+
+    @property
+    def hf(self) -> Path:
+        """Where the safetensors are made."""
+        return self.root / self.name
+
+    @property
+    def gguf(self) -> Path:
+        """Where the GGUF bundle is made."""
+        return self.root / f"{self.name}-GGUF"
+
+    @property
+    def final_hf(self) -> Path:
+        return self.output / self.name
+
+    @property
+    def final_gguf(self) -> Path:
+        return self.output / f"{self.name}-GGUF"
+
+    def observations(self, key: str) -> Path:
+        return self.output / ".work" / "observations" / f"{key}.safetensors"
+
+    def prepare(self, fresh: bool) -> None:
+        """Make the folders; `fresh` forgets finished stages.
+
+        Raises OutputError if the output cannot be written or a final name holds something that
+        this program did not make.
+        """
+        for final in (self.final_hf, self.final_gguf):
+            if final.exists() and not (final / MANIFEST_FILE).is_file():
+                raise OutputError(
+                    f"{final}: exists and was not made by reap2gguf; pass another --output or "
+                    "--name, or move it away"
+                )
+        try:
+            if fresh and self.root.exists():
+                shutil.rmtree(self.root)
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.output / ".work" / "observations").mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be written ({error.strerror})") from error
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether `stage` was finished with these inputs."""
+        return self._marks().get(stage) == key
+
+    def mark_done(self, stage: str, key: str) -> None:
+        """Remember that `stage` is finished with these inputs."""
+        self._write_marks(self._marks() | {stage: key})
+
+    def begin(self, stage: str, folder: Path) -> None:
+        """Empty a stage's folder and forget it and all later stages."""
+        earlier = STAGES[: STAGES.index(stage)]
+        self._write_marks({s: k for s, k in self._marks().items() if s in earlier})
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+
+    def publish(self) -> None:
+        """Give both folders their final names, in place of an earlier build's."""
+        for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf)):
+            old = self.root / f"old-{final.name}"
+            if old.exists():
+                shutil.rmtree(old)
+            if final.exists():
+                os.replace(final, old)
+            os.replace(made, final)
+        shutil.rmtree(self.root)
+
+    def _marks(self) -> dict[str, str]:
+        path = self.root / "stages.json"
+        if not path.is_file():
+            return {}
+        try:
+            marks = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return {}  # cut off while being written: the stages are done again
+        return marks if isinstance(marks, dict) else {}
+
+    def _write_marks(self, marks: dict[str, str]) -> None:
+        path = self.root / "stages.json"
+        temporary = path.with_name("stages.json.tmp")
+        temporary.write_text(json.dumps(marks), encoding="utf-8")
+        os.replace(temporary, path)
