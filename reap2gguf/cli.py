@@ -74,12 +74,13 @@ def build(fresh: bool, **arguments: Any) -> None:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
-    from reap2gguf.pipeline import build as run
     from reap2gguf.plan import make_plan
+
+    plan = make_plan(collect(arguments, fresh))
+    from reap2gguf.pipeline import build as run
     from reap2gguf.terminal.console import terminal_progress
     from reap2gguf.terminal.views import plan_lines, result_lines
 
-    plan = make_plan(collect(arguments, fresh))
     _print(plan_lines(plan, _estimate(plan)))
     _print(result_lines(run(plan, terminal_progress())))
 
@@ -95,9 +96,10 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
     from reap2gguf.plan import make_plan, plan_as_json
-    from reap2gguf.terminal.views import plan_lines
 
     plan = make_plan(collect(arguments))
+    from reap2gguf.terminal.views import plan_lines
+
     needs = _estimate(plan)
     if as_json:
         click.echo(json.dumps(plan_as_json(plan, needs), indent=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,6 +121,8 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write `reap2gguf.json` under a temporary name, then rename it."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+        # a list of expert ids reads better on one line
+        text = re.sub(r"\[[\s\d,]+\]", lambda ids: " ".join(ids[0].split()), text)
         path = folder / MANIFEST_FILE
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from reap2gguf.pipeline import BuildResult
 from reap2gguf.plan import Estimate, Plan
 from reap2gguf.prune.select import friendly_count
 from reap2gguf.quantize.recipe import Recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe
 from reap2gguf.terminal.console import duration, size
+
+if TYPE_CHECKING:
+    from reap2gguf.pipeline import BuildResult
 
 
 def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
@@ -55,7 +58,8 @@ def _type_lines(recipe: ResolvedRecipe) -> Iterable[str]:
         name = re.sub(r"^blk\.\d+\.", "blk.*.", entry.tensor.name)
         groups[name, entry.kind.name, entry.rule or ""] += 1
     width = max(len(name) for name, _, _ in groups)
-    for (name, kind, rule), count in groups.items():
+    names = list(dict.fromkeys(name for name, _, _ in groups))
+    for (name, kind, rule), count in sorted(groups.items(), key=lambda g: names.index(g[0][0])):
         times = f"x{count}" if name.startswith("blk.") else ""
         yield f"    {name:<{width}}  {kind:<6} {times:<4} {f'rule {rule}' if rule else ''}".rstrip()
 

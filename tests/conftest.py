@@ -1,0 +1,73 @@
+"""Fixtures: tiny checkpoints, and one finished bundle of the bundled example."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import EXAMPLE, TinyQwen3Moe
+
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
+
+CALIBRATION = Path(__file__).resolve().parent.parent / "calibration"
+
+
+@pytest.fixture(scope="session")
+def example() -> Path:
+    """The bundled, trained checkpoint."""
+    return EXAMPLE
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A random checkpoint of the default layout: 2 layers, 8 experts, 2D, one file."""
+    return TinyQwen3Moe().write(tmp_path / "tiny")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A finished build and what it was built from."""
+
+    output: Path
+    hf: Path
+    gguf: Path
+    source: Path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The example at compression 0.25 in two recipes; built once, never changed by a test."""
+    from reap2gguf.pipeline import build
+    from reap2gguf.plan import make_plan
+
+    output = tmp_path_factory.mktemp("built")
+    options = BuildOptions(
+        recipes=("unsloth-iq4km", "bf16"),
+        model=str(EXAMPLE),
+        output=output,
+        name="example",
+        compression=0.25,
+        calibration=CalibrationOptions(str(CALIBRATION / "prose.txt"), max_length=512),
+        compute=ComputeOptions(device="cpu"),
+    )
+    result = build(make_plan(options), Silent())
+    return Bundle(output, result.hf_folder, result.gguf_folder, EXAMPLE)
+
+
+@pytest.fixture
+def bundle(built: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of the finished bundle that a test may damage."""
+    output = tmp_path / "build"
+    output.mkdir()
+    shutil.copytree(built.hf, output / built.hf.name)
+    shutil.copytree(built.gguf, output / built.gguf.name)
+    return Bundle(output, output / built.hf.name, output / built.gguf.name, built.source)
