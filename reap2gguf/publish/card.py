@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from reap2gguf.artifacts.manifest import GgufRecord, Manifest
@@ -112,7 +113,7 @@ def _source_data(source_card: Path) -> dict[str, Any]:
     try:
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         return dict(data.to_dict())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, yaml.YAMLError):
         # a card without readable front matter has no licence to inherit
         return {}
 

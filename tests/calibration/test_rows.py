@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import EXAMPLE
+from transformers import AutoTokenizer
+
+from reap2gguf.calibration.corpus import Corpus, Cut, Passage
+from reap2gguf.calibration.rows import Tokenizer, chunk_text, make_rows
+from reap2gguf.calibration.texts import imatrix_chunks, observation_rows
+from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.options import CalibrationOptions
+
+TEXT = "def add(a, b):\n    return a + b\n\n" * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    reference = AutoTokenizer.from_pretrained(EXAMPLE, model_max_length=10**9)
+    return list(reference(TEXT, add_special_tokens=False)["input_ids"])
+
+
+def corpus(cut: Cut, *texts: str) -> Corpus:
+    return Corpus("test", tuple(Passage(text, cut) for text in texts))
+
+
+def test_a_stream_is_cut_into_whole_rows(tokenizer: Tokenizer, ids: list[int]) -> None:
+    rows = make_rows(corpus(Cut.STREAM, TEXT), tokenizer, 50, None, seed=1)
+    assert [list(row) for row in rows] == [ids[i : i + 50] for i in range(0, len(ids) - 49, 50)]
+    first = make_rows(corpus(Cut.STREAM, TEXT), tokenizer, 50, 3, seed=2)
+    assert [list(row) for row in first] == [ids[:50], ids[50:100], ids[100:150]]
+
+
+def test_a_document_keeps_its_tail(tokenizer: Tokenizer, ids: list[int]) -> None:
+    length = (len(ids) - 20) // 2
+    rows = make_rows(corpus(Cut.DOCUMENT, TEXT), tokenizer, length, None, seed=1)
+    assert sorted(len(row) for row in rows) == [len(ids) - 2 * length, length, length]
+
+
+def test_a_sample_is_one_row(tokenizer: Tokenizer, ids: list[int]) -> None:
+    rows = make_rows(corpus(Cut.SAMPLE, TEXT, "short one", "x"), tokenizer, 64, None, seed=1)
+    assert sorted(len(row) for row in rows)[-1] == 64
+    assert ids[:64] in [list(row) for row in rows]
+
+
+def test_samples_are_shuffled_by_the_seed(tokenizer: Tokenizer) -> None:
+    texts = [f"sample number {i} of many" for i in range(20)]
+
+    def order(seed: int) -> list[list[int]]:
+        rows = make_rows(corpus(Cut.SAMPLE, *texts), tokenizer, 64, 5, seed)
+        return [list(row) for row in rows]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_too_little_text_says_how_little(tokenizer: Tokenizer) -> None:
+    with pytest.raises(CalibrationError, match=r"\d+ tokens do not fill one row of 2,048"):
+        make_rows(corpus(Cut.STREAM, "a few words"), tokenizer, 2048, None, 1)
+    with pytest.raises(CalibrationError, match=r"notes\.txt: \d+ tokens do not fill one chunk"):
+        chunk_text("a few words", tokenizer, 512, "notes.txt")
+
+
+def test_chunks_are_those_of_llama_imatrix(tokenizer: Tokenizer, ids: list[int]) -> None:
+    chunks = chunk_text(TEXT, tokenizer, 32, "text")
+    assert len(chunks) == len(ids) // 32
+    np.testing.assert_array_equal(np.concatenate(chunks), ids[: len(chunks) * 32])
+
+
+def test_bos_begins_each_row_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, tmp_path / name)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [4093], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.bos == 4093
+    rows = chunk_text(TEXT, tokenizer, 32, "text")
+    assert {int(row[0]) for row in rows} == {4093}
+
+
+def test_the_chat_template_is_the_models(tokenizer: Tokenizer) -> None:
+    text = tokenizer.render_chat(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    )
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    assert list(tokenizer.encode("<|im_start|>")) == [4094]
+
+
+def test_a_template_that_refuses_is_one_line(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    with pytest.raises(CalibrationError, match="no system role"):
+        Tokenizer(tmp_path).render_chat([{"role": "system", "content": "x"}])
+
+
+def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, tmp_path / name)
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    (tmp_path / "chat_template.jinja").write_text(attack)
+    with pytest.raises(CalibrationError, match=r"unsafe|undefined"):
+        Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        Tokenizer(tmp_path)
+
+
+def test_labels_tell_no_paths(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(TEXT)
+    rows = observation_rows(tokenizer, CalibrationOptions(str(path), max_length=64), 64)
+    assert rows.label == "mine.txt"
+    assert imatrix_chunks(tokenizer, path, "default", 64).label == "mine.txt"
+    default = imatrix_chunks(tokenizer, None, "default", 512)
+    assert default.label == "default"
+    assert len(default.chunks) > 100
+    assert "<|im_start|>assistant" in default.text

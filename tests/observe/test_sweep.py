@@ -1,0 +1,259 @@
+"""The sweep against transformers' own model and REAP's formula written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TinyQwen3Moe
+from transformers import AutoModelForCausalLM
+
+from reap2gguf.artifacts.imatrix import ImatrixEntry
+from reap2gguf.artifacts.observations import LayerObservation
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import CheckpointError, ObservationError, UsageError
+from reap2gguf.models import describe
+from reap2gguf.observe import sweep as sweep_module
+from reap2gguf.observe.importance import ImportanceObserver
+from reap2gguf.observe.saliency import SaliencyObserver
+from reap2gguf.observe.sweep import SweepOptions, SweepReport, sweep
+from reap2gguf.progress import Silent
+
+CPU = SweepOptions(device="cpu", dtype="float32")
+
+
+def rows_of(*lengths: int, seed: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 4000, length) for length in lengths]
+
+
+def observe(folder: Path, rows: list[np.ndarray]) -> tuple[SaliencyObserver, SweepReport]:
+    checkpoint = Checkpoint.open(folder)
+    model = describe(checkpoint)
+    observer = SaliencyObserver(model)
+    report = sweep(checkpoint, model, rows, observer, CPU, "test", Silent())
+    return observer, report
+
+
+def importance(folder: Path, rows: list[np.ndarray]) -> dict[str, ImatrixEntry]:
+    checkpoint = Checkpoint.open(folder)
+    model = describe(checkpoint)
+    observer = ImportanceObserver(model)
+    sweep(checkpoint, model, rows, observer, CPU, "test", Silent())
+    return observer.entries
+
+
+class Witness:
+    """Runs transformers' model row by row and keeps what enters its modules."""
+
+    def __init__(self, folder: Path, rows: list[np.ndarray]) -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.requires_grad_(False)
+        self.inputs: dict[str, list[torch.Tensor]] = {}
+        self.routing: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(self._keep_input(name))
+            elif name.endswith("mlp.gate"):
+                module.register_forward_pre_hook(self._keep_input(name))
+                module.register_forward_hook(self._keep_routing(name))
+        with torch.inference_mode():
+            for row in rows:
+                self.model(torch.from_numpy(row)[None])
+
+    def _keep_input(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            flat = arguments[0].reshape(-1, arguments[0].shape[-1])
+            self.inputs.setdefault(name, []).append(flat)
+
+        return hook
+
+    def _keep_routing(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            _, weights, indices = output
+            self.routing.setdefault(name, []).append((weights, indices))
+
+        return hook
+
+    def expert_pairs(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per expert: inputs (S, H), activations (S, F), gate weights (S,)."""
+        name = f"model.layers.{layer}.mlp.gate"
+        hidden = torch.cat(self.inputs[name])
+        weights = torch.cat([w for w, _ in self.routing[name]])
+        indices = torch.cat([i for _, i in self.routing[name]])
+        experts = self.model.model.layers[layer].mlp.experts
+        found = []
+        for expert in range(experts.num_experts):
+            token, place = torch.where(indices == expert)
+            gate, up = (hidden[token] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            activations = torch.nn.functional.silu(gate) * up
+            found.append((hidden[token], activations, weights[token, place]))
+        return found
+
+    def saliency(self, layer: int) -> LayerObservation:
+        """The sums of arXiv 2510.13999, expert by expert."""
+        down = self.model.model.layers[layer].mlp.experts.down_proj
+        sums = []
+        for expert, (_, activations, gates) in enumerate(self.expert_pairs(layer)):
+            norms = (activations @ down[expert].T).norm(dim=-1).double()
+            gates = gates.double()
+            peak = norms.max().item() if len(norms) else 0.0
+            sums.append((len(norms), (gates * norms).sum(), gates.sum(), norms.sum(), peak))
+        columns = zip(*sums, strict=True)
+        count, reap, gate, norm, peak = (np.array([float(v) for v in c]) for c in columns)
+        return LayerObservation(count.astype(np.int64), reap, gate, norm, peak)
+
+
+LAYOUTS = {
+    "2d": TinyQwen3Moe(),
+    "3d": TinyQwen3Moe(fused=True, tied=True),
+    "dense layer": TinyQwen3Moe(n_layers=3, dense_layers=(1,)),
+    "num_local_experts": TinyQwen3Moe(count_key="num_local_experts", n_shards=3),
+    "float32": TinyQwen3Moe(dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saliency_is_reaps_formula(layout: str, tmp_path: Path) -> None:
+    spec = LAYOUTS[layout]
+    folder = spec.write(tmp_path / "model")
+    rows = rows_of(40, 40, 23, 7)
+    observer, report = observe(folder, rows)
+    assert (report.n_rows, report.n_tokens, report.n_dropped_rows) == (4, 110, 0)
+    witness = Witness(folder, rows)
+    assert set(observer.layers) == set(range(spec.n_layers)) - set(spec.dense_layers)
+    for layer, seen in observer.layers.items():
+        expected = witness.saliency(layer)
+        np.testing.assert_array_equal(seen.count, expected.count)
+        assert seen.count.sum() == 110 * spec.top_k
+        for name in ("reap_sum", "gate_sum", "norm_sum", "norm_max"):
+            np.testing.assert_allclose(
+                getattr(seen, name), getattr(expected, name), rtol=2e-5, atol=1e-9
+            )
+
+
+@pytest.mark.parametrize("layout", ["2d", "3d", "dense layer"])
+def test_importance_is_the_sum_of_squared_inputs(layout: str, tmp_path: Path) -> None:
+    spec = LAYOUTS[layout]
+    folder = spec.write(tmp_path / "model")
+    rows = rows_of(32, 32, 19)
+    entries = importance(folder, rows)
+    witness = Witness(folder, rows)
+    dense = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    expected: dict[str, tuple[torch.Tensor, list[int]]] = {}
+    for layer in range(spec.n_layers):
+        for gguf_name, path in dense.items():
+            if seen := witness.inputs.get(f"model.layers.{layer}.{path}"):
+                values = torch.cat(seen)
+                sums = values.double().square().sum(0, keepdim=True)
+                expected[f"blk.{layer}.{gguf_name}.weight"] = (sums, [len(values)])
+        if layer in spec.dense_layers:
+            continue
+        pairs = witness.expert_pairs(layer)
+        counts = [len(inputs) for inputs, _, _ in pairs]
+        by_inputs = torch.stack([i.double().square().sum(0) for i, _, _ in pairs])
+        by_activations = torch.stack([a.double().square().sum(0) for _, a, _ in pairs])
+        expected[f"blk.{layer}.ffn_gate_exps.weight"] = (by_inputs, counts)
+        expected[f"blk.{layer}.ffn_up_exps.weight"] = (by_inputs, counts)
+        expected[f"blk.{layer}.ffn_down_exps.weight"] = (by_activations, counts)
+    assert set(entries) == set(expected)
+    for name, (sums, counts) in expected.items():
+        np.testing.assert_array_equal(entries[name].counts, counts, err_msg=name)
+        np.testing.assert_allclose(entries[name].sums, sums.numpy(), rtol=2e-5, err_msg=name)
+
+
+def test_batching_changes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(30, 12, 30, 5, 21)
+    together, _ = observe(tiny, rows)
+    monkeypatch.setitem(sweep_module._BATCH_TOKENS, "cpu", 1)
+    apart, _ = observe(tiny, rows)
+    for layer in together.layers:
+        np.testing.assert_array_equal(together.layers[layer].count, apart.layers[layer].count)
+        np.testing.assert_allclose(
+            together.layers[layer].reap_sum, apart.layers[layer].reap_sum, rtol=1e-5
+        )
+
+
+def test_2d_and_3d_storage_give_the_same_sums(tmp_path: Path) -> None:
+    rows = rows_of(33, 20)
+    apart, _ = observe(TinyQwen3Moe().write(tmp_path / "2d"), rows)
+    fused, _ = observe(TinyQwen3Moe(fused=True).write(tmp_path / "3d"), rows)
+    for layer in apart.layers:
+        np.testing.assert_array_equal(apart.layers[layer].reap_sum, fused.layers[layer].reap_sum)
+
+
+def poisoned(tmp_path: Path, token: int) -> Path:
+    """A checkpoint in which one token's embedding is not a number."""
+    spec = TinyQwen3Moe()
+    folder = spec.write(tmp_path / "poisoned")
+    tensors = spec.tensors()
+    tensors["model.embed_tokens.weight"][token, 3] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_row_that_is_not_finite_counts_nowhere(tmp_path: Path) -> None:
+    rows = [row + 10 for row in rows_of(*[6] * 120)]
+    bad = rows[17].copy()
+    bad[2] = 5
+    folder = poisoned(tmp_path, token=5)
+    with_bad, report = observe(folder, [*rows[:17], bad, *rows[17:]])
+    assert report.n_dropped_rows == 1
+    without, _ = observe(folder, rows)
+    for layer in without.layers:
+        np.testing.assert_array_equal(with_bad.layers[layer].count, without.layers[layer].count)
+        np.testing.assert_allclose(
+            with_bad.layers[layer].reap_sum, without.layers[layer].reap_sum, rtol=1e-5
+        )
+
+
+def test_too_many_rows_that_are_not_finite_stop_the_sweep(tmp_path: Path) -> None:
+    rows = rows_of(8, 8, 8)
+    rows[1][0] = 5
+    with pytest.raises(ObservationError, match=r"layer 0: 1 of 3 rows are NaN"):
+        observe(poisoned(tmp_path, token=5), rows)
+
+
+def test_a_layer_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    spec = TinyQwen3Moe()
+    folder = spec.write(tmp_path / "odd")
+    tensors = spec.tensors()
+    tensors["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(3, 3)
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer 1 does not fit .*q_proj"):
+        observe(folder, rows_of(8))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said() -> None:
+    with pytest.raises(UsageError, match="no CUDA device"):
+        SweepOptions(device="cuda").resolve()
+
+
+def test_bfloat16_stays_near_float32(tiny: Path) -> None:
+    rows = rows_of(64)
+    exact, _ = observe(tiny, rows)
+    checkpoint = Checkpoint.open(tiny)
+    model = describe(checkpoint)
+    observer = SaliencyObserver(model)
+    options = SweepOptions(device="cpu", dtype="bfloat16")
+    sweep(checkpoint, model, rows, observer, options, "test", Silent())
+    for layer in exact.layers:
+        total = exact.layers[layer].reap_sum.sum()
+        assert observer.layers[layer].reap_sum.sum() == pytest.approx(total, rel=0.05)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Bundle
+from tiny import EXAMPLE, TinyQwen3Moe
+
+from reap2gguf import pipeline
+from reap2gguf.artifacts.gguf_header import read_gguf_header
+from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.errors import OutputError, Reap2ggufError, UsageError, VerificationError
+from reap2gguf.ggml import Ggml
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.plan import estimate, make_plan, plan_as_json
+from reap2gguf.progress import Silent
+from reap2gguf.workdir import Workdir, stage_key
+
+PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+
+
+def options(model: Path, output: Path, **changes: Any) -> BuildOptions:
+    values: dict[str, Any] = {
+        "recipes": ("q8_0",),
+        "model": str(model),
+        "output": output,
+        "calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128),
+        "chunk": 128,
+        "compute": ComputeOptions(device="cpu"),
+    }
+    return BuildOptions(**values | changes)
+
+
+def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
+    return pipeline.build(make_plan(options(model, output, **changes)), Silent())
+
+
+def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
+    return {stage.name: stage.reused for stage in result.manifest.stages}
+
+
+def test_what_a_build_leaves(built: Bundle) -> None:
+    assert {path.name for path in built.hf.iterdir()} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "reap2gguf.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert {path.name for path in built.gguf.iterdir()} == {
+        "README.md", "SHA256SUMS", "calibration.txt", "example-BF16.gguf", "example-IQ4_K_M.gguf",
+        "imatrix.dat", "imatrix.gguf", "reap2gguf.json",
+    }  # fmt: skip
+
+
+def test_sha256sum_agrees(built: Bundle) -> None:
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=built.gguf, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b": OK") == 7
+
+
+def test_the_manifest_records_the_build(built: Bundle) -> None:
+    manifest = Manifest.load(built.gguf)
+    assert manifest == Manifest.load(built.hf)
+    assert (manifest.pruning.n_experts, manifest.pruning.n_kept) == (16, 12)
+    assert set(manifest.pruning.kept) == {0, 1, 2, 3}
+    assert [record.file_type for record in manifest.gguf] == ["Q4_K_M", "BF16"]
+    assert [stage.name for stage in manifest.stages] == [
+        "texts", "observe", "prune", "imatrix", "export", "verify",
+    ]  # fmt: skip
+    assert str(built.output) not in (built.gguf / "reap2gguf.json").read_text()
+
+
+def test_the_gguf_tells_where_its_experts_come_from(built: Bundle) -> None:
+    metadata = read_gguf_header(built.gguf / "example-IQ4_K_M.gguf").metadata
+    kept = Manifest.load(built.gguf).pruning.kept
+    flat = np.array(metadata["reap2gguf.kept_experts"]).reshape(4, 12)
+    np.testing.assert_array_equal(flat, [kept[layer] for layer in range(4)])
+    assert metadata["reap2gguf.source_expert_count"] == 16
+    assert metadata["qwen3moe.expert_count"] == 12
+    assert metadata["general.file_type"] == 15
+
+
+def test_kept_experts_are_reaps_best(built: Bundle) -> None:
+    (path,) = (built.output / ".work" / "observations").glob("*.safetensors")
+    for layer, kept in Manifest.load(built.gguf).pruning.kept.items():
+        seen = Observations.load(path).layers[layer]
+        scores = seen.reap_sum / np.maximum(seen.count, 1)
+        assert set(kept) == set(np.argsort(scores)[-12:])
+
+
+def test_the_same_build_twice_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    first = build(tiny, tmp_path / "a")
+    second = build(tiny, tmp_path / "b", compute=ComputeOptions(device="cpu", threads=1))
+    for name in ("tiny-REAP-0.25-Q8_0.gguf", "imatrix.gguf", "calibration.txt"):
+        assert (first.gguf_folder / name).read_bytes() == (second.gguf_folder / name).read_bytes()
+
+
+def test_another_ratio_reuses_the_observations(tiny: Path, tmp_path: Path) -> None:
+    assert not any(stages_reused(build(tiny, tmp_path / "out")).values())
+    half = build(tiny, tmp_path / "out", compression=0.5)
+    assert stages_reused(half)["observe"]
+    assert half.manifest.pruning.n_kept == 4
+    assert half.hf_folder.name == "tiny-REAP-0.50"
+
+
+def test_an_interrupted_build_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.stages, "export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
+    result = build(tiny, tmp_path / "out")
+    assert stages_reused(result) == {
+        "texts": False, "observe": True, "prune": True, "imatrix": True, "export": False,
+        "verify": False,
+    }  # fmt: skip
+    fresh = build(tiny, tmp_path / "out", fresh=True)
+    assert not any(stages_reused(fresh).values())
+
+
+def test_a_build_that_fails_its_check_leaves_no_final_name(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize = Ggml.quantize
+
+    def quantize_wrongly(self: Ggml, rows: Any, *arguments: Any) -> Any:
+        return quantize(self, rows[::-1], *arguments)
+
+    monkeypatch.setattr(Ggml, "quantize", quantize_wrongly)
+    with pytest.raises(VerificationError) as caught:
+        build(tiny, tmp_path / "out")
+    assert any("attn_q.weight differs" in violation for violation in caught.value.violations)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
+
+
+def test_a_second_build_replaces_the_first(tiny: Path, tmp_path: Path) -> None:
+    first = build(tiny, tmp_path / "out")
+    (first.gguf_folder / "stale").write_text("")
+    second = build(tiny, tmp_path / "out", recipes=("bf16",))
+    names = {path.name for path in second.gguf_folder.glob("*.gguf")}
+    assert names == {"imatrix.gguf", "tiny-REAP-0.25-BF16.gguf"}
+    assert not (second.gguf_folder / "stale").exists()
+
+
+def test_a_folder_of_someone_else_is_not_replaced(tiny: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "out" / "mine-GGUF"
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("")
+    with pytest.raises(OutputError, match="was not made by reap2gguf"):
+        build(tiny, tmp_path / "out", name="mine")
+    assert (theirs / "thesis.txt").exists()
+
+
+def test_a_layout_changes_nothing_but_the_storage(tmp_path: Path) -> None:
+    recipes = ("bf16",)
+    apart = build(
+        TinyQwen3Moe().write(tmp_path / "2d"), tmp_path / "out", recipes=recipes, name="a"
+    )
+    fused = build(
+        TinyQwen3Moe(fused=True, n_shards=3).write(tmp_path / "3d"),
+        tmp_path / "out", recipes=recipes, name="b",
+    )  # fmt: skip
+    assert apart.manifest.pruning.kept == fused.manifest.pruning.kept
+    one = read_gguf_header(apart.gguf_folder / "a-BF16.gguf")
+    other = read_gguf_header(fused.gguf_folder / "b-BF16.gguf")
+    for name in one.tensors:
+        np.testing.assert_array_equal(one.read(name), other.read(name))
+
+
+def test_a_text_too_short_is_known_before_the_work(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("far too short")
+    with pytest.raises(Reap2ggufError, match=r"short\.txt: \d+ tokens do not fill"):
+        build(tiny, tmp_path / "out", imatrix_text=text)
+    assert not list((tmp_path / "out" / ".work" / "observations").iterdir())
+
+
+def test_a_plan_is_what_the_build_does(built: Bundle) -> None:
+    plan = make_plan(
+        BuildOptions(recipes=("unsloth-iq4km", "bf16"), model=str(EXAMPLE), name="example")
+    )
+    manifest = Manifest.load(built.gguf)
+    assert plan.n_parameters == manifest.hf.n_parameters
+    for recipe, record in zip(plan.recipes, manifest.gguf, strict=True):
+        assert {n: k.name for n, k in recipe.kinds().items()} == dict(record.tensors)
+        header = read_gguf_header(built.gguf / record.file)
+        assert recipe.n_bytes == sum(info.n_bytes for info in header.tensors.values())
+    values = plan_as_json(plan, estimate(plan, has_gpu=False))
+    assert values["experts"]["kept"] == 12
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_names(tiny: Path, tmp_path: Path) -> None:
+    assert make_plan(options(tiny, tmp_path)).name == "tiny-REAP-0.25"
+    assert make_plan(options(tiny, tmp_path, keep_experts=5)).name == "tiny-REAP-0.38"
+    with pytest.raises(UsageError, match=r"--name '\.\./x'"):
+        make_plan(options(tiny, tmp_path, name="../x"))
+    with pytest.raises(UsageError, match="two recipes have the label"):
+        make_plan(options(tiny, tmp_path, recipes=("q8_0", "q8_0")))
+
+
+def test_an_output_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        build(tiny, tmp_path / "file")
+
+
+def test_marks_of_later_stages_fall_with_earlier_ones(tmp_path: Path) -> None:
+    work = Workdir(tmp_path, "name")
+    work.prepare(fresh=False)
+    for stage in ("prune", "imatrix", "export"):
+        work.mark_done(stage, stage_key(stage))
+    work.begin("imatrix", work.gguf)
+    assert work.is_done("prune", stage_key("prune"))
+    assert not work.is_done("imatrix", stage_key("imatrix"))
+    assert not work.is_done("export", stage_key("export"))
+    (work.root / "stages.json").write_text('{"pru')
+    assert not work.is_done("prune", stage_key("prune"))
