@@ -1,0 +1,57 @@
+"""The sweep on a GPU against the sweep on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.models import describe
+from reap2gguf.observe.importance import ImportanceObserver
+from reap2gguf.observe.saliency import SaliencyObserver
+from reap2gguf.observe.sweep import SweepOptions, sweep
+from reap2gguf.progress import Silent
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def rows() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 4000, length) for length in (512, 512, 300, 512, 64)]
+
+
+def test_saliency(example: Path) -> None:
+    checkpoint = Checkpoint.open(example)
+    model = describe(checkpoint)
+    seen = {}
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        observer = SaliencyObserver(model)
+        sweep(checkpoint, model, rows(), observer, SweepOptions(device, dtype), "test", Silent())
+        seen[device, dtype] = observer.layers
+    for layer, exact in seen["cpu", "float32"].items():
+        single = seen["cuda", "float32"][layer]
+        assert np.abs(single.count - exact.count).max() <= 0.001 * exact.count.sum()
+        np.testing.assert_allclose(single.reap_sum, exact.reap_sum, rtol=0.01, atol=1.0)
+        half = seen["cuda", "bfloat16"][layer]
+        assert half.reap_sum.sum() == pytest.approx(exact.reap_sum.sum(), rel=0.02)
+
+
+def test_importance(example: Path) -> None:
+    checkpoint = Checkpoint.open(example)
+    model = describe(checkpoint)
+    found = {}
+    for device in ("cpu", "cuda"):
+        observer = ImportanceObserver(model)
+        options = SweepOptions(device, "float32")
+        sweep(checkpoint, model, rows(), observer, options, "test", Silent())
+        found[device] = observer.entries
+    assert found["cpu"].keys() == found["cuda"].keys()
+    for name, entry in found["cpu"].items():
+        total = found["cuda"][name].sums.sum()
+        assert total == pytest.approx(entry.sums.sum(), rel=0.01), name
