@@ -178,7 +178,7 @@ def _verify(run: _Build, pruned: Checkpoint, model: MoeModel, kept: Kept) -> lis
     threads = plan.options.compute.threads
     expected = stages.expected_folder(plan.model, plan.checkpoint, kept, plan.target.n_kept)
     with run.stage("verify"):
-        violations = stages.verify_pruned(pruned, expected, plan.checkpoint, run.progress)
+        violations = stages.verify_pruned(pruned, model, expected, plan.checkpoint, run.progress)
         for recipe in plan.recipes:
             path = work.gguf / plan.gguf_name(recipe)
             violations += stages.verify_gguf(path, recipe, pruned, model, threads, run.progress)

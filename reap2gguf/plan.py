@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from reap2gguf.calibration.corpus import DEFAULT_MIX
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.source import Source, resolve_source
@@ -18,6 +20,7 @@ from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
 from reap2gguf.prune.write import PrunedTensor, plan_pruned
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
+from reap2gguf.resources import shipped_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
 # Rates behind the time estimate; bench/ measures them.
@@ -25,6 +28,7 @@ _CPU_FLOPS = 60e9  # a core, float32
 _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
 _DISK_BYTES = 1e9
+_BASE_BYTES = 700 * 2**20  # torch, transformers and the buffers of one batch
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     """Disk, memory and time of a build that starts from nothing."""
     options, facts = plan.options, plan.model.facts
     threads = options.compute.threads
-    n_tokens = options.calibration.samples * plan.max_length
+    n_tokens = _tokens_at_most(plan)
     quantized = sum(
         math.prod(entry.tensor.shape) for recipe in plan.recipes for entry in recipe.table
     )
@@ -125,7 +129,20 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     held = n_tokens * facts.hidden_size * 2 * width
     largest = max(_layer_bytes(plan).values())
     gguf = sum(recipe.n_bytes for recipe in plan.recipes)
-    return Estimate(plan.hf_bytes + gguf, 2**30 + held + largest * width, seconds)
+    return Estimate(plan.hf_bytes + gguf, _BASE_BYTES + held + largest * width, seconds)
+
+
+def _tokens_at_most(plan: Plan) -> int:
+    """Tokens of a sweep: as many as were asked for, if the text has that many."""
+    calibration = plan.options.calibration
+    path = Path(calibration.spec)
+    if calibration.spec == DEFAULT_MIX:
+        path = shipped_folder("calibration")
+    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    n_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    wanted = calibration.samples * plan.max_length
+    # two bytes a token is the worst that text comes to; Parquet is compressed
+    return wanted if path.suffix == ".parquet" else min(wanted, n_bytes // 2 + 1)
 
 
 def active_parameters(plan: Plan) -> int:

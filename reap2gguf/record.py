@@ -44,39 +44,12 @@ def write_bundle_files(
     records: Sequence[StageRecord],
 ) -> Manifest:
     """Cards, manifests and SHA256SUMS of a verified build; the manifest."""
-    options = plan.options
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
-        source=SourceRecord(
-            label=plan.source.label,
-            revision=plan.source.revision,
-            fingerprint=observations.model_fingerprint,
-            architecture=plan.model.facts.architecture,
-            n_parameters=plan.checkpoint.n_parameters,
-            n_bytes=plan.checkpoint.n_bytes,
-        ),
-        pruning=PruningRecord(
-            method=options.method,
-            n_experts=plan.target.n_experts,
-            n_kept=plan.target.n_kept,
-            experts_per_token=plan.model.facts.experts_per_token,
-            kept=kept,
-            observations_sha256=hash_file(observations_file).sha256,
-            n_rows=observations.n_rows,
-            n_tokens=observations.n_tokens,
-            n_dropped_rows=observations.n_dropped_rows,
-        ),
-        calibration=CalibrationRecord(
-            spec=observations.calibration,
-            sha256=observations.calibration_sha256,
-            max_length=plan.max_length,
-            seed=options.calibration.seed,
-            imatrix_text=chunks.label,
-            imatrix_sha256=chunks.sha256,
-            imatrix_chunks=len(chunks.chunks),
-            imatrix_chunk_size=chunks.chunk_size,
-        ),
+        source=_source_record(plan, observations),
+        pruning=_pruning_record(plan, observations, observations_file, kept),
+        calibration=_calibration_record(plan, observations, chunks),
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
@@ -89,6 +62,48 @@ def write_bundle_files(
         verification={"summary": f"{len(checked)} checks passed", "passed": list(checked)},
     )
     return _write(plan, work, chunks, manifest)
+
+
+def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
+    return SourceRecord(
+        label=plan.source.label,
+        revision=plan.source.revision,
+        fingerprint=observations.model_fingerprint,
+        architecture=plan.model.facts.architecture,
+        n_parameters=plan.checkpoint.n_parameters,
+        n_bytes=plan.checkpoint.n_bytes,
+    )
+
+
+def _pruning_record(
+    plan: Plan, observations: Observations, observations_file: Path, kept: Kept
+) -> PruningRecord:
+    return PruningRecord(
+        method=plan.options.method,
+        n_experts=plan.target.n_experts,
+        n_kept=plan.target.n_kept,
+        experts_per_token=plan.model.facts.experts_per_token,
+        kept=kept,
+        observations_sha256=hash_file(observations_file).sha256,
+        n_rows=observations.n_rows,
+        n_tokens=observations.n_tokens,
+        n_dropped_rows=observations.n_dropped_rows,
+    )
+
+
+def _calibration_record(
+    plan: Plan, observations: Observations, chunks: ImatrixChunks
+) -> CalibrationRecord:
+    return CalibrationRecord(
+        spec=observations.calibration,
+        sha256=observations.calibration_sha256,
+        max_length=plan.max_length,
+        seed=plan.options.calibration.seed,
+        imatrix_text=chunks.label,
+        imatrix_sha256=chunks.sha256,
+        imatrix_chunks=len(chunks.chunks),
+        imatrix_chunk_size=chunks.chunk_size,
+    )
 
 
 def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest) -> Manifest:

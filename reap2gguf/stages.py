@@ -20,7 +20,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.export.gguf_export import GgufOutput, export_gguf
 from reap2gguf.export.header import HeaderFacts
-from reap2gguf.models import HeaderValue, MoeModel
+from reap2gguf.models import HeaderValue, MoeModel, describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 from reap2gguf.prune.select import Kept, Target, select_experts
@@ -160,10 +160,14 @@ def expected_folder(model: MoeModel, source: Checkpoint, kept: Kept, n_kept: int
 
 
 def verify_pruned(
-    pruned: Checkpoint, expected: ExpectedFolder, source: Checkpoint, progress: Progress
+    pruned: Checkpoint,
+    model: MoeModel,
+    expected: ExpectedFolder,
+    source: Checkpoint,
+    progress: Progress,
 ) -> list[str]:
     """Violations of the pruned safetensors against plan and source."""
-    return list(check_folder(pruned, expected, source, progress))
+    return list(check_folder(pruned, model, expected, source, progress))
 
 
 def verify_gguf(
@@ -214,7 +218,7 @@ def prune_to_folder(
     (made / KEPT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     expected = expected_folder(model, checkpoint, kept, target.n_kept)
     with Checkpoint.open(made) as pruned:
-        violations = verify_pruned(pruned, expected, checkpoint, progress)
+        violations = verify_pruned(pruned, describe(pruned), expected, checkpoint, progress)
     if violations:
         raise VerificationError(violations)
     made.rename(folder)

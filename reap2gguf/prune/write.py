@@ -89,7 +89,11 @@ def write_pruned(
 def companion_files(folder: Path) -> list[Path]:
     """Tokenizer, template, generation config and licence files of a checkpoint."""
     found = {file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in _WRITTEN_HERE)
+    return sorted(
+        file
+        for file in found
+        if file.name not in _WRITTEN_HERE and not file.name.endswith(".index.json")
+    )
 
 
 def _contents(checkpoint: Checkpoint, tensor: PrunedTensor) -> Iterator[memoryview]:

@@ -70,7 +70,7 @@ def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: P
     checkpoint, model, violations = open_folder(folder, None)
     if checkpoint is not None and model is not None:
         expected = ExpectedFolder(model.facts.n_experts)
-        violations += check_folder(checkpoint, expected, None, progress)
+        violations += check_folder(checkpoint, model, expected, None, progress)
     for path in files:
         header, problems = open_gguf(path)
         violations += problems
@@ -109,7 +109,7 @@ def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[
     checkpoint, model, violations = open_folder(folder, expected)
     yield from violations
     if checkpoint is not None and model is not None:
-        yield from check_folder(checkpoint, expected, None, progress)
+        yield from check_folder(checkpoint, model, expected, None, progress)
 
 
 def _check_gguf(

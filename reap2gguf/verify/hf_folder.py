@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint, to_float32
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.models import MoeModel, describe
+from reap2gguf.models import Expert, MoeModel, describe
 from reap2gguf.progress import Progress
 
 _PIECE_ROWS = 2**22
@@ -57,7 +57,11 @@ def open_folder(
 
 
 def check_folder(
-    checkpoint: Checkpoint, expected: ExpectedFolder, source: Checkpoint | None, progress: Progress
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    expected: ExpectedFolder,
+    source: Checkpoint | None,
+    progress: Progress,
 ) -> Iterator[str]:
     """Violations in an opened folder: names, shapes, dtypes, then every value."""
     where = checkpoint.folder.name
@@ -78,7 +82,7 @@ def check_folder(
             elif plan is not None and source is not None:
                 yield from _compare_bytes(checkpoint, plan, source, task.advance)
             else:
-                yield from _check_values(checkpoint, name, task.advance)
+                yield from _check_values(checkpoint, model, name, task.advance)
 
 
 def _compare_bytes(
@@ -108,13 +112,14 @@ def _compare_bytes(
 
 
 def _check_values(
-    checkpoint: Checkpoint, name: str, advance: Callable[[float], None]
+    checkpoint: Checkpoint, model: MoeModel, name: str, advance: Callable[[float], None]
 ) -> Iterator[str]:
     stored = checkpoint.tensors[name]
     length = stored.shape[0] if stored.shape else 1
     step = max(1, _PIECE_ROWS // max(1, int(np.prod(stored.shape[1:]))))
-    if name in _stacked(checkpoint):
-        step = 1
+    role = model.role(name)
+    if isinstance(role, Expert) and role.expert is None:
+        step = 1  # every expert on its own must hold something
     for first in range(0, length, step):
         piece = checkpoint.read(name, first, min(first + step, length))
         problems = list(_judge(checkpoint, name, piece))
@@ -122,11 +127,6 @@ def _check_values(
             yield from problems
             return
         advance(piece.nbytes)
-
-
-def _stacked(checkpoint: Checkpoint) -> Mapping[str, object]:
-    """Tensors with an expert per entry on axis 0, each of which must hold something."""
-    return {n: t for n, t in checkpoint.tensors.items() if len(t.shape) == 3 and "experts" in n}
 
 
 def _judge(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> Iterator[str]:
