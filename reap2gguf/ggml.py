@@ -2,6 +2,9 @@
 
 Any libggml serves: the prebuilt one of `libggml-python`, or the one inside `llama-cpp-python`.
 ctypes releases the interpreter's lock during a call, so threads quantize side by side.
+
+A program that uses llama_cpp as well must import it first: both carry a library of one name, and
+llama_cpp needs its own.
 """
 
 from __future__ import annotations
@@ -30,6 +33,15 @@ _FLOAT_TYPES = (
     GGMLQuantizationType.F16,
     GGMLQuantizationType.BF16,
 )
+# Types that a weight can be stored in; asking libggml for another one ends the process.
+STORABLE = frozenset(
+    GGMLQuantizationType[name]
+    for name in (
+        "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0",
+        "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+        "IQ1_M", "IQ1_S", "MXFP4",
+    )
+)  # fmt: skip
 # Types that libggml quantizes to garbage, or not at all, without an importance matrix.
 NEEDS_IMPORTANCE = frozenset(
     GGMLQuantizationType[name]
@@ -68,10 +80,13 @@ class Ggml:
         """Rows (R, C) of float32 as `kind`: (R, bytes of a row).
 
         `importance` is (C,): the mean square of what multiplies each column. Raises ValueError if
-        the shapes do not fit or a type of NEEDS_IMPORTANCE is given none.
+        the shapes do not fit, the type is not STORABLE or needs importance and has none, or a value
+        is beyond the type's range.
         """
-        n_rows, n_columns = rows.shape
-        block, size = GGML_QUANT_SIZES[kind]
+        n_columns = rows.shape[1]
+        if kind not in STORABLE:
+            raise ValueError(f"{kind.name} is no type to store weights in")
+        block = GGML_QUANT_SIZES[kind][0]
         if n_columns % block:
             raise ValueError(f"rows of {n_columns} are no multiple of {kind.name}'s block {block}")
         if importance is not None and importance.shape != (n_columns,):
@@ -79,7 +94,18 @@ class Ggml:
         if importance is None and kind in NEEDS_IMPORTANCE:
             raise ValueError(f"{kind.name} needs an importance matrix")
         if kind in _FLOAT_TYPES:
-            return _to_float_type(rows, kind)
+            target = _to_float_type(rows, kind)
+        else:
+            target = self._quantize(rows, kind, importance)
+        if not self._library.ggml_validate_row_data(kind.value, target.ctypes.data, target.nbytes):
+            raise ValueError(f"values up to {np.abs(rows).max():g} are beyond {kind.name}'s range")
+        return target
+
+    def _quantize(
+        self, rows: Floats, kind: GGMLQuantizationType, importance: Floats | None
+    ) -> Bytes:
+        n_rows, n_columns = rows.shape
+        block, size = GGML_QUANT_SIZES[kind]
         source = np.ascontiguousarray(rows, dtype=np.float32)
         weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
         target = np.empty((n_rows, n_columns // block * size), dtype=np.uint8)
@@ -123,7 +149,8 @@ def _to_float_type(rows: Floats, kind: GGMLQuantizationType) -> Bytes:
     if kind is GGMLQuantizationType.F32:
         return np.ascontiguousarray(rows).view(np.uint8)
     if kind is GGMLQuantizationType.F16:
-        return rows.astype(np.float16).view(np.uint8)
+        with np.errstate(over="ignore"):  # the validation that follows tells
+            return rows.astype(np.float16, order="C").view(np.uint8)
     bits = np.ascontiguousarray(rows).view(np.uint32)
     # round to nearest, ties to even, as ggml_fp32_to_bf16 does for finite values
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
@@ -163,6 +190,8 @@ def _declare(library: ctypes.CDLL) -> str:
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     )  # fmt: skip
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    library.ggml_validate_row_data.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_get_type_traits.argtypes = (ctypes.c_int,)
     library.ggml_version.restype = ctypes.c_char_p

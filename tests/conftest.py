@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import llama_cpp  # noqa: F401  before libggml-python's library of the same name
 from tiny import EXAMPLE, TinyQwen3Moe
 
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions

@@ -187,6 +187,8 @@ def _tensor(cursor: _Cursor) -> GgufTensorInfo:
     if not 1 <= n_dims <= _MAX_DIMENSIONS:
         raise ArtifactError(f"{cursor.path}: tensor {name!r} has {n_dims} dimensions, expected 1-4")
     ne = [cursor.count(f"values along an axis of {name!r}", 2**48) for _ in range(n_dims)]
+    if 0 in ne:
+        raise ArtifactError(f"{cursor.path}: tensor {name!r} has no values: its sizes are {ne}")
     raw_kind = cursor.number("<I")
     try:
         kind = GGMLQuantizationType(raw_kind)

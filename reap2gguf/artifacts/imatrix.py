@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from reap2gguf.artifacts.gguf_header import read_gguf_header
 from reap2gguf.errors import ArtifactError
@@ -103,7 +103,8 @@ def _dat_pieces(imatrix: Imatrix) -> Iterator[bytes]:
     for entry in entries:
         name = entry.name.encode()
         # rounded up, so that a matrix seen less than one chunk does not count as unseen
-        calls = -(-int(entry.counts.max()) // imatrix.chunk_size)
+        # a .dat knows no chunk size: its counts are calls already
+        calls = -(-int(entry.counts.max()) // max(imatrix.chunk_size, 1))
         values = entry.importance() * np.float32(calls)
         yield struct.pack("<i", len(name)) + name
         yield struct.pack("<ii", calls, values.size) + values.tobytes()
@@ -116,6 +117,13 @@ def _load_gguf(path: Path) -> Imatrix:
     if header.metadata.get("general.type") != "imatrix":
         raise ArtifactError(f"{path}: a GGUF file, but general.type is not imatrix")
     n_chunks, chunk_size = (header.metadata.get(key, 0) for key in _CHUNK_KEYS)
+    datasets = header.metadata.get("imatrix.datasets") or [""]
+    if (
+        not isinstance(n_chunks, int)
+        or not isinstance(chunk_size, int)
+        or not isinstance(datasets, list)
+    ):
+        raise ArtifactError(f"{path}: an imatrix.* key has the wrong type")
     entries: dict[str, ImatrixEntry] = {}
     for tensor in header.tensors:
         name = tensor.removesuffix(".in_sum2")
@@ -123,13 +131,16 @@ def _load_gguf(path: Path) -> Imatrix:
             continue  # counts are read with their sums; newer files add statistics of no use here
         if f"{name}.counts" not in header.tensors:
             raise ArtifactError(f"{path}: {name!r} has sums but no counts")
+        for part in (tensor, f"{name}.counts"):
+            kind = header.tensors[part].kind
+            if kind is not GGMLQuantizationType.F32:
+                raise ArtifactError(f"{path}: {part!r} is {kind.name}, expected F32")
         sums = header.read(tensor).view("<f4")
         counts = header.read(f"{name}.counts").view("<f4").reshape(-1)
         if counts.size == 0 or sums.size % counts.size or not _countable(counts):
             raise ArtifactError(f"{path}: {name!r}: {sums.size} sums do not fit its counts")
         shaped = sums.reshape(counts.size, -1).astype(np.float32)
         entries[name] = ImatrixEntry(name, shaped, counts.astype(np.int64))
-    datasets = header.metadata.get("imatrix.datasets") or [""]
     return Imatrix(entries, str(datasets[0]), int(n_chunks), int(chunk_size))
 
 

@@ -122,7 +122,7 @@ class Manifest:
         """Write `reap2gguf.json` under a temporary name, then rename it."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
         # a list of expert ids reads better on one line
-        text = re.sub(r"\[[\s\d,]+\]", lambda ids: " ".join(ids[0].split()), text)
+        text = re.sub(r"\[\n[ \n\d,]+\]", lambda ids: " ".join(ids[0].split()), text)
         path = folder / MANIFEST_FILE
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.safetensors_header import read_header
-from reap2gguf.errors import ArtifactError
+from reap2gguf.errors import ArtifactError, CheckpointError
 
 FORMAT_VERSION = "1"
 Doubles = npt.NDArray[np.float64]
@@ -66,7 +66,10 @@ class Observations:
     @classmethod
     def load(cls, path: Path) -> Observations:
         """Read and check the file; ArtifactError if it is broken or not of this format."""
-        header = read_header(path)
+        try:
+            header = read_header(path)
+        except CheckpointError as error:
+            raise ArtifactError(str(error)) from error
         metadata = _read_metadata(path)
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
@@ -93,7 +96,8 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         metadata = json.loads(file.read(length)).get("__metadata__") or {}
-    if not isinstance(metadata, dict) or len(str(metadata)) > _MAX_METADATA_BYTES:
+    words = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not words or len(str(metadata)) > _MAX_METADATA_BYTES:
         raise ArtifactError(f"{path}: no readable metadata")
     return metadata
 

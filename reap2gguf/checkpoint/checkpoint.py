@@ -214,7 +214,7 @@ def _find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]
     weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map of tensor to file")
-    for file_name in set(weight_map.values()):
+    for file_name in weight_map.values():
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise CheckpointError(
                 f"{index_path}: names the file {file_name!r}, expected a plain name in this folder"

@@ -87,9 +87,13 @@ class ConfigReader:
         key, value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected a number")
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
             raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected a finite one")
-        return float(value)
+        return number
 
     def boolean(self, key: str, default: bool) -> bool:
         """True or false under `key`."""
@@ -102,7 +106,9 @@ class ConfigReader:
 
     def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
         """The list of integers under `key`, each within [low, high]; absent or null is empty."""
-        value = self.values.get(key) or []
+        value = self.values.get(key)
+        if value is None:
+            return ()
         good = isinstance(value, list) and all(
             isinstance(item, int) and not isinstance(item, bool) and low <= item <= high
             for item in value

@@ -90,7 +90,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in its header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{where}: dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(f"{where}: shape {shape!r}, expected at most 8 sizes from 0 to 2^48")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,11 @@ def resolve_source(model: str | None) -> Source:
     if model is None:
         folder = example_checkpoint()
         return Source(folder.name, folder)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    # os.path answers False where Path raises: names too long, users unknown
+    folder = Path(os.path.expanduser(model))
+    if model and os.path.isdir(folder):
         return Source(folder.resolve().name, folder)
-    if folder.exists():
+    if model and os.path.exists(folder):
         raise SourceError(f"{model}: is a file; pass the folder that holds config.json")
     if not _HUB_NAME.fullmatch(model) or model.startswith((".", "/", "~")):
         raise SourceError(
@@ -52,6 +54,7 @@ def _fetch(model: str) -> Source:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -60,6 +63,8 @@ def _fetch(model: str) -> Source:
     name, _, revision = model.partition("@")
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise SourceError(f"{name}: no such folder, and not a Hub name ({error})") from error
     except GatedRepoError as error:
         raise SourceError(
             f"{name}: gated on the Hub; accept its terms there and run `hf auth login`"

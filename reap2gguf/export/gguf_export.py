@@ -110,10 +110,19 @@ class _Job:
         for file in self.files:
             kind = file.kinds[tensor.name]
             if kind not in done:
-                done[kind] = self.ggml.quantize(rows, kind, column_weights)
+                done[kind] = self._quantize(piece, rows, kind, column_weights)
             place = piece.first_row_in_tensor * row_bytes(kind, tensor.n_columns)
             _write_at(file.descriptor, done[kind], file.layout.offsets[tensor.name] + place)
             self.task.advance(rows.size)
+
+    def _quantize(
+        self, piece: _Piece, rows: Floats, kind: GGMLQuantizationType, weights: Floats | None
+    ) -> npt.NDArray[np.uint8]:
+        try:
+            return self.ggml.quantize(rows, kind, weights)
+        except ValueError as error:
+            stored = f"{self.checkpoint.folder}: {piece.slab.stored!r}"
+            raise CheckpointError(f"{stored} as {piece.tensor.name}: {error}") from error
 
     def _rows(self, piece: _Piece) -> Floats:
         slab, tensor = piece.slab, piece.tensor

@@ -14,6 +14,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 
 # split pattern -> llama.cpp's name; two families differ only in how they treat marks (\p{M})
@@ -36,9 +37,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     pre-tokenizer of its pattern.
     """
     tokenizer = read_tokenizer_json(folder)
-    kind = (tokenizer.get("model") or {}).get("type")
-    if kind != "BPE":
-        raise UnsupportedModelError(f"{folder}: tokenizer model {kind!r}, expected byte-level BPE")
+    _check(tokenizer, folder)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(recognise_pre_tokenizer(tokenizer, folder))
     tokens, types = _tokens(tokenizer, vocab_size, folder)
@@ -46,6 +45,36 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_types(types)
     # gguf-py knows where merges, special ids and chat templates hide
     SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+
+
+def _check(tokenizer: dict[str, Any], folder: Path) -> None:
+    """Refuse files that gguf-py's reader would stumble over or read only in part."""
+    where = folder / "tokenizer.json"
+    model = tokenizer.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or kind != "BPE":
+        raise UnsupportedModelError(f"{where}: tokenizer model {kind!r}, expected byte-level BPE")
+    if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
+        raise CheckpointError(f"{where}: no vocabulary")
+    merges = model.get("merges")
+    if not isinstance(merges, list) or not all(_is_merge(merge) for merge in merges):
+        raise CheckpointError(f"{where}: merges are not a list of pairs of tokens")
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token
+        for token in added
+    ):
+        raise CheckpointError(f"{where}: added_tokens are not a list of tokens with content and id")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+
+
+def _is_merge(merge: Any) -> bool:
+    """`"a b"` or `["a", "b"]`."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    good = isinstance(parts, list) and len(parts) == 2
+    return good and all(isinstance(part, str) for part in parts)
 
 
 def recognise_pre_tokenizer(tokenizer: dict[str, Any], folder: Path) -> str:
@@ -80,10 +109,7 @@ def _tokens(
         raise UnsupportedModelError(f"{folder}: vocab_size {vocab_size:,} is over {_MAX_TOKENS:,}")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
-    vocab = tokenizer["model"].get("vocab")
-    added = tokenizer.get("added_tokens") or []
-    if not isinstance(vocab, dict) or not vocab or not isinstance(added, list):
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: no vocabulary")
+    vocab, added = tokenizer["model"]["vocab"], tokenizer.get("added_tokens") or []
     normal = [(text, index, TokenType.NORMAL) for text, index in vocab.items()]
     extra = [(token["content"], token["id"], _added_type(token)) for token in added]
     for text, index, kind in [*normal, *extra]:

@@ -167,33 +167,68 @@ class MoeModel(ABC):
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
 
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """What the config says of the shapes of stored tensors that are not experts."""
+
+    def unused(self) -> frozenset[str]:
+        """Stored tensors that the model carries and nothing reads; they are in no GGUF file."""
+        return frozenset()
+
+    def caveats(self) -> tuple[str, ...]:
+        """What a user must know before publishing, one sentence each."""
+        return ()
+
     embedding_name: ClassVar[str]  # stored name of the token embedding
     experts_module: ClassVar[str] = "mlp.experts"  # path of the experts within a decoder layer
 
     def check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
-        """Refuse a checkpoint whose expert and router tensors do not have E experts on axis 0.
+        """Refuse a checkpoint whose tensors are not those that its config describes.
 
         Raises CheckpointError naming the tensor, and UnknownTensorError for an unexplained one.
         """
-        seen: dict[tuple[int, Projection], set[int]] = {}
-        for name, tensor in stored.items():
-            role = self.role(name)
+        roles = {name: self.role(name) for name in stored}
+        self._check_expert_axes(stored, roles)
+        _check_experts_present(roles, self.facts.n_experts)
+        for name, shape in self.shapes().items():
+            if name in stored and stored[name].shape != shape:
+                raise CheckpointError(
+                    f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(shape)}, "
+                    "as config.json says"
+                )
+        tensors = self.gguf_tensors(stored)
+        used = {slab.stored for tensor in tensors for slab in tensor.slabs} | self.unused()
+        if left := sorted(stored.keys() - used):
+            raise CheckpointError(
+                f"tensor {left[0]!r} is stored, but another tensor stands for the same weights"
+            )
+
+    def _check_expert_axes(
+        self, stored: Mapping[str, StoredTensor], roles: Mapping[str, Role]
+    ) -> None:
+        """Fused experts and routers have E entries on axis 0."""
+        for name, role in roles.items():
+            shape = stored[name].shape
             fused = isinstance(role, Expert) and role.expert is None
-            if (fused or isinstance(role, Router)) and (
-                not tensor.shape or tensor.shape[0] != self.facts.n_experts
-            ):
+            if (fused or isinstance(role, Router)) and shape[:1] != (self.facts.n_experts,):
                 raise CheckpointError(
-                    f"{name}: shape {list(tensor.shape)}, expected {self.facts.n_experts} experts "
-                    "on its first axis, as config.json says"
+                    f"{name}: shape {list(shape)}, expected {self.facts.n_experts} experts on its "
+                    "first axis, as config.json says"
                 )
-            if isinstance(role, Expert) and role.expert is not None:
-                seen.setdefault((role.layer, role.projection), set()).add(role.expert)
-        everyone = set(range(self.facts.n_experts))
-        for (layer, projection), found in seen.items():
-            if found != everyone:
-                odd = min(found ^ everyone)
-                problem = "missing" if odd in everyone else "beyond the config's count"
-                raise CheckpointError(
-                    f"layer {layer}: {projection} of expert {odd} is {problem}: found "
-                    f"{len(found)} experts, expected {self.facts.n_experts}"
-                )
+
+
+def _check_experts_present(roles: Mapping[str, Role], n_experts: int) -> None:
+    """Where experts are one tensor each, every layer and projection has all of them."""
+    seen: dict[tuple[int, Projection], set[int]] = {}
+    for role in roles.values():
+        if isinstance(role, Expert) and role.expert is not None:
+            seen.setdefault((role.layer, role.projection), set()).add(role.expert)
+    everyone = set(range(n_experts))
+    for (layer, projection), found in seen.items():
+        if found != everyone:
+            odd = min(found ^ everyone)
+            problem = "missing" if odd in everyone else "beyond the config's count"
+            raise CheckpointError(
+                f"layer {layer}: {projection} of expert {odd} is {problem}: found {len(found)} "
+                f"experts, expected {n_experts}"
+            )

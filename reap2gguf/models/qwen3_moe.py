@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from gguf import GGUFValueType, Keys, RopeScalingType
+from gguf import GGUFValueType, Keys
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
@@ -27,6 +27,7 @@ from reap2gguf.models.contract import (
     Router,
     Slab,
 )
+from reap2gguf.models.rope import rope_metadata
 
 # HF name -> GGUF name, outside the layers
 _OUTER = {
@@ -49,8 +50,8 @@ _INNER = {
     "mlp.down_proj.weight": "ffn_down.weight",
 }
 _ROUTER = "mlp.gate.weight"
-_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)")
-_EXPERT_2D = re.compile(r"mlp\.experts\.(\d{1,6})\.(gate|up|down)_proj\.weight")
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
+_EXPERT_2D = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(gate|up|down)_proj\.weight")
 _EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
 _PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 _COUNT_KEYS = ("num_experts", "num_local_experts")
@@ -69,6 +70,12 @@ class Qwen3Moe(MoeModel):
         read.expect("hidden_act", "silu", why="llama.cpp's qwen3moe computes SwiGLU")
         read.expect("attention_bias", False, why="attention biases are not implemented")
         read.expect("use_sliding_window", False, why="llama.cpp's qwen3moe has full attention")
+        if not read.boolean("norm_topk_prob", default=False):
+            raise UnsupportedModelError(
+                f"{read.where}: norm_topk_prob is not true, and llama.cpp's qwen3moe always "
+                "normalises the chosen experts' weights"
+            )
+        rope_metadata(self.config, "qwen3moe", read.where)  # refuses what is not implemented
         read.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
         n_layers = read.integer("num_hidden_layers", low=1, high=4096)
         n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
@@ -105,7 +112,8 @@ class Qwen3Moe(MoeModel):
         if match := _LAYER.fullmatch(name):
             layer, rest = int(match[1]), match[2]
             if layer < self.facts.n_layers:
-                if rest in _INNER:
+                moe = layer in self.facts.moe_layers
+                if rest in _INNER and not (moe and rest.startswith("mlp.")):
                     return Plain(layer)
                 if layer in self.facts.moe_layers:
                     if rest == _ROUTER:
@@ -123,12 +131,53 @@ class Qwen3Moe(MoeModel):
     def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
         return tuple(self._gguf_tensors(stored))
 
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        facts = self.facts
+        hidden, head = facts.hidden_size, facts.head_dim
+        query, key = facts.n_heads * head, facts.n_kv_heads * head
+        dense = self._dense_width() or 0
+        inner = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (query, hidden),
+            "self_attn.k_proj.weight": (key, hidden),
+            "self_attn.v_proj.weight": (key, hidden),
+            "self_attn.o_proj.weight": (hidden, query),
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            _ROUTER: (facts.n_experts, hidden),
+            "mlp.gate_proj.weight": (dense, hidden),
+            "mlp.up_proj.weight": (dense, hidden),
+            "mlp.down_proj.weight": (hidden, dense),
+        }
+        outer = {
+            "model.embed_tokens.weight": (facts.vocab_size, hidden),
+            "lm_head.weight": (facts.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+        }
+        return outer | {
+            self.layer_prefix(layer) + name: shape
+            for layer in range(facts.n_layers)
+            for name, shape in inner.items()
+        }
+
+    def unused(self) -> frozenset[str]:
+        # a tied model may carry a copy of its embeddings as lm_head, which nothing reads
+        return frozenset({"lm_head.weight"} if self.facts.tied_embeddings else ())
+
+    def caveats(self) -> tuple[str, ...]:
+        if len(self.facts.moe_layers) == self.facts.n_layers:
+            return ()
+        caveat = (
+            "llama.cpp's qwen3moe wants experts in every layer, and this model has dense ones: its "
+            "GGUF files are converted by the rules but do not load there"
+        )
+        return (caveat,)
+
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         for name, gguf_name in _OUTER.items():
-            # a tied model may carry a copy of its embeddings as lm_head, which nothing reads
-            if name == "lm_head.weight" and self.facts.tied_embeddings:
-                continue
-            yield _single(stored, name, gguf_name)
+            if name not in self.unused():
+                yield _single(stored, name, gguf_name)
         for layer in range(self.facts.n_layers):
             prefix = self.layer_prefix(layer)
             for rest, gguf_rest in _INNER.items():
@@ -173,7 +222,7 @@ class Qwen3Moe(MoeModel):
             (llm.BLOCK_COUNT, facts.n_layers, _UINT32),
             (llm.CONTEXT_LENGTH, facts.context_length, _UINT32),
             (llm.EMBEDDING_LENGTH, facts.hidden_size, _UINT32),
-            (llm.FEED_FORWARD_LENGTH, self.config.get("intermediate_size"), _UINT32),
+            (llm.FEED_FORWARD_LENGTH, self._dense_width(), _UINT32),
             (Keys.Attention.HEAD_COUNT, facts.n_heads, _UINT32),
             (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, _UINT32),
             (Keys.Attention.LAYERNORM_RMS_EPS, self.reader.number("rms_norm_eps"), _FLOAT32),
@@ -189,6 +238,11 @@ class Qwen3Moe(MoeModel):
             if value is not None
         )
         return own + rope_metadata(self.config, facts.gguf_arch, self.reader.where)
+
+    def _dense_width(self) -> int | None:
+        if self.config.get("intermediate_size") is None:
+            return None
+        return self.reader.integer("intermediate_size", low=1)
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         return {
@@ -215,42 +269,6 @@ class Qwen3Moe(MoeModel):
         blk = f"blk.{layer}"
         fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
         return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
-
-
-def rope_metadata(config: Mapping[str, Any], arch: str, where: str) -> tuple[HeaderValue, ...]:
-    """Rotary keys from either spelling: `rope_parameters`, or `rope_theta` and `rope_scaling`.
-
-    Raises UnsupportedModelError for a scaling type that is not none, linear or yarn.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise UnsupportedModelError(f"{where}: rope_theta is {theta!r}, expected a positive number")
-    values = [HeaderValue(Keys.Rope.FREQ_BASE.format(arch=arch), float(theta), _FLOAT32)]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "yarn"):
-        raise UnsupportedModelError(
-            f"{where}: rope_type {kind!r}, expected default, linear or yarn"
-        )
-    if kind != "default":
-        names = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
-        values += [
-            HeaderValue(
-                Keys.Rope.SCALING_TYPE.format(arch=arch), names[kind].value, GGUFValueType.STRING
-            ),
-            HeaderValue(
-                Keys.Rope.SCALING_FACTOR.format(arch=arch), float(rope["factor"]), _FLOAT32
-            ),
-        ]
-    if kind == "yarn":
-        values.append(
-            HeaderValue(
-                Keys.Rope.SCALING_ORIG_CTX_LEN.format(arch=arch),
-                int(rope["original_max_position_embeddings"]),
-                _UINT32,
-            )
-        )
-    return tuple(values)
 
 
 def _fused_name(

@@ -104,11 +104,17 @@ class Mixture:
     low_bit: bool = False  # the IQ1 and IQ2 family, which has its own rules
 
 
-def _low(base: Type, embedding: Type, down: Type, output: Type | None) -> Sequence[Exemption]:
-    """The IQ1 and IQ2 family, for models of at least four experts."""
+def _few_values(place: Place) -> bool:
+    """Attention values are a small part of the model."""
+    return place.gqa >= 4 or place.n_experts >= 4
+
+
+def _low(embedding: Type, down: Type, output: Type | None) -> Sequence[Exemption]:
+    """The IQ2 family."""
     found: list[Exemption] = [
         (Part.TOKEN_EMBD, _always, embedding),
-        (Part.ATTN_V, _always, Type.Q4_K),
+        (Part.ATTN_V, _few_values, Type.Q4_K),
+        (Part.ATTN_V, _always, down),
         (Part.FFN_DOWN, _first_eighth, down),
     ]
     return found if output is None else [*found, (Part.ATTN_OUTPUT, _always, output)]
@@ -228,7 +234,7 @@ MIXTURES: dict[str, Mixture] = {
     "IQ2_M": Mixture(
         _F.MOSTLY_IQ2_M,
         Type.IQ2_S,
-        _low(Type.IQ2_S, Type.IQ3_S, Type.IQ3_S, Type.IQ3_S),
+        _low(Type.IQ3_S, Type.IQ3_S, Type.IQ3_S),
         output=_Q5,
         eight_expert_output=_Q5,
         low_bit=True,
@@ -236,7 +242,7 @@ MIXTURES: dict[str, Mixture] = {
     "IQ2_S": Mixture(
         _F.MOSTLY_IQ2_S,
         Type.IQ2_XS,
-        _low(Type.IQ2_XS, Type.IQ3_S, Type.IQ3_S, Type.IQ3_S),
+        _low(Type.IQ3_S, Type.IQ3_S, Type.IQ3_S),
         output=_Q5,
         eight_expert_output=_Q5,
         low_bit=True,
@@ -244,7 +250,7 @@ MIXTURES: dict[str, Mixture] = {
     "IQ2_XS": Mixture(
         _F.MOSTLY_IQ2_XS,
         Type.IQ2_XS,
-        _low(Type.IQ2_XS, Type.Q2_K, Type.Q2_K, None),
+        _low(Type.Q2_K, Type.Q2_K, None),
         output=_Q5,
         eight_expert_output=_Q5,
         low_bit=True,

@@ -21,6 +21,7 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError
+from reap2gguf.ggml import STORABLE
 from reap2gguf.quantize.file_types import Mixture, mixture_named
 from reap2gguf.resources import shipped_folder
 
@@ -92,7 +93,7 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
     """A recipe from its text; RecipeError names `where` and the key that is wrong."""
     try:
         values = tomllib.loads(source)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise RecipeError(f"{where}: not valid TOML ({error})") from error
     _refuse_unknown(values, _RECIPE_KEYS, where)
     rules = values.get("rules", [])
@@ -120,9 +121,9 @@ def _rule(values: Any, where: str) -> Rule:
     optional = values.get("optional", False)
     if not isinstance(optional, bool):
         raise RecipeError(f"{where}: optional is {optional!r}, expected true or false")
-    if kind not in GGMLQuantizationType.__members__:
+    known = {storable.name for storable in STORABLE}
+    if kind not in known:
         near = kind.upper().replace("-", "_")
-        known = GGMLQuantizationType.__members__
         hint = f"; did you mean {near}?" if near in known else _foreign_hint(kind)
         raise RecipeError(f"{where}: type {kind!r} is no GGML tensor type{hint}")
     return Rule(match, GGMLQuantizationType[kind], optional)

@@ -20,8 +20,6 @@ from reap2gguf.quantize.recipe import Recipe, Rule
 
 # llama.cpp's quantizer leaves these whole whatever is asked of it.
 _NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
-# llama.cpp never collects importance for these; they are quantized unweighted everywhere.
-UNWEIGHTED = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -81,19 +79,21 @@ def resolve(
         gqa=facts.n_heads // facts.n_kv_heads,
         has_imatrix=has_imatrix,
     )
-    won: dict[Rule, int] = dict.fromkeys(recipe.rules, 0)
+    winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
-        rule = next((r for r in recipe.rules if fnmatchcase(tensor.name, r.match)), None)
-        if rule is not None:
-            won[rule] += 1
+        matching = (i for i, r in enumerate(recipe.rules) if fnmatchcase(tensor.name, r.match))
+        winner = next(matching, None)
+        rule = None if winner is None else recipe.rules[winner]
+        if winner is not None:
+            winners.add(winner)
         whole = _stays_whole(tensor, recipe)
         if rule is not None:
             kind = _ruled(tensor, rule, whole, recipe)
         else:
             kind = chooser.choose(tensor) if whole is None else whole
         resolved[tensor.name] = ResolvedTensor(tensor, kind, rule.match if rule else None)
-    _refuse_idle_rules(recipe, won, tensors)
+    _refuse_idle_rules(recipe, winners, tensors)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
 
 
@@ -136,15 +136,15 @@ def _ruled(tensor: GgufTensor, rule: Rule, whole: Type | None, recipe: Recipe) -
     return rule.kind
 
 
-def _refuse_idle_rules(recipe: Recipe, won: dict[Rule, int], tensors: Sequence[GgufTensor]) -> None:
-    for rule, count in won.items():
-        if count:
+def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[GgufTensor]) -> None:
+    for position, rule in enumerate(recipe.rules):
+        if position in winners:
             continue
         reached = [t.name for t in tensors if fnmatchcase(t.name, rule.match)]
         if reached:
             raise RecipeError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} is shadowed: earlier rules take all "
-                f"{len(reached)} tensors it matches, such as {reached[0]}; move it up or remove it"
+                f"recipe {recipe.name!r}: rule {rule.match!r} is shadowed: earlier rules take "
+                f"every tensor it matches, such as {reached[0]}; move it up or remove it"
             )
         if not rule.optional:
             raise RecipeError(

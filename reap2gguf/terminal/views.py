@@ -36,6 +36,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
             f"  {target.n_kept} experts miss the fused kernels of vLLM and llama.cpp on CUDA; "
             f"the nearest count that has them is {friendly} (--keep-experts {friendly})"
         )
+    for caveat in plan.model.caveats():
+        yield f"  note: {caveat}"
     yield ""
     yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
     for recipe in plan.recipes:

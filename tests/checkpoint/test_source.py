@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from reap2gguf.checkpoint.source import Source, resolve_source
+from reap2gguf.errors import SourceError
+
+
+def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    # the HTTP client that huggingface_hub was built on differs between its versions
+    transport = __import__(errors.Response.__module__.partition(".")[0])
+    request = transport.Request("GET", "https://huggingface.co/api/models/owner/name")
+    return kind("no", response=transport.Response(status, request=request))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def snapshot_download(*args: Any, **kwargs: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def refusal(model: str) -> str:
+    with pytest.raises(SourceError) as caught:
+        resolve_source(model)
+    return str(caught.value)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "Some-Model"
+    folder.mkdir()
+    source = resolve_source(str(folder))
+    assert source == Source("Some-Model", folder, None)
+    assert source.short_name == "Some-Model"
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Some-Model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert resolve_source(".").label == "Some-Model"
+
+
+def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    failing(monkeypatch, AssertionError("asked the Hub"))
+    assert resolve_source("owner/name").label == "name"
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_source("~/model").folder == tmp_path / "model"
+
+
+def test_nothing_is_the_bundled_example(example: Path) -> None:
+    source = resolve_source(None)
+    assert source.label == "tiny-qwen3-moe"
+    assert source.folder.samefile(example)
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    message = refusal(str(path))
+    assert str(path) in message
+    assert "is a file" in message
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["nonsense", "", "a/b/c", "./owner/name", "/owner/name", "../name", "owner/", "/name", "a b/c",
+     "owner/name@", "owner/name@v1@v2", "https://huggingface.co/owner/name", "~nobody-here/name",
+     "x" * 300],
+)  # fmt: skip
+def test_nonsense_names(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, AssertionError("asked the Hub"))
+    message = refusal(model)
+    assert message.startswith(f"{model}: ")
+    assert "no such folder" in message
+
+
+@pytest.mark.parametrize(
+    "model", ["owner/na--me", "owner/-name", "owner/name.git", f"owner/{'n' * 120}", "a..b/name"]
+)
+def test_names_that_the_hub_library_refuses(model: str) -> None:
+    assert model in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (http_error(errors.GatedRepoError, 403), "hf auth login"),
+        (http_error(errors.RepositoryNotFoundError, 404), "no such repository"),
+        (http_error(errors.RevisionNotFoundError, 404), "no revision 'v7'"),
+        (http_error(errors.HfHubHTTPError, 503), "cannot be reached"),
+        (errors.LocalEntryNotFoundError("not cached"), "hf download"),
+        (errors.OfflineModeIsEnabled("offline"), "hf download"),
+        (ConnectionError("no route"), "cannot be reached"),
+        (TimeoutError("slow"), "cannot be reached"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_failures_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
+    failing(monkeypatch, error)
+    message = refusal("owner/name@v7")
+    assert message.startswith("owner/name: ")
+    assert advice in message
+
+
+def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refusal("no-such-owner/no-such-name")
+    assert "no-such-owner/no-such-name" in message
+    assert "hf download" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "revision"),
+    [("owner/Some.Name-1", "owner/Some.Name-1", None), ("owner/name@refs/pr/1", "owner/name",
+     "refs/pr/1"), ("owner/name@v1.0", "owner/name", "v1.0")],
+)  # fmt: skip
+def test_a_download(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    name: str,
+    revision: str | None,
+) -> None:
+    calls: list[tuple[Any, Any, list[str]]] = []
+
+    def snapshot_download(
+        repo_id: str, *, revision: str | None = None, allow_patterns: list[str]
+    ) -> str:
+        calls.append((repo_id, revision, allow_patterns))
+        return str(tmp_path / "snapshots" / "0123abcd")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = resolve_source(model)
+    assert source == Source(name, tmp_path / "snapshots" / "0123abcd", "0123abcd")
+    assert source.short_name == name.partition("/")[2]
+    ((repository, asked, patterns),) = calls
+    assert (repository, asked) == (name, revision)
+    assert not any(
+        pattern.endswith((".bin", ".pt", ".pth", ".py", "*"))
+        for pattern in patterns
+        if pattern != "LICENSE*"
+    )

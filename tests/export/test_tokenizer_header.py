@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader, GGUFWriter, TokenType
+from tiny import EXAMPLE
+
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.export.tokenizer import add_tokenizer
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
+
+
+def tokenizer(pattern: str = QWEN2, added: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return {
+        "added_tokens": added or [],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+    }
+
+
+def added(index: Any, content: str, special: bool = False) -> dict[str, Any]:
+    return {"id": index, "content": content, "special": special}
+
+
+def header(folder: Path, description: dict[str, Any], vocab_size: int = 8) -> dict[str, Any]:
+    """The keys that a tokenizer gives, read back by gguf-py."""
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    writer = GGUFWriter(folder / "header.gguf", "qwen3moe")
+    try:
+        add_tokenizer(writer, folder, vocab_size)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    fields = GGUFReader(folder / "header.gguf").fields
+    return {name: field.contents() for name, field in fields.items()}
+
+
+@pytest.mark.parametrize(("pattern", "name"), [(QWEN2, "qwen2"), (QWEN35, "qwen35")])
+def test_the_pre_tokenizer_is_recognised_by_its_pattern(
+    tmp_path: Path, pattern: str, name: str
+) -> None:
+    keys = header(tmp_path, tokenizer(pattern))
+    assert keys["tokenizer.ggml.pre"] == name
+    assert keys["tokenizer.ggml.model"] == "gpt2"
+    assert keys["tokenizer.ggml.merges"] == ["a b"]
+
+
+def test_a_split_outside_a_sequence_is_found(tmp_path: Path) -> None:
+    description = tokenizer()
+    description["pre_tokenizer"] = description["pre_tokenizer"]["pretokenizers"][0]
+    assert header(tmp_path, description)["tokenizer.ggml.pre"] == "qwen2"
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3, "", QWEN2 + " "])
+def test_an_unknown_pattern_is_refused(tmp_path: Path, pattern: str) -> None:
+    message = r"splits text by .* none of the patterns known here"
+    with pytest.raises(UnsupportedModelError, match=message) as raised:
+        header(tmp_path, tokenizer(pattern))
+    assert "qwen2, qwen35" in str(raised.value)
+    assert str(tmp_path / "tokenizer.json") in str(raised.value)
+
+
+def test_no_pre_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="splits text by no pattern"):
+        header(tmp_path, tokenizer() | {"pre_tokenizer": None})
+
+
+@pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": [["a", 0.0]]}, {}, None])
+def test_a_tokenizer_that_is_not_bpe_is_refused(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="expected byte-level BPE"):
+        header(tmp_path, tokenizer() | {"model": model})
+
+
+def test_tokens_types_and_padding(tmp_path: Path) -> None:
+    extra = [
+        added(3, "<|end|>", special=True),
+        added(4, "<|looks_special|>"),
+        added(6, "<think>"),
+        added(1, "b"),
+    ]
+    keys = header(tmp_path, tokenizer(added=extra))
+    pairs = zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True)
+    assert [(text, TokenType(kind).name) for text, kind in pairs] == [
+        ("a", "NORMAL"),
+        ("b", "USER_DEFINED"),
+        ("ab", "NORMAL"),
+        ("<|end|>", "CONTROL"),
+        ("<|looks_special|>", "CONTROL"),
+        ("[PAD5]", "UNUSED"),
+        ("<think>", "USER_DEFINED"),
+        ("[PAD7]", "UNUSED"),
+    ]
+
+
+@pytest.mark.parametrize("index", [8, 2**31, -1, None, "3", 3.0])
+def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, index: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"token '<t>' has the id .* vocab_size 8"):
+        header(tmp_path, tokenizer(added=[added(index, "<t>")]))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"token 'ab' has the id 2, .* vocab_size 2"):
+        header(tmp_path, tokenizer(), vocab_size=2)
+
+
+@pytest.mark.parametrize("vocab", [{}, None, ["a", "b"]])
+def test_no_vocabulary_is_refused(tmp_path: Path, vocab: Any) -> None:
+    description = tokenizer()
+    description["model"]["vocab"] = vocab
+    with pytest.raises(CheckpointError, match="no vocabulary"):
+        header(tmp_path, description)
+
+
+@pytest.mark.parametrize("token", [{"id": 3}, {"content": "<t>"}, "<t>", {"id": 3, "content": 5}])
+def test_an_added_token_without_id_or_text_is_refused(tmp_path: Path, token: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        header(tmp_path, tokenizer(added=[token]))
+
+
+def test_an_absurd_vocabulary_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="vocab_size 1,099,511,627,776"):
+        header(tmp_path, tokenizer(), vocab_size=2**40)
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        add_tokenizer(GGUFWriter(tmp_path / "x.gguf", "qwen3moe"), tmp_path, 8)
+
+
+def test_special_ids_and_template_come_from_the_other_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3, "bos_token_id": 2}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    keys = header(tmp_path, tokenizer(added=[added(3, "<|end|>", special=True)]))
+    assert keys["tokenizer.ggml.eos_token_id"] == 3
+    assert keys["tokenizer.ggml.bos_token_id"] == 2
+    assert keys["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_the_examples_tokens_are_those_llama_cpp_converts(tmp_path: Path) -> None:
+    data = Path(__file__).parent.parent / "data" / "tiny-qwen3-moe.gguf.json"
+    expected = json.loads(data.read_text())["BF16"]["metadata"]
+    keys = header(tmp_path, json.loads((EXAMPLE / "tokenizer.json").read_text()), 4096)
+    for name in ("tokens", "token_type", "merges"):
+        text = json.dumps(keys[f"tokenizer.ggml.{name}"], ensure_ascii=False)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        assert expected[f"tokenizer.ggml.{name}"]["sha256"] == digest
+
+
+@pytest.mark.parametrize("merges", [[5], [["a"]], [["a", "b", "c"]], "a b"])
+def test_merges_that_are_no_pairs_are_refused(tmp_path: Path, merges: Any) -> None:
+    description = tokenizer()
+    description["model"]["merges"] = merges
+    with pytest.raises(CheckpointError, match=r"merges"):
+        header(tmp_path, description)
+
+
+def test_a_broken_tokenizer_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        header(tmp_path, tokenizer())
