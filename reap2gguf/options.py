@@ -44,6 +44,7 @@ class BuildOptions:
     output: Path = Path("build")
     name: str | None = None
     method: str = "reap"
+    mtp: str = "prune"  # what becomes of a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens a chunk of the importance matrix

@@ -9,7 +9,7 @@ Nothing gets its final name before everything is verified.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from reap2gguf import __version__, stages
 from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
 from reap2gguf.artifacts.manifest import Manifest, StageRecord
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.calibration.rows import Tokenizer
+from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import (
     ImatrixChunks,
     ObservationRows,
@@ -81,7 +81,8 @@ def build(plan: Plan, progress: Progress) -> BuildResult:
         key = _prune(run, kept)
         with Checkpoint.open(work.hf) as pruned:
             model = describe(pruned)
-            imatrix, key = _imatrix(run, pruned, model, chunks, key)
+            probe = stages.mtp_probe(plan.model, rows)
+            imatrix, key = _imatrix(run, pruned, model, chunks, probe, key)
             _export(run, pruned, model, imatrix, kept, key)
             checked = _verify(run, pruned, model, kept)
     manifest = write_bundle_files(
@@ -135,7 +136,12 @@ def _prune(run: _Build, kept: Kept) -> str:
 
 
 def _imatrix(
-    run: _Build, pruned: Checkpoint, model: MoeModel, chunks: ImatrixChunks, key: str
+    run: _Build,
+    pruned: Checkpoint,
+    model: MoeModel,
+    chunks: ImatrixChunks,
+    probe: Sequence[Row],
+    key: str,
 ) -> tuple[Imatrix, str]:
     """The importance matrix of the pruned model."""
     compute, work = run.plan.options.compute, run.work
@@ -145,7 +151,10 @@ def _imatrix(
     with run.stage("imatrix", reused):
         if not reused:
             work.begin("imatrix", work.gguf)
-            imatrix = stages.compute_imatrix(pruned, model, chunks, compute, run.progress)
+            imatrix, report = stages.compute_imatrix(
+                pruned, model, chunks, compute, run.progress, probe
+            )
+            work.mtp_hits = report.mtp_hits
             stages.save_imatrix(imatrix, path)
             work.mark_done("imatrix", key)
         return load_imatrix(path), key
@@ -161,7 +170,7 @@ def _export(
     with run.stage("export", reused):
         if reused:
             return
-        for stale in work.gguf.glob(f"{plan.name}-*.gguf"):
+        for stale in work.gguf.glob(f"*{plan.name}-*.gguf"):
             stale.unlink()
         extra = stages.header_values(
             plan.source.label, plan.options.method, plan.target.n_experts, kept
@@ -169,6 +178,9 @@ def _export(
         files = {work.gguf / plan.gguf_name(recipe): recipe for recipe in plan.recipes}
         threads = plan.options.compute.threads
         stages.export(pruned, model, plan.name, files, imatrix, extra, threads, run.progress)
+        for side in plan.side_files:
+            path = work.gguf / plan.side_name(side)
+            stages.export_side(pruned, plan.name, path, side, threads, run.progress)
         work.mark_done("export", key)
 
 
@@ -182,6 +194,9 @@ def _verify(run: _Build, pruned: Checkpoint, model: MoeModel, kept: Kept) -> lis
         for recipe in plan.recipes:
             path = work.gguf / plan.gguf_name(recipe)
             violations += stages.verify_gguf(path, recipe, pruned, model, threads, run.progress)
+        for side in plan.side_files:
+            path = work.gguf / plan.side_name(side)
+            violations += stages.verify_side(path, side, pruned, threads, run.progress)
     if violations:
         raise VerificationError(violations)
     return [
@@ -189,5 +204,9 @@ def _verify(run: _Build, pruned: Checkpoint, model: MoeModel, kept: Kept) -> lis
         *(
             f"{plan.gguf_name(recipe)}: {len(recipe.table)} tensors by name, shape, type and value"
             for recipe in plan.recipes
+        ),
+        *(
+            f"{plan.side_name(side)}: {len(side.tensors)} tensors by name, shape, type and value"
+            for side in plan.side_files
         ),
     ]

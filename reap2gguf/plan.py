@@ -9,12 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.calibration.corpus import DEFAULT_MIX
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import UsageError
-from reap2gguf.models import Expert, GgufTensor, MoeModel, describe
+from reap2gguf.models import (
+    Carried,
+    Dropped,
+    Expert,
+    GgufTensor,
+    MoeModel,
+    SideFile,
+    describe,
+)
 from reap2gguf.options import BuildOptions
 from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
 from reap2gguf.prune.write import PrunedTensor, plan_pruned
@@ -52,6 +61,7 @@ class Plan:
     name: str
     pruned: tuple[PrunedTensor, ...]  # sizes are the plan's; which experts stay is not yet known
     recipes: tuple[ResolvedRecipe, ...]
+    side_files: tuple[SideFile, ...]
 
     @property
     def hf_bytes(self) -> int:
@@ -69,6 +79,21 @@ class Plan:
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return f"{self.name}-{recipe.recipe.label}.gguf"
 
+    def side_name(self, side: SideFile) -> str:
+        return f"{side.prefix}-{self.name}-F16.gguf"
+
+    @property
+    def mtp(self) -> str:
+        """What becomes of a multi-token-prediction block."""
+        if self.model.facts.has_mtp:
+            return "pruned"
+        return "dropped" if self.drops_mtp else "none"
+
+    @property
+    def drops_mtp(self) -> bool:
+        roles = (self.model.role(name) for name in self.checkpoint.tensors)
+        return any(isinstance(role, Dropped) for role in roles)
+
 
 def make_plan(options: BuildOptions) -> Plan:
     """Read headers, config and recipes, and decide everything that they decide.
@@ -82,7 +107,7 @@ def make_plan(options: BuildOptions) -> Plan:
         raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
     source = resolve_source(options.model)
     checkpoint = Checkpoint.open(source.folder)
-    model = describe(checkpoint)
+    model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     target = choose_target(model.facts, options.keep_experts, options.compression)
     anyone: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     pruned = tuple(plan_pruned(model, checkpoint.tensors, anyone))
@@ -91,14 +116,14 @@ def make_plan(options: BuildOptions) -> Plan:
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
     name = _bundle_name(options, source, target)
-    return Plan(options, source, checkpoint, model, target, name, pruned, resolved)
+    sides = model.side_files(checkpoint.folder)
+    return Plan(options, source, checkpoint, model, target, name, pruned, resolved, sides)
 
 
 def pruned_gguf_tensors(
     model: MoeModel, pruned: tuple[PrunedTensor, ...], target: Target
 ) -> tuple[GgufTensor, ...]:
     """The GGUF tensors that the pruned checkpoint will become, by shapes alone."""
-    smaller = type(model)(model.pruned_config(target.n_kept), model.reader.where)
     stored: Mapping[str, StoredTensor] = {
         tensor.planned.name: replace(
             tensor.source,
@@ -108,7 +133,8 @@ def pruned_gguf_tensors(
         )
         for tensor in pruned
     }
-    return smaller.gguf_tensors(stored)
+    config = model.pruned_config(target.n_kept)
+    return type(model)(config, model.reader.where, stored.keys()).gguf_tensors(stored)
 
 
 def estimate(plan: Plan, has_gpu: bool) -> Estimate:
@@ -129,6 +155,7 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     held = n_tokens * facts.hidden_size * 2 * width
     largest = max(_layer_bytes(plan).values())
     gguf = sum(recipe.n_bytes for recipe in plan.recipes)
+    gguf += sum(side_bytes(side) for side in plan.side_files)
     return Estimate(plan.hf_bytes + gguf, _BASE_BYTES + held + largest * width, seconds)
 
 
@@ -150,11 +177,23 @@ def active_parameters(plan: Plan) -> int:
     facts = plan.model.facts
     total = 0
     for name, tensor in plan.checkpoint.tensors.items():
-        if isinstance(plan.model.role(name), Expert):
+        role = plan.model.role(name)
+        if isinstance(role, Carried | Dropped):
+            continue
+        if isinstance(role, Expert):
             total += tensor.n_elements * facts.experts_per_token // facts.n_experts
         elif name != plan.model.embedding_name:
             total += tensor.n_elements
     return total
+
+
+def side_bytes(side: SideFile) -> int:
+    """Bytes of a side file's tensors."""
+    kinds = side.kinds()
+    return sum(
+        math.prod(tensor.shape[:-1]) * row_bytes(kinds[tensor.name], tensor.n_columns)
+        for tensor in side.tensors
+    )
 
 
 def _layer_bytes(plan: Plan) -> dict[int | None, int]:
@@ -179,6 +218,9 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "layers": len(facts.moe_layers),
             "friendly": friendly_count(plan.target.n_kept),
         },
+        "mtp": plan.mtp,
+        "caveats": list(plan.model.caveats()),
+        "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,
         "files": [

@@ -14,7 +14,9 @@ from reap2gguf.artifacts.manifest import (
     FolderRecord,
     GgufRecord,
     Manifest,
+    MtpRecord,
     PruningRecord,
+    SideRecord,
     SourceRecord,
     StageRecord,
     hash_file,
@@ -22,6 +24,7 @@ from reap2gguf.artifacts.manifest import (
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.texts import ImatrixChunks
 from reap2gguf.ggml import load_ggml
+from reap2gguf.models import SideFile
 from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
 from reap2gguf.publish.card import gguf_card, hf_card
@@ -48,7 +51,7 @@ def write_bundle_files(
         name=plan.name,
         program=program_versions(),
         source=_source_record(plan, observations),
-        pruning=_pruning_record(plan, observations, observations_file, kept),
+        pruning=_pruning_record(plan, work, observations, observations_file, kept),
         calibration=_calibration_record(plan, observations, chunks),
         hf=FolderRecord(
             folder=work.final_hf.name,
@@ -58,6 +61,7 @@ def write_bundle_files(
             files={},
         ),
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
+        side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         stages=tuple(records),
         verification={"summary": f"{len(checked)} checks passed", "passed": list(checked)},
     )
@@ -76,7 +80,7 @@ def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
 
 
 def _pruning_record(
-    plan: Plan, observations: Observations, observations_file: Path, kept: Kept
+    plan: Plan, work: Workdir, observations: Observations, observations_file: Path, kept: Kept
 ) -> PruningRecord:
     return PruningRecord(
         method=plan.options.method,
@@ -88,7 +92,15 @@ def _pruning_record(
         n_rows=observations.n_rows,
         n_tokens=observations.n_tokens,
         n_dropped_rows=observations.n_dropped_rows,
+        mtp=_mtp_record(plan, work, observations),
     )
+
+
+def _mtp_record(plan: Plan, work: Workdir, observations: Observations) -> MtpRecord:
+    if not plan.model.facts.has_mtp:
+        return MtpRecord(plan.mtp)
+    hits = observations.n_mtp_hits, work.mtp_hits
+    return MtpRecord(plan.mtp, *hits, observations.n_mtp_tokens)
 
 
 def _calibration_record(
@@ -145,6 +157,12 @@ def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: kind.name for name, kind in recipe.kinds().items()},
     )
+
+
+def _side_record(plan: Plan, side: SideFile, folder: Path) -> SideRecord:
+    path = folder / plan.side_name(side)
+    kinds = {name: kind.name for name, kind in side.kinds().items()}
+    return SideRecord(path.name, side.title, path.stat().st_size, kinds)
 
 
 def _text_file(path: Path, text: str) -> None:

@@ -9,8 +9,9 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gguf import GGUFValueType
+from gguf import GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.imatrix import Imatrix, save_dat, save_gguf
@@ -20,14 +21,26 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.export.gguf_export import GgufOutput, export_gguf
 from reap2gguf.export.header import HeaderFacts
-from reap2gguf.models import HeaderValue, MoeModel, describe
+from reap2gguf.models import GgufTensor, HeaderValue, MoeModel, SideFile, describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 from reap2gguf.prune.select import Kept, Target, select_experts
 from reap2gguf.prune.write import KEPT_FILE, plan_pruned, write_pruned
 from reap2gguf.quantize.resolve import ResolvedRecipe
-from reap2gguf.verify.gguf_file import ExpectedGguf, check_against_folder, check_header, open_gguf
+from reap2gguf.verify.gguf_file import (
+    ExpectedGguf,
+    check_against_folder,
+    check_header,
+    check_kinds,
+    check_tensors,
+    open_gguf,
+)
 from reap2gguf.verify.hf_folder import ExpectedFolder, ExpectedTensor, check_folder
+
+if TYPE_CHECKING:
+    from reap2gguf.observe.sweep import Row, SweepReport
+
+_PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
 
 
 def observe(
@@ -43,7 +56,10 @@ def observe(
 
     observer = SaliencyObserver(model)
     options = SweepOptions(compute.device, compute.dtype, compute.threads)
-    report = sweep(checkpoint, model, rows.rows, observer, options, "Observing experts", progress)
+    report = sweep(
+        checkpoint, model, rows.rows, observer, options, "Observing experts", progress,
+        mtp_probe(model, rows),
+    )  # fmt: skip
     return Observations(
         layers=observer.layers,
         model_fingerprint=checkpoint.fingerprint(),
@@ -52,7 +68,21 @@ def observe(
         n_rows=report.n_rows,
         n_tokens=report.n_tokens,
         n_dropped_rows=report.n_dropped_rows,
+        n_mtp_hits=report.mtp_hits,
+        n_mtp_tokens=report.mtp_tokens,
     )
+
+
+def mtp_probe(model: MoeModel, rows: ObservationRows) -> Sequence[Row]:
+    """The first rows, on which an MTP block is asked for its predictions; none without a block."""
+    if not model.facts.has_mtp:
+        return ()
+    chosen: list[Row] = []
+    for row in rows.rows:
+        if sum(map(len, chosen)) >= _PROBE_TOKENS:
+            break
+        chosen.append(row)
+    return chosen
 
 
 def compute_imatrix(
@@ -61,14 +91,17 @@ def compute_imatrix(
     chunks: ImatrixChunks,
     compute: ComputeOptions,
     progress: Progress,
-) -> Imatrix:
-    """Sweep a model and sum the squares of what its matrices multiply."""
+    probe: Sequence[Row] = (),
+) -> tuple[Imatrix, SweepReport]:
+    """Sweep a model and sum the squares of what its matrices multiply; `probe` as in observe."""
     from reap2gguf.observe.importance import ImportanceObserver
     from reap2gguf.observe.sweep import SweepOptions, sweep
 
     observer = ImportanceObserver(model)
     options = SweepOptions(compute.device, compute.dtype, compute.threads)
-    sweep(checkpoint, model, chunks.chunks, observer, options, "Importance matrix", progress)
+    report = sweep(
+        checkpoint, model, chunks.chunks, observer, options, "Importance matrix", progress, probe
+    )
     imatrix = Imatrix(observer.entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
     for name, count in imatrix.uncovered().items():
         if name.endswith("ffn_down_exps.weight"):
@@ -76,7 +109,7 @@ def compute_imatrix(
                 f"imatrix: {name}: no token of the text reached {count} of "
                 f"{len(imatrix.entries[name].counts)} experts; they are quantized unweighted"
             )
-    return imatrix
+    return imatrix, report
 
 
 def save_imatrix(imatrix: Imatrix, gguf_path: Path) -> None:
@@ -104,23 +137,54 @@ def export(
             path.with_name(path.name + ".part"),
             HeaderFacts(
                 name=name,
+                arch=model.facts.gguf_arch,
+                values=(
+                    *model.gguf_metadata(),
+                    *extra,
+                    _text("reap2gguf.recipe", recipe.recipe.name),
+                ),
+                vocab_size=model.facts.vocab_size,
                 file_type=recipe.recipe.mixture.file_type,
                 kinds=recipe.kinds(),
                 imatrix=imatrix if uses_imatrix(recipe) else None,
                 imatrix_file="imatrix.gguf",
-                extra=(*extra, _text("reap2gguf.recipe", recipe.recipe.name)),
             ),
         )
         for path, recipe in files.items()
     ]
+    _export_whole(checkpoint, tensors, outputs, imatrix, n_threads, progress)
+
+
+def export_side(
+    checkpoint: Checkpoint, name: str, path: Path, side: SideFile, n_threads: int,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Write a side file, such as a vision projector, in half precision."""
+    facts = HeaderFacts(
+        name=name,
+        arch=side.arch,
+        values=side.values,
+        kind=side.kind,
+        file_type=LlamaFileType.MOSTLY_F16,
+        kinds=side.kinds(),
+    )
+    output = GgufOutput(path.with_name(path.name + ".part"), facts)
+    _export_whole(checkpoint, side.tensors, [output], None, n_threads, progress)
+
+
+def _export_whole(
+    checkpoint: Checkpoint, tensors: Sequence[GgufTensor], outputs: Sequence[GgufOutput],
+    imatrix: Imatrix | None, n_threads: int, progress: Progress,
+) -> None:  # fmt: skip
+    """Write files under temporary names; they get their own when all are whole."""
     try:
-        export_gguf(checkpoint, model, tensors, outputs, imatrix, n_threads, progress)
+        export_gguf(checkpoint, tensors, outputs, imatrix, n_threads, progress)
     except BaseException:
         for output in outputs:
             output.path.unlink(missing_ok=True)
         raise
-    for path in files:
-        path.with_name(path.name + ".part").replace(path)
+    for output in outputs:
+        output.path.replace(output.path.with_name(output.path.name.removesuffix(".part")))
 
 
 def uses_imatrix(recipe: ResolvedRecipe) -> bool:
@@ -184,6 +248,17 @@ def verify_gguf(
         expected = ExpectedGguf(recipe.kinds(), model.facts.n_experts)
         violations += check_header(header, expected)
         violations += check_against_folder(header, pruned, model, n_threads, progress)
+    return violations
+
+
+def verify_side(
+    path: Path, side: SideFile, pruned: Checkpoint, n_threads: int, progress: Progress
+) -> list[str]:
+    """Violations of a side file against its description and the pruned safetensors."""
+    header, violations = open_gguf(path)
+    if header is not None:
+        violations += check_kinds(header, side.kinds())
+        violations += check_tensors(header, pruned, side.tensors, n_threads, progress)
     return violations
 
 

@@ -31,7 +31,7 @@ def stage_key(*inputs: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workdir:
     """The folders of one build."""
 
@@ -90,6 +90,16 @@ class Workdir:
     def mark_done(self, stage: str, key: str) -> None:
         """Remember that `stage` is finished with these inputs."""
         self._write_marks(self._marks() | {stage: key})
+
+    @property
+    def mtp_hits(self) -> int:
+        """What the pruned model's MTP block predicted, counted with the importance matrix."""
+        path = self.root / "mtp_hits"
+        return int(path.read_text()) if path.is_file() else 0
+
+    @mtp_hits.setter
+    def mtp_hits(self, hits: int) -> None:
+        (self.root / "mtp_hits").write_text(str(hits))
 
     def begin(self, stage: str, folder: Path) -> None:
         """Empty a stage's folder and forget it and all later stages."""

@@ -32,6 +32,19 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class MtpRecord:
+    """What became of a multi-token-prediction block, and what it predicts right.
+
+    `hits` are next-next tokens predicted on the same rows by the source and by the pruned model.
+    """
+
+    state: str = "none"  # none, pruned or dropped
+    hits_before: int = 0
+    hits_after: int = 0
+    n_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """What was kept and why."""
 
@@ -44,6 +57,7 @@ class PruningRecord:
     n_rows: int
     n_tokens: int
     n_dropped_rows: int
+    mtp: MtpRecord = MtpRecord()
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,16 @@ class GgufRecord:
 
 
 @dataclass(frozen=True)
+class SideRecord:
+    """A GGUF file beside the model's own, such as a vision projector."""
+
+    file: str
+    title: str
+    n_bytes: int
+    tensors: Mapping[str, str]  # GGUF name -> tensor type
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """What a stage cost; the peak is the process's so far."""
 
@@ -115,6 +139,7 @@ class Manifest:
     calibration: CalibrationRecord
     hf: FolderRecord
     gguf: Sequence[GgufRecord]
+    side_files: Sequence[SideRecord] = field(default_factory=tuple)
     stages: Sequence[StageRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
 
@@ -147,6 +172,7 @@ class Manifest:
 def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
     pruning["kept"] = {int(k): tuple(map(int, v)) for k, v in pruning["kept"].items()}
+    pruning["mtp"] = MtpRecord(**pruning["mtp"])
     hf = dict(values["hf"])
     hf["files"] = {str(k): FileRecord(**v) for k, v in hf["files"].items()}
     return Manifest(
@@ -157,6 +183,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         calibration=CalibrationRecord(**values["calibration"]),
         hf=FolderRecord(**hf),
         gguf=tuple(GgufRecord(**record) for record in values["gguf"]),
+        side_files=tuple(SideRecord(**record) for record in values["side_files"]),
         stages=tuple(StageRecord(**record) for record in values["stages"]),
         verification=dict(values["verification"]),
     )

@@ -48,6 +48,8 @@ class Observations:
     n_rows: int
     n_tokens: int
     n_dropped_rows: int  # rows left out because their values were not finite
+    n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted, on a share of the rows
+    n_mtp_tokens: int = 0  # of how many
 
     def save(self, path: Path) -> None:
         """Write the safetensors file under a temporary name, then rename it."""

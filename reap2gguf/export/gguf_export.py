@@ -28,7 +28,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.export.header import GgufLayout, HeaderFacts, write_header
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
-from reap2gguf.models.contract import GgufTensor, MoeModel, Slab
+from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.progress import Progress, Task
 
 _PIECE_VALUES = 2**22
@@ -64,7 +64,6 @@ class _Piece:
 
 def export_gguf(
     checkpoint: Checkpoint,
-    model: MoeModel,
     tensors: Sequence[GgufTensor],
     outputs: Sequence[GgufOutput],
     imatrix: Imatrix | None,
@@ -79,7 +78,7 @@ def export_gguf(
     importance = _importance(tensors, outputs, imatrix)
     ggml = load_ggml()
     with ExitStack() as stack:
-        files = [_open(stack, checkpoint, model, tensors, output) for output in outputs]
+        files = [_open(stack, checkpoint, tensors, output) for output in outputs]
         total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
         task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
         job = _Job(checkpoint, ggml, files, importance, task)
@@ -126,21 +125,21 @@ class _Job:
 
     def _rows(self, piece: _Piece) -> Floats:
         slab, tensor = piece.slab, piece.tensor
-        if len(tensor.shape) == 1:
-            values = self.checkpoint.read_float32(slab.stored)
-        else:
-            shift = slab.rows[0] if slab.rows else 0
-            values = self.checkpoint.read_float32(
-                slab.stored, piece.first + shift, piece.last + shift, slab.index
-            )
         if tensor.transform is not None:
-            values = tensor.transform(values)
-        return values.reshape(-1, tensor.n_columns)
+            first, last = slab.rows or (0, None)
+            values = self.checkpoint.read_float32(slab.stored, first, last, slab.index)
+            return tensor.transform(values).reshape(-1, tensor.n_columns)
+        if len(tensor.shape) == 1:
+            return self.checkpoint.read_float32(slab.stored).reshape(1, -1)
+        shift = slab.rows[0] if slab.rows else 0
+        return self.checkpoint.read_float32(
+            slab.stored, piece.first + shift, piece.last + shift, slab.index
+        )
 
 
 def _pieces(tensors: Sequence[GgufTensor]) -> Iterator[_Piece]:
     for tensor in tensors:
-        n_rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        n_rows = prod(tensor.shape[:-1]) // len(tensor.slabs)
         step = n_rows if tensor.transform else max(1, _PIECE_VALUES // tensor.n_columns)
         for matrix, slab in enumerate(tensor.slabs):
             for first in range(0, n_rows, step):
@@ -169,12 +168,11 @@ def _run_all(job: _Job, pieces: Iterator[_Piece], n_threads: int) -> None:
 def _open(
     stack: ExitStack,
     checkpoint: Checkpoint,
-    model: MoeModel,
     tensors: Sequence[GgufTensor],
     output: GgufOutput,
 ) -> _OpenFile:
     """Write the header and reserve the file's whole length, so that a full disk shows now."""
-    layout = write_header(output.path, model, checkpoint.folder, tensors, output.header)
+    layout = write_header(output.path, checkpoint.folder, tensors, output.header)
     descriptor = os.open(output.path, os.O_RDWR)
     stack.callback(os.close, descriptor)
     try:

@@ -19,7 +19,7 @@ from gguf import (
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.artifacts.imatrix import Imatrix
 from reap2gguf.export.tokenizer import add_tokenizer
-from reap2gguf.models.contract import GgufTensor, HeaderValue, MoeModel
+from reap2gguf.models.description import GgufTensor, HeaderValue
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,22 @@ class HeaderFacts:
     """What a header says that the checkpoint does not."""
 
     name: str  # general.name
+    arch: str  # general.architecture
+    values: Sequence[HeaderValue]  # the architecture's own keys
     file_type: LlamaFileType
     kinds: Mapping[str, GGMLQuantizationType]
     imatrix: Imatrix | None = None
     imatrix_file: str = ""
-    extra: Sequence[HeaderValue] = ()
+    kind: str = "model"  # general.type
+    vocab_size: int | None = None  # None: the file has no tokenizer
 
 
 def write_header(
-    path: Path, model: MoeModel, tokenizer_folder: Path, tensors: Sequence[GgufTensor],
-    facts: HeaderFacts,
-) -> GgufLayout:  # fmt: skip
+    path: Path, tokenizer_folder: Path, tensors: Sequence[GgufTensor], facts: HeaderFacts
+) -> GgufLayout:
     """Write everything before the tensor bytes to `path`; where the bytes go."""
-    writer = GGUFWriter(path, model.facts.gguf_arch)
-    _add_keys(writer, model, tokenizer_folder, facts)
+    writer = GGUFWriter(path, facts.arch)
+    _add_keys(writer, tokenizer_folder, facts)
     for tensor in tensors:
         kind = facts.kinds[tensor.name]
         n_bytes = prod(tensor.shape[:-1]) * row_bytes(kind, tensor.n_columns)
@@ -62,16 +64,15 @@ def write_header(
     return _layout(path.stat().st_size, writer)
 
 
-def _add_keys(
-    writer: GGUFWriter, model: MoeModel, tokenizer_folder: Path, facts: HeaderFacts
-) -> None:
-    writer.add_type("model")
+def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) -> None:
+    writer.add_type(facts.kind)
     writer.add_name(facts.name)
-    for value in (*model.gguf_metadata(), *facts.extra):
+    for value in facts.values:
         writer.add_key_value(value.key, value.value, value.kind)
     writer.add_file_type(facts.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    add_tokenizer(writer, tokenizer_folder, model.facts.vocab_size)
+    if facts.vocab_size is not None:
+        add_tokenizer(writer, tokenizer_folder, facts.vocab_size)
     if facts.imatrix is not None:
         writer.add_string("quantize.imatrix.file", facts.imatrix_file)
         writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)

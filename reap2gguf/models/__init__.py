@@ -1,20 +1,25 @@
 """What the tensors of a checkpoint mean: one file per architecture, one literal table."""
 
-from reap2gguf.models.contract import (
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import (
+    Carried,
+    Dropped,
     Expert,
     GgufTensor,
     HeaderValue,
     ModelFacts,
-    MoeModel,
     Plain,
     Role,
     Router,
+    SideFile,
     Slab,
 )
 from reap2gguf.models.table import ARCHITECTURES, describe
 
 __all__ = [
     "ARCHITECTURES",
+    "Carried",
+    "Dropped",
     "Expert",
     "GgufTensor",
     "HeaderValue",
@@ -23,6 +28,7 @@ __all__ = [
     "Plain",
     "Role",
     "Router",
+    "SideFile",
     "Slab",
     "describe",
 ]

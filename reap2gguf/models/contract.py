@@ -1,118 +1,30 @@
-"""What an architecture must say about itself for the rest of the program to handle it.
-
-Letters: H hidden, F expert width, E experts, K experts per token, V vocabulary. Shapes are given
-slowest dimension first (PyTorch, numpy); GGML's `ne` is the reverse.
-"""
+"""What an architecture must say about itself for the rest of the program to handle it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFValueType
 
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError
-
-Projection = Literal["gate", "up", "down", "gate_up"]
-Transform = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The numbers of one model that more than one stage needs."""
-
-    architecture: str  # the class named in config.json
-    gguf_arch: str  # general.architecture
-    n_layers: int
-    moe_layers: tuple[int, ...]
-    hidden_size: int  # H
-    expert_width: int  # F
-    n_experts: int  # E
-    experts_per_token: int  # K
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int  # V
-    context_length: int
-    tied_embeddings: bool
-
-
-@dataclass(frozen=True)
-class Expert:
-    """Stored weights of one expert, or (`expert` None) of all experts of a layer on axis 0."""
-
-    layer: int
-    projection: Projection
-    expert: int | None
-
-
-@dataclass(frozen=True)
-class Router:
-    """Stored router values whose axis 0 is the expert: weight (E, H), or a bias (E,)."""
-
-    layer: int
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A stored tensor that pruning leaves alone; `layer` is None outside the decoder layers."""
-
-    layer: int | None
-
-
-Role = Expert | Router | Plain
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Where one matrix of a GGUF tensor lies in the checkpoint.
-
-    `index` picks from axis 0 of a 3D tensor (an expert); `rows` cuts the matrix (the gate or the
-    up half of a fused gate_up).
-    """
-
-    stored: str
-    index: int | None = None
-    rows: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A GGUF tensor: its name, its shape and the stored matrices it is made of.
-
-    For experts there is one slab per expert and the shape is (E, rows, columns).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    slabs: tuple[Slab, ...]
-    always_f32: bool = False  # llama.cpp's converter never stores it in fewer bits
-    transform: Transform | None = None  # applied to each slab's float32 values
-
-    @property
-    def n_columns(self) -> int:
-        """Length of a row: GGML's ne[0]."""
-        return self.shape[-1]
-
-    @property
-    def n_matrices(self) -> int:
-        """GGML's ne[2]: the experts of an expert tensor, else 1."""
-        return self.shape[0] if len(self.shape) == 3 else 1
-
-
-@dataclass(frozen=True)
-class HeaderValue:
-    """One key of a GGUF header."""
-
-    key: str
-    value: Any
-    kind: GGUFValueType
+from reap2gguf.models.description import (
+    Carried,
+    Dropped,
+    Expert,
+    GgufTensor,
+    HeaderValue,
+    ModelFacts,
+    Projection,
+    Role,
+    Router,
+    SideFile,
+)
 
 
 class MoeModel(ABC):
@@ -120,9 +32,17 @@ class MoeModel(ABC):
 
     model_type: ClassVar[str]
 
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        where: str,
+        names: Collection[str] = (),
+        keep_mtp: bool = True,
+    ) -> None:
         self.config = config
         self.reader = ConfigReader(config, where)
+        self.names = frozenset(names)  # of the stored tensors: some prefixes vary
+        self.keep_mtp = keep_mtp  # false: a multi-token-prediction block is Dropped
         self.facts = self.read_facts()
 
     @abstractmethod
@@ -171,16 +91,46 @@ class MoeModel(ABC):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """What the config says of the shapes of stored tensors that are not experts."""
 
-    def unused(self) -> frozenset[str]:
-        """Stored tensors that the model carries and nothing reads; they are in no GGUF file."""
-        return frozenset()
+    def column_order(self, name: str) -> npt.NDArray[np.int64] | None:
+        """Where a GGUF matrix has its columns in another order: the stored column of each."""
+        return None
+
+    def side_files(self, folder: Path) -> tuple[SideFile, ...]:
+        """Further GGUF files that belong to the model, such as a vision projector."""
+        return ()
 
     def caveats(self) -> tuple[str, ...]:
         """What a user must know before publishing, one sentence each."""
         return ()
 
-    embedding_name: ClassVar[str]  # stored name of the token embedding
-    experts_module: ClassVar[str] = "mlp.experts"  # path of the experts within a decoder layer
+    @property
+    def text_prefix(self) -> str:
+        """What the stored names of embedding, layers and final norm begin with."""
+        return "model."
+
+    @property
+    def embedding_name(self) -> str:
+        return f"{self.text_prefix}embed_tokens.weight"
+
+    @property
+    def norm_name(self) -> str:
+        return f"{self.text_prefix}norm.weight"
+
+    @property
+    def head_name(self) -> str:
+        return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
+
+    def mtp_template(self) -> int:
+        """A trunk layer of the kind that the MTP block's decoder layer is."""
+        return self.facts.n_layers - 1
+
+    def experts_path(self, layer: int) -> str:
+        """Path of the experts within the module that is observed as `layer`."""
+        return "mlp.experts"
+
+    def block_prefix(self, layer: int) -> str:
+        """What the stored names of everything in that module begin with."""
+        return self.layer_prefix(layer)
 
     def check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
         """Refuse a checkpoint whose tensors are not those that its config describes.
@@ -196,12 +146,12 @@ class MoeModel(ABC):
                     f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(shape)}, "
                     "as config.json says"
                 )
-        tensors = self.gguf_tensors(stored)
-        used = {slab.stored for tensor in tensors for slab in tensor.slabs} | self.unused()
-        if left := sorted(stored.keys() - used):
-            raise CheckpointError(
-                f"tensor {left[0]!r} is stored, but another tensor stands for the same weights"
-            )
+        used = {slab.stored for t in self.gguf_tensors(stored) for slab in t.slabs}
+        for name in sorted(stored.keys() - used):
+            if not isinstance(roles[name], Carried | Dropped):
+                raise CheckpointError(
+                    f"tensor {name!r} is stored, but another tensor stands for the same weights"
+                )
 
     def _check_expert_axes(
         self, stored: Mapping[str, StoredTensor], roles: Mapping[str, Role]

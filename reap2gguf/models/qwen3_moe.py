@@ -14,20 +14,21 @@ from typing import Any, ClassVar
 from gguf import GGUFValueType, Keys
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models.contract import (
+from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import (
+    Carried,
     Expert,
     GgufTensor,
     HeaderValue,
     ModelFacts,
-    MoeModel,
     Plain,
     Projection,
     Role,
     Router,
-    Slab,
 )
 from reap2gguf.models.rope import rope_metadata
+from reap2gguf.models.tensors import PROJECTIONS, expert_tensor, single
 
 # HF name -> GGUF name, outside the layers
 _OUTER = {
@@ -53,7 +54,6 @@ _ROUTER = "mlp.gate.weight"
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 _EXPERT_2D = re.compile(r"mlp\.experts\.(0|[1-9][0-9]{0,5})\.(gate|up|down)_proj\.weight")
 _EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
-_PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 _COUNT_KEYS = ("num_experts", "num_local_experts")
 _UINT32, _FLOAT32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 
@@ -62,7 +62,6 @@ class Qwen3Moe(MoeModel):
     """One Qwen3-MoE model."""
 
     model_type: ClassVar[str] = "qwen3_moe"
-    embedding_name: ClassVar[str] = "model.embed_tokens.weight"
 
     def read_facts(self) -> ModelFacts:
         read = self.reader
@@ -107,6 +106,8 @@ class Qwen3Moe(MoeModel):
         return f"model.layers.{layer}."
 
     def role(self, name: str) -> Role:
+        if name == "lm_head.weight" and self.facts.tied_embeddings:
+            return Carried()  # a copy of the embeddings, which nothing reads
         if name in _OUTER:
             return Plain(layer=None)
         if match := _LAYER.fullmatch(name):
@@ -161,10 +162,6 @@ class Qwen3Moe(MoeModel):
             for name, shape in inner.items()
         }
 
-    def unused(self) -> frozenset[str]:
-        # a tied model may carry a copy of its embeddings as lm_head, which nothing reads
-        return frozenset({"lm_head.weight"} if self.facts.tied_embeddings else ())
-
     def caveats(self) -> tuple[str, ...]:
         if len(self.facts.moe_layers) == self.facts.n_layers:
             return ()
@@ -176,45 +173,29 @@ class Qwen3Moe(MoeModel):
 
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         for name, gguf_name in _OUTER.items():
-            if name not in self.unused():
-                yield _single(stored, name, gguf_name)
+            if not isinstance(self.role(name), Carried):
+                yield single(stored, name, gguf_name)
         for layer in range(self.facts.n_layers):
             prefix = self.layer_prefix(layer)
             for rest, gguf_rest in _INNER.items():
                 if rest.startswith("mlp.") and layer in self.facts.moe_layers:
                     continue
-                yield _single(stored, prefix + rest, f"blk.{layer}.{gguf_rest}")
+                yield single(stored, prefix + rest, f"blk.{layer}.{gguf_rest}")
             if layer in self.facts.moe_layers:
                 router = f"blk.{layer}.ffn_gate_inp.weight"
-                yield _single(stored, prefix + _ROUTER, router, always_f32=True)
+                yield single(stored, prefix + _ROUTER, router, always_f32=True)
                 yield from self.expert_tensors(layer, stored).values()
 
     def expert_tensors(
         self, layer: int, stored: Mapping[str, StoredTensor]
     ) -> Mapping[Projection, GgufTensor]:
-        return {kind: self._experts(stored, layer, kind) for kind in _PROJECTIONS}
-
-    def _experts(
-        self, stored: Mapping[str, StoredTensor], layer: int, projection: Projection
-    ) -> GgufTensor:
-        """The E matrices of one projection: gate and up (E, F, H), down (E, H, F)."""
-        facts = self.facts
-        width, hidden, count = facts.expert_width, facts.hidden_size, facts.n_experts
-        matrix = (hidden, width) if projection == "down" else (width, hidden)
         base = f"{self.layer_prefix(layer)}mlp.experts"
-        fused = _fused_name(stored, base, "down" if projection == "down" else "gate_up")
-        if fused is None:
-            slabs = tuple(Slab(f"{base}.{e}.{projection}_proj.weight") for e in range(count))
-            expected: tuple[int, ...] = matrix
-        else:
-            # gate_up_proj holds the gate's rows, then the up's
-            rows = {"gate": (0, width), "up": (width, 2 * width)}.get(projection)
-            slabs = tuple(Slab(fused, index=e, rows=rows) for e in range(count))
-            expected = (count, hidden, width) if rows is None else (count, 2 * width, hidden)
-        for slab in slabs:
-            _check_shape(stored, slab.stored, expected)
-        name = f"blk.{layer}.ffn_{projection}_exps.weight"
-        return GgufTensor(name, (count, *matrix), slabs)
+        return {
+            kind: expert_tensor(
+                stored, base, f"blk.{layer}.ffn_{kind}_exps.weight", kind, self.facts
+            )
+            for kind in PROJECTIONS
+        }
 
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
         facts, llm = self.facts, Keys.LLM
@@ -269,33 +250,3 @@ class Qwen3Moe(MoeModel):
         blk = f"blk.{layer}"
         fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
         return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
-
-
-def _fused_name(
-    stored: Mapping[str, StoredTensor], base: str, projection: Projection
-) -> str | None:
-    """The 3D tensor of a projection, with or without `.weight`; None where experts are 2D."""
-    for name in (f"{base}.{projection}_proj", f"{base}.{projection}_proj.weight"):
-        if name in stored:
-            return name
-    return None
-
-
-def _single(
-    stored: Mapping[str, StoredTensor], name: str, gguf_name: str, always_f32: bool = False
-) -> GgufTensor:
-    """A GGUF tensor that is one stored tensor; vectors and norms stay F32."""
-    if name not in stored:
-        raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-    shape = stored[name].shape
-    pinned = always_f32 or len(shape) < 2 or gguf_name.endswith("_norm.weight")
-    return GgufTensor(gguf_name, shape, (Slab(name),), always_f32=pinned)
-
-
-def _check_shape(stored: Mapping[str, StoredTensor], name: str, expected: tuple[int, ...]) -> None:
-    if name not in stored:
-        raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-    if stored[name].shape != expected:
-        raise CheckpointError(
-            f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(expected)}"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 from gguf import GGUFValueType, Keys, RopeScalingType
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.contract import HeaderValue
+from reap2gguf.models.description import HeaderValue
 
 _UINT32, _FLOAT32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 _SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}

@@ -5,18 +5,23 @@ from __future__ import annotations
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3_5MoeForCausalLM": Qwen35Moe,
+    "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }
 
 # How configs of any architecture spell their number of routed experts.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def describe(checkpoint: Checkpoint) -> MoeModel:
+def describe(checkpoint: Checkpoint, keep_mtp: bool = True) -> MoeModel:
     """The model a checkpoint holds, its tensors checked against its config.
+
+    Without `keep_mtp`, a multi-token-prediction block is treated as not there.
 
     Raises UnsupportedModelError if its architecture is not in the table or it has no experts,
     CheckpointError if its tensors disagree with its config.
@@ -36,6 +41,6 @@ def describe(checkpoint: Checkpoint) -> MoeModel:
             f"{where}: architecture {name or '(none)'} is not implemented, expected one of "
             f"{', '.join(ARCHITECTURES)}"
         )
-    model = ARCHITECTURES[name](checkpoint.config, where)
+    model = ARCHITECTURES[name](checkpoint.config, where, checkpoint.tensors.keys(), keep_mtp)
     model.check_tensors(checkpoint.tensors)
     return model

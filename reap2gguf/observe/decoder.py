@@ -15,8 +15,10 @@ from torch import Tensor
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.contract import Expert, MoeModel, Projection
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import Expert, Projection
 from reap2gguf.observe.experts import IMPLEMENTATION, register
+from reap2gguf.observe.mtp import MtpBlock, next_tokens
 
 _TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 Arguments = dict[str, Any]
@@ -55,12 +57,19 @@ class StreamedDecoder:
         self._base = _build(checkpoint, dtype)
         self._layers: list[torch.nn.Module] = list(self._base.layers)
         count = len(self._layers)
+        if model.facts.has_mtp:
+            self._layers.append(self._build_mtp(dtype))
         self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
         self._base.layers = torch.nn.ModuleList(self._recorders)
         # buffers are computed, not stored: build them where they are used
         rotary = type(self._base.rotary_emb)(config=self._base.config)
         self._base.rotary_emb = rotary.to(device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
+
+    @property
+    def mtp_layer(self) -> int | None:
+        """The MTP block's number among the layers, if there is one."""
+        return self._model.facts.mtp_layer
 
     def load_embedding(self) -> None:
         """Read the token embedding."""
@@ -75,13 +84,20 @@ class StreamedDecoder:
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states (B, T, H) that enter the first layer, for tokens (B, T)."""
+        tokens = tokens.to(self._device)
+        if tokens.shape[1] not in self._arguments:
+            # nothing but the length of its rows matters to what layers are called with, and a
+            # batch of one broadcasts over any other
+            self._record(tokens[:1])
+            self._arguments[tokens.shape[1]] = [r.arguments for r in self._recorders]
+        return self._record(tokens)
+
+    def _record(self, tokens: Tensor) -> Tensor:
         try:
-            self._base(input_ids=tokens.to(self._device), use_cache=False)
+            self._base(input_ids=tokens, use_cache=False)
         except _Recorded:
             hidden = self._recorders[0].hidden
         assert hidden is not None
-        # without a padding mask nothing depends on the batch, only on the length of its rows
-        self._arguments.setdefault(tokens.shape[1], [r.arguments for r in self._recorders])
         return hidden
 
     def load_layer(self, index: int) -> torch.nn.Module:
@@ -111,9 +127,46 @@ class StreamedDecoder:
             )
         return output
 
+    def load_ends(self) -> None:
+        """Read the embedding and the last norm, which the MTP block needs."""
+        self.load_embedding()
+        self._base.norm.load_state_dict({"weight": self._read(self._model.norm_name)}, assign=True)
+
+    @torch.inference_mode()
+    def run_mtp(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The MTP block on the trunk's hidden states (B, T, H) and the tokens (B, T)."""
+        block = self._layers[-1]
+        embedded = self._base.embed_tokens(next_tokens(tokens.to(self._device)))
+        arguments = self._arguments[hidden.shape[1]][self._model.mtp_template()]
+        output: Tensor = block(self._base.norm(hidden), embedded.to(self._dtype), **arguments)
+        return output
+
+    @torch.inference_mode()
+    def mtp_logits(self, hidden: Tensor) -> Tensor:
+        """What the MTP block predicts, (B, T, V), from its hidden states."""
+        head = self._base.embed_tokens.weight
+        if not self._model.facts.tied_embeddings:
+            head = self._read(self._model.head_name)
+        block: Any = self._layers[-1]
+        return torch.nn.functional.linear(block.norm(hidden), head)
+
+    def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
+        """The MTP block on the meta device, its layer of the kind the architecture names."""
+        template = self._model.mtp_template()
+        config = self._base.config
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                layer = type(self._layers[template])(config, template)
+                block = MtpBlock(self._base.norm, layer, config.hidden_size, config.rms_norm_eps)
+        finally:
+            torch.set_default_dtype(before)
+        return block.eval()
+
     def _layer_state(self, index: int) -> dict[str, Tensor]:
         """The layer's weights under transformers' names, experts fused to 3D."""
-        prefix = self._model.layer_prefix(index)
+        prefix = self._model.block_prefix(index)
         state: dict[str, Tensor] = {}
         experts = False
         for name in self._checkpoint.tensors:
@@ -123,7 +176,7 @@ class StreamedDecoder:
                 else:
                     state[name.removeprefix(prefix)] = self._read(name)
         if experts:
-            base = self._model.experts_module
+            base = self._model.experts_path(index)
             state[f"{base}.gate_up_proj"] = self._fused(index, ("gate", "up"))
             state[f"{base}.down_proj"] = self._fused(index, ("down",))
         return state
@@ -164,6 +217,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     register()
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = config.get_text_config()  # vision towers are not run
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"{checkpoint.folder}: transformers cannot read the config ({error})"

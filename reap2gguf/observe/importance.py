@@ -35,7 +35,7 @@ class ImportanceObserver:
         self._by_activations: Names = ()
 
     def last_layer(self) -> int:
-        return self._model.facts.n_layers - 1
+        return self._model.facts.n_blocks - 1
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Begin a layer: hook its matrices and its experts."""
@@ -45,7 +45,7 @@ class ImportanceObserver:
             self._hooks.append(layer.get_submodule(path).register_forward_pre_hook(hook))
         if index in self._model.facts.moe_layers:
             self._by_inputs, self._by_activations = self._model.expert_matrices(index)
-            watch(layer.get_submodule(self._model.experts_module), self)
+            watch(layer.get_submodule(self._model.experts_path(index)), self)
 
     def _see_input(self, names: Names, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         values = arguments[0].reshape(-1, arguments[0].shape[-1])
@@ -85,4 +85,6 @@ class ImportanceObserver:
         for names, (sums, counts) in self._sums.items():
             values = sums.numpy().astype(np.float32)
             for name in names:
-                self.entries[name] = ImatrixEntry(name, values, counts.numpy())
+                order = self._model.column_order(name)
+                ordered = values if order is None else values[:, order]
+                self.entries[name] = ImatrixEntry(name, ordered, counts.numpy())

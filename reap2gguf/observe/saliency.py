@@ -36,7 +36,7 @@ class SaliencyObserver:
         self._sums = torch.zeros(n_experts, 3, dtype=torch.float64)
         self._peaks = torch.zeros(n_experts, dtype=torch.float64)
         if index in self._model.facts.moe_layers:
-            watch(layer.get_submodule(self._model.experts_module), self)
+            watch(layer.get_submodule(self._model.experts_path(index)), self)
 
     def see(self, pairs: RoutedPairs) -> None:
         """One batch: counts (E,), sums (E, 3) of reap, gate and norm, and norm maxima (E,)."""

@@ -1,7 +1,9 @@
 """One sweep over a checkpoint: every row through every layer, a layer in memory at a time.
 
 Rows of equal length are batched under a token budget; the others are right-padded, which causal
-attention never looks at, and padding counts nowhere. Memory: the embedding or one decoder layer,
+attention never looks at, and padding counts nowhere. A multi-token-prediction block runs as one
+more layer, on positions that have a next token. Passengers are rows that pass through unobserved:
+on them the MTP block's predictions are counted. Memory: the embedding or one decoder layer,
 the activations of one batch, and the hidden states of all rows, tokens x H x 2 or 4 bytes.
 """
 
@@ -20,6 +22,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ObservationError, UsageError
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.decoder import StreamedDecoder
+from reap2gguf.observe.mtp import count_hits
 from reap2gguf.progress import Progress, Task
 
 MAX_BAD_ROWS = 0.01
@@ -68,6 +71,8 @@ class SweepReport:
     n_rows: int
     n_tokens: int
     n_dropped_rows: int
+    mtp_hits: int = 0  # of the passengers' next-next tokens, those the MTP block predicted
+    mtp_tokens: int = 0
 
 
 @dataclass
@@ -77,13 +82,15 @@ class _Batch:
     tokens: Tensor  # (B, T)
     lengths: Tensor  # (B,)
     hidden: Tensor
+    observed: bool = True
 
-    def real_tokens(self) -> Tensor | None:
-        """(B * T,) true where a token is no padding; None if all are."""
+    def real_tokens(self, n_ahead: int = 0) -> Tensor | None:
+        """(B * T,) true where a token, and one `n_ahead` of it, is no padding; None if all are."""
         width = self.tokens.shape[1]
-        if bool((self.lengths == width).all()):
+        lengths = self.lengths - n_ahead
+        if bool((lengths == width).all()):
             return None
-        mask = torch.arange(width) < self.lengths[:, None]
+        mask = torch.arange(width) < lengths[:, None]
         return mask.reshape(-1).to(self.hidden.device)
 
     def keep(self, rows: Tensor) -> None:
@@ -101,6 +108,7 @@ def sweep(
     options: SweepOptions,
     title: str,
     progress: Progress,
+    passengers: Sequence[Row] = (),
 ) -> SweepReport:
     """Run all rows through the layers that `observer` wants to see.
 
@@ -112,20 +120,36 @@ def sweep(
     decoder = StreamedDecoder(checkpoint, model, dtype, device)
     n_layers = observer.last_layer() + 1
     n_tokens = sum(len(row) for row in rows)
-    with progress.task(title, n_layers * n_tokens, "tokens") as task:
+    total = n_tokens + sum(len(row) for row in passengers)
+    with progress.task(title, n_layers * total, "tokens") as task:
         decoder.load_embedding()
-        batches = [_embed(decoder, group) for group in _group(rows, _BATCH_TOKENS[device.type])]
+        batches = _embed_all(decoder, rows, device, observed=True)
+        batches += _embed_all(decoder, passengers, device, observed=False)
         decoder.drop_embedding()
         for index in range(n_layers):
             layer = decoder.load_layer(index)
             observer.attach(index, layer)
+            if index == model.facts.mtp_layer:
+                decoder.load_ends()
             for batch in batches:
                 _run_layer(decoder, index, batch, observer, task)
-            _check_losses(len(rows), batches, index)
+            _check_losses(len(rows) + len(passengers), batches, index)
             observer.finish(index)
-            decoder.drop_layer(index)
-    n_left = sum(len(batch.lengths) for batch in batches)
-    return SweepReport(len(rows), n_tokens, len(rows) - n_left)
+            if index != model.facts.mtp_layer:
+                decoder.drop_layer(index)
+    hits, tried = _count_mtp_hits(decoder, batches) if model.facts.has_mtp else (0, 0)
+    n_left = sum(len(batch.lengths) for batch in batches if batch.observed)
+    return SweepReport(len(rows), n_tokens, len(rows) - n_left, hits, tried)
+
+
+def _count_mtp_hits(decoder: StreamedDecoder, batches: Sequence[_Batch]) -> tuple[int, int]:
+    """Of the passengers' next-next tokens: predicted by the MTP block, and all."""
+    counts = [
+        count_hits(decoder.mtp_logits(batch.hidden), batch.tokens, batch.lengths)
+        for batch in batches
+        if not batch.observed
+    ]
+    return sum(hits for hits, _ in counts), sum(tried for _, tried in counts)
 
 
 def _group(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
@@ -140,12 +164,19 @@ def _group(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     return groups
 
 
-def _embed(decoder: StreamedDecoder, rows: list[Row]) -> _Batch:
+def _embed_all(
+    decoder: StreamedDecoder, rows: Sequence[Row], device: torch.device, observed: bool
+) -> list[_Batch]:
+    groups = _group(rows, _BATCH_TOKENS[device.type])
+    return [_embed(decoder, group, observed) for group in groups]
+
+
+def _embed(decoder: StreamedDecoder, rows: list[Row], observed: bool) -> _Batch:
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.from_numpy(row)
-    return _Batch(tokens, lengths, decoder.embed(tokens))
+    return _Batch(tokens, lengths, decoder.embed(tokens), observed)
 
 
 def _run_layer(
@@ -153,16 +184,22 @@ def _run_layer(
 ) -> None:
     """Move a batch through a layer; rows that are not finite are left out and it runs again."""
     n_tokens = int(batch.lengths.sum())
+    is_mtp = index == decoder.mtp_layer
     while len(batch.lengths):
-        real = batch.real_tokens()
+        real = batch.real_tokens(n_ahead=1 if is_mtp else 0)
         observer.real_tokens = real
-        output = decoder.run_layer(index, batch.hidden)
+        if is_mtp:
+            output = decoder.run_mtp(batch.hidden, batch.tokens)
+        else:
+            output = decoder.run_layer(index, batch.hidden)
         finite = _finite_rows(output, real)
-        if bool(finite.all()):
+        if bool(finite.all()) and batch.observed:
             observer.commit()
+        else:
+            observer.discard()
+        if bool(finite.all()):
             batch.hidden = output
             break
-        observer.discard()
         batch.keep(finite)
     task.advance(n_tokens)
 

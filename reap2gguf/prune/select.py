@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.models.contract import ModelFacts
+from reap2gguf.models.description import ModelFacts
 
 Scores = npt.NDArray[np.float64]
 Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the experts that stay, ascending
@@ -83,14 +83,14 @@ def select_experts(
 
     Raises ArtifactError if the observations are of another model.
     """
-    if set(observations.layers) != set(facts.moe_layers):
+    if not set(facts.moe_layers) <= set(observations.layers):
         raise ArtifactError(
             f"observations: of {len(observations.layers)} layers, expected the model's "
             f"{len(facts.moe_layers)} MoE layers"
         )
     kept: dict[int, tuple[int, ...]] = {}
-    for layer, seen in observations.layers.items():
-        scores = CRITERIA[method](seen)
+    for layer in facts.moe_layers:
+        scores = CRITERIA[method](observations.layers[layer])
         if scores.shape != (target.n_experts,):
             raise ArtifactError(
                 f"observations: layer {layer} has {len(scores)} experts, expected "

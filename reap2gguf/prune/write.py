@@ -17,7 +17,8 @@ from reap2gguf.artifacts.manifest import MANIFEST_FILE
 from reap2gguf.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, PlannedTensor, write_checkpoint
-from reap2gguf.models.contract import Expert, MoeModel, Router
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import Dropped, Expert, Router
 from reap2gguf.progress import Progress
 from reap2gguf.prune.select import Kept
 
@@ -48,6 +49,8 @@ def plan_pruned(
     for name, tensor in stored.items():
         role = model.role(name)
         entries: tuple[int, ...] | None = None
+        if isinstance(role, Dropped):
+            continue
         if isinstance(role, Expert) and role.expert is not None:
             if role.expert not in kept[role.layer]:
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from reap2gguf.artifacts.manifest import GgufRecord, Manifest
+from reap2gguf.artifacts.manifest import GgufRecord, Manifest, MtpRecord
 
 _REAP_CITATION = """\
 @article{lasby-reap,
@@ -54,7 +54,9 @@ are in `{name}-GGUF`.
 def gguf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the GGUF folder."""
     name = manifest.name
-    files = "\n".join(_file_row(record) for record in manifest.gguf)
+    rows = [_file_row(record) for record in manifest.gguf]
+    rows += [f"| `{s.file}` | {_gib(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
+    files = "\n".join(rows)
     first = manifest.gguf[0].file
     body = f"""# {name}-GGUF
 
@@ -151,7 +153,19 @@ def _facts_table(manifest: Manifest) -> str:
         ("calibration", text),
         ("checks", str(manifest.verification.get("summary", "not run"))),
     ]
+    if pruning.mtp.state != "none":
+        rows.insert(-1, ("multi-token prediction", _mtp(pruning.mtp)))
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def _mtp(mtp: MtpRecord) -> str:
+    if not mtp.n_tokens:
+        return mtp.state
+    before, after = mtp.hits_before / mtp.n_tokens, mtp.hits_after / mtp.n_tokens
+    return (
+        f"{mtp.state} with the layers; {before:.1%} of next-next tokens right before, "
+        f"{after:.1%} after"
+    )
 
 
 def _at(revision: str | None) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from reap2gguf.models.contract import GgufTensor
+from reap2gguf.models.description import GgufTensor
 from reap2gguf.quantize.file_types import Mixture, Part, Place
 
 # what a tensor's name contains -> its part; the first that fits

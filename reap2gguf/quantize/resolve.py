@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE
-from reap2gguf.models.contract import GgufTensor, ModelFacts
+from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantize.mixture import MixtureChooser
 from reap2gguf.quantize.recipe import Recipe, Rule
 
@@ -82,19 +82,26 @@ def resolve(
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
-        matching = (i for i, r in enumerate(recipe.rules) if fnmatchcase(tensor.name, r.match))
-        winner = next(matching, None)
-        rule = None if winner is None else recipe.rules[winner]
+        whole = _stays_whole(tensor, recipe)
+        winner = _winner(recipe, tensor, whole)
         if winner is not None:
             winners.add(winner)
-        whole = _stays_whole(tensor, recipe)
-        if rule is not None:
-            kind = _ruled(tensor, rule, whole, recipe)
+            rule = recipe.rules[winner]
+            _check_rows(tensor, rule, recipe)
+            resolved[tensor.name] = ResolvedTensor(tensor, rule.kind, rule.match)
         else:
             kind = chooser.choose(tensor) if whole is None else whole
-        resolved[tensor.name] = ResolvedTensor(tensor, kind, rule.match if rule else None)
+            resolved[tensor.name] = ResolvedTensor(tensor, kind, None)
     _refuse_idle_rules(recipe, winners, tensors)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _winner(recipe: Recipe, tensor: GgufTensor, whole: Type | None) -> int | None:
+    """The first rule for a tensor; one that stays whole takes no rule that would cut it."""
+    for position, rule in enumerate(recipe.rules):
+        if fnmatchcase(tensor.name, rule.match) and (whole is None or rule.kind is whole):
+            return position
+    return None
 
 
 def _n_blocks(tensors: Sequence[GgufTensor]) -> int:
@@ -120,31 +127,30 @@ def _stays_whole(tensor: GgufTensor, recipe: Recipe) -> Type | None:
     return None
 
 
-def _ruled(tensor: GgufTensor, rule: Rule, whole: Type | None, recipe: Recipe) -> Type:
-    where = f"recipe {recipe.name!r}: rule {rule.match!r}"
-    if whole is not None and rule.kind is not whole:
-        raise RecipeError(
-            f"{where}: asks for {rule.kind.name}, but {tensor.name} stays {whole.name}, as "
-            "llama.cpp wants it; narrow the rule"
-        )
+def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
     block = GGML_QUANT_SIZES[rule.kind][0]
     if tensor.n_columns % block:
         raise RecipeError(
-            f"{where}: {rule.kind.name} has blocks of {block}, and {tensor.name} has rows of "
-            f"{tensor.n_columns}; choose a type with blocks of 32, such as Q8_0 or IQ4_NL"
+            f"recipe {recipe.name!r}: rule {rule.match!r}: {rule.kind.name} has blocks of {block}, "
+            f"and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks of 32, "
+            "such as Q8_0 or IQ4_NL"
         )
-    return rule.kind
 
 
 def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[GgufTensor]) -> None:
     for position, rule in enumerate(recipe.rules):
         if position in winners:
             continue
-        reached = [t.name for t in tensors if fnmatchcase(t.name, rule.match)]
+        reached = [t for t in tensors if fnmatchcase(t.name, rule.match)]
+        if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
+            raise RecipeError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.kind.name}, but what "
+                f"it matches, such as {reached[0].name}, stays whole, as llama.cpp wants it"
+            )
         if reached:
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.match!r} is shadowed: earlier rules take "
-                f"every tensor it matches, such as {reached[0]}; move it up or remove it"
+                f"every tensor it matches, such as {reached[0].name}; move it up or remove it"
             )
         if not rule.optional:
             raise RecipeError(

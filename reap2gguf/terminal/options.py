@@ -42,6 +42,10 @@ pruning_options = _all(
         "--method", type=click.Choice(METHODS), default="reap", show_default=True,
         help="Criterion that ranks the experts.",
     ),
+    click.option(
+        "--mtp", type=click.Choice(("prune", "drop")), default="prune", show_default=True,
+        help="A multi-token-prediction block: prune it with the layers, or leave it out.",
+    ),
 )  # fmt: skip
 
 calibration_options = _all(
@@ -108,6 +112,7 @@ def collect(arguments: dict[str, Any], fresh: bool = False) -> BuildOptions:
         output=arguments["output"],
         name=arguments["name"],
         method=arguments["method"],
+        mtp=arguments["mtp"],
         calibration=CalibrationOptions(
             arguments["spec"], arguments["samples"], arguments["max_length"], arguments["seed"]
         ),

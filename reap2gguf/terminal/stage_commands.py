@@ -63,7 +63,8 @@ def observe(
 @click.option("-o", "--output", type=FolderPath, required=True, help="Folder to write.")
 def prune(
     model: str, observations: Path, keep_experts: int | None, compression: float | None,
-    method: str, output: Path,
+    method: str,
+    mtp: str, output: Path,
 ) -> None:  # fmt: skip
     """Write MODEL without the experts that matter least, as safetensors.
 
@@ -72,7 +73,7 @@ def prune(
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --keep-experts 96 -o Qwen3-30B-A3B-REAP
     """
-    _, checkpoint, described = _open(model)
+    _, checkpoint, described = _open(model, keep_mtp=mtp == "prune")
     _check_parent(output)
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.prune.select import choose_target
@@ -111,7 +112,7 @@ def imatrix(
 
     chunks = imatrix_chunks(Tokenizer(source.folder), text, "", chunk)
     compute = ComputeOptions(device, dtype, threads)
-    found = stages.compute_imatrix(checkpoint, described, chunks, compute, terminal_progress())
+    found, _ = stages.compute_imatrix(checkpoint, described, chunks, compute, terminal_progress())
     stages.save_imatrix(found, output)
     click.echo(f"{output}: {len(found.entries)} matrices over {found.n_chunks} chunks")
 
@@ -153,7 +154,7 @@ def quantize(
     click.echo(f"{output}: {size(output.stat().st_size)}, {resolved.bits_per_weight:.2f} bpw")
 
 
-def _open(model: str) -> tuple[Source, Checkpoint, MoeModel]:
+def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeModel]:
     """A model and what it is, from its headers."""
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.source import resolve_source
@@ -161,7 +162,7 @@ def _open(model: str) -> tuple[Source, Checkpoint, MoeModel]:
 
     source = resolve_source(model)
     checkpoint = Checkpoint.open(source.folder)
-    return source, checkpoint, describe(checkpoint)
+    return source, checkpoint, describe(checkpoint, keep_mtp)
 
 
 def _check_parent(output: Path) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from reap2gguf.plan import Estimate, Plan
+from reap2gguf.plan import Estimate, Plan, side_bytes
 from reap2gguf.prune.select import friendly_count
 from reap2gguf.quantize.recipe import Recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe
@@ -36,6 +36,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
             f"  {target.n_kept} experts miss the fused kernels of vLLM and llama.cpp on CUDA; "
             f"the nearest count that has them is {friendly} (--keep-experts {friendly})"
         )
+    if plan.mtp != "none":
+        yield f"  the multi-token-prediction block is {plan.mtp}"
     for caveat in plan.model.caveats():
         yield f"  note: {caveat}"
     yield ""
@@ -46,6 +48,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
             f"{recipe.bits_per_weight:.2f} bits per weight, {recipe.recipe.file_type}"
         )
         yield from _type_lines(recipe)
+    for side in plan.side_files:
+        yield f"  {plan.side_name(side)}  {size(side_bytes(side))}, {side.title}"
     yield ""
     yield (
         f"  needs {size(needs.disk_bytes)} of disk, about {size(needs.memory_bytes)} of memory, "
@@ -74,6 +78,12 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         again = "  (reused)" if stage.reused else ""
         peak = size(stage.peak_bytes)
         yield f"  {stage.name:<8} {stage.seconds:>8.1f} s   peak memory so far {peak}{again}"
+    mtp = manifest.pruning.mtp
+    if mtp.n_tokens:
+        yield (
+            f"  multi-token prediction: {mtp.hits_before / mtp.n_tokens:.1%} of next-next tokens "
+            f"right before pruning, {mtp.hits_after / mtp.n_tokens:.1%} after"
+        )
     yield ""
     for check in manifest.verification["passed"]:
         yield f"  verified  {check}"
@@ -81,6 +91,8 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
     for record in manifest.gguf:
         yield f"  {result.gguf_folder / record.file}  {size(record.n_bytes)}"
+    for side in manifest.side_files:
+        yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
     yield f"Try it:  llama-cli -m {result.gguf_folder / manifest.gguf[0].file}"
 

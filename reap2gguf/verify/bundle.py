@@ -16,14 +16,19 @@ from reap2gguf.artifacts.manifest import (
     FileRecord,
     GgufRecord,
     Manifest,
+    SideRecord,
     hash_file,
 )
+from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.models import MoeModel
 from reap2gguf.progress import Progress
 from reap2gguf.verify.gguf_file import (
     ExpectedGguf,
     check_against_folder,
     check_header,
+    check_kinds,
+    check_tensors,
     check_values,
     open_gguf,
 )
@@ -100,7 +105,38 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
     for record in manifest.gguf:
         violations += _check_gguf(folder / record.file, record, manifest, hf_folder, n_threads,
                                   progress)  # fmt: skip
+    for side in manifest.side_files:
+        violations += _check_side(folder / side.file, side, hf_folder, n_threads, progress)
     return Report(tuple(checked), tuple(violations))
+
+
+def _check_side(
+    path: Path, record: SideRecord, hf_folder: Path, n_threads: int, progress: Progress
+) -> Iterator[str]:
+    """A side file against its record, and against the safetensors where they are there."""
+    if not path.is_file():
+        return  # the sums have said so
+    header, problems = open_gguf(path)
+    yield from problems
+    if header is None:
+        return
+    kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
+    yield from check_kinds(header, kinds)
+    checkpoint, model = _open_sibling(hf_folder)
+    sides = model.side_files(hf_folder) if model is not None else ()
+    if checkpoint is None or not sides:
+        yield from check_values(header, n_threads, progress)
+    for side in sides:
+        if checkpoint is not None and side.kind == header.metadata.get("general.type"):
+            yield from check_tensors(header, checkpoint, side.tensors, n_threads, progress)
+
+
+def _open_sibling(hf_folder: Path) -> tuple[Checkpoint | None, MoeModel | None]:
+    """The safetensors beside a bundle, if they are there and sound."""
+    if not hf_folder.is_dir():
+        return None, None
+    checkpoint, model, _ = open_folder(hf_folder, None)
+    return checkpoint, model
 
 
 def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
@@ -128,12 +164,11 @@ def _check_gguf(
         return
     kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
     yield from check_header(header, ExpectedGguf(kinds, manifest.pruning.n_kept))
-    if hf_folder.is_dir():
-        checkpoint, model, _ = open_folder(hf_folder, None)
-        if checkpoint is not None and model is not None:
-            yield from check_against_folder(header, checkpoint, model, n_threads, progress)
-            return
-    yield from check_values(header, n_threads, progress)
+    checkpoint, model = _open_sibling(hf_folder)
+    if checkpoint is not None and model is not None:
+        yield from check_against_folder(header, checkpoint, model, n_threads, progress)
+    else:
+        yield from check_values(header, n_threads, progress)
 
 
 def _check_sums(folder: Path, n_threads: int) -> Iterator[str]:

@@ -15,7 +15,8 @@ from reap2gguf.artifacts.gguf_header import GgufHeader, GgufTensorInfo, read_ggu
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import Ggml, load_ggml
-from reap2gguf.models.contract import GgufTensor, MoeModel, Slab
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.progress import Progress
 
 Floats = npt.NDArray[np.float32]
@@ -28,6 +29,11 @@ ERROR_BOUNDS = {
     "Q3_K": 0.4, "IQ3_S": 0.4, "IQ3_XXS": 0.5, "Q2_K": 0.7, "IQ2_S": 0.7, "IQ2_XS": 0.75,
     "IQ2_XXS": 0.8, "MXFP4": 0.3, "IQ1_M": 0.9, "IQ1_S": 0.9,
 }  # fmt: skip
+
+# Blocks of few bits hold no zeros: a sparse matrix beyond its type's bound is still sound if
+# quantizing it anew errs nearly as much.
+_SLACK = 1.2
+_SPARSE = 0.5  # share of zeros
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,20 @@ def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
         if per_expert and info.shape[0] != count:
             rows = "experts" if "_exps." in name else "router rows"
             yield f"{where}: {name} has {info.shape[0]} {rows}, {arch}.expert_count is {count}"
-    for name, kind in (expected.kinds or {}).items():
+    if expected.kinds is not None:
+        yield from check_kinds(header, expected.kinds)
+
+
+def check_kinds(header: GgufHeader, kinds: Mapping[str, GGMLQuantizationType]) -> Iterator[str]:
+    """A file's tensors must be those of the plan, each of its type."""
+    where = header.path.name
+    for name, kind in kinds.items():
         if name not in header.tensors:
             yield f"{where}: tensor {name} is missing"
         elif header.tensors[name].kind is not kind:
             yield f"{where}: {name} is {header.tensors[name].kind.name}, expected {kind.name}"
-    if expected.kinds is not None:
-        for name in sorted(header.tensors.keys() - expected.kinds.keys()):
-            yield f"{where}: tensor {name} is not in the plan"
+    for name in sorted(header.tensors.keys() - kinds.keys()):
+        yield f"{where}: tensor {name} is not in the plan"
 
 
 def check_against_folder(
@@ -78,7 +90,7 @@ def check_against_folder(
     n_threads: int,
     progress: Progress,
 ) -> Iterator[str]:
-    """Names and shapes against the safetensors, then every matrix by value."""
+    """Keys and tokenizer against the config, then every tensor against the safetensors."""
     where = header.path.name
     n_tokens = len(header.metadata.get("tokenizer.ggml.tokens") or [])
     if n_tokens != model.facts.vocab_size:
@@ -92,7 +104,20 @@ def check_against_folder(
         )
         if not same:
             yield f"{where}: {value.key} is {found}, expected {value.value}"
-    tensors = {tensor.name: tensor for tensor in model.gguf_tensors(checkpoint.tensors)}
+    tensors = model.gguf_tensors(checkpoint.tensors)
+    yield from check_tensors(header, checkpoint, tensors, n_threads, progress)
+
+
+def check_tensors(
+    header: GgufHeader,
+    checkpoint: Checkpoint,
+    described: Sequence[GgufTensor],
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    """Names and shapes of a file's tensors, then every matrix by value."""
+    where = header.path.name
+    tensors = {tensor.name: tensor for tensor in described}
     for name in sorted(tensors.keys() ^ header.tensors.keys()):
         problem = "is missing" if name in tensors else "is not one of the model's"
         yield f"{where}: tensor {name} {problem}"
@@ -159,7 +184,7 @@ def _compare(
         if (problem := _degenerate(values)) and not (not stored.any() and not values.any()):
             return f"{where}{which} {problem}"
         error = _relative_error(values, stored)
-        if error > bound:
+        if error > bound and not _errs_as_it_must(ggml, stored, info.kind, error):
             likely = _likely_slab(checkpoint, tensor, values, bound)
             hint = "" if likely is None else f"; it holds the weights of expert {likely}"
             return (
@@ -176,6 +201,15 @@ def stored_matrix(checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab) -> Flo
     if tensor.transform is not None:
         values = tensor.transform(values)
     return values.reshape(-1, tensor.n_columns)
+
+
+def _errs_as_it_must(ggml: Ggml, stored: Floats, kind: GGMLQuantizationType, error: float) -> bool:
+    """Whether a matrix is sparse, such as an identity, and its type does this to it."""
+    if np.count_nonzero(stored) > _SPARSE * stored.size:
+        return False
+    even = np.ones(stored.shape[-1], dtype=np.float32)
+    anew = ggml.dequantize(ggml.quantize(stored, kind, even), kind)
+    return error <= _SLACK * _relative_error(anew, stored)
 
 
 def _likely_slab(
@@ -199,7 +233,7 @@ def _relative_error(values: Floats, stored: Floats) -> float:
 def _degenerate(values: Floats) -> str | None:
     if not np.isfinite(values).all():
         return "holds NaN or infinite values"
-    if values.size > 1 and not values.any():
+    if len(values) > 1 and not values.any():  # a vector may be zero, as biases often are
         return "holds nothing but zeros"
     return None
 

@@ -137,5 +137,6 @@ def _judge(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> I
     values = to_float32(raw, dtype, name)
     if not np.isfinite(values).all():
         yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
-    elif values.size > 1 and not values.any() and checkpoint.tensors[name].n_elements > 1:
+    elif len(checkpoint.tensors[name].shape) > 1 and not values.any():
+        # a vector may be zero: biases often are, and norms stored around zero
         yield f"{checkpoint.folder.name}: {name} holds nothing but zeros"

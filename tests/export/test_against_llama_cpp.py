@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tiny import TinyQwen3Moe
 
 from reap2gguf.artifacts.imatrix import Imatrix
+from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.models import GgufTensor, ModelFacts
 from reap2gguf.quantize.file_types import MIXTURES
 from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
@@ -201,7 +202,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (root / "with").mkdir()
     (root / "without").mkdir()
     with_imatrix = export_files(folder, root / "with", recipes, imatrix)
-    weightless = [r for r in recipes if not r.file_type.startswith(("IQ2", "IQ3_X"))]
+    weightless = [
+        r
+        for r in recipes
+        if not r.file_type.startswith(("IQ2", "IQ3_X"))
+        and not {rule.kind for rule in r.rules} & NEEDS_IMPORTANCE
+    ]
     without = export_files(folder, root / "without", weightless)
     return Exported(without["BF16"], imatrix, with_imatrix, without)
 

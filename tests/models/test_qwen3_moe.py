@@ -18,7 +18,7 @@ from tiny import TinyQwen3Moe
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models import Expert, GgufTensor, Plain, Router, Slab
+from reap2gguf.models import Carried, Expert, GgufTensor, Plain, Router, Slab
 from reap2gguf.models.qwen3_moe import Qwen3Moe, rope_metadata
 
 REFERENCE = Path(__file__).resolve().parent.parent / "data" / "qwen3moe-reference-header.json"
@@ -177,7 +177,7 @@ def test_a_tied_models_copy_of_its_embeddings_is_left_out() -> None:
     tensors = BASE.tensors()
     model = model_of(replace(BASE, tied=True))
     found = {tensor.name for tensor in model.gguf_tensors(stored_of(tensors))}
-    assert model.role("lm_head.weight") == Plain(None)
+    assert model.role("lm_head.weight") == Carried()
     assert "output.weight" not in found
     assert "token_embd.weight" in found
 
@@ -323,7 +323,7 @@ def test_matrices_are_fed_by_modules_of_transformers(layout: TinyQwen3Moe) -> No
         for path in model.matrices(layer):
             assert block.get_submodule(path).weight.ndim == 2
         if layer in model.facts.moe_layers:
-            assert block.get_submodule(model.experts_module) is not None
+            assert block.get_submodule(model.experts_path(0)) is not None
 
 
 @pytest.mark.parametrize(

@@ -142,16 +142,15 @@ def test_a_rule_given_twice_is_refused() -> None:
         resolved(recipe(("output.weight", "Q8_0"), ("output.weight", "Q8_0")))
 
 
-@pytest.mark.parametrize(
-    ("match", "tensor"),
-    [
-        ("blk.*.ffn_gate_*.weight", "blk.0.ffn_gate_inp.weight"),
-        ("*norm.weight", "output_norm.weight"),
-    ],
-)
-def test_a_rule_on_a_tensor_that_stays_f32_is_refused(match: str, tensor: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{tensor} stays F32, .* narrow the rule"):
-        resolved(recipe((match, "Q8_0")))
+def test_a_rule_passes_by_what_stays_f32() -> None:
+    kinds = kind_names(recipe(("blk.*.ffn_gate_*.weight", "Q8_0")))
+    assert kinds["blk.0.ffn_gate_exps.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_a_rule_for_nothing_but_what_stays_f32_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"such as output_norm\.weight, stays whole"):
+        resolved(recipe(("*norm.weight", "Q8_0")))
 
 
 def test_a_rule_may_ask_for_f32_where_it_is() -> None:

@@ -1,0 +1,152 @@
+"""The words in which an architecture describes itself: facts, roles, tensors, header values.
+
+Letters: H hidden, F expert width, E experts, K experts per token, V vocabulary. Shapes are given
+slowest dimension first (PyTorch, numpy); GGML's `ne` is the reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFValueType
+
+Projection = Literal["gate", "up", "down", "gate_up"]
+Transform = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The numbers of one model that more than one stage needs."""
+
+    architecture: str  # the class named in config.json
+    gguf_arch: str  # general.architecture
+    n_layers: int  # the trunk's
+    moe_layers: tuple[int, ...]  # with the MTP block as layer n_layers, where there is one
+    hidden_size: int  # H
+    expert_width: int  # F
+    n_experts: int  # E
+    experts_per_token: int  # K
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int  # V
+    context_length: int
+    tied_embeddings: bool
+    has_mtp: bool = False  # a multi-token-prediction block follows the trunk
+
+    @property
+    def mtp_layer(self) -> int | None:
+        """The MTP block's number: the one after the trunk's last."""
+        return self.n_layers if self.has_mtp else None
+
+    @property
+    def n_blocks(self) -> int:
+        """GGUF's block_count: decoder layers, MTP block included."""
+        return self.n_layers + self.has_mtp
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Stored weights of one expert, or (`expert` None) of all experts of a layer on axis 0."""
+
+    layer: int
+    projection: Projection
+    expert: int | None
+
+
+@dataclass(frozen=True)
+class Router:
+    """Stored router values whose axis 0 is the expert: weight (E, H), or a bias (E,)."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A stored tensor that pruning leaves alone; `layer` is None outside the decoder layers."""
+
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A tensor that travels with the safetensors and that no GGUF of the text model holds."""
+
+    layer: None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A stored tensor that is left out of everything that is written."""
+
+    layer: None = None
+
+
+Role = Expert | Router | Plain | Carried | Dropped
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Where one matrix of a GGUF tensor lies in the checkpoint.
+
+    `index` picks from axis 0 of a 3D tensor (an expert); `rows` cuts the matrix (the gate or the
+    up half of a fused gate_up).
+    """
+
+    stored: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A GGUF tensor: its name, its shape and the stored matrices it is made of.
+
+    For experts there is one slab per expert and the shape is (E, rows, columns).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slabs: tuple[Slab, ...]
+    always_f32: bool = False  # llama.cpp's converter never stores it in fewer bits
+    transform: Transform | None = None  # applied to each slab's float32 values
+
+    @property
+    def n_columns(self) -> int:
+        """Length of a row: GGML's ne[0]."""
+        return self.shape[-1]
+
+    @property
+    def n_matrices(self) -> int:
+        """GGML's ne[2]: the experts of an expert tensor, else 1."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
+@dataclass(frozen=True)
+class HeaderValue:
+    """One key of a GGUF header."""
+
+    key: str
+    value: Any
+    kind: GGUFValueType
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A GGUF file beside the model's own: what it is made of and what its header says."""
+
+    prefix: str  # begins the file name
+    kind: str  # general.type
+    arch: str  # general.architecture
+    title: str
+    tensors: tuple[GgufTensor, ...]
+    values: tuple[HeaderValue, ...]
+
+    def kinds(self) -> dict[str, GGMLQuantizationType]:
+        """Half precision, and single for what llama.cpp wants so."""
+        whole, half = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+        return {t.name: whole if t.always_f32 else half for t in self.tensors}

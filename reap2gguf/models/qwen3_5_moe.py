@@ -1,0 +1,411 @@
+"""Qwen3.5-MoE (Qwen3.5-35B-A3B): DeltaNet, a shared expert, a vision tower and an MTP block.
+
+The Hub's layout nests the text model's config and names (`text_config`, `model.language_model.*`)
+and fuses the experts (3D) but for the MTP block's (2D); re-saved checkpoints are flat, or 2D
+throughout, or have lost the MTP block. All of them are read; what is written keeps the source's
+layout. GGUF names, types and keys are those of llama.cpp's `qwen35moe`, where the MTP block is the
+last layer and carries `nextn.*`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.config import ConfigReader
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.description import (
+    Carried,
+    Dropped,
+    Expert,
+    GgufTensor,
+    HeaderValue,
+    ModelFacts,
+    Plain,
+    Projection,
+    Role,
+    Router,
+    SideFile,
+    Transform,
+)
+from reap2gguf.models.qwen3_5_header import text_header
+from reap2gguf.models.qwen_vision import vision_projector
+from reap2gguf.models.tensors import PROJECTIONS, add_one, expert_tensor, single
+
+# HF name -> GGUF name, outside the layers, below the text prefix
+_OUTER = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+# HF name -> GGUF name, within a layer of either kind
+_COMMON = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+}
+_ATTENTION = {
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+}
+_DELTANET = {
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
+}
+# HF name -> GGUF name, of the MTP block besides its layer
+_MTP = {
+    "fc.weight": "nextn.eh_proj.weight",
+    "pre_fc_norm_embedding.weight": "nextn.enorm.weight",
+    "pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
+    "norm.weight": "nextn.shared_head_norm.weight",
+}
+_ROUTER = "mlp.gate.weight"
+_F32 = (_ROUTER, "mlp.shared_expert_gate.weight", "linear_attn.conv1d.weight")
+_INDEX = r"(0|[1-9][0-9]{0,5})"
+_EXPERT_2D = re.compile(rf"mlp\.experts\.{_INDEX}\.(gate|up|down)_proj\.weight")
+_EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
+_COUNT_KEYS = ("num_experts", "num_local_experts")
+_MTP_KEY = "mtp_num_hidden_layers"
+_VISION = ("model.visual.", "visual.")
+
+
+class Qwen35Moe(MoeModel):
+    """One Qwen3.5-MoE model."""
+
+    model_type: ClassVar[str] = "qwen3_5_moe"
+
+    def read_facts(self) -> ModelFacts:
+        nested = self.config.get("text_config")
+        self.text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else self.config
+        read = self.text_reader = ConfigReader(self.text, self.reader.where)
+        self._refuse_what_is_not_implemented()
+        n_layers = read.integer("num_hidden_layers", low=1, high=4096)
+        self.layer_kinds = self._read_layer_kinds(n_layers)
+        self.deltanet = self._read_deltanet()
+        hidden, n_heads = (
+            read.integer("hidden_size", low=1),
+            read.integer("num_attention_heads", low=1),
+        )
+        n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
+        has_mtp = self.keep_mtp and any(self._in_mtp(name) for name in self.names)
+        return ModelFacts(
+            architecture=str(self.config["architectures"][0]),
+            gguf_arch="qwen35moe",
+            n_layers=n_layers,
+            moe_layers=tuple(range(n_layers + has_mtp)),
+            hidden_size=hidden,
+            expert_width=read.integer("moe_intermediate_size", low=1),
+            n_experts=n_experts,
+            experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
+            n_heads=n_heads,
+            n_kv_heads=read.integer("num_key_value_heads", low=1, default=n_heads),
+            head_dim=read.integer("head_dim", low=1, default=hidden // n_heads),
+            vocab_size=read.integer("vocab_size", low=1),
+            context_length=read.integer("max_position_embeddings", low=1),
+            tied_embeddings=self._reads_tied(),
+            has_mtp=has_mtp,
+        )
+
+    def _refuse_what_is_not_implemented(self) -> None:
+        read = self.text_reader
+        read.expect("hidden_act", "silu", why="llama.cpp's qwen35moe computes SwiGLU")
+        read.expect("attention_bias", False, why="attention biases are not implemented")
+        read.expect("attn_output_gate", True, why="llama.cpp's qwen35moe gates its attention")
+        read.expect("mlp_only_layers", [], why="llama.cpp's qwen35moe has experts in every layer")
+        read.expect(_MTP_KEY, 0, 1, why="llama.cpp's qwen35moe has one MTP block")
+        read.expect("mtp_use_dedicated_embeddings", False, why="the MTP block shares embeddings")
+        self.reader.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
+
+    def _read_layer_kinds(self, n_layers: int) -> tuple[str, ...]:
+        """`full_attention` or `linear_attention` for every layer of the trunk."""
+        kinds = self.text.get("layer_types")
+        if kinds is None:
+            step = self.text_reader.integer("full_attention_interval", low=1, default=4)
+            kinds = [
+                "linear_attention" if (i + 1) % step else "full_attention" for i in range(n_layers)
+            ]
+        known = {"full_attention", "linear_attention"}
+        if not isinstance(kinds, list) or len(kinds) != n_layers or not set(kinds) <= known:
+            raise UnsupportedModelError(
+                f"{self.reader.where}: layer_types is {kinds!r}, expected {n_layers} of "
+                f"{' and '.join(sorted(known))}"
+            )
+        return tuple(kinds)
+
+    def _read_deltanet(self) -> DeltaNet:
+        read = self.text_reader
+        keys = read.integer("linear_num_key_heads", low=1)
+        values = read.integer("linear_num_value_heads", low=1)
+        if values % keys:
+            raise UnsupportedModelError(
+                f"{read.where}: linear_num_value_heads is {values}, expected a multiple of "
+                f"linear_num_key_heads, {keys}"
+            )
+        dims = (read.integer(f"linear_{part}_head_dim", low=1) for part in ("key", "value"))
+        return DeltaNet(keys, values, *dims)
+
+    def _reads_tied(self) -> bool:
+        outer = self.reader.boolean("tie_word_embeddings", default=False)
+        inner = self.text_reader.boolean("tie_word_embeddings", default=outer)
+        return outer if "tie_word_embeddings" in self.config else inner
+
+    @property
+    def text_prefix(self) -> str:
+        nested = any(name.startswith("model.language_model.") for name in self.names)
+        return "model.language_model." if nested else "model."
+
+    @property
+    def _mtp_prefix(self) -> str:
+        return "model.mtp." if any(n.startswith("model.mtp.") for n in self.names) else "mtp."
+
+    def _in_mtp(self, name: str) -> bool:
+        return name.startswith(("mtp.", "model.mtp."))
+
+    def layer_prefix(self, layer: int) -> str:
+        if layer == self.facts.mtp_layer:
+            return f"{self._mtp_prefix}layers.0."
+        return f"{self.text_prefix}layers.{layer}."
+
+    def block_prefix(self, layer: int) -> str:
+        return self._mtp_prefix if layer == self.facts.mtp_layer else self.layer_prefix(layer)
+
+    def experts_path(self, layer: int) -> str:
+        return f"{'layers.0.' if layer == self.facts.mtp_layer else ''}mlp.experts"
+
+    def mtp_template(self) -> int:
+        return self.layer_kinds.index("full_attention")
+
+    def _names_in(self, layer: int) -> Mapping[str, str]:
+        """HF name -> GGUF name of everything but experts in one layer, without prefixes."""
+        linear = layer < self.facts.n_layers and self.layer_kinds[layer] == "linear_attention"
+        return _COMMON | (_DELTANET if linear else _ATTENTION)
+
+    def role(self, name: str) -> Role:
+        if name.startswith(_VISION):
+            return Carried()
+        if self._in_mtp(name) and not self.keep_mtp:
+            return Dropped()
+        if name == "lm_head.weight":
+            return Carried() if self.facts.tied_embeddings else Plain(None)
+        if name.removeprefix(self.text_prefix) in _OUTER and name.startswith(self.text_prefix):
+            return Plain(None)
+        if name.startswith(self._mtp_prefix) and name.removeprefix(self._mtp_prefix) in _MTP:
+            return Plain(self.facts.mtp_layer)
+        role = self._role_in_layer(name)
+        if role is None:
+            raise UnknownTensorError(
+                f"tensor {name!r} has no meaning in {self.facts.architecture} with "
+                f"{self.facts.n_layers} layers; nothing is skipped silently, so it must be removed "
+                "or taught to models/qwen3_5_moe.py"
+            )
+        return role
+
+    def _role_in_layer(self, name: str) -> Role | None:
+        found = re.fullmatch(rf"(.*\.|)layers\.{_INDEX}\.(.+)", name)
+        if found is None:
+            return None
+        layer = self.facts.mtp_layer if self._in_mtp(name) else int(found[2])
+        if layer is None or layer >= self.facts.n_blocks:
+            return None
+        if not name.startswith(self.layer_prefix(layer)):
+            return None
+        rest = name.removeprefix(self.layer_prefix(layer))
+        if rest == _ROUTER:
+            return Router(layer)
+        if rest in self._names_in(layer):
+            return Plain(layer)
+        if expert := _EXPERT_2D.fullmatch(rest):
+            return Expert(layer, expert[2], int(expert[1]))  # type: ignore[arg-type]
+        if fused := _EXPERT_3D.fullmatch(rest):
+            return Expert(layer, fused[1], None)  # type: ignore[arg-type]
+        return None
+
+    def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
+        return tuple(self._gguf_tensors(stored))
+
+    def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
+        if not self.facts.tied_embeddings:
+            yield single(stored, "lm_head.weight", "output.weight")
+        for name, gguf_name in _OUTER.items():
+            yield self._single(stored, self.text_prefix, name, gguf_name)
+        for layer in range(self.facts.n_blocks):
+            blk = f"blk.{layer}."
+            for name, gguf_name in self._names_in(layer).items():
+                yield self._single(stored, self.layer_prefix(layer), name, blk + gguf_name)
+            yield from self.expert_tensors(layer, stored).values()
+        if self.facts.has_mtp:
+            for name, gguf_name in _MTP.items():
+                blk = f"blk.{self.facts.mtp_layer}."
+                yield self._single(stored, self._mtp_prefix, name, blk + gguf_name)
+
+    def _single(
+        self, stored: Mapping[str, StoredTensor], prefix: str, name: str, gguf_name: str
+    ) -> GgufTensor:
+        shape = None
+        if name == "linear_attn.conv1d.weight" and prefix + name in stored:
+            channels, _, kernel = stored[prefix + name].shape
+            shape = (channels, kernel)
+        pinned = name in _F32 or "norm" in name
+        return single(stored, prefix + name, gguf_name, pinned, self._transform(name), shape)
+
+    def _transform(self, name: str) -> Transform | None:
+        """What llama.cpp's converter does to a tensor besides renaming it."""
+        deltanet = self.deltanet
+        transforms: dict[str, Transform] = {
+            "linear_attn.in_proj_qkv.weight": deltanet.mixed,
+            "linear_attn.in_proj_z.weight": deltanet.gates,
+            "linear_attn.in_proj_a.weight": deltanet.heads,
+            "linear_attn.in_proj_b.weight": deltanet.heads,
+            "linear_attn.conv1d.weight": deltanet.convolution,
+            "linear_attn.A_log": deltanet.decay,
+            "linear_attn.dt_bias": deltanet.heads,
+            "linear_attn.out_proj.weight": deltanet.outputs,
+        }
+        if name.endswith(("norm.weight", "_norm_embedding.weight", "_norm_hidden.weight")):
+            return None if name == "linear_attn.norm.weight" else add_one
+        return transforms.get(name)
+
+    def expert_tensors(
+        self, layer: int, stored: Mapping[str, StoredTensor]
+    ) -> Mapping[Projection, GgufTensor]:
+        base = f"{self.layer_prefix(layer)}mlp.experts"
+        return {
+            kind: expert_tensor(
+                stored, base, f"blk.{layer}.ffn_{kind}_exps.weight", kind, self.facts
+            )
+            for kind in PROJECTIONS
+        }
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        facts = self.facts
+        found = {
+            self.embedding_name: (facts.vocab_size, facts.hidden_size),
+            "lm_head.weight": (facts.vocab_size, facts.hidden_size),
+            self.norm_name: (facts.hidden_size,),
+            f"{self._mtp_prefix}fc.weight": (facts.hidden_size, 2 * facts.hidden_size),
+        }
+        for layer in range(facts.n_blocks):
+            prefix = self.layer_prefix(layer)
+            found |= {prefix + name: shape for name, shape in self._layer_shapes().items()}
+        return found
+
+    def _layer_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        facts, net, read = self.facts, self.deltanet, self.text_reader
+        hidden, head = facts.hidden_size, facts.head_dim
+        query, key = facts.n_heads * head, facts.n_kv_heads * head
+        shared = read.integer("shared_expert_intermediate_size", low=1)
+        kernel = read.integer("linear_conv_kernel_dim", low=1)
+        mixed = 2 * net.key_width + net.value_width
+        return {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            _ROUTER: (facts.n_experts, hidden),
+            "mlp.shared_expert_gate.weight": (1, hidden),
+            "mlp.shared_expert.gate_proj.weight": (shared, hidden),
+            "mlp.shared_expert.up_proj.weight": (shared, hidden),
+            "mlp.shared_expert.down_proj.weight": (hidden, shared),
+            # each query head brings a gate of its own
+            "self_attn.q_proj.weight": (2 * query, hidden),
+            "self_attn.k_proj.weight": (key, hidden),
+            "self_attn.v_proj.weight": (key, hidden),
+            "self_attn.o_proj.weight": (hidden, query),
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            "linear_attn.in_proj_qkv.weight": (mixed, hidden),
+            "linear_attn.in_proj_z.weight": (net.value_width, hidden),
+            "linear_attn.in_proj_a.weight": (net.n_value_heads, hidden),
+            "linear_attn.in_proj_b.weight": (net.n_value_heads, hidden),
+            "linear_attn.conv1d.weight": (mixed, 1, kernel),
+            "linear_attn.A_log": (net.n_value_heads,),
+            "linear_attn.dt_bias": (net.n_value_heads,),
+            "linear_attn.norm.weight": (net.value_dim,),
+            "linear_attn.out_proj.weight": (hidden, net.value_width),
+        }
+
+    def gguf_metadata(self) -> tuple[HeaderValue, ...]:
+        return text_header(self.facts, self.deltanet, self.text_reader, self.layer_kinds)
+
+    def pruned_config(self, n_experts: int) -> dict[str, Any]:
+        def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
+            changes: dict[str, Any] = dict.fromkeys(_COUNT_KEYS, n_experts)
+            # the key must agree with the tensors, which some re-saved sources have lost
+            if not self.facts.has_mtp:
+                changes[_MTP_KEY] = 0
+            return {
+                key: rewrite(value) if key == "text_config" else changes.get(key, value)
+                for key, value in values.items()
+            }
+
+        return rewrite(self.config)
+
+    def renumbered(self, name: str, expert: int) -> str:
+        return re.sub(r"(?<=\.experts\.)\d+(?=\.)", str(expert), name)
+
+    def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        names = self._names_in(layer)
+        inside = "layers.0." if layer == self.facts.mtp_layer else ""
+        shared_inputs = (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_a",
+             "linear_attn.in_proj_b"),
+            ("linear_attn.out_proj",),
+            ("mlp.gate",),
+            ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+            ("mlp.shared_expert.down_proj",),
+            ("mlp.shared_expert_gate",),
+        )  # fmt: skip
+        found = {
+            inside + paths[0]: tuple(f"blk.{layer}.{names[f'{path}.weight']}" for path in paths)
+            for paths in shared_inputs
+            if f"{paths[0]}.weight" in names
+        }
+        if layer == self.facts.mtp_layer:
+            found["fc"] = (f"blk.{layer}.nextn.eh_proj.weight",)
+        return found
+
+    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        blk = f"blk.{layer}"
+        fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
+        return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
+
+    def column_order(self, name: str) -> npt.NDArray[np.int64] | None:
+        if name.endswith(".ssm_out.weight"):
+            return self.deltanet.value_order(self.deltanet.value_dim)
+        return None
+
+    def side_files(self, folder: Path) -> tuple[SideFile, ...]:
+        if not any(name.startswith(_VISION) for name in self.names):
+            return ()
+        return (vision_projector(self.config, folder, self.names, self.facts.hidden_size),)
+
+    def caveats(self) -> tuple[str, ...]:
+        found = []
+        if any(name.startswith(_VISION) for name in self.names):
+            found.append(
+                "experts are observed on text alone; the vision tower stays as it is, but experts "
+                "that only images need may be among those that go"
+            )
+        claimed = self.text.get(_MTP_KEY) or 0
+        if claimed and not any(self._in_mtp(name) for name in self.names):
+            found.append("the config names an MTP block that the checkpoint does not hold")
+        return tuple(found)

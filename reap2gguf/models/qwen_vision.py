@@ -1,0 +1,159 @@
+"""The vision tower of Qwen3-VL and Qwen3.5 as llama.cpp's projector file (`mmproj`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFValueType, Keys, VisionProjectorType
+
+from reap2gguf.checkpoint.config import ConfigReader, read_json
+from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
+from reap2gguf.models.description import GgufTensor, HeaderValue, SideFile, Slab, Transform
+
+Floats = npt.NDArray[np.float32]
+_UINT32, _FLOAT32, _ARRAY, _BOOL = (
+    GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY, GGUFValueType.BOOL,
+)  # fmt: skip
+PREPROCESSOR = "preprocessor_config.json"
+
+# HF name -> GGUF name, .weight and .bias alike
+_BLOCK = {
+    "attn.qkv": "attn_qkv",
+    "attn.proj": "attn_out",
+    "mlp.linear_fc1": "ffn_up",
+    "mlp.linear_fc2": "ffn_down",
+    "norm1": "ln1",
+    "norm2": "ln2",
+}
+_MERGER = {"merger.norm": "v.post_ln", "merger.linear_fc1": "mm.0", "merger.linear_fc2": "mm.2"}
+_PATCH = "patch_embed.proj"
+
+
+def vision_projector(
+    config: Mapping[str, Any], folder: Path, names: Collection[str], text_hidden: int
+) -> SideFile:
+    """The mmproj file of a vision tower; every one of its stored tensors is in it.
+
+    Raises UnsupportedModelError for a tower that is not implemented, UnknownTensorError for a
+    tensor of it that no rule explains, CheckpointError if its preprocessor's config is missing.
+    """
+    where = f"{folder / 'config.json'}: vision_config"
+    read = ConfigReader(config.get("vision_config") or {}, where)
+    read.expect("hidden_act", "gelu_pytorch_tanh", why="llama.cpp's qwen3vl_merger uses GELU")
+    read.expect("temporal_patch_size", 2, why="llama.cpp splits patches into two frames")
+    read.expect("deepstack_visual_indexes", [], why="deepstack layers are not implemented")
+    depth = read.integer("depth", low=1, high=4096)
+    hidden, patch = read.integer("hidden_size", low=1), read.integer("patch_size", low=1)
+    channels = read.integer("in_channels", low=1, default=3)
+    ffn = read.integer("intermediate_size", low=1)
+    merged = hidden * read.integer("spatial_merge_size", low=1) ** 2
+    positions = read.integer("num_position_embeddings", low=1, default=2304)
+    prefix = "model.visual." if any(n.startswith("model.visual.") for n in names) else "visual."
+    patches = (hidden, channels, patch, patch)
+    shapes = {
+        "attn_qkv": (3 * hidden, hidden), "attn_out": (hidden, hidden), "ffn_up": (ffn, hidden),
+        "ffn_down": (hidden, ffn), "ln1": (hidden,), "ln2": (hidden,), "v.post_ln": (hidden,),
+        "mm.0": (merged, merged), "mm.2": (text_hidden, merged),
+    }  # fmt: skip
+    tensors = [
+        _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight", patches, _frame(0)),
+        _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight.1", patches, _frame(1)),
+        _tensor(prefix + _PATCH + ".bias", "v.patch_embd.bias", (hidden,)),
+        _tensor(prefix + "pos_embed.weight", "v.position_embd.weight", (positions, hidden)),
+    ]
+    for name, gguf_name in _MERGER.items():
+        tensors += _pair(prefix + name, gguf_name, shapes[gguf_name])
+    for index in range(depth):
+        for name, gguf_name in _BLOCK.items():
+            stored = f"{prefix}blocks.{index}.{name}"
+            tensors += _pair(stored, f"v.blk.{index}.{gguf_name}", shapes[gguf_name])
+    _check_all_used(tensors, {name for name in names if name.startswith(prefix)}, depth)
+    values = _header(read, config, folder, text_hidden)
+    return SideFile("mmproj", "mmproj", "clip", "vision projector", tuple(tensors), values)
+
+
+def _pair(stored: str, gguf_name: str, shape: tuple[int, ...]) -> list[GgufTensor]:
+    """A weight and its bias."""
+    return [
+        _tensor(f"{stored}.weight", f"{gguf_name}.weight", shape),
+        _tensor(f"{stored}.bias", f"{gguf_name}.bias", shape[:1]),
+    ]
+
+
+def _tensor(
+    stored: str, gguf_name: str, shape: tuple[int, ...], transform: Transform | None = None
+) -> GgufTensor:
+    whole = len(shape) < 2 or gguf_name.startswith("v.position_embd")
+    return GgufTensor(gguf_name, shape, (Slab(stored),), always_f32=whole, transform=transform)
+
+
+def _frame(index: int) -> Transform:
+    """One of the two frames of a patch embedding stored as (out, in, 2, height, width)."""
+
+    def take(values: Floats) -> Floats:
+        return np.ascontiguousarray(values[:, :, index])
+
+    return take
+
+
+def _check_all_used(tensors: list[GgufTensor], stored: set[str], depth: int) -> None:
+    used = {slab.stored for tensor in tensors for slab in tensor.slabs}
+    if left := sorted(stored - used):
+        raise UnknownTensorError(
+            f"tensor {left[0]!r} has no place in the projector file of a vision tower with {depth} "
+            "blocks; it must be removed or taught to models/qwen_vision.py"
+        )
+    if absent := sorted(used - stored):
+        raise CheckpointError(f"tensor {absent[0]!r} of the vision tower is missing")
+
+
+def _header(
+    read: ConfigReader, config: Mapping[str, Any], folder: Path, text_hidden: int
+) -> tuple[HeaderValue, ...]:
+    patch = read.integer("patch_size", low=1)
+    positions = read.integer("num_position_embeddings", low=1, default=2304)
+    depth = read.integer("depth", low=1)
+    if not (folder / PREPROCESSOR).is_file():
+        raise CheckpointError(
+            f"{folder}: the vision tower needs {PREPROCESSOR}, for its image mean and deviation"
+        )
+    images = read_json(folder / PREPROCESSOR)
+    text = config.get("text_config") or config
+    clip = Keys.ClipVision
+    entries: list[tuple[str, Any, GGUFValueType]] = [
+        (Keys.Clip.HAS_VISION_ENCODER, True, _BOOL),
+        (Keys.Clip.PROJECTOR_TYPE, VisionProjectorType.QWEN3VL, GGUFValueType.STRING),
+        (clip.PROJECTION_DIM, text_hidden, _UINT32),
+        (clip.IMAGE_SIZE, int(math.sqrt(positions) * patch), _UINT32),
+        (clip.PATCH_SIZE, patch, _UINT32),
+        (clip.EMBEDDING_LENGTH, read.integer("hidden_size", low=1), _UINT32),
+        (clip.FEED_FORWARD_LENGTH, read.integer("intermediate_size", low=1), _UINT32),
+        (clip.BLOCK_COUNT, depth, _UINT32),
+        (clip.Attention.HEAD_COUNT, read.integer("num_heads", low=1), _UINT32),
+        (clip.IMAGE_MEAN, _three(images, "image_mean", folder), _ARRAY),
+        (clip.IMAGE_STD, _three(images, "image_std", folder), _ARRAY),
+        (clip.USE_GELU, True, _BOOL),
+        (clip.SPATIAL_MERGE_SIZE, read.integer("spatial_merge_size", low=1), _UINT32),
+        # the converter takes the text model's epsilon for the tower's norms
+        (clip.Attention.LAYERNORM_EPS, float(text.get("rms_norm_eps", 1e-6)), _FLOAT32),
+        (clip.IS_DEEPSTACK_LAYERS, [False] * depth, _ARRAY),
+    ]
+    return tuple(HeaderValue(key, value, kind) for key, value, kind in entries)
+
+
+def _three(images: Mapping[str, Any], key: str, folder: Path) -> list[float]:
+    values = images.get(key)
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    ):
+        raise UnsupportedModelError(
+            f"{folder / PREPROCESSOR}: {key} is {values!r}, expected three numbers"
+        )
+    return [float(value) for value in values]

@@ -1,0 +1,48 @@
+"""The multi-token-prediction block, which transformers carries and does not run.
+
+At position t it takes the trunk's final hidden state (after the last norm) and the embedding of
+token t + 1, and predicts token t + 2: each half through a norm of its own, both through `fc`, then
+one decoder layer and a norm before the model's head (arXiv 2412.19437; llama.cpp's `nextn`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MtpBlock(torch.nn.Module):
+    """The block, with the module names of the stored tensors."""
+
+    def __init__(self, norm: torch.nn.Module, layer: torch.nn.Module, hidden: int, eps: float):
+        super().__init__()
+        norm_type: Any = type(norm)
+        self.pre_fc_norm_hidden = norm_type(hidden, eps=eps)
+        self.pre_fc_norm_embedding = norm_type(hidden, eps=eps)
+        self.fc = torch.nn.Linear(2 * hidden, hidden, bias=False)
+        self.layers = torch.nn.ModuleList([layer])
+        self.norm = norm_type(hidden, eps=eps)
+
+    def forward(self, hidden: Tensor, next_embedding: Tensor, **arguments: Any) -> Tensor:
+        """Hidden states (B, T, H), before the last norm, that predict two tokens ahead."""
+        halves = (self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden))
+        output: Tensor = self.layers[0](self.fc(torch.cat(halves, dim=-1)), **arguments)
+        return output
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """Tokens (B, T) moved one to the left; the last place, which has no next, repeats itself."""
+    return torch.cat((tokens[:, 1:], tokens[:, -1:]), dim=1)
+
+
+def count_hits(logits: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[int, int]:
+    """How often position t's best token is token t + 2, and of how many; padding left out."""
+    width = tokens.shape[1]
+    if width < 3:
+        return 0, 0
+    real = torch.arange(width - 2) < (lengths - 2)[:, None]
+    best = logits[:, : width - 2].argmax(-1).cpu()
+    hits = (best == tokens[:, 2:]) & real
+    return int(hits.sum()), int(real.sum())
