@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from reap2gguf.models.description import (
     Router,
     SideFile,
 )
+from reap2gguf.models.tensors import PROJECTIONS, expert_tensor
 
 
 class MoeModel(ABC):
@@ -74,22 +76,29 @@ class MoeModel(ABC):
         """Per linear module of a decoder layer, the GGUF matrices that its input multiplies."""
 
     @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """What the config says of the shapes of stored tensors that are not experts."""
+
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """GGUF names of the matrices fed by the experts' inputs and by their activations."""
+        blk = f"blk.{layer}"
+        fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
+        return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
 
-    @abstractmethod
     def expert_tensors(
         self, layer: int, stored: Mapping[str, StoredTensor]
     ) -> Mapping[Projection, GgufTensor]:
         """Gate, up and down of a MoE layer, (E, rows, columns) each, and where they are stored."""
+        base = f"{self.layer_prefix(layer)}mlp.experts"
+        names = {kind: f"blk.{layer}.ffn_{kind}_exps.weight" for kind in PROJECTIONS}
+        return {
+            kind: expert_tensor(stored, base, name, kind, self.facts)
+            for kind, name in names.items()
+        }
 
-    @abstractmethod
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
-
-    @abstractmethod
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """What the config says of the shapes of stored tensors that are not experts."""
+        return re.sub(r"(?<=\.experts\.)\d+(?=\.)", str(expert), name)
 
     def column_order(self, name: str) -> npt.NDArray[np.int64] | None:
         """Where a GGUF matrix has its columns in another order: the stored column of each."""

@@ -30,56 +30,26 @@ from reap2gguf.models.description import (
     HeaderValue,
     ModelFacts,
     Plain,
-    Projection,
     Role,
     Router,
     SideFile,
-    Transform,
 )
 from reap2gguf.models.qwen3_5_header import text_header
+from reap2gguf.models.qwen3_5_layout import (
+    ALWAYS_F32,
+    ATTENTION,
+    COMMON,
+    DELTANET,
+    MTP,
+    OUTER,
+    ROUTER,
+    SHARED_INPUTS,
+    layer_shapes,
+    transform_of,
+)
 from reap2gguf.models.qwen_vision import vision_projector
-from reap2gguf.models.tensors import PROJECTIONS, add_one, expert_tensor, single
+from reap2gguf.models.tensors import single
 
-# HF name -> GGUF name, outside the layers, below the text prefix
-_OUTER = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
-# HF name -> GGUF name, within a layer of either kind
-_COMMON = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
-    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
-    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
-    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
-}
-_ATTENTION = {
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
-}
-_DELTANET = {
-    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
-    "linear_attn.in_proj_z.weight": "attn_gate.weight",
-    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
-    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
-    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
-    "linear_attn.A_log": "ssm_a",
-    "linear_attn.dt_bias": "ssm_dt.bias",
-    "linear_attn.norm.weight": "ssm_norm.weight",
-    "linear_attn.out_proj.weight": "ssm_out.weight",
-}
-# HF name -> GGUF name, of the MTP block besides its layer
-_MTP = {
-    "fc.weight": "nextn.eh_proj.weight",
-    "pre_fc_norm_embedding.weight": "nextn.enorm.weight",
-    "pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
-    "norm.weight": "nextn.shared_head_norm.weight",
-}
-_ROUTER = "mlp.gate.weight"
-_F32 = (_ROUTER, "mlp.shared_expert_gate.weight", "linear_attn.conv1d.weight")
 _INDEX = r"(0|[1-9][0-9]{0,5})"
 _EXPERT_2D = re.compile(rf"mlp\.experts\.{_INDEX}\.(gate|up|down)_proj\.weight")
 _EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
@@ -197,7 +167,7 @@ class Qwen35Moe(MoeModel):
     def _names_in(self, layer: int) -> Mapping[str, str]:
         """HF name -> GGUF name of everything but experts in one layer, without prefixes."""
         linear = layer < self.facts.n_layers and self.layer_kinds[layer] == "linear_attention"
-        return _COMMON | (_DELTANET if linear else _ATTENTION)
+        return COMMON | (DELTANET if linear else ATTENTION)
 
     def role(self, name: str) -> Role:
         if name.startswith(_VISION):
@@ -206,9 +176,9 @@ class Qwen35Moe(MoeModel):
             return Dropped()
         if name == "lm_head.weight":
             return Carried() if self.facts.tied_embeddings else Plain(None)
-        if name.removeprefix(self.text_prefix) in _OUTER and name.startswith(self.text_prefix):
+        if name.removeprefix(self.text_prefix) in OUTER and name.startswith(self.text_prefix):
             return Plain(None)
-        if name.startswith(self._mtp_prefix) and name.removeprefix(self._mtp_prefix) in _MTP:
+        if name.startswith(self._mtp_prefix) and name.removeprefix(self._mtp_prefix) in MTP:
             return Plain(self.facts.mtp_layer)
         role = self._role_in_layer(name)
         if role is None:
@@ -229,7 +199,7 @@ class Qwen35Moe(MoeModel):
         if not name.startswith(self.layer_prefix(layer)):
             return None
         rest = name.removeprefix(self.layer_prefix(layer))
-        if rest == _ROUTER:
+        if rest == ROUTER:
             return Router(layer)
         if rest in self._names_in(layer):
             return Plain(layer)
@@ -245,7 +215,7 @@ class Qwen35Moe(MoeModel):
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         if not self.facts.tied_embeddings:
             yield single(stored, "lm_head.weight", "output.weight")
-        for name, gguf_name in _OUTER.items():
+        for name, gguf_name in OUTER.items():
             yield self._single(stored, self.text_prefix, name, gguf_name)
         for layer in range(self.facts.n_blocks):
             blk = f"blk.{layer}."
@@ -253,7 +223,7 @@ class Qwen35Moe(MoeModel):
                 yield self._single(stored, self.layer_prefix(layer), name, blk + gguf_name)
             yield from self.expert_tensors(layer, stored).values()
         if self.facts.has_mtp:
-            for name, gguf_name in _MTP.items():
+            for name, gguf_name in MTP.items():
                 blk = f"blk.{self.facts.mtp_layer}."
                 yield self._single(stored, self._mtp_prefix, name, blk + gguf_name)
 
@@ -264,36 +234,10 @@ class Qwen35Moe(MoeModel):
         if name == "linear_attn.conv1d.weight" and prefix + name in stored:
             channels, _, kernel = stored[prefix + name].shape
             shape = (channels, kernel)
-        pinned = name in _F32 or "norm" in name
-        return single(stored, prefix + name, gguf_name, pinned, self._transform(name), shape)
-
-    def _transform(self, name: str) -> Transform | None:
-        """What llama.cpp's converter does to a tensor besides renaming it."""
-        deltanet = self.deltanet
-        transforms: dict[str, Transform] = {
-            "linear_attn.in_proj_qkv.weight": deltanet.mixed,
-            "linear_attn.in_proj_z.weight": deltanet.gates,
-            "linear_attn.in_proj_a.weight": deltanet.heads,
-            "linear_attn.in_proj_b.weight": deltanet.heads,
-            "linear_attn.conv1d.weight": deltanet.convolution,
-            "linear_attn.A_log": deltanet.decay,
-            "linear_attn.dt_bias": deltanet.heads,
-            "linear_attn.out_proj.weight": deltanet.outputs,
-        }
-        if name.endswith(("norm.weight", "_norm_embedding.weight", "_norm_hidden.weight")):
-            return None if name == "linear_attn.norm.weight" else add_one
-        return transforms.get(name)
-
-    def expert_tensors(
-        self, layer: int, stored: Mapping[str, StoredTensor]
-    ) -> Mapping[Projection, GgufTensor]:
-        base = f"{self.layer_prefix(layer)}mlp.experts"
-        return {
-            kind: expert_tensor(
-                stored, base, f"blk.{layer}.ffn_{kind}_exps.weight", kind, self.facts
-            )
-            for kind in PROJECTIONS
-        }
+        pinned = name in ALWAYS_F32 or "norm" in name
+        return single(
+            stored, prefix + name, gguf_name, pinned, transform_of(name, self.deltanet), shape
+        )
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         facts = self.facts
@@ -305,41 +249,11 @@ class Qwen35Moe(MoeModel):
         }
         for layer in range(facts.n_blocks):
             prefix = self.layer_prefix(layer)
-            found |= {prefix + name: shape for name, shape in self._layer_shapes().items()}
+            found |= {
+                prefix + name: shape
+                for name, shape in layer_shapes(facts, self.deltanet, self.text_reader).items()
+            }
         return found
-
-    def _layer_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        facts, net, read = self.facts, self.deltanet, self.text_reader
-        hidden, head = facts.hidden_size, facts.head_dim
-        query, key = facts.n_heads * head, facts.n_kv_heads * head
-        shared = read.integer("shared_expert_intermediate_size", low=1)
-        kernel = read.integer("linear_conv_kernel_dim", low=1)
-        mixed = 2 * net.key_width + net.value_width
-        return {
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-            _ROUTER: (facts.n_experts, hidden),
-            "mlp.shared_expert_gate.weight": (1, hidden),
-            "mlp.shared_expert.gate_proj.weight": (shared, hidden),
-            "mlp.shared_expert.up_proj.weight": (shared, hidden),
-            "mlp.shared_expert.down_proj.weight": (hidden, shared),
-            # each query head brings a gate of its own
-            "self_attn.q_proj.weight": (2 * query, hidden),
-            "self_attn.k_proj.weight": (key, hidden),
-            "self_attn.v_proj.weight": (key, hidden),
-            "self_attn.o_proj.weight": (hidden, query),
-            "self_attn.q_norm.weight": (head,),
-            "self_attn.k_norm.weight": (head,),
-            "linear_attn.in_proj_qkv.weight": (mixed, hidden),
-            "linear_attn.in_proj_z.weight": (net.value_width, hidden),
-            "linear_attn.in_proj_a.weight": (net.n_value_heads, hidden),
-            "linear_attn.in_proj_b.weight": (net.n_value_heads, hidden),
-            "linear_attn.conv1d.weight": (mixed, 1, kernel),
-            "linear_attn.A_log": (net.n_value_heads,),
-            "linear_attn.dt_bias": (net.n_value_heads,),
-            "linear_attn.norm.weight": (net.value_dim,),
-            "linear_attn.out_proj.weight": (hidden, net.value_width),
-        }
 
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
         return text_header(self.facts, self.deltanet, self.text_reader, self.layer_kinds)
@@ -357,36 +271,17 @@ class Qwen35Moe(MoeModel):
 
         return rewrite(self.config)
 
-    def renumbered(self, name: str, expert: int) -> str:
-        return re.sub(r"(?<=\.experts\.)\d+(?=\.)", str(expert), name)
-
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         names = self._names_in(layer)
         inside = "layers.0." if layer == self.facts.mtp_layer else ""
-        shared_inputs = (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_a",
-             "linear_attn.in_proj_b"),
-            ("linear_attn.out_proj",),
-            ("mlp.gate",),
-            ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-            ("mlp.shared_expert.down_proj",),
-            ("mlp.shared_expert_gate",),
-        )  # fmt: skip
         found = {
             inside + paths[0]: tuple(f"blk.{layer}.{names[f'{path}.weight']}" for path in paths)
-            for paths in shared_inputs
+            for paths in SHARED_INPUTS
             if f"{paths[0]}.weight" in names
         }
         if layer == self.facts.mtp_layer:
             found["fc"] = (f"blk.{layer}.nextn.eh_proj.weight",)
         return found
-
-    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        blk = f"blk.{layer}"
-        fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
-        return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
 
     def column_order(self, name: str) -> npt.NDArray[np.int64] | None:
         if name.endswith(".ssm_out.weight"):

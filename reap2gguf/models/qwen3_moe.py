@@ -23,12 +23,11 @@ from reap2gguf.models.description import (
     HeaderValue,
     ModelFacts,
     Plain,
-    Projection,
     Role,
     Router,
 )
 from reap2gguf.models.rope import rope_metadata
-from reap2gguf.models.tensors import PROJECTIONS, expert_tensor, single
+from reap2gguf.models.tensors import single
 
 # HF name -> GGUF name, outside the layers
 _OUTER = {
@@ -186,17 +185,6 @@ class Qwen3Moe(MoeModel):
                 yield single(stored, prefix + _ROUTER, router, always_f32=True)
                 yield from self.expert_tensors(layer, stored).values()
 
-    def expert_tensors(
-        self, layer: int, stored: Mapping[str, StoredTensor]
-    ) -> Mapping[Projection, GgufTensor]:
-        base = f"{self.layer_prefix(layer)}mlp.experts"
-        return {
-            kind: expert_tensor(
-                stored, base, f"blk.{layer}.ffn_{kind}_exps.weight", kind, self.facts
-            )
-            for kind in PROJECTIONS
-        }
-
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
         facts, llm = self.facts, Keys.LLM
         entries: list[tuple[str, int | float | None, GGUFValueType]] = [
@@ -230,9 +218,6 @@ class Qwen3Moe(MoeModel):
             key: n_experts if key in _COUNT_KEYS else value for key, value in self.config.items()
         }
 
-    def renumbered(self, name: str, expert: int) -> str:
-        return re.sub(r"(?<=\.experts\.)\d+(?=\.)", str(expert), name)
-
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         blk = f"blk.{layer}"
         found = {
@@ -245,8 +230,3 @@ class Qwen3Moe(MoeModel):
             found["mlp.gate_proj"] = (f"{blk}.ffn_gate", f"{blk}.ffn_up")
             found["mlp.down_proj"] = (f"{blk}.ffn_down",)
         return {path: tuple(f"{n}.weight" for n in names) for path, names in found.items()}
-
-    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        blk = f"blk.{layer}"
-        fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
-        return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
