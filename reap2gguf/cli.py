@@ -20,9 +20,6 @@ from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
 if TYPE_CHECKING:
     from reap2gguf.plan import Estimate, Plan
 
-# What a full, broken or forbidden disk says.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-
 
 class _Group(click.Group):
     """Turns our errors into one line and an exit code; anything else is a bug and shows itself."""
@@ -37,11 +34,13 @@ class _Group(click.Group):
         except Reap2ggufError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; the same command goes on from the last finished stage", 130)
+            resumes = ctx.invoked_subcommand == "build"
+            advice = "; the same command goes on from the last finished stage" if resumes else ""
+            _fail(f"interrupted{advice}", 130)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if error.errno == errno.EPIPE:
                 raise
-            _fail(f"{error.filename or 'output'}: {error.strerror}", OutputError.exit_code)
+            _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

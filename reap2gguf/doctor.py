@@ -89,5 +89,5 @@ def _disk(folder: Path) -> Finding:
 
 def _shipped() -> Finding:
     recipes = len(list(shipped_folder("recipes").glob("*.toml")))
-    texts = len(list(shipped_folder("calibration").glob("*.[tj]*")))
+    texts = len(list(shipped_folder("calibration").glob("*.[tj][xs]*")))
     return Finding("shipped", f"{recipes} recipes, {texts} calibration files")

@@ -14,17 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reap2gguf import __version__, stages
+from reap2gguf import __version__, checks, stages
 from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
-from reap2gguf.artifacts.manifest import Manifest, StageRecord
+from reap2gguf.artifacts.manifest import Manifest, StageRecord, hash_file
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.rows import Row, Tokenizer
-from reap2gguf.calibration.texts import (
-    ImatrixChunks,
-    ObservationRows,
-    imatrix_chunks,
-    observation_rows,
-)
+from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, read_texts
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import VerificationError
 from reap2gguf.memory import peak_bytes
@@ -32,7 +27,7 @@ from reap2gguf.models import MoeModel, describe
 from reap2gguf.plan import Plan
 from reap2gguf.progress import Progress
 from reap2gguf.prune.select import Kept, select_experts
-from reap2gguf.prune.write import write_pruned
+from reap2gguf.prune.write import companion_files, write_pruned
 from reap2gguf.record import write_bundle_files
 from reap2gguf.workdir import Workdir, stage_key
 
@@ -74,6 +69,8 @@ def build(plan: Plan, progress: Progress) -> BuildResult:
     work = Workdir(options.output, plan.name)
     work.prepare(options.fresh)
     run = _Build(plan, work, progress)
+    if replaced := work.earlier_files():
+        progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
     with plan.checkpoint:
         rows, chunks = _texts(run)
         observations, observations_file = _observe(run, rows)
@@ -98,9 +95,10 @@ def _texts(run: _Build) -> tuple[ObservationRows, ImatrixChunks]:
     chunk = min(options.chunk, plan.model.facts.context_length)
     with run.stage("texts"):
         tokenizer = Tokenizer(plan.source.folder)
-        spec = options.calibration.spec
-        chunks = imatrix_chunks(tokenizer, options.imatrix_text, spec, chunk)
-        return observation_rows(tokenizer, options.calibration, plan.max_length), chunks
+        return read_texts(
+            tokenizer, options.calibration, plan.max_length, options.imatrix_text, chunk,
+            plan.model.facts.vocab_size,
+        )  # fmt: skip
 
 
 def _observe(run: _Build, rows: ObservationRows) -> tuple[Observations, Path]:
@@ -109,7 +107,7 @@ def _observe(run: _Build, rows: ObservationRows) -> tuple[Observations, Path]:
     calibration, compute = options.calibration, options.compute
     key = stage_key(
         __version__, plan.checkpoint.fingerprint(), rows.sha256, plan.max_length,
-        calibration.samples, calibration.seed, compute.device, compute.dtype,
+        calibration.samples, calibration.seed, compute.device, compute.dtype, plan.mtp,
     )  # fmt: skip
     path = run.work.observations(key)
     reused = path.is_file() and not options.fresh
@@ -123,7 +121,10 @@ def _observe(run: _Build, rows: ObservationRows) -> tuple[Observations, Path]:
 def _prune(run: _Build, kept: Kept) -> str:
     """The pruned safetensors."""
     plan, work = run.plan, run.work
-    key = stage_key(__version__, plan.checkpoint.fingerprint(), sorted(kept.items()))
+    companions = {f.name: hash_file(f).sha256 for f in companion_files(plan.source.folder)}
+    key = stage_key(
+        __version__, plan.checkpoint.fingerprint(), sorted(kept.items()), companions, plan.mtp
+    )
     reused = work.is_done("prune", key)
     with run.stage("prune", reused):
         if not reused:
@@ -165,13 +166,15 @@ def _export(
 ) -> None:
     """Every GGUF file, in one pass over the pruned safetensors."""
     plan, work = run.plan, run.work
-    key = stage_key(key, plan.name, [recipe.recipe.source for recipe in plan.recipes])
+    recipes = [recipe.recipe.source for recipe in plan.recipes]
+    key = stage_key(key, plan.name, plan.source.label, plan.options.method, recipes)
     reused = work.is_done("export", key)
     with run.stage("export", reused):
         if reused:
             return
-        for stale in work.gguf.glob(f"*{plan.name}-*.gguf"):
-            stale.unlink()
+        for stale in work.gguf.iterdir():
+            if stale.name not in ("imatrix.gguf", "imatrix.dat"):
+                stale.unlink()
         extra = stages.header_values(
             plan.source.label, plan.options.method, plan.target.n_experts, kept
         )
@@ -188,15 +191,15 @@ def _verify(run: _Build, pruned: Checkpoint, model: MoeModel, kept: Kept) -> lis
     """Read everything back; VerificationError if anything is not as planned."""
     plan, work = run.plan, run.work
     threads = plan.options.compute.threads
-    expected = stages.expected_folder(plan.model, plan.checkpoint, kept, plan.target.n_kept)
+    expected = checks.expected_folder(plan.model, plan.checkpoint, kept, plan.target.n_kept)
     with run.stage("verify"):
-        violations = stages.verify_pruned(pruned, model, expected, plan.checkpoint, run.progress)
+        violations = checks.verify_pruned(pruned, model, expected, plan.checkpoint, run.progress)
         for recipe in plan.recipes:
             path = work.gguf / plan.gguf_name(recipe)
-            violations += stages.verify_gguf(path, recipe, pruned, model, threads, run.progress)
+            violations += checks.verify_gguf(path, recipe, pruned, model, threads, run.progress)
         for side in plan.side_files:
             path = work.gguf / plan.side_name(side)
-            violations += stages.verify_side(path, side, pruned, threads, run.progress)
+            violations += checks.verify_side(path, side, pruned, threads, run.progress)
     if violations:
         raise VerificationError(violations)
     return [

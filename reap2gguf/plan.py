@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from reap2gguf.calibration.corpus import DEFAULT_MIX
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.source import Source, resolve_source
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.models import (
     Carried,
     Dropped,
@@ -24,6 +25,7 @@ from reap2gguf.models import (
     SideFile,
     describe,
 )
+from reap2gguf.models.tokenizer import check_tokenizer
 from reap2gguf.options import BuildOptions
 from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
 from reap2gguf.prune.write import PrunedTensor, plan_pruned
@@ -105,9 +107,12 @@ def make_plan(options: BuildOptions) -> Plan:
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
+    for text in (options.calibration.spec, options.imatrix_text):
+        _check_text(text)
     source = resolve_source(options.model)
     checkpoint = Checkpoint.open(source.folder)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
+    check_tokenizer(checkpoint.folder, model.facts.vocab_size)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     anyone: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     pruned = tuple(plan_pruned(model, checkpoint.tensors, anyone))
@@ -118,6 +123,15 @@ def make_plan(options: BuildOptions) -> Plan:
     name = _bundle_name(options, source, target)
     sides = model.side_files(checkpoint.folder)
     return Plan(options, source, checkpoint, model, target, name, pruned, resolved, sides)
+
+
+def _check_text(text: str | Path | None) -> None:
+    """A text that is not there is known before anything else is read."""
+    if text not in (None, DEFAULT_MIX) and not os.path.exists(os.path.expanduser(str(text))):
+        raise CalibrationError(
+            f"{text}: no such file; pass a .txt, .jsonl or .parquet file, a folder of them, or "
+            f"the embedded mix {DEFAULT_MIX!r}"
+        )
 
 
 def pruned_gguf_tensors(
@@ -216,7 +230,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "kept": plan.target.n_kept,
             "per_token": facts.experts_per_token,
             "layers": len(facts.moe_layers),
-            "friendly": friendly_count(plan.target.n_kept),
+            "friendly": friendly_count(plan.target, facts.experts_per_token),
         },
         "mtp": plan.mtp,
         "caveats": list(plan.model.caveats()),
@@ -243,9 +257,16 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
 
 
 def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
-    ratio = options.compression
-    shown = f"{target.compression:.2f}" if ratio is None else f"{ratio:.2f}"
+    """The name asked for, or `<source>-REAP-<compression>` with two decimals or as many as tell."""
+    ratio = target.compression if options.compression is None else options.compression
+    shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
     name = options.name or f"{source.short_name}-REAP-{shown}"
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {name!r}: expected letters, digits, '.', '_' and '-', as the Hub")
+    if not _NAME.fullmatch(name) or name == "observations" or name.endswith("-GGUF"):
+        raise UsageError(
+            f"the name {name!r} will not do; pass --name with letters, digits, '.', '_' and '-' "
+            "(not ending in -GGUF), as the Hub wants it"
+        )
+    finals = (options.output / name, options.output / f"{name}-GGUF")
+    if source.folder.resolve() in (final.resolve() for final in finals):
+        raise UsageError(f"{source.folder}: is where the result would go; pass another --name")
     return name

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.manifest import (
+    MANIFEST_FILE,
     CalibrationRecord,
     FolderRecord,
     GgufRecord,
@@ -121,6 +122,8 @@ def _calibration_record(
 def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest) -> Manifest:
     source_card = plan.source.folder / CARD_FILE
     threads = plan.options.compute.threads
+    # of an interrupted attempt; a manifest cannot hold its own hash
+    (work.hf / MANIFEST_FILE).unlink(missing_ok=True)
     _text_file(work.hf / CARD_FILE, hf_card(manifest, source_card))
     files = hash_folder(work.hf, threads)
     manifest = replace(manifest, hf=replace(manifest.hf, files=files))

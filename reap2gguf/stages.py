@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf import GGUFValueType, LlamaFileType
 
-from reap2gguf import __version__
+from reap2gguf import __version__, checks
 from reap2gguf.artifacts.imatrix import Imatrix, save_dat, save_gguf
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
@@ -25,21 +26,13 @@ from reap2gguf.models import GgufTensor, HeaderValue, MoeModel, SideFile, descri
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 from reap2gguf.prune.select import Kept, Target, select_experts
-from reap2gguf.prune.write import KEPT_FILE, plan_pruned, write_pruned
+from reap2gguf.prune.write import KEPT_FILE, write_pruned
 from reap2gguf.quantize.resolve import ResolvedRecipe
-from reap2gguf.verify.gguf_file import (
-    ExpectedGguf,
-    check_against_folder,
-    check_header,
-    check_kinds,
-    check_tensors,
-    open_gguf,
-)
-from reap2gguf.verify.hf_folder import ExpectedFolder, ExpectedTensor, check_folder
 
 if TYPE_CHECKING:
     from reap2gguf.observe.sweep import Row, SweepReport
 
+_UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")
 _PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
 
 
@@ -129,9 +122,12 @@ def export(
     extra: Sequence[HeaderValue],
     n_threads: int,
     progress: Progress,
+    imatrix_file: str = "imatrix.gguf",
 ) -> None:
     """Write one GGUF per recipe in one pass; each takes its name when it is whole."""
     tensors = model.gguf_tensors(checkpoint.tensors)
+    if imatrix is not None:
+        _tell_unweighted(files.values(), imatrix, progress)
     outputs = [
         GgufOutput(
             path.with_name(path.name + ".part"),
@@ -147,7 +143,7 @@ def export(
                 file_type=recipe.recipe.mixture.file_type,
                 kinds=recipe.kinds(),
                 imatrix=imatrix if uses_imatrix(recipe) else None,
-                imatrix_file="imatrix.gguf",
+                imatrix_file=imatrix_file,
             ),
         )
         for path, recipe in files.items()
@@ -187,10 +183,27 @@ def _export_whole(
         output.path.replace(output.path.with_name(output.path.name.removesuffix(".part")))
 
 
+def _tell_unweighted(
+    recipes: Iterable[ResolvedRecipe], imatrix: Imatrix, progress: Progress
+) -> None:
+    """Say which matrices are quantized without importance, llama-imatrix's own gaps aside."""
+    for recipe in recipes:
+        missing = [
+            name
+            for name, kind in recipe.kinds().items()
+            if name.startswith("blk.") and kind.name not in _UNWEIGHTED_TYPES
+            and name not in imatrix.entries
+        ]  # fmt: skip
+        if missing:
+            progress.note(
+                f"{recipe.recipe.name}: the importance matrix has no entry for {len(missing)} "
+                f"tensors, such as {missing[0]}; they are quantized unweighted"
+            )
+
+
 def uses_imatrix(recipe: ResolvedRecipe) -> bool:
     """Whether any tensor of a recipe is quantized with importance (Q8_0 ignores it)."""
-    whole = ("F32", "F16", "BF16", "Q8_0")
-    return any(kind.name not in whole for kind in recipe.kinds().values())
+    return any(kind.name not in _UNWEIGHTED_TYPES for kind in recipe.kinds().values())
 
 
 def header_values(source_label: str, method: str, n_experts: int, kept: Kept) -> list[HeaderValue]:
@@ -204,62 +217,6 @@ def header_values(source_label: str, method: str, n_experts: int, kept: Kept) ->
         # layer after layer, expert_count ids each
         HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
     ]
-
-
-def expected_folder(model: MoeModel, source: Checkpoint, kept: Kept, n_kept: int) -> ExpectedFolder:
-    """What the pruned safetensors must be, tensor by tensor."""
-    return ExpectedFolder(
-        n_kept,
-        [
-            ExpectedTensor(
-                tensor.planned.name,
-                tensor.planned.dtype,
-                tensor.planned.shape,
-                tensor.source.name,
-                tensor.entries,
-            )
-            for tensor in plan_pruned(model, source.tensors, kept)
-        ],
-    )
-
-
-def verify_pruned(
-    pruned: Checkpoint,
-    model: MoeModel,
-    expected: ExpectedFolder,
-    source: Checkpoint,
-    progress: Progress,
-) -> list[str]:
-    """Violations of the pruned safetensors against plan and source."""
-    return list(check_folder(pruned, model, expected, source, progress))
-
-
-def verify_gguf(
-    path: Path,
-    recipe: ResolvedRecipe,
-    pruned: Checkpoint,
-    model: MoeModel,
-    n_threads: int,
-    progress: Progress,
-) -> list[str]:
-    """Violations of one GGUF file against plan and pruned safetensors."""
-    header, violations = open_gguf(path)
-    if header is not None:
-        expected = ExpectedGguf(recipe.kinds(), model.facts.n_experts)
-        violations += check_header(header, expected)
-        violations += check_against_folder(header, pruned, model, n_threads, progress)
-    return violations
-
-
-def verify_side(
-    path: Path, side: SideFile, pruned: Checkpoint, n_threads: int, progress: Progress
-) -> list[str]:
-    """Violations of a side file against its description and the pruned safetensors."""
-    header, violations = open_gguf(path)
-    if header is not None:
-        violations += check_kinds(header, side.kinds())
-        violations += check_tensors(header, pruned, side.tensors, n_threads, progress)
-    return violations
 
 
 def prune_to_folder(
@@ -284,19 +241,28 @@ def prune_to_folder(
             "observe` on this one"
         )
     kept = select_experts(observations, method, target, model.facts)
-    made = folder.with_name(folder.name + ".part")
-    if made.exists():
-        shutil.rmtree(made)
-    made.mkdir()
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _prune_and_verify(checkpoint, model, kept, method, target, made, progress)
+        made.chmod(0o755)
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _prune_and_verify(
+    checkpoint: Checkpoint, model: MoeModel, kept: Kept, method: str, target: Target, made: Path,
+    progress: Progress,
+) -> None:  # fmt: skip
     write_pruned(checkpoint, model, kept, target.n_kept, made, progress)
     record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
     (made / KEPT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    expected = expected_folder(model, checkpoint, kept, target.n_kept)
+    expected = checks.expected_folder(model, checkpoint, kept, target.n_kept)
     with Checkpoint.open(made) as pruned:
-        violations = verify_pruned(pruned, describe(pruned), expected, checkpoint, progress)
+        violations = checks.verify_pruned(pruned, describe(pruned), expected, checkpoint, progress)
     if violations:
         raise VerificationError(violations)
-    made.rename(folder)
 
 
 def _text(key: str, value: str) -> HeaderValue:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.artifacts.manifest import MANIFEST_FILE
-from reap2gguf.errors import OutputError
+from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.errors import ArtifactError, OutputError
 
 # In order: making a stage anew undoes those after it.
 STAGES = ("prune", "imatrix", "export")
+_PUBLISHING = "publishing"  # there while final names are being given
 
 
 def stage_key(*inputs: Any) -> str:
@@ -66,15 +67,13 @@ class Workdir:
     def prepare(self, fresh: bool) -> None:
         """Make the folders; `fresh` forgets finished stages.
 
-        Raises OutputError if the output cannot be written or a final name holds something that
-        this program did not make.
+        An interrupted publication is carried through first. Raises OutputError if the output cannot
+        be written or a final name holds something that this program did not make.
         """
+        if (self.root / _PUBLISHING).is_file():
+            self.publish()
         for final in (self.final_hf, self.final_gguf):
-            if final.exists() and not (final / MANIFEST_FILE).is_file():
-                raise OutputError(
-                    f"{final}: exists and was not made by reap2gguf; pass another --output or "
-                    "--name, or move it away"
-                )
+            self._check_replaceable(final)
         try:
             if fresh and self.root.exists():
                 shutil.rmtree(self.root)
@@ -83,9 +82,30 @@ class Workdir:
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be written ({error.strerror})") from error
 
+    def _check_replaceable(self, final: Path) -> None:
+        """Only the same folder of an earlier build of the same name may be replaced."""
+        if not os.path.lexists(final):
+            return
+        try:
+            ours = Manifest.load(final).name == self.name
+        except ArtifactError:
+            ours = False
+        if not ours:
+            raise OutputError(
+                f"{final}: exists and is no earlier build of {self.name}; pass another --output or "
+                "--name, or move it away"
+            )
+
+    def earlier_files(self) -> list[str]:
+        """GGUF files of an earlier build that this one will replace."""
+        if not self.final_gguf.is_dir():
+            return []
+        return sorted(file.name for file in self.final_gguf.glob(f"*{self.name}-*.gguf"))
+
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` was finished with these inputs."""
-        return self._marks().get(stage) == key
+        """Whether `stage` was finished with these inputs and its folder is still there."""
+        folder = self.hf if stage == "prune" else self.gguf
+        return folder.is_dir() and self._marks().get(stage) == key
 
     def mark_done(self, stage: str, key: str) -> None:
         """Remember that `stage` is finished with these inputs."""
@@ -110,14 +130,21 @@ class Workdir:
         folder.mkdir()
 
     def publish(self) -> None:
-        """Give both folders their final names, in place of an earlier build's."""
+        """Give both folders their final names, in place of an earlier build's.
+
+        May be called again after an interruption: what has its name already is left alone.
+        """
+        (self.root / _PUBLISHING).touch()
         for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf)):
+            if not made.exists():
+                continue
             old = self.root / f"old-{final.name}"
-            if old.exists():
-                shutil.rmtree(old)
             if final.exists():
+                if old.exists():
+                    shutil.rmtree(old)
                 os.replace(final, old)
             os.replace(made, final)
+        (self.root / "stages.json").unlink(missing_ok=True)
         shutil.rmtree(self.root)
 
     def _marks(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Bundle
+from safetensors.torch import save_file
 from tiny import EXAMPLE, TinyQwen3Moe
 
-from reap2gguf import pipeline
+from reap2gguf import pipeline, record, workdir
 from reap2gguf.artifacts.gguf_header import read_gguf_header
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.artifacts.observations import Observations
@@ -19,6 +21,7 @@ from reap2gguf.ggml import Ggml
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.plan import estimate, make_plan, plan_as_json
 from reap2gguf.progress import Silent
+from reap2gguf.verify.bundle import verify_bundle
 from reap2gguf.workdir import Workdir, stage_key
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
@@ -156,7 +159,7 @@ def test_a_folder_of_someone_else_is_not_replaced(tiny: Path, tmp_path: Path) ->
     theirs = tmp_path / "out" / "mine-GGUF"
     theirs.mkdir(parents=True)
     (theirs / "thesis.txt").write_text("")
-    with pytest.raises(OutputError, match="was not made by reap2gguf"):
+    with pytest.raises(OutputError, match="is no earlier build of mine"):
         build(tiny, tmp_path / "out", name="mine")
     assert (theirs / "thesis.txt").exists()
 
@@ -191,9 +194,9 @@ def test_a_plan_is_what_the_build_does(built: Bundle) -> None:
     )
     manifest = Manifest.load(built.gguf)
     assert plan.n_parameters == manifest.hf.n_parameters
-    for recipe, record in zip(plan.recipes, manifest.gguf, strict=True):
-        assert {n: k.name for n, k in recipe.kinds().items()} == dict(record.tensors)
-        header = read_gguf_header(built.gguf / record.file)
+    for recipe, written in zip(plan.recipes, manifest.gguf, strict=True):
+        assert {n: k.name for n, k in recipe.kinds().items()} == dict(written.tensors)
+        header = read_gguf_header(built.gguf / written.file)
         assert recipe.n_bytes == sum(info.n_bytes for info in header.tensors.values())
     values = plan_as_json(plan, estimate(plan, has_gpu=False))
     assert values["experts"]["kept"] == 12
@@ -202,9 +205,12 @@ def test_a_plan_is_what_the_build_does(built: Bundle) -> None:
 
 def test_names(tiny: Path, tmp_path: Path) -> None:
     assert make_plan(options(tiny, tmp_path)).name == "tiny-REAP-0.25"
-    assert make_plan(options(tiny, tmp_path, keep_experts=5)).name == "tiny-REAP-0.38"
-    with pytest.raises(UsageError, match=r"--name '\.\./x'"):
-        make_plan(options(tiny, tmp_path, name="../x"))
+    assert make_plan(options(tiny, tmp_path, keep_experts=5)).name == "tiny-REAP-0.375"
+    for name in ("../x", "observations", "x-GGUF"):
+        with pytest.raises(UsageError, match=f"the name '{name}' will not do"):
+            make_plan(options(tiny, tmp_path, name=name))
+    with pytest.raises(UsageError, match="is where the result would go"):
+        make_plan(options(tiny, tiny.parent, name="tiny"))
     with pytest.raises(UsageError, match="two recipes have the label"):
         make_plan(options(tiny, tmp_path, recipes=("q8_0", "q8_0")))
 
@@ -218,6 +224,7 @@ def test_an_output_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
 def test_marks_of_later_stages_fall_with_earlier_ones(tmp_path: Path) -> None:
     work = Workdir(tmp_path, "name")
     work.prepare(fresh=False)
+    work.hf.mkdir()
     for stage in ("prune", "imatrix", "export"):
         work.mark_done(stage, stage_key(stage))
     work.begin("imatrix", work.gguf)
@@ -226,3 +233,93 @@ def test_marks_of_later_stages_fall_with_earlier_ones(tmp_path: Path) -> None:
     assert not work.is_done("export", stage_key("export"))
     (work.root / "stages.json").write_text('{"pru')
     assert not work.is_done("prune", stage_key("prune"))
+
+
+def refuse_at(patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+    def stop(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    patch.setattr(module, name, stop)
+
+
+@pytest.mark.parametrize("step", ["gguf_card", "write_sums", "hash_folder", "hf_card"])
+def test_an_interrupted_record_is_written_anew(
+    step: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        refuse_at(patch, record, step)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out")
+    result = build(tiny, tmp_path / "out")
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+
+
+@pytest.mark.parametrize("n_renames", [0, 1])
+def test_an_interrupted_publication_is_carried_through(
+    n_renames: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, done = os.replace, []
+
+    def replace_some(source: Any, target: Any) -> None:
+        if Path(target).parent == tmp_path / "out":
+            if len(done) == n_renames:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.os, "replace", replace_some)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out")
+    result = build(tiny, tmp_path / "out")
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+    assert [p.name for p in (tmp_path / "out" / ".work").iterdir()] == ["observations"]
+
+
+def test_a_killed_export_leaves_nothing_in_the_bundle(tiny: Path, tmp_path: Path) -> None:
+    first = make_plan(options(tiny, tmp_path / "out"))
+    work = Workdir(tmp_path / "out", first.name)
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_at(patch, pipeline.stages, "export")
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.build(first, Silent())
+    (work.gguf / "tiny-REAP-0.25-Q8_0.gguf.part").write_bytes(b"half")
+    result = build(tiny, tmp_path / "out")
+    assert not list(result.gguf_folder.glob("*.part"))
+
+
+def test_a_mended_tokenizer_is_taken_up(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        refuse_at(patch, pipeline.stages, "export")
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out")
+    (tiny / "chat_template.jinja").write_text("another template")
+    result = build(tiny, tmp_path / "out")
+    metadata = read_gguf_header(result.gguf_folder / "tiny-REAP-0.25-Q8_0.gguf").metadata
+    assert metadata["tokenizer.chat_template"] == "another template"
+
+
+def test_a_tokenizer_llama_cpp_does_not_know_is_refused_by_the_plan(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = tiny / "tokenizer.json"
+    path.write_text(path.read_text().replace("(?i:'s|'t", "(?i:'x|'t"))
+    with pytest.raises(Reap2ggufError, match="nothing is written"):
+        make_plan(options(tiny, tmp_path))
+
+
+def test_a_text_that_is_not_there_is_refused_by_the_plan(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(Reap2ggufError, match=r"gone\.txt: no such file"):
+        make_plan(options(tiny, tmp_path, imatrix_text=tmp_path / "gone.txt"))
+
+
+def test_a_matrix_of_zeros_in_the_source_is_the_sources(tmp_path: Path) -> None:
+    spec = TinyQwen3Moe()
+    folder = spec.write(tmp_path / "zero")
+    tensors = spec.tensors()
+    tensors["model.layers.0.mlp.experts.3.up_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors")
+    result = build(folder, tmp_path / "out", compression=0)
+    assert result.manifest.pruning.n_kept == 8

@@ -65,13 +65,18 @@ class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensorInfo]
 
-    def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of one tensor, shaped (rows, bytes of a row)."""
+    def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
+        """Rows [first, last) of one tensor, shaped (rows, bytes of a row).
+
+        Raises ArtifactError if the file ends before them.
+        """
         info = self.tensors[name]
+        n_rows = info.n_bytes // info.row_bytes
+        count = ((n_rows if last is None else last) - first) * info.row_bytes
         with self.path.open("rb") as file:
-            file.seek(info.offset)
-            raw = np.fromfile(file, dtype=np.uint8, count=info.n_bytes)
-        if raw.size != info.n_bytes:
+            file.seek(info.offset + first * info.row_bytes)
+            raw = np.fromfile(file, dtype=np.uint8, count=count)
+        if raw.size != count:
             raise ArtifactError(f"{self.path}: ends inside tensor {name!r}")
         return raw.reshape(-1, info.row_bytes)
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 
@@ -164,9 +166,25 @@ class Manifest:
         if values.pop("format", None) != FORMAT:
             raise ArtifactError(f"{path}: not a manifest of format {FORMAT}")
         try:
-            return _decode(values)
+            manifest = _decode(values)
+            _check_names(manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path}: not a complete manifest ({error!r})") from error
+        return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Names that are joined to folders are plain, and types are GGML's; else ValueError."""
+    names = [manifest.hf.folder, *manifest.hf.files]
+    records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
+    for record in records:
+        names.append(record.file)
+        for kind in record.tensors.values():
+            if kind not in GGMLQuantizationType.__members__:
+                raise ValueError(f"unknown tensor type {kind!r}")
+    for name in names:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ValueError(f"{name!r} is no plain file name")
 
 
 def _decode(values: dict[str, Any]) -> Manifest:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.safetensors_header import read_header
-from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 
 FORMAT_VERSION = "1"
 Doubles = npt.NDArray[np.float64]
@@ -53,6 +53,7 @@ class Observations:
 
     def save(self, path: Path) -> None:
         """Write the safetensors file under a temporary name, then rename it."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         tensors = {
@@ -62,7 +63,10 @@ class Observations:
         }
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
         temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata | {"format_version": FORMAT_VERSION})
+        try:
+            save_file(tensors, temporary, metadata | {"format_version": FORMAT_VERSION})
+        except SafetensorError as error:
+            raise OutputError(f"{path}: cannot be written ({error})") from error
         os.replace(temporary, path)
 
     @classmethod

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +60,14 @@ class Corpus:
             digest.update(passage.text.encode("utf-8") + b"\0")
         return digest.hexdigest()
 
+    def selected(self, n_samples: int, seed: int) -> Corpus:
+        """Of samples, `n_samples` drawn by `seed`; streams and documents stay whole."""
+        if any(passage.cut is not Cut.SAMPLE for passage in self.passages):
+            return self
+        drawn = list(self.passages)
+        random.Random(seed).shuffle(drawn)
+        return Corpus(self.spec, tuple(drawn[:n_samples]))
+
     def text(self) -> str:
         """Everything as one text, as the importance matrix reads it."""
         return "\n".join(passage.text for passage in self.passages)
@@ -68,7 +78,7 @@ def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
 
     Raises CalibrationError if the spec names nothing, or a file cannot be read or has no samples.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if spec == DEFAULT_MIX:
         passages = list(_embedded(render_chat))
     elif path.is_dir():
@@ -120,7 +130,14 @@ def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:
         return
     records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
     for number, record in enumerate(records, start=1):
-        yield Passage(_render(record, render_chat, f"{path}: sample {number}"), Cut.SAMPLE)
+        text = _render(record, render_chat, f"{path}: sample {number}")
+        if not text.isprintable() and _has_surrogates(text):
+            raise CalibrationError(f"{path}: sample {number} holds half a character (a surrogate)")
+        yield Passage(text, Cut.SAMPLE)
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

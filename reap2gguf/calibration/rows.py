@@ -26,9 +26,9 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise CheckpointError(f"{folder}: no usable tokenizer ({first_line})") from error
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise CheckpointError(f"{folder}: no usable tokenizer ({reason})") from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
         # what the tokenizer puts before any text: one BOS or nothing
@@ -46,13 +46,11 @@ class Tokenizer:
         Without a template the contents follow one another. Raises CalibrationError if the template
         refuses the messages.
         """
-        import jinja2
-
         if self._tokenizer.chat_template is None:
             return "\n".join(str(message["content"]) for message in messages)
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:
             raise CalibrationError(f"the chat template refuses a sample ({error})") from error
         return text
 

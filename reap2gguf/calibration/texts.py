@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap2gguf.calibration.corpus import load_corpus, read_text
+from reap2gguf.calibration.corpus import Corpus, load_corpus, read_text
 from reap2gguf.calibration.rows import Row, Tokenizer, chunk_text, make_rows
+from reap2gguf.errors import CalibrationError
 from reap2gguf.options import CalibrationOptions
 
 
@@ -35,25 +37,69 @@ class ImatrixChunks:
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
+def read_texts(
+    tokenizer: Tokenizer,
+    options: CalibrationOptions,
+    max_length: int,
+    imatrix_text: Path | None,
+    chunk_size: int,
+    vocab_size: int,
+) -> tuple[ObservationRows, ImatrixChunks]:
+    """Rows for the observation and chunks for the importance matrix.
+
+    Without a text of its own, the importance matrix reads the calibration corpus, no more tokens of
+    it than the observation may. Raises CalibrationError.
+    """
+    corpus = _load(tokenizer, options)
+    rows = _rows(tokenizer, corpus, options, max_length, vocab_size)
+    if imatrix_text is not None:
+        return rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size)
+    text = corpus.text()
+    chunks = chunk_text(text, tokenizer, chunk_size, rows.label)
+    n_chunks = -(-options.samples * max_length // chunk_size)
+    return rows, ImatrixChunks(rows.label, text, chunk_size, chunks[:n_chunks])
+
+
 def observation_rows(
-    tokenizer: Tokenizer, options: CalibrationOptions, max_length: int
+    tokenizer: Tokenizer, options: CalibrationOptions, max_length: int, vocab_size: int
 ) -> ObservationRows:
     """Rows of a calibration spec. Raises CalibrationError."""
+    corpus = _load(tokenizer, options)
+    return _rows(tokenizer, corpus, options, max_length, vocab_size)
+
+
+def imatrix_chunks(tokenizer: Tokenizer, text_file: Path, chunk_size: int) -> ImatrixChunks:
+    """All chunks of a text file, as llama-imatrix cuts them."""
+    text = read_text(text_file)
+    chunks = chunk_text(text, tokenizer, chunk_size, text_file.name)
+    return ImatrixChunks(text_file.name, text, chunk_size, chunks)
+
+
+def _load(tokenizer: Tokenizer, options: CalibrationOptions) -> Corpus:
     corpus = load_corpus(options.spec, tokenizer.render_chat)
+    return corpus.selected(options.samples, options.seed)
+
+
+def _rows(
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    options: CalibrationOptions,
+    max_length: int,
+    vocab_size: int,
+) -> ObservationRows:
     rows = make_rows(corpus, tokenizer, max_length, options.samples, options.seed)
-    return ObservationRows(_public(options.spec), corpus.sha256, rows)
-
-
-def imatrix_chunks(
-    tokenizer: Tokenizer, text_file: Path | None, spec: str, chunk_size: int
-) -> ImatrixChunks:
-    """Chunks of a text file, or of the calibration corpus where none is given."""
-    if text_file is None:
-        label, text = _public(spec), load_corpus(spec, tokenizer.render_chat).text()
-    else:
-        label, text = text_file.name, read_text(text_file)
-    return ImatrixChunks(label, text, chunk_size, chunk_text(text, tokenizer, chunk_size, label))
+    highest = max(int(row.max()) for row in rows)
+    if highest >= vocab_size:
+        raise CalibrationError(
+            f"calibration {options.spec!r}: the tokenizer gives id {highest}, and the model's "
+            f"vocab_size is {vocab_size}; they do not belong together"
+        )
+    digest = hashlib.sha256(corpus.sha256.encode())
+    for row in rows:
+        digest.update(row.tobytes())  # another tokenizer makes other rows of the same text
+    return ObservationRows(_public(options.spec), digest.hexdigest(), rows)
 
 
 def _public(spec: str) -> str:
-    return Path(spec).name if Path(spec).exists() else spec
+    """A spec as it may be published: of a path, only the name."""
+    return Path(spec).name if os.path.exists(spec) else spec

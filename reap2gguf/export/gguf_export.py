@@ -29,9 +29,9 @@ from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.export.header import GgufLayout, HeaderFacts, write_header
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
 from reap2gguf.models.description import GgufTensor, Slab
+from reap2gguf.models.slabs import read_rows, row_pieces, rows_per_matrix
 from reap2gguf.progress import Progress, Task
 
-_PIECE_VALUES = 2**22
 Floats = npt.NDArray[np.float32]
 
 
@@ -98,7 +98,7 @@ class _Job:
     def run(self, piece: _Piece) -> None:
         """Read one piece and write it, quantized, to every file."""
         tensor = piece.tensor
-        rows = self._rows(piece)
+        rows = read_rows(self.checkpoint, tensor, piece.slab, piece.first, piece.last)
         if not np.isfinite(rows).all():
             raise CheckpointError(
                 f"{self.checkpoint.folder}: {piece.slab.stored!r} holds NaN or infinite values"
@@ -123,27 +123,12 @@ class _Job:
             stored = f"{self.checkpoint.folder}: {piece.slab.stored!r}"
             raise CheckpointError(f"{stored} as {piece.tensor.name}: {error}") from error
 
-    def _rows(self, piece: _Piece) -> Floats:
-        slab, tensor = piece.slab, piece.tensor
-        if tensor.transform is not None:
-            first, last = slab.rows or (0, None)
-            values = self.checkpoint.read_float32(slab.stored, first, last, slab.index)
-            return tensor.transform(values).reshape(-1, tensor.n_columns)
-        if len(tensor.shape) == 1:
-            return self.checkpoint.read_float32(slab.stored).reshape(1, -1)
-        shift = slab.rows[0] if slab.rows else 0
-        return self.checkpoint.read_float32(
-            slab.stored, piece.first + shift, piece.last + shift, slab.index
-        )
-
 
 def _pieces(tensors: Sequence[GgufTensor]) -> Iterator[_Piece]:
     for tensor in tensors:
-        n_rows = prod(tensor.shape[:-1]) // len(tensor.slabs)
-        step = n_rows if tensor.transform else max(1, _PIECE_VALUES // tensor.n_columns)
+        n_rows = rows_per_matrix(tensor)
         for matrix, slab in enumerate(tensor.slabs):
-            for first in range(0, n_rows, step):
-                last = min(first + step, n_rows)
+            for first, last in row_pieces(tensor):
                 yield _Piece(tensor, matrix, slab, first, last, matrix * n_rows + first)
 
 
@@ -211,6 +196,13 @@ def _importance(
     tensors: Sequence[GgufTensor], outputs: Sequence[GgufOutput], imatrix: Imatrix | None
 ) -> dict[str, Floats]:
     """Mean squares (n_matrices, n_columns) per tensor that has any, checked before the work."""
+    if imatrix is not None:
+        known = {tensor.name for tensor in tensors}
+        if foreign := sorted(imatrix.entries.keys() - known):
+            raise ArtifactError(
+                f"imatrix: has an entry for {foreign[0]}, which the model has not; it is of "
+                "another model"
+            )
     found: dict[str, Floats] = {}
     for tensor in tensors:
         entry = imatrix.entries.get(tensor.name) if imatrix else None

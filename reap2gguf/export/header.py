@@ -18,8 +18,8 @@ from gguf import (
 
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.artifacts.imatrix import Imatrix
-from reap2gguf.export.tokenizer import add_tokenizer
 from reap2gguf.models.description import GgufTensor, HeaderValue
+from reap2gguf.models.tokenizer import add_tokenizer
 
 
 @dataclass(frozen=True)

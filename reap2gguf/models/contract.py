@@ -146,6 +146,7 @@ class MoeModel(ABC):
 
         Raises CheckpointError naming the tensor, and UnknownTensorError for an unexplained one.
         """
+        self.gguf_metadata()  # refuses values that could not be written later
         roles = {name: self.role(name) for name in stored}
         self._check_expert_axes(stored, roles)
         _check_experts_present(roles, self.facts.n_experts)

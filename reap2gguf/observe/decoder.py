@@ -218,11 +218,14 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
         config = config.get_text_config()  # vision towers are not run
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"{checkpoint.folder}: transformers cannot read the config ({error})"
+            f"{checkpoint.folder}: transformers cannot build the model of its config ({reason})"
         ) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.set_experts_implementation(IMPLEMENTATION)
     return model.eval().base_model

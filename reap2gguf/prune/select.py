@@ -101,10 +101,11 @@ def select_experts(
     return kept
 
 
-def friendly_count(n_kept: int) -> int:
-    """The nearest count that runtimes have fast kernels for: a multiple of 16.
+def friendly_count(target: Target, needed: int) -> int:
+    """The nearest count that vLLM has fast kernels for: a multiple of 16, or of 8 below 16.
 
-    vLLM's fused kernels want multiples of 8 or 16; llama.cpp's fused top-k on CUDA takes powers of
-    two, 288 and 576, which are multiples of 16 as well.
+    llama.cpp's fused top-k on CUDA takes powers of two, 288 and 576 alone.
     """
-    return max(16, round(n_kept / 16) * 16) if n_kept > 8 else n_kept
+    step = 16 if target.n_kept >= 16 else 8
+    nearest = max(step, round(target.n_kept / step) * step)
+    return nearest if needed <= nearest <= target.n_experts else target.n_kept

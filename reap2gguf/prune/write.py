@@ -24,7 +24,11 @@ from reap2gguf.prune.select import Kept
 
 _PIECE_BYTES = 2**26
 # What travels with a model besides its weights and its config.
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+_COMPANIONS = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.*", "generation_config.json",
+    "*processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 _WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 
@@ -92,11 +96,7 @@ def write_pruned(
 def companion_files(folder: Path) -> list[Path]:
     """Tokenizer, template, generation config and licence files of a checkpoint."""
     found = {file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(
-        file
-        for file in found
-        if file.name not in _WRITTEN_HERE and not file.name.endswith(".index.json")
-    )
+    return sorted(file for file in found if file.name not in _WRITTEN_HERE)
 
 
 def _contents(checkpoint: Checkpoint, tensor: PrunedTensor) -> Iterator[memoryview]:

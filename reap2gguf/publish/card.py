@@ -193,18 +193,25 @@ def _method(manifest: Manifest) -> str:
     dropped = f", {seen.n_dropped_rows} rows not finite and left out" if seen.n_dropped_rows else ""
     return f"""## How it was made
 
-One sweep over the source observed {seen.n_tokens:,} tokens{dropped}; an expert's score is the mean,
-over the tokens routed to it, of its gate weight times the norm of its output
-([REAP](https://arxiv.org/abs/2510.13999)). Stored tensors were sliced, not converted; everything
-else was copied byte for byte. The importance matrix was taken from the pruned model. Calibration
-was text only. `reap2gguf.json` records versions, hashes, the experts kept in every layer, and the
-type of every tensor.
+One sweep over the source observed {seen.n_tokens:,} tokens{dropped}. {_score(seen.method)}
+Stored tensors were sliced, not converted; everything else was copied byte for byte. The importance
+matrix was taken from the pruned model. Calibration was text only. `reap2gguf.json` records
+versions, hashes, the experts kept in every layer, and the type of every tensor.
 
 Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
 
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _score(method: str) -> str:
+    if method == "reap":
+        return (
+            "An expert's score is the mean, over the tokens routed to it, of its gate weight times "
+            "the norm of its output ([REAP](https://arxiv.org/abs/2510.13999))."
+        )
+    return f"Experts were ranked by `{method}`, one of the criteria that REAP is compared with."
 
 
 def _count_shards(manifest: Manifest) -> str:

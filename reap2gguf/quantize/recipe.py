@@ -11,6 +11,7 @@ optional = true                    # only some architectures have such a tensor
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".toml" and path.is_file():
         return path
     raise RecipeError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from reap2gguf.errors import OutputError
+from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.terminal.options import (
     FilePath,
@@ -49,7 +49,7 @@ def observe(
 
     length = min(max_length, described.facts.context_length)
     options = CalibrationOptions(spec, samples, length, seed)
-    rows = observation_rows(Tokenizer(source.folder), options, length)
+    rows = observation_rows(Tokenizer(source.folder), options, length, described.facts.vocab_size)
     compute = ComputeOptions(device, dtype, threads)
     seen = stages.observe(checkpoint, described, rows, compute, terminal_progress())
     seen.save(output)
@@ -103,6 +103,8 @@ def imatrix(
     Example:
       reap2gguf imatrix ./Qwen3-30B-A3B-REAP --text calibration.txt -o imatrix.gguf
     """
+    if output.suffix == ".dat":
+        raise UsageError(f"-o {output}: name the .gguf; the .dat is written beside it")
     source, checkpoint, described = _open(hf_dir)
     _check_parent(output)
     from reap2gguf import stages
@@ -110,7 +112,8 @@ def imatrix(
     from reap2gguf.calibration.texts import imatrix_chunks
     from reap2gguf.terminal.console import terminal_progress
 
-    chunks = imatrix_chunks(Tokenizer(source.folder), text, "", chunk)
+    chunk = min(chunk, described.facts.context_length)
+    chunks = imatrix_chunks(Tokenizer(source.folder), text, chunk)
     compute = ComputeOptions(device, dtype, threads)
     found, _ = stages.compute_imatrix(checkpoint, described, chunks, compute, terminal_progress())
     stages.save_imatrix(found, output)
@@ -149,7 +152,7 @@ def quantize(
     resolved = resolve(recipe, tensors, facts, facts.n_experts, importance is not None)
     stages.export(
         checkpoint, described, source.short_name, {output: resolved}, importance, [], threads,
-        terminal_progress(),
+        terminal_progress(), imatrix_file.name if imatrix_file else "",
     )  # fmt: skip
     click.echo(f"{output}: {size(output.stat().st_size)}, {resolved.bits_per_weight:.2f} bpw")
 
@@ -166,6 +169,8 @@ def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeMod
 
 
 def _check_parent(output: Path) -> None:
-    """Refuse an output whose folder is missing, before the work."""
+    """Refuse an output that cannot be written, before the work."""
+    if not output.name:
+        raise UsageError("-o: expected the name of a file or folder")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: the folder {output.parent} does not exist; make it first")

@@ -30,11 +30,11 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} a token; "
         f"{_millions(plan.n_parameters)} parameters are left"
     )
-    friendly = friendly_count(target.n_kept)
+    friendly = friendly_count(target, facts.experts_per_token)
     if friendly != target.n_kept and facts.n_experts >= 32:
         yield (
-            f"  {target.n_kept} experts miss the fused kernels of vLLM and llama.cpp on CUDA; "
-            f"the nearest count that has them is {friendly} (--keep-experts {friendly})"
+            f"  {target.n_kept} experts miss vLLM's fused kernels; the nearest count that has them "
+            f"is {friendly} (--keep-experts {friendly})"
         )
     if plan.mtp != "none":
         yield f"  the multi-token-prediction block is {plan.mtp}"

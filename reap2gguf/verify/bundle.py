@@ -140,6 +140,16 @@ def _open_sibling(hf_folder: Path) -> tuple[Checkpoint | None, MoeModel | None]:
 
 
 def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    for name in sorted(present - manifest.hf.files.keys() - {MANIFEST_FILE}):
+        yield f"{folder.name}: {name} is not in the manifest"
+    try:
+        same = Manifest.load(folder) == manifest
+    except ArtifactError as error:
+        yield str(error)
+    else:
+        if not same:
+            yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF bundle"
     yield from _compare_hashes(folder, manifest.hf.files, 1)
     expected = ExpectedFolder(manifest.pruning.n_kept)
     checkpoint, model, violations = open_folder(folder, expected)
@@ -178,7 +188,9 @@ def _check_sums(folder: Path, n_threads: int) -> Iterator[str]:
         yield f"{folder.name}: {SUMS_FILE} is missing"
         return
     expected: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
+    ):
         match = _SUM_LINE.fullmatch(line)
         if match is None:
             yield f"{folder.name}: {SUMS_FILE} line {number} is not a hash and a name"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import Ggml, load_ggml
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor, Slab
+from reap2gguf.models.slabs import PIECE_VALUES, read_rows, row_pieces, rows_per_matrix
+from reap2gguf.models.tokenizer import tokenizer_keys
 from reap2gguf.progress import Progress
 
 Floats = npt.NDArray[np.float32]
@@ -42,6 +45,7 @@ class ExpectedGguf:
 
     kinds: Mapping[str, GGMLQuantizationType] | None = None  # None: any type within its bound
     n_experts: int | None = None
+    file_type: int | None = None  # general.file_type
 
 
 def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
@@ -60,6 +64,9 @@ def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
     used = header.metadata.get(f"{arch}.expert_used_count")
     if expected.n_experts is not None and count != expected.n_experts:
         yield f"{where}: {arch}.expert_count is {count}, expected {expected.n_experts}"
+    file_type = header.metadata.get("general.file_type")
+    if expected.file_type is not None and file_type != expected.file_type:
+        yield f"{where}: general.file_type is {file_type}, expected {expected.file_type}"
     if not isinstance(used, int) or not isinstance(count, int) or not 1 <= used <= count:
         yield f"{where}: {arch}.expert_used_count is {used}, expected 1 to {count}"
     for name, info in header.tensors.items():
@@ -92,9 +99,9 @@ def check_against_folder(
 ) -> Iterator[str]:
     """Keys and tokenizer against the config, then every tensor against the safetensors."""
     where = header.path.name
-    n_tokens = len(header.metadata.get("tokenizer.ggml.tokens") or [])
-    if n_tokens != model.facts.vocab_size:
-        yield f"{where}: {n_tokens} tokens, expected vocab_size {model.facts.vocab_size}"
+    for key, expected in tokenizer_keys(checkpoint.folder, model.facts.vocab_size).items():
+        if header.metadata.get(key) != expected:
+            yield f"{where}: {key} is not that of the tokenizer files"
     for value in model.gguf_metadata():
         found = header.metadata.get(value.key)
         same = found == value.value or (
@@ -138,12 +145,20 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
     ggml = load_ggml()
 
     def check(info: GgufTensorInfo) -> str | None:
-        raw = header.read(info.name)
-        step = len(raw) // info.shape[0] if len(info.shape) == 3 else len(raw)
-        for first in range(0, len(raw), step):
-            values = ggml.dequantize(raw[first : first + step], info.kind)
-            if problem := _degenerate(values):
-                return f"{header.path.name}: {info.name}{_expert(info, first // step)} {problem}"
+        n_rows = prod(info.shape[:-1])
+        per_matrix = n_rows // info.shape[0] if len(info.shape) == 3 else n_rows
+        step = max(1, PIECE_VALUES // info.shape[-1])
+        for matrix in range(n_rows // per_matrix):
+            where = f"{header.path.name}: {info.name}{_expert(info, matrix)}"
+            empty = True
+            for first in range(matrix * per_matrix, (matrix + 1) * per_matrix, step):
+                last = min(first + step, (matrix + 1) * per_matrix)
+                values = ggml.dequantize(header.read(info.name, first, last), info.kind)
+                if not np.isfinite(values).all():
+                    return f"{where} holds NaN or infinite values"
+                empty = empty and not values.any()
+            if empty and len(info.shape) > 1:  # a vector may be zero, as biases often are
+                return f"{where} holds nothing but zeros"
         return None
 
     yield from _each(list(header.tensors.values()), check, header, n_threads, progress)
@@ -173,34 +188,65 @@ def _compare(
     header: GgufHeader, ggml: Ggml, checkpoint: Checkpoint, tensor: GgufTensor, info: GgufTensorInfo
 ) -> str | None:
     """The first violation in a tensor: each matrix must be its slab, within the type's error."""
-    raw = header.read(info.name)
     where = f"{header.path.name}: {info.name}"
-    bound = ERROR_BOUNDS[info.kind.name]
-    step = len(raw) // len(tensor.slabs)
+    bound = ERROR_BOUNDS.get(info.kind.name)
+    if bound is None:
+        return f"{where} is {info.kind.name}, which is no type for weights"
     for index, slab in enumerate(tensor.slabs):
-        values = ggml.dequantize(raw[index * step : (index + 1) * step], info.kind)
         which = _expert(info, index)
-        stored = stored_matrix(checkpoint, tensor, slab)
-        if (problem := _degenerate(values)) and not (not stored.any() and not values.any()):
-            return f"{where}{which} {problem}"
-        error = _relative_error(values, stored)
-        if error > bound and not _errs_as_it_must(ggml, stored, info.kind, error):
-            likely = _likely_slab(checkpoint, tensor, values, bound)
+        error = _matrix_error(header, ggml, checkpoint, tensor, index, slab)
+        if not np.isfinite(error.distance):
+            return f"{where}{which} holds NaN or infinite values"
+        if error.zeros_only and error.scale and len(info.shape) > 1:
+            return f"{where}{which} holds nothing but zeros"
+        # written so that a NaN is a violation
+        if error.relative <= bound:
+            continue
+        stored = read_rows(checkpoint, tensor, slab, 0, rows_per_matrix(tensor))
+        if not _errs_as_it_must(ggml, stored, info.kind, error.relative):
+            likely = _likely_slab(header, ggml, checkpoint, tensor, index, bound)
             hint = "" if likely is None else f"; it holds the weights of expert {likely}"
             return (
-                f"{where}{which} differs from {slab.stored} by {error:.1%}, expected at most "
-                f"{bound:.1%} for {info.kind.name}{hint}"
+                f"{where}{which} differs from {slab.stored} by {error.relative:.1%}, expected at "
+                f"most {bound:.1%} for {info.kind.name}{hint}"
             )
     return None
 
 
-def stored_matrix(checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab) -> Floats:
-    """The float32 values (R, C) that one matrix of a GGUF tensor stands for."""
-    first, last = slab.rows or (0, None)
-    values = checkpoint.read_float32(slab.stored, first, last, slab.index)
-    if tensor.transform is not None:
-        values = tensor.transform(values)
-    return values.reshape(-1, tensor.n_columns)
+@dataclass(frozen=True)
+class _Error:
+    """How far a matrix is from what is stored: norms of the difference and of the stored."""
+
+    distance: float
+    scale: float
+    zeros_only: bool
+
+    @property
+    def relative(self) -> float:
+        return self.distance / self.scale if self.scale else self.distance
+
+
+def _matrix_error(
+    header: GgufHeader,
+    ggml: Ggml,
+    checkpoint: Checkpoint,
+    tensor: GgufTensor,
+    index: int,
+    slab: Slab,
+) -> _Error:
+    """Compare matrix `index` of a tensor with a slab, piece by piece."""
+    kind = header.tensors[tensor.name].kind
+    begin = index * rows_per_matrix(tensor)
+    distance = scale = 0.0
+    zeros_only = True
+    for first, last in row_pieces(tensor):
+        values = ggml.dequantize(header.read(tensor.name, begin + first, begin + last), kind)
+        stored = read_rows(checkpoint, tensor, slab, first, last)
+        zeros_only = zeros_only and not values.any()
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is a violation
+            distance += float(np.square(values - stored, dtype=np.float64).sum())
+            scale += float(np.square(stored, dtype=np.float64).sum())
+    return _Error(distance**0.5, scale**0.5, zeros_only)
 
 
 def _errs_as_it_must(ggml: Ggml, stored: Floats, kind: GGMLQuantizationType, error: float) -> bool:
@@ -213,14 +259,18 @@ def _errs_as_it_must(ggml: Ggml, stored: Floats, kind: GGMLQuantizationType, err
 
 
 def _likely_slab(
-    checkpoint: Checkpoint, tensor: GgufTensor, values: Floats, bound: float
+    header: GgufHeader,
+    ggml: Ggml,
+    checkpoint: Checkpoint,
+    tensor: GgufTensor,
+    index: int,
+    bound: float,
 ) -> int | None:
-    """Which expert's weights a matrix holds, when they are not those of its place."""
-    if len(tensor.slabs) < 2:
-        return None
-    for index, slab in enumerate(tensor.slabs):
-        if _relative_error(values, stored_matrix(checkpoint, tensor, slab)) <= bound:
-            return index
+    """Which expert's weights matrix `index` holds, when they are not those of its place."""
+    for other, slab in enumerate(tensor.slabs):
+        error = _matrix_error(header, ggml, checkpoint, tensor, index, slab)
+        if other != index and error.relative <= bound:
+            return other
     return None
 
 
@@ -228,14 +278,6 @@ def _relative_error(values: Floats, stored: Floats) -> float:
     scale = float(np.linalg.norm(stored))
     distance = float(np.linalg.norm(values - stored))
     return distance / scale if scale else distance
-
-
-def _degenerate(values: Floats) -> str | None:
-    if not np.isfinite(values).all():
-        return "holds NaN or infinite values"
-    if len(values) > 1 and not values.any():  # a vector may be zero, as biases often are
-        return "holds nothing but zeros"
-    return None
 
 
 def _expert(info: GgufTensorInfo, index: int) -> str:

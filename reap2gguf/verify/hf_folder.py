@@ -107,7 +107,7 @@ def _compare_bytes(
                 f"the source's {source_name}"
             )
             return
-        yield from _judge(checkpoint, name, written)
+        yield from _judge(checkpoint, name, written, may_be_zero=True)  # as the source has it
         advance(written.nbytes)
 
 
@@ -129,7 +129,9 @@ def _check_values(
         advance(piece.nbytes)
 
 
-def _judge(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> Iterator[str]:
+def _judge(
+    checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic], may_be_zero: bool = False
+) -> Iterator[str]:
     """Violations within the values of one piece: NaN, infinity, or nothing but zeros."""
     dtype = checkpoint.tensors[name].dtype
     if dtype not in _FLOATS:
@@ -137,6 +139,6 @@ def _judge(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> I
     values = to_float32(raw, dtype, name)
     if not np.isfinite(values).all():
         yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
-    elif len(checkpoint.tensors[name].shape) > 1 and not values.any():
+    elif not may_be_zero and len(checkpoint.tensors[name].shape) > 1 and not values.any():
         # a vector may be zero: biases often are, and norms stored around zero
         yield f"{checkpoint.folder.name}: {name} holds nothing but zeros"

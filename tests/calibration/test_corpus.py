@@ -75,6 +75,7 @@ def test_a_folder_is_all_its_samples(tmp_path: Path) -> None:
         (b'{"messages": [{"role": "user"}]}\n', "expected messages with a role and content"),
         (b'{"messages": []}\n', "expected messages"),
         (b"\n", "holds no text"),
+        (b'{"text": "\\ud800"}\n', "holds half a character"),
     ],
 )
 def test_broken_samples_say_where(content: bytes, message: str, tmp_path: Path) -> None:

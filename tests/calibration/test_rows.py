@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Passage
 from reap2gguf.calibration.rows import Tokenizer, chunk_text, make_rows
-from reap2gguf.calibration.texts import imatrix_chunks, observation_rows
+from reap2gguf.calibration.texts import imatrix_chunks, observation_rows, read_texts
 from reap2gguf.errors import CalibrationError, CheckpointError
 from reap2gguf.options import CalibrationOptions
 
@@ -129,10 +129,52 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
 def test_labels_tell_no_paths(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(TEXT)
-    rows = observation_rows(tokenizer, CalibrationOptions(str(path), max_length=64), 64)
+    rows = observation_rows(tokenizer, CalibrationOptions(str(path), max_length=64), 64, 4096)
     assert rows.label == "mine.txt"
-    assert imatrix_chunks(tokenizer, path, "default", 64).label == "mine.txt"
-    default = imatrix_chunks(tokenizer, None, "default", 512)
-    assert default.label == "default"
-    assert len(default.chunks) > 100
-    assert "<|im_start|>assistant" in default.text
+    assert imatrix_chunks(tokenizer, path, 64).label == "mine.txt"
+
+
+def test_the_importance_matrix_reads_the_same_corpus(tokenizer: Tokenizer) -> None:
+    rows, chunks = read_texts(tokenizer, CalibrationOptions(), 512, None, 512, 4096)
+    assert (rows.label, chunks.label) == ("default", "default")
+    assert len(chunks.chunks) > 100
+    assert "<|im_start|>assistant" in chunks.text
+
+
+def test_the_importance_matrix_reads_no_more_than_the_observation_may(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + TEXT}) + "\n" for i in range(50)))
+    options = CalibrationOptions(str(path), samples=3, max_length=64)
+    rows, chunks = read_texts(tokenizer, options, 64, None, 32, 4096)
+    assert len(rows.rows) == 3
+    assert len(chunks.chunks) == 3 * 64 // 32
+    assert chunks.text.count("def add(a, b)") == 3 * TEXT.count("def add(a, b)")
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(TEXT)
+    with pytest.raises(CalibrationError, match=r"gives id \d+, and the model's vocab_size is 100"):
+        observation_rows(tokenizer, CalibrationOptions(str(path), max_length=64), 64, 100)
+
+
+def test_another_tokenizer_makes_another_key(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(TEXT)
+    options = CalibrationOptions(str(path), max_length=64)
+    first = observation_rows(tokenizer, options, 64, 4096)
+    shorter = observation_rows(tokenizer, options, 32, 4096)
+    assert first.sha256 != shorter.sha256
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ range(10**9) | list }}", "{% include 'x' %}"]
+)
+def test_a_template_that_fails_is_one_line(tmp_path: Path, template: str) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(CalibrationError, match="the chat template refuses a sample"):
+        Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])

@@ -191,7 +191,7 @@ def test_one_thread_and_three_write_the_same(
     wide: Path, imatrix: Imatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # small pieces, so that threads take turns within one matrix
-    monkeypatch.setattr("reap2gguf.export.gguf_export._PIECE_VALUES", 20_000)
+    monkeypatch.setattr("reap2gguf.models.slabs.PIECE_VALUES", 20_000)
     files = {}
     for n_threads in (1, 3):
         folder = tmp_path / str(n_threads)

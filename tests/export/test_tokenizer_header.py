@@ -10,7 +10,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from tiny import EXAMPLE
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.export.tokenizer import add_tokenizer
+from reap2gguf.models.tokenizer import add_tokenizer
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

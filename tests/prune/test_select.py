@@ -131,9 +131,12 @@ def test_observations_of_another_model(facts: ModelFacts) -> None:
         )
 
 
-@pytest.mark.parametrize(("count", "friendly"), [(205, 208), (175, 176), (192, 192), (4, 4)])
-def test_friendly_counts(count: int, friendly: int) -> None:
-    assert friendly_count(count) == friendly
+@pytest.mark.parametrize(
+    ("total", "kept", "friendly"),
+    [(256, 205, 208), (256, 175, 176), (256, 192, 192), (60, 60, 60), (16, 12, 16), (16, 4, 8)],
+)
+def test_friendly_counts(total: int, kept: int, friendly: int) -> None:
+    assert friendly_count(Target(total, kept), needed=4) == friendly
 
 
 def test_scores_follow_the_example(example: Path) -> None:

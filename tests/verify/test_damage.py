@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,3 +245,51 @@ def test_a_folder_with_a_broken_manifest(bundle: Bundle) -> None:
     (bundle.gguf / MANIFEST_FILE).write_text('{"format": 1}')
     (violation,) = verify_paths([bundle.gguf], 1, Silent()).violations
     assert "not a complete manifest" in violation
+
+
+def test_an_unknown_file_beside_the_safetensors_is_named(bundle: Bundle) -> None:
+    (bundle.hf / "modeling.py").write_text("")
+    violations = verify_bundle(bundle.gguf, 1, Silent()).violations
+    assert violations == ("example: modeling.py is not in the manifest",)
+
+
+def test_a_changed_manifest_is_found(bundle: Bundle) -> None:
+    (bundle.hf / MANIFEST_FILE).write_text("{}")
+    violations = verify_bundle(bundle.gguf, 1, Silent()).violations
+    assert any("not a manifest" in violation for violation in violations)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hf": {"folder": "../elsewhere"}}, "no plain file name"),
+        ({"hf": {"folder": 5}}, "no plain file name"),
+        ({"gguf": [{"file": "a/b.gguf"}]}, "no plain file name"),
+        ({"gguf": [{"tensors": {"output_norm.weight": "ZZ"}}]}, "unknown tensor type"),
+        ({"gguf": [{"tensors": [1]}]}, "not a complete manifest"),
+    ],
+)
+def test_a_manifest_that_cannot_be_true(change: dict[str, Any], named: str, bundle: Bundle) -> None:
+    path = bundle.gguf / MANIFEST_FILE
+    values = json.loads(path.read_text())
+    for key, part in change.items():
+        target = values[key][0] if isinstance(part, list) else values[key]
+        target.update(part[0] if isinstance(part, list) else part)
+    path.write_text(json.dumps(values))
+    (violation,) = verify_bundle(bundle.gguf, 1, Silent()).violations
+    assert named in violation
+
+
+def test_sums_that_are_no_text(bundle: Bundle) -> None:
+    (bundle.gguf / SUMS_FILE).write_bytes(b"\xff\xfe\n")
+    violations = verify_bundle(bundle.gguf, 1, Silent()).violations
+    assert any("line 1 is not a hash and a name" in violation for violation in violations)
+
+
+def test_a_changed_token_is_found(bundle: Bundle) -> None:
+    path = gguf(bundle)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"<|im_start|>", b"<|IM_start|>"))
+    mend_hashes(bundle)
+    violations = verify_bundle(bundle.gguf, 1, Silent()).violations
+    assert any("tokenizer.ggml.tokens is not that of the tokenizer" in v for v in violations)

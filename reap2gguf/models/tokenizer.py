@@ -36,15 +36,35 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     Raises CheckpointError if it is broken and UnsupportedModelError if llama.cpp has no
     pre-tokenizer of its pattern.
     """
-    tokenizer = read_tokenizer_json(folder)
-    _check(tokenizer, folder)
+    tokenizer = check_tokenizer(folder, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(recognise_pre_tokenizer(tokenizer, folder))
     tokens, types = _tokens(tokenizer, vocab_size, folder)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    # gguf-py knows where merges, special ids and chat templates hide
-    SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    try:
+        # gguf-py knows where merges, special ids and chat templates hide
+        SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer files are broken ({error})") from error
+
+
+def tokenizer_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer keys that a GGUF file of the checkpoint in `folder` must have."""
+    writer = GGUFWriter(None, "none")
+    add_tokenizer(writer, folder, vocab_size)
+    return {
+        key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")
+    }
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """The checkpoint's `tokenizer.json`, refused here if it could not be written later."""
+    tokenizer = read_tokenizer_json(folder)
+    _check(tokenizer, folder)
+    recognise_pre_tokenizer(tokenizer, folder)
+    _tokens(tokenizer, vocab_size, folder)
+    return tokenizer
 
 
 def _check(tokenizer: dict[str, Any], folder: Path) -> None:

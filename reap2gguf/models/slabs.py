@@ -1,0 +1,41 @@
+"""Reads the matrices that a GGUF tensor stands for, a piece of whole rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.models.description import GgufTensor, Slab
+
+PIECE_VALUES = 2**22  # 16 MiB as float32
+
+
+def rows_per_matrix(tensor: GgufTensor) -> int:
+    """Rows of each of a tensor's matrices."""
+    return prod(tensor.shape[:-1]) // len(tensor.slabs)
+
+
+def row_pieces(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cover a matrix; one that is transformed is taken whole."""
+    n_rows = rows_per_matrix(tensor)
+    step = n_rows if tensor.transform else max(1, PIECE_VALUES // tensor.n_columns)
+    for first in range(0, n_rows, step):
+        yield first, min(first + step, n_rows)
+
+
+def read_rows(
+    checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab, first: int, last: int
+) -> npt.NDArray[np.float32]:
+    """Rows [first, last) of one matrix, (last - first, columns), as GGUF is to hold them."""
+    if tensor.transform is not None:
+        begin, end = slab.rows or (0, None)
+        values = checkpoint.read_float32(slab.stored, begin, end, slab.index)
+        return tensor.transform(values).reshape(-1, tensor.n_columns)[first:last]
+    if len(tensor.shape) == 1:
+        return checkpoint.read_float32(slab.stored).reshape(1, -1)
+    shift = slab.rows[0] if slab.rows else 0
+    return checkpoint.read_float32(slab.stored, first + shift, last + shift, slab.index)
