@@ -16,7 +16,9 @@ from torch import Tensor
 class MtpBlock(torch.nn.Module):
     """The block, with the module names of the stored tensors."""
 
-    def __init__(self, norm: torch.nn.Module, layer: torch.nn.Module, hidden: int, eps: float):
+    def __init__(
+        self, norm: torch.nn.Module, layer: torch.nn.Module, hidden: int, eps: float
+    ) -> None:
         super().__init__()
         norm_type: Any = type(norm)
         self.pre_fc_norm_hidden = norm_type(hidden, eps=eps)
