@@ -121,7 +121,7 @@ def make_plan(options: BuildOptions) -> Plan:
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
     name = _bundle_name(options, source, target)
-    sides = model.side_files(checkpoint.folder)
+    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
     return Plan(options, source, checkpoint, model, target, name, pruned, resolved, sides)
 
 

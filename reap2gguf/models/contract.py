@@ -104,9 +104,13 @@ class MoeModel(ABC):
         """Where a GGUF matrix has its columns in another order: the stored column of each."""
         return None
 
-    def side_files(self, folder: Path) -> tuple[SideFile, ...]:
+    def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
         """Further GGUF files that belong to the model, such as a vision projector."""
         return ()
+
+    def config_at_odds(self) -> str | None:
+        """What the config claims and the tensors deny, which no published folder may show."""
+        return None
 
     def caveats(self) -> tuple[str, ...]:
         """What a user must know before publishing, one sentence each."""

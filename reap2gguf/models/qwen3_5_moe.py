@@ -77,6 +77,10 @@ class Qwen35Moe(MoeModel):
         )
         n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
         has_mtp = self.keep_mtp and any(self._in_mtp(name) for name in self.names)
+        if has_mtp and "full_attention" not in self.layer_kinds:
+            raise UnsupportedModelError(
+                f"{read.where}: no layer is full_attention, which the MTP block's layer is"
+            )
         return ModelFacts(
             architecture=str(self.config["architectures"][0]),
             gguf_arch="qwen35moe",
@@ -130,8 +134,12 @@ class Qwen35Moe(MoeModel):
                 f"{read.where}: linear_num_value_heads is {values}, expected a multiple of "
                 f"linear_num_key_heads, {keys}"
             )
-        dims = (read.integer(f"linear_{part}_head_dim", low=1) for part in ("key", "value"))
-        return DeltaNet(keys, values, *dims)
+        key_dim = read.integer("linear_key_head_dim", low=1)
+        read.expect(
+            "linear_value_head_dim", key_dim,
+            why="linear_key_head_dim is that, and llama.cpp has one size for both",
+        )  # fmt: skip
+        return DeltaNet(keys, values, key_dim, read.integer("linear_value_head_dim", low=1))
 
     def _reads_tied(self) -> bool:
         outer = self.reader.boolean("tie_word_embeddings", default=False)
@@ -246,6 +254,9 @@ class Qwen35Moe(MoeModel):
             "lm_head.weight": (facts.vocab_size, facts.hidden_size),
             self.norm_name: (facts.hidden_size,),
             f"{self._mtp_prefix}fc.weight": (facts.hidden_size, 2 * facts.hidden_size),
+            f"{self._mtp_prefix}norm.weight": (facts.hidden_size,),
+            f"{self._mtp_prefix}pre_fc_norm_hidden.weight": (facts.hidden_size,),
+            f"{self._mtp_prefix}pre_fc_norm_embedding.weight": (facts.hidden_size,),
         }
         for layer in range(facts.n_blocks):
             prefix = self.layer_prefix(layer)
@@ -259,17 +270,18 @@ class Qwen35Moe(MoeModel):
         return text_header(self.facts, self.deltanet, self.text_reader, self.layer_kinds)
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
-        def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
-            changes: dict[str, Any] = dict.fromkeys(_COUNT_KEYS, n_experts)
-            # the key must agree with the tensors, which some re-saved sources have lost
-            if not self.facts.has_mtp:
-                changes[_MTP_KEY] = 0
-            return {
-                key: rewrite(value) if key == "text_config" else changes.get(key, value)
-                for key, value in values.items()
-            }
+        # the key must agree with the tensors, which some re-saved sources have lost
+        changes = dict.fromkeys(_COUNT_KEYS, n_experts) | {_MTP_KEY: int(self.facts.has_mtp)}
 
-        return rewrite(self.config)
+        def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: changes.get(key, value) for key, value in values.items()}
+
+        text = rewrite(self.text)
+        if self.facts.has_mtp:
+            text[_MTP_KEY] = 1
+        if self.text is self.config:
+            return text
+        return rewrite(self.config) | {"text_config": text}
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         names = self._names_in(layer)
@@ -288,10 +300,17 @@ class Qwen35Moe(MoeModel):
             return self.deltanet.value_order(self.deltanet.value_dim)
         return None
 
-    def side_files(self, folder: Path) -> tuple[SideFile, ...]:
+    def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
         if not any(name.startswith(_VISION) for name in self.names):
             return ()
-        return (vision_projector(self.config, folder, self.names, self.facts.hidden_size),)
+        return (vision_projector(self.config, folder, stored, self.facts.hidden_size),)
+
+    def config_at_odds(self) -> str | None:
+        claimed = self.text.get(_MTP_KEY) or 0
+        if bool(claimed) is self.facts.has_mtp:
+            return None
+        there = "is there" if self.facts.has_mtp else "is not there"
+        return f"config.json says {_MTP_KEY} {claimed}, but the mtp block {there}"
 
     def caveats(self) -> tuple[str, ...]:
         found = []

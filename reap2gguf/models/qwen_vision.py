@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gguf import GGUFValueType, Keys, VisionProjectorType
 
 from reap2gguf.checkpoint.config import ConfigReader, read_json
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models.description import GgufTensor, HeaderValue, SideFile, Slab, Transform
 
@@ -35,12 +36,16 @@ _PATCH = "patch_embed.proj"
 
 
 def vision_projector(
-    config: Mapping[str, Any], folder: Path, names: Collection[str], text_hidden: int
+    config: Mapping[str, Any],
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    text_hidden: int,
 ) -> SideFile:
     """The mmproj file of a vision tower; every one of its stored tensors is in it.
 
     Raises UnsupportedModelError for a tower that is not implemented, UnknownTensorError for a
-    tensor of it that no rule explains, CheckpointError if its preprocessor's config is missing.
+    tensor of it that no rule explains, CheckpointError if a tensor or its preprocessor's config is
+    missing or of another shape.
     """
     where = f"{folder / 'config.json'}: vision_config"
     read = ConfigReader(config.get("vision_config") or {}, where)
@@ -53,7 +58,7 @@ def vision_projector(
     ffn = read.integer("intermediate_size", low=1)
     merged = hidden * read.integer("spatial_merge_size", low=1) ** 2
     positions = read.integer("num_position_embeddings", low=1, default=2304)
-    prefix = "model.visual." if any(n.startswith("model.visual.") for n in names) else "visual."
+    prefix = "model.visual." if any(n.startswith("model.visual.") for n in stored) else "visual."
     patches = (hidden, channels, patch, patch)
     shapes = {
         "attn_qkv": (3 * hidden, hidden), "attn_out": (hidden, hidden), "ffn_up": (ffn, hidden),
@@ -70,9 +75,10 @@ def vision_projector(
         tensors += _pair(prefix + name, gguf_name, shapes[gguf_name])
     for index in range(depth):
         for name, gguf_name in _BLOCK.items():
-            stored = f"{prefix}blocks.{index}.{name}"
-            tensors += _pair(stored, f"v.blk.{index}.{gguf_name}", shapes[gguf_name])
-    _check_all_used(tensors, {name for name in names if name.startswith(prefix)}, depth)
+            tensors += _pair(
+                f"{prefix}blocks.{index}.{name}", f"v.blk.{index}.{gguf_name}", shapes[gguf_name]
+            )
+    _check_all_used(tensors, {n: t for n, t in stored.items() if n.startswith(prefix)}, depth)
     values = _header(read, config, folder, text_hidden)
     return SideFile("mmproj", "mmproj", "clip", "vision projector", tuple(tensors), values)
 
@@ -101,15 +107,31 @@ def _frame(index: int) -> Transform:
     return take
 
 
-def _check_all_used(tensors: list[GgufTensor], stored: set[str], depth: int) -> None:
-    used = {slab.stored for tensor in tensors for slab in tensor.slabs}
-    if left := sorted(stored - used):
+def _check_all_used(
+    tensors: list[GgufTensor], stored: Mapping[str, StoredTensor], depth: int
+) -> None:
+    """Every tensor of the tower is used, and has the shape that the config says."""
+    shapes = {tensor.slabs[0].stored: _stored_shape(tensor) for tensor in tensors}
+    if left := sorted(stored.keys() - shapes.keys()):
         raise UnknownTensorError(
             f"tensor {left[0]!r} has no place in the projector file of a vision tower with {depth} "
             "blocks; it must be removed or taught to models/qwen_vision.py"
         )
-    if absent := sorted(used - stored):
-        raise CheckpointError(f"tensor {absent[0]!r} of the vision tower is missing")
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise CheckpointError(f"tensor {name!r} of the vision tower is missing")
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(shape)}, as "
+                "vision_config says"
+            )
+
+
+def _stored_shape(tensor: GgufTensor) -> tuple[int, ...]:
+    if tensor.transform is None:
+        return tensor.shape
+    # a frame of the patch embedding: two are stored as one
+    return (*tensor.shape[:2], 2, *tensor.shape[2:])
 
 
 def _header(

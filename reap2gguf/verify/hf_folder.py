@@ -49,6 +49,8 @@ def open_folder(
         model = describe(checkpoint)
     except Reap2ggufError as error:
         return checkpoint, None, [f"{folder.name}: {error}"]
+    if problem := model.config_at_odds():
+        return checkpoint, model, [f"{folder.name}: {problem}"]
     if expected is not None and model.facts.n_experts != expected.n_experts:
         found = model.facts.n_experts
         message = f"config.json says {found} experts, expected {expected.n_experts}"

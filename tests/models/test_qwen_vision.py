@@ -1,0 +1,194 @@
+"""The projector file of a vision tower."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from safetensors.torch import load_file, save_file
+from tiny import TinyQwen35Moe
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checks import verify_side
+from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
+from reap2gguf.models import Carried, SideFile, describe
+from reap2gguf.progress import Silent
+from reap2gguf.stages import export_side
+
+BASE = TinyQwen35Moe(n_experts=4, vocab=64)
+TOWER = "model.visual."
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return BASE.write(tmp_path / "model")
+
+
+def side_of(folder: Path) -> SideFile:
+    with Checkpoint.open(folder) as checkpoint:
+        (side,) = describe(checkpoint).side_files(folder, checkpoint.tensors)
+        return side
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_model_without_a_tower_has_no_projector(tmp_path: Path) -> None:
+    for number, tiny in enumerate((replace(BASE, vision=False), replace(BASE, nested=False))):
+        folder = tiny.write(tmp_path / str(number))
+        with Checkpoint.open(folder) as checkpoint:
+            model = describe(checkpoint)
+            assert model.side_files(folder, checkpoint.tensors) == ()
+            assert model.caveats() == ()
+
+
+def test_every_tensor_of_the_tower_is_carried_and_in_the_projector(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
+        tower = {name for name in checkpoint.tensors if name.startswith(TOWER)}
+        assert {model.role(name) for name in tower} == {Carried()}
+        (side,) = model.side_files(folder, checkpoint.tensors)
+    used = [slab.stored for tensor in side.tensors for slab in tensor.slabs]
+    assert set(used) == tower
+    twice = {name for name in used if used.count(name) > 1}
+    assert twice == {TOWER + "patch_embed.proj.weight"}  # a frame each
+    assert len({tensor.name for tensor in side.tensors}) == len(side.tensors)
+
+
+def test_names_and_types(folder: Path) -> None:
+    side = side_of(folder)
+    kinds = side.kinds()
+    both = ("weight", "bias")
+    expected = {"v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias"}
+    expected |= {"v.position_embd.weight"}
+    expected |= {f"{name}.{part}" for name in ("v.post_ln", "mm.0", "mm.2") for part in both}
+    for block in range(2):
+        for name in ("attn_qkv", "attn_out", "ffn_up", "ffn_down", "ln1", "ln2"):
+            expected |= {f"v.blk.{block}.{name}.{part}" for part in both}
+    assert set(kinds) == expected
+    half = {name for name, kind in kinds.items() if kind is GGMLQuantizationType.F16}
+    assert half == {
+        t.name for t in side.tensors if len(t.shape) > 1 and t.name != "v.position_embd.weight"
+    }
+    assert {kinds[name] for name in kinds.keys() - half} == {GGMLQuantizationType.F32}
+
+
+def test_the_header(folder: Path) -> None:
+    side = side_of(folder)
+    assert (side.prefix, side.kind, side.arch) == ("mmproj", "mmproj", "clip")
+    values = {value.key: value.value for value in side.values}
+    assert len(values) == len(side.values)
+    assert values == {
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": "qwen3vl_merger",
+        "clip.vision.projection_dim": 64,
+        "clip.vision.image_size": 64,  # four by four patches of 16
+        "clip.vision.patch_size": 16,
+        "clip.vision.embedding_length": 32,
+        "clip.vision.feed_forward_length": 64,
+        "clip.vision.block_count": 2,
+        "clip.vision.attention.head_count": 2,
+        "clip.vision.image_mean": [0.5, 0.5, 0.5],
+        "clip.vision.image_std": [0.5, 0.5, 0.5],
+        "clip.use_gelu": True,
+        "clip.vision.spatial_merge_size": 2,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6,
+        "clip.vision.is_deepstack_layers": [False, False],
+    }
+
+
+def test_the_file_holds_the_towers_values(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mmproj.gguf"
+    with Checkpoint.open(folder) as checkpoint:
+        side = side_of(folder)
+        export_side(checkpoint, "tiny", path, side, 2, Silent())
+        assert verify_side(path, side, checkpoint, 2, Silent()) == []
+    stored = load_file(folder / "model.safetensors")
+    written = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    patches = stored[TOWER + "patch_embed.proj.weight"].float().numpy()
+    for frame, name in enumerate(("v.patch_embd.weight", "v.patch_embd.weight.1")):
+        for out in range(32):
+            for channel in range(3):
+                np.testing.assert_array_equal(
+                    written[name][out, channel], patches[out, channel, frame].astype(np.float16)
+                )
+    qkv = stored[TOWER + "blocks.1.attn.qkv.weight"].float().numpy()
+    np.testing.assert_array_equal(written["v.blk.1.attn_qkv.weight"], qkv.astype(np.float16))
+    for gguf_name, name in {
+        "v.position_embd.weight": "pos_embed.weight",
+        "v.post_ln.weight": "merger.norm.weight",
+        "mm.0.bias": "merger.linear_fc1.bias",
+        "mm.2.bias": "merger.linear_fc2.bias",
+    }.items():
+        expected = stored[TOWER + name].float().numpy()
+        np.testing.assert_array_equal(written[gguf_name], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"deepstack_visual_indexes": [1]}, r"deepstack_visual_indexes is \[1\]"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size is 1"),
+        ({"depth": 0}, "depth is 0"),
+        ({"patch_size": "16"}, "patch_size is '16'"),
+    ],
+)
+def test_towers_that_are_not_implemented(changes: dict[str, Any], words: str, folder: Path) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(UnsupportedModelError, match=words):
+        side_of(folder)
+
+
+def test_a_missing_preprocessor_config(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"needs preprocessor_config\.json"):
+        side_of(folder)
+
+
+@pytest.mark.parametrize("mean", [None, [0.5, 0.5], ["0.5"] * 3, [True] * 3])
+def test_a_mean_that_is_none(mean: Any, folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": mean}))
+    with pytest.raises(UnsupportedModelError, match=r"image_mean is .*expected three numbers"):
+        side_of(folder)
+
+
+@pytest.mark.parametrize("name", ["blocks.2.norm1.weight", "deepstack_merger_list.0.norm.weight"])
+def test_an_unknown_tensor(name: str, folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({TOWER + name: torch.ones(32)}))
+    with pytest.raises(UnknownTensorError, match=TOWER + name):
+        side_of(folder)
+
+
+@pytest.mark.parametrize("name", ["pos_embed.weight", "blocks.1.mlp.linear_fc2.bias"])
+def test_a_missing_tensor(name: str, folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop(TOWER + name))
+    with pytest.raises(CheckpointError, match=f"{TOWER}{name}' of the vision tower is missing"):
+        side_of(folder)
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    """The config's shapes and the stored ones must agree before anything is written."""
+    name = TOWER + "merger.linear_fc2.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(64, 64)}))
+    with pytest.raises(CheckpointError, match=name):
+        side_of(folder)
