@@ -21,7 +21,6 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.description import (
     Carried,
     Dropped,
@@ -33,6 +32,12 @@ from reap2gguf.models.description import (
     Role,
     Router,
     SideFile,
+)
+from reap2gguf.models.qwen3_5_config import (
+    MTP_KEY,
+    read_deltanet,
+    read_layer_kinds,
+    refuse_what_is_not_implemented,
 )
 from reap2gguf.models.qwen3_5_header import text_header
 from reap2gguf.models.qwen3_5_layout import (
@@ -54,7 +59,6 @@ _INDEX = r"(0|[1-9][0-9]{0,5})"
 _EXPERT_2D = re.compile(rf"mlp\.experts\.{_INDEX}\.(gate|up|down)_proj\.weight")
 _EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
 _COUNT_KEYS = ("num_experts", "num_local_experts")
-_MTP_KEY = "mtp_num_hidden_layers"
 _VISION = ("model.visual.", "visual.")
 
 
@@ -67,10 +71,10 @@ class Qwen35Moe(MoeModel):
         nested = self.config.get("text_config")
         self.text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else self.config
         read = self.text_reader = ConfigReader(self.text, self.reader.where)
-        self._refuse_what_is_not_implemented()
+        refuse_what_is_not_implemented(self.reader, read)
         n_layers = read.integer("num_hidden_layers", low=1, high=4096)
-        self.layer_kinds = self._read_layer_kinds(n_layers)
-        self.deltanet = self._read_deltanet()
+        self.layer_kinds = read_layer_kinds(read, n_layers)
+        self.deltanet = read_deltanet(read)
         hidden, n_heads = (
             read.integer("hidden_size", low=1),
             read.integer("num_attention_heads", low=1),
@@ -98,48 +102,6 @@ class Qwen35Moe(MoeModel):
             tied_embeddings=self._reads_tied(),
             has_mtp=has_mtp,
         )
-
-    def _refuse_what_is_not_implemented(self) -> None:
-        read = self.text_reader
-        read.expect("hidden_act", "silu", why="llama.cpp's qwen35moe computes SwiGLU")
-        read.expect("attention_bias", False, why="attention biases are not implemented")
-        read.expect("attn_output_gate", True, why="llama.cpp's qwen35moe gates its attention")
-        read.expect("mlp_only_layers", [], why="llama.cpp's qwen35moe has experts in every layer")
-        read.expect(_MTP_KEY, 0, 1, why="llama.cpp's qwen35moe has one MTP block")
-        read.expect("mtp_use_dedicated_embeddings", False, why="the MTP block shares embeddings")
-        self.reader.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
-
-    def _read_layer_kinds(self, n_layers: int) -> tuple[str, ...]:
-        """`full_attention` or `linear_attention` for every layer of the trunk."""
-        kinds = self.text.get("layer_types")
-        if kinds is None:
-            step = self.text_reader.integer("full_attention_interval", low=1, default=4)
-            kinds = [
-                "linear_attention" if (i + 1) % step else "full_attention" for i in range(n_layers)
-            ]
-        known = {"full_attention", "linear_attention"}
-        if not isinstance(kinds, list) or len(kinds) != n_layers or not set(kinds) <= known:
-            raise UnsupportedModelError(
-                f"{self.reader.where}: layer_types is {kinds!r}, expected {n_layers} of "
-                f"{' and '.join(sorted(known))}"
-            )
-        return tuple(kinds)
-
-    def _read_deltanet(self) -> DeltaNet:
-        read = self.text_reader
-        keys = read.integer("linear_num_key_heads", low=1)
-        values = read.integer("linear_num_value_heads", low=1)
-        if values % keys:
-            raise UnsupportedModelError(
-                f"{read.where}: linear_num_value_heads is {values}, expected a multiple of "
-                f"linear_num_key_heads, {keys}"
-            )
-        key_dim = read.integer("linear_key_head_dim", low=1)
-        read.expect(
-            "linear_value_head_dim", key_dim,
-            why="linear_key_head_dim is that, and llama.cpp has one size for both",
-        )  # fmt: skip
-        return DeltaNet(keys, values, key_dim, read.integer("linear_value_head_dim", low=1))
 
     def _reads_tied(self) -> bool:
         outer = self.reader.boolean("tie_word_embeddings", default=False)
@@ -271,14 +233,14 @@ class Qwen35Moe(MoeModel):
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         # the key must agree with the tensors, which some re-saved sources have lost
-        changes = dict.fromkeys(_COUNT_KEYS, n_experts) | {_MTP_KEY: int(self.facts.has_mtp)}
+        changes = dict.fromkeys(_COUNT_KEYS, n_experts) | {MTP_KEY: int(self.facts.has_mtp)}
 
         def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
             return {key: changes.get(key, value) for key, value in values.items()}
 
         text = rewrite(self.text)
         if self.facts.has_mtp:
-            text[_MTP_KEY] = 1
+            text[MTP_KEY] = 1
         if self.text is self.config:
             return text
         return rewrite(self.config) | {"text_config": text}
@@ -306,11 +268,11 @@ class Qwen35Moe(MoeModel):
         return (vision_projector(self.config, folder, stored, self.facts.hidden_size),)
 
     def config_at_odds(self) -> str | None:
-        claimed = self.text.get(_MTP_KEY) or 0
+        claimed = self.text.get(MTP_KEY) or 0
         if bool(claimed) is self.facts.has_mtp:
             return None
         there = "is there" if self.facts.has_mtp else "is not there"
-        return f"config.json says {_MTP_KEY} {claimed}, but the mtp block {there}"
+        return f"config.json says {MTP_KEY} {claimed}, but the mtp block {there}"
 
     def caveats(self) -> tuple[str, ...]:
         found = []
@@ -319,7 +281,7 @@ class Qwen35Moe(MoeModel):
                 "experts are observed on text alone; the vision tower stays as it is, but experts "
                 "that only images need may be among those that go"
             )
-        claimed = self.text.get(_MTP_KEY) or 0
+        claimed = self.text.get(MTP_KEY) or 0
         if claimed and not any(self._in_mtp(name) for name in self.names):
             found.append("the config names an MTP block that the checkpoint does not hold")
         return tuple(found)
