@@ -126,7 +126,7 @@ def _embedded(render_chat: RenderChat) -> Iterator[Passage]:
 
 def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:
     if path.suffix == ".txt":
-        yield Passage(read_text(path), Cut.SAMPLE)
+        yield Passage(read_text(path), Cut.DOCUMENT)
         return
     records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
     for number, record in enumerate(records, start=1):

@@ -217,6 +217,6 @@ def _check_losses(n_rows: int, batches: Sequence[_Batch], index: int) -> None:
     if lost > MAX_BAD_ROWS * n_rows:
         raise ObservationError(
             f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
-            f"{MAX_BAD_ROWS:.0%}; the weights are damaged, or the values overflow: try "
-            "--dtype float32"
+            f"{MAX_BAD_ROWS:.0%}; the weights are damaged, or values overflow, which in bfloat16 "
+            "--dtype float32 mends"
         )

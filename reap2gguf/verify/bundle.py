@@ -61,7 +61,10 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> R
     checked: list[str] = []
     violations: list[str] = []
     for folder in folders:
-        if not (folder / MANIFEST_FILE).is_file() and not any(folder.glob("*.gguf")):
+        bundled = (folder / MANIFEST_FILE).is_file() or any(folder.glob("*.gguf"))
+        if not bundled and not (folder / "config.json").is_file():
+            raise UsageError(f"{folder}: neither a bundle nor a safetensors folder")
+        if not bundled:
             report = verify_pair(folder, [], n_threads, progress)
         else:
             report = verify_bundle(folder, n_threads, progress)

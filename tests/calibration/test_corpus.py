@@ -62,7 +62,7 @@ def test_a_folder_is_all_its_samples(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "notes.md").write_text("not read")
     corpus = load_corpus(str(tmp_path), render)
-    assert [passage.text for passage in corpus.passages] == ["first", "second"]
+    assert corpus.passages == (Passage("first", Cut.DOCUMENT), Passage("second", Cut.SAMPLE))
     assert corpus.text() == "first\nsecond"
 
 

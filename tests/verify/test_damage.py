@@ -235,7 +235,8 @@ def test_a_type_other_than_planned(bundle: Bundle) -> None:
 
 
 def test_paths_that_are_neither(built: Bundle, tmp_path: Path) -> None:
-    for arguments in (["nowhere"], [str(gguf(built))], [str(built.hf), "nowhere.gguf"]):
+    wrong = (["nowhere"], [str(gguf(built))], [str(built.hf), "nowhere.gguf"], [str(tmp_path)])
+    for arguments in wrong:
         result = CliRunner().invoke(cli, ["verify", *arguments])
         assert result.exit_code == 2
         assert result.output.startswith("Error: ")
