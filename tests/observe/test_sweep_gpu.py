@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TinyQwen35Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
@@ -55,3 +56,20 @@ def test_importance(example: Path) -> None:
     for name, entry in found["cpu"].items():
         total = found["cuda"][name].sums.sum()
         assert total == pytest.approx(entry.sums.sum(), rel=0.01), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deltanet_and_the_mtp_block(dtype: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(TinyQwen35Moe().write(tmp_path / "model"))
+    model = describe(checkpoint)
+    found = {}
+    for device in ("cpu", "cuda"):
+        observer = SaliencyObserver(model)
+        options = SweepOptions(device, dtype if device == "cuda" else "float32")
+        report = sweep(checkpoint, model, rows(), observer, options, "test", Silent(), rows()[:1])
+        assert report.mtp_tokens == 510
+        found[device] = observer.layers
+    assert found["cpu"].keys() == found["cuda"].keys() == set(range(5))
+    for layer, exact in found["cpu"].items():
+        near = found["cuda"][layer]
+        assert near.reap_sum.sum() == pytest.approx(exact.reap_sum.sum(), rel=0.05), layer
