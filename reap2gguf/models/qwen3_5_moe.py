@@ -71,14 +71,17 @@ class Qwen35Moe(MoeModel):
         nested = self.config.get("text_config")
         self.text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else self.config
         read = self.text_reader = ConfigReader(self.text, self.reader.where)
+        # found once: every name is asked for its role by these
+        deep = any(name.startswith("model.language_model.") for name in self.names)
+        self._text_prefix = "model.language_model." if deep else "model."
+        deep = any(name.startswith("model.mtp.") for name in self.names)
+        self._mtp_prefix = "model.mtp." if deep else "mtp."
         refuse_what_is_not_implemented(self.reader, read)
         n_layers = read.integer("num_hidden_layers", low=1, high=4096)
         self.layer_kinds = read_layer_kinds(read, n_layers)
         self.deltanet = read_deltanet(read)
-        hidden, n_heads = (
-            read.integer("hidden_size", low=1),
-            read.integer("num_attention_heads", low=1),
-        )
+        hidden = read.integer("hidden_size", low=1)
+        n_heads = read.integer("num_attention_heads", low=1)
         n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
         has_mtp = self.keep_mtp and any(self._in_mtp(name) for name in self.names)
         if has_mtp and "full_attention" not in self.layer_kinds:
@@ -110,12 +113,7 @@ class Qwen35Moe(MoeModel):
 
     @property
     def text_prefix(self) -> str:
-        nested = any(name.startswith("model.language_model.") for name in self.names)
-        return "model.language_model." if nested else "model."
-
-    @property
-    def _mtp_prefix(self) -> str:
-        return "model.mtp." if any(n.startswith("model.mtp.") for n in self.names) else "mtp."
+        return self._text_prefix
 
     def _in_mtp(self, name: str) -> bool:
         return name.startswith(("mtp.", "model.mtp."))
