@@ -146,7 +146,8 @@ def _imatrix(
 ) -> tuple[Imatrix, str]:
     """The importance matrix of the pruned model."""
     compute, work = run.plan.options.compute, run.work
-    key = stage_key(key, chunks.sha256, chunks.chunk_size, compute.device, compute.dtype)
+    asked = [row.tolist() for row in probe]
+    key = stage_key(key, chunks.tokens_sha256, asked, compute.device, compute.dtype)
     path = work.gguf / "imatrix.gguf"
     reused = work.is_done("imatrix", key)
     with run.stage("imatrix", reused):

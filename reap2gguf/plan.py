@@ -176,7 +176,7 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
 def _tokens_at_most(plan: Plan) -> int:
     """Tokens of a sweep: as many as were asked for, if the text has that many."""
     calibration = plan.options.calibration
-    path = Path(calibration.spec)
+    path = Path(os.path.expanduser(calibration.spec))
     if calibration.spec == DEFAULT_MIX:
         path = shipped_folder("calibration")
     files = [path, *path.glob("*")] if path.is_dir() else [path]

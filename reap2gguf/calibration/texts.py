@@ -34,7 +34,16 @@ class ImatrixChunks:
 
     @property
     def sha256(self) -> str:
+        """Of the text; the chunks may be fewer than it has."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of the chunks: another tokenizer or another number of them makes another."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks:
+            digest.update(chunk.tobytes())
+        return digest.hexdigest()
 
 
 def read_texts(
@@ -102,4 +111,4 @@ def _rows(
 
 def _public(spec: str) -> str:
     """A spec as it may be published: of a path, only the name."""
-    return Path(spec).name if os.path.exists(spec) else spec
+    return Path(spec).name if os.path.exists(os.path.expanduser(spec)) else spec

@@ -21,6 +21,7 @@ from reap2gguf.observe.experts import IMPLEMENTATION, register
 from reap2gguf.observe.mtp import MtpBlock, next_tokens
 
 _TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million
 Arguments = dict[str, Any]
 
 
@@ -65,6 +66,7 @@ class StreamedDecoder:
         rotary = type(self._base.rotary_emb)(config=self._base.config)
         self._base.rotary_emb = rotary.to(device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
+        self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
 
     @property
     def mtp_layer(self) -> int | None:
@@ -144,11 +146,21 @@ class StreamedDecoder:
     @torch.inference_mode()
     def mtp_logits(self, hidden: Tensor) -> Tensor:
         """What the MTP block predicts, (B, T, V), from its hidden states."""
-        head = self._base.embed_tokens.weight
-        if not self._model.facts.tied_embeddings:
-            head = self._read(self._model.head_name)
+        if self._head is None:
+            tied = self._model.facts.tied_embeddings
+            head = self._model.head_name
+            self._head = self._base.embed_tokens.weight if tied else self._read(head)
         block: Any = self._layers[-1]
-        return torch.nn.functional.linear(block.norm(hidden), head)
+        return torch.nn.functional.linear(block.norm(hidden), self._head)
+
+    def mtp_best(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each position, (B, T), a slice of positions at a time.
+
+        A vocabulary is wide: the logits of a whole batch would take more than the layers do.
+        """
+        slices = torch.split(hidden.flatten(0, 1), _HEAD_TOKENS)
+        best = [self.mtp_logits(part[None])[0].argmax(-1) for part in slices]
+        return torch.cat(best).view(hidden.shape[:2])
 
     def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
         """The MTP block on the meta device, its layer of the kind the architecture names."""

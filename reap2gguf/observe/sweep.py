@@ -145,7 +145,7 @@ def sweep(
 def _count_mtp_hits(decoder: StreamedDecoder, batches: Sequence[_Batch]) -> tuple[int, int]:
     """Of the passengers' next-next tokens: predicted by the MTP block, and all."""
     counts = [
-        count_hits(decoder.mtp_logits(batch.hidden), batch.tokens, batch.lengths)
+        count_hits(decoder.mtp_best(batch.hidden), batch.tokens, batch.lengths)
         for batch in batches
         if not batch.observed
     ]

@@ -14,7 +14,7 @@ from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models import Expert, MoeModel, describe
 from reap2gguf.progress import Progress
 
-_PIECE_ROWS = 2**22
+_PIECE_VALUES = 2**22
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -96,7 +96,7 @@ def _compare_bytes(
     """Every byte against the source's, at the entries that were kept."""
     name, source_name = plan.name, plan.source or plan.name
     length = plan.shape[0] if plan.shape else 1
-    step = max(1, _PIECE_ROWS // max(1, int(np.prod(plan.shape[1:]))))
+    step = max(1, _PIECE_VALUES // max(1, int(np.prod(plan.shape[1:]))))
     if plan.entries is not None:
         step = 1
     for first in range(0, length, step):
@@ -109,38 +109,37 @@ def _compare_bytes(
                 f"the source's {source_name}"
             )
             return
-        yield from _judge(checkpoint, name, written, may_be_zero=True)  # as the source has it
+        if not _is_finite(checkpoint, name, written):
+            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
+            return
         advance(written.nbytes)
 
 
 def _check_values(
     checkpoint: Checkpoint, model: MoeModel, name: str, advance: Callable[[float], None]
 ) -> Iterator[str]:
+    """One violation at most: NaN or infinity, or a matrix (each expert's own) of zeros alone."""
     stored = checkpoint.tensors[name]
     length = stored.shape[0] if stored.shape else 1
-    step = max(1, _PIECE_ROWS // max(1, int(np.prod(stored.shape[1:]))))
+    step = max(1, _PIECE_VALUES // max(1, int(np.prod(stored.shape[1:]))))
     role = model.role(name)
-    if isinstance(role, Expert) and role.expert is None:
-        step = 1  # every expert on its own must hold something
-    for first in range(0, length, step):
-        piece = checkpoint.read(name, first, min(first + step, length))
-        problems = list(_judge(checkpoint, name, piece))
-        if problems:
-            yield from problems
+    is_fused = isinstance(role, Expert) and role.expert is None
+    is_empty = stored.dtype in _FLOATS
+    for first in range(0, length, 1 if is_fused else step):
+        piece = checkpoint.read(name, first, min(first + (1 if is_fused else step), length))
+        if not _is_finite(checkpoint, name, piece):
+            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
             return
+        if is_fused and not piece.any():
+            yield f"{checkpoint.folder.name}: {name} holds nothing but zeros for expert {first}"
+            return
+        is_empty = is_empty and not piece.any()
         advance(piece.nbytes)
-
-
-def _judge(
-    checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic], may_be_zero: bool = False
-) -> Iterator[str]:
-    """Violations within the values of one piece: NaN, infinity, or nothing but zeros."""
-    dtype = checkpoint.tensors[name].dtype
-    if dtype not in _FLOATS:
-        return
-    values = to_float32(raw, dtype, name)
-    if not np.isfinite(values).all():
-        yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
-    elif not may_be_zero and len(checkpoint.tensors[name].shape) > 1 and not values.any():
-        # a vector may be zero: biases often are, and norms stored around zero
+    # a vector may be zero: biases often are, and norms stored around zero
+    if is_empty and len(stored.shape) > 1:
         yield f"{checkpoint.folder.name}: {name} holds nothing but zeros"
+
+
+def _is_finite(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> bool:
+    dtype = checkpoint.tensors[name].dtype
+    return dtype not in _FLOATS or bool(np.isfinite(to_float32(raw, dtype, name)).all())
