@@ -30,7 +30,8 @@ from reap2gguf.prune.write import KEPT_FILE, write_pruned
 from reap2gguf.quantize.resolve import ResolvedRecipe
 
 if TYPE_CHECKING:
-    from reap2gguf.observe.sweep import Row, SweepReport
+    from reap2gguf.observe.batches import Row
+    from reap2gguf.observe.sweep import SweepReport
 
 _UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")
 _PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted

@@ -101,6 +101,21 @@ class Checkpoint:
         self._read_into(tensor, position, result)
         return result
 
+    def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill `buffer` with a tensor's stored bytes from byte `first` on.
+
+        Raises CheckpointError on a missing tensor, bytes beyond its end, or a short read.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        if first < 0 or first + buffer.nbytes > tensor.n_bytes:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name!r} has {tensor.n_bytes:,} bytes, not "
+                f"{first + buffer.nbytes:,}"
+            )
+        self._read_into(tensor, tensor.offset + first, buffer)
+
     def read_float32(
         self, name: str, first: int = 0, last: int | None = None, index: int | None = None
     ) -> npt.NDArray[np.float32]:

@@ -1,9 +1,9 @@
 """A model whose weights are on disk: one decoder layer has them at a time.
 
 transformers builds the whole model on the meta device, where it weighs nothing. A layer is given
-its weights, run, and emptied again. What a layer is called with besides the hidden states (rotary
-embeddings, masks) is recorded from the model's own forward, so every architecture behaves as its
-authors wrote it.
+its weights, run, and emptied again; the next one's are read meanwhile. What a layer is called with
+besides the hidden states (rotary embeddings, masks) is recorded from the model's own forward, so
+every architecture behaves as its authors wrote it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import Tensor
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import Expert, Projection
 from reap2gguf.observe.experts import IMPLEMENTATION, register
+from reap2gguf.observe.fused import fuse_norms
+from reap2gguf.observe.kernels import has_triton
+from reap2gguf.observe.loader import Target, WeightLoader, target_bytes
 from reap2gguf.observe.mtp import MtpBlock, next_tokens
+from reap2gguf.observe.targets import layer_targets, whole
 
-_TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_READERS = {"cpu": 2, "cuda": 8}
 _HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million
 Arguments = dict[str, Any]
 
@@ -46,13 +49,13 @@ class _Recorder(torch.nn.Module):
 
 
 class StreamedDecoder:
-    """The decoder layers of a checkpoint, one in memory at a time."""
+    """The decoder layers of a checkpoint: one in memory, and one that is being read."""
 
     def __init__(
         self, checkpoint: Checkpoint, model: MoeModel, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._checkpoint = checkpoint
-        self._model = model
+        self.model = model
         self._dtype = dtype
         self._device = device
         self._base = _build(checkpoint, dtype)
@@ -67,16 +70,19 @@ class StreamedDecoder:
         self._base.rotary_emb = rotary.to(device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
+        self.loader = WeightLoader(checkpoint, device, _READERS[device.type])
+        if has_triton(device):
+            for layer in (*self._layers, self._base.norm):
+                fuse_norms(layer)
 
     @property
     def mtp_layer(self) -> int | None:
         """The MTP block's number among the layers, if there is one."""
-        return self._model.facts.mtp_layer
+        return self.model.facts.mtp_layer
 
     def load_embedding(self) -> None:
         """Read the token embedding."""
-        name = self._model.embedding_name
-        weight = self._read(name)
+        weight = self._read(self.model.embedding_name)
         self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
 
     def drop_embedding(self) -> None:
@@ -102,11 +108,23 @@ class StreamedDecoder:
         assert hidden is not None
         return hidden
 
+    def layer_bytes(self, index: int) -> int:
+        """Memory of layer `index`, whatever type its weights are stored in."""
+        return target_bytes(self._targets(index))
+
+    def ask_layer(self, index: int) -> None:
+        """Begin to read the weights of layer `index`, if there is one."""
+        if index < len(self._layers):
+            self.loader.ask(f"layer {index}", self._targets(index))
+
     def load_layer(self, index: int) -> torch.nn.Module:
         """Give layer `index` its weights; CheckpointError if they do not fit it."""
         layer = self._layers[index]
+        key = f"layer {index}"
+        if not self.loader.has(key):
+            self.ask_layer(index)
         try:
-            layer.load_state_dict(self._layer_state(index), assign=True)
+            layer.load_state_dict(self.loader.take(key), assign=True)
         except RuntimeError as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(
@@ -132,14 +150,14 @@ class StreamedDecoder:
     def load_ends(self) -> None:
         """Read the embedding and the last norm, which the MTP block needs."""
         self.load_embedding()
-        self._base.norm.load_state_dict({"weight": self._read(self._model.norm_name)}, assign=True)
+        self._base.norm.load_state_dict({"weight": self._read(self.model.norm_name)}, assign=True)
 
     @torch.inference_mode()
     def run_mtp(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The MTP block on the trunk's hidden states (B, T, H) and the tokens (B, T)."""
         block = self._layers[-1]
         embedded = self._base.embed_tokens(next_tokens(tokens.to(self._device)))
-        arguments = self._arguments[hidden.shape[1]][self._model.mtp_template()]
+        arguments = self._arguments[hidden.shape[1]][self.model.mtp_template()]
         output: Tensor = block(self._base.norm(hidden), embedded.to(self._dtype), **arguments)
         return output
 
@@ -147,8 +165,8 @@ class StreamedDecoder:
     def mtp_logits(self, hidden: Tensor) -> Tensor:
         """What the MTP block predicts, (B, T, V), from its hidden states."""
         if self._head is None:
-            tied = self._model.facts.tied_embeddings
-            head = self._model.head_name
+            tied = self.model.facts.tied_embeddings
+            head = self.model.head_name
             self._head = self._base.embed_tokens.weight if tied else self._read(head)
         block: Any = self._layers[-1]
         return torch.nn.functional.linear(block.norm(hidden), self._head)
@@ -164,7 +182,7 @@ class StreamedDecoder:
 
     def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
         """The MTP block on the meta device, its layer of the kind the architecture names."""
-        template = self._model.mtp_template()
+        template = self.model.mtp_template()
         config = self._base.config
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -176,50 +194,21 @@ class StreamedDecoder:
             torch.set_default_dtype(before)
         return block.eval()
 
-    def _layer_state(self, index: int) -> dict[str, Tensor]:
-        """The layer's weights under transformers' names, experts fused to 3D."""
-        prefix = self._model.block_prefix(index)
-        state: dict[str, Tensor] = {}
-        experts = False
-        for name in self._checkpoint.tensors:
-            if name.startswith(prefix):
-                if isinstance(self._model.role(name), Expert):
-                    experts = True
-                else:
-                    state[name.removeprefix(prefix)] = self._read(name)
-        if experts:
-            base = self._model.experts_path(index)
-            state[f"{base}.gate_up_proj"] = self._fused(index, ("gate", "up"))
-            state[f"{base}.down_proj"] = self._fused(index, ("down",))
-        return state
+    def _targets(self, index: int) -> dict[str, Target]:
+        """What layer `index` is read from.
 
-    def _fused(self, index: int, projections: tuple[Projection, ...]) -> Tensor:
-        """(E, 2F, H) for gate and up, (E, H, F) for down, from however they are stored."""
-        tensors = self._model.expert_tensors(index, self._checkpoint.tensors)
-        chosen = [tensors[projection] for projection in projections]
-        n_experts, rows, columns = chosen[0].shape
-        fused = torch.empty(n_experts, rows * len(chosen), columns, dtype=self._dtype)
-        for position, tensor in enumerate(chosen):
-            for expert, slab in enumerate(tensor.slabs):
-                first, last = slab.rows or (0, rows)
-                values = self._read_host(slab.stored, first, last, slab.index)
-                fused[expert, position * rows : (position + 1) * rows] = values
-        return fused.to(self._device)
+        A CPU keeps experts as they are stored and widens them one at a time.
+        """
+        widen = self._device.type != "cpu"
+        return layer_targets(self._checkpoint, self.model, index, self._dtype, widen)
 
     def _read(self, name: str) -> Tensor:
-        return self._read_host(name).to(self._device, self._dtype)
+        self.loader.ask(name, {name: whole(self._checkpoint, name, self._dtype)})
+        return self.loader.take(name)[name]
 
-    def _read_host(
-        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
-    ) -> Tensor:
-        stored = self._checkpoint.tensors[name].dtype
-        if stored not in _TORCH_TYPES:
-            raise CheckpointError(
-                f"tensor {name!r} is stored as {stored}; BF16, F16 and F32 are read (dequantize "
-                "the checkpoint first)"
-            )
-        raw = self._checkpoint.read(name, first, last, index)
-        return torch.from_numpy(raw).view(_TORCH_TYPES[stored])
+    def close(self) -> None:
+        """Stop reading and free what was read."""
+        self.loader.close()
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

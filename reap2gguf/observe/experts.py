@@ -5,6 +5,10 @@ here is registered there. It receives the indices and gate weights that the mode
 returned, so whatever the routing is (softmax, sigmoid, bias, groups), saliency uses the weights
 that the model applies.
 
+A GPU computes all experts in two grouped matrix products and never waits for the host. A CPU takes
+one expert after another, so that the pairs of one expert are all that it holds, and the weights may
+stay in the type they are stored in.
+
 Letters: N tokens, K experts per token, S routed pairs, E experts, H hidden, F expert width.
 """
 
@@ -15,32 +19,53 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, linear
 
 from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.observe import kernels
+from reap2gguf.observe.fused import is_swiglu
 
 IMPLEMENTATION = "reap2gguf"
 _OBSERVER = "reap2gguf_observer"
 
 
 @dataclass(frozen=True)
-class RoutedPairs:
-    """What the experts of a layer did with a batch, sorted by expert; padding is left out."""
+class RealTokens:
+    """Which of a batch's N positions are tokens and not padding."""
 
+    mask: Tensor  # (N,) bool
+    places: Tensor  # the true ones' positions, int64
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True)
+class RoutedPairs:
+    """What some experts of a layer did with a batch, sorted by expert; padding is left out."""
+
+    first_expert: int  # the pairs are of this expert and those after it, as many as `ends` has
     inputs: Tensor  # (S, H), what gate and up multiplied
     activations: Tensor  # (S, F), what down multiplied
-    outputs: Tensor  # (S, H), before weighting
+    norms: Tensor | None  # (S,) float32, L2 norms of the outputs before weighting, if asked for
     gates: Tensor  # (S,), the weights applied
-    counts: Tensor  # (E,), pairs per expert, int64
+    ends: Tensor  # int32, where each expert's pairs end
+
+    @property
+    def counts(self) -> Tensor:
+        """Pairs per expert, int64."""
+        return torch.diff(self.ends, prepend=self.ends.new_zeros(1)).long()
 
 
 class ExpertsObserver(Protocol):
     """Looks at routed pairs."""
 
-    real_tokens: Tensor | None  # (N,) bool, None where no token is padding
+    wants_norms: bool
+    real_tokens: RealTokens | None  # None where no token is padding
 
     def see(self, pairs: RoutedPairs) -> None:
-        """One batch of one layer passed through the experts."""
+        """Some experts' pairs of one batch; together the calls show every expert once."""
 
 
 def register() -> None:
@@ -63,39 +88,67 @@ def watch(experts: torch.nn.Module, observer: ExpertsObserver) -> None:
 def observed_experts_forward(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The experts' weighted sum (N, H), computed by two grouped matrix products.
+    """The experts' weighted sum (N, H).
 
     hidden_states: (N, H)    top_k_index, top_k_weights: (N, K)
     """
     observer: ExpertsObserver | None = getattr(self, _OBSERVER, None)
     real = observer.real_tokens if observer is not None else None
-    n_tokens, top_k = top_k_index.shape
-    expert_ids = top_k_index.reshape(-1)
-    n_pairs = expert_ids.numel()
+    expert_ids, n_pairs = top_k_index.to(torch.int32), top_k_index.numel()
     if real is not None:
         # padding goes to an expert that does not exist: sorted last, then cut off
-        expert_ids = torch.where(real.repeat_interleave(top_k), expert_ids, self.num_experts)
-        n_pairs = int(real.sum()) * top_k
-    order = torch.sort(expert_ids, stable=True).indices[:n_pairs]
-    counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=expert_ids.device)
-    counts = counts.index_add_(0, expert_ids, torch.ones_like(expert_ids))[: self.num_experts]
-    ends = counts.cumsum(0).to(torch.int32)
+        expert_ids = torch.where(real.mask[:, None], expert_ids, self.num_experts)
+        n_pairs = real.count * top_k_index.shape[-1]
+    ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
+    experts = torch.arange(self.num_experts, dtype=torch.int32, device=ids.device)
+    ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
+    run = _all_at_once if hidden_states.is_cuda else _one_by_one
+    return run(self, hidden_states, top_k_weights, order[:n_pairs], ends, observer)
 
-    inputs = hidden_states[order // top_k]  # (S, H)
-    gates = top_k_weights.reshape(-1)[order]  # (S,)
+
+def _all_at_once(
+    self: Any, hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
+    observer: ExpertsObserver | None,
+) -> Tensor:  # fmt: skip
+    """Two grouped matrix products over all pairs; the host never asks how many an expert has."""
+    n_pairs, top_k = len(order), weights.shape[-1]
+    inputs = hidden[order // top_k]  # (S, H)
     gate_up = grouped_mm(inputs, self.gate_up_proj.transpose(-2, -1), offs=ends)  # (S, 2F)
-    activations = self._apply_gate(gate_up)  # (S, F)
+    activations = kernels.swiglu(gate_up) if is_swiglu(self) else self._apply_gate(gate_up)
+    del gate_up
     outputs = grouped_mm(activations, self.down_proj.transpose(-2, -1), offs=ends)  # (S, H)
+    places = order.new_full((weights.numel(),), -1, dtype=torch.int32)
+    places[order] = torch.arange(n_pairs, dtype=torch.int32, device=order.device)
+    norms = None
+    if observer is not None and observer.wants_norms:
+        norms = torch.empty(n_pairs, dtype=torch.float32, device=order.device)
+    combined = kernels.combine(outputs, places.view(-1, top_k), weights, norms)
     if observer is not None:
-        observer.see(RoutedPairs(inputs, activations, outputs, gates, counts))
-
-    weighted = outputs.new_zeros(n_tokens * top_k, outputs.shape[-1])
-    weighted[order] = outputs * gates.unsqueeze(-1)
-    return weighted.view(n_tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+        gates = weights.reshape(-1)[order]
+        observer.see(RoutedPairs(0, inputs, activations, norms, gates, ends))
+    return combined
 
 
-def sum_by_expert(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums (E, ...) of rows (S, ...) sorted by expert; deterministic."""
-    if values.device.type == "cpu":  # segment_reduce runs on one core there
-        return torch.stack([part.sum(0) for part in torch.split(values, counts.tolist())])
-    return torch.segment_reduce(values, "sum", lengths=counts, axis=0, unsafe=True)
+def _one_by_one(
+    self: Any, hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
+    observer: ExpertsObserver | None,
+) -> Tensor:  # fmt: skip
+    """Expert after expert; one's weights are widened at a time."""
+    combined = torch.zeros_like(hidden)
+    begin, top_k = 0, weights.shape[-1]
+    for expert, end in enumerate(ends.tolist()):
+        chosen = order[begin:end]
+        begin = end
+        tokens, gates = chosen // top_k, weights.reshape(-1)[chosen]
+        inputs = hidden[tokens]
+        activations = self._apply_gate(linear(inputs, self.gate_up_proj[expert].to(hidden.dtype)))
+        outputs = linear(activations, self.down_proj[expert].to(hidden.dtype))
+        if observer is not None:
+            norms = None
+            if observer.wants_norms:
+                norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+            there = torch.tensor([len(chosen)], dtype=torch.int32)
+            observer.see(RoutedPairs(expert, inputs, activations, norms, gates, there))
+        # a token is routed to an expert once, so no row is named twice
+        combined[tokens] += (outputs * gates[:, None]).to(combined.dtype)
+    return combined

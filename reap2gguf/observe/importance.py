@@ -7,6 +7,7 @@ neither has an entry, there as here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -16,20 +17,21 @@ from torch import Tensor
 
 from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observe.experts import RoutedPairs, sum_by_expert, watch
+from reap2gguf.observe.experts import RoutedPairs, watch
+from reap2gguf.observe.kernels import all_square_sums, square_sums
+from reap2gguf.observe.observer import LayerObserver
 
 Names = tuple[str, ...]  # GGUF matrices that share an input
 
 
-class ImportanceObserver:
+class ImportanceObserver(LayerObserver):
     """Sums of squares per matrix of one layer at a time; memory is one layer's, in float64."""
 
     def __init__(self, model: MoeModel) -> None:
-        self._model = model
+        super().__init__(model)
         self.entries: dict[str, ImatrixEntry] = {}
-        self.real_tokens: Tensor | None = None
-        self._pending: list[tuple[Names, Tensor, Tensor]] = []
-        self._sums: dict[Names, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[Names, Tensor] = {}  # (1 or E, columns) float64
+        self._counts: dict[Names, Tensor] = {}  # (1 or E,) int64
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._by_inputs: Names = ()
         self._by_activations: Names = ()
@@ -38,53 +40,56 @@ class ImportanceObserver:
         return self._model.facts.n_blocks - 1
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
-        """Begin a layer: hook its matrices and its experts."""
+        """Begin a layer: hook its matrices and its experts, their sums at zero."""
         self._sums.clear()
+        self._counts.clear()
         for path, names in self._model.matrices(index).items():
+            module: Any = layer.get_submodule(path)
+            self._begin(names, 1, module.weight.shape[-1])
             hook = partial(self._see_input, names)
-            self._hooks.append(layer.get_submodule(path).register_forward_pre_hook(hook))
+            self._hooks.append(module.register_forward_pre_hook(hook))
         if index in self._model.facts.moe_layers:
+            facts = self._model.facts
             self._by_inputs, self._by_activations = self._model.expert_matrices(index)
+            self._begin(self._by_inputs, facts.n_experts, facts.hidden_size)
+            self._begin(self._by_activations, facts.n_experts, facts.expert_width)
             watch(layer.get_submodule(self._model.experts_path(index)), self)
+
+    def _begin(self, names: Names, n_matrices: int, n_columns: int) -> None:
+        shape = (n_matrices, n_columns)
+        self._sums[names] = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        self._counts[names] = torch.zeros(n_matrices, dtype=torch.int64, device=self._device)
 
     def _see_input(self, names: Names, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         values = arguments[0].reshape(-1, arguments[0].shape[-1])
         if self.real_tokens is not None:
-            values = values[self.real_tokens]
-        sums = values.float().square().sum(0, keepdim=True)
-        self._pending.append((names, sums, torch.tensor([len(values)])))
+            values = values[self.real_tokens.places]
+        count = torch.full((1,), len(values), device=values.device)
+        self._pending.append((self._sums[names], all_square_sums(values)))
+        self._pending.append((self._counts[names], count))
 
     def see(self, pairs: RoutedPairs) -> None:
-        """One batch of routed pairs: sums (E, H) for gate and up, (E, F) for down."""
+        """Sums (E, H) for gate and up, (E, F) for down."""
+        experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
         for names, values in (
             (self._by_inputs, pairs.inputs),
             (self._by_activations, pairs.activations),
         ):
-            sums = sum_by_expert(values.float().square(), pairs.counts)
-            self._pending.append((names, sums, pairs.counts))
+            self._pending.append((self._sums[names][experts], square_sums(values, pairs.ends)))
+            self._pending.append((self._counts[names][experts], pairs.counts))
 
-    def commit(self) -> None:
-        """The last batch was finite: add its sums."""
-        for names, sums, counts in self._pending:
-            sums, counts = sums.double().cpu(), counts.cpu()
-            if names in self._sums:
-                before = self._sums[names]
-                sums, counts = before[0] + sums, before[1] + counts
-            self._sums[names] = (sums, counts)
-        self._pending.clear()
-
-    def discard(self) -> None:
-        """Forget the last batch."""
-        self._pending.clear()
+    def sums(self) -> Iterable[Tensor]:
+        return (*self._sums.values(), *self._counts.values())
 
     def finish(self, index: int) -> None:
         """End a layer: unhook, and keep its sums as float32, which the files hold."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for names, (sums, counts) in self._sums.items():
-            values = sums.numpy().astype(np.float32)
+        for names, sums in self._sums.items():
+            values = sums.cpu().numpy().astype(np.float32)
+            counts = self._counts[names].cpu().numpy()
             for name in names:
                 order = self._model.column_order(name)
                 ordered = values if order is None else values[:, order]
-                self.entries[name] = ImatrixEntry(name, ordered, counts.numpy())
+                self.entries[name] = ImatrixEntry(name, ordered, counts)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observe.experts import RoutedPairs, sum_by_expert, watch
+from reap2gguf.observe.experts import RoutedPairs, watch
+from reap2gguf.observe.kernels import saliency_sums
+from reap2gguf.observe.observer import LayerObserver
 
 
-class SaliencyObserver:
-    """Sums per expert of one layer at a time; float64, so that batches may come in any order.
+class SaliencyObserver(LayerObserver):
+    """Sums per expert of one layer at a time; float64, so that batches may come in any order."""
 
-    A batch's sums are kept aside until it is committed: a batch with rows that turn out not to be
-    finite is discarded and run again without them.
-    """
+    wants_norms = True
 
     def __init__(self, model: MoeModel) -> None:
-        self._model = model
+        super().__init__(model)
         self.layers: dict[int, LayerObservation] = {}
-        self.real_tokens: Tensor | None = None
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending_peaks: list[tuple[Tensor, Tensor]] = []
         self._counts = self._sums = self._peaks = torch.empty(0)
 
     def last_layer(self) -> int:
@@ -30,43 +31,47 @@ class SaliencyObserver:
         return self._model.facts.moe_layers[-1]
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
-        """Begin a layer."""
         n_experts = self._model.facts.n_experts
-        self._counts = torch.zeros(n_experts, dtype=torch.int64)
-        self._sums = torch.zeros(n_experts, 3, dtype=torch.float64)
-        self._peaks = torch.zeros(n_experts, dtype=torch.float64)
+        self._counts = torch.zeros(n_experts, dtype=torch.int64, device=self._device)
+        self._sums = torch.zeros(n_experts, 3, dtype=torch.float64, device=self._device)
+        self._peaks = torch.zeros(n_experts, dtype=torch.float64, device=self._device)
         if index in self._model.facts.moe_layers:
             watch(layer.get_submodule(self._model.experts_path(index)), self)
 
     def see(self, pairs: RoutedPairs) -> None:
-        """One batch: counts (E,), sums (E, 3) of reap, gate and norm, and norm maxima (E,)."""
-        norms = torch.linalg.vector_norm(pairs.outputs, dim=-1, dtype=torch.float32).double()
-        gates = pairs.gates.double()
-        sums = sum_by_expert(torch.stack((gates * norms, gates, norms), dim=-1), pairs.counts)
-        peaks = torch.segment_reduce(norms, "max", lengths=pairs.counts, unsafe=True, initial=0)
-        self._pending.append((pairs.counts, sums, peaks))
+        """Counts, sums of reap, gate and norm, and norm maxima of the pairs' experts."""
+        assert pairs.norms is not None
+        sums, peaks = saliency_sums(pairs.norms, pairs.gates, pairs.ends)
+        experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
+        self._pending.append((self._counts[experts], pairs.counts))
+        self._pending.append((self._sums[experts], sums))
+        self._pending_peaks.append((self._peaks[experts], peaks))
 
-    def commit(self) -> None:
-        """The last batch was finite: add its sums."""
-        for counts, sums, peaks in self._pending:
-            self._counts += counts.cpu()
-            self._sums += sums.cpu()
-            self._peaks = torch.maximum(self._peaks, peaks.cpu())
-        self._pending.clear()
+    def settle(self, good: Tensor) -> None:
+        super().settle(good)
+        for total, seen in self._pending_peaks:
+            torch.maximum(total, torch.where(good, seen, 0), out=total)
+        self._pending_peaks.clear()
 
     def discard(self) -> None:
-        """Forget the last batch."""
-        self._pending.clear()
+        super().discard()
+        self._pending_peaks.clear()
+
+    def sums(self) -> Iterable[Tensor]:
+        return (self._counts, self._sums)
+
+    def peaks(self) -> Iterable[Tensor]:
+        return (self._peaks,)
 
     def finish(self, index: int) -> None:
-        """End a layer and keep its sums."""
         if index not in self._model.facts.moe_layers:
             return
-        reap, gate, norm = (np.ascontiguousarray(column) for column in self._sums.T.numpy())
+        columns = self._sums.cpu().T.numpy()
+        reap, gate, norm = (np.ascontiguousarray(column) for column in columns)
         self.layers[index] = LayerObservation(
-            count=self._counts.numpy(),
+            count=self._counts.cpu().numpy(),
             reap_sum=reap,
             gate_sum=gate,
             norm_sum=norm,
-            norm_max=self._peaks.numpy(),
+            norm_max=self._peaks.cpu().numpy(),
         )

@@ -16,9 +16,9 @@ from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, ObservationError, UsageError
 from reap2gguf.models import describe
-from reap2gguf.observe import sweep as sweep_module
-from reap2gguf.observe.decoder import StreamedDecoder
+from reap2gguf.observe import budget as budget_module
 from reap2gguf.observe.importance import ImportanceObserver
+from reap2gguf.observe.loader import WeightLoader
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, SweepReport, sweep
 from reap2gguf.progress import Silent
@@ -178,7 +178,7 @@ def test_importance_is_the_sum_of_squared_inputs(layout: str, tmp_path: Path) ->
 def test_batching_changes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(30, 12, 30, 5, 21)
     together, _ = observe(tiny, rows)
-    monkeypatch.setitem(sweep_module._BATCH_TOKENS, "cpu", 1)
+    monkeypatch.setitem(budget_module.MOST_TOKENS, "cpu", 1)
     apart, _ = observe(tiny, rows)
     for layer in together.layers:
         np.testing.assert_array_equal(together.layers[layer].count, apart.layers[layer].count)
@@ -230,13 +230,15 @@ def test_too_many_rows_that_are_not_finite_stop_the_sweep(tmp_path: Path) -> Non
 
 
 def test_a_layer_that_does_not_fit_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = StreamedDecoder._read
+    take = WeightLoader.take
 
-    def read_less(self: StreamedDecoder, name: str) -> torch.Tensor:
-        whole = read(self, name)
-        return whole[1:] if "layers.1.self_attn.q_proj" in name else whole
+    def take_less(self: WeightLoader, key: str) -> dict[str, torch.Tensor]:
+        tensors = take(self, key)
+        if key == "layer 1":
+            tensors["self_attn.q_proj.weight"] = tensors["self_attn.q_proj.weight"][1:]
+        return tensors
 
-    monkeypatch.setattr(StreamedDecoder, "_read", read_less)
+    monkeypatch.setattr(WeightLoader, "take", take_less)
     with pytest.raises(CheckpointError, match=r"layer 1 does not fit .*q_proj"):
         observe(tiny, rows_of(8))
 

@@ -1,0 +1,124 @@
+"""How a sweep fits into memory: tokens a batch, where hidden states wait, whether to read ahead.
+
+What a batch needs is estimated from the model's dimensions; should the estimate be too low, the
+sweep halves a batch that does not fit. What is exact: weights and hidden states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from reap2gguf.errors import UsageError
+from reap2gguf.memory import available_bytes, peak_bytes
+from reap2gguf.models.contract import MoeModel
+
+SPOOLS = ("auto", "device", "host", "disk")
+# Larger batches are no faster: every expert's share fills the machine.
+MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
+_CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take beside all tensors
+_HOST_BYTES = 2 * 2**30  # left to the rest of the program and to the system
+_SLACK = 0.92  # allocators round up
+_MOVING = 4  # batches of hidden states on their way to and from the host
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a sweep needs, in bytes; a position is one token or padding."""
+
+    layer: int  # the largest layer's weights
+    position: int  # of a batch, while it is computed
+    hidden: int  # a position's hidden state
+    n_positions: int
+    longest_row: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was decided."""
+
+    batch_tokens: int
+    spool: str  # device, host or disk
+    ahead: bool  # read a layer while another computes
+
+
+def position_bytes(model: MoeModel, dtype: torch.dtype, on_gpu: bool) -> int:
+    """Bytes that a position of a batch takes at most in a layer, weights aside."""
+    facts = model.facts
+    attention = model.attention_widths * facts.hidden_size * dtype.itemsize
+    if not on_gpu:
+        return attention  # one expert at a time: its pairs are few
+    pair = 2 * facts.hidden_size + 4 * facts.expert_width
+    experts = facts.experts_per_token * pair * dtype.itemsize
+    return max(attention, experts) + 8 * facts.hidden_size * dtype.itemsize
+
+
+def fit(need: Need, device: torch.device, limit: int | None, spool: str) -> Budget:
+    """Divide `limit` bytes of the device, or what is free of it, among weights and batches.
+
+    The first way that leaves room for quick batches is taken, else the first that works at all.
+    Raises UsageError if not even one row fits.
+    """
+    most = max(MOST_TOKENS[device.type], need.longest_row)  # a batch is one row at least
+    room = _gpu_room(device, limit) if device.type == "cuda" else _cpu_room(limit)
+    ways = [
+        Budget(min(most, _tokens(need, room, kind, ahead)), kind, ahead)
+        for kind, ahead in _ways(need, device.type, spool)
+    ]
+    for least in (min(most // 4, need.n_positions), need.longest_row):
+        for way in ways:
+            if way.batch_tokens >= max(least, need.longest_row):
+                return way
+    base = _CONTEXT_BYTES if device.type == "cuda" else peak_bytes()
+    least_bytes = (need.layer + need.longest_row * (need.position + _MOVING * need.hidden)) / _SLACK
+    raise UsageError(
+        f"{room / 2**30:.1f} GiB of memory are left for a sweep, expected at least "
+        f"{least_bytes / 2**30:.1f} for a layer of {need.layer / 2**30:.1f} GiB and a row of "
+        f"{need.longest_row} tokens; pass a smaller --max-length, or a --memory of "
+        f"{(least_bytes + base) / 2**30:.1f}GiB or more"
+    )
+
+
+def _ways(need: Need, device_type: str, spool: str) -> list[tuple[str, bool]]:
+    """Where hidden states may wait and whether to read ahead, best first."""
+    if spool != "auto":
+        kind = "device" if spool == "host" and device_type == "cpu" else spool
+        return [(kind, True), (kind, False)]
+    if device_type == "cpu":
+        return [("device", True), ("device", False), ("disk", True), ("disk", False)]
+    fits_host = need.n_positions * need.hidden <= available_bytes() - _HOST_BYTES
+    kind = "host" if fits_host else "disk"
+    return [("device", True), (kind, True), (kind, False)]
+
+
+def _tokens(need: Need, room: int, spool: str, ahead: bool) -> int:
+    """Positions of a batch for which there is room."""
+    left = room * _SLACK - need.layer * (2 if ahead else 1)
+    position = need.position
+    if spool == "device":
+        left -= need.n_positions * need.hidden
+    else:
+        position += _MOVING * need.hidden
+    return max(0, int(left // position))
+
+
+def _gpu_room(device: torch.device, limit: int | None) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    # what torch holds and does not use is as good as free
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free if limit is None else min(free, min(limit, total) - _CONTEXT_BYTES)
+
+
+def _cpu_room(limit: int | None) -> int:
+    free = available_bytes() - _HOST_BYTES // 4
+    return free if limit is None else min(free, limit - peak_bytes())
+
+
+def hold_gpu_to(device: torch.device, limit: int | None) -> None:
+    """Let torch take no more than `limit` bytes of a GPU, CUDA's own included."""
+    if limit is None or device.type != "cuda":
+        return
+    _, total = torch.cuda.mem_get_info(device)
+    share = (limit - _CONTEXT_BYTES) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)

@@ -1,0 +1,67 @@
+"""What every observer of a sweep is: sums of one layer at a time, on the device.
+
+A batch's sums are kept aside until it is settled with a flag that lies on the device: where rows
+turn out not to be finite the batch adds nothing, and runs again without them. The host need not
+wait for the flag.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.observe.experts import RealTokens, RoutedPairs
+
+
+class LayerObserver(ABC):
+    """Watches one layer at a time."""
+
+    wants_norms = False
+
+    def __init__(self, model: MoeModel) -> None:
+        self._model = model
+        self._device = torch.device("cpu")
+        self.real_tokens: RealTokens | None = None
+        self._pending: list[tuple[Tensor, Tensor]] = []  # a sum, and what a batch adds to it
+
+    def use(self, device: torch.device) -> None:
+        """Sum on `device` from now on."""
+        self._device = device
+
+    @abstractmethod
+    def last_layer(self) -> int:
+        """The last layer of interest."""
+
+    @abstractmethod
+    def attach(self, index: int, layer: torch.nn.Module) -> None:
+        """Begin a layer."""
+
+    @abstractmethod
+    def see(self, pairs: RoutedPairs) -> None:
+        """Some experts' routed pairs of one batch."""
+
+    @abstractmethod
+    def finish(self, index: int) -> None:
+        """End a layer and keep its sums."""
+
+    @abstractmethod
+    def sums(self) -> Iterable[Tensor]:
+        """The layer's sums so far; those of several processes add."""
+
+    def peaks(self) -> Iterable[Tensor]:
+        """The layer's maxima so far."""
+        return ()
+
+    def settle(self, good: Tensor) -> None:
+        """End a batch: its sums count where `good`, a bool on the device, is true."""
+        for total, added in self._pending:
+            total += torch.where(good, added, 0)
+        self._pending.clear()
+
+    def discard(self) -> None:
+        """Forget a batch that was not finished."""
+        self._pending.clear()

@@ -1,0 +1,90 @@
+"""Several processes, one GPU each, that share out the rows of a sweep.
+
+Started by `torchrun --nproc-per-node N -m reap2gguf ...`: every process streams all layers over its
+rows, and after each layer the sums of all are added. The first process speaks and writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+_SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(days=2)  # the others wait while the first prunes and exports
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # among the processes of this machine: the number of its GPU
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: Sequence[T]) -> list[T]:
+        """This process's rows of all, every `size`-th."""
+        return list(rows[self.rank :: self.size])
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the sum over all processes."""
+        self._reduce(tensors, dist.ReduceOp.SUM)
+
+    def peak(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the maximum over all processes."""
+        self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def total(self, values: Sequence[int]) -> list[int]:
+        """Each number summed over all processes."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        self.add([tensor])
+        return [int(value) for value in tensor]
+
+    def _reduce(self, tensors: Iterable[Tensor], operation: dist.ReduceOp.RedOpType) -> None:
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor, operation)
+
+    def tell(self, word: T | None) -> T:
+        """What the first process says, in all of them."""
+        words = [word]
+        if self.size > 1:
+            dist.broadcast_object_list(words, src=0, device=torch.device("cpu"))
+        found = words[0]
+        assert found is not None
+        return found
+
+
+@cache
+def join() -> Ranks:
+    """This process's place, from the environment that torchrun sets; alone without it."""
+    if not all(name in os.environ for name in _SET_BY_TORCHRUN):
+        return Ranks()
+    rank, local, size = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:3])
+    if size == 1:
+        return Ranks()
+    ranks = Ranks(rank, size, local)
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(ranks.local % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    return ranks
+
+
+def leave() -> None:
+    """End what `join` began, if it began anything."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
