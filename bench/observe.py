@@ -1,138 +1,215 @@
 """Times the program's own sweeps on a synthetic checkpoint of a real model's layer shape.
 
-    python bench/observe.py --shape qwen3-30b-a3b --layers 4 --tokens 262144 --max-length 2048
+    python bench/observe.py --shape qwen3-30b-a3b --layers 4 --tokens 2097152 --max-length 2048 \\
+        --floor --peer llm-compressor
+    torchrun --nproc-per-node 2 bench/observe.py --shape qwen3-30b-a3b --folder CHECKPOINT
 
-Weights are random, routing has its true width. For each sweep it prints tokens per second and
-layer, and the peak of GPU and host memory. `--floor` adds the bare forward: the same layers and
-batches with nothing watching, for the ratio.
+Weights are random, routing has its true width. Every sweep runs in a process of its own, after a
+short one that warms it up, and prints one line of JSON: tokens a second and layer (the sweep's
+layers; `whole` counts embedding and allocation in), peaks of GPU and host memory, the share of time
+that it waited for weights, and with --parts where the rest went. `--floor` adds the bare forward:
+the same layers and batches with nothing watching, and the same through transformers' own experts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from sparse_checkpoint import EXAMPLE, SHAPES
+from parts import Stopwatch
+from sparse_checkpoint import SHAPES
+from synthetic import VOCABULARY, write_checkpoint
+from torch import Tensor
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.memory import peak_bytes
 from reap2gguf.models import MoeModel, describe
+from reap2gguf.observe import decoder as decoder_module
+from reap2gguf.observe.experts import RoutedPairs
 from reap2gguf.observe.importance import ImportanceObserver
+from reap2gguf.observe.observer import LayerObserver
+from reap2gguf.observe.ranks import join, leave
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, sweep
-from reap2gguf.progress import Silent
+from reap2gguf.progress import Task
+from reap2gguf.terminal.options import read_size
+
+PEERS = {"llm-compressor": Path(__file__).with_name("peer_llm_compressor.py")}
+WARM_UP_TOKENS = 65536
 
 
-class Floor:
+class Floor(LayerObserver):
     """Watches nothing: the forward alone."""
 
-    real_tokens = None
-
-    def __init__(self, model: MoeModel) -> None:
-        self.n_layers = model.facts.n_layers
-
     def last_layer(self) -> int:
-        return self.n_layers - 1
+        return self._model.facts.n_layers - 1
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Nothing is attached."""
 
-    def commit(self) -> None:
-        """Nothing was seen."""
-
-    discard = commit
+    def see(self, pairs: RoutedPairs) -> None:
+        """Nothing is seen."""
 
     def finish(self, index: int) -> None:
         """Nothing is kept."""
 
-
-OBSERVERS = {"floor": Floor, "observe": SaliencyObserver, "imatrix": ImportanceObserver}
-
-
-def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The same config with fewer layers, a small vocabulary and no MTP block."""
-    changes = {"num_hidden_layers": layers, "vocab_size": 4096, "mtp_num_hidden_layers": 0}
-    text = config.get("text_config")
-    if text is None:
-        return config | {key: value for key, value in changes.items() if key in config}
-    return config | {"text_config": text | changes}
+    def sums(self) -> Iterable[Tensor]:
+        return ()
 
 
-def write_checkpoint(shape: str, layers: int, folder: Path) -> None:
-    """Random bfloat16 weights under the model's own names, one shard a layer."""
-    full, shapes = SHAPES[shape]
-    config = shortened(full, layers)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for name, size in shapes(config):
-        if name.startswith(("mtp.", "model.visual.")):
-            continue
-        weight = torch.randn(size, generator=generator, device=device) * 0.02
-        if name.endswith("norm.weight"):
-            weight += 1
-        part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "ends"
-        shards.setdefault(part, {})[name] = weight.to(torch.bfloat16).cpu()
-    weight_map = {}
-    for part, tensors in shards.items():
-        save_file(tensors, folder / f"{part}.safetensors")
-        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_bytes((EXAMPLE / "tokenizer.json").read_bytes())
+SWEEPS: dict[str, Any] = {
+    "transformers": Floor,  # with its own grouped experts and norms
+    "floor": Floor,
+    "observe": SaliencyObserver,
+    "imatrix": ImportanceObserver,
+}
 
 
-def measure(name: str, folder: Path, rows: list[np.ndarray], layers: int) -> dict[str, Any]:
-    """One sweep, timed as a whole: loading, computing and summing."""
-    checkpoint = Checkpoint.open(folder)
-    model = describe(checkpoint)
-    observer: Any = OBSERVERS[name](model)
-    if torch.cuda.is_available():
+class Timed:
+    """A Progress that notes when a sweep's layers begin and end."""
+
+    begun = ended = 0.0
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
+        self.begun = time.monotonic()
+        yield self
+        self.ended = time.monotonic()
+
+    def advance(self, amount: float = 1) -> None:
+        """Nobody watches."""
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+def measure(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One sweep, timed; run in a process of its own."""
+    if name == "transformers":
+        decoder_module.IMPLEMENTATION = "grouped_mm"
+        decoder_module.has_triton = lambda device: False
+    options = SweepOptions(
+        arguments.device, memory=arguments.memory, spool=arguments.spool, folder=arguments.folder
+    )
+    ranks = join()
+    with Checkpoint.open(arguments.folder) as checkpoint:
+        model = describe(checkpoint)
+        rows = random_rows(arguments)
+        warm_up = rows[: max(1, ranks.size * WARM_UP_TOKENS // arguments.max_length)]
+        run(checkpoint, model, warm_up, name, replace(options, spool="auto"))
+        if arguments.cold:
+            forget(checkpoint)
+        figures = run(checkpoint, model, rows, name, options)
+        if arguments.parts:
+            some = rows[: max(1, len(rows) // 4)]
+            figures["parts"] = run(checkpoint, model, some, name, options, parts=True)["parts"]
+    return {"shape": arguments.shape, "sweep": name, "processes": ranks.size} | figures
+
+
+def run(
+    checkpoint: Checkpoint, model: MoeModel, rows: list[np.ndarray], name: str,
+    options: SweepOptions, parts: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    device, _ = options.resolve()
+    on_gpu = device.type == "cuda"
+    observer: LayerObserver = SWEEPS[name](model)
+    stopwatch = Stopwatch(device)
+    if parts:
+        stopwatch.watch(observer)
+    if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    timed = Timed()
     begun = time.monotonic()
-    sweep(checkpoint, model, rows, observer, SweepOptions(), name, Silent())
-    if torch.cuda.is_available():
+    report = sweep(checkpoint, model, rows, observer, options, name, timed)
+    if on_gpu:
         torch.cuda.synchronize()
-    seconds = time.monotonic() - begun
-    n_tokens = sum(map(len, rows))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    return {
-        "sweep": name,
+    seconds = timed.ended - timed.begun
+    stopwatch.stop()
+    passed = report.n_tokens * (observer.last_layer() + 1)
+    figures = {
+        "tokens": report.n_tokens,
+        "tokens_per_second_and_layer": round(passed / seconds),
+        "whole": round(passed / (time.monotonic() - begun)),
         "seconds": round(seconds, 2),
-        "tokens_per_second_and_layer": round(n_tokens * layers / seconds),
-        "peak_gpu_gib": peak and round(peak, 2),
-        "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "seconds_before": round(timed.begun - begun, 2),
+        "waiting_for_weights": round(report.seconds_waited / seconds, 3),
+        "peak_host_gib": round(peak_bytes() / 2**30, 2),
     }
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        context = total - free - reserved
+        figures["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        # what the whole process took of the GPU: CUDA's context and unused blocks included
+        figures["process_gpu_gib"] = round((torch.cuda.max_memory_reserved() + context) / 2**30, 2)
+    if parts:
+        figures["parts"] = stopwatch.shares(seconds)
+    return figures
+
+
+def random_rows(arguments: argparse.Namespace) -> list[np.ndarray]:
+    n_rows = arguments.tokens // arguments.max_length
+    generator = np.random.default_rng(0)
+    return list(generator.integers(0, VOCABULARY, (n_rows, arguments.max_length)))
+
+
+def forget(checkpoint: Checkpoint) -> None:
+    """Drop the checkpoint from the page cache, so that it is read from the disk."""
+    for shard in checkpoint.shards:
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=262144)
+    parser.add_argument("--tokens", type=int, default=2097152)
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--floor", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where to write, such as /dev/shm")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--memory", type=read_size, help="limit of GPU memory, such as 12GiB")
+    parser.add_argument("--spool", default="auto", help="auto, device, host or disk")
+    parser.add_argument("--floor", action="store_true", help="time the bare forward as well")
+    parser.add_argument("--parts", action="store_true", help="say where the time goes")
+    parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the cache")
+    parser.add_argument("--peer", choices=PEERS, help="time a peer as well")
+    parser.add_argument("--sweeps", default="observe,imatrix", help="which, with commas")
+    parser.add_argument("--folder", type=Path, help="checkpoint; written if it is not there")
+    parser.add_argument("--one", choices=SWEEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    generator = np.random.default_rng(0)
-    n_rows = arguments.tokens // arguments.max_length
-    rows = list(generator.integers(0, 4000, (n_rows, arguments.max_length)))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        write_checkpoint(arguments.shape, arguments.layers, Path(name))
-        names = ["floor"] if arguments.floor else []
-        # the first sweep also warms the machine up, so its figure is thrown away
-        measure("floor", Path(name), rows[:2], arguments.layers)
-        for sweep_name in [*names, "observe", "imatrix"]:
-            figures = measure(sweep_name, Path(name), rows, arguments.layers)
-            print(json.dumps({"shape": arguments.shape} | figures), flush=True)
+    if arguments.one or "LOCAL_RANK" in os.environ:
+        # a process of its own, or one of torchrun's
+        for name in [arguments.one] if arguments.one else arguments.sweeps.split(","):
+            figures = measure(arguments, name)
+            if join().is_first:
+                print(json.dumps(figures), flush=True)
+        leave()
+        return
+    with tempfile.TemporaryDirectory() as made:
+        arguments.folder = arguments.folder or Path(made)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if not (arguments.folder / "config.json").is_file():
+            write_checkpoint(arguments.shape, arguments.layers, arguments.folder)
+        floors = ["transformers", "floor"] if arguments.floor else []
+        for name in [*floors, *arguments.sweeps.split(",")]:
+            again = [*sys.argv[1:], "--folder", str(arguments.folder), "--one", name]
+            subprocess.run([sys.executable, __file__, *again], check=True)
+        if arguments.peer:
+            subprocess.run([sys.executable, str(PEERS[arguments.peer])], check=True)
 
 
 if __name__ == "__main__":

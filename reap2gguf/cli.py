@@ -13,6 +13,7 @@ import click
 
 from reap2gguf import __version__
 from reap2gguf.errors import OutputError, Reap2ggufError, VerificationError
+from reap2gguf.processes import processes
 from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
@@ -77,9 +78,13 @@ def build(fresh: bool, **arguments: Any) -> None:
 
     plan = make_plan(collect(arguments, fresh))
     from reap2gguf.pipeline import build as run
+    from reap2gguf.pipeline import follow
     from reap2gguf.terminal.console import terminal_progress
     from reap2gguf.terminal.views import plan_lines, result_lines
 
+    if not processes().is_first:
+        follow(plan)
+        return
     _print(plan_lines(plan, _estimate(plan)))
     _print(result_lines(run(plan, terminal_progress())))
 
@@ -168,4 +173,10 @@ def _print(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """The entry point of the `reap2gguf` program."""
-    cli(prog_name="reap2gguf")
+    try:
+        cli(prog_name="reap2gguf")
+    finally:
+        if processes().size > 1:
+            from reap2gguf.observe.ranks import leave
+
+            leave()

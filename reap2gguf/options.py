@@ -31,6 +31,9 @@ class ComputeOptions:
     device: str = "auto"
     dtype: str = "auto"
     threads: int = field(default_factory=available_threads)
+    memory: int | None = None  # bytes a sweep may take of the GPU, or of the host without one
+    spool: str = "auto"  # where hidden states wait: auto, device, host or disk
+    scratch: Path = Path()  # folder for a spool on disk
 
 
 @dataclass(frozen=True)

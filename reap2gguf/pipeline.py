@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reap2gguf import __version__, checks, stages
@@ -25,7 +25,8 @@ from reap2gguf.errors import VerificationError
 from reap2gguf.memory import peak_bytes
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.plan import Plan
-from reap2gguf.progress import Progress
+from reap2gguf.processes import processes
+from reap2gguf.progress import Progress, Silent
 from reap2gguf.prune.select import Kept, select_experts
 from reap2gguf.prune.write import companion_files, write_pruned
 from reap2gguf.record import write_bundle_files
@@ -111,11 +112,39 @@ def _observe(run: _Build, rows: ObservationRows) -> tuple[Observations, Path]:
     )  # fmt: skip
     path = run.work.observations(key)
     reused = path.is_file() and not options.fresh
+    _tell_others(not reused)
     with run.stage("observe", reused):
         if not reused:
-            seen = stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
+            scratch = replace(compute, scratch=run.work.root)
+            seen = stages.observe(plan.checkpoint, plan.model, rows, scratch, run.progress)
             seen.save(path)
         return Observations.load(path), path
+
+
+def follow(plan: Plan) -> None:
+    """What a process other than the first does in a build: its share of both sweeps."""
+    from reap2gguf.observe.ranks import join
+
+    work = Workdir(plan.options.output, plan.name)
+    run = _Build(plan, work, Silent())
+    compute = replace(plan.options.compute, scratch=work.root)
+    with plan.checkpoint:
+        rows, chunks = _texts(run)
+        if join().tell(None):
+            stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
+        if join().tell(None):
+            probe = stages.mtp_probe(plan.model, rows)
+            with Checkpoint.open(work.hf) as pruned:
+                model = describe(pruned)
+                stages.compute_imatrix(pruned, model, chunks, compute, run.progress, probe)
+
+
+def _tell_others(is_needed: bool) -> None:
+    """Say to the processes that follow whether the next sweep takes place."""
+    if processes().size > 1:
+        from reap2gguf.observe.ranks import join
+
+        join().tell(is_needed)
 
 
 def _prune(run: _Build, kept: Kept) -> str:
@@ -150,6 +179,8 @@ def _imatrix(
     key = stage_key(key, chunks.tokens_sha256, asked, compute.device, compute.dtype)
     path = work.gguf / "imatrix.gguf"
     reused = work.is_done("imatrix", key)
+    compute = replace(compute, scratch=work.root)
+    _tell_others(not reused)
     with run.stage("imatrix", reused):
         if not reused:
             work.begin("imatrix", work.gguf)

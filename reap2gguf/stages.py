@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFValueType, LlamaFileType
 
@@ -49,7 +49,7 @@ def observe(
     from reap2gguf.observe.sweep import SweepOptions, sweep
 
     observer = SaliencyObserver(model)
-    options = SweepOptions(compute.device, compute.dtype, compute.threads)
+    options = SweepOptions(**_sweep_arguments(compute))
     report = sweep(
         checkpoint, model, rows.rows, observer, options, "Observing experts", progress,
         mtp_probe(model, rows),
@@ -65,6 +65,18 @@ def observe(
         n_mtp_hits=report.mtp_hits,
         n_mtp_tokens=report.mtp_tokens,
     )
+
+
+def _sweep_arguments(compute: ComputeOptions) -> dict[str, Any]:
+    """What `SweepOptions` takes, which cannot be imported before torch is wanted."""
+    return {
+        "device": compute.device,
+        "dtype": compute.dtype,
+        "n_threads": compute.threads,
+        "memory": compute.memory,
+        "spool": compute.spool,
+        "folder": compute.scratch,
+    }
 
 
 def mtp_probe(model: MoeModel, rows: ObservationRows) -> Sequence[Row]:
@@ -92,7 +104,7 @@ def compute_imatrix(
     from reap2gguf.observe.sweep import SweepOptions, sweep
 
     observer = ImportanceObserver(model)
-    options = SweepOptions(compute.device, compute.dtype, compute.threads)
+    options = SweepOptions(**_sweep_arguments(compute))
     report = sweep(
         checkpoint, model, chunks.chunks, observer, options, "Importance matrix", progress, probe
     )

@@ -60,16 +60,15 @@ def fit(need: Need, device: torch.device, limit: int | None, spool: str) -> Budg
     The first way that leaves room for quick batches is taken, else the first that works at all.
     Raises UsageError if not even one row fits.
     """
-    most = max(MOST_TOKENS[device.type], need.longest_row)  # a batch is one row at least
+    most = MOST_TOKENS[device.type]
     room = _gpu_room(device, limit) if device.type == "cuda" else _cpu_room(limit)
-    ways = [
-        Budget(min(most, _tokens(need, room, kind, ahead)), kind, ahead)
-        for kind, ahead in _ways(need, device.type, spool)
-    ]
-    for least in (min(most // 4, need.n_positions), need.longest_row):
-        for way in ways:
-            if way.batch_tokens >= max(least, need.longest_row):
-                return way
+    quick = max(min(most // 4, need.n_positions), need.longest_row)
+    for least in (quick, need.longest_row):
+        for kind, ahead in _ways(need, device.type, spool):
+            tokens = _tokens(need, room, kind, ahead)
+            if tokens >= least:
+                # a batch is one row at least
+                return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, ahead)
     base = _CONTEXT_BYTES if device.type == "cuda" else peak_bytes()
     least_bytes = (need.layer + need.longest_row * (need.position + _MOVING * need.hidden)) / _SLACK
     raise UsageError(
@@ -101,6 +100,11 @@ def _tokens(need: Need, room: int, spool: str, ahead: bool) -> int:
     else:
         position += _MOVING * need.hidden
     return max(0, int(left // position))
+
+
+def _rounded(tokens: int) -> int:
+    """A power of two: a little more or less free memory does not change batches, nor sums."""
+    return 1 << (tokens.bit_length() - 1) if tokens else 0
 
 
 def _gpu_room(device: torch.device, limit: int | None) -> int:

@@ -76,6 +76,11 @@ class StreamedDecoder:
                 fuse_norms(layer)
 
     @property
+    def has_deltanet(self) -> bool:
+        """Whether any layer's attention is a Gated DeltaNet."""
+        return any(hasattr(layer, "linear_attn") for layer in self._layers)
+
+    @property
     def mtp_layer(self) -> int | None:
         """The MTP block's number among the layers, if there is one."""
         return self.model.facts.mtp_layer

@@ -6,7 +6,6 @@ rows, and after each layer the sums of all are added. The first process speaks a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,22 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from reap2gguf.processes import Processes, processes
+
 T = TypeVar("T")
-_SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PATIENCE = timedelta(days=2)  # the others wait while the first prunes and exports
+_PATIENCE = timedelta(days=2)  # the others wait while the first prunes
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among its peers."""
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0  # among the processes of this machine: the number of its GPU
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
+class Ranks(Processes):
+    """This process among its peers, and what they say to one another."""
 
     def share(self, rows: Sequence[T]) -> list[T]:
         """This process's rows of all, every `size`-th."""
@@ -69,19 +61,15 @@ class Ranks:
 
 @cache
 def join() -> Ranks:
-    """This process's place, from the environment that torchrun sets; alone without it."""
-    if not all(name in os.environ for name in _SET_BY_TORCHRUN):
-        return Ranks()
-    rank, local, size = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:3])
-    if size == 1:
-        return Ranks()
-    ranks = Ranks(rank, size, local)
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(ranks.local % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
-    return ranks
+    """This process's place; where there are others, they are met here."""
+    here = processes()
+    if here.size > 1:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(here.local % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    return Ranks(here.rank, here.local, here.size)
 
 
 def leave() -> None:

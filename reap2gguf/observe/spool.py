@@ -15,10 +15,12 @@ import tempfile
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from reap2gguf.disk import reserve
 from reap2gguf.errors import OutputError
 
 Place = tuple[int, int]  # first position, and the one after the last
@@ -200,17 +202,32 @@ class FileSpool(Spool):
             done += count
 
 
-def _reserve(folder: Path, n_bytes: int) -> tempfile._TemporaryFileWrapper[bytes]:
+def _reserve(folder: Path, n_bytes: int) -> BinaryIO:
     """A nameless file of this length; OutputError if there is no room."""
     try:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with the spool
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, max(n_bytes, 1))
-        else:
-            os.ftruncate(file.fileno(), n_bytes)
+        try:
+            reserve(file.fileno(), n_bytes)
+        except OSError:
+            file.close()
+            raise
     except OSError as error:
         raise OutputError(
             f"{folder}: no room for {n_bytes:,} bytes of hidden states ({error.strerror}); free "
             "some, or observe fewer --samples"
         ) from error
-    return file  # type: ignore[return-value]
+    return file
+
+
+def open_spool(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, folder: Path
+) -> Spool:
+    """A spool of (positions, H): `kind` is device, host or disk (in `folder`).
+
+    Raises OutputError if the disk is too full.
+    """
+    if kind == "device":
+        return DeviceSpool(*shape, dtype, device)
+    if kind == "host":
+        return PinnedSpool(*shape, dtype, device)
+    return FileSpool(*shape, dtype, device, folder)

@@ -16,13 +16,19 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
-from reap2gguf.progress import Progress, Task
+from reap2gguf.processes import processes
+from reap2gguf.progress import Progress, Silent, Task
 
 _LINE_SECONDS = 5.0  # a plain line is worth reading at most this often
 
 
 def terminal_progress() -> Progress:
-    """Bars where stderr is a terminal, else lines; results go to stdout, progress never does."""
+    """Bars where stderr is a terminal, else lines; results go to stdout, progress never does.
+
+    Of several processes only the first speaks.
+    """
+    if not processes().is_first:
+        return Silent()
     return Bars() if sys.stderr.isatty() else Lines()
 
 

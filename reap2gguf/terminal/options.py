@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,33 @@ from reap2gguf.options import (
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def read_size(text: str) -> int:
+    """Bytes of "12GiB", "12G" or, in thousands, "12GB"; ValueError if it is none."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size, such as 12GiB")
+    letter = match[2].upper()
+    decimal = bool(letter) and not match[3] and text.strip().upper().endswith("B")
+    unit = 1000 ** "KMGT".index(letter) * 1000 if decimal else _UNITS[letter]
+    return int(float(match[1]) * unit)
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """An amount of memory."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return read_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 FilePath = click.Path(path_type=Path, dir_okay=False)
 FolderPath = click.Path(path_type=Path)
 # prune.select holds the criteria; naming them here keeps numpy out of `--help`
@@ -72,6 +100,15 @@ compute_options = _all(
         help="Where to compute.",
     ),
     click.option(
+        "--memory", type=SizeType(), metavar="SIZE",
+        help="Memory a sweep may take of the GPU, or of the host without one, such as 12GiB; "
+        "what is free by default.",
+    ),
+    click.option(
+        "--spool", type=click.Choice(("auto", "device", "host", "disk")), default="auto",
+        show_default=True, help="Where hidden states wait between two layers.",
+    ),
+    click.option(
         "--dtype", type=click.Choice(("auto", "float32", "bfloat16")), default="auto",
         show_default=True, help="Precision: auto is bfloat16 on a GPU, float32 on a CPU.",
     ),
@@ -102,6 +139,12 @@ build_options = _all(
 )  # fmt: skip
 
 
+def collect_compute(arguments: dict[str, Any], scratch: Path = Path()) -> ComputeOptions:
+    """Where and how to compute, as one value; hidden states on disk go to `scratch`."""
+    names = ("device", "dtype", "threads", "memory", "spool")
+    return ComputeOptions(**{name: arguments[name] for name in names}, scratch=scratch)
+
+
 def collect(arguments: dict[str, Any], fresh: bool = False) -> BuildOptions:
     """The arguments of `build` and `plan` as one value."""
     return BuildOptions(
@@ -118,6 +161,6 @@ def collect(arguments: dict[str, Any], fresh: bool = False) -> BuildOptions:
         ),
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],
-        compute=ComputeOptions(arguments["device"], arguments["dtype"], arguments["threads"]),
+        compute=collect_compute(arguments),
         fresh=fresh,
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from reap2gguf.errors import OutputError, UsageError
-from reap2gguf.options import CalibrationOptions, ComputeOptions
+from reap2gguf.options import CalibrationOptions
+from reap2gguf.processes import processes
 from reap2gguf.terminal.options import (
     FilePath,
     FolderPath,
     calibration_options,
+    collect_compute,
     compute_options,
     pruning_options,
     threads_option,
@@ -31,14 +33,14 @@ if TYPE_CHECKING:
 @threads_option
 @click.option("-o", "--output", type=FilePath, required=True, help="Observations file to write.")
 def observe(
-    model: str, spec: str, samples: int, max_length: int, seed: int, device: str, dtype: str,
-    threads: int, output: Path,
+    model: str, spec: str, samples: int, max_length: int, seed: int, output: Path, **compute: Any
 ) -> None:  # fmt: skip
     """Observe what the experts of MODEL do on calibration text.
 
     \b
     Example:
       reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
+      torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
     source, checkpoint, described = _open(model)
     _check_parent(output)
@@ -50,8 +52,10 @@ def observe(
     length = min(max_length, described.facts.context_length)
     options = CalibrationOptions(spec, samples, length, seed)
     rows = observation_rows(Tokenizer(source.folder), options, length, described.facts.vocab_size)
-    compute = ComputeOptions(device, dtype, threads)
-    seen = stages.observe(checkpoint, described, rows, compute, terminal_progress())
+    where = collect_compute(compute, output.parent)
+    seen = stages.observe(checkpoint, described, rows, where, terminal_progress())
+    if not processes().is_first:
+        return
     seen.save(output)
     click.echo(f"{output}: {seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers")
 
@@ -94,9 +98,7 @@ def prune(
 @compute_options
 @threads_option
 @click.option("-o", "--output", type=FilePath, required=True, help="imatrix.gguf to write.")
-def imatrix(
-    hf_dir: str, text: Path, chunk: int, device: str, dtype: str, threads: int, output: Path
-) -> None:
+def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -> None:
     """Compute the importance matrix of HF_DIR; a .dat in the older format is written beside it.
 
     \b
@@ -114,8 +116,10 @@ def imatrix(
 
     chunk = min(chunk, described.facts.context_length)
     chunks = imatrix_chunks(Tokenizer(source.folder), text, chunk)
-    compute = ComputeOptions(device, dtype, threads)
-    found, _ = stages.compute_imatrix(checkpoint, described, chunks, compute, terminal_progress())
+    where = collect_compute(compute, output.parent)
+    found, _ = stages.compute_imatrix(checkpoint, described, chunks, where, terminal_progress())
+    if not processes().is_first:
+        return
     stages.save_imatrix(found, output)
     click.echo(f"{output}: {len(found.entries)} matrices over {found.n_chunks} chunks")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, ObservationError, UsageError
 from reap2gguf.models import describe
 from reap2gguf.observe import budget as budget_module
+from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.loader import WeightLoader
 from reap2gguf.observe.saliency import SaliencyObserver
@@ -260,3 +262,58 @@ def test_bfloat16_stays_near_float32(tiny: Path) -> None:
     for layer in exact.layers:
         total = exact.layers[layer].reap_sum.sum()
         assert observer.layers[layer].reap_sum.sum() == pytest.approx(total, rel=0.05)
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(20, 20, 20, 20, 13)
+    whole, _ = observe(tiny, rows)
+    run_layer = StreamedDecoder.run_layer
+
+    def narrow(self: StreamedDecoder, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        output = run_layer(self, index, hidden)
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return output
+
+    monkeypatch.setattr(StreamedDecoder, "run_layer", narrow)
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
+    halved, report = observe(tiny, rows)
+    assert report.n_dropped_rows == 0
+    assert sum("is halved" in note for note in notes) == 2, "halved in the first layer only"
+    for layer in whole.layers:
+        np.testing.assert_array_equal(halved.layers[layer].count, whole.layers[layer].count)
+        np.testing.assert_allclose(
+            halved.layers[layer].reap_sum, whole.layers[layer].reap_sum, rtol=1e-5
+        )
+
+
+def test_one_row_that_does_not_fit_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: StreamedDecoder, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(StreamedDecoder, "run_layer", never)
+    with pytest.raises(ObservationError, match="too little for one row of 20 tokens"):
+        observe(tiny, rows_of(20, 20, 20))
+
+
+def test_a_spool_on_disk_changes_nothing(tiny: Path, tmp_path: Path) -> None:
+    rows = rows_of(40, 40, 23, 7)
+    here, _ = observe(tiny, rows)
+    checkpoint = Checkpoint.open(tiny)
+    model = describe(checkpoint)
+    there = SaliencyObserver(model)
+    options = replace(CPU, spool="disk", folder=tmp_path)
+    sweep(checkpoint, model, rows, there, options, "test", Silent())
+    for layer in here.layers:
+        np.testing.assert_array_equal(there.layers[layer].reap_sum, here.layers[layer].reap_sum)
+
+
+def test_too_little_memory_is_said(tiny: Path) -> None:
+    checkpoint = Checkpoint.open(tiny)
+    model = describe(checkpoint)
+    options = replace(CPU, memory=2**20)
+    with pytest.raises(UsageError, match=r"expected at least .* or a --memory of [0-9.]+GiB"):
+        sweep(
+            checkpoint, model, rows_of(64), SaliencyObserver(model), options, "test", Silent()
+        )  # fmt: skip

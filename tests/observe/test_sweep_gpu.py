@@ -6,20 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from devices import GPU
 from tiny import TinyQwen35Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import UsageError
 from reap2gguf.models import describe
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, sweep
 from reap2gguf.progress import Silent
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = GPU
 
 
 def rows() -> list[np.ndarray]:
@@ -41,6 +39,33 @@ def test_saliency(example: Path) -> None:
         np.testing.assert_allclose(single.reap_sum, exact.reap_sum, rtol=0.01, atol=1.0)
         half = seen["cuda", "bfloat16"][layer]
         assert half.reap_sum.sum() == pytest.approx(exact.reap_sum.sum(), rel=0.02)
+
+
+@pytest.mark.parametrize("spool", ["host", "disk"])
+def test_where_hidden_states_wait_changes_nothing(
+    spool: str, example: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(example)
+    model = describe(checkpoint)
+    seen = {}
+    for kind in ("device", spool):
+        observer = SaliencyObserver(model)
+        options = SweepOptions("cuda", spool=kind, memory=2**31, folder=tmp_path)
+        sweep(checkpoint, model, rows(), observer, options, "test", Silent())
+        seen[kind] = observer.layers
+    for layer, here in seen["device"].items():
+        there = seen[spool][layer]
+        np.testing.assert_array_equal(there.count, here.count)
+        np.testing.assert_array_equal(there.reap_sum, here.reap_sum)
+        np.testing.assert_array_equal(there.norm_max, here.norm_max)
+
+
+def test_too_little_memory_is_said(example: Path) -> None:
+    checkpoint = Checkpoint.open(example)
+    model = describe(checkpoint)
+    options = SweepOptions("cuda", memory=2**20 * 700)
+    with pytest.raises(UsageError, match=r"expected at least .* pass a smaller --max-length"):
+        sweep(checkpoint, model, rows() * 100, SaliencyObserver(model), options, "test", Silent())
 
 
 def test_importance(example: Path) -> None:

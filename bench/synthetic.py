@@ -1,0 +1,52 @@
+"""Checkpoints of a real model's layer shape with fewer layers and random weights, for timing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sparse_checkpoint import EXAMPLE, SHAPES
+
+VOCABULARY = 4096
+
+
+def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The same config with fewer layers, a small vocabulary and no MTP block."""
+    changes = {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "mtp_num_hidden_layers": 0}
+    text = config.get("text_config")
+    if text is None:
+        return config | {key: value for key, value in changes.items() if key in config}
+    return config | {"text_config": text | changes}
+
+
+def write_checkpoint(shape: str, layers: int, folder: Path) -> None:
+    """Random bfloat16 weights under the model's own names, one shard a layer."""
+    full, shapes = SHAPES[shape]
+    config = shortened(full, layers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, size in shapes(config):
+        if not name.startswith(("mtp.", "model.visual.")):
+            part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "ends"
+            parts.setdefault(part, {})[name] = size
+    weight_map: dict[str, str] = {}
+    for part, sizes in parts.items():
+        tensors = {name: weight(name, size, generator) for name, size in sizes.items()}
+        save_file(tensors, folder / f"{part}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((EXAMPLE / name).read_bytes())
+
+
+def weight(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Values of the spread that trained weights have; norms lie around one."""
+    values = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+    values.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02, generator=generator)
+    return values.cpu()
