@@ -33,8 +33,6 @@ class MoeModel(ABC):
     """One model of one architecture: reads its config and explains its tensors."""
 
     model_type: ClassVar[str]
-    # what a token takes while it passes a layer's attention, at most, in hidden sizes
-    attention_widths: ClassVar[int] = 32
 
     def __init__(
         self,

@@ -66,7 +66,6 @@ class Qwen35Moe(MoeModel):
     """One Qwen3.5-MoE model."""
 
     model_type: ClassVar[str] = "qwen3_5_moe"
-    attention_widths: ClassVar[int] = 64  # DeltaNet's chunks are float32
 
     def read_facts(self) -> ModelFacts:
         nested = self.config.get("text_config")

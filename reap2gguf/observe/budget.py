@@ -19,6 +19,9 @@ SPOOLS = ("auto", "device", "host", "disk")
 MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
 _CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take beside all tensors
 _HOST_BYTES = 2 * 2**30  # left to the rest of the program and to the system
+# Of a position on its way through a layer's attention, in hidden sizes; bench/RESULTS.md.
+_ATTENTION_WIDTHS = 32
+_REFERENCE_DELTANET_WIDTHS = 64
 _SLACK = 0.92  # allocators round up
 _MOVING = 4  # batches of hidden states on their way to and from the host
 
@@ -43,10 +46,16 @@ class Budget:
     ahead: bool  # read a layer while another computes
 
 
-def position_bytes(model: MoeModel, dtype: torch.dtype, on_gpu: bool) -> int:
-    """Bytes that a position of a batch takes at most in a layer, weights aside."""
+def position_bytes(
+    model: MoeModel, dtype: torch.dtype, on_gpu: bool, reference_deltanet: bool
+) -> int:
+    """Bytes that a position of a batch takes at most in a layer, weights aside.
+
+    `reference_deltanet`: linear attention runs by transformers' own code, all in float32.
+    """
     facts = model.facts
-    attention = model.attention_widths * facts.hidden_size * dtype.itemsize
+    widths = _REFERENCE_DELTANET_WIDTHS if reference_deltanet else _ATTENTION_WIDTHS
+    attention = widths * facts.hidden_size * dtype.itemsize
     if not on_gpu:
         return attention  # one expert at a time: its pairs are few
     pair = 2 * facts.hidden_size + 4 * facts.expert_width
@@ -62,11 +71,11 @@ def fit(need: Need, device: torch.device, limit: int | None, spool: str) -> Budg
     """
     most = MOST_TOKENS[device.type]
     room = _gpu_room(device, limit) if device.type == "cuda" else _cpu_room(limit)
-    quick = max(min(most // 4, need.n_positions), need.longest_row)
-    for least in (quick, need.longest_row):
+    for share, must_be_ahead in ((2, True), (4, True), (most, False)):
+        least = max(min(most // share, need.n_positions), need.longest_row)
         for kind, ahead in _ways(need, device.type, spool):
             tokens = _tokens(need, room, kind, ahead)
-            if tokens >= least:
+            if tokens >= least and ahead >= must_be_ahead:
                 # a batch is one row at least
                 return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, ahead)
     base = _CONTEXT_BYTES if device.type == "cuda" else peak_bytes()

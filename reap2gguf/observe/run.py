@@ -13,7 +13,7 @@ from reap2gguf.errors import ObservationError
 from reap2gguf.observe.batches import Batch, Row, padded_batches
 from reap2gguf.observe.budget import Budget, Need, fit, position_bytes
 from reap2gguf.observe.decoder import StreamedDecoder
-from reap2gguf.observe.deltanet import deltanet_path
+from reap2gguf.observe.deltanet import deltanet_path, installed_version
 from reap2gguf.observe.mtp import count_hits
 from reap2gguf.observe.observer import LayerObserver
 from reap2gguf.observe.ranks import Ranks
@@ -82,9 +82,11 @@ class SweepRun:
 
     def _need(self, rows: Sequence[Row], dtype: torch.dtype) -> Need:
         model = self.decoder.model
+        on_gpu = self.device.type == "cuda"
+        reference_deltanet = self.decoder.has_deltanet and not (on_gpu and installed_version())
         return Need(
             layer=max(self.decoder.layer_bytes(index) for index in range(self.n_layers)),
-            position=position_bytes(model, dtype, self.device.type == "cuda"),
+            position=position_bytes(model, dtype, on_gpu, reference_deltanet),
             hidden=model.facts.hidden_size * dtype.itemsize,
             n_positions=sum(map(len, rows)),
             longest_row=max(map(len, rows), default=1),

@@ -63,7 +63,7 @@ def test_where_hidden_states_wait_changes_nothing(
 def test_too_little_memory_is_said(example: Path) -> None:
     checkpoint = Checkpoint.open(example)
     model = describe(checkpoint)
-    options = SweepOptions("cuda", memory=2**20 * 700)
+    options = SweepOptions("cuda", memory=2**20 * 600)
     with pytest.raises(UsageError, match=r"expected at least .* pass a smaller --max-length"):
         sweep(checkpoint, model, rows() * 100, SaliencyObserver(model), options, "test", Silent())
 
