@@ -79,14 +79,22 @@ def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
     return groups
 
 
-def padded_batches(rows: Sequence[Row], max_tokens: int, start: int, observed: bool) -> list[Batch]:
-    """Batches of `rows`, whose places in the spool follow one another from `start` on."""
+def padded_batches(rows: Sequence[Row], max_tokens: int, observed: bool) -> list[Batch]:
+    """Batches of `rows`, which have no places in a spool yet."""
     batches: list[Batch] = []
     for chosen in group(rows, max_tokens):
         lengths = torch.tensor([len(row) for row in chosen])
         tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
         for index, row in enumerate(chosen):
             tokens[index, : len(row)] = torch.from_numpy(row)
-        batches.append(Batch(tokens, lengths, start, observed))
-        start = batches[-1].place[1]
+        batches.append(Batch(tokens, lengths, 0, observed))
     return batches
+
+
+def settle_places(batches: Sequence[Batch]) -> int:
+    """Let the places of `batches` follow one another; how many positions they have together."""
+    position = 0
+    for batch in batches:
+        batch.start = position
+        position = batch.place[1]
+    return position

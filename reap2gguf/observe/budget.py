@@ -63,17 +63,21 @@ def position_bytes(
     return max(attention, experts) + 8 * facts.hidden_size * dtype.itemsize
 
 
-def fit(need: Need, device: torch.device, limit: int | None, spool: str) -> Budget:
+def fit(
+    need: Need, device: torch.device, limit: int | None, spool: str, n_processes: int = 1
+) -> Budget:
     """Divide `limit` bytes of the device, or what is free of it, among weights and batches.
 
-    The first way that leaves room for quick batches is taken, else the first that works at all.
+    Processes share the host, and have a GPU each. The first way that leaves room for quick batches
+    is taken, else the first that works at all.
     Raises UsageError if not even one row fits.
     """
     most = MOST_TOKENS[device.type]
-    room = _gpu_room(device, limit) if device.type == "cuda" else _cpu_room(limit)
+    host = available_bytes() // n_processes
+    room = _gpu_room(device, limit) if device.type == "cuda" else _cpu_room(host, limit)
     for share, must_be_ahead in ((2, True), (4, True), (most, False)):
         least = max(min(most // share, need.n_positions), need.longest_row)
-        for kind, ahead in _ways(need, device.type, spool):
+        for kind, ahead in _ways(need, device.type, spool, host):
             tokens = _tokens(need, room, kind, ahead)
             if tokens >= least and ahead >= must_be_ahead:
                 # a batch is one row at least
@@ -88,14 +92,14 @@ def fit(need: Need, device: torch.device, limit: int | None, spool: str) -> Budg
     )
 
 
-def _ways(need: Need, device_type: str, spool: str) -> list[tuple[str, bool]]:
+def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str, bool]]:
     """Where hidden states may wait and whether to read ahead, best first."""
     if spool != "auto":
         kind = "device" if spool == "host" and device_type == "cpu" else spool
         return [(kind, True), (kind, False)]
     if device_type == "cpu":
         return [("device", True), ("device", False), ("disk", True), ("disk", False)]
-    fits_host = need.n_positions * need.hidden <= available_bytes() - _HOST_BYTES
+    fits_host = need.n_positions * need.hidden <= host - _HOST_BYTES
     kind = "host" if fits_host else "disk"
     return [("device", True), (kind, True), (kind, False)]
 
@@ -123,8 +127,8 @@ def _gpu_room(device: torch.device, limit: int | None) -> int:
     return free if limit is None else min(free, min(limit, total) - _CONTEXT_BYTES)
 
 
-def _cpu_room(limit: int | None) -> int:
-    free = available_bytes() - _HOST_BYTES // 4
+def _cpu_room(host: int, limit: int | None) -> int:
+    free = host - _HOST_BYTES // 4
     return free if limit is None else min(free, limit - peak_bytes())
 
 

@@ -1,7 +1,7 @@
 """Several processes, one GPU each, that share out the rows of a sweep.
 
 Started by `torchrun --nproc-per-node N -m reap2gguf ...`: every process streams all layers over its
-rows, and after each layer the sums of all are added. The first process speaks and writes.
+batches, and after each layer the sums of all are added. The first process speaks and writes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PATIENCE = timedelta(days=2)  # the others wait while the first prunes
 class Ranks(Processes):
     """This process among its peers, and what they say to one another."""
 
-    def share(self, rows: Sequence[T]) -> list[T]:
-        """This process's rows of all, every `size`-th."""
-        return list(rows[self.rank :: self.size])
+    def share(self, everything: Sequence[T]) -> list[T]:
+        """This process's share of all: every `size`-th."""
+        return list(everything[self.rank :: self.size])
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the sum over all processes."""

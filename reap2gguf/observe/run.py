@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
-from reap2gguf.observe.batches import Batch, Row, padded_batches
+from reap2gguf.observe.batches import Batch, Row, padded_batches, settle_places
 from reap2gguf.observe.budget import Budget, Need, fit, position_bytes
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.deltanet import deltanet_path, installed_version
@@ -59,14 +59,15 @@ class SweepRun:
         folder: Path,
     ) -> None:
         """Decide on batches and spool, and embed every row while the first layer is read."""
-        self.n_rows = len(rows) + len(passengers)
         need = self._need([*rows, *passengers], dtype)
-        self.budget = fit(need, self.device, memory, spool)
+        # decided once: batches are the same however many processes share them out, and so are sums
+        here = fit(need, self.device, memory, spool, self.ranks.size)
+        self.budget = self.ranks.tell(here)
         most = self.budget.batch_tokens
-        self.batches = padded_batches(rows, most, 0, observed=True)
-        start = self.batches[-1].place[1] if self.batches else 0
-        self.batches += padded_batches(passengers, most, start, observed=False)
-        n_positions = self.batches[-1].place[1] if self.batches else 0
+        self.batches = self.ranks.share(padded_batches(rows, most, observed=True))
+        self.batches += self.ranks.share(padded_batches(passengers, most, observed=False))
+        self.n_rows = sum(len(batch.lengths) for batch in self.batches)
+        n_positions = settle_places(self.batches)
         width = self.decoder.model.facts.hidden_size
         self.spool = open_spool(self.budget.spool, (n_positions, width), dtype, self.device, folder)
         for line in self._first_lines(n_positions * need.hidden, dtype):
@@ -88,7 +89,7 @@ class SweepRun:
             layer=max(self.decoder.layer_bytes(index) for index in range(self.n_layers)),
             position=position_bytes(model, dtype, on_gpu, reference_deltanet),
             hidden=model.facts.hidden_size * dtype.itemsize,
-            n_positions=sum(map(len, rows)),
+            n_positions=-(-sum(map(len, rows)) // self.ranks.size),
             longest_row=max(map(len, rows), default=1),
         )
 
@@ -118,7 +119,8 @@ class SweepRun:
         flags = self._all_batches(index, task)
         assert self.spool is not None
         self.spool.flush()
-        finite = torch.cat(flags).cpu()  # the one time that the host waits for the device
+        # the one time that the host waits for the device; a process may have no batch at all
+        finite = torch.cat(flags).cpu() if flags else torch.ones(0, dtype=torch.bool)
         if not bool(finite.all()):
             self._without_bad_rows(index, finite)
         self._check_losses(index)

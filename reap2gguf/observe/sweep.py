@@ -93,10 +93,7 @@ def sweep(
     decoder = StreamedDecoder(checkpoint, model, dtype, device)
     run = SweepRun(decoder, observer, ranks, progress, device)
     try:
-        run.begin(
-            ranks.share(rows), ranks.share(passengers), dtype, options.memory, options.spool,
-            options.folder,
-        )  # fmt: skip
+        run.begin(rows, passengers, dtype, options.memory, options.spool, options.folder)
         with progress.task(title, run.n_layers * run.n_tokens, "tokens") as task:
             for index in range(run.n_layers):
                 run.layer(index, task)
