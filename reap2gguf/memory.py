@@ -5,25 +5,43 @@ import resource
 import sys
 from pathlib import Path
 
+_STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
+    # getrusage would count what the parent held when it started this process
+    if (found := _kilobytes(_STATUS, "VmHWM")) is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, in bytes; its peak where the system does not say."""
+    found = _kilobytes(_STATUS, "VmRSS")
+    return peak_bytes() if found is None else found
 
 
 def available_bytes() -> int:
     """Host memory that can be had without swapping, in bytes: the machine's or the container's."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _MEMINFO.is_file():
-        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
+    free = _kilobytes(_MEMINFO, "MemAvailable")
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
     return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def _kilobytes(path: Path, key: str) -> int | None:
+    """Bytes of a line such as `VmRSS:   1234 kB`, if the file has it."""
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def _number(path: Path) -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from reap2gguf.errors import UsageError
-from reap2gguf.memory import available_bytes, peak_bytes
+from reap2gguf.memory import available_bytes, resident_bytes
 from reap2gguf.models.contract import MoeModel
 
 SPOOLS = ("auto", "device", "host", "disk")
@@ -82,7 +82,7 @@ def fit(
             if tokens >= least and ahead >= must_be_ahead:
                 # a batch is one row at least
                 return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, ahead)
-    base = _CONTEXT_BYTES if device.type == "cuda" else peak_bytes()
+    base = _CONTEXT_BYTES if device.type == "cuda" else resident_bytes()
     least_bytes = (need.layer + need.longest_row * (need.position + _MOVING * need.hidden)) / _SLACK
     raise UsageError(
         f"{room / 2**30:.1f} GiB of memory are left for a sweep, expected at least "
@@ -129,7 +129,7 @@ def _gpu_room(device: torch.device, limit: int | None) -> int:
 
 def _cpu_room(host: int, limit: int | None) -> int:
     free = host - _HOST_BYTES // 4
-    return free if limit is None else min(free, limit - peak_bytes())
+    return free if limit is None else min(free, limit - resident_bytes())
 
 
 def hold_gpu_to(device: torch.device, limit: int | None) -> None:

@@ -25,7 +25,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(budget_module, "available_bytes", lambda: 100 * GIB)
-    monkeypatch.setattr(budget_module, "peak_bytes", lambda: GIB // 2)
+    monkeypatch.setattr(budget_module, "resident_bytes", lambda: GIB // 2)
 
 
 def takes(need: Need, budget: Budget) -> int:
