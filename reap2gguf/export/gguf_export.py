@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -133,20 +134,23 @@ def _pieces(tensors: Sequence[GgufTensor]) -> Iterator[_Piece]:
 
 
 def _run_all(job: _Job, pieces: Iterator[_Piece], n_threads: int) -> None:
-    """Run every piece, with at most two per thread waiting, so that memory stays bounded."""
+    """Run every piece: a thread takes the next as soon as it is free, so none waits for another."""
+    turn, failed = threading.Lock(), threading.Event()
+
+    def take() -> _Piece | None:
+        with turn:
+            return None if failed.is_set() else next(pieces, None)
+
+    def work() -> None:
+        while (piece := take()) is not None:
+            job.run(piece)
+
     with ThreadPoolExecutor(n_threads) as pool:
-        pending: set[Future[None]] = set()
         try:
-            for piece in pieces:
-                if len(pending) >= 2 * n_threads:
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        future.result()
-                pending.add(pool.submit(job.run, piece))
-            for future in pending:
-                future.result()
+            for worker in as_completed([pool.submit(work) for _ in range(n_threads)]):
+                worker.result()
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            failed.set()  # the other threads end with the piece that they are at
             raise
 
 
