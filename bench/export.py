@@ -3,13 +3,13 @@
     python bench/export.py FOLDER --peer llama.cpp
 
 FOLDER receives a checkpoint of Qwen3-30B-A3B's layer shape with random weights and a random
-imatrix, unless an earlier run left them there, and the files; 12 GB at the default size. Each
-measured job runs in a process of its own, with its input in the page cache, and prints a line:
+imatrix, unless an earlier run left them there, and the files: 10 GB at the default size. Each
+measured job runs in a process of its own, after its input was read once, and prints a line:
 
     seconds           wall time, until the bytes are on the disk (ours; llama.cpp does not wait)
     weights_per_second  weights of the model, each counted once per file, over seconds
     peak_rss_gib      peak resident memory of the job's process
-    temporary_bytes   bytes that the job wrote and that are in none of its files
+    temporary_bytes   bytes written that are in none of the files (llama.cpp: its BF16 source)
     shares            where the threads' time went; the rest is Python, waiting and idling
 
 `--peer` times llama.cpp's quantizer on the same three files, from a BF16 GGUF that is written
@@ -41,12 +41,14 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.ggml import Ggml
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
-from reap2gguf.quantize.recipe import load_recipe
+from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
 from reap2gguf.quantize.resolve import resolve
 
 RECIPES = ("unsloth-iq4km", "unsloth-iq4ks", "q4km")
 VOCAB = 4096  # of the example's tokenizer
 FILL_VALUES = 2**22
+READ_BYTES = 2**24
+Recipes = tuple[str, ...]
 Figures = dict[str, Any]
 
 
@@ -85,7 +87,7 @@ def random_imatrix(checkpoint: Checkpoint) -> Imatrix:
     return Imatrix(entries, "random", 1000, 512)
 
 
-def export(folder: Path, target: Path, recipes: tuple[str, ...], n_threads: int) -> Figures:
+def export(folder: Path, target: Path, recipes: Recipes, n_threads: int) -> Figures:
     """One pass of our own export, measured in the process that calls this."""
     imatrix = load_imatrix(folder / "imatrix.gguf")
     with Checkpoint.open(folder) as checkpoint:
@@ -98,41 +100,42 @@ def export(folder: Path, target: Path, recipes: tuple[str, ...], n_threads: int)
             for name in recipes
         }
         n_weights = checkpoint.n_parameters * len(files)
-        with measured(files, n_weights) as figures, clocks(figures, n_threads):
-            stages.export(
-                checkpoint, model, "Synthetic", files, imatrix, (), n_threads, Silent()
-            )
+        written = bytes_written()
+        with measured(n_weights) as figures, clocks(figures, n_threads):
+            stages.export(checkpoint, model, "Synthetic", files, imatrix, (), n_threads, Silent())
+    kept = sum(path.stat().st_size for path in files)
+    # what pads tensors is never written, so the difference can be below zero
+    figures["temporary_bytes"] = max(0, bytes_written() - written - kept)
     return figures
 
 
-def llama_export(source: Path, target: Path, imatrix: Path, n_threads: int) -> Figures:
+def llama_export(
+    source: Path, target: Path, imatrix: Path, recipes: Recipes, n_threads: int
+) -> Figures:
     """The same files by llama.cpp, one after the other, in the process that calls this."""
     from llama_quantize import quantize
 
     importance = load_imatrix(imatrix)
-    files = {target / f"{name}.gguf": load_recipe(name) for name in RECIPES}
-    n_weights = sum(tensor.n_elements for tensor in GGUFReader(source).tensors) * len(files)
-    with measured(files, int(n_weights)) as figures:
-        for path, recipe in files.items():
+    n_weights = sum(int(tensor.n_elements) for tensor in GGUFReader(source).tensors)
+    seconds = {}
+    with measured(n_weights * len(recipes)) as figures:
+        for name in recipes:
             begun = time.monotonic()
-            quantize(source, path, recipe, importance, n_threads)
-            figures[f"seconds_{recipe.name}"] = round(time.monotonic() - begun, 2)
-    return figures
+            quantize(source, target / f"{name}.gguf", load_recipe(name), importance, n_threads)
+            seconds[name] = round(time.monotonic() - begun, 2)
+    return figures | {"temporary_bytes": source.stat().st_size, "seconds_of": seconds}
 
 
 @contextmanager
-def measured(files: Any, n_weights: int) -> Iterator[Figures]:
+def measured(n_weights: int) -> Iterator[Figures]:
     """Figures of what runs inside, filled when it ends."""
     figures: Figures = {}
-    written, begun = bytes_written(), time.monotonic()
+    begun = time.monotonic()
     yield figures
     seconds = time.monotonic() - begun
-    kept = sum(path.stat().st_size for path in files)
     figures["seconds"] = round(seconds, 2)
     figures["weights_per_second"] = round(n_weights / seconds)
     figures["peak_rss_gib"] = round(peak_rss_bytes() / 2**30, 2)
-    # what pads tensors is never written, so the difference can be below zero
-    figures["temporary_bytes"] = max(0, bytes_written() - written - kept)
 
 
 def bytes_written() -> int:
@@ -178,11 +181,21 @@ def clocks(figures: Figures, n_threads: int) -> Iterator[None]:
     figures["shares"] = {share: round(seconds / total, 3) for share, seconds in spent.items()}
 
 
-def apart(function: Callable[..., Figures], *arguments: Any) -> Figures:
-    """Run in a fresh process, with earlier files on the disk, so that nothing else is measured."""
+def apart(function: Callable[..., Figures], inputs: list[Path], *arguments: Any) -> Figures:
+    """Run in a fresh process, its inputs read before and earlier outputs on the disk."""
     os.sync()
+    for path in inputs:
+        with path.open("rb") as file:
+            while file.read(READ_BYTES):
+                pass
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def export_apart(folder: Path, target: Path, recipes: Recipes, n_threads: int) -> Figures:
+    for name in recipes:
+        (target / f"{name}.gguf").unlink(missing_ok=True)
+    return apart(export, sorted(folder.glob("*.safetensors")), folder, target, recipes, n_threads)
 
 
 def n_different_tensors(ours: Path, theirs: Path) -> int:
@@ -196,19 +209,23 @@ def n_different_tensors(ours: Path, theirs: Path) -> int:
     return len(different)
 
 
-def compare_with_llama_cpp(folder: Path, n_threads: int, seconds: float) -> None:
-    source = folder / "peer" / "bf16.gguf"
-    source.parent.mkdir(exist_ok=True)
-    if not source.exists():
-        apart(export, folder / "model", source.parent, ("bf16",), n_threads)
-    imatrix = folder / "model" / "imatrix.gguf"
-    figures = apart(llama_export, source, source.parent, imatrix, n_threads)
+def compare_with_llama_cpp(
+    folder: Path, recipes: Recipes, n_threads: int, our_seconds: float
+) -> None:
+    peer = folder / "peer"
+    source, imatrix = peer / "bf16.gguf", folder / "model" / "imatrix.gguf"
+    if not peer.exists():
+        peer.mkdir()
+        export_apart(folder / "model", peer, ("bf16",), n_threads)
+    for name in recipes:
+        (peer / f"{name}.gguf").unlink(missing_ok=True)
+    figures = apart(llama_export, [source], source, peer, imatrix, recipes, n_threads)
     print(json.dumps({"job": "llama.cpp"} | figures), flush=True)
     different = {
-        name: n_different_tensors(folder / f"{name}.gguf", source.parent / f"{name}.gguf")
-        for name in RECIPES
+        name: n_different_tensors(folder / f"{name}.gguf", peer / f"{name}.gguf")
+        for name in recipes
     }
-    ratio = round(seconds / figures["seconds"], 3)
+    ratio = round(our_seconds / figures["seconds"], 3)
     print(json.dumps({"job": "comparison", "ratio": ratio, "different_tensors": different}))
 
 
@@ -217,16 +234,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=shipped_recipes())
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peer", choices=["llama.cpp"])
     arguments = parser.parse_args()
-    model = arguments.folder / "model"
+    model, recipes = arguments.folder / "model", tuple(arguments.recipes)
     if not model.exists():
         write_checkpoint(model, arguments.layers, arguments.experts)
-    figures = apart(export, model, arguments.folder, RECIPES, arguments.threads)
+    figures = export_apart(model, arguments.folder, recipes, arguments.threads)
     print(json.dumps({"job": "reap2gguf"} | figures), flush=True)
     if arguments.peer:
-        compare_with_llama_cpp(arguments.folder, arguments.threads, figures["seconds"])
+        compare_with_llama_cpp(arguments.folder, recipes, arguments.threads, figures["seconds"])
 
 
 if __name__ == "__main__":
