@@ -6,11 +6,12 @@ FOLDER receives a checkpoint of Qwen3-30B-A3B's layer shape with random weights 
 imatrix, unless an earlier run left them there, and the files: 10 GB at the default size. Each
 measured job runs in a process of its own, after its input was read once, and prints a line:
 
-    seconds           wall time, until the bytes are on the disk (ours; llama.cpp does not wait)
+    seconds             wall time, until the bytes are on the disk (llama.cpp does not wait)
+    cpu_seconds         processor time of all threads, which a busy machine changes least
     weights_per_second  weights of the model, each counted once per file, over seconds
-    peak_rss_gib      peak resident memory of the job's process
-    temporary_bytes   bytes written that are in none of the files (llama.cpp: its BF16 source)
-    shares            where the threads' time went; the rest is Python, waiting and idling
+    peak_rss_gib        peak resident memory of the job's process
+    temporary_bytes     bytes written that are in none of the files (llama.cpp: its BF16 source)
+    shares              where the threads' time went; the rest is Python, waiting and idling
 
 `--peer` times llama.cpp's quantizer on the same three files, from a BF16 GGUF that is written
 before, and compares every tensor's type and bytes.
@@ -130,10 +131,11 @@ def llama_export(
 def measured(n_weights: int) -> Iterator[Figures]:
     """Figures of what runs inside, filled when it ends."""
     figures: Figures = {}
-    begun = time.monotonic()
+    begun, cpu_begun = time.monotonic(), time.process_time()
     yield figures
     seconds = time.monotonic() - begun
     figures["seconds"] = round(seconds, 2)
+    figures["cpu_seconds"] = round(time.process_time() - cpu_begun, 2)
     figures["weights_per_second"] = round(n_weights / seconds)
     figures["peak_rss_gib"] = round(peak_rss_bytes() / 2**30, 2)
 

@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -92,7 +92,8 @@ def export_gguf(
         pieces = _fetched_ahead(checkpoint, _pieces(tensors), 2 * n_threads)
         _run_all(job, pieces, n_threads)
         for file in files:
-            os.fsync(file.descriptor)
+            with _refusals_told():
+                os.fsync(file.descriptor)
 
 
 @dataclass(frozen=True)
@@ -210,10 +211,16 @@ def _write_at(descriptor: int, data: npt.NDArray[np.uint8], position: int) -> No
     view = data.reshape(-1).data
     done = 0
     while done < len(view):
-        try:
+        with _refusals_told():
             done += os.pwrite(descriptor, view[done:], position + done)
-        except OSError as error:
-            raise OutputError(f"writing the GGUF failed ({error.strerror})") from error
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"writing the GGUF failed ({error.strerror})") from error
 
 
 def _check_imatrix(

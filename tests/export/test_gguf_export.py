@@ -257,6 +257,18 @@ def test_a_disk_that_fills_during_the_work_is_reported(
     assert left(tmp_path) == []
 
 
+def test_a_disk_that_fails_at_the_end_is_reported(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="Input/output error"):
+        export_files(tiny, tmp_path, [plain("Q8_0")])
+    assert left(tmp_path) == []
+
+
 def test_short_writes_are_continued(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
