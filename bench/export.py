@@ -4,7 +4,8 @@
 
 FOLDER receives a checkpoint of Qwen3-30B-A3B's layer shape with random weights and a random
 imatrix, unless an earlier run left them there, and the files: 10 GB at the default size. Each
-measured job runs in a process of its own, after its input was read once, and prints a line:
+measured job runs in a process of its own, its input in the page cache unless `--cold` has our
+export read from the disk, and prints a line:
 
     seconds             wall time, until the bytes are on the disk (llama.cpp does not wait)
     cpu_seconds         processor time of all threads, which a busy machine changes least
@@ -183,21 +184,35 @@ def clocks(figures: Figures, n_threads: int) -> Iterator[None]:
     figures["shares"] = {share: round(seconds / total, 3) for share, seconds in spent.items()}
 
 
-def apart(function: Callable[..., Figures], inputs: list[Path], *arguments: Any) -> Figures:
-    """Run in a fresh process, its inputs read before and earlier outputs on the disk."""
+def apart(function: Callable[..., Figures], *arguments: Any) -> Figures:
+    """Run in a fresh process, earlier outputs on the disk, so that nothing else is measured."""
     os.sync()
-    for path in inputs:
-        with path.open("rb") as file:
-            while file.read(READ_BYTES):
-                pass
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def export_apart(folder: Path, target: Path, recipes: Recipes, n_threads: int) -> Figures:
+def warm(path: Path) -> None:
+    """Read a file, so that the page cache holds it."""
+    with path.open("rb") as file:
+        while file.read(READ_BYTES):
+            pass
+
+
+def cool(path: Path) -> None:
+    """Have the page cache forget a file."""
+    os.sync()  # it keeps what is not on the disk yet
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def export_apart(
+    folder: Path, target: Path, recipes: Recipes, n_threads: int, cold: bool = False
+) -> Figures:
     for name in recipes:
         (target / f"{name}.gguf").unlink(missing_ok=True)
-    return apart(export, sorted(folder.glob("*.safetensors")), folder, target, recipes, n_threads)
+    for shard in folder.glob("*.safetensors"):
+        cool(shard) if cold else warm(shard)
+    return apart(export, folder, target, recipes, n_threads)
 
 
 def n_different_tensors(ours: Path, theirs: Path) -> int:
@@ -221,7 +236,8 @@ def compare_with_llama_cpp(
         export_apart(folder / "model", peer, ("bf16",), n_threads)
     for name in recipes:
         (peer / f"{name}.gguf").unlink(missing_ok=True)
-    figures = apart(llama_export, [source], source, peer, imatrix, recipes, n_threads)
+    warm(source)
+    figures = apart(llama_export, source, peer, imatrix, recipes, n_threads)
     print(json.dumps({"job": "llama.cpp"} | figures), flush=True)
     different = {
         name: n_different_tensors(folder / f"{name}.gguf", peer / f"{name}.gguf")
@@ -238,12 +254,13 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=shipped_recipes())
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--cold", action="store_true", help="the checkpoint from the disk")
     parser.add_argument("--peer", choices=["llama.cpp"])
     arguments = parser.parse_args()
     model, recipes = arguments.folder / "model", tuple(arguments.recipes)
     if not model.exists():
         write_checkpoint(model, arguments.layers, arguments.experts)
-    figures = export_apart(model, arguments.folder, recipes, arguments.threads)
+    figures = export_apart(model, arguments.folder, recipes, arguments.threads, arguments.cold)
     print(json.dumps({"job": "reap2gguf"} | figures), flush=True)
     if arguments.peer:
         compare_with_llama_cpp(arguments.folder, recipes, arguments.threads, figures["seconds"])
