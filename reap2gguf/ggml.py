@@ -28,11 +28,6 @@ Bytes = npt.NDArray[np.uint8]
 # Python packages that carry a libggml, best first, and where in them it lies.
 _CARRIERS = (("libggml", "lib64"), ("libggml", "lib"), ("llama_cpp", "lib"))
 _LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so")
-_FLOAT_TYPES = (
-    GGMLQuantizationType.F32,
-    GGMLQuantizationType.F16,
-    GGMLQuantizationType.BF16,
-)
 # Types that a weight can be stored in; asking libggml for another one ends the process.
 STORABLE = frozenset(
     GGMLQuantizationType[name]
@@ -93,10 +88,7 @@ class Ggml:
             raise ValueError(f"importance {importance.shape} for {n_columns} columns")
         if importance is None and kind in NEEDS_IMPORTANCE:
             raise ValueError(f"{kind.name} needs an importance matrix")
-        if kind in _FLOAT_TYPES:
-            target = _to_float_type(rows, kind)
-        else:
-            target = self._quantize(rows, kind, importance)
+        target = self._quantize(rows, kind, importance)
         if not self._library.ggml_validate_row_data(kind.value, target.ctypes.data, target.nbytes):
             raise ValueError(f"values up to {np.abs(rows).max():g} are beyond {kind.name}'s range")
         return target
@@ -143,18 +135,6 @@ class Ggml:
                 f"bytes, expected {GGML_QUANT_SIZES[kind]}; install libggml-python>=0.20.2"
             )
         return traits
-
-
-def _to_float_type(rows: Floats, kind: GGMLQuantizationType) -> Bytes:
-    if kind is GGMLQuantizationType.F32:
-        return np.ascontiguousarray(rows).view(np.uint8)
-    if kind is GGMLQuantizationType.F16:
-        with np.errstate(over="ignore"):  # the validation that follows tells
-            return rows.astype(np.float16, order="C").view(np.uint8)
-    bits = np.ascontiguousarray(rows).view(np.uint32)
-    # round to nearest, ties to even, as ggml_fp32_to_bf16 does for finite values
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return rounded.astype(np.uint16).view(np.uint8)
 
 
 @cache

@@ -39,6 +39,12 @@ class ImatrixEntry:
         seen = counts > 0
         return np.where(seen, self.sums / np.where(seen, counts, 1), np.float32(1))
 
+    def importance_of(self, matrix: int, n_columns: int) -> Floats:
+        """The (n_columns,) mean squares of one matrix; a .dat has all matrices in one row."""
+        row, first = divmod(matrix * n_columns, self.sums.shape[1])
+        sums, count = self.sums[row, first : first + n_columns], np.float32(self.counts[row])
+        return sums / count if count > 0 else np.ones_like(sums)
+
 
 @dataclass(frozen=True)
 class Imatrix:

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -87,16 +88,7 @@ class Checkpoint:
         With `index`, the rows are those of that entry along axis 0: expert `index` of a 3D tensor.
         Raises CheckpointError on a missing tensor or a short read.
         """
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
-        tensor = self.tensors[name]
-        shape, position = tensor.shape, tensor.offset
-        if index is not None:
-            shape = shape[1:]
-            position += index * math.prod(shape) * tensor.item_bytes
-        if shape:
-            position += first * math.prod(shape[1:]) * tensor.item_bytes
-            shape = ((shape[0] if last is None else last) - first, *shape[1:])
+        tensor, shape, position = self._locate(name, first, last, index)
         result = np.empty(shape, dtype=_NUMPY_TYPES[tensor.dtype])
         self._read_into(tensor, position, result)
         return result
@@ -121,6 +113,19 @@ class Checkpoint:
     ) -> npt.NDArray[np.float32]:
         """The same rows converted exactly to float32."""
         return to_float32(self.read(name, first, last, index), self.tensors[name].dtype, name)
+
+    def expect(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> None:
+        """Have the kernel fetch the rows that `read` will be asked for; returns at once."""
+        tensor, shape, position = self._locate(name, first, last, index)
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            # advice that a file system does not take costs speed and nothing else
+            with suppress(OSError):
+                os.posix_fadvise(
+                    self._descriptor(tensor.path), position, math.prod(shape) * tensor.item_bytes,
+                    os.POSIX_FADV_WILLNEED,
+                )  # fmt: skip
 
     def fingerprint(self) -> str:
         """A hash that tells two checkpoints apart: config, headers, and bytes sampled evenly.
@@ -155,6 +160,22 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _locate(
+        self, name: str, first: int, last: int | None, index: int | None
+    ) -> tuple[StoredTensor, tuple[int, ...], int]:
+        """The tensor, and the shape and file position of the part that `read` describes."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        tensor = self.tensors[name]
+        shape, position = tensor.shape, tensor.offset
+        if index is not None:
+            shape = shape[1:]
+            position += index * math.prod(shape) * tensor.item_bytes
+        if shape:
+            position += first * math.prod(shape[1:]) * tensor.item_bytes
+            shape = ((shape[0] if last is None else last) - first, *shape[1:])
+        return tensor, shape, position
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:

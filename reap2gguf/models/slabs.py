@@ -31,11 +31,26 @@ def read_rows(
     checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab, first: int, last: int
 ) -> npt.NDArray[np.float32]:
     """Rows [first, last) of one matrix, (last - first, columns), as GGUF is to hold them."""
+    begin, end = _stored_rows(tensor, slab, first, last)
+    values = checkpoint.read_float32(slab.stored, begin, end, slab.index)
     if tensor.transform is not None:
-        begin, end = slab.rows or (0, None)
-        values = checkpoint.read_float32(slab.stored, begin, end, slab.index)
         return tensor.transform(values).reshape(-1, tensor.n_columns)[first:last]
+    return values.reshape(1, -1) if len(tensor.shape) == 1 else values
+
+
+def expect_rows(
+    checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab, first: int, last: int
+) -> None:
+    """Have the kernel fetch what `read_rows` will read; returns at once."""
+    begin, end = _stored_rows(tensor, slab, first, last)
+    checkpoint.expect(slab.stored, begin, end, slab.index)
+
+
+def _stored_rows(tensor: GgufTensor, slab: Slab, first: int, last: int) -> tuple[int, int | None]:
+    """Where rows [first, last) begin and end in what is stored; a transform takes all of it."""
+    if tensor.transform is not None:
+        return slab.rows or (0, None)
     if len(tensor.shape) == 1:
-        return checkpoint.read_float32(slab.stored).reshape(1, -1)
+        return 0, None
     shift = slab.rows[0] if slab.rows else 0
-    return checkpoint.read_float32(slab.stored, first + shift, last + shift, slab.index)
+    return first + shift, last + shift

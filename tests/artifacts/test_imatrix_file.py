@@ -218,6 +218,16 @@ def test_importance_is_the_mean() -> None:
     assert one.importance().dtype == np.float32
 
 
+@pytest.mark.parametrize("matrix", [0, 1, 2])
+def test_importance_of_a_matrix_is_its_row(matrix: int) -> None:
+    one = entry("x", [[2, 4], [9, 0], [5, 5]], [2, 3, 0])
+    np.testing.assert_array_equal(one.importance_of(matrix, 2), one.importance()[matrix])
+    # a .dat has all matrices in one row, under one count
+    flat = entry("x", [[2, 4, 9, 0, 5, 5]], [4])
+    np.testing.assert_array_equal(flat.importance_of(matrix, 2), one.sums[matrix] / 4)
+    assert flat.importance_of(matrix, 2).dtype == np.float32
+
+
 def test_uncovered() -> None:
     assert sample().uncovered() == {"blk.0.ffn_up_exps.weight": 1}
 

@@ -143,3 +143,8 @@ def write_small_tokenizer(folder: Path) -> int:
         token["id"] = 256 + i
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return 256 + len(tokenizer["added_tokens"])
+
+
+def left(folder: Path) -> list[str]:
+    """Names of the files that an export left in a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file())

@@ -13,7 +13,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from exporting import export_files, gguf_tensors, plain, random_imatrix, stored
+from exporting import export_files, gguf_tensors, left, plain, random_imatrix, stored
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
 from tiny import TinyQwen3Moe
@@ -25,7 +25,6 @@ from reap2gguf.quantize.recipe import Recipe, load_recipe, shipped_recipes
 
 DATA = Path(__file__).parent.parent / "data"
 CONVERTED = json.loads((DATA / "tiny-qwen3-moe.gguf.json").read_text())
-MIXED = ("Q4_K_M", "IQ4_XS", "Q8_0", "BF16", "F32")
 TEXTS = (
     "The quick brown fox, 12345 times; it's DON'T or we'll see...\n\n\tdef f(x):\r\n    return x",
     "Grüße aus Köln, à bientôt, señor! Zażółć gęślą jaźń.",
@@ -166,46 +165,6 @@ def test_llama_cpp_generates_from_a_quantized_file(files: dict[str, Path], name:
     assert answer["choices"][0]["text"].strip()
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = TinyQwen3Moe(hidden=256, width=256, n_experts=3, head_dim=64)
-    return shape.write(tmp_path_factory.mktemp("wide") / "model")
-
-
-@pytest.fixture(scope="module")
-def imatrix(wide: Path) -> Imatrix:
-    return random_imatrix(gguf_tensors(wide))
-
-
-def test_files_of_one_pass_are_those_of_single_passes(
-    wide: Path, imatrix: Imatrix, tmp_path: Path
-) -> None:
-    together = export_files(wide, tmp_path, map(plain, MIXED), imatrix)
-    (tmp_path / "alone").mkdir()
-    for name in MIXED:
-        alone = export_files(wide, tmp_path / "alone", [plain(name)], imatrix)[name]
-        assert alone.read_bytes() == together[name].read_bytes()
-
-
-def test_one_thread_and_three_write_the_same(
-    wide: Path, imatrix: Imatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # small pieces, so that threads take turns within one matrix
-    monkeypatch.setattr("reap2gguf.models.slabs.PIECE_VALUES", 20_000)
-    files = {}
-    for n_threads in (1, 3):
-        folder = tmp_path / str(n_threads)
-        folder.mkdir()
-        files[n_threads] = export_files(wide, folder, map(plain, MIXED), imatrix, n_threads)
-    monkeypatch.undo()
-    (tmp_path / "whole").mkdir()
-    whole = export_files(wide, tmp_path / "whole", map(plain, MIXED), imatrix)
-    for name in MIXED:
-        expected = whole[name].read_bytes()
-        assert files[1][name].read_bytes() == expected
-        assert files[3][name].read_bytes() == expected
-
-
 def test_2d_and_3d_storage_give_the_same_files(tmp_path: Path) -> None:
     shape = TinyQwen3Moe(dense_layers=(0,))
     paths = []
@@ -298,6 +257,18 @@ def test_a_disk_that_fills_during_the_work_is_reported(
     assert left(tmp_path) == []
 
 
+def test_a_disk_that_fails_at_the_end_is_reported(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="Input/output error"):
+        export_files(tiny, tmp_path, [plain("Q8_0")])
+    assert left(tmp_path) == []
+
+
 def test_short_writes_are_continued(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +295,3 @@ def damaged(folder: Path, name: str, value: float) -> Path:
     tensors[name].view(-1)[-1] = value
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     return model
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
