@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         source = Path(work) / "source"
         source.mkdir()
-        write_checkpoint("qwen3-30b-a3b", round(arguments.gigabytes * 1e9 / LAYER_BYTES), source)
+        layers = math.ceil(arguments.gigabytes * 1e9 / LAYER_BYTES)
+        write_checkpoint("qwen3-30b-a3b", layers, source)
         n_bytes = sum(shard.stat().st_size for shard in source.glob("*.safetensors"))
         command = [
             sys.executable, "-m", "reap2gguf", "build", str(source), "--recipe", "unsloth-iq4km",

@@ -41,6 +41,7 @@ from reap2gguf import stages
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.ggml import Ggml
+from reap2gguf.memory import peak_bytes
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
@@ -138,22 +139,13 @@ def measured(n_weights: int) -> Iterator[Figures]:
     figures["seconds"] = round(seconds, 2)
     figures["cpu_seconds"] = round(time.process_time() - cpu_begun, 2)
     figures["weights_per_second"] = round(n_weights / seconds)
-    figures["peak_rss_gib"] = round(peak_rss_bytes() / 2**30, 2)
+    figures["peak_rss_gib"] = round(peak_bytes() / 2**30, 2)
 
 
 def bytes_written() -> int:
     """Bytes that this process has passed to the kernel to write."""
-    return kernel_value("/proc/self/io", "wchar:")
-
-
-def peak_rss_bytes() -> int:
-    # not ru_maxrss: a child starts with its parent's
-    return kernel_value("/proc/self/status", "VmHWM:") * 1024
-
-
-def kernel_value(file: str, key: str) -> int:
-    lines = Path(file).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar:"))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from reap2gguf.models import (
     describe,
 )
 from reap2gguf.models.tokenizer import check_tokenizer
+from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.options import BuildOptions
 from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
 from reap2gguf.prune.write import PrunedTensor, plan_pruned
@@ -39,7 +40,7 @@ _CPU_FLOPS = 60e9  # a core, float32
 _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
 _DISK_BYTES = 1e9
-_BASE_BYTES = 700 * 2**20  # torch, transformers and the buffers of one batch
+_BASE_BYTES = 600 * 2**20  # Python, torch, transformers
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Estimate:
 
     disk_bytes: int
     memory_bytes: int
+    memory: str  # which: "memory", or "GPU memory" where there is one
     seconds: float
 
 
@@ -153,7 +155,7 @@ def pruned_gguf_tensors(
 
 def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     """Disk, memory and time of a build that starts from nothing."""
-    options, facts = plan.options, plan.model.facts
+    options = plan.options
     threads = options.compute.threads
     n_tokens = _tokens_at_most(plan)
     quantized = sum(
@@ -165,12 +167,22 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
         + quantized / (_QUANTIZED_WEIGHTS * threads)
         + 5 * plan.checkpoint.n_bytes / _DISK_BYTES
     )
-    width = 1 if has_gpu else 2  # the CPU computes in float32, from 16 bits on disk
-    held = n_tokens * facts.hidden_size * 2 * width
-    largest = max(_layer_bytes(plan).values())
     gguf = sum(recipe.n_bytes for recipe in plan.recipes)
     gguf += sum(side_bytes(side) for side in plan.side_files)
-    return Estimate(plan.hf_bytes + gguf, _BASE_BYTES + held + largest * width, seconds)
+    where = "GPU memory" if has_gpu else "memory"
+    return Estimate(plan.hf_bytes + gguf, _memory(plan, n_tokens, has_gpu), where, seconds)
+
+
+def _memory(plan: Plan, n_tokens: int, has_gpu: bool) -> int:
+    """Bytes of the GPU, or of the host without one, that a sweep takes where nothing limits it."""
+    if plan.options.compute.memory is not None:
+        return plan.options.compute.memory
+    hidden = plan.model.facts.hidden_size * (2 if has_gpu else 4)
+    batch = min(n_tokens, MOST_TOKENS["cuda" if has_gpu else "cpu"])
+    # one layer computes while another is read
+    weights = 2 * max(n for layer, n in _layer_bytes(plan).items() if layer is not None)
+    base = CONTEXT_BYTES if has_gpu else _BASE_BYTES
+    return base + weights + n_tokens * hidden + batch * ATTENTION_WIDTHS * hidden
 
 
 def _tokens_at_most(plan: Plan) -> int:

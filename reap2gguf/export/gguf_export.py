@@ -14,7 +14,6 @@ whatever its size. Beside the pieces there is the imatrix: 4 bytes a column.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import deque
@@ -32,6 +31,7 @@ from gguf import GGMLQuantizationType
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.disk import reserve
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.export.header import GgufLayout, HeaderFacts, write_header
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
@@ -186,25 +186,13 @@ def _open(
     descriptor = os.open(output.path, os.O_RDWR)
     stack.callback(os.close, descriptor)
     try:
-        _reserve(descriptor, layout.n_bytes)
+        reserve(descriptor, layout.n_bytes)
     except OSError as error:
         raise OutputError(
             f"{output.path}: no room for {layout.n_bytes:,} bytes ({error.strerror}); free some "
             "or pass another --output"
         ) from error
     return _OpenFile(descriptor, layout, output.header.kinds)
-
-
-def _reserve(descriptor: int, n_bytes: int) -> None:
-    os.ftruncate(descriptor, n_bytes)
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    except OSError as error:
-        # some file systems cannot reserve; the length is set, and writes will tell
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
 
 
 def _write_at(descriptor: int, data: npt.NDArray[np.uint8], position: int) -> None:

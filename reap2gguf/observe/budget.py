@@ -13,15 +13,14 @@ import torch
 from reap2gguf.errors import UsageError
 from reap2gguf.memory import available_bytes, resident_bytes
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.observe.sizes import (
+    ATTENTION_WIDTHS,
+    CONTEXT_BYTES,
+    MOST_TOKENS,
+    REFERENCE_DELTANET_WIDTHS,
+)
 
-SPOOLS = ("auto", "device", "host", "disk")
-# Larger batches are no faster: every expert's share fills the machine.
-MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
-_CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take beside all tensors
 _HOST_BYTES = 2 * 2**30  # left to the rest of the program and to the system
-# Of a position on its way through a layer's attention, in hidden sizes; bench/RESULTS.md.
-_ATTENTION_WIDTHS = 32
-_REFERENCE_DELTANET_WIDTHS = 64
 _SLACK = 0.92  # allocators round up
 _MOVING = 4  # batches of hidden states on their way to and from the host
 
@@ -54,7 +53,7 @@ def position_bytes(
     `reference_deltanet`: linear attention runs by transformers' own code, all in float32.
     """
     facts = model.facts
-    widths = _REFERENCE_DELTANET_WIDTHS if reference_deltanet else _ATTENTION_WIDTHS
+    widths = REFERENCE_DELTANET_WIDTHS if reference_deltanet else ATTENTION_WIDTHS
     attention = widths * facts.hidden_size * dtype.itemsize
     if not on_gpu:
         return attention  # one expert at a time: its pairs are few
@@ -82,7 +81,7 @@ def fit(
             if tokens >= least and ahead >= must_be_ahead:
                 # a batch is one row at least
                 return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, ahead)
-    base = _CONTEXT_BYTES if device.type == "cuda" else resident_bytes()
+    base = CONTEXT_BYTES if device.type == "cuda" else resident_bytes()
     least_bytes = (need.layer + need.longest_row * (need.position + _MOVING * need.hidden)) / _SLACK
     raise UsageError(
         f"{room / 2**30:.1f} GiB of memory are left for a sweep, expected at least "
@@ -124,7 +123,7 @@ def _gpu_room(device: torch.device, limit: int | None) -> int:
     free, total = torch.cuda.mem_get_info(device)
     # what torch holds and does not use is as good as free
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free if limit is None else min(free, min(limit, total) - _CONTEXT_BYTES)
+    return free if limit is None else min(free, min(limit, total) - CONTEXT_BYTES)
 
 
 def _cpu_room(host: int, limit: int | None) -> int:
@@ -137,5 +136,5 @@ def hold_gpu_to(device: torch.device, limit: int | None) -> None:
     if limit is None or device.type != "cuda":
         return
     _, total = torch.cuda.mem_get_info(device)
-    share = (limit - _CONTEXT_BYTES) / total
+    share = (limit - CONTEXT_BYTES) / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)

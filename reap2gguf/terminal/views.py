@@ -52,8 +52,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         yield f"  {plan.side_name(side)}  {size(side_bytes(side))}, {side.title}"
     yield ""
     yield (
-        f"  needs {size(needs.disk_bytes)} of disk, about {size(needs.memory_bytes)} of memory, "
-        f"about {duration(needs.seconds)}"
+        f"  needs {size(needs.disk_bytes)} of disk, about {size(needs.memory_bytes)} of "
+        f"{needs.memory}, about {duration(needs.seconds)}"
     )
 
 

@@ -7,7 +7,8 @@ import torch
 
 from reap2gguf.errors import UsageError
 from reap2gguf.observe import budget as budget_module
-from reap2gguf.observe.budget import MOST_TOKENS, Budget, Need, fit
+from reap2gguf.observe.budget import Budget, Need, fit
+from reap2gguf.observe.sizes import MOST_TOKENS
 
 GIB = 2**30
 GPU, CPU = torch.device("cuda"), torch.device("cpu")

@@ -17,7 +17,7 @@ from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
-from reap2gguf.observe import budget as budget_module
+from reap2gguf.observe import sizes
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.mtp import count_hits, next_tokens
@@ -284,7 +284,7 @@ def test_batching_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = BASE.write(tmp_path / "model")
     rows, probe = rows_of(30, 12, 30, 5), rows_of(20, 9, seed=1)
     together, one = observe(folder, rows, probe)
-    monkeypatch.setitem(budget_module.MOST_TOKENS, "cpu", 1)
+    monkeypatch.setitem(sizes.MOST_TOKENS, "cpu", 1)
     apart, other = observe(folder, rows, probe)
     assert one == other
     for layer in together:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reap2gguf.artifacts.imatrix import load_imatrix
-from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.pipeline import build
+from reap2gguf.plan import make_plan
 from reap2gguf.processes import Processes, processes
+from reap2gguf.progress import Silent
 
 CALIBRATION = Path(__file__).resolve().parents[2] / "calibration"
 COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
@@ -27,11 +29,11 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def reap2gguf(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The program in two processes."""
     command = [
-        sys.executable, *(launcher if processes > 1 else []), "-m", "reap2gguf",
-        *map(str, arguments),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "reap2gguf", *map(str, arguments),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
@@ -41,52 +43,44 @@ def reap2gguf(*arguments: object, processes: int = 1) -> subprocess.CompletedPro
     return done
 
 
-def test_observations(tiny: Path, text: Path, tmp_path: Path) -> None:
-    # five batches: one process has one more than the other
-    asked = ("--calibration", text, "--max-length", 1000, "--samples", 33, *COMPUTE)
-    seen = {}
-    for count in (1, 2):
-        path = tmp_path / f"{count}.safetensors"
-        done = reap2gguf("observe", tiny, *asked, "-o", path, processes=count)
-        assert done.stdout.count(" rows, ") == 1, "one process speaks"
-        seen[count] = Observations.load(path)
-    alone, shared = seen[1], seen[2]
-    assert (shared.n_rows, shared.n_tokens) == (alone.n_rows, alone.n_tokens) == (33, 33000)
-    assert shared.layers.keys() == alone.layers.keys()
-    for layer, expected in alone.layers.items():
-        found = shared.layers[layer]
+def test_observe_writes_once(tiny: Path, text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "observations.safetensors"
+    asked = ("--calibration", text, "--max-length", 512, "--samples", 17, *COMPUTE)
+    done = torchrun("observe", tiny, *asked, "-o", path)
+    assert done.stdout.count(" rows, ") == 1, "one process speaks"
+    assert Observations.load(path).n_tokens == 17 * 512
+    assert list(tmp_path.glob("*observations*")) == [path]
+
+
+def test_a_build_is_the_same(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Both sweeps, over three batches: one process has one more than the other."""
+    options = BuildOptions(
+        recipes=("q8_0",), model=str(tiny), name="shared", chunk=512,
+        calibration=CalibrationOptions(str(text), samples=33, max_length=512),
+        imatrix_text=text, compute=ComputeOptions("cpu", "float32", threads=1),
+        output=tmp_path / "alone",
+    )  # fmt: skip
+    build(make_plan(options), Silent())
+    done = torchrun(
+        "build", tiny, "--recipe", "q8_0", "--name", "shared", "--calibration", text,
+        "--max-length", 512, "--samples", 33, "--chunk", 512, "--imatrix-text", text, *COMPUTE,
+        "--output", tmp_path / "shared",
+    )  # fmt: skip
+    assert done.stdout.count("experts:") == 1, "one process speaks"
+    alone, shared = (tmp_path / name / "shared-GGUF" for name in ("alone", "shared"))
+    for file in ("imatrix.gguf", "imatrix.dat", "shared-Q8_0.gguf"):
+        assert (shared / file).read_bytes() == (alone / file).read_bytes(), file
+    seen = [
+        Observations.load(next((tmp_path / name / ".work/observations").iterdir()))
+        for name in ("alone", "shared")
+    ]
+    assert seen[0].n_tokens == seen[1].n_tokens == 33 * 512
+    for layer, expected in seen[0].layers.items():
+        found = seen[1].layers[layer]
         np.testing.assert_array_equal(found.count, expected.count)
         np.testing.assert_array_equal(found.norm_max, expected.norm_max)
         for name in ("reap_sum", "gate_sum", "norm_sum"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
-
-
-def test_importance(tiny: Path, text: Path, tmp_path: Path) -> None:
-    asked = ("--text", text, "--chunk", 2048, *COMPUTE)
-    found = {}
-    for count in (1, 2):
-        path = tmp_path / f"{count}.gguf"
-        reap2gguf("imatrix", tiny, *asked, "-o", path, processes=count)
-        found[count] = load_imatrix(path)
-    assert found[2].n_chunks == found[1].n_chunks
-    assert found[2].entries.keys() == found[1].entries.keys()
-    for name, expected in found[1].entries.items():
-        np.testing.assert_array_equal(found[2].entries[name].counts, expected.counts)
-        np.testing.assert_allclose(found[2].entries[name].sums, expected.sums, rtol=1e-12)
-
-
-def test_a_build(tiny: Path, text: Path, tmp_path: Path) -> None:
-    asked = (
-        "build", tiny, "--recipe", "q8_0", "--name", "shared", "--calibration", text,
-        "--max-length", 1000, "--samples", 17, "--chunk", 2048, *COMPUTE,
-    )  # fmt: skip
-    kept = {}
-    for count in (1, 2):
-        output = tmp_path / str(count)
-        done = reap2gguf(*asked, "--output", output, processes=count)
-        assert done.stdout.count("experts:") == 1, "one process speaks"
-        kept[count] = Manifest.load(output / "shared-GGUF").pruning.kept
-    assert kept[2] == kept[1]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, ObservationError, UsageError
 from reap2gguf.models import describe
-from reap2gguf.observe import budget as budget_module
+from reap2gguf.observe import sizes
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.loader import WeightLoader
@@ -180,7 +180,7 @@ def test_importance_is_the_sum_of_squared_inputs(layout: str, tmp_path: Path) ->
 def test_batching_changes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(30, 12, 30, 5, 21)
     together, _ = observe(tiny, rows)
-    monkeypatch.setitem(budget_module.MOST_TOKENS, "cpu", 1)
+    monkeypatch.setitem(sizes.MOST_TOKENS, "cpu", 1)
     apart, _ = observe(tiny, rows)
     for layer in together.layers:
         np.testing.assert_array_equal(together.layers[layer].count, apart.layers[layer].count)
