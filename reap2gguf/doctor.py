@@ -13,13 +13,17 @@ from pathlib import Path
 from reap2gguf import __version__
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import load_ggml
+from reap2gguf.observe.deltanet import REFERENCE_SPEED
 from reap2gguf.options import available_threads
 from reap2gguf.resources import shipped_folder
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub")
 _OPTIONAL = {
     "llama-cpp-python": "not needed to build; runs GGUF files here: pip install 'reap2gguf[llama]'",
-    "flash-linear-attention": "speeds up DeltaNet on a GPU: pip install 'reap2gguf[gpu]'",
+    "flash-linear-attention": (
+        f"without it a GPU observes Qwen3.5's DeltaNet at {REFERENCE_SPEED} of the speed: "
+        "pip install 'reap2gguf[gpu]'"
+    ),
 }
 
 

@@ -104,4 +104,5 @@ def sweep(
     n_left, hits, tried = ranks.total([n_left, hits, tried])
     n_tokens = sum(len(row) for row in rows)
     waited = decoder.loader.seconds_waited
+    progress.note(f"{title}: {waited:.1f} s spent waiting for weights")
     return SweepReport(len(rows), n_tokens, len(rows) - n_left, hits, tried, waited)
