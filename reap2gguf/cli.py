@@ -173,10 +173,16 @@ def _print(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """The entry point of the `reap2gguf` program."""
+    if processes().size == 1:
+        cli(prog_name="reap2gguf")
+        return
+    is_well = False
     try:
         cli(prog_name="reap2gguf")
+    except SystemExit as end:
+        is_well = not end.code
+        raise
     finally:
-        if processes().size > 1:
-            from reap2gguf.observe.ranks import leave
+        from reap2gguf.observe.ranks import leave
 
-            leave()
+        leave(is_well)

@@ -176,7 +176,9 @@ def _imatrix(
     """The importance matrix of the pruned model."""
     compute, work = run.plan.options.compute, run.work
     asked = [row.tolist() for row in probe]
-    key = stage_key(key, chunks.tokens_sha256, asked, compute.device, compute.dtype)
+    key = stage_key(
+        key, chunks.tokens_sha256, chunks.chunk_size, asked, compute.device, compute.dtype
+    )
     path = work.gguf / "imatrix.gguf"
     reused = work.is_done("imatrix", key)
     compute = replace(compute, scratch=work.root)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,35 @@ def test_an_interrupted_build_goes_on(
     }  # fmt: skip
     fresh = build(tiny, tmp_path / "out", fresh=True)
     assert not any(stages_reused(fresh).values())
+
+
+def test_other_chunks_make_another_imatrix(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.stages, "export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out")
+    reused = stages_reused(build(tiny, tmp_path / "out", chunk=64))
+    assert reused["observe"]
+    assert reused["prune"]
+    assert not reused["imatrix"]
+
+
+def test_a_tilde_is_the_home_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile(PROSE, tmp_path / "prose.txt")
+    calibration = CalibrationOptions("~/prose.txt", samples=4, max_length=128)
+    plan = make_plan(options(tiny, tmp_path / "out", calibration=calibration))
+    assert estimate(plan, has_gpu=False).seconds > 0
+    result = pipeline.build(plan, Silent())
+    assert result.manifest.calibration.imatrix_text == "prose.txt"
+    assert result.manifest.pruning.n_rows == 4
 
 
 def test_a_build_that_fails_its_check_leaves_no_final_name(

@@ -72,7 +72,9 @@ def join() -> Ranks:
     return Ranks(here.rank, here.local, here.size)
 
 
-def leave() -> None:
-    """End what `join` began, if it began anything."""
+def leave(is_well: bool = True) -> None:
+    """End what `join` began, if it began anything; all together, if all is well."""
     if dist.is_available() and dist.is_initialized():
+        if is_well:
+            join().total([0])  # who ended first would close connections that others still use
         dist.destroy_process_group()

@@ -17,6 +17,7 @@ from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
+from reap2gguf.observe import decoder as decoder_module
 from reap2gguf.observe import sizes
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.importance import ImportanceObserver
@@ -317,3 +318,18 @@ def test_count_hits_leaves_padding_out() -> None:
 def test_count_hits_of_rows_too_short(width: int) -> None:
     tokens = torch.zeros(2, width, dtype=torch.int64)
     assert count_hits(tokens, tokens, torch.tensor([width] * 2)) == (0, 0)
+
+
+def test_the_best_tokens_a_slice_at_a_time_are_the_best_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoint.open(BASE.write(tmp_path / "model")) as checkpoint:
+        model = describe(checkpoint)
+        decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
+        decoder.load_layer(model.facts.n_layers)
+        hidden = torch.randn(3, 7, BASE.hidden, generator=torch.Generator().manual_seed(0))
+        monkeypatch.setattr(decoder_module, "_HEAD_TOKENS", 4)  # 21 positions: six slices
+        best = decoder.mtp_best(hidden)
+        assert torch.equal(best, decoder.mtp_logits(hidden).argmax(-1))
+        assert len(best.unique()) > 5
+        decoder.close()
