@@ -132,9 +132,8 @@ def _cpu_room(host: int, limit: int | None) -> int:
 
 
 def hold_gpu_to(device: torch.device, limit: int | None) -> None:
-    """Let torch take no more than `limit` bytes of a GPU, CUDA's own included."""
-    if limit is None or device.type != "cuda":
-        return
-    _, total = torch.cuda.mem_get_info(device)
-    share = (limit - CONTEXT_BYTES) / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
+    """Let torch take no more than `limit` bytes of a GPU, CUDA's own included; None: all."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        share = 1.0 if limit is None else (limit - CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ObservationError, UsageError
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.batches import Row
 from reap2gguf.observe.budget import hold_gpu_to
@@ -98,6 +98,11 @@ def sweep(
             for index in range(run.n_layers):
                 run.layer(index, task)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)
+    except torch.OutOfMemoryError as error:
+        raise ObservationError(
+            "the GPU's memory is too little for the layers and hidden states of this sweep; pass "
+            "--spool host, a smaller --max-length, or --device cpu"
+        ) from error
     finally:
         run.close()
     n_left = sum(len(batch.lengths) for batch in run.batches if batch.observed)
