@@ -46,6 +46,13 @@ def tiny(tmp_path: Path) -> Path:
     return TinyQwen3Moe().write(tmp_path / "tiny")
 
 
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint whose rows fill blocks of 256, so that every type can hold it."""
+    shape = TinyQwen3Moe(hidden=256, width=256, n_experts=3, head_dim=64)
+    return shape.write(tmp_path_factory.mktemp("wide") / "model")
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A finished build and what it was built from."""

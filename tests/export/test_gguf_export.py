@@ -56,6 +56,11 @@ def recipe_named(name: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
+def imatrix(wide: Path) -> Imatrix:
+    return random_imatrix(gguf_tensors(wide))
+
+
+@pytest.fixture(scope="module")
 def files(example: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The example in every file type that llama.cpp's own tools made for the data file."""
     imatrix = load_imatrix(DATA / "tiny-qwen3-moe.imatrix.gguf")

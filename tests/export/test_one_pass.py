@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exporting import export_files, left, plain
+from exporting import export_files, gguf_tensors, left, plain, random_imatrix
 from gguf import GGMLQuantizationType, GGUFReader
 from tiny import TinyQwen3Moe, TinyQwen35Moe
 
@@ -19,6 +19,11 @@ from reap2gguf.errors import CheckpointError
 from reap2gguf.ggml import Ggml
 
 MIXED = ("Q4_K_M", "IQ4_XS", "Q8_0", "BF16", "F32")
+
+
+@pytest.fixture(scope="module")
+def imatrix(wide: Path) -> Imatrix:
+    return random_imatrix(gguf_tensors(wide))
 
 
 def test_files_of_one_pass_are_those_of_single_passes(
