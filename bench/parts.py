@@ -53,7 +53,7 @@ class Stopwatch:
         for spool in (DeviceSpool, PinnedSpool, FileSpool):
             self.around(spool, "load", "spool")
             self.around(spool, "store", "spool")
-        for method in ("see", "settle", "_see_input"):
+        for method in ("see", "settle", "commit", "_see_input"):
             if hasattr(observer, method):
                 self.around(observer, method, "accumulators")
         self.around(StreamedDecoder, "load_layer", "loading")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -176,13 +177,19 @@ def main() -> None:
     if processes().size == 1:
         cli(prog_name="reap2gguf")
         return
-    is_well = False
     try:
         cli(prog_name="reap2gguf")
     except SystemExit as end:
-        is_well = not end.code
+        _leave_others(end.code)
         raise
-    finally:
-        from reap2gguf.observe.ranks import leave
 
-        leave(is_well)
+
+def _leave_others(code: str | int | None) -> None:
+    """End among several processes: in order if all is well, else at once, so that none waits."""
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    from reap2gguf.observe.ranks import leave
+
+    leave()

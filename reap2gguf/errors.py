@@ -8,6 +8,7 @@
     ├── UnsupportedModelError       a model, or a value in its config, that is not implemented
     ├── CalibrationError            text or samples that cannot become rows of tokens
     ├── ObservationError            a sweep whose numbers cannot be trusted
+    ├── PeerError                   another process of the same run has ended
     ├── RecipeError                 a recipe that is wrong in itself or for this model
     ├── ArtifactError               a GGUF, imatrix or observations file that is broken
     ├── DependencyError             a library that is missing or too old
@@ -50,6 +51,10 @@ class CalibrationError(Reap2ggufError):
 
 class ObservationError(Reap2ggufError):
     """Too many rows of a sweep were not finite for its sums to be trusted."""
+
+
+class PeerError(Reap2ggufError):
+    """Another process of the same run ended before its time."""
 
 
 class RecipeError(Reap2ggufError):

@@ -31,7 +31,10 @@ def available_bytes() -> int:
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    return free if limit is None or used is None else max(0, min(free, limit - used))
+    if limit is None or used is None:
+        return free
+    cached = _file_cache(_CGROUP / "memory.stat")  # counts as used, and is given up when wanted
+    return max(0, min(free, limit - used + cached))
 
 
 def _kilobytes(path: Path, key: str) -> int | None:
@@ -42,6 +45,14 @@ def _kilobytes(path: Path, key: str) -> int | None:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _file_cache(path: Path) -> int:
+    """Bytes of files that a container holds in memory."""
+    if not path.is_file():
+        return 0
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return sum(int(words[1]) for words in lines if words[0] in ("inactive_file", "active_file"))
 
 
 def _number(path: Path) -> int | None:

@@ -1,7 +1,7 @@
 """How a sweep fits into memory: tokens a batch, where hidden states wait, whether to read ahead.
 
 What a batch needs is estimated from the model's dimensions; should the estimate be too low, the
-sweep halves a batch that does not fit. What is exact: weights and hidden states.
+sweep halves a batch that does not fit. Weights are exact; hidden states count without padding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from reap2gguf.errors import UsageError
-from reap2gguf.memory import available_bytes, resident_bytes
+from reap2gguf.memory import resident_bytes
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.sizes import (
     ATTENTION_WIDTHS,
@@ -34,6 +34,8 @@ class Need:
     hidden: int  # a position's hidden state
     n_positions: int
     longest_row: int
+    embedding: int = 0  # the token embedding, and the head
+    has_mtp: bool = False  # an MTP block runs last, beside the embedding
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,27 @@ def position_bytes(
     return max(attention, experts) + 8 * facts.hidden_size * dtype.itemsize
 
 
-def fit(
-    need: Need, device: torch.device, limit: int | None, spool: str, n_processes: int = 1
-) -> Budget:
-    """Divide `limit` bytes of the device, or what is free of it, among weights and batches.
+def fit(need: Need, device_type: str, room: int, host: int, spool: str) -> Budget:
+    """Divide `room` bytes of the device among weights and batches; `host` are free on the host.
 
-    Processes share the host, and have a GPU each. The first way that leaves room for quick batches
-    is taken, else the first that works at all.
+    The first way that leaves room for quick batches is taken, else the first that works at all.
     Raises UsageError if not even one row fits.
     """
-    most = MOST_TOKENS[device.type]
-    host = available_bytes() // n_processes
-    room = _gpu_room(device, limit) if device.type == "cuda" else _cpu_room(host, limit)
+    most = MOST_TOKENS[device_type]
+    ways = _ways(need, device_type, spool, host)
     for share, must_be_ahead in ((2, True), (4, True), (most, False)):
         least = max(min(most // share, need.n_positions), need.longest_row)
-        for kind, ahead in _ways(need, device.type, spool, host):
+        for kind, ahead in ways:
             tokens = _tokens(need, room, kind, ahead)
             if tokens >= least and ahead >= must_be_ahead:
                 # a batch is one row at least
                 return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, ahead)
-    base = CONTEXT_BYTES if device.type == "cuda" else resident_bytes()
-    least_bytes = (need.layer + need.longest_row * (need.position + _MOVING * need.hidden)) / _SLACK
+    wanted = min(_least_bytes(need, kind, ahead) for kind, ahead in ways)
     raise UsageError(
         f"{room / 2**30:.1f} GiB of memory are left for a sweep, expected at least "
-        f"{least_bytes / 2**30:.1f} for a layer of {need.layer / 2**30:.1f} GiB and a row of "
-        f"{need.longest_row} tokens; pass a smaller --max-length, or a --memory of "
-        f"{(least_bytes + base) / 2**30:.1f}GiB or more"
+        f"{wanted / 2**30:.1f} for a layer of {need.layer / 2**30:.1f} GiB and a row of "
+        f"{need.longest_row} tokens; pass a smaller --max-length, or raise --memory by "
+        f"{max(wanted - room, 2**26) / 2**30:.1f}GiB if it is what limits"
     )
 
 
@@ -105,13 +102,25 @@ def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str
 
 def _tokens(need: Need, room: int, spool: str, ahead: bool) -> int:
     """Positions of a batch for which there is room."""
-    left = room * _SLACK - need.layer * (2 if ahead else 1)
-    position = need.position
-    if spool == "device":
-        left -= need.n_positions * need.hidden
-    else:
-        position += _MOVING * need.hidden
-    return max(0, int(left // position))
+    left = room * _SLACK - _fixed(need, spool, ahead)
+    return max(0, int(left // _position(need, spool)))
+
+
+def _least_bytes(need: Need, spool: str, ahead: bool) -> float:
+    """Room that a batch of one row takes."""
+    return (_fixed(need, spool, ahead) + need.longest_row * _position(need, spool)) / _SLACK
+
+
+def _fixed(need: Need, spool: str, ahead: bool) -> int:
+    """What does not depend on the batch: weights, and hidden states on the device."""
+    # the embedding is there while the first layer is read, and with an MTP block's layer
+    beside = need.layer if ahead or need.has_mtp else 0
+    weights = max(need.layer * (2 if ahead else 1), need.embedding + beside)
+    return weights + (need.n_positions * need.hidden if spool == "device" else 0)
+
+
+def _position(need: Need, spool: str) -> int:
+    return need.position + (0 if spool == "device" else _MOVING * need.hidden)
 
 
 def _rounded(tokens: int) -> int:
@@ -119,16 +128,18 @@ def _rounded(tokens: int) -> int:
     return 1 << (tokens.bit_length() - 1) if tokens else 0
 
 
-def _gpu_room(device: torch.device, limit: int | None) -> int:
+def room_on(device: torch.device, host: int, limit: int | None, n_processes: int = 1) -> int:
+    """Bytes of the device that a sweep may take: what is free, or what `limit` leaves.
+
+    Processes have a GPU each, and share `limit` where they share a host.
+    """
+    if device.type != "cuda":
+        free = host - _HOST_BYTES // 4
+        return free if limit is None else min(free, limit // n_processes - resident_bytes())
     free, total = torch.cuda.mem_get_info(device)
     # what torch holds and does not use is as good as free
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free if limit is None else min(free, min(limit, total) - CONTEXT_BYTES)
-
-
-def _cpu_room(host: int, limit: int | None) -> int:
-    free = host - _HOST_BYTES // 4
-    return free if limit is None else min(free, limit - resident_bytes())
 
 
 def hold_gpu_to(device: torch.device, limit: int | None) -> None:

@@ -113,6 +113,11 @@ class StreamedDecoder:
         assert hidden is not None
         return hidden
 
+    def embedding_bytes(self) -> int:
+        """Memory of the token embedding, and of the head."""
+        stored = self._checkpoint.tensors[self.model.embedding_name]
+        return stored.n_elements * self._dtype.itemsize
+
     def layer_bytes(self, index: int) -> int:
         """Memory of layer `index`, whatever type its weights are stored in."""
         return target_bytes(self._targets(index))
@@ -168,12 +173,15 @@ class StreamedDecoder:
 
     @torch.inference_mode()
     def mtp_logits(self, hidden: Tensor) -> Tensor:
-        """What the MTP block predicts, (B, T, V), from its hidden states."""
-        if self._head is None:
-            tied = self.model.facts.tied_embeddings
-            head = self.model.head_name
-            self._head = self._base.embed_tokens.weight if tied else self._read(head)
+        """What the MTP block predicts, (B, T, V), from its hidden states; it cannot run again."""
         block: Any = self._layers[-1]
+        if self._head is None:
+            block.layers.to("meta")  # what is left to compute is a norm and the head
+            if self.model.facts.tied_embeddings:
+                self._head = self._base.embed_tokens.weight
+            else:
+                self.drop_embedding()
+                self._head = self._read(self.model.head_name)
         return torch.nn.functional.linear(block.norm(hidden), self._head)
 
     def mtp_best(self, hidden: Tensor) -> Tensor:

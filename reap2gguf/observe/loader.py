@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -55,7 +55,7 @@ class WeightLoader:
         self.seconds_waited = 0.0  # by whoever takes
         self._checkpoint = checkpoint
         self._device = device
-        self._pool = ThreadPoolExecutor(n_threads, "weights", self._begin_thread)
+        self._pool = ThreadPoolExecutor(n_threads, "weights")
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -87,23 +87,25 @@ class WeightLoader:
         """A set that was asked for, once it is whole; CheckpointError if it cannot be read."""
         begun = time.monotonic()
         tensors, futures = self._asked.pop(key)
-        for future in futures:
-            future.result()
-        if self._stream is not None:
-            self._stream.synchronize()
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            # also after an error: copies under way must not outlive the tensors
+            wait(futures)
+            self._finish_copies()
         self.seconds_waited += time.monotonic() - begun
         return tensors
 
     def close(self) -> None:
         """Stop reading."""
         self._pool.shutdown(cancel_futures=True)
+        self._finish_copies()
         self._asked.clear()
 
-    def _begin_thread(self) -> None:
-        """A new thread would pin its buffers for the first GPU."""
+    def _finish_copies(self) -> None:
         if self._stream is not None:
-            torch.cuda.set_device(self._device)
-            self._buffers.pair = [self._new_buffer(), self._new_buffer()]
+            self._stream.synchronize()
 
     @staticmethod
     def _new_buffer() -> tuple[Tensor, torch.cuda.Event]:
@@ -124,16 +126,20 @@ class WeightLoader:
     def _fill_device(self, target: Tensor, piece: Piece) -> None:
         """Through one of two buffers, so that a thread reads into one while the other is copied."""
         assert self._stream is not None
-        self._buffers.pair.reverse()
-        buffer, copied = self._buffers.pair[0]
-        copied.synchronize()
-        values = buffer[: piece.n_values * piece.dtype.itemsize].view(piece.dtype)
-        self._read(piece, values)
-        with torch.cuda.stream(self._stream):
-            if piece.dtype != target.dtype:
-                values = values.to(self._device, non_blocking=True)
-            target.copy_(values, non_blocking=True)
-            copied.record(self._stream)
+        # a new thread would otherwise pin its buffers for the first GPU
+        with torch.cuda.device(self._device):
+            if not hasattr(self._buffers, "pair"):
+                self._buffers.pair = [self._new_buffer(), self._new_buffer()]
+            self._buffers.pair.reverse()
+            buffer, copied = self._buffers.pair[0]
+            copied.synchronize()
+            values = buffer[: piece.n_values * piece.dtype.itemsize].view(piece.dtype)
+            self._read(piece, values)
+            with torch.cuda.stream(self._stream):
+                if piece.dtype != target.dtype:
+                    values = values.to(self._device, non_blocking=True)
+                target.copy_(values, non_blocking=True)
+                copied.record(self._stream)
 
     def _read(self, piece: Piece, values: Tensor) -> None:
         buffer = values.view(torch.uint8).numpy()

@@ -2,7 +2,7 @@
 
 A batch's sums are kept aside until it is settled with a flag that lies on the device: where rows
 turn out not to be finite the batch adds nothing, and runs again without them. The host need not
-wait for the flag.
+wait for the flag. What may run out of memory comes before a batch is committed.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ class LayerObserver(ABC):
         return ()
 
     def settle(self, good: Tensor) -> None:
-        """End a batch: its sums count where `good`, a bool on the device, is true."""
+        """End a batch: its sums will count where `good`, a bool on the device, is true."""
+        self._pending = [(total, torch.where(good, added, 0)) for total, added in self._pending]
+
+    def commit(self) -> None:
+        """Count a batch that was settled; takes no memory, so it cannot fail for want of any."""
         for total, added in self._pending:
-            total += torch.where(good, added, 0)
+            total += added
         self._pending.clear()
 
     def discard(self) -> None:

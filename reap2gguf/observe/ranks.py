@@ -6,7 +6,8 @@ batches, and after each layer the sums of all are added. The first process speak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -14,8 +15,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Loaded before any group exists: its functions' defaults would keep the group, and its threads,
+# alive beyond the interpreter's end, which aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor
 
+from reap2gguf.errors import PeerError, UsageError
 from reap2gguf.processes import Processes, processes
 
 T = TypeVar("T")
@@ -44,16 +50,24 @@ class Ranks(Processes):
         self.add([tensor])
         return [int(value) for value in tensor]
 
+    def least(self, value: int) -> int:
+        """The smallest of all processes' numbers."""
+        tensor = torch.tensor([value], dtype=torch.int64)
+        self._reduce([tensor], dist.ReduceOp.MIN)
+        return int(tensor)
+
     def _reduce(self, tensors: Iterable[Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor, operation)
+            with _peers_lost_told():
+                for tensor in tensors:
+                    dist.all_reduce(tensor, operation)
 
     def tell(self, word: T | None) -> T:
         """What the first process says, in all of them."""
         words = [word]
         if self.size > 1:
-            dist.broadcast_object_list(words, src=0, device=torch.device("cpu"))
+            with _peers_lost_told():
+                dist.broadcast_object_list(words, src=0, device=torch.device("cpu"))
         found = words[0]
         assert found is not None
         return found
@@ -63,18 +77,46 @@ class Ranks(Processes):
 def join() -> Ranks:
     """This process's place; where there are others, they are met here."""
     here = processes()
-    if here.size > 1:
-        has_gpu = torch.cuda.is_available()
-        if has_gpu:
-            torch.cuda.set_device(here.local % torch.cuda.device_count())
-        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
-    return Ranks(here.rank, here.local, here.size)
+    ranks = Ranks(here.rank, here.local, here.size)
+    if ranks.size == 1:
+        return ranks
+    n_gpus = torch.cuda.device_count()
+    if n_gpus:
+        torch.cuda.set_device(min(ranks.local, n_gpus - 1))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=_PATIENCE)
+    return ranks
 
 
-def leave(is_well: bool = True) -> None:
-    """End what `join` began, if it began anything; all together, if all is well."""
+def meet_on(ranks: Ranks, device: torch.device) -> None:
+    """Let processes that compute on `device` connect, which takes memory, before it is divided.
+
+    Raises UsageError if two of them would share a GPU.
+    """
+    if ranks.size == 1 or device.type != "cuda":
+        return
+    if ranks.local >= torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun started more processes on this machine than its {torch.cuda.device_count()} "
+            "GPUs; pass --nproc-per-node with their number, or --device cpu"
+        )
+    ranks.add([torch.zeros(1, device=device)])
+    torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _peers_lost_told() -> Iterator[None]:
+    """torch's errors of a lost connection are pages long."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError("another process of this run ended; its own message says why") from error
+
+
+def leave() -> None:
+    """End what `join` began, if it began anything; all together.
+
+    Not for a process that failed: it would wait for others, which wait for it.
+    """
     if dist.is_available() and dist.is_initialized():
-        if is_well:
-            join().total([0])  # who ended first would close connections that others still use
+        join().total([0])  # who ended first would close connections that others still use
         dist.destroy_process_group()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
+from reap2gguf.memory import available_bytes
 from reap2gguf.observe.batches import Batch, Row, padded_batches, settle_places
-from reap2gguf.observe.budget import Budget, Need, fit, position_bytes
+from reap2gguf.observe.budget import Budget, Need, fit, position_bytes, room_on
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.deltanet import deltanet_path, installed_version
 from reap2gguf.observe.mtp import count_hits
@@ -60,9 +62,10 @@ class SweepRun:
     ) -> None:
         """Decide on batches and spool, and embed every row while the first layer is read."""
         need = self._need([*rows, *passengers], dtype)
-        # decided once: batches are the same however many processes share them out, and so are sums
-        here = fit(need, self.device, memory, spool, self.ranks.size)
-        self.budget = self.ranks.tell(here)
+        # the same in all processes: batches, and so sums, are those of one
+        host = self.ranks.least(available_bytes() // self.ranks.size)
+        room = self.ranks.least(room_on(self.device, host, memory, self.ranks.size))
+        self.budget = fit(need, self.device.type, room, host, spool)
         most = self.budget.batch_tokens
         self.batches = self.ranks.share(padded_batches(rows, most, observed=True))
         self.batches += self.ranks.share(padded_batches(passengers, most, observed=False))
@@ -73,13 +76,22 @@ class SweepRun:
         for line in self._first_lines(n_positions * need.hidden, dtype):
             self.progress.note(line)
         self.decoder.load_embedding()
-        if self.budget.ahead:
-            self.decoder.ask_layer(0)
+        self._read_ahead(0)
         with torch.inference_mode():
             for batch in self.batches:
                 self.spool.store(batch.place, self.decoder.embed(batch.tokens).flatten(0, 1))
         self.spool.flush()
         self.decoder.drop_embedding()
+
+    def _read_ahead(self, index: int) -> None:
+        """Begin to read a layer, if there is room for two."""
+        if not self.budget.ahead:
+            return
+        try:
+            self.decoder.ask_layer(index)
+        except torch.OutOfMemoryError:
+            self.budget = replace(self.budget, ahead=False)
+            self.progress.note("the GPU's memory is too little to read weights ahead")
 
     def _need(self, rows: Sequence[Row], dtype: torch.dtype) -> Need:
         model = self.decoder.model
@@ -91,6 +103,8 @@ class SweepRun:
             hidden=model.facts.hidden_size * dtype.itemsize,
             n_positions=-(-sum(map(len, rows)) // self.ranks.size),
             longest_row=max(map(len, rows), default=1),
+            embedding=self.decoder.embedding_bytes(),
+            has_mtp=self.decoder.mtp_layer is not None and self.decoder.mtp_layer < self.n_layers,
         )
 
     def _first_lines(self, spool_bytes: int, dtype: torch.dtype) -> Iterator[str]:
@@ -111,8 +125,8 @@ class SweepRun:
     def layer(self, index: int, task: Task) -> None:
         """Move every batch through a layer."""
         layer = self.decoder.load_layer(index)
-        if self.budget.ahead and index + 1 < self.n_layers:
-            self.decoder.ask_layer(index + 1)
+        if index + 1 < self.n_layers:
+            self._read_ahead(index + 1)
         self.observer.attach(index, layer)
         if index == self.decoder.mtp_layer:
             self.decoder.load_ends()
@@ -136,15 +150,13 @@ class SweepRun:
         waiting, done, flags = deque(self.batches), [], []
         while waiting:
             batch = waiting.popleft()
-            hidden = self.spool.load(batch.place, waiting[0].place if waiting else None)
             try:
+                hidden = self.spool.load(batch.place, waiting[0].place if waiting else None)
                 flags.append(self._through(index, batch, hidden))
             except torch.OutOfMemoryError as error:
                 self.observer.discard()
                 waiting.extendleft(reversed(self._halved(batch, error)))
                 continue
-            finally:
-                del hidden
             done.append(batch)
             task.advance(batch.n_tokens)
         self.batches = done
@@ -170,8 +182,11 @@ class SweepRun:
             finite |= ~real.mask.view_as(finite)
         rows = finite.all(-1)
         good = rows.all()
+        kept = torch.where(good, output.flatten(0, 1), hidden)
+        del output
         self.observer.settle(good & batch.observed)
-        self.spool.store(batch.place, torch.where(good, output.flatten(0, 1), hidden))
+        self.spool.store(batch.place, kept)
+        self.observer.commit()
         return rows
 
     @torch.inference_mode()
@@ -186,6 +201,8 @@ class SweepRun:
                 hidden = self.spool.load(batch.place).view(*batch.tokens.shape, -1)
                 hidden = hidden[rows.to(hidden.device)].flatten(0, 1)
                 batch.keep(rows)
+                if not len(batch.lengths):
+                    break
                 self.spool.store(batch.place, hidden)
                 rows = self._through(index, batch, hidden).cpu()
                 self.spool.flush()

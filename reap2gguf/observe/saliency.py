@@ -49,8 +49,12 @@ class SaliencyObserver(LayerObserver):
 
     def settle(self, good: Tensor) -> None:
         super().settle(good)
-        for total, seen in self._pending_peaks:
-            torch.maximum(total, torch.where(good, seen, 0), out=total)
+        self._pending_peaks = [(top, torch.where(good, new, 0)) for top, new in self._pending_peaks]
+
+    def commit(self) -> None:
+        super().commit()
+        for top, new in self._pending_peaks:
+            torch.maximum(top, new, out=top)
         self._pending_peaks.clear()
 
     def discard(self) -> None:

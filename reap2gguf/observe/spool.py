@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.disk import reserve
-from reap2gguf.errors import OutputError
+from reap2gguf.errors import OutputError, UsageError
 
 Place = tuple[int, int]  # first position, and the one after the last
 
@@ -71,11 +71,17 @@ class PinnedSpool(Spool):
         self, n_positions: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(n_positions, width, dtype)
-        # threads touch the pages first, which takes most of the time that pinning takes
-        self._held = torch.empty(self.shape, dtype=dtype).fill_(0)
-        if self._held.numel():
-            n_bytes = self._held.numel() * dtype.itemsize
-            _call_cuda("cudaHostRegister", self._held.data_ptr(), n_bytes, 0)
+        n_bytes = n_positions * width * dtype.itemsize
+        try:
+            # threads touch the pages first, which takes most of the time that pinning takes
+            self._held = torch.empty(self.shape, dtype=dtype).fill_(0)
+            if n_bytes:
+                _call_cuda("cudaHostRegister", self._held.data_ptr(), n_bytes, 0)
+        except RuntimeError as error:
+            raise UsageError(
+                f"{n_bytes:,} bytes of host memory for hidden states cannot be had or pinned; pass "
+                "--spool disk, or observe fewer --samples"
+            ) from error
         self._lane = _Lane(device)
 
     def load(self, place: Place, following: Place | None = None) -> Tensor:

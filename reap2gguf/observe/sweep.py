@@ -24,7 +24,7 @@ from reap2gguf.observe.batches import Row
 from reap2gguf.observe.budget import hold_gpu_to
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.observer import LayerObserver
-from reap2gguf.observe.ranks import join
+from reap2gguf.observe.ranks import join, meet_on
 from reap2gguf.observe.run import SweepRun
 from reap2gguf.progress import Progress
 
@@ -82,12 +82,13 @@ def sweep(
     """Run all rows through the layers that `observer` wants to see.
 
     Raises ObservationError if more than 1 % of the rows are not finite, UsageError if the memory
-    is too little, OutputError if a spool on disk finds no room.
+    is too little, OutputError if a spool on disk finds no room, PeerError if another process ended.
     """
     ranks = join()
     device, dtype = options.resolve()
     if options.n_threads is not None:
-        torch.set_num_threads(options.n_threads)
+        torch.set_num_threads(max(1, options.n_threads // ranks.size))
+    meet_on(ranks, device)
     hold_gpu_to(device, options.memory)
     observer.use(device)
     decoder = StreamedDecoder(checkpoint, model, dtype, device)

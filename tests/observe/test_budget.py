@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from reap2gguf.errors import UsageError
 from reap2gguf.observe import budget as budget_module
-from reap2gguf.observe.budget import Budget, Need, fit
+from reap2gguf.observe.budget import Budget, Need, room_on
 from reap2gguf.observe.sizes import MOST_TOKENS
 
 GIB = 2**30
@@ -25,8 +27,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    monkeypatch.setattr(budget_module, "available_bytes", lambda: 100 * GIB)
     monkeypatch.setattr(budget_module, "resident_bytes", lambda: GIB // 2)
+
+
+def fit(need: Need, device: torch.device, limit: int | None, spool: str, host: int = 100) -> Budget:
+    """With `host` GiB free on the host."""
+    room = room_on(device, host * GIB, limit)
+    return budget_module.fit(need, device.type, room, host * GIB, spool)
 
 
 def takes(need: Need, budget: Budget) -> int:
@@ -53,9 +60,21 @@ def test_a_small_gpu_keeps_hidden_states_on_the_host() -> None:
     assert fit(LARGE, GPU, 8 * GIB, "auto") == Budget(8192, "host", True)
 
 
-def test_a_small_host_keeps_them_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_module, "available_bytes", lambda: 3 * GIB)
-    assert fit(LARGE, GPU, 8 * GIB, "auto").spool == "disk"
+def test_a_small_host_keeps_them_on_disk() -> None:
+    assert fit(LARGE, GPU, 8 * GIB, "auto", host=3).spool == "disk"
+
+
+def test_an_embedding_beside_an_mtp_block_is_counted() -> None:
+    large = replace(LARGE, embedding=int(2.5 * GIB), has_mtp=True)
+    assert fit(LARGE, GPU, 10 * GIB, "auto").batch_tokens == 16384
+    assert fit(large, GPU, 10 * GIB, "auto").batch_tokens == 8192
+    with pytest.raises(UsageError):
+        fit(large, GPU, 4 * GIB, "auto")
+
+
+def test_processes_share_the_limit_of_a_host() -> None:
+    assert room_on(CPU, 50 * GIB, 8 * GIB, 2) == 4 * GIB - GIB // 2
+    assert room_on(GPU, 50 * GIB, 8 * GIB, 2) == room_on(GPU, 50 * GIB, 8 * GIB, 1)
 
 
 def test_reading_ahead_is_given_up_last() -> None:
@@ -86,10 +105,11 @@ def test_a_row_longer_than_a_batch_is_a_batch() -> None:
     assert fit(need, GPU, None, "auto").batch_tokens == 40000 > MOST_TOKENS["cuda"]
 
 
-def test_what_is_missing_is_said() -> None:
+@pytest.mark.parametrize("spool", ["auto", "device"])
+def test_what_is_missing_is_said(spool: str) -> None:
     with pytest.raises(UsageError) as error:
-        fit(LARGE, GPU, 3 * GIB, "auto")
+        fit(LARGE, GPU, 3 * GIB, spool)
     text = str(error.value)
     assert "2.4 GiB of memory are left for a sweep" in text
-    needed = float(text.rsplit("--memory of ", 1)[1].split("GiB")[0])
-    assert fit(LARGE, GPU, int((needed + 0.1) * GIB), "auto").batch_tokens == 4096
+    more = float(text.rsplit("raise --memory by ", 1)[1].split("GiB")[0])
+    assert fit(LARGE, GPU, int((3 + more + 0.1) * GIB), spool).batch_tokens == 4096

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.errors import PeerError
+from reap2gguf.observe import ranks as ranks_module
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.pipeline import build
 from reap2gguf.plan import make_plan
@@ -29,11 +31,13 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: object, program: tuple[object, ...] = ("-m", "reap2gguf")
+) -> subprocess.CompletedProcess[str]:
     """The program in two processes."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "reap2gguf", *map(str, arguments),
+        *map(str, program), *map(str, arguments),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
@@ -41,6 +45,37 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_nothing_outlives_the_processes_meeting(tmp_path: Path) -> None:
+    """A thread of the connections that is left at the interpreter's end may abort the process."""
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from reap2gguf.observe.ranks import join, leave\n"
+        "ranks = join()\n"
+        "import transformers.models.qwen3_moe.modeling_qwen3_moe\n"
+        "assert ranks.total([ranks.rank, 1]) == [1, 2]\n"
+        "assert ranks.least(ranks.rank + 5) == 5\n"
+        "assert ranks.tell('first' if ranks.is_first else None) == 'first'\n"
+        "peak = torch.tensor([1.0 + ranks.rank])\n"
+        "ranks.peak([peak])\n"
+        "assert float(peak) == 2\n"
+        "leave()\n"
+        "names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "assert not [name for name in names if 'gloo' in name], names\n"
+    )
+    torchrun(program=(script,))
+
+
+def test_a_lost_process_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*arguments: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(ranks_module.dist, "all_reduce", lost)
+    with pytest.raises(PeerError, match="another process of this run ended"):
+        ranks_module.Ranks(0, 0, 2).total([1])
 
 
 def test_observe_writes_once(tiny: Path, text: Path, tmp_path: Path) -> None:

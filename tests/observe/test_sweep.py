@@ -22,6 +22,7 @@ from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.loader import WeightLoader
 from reap2gguf.observe.saliency import SaliencyObserver
+from reap2gguf.observe.spool import DeviceSpool
 from reap2gguf.observe.sweep import SweepOptions, SweepReport, sweep
 from reap2gguf.progress import Silent
 
@@ -209,12 +210,23 @@ def poisoned(tmp_path: Path, token: int) -> Path:
     return folder
 
 
-def test_a_row_that_is_not_finite_counts_nowhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_tokens", [8192, 18, 1])
+@pytest.mark.parametrize("spool", ["device", "disk"])
+def test_a_row_that_is_not_finite_counts_nowhere(
+    batch_tokens: int, spool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone in its batch, or among others."""
+    monkeypatch.setitem(sizes.MOST_TOKENS, "cpu", batch_tokens)
     rows = [row + 10 for row in rows_of(*[6] * 120)]
     bad = rows[17].copy()
     bad[2] = 5
     folder = poisoned(tmp_path, token=5)
-    with_bad, report = observe(folder, [*rows[:17], bad, *rows[17:]])
+    checkpoint = Checkpoint.open(folder)
+    model = describe(checkpoint)
+    with_bad = SaliencyObserver(model)
+    options = replace(CPU, spool=spool, folder=tmp_path)
+    among = [*rows[:17], bad, *rows[17:]]
+    report = sweep(checkpoint, model, among, with_bad, options, "test", Silent())
     assert report.n_dropped_rows == 1
     without, _ = observe(folder, rows)
     for layer in without.layers:
@@ -264,21 +276,47 @@ def test_bfloat16_stays_near_float32(tiny: Path) -> None:
         assert observer.layers[layer].reap_sum.sum() == pytest.approx(total, rel=0.05)
 
 
-def test_a_batch_that_does_not_fit_is_halved(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["computing", "loading", "storing"])
+def test_a_batch_that_does_not_fit_is_halved(
+    where: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = rows_of(20, 20, 20, 20, 13)
     whole, _ = observe(tiny, rows)
-    run_layer = StreamedDecoder.run_layer
+    layers_begun = 0
+    run_layer, load, store = StreamedDecoder.run_layer, DeviceSpool.load, DeviceSpool.store
 
-    def narrow(self: StreamedDecoder, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        output = run_layer(self, index, hidden)
-        if len(hidden) > 2:
+    def check(n_positions: int, here: str) -> None:
+        if here == where and layers_begun and n_positions > 40:
             raise torch.OutOfMemoryError("no more")
+
+    def narrow_run(self: StreamedDecoder, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        output = run_layer(self, index, hidden)
+        check(output[..., 0].numel(), "computing")
         return output
 
-    monkeypatch.setattr(StreamedDecoder, "run_layer", narrow)
+    def narrow_load(self: DeviceSpool, place: Any, following: Any = None) -> torch.Tensor:
+        check(place[1] - place[0], "loading")
+        return load(self, place, following)
+
+    def narrow_store(self: DeviceSpool, place: Any, hidden: torch.Tensor) -> None:
+        check(len(hidden), "storing")
+        store(self, place, hidden)
+
+    class Counting(SaliencyObserver):
+        def attach(self, index: int, layer: torch.nn.Module) -> None:
+            nonlocal layers_begun
+            layers_begun += 1
+            super().attach(index, layer)
+
+    monkeypatch.setattr(StreamedDecoder, "run_layer", narrow_run)
+    monkeypatch.setattr(DeviceSpool, "load", narrow_load)
+    monkeypatch.setattr(DeviceSpool, "store", narrow_store)
     notes: list[str] = []
     monkeypatch.setattr(Silent, "note", lambda self, text: notes.append(text))
-    halved, report = observe(tiny, rows)
+    checkpoint = Checkpoint.open(tiny)
+    model = describe(checkpoint)
+    halved = Counting(model)
+    report = sweep(checkpoint, model, rows, halved, CPU, "test", Silent())
     assert report.n_dropped_rows == 0
     assert sum("is halved" in note for note in notes) == 2, "halved in the first layer only"
     for layer in whole.layers:
@@ -313,7 +351,7 @@ def test_too_little_memory_is_said(tiny: Path) -> None:
     checkpoint = Checkpoint.open(tiny)
     model = describe(checkpoint)
     options = replace(CPU, memory=2**20)
-    with pytest.raises(UsageError, match=r"expected at least .* or a --memory of [0-9.]+GiB"):
+    with pytest.raises(UsageError, match=r"expected at least .* raise --memory by [0-9.]+GiB"):
         sweep(
             checkpoint, model, rows_of(64), SaliencyObserver(model), options, "test", Silent()
         )  # fmt: skip

@@ -12,6 +12,7 @@ from tiny import TinyQwen35Moe
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
 from reap2gguf.models import describe
+from reap2gguf.observe import sizes
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, sweep
@@ -43,15 +44,16 @@ def test_saliency(example: Path) -> None:
 
 @pytest.mark.parametrize("spool", ["host", "disk"])
 def test_where_hidden_states_wait_changes_nothing(
-    spool: str, example: Path, tmp_path: Path
+    spool: str, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sizes.MOST_TOKENS, "cuda", 1024)  # many batches, so that copies overlap
     checkpoint = Checkpoint.open(example)
     model = describe(checkpoint)
     seen = {}
     for kind in ("device", spool):
         observer = SaliencyObserver(model)
         options = SweepOptions("cuda", spool=kind, memory=2**31, folder=tmp_path)
-        sweep(checkpoint, model, rows(), observer, options, "test", Silent())
+        sweep(checkpoint, model, rows() * 20, observer, options, "test", Silent())
         seen[kind] = observer.layers
     for layer, here in seen["device"].items():
         there = seen[spool][layer]
@@ -79,8 +81,10 @@ def test_importance(example: Path) -> None:
         found[device] = observer.entries
     assert found["cpu"].keys() == found["cuda"].keys()
     for name, entry in found["cpu"].items():
-        total = found["cuda"][name].sums.sum()
-        assert total == pytest.approx(entry.sums.sum(), rel=0.01), name
+        # a few tokens are routed otherwise in other rounding
+        near = found["cuda"][name].sums
+        error = np.linalg.norm(near - entry.sums) / np.linalg.norm(entry.sums)
+        assert error < 0.02, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
