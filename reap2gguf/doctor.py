@@ -21,7 +21,7 @@ _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "hugg
 _OPTIONAL = {
     "llama-cpp-python": "not needed to build; runs GGUF files here: pip install 'reap2gguf[llama]'",
     "flash-linear-attention": (
-        f"without it a GPU observes Qwen3.5's DeltaNet at {REFERENCE_SPEED} of the speed: "
+        f"without it a GPU observes Qwen3.5's DeltaNet at {REFERENCE_SPEED} the speed: "
         "pip install 'reap2gguf[gpu]'"
     ),
 }
