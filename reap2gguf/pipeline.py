@@ -24,7 +24,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import VerificationError
 from reap2gguf.memory import peak_bytes
 from reap2gguf.models import MoeModel, describe
-from reap2gguf.plan import Plan
+from reap2gguf.plan import Plan, estimate
 from reap2gguf.processes import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.prune.select import Kept, select_experts
@@ -66,23 +66,28 @@ def build(plan: Plan, progress: Progress) -> BuildResult:
 
     Raises a Reap2ggufError, VerificationError among them, and then leaves no final name.
     """
-    options = plan.options
-    work = Workdir(options.output, plan.name)
+    work = Workdir(plan.options.output, plan.name)
+    with work.locked(), plan.checkpoint:
+        return _build_alone(_Build(plan, work, progress))
+
+
+def _build_alone(run: _Build) -> BuildResult:
+    """The stages; no other build of the name is at work."""
+    plan, work, options = run.plan, run.work, run.plan.options
     work.prepare(options.fresh)
-    run = _Build(plan, work, progress)
+    work.check_room(estimate(plan, has_gpu=False).disk_bytes)
     if replaced := work.earlier_files():
-        progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
-    with plan.checkpoint:
-        rows, chunks = _texts(run)
-        observations, observations_file = _observe(run, rows)
-        kept = select_experts(observations, options.method, plan.target, plan.model.facts)
-        key = _prune(run, kept)
-        with Checkpoint.open(work.hf) as pruned:
-            model = describe(pruned)
-            probe = stages.mtp_probe(plan.model, rows)
-            imatrix, key = _imatrix(run, pruned, model, chunks, probe, key)
-            _export(run, pruned, model, imatrix, kept, key)
-            checked = _verify(run, pruned, model, kept)
+        run.progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
+    rows, chunks = _texts(run)
+    observations, observations_file = _observe(run, rows)
+    kept = select_experts(observations, options.method, plan.target, plan.model.facts)
+    key = _prune(run, kept)
+    with Checkpoint.open(work.hf) as pruned:
+        model = describe(pruned)
+        probe = stages.mtp_probe(plan.model, rows)
+        imatrix, key = _imatrix(run, pruned, model, chunks, probe, key)
+        _export(run, pruned, model, imatrix, kept, key)
+        checked = _verify(run, pruned, model, kept)
     manifest = write_bundle_files(
         plan, work, observations, observations_file, chunks, kept, checked, run.records
     )

@@ -4,19 +4,23 @@ OUTPUT/NAME/                        final, safetensors
 OUTPUT/NAME-GGUF/                   final, GGUF
 OUTPUT/.work/NAME/NAME/             the same, while being made
 OUTPUT/.work/NAME/NAME-GGUF/
+OUTPUT/.work/NAME.lock              held while a build of this name runs
 OUTPUT/.work/NAME/stages.json       stage -> key of the inputs it was done with
 OUTPUT/.work/observations/KEY.safetensors    kept: another ratio needs no new observation
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.errors import ArtifactError, OutputError
@@ -64,6 +68,37 @@ class Workdir:
     def observations(self, key: str) -> Path:
         return self.output / ".work" / "observations" / f"{key}.safetensors"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other build of this name out while the context is open.
+
+        The lock is the kernel's, so it ends with the process, however that ends. Raises OutputError
+        if another build holds it, or if the output cannot be written.
+        """
+        path = self.output / ".work" / f"{self.name}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="ascii")
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be written ({error.strerror})") from error
+        with file:
+            self._take(file)
+            yield
+
+    def _take(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise OutputError(
+                f"{self.root}: another build of {self.name} is at work there (process "
+                f"{file.read(20).strip() or 'unknown'}); wait for it, or pass another --name or "
+                "--output"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+
     def prepare(self, fresh: bool) -> None:
         """Make the folders; `fresh` forgets finished stages.
 
@@ -81,6 +116,19 @@ class Workdir:
             (self.output / ".work" / "observations").mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be written ({error.strerror})") from error
+
+    def check_room(self, n_bytes: int) -> None:
+        """Refuse a build of `n_bytes` for which the disk has no room, before the work.
+
+        What an interrupted build left counts as written. Raises OutputError with the numbers.
+        """
+        written = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.output).free
+        if n_bytes - written > free:
+            raise OutputError(
+                f"{self.output}: the build writes {n_bytes:,} bytes, of which {written:,} are "
+                f"there, and {free:,} are free on that disk; free some, or pass another --output"
+            )
 
     def _check_replaceable(self, final: Path) -> None:
         """Only the same folder of an earlier build of the same name may be replaced."""

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,38 @@ def test_other_chunks_make_another_imatrix(
     assert reused["observe"]
     assert reused["prune"]
     assert not reused["imatrix"]
+
+
+def test_a_second_build_of_one_name_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with Workdir(tmp_path / "out", "tiny-REAP-0.25").locked():
+        with pytest.raises(OutputError, match=rf"another build .* \(process {os.getpid()}\)"):
+            build(tiny, tmp_path / "out")
+        build(tiny, tmp_path / "out", name="other")
+    build(tiny, tmp_path / "out")
+
+
+def test_a_disk_that_is_too_full_is_said_before_the_work(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = estimate(make_plan(options(tiny, tmp_path / "out")), has_gpu=False).disk_bytes
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=rf"writes {needed:,} bytes, .* {needed - 1:,} are free"):
+        build(tiny, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    build(tiny, tmp_path / "out")
+
+
+def test_a_killed_build_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from reap2gguf.workdir import Workdir\n"
+        "with Workdir(Path(sys.argv[1]), 'name').locked(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with Workdir(tmp_path, "name").locked():
+        pass
 
 
 def test_a_tilde_is_the_home_folder(
@@ -303,7 +337,8 @@ def test_an_interrupted_publication_is_carried_through(
             build(tiny, tmp_path / "out")
     result = build(tiny, tmp_path / "out")
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
-    assert [p.name for p in (tmp_path / "out" / ".work").iterdir()] == ["observations"]
+    left = {path.name for path in (tmp_path / "out" / ".work").iterdir()}
+    assert left == {"observations", "tiny-REAP-0.25.lock"}
 
 
 def test_a_killed_export_leaves_nothing_in_the_bundle(tiny: Path, tmp_path: Path) -> None:
