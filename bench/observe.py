@@ -209,7 +209,7 @@ def main() -> None:
             again = [*sys.argv[1:], "--folder", str(arguments.folder), "--one", name]
             subprocess.run([sys.executable, __file__, *again], check=True)
         if arguments.peer:
-            subprocess.run([sys.executable, str(PEERS[arguments.peer])], check=True)
+            sys.exit(subprocess.run([sys.executable, str(PEERS[arguments.peer])]).returncode)
 
 
 if __name__ == "__main__":

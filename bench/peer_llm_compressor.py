@@ -9,6 +9,7 @@ as the modifier wants them, and only the experts that a token is routed to are c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=2048)
     arguments = parser.parse_args()
+    if importlib.util.find_spec("llmcompressor") is None:
+        parser.error("llm-compressor is not installed: pip install llmcompressor")
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 
