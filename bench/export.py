@@ -35,7 +35,6 @@ from unittest.mock import patch
 
 import numpy as np
 from gguf import GGUFReader
-from sparse_checkpoint import QWEN3_30B, qwen3, write
 
 from reap2gguf import stages
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
@@ -48,30 +47,18 @@ from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
 from reap2gguf.quantize.resolve import resolve
 
 RECIPES = ("unsloth-iq4km", "unsloth-iq4ks", "q4km")
-VOCAB = 4096  # of the example's tokenizer
-FILL_VALUES = 2**22
 READ_BYTES = 2**24
 Recipes = tuple[str, ...]
 Figures = dict[str, Any]
 
 
-def write_checkpoint(folder: Path, n_layers: int, n_experts: int) -> None:
-    """Random bfloat16 weights in Qwen3-30B-A3B's layer shape, and random importance."""
-    changes = {"num_hidden_layers": n_layers, "num_experts": n_experts, "vocab_size": VOCAB}
-    config = QWEN3_30B | changes
-    write(config, qwen3(config), folder)
-    generator = np.random.default_rng(0)
+def write_model(folder: Path, n_layers: int, n_experts: int) -> None:
+    """Random weights in Qwen3-30B-A3B's layer shape, and random importance."""
+    from synthetic import write_checkpoint  # torch is no part of the memory that is measured
+
+    folder.mkdir(parents=True)
+    write_checkpoint("qwen3-30b-a3b", n_layers, folder, num_experts=n_experts)
     with Checkpoint.open(folder) as checkpoint:
-        for name, stored in checkpoint.tensors.items():
-            with stored.path.open("r+b") as file:
-                file.seek(stored.offset)
-                for first in range(0, stored.n_elements, FILL_VALUES):
-                    count = min(FILL_VALUES, stored.n_elements - first)
-                    values = generator.standard_normal(count, np.float32) * np.float32(0.02)
-                    if name.endswith("norm.weight"):
-                        values += 1
-                    # the upper half of a float32 is a bfloat16
-                    file.write((values.view(np.uint32) >> 16).astype(np.uint16))
         save_gguf(random_imatrix(checkpoint), folder / "imatrix.gguf")
 
 
@@ -251,7 +238,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, recipes = arguments.folder / "model", tuple(arguments.recipes)
     if not model.exists():
-        write_checkpoint(model, arguments.layers, arguments.experts)
+        write_model(model, arguments.layers, arguments.experts)
     figures = export_apart(model, arguments.folder, recipes, arguments.threads, arguments.cold)
     print(json.dumps({"job": "reap2gguf"} | figures), flush=True)
     if arguments.peer:

@@ -10,22 +10,26 @@ import torch
 from safetensors.torch import save_file
 from sparse_checkpoint import EXAMPLE, SHAPES
 
-VOCABULARY = 4096
+VOCABULARY = 4096  # of the example's tokenizer
 
 
-def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The same config with fewer layers, a small vocabulary and no MTP block."""
+def shortened(config: dict[str, Any], layers: int, **others: int) -> dict[str, Any]:
+    """The same config with fewer layers, a small vocabulary and no MTP block, and `others`."""
     changes = {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "mtp_num_hidden_layers": 0}
+    changes |= others
     text = config.get("text_config")
     if text is None:
         return config | {key: value for key, value in changes.items() if key in config}
     return config | {"text_config": text | changes}
 
 
-def write_checkpoint(shape: str, layers: int, folder: Path) -> None:
-    """Random bfloat16 weights under the model's own names, one shard a layer."""
+def write_checkpoint(shape: str, layers: int, folder: Path, **others: int) -> None:
+    """Random bfloat16 weights under the model's own names, one shard a layer.
+
+    `others` are config values to change, such as num_experts.
+    """
     full, shapes = SHAPES[shape]
-    config = shortened(full, layers)
+    config = shortened(full, layers, **others)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     parts: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reap2gguf import __version__
-from reap2gguf.errors import OutputError, Reap2ggufError, VerificationError
+from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
 from reap2gguf.terminal.recipe_commands import recipes
@@ -186,10 +186,16 @@ def main() -> None:
 
 def _leave_others(code: str | int | None) -> None:
     """End among several processes: in order if all is well, else at once, so that none waits."""
-    if code:
+    status = code if isinstance(code, int) else int(code is not None)
+    if not status:
+        from reap2gguf.observe.ranks import leave
+
+        try:
+            leave()
+        except PeerError as error:
+            click.echo(f"Error: {error}", err=True)
+            status = error.exit_code
+    if status:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-    from reap2gguf.observe.ranks import leave
-
-    leave()
+        os._exit(status)

@@ -46,6 +46,18 @@ def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
     return pipeline.build(make_plan(options(model, output, **changes)), Silent())
 
 
+def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that is interrupted when its files are to be written."""
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.stages, "export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(model, output)
+
+
 def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
     return {stage.name: stage.reused for stage in result.manifest.stages}
 
@@ -117,13 +129,7 @@ def test_another_ratio_reuses_the_observations(tiny: Path, tmp_path: Path) -> No
 def test_an_interrupted_build_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.stages, "export", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(tiny, tmp_path / "out")
+    stop_before_export(tiny, tmp_path / "out", monkeypatch)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
     result = build(tiny, tmp_path / "out")
     assert stages_reused(result) == {
@@ -137,13 +143,7 @@ def test_an_interrupted_build_goes_on(
 def test_other_chunks_make_another_imatrix(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.stages, "export", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(tiny, tmp_path / "out")
+    stop_before_export(tiny, tmp_path / "out", monkeypatch)
     reused = stages_reused(build(tiny, tmp_path / "out", chunk=64))
     assert reused["observe"]
     assert reused["prune"]

@@ -75,7 +75,10 @@ class Ranks(Processes):
 
 @cache
 def join() -> Ranks:
-    """This process's place; where there are others, they are met here."""
+    """This process's place; where there are others, they are met here.
+
+    Raises PeerError if they cannot be reached.
+    """
     here = processes()
     ranks = Ranks(here.rank, here.local, here.size)
     if ranks.size == 1:
@@ -83,7 +86,11 @@ def join() -> Ranks:
     n_gpus = torch.cuda.device_count()
     if n_gpus:
         torch.cuda.set_device(min(ranks.local, n_gpus - 1))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise PeerError(f"the processes of this run cannot reach one another ({reason})") from error
     return ranks
 
 

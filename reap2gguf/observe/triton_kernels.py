@@ -5,11 +5,13 @@ without atomics, so that equal inputs give equal bits.
 """
 
 # mypy: ignore-errors
-# triton.jit compiles these functions from their source: annotations would be part of it.
+# triton.jit compiles the kernels from their source, in a language in which annotations mean
+# constants; and Triton is there only where torch was built for a GPU.
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def _swiglu_kernel(gate_up, activations, n_values, width, BLOCK: tl.constexpr):
     tl.store(activations + index, value.to(activations.dtype.element_ty), mask=inside)
 
 
-def combine(outputs, places, gates, norms):
+def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None) -> Tensor:
     """(N, H) from outputs (S, H), places (N, K) in them and gates (N, K); fills norms (S,)."""
     n_tokens, top_k = places.shape
     width = outputs.shape[-1]
@@ -127,7 +129,7 @@ def combine(outputs, places, gates, norms):
     return combined
 
 
-def square_sums(values, ends):
+def square_sums(values: Tensor, ends: Tensor) -> Tensor:
     """(G, C) float32 from values (S, C) whose groups of rows end at `ends` (G,)."""
     width = values.shape[-1]
     sums = torch.empty(len(ends), width, dtype=torch.float32, device=values.device)
@@ -138,7 +140,7 @@ def square_sums(values, ends):
     return sums
 
 
-def saliency_sums(norms, gates, ends):
+def saliency_sums(norms: Tensor, gates: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Sums (E, 3) of gate x norm, gate and norm, and peaks (E,) of norm, all float64."""
     n_experts = len(ends)
     sums = torch.empty(n_experts, 3, dtype=torch.float64, device=norms.device)
@@ -147,7 +149,9 @@ def saliency_sums(norms, gates, ends):
     return sums, peaks
 
 
-def rms_norm(values, weight, eps, offset, gate=None):
+def rms_norm(
+    values: Tensor, weight: Tensor, eps: float, offset: float, gate: Tensor | None = None
+) -> Tensor:
     """RMSNorm over the last axis, times (offset + weight), and times silu(gate) if there is one."""
     rows = values.flatten(0, -2)
     gates = rows if gate is None else gate.flatten(0, -2)
@@ -164,7 +168,7 @@ def rms_norm(values, weight, eps, offset, gate=None):
     return normed
 
 
-def swiglu(gate_up):
+def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, (S, F), from (S, 2F)."""
     n_rows, doubled = gate_up.shape
     width = doubled // 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reap2gguf import cli
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.errors import PeerError
 from reap2gguf.observe import ranks as ranks_module
@@ -76,6 +77,20 @@ def test_a_lost_process_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ranks_module.dist, "all_reduce", lost)
     with pytest.raises(PeerError, match="another process of this run ended"):
         ranks_module.Ranks(0, 0, 2).total([1])
+
+
+def test_others_that_are_gone_at_the_end_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone() -> None:
+        raise PeerError("another process of this run ended; its own message says why")
+
+    ended: list[int] = []
+    monkeypatch.setattr(ranks_module, "leave", gone)
+    monkeypatch.setattr(cli.os, "_exit", ended.append)
+    cli._leave_others(0)
+    assert ended == [2]
+    assert capsys.readouterr().err.startswith("Error: another process of this run ended")
 
 
 def test_observe_writes_once(tiny: Path, text: Path, tmp_path: Path) -> None:
