@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from reap2gguf.checkpoint.config import parse_json_object
-from reap2gguf.errors import CheckpointError
+from reap2gguf.checkpoint.regular import open_regular
+from reap2gguf.errors import CheckpointError, shown
 
 # The bound of the reference implementation; a header of 100 MB names about a million tensors.
 MAX_HEADER_BYTES = 100_000_000
@@ -51,7 +52,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     number is bounded before it is used.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, size, file.read(8))
             header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
@@ -86,16 +87,20 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in its header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
+        raise CheckpointError(
+            f"{where}: dtype {shown(dtype)}, expected one of {', '.join(ITEM_BYTES)}"
+        )
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: shape {shape!r}, expected at most 8 sizes from 0 to 2^48")
+        raise CheckpointError(
+            f"{where}: shape {shown(shape)}, expected at most 8 sizes from 0 to 2^48"
+        )
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {offsets!r}, expected [begin, end]")
+        raise CheckpointError(f"{where}: data_offsets {shown(offsets)}, expected [begin, end]")
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
@@ -118,7 +123,7 @@ def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size:
         if tensor.offset != position:
             kind = "overlaps the one before" if tensor.offset < position else "leaves a gap"
             raise CheckpointError(
-                f"{path}: tensor {tensor.name!r} {kind}: it begins at byte {tensor.offset:,}, "
+                f"{path}: tensor {shown(tensor.name)} {kind}: it begins at byte {tensor.offset:,}, "
                 f"expected {position:,}"
             )
         position += tensor.n_bytes
