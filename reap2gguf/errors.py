@@ -18,26 +18,6 @@
 A message says where, what was found, what was expected and what to do.
 """
 
-import reprlib
-
-_MAX_SHOWN = 500  # characters
-_SHOWN = reprlib.Repr()
-_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 3, 300, 300, _MAX_SHOWN
-_SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxdict = _SHOWN.maxset = 20
-
-
-def shown(value: object) -> str:
-    """A value out of a file as a message shows it: in one line, shortened where it is long.
-
-    >>> shown([7] * 1000).count("7")
-    20
-    """
-    try:
-        text = _SHOWN.repr(value)
-    except ValueError:  # Python refuses to spell integers of thousands of digits
-        text = "an integer of thousands of digits"
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-
 
 class Reap2ggufError(Exception):
     """The base of every error that the command line reports in one line."""

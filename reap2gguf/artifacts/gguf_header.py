@@ -21,7 +21,8 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 
 from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.checkpoint.regular import open_regular
-from reap2gguf.errors import ArtifactError, shown
+from reap2gguf.errors import ArtifactError
+from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -22,7 +22,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
 from reap2gguf.checkpoint.regular import open_regular
-from reap2gguf.errors import ArtifactError, shown
+from reap2gguf.errors import ArtifactError
+from reap2gguf.messages import shown
 
 _MAX_ENTRIES = 2**16
 _MAX_NAME_BYTES = 2**12

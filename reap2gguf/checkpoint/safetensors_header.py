@@ -14,7 +14,8 @@ from typing import Any
 
 from reap2gguf.checkpoint.config import parse_json_object
 from reap2gguf.checkpoint.regular import open_regular
-from reap2gguf.errors import CheckpointError, shown
+from reap2gguf.errors import CheckpointError
+from reap2gguf.messages import shown
 
 # The bound of the reference implementation; a header of 100 MB names about a million tensors.
 MAX_HEADER_BYTES = 100_000_000
@@ -49,8 +50,24 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file by name, in file order.
 
     Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
-    number is bounded before it is used.
+    number is bounded before it is used. What it allocates stays below 32 times the bytes of the
+    header, which are at most 100 MB and less than the file's, and 1 MiB.
     """
+    header, data_start, size = _read_json(path)
+    _metadata(path, header)
+    tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
+    _check_contiguous(path, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts by name that a safetensors file's header carries. Raises CheckpointError."""
+    return _metadata(path, _read_json(path)[0])
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it is written, where the tensors' bytes begin, and the file's size."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -58,12 +75,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    header.pop("__metadata__", None)
-    data_start = 8 + length
-    tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
-    _check_contiguous(path, tensors, data_start, size)
-    return {tensor.name: tensor for tensor in tensors}
+    return header, 8 + length, size
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
+    """Takes the metadata out of a header."""
+    found = header.pop("__metadata__", None)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise CheckpointError(f"{path}: __metadata__ is {shown(found)}, expected texts by name")
+    return found
 
 
 def _header_length(path: Path, size: int, prefix: bytes) -> int:
@@ -95,9 +117,10 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(
             f"{where}: dtype {shown(dtype)}, expected one of {', '.join(ITEM_BYTES)}"
         )
-    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
+    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _fits(shape):
         raise CheckpointError(
-            f"{where}: shape {shown(shape)}, expected at most 8 sizes from 0 to 2^48"
+            f"{where}: shape {shown(shape)}, expected at most 8 sizes from 0 to 2^48, and so "
+            "their product"
         )
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets {shown(offsets)}, expected [begin, end]")
@@ -114,6 +137,11 @@ def _naturals(values: Any) -> bool:
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
         for value in values
     )
+
+
+def _fits(shape: list[int]) -> bool:
+    # an empty array's other sizes are multiplied too where it is allocated
+    return math.prod(size for size in shape if size) < 2**48
 
 
 def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
