@@ -3,8 +3,9 @@
 Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, tensor count,
 key count; keys with typed values; tensor names, sizes `ne` (fastest first), types and offsets;
 padding; tensor bytes. gguf-py's own reader maps the file and believes its counts; this one bounds
-each before it allocates, and leaves the tensors on disk. What it allocates stays below 64 times the
-bytes of the header and 1 MiB: an array's smallest item is one byte and becomes a Python object.
+each before it allocates, and leaves the tensors on disk. What it allocates stays below 48 times the
+bytes of the header, for an array's smallest item is one byte and becomes a Python object; of these
+there are 2^23 at most, which is 320 MiB.
 """
 
 from __future__ import annotations

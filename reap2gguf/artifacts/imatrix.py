@@ -4,8 +4,8 @@ An entry holds, per matrix, the sum of squares of what multiplied each column an
 were summed; for experts, one row of sums and one count per expert. GGUF keeps sums and counts
 (`NAME.in_sum2`, `NAME.counts`); the legacy `.dat` keeps means times a number of chunks.
 
-Neither is believed: what reading one allocates stays below 64 times the bytes of a GGUF's header,
-1 KiB an entry (2^16 at most) and 3 times the bytes of the values, and 1 MiB.
+Neither is believed: what reading one allocates stays below 2.5 times the bytes of its values and
+1 KiB an entry, of which there are 2^16 at most, beside what a GGUF's header takes.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file by name, in file order.
 
     Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
-    number is bounded before it is used. What it allocates stays below 32 times the bytes of the
-    header, which are at most 100 MB and less than the file's, and 1 MiB.
+    number is bounded before it is used. What it allocates stays below 40 times the bytes of the
+    header, which are at most 100 MB and less than the file's.
     """
     header, data_start, size = _read_json(path)
     _metadata(path, header)
