@@ -1,25 +1,46 @@
-"""Text from files as a message may show it: short, and on one line."""
+"""Text from files and arguments as a terminal may show it: short, and on one line."""
 
 from __future__ import annotations
 
 import reprlib
 from typing import Any
 
+_MOST_LETTERS = 1600  # of a line: a path of 255 names is longer than anyone reads
+_MOST_SHOWN = 500  # of a value
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
-_MOST_LETTERS = 500
 
 
 def shown(value: Any) -> str:
-    """A value that was read from a file, as `repr` writes it, cut where it is long.
-
-    >>> shown([7] * 1000).count("7")
-    8
-    """
+    """A value that was read from a file, as `repr` writes it, cut where it is long."""
     try:
         text = _SHORT.repr(value)
     except ValueError:  # Python spells no integer of thousands of digits, which TOML can hold
         return "an integer of thousands of digits"
-    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}..."
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, its middle left out where it is long.
+
+    A name from a file could otherwise move the cursor, colour the terminal, or pass for a line of
+    this program.
+
+    >>> one_line("a\\x1b[2Jb\\nc")
+    'a\\\\x1b[2Jb\\\\nc'
+    """
+    if len(text) > _MOST_LETTERS:
+        # what is wrong stands at the beginning, what to do at the end
+        half = _MOST_LETTERS // 2
+        left_out = len(text) - 2 * half
+        text = f"{text[:half]} [... {left_out:,} letters left out ...] {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")

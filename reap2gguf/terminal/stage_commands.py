@@ -93,7 +93,7 @@ def prune(
 @click.command()
 @click.argument("hf_dir")
 @click.option("--text", type=FilePath, required=True, help="Plain text to compute it on.")
-@click.option("--chunk", type=click.IntRange(min=8), default=512, show_default=True,
+@click.option("--chunk", type=click.IntRange(8, 2**31 - 1), default=512, show_default=True,
               help="Tokens a chunk.")  # fmt: skip
 @compute_options
 @threads_option
