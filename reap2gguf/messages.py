@@ -6,6 +6,7 @@ import reprlib
 from typing import Any
 
 _MOST_LETTERS = 1600  # of a line: a path of 255 names is longer than anyone reads
+_MOST_SHOWN = 500  # of a value
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
@@ -15,7 +16,11 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 def shown(value: Any) -> str:
     """A value that was read from a file, as `repr` writes it, cut where it is long."""
-    return _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python spells no integer of thousands of digits, which TOML can hold
+        return "an integer of thousands of digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def one_line(text: str) -> str:

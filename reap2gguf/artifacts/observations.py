@@ -6,7 +6,6 @@ criterion is a quotient of them (arXiv 2510.13999).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,13 +16,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.safetensors_header import read_header
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
+from reap2gguf.messages import shown
 
 FORMAT_VERSION = "1"
 Doubles = npt.NDArray[np.float64]
-_MAX_METADATA_BYTES = 2**20
-_NAME = re.compile(r"layers\.(\d{1,6})\.\w+")
+_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.\w+")
+# of every layer, each of its safetensors type
+_PARTS = {
+    "count": "I64",
+    "reap_sum": "F64",
+    "gate_sum": "F64",
+    "norm_sum": "F64",
+    "norm_max": "F64",
+}
 
 
 @dataclass(frozen=True)
@@ -73,56 +81,59 @@ class Observations:
     def load(cls, path: Path) -> Observations:
         """Read and check the file; ArtifactError if it is broken or not of this format."""
         try:
-            header = read_header(path)
+            header, metadata = read_header(path), read_metadata(path)
+            version = metadata.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ArtifactError(
+                    f"{path}: format version {shown(version)}, expected {FORMAT_VERSION!r}; is "
+                    "this an observations file? `reap2gguf observe` writes one"
+                )
+            layers = _read_layers(path, header)
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
-        metadata = _read_metadata(path)
-        version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path}: format version {version!r}, expected {FORMAT_VERSION!r}; is this an "
-                "observations file? `reap2gguf observe` writes one"
-            )
-        from safetensors.numpy import load_file
-
-        layers = _group(path, load_file(path), set(header))
         try:
-            numbers = {name: int(metadata[name]) for name in _METADATA if name.startswith("n_")}
-            words = {name: str(metadata[name]) for name in _METADATA if not name.startswith("n_")}
+            numbers = {name: _count(name, metadata[name]) for name in _NUMBERS}
+            words = {name: metadata[name] for name in _METADATA if name not in _NUMBERS}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
         return cls(layers=layers, **numbers, **words)  # type: ignore[arg-type]
 
 
 _METADATA = [field.name for field in fields(Observations) if field.name != "layers"]
+_NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
 
-def _read_metadata(path: Path) -> Mapping[str, Any]:
-    """The `__metadata__` of a file whose header has been checked."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(length)).get("__metadata__") or {}
-    words = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    if not words or len(str(metadata)) > _MAX_METADATA_BYTES:
-        raise ArtifactError(f"{path}: no readable metadata")
-    return metadata
+def _count(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError(f"{name} is {shown(text)}")
+    return int(text)
 
 
-def _group(
-    path: Path, arrays: Mapping[str, npt.NDArray[Any]], names: set[str]
-) -> dict[int, LayerObservation]:
-    parts = [field.name for field in fields(LayerObservation)]
-    matches = [_NAME.fullmatch(name) for name in names]
-    layers: dict[int, LayerObservation] = {}
-    for layer in sorted({int(match[1]) for match in matches if match}):
-        try:
-            found = {part: arrays[f"layers.{layer}.{part}"] for part in parts}
-        except KeyError as error:
-            raise ArtifactError(f"{path}: {error.args[0]} is missing") from error
-        sizes = {array.shape for array in found.values()}
-        if len(sizes) != 1 or not all(np.isfinite(array).all() for array in found.values()):
-            raise ArtifactError(f"{path}: layer {layer} has uneven sizes or values not finite")
-        layers[layer] = LayerObservation(**found)
-    if len(names) != len(layers) * len(parts):
+def _read_layers(path: Path, header: Mapping[str, StoredTensor]) -> dict[int, LayerObservation]:
+    matches = [_NAME.fullmatch(name) for name in header]
+    numbers = sorted({int(match[1]) for match in matches if match})
+    if len(header) != len(numbers) * len(_PARTS):
+        _refuse_missing(path, header, numbers)
         raise ArtifactError(f"{path}: holds tensors that are no observations")
-    return layers
+    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+        return {number: _read_layer(path, stored, number) for number in numbers}
+
+
+def _refuse_missing(path: Path, header: Mapping[str, StoredTensor], numbers: list[int]) -> None:
+    for name in (f"layers.{number}.{part}" for number in numbers for part in _PARTS):
+        if name not in header:
+            raise ArtifactError(f"{path}: {name} is missing")
+
+
+def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation:
+    names = {part: f"layers.{number}.{part}" for part in _PARTS}
+    _refuse_missing(path, stored.tensors, [number])
+    tensors = [stored.tensors[name] for name in names.values()]
+    kinds = [tensor.dtype for tensor in tensors]
+    shapes = {tensor.shape for tensor in tensors}
+    if kinds != list(_PARTS.values()) or len(shapes) != 1 or len(tensors[0].shape) != 1:
+        raise ArtifactError(f"{path}: layer {number} has uneven sizes or values of another type")
+    found: dict[str, npt.NDArray[Any]] = {p: stored.read(name) for p, name in names.items()}
+    if not all(np.isfinite(values).all() and (values >= 0).all() for values in found.values()):
+        raise ArtifactError(f"{path}: layer {number} has negative values, or values not finite")
+    return LayerObservation(**found)

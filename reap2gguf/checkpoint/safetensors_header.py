@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from reap2gguf.checkpoint.config import parse_json_object
+from reap2gguf.checkpoint.regular import open_regular
 from reap2gguf.errors import CheckpointError
-from reap2gguf.files import plain_size
 from reap2gguf.messages import shown
 
 # A third of the reference implementation's bound, and still a quarter of a million tensors.
@@ -51,22 +51,42 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file by name, in file order.
 
     Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
-    number is bounded before it is used.
+    number is bounded before it is used. What it allocates stays below 40 times the bytes of the
+    header, which are at most 32 MiB and less than the file's.
     """
+    header, data_start, size = _read_json(path)
+    _metadata(path, header)
+    tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
+    _check_contiguous(path, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts by name that a safetensors file's header carries. Raises CheckpointError."""
+    return _metadata(path, _read_json(path)[0])
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it is written, where the tensors' bytes begin, and the file's size."""
     try:
-        plain_size(path)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, size, file.read(8))
             header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    _check_metadata(path, header.pop("__metadata__", None))
-    data_start = 8 + length
-    tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
-    _check_contiguous(path, tensors, data_start, size)
-    return {tensor.name: tensor for tensor in tensors}
+    return header, 8 + length, size
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
+    """Takes the metadata out of a header."""
+    found = header.pop("__metadata__", None)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise CheckpointError(f"{path}: __metadata__ is {shown(found)}, expected texts by name")
+    return found
 
 
 def _header_length(path: Path, size: int, prefix: bytes) -> int:
@@ -80,15 +100,6 @@ def _header_length(path: Path, size: int, prefix: bytes) -> int:
             f"{size:,} bytes; download it again"
         )
     return length
-
-
-def _check_metadata(path: Path, metadata: Any) -> None:
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
-    ):
-        raise CheckpointError(
-            f"{path}: __metadata__ is {shown(metadata)}, expected names and texts"
-        )
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -111,7 +122,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(
             f"{where}: shape {shown(shape)}, expected at most 8 sizes from 0 to 2^48"
         )
-    if 0 in shape and max(shape) > _MAX_EMPTY:
+    if 0 in shape and not _is_modest(shape):
         raise CheckpointError(f"{where}: shape {shown(shape)} holds nothing, expected small sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets {shown(offsets)}, expected [begin, end]")
@@ -128,6 +139,11 @@ def _naturals(values: Any) -> bool:
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
         for value in values
     )
+
+
+def _is_modest(shape: list[int]) -> bool:
+    # numpy multiplies an empty array's other sizes too
+    return max(shape) <= _MAX_EMPTY and math.prod(size for size in shape if size) < 2**48
 
 
 def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:

@@ -1,0 +1,51 @@
+"""A coverage-guided run of a reader: `python tests/fuzz/run.py TARGET [CORPUS...] [-OPTION=N...]`.
+
+Options are libFuzzer's; `-runs`, `-max_len`, `-rss_limit_mb` and `-timeout` have defaults here. An
+input that crashes the reader is written to the working folder.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["reap2gguf"]):
+    from mutate import MUTATORS
+    from targets import TARGETS, run
+
+DEFAULTS = {"-runs": "100000", "-max_len": "4096", "-rss_limit_mb": "1024", "-timeout": "10"}
+CORPUS = Path(__file__).resolve().parent / "corpus"
+
+
+def main() -> None:
+    """Fuzz the target that the command line names."""
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        sys.exit(f"usage: run.py {'|'.join(TARGETS)} [CORPUS...] [-runs=N] [-seed=S] ...")
+    name, *words = sys.argv[1:]
+    given = {word.partition("=")[0] for word in words}
+    options = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
+    folders = [] if any(not word.startswith("-") for word in words) else [str(CORPUS / name)]
+    target, structured = TARGETS[name], MUTATORS[name]
+    memory = Path("/dev/shm")  # far quicker than a disk
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        path = Path(folder) / f"input{target.suffix}"
+
+        def check(content: bytes) -> None:
+            path.write_bytes(content)
+            run(target, path)
+
+        def mutate(content: bytes, max_size: int, seed: int) -> bytes:
+            changed = bytes(atheris.Mutate(content, max_size))
+            dice = random.Random(seed)
+            return structured(changed, dice)[:max_size] if dice.random() < 0.75 else changed
+
+        atheris.Setup([sys.argv[0], *words, *options, *folders], check, custom_mutator=mutate)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
