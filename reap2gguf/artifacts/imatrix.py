@@ -198,7 +198,10 @@ def _load_dat(cursor: Cursor) -> Imatrix:
     if cursor.left == 0:  # the oldest files end here
         return Imatrix(entries, "", 0, 0)
     n_chunks = _chunks(cursor.path, "the last chunk", cursor.number("<i", "the last chunk"))
-    return Imatrix(entries, _dat_text(cursor, "the dataset's name"), n_chunks, 0)
+    dataset = _dat_text(cursor, "the dataset's name")
+    if cursor.left:
+        raise ArtifactError(f"{cursor.path}: {cursor.left:,} bytes after its end")
+    return Imatrix(entries, dataset, n_chunks, 0)
 
 
 def _dat_entry(cursor: Cursor) -> ImatrixEntry:

@@ -31,7 +31,7 @@ from reap2gguf.quantize.file_types import Mixture, mixture_named
 from reap2gguf.resources import shipped_folder
 
 _MAX_RECIPE_BYTES = 2**18
-_MAX_LINE = 2000  # letters; a dotted key takes the square of its parts to read
+_MAX_LINE = 600  # letters; a dotted key takes the square of its parts to read
 _MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
