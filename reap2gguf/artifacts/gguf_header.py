@@ -5,7 +5,7 @@ key count; keys with typed values; tensor names, sizes `ne` (fastest first), typ
 padding; tensor bytes. gguf-py's own reader maps the file and believes its counts; this one bounds
 each before it allocates, and leaves the tensors on disk. What it allocates stays below 48 times the
 bytes of the header, for an array's smallest item is one byte and becomes a Python object; of these
-there are 2^23 at most, which is 320 MiB.
+there are 2^22 at most, which is 160 MiB.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MAX_TENSORS = 2**20
+_MAX_TENSORS = 2**17
 _MAX_KEYS = 2**16
 _MAX_STRING_BYTES = 2**26
 _MAX_KEY_BYTES = 2**16 - 1  # the format's bound
 _MAX_NAME_BYTES = 2**12  # ggml's own is 64
-_MAX_ITEMS = 2**23  # in all arrays together; a vocabulary of 262,144 has 1.3 million
+_MAX_ITEMS = 2**22  # in all arrays together; a vocabulary of 262,144 has 1.3 million
+_MAX_HEADER_BYTES = 2**26  # a file may be sparse, and so take no room for what it claims
 _MAX_DIMENSIONS = 4
-_MAX_ALIGNMENT = 2**16
+_ALIGNMENTS = tuple(2**power for power in range(17))
 _SCALARS = {
     GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H",
     GGUFValueType.INT16: "<h", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i",
@@ -99,6 +100,14 @@ class _Reader(Cursor):
     """GGUF's numbers, strings and values, read forward."""
 
     n_items = 0  # of all arrays so far
+
+    def take(self, count: int, what: str = "its header") -> bytes:
+        if count > _MAX_HEADER_BYTES - self.position:
+            raise ArtifactError(
+                f"{self.path}: truncated, or a header of over {_MAX_HEADER_BYTES:,} bytes: {what} "
+                f"wants {count:,} at byte {self.position:,} of {self.size:,}"
+            )
+        return super().take(count, what)
 
     def count(self, what: str, limit: int) -> int:
         value = int(self.number("<Q"))
@@ -174,8 +183,10 @@ def _read(reader: _Reader) -> GgufHeader:
         metadata[key] = reader.value()
     infos = [_tensor(reader) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT:
-        raise ArtifactError(f"{reader.path}: general.alignment is {shown(alignment)}")
+    if type(alignment) is not int or alignment not in _ALIGNMENTS:
+        raise ArtifactError(
+            f"{reader.path}: general.alignment is {shown(alignment)}, expected a power of two"
+        )
     start = -(-reader.position // alignment) * alignment
     return GgufHeader(reader.path, metadata, _place(reader, infos, start, alignment))
 

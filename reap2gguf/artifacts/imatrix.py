@@ -27,6 +27,7 @@ from reap2gguf.messages import shown
 
 _MAX_ENTRIES = 2**16
 _MAX_NAME_BYTES = 2**12
+_MAX_SUMS = 2**25  # of an entry: 512 experts with 65,536 columns each
 _MAX_CHUNKS = 2**31 - 1  # what both formats can hold
 _CHUNK_KEYS = ("imatrix.chunk_count", "imatrix.chunk_size")
 Floats = npt.NDArray[np.float32]
@@ -161,6 +162,9 @@ def _gguf_entry(header: GgufHeader, name: str) -> ImatrixEntry:
         kind = header.tensors[part].kind
         if kind is not GGMLQuantizationType.F32:
             raise ArtifactError(f"{header.path}: {shown(part)} is {kind.name}, expected F32")
+    n_sums = header.tensors[parts[0]].n_bytes // 4
+    if n_sums > _MAX_SUMS:
+        raise ArtifactError(f"{where} has {n_sums:,} sums, expected at most {_MAX_SUMS:,}")
     sums, counts = (header.read(part).view("<f4") for part in parts)
     counts = counts.reshape(-1)
     if len(counts) != len(sums):
@@ -200,7 +204,7 @@ def _load_dat(cursor: Cursor) -> Imatrix:
 def _dat_entry(cursor: Cursor) -> ImatrixEntry:
     name = _dat_text(cursor, "an entry's name")
     calls, size = cursor.number("<i", "a call count"), cursor.number("<i", "a size")
-    if calls < 0 or size <= 0:
+    if calls < 0 or not 0 < size <= _MAX_SUMS:
         raise ArtifactError(
             f"{cursor.path}: {shown(name)} has {calls} calls and {size} values; this is no imatrix"
         )

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
+from reap2gguf.files import is_plain_name, plain_size
 from reap2gguf.messages import shown
 
 MANIFEST_FILE = "reap2gguf.json"
@@ -175,7 +176,7 @@ class Manifest:
         try:
             manifest = _decode(values)
             _check_names(manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ArtifactError(f"{path}: not a complete manifest ({shown(error)})") from error
         return manifest
 
@@ -190,7 +191,7 @@ def _check_names(manifest: Manifest) -> None:
             if kind not in GGMLQuantizationType.__members__:
                 raise ValueError(f"unknown tensor type {shown(kind)}")
     for name in names:
-        if not isinstance(name, str) or not name or Path(name).name != name:
+        if not isinstance(name, str) or not is_plain_name(name):
             raise ValueError(f"{shown(name)} is no plain file name")
 
 
@@ -236,7 +237,8 @@ def _expert(value: Any) -> int:
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file. Raises OSError if it cannot be read or is no plain file."""
+    plain_size(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(os.fstat(file.fileno()).st_size, digest)

@@ -22,6 +22,7 @@ from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.messages import shown
 
 FORMAT_VERSION = "1"
+_MAX_EXPERTS = 2**16
 Doubles = npt.NDArray[np.float64]
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.\w+")
 # of every layer, each of its safetensors type
@@ -133,6 +134,9 @@ def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation
     shapes = {tensor.shape for tensor in tensors}
     if kinds != list(_PARTS.values()) or len(shapes) != 1 or len(tensors[0].shape) != 1:
         raise ArtifactError(f"{path}: layer {number} has uneven sizes or values of another type")
+    if tensors[0].n_elements > _MAX_EXPERTS:
+        count = tensors[0].n_elements
+        raise ArtifactError(f"{path}: layer {number} has {count:,} experts; is it broken?")
     found: dict[str, npt.NDArray[Any]] = {p: stored.read(name) for p, name in names.items()}
     if not all(np.isfinite(values).all() and (values >= 0).all() for values in found.values()):
         raise ArtifactError(f"{path}: layer {number} has negative values, or values not finite")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
+from reap2gguf.calibration.panics import panics_as
 from reap2gguf.errors import CalibrationError, CheckpointError
 
 Row = npt.NDArray[np.int64]
@@ -24,20 +25,20 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise CheckpointError(f"{folder}: no usable tokenizer ({reason})") from error
+        with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            # what the tokenizer puts before any text: one BOS or nothing
+            prefix = self._tokenizer("")["input_ids"]
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
-        # what the tokenizer puts before any text: one BOS or nothing
-        prefix = self._tokenizer("")["input_ids"]
         self.bos: int | None = prefix[0] if prefix else None
 
     def encode(self, text: str) -> Row:
         """Token ids of a text, special tokens in it recognised, none added."""
-        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        with panics_as(CalibrationError, "the tokenizer fails on the calibration text"):
+            encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
     def render_chat(self, messages: list[Message]) -> str:

@@ -32,7 +32,7 @@ _MAX_SHARDS = 10_000
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # BF16 has no numpy type: its bits travel as uint16.
-_NUMPY_TYPES = {
+NUMPY_TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8",
     "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "<i1", "U8": "<u1",
     "BOOL": "<u1", "F8_E4M3": "<u1", "F8_E5M2": "<u1",
@@ -97,7 +97,7 @@ class Checkpoint:
         Raises CheckpointError on a missing tensor or a short read.
         """
         tensor, shape, position = self._locate(name, first, last, index)
-        result = np.empty(shape, dtype=_NUMPY_TYPES[tensor.dtype])
+        result = np.empty(shape, dtype=NUMPY_TYPES[tensor.dtype])
         self._read_into(tensor, position, result)
         return result
 

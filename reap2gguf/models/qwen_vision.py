@@ -57,10 +57,8 @@ def vision_projector(
     read.expect("temporal_patch_size", 2, why="llama.cpp splits patches into two frames")
     read.expect("deepstack_visual_indexes", [], why="deepstack layers are not implemented")
     depth = read.integer("depth", low=1, high=MAX_LAYERS)
-    hidden, patch = (
-        read.integer("hidden_size", low=1, high=MAX_WIDTH),
-        read.integer("patch_size", low=1, high=_MAX_PATCH),
-    )
+    hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
+    patch = read.integer("patch_size", low=1, high=_MAX_PATCH)
     channels = read.integer("in_channels", low=1, high=_MAX_PATCH, default=3)
     ffn = read.integer("intermediate_size", low=1, high=MAX_WIDTH)
     merged = hidden * read.integer("spatial_merge_size", low=1, high=_MAX_PATCH) ** 2
@@ -196,6 +194,6 @@ def _three(images: Mapping[str, Any], key: str, folder: Path) -> list[float]:
         or any(isinstance(v, bool) for v in values)
     ):
         raise UnsupportedModelError(
-            f"{folder / PREPROCESSOR}: {key} is {shown(values)}, expected three small numbers"
+            f"{folder / PREPROCESSOR}: {key} is {shown(values)}, expected three numbers"
         )
     return [float(value) for value in values]

@@ -11,23 +11,26 @@ optional = true                    # only some architectures have such a tensor
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError
+from reap2gguf.files import is_plain, plain_size
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
 from reap2gguf.quantize.file_types import Mixture, mixture_named
 from reap2gguf.resources import shipped_folder
 
-_MAX_RECIPE_BYTES = 2**20
+_MAX_RECIPE_BYTES = 2**18
 _MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
@@ -55,6 +58,15 @@ class Rule:
     match: str
     kind: GGMLQuantizationType
     optional: bool = False
+
+    def fits(self, name: str) -> bool:
+        """Whether a GGUF tensor's name is one that the rule is for."""
+        return self._pattern.fullmatch(name) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        # fnmatch keeps only so many, and a recipe may have more rules
+        return re.compile(fnmatch.translate(self.match))
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     path = Path(os.path.expanduser(name))
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix == ".toml" and is_plain(path):
         return path
     raise RecipeError(
         f"no recipe {name!r}; expected a .toml file or one of {', '.join(shipped)} "
@@ -96,7 +108,7 @@ def load_recipe(name: str) -> Recipe:
     """Read and check a recipe by name or path. Raises RecipeError."""
     path = find_recipe(name)
     try:
-        if path.stat().st_size > _MAX_RECIPE_BYTES:
+        if plain_size(path) > _MAX_RECIPE_BYTES:
             raise RecipeError(f"{path}: over {_MAX_RECIPE_BYTES:,} bytes, too large for a recipe")
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -96,8 +96,8 @@ calibration_options = _all(
         "--max-length", type=click.IntRange(2, _MOST), default=_DEFAULTS.max_length,
         show_default=True, metavar="T", help="Tokens a row, at most.",
     ),
-    click.option("--seed", type=click.IntRange(-_MOST, _MOST), default=_DEFAULTS.seed, show_default=True,
-                 help="Orders the samples."),
+    click.option("--seed", type=click.IntRange(-_MOST, _MOST), default=_DEFAULTS.seed,
+                 show_default=True, metavar="S", help="Orders the samples."),
 )  # fmt: skip
 
 compute_options = _all(
