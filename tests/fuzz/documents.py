@@ -55,7 +55,7 @@ def _change(draw: st.DrawFn, document: Any, path: Path) -> None:
     inner = document
     for step in path[:-1]:
         inner = inner[step]
-    last, odd = path[-1], draw(st.sampled_from(ODD))
+    last, odd = path[-1], copy.deepcopy(draw(st.sampled_from(ODD)))
     what = draw(st.sampled_from(["value", "value", "value", "remove", "add", "all items"]))
     if what == "remove":
         del inner[last]
@@ -66,7 +66,7 @@ def _change(draw: st.DrawFn, document: Any, path: Path) -> None:
     elif what == "all items" and isinstance(inner[last], list):
         inner[last] = [copy.deepcopy(odd) for _ in inner[last]]
     else:
-        inner[last] = copy.deepcopy(odd)
+        inner[last] = odd
 
 
 def as_text(document: Any) -> str:
