@@ -21,8 +21,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
-from reap2gguf.checkpoint.regular import open_regular
 from reap2gguf.errors import ArtifactError
+from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
 
 _MAX_ENTRIES = 2**16
@@ -75,7 +75,7 @@ def load_imatrix(path: Path) -> Imatrix:
     Raises ArtifactError if the file is broken, holds no entry, or holds NaN or negative sums.
     """
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             is_gguf = file.read(4) == b"GGUF"
             file.seek(0)
             imatrix = _load_gguf(path) if is_gguf else _load_dat(Cursor(path, file))

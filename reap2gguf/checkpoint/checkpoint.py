@@ -271,9 +271,9 @@ def _find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]
         )
     missing = [name for name in names if not is_plain(folder / name)]
     if missing:
+        some = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
-            f"{' ...' if len(missing) > 3 else ''}; download them again"
+            f"{folder}: {len(missing)} of {len(names)} shards missing: {some}; download them again"
         )
     return tuple(folder / name for name in names), weight_map
 

@@ -31,10 +31,22 @@ from reap2gguf.quantize.file_types import Mixture, mixture_named
 from reap2gguf.resources import shipped_folder
 
 _MAX_RECIPE_BYTES = 2**18
-_MAX_LINE = 600  # letters; a dotted key takes the square of its parts to read
 _MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
+# Strings and comments, then keys of many parts: tomllib keeps every beginning of a dotted key, so
+# that one of 40 KB would take gigabytes.
+_QUOTED = re.compile(
+    r"""
+    [#][^\n]*+
+    | "{3} (?: \\. | [^\\] )*? (?: "{3} | \\?\Z )
+    | '{3} .*? (?: '{3} | \Z )
+    | " (?: \\. | [^"\\\n] )*+ "?
+    | ' [^'\n]*+ '?
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_MANY_PARTS = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){16}")
 _RECIPE_KEYS = {"title", "label", "file_type", "rules"}
 _RULE_KEYS = {"match", "type", "optional"}
 
@@ -106,8 +118,8 @@ def load_recipe(name: str) -> Recipe:
 
 def parse_recipe(source: str, name: str, where: str) -> Recipe:
     """A recipe from its text; RecipeError names `where` and the key that is wrong."""
-    if max(map(len, source.split("\n"))) > _MAX_LINE:
-        raise RecipeError(f"{where}: not valid TOML (a line of over {_MAX_LINE} letters)")
+    if _MANY_PARTS.search(_QUOTED.sub("q", source)):
+        raise RecipeError(f"{where}: not valid TOML (a key of over 16 parts)")
     try:
         values = tomllib.loads(source)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError

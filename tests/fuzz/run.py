@@ -28,11 +28,15 @@ def main() -> None:
     name, *words = sys.argv[1:]
     given = {word.partition("=")[0] for word in words}
     options = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
-    folders = [] if any(not word.startswith("-") for word in words) else [str(CORPUS / name)]
     target, structured = TARGETS[name], MUTATORS[name]
     memory = Path("/dev/shm")  # far quicker than a disk
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         path = Path(folder) / f"input{target.suffix}"
+        # libFuzzer keeps what it finds in the first folder, which is not to be the repository's
+        kept = Path(folder) / "kept"
+        kept.mkdir()
+        named = any(not word.startswith("-") for word in words)
+        folders = [str(CORPUS / name)] if named else [str(kept), str(CORPUS / name)]
 
         def check(content: bytes) -> None:
             path.write_bytes(content)

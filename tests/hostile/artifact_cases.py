@@ -132,12 +132,17 @@ def sparse(path: Path, n_bytes: int) -> None:
 
 
 SUMS_LINES = b"\n".join(b"%064x  file-%d" % (n, n) for n in range(2000)) + b"\n"
-NAMES: list[Any] = ["..", "", ".", "a/b", "/etc/passwd", "a\0b", 5, None, []]
+NAMES = ["..", "", ".", "a/b", "/etc/passwd", "a\0b"]
+NO_NAMES: list[Any] = [5, None, []]
 BUNDLES = [
     *[Case(f"manifest folder {n!r}", in_manifest("hf", {"folder": n}), "no plain file name", 1)
       for n in NAMES],
     *[Case(f"manifest file {n!r}", in_manifest("gguf", {"file": n}), "plain file name", 1)
       for n in NAMES],
+    *[Case(f"manifest folder {n!r}", in_manifest("hf", {"folder": n}), "folder is", 1)
+      for n in NO_NAMES],
+    *[Case(f"manifest file {n!r}", in_manifest("gguf", {"file": n}), "file is", 1)
+      for n in NO_NAMES],
     Case("manifest file of a newline", in_manifest("gguf", {"file": "a\nb"}), "a\\nb is", 1),
     Case("manifest file long", in_manifest("gguf", {"file": "n" * 10**5}), "is missing", 1),
     Case("manifest type", in_manifest("gguf", {"tensors": {"a": "ZZ"}}), "tensor type 'ZZ'", 1),
@@ -146,7 +151,7 @@ BUNDLES = [
     Case("manifest tensors none", in_manifest("gguf", {"tensors": {}}), "is not in the plan", 1),
     Case("manifest kept infinite", in_manifest("pruning", {"kept": {"0": [1e400]}}), "not ", 1),
     Case("manifest kept a text", in_manifest("pruning", {"kept": {"a": [1]}}), "not a complete", 1),
-    Case("manifest kept count", in_manifest("pruning", {"n_kept": "x\ny"}), "x\\ny", 1),
+    Case("manifest kept count", in_manifest("pruning", {"n_kept": "x\ny"}), "n_kept is", 1),
     Case("manifest more keys", in_manifest("source", {"a": 1}), "not a complete", 1),
     Case("manifest format 2", manifest(lambda found: found.update(format=2)), "of format 1", 1),
     Case("manifest empty", manifest(lambda found: {"format": 1}), "not a complete", 1),
