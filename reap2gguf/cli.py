@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable
@@ -189,8 +190,17 @@ def _print(lines: Iterable[str]) -> None:
         click.echo(one_line(line))
 
 
+class _OneLine(logging.Formatter):
+    """What libraries warn of: they may name what stands in a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 def main() -> None:
     """The entry point of the `reap2gguf` program."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
     if processes().size == 1:
         cli(prog_name="reap2gguf")
         return

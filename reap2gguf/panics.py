@@ -23,7 +23,7 @@ def panics_as(kind: type[Reap2ggufError], where: str) -> Iterator[None]:
     except (Reap2ggufError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = " ".join(str(error).split()) or repr(error)
         raise kind(f"{where} ({reason})") from error
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
@@ -17,6 +19,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }
 
+_MAX_LABELS = 2**16
 # How configs of any architecture spell their number of routed experts.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -44,6 +47,7 @@ def describe(checkpoint: Checkpoint, keep_mtp: bool = True) -> MoeModel:
             f"{where}: architecture {_named(name) or '(none)'} is not implemented, expected one "
             f"of {', '.join(ARCHITECTURES)}"
         )
+    _refuse_labels(checkpoint.config, where)
     model = ARCHITECTURES[name](checkpoint.config, where, checkpoint.tensors.keys(), keep_mtp)
     model.check_tensors(checkpoint.tensors)
     return model
@@ -53,3 +57,11 @@ def _named(name: Any) -> str:
     """An architecture's name, as it is where it could be one; empty if there is none."""
     plain = isinstance(name, str) and name.isidentifier() and len(name) < 100
     return name if plain else shown(name) if name else ""
+
+
+def _refuse_labels(config: Mapping[str, Any], where: str) -> None:
+    """Refuse classes by the million: transformers names each of them when it reads the config."""
+    ConfigReader(config, where).integer("num_labels", high=_MAX_LABELS, default=0)
+    for part in config.values():
+        if isinstance(part, Mapping):
+            _refuse_labels(part, where)

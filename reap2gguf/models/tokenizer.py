@@ -7,6 +7,7 @@ hashes the tokens of a sample text instead, which fails for every new vocabulary
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,18 @@ def tokenizer_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Refuse a tokenizer that could not be written later, as `add_tokenizer` does, or not run."""
-    add_tokenizer(GGUFWriter(None, "none"), folder, vocab_size)
+    said = logging.getLogger("gguf.vocab")
+    before, said.disabled = said.disabled, True  # the file that is written brings the same words
+    try:
+        add_tokenizer(GGUFWriter(None, "none"), folder, vocab_size)
+    finally:
+        said.disabled = before
     path = folder / "tokenizer.json"
     with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
-        Rust.from_file(str(path)).encode("")
+        library = Rust.from_file(str(path))
+        library.no_padding()  # a file may ask for any length, which would be allocated
+        library.no_truncation()
+        library.encode("")
 
 
 def _check(tokenizer: dict[str, Any], folder: Path) -> None:

@@ -77,6 +77,13 @@ def second_split(values: Values) -> None:
 
 MISSING = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "z", "type_id": 0}}],
            "pair": [], "special_tokens": {}}  # fmt: skip
+
+
+def padding(length: int) -> Values:
+    return {"strategy": {"Fixed": length}, "direction": "Right", "pad_to_multiple_of": 0,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}  # fmt: skip
+
+
 REPLACE = {"type": "Replace", "pattern": {"Regex": ""}, "content": "xx"}
 TOKENIZERS = [
     *[Case(f"tokenizer id {n!r}", vocab("zz", n), "has the id") for n in (
@@ -129,7 +136,10 @@ TOKENIZERS = [
     Case("tokenizer of lists", raw("tokenizer.json", b'{"a": [' + b"[]," * 10**7 + b"1]}"), "most"),
     Case("tokenizer huge", sparse("qwen3", "tokenizer.json", 2**38), "expected at most"),
     Case("tokenizer model huge", sparse("qwen3", "chat_template.jinja", 2**38), "at most"),
-    # what only the tokenizers library knows
+    # what only the libraries know
+    *[Case(f"padding {n}", observed(top(padding=padding(n), post_processor=MISSING)), "no usable")
+      for n in (0, 10**12, 2**63)],
+    Case("decoder unknown", tokenizer(lambda f: f.update(decoder={"type": "x"})), "no usable"),
     Case("post-processor that panics", observed(top(post_processor=MISSING)), "no usable token"),
     Case("tokenizer class a number", observed(settings(tokenizer_class=5)), "no usable tokenizer"),
     Case("token of unknown merges", observed(of_model(merges=["nope nada"])), "no usable token"),
