@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,12 +39,23 @@ class _Group(click.Group):
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             resumes = ctx.invoked_subcommand == "build"
-            advice = "; the same command goes on from the last finished stage" if resumes else ""
-            _fail(f"interrupted{advice}", 130)
+            _fail(f"interrupted{_resume_advice() if resumes else ''}", 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code)
+
+
+def _resume_advice() -> str:
+    """The command that goes on: the same one, but for a demand to start over."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    return f"; to go on: {shlex.join(['reap2gguf', *words])}"
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A signal that ends the process ends it as Ctrl-C does: in order, and able to go on."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough; SIGKILL is for the impatient
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:
@@ -65,10 +78,15 @@ def cli() -> None:
 @cli.command()
 @build_options
 @click.option("--fresh", is_flag=True, help="Start over, reusing nothing.")
-def build(fresh: bool, **arguments: Any) -> None:
+@click.option(
+    "--space-check/--no-space-check", default=True,
+    help="Whether to ask the disk for room before the work.",
+)  # fmt: skip
+def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
     """Prune, quantize, verify and bundle MODEL (a folder or owner/name on the Hub).
 
-    MODEL may be left out for the bundled example. The same command goes on where it was stopped.
+    MODEL may be left out for the bundled example. Stopped at any point, the same command goes on
+    from there; with other options it reuses every stage that they do not touch.
 
     \b
     Example:
@@ -77,7 +95,7 @@ def build(fresh: bool, **arguments: Any) -> None:
     """
     from reap2gguf.plan import make_plan
 
-    plan = make_plan(collect(arguments, fresh))
+    plan = make_plan(collect(arguments, fresh, space_check))
     from reap2gguf.pipeline import build as run
     from reap2gguf.pipeline import follow
     from reap2gguf.terminal.console import terminal_progress
@@ -174,6 +192,7 @@ def _print(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """The entry point of the `reap2gguf` program."""
+    signal.signal(signal.SIGTERM, _interrupt)
     if processes().size == 1:
         cli(prog_name="reap2gguf")
         return

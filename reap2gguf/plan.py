@@ -29,10 +29,11 @@ from reap2gguf.models.tokenizer import check_tokenizer
 from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.options import BuildOptions
 from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
-from reap2gguf.prune.write import PrunedTensor, plan_pruned
+from reap2gguf.prune.write import PrunedTensor, companion_files, plan_pruned
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
 from reap2gguf.resources import shipped_folder
+from reap2gguf.workdir import RESERVED_NAMES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
 # Rates behind the time estimate; bench/ measures them.
@@ -40,6 +41,7 @@ _CPU_FLOPS = 60e9  # a core, float32
 _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
 _DISK_BYTES = 1e9
+_CARD_BYTES = 2**20  # cards, manifests and marks
 _BASE_BYTES = 600 * 2**20  # Python, torch, transformers
 
 
@@ -48,6 +50,7 @@ class Estimate:
     """What a build will need; time and memory are estimates, sizes are exact."""
 
     disk_bytes: int
+    state_bytes: int  # on the disk besides, to keep what a sweep has done between two layers
     memory_bytes: int
     memory: str  # which: "memory", or "GPU memory" where there is one
     seconds: float
@@ -169,8 +172,21 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     )
     gguf = sum(recipe.n_bytes for recipe in plan.recipes)
     gguf += sum(side_bytes(side) for side in plan.side_files)
+    disk = plan.hf_bytes + gguf + _small_bytes(plan, n_tokens)
+    # a new state is written beside the one before
+    state = 2 * n_tokens * plan.model.facts.hidden_size * (2 if has_gpu else 4)
     where = "GPU memory" if has_gpu else "memory"
-    return Estimate(plan.hf_bytes + gguf, _memory(plan, n_tokens, has_gpu), where, seconds)
+    return Estimate(disk, state, _memory(plan, n_tokens, has_gpu), where, seconds)
+
+
+def _small_bytes(plan: Plan, n_tokens: int) -> int:
+    """What goes with the tensors, at most: tokenizer, headers, imatrix, text, cards."""
+    facts = plan.model.facts
+    companions = sum(f.stat().st_size for f in companion_files(plan.source.folder))
+    columns = 2 * facts.hidden_size + facts.expert_width
+    imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + 16) * columns
+    texts = n_tokens * (2 * 8 + 2 * 8)  # as numbers for two sweeps, and as text
+    return companions * (1 + len(plan.recipes)) + imatrix + texts + _CARD_BYTES
 
 
 def _memory(plan: Plan, n_tokens: int, has_gpu: bool) -> int:
@@ -273,7 +289,7 @@ def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
     ratio = target.compression if options.compression is None else options.compression
     shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
     name = options.name or f"{source.short_name}-REAP-{shown}"
-    if not _NAME.fullmatch(name) or name == "observations" or name.endswith("-GGUF"):
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith("-GGUF"):
         raise UsageError(
             f"the name {name!r} will not do; pass --name with letters, digits, '.', '_' and '-' "
             "(not ending in -GGUF), as the Hub wants it"

@@ -264,9 +264,12 @@ def test_an_interrupt_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plan, "make_plan", interrupt)
-    result = run("build", tiny, "--recipe", "q8_0")
+    words = ["build", str(tiny), "--recipe", "q8_0", "--name", "with space"]
+    monkeypatch.setattr("sys.argv", ["reap2gguf", *words, "--fresh"])
+    result = run(*words, "--fresh")
     assert result.exit_code == 130
-    assert "goes on from the last finished stage" in result.output
+    command = f"reap2gguf build {tiny} --recipe q8_0 --name 'with space'"
+    assert result.output == f"Error: interrupted; to go on: {command}\n"
 
 
 def test_a_full_disk_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

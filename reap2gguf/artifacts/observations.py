@@ -6,8 +6,6 @@ criterion is a quotient of them (arXiv 2510.13999).
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.safetensors_header import read_header
-from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
+from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
+from reap2gguf.checkpoint.writer import write_arrays
+from reap2gguf.errors import ArtifactError, CheckpointError
 
 FORMAT_VERSION = "1"
 Doubles = npt.NDArray[np.float64]
-_MAX_METADATA_BYTES = 2**20
 _NAME = re.compile(r"layers\.(\d{1,6})\.\w+")
 
 
@@ -52,31 +50,19 @@ class Observations:
     n_mtp_tokens: int = 0  # of how many
 
     def save(self, path: Path) -> None:
-        """Write the safetensors file under a temporary name, then rename it."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
-        tensors = {
-            f"layers.{layer}.{field.name}": getattr(seen, field.name)
-            for layer, seen in sorted(self.layers.items())
-            for field in fields(seen)
-        }
+        """Write the safetensors file, whole or not at all; OutputError if the disk refuses."""
+        arrays = named_layers(self.layers)
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            save_file(tensors, temporary, metadata | {"format_version": FORMAT_VERSION})
-        except SafetensorError as error:
-            raise OutputError(f"{path}: cannot be written ({error})") from error
-        os.replace(temporary, path)
+        write_arrays(path, arrays, metadata | {"format_version": FORMAT_VERSION})
 
     @classmethod
     def load(cls, path: Path) -> Observations:
         """Read and check the file; ArtifactError if it is broken or not of this format."""
         try:
-            header = read_header(path)
+            read_header(path)  # every number is bounded before anything is read
+            metadata = read_metadata(path)
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
-        metadata = _read_metadata(path)
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
             raise ArtifactError(
@@ -85,7 +71,10 @@ class Observations:
             )
         from safetensors.numpy import load_file
 
-        layers = _group(path, load_file(path), set(header))
+        try:
+            layers = grouped_layers(load_file(path))
+        except ValueError as error:
+            raise ArtifactError(f"{path}: {error}") from error
         try:
             numbers = {name: int(metadata[name]) for name in _METADATA if name.startswith("n_")}
             words = {name: str(metadata[name]) for name in _METADATA if not name.startswith("n_")}
@@ -97,32 +86,29 @@ class Observations:
 _METADATA = [field.name for field in fields(Observations) if field.name != "layers"]
 
 
-def _read_metadata(path: Path) -> Mapping[str, Any]:
-    """The `__metadata__` of a file whose header has been checked."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(length)).get("__metadata__") or {}
-    words = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    if not words or len(str(metadata)) > _MAX_METADATA_BYTES:
-        raise ArtifactError(f"{path}: no readable metadata")
-    return metadata
+def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArray[Any]]:
+    """Every array of every layer, by the name that it has in the file."""
+    return {
+        f"layers.{layer}.{field.name}": getattr(seen, field.name)
+        for layer, seen in sorted(layers.items())
+        for field in fields(seen)
+    }
 
 
-def _group(
-    path: Path, arrays: Mapping[str, npt.NDArray[Any]], names: set[str]
-) -> dict[int, LayerObservation]:
+def grouped_layers(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, LayerObservation]:
+    """The layers of named arrays; ValueError if any is missing, foreign or not finite."""
     parts = [field.name for field in fields(LayerObservation)]
-    matches = [_NAME.fullmatch(name) for name in names]
+    matches = [_NAME.fullmatch(name) for name in arrays]
     layers: dict[int, LayerObservation] = {}
     for layer in sorted({int(match[1]) for match in matches if match}):
         try:
             found = {part: arrays[f"layers.{layer}.{part}"] for part in parts}
         except KeyError as error:
-            raise ArtifactError(f"{path}: {error.args[0]} is missing") from error
+            raise ValueError(f"{error.args[0]} is missing") from error
         sizes = {array.shape for array in found.values()}
         if len(sizes) != 1 or not all(np.isfinite(array).all() for array in found.values()):
-            raise ArtifactError(f"{path}: layer {layer} has uneven sizes or values not finite")
+            raise ValueError(f"layer {layer} has uneven sizes or values not finite")
         layers[layer] = LayerObservation(**found)
-    if len(names) != len(layers) * len(parts):
-        raise ArtifactError(f"{path}: holds tensors that are no observations")
+    if len(arrays) != len(layers) * len(parts):
+        raise ValueError("holds tensors that are no observations")
     return layers

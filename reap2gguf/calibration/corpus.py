@@ -82,8 +82,9 @@ def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
     if spec == DEFAULT_MIX:
         passages = list(_embedded(render_chat))
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _SAMPLE_SUFFIXES)
-        passages = [passage for file in files for passage in _samples(file, render_chat)]
+        passages = [
+            passage for file in corpus_files(spec) for passage in _samples(file, render_chat)
+        ]
     elif path.suffix == ".txt":
         passages = [Passage(read_text(path), Cut.STREAM)]
     elif path.suffix in _SAMPLE_SUFFIXES:
@@ -96,6 +97,18 @@ def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
     if not any(passage.text.strip() for passage in passages):
         raise CalibrationError(f"calibration {spec!r}: holds no text")
     return Corpus(spec, tuple(passages))
+
+
+def corpus_files(spec: str) -> list[Path]:
+    """The files that a calibration spec reads."""
+    path = Path(os.path.expanduser(spec))
+    if spec == DEFAULT_MIX:
+        path = shipped_folder("calibration")
+        names = (MANIFEST_NAME, *(entry["name"] for entry in _embedded_entries(path)))
+        return [path / name for name in names]
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in _SAMPLE_SUFFIXES)
+    return [path]
 
 
 def read_text(path: Path) -> str:
@@ -115,13 +128,19 @@ def read_text(path: Path) -> str:
 def _embedded(render_chat: RenderChat) -> Iterator[Passage]:
     """The corpus that ships with the program."""
     folder = shipped_folder("calibration")
-    manifest = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    for entry in manifest["files"]:
+    for entry in _embedded_entries(folder):
         path = folder / entry["name"]
         if path.suffix == ".txt":
             yield Passage(read_text(path), Cut.DOCUMENT)
         else:
             yield from _samples(path, render_chat)
+
+
+def _embedded_entries(folder: Path) -> list[dict[str, Any]]:
+    """The files of the shipped corpus, as its manifest lists them."""
+    manifest = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    entries: list[dict[str, Any]] = manifest["files"]
+    return entries
 
 
 def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:

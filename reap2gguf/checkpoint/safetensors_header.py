@@ -18,6 +18,7 @@ from reap2gguf.errors import CheckpointError
 # The bound of the reference implementation; a header of 100 MB names about a million tensors.
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 8
+_MAX_METADATA_BYTES = 2**20
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -63,6 +64,24 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
     _check_contiguous(path, tensors, data_start, size)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a file whose header `read_header` has found good.
+
+    Raises CheckpointError if it is not text by text, or over 1 MiB.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    metadata = header.get("__metadata__") or {}
+    words = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not words or len(str(metadata)) > _MAX_METADATA_BYTES:
+        raise CheckpointError(f"{path}: no readable metadata")
+    return dict(metadata)
 
 
 def _header_length(path: Path, size: int, prefix: bytes) -> int:

@@ -97,13 +97,16 @@ class StreamedDecoder:
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states (B, T, H) that enter the first layer, for tokens (B, T)."""
-        tokens = tokens.to(self._device)
+        self.record(tokens)
+        return self._record(tokens.to(self._device))
+
+    def record(self, tokens: Tensor) -> None:
+        """Find out what layers are called with, besides hidden states, for tokens (B, T)."""
         if tokens.shape[1] not in self._arguments:
             # nothing but the length of its rows matters to what layers are called with, and a
             # batch of one broadcasts over any other
-            self._record(tokens[:1])
+            self._record(tokens[:1].to(self._device))
             self._arguments[tokens.shape[1]] = [r.arguments for r in self._recorders]
-        return self._record(tokens)
 
     def _record(self, tokens: Tensor) -> Tensor:
         try:

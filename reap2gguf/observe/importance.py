@@ -19,7 +19,7 @@ from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.experts import RoutedPairs, watch
 from reap2gguf.observe.kernels import all_square_sums, square_sums
-from reap2gguf.observe.observer import LayerObserver
+from reap2gguf.observe.observer import Arrays, LayerObserver
 
 Names = tuple[str, ...]  # GGUF matrices that share an input
 
@@ -93,3 +93,17 @@ class ImportanceObserver(LayerObserver):
                 order = self._model.column_order(name)
                 ordered = values if order is None else values[:, order]
                 self.entries[name] = ImatrixEntry(name, ordered, counts)
+
+    def kept(self) -> Arrays:
+        sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}
+        return sums | {f"{name}.counts": entry.counts for name, entry in self.entries.items()}
+
+    def restore(self, arrays: Arrays) -> None:
+        names = [name.removesuffix(".sums") for name in arrays if name.endswith(".sums")]
+        for name in names:
+            sums, counts = arrays[f"{name}.sums"], arrays[f"{name}.counts"]
+            if sums.ndim != 2 or counts.shape != sums.shape[:1]:
+                raise ValueError(f"sums {sums.shape} and counts {counts.shape} of {name}")
+            self.entries[name] = ImatrixEntry(
+                name, sums.astype(np.float32), counts.astype(np.int64)
+            )

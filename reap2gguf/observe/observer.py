@@ -8,13 +8,17 @@ wait for the flag. What may run out of memory comes before a batch is committed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.experts import RealTokens, RoutedPairs
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class LayerObserver(ABC):
@@ -51,6 +55,14 @@ class LayerObserver(ABC):
     @abstractmethod
     def sums(self) -> Iterable[Tensor]:
         """The layer's sums so far; those of several processes add."""
+
+    @abstractmethod
+    def kept(self) -> Arrays:
+        """The sums of all finished layers, by names of its own."""
+
+    @abstractmethod
+    def restore(self, arrays: Arrays) -> None:
+        """Take up what `kept` gave; KeyError or ValueError if it is not that."""
 
     def peaks(self) -> Iterable[Tensor]:
         """The layer's maxima so far."""

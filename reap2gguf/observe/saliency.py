@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reap2gguf.artifacts.observations import LayerObservation
+from reap2gguf.artifacts.observations import LayerObservation, grouped_layers, named_layers
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.experts import RoutedPairs, watch
 from reap2gguf.observe.kernels import saliency_sums
-from reap2gguf.observe.observer import LayerObserver
+from reap2gguf.observe.observer import Arrays, LayerObserver
 
 
 class SaliencyObserver(LayerObserver):
@@ -79,3 +79,9 @@ class SaliencyObserver(LayerObserver):
             norm_sum=norm,
             norm_max=self._peaks.cpu().numpy(),
         )
+
+    def kept(self) -> Arrays:
+        return named_layers(self.layers)
+
+    def restore(self, arrays: Arrays) -> None:
+        self.layers = grouped_layers(arrays)

@@ -26,6 +26,7 @@ from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.observer import LayerObserver
 from reap2gguf.observe.ranks import join, meet_on
 from reap2gguf.observe.run import SweepRun
+from reap2gguf.options import Resume
 from reap2gguf.progress import Progress
 
 
@@ -39,6 +40,7 @@ class SweepOptions:
     memory: int | None = None  # bytes of the GPU, or resident ones without; None: what is free
     spool: str = "auto"  # auto, device, host or disk
     folder: Path = Path()  # where a spool on disk goes
+    resume: Resume | None = None  # where to keep what is done between layers
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype: a GPU in bfloat16 where there is one, else float32 on the CPU.
@@ -94,9 +96,12 @@ def sweep(
     decoder = StreamedDecoder(checkpoint, model, dtype, device)
     run = SweepRun(decoder, observer, ranks, progress, device)
     try:
-        run.begin(rows, passengers, dtype, options.memory, options.spool, options.folder)
+        run.begin(
+            rows, passengers, dtype, options.memory, options.spool, options.folder, options.resume
+        )
         with progress.task(title, run.n_layers * run.n_tokens, "tokens") as task:
-            for index in range(run.n_layers):
+            task.advance(run.first_layer * run.n_tokens)
+            for index in range(run.first_layer, run.n_layers):
                 run.layer(index, task)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)
     except torch.OutOfMemoryError as error:
