@@ -29,7 +29,7 @@ from typing import Any, TextIO
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.disk import disk_errors_told, make_folder, remove, rename, write_whole
+from reap2gguf.disk import disk_errors_told, make_folder, part_of, remove, rename, write_whole
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.marks import StageMarks
 
@@ -139,7 +139,8 @@ class Workdir:
 
     def _check_identity(self, identity: Mapping[str, str]) -> None:
         """Refuse a work folder that another source, or another program, has filled."""
-        if not self.root.is_dir() or not any(self.root.iterdir()):
+        unfinished = part_of(self.root / _IDENTITY)  # killed as soon as it began
+        if not self.root.is_dir() or not set(self.root.iterdir()) - {unfinished}:
             return
         advice = "pass --fresh to start over in it, or another --name or --output"
         try:

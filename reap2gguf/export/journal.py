@@ -17,7 +17,7 @@ from reap2gguf.disk import OutputFile, remove, write_whole
 from reap2gguf.errors import CheckpointError
 
 SAVE_SECONDS = 5.0  # at most so much work is lost
-_MOST_OF_TIME = 0.05  # that flushing may take
+MOST_OF_TIME = 0.05  # that flushing may take
 
 
 class ExportJournal:
@@ -47,7 +47,7 @@ class ExportJournal:
     def add(self, name: str, files: Sequence[OutputFile]) -> None:
         """A tensor is written to all files; now and then they are flushed, and that is kept."""
         self._done.add(name)
-        if time.monotonic() - self._saved_at >= max(SAVE_SECONDS, self._cost / _MOST_OF_TIME):
+        if time.monotonic() - self._saved_at >= max(SAVE_SECONDS, self._cost / MOST_OF_TIME):
             self.save(files)
 
     def save(self, files: Iterable[OutputFile]) -> None:
