@@ -78,14 +78,7 @@ class BuildKeys:
     def export(self, imatrix: str) -> str:
         plan = self.plan
         recipes = [recipe.recipe.source for recipe in plan.recipes]
-        return stage_key(
-            imatrix, plan.name, plan.source.label, plan.options.method, recipes,
-            load_ggml().version, version("gguf"),
-        )  # fmt: skip
-
-    def sweep(self, key: str) -> str:
-        """Of a sweep that is interrupted: no two versions of a library share one."""
-        return stage_key(key, version("torch"), version("transformers"))
+        return export_key(imatrix, plan.name, plan.source.label, plan.options.method, recipes)
 
     @property
     def inputs(self) -> str:
@@ -101,6 +94,16 @@ class BuildKeys:
     def _computing(self) -> tuple[str, str]:
         compute = self.plan.options.compute
         return compute.device, compute.dtype
+
+
+def sweep_key(*inputs: object) -> str:
+    """Of a sweep that may be interrupted: no two versions of a library share one."""
+    return stage_key(__version__, version("torch"), version("transformers"), *inputs)
+
+
+def export_key(*inputs: object) -> str:
+    """Of an export that may be interrupted: no two versions of a library share one."""
+    return stage_key(__version__, load_ggml().version, version("gguf"), *inputs)
 
 
 def _hashes(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from reap2gguf.disk import remove
-from reap2gguf.keys import BuildKeys
+from reap2gguf.keys import BuildKeys, sweep_key
 from reap2gguf.memory import peak_bytes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.plan import Plan, estimate
@@ -80,7 +80,7 @@ class Running:
 
     def computing(self, name: str, key: str) -> ComputeOptions:
         """How to sweep, and where to keep what is done between layers."""
-        resume = Resume(self.work.root / f"{name}.state", self.keys.sweep(key))
+        resume = Resume(self.work.root / f"{name}.state", sweep_key(key))
         return replace(
             self.plan.options.compute,
             scratch=self.work.root,

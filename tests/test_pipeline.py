@@ -3,9 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +135,45 @@ def test_an_interrupted_build_goes_on(
     assert not any(stages_reused(fresh).values())
 
 
-def test_other_chunks_make_another_imatrix(
+def test_a_finished_build_has_nothing_to_do(tiny: Path, tmp_path: Path) -> None:
+    first = build(tiny, tmp_path / "out")
+    path = first.gguf_folder / "tiny-REAP-0.25-Q8_0.gguf"
+    written = path.stat().st_mtime_ns
+    second = build(tiny, tmp_path / "out")
+    assert second.stages == ()
+    assert second.manifest == first.manifest
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    assert stages_reused(build(tiny, tmp_path / "out"))["texts"]
+    assert path.is_file()
+
+
+def test_another_recipe_reuses_what_it_does_not_touch(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_before_export(tiny, tmp_path / "out", monkeypatch)
-    reused = stages_reused(build(tiny, tmp_path / "out", chunk=64))
-    assert reused["observe"]
-    assert reused["prune"]
-    assert not reused["imatrix"]
+    reused = stages_reused(build(tiny, tmp_path / "out", recipes=("bf16",)))
+    assert [stage for stage, is_reused in reused.items() if is_reused] == [
+        "texts", "observe", "prune", "imatrix",
+    ]  # fmt: skip
 
 
-def test_a_second_build_of_one_name_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with Workdir(tmp_path / "out", "tiny-REAP-0.25").locked():
-        with pytest.raises(OutputError, match=rf"another build .* \(process {os.getpid()}\)"):
-            build(tiny, tmp_path / "out")
-        build(tiny, tmp_path / "out", name="other")
-    build(tiny, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("changes", "reused"),
+    [
+        ({"compression": 0.5}, ["texts", "observe"]),
+        ({"method": "frequency", "compression": 0.5}, ["texts", "observe"]),
+        ({"chunk": 64}, ["observe", "prune"]),
+        ({"calibration": CalibrationOptions(str(PROSE), samples=3, max_length=128)}, []),
+        ({"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=64)}, []),
+    ],
+)
+def test_other_arguments_redo_what_they_touch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, reused: list[str]
+) -> None:
+    stop_before_export(tiny, tmp_path / "out", monkeypatch)
+    again = stages_reused(build(tiny, tmp_path / "out", name="tiny-REAP-0.25", **changes))
+    assert [stage for stage, is_reused in again.items() if is_reused] == reused
 
 
 def test_a_disk_that_is_too_full_is_said_before_the_work(
@@ -166,17 +187,6 @@ def test_a_disk_that_is_too_full_is_said_before_the_work(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed))
     build(tiny, tmp_path / "out")
-
-
-def test_a_killed_build_leaves_no_lock(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys; from pathlib import Path; from reap2gguf.workdir import Workdir\n"
-        "with Workdir(Path(sys.argv[1]), 'name').locked(): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    with Workdir(tmp_path, "name").locked():
-        pass
 
 
 def test_a_tilde_is_the_home_folder(
