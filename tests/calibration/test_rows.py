@@ -117,7 +117,9 @@ def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
         shutil.copyfile(EXAMPLE / name, tmp_path / name)
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (tmp_path / "chat_template.jinja").write_text(attack)
-    with pytest.raises(CalibrationError, match=r"unsafe|undefined"):
+    with pytest.raises(
+        CalibrationError, match=r"asks for what is forbidden \(access to attribute '__class__'"
+    ):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
 
 
@@ -176,5 +178,5 @@ def test_a_template_that_fails_is_one_line(tmp_path: Path, template: str) -> Non
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, tmp_path / name)
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(CalibrationError, match="the chat template refuses a sample"):
+    with pytest.raises(CalibrationError, match="the chat template refuses it"):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
