@@ -36,7 +36,7 @@ from jinja2.utils import Namespace
 HEADER = struct.Struct(">BI")  # kind, bytes of the body
 MAX_REASON_BYTES = 2048
 # Python and Jinja2 import these at the first use, when no file can be opened any more
-_USED_LATER = ("encodings.ascii", "encodings.unicode_escape", "pprint", "textwrap")
+_USED_LATER = ("encodings.ascii", "encodings.unicode_escape", "html", "pprint", "textwrap")
 # A bundle must not depend on the day it is built: templates that ask for the date get this one.
 TODAY = datetime(2025, 1, 1)
 
