@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
 from reap2gguf.calibration.templates import ChatTemplate
+from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CalibrationError, CheckpointError
 
 Row = npt.NDArray[np.int64]
@@ -25,6 +26,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
+        check_template_files(folder)
         self._tokenizer: Any = _load(AutoTokenizer, folder)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")

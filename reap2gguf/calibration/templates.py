@@ -30,9 +30,9 @@ import markupsafe
 
 import reap2gguf
 from reap2gguf.calibration.template_worker import HEADER, Answer
+from reap2gguf.checkpoint.template_files import MAX_TEMPLATE_BYTES
 from reap2gguf.errors import CalibrationError, DependencyError
 
-MAX_TEMPLATE_BYTES = 2**20
 _MAX_REQUEST_BYTES = 2**26
 _START_SECONDS = 60.0  # of our own code alone, from a disk that may be slow
 _SHOWN_LETTERS = 200

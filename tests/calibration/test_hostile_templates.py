@@ -33,7 +33,8 @@ TIME = {
     "recursive %}{% if x is iterable %}{{ loop(x) }}{% endif %}{% endfor %}",
     "a power": "{{ 7 ** (7 ** 9) }}",
     "a power made of variables": "{% set n = messages | length + 6 %}{{ n ** (n ** 9) }}",
-    "a division of giants": "{% set n = (messages | length + 2) ** 2000000 %}{{ n ** 3 // (n + 1) % 97 }}",
+    "a division of giants": "{% set n = (messages | length + 2) ** 2000000 %}"
+    "{{ n ** 3 // (n + 1) % 97 }}",
     "a search for what is not there": "{% set a = 'a' * 2000000 %}{{ a.find('a' * 999999 + 'b') }}"
     "{% for i in range(9999) %}{{ a.count('ab' * 9) }}{% endfor %}",
     "replacing": "{% set a = 'a' * 9999 %}{% for i in range(9999) %}{{ a.replace('a', 'bb')[:0] }}"

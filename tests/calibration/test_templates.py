@@ -16,7 +16,8 @@ from transformers.utils import chat_template_utils
 
 from reap2gguf.calibration.rows import Tokenizer
 from reap2gguf.calibration.template_worker import TODAY
-from reap2gguf.calibration.templates import MAX_TEMPLATE_BYTES, ChatTemplate
+from reap2gguf.calibration.templates import ChatTemplate
+from reap2gguf.checkpoint.template_files import MAX_TEMPLATE_BYTES
 from reap2gguf.errors import CalibrationError
 
 # in the manner of Qwen3: tools first, reasoning only after the last question, calls as XML
