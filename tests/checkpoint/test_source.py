@@ -7,8 +7,14 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from reap2gguf.checkpoint import hub
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import SourceError
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
 
 
 def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
