@@ -137,9 +137,8 @@ def test_a_reset_before_any_answer_is_tried_again(fetching: Fetching, hub: Hub) 
 def test_a_hub_that_is_gone(fetching: Fetching, hub: Hub) -> None:
     hub.leave()
     message = fetching.refused()
-    assert [int(wait) for wait in (w / 1.25001 for w in fetching.waits)] == [0, 1, 3, 6]
-    assert all(base <= wait <= 1.25 * base for base, wait in zip((1, 2, 4, 8), fetching.waits,
-                                                                strict=True))  # fmt: skip
+    for base, wait in zip((1, 2, 4, 8), fetching.waits, strict=True):
+        assert base <= wait <= 1.25 * base
     assert len(fetching.notes) == TRIES - 1
     assert "onnection refused" in message
     for advice in ("in 5 tries", "`hf download owner/name`", "pass the folder", "HF_HUB_OFFLINE=1"):

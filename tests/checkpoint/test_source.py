@@ -161,3 +161,12 @@ def test_a_download(
         for pattern in patterns
         if pattern != "LICENSE*"
     )
+
+
+def test_each_try_that_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, ConnectionError("no route"))
+    said: list[str] = []
+    with pytest.raises(SourceError):
+        resolve_source("owner/name", said.append)
+    assert len(said) == 4
+    assert said[0] == "owner/name: the Hub cannot be reached (no route); try 2 of 5 in 0 s"
