@@ -40,6 +40,9 @@ TIME = {
     "replacing": "{% set a = 'a' * 9999 %}{% for i in range(9999) %}{{ a.replace('a', 'bb')[:0] }}"
     "{% for j in range(99) %}{{ a.replace('a', 'bb')[:0] }}{% endfor %}{% endfor %}",
     "lorem ipsum": "{{ lipsum(n=99999, min=9999, max=99999)[:1] }}",
+    "searching for links": "{% for i in range(99999) %}"
+    "{{ ('<a@b.c> ' * 999 ~ messages[0].content) | urlize | length }}{% endfor %}",
+    "a template of one name after another": "{% set a = b %}" * 60000,
     "titles": "{% set a = 'a b ' * 9999 %}{% for i in range(99999) %}{{ (a | title)[:0] }}"
     "{% endfor %}",
     "parentheses in a search": "{% for i in range(9999) %}"
@@ -96,6 +99,7 @@ REFUSED = {
     "a macro without end": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "a loop without end": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "a list in itself": "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns | tojson }}",
+    "a block in itself": "{% block a %}{{ self.a() }}{% endblock %}",
     "deep parentheses": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
     "deep lists": "{{ " + "[" * 50000 + "]" * 50000 + " }}",
     "deep loops": "{% for a in b %}" * 3000,
