@@ -177,7 +177,9 @@ class _Process:
         reasons = {
             int(Answer.REFUSED): f"the chat template refuses it ({said})",
             int(Answer.FORBIDDEN): f"the chat template asks for what is forbidden ({said})",
-            int(Answer.OUT_OF_MEMORY): f"the chat template took over {memory / 2**20:,.0f} MiB",
+            int(
+                Answer.OUT_OF_MEMORY
+            ): f"the chat template took over {memory / 2**20:,.0f} MiB of memory",
             int(Answer.TOO_LONG): f"the chat template wrote over {output / 2**20:,.0f} MiB of text",
         }
         raise _EndedError(reasons.get(kind, "the chat template's process answered nonsense"))

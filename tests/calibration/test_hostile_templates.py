@@ -19,7 +19,7 @@ from reap2gguf.calibration.template_worker import HEADER, Answer
 from reap2gguf.calibration.templates import ChatTemplate, Limits
 from reap2gguf.errors import CalibrationError, DependencyError
 
-LIMITS = Limits(cpu_seconds=0.5, wall_seconds=4, memory_bytes=128 * 2**20, output_bytes=2**22)
+LIMITS = Limits(cpu_seconds=0.3, wall_seconds=4, memory_bytes=128 * 2**20, output_bytes=2**22)
 CHAT = [{"role": "user", "content": "hello"}]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -114,8 +114,8 @@ REFUSED = {
     "a codec": "{{ messages[0].content.encode('punycode') }}",
 }
 WHOLE = {
-    "took over 0.5 s of processor time": TIME,
-    "took over 128 MiB": MEMORY,
+    "took over 0.3 s of processor time": TIME,
+    "took over 128 MiB of memory": MEMORY,
     "wrote over 4 MiB": LENGTH,
     "asks for what is forbidden": FORBIDDEN,
     "refuses it": REFUSED,
