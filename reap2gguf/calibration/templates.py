@@ -170,17 +170,16 @@ class _Process:
         """The text of a conversation; _EndedError if there is none."""
         kind, body = self.exchange(request, self._limits.wall_seconds)
         said = _shown(body)
-        memory, output = self._limits.memory_bytes, self._limits.output_bytes
+        memory = f"{self._limits.memory_bytes / 2**20:,.0f} MiB of memory"
+        output = f"{self._limits.output_bytes / 2**20:,.0f} MiB of text"
         if kind == Answer.TEXT:
             with contextlib.suppress(UnicodeDecodeError):
                 return body.decode("utf-8", "surrogatepass")
         reasons = {
             int(Answer.REFUSED): f"the chat template refuses it ({said})",
             int(Answer.FORBIDDEN): f"the chat template asks for what is forbidden ({said})",
-            int(
-                Answer.OUT_OF_MEMORY
-            ): f"the chat template took over {memory / 2**20:,.0f} MiB of memory",
-            int(Answer.TOO_LONG): f"the chat template wrote over {output / 2**20:,.0f} MiB of text",
+            int(Answer.OUT_OF_MEMORY): f"the chat template took over {memory}",
+            int(Answer.TOO_LONG): f"the chat template wrote over {output}",
         }
         raise _EndedError(reasons.get(kind, "the chat template's process answered nonsense"))
 

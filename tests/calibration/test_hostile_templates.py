@@ -70,7 +70,8 @@ MEMORY = {
 }
 LENGTH = {
     "a long text": "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}",
-    "many letters": "{% for i in range(99) %}{% for i in range(5000) %}{{ 'a' * 20 }}{% endfor %}{% endfor %}",
+    "many letters": "{% for i in range(99) %}"
+    "{% for i in range(5000) %}{{ 'a' * 20 }}{% endfor %}{% endfor %}",
     "wide letters": "{{ 'ᚠ' * 2 ** 21 }}",
 }
 FORBIDDEN = {
