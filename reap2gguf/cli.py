@@ -19,7 +19,7 @@ from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, Verificatio
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
 from reap2gguf.terminal.recipe_commands import recipes
-from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
+from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
 if TYPE_CHECKING:
     from reap2gguf.plan import Estimate, Plan
@@ -95,7 +95,7 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
     """
     from reap2gguf.plan import make_plan
 
-    plan = make_plan(collect(arguments, fresh, space_check))
+    plan = make_plan(collect(arguments, fresh, space_check), say)
     from reap2gguf.pipeline import build as run
     from reap2gguf.pipeline import follow
     from reap2gguf.terminal.console import terminal_progress
@@ -120,7 +120,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     """
     from reap2gguf.plan import make_plan, plan_as_json
 
-    plan = make_plan(collect(arguments))
+    plan = make_plan(collect(arguments), say)
     from reap2gguf.terminal.views import plan_lines
 
     needs = _estimate(plan)

@@ -13,6 +13,7 @@ from typing import Any
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.calibration.corpus import DEFAULT_MIX
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.hub import Note, say_nothing
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import CalibrationError, UsageError
@@ -102,9 +103,10 @@ class Plan:
         return any(isinstance(role, Dropped) for role in roles)
 
 
-def make_plan(options: BuildOptions) -> Plan:
+def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     """Read headers, config and recipes, and decide everything that they decide.
 
+    `note` is told of each try at the Hub that failed.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     # what costs nothing to check comes first
@@ -114,7 +116,7 @@ def make_plan(options: BuildOptions) -> Plan:
         raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
     for text in (options.calibration.spec, options.imatrix_text):
         _check_text(text)
-    source = resolve_source(options.model)
+    source = resolve_source(options.model, note)
     checkpoint = Checkpoint.open(source.folder)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size)

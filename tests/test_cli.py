@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import huggingface_hub
 import pytest
 from click.testing import CliRunner, Result
 from conftest import CALIBRATION, Bundle
 from safetensors.torch import save_file
 from tiny import TinyQwen3Moe
 
+from reap2gguf.checkpoint import hub
 from reap2gguf.cli import cli
 
 
@@ -260,7 +262,7 @@ def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupt_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reap2gguf import plan
 
-    def interrupt(options: object) -> None:
+    def interrupt(options: object, note: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plan, "make_plan", interrupt)
@@ -275,8 +277,24 @@ def test_an_interrupt_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPa
 def test_a_full_disk_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reap2gguf import plan
 
-    def full(options: object) -> None:
+    def full(options: object, note: object) -> None:
         raise OSError(28, os.strerror(28), "model.safetensors")
 
     monkeypatch.setattr(plan, "make_plan", full)
     one_line(run("build", tiny, "--recipe", "q8_0"), "model.safetensors: No space left on device")
+
+
+def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
+    for arguments in ("plan owner/name --recipe bf16", "observe owner/name -o x"):
+        result = run(*arguments.split())
+        assert result.exit_code == 2
+        *tries, error = result.stderr.splitlines()
+        assert [line.partition("; ")[2] for line in tries] == [
+            f"try {number} of 5 in 0 s" for number in (2, 3, 4, 5)
+        ]
+        assert error.startswith("Error: owner/name: ")

@@ -11,11 +11,11 @@ import json
 import os
 import random
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reap2gguf.errors import CalibrationError
 from reap2gguf.resources import shipped_folder
@@ -27,7 +27,13 @@ _MAX_LINE_BYTES = 2**26
 _SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 Message = Mapping[str, Any]
-RenderChat = Callable[[list[Message]], str]
+Tool = Mapping[str, Any]
+
+
+class RenderChat(Protocol):
+    """Applies a model's chat template."""
+
+    def __call__(self, messages: list[Message], tools: list[Tool] | None = None, /) -> str: ...
 
 
 class Cut(Enum):
@@ -193,11 +199,18 @@ def _render(record: Any, render_chat: RenderChat, where: str) -> str:
         raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
     if isinstance(record.get("text"), str):
         return str(record["text"])
+    messages = None
     if record.get("messages") is not None:
-        return render_chat(_messages(record["messages"], "user", where))
-    if record.get("prompt") is not None and record.get("completion") is not None:
+        messages = _messages(record["messages"], "user", where)
+    elif record.get("prompt") is not None and record.get("completion") is not None:
         prompt = _messages(record["prompt"], "user", where)
-        return render_chat(prompt + _messages(record["completion"], "assistant", where))
+        messages = prompt + _messages(record["completion"], "assistant", where)
+    if messages is not None:
+        tools = _tools(record.get("tools"), where)
+        try:
+            return render_chat(messages, tools)
+        except CalibrationError as error:
+            raise CalibrationError(f"{where}: {error}") from error
     raise CalibrationError(
         f"{where}: has {', '.join(map(str, record)) or 'no fields'}, expected text, messages, or "
         "prompt and completion"
@@ -214,3 +227,17 @@ def _messages(value: Any, role: str, where: str) -> list[Message]:
     if not good or not value:
         raise CalibrationError(f"{where}: expected messages with a role and content each")
     return list(value)
+
+
+def _tools(value: Any, where: str) -> list[Tool] | None:
+    """The JSON schemas of a sample's tools, as a list or as JSON text; None where it has none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "null")
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where}: tools are not JSON ({error})") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise CalibrationError(f"{where}: expected tools as a list of JSON schemas")
+    return value

@@ -155,7 +155,10 @@ def imatrix_chunks(tokenizer: Tokenizer, text_file: Path, chunk_size: int) -> Im
 
 
 def _load(tokenizer: Tokenizer, options: CalibrationOptions) -> Corpus:
-    corpus = load_corpus(options.spec, tokenizer.render_chat)
+    try:
+        corpus = load_corpus(options.spec, tokenizer.render_chat)
+    finally:
+        tokenizer.close()
     return corpus.selected(options.samples, options.seed)
 
 

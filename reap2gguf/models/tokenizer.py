@@ -15,6 +15,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
 from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 
 # split pattern -> llama.cpp's name; two families differ only in how they treat marks (\p{M})
@@ -88,6 +89,7 @@ def _check(tokenizer: dict[str, Any], folder: Path) -> None:
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (folder / name).is_file():
             read_json(folder / name)
+    check_template_files(folder)
 
 
 def _is_merge(merge: Any) -> bool:

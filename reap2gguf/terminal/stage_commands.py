@@ -179,13 +179,19 @@ def quantize(
     click.echo(f"{output}: {size(output.stat().st_size)}, {resolved.bits_per_weight:.2f} bpw")
 
 
+def say(text: str) -> None:
+    """A line for who waits; of several processes only the first speaks."""
+    if processes().is_first:
+        click.echo(text, err=True)
+
+
 def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeModel]:
     """A model and what it is, from its headers."""
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.source import resolve_source
     from reap2gguf.models import describe
 
-    source = resolve_source(model)
+    source = resolve_source(model, say)
     checkpoint = Checkpoint.open(source.folder)
     return source, checkpoint, describe(checkpoint, keep_mtp)
 

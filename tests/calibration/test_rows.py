@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,12 +120,51 @@ def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
         shutil.copyfile(EXAMPLE / name, tmp_path / name)
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (tmp_path / "chat_template.jinja").write_text(attack)
-    with pytest.raises(CalibrationError, match=r"unsafe|undefined"):
+    with pytest.raises(
+        CalibrationError, match=r"asks for what is forbidden \(access to attribute '__class__'"
+    ):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        Tokenizer(tmp_path)
+
+
+class PanicException(BaseException):
+    """What the Rust library raises when it panics: no Exception."""
+
+
+def test_a_panic_of_the_tokenizer_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def panic(*args: Any, trust_remote_code: bool, **kwargs: Any) -> None:
+        assert not trust_remote_code
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer \(called `Option::unwrap"):
+        Tokenizer(tmp_path)
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_templates/rag.jinja"])
+def test_a_template_file_beyond_reason(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x" * (2**20 + 1))
+    with pytest.raises(CheckpointError, match=r"1,048,577 bytes, expected a chat template of at"):
+        Tokenizer(tmp_path)
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    shutil.copyfile(EXAMPLE / "tokenizer.json", tmp_path / "tokenizer.json")
+    config = json.loads((EXAMPLE / "tokenizer_config.json").read_text()) | {"chat_template": 5}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="its chat template is not text"):
         Tokenizer(tmp_path)
 
 
@@ -207,5 +247,5 @@ def test_a_template_that_fails_is_one_line(tmp_path: Path, template: str) -> Non
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, tmp_path / name)
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(CalibrationError, match="the chat template refuses a sample"):
+    with pytest.raises(CalibrationError, match="the chat template refuses it"):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
