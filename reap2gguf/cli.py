@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from reap2gguf.plan import Estimate, Plan
 
 
+_RESUMING = ("build", "observe", "imatrix", "quantize")
+
+
 class _Group(click.Group):
     """Turns our errors into one line and an exit code; anything else is a bug and shows itself."""
 
@@ -38,7 +41,7 @@ class _Group(click.Group):
         except Reap2ggufError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand == "build"
+            resumes = ctx.invoked_subcommand in _RESUMING
             _fail(f"interrupted{_resume_advice() if resumes else ''}", 130)
         except OSError as error:
             if error.errno == errno.EPIPE:

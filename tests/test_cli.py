@@ -274,6 +274,41 @@ def test_an_interrupt_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPa
     assert result.output == f"Error: interrupted; to go on: {command}\n"
 
 
+def test_an_interrupted_quantization_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reap2gguf.export import gguf_export, journal
+
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(journal, "MOST_OF_TIME", 1e9)
+    command = ("quantize", tiny, "--recipe", "q8_0", "--threads", 1, "-o")
+    whole, resumed = tmp_path / "whole.gguf", tmp_path / "resumed.gguf"
+    written: list[str] = []
+    stop_at: str | None = None
+    write = gguf_export._Job.run
+
+    def counted(self: gguf_export._Job, piece: gguf_export._Piece) -> None:
+        if piece.tensor.name == stop_at:
+            raise KeyboardInterrupt
+        written.append(piece.tensor.name)
+        write(self, piece)
+
+    monkeypatch.setattr(gguf_export._Job, "run", counted)
+    assert run(*command, whole).exit_code == 0
+    names = list(dict.fromkeys(written))
+    stop_at = names[len(names) // 2]
+    assert run(*command, resumed).exit_code == 130
+    assert {path.name for path in tmp_path.glob("resumed*")} == {
+        "resumed.gguf.part", "resumed.gguf.journal",
+    }  # fmt: skip
+    stop_at = None
+    del written[:]
+    assert run(*command, resumed).exit_code == 0
+    assert list(dict.fromkeys(written)) == names[len(names) // 2 :]
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.glob("*.gguf*")} == {"whole.gguf", "resumed.gguf"}
+
+
 def test_a_full_disk_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reap2gguf import plan
 

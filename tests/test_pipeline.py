@@ -103,11 +103,28 @@ def test_kept_experts_are_reaps_best(built: Bundle) -> None:
         assert set(kept) == set(np.argsort(scores)[-12:])
 
 
-def test_the_same_build_twice_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
-    first = build(tiny, tmp_path / "a")
-    second = build(tiny, tmp_path / "b", compute=ComputeOptions(device="cpu", threads=1))
-    for name in ("tiny-REAP-0.25-Q8_0.gguf", "imatrix.gguf", "calibration.txt"):
-        assert (first.gguf_folder / name).read_bytes() == (second.gguf_folder / name).read_bytes()
+def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
+    """Every file of a bundle."""
+    files = (*result.hf_folder.iterdir(), *result.gguf_folder.iterdir())
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> None:
+    recipes = ("q4km", "bf16")
+    bundles = [
+        contents(
+            build(
+                tiny, tmp_path / str(threads), recipes=recipes, name="model",
+                compute=ComputeOptions(device="cpu", threads=threads),
+            )
+        )
+        for threads in (1, 2, 8)
+    ]  # fmt: skip
+    assert len(bundles[0]) == 15
+    assert bundles[0].keys() == bundles[1].keys() == bundles[2].keys()
+    for name, data in bundles[0].items():
+        assert bundles[1][name] == data, name
+        assert bundles[2][name] == data, name
 
 
 def test_another_ratio_reuses_the_observations(tiny: Path, tmp_path: Path) -> None:

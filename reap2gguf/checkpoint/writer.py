@@ -130,7 +130,7 @@ def array_bytes(array: npt.NDArray[np.generic]) -> memoryview:
 
 
 def _header(tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for tensor in tensors:
         end = position + tensor.n_bytes

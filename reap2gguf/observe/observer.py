@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.observe.crew import current_piece
 from reap2gguf.observe.experts import RealTokens, RoutedPairs
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
@@ -30,7 +31,8 @@ class LayerObserver(ABC):
         self._model = model
         self._device = torch.device("cpu")
         self.real_tokens: RealTokens | None = None
-        self._pending: list[tuple[Tensor, Tensor]] = []  # a sum, and what a batch adds to it
+        # where in the batch it comes from, a sum, and what is added to it
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def use(self, device: torch.device) -> None:
         """Sum on `device` from now on."""
@@ -68,13 +70,22 @@ class LayerObserver(ABC):
         """The layer's maxima so far."""
         return ()
 
+    def _add(self, total: Tensor, added: Tensor) -> None:
+        """Let what was found in a batch, or in a piece of it, count once it is settled."""
+        piece = current_piece()
+        self._pending.append((0 if piece is None else piece.begin, total, added))
+
     def settle(self, good: Tensor) -> None:
         """End a batch: its sums will count where `good`, a bool on the device, is true."""
-        self._pending = [(total, torch.where(good, added, 0)) for total, added in self._pending]
+        # pieces of a batch come in any order, and the order of additions shows
+        self._pending.sort(key=lambda pending: pending[0])
+        self._pending = [
+            (place, total, torch.where(good, added, 0)) for place, total, added in self._pending
+        ]
 
     def commit(self) -> None:
         """Count a batch that was settled; takes no memory, so it cannot fail for want of any."""
-        for total, added in self._pending:
+        for _, total, added in self._pending:
             total += added
         self._pending.clear()
 

@@ -43,8 +43,8 @@ class SaliencyObserver(LayerObserver):
         assert pairs.norms is not None
         sums, peaks = saliency_sums(pairs.norms, pairs.gates, pairs.ends)
         experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
-        self._pending.append((self._counts[experts], pairs.counts))
-        self._pending.append((self._sums[experts], sums))
+        self._add(self._counts[experts], pairs.counts)
+        self._add(self._sums[experts], sums)
         self._pending_peaks.append((self._peaks[experts], peaks))
 
     def settle(self, good: Tensor) -> None:
