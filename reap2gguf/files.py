@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -21,9 +22,12 @@ def what_it_is(path: Path) -> str:
     Raises OSError if nothing does. A link is what it leads to.
     """
     try:
-        mode = path.stat().st_mode
+        return _kind(path.stat().st_mode)
     except ValueError as error:  # a name with a NUL byte or half a character
         raise OSError(f"no name of a file ({error})") from error
+
+
+def _kind(mode: int) -> str:
     return next((words for test, words in _KINDS if test(mode)), "")
 
 
@@ -36,6 +40,20 @@ def plain_size(path: Path) -> int:
     if words := what_it_is(path):
         raise OSError(f"{words}, expected a file")
     return path.stat().st_size
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A plain file, opened for reading. Raises OSError, also for what is none."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if words := _kind(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{words}, expected a file")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # a pipe would wait here for its writer
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_plain(path: Path) -> bool:

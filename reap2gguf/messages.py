@@ -32,15 +32,16 @@ def one_line(text: str) -> str:
     >>> one_line("a\\x1b[2Jb\\nc")
     'a\\\\x1b[2Jb\\\\nc'
     """
-    if len(text) > _MOST_LETTERS:
-        # what is wrong stands at the beginning, what to do at the end
-        half = _MOST_LETTERS // 2
-        left_out = len(text) - 2 * half
-        text = f"{text[:half]} [... {left_out:,} letters left out ...] {text[-half:]}"
+    if len(text) <= _MOST_LETTERS:
+        return _escaped(text)
+    # what is wrong stands at the beginning, what to do at the end
+    half = _MOST_LETTERS // 2
+    left_out = f" [... {len(text) - 2 * half:,} letters left out ...] "
+    return _escaped(text[:half])[:half] + left_out + _escaped(text[-half:])[-half:]
+
+
+def _escaped(text: str) -> str:
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode("ascii")
+    letters = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(letters)

@@ -275,7 +275,7 @@ def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
     """The name asked for, or `<source>-REAP-<compression>` with two decimals or as many as tell."""
     ratio = target.compression if options.compression is None else options.compression
     shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
-    name = options.name or f"{source.short_name}-REAP-{shown}"
+    name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
     if not _NAME.fullmatch(name) or name == "observations" or name.endswith("-GGUF"):
         raise UsageError(
             f"the name {name!r} will not do; pass --name with letters, digits, '.', '_' and '-' "

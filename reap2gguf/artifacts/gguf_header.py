@@ -21,8 +21,8 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from reap2gguf.artifacts.cursor import Cursor
-from reap2gguf.checkpoint.regular import open_regular
 from reap2gguf.errors import ArtifactError
+from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
@@ -82,7 +82,7 @@ class GgufHeader:
         n_rows = info.n_bytes // info.row_bytes
         count = ((n_rows if last is None else last) - first) * info.row_bytes
         try:
-            with open_regular(self.path) as file:
+            with open_plain(self.path) as file:
                 file.seek(info.offset + first * info.row_bytes)
                 raw = np.fromfile(file, dtype=np.uint8, count=count)
         except OSError as error:
@@ -159,7 +159,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises ArtifactError if the file is missing, truncated, or its numbers cannot be true.
     """
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             return _read(_Reader(path, file))
     except OSError as error:
         raise _unreadable(path, error) from error

@@ -21,8 +21,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
-from reap2gguf.checkpoint.regular import open_regular
 from reap2gguf.errors import ArtifactError
+from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
 
 _MAX_ENTRIES = 2**16
@@ -75,7 +75,7 @@ def load_imatrix(path: Path) -> Imatrix:
     Raises ArtifactError if the file is broken, holds no entry, or holds NaN or negative sums.
     """
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             is_gguf = file.read(4) == b"GGUF"
             file.seek(0)
             imatrix = _load_gguf(path) if is_gguf else _load_dat(Cursor(path, file))
@@ -198,7 +198,10 @@ def _load_dat(cursor: Cursor) -> Imatrix:
     if cursor.left == 0:  # the oldest files end here
         return Imatrix(entries, "", 0, 0)
     n_chunks = _chunks(cursor.path, "the last chunk", cursor.number("<i", "the last chunk"))
-    return Imatrix(entries, _dat_text(cursor, "the dataset's name"), n_chunks, 0)
+    dataset = _dat_text(cursor, "the dataset's name")
+    if cursor.left:
+        raise ArtifactError(f"{cursor.path}: {cursor.left:,} bytes after its end")
+    return Imatrix(entries, dataset, n_chunks, 0)
 
 
 def _dat_entry(cursor: Cursor) -> ImatrixEntry:

@@ -97,12 +97,19 @@ def check_corpus(spec: str) -> None:
 
     Holds one block or one sample of its files at a time. Raises CalibrationError.
     """
-    for file in _files(spec) if spec != DEFAULT_MIX else ():
+    if spec == DEFAULT_MIX:
+        return
+    files = _files(spec)
+    for file in files:
         if file.suffix == ".txt":
             check_text(file)
-        elif file.suffix == ".jsonl":  # of Parquet only a whole row group can be read
+        elif file.suffix == ".parquet":  # of which only a whole row group can be read
+            _open_parquet(file)
+        else:
             for _ in _samples(file, lambda messages: ""):
                 continue
+    if not files:
+        raise CalibrationError(f"calibration {spec!r}: holds no text")
 
 
 def check_text(path: Path) -> None:
@@ -202,15 +209,28 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
+    file = _open_parquet(path)
+    try:
+        for batch in file.iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    # pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _open_parquet(path: Path) -> Any:
+    """The file, its footer read."""
     import pyarrow.parquet
 
     try:
         plain_size(path)
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        raise CalibrationError(f"{path}: cannot be read as Parquet ({error})") from error
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> CalibrationError:
+    return CalibrationError(f"{path}: cannot be read as Parquet ({error})")
 
 
 def _render(record: Any, render_chat: RenderChat, where: str) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
-from reap2gguf.calibration.panics import panics_as
 from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.panics import panics_as
 
 Row = npt.NDArray[np.int64]
 # A tail this short says nothing about the middle of a text.

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from reap2gguf.checkpoint.config import parse_json_object
-from reap2gguf.checkpoint.regular import open_regular
 from reap2gguf.errors import CheckpointError
+from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
 
 # A third of the reference implementation's bound, and still a quarter of a million tensors.
@@ -70,7 +70,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header as it is written, where the tensors' bytes begin, and the file's size."""
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, size, file.read(8))
             header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")

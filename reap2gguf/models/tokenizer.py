@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
+from tokenizers import Tokenizer as Rust
 
 from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.limits import MAX_VOCABULARY
+from reap2gguf.panics import panics_as
 
 # split pattern -> llama.cpp's name; two families differ only in how they treat marks (\p{M})
 _QWEN2_PATTERN = (
@@ -67,8 +69,11 @@ def tokenizer_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Refuse a tokenizer that could not be written later, as `add_tokenizer` does."""
+    """Refuse a tokenizer that could not be written later, as `add_tokenizer` does, or not run."""
     add_tokenizer(GGUFWriter(None, "none"), folder, vocab_size)
+    path = folder / "tokenizer.json"
+    with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
+        Rust.from_file(str(path)).encode("")
 
 
 def _check(tokenizer: dict[str, Any], folder: Path) -> None:

@@ -53,8 +53,9 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> R
 
     Raises UsageError if the paths are neither.
     """
-    folders = [path for path in paths if path.is_dir()]
-    files = [path for path in paths if not path.is_dir()]
+    # os.path answers False where Path raises, as for a name that is too long
+    folders = [path for path in paths if os.path.isdir(path)]
+    files = [path for path in paths if not os.path.isdir(path)]
     if missing := [path for path in files if not os.path.exists(path)]:
         raise UsageError(f"{missing[0]}: no such file or folder")
     if files and len(folders) == 1:
