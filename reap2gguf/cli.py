@@ -10,12 +10,13 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
+from reap2gguf.messages import one_line
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
 from reap2gguf.terminal.recipe_commands import recipes
@@ -29,14 +30,22 @@ _RESUMING = ("build", "observe", "imatrix", "quantize")
 
 
 class _Group(click.Group):
-    """Turns our errors into one line and an exit code; anything else is a bug and shows itself."""
+    """Turns errors into one line and an exit code; anything that is no error of use is a bug."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **named)
+        except click.UsageError as error:
+            _fail_usage(error)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _fail_usage(error)
         except VerificationError as error:
             for violation in error.violations:
-                click.echo(violation, err=True)
+                click.echo(one_line(violation), err=True)
             _fail(str(error), error.exit_code)
         except Reap2ggufError as error:
             _fail(str(error), error.exit_code)
@@ -61,9 +70,17 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(one_line(f"Error: {message}"), err=True)
     sys.exit(code)
+
+
+def _fail_usage(error: click.UsageError) -> NoReturn:
+    """A wrong argument in one line; a group that was called without a command shows its help."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # not in click 8.1
+        raise error
+    advice = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+    _fail(" ".join(error.format_message().split()).rstrip(".") + advice, error.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -190,7 +207,7 @@ def _estimate(plan: Plan) -> Estimate:
 
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line)
+        click.echo(one_line(line))
 
 
 def main() -> None:
@@ -215,7 +232,7 @@ def _leave_others(code: str | int | None) -> None:
         try:
             leave()
         except PeerError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(one_line(f"Error: {error}"), err=True)
             status = error.exit_code
     if status:
         sys.stdout.flush()

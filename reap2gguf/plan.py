@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reap2gguf.artifacts.gguf_header import row_bytes
-from reap2gguf.calibration.corpus import DEFAULT_MIX
+from reap2gguf.calibration.corpus import DEFAULT_MIX, check_corpus, check_text
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.hub import Note, say_nothing
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -114,8 +114,11 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
-    for text in (options.calibration.spec, options.imatrix_text):
-        _check_text(text)
+    _check_there(options.calibration.spec)
+    check_corpus(options.calibration.spec)
+    if options.imatrix_text is not None:
+        _check_there(options.imatrix_text)
+        check_text(options.imatrix_text)
     source = resolve_source(options.model, note)
     checkpoint = Checkpoint.open(source.folder)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
@@ -132,9 +135,9 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     return Plan(options, source, checkpoint, model, target, name, pruned, resolved, sides)
 
 
-def _check_text(text: str | Path | None) -> None:
+def _check_there(text: str | Path) -> None:
     """A text that is not there is known before anything else is read."""
-    if text not in (None, DEFAULT_MIX) and not os.path.exists(os.path.expanduser(str(text))):
+    if text != DEFAULT_MIX and not os.path.exists(os.path.expanduser(str(text))):
         raise CalibrationError(
             f"{text}: no such file; pass a .txt, .jsonl or .parquet file, a folder of them, or "
             f"the embedded mix {DEFAULT_MIX!r}"
@@ -290,7 +293,7 @@ def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
     """The name asked for, or `<source>-REAP-<compression>` with two decimals or as many as tell."""
     ratio = target.compression if options.compression is None else options.compression
     shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
-    name = options.name or f"{source.short_name}-REAP-{shown}"
+    name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
     if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith("-GGUF"):
         raise UsageError(
             f"the name {name!r} will not do; pass --name with letters, digits, '.', '_' and '-' "

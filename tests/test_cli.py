@@ -103,7 +103,7 @@ def not_json(folder: Path) -> None:
     [
         (not_a_moe, "LlamaForCausalLM has no experts"),
         (unknown_architecture, "architecture FutureMoeForCausalLM is not implemented"),
-        (missing_shard, "1 of 3 shards missing: model-00002-of-00003.safetensors"),
+        (missing_shard, "1 of 3 shards missing: 'model-00002-of-00003.safetensors'"),
         (unexplained_tensor, "'model.adapter' has no meaning"),
         (pickled, "pickled weights"),
         (not_json, "not valid JSON"),

@@ -3,13 +3,14 @@
 Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, tensor count,
 key count; keys with typed values; tensor names, sizes `ne` (fastest first), types and offsets;
 padding; tensor bytes. gguf-py's own reader maps the file and believes its counts; this one bounds
-each before it allocates, and leaves the tensors on disk.
+each before it allocates, and leaves the tensors on disk. What it allocates stays below 48 times the
+bytes of the header, for an array's smallest item is one byte and becomes a Python object; of these
+there are 2^22 at most, which is 160 MiB.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,22 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
+from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.errors import ArtifactError
+from reap2gguf.files import open_plain
+from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MAX_TENSORS = 2**20
+_MAX_TENSORS = 2**17
 _MAX_KEYS = 2**16
 _MAX_STRING_BYTES = 2**26
+_MAX_KEY_BYTES = 2**16 - 1  # the format's bound
+_MAX_NAME_BYTES = 2**12  # ggml's own is 64
+_MAX_ITEMS = 2**22  # in all arrays together; a vocabulary of 262,144 has 1.3 million
+_MAX_HEADER_BYTES = 2**26  # a file may be sparse, and so take no room for what it claims
 _MAX_DIMENSIONS = 4
-_MAX_ALIGNMENT = 2**16
+_ALIGNMENTS = tuple(2**power for power in range(17))
 _SCALARS = {
     GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H",
     GGUFValueType.INT16: "<h", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i",
@@ -42,7 +50,7 @@ def row_bytes(kind: GGMLQuantizationType, n_columns: int) -> int:
     return int(n_columns // block * size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GgufTensorInfo:
     """One tensor of a GGUF file; `shape` is slowest first, `offset` from the file's start."""
 
@@ -68,40 +76,38 @@ class GgufHeader:
     def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
         """Rows [first, last) of one tensor, shaped (rows, bytes of a row).
 
-        Raises ArtifactError if the file ends before them.
+        Raises ArtifactError if the file ends before them or is gone.
         """
         info = self.tensors[name]
         n_rows = info.n_bytes // info.row_bytes
         count = ((n_rows if last is None else last) - first) * info.row_bytes
-        with self.path.open("rb") as file:
-            file.seek(info.offset + first * info.row_bytes)
-            raw = np.fromfile(file, dtype=np.uint8, count=count)
+        try:
+            with open_plain(self.path) as file:
+                file.seek(info.offset + first * info.row_bytes)
+                raw = np.fromfile(file, dtype=np.uint8, count=count)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
         if raw.size != count:
-            raise ArtifactError(f"{self.path}: ends inside tensor {name!r}")
+            raise ArtifactError(f"{self.path}: ends inside tensor {shown(name)}")
         return raw.reshape(-1, info.row_bytes)
 
 
-class _Cursor:
-    """Reads forward through the bytes of a file; running off the end is an ArtifactError."""
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{path}: cannot be read ({error.strerror or error})")
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.position = 0
 
-    def take(self, count: int) -> bytes:
-        end = self.position + count
-        if end > len(self.data):
+class _Reader(Cursor):
+    """GGUF's numbers, strings and values, read forward."""
+
+    n_items = 0  # of all arrays so far
+
+    def take(self, count: int, what: str = "its header") -> bytes:
+        if count > _MAX_HEADER_BYTES - self.position:
             raise ArtifactError(
-                f"{self.path}: truncated: its header wants {end:,} bytes, the file has "
-                f"{len(self.data):,}"
+                f"{self.path}: truncated, or a header of over {_MAX_HEADER_BYTES:,} bytes: {what} "
+                f"wants {count:,} at byte {self.position:,} of {self.size:,}"
             )
-        piece = self.data[self.position : end]
-        self.position = end
-        return piece
-
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+        return super().take(count, what)
 
     def count(self, what: str, limit: int) -> int:
         value = int(self.number("<Q"))
@@ -109,8 +115,8 @@ class _Cursor:
             raise ArtifactError(f"{self.path}: {value:,} {what}, expected at most {limit:,}")
         return value
 
-    def string(self) -> str:
-        raw = self.take(self.count("bytes in a string", _MAX_STRING_BYTES))
+    def string(self, limit: int = _MAX_STRING_BYTES) -> str:
+        raw = self.take(self.count("bytes in a string", limit))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -136,11 +142,15 @@ class _Cursor:
             raise ArtifactError(f"{self.path}: an array of arrays, which GGUF readers do not take")
         # the shortest item is one byte (a string's length alone takes eight)
         smallest = 8 if kind is GGUFValueType.STRING else struct.calcsize(_SCALARS[kind])
-        count = self.count("array items", (len(self.data) - self.position) // smallest)
+        count = self.count("array items", min(self.left // smallest, _MAX_ITEMS - self.n_items))
+        self.n_items += count
         if kind is GGUFValueType.STRING:
             return [self.string() for _ in range(count)]
-        layout = f"<{count}{_SCALARS[kind][1]}"
-        return list(struct.unpack(layout, self.take(struct.calcsize(layout))))
+        raw = self.take(count * smallest)
+        if kind is GGUFValueType.BOOL:
+            return [byte != 0 for byte in raw]
+        items: list[Any] = np.frombuffer(raw, _SCALARS[kind]).tolist()
+        return items
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -149,78 +159,74 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises ArtifactError if the file is missing, truncated, or its numbers cannot be true.
     """
     try:
-        with path.open("rb") as file, _map(path, file.fileno()) as data:
-            cursor = _Cursor(path, data)
-            return _read(cursor)
+        with open_plain(path) as file:
+            return _read(_Reader(path, file))
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise _unreadable(path, error) from error
 
 
-def _map(path: Path, descriptor: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    except ValueError as error:  # mmap's word for an empty file
-        raise ArtifactError(f"{path}: empty, expected a GGUF file") from error
-
-
-def _read(cursor: _Cursor) -> GgufHeader:
-    magic, version = cursor.take(4), cursor.number("<I")
+def _read(reader: _Reader) -> GgufHeader:
+    if reader.size == 0:
+        raise ArtifactError(f"{reader.path}: empty, expected a GGUF file")
+    magic, version = reader.take(4), reader.number("<I")
     if magic != _MAGIC or version not in _VERSIONS:
         raise ArtifactError(
-            f"{cursor.path}: begins with {magic!r} version {version}, expected GGUF version 2 or 3"
+            f"{reader.path}: begins with {magic!r} version {version}, expected GGUF version 2 or 3"
         )
-    n_tensors = cursor.count("tensors", _MAX_TENSORS)
-    n_keys = cursor.count("keys", _MAX_KEYS)
+    n_tensors = reader.count("tensors", _MAX_TENSORS)
+    n_keys = reader.count("keys", _MAX_KEYS)
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
-        key = cursor.string()
+        key = reader.string(_MAX_KEY_BYTES)
         if key in metadata:
-            raise ArtifactError(f"{cursor.path}: the key {key!r} occurs twice")
-        metadata[key] = cursor.value()
-    infos = [_tensor(cursor) for _ in range(n_tensors)]
+            raise ArtifactError(f"{reader.path}: the key {shown(key)} occurs twice")
+        metadata[key] = reader.value()
+    infos = [_tensor(reader) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT:
-        raise ArtifactError(f"{cursor.path}: general.alignment is {alignment!r}")
-    start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(cursor.path, metadata, _place(cursor, infos, start, alignment))
+    if type(alignment) is not int or alignment not in _ALIGNMENTS:
+        raise ArtifactError(
+            f"{reader.path}: general.alignment is {shown(alignment)}, expected a power of two"
+        )
+    start = -(-reader.position // alignment) * alignment
+    return GgufHeader(reader.path, metadata, _place(reader, infos, start, alignment))
 
 
-def _tensor(cursor: _Cursor) -> GgufTensorInfo:
+def _tensor(reader: _Reader) -> GgufTensorInfo:
     """One tensor info, its offset still counted from the start of the tensor data."""
-    name = cursor.string()
-    n_dims = cursor.number("<I")
+    name = reader.string(_MAX_NAME_BYTES)
+    where = f"{reader.path}: tensor {shown(name)}"
+    n_dims = reader.number("<I")
     if not 1 <= n_dims <= _MAX_DIMENSIONS:
-        raise ArtifactError(f"{cursor.path}: tensor {name!r} has {n_dims} dimensions, expected 1-4")
-    ne = [cursor.count(f"values along an axis of {name!r}", 2**48) for _ in range(n_dims)]
+        raise ArtifactError(f"{where} has {n_dims} dimensions, expected 1-4")
+    ne = [reader.count(f"values along an axis of {shown(name)}", 2**48) for _ in range(n_dims)]
     if 0 in ne:
-        raise ArtifactError(f"{cursor.path}: tensor {name!r} has no values: its sizes are {ne}")
-    raw_kind = cursor.number("<I")
+        raise ArtifactError(f"{where} has no values: its sizes are {ne}")
+    raw_kind = reader.number("<I")
     try:
         kind = GGMLQuantizationType(raw_kind)
     except ValueError as error:
         raise ArtifactError(
-            f"{cursor.path}: tensor {name!r} has the unknown type {raw_kind}; is it a file of "
-            "another program (ik_llama.cpp has types of its own)?"
+            f"{where} has the unknown type {raw_kind}; is it a file of another program "
+            "(ik_llama.cpp has types of its own)?"
         ) from error
     block, size = GGML_QUANT_SIZES[kind]
     if ne[0] % block:
         raise ArtifactError(
-            f"{cursor.path}: tensor {name!r}: rows of {ne[0]} are no multiple of {kind.name}'s "
-            f"block of {block}"
+            f"{where}: rows of {ne[0]} are no multiple of {kind.name}'s block of {block}"
         )
-    offset = cursor.number("<Q")
+    offset = reader.number("<Q")
     return GgufTensorInfo(name, kind, tuple(reversed(ne)), offset, math.prod(ne) // block * size)
 
 
 def _place(
-    cursor: _Cursor, infos: list[GgufTensorInfo], start: int, alignment: int
+    reader: _Reader, infos: list[GgufTensorInfo], start: int, alignment: int
 ) -> dict[str, GgufTensorInfo]:
     """Absolute offsets, checked: aligned, in order, without overlap, within the file."""
-    size = len(cursor.data)
+    size = reader.size
     placed: dict[str, GgufTensorInfo] = {}
     position = start
     for info in sorted(infos, key=lambda info: info.offset):
-        where = f"{cursor.path}: tensor {info.name!r}"
+        where = f"{reader.path}: tensor {shown(info.name)}"
         offset = start + info.offset
         if info.name in placed:
             raise ArtifactError(f"{where} occurs twice")

@@ -3,6 +3,9 @@
 An entry holds, per matrix, the sum of squares of what multiplied each column and how many rows
 were summed; for experts, one row of sums and one count per expert. GGUF keeps sums and counts
 (`NAME.in_sum2`, `NAME.counts`); the legacy `.dat` keeps means times a number of chunks.
+
+Neither is believed: what reading one allocates stays below 2.5 times the bytes of its values and
+1 KiB an entry, of which there are 2^16 at most, beside what a GGUF's header takes.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
+from reap2gguf.artifacts.cursor import Cursor
+from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
 from reap2gguf.artifacts.gguf_writer import HeaderWriter
 from reap2gguf.disk import whole_file
 from reap2gguf.errors import ArtifactError
+from reap2gguf.files import open_plain
+from reap2gguf.messages import shown
 
-_MAX_ENTRIES = 2**20
+_MAX_ENTRIES = 2**16
 _MAX_NAME_BYTES = 2**12
+_MAX_SUMS = 2**25  # of an entry: 512 experts with 65,536 columns each
+_MAX_CHUNKS = 2**31 - 1  # what both formats can hold
 _CHUNK_KEYS = ("imatrix.chunk_count", "imatrix.chunk_size")
 Floats = npt.NDArray[np.float32]
 
@@ -64,16 +72,23 @@ class Imatrix:
 
 
 def load_imatrix(path: Path) -> Imatrix:
-    """Read either format; ArtifactError if the file is broken or holds NaN or negative sums."""
+    """Read either format.
+
+    Raises ArtifactError if the file is broken, holds no entry, or holds NaN or negative sums.
+    """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             is_gguf = file.read(4) == b"GGUF"
-        imatrix = _load_gguf(path) if is_gguf else _load_dat(path)
+            file.seek(0)
+            imatrix = _load_gguf(path) if is_gguf else _load_dat(Cursor(path, file))
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not imatrix.entries:
+        raise ArtifactError(f"{path}: an imatrix without entries")
     for entry in imatrix.entries.values():
         if not np.isfinite(entry.sums).all() or (entry.sums < 0).any():
-            raise ArtifactError(f"{path}: {entry.name!r} holds NaN, infinite or negative sums")
+            name = shown(entry.name)
+            raise ArtifactError(f"{path}: {name} holds NaN, infinite or negative sums")
     return imatrix
 
 
@@ -129,69 +144,90 @@ def _load_gguf(path: Path) -> Imatrix:
     header = read_gguf_header(path)
     if header.metadata.get("general.type") != "imatrix":
         raise ArtifactError(f"{path}: a GGUF file, but general.type is not imatrix")
-    n_chunks, chunk_size = (header.metadata.get(key, 0) for key in _CHUNK_KEYS)
+    n_chunks, chunk_size = (_chunks(path, key, header.metadata.get(key, 0)) for key in _CHUNK_KEYS)
     datasets = header.metadata.get("imatrix.datasets") or [""]
-    if (
-        not isinstance(n_chunks, int)
-        or not isinstance(chunk_size, int)
-        or not isinstance(datasets, list)
-    ):
-        raise ArtifactError(f"{path}: an imatrix.* key has the wrong type")
+    if not isinstance(datasets, list) or not isinstance(datasets[0], str):
+        raise ArtifactError(f"{path}: imatrix.datasets is {shown(datasets)}, expected texts")
     entries: dict[str, ImatrixEntry] = {}
     for tensor in header.tensors:
         name = tensor.removesuffix(".in_sum2")
         if name == tensor:
             continue  # counts are read with their sums; newer files add statistics of no use here
-        if f"{name}.counts" not in header.tensors:
-            raise ArtifactError(f"{path}: {name!r} has sums but no counts")
-        for part in (tensor, f"{name}.counts"):
-            kind = header.tensors[part].kind
-            if kind is not GGMLQuantizationType.F32:
-                raise ArtifactError(f"{path}: {part!r} is {kind.name}, expected F32")
-        sums = header.read(tensor).view("<f4")
-        counts = header.read(f"{name}.counts").view("<f4").reshape(-1)
-        if counts.size == 0 or sums.size % counts.size or not _countable(counts):
-            raise ArtifactError(f"{path}: {name!r}: {sums.size} sums do not fit its counts")
-        shaped = sums.reshape(counts.size, -1).astype(np.float32)
-        entries[name] = ImatrixEntry(name, shaped, counts.astype(np.int64))
-    return Imatrix(entries, str(datasets[0]), int(n_chunks), int(chunk_size))
+        if len(entries) == _MAX_ENTRIES:
+            raise ArtifactError(f"{path}: over {_MAX_ENTRIES:,} entries; this is no imatrix")
+        entries[name] = _gguf_entry(header, name)
+    return Imatrix(entries, datasets[0], n_chunks, chunk_size)
+
+
+def _gguf_entry(header: GgufHeader, name: str) -> ImatrixEntry:
+    """The sums of one matrix, or of all experts of a layer, with a count for each row of them."""
+    where = f"{header.path}: {shown(name)}"
+    parts = (f"{name}.in_sum2", f"{name}.counts")
+    if parts[1] not in header.tensors:
+        raise ArtifactError(f"{where} has sums but no counts")
+    for part in parts:
+        kind = header.tensors[part].kind
+        if kind is not GGMLQuantizationType.F32:
+            raise ArtifactError(f"{header.path}: {shown(part)} is {kind.name}, expected F32")
+    n_sums = header.tensors[parts[0]].n_bytes // 4
+    if n_sums > _MAX_SUMS:
+        raise ArtifactError(f"{where} has {n_sums:,} sums, expected at most {_MAX_SUMS:,}")
+    sums, counts = (header.read(part).view("<f4") for part in parts)
+    counts = counts.reshape(-1)
+    if len(counts) != len(sums):
+        raise ArtifactError(f"{where}: {len(sums)} rows of sums and {len(counts)} counts")
+    if not _countable(counts):
+        raise ArtifactError(f"{where}: its counts are not whole numbers from 0 to 2^53")
+    return ImatrixEntry(name, sums.astype(np.float32, copy=False), counts.astype(np.int64))
+
+
+def _chunks(path: Path, what: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value <= _MAX_CHUNKS:
+        raise ArtifactError(f"{path}: {what} is {shown(value)}, expected 0 to {_MAX_CHUNKS:,}")
+    return value
 
 
 def _countable(counts: Floats) -> bool:
-    return bool(np.isfinite(counts).all() and (counts >= 0).all() and (counts < 2**53).all())
+    # comparisons are false for NaN
+    return bool(((counts >= 0) & (counts < 2**53) & (counts == np.trunc(counts))).all())
 
 
-def _load_dat(path: Path) -> Imatrix:
-    data = path.read_bytes()
-    position = 0
-
-    def take(count: int, limit: int, what: str) -> bytes:
-        nonlocal position
-        if not 0 <= count <= min(limit, len(data) - position):
-            raise ArtifactError(
-                f"{path}: {what}: {count:,} bytes at byte {position:,} of {len(data):,}; this is "
-                "no imatrix or it is truncated"
-            )
-        position += count
-        return data[position - count : position]
-
-    def integer(what: str) -> int:
-        return int(struct.unpack("<i", take(4, 4, what))[0])
-
-    n_entries = integer("entry count")
+def _load_dat(cursor: Cursor) -> Imatrix:
+    n_entries = cursor.number("<i", "the entry count")
     if not 0 < n_entries <= _MAX_ENTRIES:
-        raise ArtifactError(f"{path}: {n_entries} entries; this is no imatrix")
+        raise ArtifactError(f"{cursor.path}: {n_entries} entries; this is no imatrix")
     entries: dict[str, ImatrixEntry] = {}
     for _ in range(n_entries):
-        name = take(integer("name length"), _MAX_NAME_BYTES, "name").decode("utf-8", "replace")
-        calls, size = integer("calls"), integer("size")
-        values = np.frombuffer(take(4 * size, len(data), f"values of {name!r}"), "<f4")
-        if calls < 0 or name in entries:
-            raise ArtifactError(f"{path}: {name!r} has {calls} calls or occurs twice")
-        # one row: the format does not say how many experts the values are of
-        entries[name] = ImatrixEntry(name, values[None].copy(), np.array([max(calls, 1)]))
-    if position == len(data):  # the oldest files end here
+        entry = _dat_entry(cursor)
+        if entry.name in entries:
+            raise ArtifactError(f"{cursor.path}: {shown(entry.name)} occurs twice")
+        entries[entry.name] = entry
+    if cursor.left == 0:  # the oldest files end here
         return Imatrix(entries, "", 0, 0)
-    n_chunks = integer("last chunk")
-    dataset = take(integer("dataset length"), _MAX_NAME_BYTES, "dataset")
-    return Imatrix(entries, dataset.decode("utf-8", "replace"), n_chunks, 0)
+    n_chunks = _chunks(cursor.path, "the last chunk", cursor.number("<i", "the last chunk"))
+    dataset = _dat_text(cursor, "the dataset's name")
+    if cursor.left:
+        raise ArtifactError(f"{cursor.path}: {cursor.left:,} bytes after its end")
+    return Imatrix(entries, dataset, n_chunks, 0)
+
+
+def _dat_entry(cursor: Cursor) -> ImatrixEntry:
+    name = _dat_text(cursor, "an entry's name")
+    calls, size = cursor.number("<i", "a call count"), cursor.number("<i", "a size")
+    if calls < 0 or not 0 < size <= _MAX_SUMS:
+        raise ArtifactError(
+            f"{cursor.path}: {shown(name)} has {calls} calls and {size} values; this is no imatrix"
+        )
+    values = np.frombuffer(cursor.take(4 * size, f"values of {shown(name)}"), "<f4")
+    # one row: the format does not say how many experts the values are of
+    return ImatrixEntry(name, values[None].copy(), np.array([max(calls, 1)]))
+
+
+def _dat_text(cursor: Cursor, what: str) -> str:
+    length = cursor.number("<i", what)
+    if not 0 <= length <= _MAX_NAME_BYTES:
+        raise ArtifactError(
+            f"{cursor.path}: {what} has {length:,} bytes, expected at most {_MAX_NAME_BYTES:,}; "
+            "this is no imatrix"
+        )
+    return cursor.take(length, what).decode("utf-8", "replace")

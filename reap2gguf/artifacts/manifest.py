@@ -7,19 +7,27 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf import GGMLQuantizationType
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.disk import write_whole
 from reap2gguf.errors import ArtifactError, Reap2ggufError
+from reap2gguf.files import is_plain_name, plain_size
+from reap2gguf.messages import shown
 
 MANIFEST_FILE = "reap2gguf.json"
 SUMS_FILE = "SHA256SUMS"
 FORMAT = 1
+_MAX_NUMBER = 2**63
+_PLAIN = {
+    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,),
+    "str | None": (str, type(None)),
+}  # fmt: skip
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -158,8 +166,8 @@ class Manifest:
         try:
             manifest = _decode(values)
             _check_names(manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: not a complete manifest ({error!r})") from error
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise ArtifactError(f"{path}: not a complete manifest ({shown(error)})") from error
         return manifest
 
 
@@ -171,33 +179,55 @@ def _check_names(manifest: Manifest) -> None:
         names.append(record.file)
         for kind in record.tensors.values():
             if kind not in GGMLQuantizationType.__members__:
-                raise ValueError(f"unknown tensor type {kind!r}")
+                raise ValueError(f"unknown tensor type {shown(kind)}")
     for name in names:
-        if not isinstance(name, str) or not name or Path(name).name != name:
-            raise ValueError(f"{name!r} is no plain file name")
+        if not isinstance(name, str) or not is_plain_name(name):
+            raise ValueError(f"{shown(name)} is no plain file name")
 
 
 def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
-    pruning["kept"] = {int(k): tuple(map(int, v)) for k, v in pruning["kept"].items()}
-    pruning["mtp"] = MtpRecord(**pruning["mtp"])
+    pruning["kept"] = {int(k): tuple(map(_expert, v)) for k, v in pruning["kept"].items()}
+    pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
     hf = dict(values["hf"])
-    hf["files"] = {str(k): FileRecord(**v) for k, v in hf["files"].items()}
+    hf["files"] = {k: _record(FileRecord, v) for k, v in hf["files"].items()}
+    if not isinstance(values["name"], str):
+        raise TypeError("name is no text")
     return Manifest(
-        name=str(values["name"]),
+        name=values["name"],
         program=dict(values["program"]),
-        source=SourceRecord(**values["source"]),
-        pruning=PruningRecord(**pruning),
-        calibration=CalibrationRecord(**values["calibration"]),
-        hf=FolderRecord(**hf),
-        gguf=tuple(GgufRecord(**record) for record in values["gguf"]),
-        side_files=tuple(SideRecord(**record) for record in values["side_files"]),
+        source=_record(SourceRecord, values["source"]),
+        pruning=_record(PruningRecord, pruning),
+        calibration=_record(CalibrationRecord, values["calibration"]),
+        hf=_record(FolderRecord, hf),
+        gguf=tuple(_record(GgufRecord, record) for record in values["gguf"]),
+        side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
     )
 
 
+def _record(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
+    """A record whose plain fields are of their types, and its numbers within 63 bits."""
+    record = kind(**values)
+    for entry in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, entry.name)
+        allowed = _PLAIN.get(str(entry.type), (type(value),))
+        if type(value) not in allowed:
+            raise TypeError(f"{entry.name} is {shown(value)}, expected {entry.type}")
+        if isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:
+            raise ValueError(f"{entry.name} is {shown(value)}, expected a smaller number")
+    return record
+
+
+def _expert(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{shown(value)} is no expert")
+    return value
+
+
 def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file. Raises OSError if it cannot be read or is no plain file."""
+    plain_size(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(os.fstat(file.fileno()).st_size, digest)

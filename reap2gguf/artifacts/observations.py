@@ -15,13 +15,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.messages import shown
 
 FORMAT_VERSION = "1"
+_MAX_EXPERTS = 2**16
 Doubles = npt.NDArray[np.float64]
-_NAME = re.compile(r"layers\.(\d{1,6})\.\w+")
+_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.\w+")
+# of every layer, each of its safetensors type
+_PARTS = {
+    "count": "I64",
+    "reap_sum": "F64",
+    "gate_sum": "F64",
+    "norm_sum": "F64",
+    "norm_max": "F64",
+}
 
 
 @dataclass(frozen=True)
@@ -59,31 +70,26 @@ class Observations:
     def load(cls, path: Path) -> Observations:
         """Read and check the file; ArtifactError if it is broken or not of this format."""
         try:
-            read_header(path)  # every number is bounded before anything is read
-            metadata = read_metadata(path)
+            header, metadata = read_header(path), read_metadata(path)
+            version = metadata.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ArtifactError(
+                    f"{path}: format version {shown(version)}, expected {FORMAT_VERSION!r}; is "
+                    "this an observations file? `reap2gguf observe` writes one"
+                )
+            layers = _read_layers(path, header)
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
-        version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path}: format version {version!r}, expected {FORMAT_VERSION!r}; is this an "
-                "observations file? `reap2gguf observe` writes one"
-            )
-        from safetensors.numpy import load_file
-
         try:
-            layers = grouped_layers(load_file(path))
-        except ValueError as error:
-            raise ArtifactError(f"{path}: {error}") from error
-        try:
-            numbers = {name: int(metadata[name]) for name in _METADATA if name.startswith("n_")}
-            words = {name: str(metadata[name]) for name in _METADATA if not name.startswith("n_")}
+            numbers = {name: _count(name, metadata[name]) for name in _NUMBERS}
+            words = {name: metadata[name] for name in _METADATA if name not in _NUMBERS}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
         return cls(layers=layers, **numbers, **words)  # type: ignore[arg-type]
 
 
 _METADATA = [field.name for field in fields(Observations) if field.name != "layers"]
+_NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
 
 def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArray[Any]]:
@@ -96,19 +102,50 @@ def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArra
 
 
 def grouped_layers(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, LayerObservation]:
-    """The layers of named arrays; ValueError if any is missing, foreign or not finite."""
-    parts = [field.name for field in fields(LayerObservation)]
+    """The layers of arrays by the names of `named_layers`; KeyError or ValueError if any lacks."""
     matches = [_NAME.fullmatch(name) for name in arrays]
-    layers: dict[int, LayerObservation] = {}
-    for layer in sorted({int(match[1]) for match in matches if match}):
-        try:
-            found = {part: arrays[f"layers.{layer}.{part}"] for part in parts}
-        except KeyError as error:
-            raise ValueError(f"{error.args[0]} is missing") from error
-        sizes = {array.shape for array in found.values()}
-        if len(sizes) != 1 or not all(np.isfinite(array).all() for array in found.values()):
-            raise ValueError(f"layer {layer} has uneven sizes or values not finite")
-        layers[layer] = LayerObservation(**found)
-    if len(arrays) != len(layers) * len(parts):
-        raise ValueError("holds tensors that are no observations")
-    return layers
+    if not all(matches):
+        raise ValueError("holds arrays that are no observations")
+    return {
+        number: LayerObservation(**{p: arrays[f"layers.{number}.{p}"] for p in _PARTS})
+        for number in sorted({int(match[1]) for match in matches if match})
+    }
+
+
+def _count(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError(f"{name} is {shown(text)}")
+    return int(text)
+
+
+def _read_layers(path: Path, header: Mapping[str, StoredTensor]) -> dict[int, LayerObservation]:
+    matches = [_NAME.fullmatch(name) for name in header]
+    numbers = sorted({int(match[1]) for match in matches if match})
+    if len(header) != len(numbers) * len(_PARTS):
+        _refuse_missing(path, header, numbers)
+        raise ArtifactError(f"{path}: holds tensors that are no observations")
+    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+        return {number: _read_layer(path, stored, number) for number in numbers}
+
+
+def _refuse_missing(path: Path, header: Mapping[str, StoredTensor], numbers: list[int]) -> None:
+    for name in (f"layers.{number}.{part}" for number in numbers for part in _PARTS):
+        if name not in header:
+            raise ArtifactError(f"{path}: {name} is missing")
+
+
+def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation:
+    names = {part: f"layers.{number}.{part}" for part in _PARTS}
+    _refuse_missing(path, stored.tensors, [number])
+    tensors = [stored.tensors[name] for name in names.values()]
+    kinds = [tensor.dtype for tensor in tensors]
+    shapes = {tensor.shape for tensor in tensors}
+    if kinds != list(_PARTS.values()) or len(shapes) != 1 or len(tensors[0].shape) != 1:
+        raise ArtifactError(f"{path}: layer {number} has uneven sizes or values of another type")
+    if tensors[0].n_elements > _MAX_EXPERTS:
+        count = tensors[0].n_elements
+        raise ArtifactError(f"{path}: layer {number} has {count:,} experts; is it broken?")
+    found: dict[str, npt.NDArray[Any]] = {p: stored.read(name) for p, name in names.items()}
+    if not all(np.isfinite(values).all() and (values >= 0).all() for values in found.values()):
+        raise ArtifactError(f"{path}: layer {number} has negative values, or values not finite")
+    return LayerObservation(**found)

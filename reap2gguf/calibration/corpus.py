@@ -6,6 +6,7 @@ exactly T tokens as llama-imatrix does; documents keep their last shorter row; a
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reap2gguf.errors import CalibrationError
+from reap2gguf.files import plain_size
 from reap2gguf.resources import shipped_folder
 
 DEFAULT_MIX = "default"
 MANIFEST_NAME = "manifest.toml"
-_MAX_TEXT_BYTES = 2**31
-_MAX_LINE_BYTES = 2**26
+_MAX_TEXT_BYTES = 2**28
+_MAX_LINE_BYTES = 2**22
+_BLOCK_BYTES = 2**20
 _SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 Message = Mapping[str, Any]
@@ -84,51 +87,87 @@ def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
 
     Raises CalibrationError if the spec names nothing, or a file cannot be read or has no samples.
     """
-    path = Path(os.path.expanduser(spec))
     if spec == DEFAULT_MIX:
         passages = list(_embedded(render_chat))
-    elif path.is_dir():
-        passages = [
-            passage for file in corpus_files(spec) for passage in _samples(file, render_chat)
-        ]
-    elif path.suffix == ".txt":
-        passages = [Passage(read_text(path), Cut.STREAM)]
-    elif path.suffix in _SAMPLE_SUFFIXES:
-        passages = list(_samples(path, render_chat))
     else:
-        raise CalibrationError(
-            f"calibration {spec!r}: expected a .txt, .jsonl or .parquet file, a folder of them, or "
-            f"the embedded mix {DEFAULT_MIX!r}"
-        )
+        path = Path(os.path.expanduser(spec))
+        cut = Cut.DOCUMENT if path.is_dir() else Cut.STREAM
+        passages = [p for file in _files(spec) for p in _passages(file, cut, render_chat)]
     if not any(passage.text.strip() for passage in passages):
         raise CalibrationError(f"calibration {spec!r}: holds no text")
     return Corpus(spec, tuple(passages))
 
 
 def corpus_files(spec: str) -> list[Path]:
-    """The files that a calibration spec reads."""
-    path = Path(os.path.expanduser(spec))
+    """The files that a calibration spec reads. Raises CalibrationError if it names none."""
+    if spec != DEFAULT_MIX:
+        return _files(spec)
+    folder = shipped_folder("calibration")
+    names = (MANIFEST_NAME, *(entry["name"] for entry in _embedded_entries(folder)))
+    return [folder / name for name in names]
+
+
+def check_corpus(spec: str) -> None:
+    """Refuse a spec that `load_corpus` would, before a tokenizer is loaded for it.
+
+    Holds one block or one sample of its files at a time. Raises CalibrationError.
+    """
     if spec == DEFAULT_MIX:
-        path = shipped_folder("calibration")
-        names = (MANIFEST_NAME, *(entry["name"] for entry in _embedded_entries(path)))
-        return [path / name for name in names]
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in _SAMPLE_SUFFIXES)
-    return [path]
+        return
+    files = _files(spec)
+    for file in files:
+        if file.suffix == ".txt":
+            check_text(file)
+        elif file.suffix == ".parquet":  # of which only a whole row group can be read
+            _open_parquet(file)
+        else:
+            for _ in _samples(file, lambda messages, tools=None: ""):
+                continue
+    if not files:
+        raise CalibrationError(f"calibration {spec!r}: holds no text")
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file; CalibrationError if it cannot be read as such."""
+def check_text(path: Path) -> None:
+    """Refuse a file that `read_text` would, a block of it in memory at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
     try:
-        if path.stat().st_size > _MAX_TEXT_BYTES:
-            raise CalibrationError(f"{path}: over 2 GiB of text; cut it to what is to be used")
-        return path.read_bytes().decode("utf-8")
+        size = plain_size(path)
+        if size > _MAX_TEXT_BYTES:
+            raise CalibrationError(
+                f"{path}: {size:,} bytes of text, expected at most {_MAX_TEXT_BYTES:,}; cut it to "
+                "what is to be used"
+            )
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                decoder.decode(block)
+                done += len(block)
+        decoder.decode(b"", final=True)
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"{path}: not UTF-8 text (byte {error.start}); convert it with iconv"
+            f"{path}: not UTF-8 text (about byte {done + error.start:,}); convert it with iconv"
         ) from error
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file; CalibrationError if it cannot be read as such."""
+    check_text(path)
+    return path.read_bytes().decode("utf-8")
+
+
+def _files(spec: str) -> list[Path]:
+    """The files that a spec names."""
+    path = Path(os.path.expanduser(spec))
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in _SAMPLE_SUFFIXES)
+    if path.suffix not in _SAMPLE_SUFFIXES:
+        raise CalibrationError(
+            f"calibration {spec!r}: expected a .txt, .jsonl or .parquet file, a folder of them, or "
+            f"the embedded mix {DEFAULT_MIX!r}"
+        )
+    return [path]
 
 
 def _embedded(render_chat: RenderChat) -> Iterator[Passage]:
@@ -136,10 +175,15 @@ def _embedded(render_chat: RenderChat) -> Iterator[Passage]:
     folder = shipped_folder("calibration")
     for entry in _embedded_entries(folder):
         path = folder / entry["name"]
-        if path.suffix == ".txt":
-            yield Passage(read_text(path), Cut.DOCUMENT)
-        else:
-            yield from _samples(path, render_chat)
+        yield from _passages(path, Cut.DOCUMENT, render_chat)
+
+
+def _passages(path: Path, cut: Cut, render_chat: RenderChat) -> Iterator[Passage]:
+    """The passages of one file; `cut` is that of a text file."""
+    if path.suffix == ".txt":
+        yield Passage(read_text(path), cut)
+    else:
+        yield from _samples(path, render_chat)
 
 
 def _embedded_entries(folder: Path) -> list[dict[str, Any]]:
@@ -150,9 +194,6 @@ def _embedded_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:
-    if path.suffix == ".txt":
-        yield Passage(read_text(path), Cut.DOCUMENT)
-        return
     records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
     for number, record in enumerate(records, start=1):
         text = _render(record, render_chat, f"{path}: sample {number}")
@@ -167,13 +208,19 @@ def _has_surrogates(text: str) -> bool:
 
 def _jsonl(path: Path) -> Iterator[Any]:
     try:
+        plain_size(path)
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            # never more than a line too long: a file may be one line of any length
+            lines = iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b"")
+            for number, line in enumerate(lines, start=1):
                 if len(line) > _MAX_LINE_BYTES:
-                    raise CalibrationError(f"{path}: line {number} is over 64 MiB")
+                    raise CalibrationError(
+                        f"{path}: line {number} is over {_MAX_LINE_BYTES:,} bytes, too long for "
+                        "one sample"
+                    )
                 if line.strip():
                     try:
-                        yield json.loads(line)
+                        yield json.loads(line.decode("utf-8"))
                     except (ValueError, RecursionError) as error:
                         raise CalibrationError(
                             f"{path}: line {number} is not JSON ({error})"
@@ -183,14 +230,28 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
+    file = _open_parquet(path)
+    try:
+        for batch in file.iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    # pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _open_parquet(path: Path) -> Any:
+    """The file, its footer read."""
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise CalibrationError(f"{path}: cannot be read as Parquet ({error})") from error
+        plain_size(path)
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> CalibrationError:
+    return CalibrationError(f"{path}: cannot be read as Parquet ({error})")
 
 
 def _render(record: Any, render_chat: RenderChat, where: str) -> str:
@@ -211,9 +272,9 @@ def _render(record: Any, render_chat: RenderChat, where: str) -> str:
             return render_chat(messages, tools)
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from error
+    names = ", ".join(str(name)[:80] for name in list(record)[:8]) or "no fields"
     raise CalibrationError(
-        f"{where}: has {', '.join(map(str, record)) or 'no fields'}, expected text, messages, or "
-        "prompt and completion"
+        f"{where}: has {names}, expected text, messages, or prompt and completion"
     )
 
 

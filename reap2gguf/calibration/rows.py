@@ -14,6 +14,7 @@ from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
 from reap2gguf.calibration.templates import ChatTemplate
 from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.panics import panics_as
 
 Row = npt.NDArray[np.int64]
 # A tail this short says nothing about the middle of a text.
@@ -27,17 +28,21 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         check_template_files(folder)
-        self._tokenizer: Any = _load(AutoTokenizer, folder)
+        with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            # what the tokenizer puts before any text: one BOS or nothing
+            prefix = self._tokenizer("")["input_ids"]
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
-        # what the tokenizer puts before any text: one BOS or nothing
-        prefix = self._tokenizer("")["input_ids"]
         self.bos: int | None = prefix[0] if prefix else None
         self._chat = _chat_template(self._tokenizer, folder)
 
     def encode(self, text: str) -> Row:
         """Token ids of a text, special tokens in it recognised, none added."""
-        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        with panics_as(CalibrationError, "the tokenizer fails on the calibration text"):
+            encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
     def render_chat(
@@ -56,17 +61,6 @@ class Tokenizer:
         """End the process that renders; the next rendering starts another."""
         if self._chat is not None:
             self._chat.close()
-
-
-def _load(loader: Any, folder: Path) -> Any:
-    try:
-        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except BaseException as error:
-        # a panic of the Rust library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(f"{folder}: no usable tokenizer ({reason})") from error
 
 
 def _chat_template(tokenizer: Any, folder: Path) -> ChatTemplate | None:

@@ -17,17 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.checkpoint.entries import check_entries
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.files import is_plain, is_plain_name
+from reap2gguf.messages import shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _READ_BYTES = 2**30  # the kernel moves at most 2 GiB a call
 _SAMPLE_BYTES = 2**14
 _SAMPLES_PER_FILE = 64
+_MAX_SHARDS = 10_000
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # BF16 has no numpy type: its bits travel as uint16.
-_NUMPY_TYPES = {
+NUMPY_TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8",
     "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "<i1", "U8": "<u1",
     "BOOL": "<u1", "F8_E4M3": "<u1", "F8_E5M2": "<u1",
@@ -50,12 +55,13 @@ class Checkpoint:
         """Read the config, the index and every shard's header, and compare them.
 
         Raises SourceError if there is no such folder and CheckpointError if a file is missing,
-        broken, or disagrees with another.
+        broken, a link that leads out of the folder, or disagrees with another.
         """
         if not folder.is_dir():
             raise SourceError(
                 f"{folder}: no such folder; pass a checkpoint folder or a Hub name (owner/name)"
             )
+        check_entries(folder)
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise CheckpointError(f"{folder}: no config.json; this is no Hugging Face checkpoint")
@@ -65,7 +71,9 @@ class Checkpoint:
         for shard in shards:
             header = read_header(shard)
             if twice := tensors.keys() & header.keys():
-                raise CheckpointError(f"{shard}: holds {min(twice)!r}, which another shard holds")
+                raise CheckpointError(
+                    f"{shard}: holds {shown(min(twice))}, which another shard holds"
+                )
             tensors |= header
         if mapped is not None:
             _compare_index(folder, mapped, tensors)
@@ -89,7 +97,7 @@ class Checkpoint:
         Raises CheckpointError on a missing tensor or a short read.
         """
         tensor, shape, position = self._locate(name, first, last, index)
-        result = np.empty(shape, dtype=_NUMPY_TYPES[tensor.dtype])
+        result = np.empty(shape, dtype=NUMPY_TYPES[tensor.dtype])
         self._read_into(tensor, position, result)
         return result
 
@@ -241,26 +249,31 @@ def _find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]
         single = folder / SINGLE_NAME
         if single.is_file():
             return (single,), None
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        if pickled := min((f.name for f in folder.iterdir() if f.suffix in _PICKLED), default=""):
             raise CheckpointError(
-                f"{folder}: holds pickled weights, which can run code when opened; convert them to "
-                "safetensors first"
+                f"{folder}: holds pickled weights ({pickled}), which can run code when opened; "
+                "convert them to safetensors first"
             )
         raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
     weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map of tensor to file")
     for file_name in weight_map.values():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not is_plain_name(file_name):
             raise CheckpointError(
-                f"{index_path}: names the file {file_name!r}, expected a plain name in this folder"
+                f"{index_path}: names the file {shown(file_name)}, expected a plain name in this "
+                "folder"
             )
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if len(names) > _MAX_SHARDS:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
-            f"{' ...' if len(missing) > 3 else ''}; download them again"
+            f"{index_path}: names {len(names):,} files, expected at most {_MAX_SHARDS:,}"
+        )
+    missing = [name for name in names if not is_plain(folder / name)]
+    if missing:
+        some = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} shards missing: {some}; download them again"
         )
     return tuple(folder / name for name in names), weight_map
 
@@ -271,14 +284,16 @@ def _compare_index(
     """The index must name exactly the tensors that the shards hold, each in its file."""
     if absent := sorted(mapped.keys() - tensors.keys()):
         raise CheckpointError(
-            f"{folder}: {len(absent)} tensors of the index are in no shard, such as {absent[0]!r}"
+            f"{folder}: {len(absent)} tensors of the index are in no shard, such as "
+            f"{shown(absent[0])}"
         )
     if extra := sorted(tensors.keys() - mapped.keys()):
         raise CheckpointError(
-            f"{folder}: {len(extra)} stored tensors are not in the index, such as {extra[0]!r}"
+            f"{folder}: {len(extra)} stored tensors are not in the index, such as {shown(extra[0])}"
         )
     for name, file_name in mapped.items():
         if tensors[name].path.name != file_name:
             raise CheckpointError(
-                f"{folder}: {name!r} lies in {tensors[name].path.name}, the index says {file_name}"
+                f"{folder}: {shown(name)} lies in {tensors[name].path.name}, the index says "
+                f"{file_name}"
             )

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.files import plain_size
+from reap2gguf.messages import shown
 
-MAX_CONFIG_BYTES = 16 * 2**20
-MAX_TOKENIZER_BYTES = 256 * 2**20
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_TOKENIZER_BYTES = 48 * 2**20
 _MAX_INT = 2**31 - 1
+# Three bytes of JSON make an object of 70: what a file may take of memory is bounded by its number
+# of values. The largest tokenizers have two million.
+_MAX_VALUES = 3_000_000
+_MAX_DEPTH = 64
+_HALF_LETTER = re.compile(r"\\u[dD][89a-fA-F]")  # also half of each whole pair
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises CheckpointError if the file is missing, larger than `max_bytes`, not UTF-8, not JSON
-    (NaN, Infinity and repeated keys included) or not an object.
+    Raises CheckpointError if the file is missing, no plain file, larger than `max_bytes`, not
+    UTF-8, or not what `parse_json_object` takes.
     """
     try:
-        size = path.stat().st_size
+        size = plain_size(path)
         if size > max_bytes:
             raise CheckpointError(
                 f"{path}: {size:,} bytes, expected at most {max_bytes:,}; is this the right file?"
@@ -38,7 +46,17 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """The JSON object in `text`; CheckpointError names `where` if it is not one."""
+    """The JSON object in `text`.
+
+    Raises CheckpointError naming `where` if it is not one, if it has NaN, Infinity, repeated keys
+    or half characters, or if it is nested deeper than 64 or has over three million values.
+    """
+    n_values = text.count(",") + text.count("[") + text.count("{")
+    if n_values > _MAX_VALUES:
+        raise CheckpointError(
+            f"{where}: about {n_values:,} values, expected at most {_MAX_VALUES:,}; is this the "
+            "right file?"
+        )
 
     def refuse_constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
@@ -48,7 +66,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the key {twice!r} occurs twice")
+            raise ValueError(f"the key {shown(twice)} occurs twice")
         return result
 
     try:
@@ -57,7 +75,33 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: holds a {type(value).__name__}, expected a JSON object")
+    if problem := _unwieldy(value, _HALF_LETTER.search(text) is not None):
+        raise CheckpointError(f"{where}: {problem}")
     return value
+
+
+def _unwieldy(value: dict[str, Any], may_have_halves: bool) -> str | None:
+    """What later steps would stumble over: recursion, and text that UTF-8 cannot hold."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        inner: list[Any] = []
+        for node in level:
+            items = node.values() if isinstance(node, dict) else node
+            if may_have_halves and _has_halves([*node, *items]):
+                return "holds half a character (a surrogate)"
+            inner += [item for item in items if isinstance(item, dict | list)]
+        if not inner:
+            return None
+        level = inner
+    return f"nested deeper than {_MAX_DEPTH}; no such file of a model is"
+
+
+def _has_halves(items: list[Any]) -> bool:
+    try:
+        "".join(item for item in items if isinstance(item, str)).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class ConfigReader:
@@ -78,21 +122,33 @@ class ConfigReader:
         key, value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UnsupportedModelError(
-                f"{self.where}: {key} is {value!r}, expected an integer from {low} to {high}"
+                f"{self.where}: {key} is {shown(value)}, expected an integer from {low} to {high}"
             )
         return value
 
-    def number(self, *keys: str, default: float | None = None) -> float:
-        """The finite number under the first of `keys` that is present."""
+    def number(
+        self,
+        *keys: str,
+        low: float = -math.inf,
+        high: float = math.inf,
+        default: float | None = None,
+    ) -> float:
+        """The finite number under the first of `keys` that is present, within [low, high]."""
         key, value = self._first(keys, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected a number")
+            raise UnsupportedModelError(f"{self.where}: {key} is {shown(value)}, expected a number")
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected a finite one")
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {shown(value)}, expected a finite one"
+            )
+        if not low <= number <= high:
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {shown(value)}, expected a number from {low:g} to {high:g}"
+            )
         return number
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -101,24 +157,44 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise UnsupportedModelError(f"{self.where}: {key} is {value!r}, expected true or false")
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {shown(value)}, expected true or false"
+            )
         return value
 
     def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
-        """The list of integers under `key`, each within [low, high]; absent or null is empty."""
+        """The list of integers under `key`, each within [low, high] and not more than there are.
+
+        Absent or null is empty.
+        """
         value = self.values.get(key)
         if value is None:
             return ()
-        good = isinstance(value, list) and all(
-            isinstance(item, int) and not isinstance(item, bool) and low <= item <= high
-            for item in value
+        good = (
+            isinstance(value, list)
+            and len(value) <= high - low + 1
+            and all(
+                isinstance(item, int) and not isinstance(item, bool) and low <= item <= high
+                for item in value
+            )
         )
         if not good:
             raise UnsupportedModelError(
-                f"{self.where}: {key} is {value!r}, expected a list of integers "
+                f"{self.where}: {key} is {shown(value)}, expected a list of integers "
                 f"from {low} to {high}"
             )
         return tuple(value)
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """The object under `key`; absent or null is empty."""
+        value = self.values.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise UnsupportedModelError(
+                f"{self.where}: {key} is {shown(value)}, expected an object"
+            )
+        return value
 
     def expect(self, key: str, *allowed: Any, why: str) -> None:
         """Refuse the model unless `key` is absent or holds one of `allowed`."""
@@ -126,7 +202,7 @@ class ConfigReader:
         if value is not None and value not in allowed:
             wanted = " or ".join(repr(item) for item in allowed) or "no such key"
             raise UnsupportedModelError(
-                f"{self.where}: {key} is {value!r}, expected {wanted}: {why}"
+                f"{self.where}: {key} is {shown(value)}, expected {wanted}: {why}"
             )
 
     def _first(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:

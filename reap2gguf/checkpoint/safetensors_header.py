@@ -14,11 +14,13 @@ from typing import Any
 
 from reap2gguf.checkpoint.config import parse_json_object
 from reap2gguf.errors import CheckpointError
+from reap2gguf.files import open_plain
+from reap2gguf.messages import shown
 
-# The bound of the reference implementation; a header of 100 MB names about a million tensors.
-MAX_HEADER_BYTES = 100_000_000
+# A third of the reference implementation's bound, and still a quarter of a million tensors.
+MAX_HEADER_BYTES = 32 * 2**20
 _MAX_DIMENSIONS = 8
-_MAX_METADATA_BYTES = 2**20
+_MAX_EMPTY = 2**20  # along an axis of a tensor without values, whose rows may still be counted
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -49,17 +51,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file by name, in file order.
 
     Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
-    number is bounded before it is used.
+    number is bounded before it is used. What it allocates stays below 40 times the bytes of the
+    header, which are at most 32 MiB and less than the file's.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, size, file.read(8))
-            header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    header.pop("__metadata__", None)
-    data_start = 8 + length
+    header, data_start, size = _read_json(path)
+    _metadata(path, header)
     tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
     _check_contiguous(path, tensors, data_start, size)
@@ -67,21 +63,30 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a file whose header `read_header` has found good.
+    """The texts by name that a safetensors file's header carries. Raises CheckpointError."""
+    return _metadata(path, _read_json(path)[0])
 
-    Raises CheckpointError if it is not text by text, or over 1 MiB.
-    """
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it is written, where the tensors' bytes begin, and the file's size."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(path, size, file.read(8))
             header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    metadata = header.get("__metadata__") or {}
-    words = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    if not words or len(str(metadata)) > _MAX_METADATA_BYTES:
-        raise CheckpointError(f"{path}: no readable metadata")
-    return dict(metadata)
+    return header, 8 + length, size
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
+    """Takes the metadata out of a header."""
+    found = header.pop("__metadata__", None)
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise CheckpointError(f"{path}: __metadata__ is {shown(found)}, expected texts by name")
+    return found
 
 
 def _header_length(path: Path, size: int, prefix: bytes) -> int:
@@ -105,16 +110,22 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in its header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{where}: dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
+        raise CheckpointError(
+            f"{where}: dtype {shown(dtype)}, expected one of {', '.join(ITEM_BYTES)}"
+        )
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: shape {shape!r}, expected at most 8 sizes from 0 to 2^48")
+        raise CheckpointError(
+            f"{where}: shape {shown(shape)}, expected at most 8 sizes from 0 to 2^48"
+        )
+    if 0 in shape and not _is_modest(shape):
+        raise CheckpointError(f"{where}: shape {shown(shape)} holds nothing, expected small sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: data_offsets {offsets!r}, expected [begin, end]")
+        raise CheckpointError(f"{where}: data_offsets {shown(offsets)}, expected [begin, end]")
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
@@ -130,6 +141,11 @@ def _naturals(values: Any) -> bool:
     )
 
 
+def _is_modest(shape: list[int]) -> bool:
+    # numpy multiplies an empty array's other sizes too
+    return max(shape) <= _MAX_EMPTY and math.prod(size for size in shape if size) < 2**48
+
+
 def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
     """Tensors must follow one another without gap or overlap, up to the end of the file."""
     position = start
@@ -137,7 +153,7 @@ def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size:
         if tensor.offset != position:
             kind = "overlaps the one before" if tensor.offset < position else "leaves a gap"
             raise CheckpointError(
-                f"{path}: tensor {tensor.name!r} {kind}: it begins at byte {tensor.offset:,}, "
+                f"{path}: tensor {shown(tensor.name)} {kind}: it begins at byte {tensor.offset:,}, "
                 f"expected {position:,}"
             )
         position += tensor.n_bytes

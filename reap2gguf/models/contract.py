@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.errors import CheckpointError
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
     Carried,
     Dropped,
@@ -26,6 +26,7 @@ from reap2gguf.models.description import (
     Router,
     SideFile,
 )
+from reap2gguf.models.limits import MAX_EXPERTS_OF_ALL_LAYERS
 from reap2gguf.models.tensors import PROJECTIONS, expert_tensor
 
 
@@ -46,6 +47,22 @@ class MoeModel(ABC):
         self.names = frozenset(names)  # of the stored tensors: some prefixes vary
         self.keep_mtp = keep_mtp  # false: a multi-token-prediction block is Dropped
         self.facts = self.read_facts()
+        self._check_facts()
+
+    def _check_facts(self) -> None:
+        """Refuse numbers that do not go together, before anything is counted through."""
+        facts, where = self.facts, self.reader.where
+        total = len(facts.moe_layers) * facts.n_experts
+        if total > MAX_EXPERTS_OF_ALL_LAYERS:
+            raise UnsupportedModelError(
+                f"{where}: {facts.n_experts:,} experts in each of {len(facts.moe_layers):,} "
+                f"layers, expected at most {MAX_EXPERTS_OF_ALL_LAYERS:,} in all"
+            )
+        if facts.n_heads % facts.n_kv_heads:
+            raise UnsupportedModelError(
+                f"{where}: num_attention_heads is {facts.n_heads}, expected a multiple of "
+                f"num_key_value_heads, {facts.n_kv_heads}"
+            )
 
     @abstractmethod
     def read_facts(self) -> ModelFacts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.limits import MAX_HEADS, MAX_WIDTH
 
 MTP_KEY = "mtp_num_hidden_layers"
 
@@ -28,27 +30,30 @@ def read_layer_kinds(read: ConfigReader, n_layers: int) -> tuple[str, ...]:
         kinds = [
             "linear_attention" if (i + 1) % step else "full_attention" for i in range(n_layers)
         ]
-    known = {"full_attention", "linear_attention"}
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not set(kinds) <= known:
+    known = ("full_attention", "linear_attention")
+    good = isinstance(kinds, list) and len(kinds) == n_layers and all(k in known for k in kinds)
+    if not good:
         raise UnsupportedModelError(
-            f"{read.where}: layer_types is {kinds!r}, expected {n_layers} of "
-            f"{' and '.join(sorted(known))}"
+            f"{read.where}: layer_types is {shown(kinds)}, expected {n_layers} of "
+            f"{' and '.join(known)}"
         )
     return tuple(kinds)
 
 
 def read_deltanet(read: ConfigReader) -> DeltaNet:
     """The heads of the linear attention."""
-    keys = read.integer("linear_num_key_heads", low=1)
-    values = read.integer("linear_num_value_heads", low=1)
+    keys = read.integer("linear_num_key_heads", low=1, high=MAX_HEADS)
+    values = read.integer("linear_num_value_heads", low=1, high=MAX_HEADS)
     if values % keys:
         raise UnsupportedModelError(
             f"{read.where}: linear_num_value_heads is {values}, expected a multiple of "
             f"linear_num_key_heads, {keys}"
         )
-    key_dim = read.integer("linear_key_head_dim", low=1)
+    key_dim = read.integer("linear_key_head_dim", low=1, high=MAX_WIDTH)
     read.expect(
         "linear_value_head_dim", key_dim,
         why="linear_key_head_dim is that, and llama.cpp has one size for both",
     )  # fmt: skip
-    return DeltaNet(keys, values, key_dim, read.integer("linear_value_head_dim", low=1))
+    return DeltaNet(
+        keys, values, key_dim, read.integer("linear_value_head_dim", low=1, high=MAX_WIDTH)
+    )

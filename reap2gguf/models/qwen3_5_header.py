@@ -9,13 +9,15 @@ from gguf import GGUFValueType, Keys
 
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.description import HeaderValue, ModelFacts
+from reap2gguf.models.limits import MAX_WIDTH
 from reap2gguf.models.rope import rope_metadata, rope_parameters
 
 _UINT32, _FLOAT32, _ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
 _RECURRENT = "{arch}.attention.recurrent_layers"  # newer than gguf-py 0.19's constants
-_DEFAULT_SECTIONS = [11, 11, 10]  # transformers' default where the config has none
+_DEFAULT_SECTIONS = (11, 11, 10)  # transformers' default where the config has none
 
 
 def text_header(
@@ -23,10 +25,13 @@ def text_header(
 ) -> tuple[HeaderValue, ...]:
     """Every key of the architecture's own."""
     rope = rope_parameters(read.values, read.where)
-    sections = rope.get("mrope_section") or _DEFAULT_SECTIONS
-    if not isinstance(sections, list) or not 1 <= len(sections) <= 4:
-        raise UnsupportedModelError(f"{read.where}: mrope_section is {sections!r}")
-    share = rope.get("partial_rotary_factor", read.values.get("partial_rotary_factor", 0.25))
+    rotary = ConfigReader({**read.values, **rope}, read.where)
+    sections = rotary.integers("mrope_section", 0, MAX_WIDTH) or _DEFAULT_SECTIONS
+    if len(sections) > 4:
+        raise UnsupportedModelError(
+            f"{read.where}: mrope_section is {shown(sections)}, expected at most four numbers"
+        )
+    share = rotary.number("partial_rotary_factor", low=0, high=1, default=0.25)
     recurrent = [kind == "linear_attention" for kind in layer_kinds] + [False] * facts.has_mtp
     llm, attention, ssm = Keys.LLM, Keys.Attention, Keys.SSM
     entries: list[tuple[str, Any, GGUFValueType]] = [
@@ -36,7 +41,7 @@ def text_header(
         (attention.HEAD_COUNT, facts.n_heads, _UINT32),
         (attention.HEAD_COUNT_KV, facts.n_kv_heads, _UINT32),
         (Keys.Rope.DIMENSION_SECTIONS, [*sections, 0, 0, 0][:4], _ARRAY),
-        (attention.LAYERNORM_RMS_EPS, read.number("rms_norm_eps"), _FLOAT32),
+        (attention.LAYERNORM_RMS_EPS, read.number("rms_norm_eps", low=0, high=1), _FLOAT32),
         (llm.EXPERT_COUNT, facts.n_experts, _UINT32),
         (llm.EXPERT_USED_COUNT, facts.experts_per_token, _UINT32),
         (attention.KEY_LENGTH, facts.head_dim, _UINT32),
@@ -44,10 +49,10 @@ def text_header(
         (llm.EXPERT_FEED_FORWARD_LENGTH, facts.expert_width, _UINT32),
         (
             llm.EXPERT_SHARED_FEED_FORWARD_LENGTH,
-            read.integer("shared_expert_intermediate_size", low=1),
+            read.integer("shared_expert_intermediate_size", low=1, high=MAX_WIDTH),
             _UINT32,
         ),
-        (ssm.CONV_KERNEL, read.integer("linear_conv_kernel_dim", low=1), _UINT32),
+        (ssm.CONV_KERNEL, read.integer("linear_conv_kernel_dim", low=1, high=MAX_WIDTH), _UINT32),
         (ssm.STATE_SIZE, net.key_dim, _UINT32),
         (ssm.GROUP_COUNT, net.n_key_heads, _UINT32),
         (ssm.TIME_STEP_RANK, net.n_value_heads, _UINT32),
@@ -58,7 +63,7 @@ def text_header(
             read.integer("full_attention_interval", low=1, default=4),
             _UINT32,
         ),
-        (Keys.Rope.DIMENSION_COUNT, int(facts.head_dim * float(share)), _UINT32),
+        (Keys.Rope.DIMENSION_COUNT, int(facts.head_dim * share), _UINT32),
     ]
     if facts.has_mtp:
         entries.append((llm.NEXTN_PREDICT_LAYERS, 1, _UINT32))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.description import ModelFacts, Transform
+from reap2gguf.models.limits import MAX_WIDTH
 from reap2gguf.models.tensors import add_one
 
 # HF name -> GGUF name, outside the layers, below the text prefix
@@ -86,8 +87,8 @@ def layer_shapes(
     """Stored shapes of everything but experts in a layer, of either kind."""
     hidden, head = facts.hidden_size, facts.head_dim
     query, key = facts.n_heads * head, facts.n_kv_heads * head
-    shared = read.integer("shared_expert_intermediate_size", low=1)
-    kernel = read.integer("linear_conv_kernel_dim", low=1)
+    shared = read.integer("shared_expert_intermediate_size", low=1, high=MAX_WIDTH)
+    kernel = read.integer("linear_conv_kernel_dim", low=1, high=MAX_WIDTH)
     mixed = 2 * net.key_width + net.value_width
     return {
         "input_layernorm.weight": (hidden,),

@@ -33,6 +33,7 @@ from reap2gguf.models.description import (
     Router,
     SideFile,
 )
+from reap2gguf.models.limits import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
 from reap2gguf.models.qwen3_5_config import (
     MTP_KEY,
     read_deltanet,
@@ -68,8 +69,7 @@ class Qwen35Moe(MoeModel):
     model_type: ClassVar[str] = "qwen3_5_moe"
 
     def read_facts(self) -> ModelFacts:
-        nested = self.config.get("text_config")
-        self.text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else self.config
+        self.text: Mapping[str, Any] = self.reader.section("text_config") or self.config
         read = self.text_reader = ConfigReader(self.text, self.reader.where)
         # found once: every name is asked for its role by these
         deep = any(name.startswith("model.language_model.") for name in self.names)
@@ -77,12 +77,12 @@ class Qwen35Moe(MoeModel):
         deep = any(name.startswith("model.mtp.") for name in self.names)
         self._mtp_prefix = "model.mtp." if deep else "mtp."
         refuse_what_is_not_implemented(self.reader, read)
-        n_layers = read.integer("num_hidden_layers", low=1, high=4096)
+        n_layers = read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
         self.layer_kinds = read_layer_kinds(read, n_layers)
         self.deltanet = read_deltanet(read)
-        hidden = read.integer("hidden_size", low=1)
-        n_heads = read.integer("num_attention_heads", low=1)
-        n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
+        hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
+        n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
+        n_experts = read.integer(*_COUNT_KEYS, low=2, high=MAX_EXPERTS)
         has_mtp = self.keep_mtp and any(self._in_mtp(name) for name in self.names)
         if has_mtp and "full_attention" not in self.layer_kinds:
             raise UnsupportedModelError(
@@ -94,13 +94,13 @@ class Qwen35Moe(MoeModel):
             n_layers=n_layers,
             moe_layers=tuple(range(n_layers + has_mtp)),
             hidden_size=hidden,
-            expert_width=read.integer("moe_intermediate_size", low=1),
+            expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
             n_experts=n_experts,
             experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
             n_heads=n_heads,
-            n_kv_heads=read.integer("num_key_value_heads", low=1, default=n_heads),
-            head_dim=read.integer("head_dim", low=1, default=hidden // n_heads),
-            vocab_size=read.integer("vocab_size", low=1),
+            n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_heads),
+            head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=hidden // n_heads),
+            vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
             context_length=read.integer("max_position_embeddings", low=1),
             tied_embeddings=self._reads_tied(),
             has_mtp=has_mtp,
@@ -263,7 +263,7 @@ class Qwen35Moe(MoeModel):
     def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
         if not any(name.startswith(_VISION) for name in self.names):
             return ()
-        return (vision_projector(self.config, folder, stored, self.facts.hidden_size),)
+        return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
 
     def config_at_odds(self) -> str | None:
         claimed = self.text.get(MTP_KEY) or 0

@@ -26,6 +26,7 @@ from reap2gguf.models.description import (
     Role,
     Router,
 )
+from reap2gguf.models.limits import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
 from reap2gguf.models.rope import rope_metadata
 from reap2gguf.models.tensors import single
 
@@ -75,13 +76,14 @@ class Qwen3Moe(MoeModel):
             )
         rope_metadata(self.config, "qwen3moe", read.where)  # refuses what is not implemented
         read.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
-        n_layers = read.integer("num_hidden_layers", low=1, high=4096)
-        n_experts = read.integer(*_COUNT_KEYS, low=2, high=2**16)
-        hidden = read.integer("hidden_size", low=1)
-        n_heads = read.integer("num_attention_heads", low=1)
-        dense = read.integers("mlp_only_layers", 0, n_layers - 1)
+        n_layers = read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
+        n_experts = read.integer(*_COUNT_KEYS, low=2, high=MAX_EXPERTS)
+        hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
+        n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
+        dense = set(read.integers("mlp_only_layers", 0, n_layers - 1))
         step = read.integer("decoder_sparse_step", low=1, default=1)
         moe_layers = tuple(i for i in range(n_layers) if i not in dense and (i + 1) % step == 0)
+        self._has_experts = frozenset(moe_layers)  # every name is asked for its role by these
         if not moe_layers:
             raise UnsupportedModelError(f"{read.where}: every layer is dense; nothing to prune")
         return ModelFacts(
@@ -90,13 +92,13 @@ class Qwen3Moe(MoeModel):
             n_layers=n_layers,
             moe_layers=moe_layers,
             hidden_size=hidden,
-            expert_width=read.integer("moe_intermediate_size", low=1),
+            expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
             n_experts=n_experts,
             experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
             n_heads=n_heads,
-            n_kv_heads=read.integer("num_key_value_heads", low=1, default=n_heads),
-            head_dim=read.integer("head_dim", low=1, default=hidden // n_heads),
-            vocab_size=read.integer("vocab_size", low=1),
+            n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_heads),
+            head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=hidden // n_heads),
+            vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
             context_length=read.integer("max_position_embeddings", low=1),
             tied_embeddings=read.boolean("tie_word_embeddings", default=False),
         )
@@ -112,10 +114,10 @@ class Qwen3Moe(MoeModel):
         if match := _LAYER.fullmatch(name):
             layer, rest = int(match[1]), match[2]
             if layer < self.facts.n_layers:
-                moe = layer in self.facts.moe_layers
+                moe = layer in self._has_experts
                 if rest in _INNER and not (moe and rest.startswith("mlp.")):
                     return Plain(layer)
-                if layer in self.facts.moe_layers:
+                if moe:
                     if rest == _ROUTER:
                         return Router(layer)
                     if expert := _EXPERT_2D.fullmatch(rest):
@@ -177,10 +179,10 @@ class Qwen3Moe(MoeModel):
         for layer in range(self.facts.n_layers):
             prefix = self.layer_prefix(layer)
             for rest, gguf_rest in _INNER.items():
-                if rest.startswith("mlp.") and layer in self.facts.moe_layers:
+                if rest.startswith("mlp.") and layer in self._has_experts:
                     continue
                 yield single(stored, prefix + rest, f"blk.{layer}.{gguf_rest}")
-            if layer in self.facts.moe_layers:
+            if layer in self._has_experts:
                 router = f"blk.{layer}.ffn_gate_inp.weight"
                 yield single(stored, prefix + _ROUTER, router, always_f32=True)
                 yield from self.expert_tensors(layer, stored).values()
@@ -194,7 +196,11 @@ class Qwen3Moe(MoeModel):
             (llm.FEED_FORWARD_LENGTH, self._dense_width(), _UINT32),
             (Keys.Attention.HEAD_COUNT, facts.n_heads, _UINT32),
             (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, _UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, self.reader.number("rms_norm_eps"), _FLOAT32),
+            (
+                Keys.Attention.LAYERNORM_RMS_EPS,
+                self.reader.number("rms_norm_eps", low=0, high=1),
+                _FLOAT32,
+            ),
             (Keys.Attention.KEY_LENGTH, facts.head_dim, _UINT32),
             (Keys.Attention.VALUE_LENGTH, facts.head_dim, _UINT32),
             (llm.EXPERT_COUNT, facts.n_experts, _UINT32),
@@ -211,7 +217,7 @@ class Qwen3Moe(MoeModel):
     def _dense_width(self) -> int | None:
         if self.config.get("intermediate_size") is None:
             return None
-        return self.reader.integer("intermediate_size", low=1)
+        return self.reader.integer("intermediate_size", low=1, high=MAX_WIDTH)
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         return {
@@ -224,7 +230,7 @@ class Qwen3Moe(MoeModel):
             "self_attn.q_proj": (f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v"),
             "self_attn.o_proj": (f"{blk}.attn_output",),
         }
-        if layer in self.facts.moe_layers:
+        if layer in self._has_experts:
             found["mlp.gate"] = (f"{blk}.ffn_gate_inp",)
         else:
             found["mlp.gate_proj"] = (f"{blk}.ffn_gate", f"{blk}.ffn_up")

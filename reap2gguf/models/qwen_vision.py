@@ -14,12 +14,16 @@ from gguf import GGUFValueType, Keys, VisionProjectorType
 from reap2gguf.checkpoint.config import ConfigReader, read_json
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.description import GgufTensor, HeaderValue, SideFile, Slab, Transform
+from reap2gguf.models.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
 Floats = npt.NDArray[np.float32]
 _UINT32, _FLOAT32, _ARRAY, _BOOL = (
     GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY, GGUFValueType.BOOL,
 )  # fmt: skip
+_MOST_BRIGHT = 2**16  # of a mean or deviation; most are between 0 and 1
+_MAX_PATCH = 2**12  # pixels along an edge
 PREPROCESSOR = "preprocessor_config.json"
 
 # HF name -> GGUF name, .weight and .bias alike
@@ -36,7 +40,7 @@ _PATCH = "patch_embed.proj"
 
 
 def vision_projector(
-    config: Mapping[str, Any],
+    config: ConfigReader,
     folder: Path,
     stored: Mapping[str, StoredTensor],
     text_hidden: int,
@@ -48,16 +52,17 @@ def vision_projector(
     missing or of another shape.
     """
     where = f"{folder / 'config.json'}: vision_config"
-    read = ConfigReader(config.get("vision_config") or {}, where)
+    read = ConfigReader(config.section("vision_config"), where)
     read.expect("hidden_act", "gelu_pytorch_tanh", why="llama.cpp's qwen3vl_merger uses GELU")
     read.expect("temporal_patch_size", 2, why="llama.cpp splits patches into two frames")
     read.expect("deepstack_visual_indexes", [], why="deepstack layers are not implemented")
-    depth = read.integer("depth", low=1, high=4096)
-    hidden, patch = read.integer("hidden_size", low=1), read.integer("patch_size", low=1)
-    channels = read.integer("in_channels", low=1, default=3)
-    ffn = read.integer("intermediate_size", low=1)
-    merged = hidden * read.integer("spatial_merge_size", low=1) ** 2
-    positions = read.integer("num_position_embeddings", low=1, default=2304)
+    depth = read.integer("depth", low=1, high=MAX_LAYERS)
+    hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
+    patch = read.integer("patch_size", low=1, high=_MAX_PATCH)
+    channels = read.integer("in_channels", low=1, high=_MAX_PATCH, default=3)
+    ffn = read.integer("intermediate_size", low=1, high=MAX_WIDTH)
+    merged = hidden * read.integer("spatial_merge_size", low=1, high=_MAX_PATCH) ** 2
+    positions = read.integer("num_position_embeddings", low=1, high=MAX_WIDTH, default=2304)
     prefix = "model.visual." if any(n.startswith("model.visual.") for n in stored) else "visual."
     patches = (hidden, channels, patch, patch)
     shapes = {
@@ -135,17 +140,17 @@ def _stored_shape(tensor: GgufTensor) -> tuple[int, ...]:
 
 
 def _header(
-    read: ConfigReader, config: Mapping[str, Any], folder: Path, text_hidden: int
+    read: ConfigReader, config: ConfigReader, folder: Path, text_hidden: int
 ) -> tuple[HeaderValue, ...]:
-    patch = read.integer("patch_size", low=1)
-    positions = read.integer("num_position_embeddings", low=1, default=2304)
-    depth = read.integer("depth", low=1)
+    patch = read.integer("patch_size", low=1, high=_MAX_PATCH)
+    positions = read.integer("num_position_embeddings", low=1, high=MAX_WIDTH, default=2304)
+    depth = read.integer("depth", low=1, high=MAX_LAYERS)
     if not (folder / PREPROCESSOR).is_file():
         raise CheckpointError(
             f"{folder}: the vision tower needs {PREPROCESSOR}, for its image mean and deviation"
         )
     images = read_json(folder / PREPROCESSOR)
-    text = config.get("text_config") or config
+    text = ConfigReader(config.section("text_config") or config.values, config.where)
     clip = Keys.ClipVision
     entries: list[tuple[str, Any, GGUFValueType]] = [
         (Keys.Clip.HAS_VISION_ENCODER, True, _BOOL),
@@ -153,16 +158,28 @@ def _header(
         (clip.PROJECTION_DIM, text_hidden, _UINT32),
         (clip.IMAGE_SIZE, int(math.sqrt(positions) * patch), _UINT32),
         (clip.PATCH_SIZE, patch, _UINT32),
-        (clip.EMBEDDING_LENGTH, read.integer("hidden_size", low=1), _UINT32),
-        (clip.FEED_FORWARD_LENGTH, read.integer("intermediate_size", low=1), _UINT32),
+        (clip.EMBEDDING_LENGTH, read.integer("hidden_size", low=1, high=MAX_WIDTH), _UINT32),
+        (
+            clip.FEED_FORWARD_LENGTH,
+            read.integer("intermediate_size", low=1, high=MAX_WIDTH),
+            _UINT32,
+        ),
         (clip.BLOCK_COUNT, depth, _UINT32),
-        (clip.Attention.HEAD_COUNT, read.integer("num_heads", low=1), _UINT32),
+        (clip.Attention.HEAD_COUNT, read.integer("num_heads", low=1, high=MAX_HEADS), _UINT32),
         (clip.IMAGE_MEAN, _three(images, "image_mean", folder), _ARRAY),
         (clip.IMAGE_STD, _three(images, "image_std", folder), _ARRAY),
         (clip.USE_GELU, True, _BOOL),
-        (clip.SPATIAL_MERGE_SIZE, read.integer("spatial_merge_size", low=1), _UINT32),
+        (
+            clip.SPATIAL_MERGE_SIZE,
+            read.integer("spatial_merge_size", low=1, high=_MAX_PATCH),
+            _UINT32,
+        ),
         # the converter takes the text model's epsilon for the tower's norms
-        (clip.Attention.LAYERNORM_EPS, float(text.get("rms_norm_eps", 1e-6)), _FLOAT32),
+        (
+            clip.Attention.LAYERNORM_EPS,
+            text.number("rms_norm_eps", low=0, high=1, default=1e-6),
+            _FLOAT32,
+        ),
         (clip.IS_DEEPSTACK_LAYERS, [False] * depth, _ARRAY),
     ]
     return tuple(HeaderValue(key, value, kind) for key, value, kind in entries)
@@ -173,9 +190,10 @@ def _three(images: Mapping[str, Any], key: str, folder: Path) -> list[float]:
     if (
         not isinstance(values, list)
         or len(values) != 3
-        or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        or not all(isinstance(v, int | float) and abs(v) <= _MOST_BRIGHT for v in values)
+        or any(isinstance(v, bool) for v in values)
     ):
         raise UnsupportedModelError(
-            f"{folder / PREPROCESSOR}: {key} is {values!r}, expected three numbers"
+            f"{folder / PREPROCESSOR}: {key} is {shown(values)}, expected three numbers"
         )
     return [float(value) for value in values]

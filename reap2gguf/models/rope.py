@@ -8,6 +8,7 @@ from typing import Any
 from gguf import GGUFValueType, Keys, RopeScalingType
 
 from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.description import HeaderValue
 
 _UINT32, _FLOAT32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
@@ -25,7 +26,9 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The rotary settings in either spelling: `rope_parameters`, or `rope_scaling` beside them."""
     for key in ("rope_parameters", "rope_scaling"):
         if config.get(key) is not None and not isinstance(config[key], Mapping):
-            raise UnsupportedModelError(f"{where}: {key} is {config[key]!r}, expected an object")
+            raise UnsupportedModelError(
+                f"{where}: {key} is {shown(config[key])}, expected an object"
+            )
     found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta")} | dict(found)
 
@@ -40,7 +43,7 @@ def rope_metadata(config: Mapping[str, Any], arch: str, where: str) -> tuple[Hea
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", *_SCALINGS):
         raise UnsupportedModelError(
-            f"{where}: rope_type {kind!r}, expected default, linear or yarn"
+            f"{where}: rope_type {shown(kind)}, expected default, linear or yarn"
         )
     scaling: tuple[HeaderValue, ...] = ()
     if kind != "default":
@@ -63,5 +66,5 @@ def rope_metadata(config: Mapping[str, Any], arch: str, where: str) -> tuple[Hea
 
 def _positive(value: Any, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
-        raise UnsupportedModelError(f"{where}: {key} is {value!r}, expected a positive number")
+        raise UnsupportedModelError(f"{where}: {key} is {shown(value)}, expected a positive number")
     return float(value)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
@@ -34,13 +37,19 @@ def describe(checkpoint: Checkpoint, keep_mtp: bool = True) -> MoeModel:
         configs = [checkpoint.config, nested if isinstance(nested, dict) else {}]
         if not any(key in config for config in configs for key in _EXPERT_KEYS):
             raise UnsupportedModelError(
-                f"{where}: {name or 'no architecture'} has no experts; only Mixture-of-Experts "
-                "models can be pruned"
+                f"{where}: {_named(name) or 'no architecture'} has no experts; only "
+                "Mixture-of-Experts models can be pruned"
             )
         raise UnsupportedModelError(
-            f"{where}: architecture {name or '(none)'} is not implemented, expected one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {_named(name) or '(none)'} is not implemented, expected one "
+            f"of {', '.join(ARCHITECTURES)}"
         )
     model = ARCHITECTURES[name](checkpoint.config, where, checkpoint.tensors.keys(), keep_mtp)
     model.check_tensors(checkpoint.tensors)
     return model
+
+
+def _named(name: Any) -> str:
+    """An architecture's name, as it is where it could be one; empty if there is none."""
+    plain = isinstance(name, str) and name.isidentifier() and len(name) < 100
+    return name if plain else shown(name) if name else ""

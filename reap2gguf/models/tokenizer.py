@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
+from tokenizers import Tokenizer as Rust
 
 from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.messages import shown
+from reap2gguf.models.limits import MAX_VOCABULARY
+from reap2gguf.panics import panics_as
 
 # split pattern -> llama.cpp's name; two families differ only in how they treat marks (\p{M})
 _QWEN2_PATTERN = (
@@ -28,7 +32,12 @@ _QWEN35_PATTERN = (
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS = {_QWEN2_PATTERN: "qwen2", _QWEN35_PATTERN: "qwen35"}
-_MAX_TOKENS = 2**24
+_BPE_EXTRAS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+# read by gguf-py or transformers, which believe what they find
+_COMPANIONS = (
+    "tokenizer_config.json", "chat_template.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
@@ -37,7 +46,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     Raises CheckpointError if it is broken and UnsupportedModelError if llama.cpp has no
     pre-tokenizer of its pattern.
     """
-    tokenizer = check_tokenizer(folder, vocab_size)
+    tokenizer = read_tokenizer_json(folder)
+    _check(tokenizer, folder)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(recognise_pre_tokenizer(tokenizer, folder))
     tokens, types = _tokens(tokenizer, vocab_size, folder)
@@ -46,8 +56,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     try:
         # gguf-py knows where merges, special ids and chat templates hide
         SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer files are broken ({error})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
 
 
 def tokenizer_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -59,13 +69,12 @@ def tokenizer_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
-    """The checkpoint's `tokenizer.json`, refused here if it could not be written later."""
-    tokenizer = read_tokenizer_json(folder)
-    _check(tokenizer, folder)
-    recognise_pre_tokenizer(tokenizer, folder)
-    _tokens(tokenizer, vocab_size, folder)
-    return tokenizer
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer that could not be written later, as `add_tokenizer` does, or not run."""
+    add_tokenizer(GGUFWriter(None, "none"), folder, vocab_size)
+    path = folder / "tokenizer.json"
+    with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
+        Rust.from_file(str(path)).encode("")
 
 
 def _check(tokenizer: dict[str, Any], folder: Path) -> None:
@@ -74,22 +83,56 @@ def _check(tokenizer: dict[str, Any], folder: Path) -> None:
     model = tokenizer.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     if not isinstance(model, dict) or kind != "BPE":
-        raise UnsupportedModelError(f"{where}: tokenizer model {kind!r}, expected byte-level BPE")
+        raise UnsupportedModelError(
+            f"{where}: tokenizer model {shown(kind)}, expected byte-level BPE"
+        )
     if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
         raise CheckpointError(f"{where}: no vocabulary")
+    normalizer = tokenizer.get("normalizer")
+    if normalizer is not None and normalizer != {"type": "NFC"}:
+        raise UnsupportedModelError(
+            f"{where}: normalizer {shown(normalizer)}, expected none or NFC; llama.cpp has no other"
+        )
+    for key in _BPE_EXTRAS:
+        if model.get(key):
+            raise UnsupportedModelError(
+                f"{where}: {key} is {shown(model[key])}, which llama.cpp's byte-level BPE has not"
+            )
     merges = model.get("merges")
+    if merges == []:
+        raise CheckpointError(f"{where}: no merges, which llama.cpp's byte-level BPE needs")
     if not isinstance(merges, list) or not all(_is_merge(merge) for merge in merges):
         raise CheckpointError(f"{where}: merges are not a list of pairs of tokens")
+    if len({type(merge) for merge in merges}) > 1:
+        raise CheckpointError(f"{where}: merges are spelled in two ways, expected one")
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token
         for token in added
     ):
         raise CheckpointError(f"{where}: added_tokens are not a list of tokens with content and id")
-    for name in ("tokenizer_config.json", "chat_template.json"):
+    for name in _COMPANIONS:
         if (folder / name).is_file():
-            read_json(folder / name)
+            template = read_json(folder / name).get("chat_template")
+            if template is not None and not _is_template(template):
+                raise CheckpointError(
+                    f"{folder / name}: chat_template is {shown(template)}, expected text or a list "
+                    "of named texts"
+                )
     check_template_files(folder)
+
+
+def _is_template(value: Any) -> bool:
+    """One template, or several by name."""
+    return isinstance(value, str) or (
+        isinstance(value, list)
+        and all(
+            isinstance(named, dict)
+            and isinstance(named.get("name"), str)
+            and isinstance(named.get("template"), str)
+            for named in value
+        )
+    )
 
 
 def _is_merge(merge: Any) -> bool:
@@ -102,13 +145,13 @@ def _is_merge(merge: Any) -> bool:
 def recognise_pre_tokenizer(tokenizer: dict[str, Any], folder: Path) -> str:
     """llama.cpp's name of a `tokenizer.json`'s pre-tokenizer, by its split pattern."""
     patterns = list(_split_patterns(tokenizer.get("pre_tokenizer")))
-    for pattern in patterns:
-        if pattern in PRE_TOKENIZERS:
-            return PRE_TOKENIZERS[pattern]
+    if len(patterns) == 1 and patterns[0] in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[patterns[0]]
+    found = shown(patterns) if patterns else "no pattern"
     raise UnsupportedModelError(
-        f"{folder / 'tokenizer.json'}: splits text by {patterns or 'no pattern'}, which is none of "
-        f"the patterns known here ({', '.join(PRE_TOKENIZERS.values())}); llama.cpp would "
-        "tokenize differently from the model, so nothing is written"
+        f"{folder / 'tokenizer.json'}: splits text by {found}, which is none of the patterns known "
+        f"here ({', '.join(PRE_TOKENIZERS.values())}); llama.cpp would tokenize differently from "
+        "the model, so nothing is written"
     )
 
 
@@ -119,7 +162,8 @@ def _split_patterns(node: Any) -> Iterator[str]:
     pattern = node.get("pattern")
     if node.get("type") == "Split" and isinstance(pattern, dict):
         yield str(pattern.get("Regex", ""))
-    for child in node.get("pretokenizers") or []:
+    children = node.get("pretokenizers")
+    for child in children if isinstance(children, list) else ():
         yield from _split_patterns(child)
 
 
@@ -127,17 +171,21 @@ def _tokens(
     tokenizer: dict[str, Any], vocab_size: int, folder: Path
 ) -> tuple[list[str], list[TokenType]]:
     """The text and the type of every id up to `vocab_size`; gaps become unused [PADi]."""
-    if vocab_size > _MAX_TOKENS:
-        raise UnsupportedModelError(f"{folder}: vocab_size {vocab_size:,} is over {_MAX_TOKENS:,}")
+    if vocab_size > MAX_VOCABULARY:
+        raise UnsupportedModelError(
+            f"{folder}: vocab_size {vocab_size:,} is over {MAX_VOCABULARY:,}"
+        )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     vocab, added = tokenizer["model"]["vocab"], tokenizer.get("added_tokens") or []
     normal = [(text, index, TokenType.NORMAL) for text, index in vocab.items()]
     extra = [(token["content"], token["id"], _added_type(token)) for token in added]
     for text, index, kind in [*normal, *extra]:
-        if not isinstance(index, int) or not 0 <= index < vocab_size:
+        good = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < vocab_size
+        if not good:
             raise CheckpointError(
-                f"{folder / 'tokenizer.json'}: token {text!r} has the id {index!r}, expected one "
+                f"{folder / 'tokenizer.json'}: token {shown(text)} has the id {shown(index)}, "
+                f"expected one "
                 f"below the config's vocab_size {vocab_size}"
             )
         tokens[index], types[index] = text, kind

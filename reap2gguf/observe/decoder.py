@@ -256,11 +256,13 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     register()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
         config = config.get_text_config()  # vision towers are not run
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
     except Exception as error:
         reason = " ".join(str(error).split())

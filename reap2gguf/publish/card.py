@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from reap2gguf.artifacts.manifest import GgufRecord, Manifest, MtpRecord
 
+_MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here
+
 _REAP_CITATION = """\
 @article{lasby-reap,
   title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
@@ -109,15 +111,22 @@ def _front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
 
 
 def _source_data(source_card: Path) -> dict[str, Any]:
-    if not source_card.is_file():
+    if not source_card.is_file() or source_card.stat().st_size > _MAX_CARD_BYTES:
         return {}
     text = source_card.read_text(encoding="utf-8", errors="replace")
     try:
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
-        return dict(data.to_dict())
-    except (ValueError, TypeError, yaml.YAMLError):
+        found = dict(data.to_dict())
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         # a card without readable front matter has no licence to inherit
         return {}
+    return {key: value for key, value in found.items() if _is_words(value)}
+
+
+def _is_words(value: Any) -> bool:
+    """A short text, or a list of some: what a licence or a language may be."""
+    words = value if isinstance(value, list) else [value]
+    return len(words) <= 100 and all(isinstance(w, str) and len(w) <= 500 for w in words)
 
 
 def _summary(manifest: Manifest) -> str:

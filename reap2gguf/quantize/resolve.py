@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 
 from gguf import GGML_QUANT_SIZES
@@ -18,6 +17,7 @@ from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantize.mixture import MixtureChooser
 from reap2gguf.quantize.recipe import Recipe, Rule
 
+_MAX_MATCHES = 4_000_000  # of a rule with a tensor: some seconds
 # llama.cpp's quantizer leaves these whole whatever is asked of it.
 _NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
 
@@ -79,6 +79,11 @@ def resolve(
         gqa=facts.n_heads // facts.n_kv_heads,
         has_imatrix=has_imatrix,
     )
+    if len(recipe.rules) * len(tensors) > _MAX_MATCHES:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors; "
+            "say it with fewer rules, a glob each"
+        )
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
@@ -99,7 +104,7 @@ def resolve(
 def _winner(recipe: Recipe, tensor: GgufTensor, whole: Type | None) -> int | None:
     """The first rule for a tensor; one that stays whole takes no rule that would cut it."""
     for position, rule in enumerate(recipe.rules):
-        if fnmatchcase(tensor.name, rule.match) and (whole is None or rule.kind is whole):
+        if rule.fits(tensor.name) and (whole is None or rule.kind is whole):
             return position
     return None
 
@@ -141,7 +146,7 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
     for position, rule in enumerate(recipe.rules):
         if position in winners:
             continue
-        reached = [t for t in tensors if fnmatchcase(t.name, rule.match)]
+        reached = [t for t in tensors if rule.fits(t.name)]
         if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.kind.name}, but what "

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
+from reap2gguf.messages import one_line
 from reap2gguf.processes import processes
 from reap2gguf.progress import Progress, Silent, Task
 
@@ -51,7 +52,7 @@ class Bars:
             yield _Bar(bars, bars.add_task(title, total=total, rate=""), unit)
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(one_line(text), highlight=False, markup=False)
 
 
 class _Bar:
@@ -72,13 +73,13 @@ class Lines:
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
         line = _Line(title, total, unit)
-        print(f"{title}: {quantity(total, unit)}", file=sys.stderr, flush=True)
+        print(one_line(f"{title}: {quantity(total, unit)}"), file=sys.stderr, flush=True)
         yield line
         seconds = time.monotonic() - line.begun
-        print(f"{title}: done in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(one_line(f"{title}: done in {seconds:.1f} s"), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 class _Line:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from reap2gguf.messages import shown
 from reap2gguf.options import (
     BuildOptions,
     CalibrationOptions,
@@ -18,6 +19,7 @@ from reap2gguf.options import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_MOST_BYTES = 2**60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -25,11 +27,14 @@ def read_size(text: str) -> int:
     """Bytes of "12GiB", "12G" or, in thousands, "12GB"; ValueError if it is none."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size, such as 12GiB")
+        raise ValueError(f"{shown(text)} is no size, such as 12GiB")
     letter = match[2].upper()
     decimal = bool(letter) and not match[3] and text.strip().upper().endswith("B")
     unit = 1000 ** "KMGT".index(letter) * 1000 if decimal else _UNITS[letter]
-    return int(float(match[1]) * unit)
+    amount = float(match[1]) * unit
+    if amount > _MOST_BYTES:
+        raise ValueError(f"{shown(text)} is more memory than any machine has")
+    return int(amount)
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]
@@ -48,6 +53,7 @@ FilePath = click.Path(path_type=Path, dir_okay=False)
 FolderPath = click.Path(path_type=Path)
 # prune.select holds the criteria; naming them here keeps numpy out of `--help`
 METHODS = ("reap", "frequency", "ean_sum", "ean_mean", "weighted_ean_sum", "weighted_frequency")
+_MOST = 2**31 - 1  # of what is counted: rows, tokens
 _DEFAULTS = CalibrationOptions()
 
 
@@ -83,15 +89,15 @@ calibration_options = _all(
         "them, or the embedded mix `default`.",
     ),
     click.option(
-        "--samples", type=click.IntRange(min=1), default=_DEFAULTS.samples, show_default=True,
+        "--samples", type=click.IntRange(1, _MOST), default=_DEFAULTS.samples, show_default=True,
         metavar="N", help="Rows at most.",
     ),
     click.option(
-        "--max-length", type=click.IntRange(min=2), default=_DEFAULTS.max_length,
+        "--max-length", type=click.IntRange(2, _MOST), default=_DEFAULTS.max_length,
         show_default=True, metavar="T", help="Tokens a row, at most.",
     ),
-    click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True,
-                 help="Orders the samples."),
+    click.option("--seed", type=click.IntRange(-_MOST, _MOST), default=_DEFAULTS.seed,
+                 show_default=True, metavar="S", help="Orders the samples."),
 )  # fmt: skip
 
 compute_options = _all(
@@ -115,7 +121,7 @@ compute_options = _all(
 )  # fmt: skip
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), default=available_threads, metavar="N",
+    "--threads", type=click.IntRange(1, 1024), default=available_threads, metavar="N",
     help="Processor threads; all by default.",
 )  # fmt: skip
 
@@ -132,7 +138,7 @@ build_options = _all(
     calibration_options,
     click.option("--imatrix-text", type=FilePath, metavar="FILE",
                  help="Text for the importance matrix; the calibration text by default."),
-    click.option("--chunk", type=click.IntRange(min=8), default=512, show_default=True,
+    click.option("--chunk", type=click.IntRange(8, _MOST), default=512, show_default=True,
                  metavar="T", help="Tokens a chunk of the importance matrix."),
     compute_options,
     threads_option,

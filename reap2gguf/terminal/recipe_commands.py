@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from reap2gguf.messages import one_line
+
 
 @click.group()
 def recipes() -> None:
@@ -43,7 +45,7 @@ def recipes_show(name: str) -> None:
     from reap2gguf.terminal.views import recipe_lines
 
     for line in recipe_lines(load_recipe(name)):
-        click.echo(line)
+        click.echo(one_line(line))
 
 
 @recipes.command("check")

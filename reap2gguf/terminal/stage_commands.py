@@ -47,8 +47,13 @@ def observe(
       reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
       torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
+    from reap2gguf.calibration.corpus import check_corpus
+
+    # what is refused without torch is refused before it is loaded
+    check_corpus(spec)
     source, checkpoint, described = _open(model)
     _check_parent(output)
+    _check_tokenizer(source, described)
     from reap2gguf import stages
     from reap2gguf.calibration.rows import Tokenizer
     from reap2gguf.calibration.texts import observation_rows
@@ -99,7 +104,7 @@ def prune(
 @click.command()
 @click.argument("hf_dir")
 @click.option("--text", type=FilePath, required=True, help="Plain text to compute it on.")
-@click.option("--chunk", type=click.IntRange(min=8), default=512, show_default=True,
+@click.option("--chunk", type=click.IntRange(8, 2**31 - 1), default=512, show_default=True,
               help="Tokens a chunk.")  # fmt: skip
 @compute_options
 @threads_option
@@ -113,8 +118,12 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
     """
     if output.suffix == ".dat":
         raise UsageError(f"-o {output}: name the .gguf; the .dat is written beside it")
+    from reap2gguf.calibration.corpus import check_text
+
+    check_text(text)
     source, checkpoint, described = _open(hf_dir)
     _check_parent(output)
+    _check_tokenizer(source, described)
     from reap2gguf import stages
     from reap2gguf.calibration.rows import Tokenizer
     from reap2gguf.calibration.texts import imatrix_chunks
@@ -194,6 +203,12 @@ def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeMod
     source = resolve_source(model, say)
     checkpoint = Checkpoint.open(source.folder)
     return source, checkpoint, describe(checkpoint, keep_mtp)
+
+
+def _check_tokenizer(source: Source, described: MoeModel) -> None:
+    from reap2gguf.models.tokenizer import check_tokenizer
+
+    check_tokenizer(source.folder, described.facts.vocab_size)
 
 
 def _resuming(

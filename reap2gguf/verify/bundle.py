@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ from reap2gguf.artifacts.manifest import (
     hash_file,
 )
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.errors import ArtifactError, Reap2ggufError, UsageError
+from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
+from reap2gguf.files import is_plain, is_plain_name
 from reap2gguf.models import MoeModel, SideFile
 from reap2gguf.progress import Progress
 from reap2gguf.verify.gguf_file import (
@@ -34,6 +36,7 @@ from reap2gguf.verify.gguf_file import (
 )
 from reap2gguf.verify.hf_folder import ExpectedFolder, check_folder, open_folder
 
+_MAX_SUMS_BYTES = 2**22  # some ten thousand files
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 
@@ -50,9 +53,10 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> R
 
     Raises UsageError if the paths are neither.
     """
-    folders = [path for path in paths if path.is_dir()]
-    files = [path for path in paths if not path.is_dir()]
-    if missing := [path for path in files if not path.is_file()]:
+    # os.path answers False where Path raises, as for a name that is too long
+    folders = [path for path in paths if os.path.isdir(path)]
+    files = [path for path in paths if not os.path.isdir(path)]
+    if missing := [path for path in files if not os.path.exists(path)]:
         raise UsageError(f"{missing[0]}: no such file or folder")
     if files and len(folders) == 1:
         return verify_pair(folders[0], files, n_threads, progress)
@@ -78,7 +82,8 @@ def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: P
     checkpoint, model, violations = open_folder(folder, None)
     if checkpoint is not None and model is not None:
         expected = ExpectedFolder(model.facts.n_experts)
-        violations += check_folder(checkpoint, model, expected, None, progress)
+        found = check_folder(checkpoint, model, expected, None, progress)
+        violations += _told(found, folder.name)
     for path in files:
         header, problems = open_gguf(path)
         violations += problems
@@ -86,8 +91,19 @@ def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: P
             n_experts = model.facts.n_experts if model else None
             violations += check_header(header, ExpectedGguf(None, n_experts))
             if checkpoint is not None and model is not None:
-                violations += check_against_folder(header, checkpoint, model, n_threads, progress)
+                found = check_against_folder(header, checkpoint, model, n_threads, progress)
+                violations += _told(found, path.name)
     return Report((folder.name, *(path.name for path in files)), tuple(violations))
+
+
+def _told(violations: Iterator[str], where: str) -> Iterator[str]:
+    """Violations; an error that ends the check is one more, for a broken file is what is sought."""
+    try:
+        yield from violations
+    except DependencyError:
+        raise
+    except Reap2ggufError as error:
+        yield f"{where}: {error}"
 
 
 def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
@@ -97,26 +113,28 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
     except ArtifactError as error:
         return Report((folder.name,), (str(error),))
     if folder.resolve().name == manifest.hf.folder:
-        violations = list(_check_hf(folder, manifest, progress))
-        return Report((folder.name,), tuple(violations))
+        found = _told(_check_hf(folder, manifest, progress), folder.name)
+        return Report((folder.name,), tuple(found))
     named = {r.file for r in manifest.gguf} | {r.file for r in manifest.side_files}
-    absent = sorted(name for name in named if not (folder / name).is_file())
+    absent = sorted(name for name in named if not is_plain(folder / name))
     violations = [f"{folder.name}: {name} is missing" for name in absent]
     violations += _check_sums(folder, n_threads, set(absent))
     hf_folder = folder.resolve().parent / manifest.hf.folder
     checked = [folder.name]
     if hf_folder.is_dir():
         checked.append(hf_folder.name)
-        violations += _check_hf(hf_folder, manifest, progress)
+        violations += _told(_check_hf(hf_folder, manifest, progress), hf_folder.name)
     for record in manifest.gguf:
         if record.file in absent:
             continue
-        violations += _check_gguf(folder / record.file, record, manifest, hf_folder, n_threads,
-                                  progress)  # fmt: skip
+        path = folder / record.file
+        found = _check_gguf(path, record, manifest, hf_folder, n_threads, progress)
+        violations += _told(found, record.file)
     for side in manifest.side_files:
         if side.file in absent:
             continue
-        violations += _check_side(folder / side.file, side, hf_folder, n_threads, progress)
+        found = _check_side(folder / side.file, side, hf_folder, n_threads, progress)
+        violations += _told(found, side.file)
     return Report(tuple(checked), tuple(violations))
 
 
@@ -198,15 +216,22 @@ def _check_sums(folder: Path, n_threads: int, absent: Collection[str]) -> Iterat
     if not path.is_file():
         yield f"{folder.name}: {SUMS_FILE} is missing"
         return
+    if (size := path.stat().st_size) > _MAX_SUMS_BYTES:
+        yield f"{folder.name}: {SUMS_FILE} has {size:,} bytes, expected at most {_MAX_SUMS_BYTES:,}"
+        return
     expected: dict[str, str] = {}
+    broken: list[int] = []
     for number, line in enumerate(
         path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
     ):
         match = _SUM_LINE.fullmatch(line)
         if match is None:
-            yield f"{folder.name}: {SUMS_FILE} line {number} is not a hash and a name"
+            broken.append(number)
         else:
             expected[match[2]] = match[1]
+    if broken:
+        more = f", nor are {len(broken) - 1:,} more" if len(broken) > 1 else ""
+        yield f"{folder.name}: {SUMS_FILE} line {broken[0]} is not a hash and a name{more}"
     present = {file.name for file in folder.iterdir() if file.is_file()}
     for name in sorted(present - expected.keys() - {SUMS_FILE}):
         yield f"{folder.name}: {name} is not in {SUMS_FILE}"
@@ -220,7 +245,7 @@ def _compare_hashes(
 ) -> Iterator[str]:
     present = []
     for name in expected:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not is_plain_name(name) or not is_plain(folder / name):
             yield f"{folder.name}: {name} is missing"
         else:
             present.append(name)

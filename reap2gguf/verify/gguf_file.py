@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType
 from reap2gguf.artifacts.gguf_header import GgufHeader, GgufTensorInfo, read_gguf_header
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, Reap2ggufError
-from reap2gguf.ggml import Ggml, load_ggml
+from reap2gguf.ggml import STORABLE, Ggml, load_ggml
+from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.slabs import PIECE_VALUES, read_rows, row_pieces, rows_per_matrix
@@ -36,6 +37,7 @@ ERROR_BOUNDS = {
 # Blocks of few bits hold no zeros: a sparse matrix beyond its type's bound is still sound if
 # quantizing it anew errs nearly as much.
 _SLACK = 1.2
+_MAX_ROW = 2**22  # values; a row is read in one piece
 _SPARSE = 0.5  # share of zeros
 
 
@@ -60,20 +62,25 @@ def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
     """What a header says must agree with itself and with the plan, layer by layer."""
     where = header.path.name
     arch = header.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        yield f"{where}: general.architecture is {shown(arch)}, expected a name"
+        return
     count = header.metadata.get(f"{arch}.expert_count")
     used = header.metadata.get(f"{arch}.expert_used_count")
     if expected.n_experts is not None and count != expected.n_experts:
-        yield f"{where}: {arch}.expert_count is {count}, expected {expected.n_experts}"
+        yield f"{where}: {arch}.expert_count is {shown(count)}, expected {expected.n_experts}"
     file_type = header.metadata.get("general.file_type")
     if expected.file_type is not None and file_type != expected.file_type:
-        yield f"{where}: general.file_type is {file_type}, expected {expected.file_type}"
+        yield f"{where}: general.file_type is {shown(file_type)}, expected {expected.file_type}"
     if not isinstance(used, int) or not isinstance(count, int) or not 1 <= used <= count:
-        yield f"{where}: {arch}.expert_used_count is {used}, expected 1 to {count}"
+        yield f"{where}: {arch}.expert_used_count is {shown(used)}, expected 1 to {shown(count)}"
     for name, info in header.tensors.items():
         per_expert = "_exps." in name or name.endswith("ffn_gate_inp.weight")
         if per_expert and info.shape[0] != count:
             rows = "experts" if "_exps." in name else "router rows"
-            yield f"{where}: {name} has {info.shape[0]} {rows}, {arch}.expert_count is {count}"
+            yield (
+                f"{where}: {name} has {info.shape[0]} {rows}, {arch}.expert_count is {shown(count)}"
+            )
     if expected.kinds is not None:
         yield from check_kinds(header, expected.kinds)
 
@@ -99,7 +106,12 @@ def check_against_folder(
 ) -> Iterator[str]:
     """Keys and tokenizer against the config, then every tensor against the safetensors."""
     where = header.path.name
-    for key, expected in tokenizer_keys(checkpoint.folder, model.facts.vocab_size).items():
+    try:
+        tokenizer = tokenizer_keys(checkpoint.folder, model.facts.vocab_size)
+    except Reap2ggufError as error:
+        tokenizer = {}
+        yield f"{checkpoint.folder.name}: {error}"
+    for key, expected in tokenizer.items():
         if header.metadata.get(key) != expected:
             yield f"{where}: {key} is not that of the tokenizer files"
     for value in model.gguf_metadata():
@@ -110,7 +122,7 @@ def check_against_folder(
             and np.float32(found) == np.float32(value.value)
         )
         if not same:
-            yield f"{where}: {value.key} is {found}, expected {value.value}"
+            yield f"{where}: {value.key} is {shown(found)}, expected {shown(value.value)}"
     tensors = model.gguf_tensors(checkpoint.tensors)
     yield from check_tensors(header, checkpoint, tensors, n_threads, progress)
 
@@ -145,6 +157,10 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
     ggml = load_ggml()
 
     def check(info: GgufTensorInfo) -> str | None:
+        if info.kind not in STORABLE:
+            return f"{header.path.name}: {info.name} is {info.kind.name}, no type for weights"
+        if info.shape[-1] > _MAX_ROW:
+            return f"{header.path.name}: {info.name} has rows of {info.shape[-1]:,} values"
         n_rows = prod(info.shape[:-1])
         per_matrix = n_rows // info.shape[0] if len(info.shape) == 3 else n_rows
         step = max(1, PIECE_VALUES // info.shape[-1])

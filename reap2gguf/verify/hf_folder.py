@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint, to_float32
+from reap2gguf.checkpoint.checkpoint import NUMPY_TYPES, Checkpoint, to_float32
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models import Expert, MoeModel, describe
 from reap2gguf.progress import Progress
@@ -120,24 +121,34 @@ def _check_values(
 ) -> Iterator[str]:
     """One violation at most: NaN or infinity, or a matrix (each expert's own) of zeros alone."""
     stored = checkpoint.tensors[name]
-    length = stored.shape[0] if stored.shape else 1
-    step = max(1, _PIECE_VALUES // max(1, int(np.prod(stored.shape[1:]))))
     role = model.role(name)
     is_fused = isinstance(role, Expert) and role.expert is None
-    is_empty = stored.dtype in _FLOATS
-    for first in range(0, length, 1 if is_fused else step):
-        piece = checkpoint.read(name, first, min(first + (1 if is_fused else step), length))
-        if not _is_finite(checkpoint, name, piece):
-            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
+    n_parts = stored.shape[0] if is_fused else 1
+    for part in range(n_parts):
+        is_empty = stored.dtype in _FLOATS
+        for piece in _flat_pieces(checkpoint, stored, part, n_parts):
+            if not _is_finite(checkpoint, name, piece):
+                yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
+                return
+            is_empty = is_empty and not piece.any()
+            advance(piece.nbytes)
+        # a vector may be zero: biases often are, and norms stored around zero
+        if is_empty and len(stored.shape) > 1:
+            which = f" for expert {part}" if is_fused else ""
+            yield f"{checkpoint.folder.name}: {name} holds nothing but zeros{which}"
             return
-        if is_fused and not piece.any():
-            yield f"{checkpoint.folder.name}: {name} holds nothing but zeros for expert {first}"
-            return
-        is_empty = is_empty and not piece.any()
-        advance(piece.nbytes)
-    # a vector may be zero: biases often are, and norms stored around zero
-    if is_empty and len(stored.shape) > 1:
-        yield f"{checkpoint.folder.name}: {name} holds nothing but zeros"
+
+
+def _flat_pieces(
+    checkpoint: Checkpoint, stored: StoredTensor, part: int, n_parts: int
+) -> Iterator[npt.NDArray[np.generic]]:
+    """The values of one of `n_parts` equal parts of a tensor, a few million at a time."""
+    size = stored.n_elements // n_parts
+    for first in range(part * size, (part + 1) * size, _PIECE_VALUES):
+        n_values = min(_PIECE_VALUES, (part + 1) * size - first)
+        raw = np.empty(n_values * stored.item_bytes, dtype=np.uint8)
+        checkpoint.read_bytes(stored.name, first * stored.item_bytes, raw)
+        yield raw.view(NUMPY_TYPES[stored.dtype])
 
 
 def _is_finite(checkpoint: Checkpoint, name: str, raw: npt.NDArray[np.generic]) -> bool:

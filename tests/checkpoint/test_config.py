@@ -9,6 +9,7 @@ import pytest
 
 from reap2gguf.checkpoint.config import ConfigReader, parse_json_object, read_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.messages import shown
 
 
 def reader(**values: Any) -> ConfigReader:
@@ -47,7 +48,7 @@ def test_integers_within_the_range(value: int) -> None:
 )
 def test_other_values_are_no_integer(value: Any) -> None:
     message = refusal(lambda: reader(size=value).integer("size", low=1, high=10))
-    assert f"size is {value!r}" in message
+    assert f"size is {shown(value)}" in message
     assert "from 1 to 10" in message
 
 
@@ -88,7 +89,7 @@ def test_numbers(value: float) -> None:
     [math.nan, math.inf, -math.inf, True, "1e-6", [1.0], {}, pytest.param(10**400, id="huge")],
 )
 def test_other_values_are_no_number(value: Any) -> None:
-    assert f"eps is {value!r}" in refusal(lambda: reader(eps=value).number("eps"))
+    assert f"eps is {shown(value)}" in refusal(lambda: reader(eps=value).number("eps"))
 
 
 @pytest.mark.parametrize("value", [True, False])

@@ -79,7 +79,7 @@ def test_all_fields() -> None:
         (HEAD.replace("Q4_K_M", "IQ4_K"), "file_type 'IQ4_K', expected one of"),
         (HEAD + "rules = 1\n", r"rules must be at most 1000"),
         (HEAD + "rules = [1]\n", r"rule 1: expected a \[\[rules\]\] table"),
-        (HEAD + "rules = [" + '{match="a",type="F16"},' * 1001 + "]", "at most 1000"),
+        (HEAD + "rules = [" + '{match="a",type="F16"},\n' * 1001 + "]", "at most 1000"),
         (rule(match=""), "match is '', expected text"),
         (rule(match="blk 0"), "match 'blk 0' is no glob on a GGUF tensor name"),
         (rule(match="(a|b)"), "is no glob"),

@@ -264,7 +264,7 @@ def test_a_changed_manifest_is_found(bundle: Bundle) -> None:
     ("change", "named"),
     [
         ({"hf": {"folder": "../elsewhere"}}, "no plain file name"),
-        ({"hf": {"folder": 5}}, "no plain file name"),
+        ({"hf": {"folder": 5}}, "folder is 5, expected str"),
         ({"gguf": [{"file": "a/b.gguf"}]}, "no plain file name"),
         ({"gguf": [{"tensors": {"output_norm.weight": "ZZ"}}]}, "unknown tensor type"),
         ({"gguf": [{"tensors": [1]}]}, "not a complete manifest"),

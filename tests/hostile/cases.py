@@ -1,0 +1,33 @@
+"""All cases, and those without a fault, which show that a case is broken by its fault alone."""
+
+from __future__ import annotations
+
+from artifact_cases import BUNDLES, OBSERVATIONS
+from config_cases import CONFIGS
+from gguf_cases import GGUFS, IMATRICES, QUANTIZE
+from place_cases import ARGUMENTS, PLACES, cache
+from room import PLAN, Case
+from shard_cases import INDEXES, SHARDS
+from text_cases import CALIBRATIONS, HEAD, RECIPES, TOKENIZERS, recipe
+
+CASES = [
+    *SHARDS, *INDEXES, *CONFIGS, *GGUFS, *IMATRICES, *OBSERVATIONS, *BUNDLES, *TOKENIZERS,
+    *RECIPES, *CALIBRATIONS, *PLACES, *ARGUMENTS,
+]  # fmt: skip
+
+SOUND = [
+    *[Case(f"plan {name}", lambda room, name=name: ["plan", room.copy(name), *PLAN],
+           "of 8 stay") for name in ("qwen3", "shards", "qwen35")],
+    Case("plan a model of the Hub's cache", lambda room: ["plan", cache(room), *PLAN], "of 8 stay"),
+    Case("prune", lambda room: [
+        "prune", room.copy("qwen3"), "--observations", room.copy("seen.safetensors"), "-o", "out",
+    ], "6 of 8 experts kept"),
+    *[Case(f"quantize by {name}", lambda room, name=name: [
+        "quantize", room.copy("qwen3"), "--imatrix", room.copy(name), *QUANTIZE,
+    ], "bpw") for name in ("imatrix.gguf", "imatrix.dat")],
+    Case("verify a bundle", lambda room: ["verify", room.copy("build") / "name-GGUF"], "no viol"),
+    Case("verify a pair", lambda room: [
+        "verify", room.copy("qwen3"), room.copy("build") / "name-GGUF" / "name-Q8_0.gguf",
+    ], "no violations"),
+    Case("check a recipe", recipe(HEAD), "fits qwen3"),
+]  # fmt: skip

@@ -1,0 +1,115 @@
+"""Malformed inputs through the real command line: one line each, soon and in little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zygote
+from cases import CASES, SOUND
+from room import Case, Room, Sound
+
+SECONDS = 5
+PEAK_BYTES = 500 * 10**6
+LETTERS = 1800  # of a line
+# what a stage that has begun says of itself, a line when it begins and a line when it ends
+_PROGRESS = re.compile(r"(Verifying|Writing) [^:]*: (done in )?[0-9.]+ [a-zA-Z ]+")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended, and what it said on stderr besides its progress."""
+
+    code: int
+    seconds: float
+    peak_bytes: int
+    lines: list[str]
+
+
+class Program:
+    """The command line, in a child for each call."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, zygote.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def run(self, arguments: list[Any], folder: Path) -> Outcome:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        asked = {"arguments": [str(a) for a in arguments], "folder": str(folder)}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        told = json.loads(self._process.stdout.readline())
+        said = (folder / "stderr").read_text(encoding="utf-8")
+        lines = [line for line in said.split("\n") if not _PROGRESS.fullmatch(line)]
+        assert lines.pop() == "", "stderr does not end with a line"
+        return Outcome(**told, lines=lines)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
+    return Sound.make(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    running = Program()
+    yield running
+    running.close()
+
+
+def test_there_are_enough_cases() -> None:
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names))
+    assert len(names) >= 200
+
+
+@pytest.mark.parametrize("case", SOUND, ids=lambda case: case.name)
+def test_what_is_sound_is_taken(case: Case, sound: Sound, program: Program, tmp_path: Path) -> None:
+    arguments = case.build(Room(sound, tmp_path))
+    outcome = program.run(arguments, tmp_path)
+    assert outcome.code == 0, outcome.lines
+    assert case.words in (tmp_path / "stdout").read_text()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_broken_is_one_line(
+    case: Case, sound: Sound, program: Program, tmp_path: Path
+) -> None:
+    arguments = case.build(Room(sound, tmp_path))
+    outcome = program.run(arguments, tmp_path)
+    text = "\n".join(outcome.lines)
+    assert "Traceback" not in text, text
+    assert outcome.code == case.code, text
+    last = outcome.lines[-1]
+    if case.code == 2:
+        assert len(outcome.lines) == 1, text
+    else:
+        # one line for each violation, then their number
+        count = len(outcome.lines) - 1
+        assert last == f"Error: verification found {count} violation{'s' if count != 1 else ''}"
+    assert last.startswith("Error: ")
+    assert case.words in text
+    assert all(line.isprintable() and len(line) <= LETTERS for line in outcome.lines)
+    assert outcome.seconds < SECONDS
+    assert outcome.peak_bytes < PEAK_BYTES

@@ -1,0 +1,77 @@
+"""Runs our command line in children that are forked from a process which has imported its parts.
+
+    python zygote.py    reads one JSON object a line: {"arguments": [...], "folder": "..."}
+                        writes one JSON object a line: {"code", "seconds", "peak_bytes"}
+
+The children's output lies in `folder` as `stdout` and `stderr`. A fork costs milliseconds where an
+interpreter with numpy costs half a second. Nothing that starts threads is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+SECONDS = 20  # then a child is killed
+
+
+def main() -> None:
+    import reap2gguf.calibration.texts
+    import reap2gguf.cli
+    import reap2gguf.plan
+    import reap2gguf.stages
+    import reap2gguf.verify.bundle  # noqa: F401
+
+    if "torch" in sys.modules:
+        sys.exit("the light parts of the program have imported torch")
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(_run(asked["arguments"], Path(asked["folder"]))), flush=True)
+
+
+def _run(arguments: list[str], folder: Path) -> dict[str, float]:
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _be_the_program(arguments, folder)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(SECONDS)
+    _, status, usage = os.wait4(child, 0)
+    signal.alarm(0)
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "seconds": time.monotonic() - begun,
+        "peak_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def _be_the_program(arguments: list[str], folder: Path) -> None:
+    """Never returns. What ends a program with a traceback ends it with 70 here."""
+    from reap2gguf.cli import main
+
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(folder)
+    sys.argv = ["reap2gguf", *arguments]
+    code = 70
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from reap2gguf.files import is_plain, is_plain_name, leads_out, open_plain, plain_size
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def test_a_plain_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert plain_size(path) == 3
+    assert is_plain(path)
+    with open_plain(path) as file:
+        assert file.read() == b"abc"
+
+
+def test_what_is_no_plain_file(tmp_path: Path) -> None:
+    for path, words in ((pipe(tmp_path / "p"), "a pipe"), (Path("/dev/zero"), "a device")):
+        assert not is_plain(path)
+        for look in (plain_size, open_plain):
+            with pytest.raises(OSError, match=f"{words}, expected a file"):
+                look(path)
+    with pytest.raises(OSError, match="a folder, expected a file"):
+        plain_size(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gone", "a\0b", "n" * 5000, "half \ud800"])
+def test_names_of_nothing(name: str, tmp_path: Path) -> None:
+    assert not is_plain(tmp_path / name)
+    with pytest.raises(OSError, match=r"No such file|no name of a file|File name too long"):
+        plain_size(tmp_path / name)
+
+
+def test_plain_names() -> None:
+    assert is_plain_name("model-00001-of-00002.safetensors")
+    assert not any(map(is_plain_name, ("", ".", "..", "a/b", "/a", "a\\b", "a\0b")))
+
+
+def test_links(tmp_path: Path) -> None:
+    folder, other = tmp_path / "model", tmp_path / "other"
+    folder.mkdir()
+    other.write_text("")
+    (folder / "own").write_text("")
+    for name, target in {
+        "in": "own", "out": "../other", "far": "/etc/passwd", "round": "round", "chain": "out",
+    }.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    leading = {file.name for file in folder.iterdir() if leads_out(file, folder)}
+    assert leading == {"out", "far", "chain"}
+    # a folder that is itself named through a link
+    (tmp_path / "alias").symlink_to(folder)
+    assert not leads_out(tmp_path / "alias" / "in", tmp_path / "alias")
+
+
+def test_the_hubs_cache(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "m" / "snapshots" / "abc", tmp_path / "m" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("")
+    (tmp_path / "m" / "refs").write_text("")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (snapshot / "stray.json").symlink_to("../../refs")
+    assert not leads_out(snapshot / "config.json", snapshot)
+    assert leads_out(snapshot / "stray.json", snapshot)
+    # blobs that lie elsewhere are elsewhere
+    (blobs / "2").symlink_to("../refs")
+    (snapshot / "other.json").symlink_to("../../blobs/2")
+    assert leads_out(snapshot / "other.json", snapshot)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reap2gguf.messages import one_line, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain, with spaces and ümläute", "plain, with spaces and ümläute"),
+        ("a\nb\r\tc", "a\\nb\\r\\tc"),
+        ("\x1b[2J\x00", "\\x1b[2J\\x00"),
+        ("right\u202eleft", "right\\u202eleft"),
+        ("half \ud800", "half \\ud800"),
+        ("\U0001f600", "\U0001f600"),
+    ],
+)
+def test_one_line(text: str, expected: str) -> None:
+    assert one_line(text) == expected
+
+
+@pytest.mark.parametrize("letter", ["x", "\n", "\x1b", "\u202e", "\U000e0001"])
+def test_a_long_line_keeps_its_ends(letter: str) -> None:
+    found = one_line("begin " + letter * 10**6 + " end")
+    assert found.startswith("begin ")
+    assert found.endswith(" end")
+    assert "letters left out" in found
+    assert found.isprintable()
+    assert len(found) < 1700
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(5, "5"), ("a\nb", "'a\\nb'"), (None, "None"), ([1, "a"], "[1, 'a']")]
+)
+def test_short_values_are_shown_whole(value: Any, expected: str) -> None:
+    assert shown(value) == expected
+
+
+@pytest.mark.parametrize("value", ["a" * 10**6, [0] * 10**6, [["a" * 999] * 99] * 99, 10**4000])
+def test_long_values_are_cut(value: Any) -> None:
+    assert len(shown(value)) < 12_000
