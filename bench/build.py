@@ -4,7 +4,7 @@
 
 The checkpoint has Qwen3-30B-A3B's layer shape, random weights, and as many layers as fill the size.
 `reap2gguf build` runs on it as a user runs it, in a process of its own; resident memory is the
-kernel's count of that process, as the manifest keeps it for each stage.
+kernel's count of that process, as the build keeps it for each stage.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def main() -> None:
         ]  # fmt: skip
         begun = time.monotonic()
         subprocess.run(command, check=True)
-        manifest = json.loads((Path(work) / "build/large-GGUF/reap2gguf.json").read_text())
+        finished = json.loads((Path(work) / "build/.work/.large.finished.json").read_text())
         print(json.dumps({
             "checkpoint_gb": round(n_bytes / 1e9, 2),
             "memory": arguments.memory,
             "seconds": round(time.monotonic() - begun),
             "stages_seconds_and_peak_resident_gib": {
                 stage["name"]: [stage["seconds"], round(stage["peak_bytes"] / 2**30, 2)]
-                for stage in manifest["stages"]
+                for stage in finished["stages"]
             },
         }))  # fmt: skip
 

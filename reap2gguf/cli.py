@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,10 +21,13 @@ from reap2gguf.messages import one_line
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
 from reap2gguf.terminal.recipe_commands import recipes
-from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
+from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
 if TYPE_CHECKING:
     from reap2gguf.plan import Estimate, Plan
+
+
+_RESUMING = ("build", "observe", "imatrix", "quantize")
 
 
 class _Group(click.Group):
@@ -46,13 +51,24 @@ class _Group(click.Group):
         except Reap2ggufError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand == "build"
-            advice = "; the same command goes on from the last finished stage" if resumes else ""
-            _fail(f"interrupted{advice}", 130)
+            resumes = ctx.invoked_subcommand in _RESUMING
+            _fail(f"interrupted{_resume_advice() if resumes else ''}", 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code)
+
+
+def _resume_advice() -> str:
+    """The command that goes on: the same one, but for a demand to start over."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    return f"; to go on: {shlex.join(['reap2gguf', *words])}"
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A signal that ends the process ends it as Ctrl-C does: in order, and able to go on."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough; SIGKILL is for the impatient
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -83,10 +99,15 @@ def cli() -> None:
 @cli.command()
 @build_options
 @click.option("--fresh", is_flag=True, help="Start over, reusing nothing.")
-def build(fresh: bool, **arguments: Any) -> None:
+@click.option(
+    "--space-check/--no-space-check", default=True,
+    help="Whether to ask the disk for room before the work.",
+)  # fmt: skip
+def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
     """Prune, quantize, verify and bundle MODEL (a folder or owner/name on the Hub).
 
-    MODEL may be left out for the bundled example. The same command goes on where it was stopped.
+    MODEL may be left out for the bundled example. Stopped at any point, the same command goes on
+    from there; with other options it reuses every stage that they do not touch.
 
     \b
     Example:
@@ -95,7 +116,7 @@ def build(fresh: bool, **arguments: Any) -> None:
     """
     from reap2gguf.plan import make_plan
 
-    plan = make_plan(collect(arguments, fresh))
+    plan = make_plan(collect(arguments, fresh, space_check), say)
     from reap2gguf.pipeline import build as run
     from reap2gguf.pipeline import follow
     from reap2gguf.terminal.console import terminal_progress
@@ -120,7 +141,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     """
     from reap2gguf.plan import make_plan, plan_as_json
 
-    plan = make_plan(collect(arguments))
+    plan = make_plan(collect(arguments), say)
     from reap2gguf.terminal.views import plan_lines
 
     needs = _estimate(plan)
@@ -201,6 +222,7 @@ def main() -> None:
     """The entry point of the `reap2gguf` program."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
+    signal.signal(signal.SIGTERM, _interrupt)
     if processes().size == 1:
         cli(prog_name="reap2gguf")
         return

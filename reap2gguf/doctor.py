@@ -17,7 +17,9 @@ from reap2gguf.observe.deltanet import REFERENCE_SPEED
 from reap2gguf.options import available_threads
 from reap2gguf.resources import shipped_folder
 
-_REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub")
+_REQUIRED = (
+    "torch", "transformers", "tokenizers", "jinja2", "safetensors", "gguf", "huggingface_hub",
+)  # fmt: skip
 _OPTIONAL = {
     "llama-cpp-python": "not needed to build; runs GGUF files here: pip install 'reap2gguf[llama]'",
     "flash-linear-attention": (

@@ -25,6 +25,14 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Where a sweep keeps what is done between two layers, and the key of what it is done with."""
+
+    path: Path
+    key: str
+
+
+@dataclass(frozen=True)
 class ComputeOptions:
     """Where the work runs."""
 
@@ -34,6 +42,7 @@ class ComputeOptions:
     memory: int | None = None  # bytes a sweep may take of the GPU, or of the host without one
     spool: str = "auto"  # where hidden states wait: auto, device, host or disk
     scratch: Path = Path()  # folder for a spool on disk
+    resume: Resume | None = None  # None: an interrupted sweep begins anew
 
 
 @dataclass(frozen=True)
@@ -53,3 +62,4 @@ class BuildOptions:
     chunk: int = 512  # tokens a chunk of the importance matrix
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
+    check_space: bool = True  # whether the disk is asked for room before the work

@@ -2,63 +2,45 @@
 
     plan -> texts -> observe -> prune -> imatrix -> export -> verify -> publish
 
-Each stage hands files to the next and is skipped when it was done before with the same inputs.
-Nothing gets its final name before everything is verified.
+Each stage hands files to the next and is skipped when it was done before with the same inputs; one
+that was interrupted goes on from its last layer, shard or tensor. Nothing gets its final name
+before everything is verified.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from reap2gguf import __version__, checks, stages
+from reap2gguf import checks, stages
 from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
-from reap2gguf.artifacts.manifest import Manifest, StageRecord, hash_file
+from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.rows import Row, Tokenizer
-from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, read_texts
+from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.disk import remove
 from reap2gguf.errors import VerificationError
-from reap2gguf.memory import peak_bytes
+from reap2gguf.export.journal import ExportJournal
 from reap2gguf.models import MoeModel, describe
-from reap2gguf.plan import Plan, estimate
-from reap2gguf.processes import processes
+from reap2gguf.plan import Plan
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.prune.select import Kept, select_experts
-from reap2gguf.prune.write import companion_files, write_pruned
+from reap2gguf.prune.write import write_pruned
 from reap2gguf.record import write_bundle_files
-from reap2gguf.workdir import Workdir, stage_key
+from reap2gguf.running import Running, StageCost, tell_others
+from reap2gguf.workdir import Workdir
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Where a finished build lies."""
+    """Where a finished build lies, and what it took to get there."""
 
     hf_folder: Path
     gguf_folder: Path
     manifest: Manifest
-
-
-@dataclass
-class _Build:
-    """A running build: the plan, its folders, and what the stages have cost so far."""
-
-    plan: Plan
-    work: Workdir
-    progress: Progress
-    records: list[StageRecord] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str, reused: bool = False) -> Iterator[None]:
-        if reused:
-            self.progress.note(f"{name}: done before with the same inputs, reused")
-        begun = time.monotonic()
-        yield
-        seconds = round(time.monotonic() - begun, 2)
-        self.records.append(StageRecord(name, seconds, peak_bytes(), reused))
+    stages: Sequence[StageCost]
 
 
 def build(plan: Plan, progress: Progress) -> BuildResult:
@@ -68,61 +50,81 @@ def build(plan: Plan, progress: Progress) -> BuildResult:
     """
     work = Workdir(plan.options.output, plan.name)
     with work.locked(), plan.checkpoint:
-        return _build_alone(_Build(plan, work, progress))
+        return _build_alone(Running(plan, work, progress))
 
 
-def _build_alone(run: _Build) -> BuildResult:
+def _build_alone(run: Running) -> BuildResult:
     """The stages; no other build of the name is at work."""
-    plan, work, options = run.plan, run.work, run.plan.options
-    work.prepare(options.fresh)
-    work.check_room(estimate(plan, has_gpu=False).disk_bytes)
-    if replaced := work.earlier_files():
-        run.progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
-    rows, chunks = _texts(run)
-    observations, observations_file = _observe(run, rows)
-    kept = select_experts(observations, options.method, plan.target, plan.model.facts)
+    plan, work = run.plan, run.work
+    run.prepare()
+    if work.is_finished(run.keys.inputs):
+        return _nothing_to_do(run)
+    run.check_room()
+    texts = _texts(run)
+    observations, observations_file = _observe(run, texts.rows)
+    kept = select_experts(observations, plan.options.method, plan.target, plan.model.facts)
     key = _prune(run, kept)
     with Checkpoint.open(work.hf) as pruned:
         model = describe(pruned)
-        probe = stages.mtp_probe(plan.model, rows)
-        imatrix, key = _imatrix(run, pruned, model, chunks, probe, key)
-        _export(run, pruned, model, imatrix, kept, key)
-        checked = _verify(run, pruned, model, kept)
+        probe = stages.mtp_probe(plan.model, texts.rows)
+        imatrix, key = _imatrix(run, pruned, model, texts.chunks, probe, key)
+        key = _export(run, pruned, model, imatrix, kept, key)
+        checked = _verify(run, pruned, model, kept, key)
+    mtp_hits = int(work.marks.found("imatrix")["mtp_hits"])
     manifest = write_bundle_files(
-        plan, work, observations, observations_file, chunks, kept, checked, run.records
+        plan, work, observations, observations_file, texts.chunks, kept, checked, mtp_hits
     )
-    work.publish()
-    return BuildResult(work.final_hf, work.final_gguf, manifest)
+    work.publish(run.keys.inputs, [asdict(cost) for cost in run.costs])
+    return BuildResult(work.final_hf, work.final_gguf, manifest, tuple(run.costs))
 
 
-def _texts(run: _Build) -> tuple[ObservationRows, ImatrixChunks]:
+def _nothing_to_do(run: Running) -> BuildResult:
+    """The bundle is there already."""
+    work = run.work
+    tell_others(False)
+    tell_others(False)
+    run.progress.note(
+        f"{work.name}: finished before with the same inputs, nothing to do; `reap2gguf verify` "
+        "checks it, --fresh builds it anew"
+    )
+    return BuildResult(work.final_hf, work.final_gguf, Manifest.load(work.final_gguf), ())
+
+
+def _texts(run: Running) -> Texts:
     """All text, tokenized: a text that is too short is known before the work begins."""
-    plan, options = run.plan, run.plan.options
-    chunk = min(options.chunk, plan.model.facts.context_length)
-    with run.stage("texts"):
-        tokenizer = Tokenizer(plan.source.folder)
-        return read_texts(
-            tokenizer, options.calibration, plan.max_length, options.imatrix_text, chunk,
-            plan.model.facts.vocab_size,
-        )  # fmt: skip
+    path = run.work.texts(run.keys.texts)
+    if run.plan.options.fresh:
+        remove(path)
+    reused = path.is_file()
+    with run.stage("texts", reused):
+        if not reused:
+            _tokenized(run).save(path)
+        return Texts.load(path)
 
 
-def _observe(run: _Build, rows: ObservationRows) -> tuple[Observations, Path]:
-    """Saliency sums of the unpruned model, taken once for every ratio."""
+def _tokenized(run: Running) -> Texts:
     plan, options = run.plan, run.plan.options
-    calibration, compute = options.calibration, options.compute
-    key = stage_key(
-        __version__, plan.checkpoint.fingerprint(), rows.sha256, plan.max_length,
-        calibration.samples, calibration.seed, compute.device, compute.dtype, plan.mtp,
+    return read_texts(
+        Tokenizer(plan.source.folder), options.calibration, plan.max_length, options.imatrix_text,
+        run.keys.chunk, plan.model.facts.vocab_size,
     )  # fmt: skip
+
+
+def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, Path]:
+    """Saliency sums of the unpruned model, taken once for every ratio."""
+    plan = run.plan
+    key = run.keys.observe(rows)
     path = run.work.observations(key)
-    reused = path.is_file() and not options.fresh
-    _tell_others(not reused)
+    if plan.options.fresh:
+        remove(path)
+    reused = path.is_file()
+    tell_others(not reused)
     with run.stage("observe", reused):
         if not reused:
-            scratch = replace(compute, scratch=run.work.root)
-            seen = stages.observe(plan.checkpoint, plan.model, rows, scratch, run.progress)
+            compute = run.computing("observe", key)
+            seen = stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
             seen.save(path)
+            run.drop_states("observe")
         return Observations.load(path), path
 
 
@@ -131,47 +133,37 @@ def follow(plan: Plan) -> None:
     from reap2gguf.observe.ranks import join
 
     work = Workdir(plan.options.output, plan.name)
-    run = _Build(plan, work, Silent())
-    compute = replace(plan.options.compute, scratch=work.root)
+    run = Running(plan, work, Silent())
     with plan.checkpoint:
-        rows, chunks = _texts(run)
+        texts = _tokenized(run)
         if join().tell(None):
-            stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
-        if join().tell(None):
-            probe = stages.mtp_probe(plan.model, rows)
+            compute = run.computing("observe", run.keys.observe(texts.rows))
+            stages.observe(plan.checkpoint, plan.model, texts.rows, compute, run.progress)
+        if key := join().tell(None):
+            probe = stages.mtp_probe(plan.model, texts.rows)
             with Checkpoint.open(work.hf) as pruned:
                 model = describe(pruned)
-                stages.compute_imatrix(pruned, model, chunks, compute, run.progress, probe)
+                compute = run.computing("imatrix", key)
+                stages.compute_imatrix(pruned, model, texts.chunks, compute, run.progress, probe)
 
 
-def _tell_others(is_needed: bool) -> None:
-    """Say to the processes that follow whether the next sweep takes place."""
-    if processes().size > 1:
-        from reap2gguf.observe.ranks import join
-
-        join().tell(is_needed)
-
-
-def _prune(run: _Build, kept: Kept) -> str:
+def _prune(run: Running, kept: Kept) -> str:
     """The pruned safetensors."""
     plan, work = run.plan, run.work
-    companions = {f.name: hash_file(f).sha256 for f in companion_files(plan.source.folder)}
-    key = stage_key(
-        __version__, plan.checkpoint.fingerprint(), sorted(kept.items()), companions, plan.mtp
-    )
+    key = run.keys.prune(kept)
     reused = work.is_done("prune", key)
     with run.stage("prune", reused):
         if not reused:
-            work.begin("prune", work.hf)
+            work.begin("prune", key, work.hf)
             write_pruned(
                 plan.checkpoint, plan.model, kept, plan.target.n_kept, work.hf, run.progress
             )
-            work.mark_done("prune", key)
+            work.marks.finish("prune", key, {})
     return key
 
 
 def _imatrix(
-    run: _Build,
+    run: Running,
     pruned: Checkpoint,
     model: MoeModel,
     chunks: ImatrixChunks,
@@ -179,76 +171,93 @@ def _imatrix(
     key: str,
 ) -> tuple[Imatrix, str]:
     """The importance matrix of the pruned model."""
-    compute, work = run.plan.options.compute, run.work
-    asked = [row.tolist() for row in probe]
-    key = stage_key(
-        key, chunks.tokens_sha256, chunks.chunk_size, asked, compute.device, compute.dtype
-    )
+    work = run.work
+    key = run.keys.imatrix(key, chunks, probe)
     path = work.gguf / "imatrix.gguf"
     reused = work.is_done("imatrix", key)
-    compute = replace(compute, scratch=work.root)
-    _tell_others(not reused)
+    tell_others(False if reused else key)
     with run.stage("imatrix", reused):
         if not reused:
-            work.begin("imatrix", work.gguf)
+            work.begin("imatrix", key, work.gguf)
+            compute = run.computing("imatrix", key)
             imatrix, report = stages.compute_imatrix(
                 pruned, model, chunks, compute, run.progress, probe
             )
-            work.mtp_hits = report.mtp_hits
             stages.save_imatrix(imatrix, path)
-            work.mark_done("imatrix", key)
+            work.marks.finish("imatrix", key, {"mtp_hits": report.mtp_hits})
+            run.drop_states("imatrix")
         return load_imatrix(path), key
 
 
 def _export(
-    run: _Build, pruned: Checkpoint, model: MoeModel, imatrix: Imatrix, kept: Kept, key: str
-) -> None:
+    run: Running, pruned: Checkpoint, model: MoeModel, imatrix: Imatrix, kept: Kept, key: str
+) -> str:
     """Every GGUF file, in one pass over the pruned safetensors."""
     plan, work = run.plan, run.work
-    recipes = [recipe.recipe.source for recipe in plan.recipes]
-    key = stage_key(key, plan.name, plan.source.label, plan.options.method, recipes)
+    key = run.keys.export(key)
     reused = work.is_done("export", key)
     with run.stage("export", reused):
         if reused:
-            return
-        for stale in work.gguf.iterdir():
-            if stale.name not in ("imatrix.gguf", "imatrix.dat"):
-                stale.unlink()
+            return key
+        _begin_export(work, key)
         extra = stages.header_values(
             plan.source.label, plan.options.method, plan.target.n_experts, kept
         )
         files = {work.gguf / plan.gguf_name(recipe): recipe for recipe in plan.recipes}
         threads = plan.options.compute.threads
-        stages.export(pruned, model, plan.name, files, imatrix, extra, threads, run.progress)
+        journal = ExportJournal(work.root / "export.json", key)
+        stages.export(
+            pruned, model, plan.name, files, imatrix, extra, threads, run.progress, journal=journal
+        )
         for side in plan.side_files:
             path = work.gguf / plan.side_name(side)
-            stages.export_side(pruned, plan.name, path, side, threads, run.progress)
-        work.mark_done("export", key)
+            journal = ExportJournal(work.root / f"export-{side.prefix}.json", key)
+            stages.export_side(pruned, plan.name, path, side, threads, run.progress, journal)
+        work.marks.finish("export", key, {})
+    return key
 
 
-def _verify(run: _Build, pruned: Checkpoint, model: MoeModel, kept: Kept) -> list[str]:
+def _begin_export(work: Workdir, key: str) -> None:
+    """Leave what an export with the same inputs has written, and nothing of another."""
+    if not work.marks.was_begun("export", key):
+        for file in work.gguf.iterdir():
+            if file.name not in ("imatrix.gguf", "imatrix.dat"):
+                remove(file)
+    work.marks.begin("export", key)
+
+
+def _verify(run: Running, pruned: Checkpoint, model: MoeModel, kept: Kept, key: str) -> list[str]:
     """Read everything back; VerificationError if anything is not as planned."""
+    work = run.work
+    reused = work.is_done("verify", key)
+    with run.stage("verify", reused):
+        if reused:
+            return list(work.marks.found("verify")["passed"])
+        work.marks.begin("verify", key)
+        violations, passed = _violations(run, pruned, model, kept)
+        if violations:
+            raise VerificationError(violations)
+        work.marks.finish("verify", key, {"passed": passed})
+    return passed
+
+
+def _violations(
+    run: Running, pruned: Checkpoint, model: MoeModel, kept: Kept
+) -> tuple[list[str], list[str]]:
+    """What is not as planned, and what was looked at."""
     plan, work = run.plan, run.work
     threads = plan.options.compute.threads
     expected = checks.expected_folder(plan.model, plan.checkpoint, kept, plan.target.n_kept)
-    with run.stage("verify"):
-        violations = checks.verify_pruned(pruned, model, expected, plan.checkpoint, run.progress)
-        for recipe in plan.recipes:
-            path = work.gguf / plan.gguf_name(recipe)
-            violations += checks.verify_gguf(path, recipe, pruned, model, threads, run.progress)
-        for side in plan.side_files:
-            path = work.gguf / plan.side_name(side)
-            violations += checks.verify_side(path, side, pruned, threads, run.progress)
-    if violations:
-        raise VerificationError(violations)
-    return [
-        f"safetensors: {len(expected.tensors or ())} tensors equal the source's, byte for byte",
-        *(
-            f"{plan.gguf_name(recipe)}: {len(recipe.table)} tensors by name, shape, type and value"
-            for recipe in plan.recipes
-        ),
-        *(
-            f"{plan.side_name(side)}: {len(side.tensors)} tensors by name, shape, type and value"
-            for side in plan.side_files
-        ),
+    violations = checks.verify_pruned(pruned, model, expected, plan.checkpoint, run.progress)
+    looked = [
+        f"safetensors: {len(expected.tensors or ())} tensors equal the source's, byte for byte"
     ]
+    for recipe in plan.recipes:
+        path = work.gguf / plan.gguf_name(recipe)
+        violations += checks.verify_gguf(path, recipe, pruned, model, threads, run.progress)
+        looked.append(f"{path.name}: {len(recipe.table)} tensors by name, shape, type and value")
+    for side in plan.side_files:
+        path = work.gguf / plan.side_name(side)
+        violations += checks.verify_side(path, side, pruned, threads, run.progress)
+        looked.append(f"{path.name}: {len(side.tensors)} tensors by name, shape, type and value")
+    return violations, looked

@@ -13,6 +13,7 @@ from typing import Any
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.calibration.corpus import DEFAULT_MIX, check_corpus, check_text
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.hub import Note, say_nothing
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import CalibrationError, UsageError
@@ -29,10 +30,11 @@ from reap2gguf.models.tokenizer import check_tokenizer
 from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.options import BuildOptions
 from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
-from reap2gguf.prune.write import PrunedTensor, plan_pruned
+from reap2gguf.prune.write import PrunedTensor, companion_files, plan_pruned
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
 from reap2gguf.resources import shipped_folder
+from reap2gguf.workdir import RESERVED_NAMES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
 # Rates behind the time estimate; bench/ measures them.
@@ -40,6 +42,7 @@ _CPU_FLOPS = 60e9  # a core, float32
 _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
 _DISK_BYTES = 1e9
+_CARD_BYTES = 2**20  # cards, manifests and marks
 _BASE_BYTES = 600 * 2**20  # Python, torch, transformers
 
 
@@ -48,6 +51,7 @@ class Estimate:
     """What a build will need; time and memory are estimates, sizes are exact."""
 
     disk_bytes: int
+    state_bytes: int  # on the disk besides, to keep what a sweep has done between two layers
     memory_bytes: int
     memory: str  # which: "memory", or "GPU memory" where there is one
     seconds: float
@@ -99,9 +103,10 @@ class Plan:
         return any(isinstance(role, Dropped) for role in roles)
 
 
-def make_plan(options: BuildOptions) -> Plan:
+def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     """Read headers, config and recipes, and decide everything that they decide.
 
+    `note` is told of each try at the Hub that failed.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     # what costs nothing to check comes first
@@ -114,7 +119,7 @@ def make_plan(options: BuildOptions) -> Plan:
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
         check_text(options.imatrix_text)
-    source = resolve_source(options.model)
+    source = resolve_source(options.model, note)
     checkpoint = Checkpoint.open(source.folder)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size)
@@ -172,8 +177,21 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     )
     gguf = sum(recipe.n_bytes for recipe in plan.recipes)
     gguf += sum(side_bytes(side) for side in plan.side_files)
+    disk = plan.hf_bytes + gguf + _small_bytes(plan, n_tokens)
+    # a new state is written beside the one before
+    state = 2 * n_tokens * plan.model.facts.hidden_size * (2 if has_gpu else 4)
     where = "GPU memory" if has_gpu else "memory"
-    return Estimate(plan.hf_bytes + gguf, _memory(plan, n_tokens, has_gpu), where, seconds)
+    return Estimate(disk, state, _memory(plan, n_tokens, has_gpu), where, seconds)
+
+
+def _small_bytes(plan: Plan, n_tokens: int) -> int:
+    """What goes with the tensors, at most: tokenizer, headers, imatrix, text, cards."""
+    facts = plan.model.facts
+    companions = sum(f.stat().st_size for f in companion_files(plan.source.folder))
+    columns = 2 * facts.hidden_size + facts.expert_width
+    imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + 16) * columns
+    texts = n_tokens * (2 * 8 + 2 * 8)  # as numbers for two sweeps, and as text
+    return companions * (1 + len(plan.recipes)) + imatrix + texts + _CARD_BYTES
 
 
 def _memory(plan: Plan, n_tokens: int, has_gpu: bool) -> int:
@@ -276,7 +294,7 @@ def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
     ratio = target.compression if options.compression is None else options.compression
     shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
     name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
-    if not _NAME.fullmatch(name) or name == "observations" or name.endswith("-GGUF"):
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith("-GGUF"):
         raise UsageError(
             f"the name {name!r} will not do; pass --name with letters, digits, '.', '_' and '-' "
             "(not ending in -GGUF), as the Hub wants it"

@@ -19,11 +19,11 @@ from reap2gguf.artifacts.manifest import (
     PruningRecord,
     SideRecord,
     SourceRecord,
-    StageRecord,
     hash_file,
 )
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.texts import ImatrixChunks
+from reap2gguf.disk import PART, remove, write_whole
 from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
 from reap2gguf.plan import Plan
@@ -45,14 +45,14 @@ def write_bundle_files(
     chunks: ImatrixChunks,
     kept: Kept,
     checked: Sequence[str],
-    records: Sequence[StageRecord],
+    mtp_hits: int,
 ) -> Manifest:
     """Cards, manifests and SHA256SUMS of a verified build; the manifest."""
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
         source=_source_record(plan, observations),
-        pruning=_pruning_record(plan, work, observations, observations_file, kept),
+        pruning=_pruning_record(plan, observations, observations_file, kept, mtp_hits),
         calibration=_calibration_record(plan, observations, chunks),
         hf=FolderRecord(
             folder=work.final_hf.name,
@@ -63,7 +63,6 @@ def write_bundle_files(
         ),
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
-        stages=tuple(records),
         verification={"summary": f"{len(checked)} checks passed", "passed": list(checked)},
     )
     return _write(plan, work, chunks, manifest)
@@ -81,7 +80,7 @@ def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
 
 
 def _pruning_record(
-    plan: Plan, work: Workdir, observations: Observations, observations_file: Path, kept: Kept
+    plan: Plan, observations: Observations, observations_file: Path, kept: Kept, mtp_hits: int
 ) -> PruningRecord:
     return PruningRecord(
         method=plan.options.method,
@@ -93,15 +92,14 @@ def _pruning_record(
         n_rows=observations.n_rows,
         n_tokens=observations.n_tokens,
         n_dropped_rows=observations.n_dropped_rows,
-        mtp=_mtp_record(plan, work, observations),
+        mtp=_mtp_record(plan, observations, mtp_hits),
     )
 
 
-def _mtp_record(plan: Plan, work: Workdir, observations: Observations) -> MtpRecord:
+def _mtp_record(plan: Plan, observations: Observations, mtp_hits: int) -> MtpRecord:
     if not plan.model.facts.has_mtp:
         return MtpRecord(plan.mtp)
-    hits = observations.n_mtp_hits, work.mtp_hits
-    return MtpRecord(plan.mtp, *hits, observations.n_mtp_tokens)
+    return MtpRecord(plan.mtp, observations.n_mtp_hits, mtp_hits, observations.n_mtp_tokens)
 
 
 def _calibration_record(
@@ -122,14 +120,16 @@ def _calibration_record(
 def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest) -> Manifest:
     source_card = plan.source.folder / CARD_FILE
     threads = plan.options.compute.threads
-    # of an interrupted attempt; a manifest cannot hold its own hash
-    (work.hf / MANIFEST_FILE).unlink(missing_ok=True)
-    _text_file(work.hf / CARD_FILE, hf_card(manifest, source_card))
+    # of interrupted attempts; and a manifest cannot hold its own hash
+    for stale in (*work.hf.glob(f"*{PART}"), *work.gguf.glob(f"*{PART}")):
+        remove(stale)
+    remove(work.hf / MANIFEST_FILE)
+    write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
     files = hash_folder(work.hf, threads)
     manifest = replace(manifest, hf=replace(manifest.hf, files=files))
     manifest.save(work.hf)
-    _text_file(work.gguf / "calibration.txt", chunks.text)
-    _text_file(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
+    write_whole(work.gguf / "calibration.txt", chunks.text)
+    write_whole(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
     manifest.save(work.gguf)
     write_sums(work.gguf, threads)
     return manifest
@@ -166,7 +166,3 @@ def _side_record(plan: Plan, side: SideFile, folder: Path) -> SideRecord:
     path = folder / plan.side_name(side)
     kinds = {name: kind.name for name, kind in side.kinds().items()}
     return SideRecord(path.name, side.title, path.stat().st_size, kinds)
-
-
-def _text_file(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="")

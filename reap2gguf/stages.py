@@ -19,10 +19,12 @@ from reap2gguf.artifacts.imatrix import Imatrix, save_dat, save_gguf
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.disk import disk_errors_told, rename, write_whole
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.export.gguf_export import GgufOutput, export_gguf
 from reap2gguf.export.header import HeaderFacts
-from reap2gguf.models import GgufTensor, HeaderValue, MoeModel, SideFile, describe
+from reap2gguf.export.journal import ExportJournal
+from reap2gguf.models import HeaderValue, MoeModel, SideFile, describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 from reap2gguf.prune.select import Kept, Target, select_experts
@@ -76,6 +78,7 @@ def _sweep_arguments(compute: ComputeOptions) -> dict[str, Any]:
         "memory": compute.memory,
         "spool": compute.spool,
         "folder": compute.scratch,
+        "resume": compute.resume,
     }
 
 
@@ -119,11 +122,9 @@ def compute_imatrix(
 
 
 def save_imatrix(imatrix: Imatrix, gguf_path: Path) -> None:
-    """Write both formats, `.dat` beside the GGUF, each under a temporary name first."""
-    for path, save in ((gguf_path, save_gguf), (gguf_path.with_suffix(".dat"), save_dat)):
-        temporary = path.with_name(path.name + ".part")
-        save(imatrix, temporary)
-        temporary.replace(path)
+    """Write both formats, `.dat` beside the GGUF; OutputError if the disk refuses."""
+    save_gguf(imatrix, gguf_path)
+    save_dat(imatrix, gguf_path.with_suffix(".dat"))
 
 
 def export(
@@ -136,14 +137,15 @@ def export(
     n_threads: int,
     progress: Progress,
     imatrix_file: str = "imatrix.gguf",
+    journal: ExportJournal | None = None,
 ) -> None:
-    """Write one GGUF per recipe in one pass; each takes its name when it is whole."""
+    """Write one GGUF per recipe in one pass; with a journal, from where it stopped."""
     tensors = model.gguf_tensors(checkpoint.tensors)
     if imatrix is not None:
         _tell_unweighted(files.values(), imatrix, progress)
     outputs = [
         GgufOutput(
-            path.with_name(path.name + ".part"),
+            path,
             HeaderFacts(
                 name=name,
                 arch=model.facts.gguf_arch,
@@ -161,12 +163,12 @@ def export(
         )
         for path, recipe in files.items()
     ]
-    _export_whole(checkpoint, tensors, outputs, imatrix, n_threads, progress)
+    export_gguf(checkpoint, tensors, outputs, imatrix, n_threads, progress, journal)
 
 
 def export_side(
     checkpoint: Checkpoint, name: str, path: Path, side: SideFile, n_threads: int,
-    progress: Progress,
+    progress: Progress, journal: ExportJournal | None = None,
 ) -> None:  # fmt: skip
     """Write a side file, such as a vision projector, in half precision."""
     facts = HeaderFacts(
@@ -177,23 +179,8 @@ def export_side(
         file_type=LlamaFileType.MOSTLY_F16,
         kinds=side.kinds(),
     )
-    output = GgufOutput(path.with_name(path.name + ".part"), facts)
-    _export_whole(checkpoint, side.tensors, [output], None, n_threads, progress)
-
-
-def _export_whole(
-    checkpoint: Checkpoint, tensors: Sequence[GgufTensor], outputs: Sequence[GgufOutput],
-    imatrix: Imatrix | None, n_threads: int, progress: Progress,
-) -> None:  # fmt: skip
-    """Write files under temporary names; they get their own when all are whole."""
-    try:
-        export_gguf(checkpoint, tensors, outputs, imatrix, n_threads, progress)
-    except BaseException:
-        for output in outputs:
-            output.path.unlink(missing_ok=True)
-        raise
-    for output in outputs:
-        output.path.replace(output.path.with_name(output.path.name.removesuffix(".part")))
+    outputs = [GgufOutput(path, facts)]
+    export_gguf(checkpoint, side.tensors, outputs, None, n_threads, progress, journal)
 
 
 def _tell_unweighted(
@@ -254,11 +241,13 @@ def prune_to_folder(
             "observe` on this one"
         )
     kept = select_experts(observations, method, target, model.facts)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with disk_errors_told(folder):
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _prune_and_verify(checkpoint, model, kept, method, target, made, progress)
-        made.chmod(0o755)
-        made.rename(folder)
+        with disk_errors_told(folder):
+            made.chmod(0o755)
+        rename(made, folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
@@ -270,7 +259,7 @@ def _prune_and_verify(
 ) -> None:  # fmt: skip
     write_pruned(checkpoint, model, kept, target.n_kept, made, progress)
     record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
-    (made / KEPT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
     expected = checks.expected_folder(model, checkpoint, kept, target.n_kept)
     with Checkpoint.open(made) as pruned:
         violations = checks.verify_pruned(pruned, describe(pruned), expected, checkpoint, progress)

@@ -1,39 +1,41 @@
-"""Names of everything a build writes, done-marks of its stages, and the rename at the end.
+"""Names of everything a build writes, whose work a folder holds, and the renaming at the end.
 
 OUTPUT/NAME/                        final, safetensors
 OUTPUT/NAME-GGUF/                   final, GGUF
 OUTPUT/.work/NAME/NAME/             the same, while being made
 OUTPUT/.work/NAME/NAME-GGUF/
-OUTPUT/.work/NAME.lock              held while a build of this name runs
-OUTPUT/.work/NAME/stages.json       stage -> key of the inputs it was done with
-OUTPUT/.work/observations/KEY.safetensors    kept: another ratio needs no new observation
+OUTPUT/.work/NAME/build.json        whose work this is
+OUTPUT/.work/NAME/stages.json       which stages are done, and with which inputs
+OUTPUT/.work/NAME/*.state           a sweep between two layers
+OUTPUT/.work/NAME/export*.json      an export between two tensors
+OUTPUT/.work/.NAME.lock             held while a build of this name runs
+OUTPUT/.work/.NAME.finished.json    what the final files were made from, and what it cost
+OUTPUT/.work/texts/KEY.safetensors         kept: another ratio tokenizes nothing anew,
+OUTPUT/.work/observations/KEY.safetensors  and observes nothing anew
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from reap2gguf.artifacts.manifest import Manifest
-from reap2gguf.errors import ArtifactError, OutputError
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.disk import disk_errors_told, make_folder, part_of, remove, rename, write_whole
+from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
+from reap2gguf.marks import StageMarks
 
-# In order: making a stage anew undoes those after it.
-STAGES = ("prune", "imatrix", "export")
-_PUBLISHING = "publishing"  # there while final names are being given
-
-
-def stage_key(*inputs: Any) -> str:
-    """A hash that changes when any input of a stage does."""
-    text = json.dumps(inputs, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+RESERVED_NAMES = frozenset({"observations", "texts"})  # of folders beside the builds'
+_IDENTITY = "build.json"
+_PUBLISHING = "publishing.json"  # there while final names are being given
 
 
 @dataclass
@@ -44,8 +46,13 @@ class Workdir:
     name: str
 
     @property
+    def shared(self) -> Path:
+        """What builds of one output share."""
+        return self.output / ".work"
+
+    @property
     def root(self) -> Path:
-        return self.output / ".work" / self.name
+        return self.shared / self.name
 
     @property
     def hf(self) -> Path:
@@ -65,8 +72,20 @@ class Workdir:
     def final_gguf(self) -> Path:
         return self.output / f"{self.name}-GGUF"
 
+    @property
+    def _finished(self) -> Path:
+        return self.shared / f".{self.name}.finished.json"
+
+    def texts(self, key: str) -> Path:
+        return self.shared / "texts" / f"{key}.safetensors"
+
     def observations(self, key: str) -> Path:
-        return self.output / ".work" / "observations" / f"{key}.safetensors"
+        return self.shared / "observations" / f"{key}.safetensors"
+
+    @cached_property
+    def marks(self) -> StageMarks:
+        """Which stages are done; to be asked for once the folder is prepared."""
+        return StageMarks(self.root / "stages.json")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,12 +94,9 @@ class Workdir:
         The lock is the kernel's, so it ends with the process, however that ends. Raises OutputError
         if another build holds it, or if the output cannot be written.
         """
-        path = self.output / ".work" / f"{self.name}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="ascii")
-        except OSError as error:
-            raise OutputError(f"{self.output}: cannot be written ({error.strerror})") from error
+        make_folder(self.shared)
+        with disk_errors_told(self.output):
+            file = (self.shared / f".{self.name}.lock").open("a+", encoding="ascii")
         with file:
             self._take(file)
             yield
@@ -95,39 +111,73 @@ class Workdir:
                 f"{file.read(20).strip() or 'unknown'}); wait for it, or pass another --name or "
                 "--output"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with disk_errors_told(self.output):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
 
-    def prepare(self, fresh: bool) -> None:
-        """Make the folders; `fresh` forgets finished stages.
+    def prepare(self, identity: Mapping[str, str], fresh: bool) -> None:
+        """Make the folders; `fresh` forgets everything that was done.
 
-        An interrupted publication is carried through first. Raises OutputError if the output cannot
-        be written or a final name holds something that this program did not make.
+        `identity` tells the source and its fingerprint: work of another source is never mixed with
+        this. An interrupted publication is carried through first. Raises OutputError if the output
+        cannot be written, a final name holds something that this program did not make, or the work
+        folder is that of another source.
         """
+        self._drop_discarded()
         if (self.root / _PUBLISHING).is_file():
-            self.publish()
+            self._publish()
         for final in (self.final_hf, self.final_gguf):
             self._check_replaceable(final)
+        if fresh:
+            remove(self._finished)
+            self._discard()
+        self._check_identity(identity)
+        for folder in (self.root, self.shared / "observations", self.shared / "texts"):
+            make_folder(folder)
+        write_whole(self.root / _IDENTITY, json.dumps(identity))
+
+    def _check_identity(self, identity: Mapping[str, str]) -> None:
+        """Refuse a work folder that another source, or another program, has filled."""
+        unfinished = part_of(self.root / _IDENTITY)  # killed as soon as it began
+        if not self.root.is_dir() or not set(self.root.iterdir()) - {unfinished}:
+            return
+        advice = "pass --fresh to start over in it, or another --name or --output"
         try:
-            if fresh and self.root.exists():
-                shutil.rmtree(self.root)
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.output / ".work" / "observations").mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.output}: cannot be written ({error.strerror})") from error
+            found = read_json(self.root / _IDENTITY)
+        except CheckpointError as error:
+            raise OutputError(
+                f"{self.root}: holds files, and no readable {_IDENTITY} that says of which build; "
+                f"{advice}"
+            ) from error
+        if found.get("fingerprint") != identity["fingerprint"]:
+            raise OutputError(
+                f"{self.root}: holds the work of another model, {str(found.get('source'))!r:.80} "
+                f"({str(found.get('fingerprint'))!r:.14}...), and this one is "
+                f"{identity['source']!r} ({identity['fingerprint'][:12]}...); {advice}"
+            )
+
+    def written_bytes(self) -> int:
+        """What an interrupted build left here, in bytes."""
+        files = (file for folder in (self.hf, self.gguf) for file in folder.glob("*"))
+        return sum(file.stat().st_size for file in files)
+
+    def free_bytes(self) -> int:
+        """What is free on the disk of the output, in bytes."""
+        with disk_errors_told(self.output):
+            return shutil.disk_usage(self.output).free
 
     def check_room(self, n_bytes: int) -> None:
         """Refuse a build of `n_bytes` for which the disk has no room, before the work.
 
         What an interrupted build left counts as written. Raises OutputError with the numbers.
         """
-        written = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self.output).free
+        written, free = self.written_bytes(), self.free_bytes()
         if n_bytes - written > free:
             raise OutputError(
                 f"{self.output}: the build writes {n_bytes:,} bytes, of which {written:,} are "
-                f"there, and {free:,} are free on that disk; free some, or pass another --output"
+                f"there, and {free:,} are free on that disk; free some, pass another --output, or "
+                "--no-space-check where that count is wrong"
             )
 
     def _check_replaceable(self, final: Path) -> None:
@@ -153,60 +203,66 @@ class Workdir:
     def is_done(self, stage: str, key: str) -> bool:
         """Whether `stage` was finished with these inputs and its folder is still there."""
         folder = self.hf if stage == "prune" else self.gguf
-        return folder.is_dir() and self._marks().get(stage) == key
+        return folder.is_dir() and self.marks.is_done(stage, key)
 
-    def mark_done(self, stage: str, key: str) -> None:
-        """Remember that `stage` is finished with these inputs."""
-        self._write_marks(self._marks() | {stage: key})
+    def begin(self, stage: str, key: str, folder: Path) -> None:
+        """Begin a stage in its folder: where it stopped, or in an empty one for other inputs."""
+        goes_on = folder.is_dir() and self.marks.was_begun(stage, key)
+        self.marks.begin(stage, key)
+        if not goes_on:
+            remove(folder)
+        make_folder(folder)
 
-    @property
-    def mtp_hits(self) -> int:
-        """What the pruned model's MTP block predicted, counted with the importance matrix."""
-        path = self.root / "mtp_hits"
-        return int(path.read_text()) if path.is_file() else 0
-
-    @mtp_hits.setter
-    def mtp_hits(self, hits: int) -> None:
-        (self.root / "mtp_hits").write_text(str(hits))
-
-    def begin(self, stage: str, folder: Path) -> None:
-        """Empty a stage's folder and forget it and all later stages."""
-        earlier = STAGES[: STAGES.index(stage)]
-        self._write_marks({s: k for s, k in self._marks().items() if s in earlier})
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-
-    def publish(self) -> None:
+    def publish(self, inputs: str, costs: Sequence[Mapping[str, Any]]) -> None:
         """Give both folders their final names, in place of an earlier build's.
 
-        May be called again after an interruption: what has its name already is left alone.
+        `inputs` is the key of everything that went in. An interruption is made good by `prepare`.
         """
-        (self.root / _PUBLISHING).touch()
+        files = {
+            f"{final.name}/{file.name}": file.stat().st_size
+            for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf))
+            for file in sorted(made.iterdir())
+        }
+        record = {"inputs": inputs, "files": files, "stages": costs}
+        write_whole(self.root / _PUBLISHING, json.dumps(record, indent=1) + "\n")
+        self._publish()
+
+    def _publish(self) -> None:
         for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf)):
             if not made.exists():
-                continue
+                continue  # has its name already
             old = self.root / f"old-{final.name}"
             if final.exists():
-                if old.exists():
-                    shutil.rmtree(old)
-                os.replace(final, old)
-            os.replace(made, final)
-        (self.root / "stages.json").unlink(missing_ok=True)
-        shutil.rmtree(self.root)
+                remove(old)
+                rename(final, old)
+            rename(made, final)
+        self._discard()
 
-    def _marks(self) -> dict[str, str]:
-        path = self.root / "stages.json"
-        if not path.is_file():
-            return {}
+    def is_finished(self, inputs: str) -> bool:
+        """Whether the final files were made from these inputs and are all there, by their sizes."""
+        if not self._finished.is_file():
+            return False
         try:
-            marks = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return {}  # cut off while being written: the stages are done again
-        return marks if isinstance(marks, dict) else {}
+            record = read_json(self._finished)
+        except CheckpointError:
+            return False
+        files = record.get("files")
+        if record.get("inputs") != inputs or not isinstance(files, dict) or not files:
+            return False
+        paths = {self.output / name: size for name, size in files.items()}
+        return all(path.is_file() and path.stat().st_size == n for path, n in paths.items())
 
-    def _write_marks(self, marks: dict[str, str]) -> None:
-        path = self.root / "stages.json"
-        temporary = path.with_name("stages.json.tmp")
-        temporary.write_text(json.dumps(marks), encoding="utf-8")
-        os.replace(temporary, path)
+    @property
+    def _discarded(self) -> Path:
+        return self.shared / f".{self.name}.old"
+
+    def _discard(self) -> None:
+        """Drop the work folder: first its name, since removing what it holds takes time."""
+        if self.root.is_dir():
+            rename(self.root, self._discarded)
+        self._drop_discarded()
+
+    def _drop_discarded(self) -> None:
+        if (self._discarded / _PUBLISHING).is_file():
+            rename(self._discarded / _PUBLISHING, self._finished)
+        remove(self._discarded)

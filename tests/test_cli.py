@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import huggingface_hub
 import pytest
 from click.testing import CliRunner, Result
 from conftest import CALIBRATION, Bundle
 from safetensors.torch import save_file
 from tiny import TinyQwen3Moe
 
+from reap2gguf.checkpoint import hub
 from reap2gguf.cli import cli
 
 
@@ -260,20 +262,74 @@ def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupt_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reap2gguf import plan
 
-    def interrupt(options: object) -> None:
+    def interrupt(options: object, note: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plan, "make_plan", interrupt)
-    result = run("build", tiny, "--recipe", "q8_0")
+    words = ["build", str(tiny), "--recipe", "q8_0", "--name", "with space"]
+    monkeypatch.setattr("sys.argv", ["reap2gguf", *words, "--fresh"])
+    result = run(*words, "--fresh")
     assert result.exit_code == 130
-    assert "goes on from the last finished stage" in result.output
+    command = f"reap2gguf build {tiny} --recipe q8_0 --name 'with space'"
+    assert result.output == f"Error: interrupted; to go on: {command}\n"
+
+
+def test_an_interrupted_quantization_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reap2gguf.export import gguf_export, journal
+
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(journal, "MOST_OF_TIME", 1e9)
+    command = ("quantize", tiny, "--recipe", "q8_0", "--threads", 1, "-o")
+    whole, resumed = tmp_path / "whole.gguf", tmp_path / "resumed.gguf"
+    written: list[str] = []
+    stop_at: str | None = None
+    write = gguf_export._Job.run
+
+    def counted(self: gguf_export._Job, piece: gguf_export._Piece) -> None:
+        if piece.tensor.name == stop_at:
+            raise KeyboardInterrupt
+        written.append(piece.tensor.name)
+        write(self, piece)
+
+    monkeypatch.setattr(gguf_export._Job, "run", counted)
+    assert run(*command, whole).exit_code == 0
+    names = list(dict.fromkeys(written))
+    stop_at = names[len(names) // 2]
+    assert run(*command, resumed).exit_code == 130
+    assert {path.name for path in tmp_path.glob("resumed*")} == {
+        "resumed.gguf.part", "resumed.gguf.journal",
+    }  # fmt: skip
+    stop_at = None
+    del written[:]
+    assert run(*command, resumed).exit_code == 0
+    assert list(dict.fromkeys(written)) == names[len(names) // 2 :]
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert {path.name for path in tmp_path.glob("*.gguf*")} == {"whole.gguf", "resumed.gguf"}
 
 
 def test_a_full_disk_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reap2gguf import plan
 
-    def full(options: object) -> None:
+    def full(options: object, note: object) -> None:
         raise OSError(28, os.strerror(28), "model.safetensors")
 
     monkeypatch.setattr(plan, "make_plan", full)
     one_line(run("build", tiny, "--recipe", "q8_0"), "model.safetensors: No space left on device")
+
+
+def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
+    for arguments in ("plan owner/name --recipe bf16", "observe owner/name -o x"):
+        result = run(*arguments.split())
+        assert result.exit_code == 2
+        *tries, error = result.stderr.splitlines()
+        assert [line.partition("; ")[2] for line in tries] == [
+            f"try {number} of 5 in 0 s" for number in (2, 3, 4, 5)
+        ]
+        assert error.startswith("Error: owner/name: ")

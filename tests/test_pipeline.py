@@ -3,9 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.plan import estimate, make_plan, plan_as_json
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
-from reap2gguf.workdir import Workdir, stage_key
+from reap2gguf.workdir import Workdir
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
@@ -49,17 +47,14 @@ def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
 def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that is interrupted when its files are to be written."""
 
-    def stop(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.stages, "export", stop)
+        refuse_at(patch, pipeline.stages, "export")
         with pytest.raises(KeyboardInterrupt):
             build(model, output)
 
 
 def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
-    return {stage.name: stage.reused for stage in result.manifest.stages}
+    return {stage.name: stage.reused for stage in result.stages}
 
 
 def test_what_a_build_leaves(built: Bundle) -> None:
@@ -87,9 +82,6 @@ def test_the_manifest_records_the_build(built: Bundle) -> None:
     assert (manifest.pruning.n_experts, manifest.pruning.n_kept) == (16, 12)
     assert set(manifest.pruning.kept) == {0, 1, 2, 3}
     assert [record.file_type for record in manifest.gguf] == ["Q4_K_M", "BF16"]
-    assert [stage.name for stage in manifest.stages] == [
-        "texts", "observe", "prune", "imatrix", "export", "verify",
-    ]  # fmt: skip
     assert str(built.output) not in (built.gguf / "reap2gguf.json").read_text()
 
 
@@ -111,16 +103,36 @@ def test_kept_experts_are_reaps_best(built: Bundle) -> None:
         assert set(kept) == set(np.argsort(scores)[-12:])
 
 
-def test_the_same_build_twice_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
-    first = build(tiny, tmp_path / "a")
-    second = build(tiny, tmp_path / "b", compute=ComputeOptions(device="cpu", threads=1))
-    for name in ("tiny-REAP-0.25-Q8_0.gguf", "imatrix.gguf", "calibration.txt"):
-        assert (first.gguf_folder / name).read_bytes() == (second.gguf_folder / name).read_bytes()
+def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
+    """Every file of a bundle."""
+    files = (*result.hf_folder.iterdir(), *result.gguf_folder.iterdir())
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> None:
+    recipes = ("q4km", "bf16")
+    bundles = [
+        contents(
+            build(
+                tiny, tmp_path / str(threads), recipes=recipes, name="model",
+                compute=ComputeOptions(device="cpu", threads=threads),
+            )
+        )
+        for threads in (1, 2, 8)
+    ]  # fmt: skip
+    assert len(bundles[0]) == 15
+    assert bundles[0].keys() == bundles[1].keys() == bundles[2].keys()
+    for name, data in bundles[0].items():
+        assert bundles[1][name] == data, name
+        assert bundles[2][name] == data, name
 
 
 def test_another_ratio_reuses_the_observations(tiny: Path, tmp_path: Path) -> None:
-    assert not any(stages_reused(build(tiny, tmp_path / "out")).values())
+    assert stages_reused(build(tiny, tmp_path / "out")) == dict.fromkeys(
+        ("texts", "observe", "prune", "imatrix", "export", "verify"), False
+    )
     half = build(tiny, tmp_path / "out", compression=0.5)
+    assert stages_reused(half)["texts"]
     assert stages_reused(half)["observe"]
     assert half.manifest.pruning.n_kept == 4
     assert half.hf_folder.name == "tiny-REAP-0.50"
@@ -133,29 +145,52 @@ def test_an_interrupted_build_goes_on(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
     result = build(tiny, tmp_path / "out")
     assert stages_reused(result) == {
-        "texts": False, "observe": True, "prune": True, "imatrix": True, "export": False,
+        "texts": True, "observe": True, "prune": True, "imatrix": True, "export": False,
         "verify": False,
     }  # fmt: skip
     fresh = build(tiny, tmp_path / "out", fresh=True)
     assert not any(stages_reused(fresh).values())
 
 
-def test_other_chunks_make_another_imatrix(
+def test_a_finished_build_has_nothing_to_do(tiny: Path, tmp_path: Path) -> None:
+    first = build(tiny, tmp_path / "out")
+    path = first.gguf_folder / "tiny-REAP-0.25-Q8_0.gguf"
+    written = path.stat().st_mtime_ns
+    second = build(tiny, tmp_path / "out")
+    assert second.stages == ()
+    assert second.manifest == first.manifest
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    assert stages_reused(build(tiny, tmp_path / "out"))["texts"]
+    assert path.is_file()
+
+
+def test_another_recipe_reuses_what_it_does_not_touch(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_before_export(tiny, tmp_path / "out", monkeypatch)
-    reused = stages_reused(build(tiny, tmp_path / "out", chunk=64))
-    assert reused["observe"]
-    assert reused["prune"]
-    assert not reused["imatrix"]
+    reused = stages_reused(build(tiny, tmp_path / "out", recipes=("bf16",)))
+    assert [stage for stage, is_reused in reused.items() if is_reused] == [
+        "texts", "observe", "prune", "imatrix",
+    ]  # fmt: skip
 
 
-def test_a_second_build_of_one_name_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with Workdir(tmp_path / "out", "tiny-REAP-0.25").locked():
-        with pytest.raises(OutputError, match=rf"another build .* \(process {os.getpid()}\)"):
-            build(tiny, tmp_path / "out")
-        build(tiny, tmp_path / "out", name="other")
-    build(tiny, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("changes", "reused"),
+    [
+        ({"compression": 0.5}, ["texts", "observe"]),
+        ({"method": "frequency", "compression": 0.5}, ["texts", "observe"]),
+        ({"chunk": 64}, ["observe", "prune"]),
+        ({"calibration": CalibrationOptions(str(PROSE), samples=3, max_length=128)}, []),
+        ({"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=64)}, []),
+    ],
+)
+def test_other_arguments_redo_what_they_touch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, reused: list[str]
+) -> None:
+    stop_before_export(tiny, tmp_path / "out", monkeypatch)
+    again = stages_reused(build(tiny, tmp_path / "out", name="tiny-REAP-0.25", **changes))
+    assert [stage for stage, is_reused in again.items() if is_reused] == reused
 
 
 def test_a_disk_that_is_too_full_is_said_before_the_work(
@@ -169,17 +204,6 @@ def test_a_disk_that_is_too_full_is_said_before_the_work(
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed))
     build(tiny, tmp_path / "out")
-
-
-def test_a_killed_build_leaves_no_lock(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys; from pathlib import Path; from reap2gguf.workdir import Workdir\n"
-        "with Workdir(Path(sys.argv[1]), 'name').locked(): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    with Workdir(tmp_path, "name").locked():
-        pass
 
 
 def test_a_tilde_is_the_home_folder(
@@ -250,6 +274,7 @@ def test_a_text_too_short_is_known_before_the_work(tiny: Path, tmp_path: Path) -
     with pytest.raises(Reap2ggufError, match=r"short\.txt: \d+ tokens do not fill"):
         build(tiny, tmp_path / "out", imatrix_text=text)
     assert not list((tmp_path / "out" / ".work" / "observations").iterdir())
+    assert not list((tmp_path / "out" / ".work" / "texts").iterdir())
 
 
 def test_a_plan_is_what_the_build_does(built: Bundle) -> None:
@@ -285,20 +310,6 @@ def test_an_output_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
         build(tiny, tmp_path / "file")
 
 
-def test_marks_of_later_stages_fall_with_earlier_ones(tmp_path: Path) -> None:
-    work = Workdir(tmp_path, "name")
-    work.prepare(fresh=False)
-    work.hf.mkdir()
-    for stage in ("prune", "imatrix", "export"):
-        work.mark_done(stage, stage_key(stage))
-    work.begin("imatrix", work.gguf)
-    assert work.is_done("prune", stage_key("prune"))
-    assert not work.is_done("imatrix", stage_key("imatrix"))
-    assert not work.is_done("export", stage_key("export"))
-    (work.root / "stages.json").write_text('{"pru')
-    assert not work.is_done("prune", stage_key("prune"))
-
-
 def refuse_at(patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
     def stop(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
@@ -332,13 +343,14 @@ def test_an_interrupted_publication_is_carried_through(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdir.os, "replace", replace_some)
+        patch.setattr(os, "replace", replace_some)
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out")
     result = build(tiny, tmp_path / "out")
+    assert stages_reused(result) == {}, "nothing was left to do but to give names"
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
-    left = {path.name for path in (tmp_path / "out" / ".work").iterdir()}
-    assert left == {"observations", "tiny-REAP-0.25.lock"}
+    left = {path.name for path in (tmp_path / "out" / ".work").iterdir() if path.is_dir()}
+    assert left == {"observations", "texts", "tiny-REAP-0.25"}
 
 
 def test_a_killed_export_leaves_nothing_in_the_bundle(tiny: Path, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_one_output_folder_for_both_fates_of_the_block(source: Path, tmp_path: P
 def test_an_interrupted_build_keeps_its_hits(
     kept: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -319,7 +319,7 @@ def test_an_interrupted_build_keeps_its_hits(
         with pytest.raises(KeyboardInterrupt):
             build(kept.source, tmp_path, compression=0.25)
     result = build(kept.source, tmp_path, compression=0.25)
-    reused = {stage.name: stage.reused for stage in result.manifest.stages}
+    reused = {stage.name: stage.reused for stage in result.stages}
     assert reused["imatrix"]
     assert not reused["export"]
     assert result.manifest.pruning.mtp == kept.result.manifest.pruning.mtp

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
+from reap2gguf.artifacts.gguf_writer import HeaderWriter
+from reap2gguf.disk import whole_file
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
@@ -91,8 +93,8 @@ def load_imatrix(path: Path) -> Imatrix:
 
 
 def save_gguf(imatrix: Imatrix, path: Path) -> None:
-    """Write llama-imatrix's GGUF format."""
-    writer = GGUFWriter(path, "imatrix")
+    """Write llama-imatrix's GGUF format, whole or not at all; OutputError if the disk refuses."""
+    writer = HeaderWriter("imatrix")
     # an imatrix has a type in place of an architecture
     writer.kv_data[0].clear()
     writer.add_type("imatrix")
@@ -101,18 +103,23 @@ def save_gguf(imatrix: Imatrix, path: Path) -> None:
     )
     writer.add_uint32("imatrix.chunk_count", imatrix.n_chunks)
     writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
+    for name, array in _gguf_tensors(imatrix):
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+    with whole_file(path) as file:
+        file.write(writer.header())
+        for _, array in _gguf_tensors(imatrix):
+            file.write(array.tobytes() + writer.padding(array.nbytes))
+
+
+def _gguf_tensors(imatrix: Imatrix) -> Iterator[tuple[str, Floats]]:
     for name, entry in sorted(imatrix.entries.items()):
-        writer.add_tensor(f"{name}.in_sum2", entry.sums)
-        writer.add_tensor(f"{name}.counts", entry.counts.astype(np.float32)[:, None])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        yield f"{name}.in_sum2", entry.sums
+        yield f"{name}.counts", entry.counts.astype(np.float32)[:, None]
 
 
 def save_dat(imatrix: Imatrix, path: Path) -> None:
-    """Write the legacy layout, for programs that read no other (ik_llama.cpp)."""
-    with path.open("wb") as file:
+    """Write the legacy layout, for programs that read no other (ik_llama.cpp), as `save_gguf`."""
+    with whole_file(path) as file:
         for piece in _dat_pieces(imatrix):
             file.write(piece)
 

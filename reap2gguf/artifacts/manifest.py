@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from gguf import GGMLQuantizationType
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.disk import write_whole
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import is_plain_name, plain_size
 from reap2gguf.messages import shown
@@ -129,18 +130,11 @@ class SideRecord:
 
 
 @dataclass(frozen=True)
-class StageRecord:
-    """What a stage cost; the peak is the process's so far."""
-
-    name: str
-    seconds: float
-    peak_bytes: int
-    reused: bool = False
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """The whole record of one build."""
+    """The whole record of one build.
+
+    What a stage cost is no part of it: the same inputs make the same bundle, byte for byte.
+    """
 
     name: str
     program: Mapping[str, str]  # versions
@@ -150,18 +144,14 @@ class Manifest:
     hf: FolderRecord
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
-    stages: Sequence[StageRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write `reap2gguf.json` under a temporary name, then rename it."""
+        """Write `reap2gguf.json`, whole or not at all."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
         # a list of expert ids reads better on one line
         text = re.sub(r"\[\n[ \n\d,]+\]", lambda ids: " ".join(ids[0].split()), text)
-        path = folder / MANIFEST_FILE
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(folder / MANIFEST_FILE, text + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -212,7 +202,6 @@ def _decode(values: dict[str, Any]) -> Manifest:
         hf=_record(FolderRecord, hf),
         gguf=tuple(_record(GgufRecord, record) for record in values["gguf"]),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
-        stages=tuple(_record(StageRecord, record) for record in values["stages"]),
         verification=dict(values["verification"]),
     )
 

@@ -6,7 +6,6 @@ criterion is a quotient of them (arXiv 2510.13999).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,7 +17,8 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
-from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
+from reap2gguf.checkpoint.writer import write_arrays
+from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
 
 FORMAT_VERSION = "1"
@@ -61,22 +61,10 @@ class Observations:
     n_mtp_tokens: int = 0  # of how many
 
     def save(self, path: Path) -> None:
-        """Write the safetensors file under a temporary name, then rename it."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
-        tensors = {
-            f"layers.{layer}.{field.name}": getattr(seen, field.name)
-            for layer, seen in sorted(self.layers.items())
-            for field in fields(seen)
-        }
+        """Write the safetensors file, whole or not at all; OutputError if the disk refuses."""
+        arrays = named_layers(self.layers)
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            save_file(tensors, temporary, metadata | {"format_version": FORMAT_VERSION})
-        except SafetensorError as error:
-            raise OutputError(f"{path}: cannot be written ({error})") from error
-        os.replace(temporary, path)
+        write_arrays(path, arrays, metadata | {"format_version": FORMAT_VERSION})
 
     @classmethod
     def load(cls, path: Path) -> Observations:
@@ -102,6 +90,26 @@ class Observations:
 
 _METADATA = [field.name for field in fields(Observations) if field.name != "layers"]
 _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
+
+
+def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArray[Any]]:
+    """Every array of every layer, by the name that it has in the file."""
+    return {
+        f"layers.{layer}.{field.name}": getattr(seen, field.name)
+        for layer, seen in sorted(layers.items())
+        for field in fields(seen)
+    }
+
+
+def grouped_layers(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, LayerObservation]:
+    """The layers of arrays by the names of `named_layers`; KeyError or ValueError if any lacks."""
+    matches = [_NAME.fullmatch(name) for name in arrays]
+    if not all(matches):
+        raise ValueError("holds arrays that are no observations")
+    return {
+        number: LayerObservation(**{p: arrays[f"layers.{number}.{p}"] for p in _PARTS})
+        for number in sorted({int(match[1]) for match in matches if match})
+    }
 
 
 def _count(name: str, text: str) -> int:

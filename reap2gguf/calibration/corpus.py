@@ -12,11 +12,11 @@ import json
 import os
 import random
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reap2gguf.errors import CalibrationError
 from reap2gguf.files import plain_size
@@ -30,7 +30,13 @@ _BLOCK_BYTES = 2**20
 _SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 Message = Mapping[str, Any]
-RenderChat = Callable[[list[Message]], str]
+Tool = Mapping[str, Any]
+
+
+class RenderChat(Protocol):
+    """Applies a model's chat template."""
+
+    def __call__(self, messages: list[Message], tools: list[Tool] | None = None, /) -> str: ...
 
 
 class Cut(Enum):
@@ -92,6 +98,15 @@ def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
     return Corpus(spec, tuple(passages))
 
 
+def corpus_files(spec: str) -> list[Path]:
+    """The files that a calibration spec reads. Raises CalibrationError if it names none."""
+    if spec != DEFAULT_MIX:
+        return _files(spec)
+    folder = shipped_folder("calibration")
+    names = (MANIFEST_NAME, *(entry["name"] for entry in _embedded_entries(folder)))
+    return [folder / name for name in names]
+
+
 def check_corpus(spec: str) -> None:
     """Refuse a spec that `load_corpus` would, before a tokenizer is loaded for it.
 
@@ -106,7 +121,7 @@ def check_corpus(spec: str) -> None:
         elif file.suffix == ".parquet":  # of which only a whole row group can be read
             _open_parquet(file)
         else:
-            for _ in _samples(file, lambda messages: ""):
+            for _ in _samples(file, lambda messages, tools=None: ""):
                 continue
     if not files:
         raise CalibrationError(f"calibration {spec!r}: holds no text")
@@ -158,8 +173,7 @@ def _files(spec: str) -> list[Path]:
 def _embedded(render_chat: RenderChat) -> Iterator[Passage]:
     """The corpus that ships with the program."""
     folder = shipped_folder("calibration")
-    manifest = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    for entry in manifest["files"]:
+    for entry in _embedded_entries(folder):
         path = folder / entry["name"]
         yield from _passages(path, Cut.DOCUMENT, render_chat)
 
@@ -170,6 +184,13 @@ def _passages(path: Path, cut: Cut, render_chat: RenderChat) -> Iterator[Passage
         yield Passage(read_text(path), cut)
     else:
         yield from _samples(path, render_chat)
+
+
+def _embedded_entries(folder: Path) -> list[dict[str, Any]]:
+    """The files of the shipped corpus, as its manifest lists them."""
+    manifest = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    entries: list[dict[str, Any]] = manifest["files"]
+    return entries
 
 
 def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:
@@ -239,11 +260,18 @@ def _render(record: Any, render_chat: RenderChat, where: str) -> str:
         raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
     if isinstance(record.get("text"), str):
         return str(record["text"])
+    messages = None
     if record.get("messages") is not None:
-        return render_chat(_messages(record["messages"], "user", where))
-    if record.get("prompt") is not None and record.get("completion") is not None:
+        messages = _messages(record["messages"], "user", where)
+    elif record.get("prompt") is not None and record.get("completion") is not None:
         prompt = _messages(record["prompt"], "user", where)
-        return render_chat(prompt + _messages(record["completion"], "assistant", where))
+        messages = prompt + _messages(record["completion"], "assistant", where)
+    if messages is not None:
+        tools = _tools(record.get("tools"), where)
+        try:
+            return render_chat(messages, tools)
+        except CalibrationError as error:
+            raise CalibrationError(f"{where}: {error}") from error
     names = ", ".join(str(name)[:80] for name in list(record)[:8]) or "no fields"
     raise CalibrationError(
         f"{where}: has {names}, expected text, messages, or prompt and completion"
@@ -260,3 +288,17 @@ def _messages(value: Any, role: str, where: str) -> list[Message]:
     if not good or not value:
         raise CalibrationError(f"{where}: expected messages with a role and content each")
     return list(value)
+
+
+def _tools(value: Any, where: str) -> list[Tool] | None:
+    """The JSON schemas of a sample's tools, as a list or as JSON text; None where it has none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "null")
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where}: tools are not JSON ({error})") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise CalibrationError(f"{where}: expected tools as a list of JSON schemas")
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
+from reap2gguf.calibration.templates import ChatTemplate
+from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CalibrationError, CheckpointError
 from reap2gguf.panics import panics_as
 
@@ -25,6 +27,7 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
+        check_template_files(folder)
         with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
@@ -34,6 +37,7 @@ class Tokenizer:
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
         self.bos: int | None = prefix[0] if prefix else None
+        self._chat = _chat_template(self._tokenizer, folder)
 
     def encode(self, text: str) -> Row:
         """Token ids of a text, special tokens in it recognised, none added."""
@@ -41,19 +45,40 @@ class Tokenizer:
             encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, dtype=np.int64)
 
-    def render_chat(self, messages: list[Message]) -> str:
-        """Messages through the model's chat template, which runs in Jinja's sandbox.
+    def render_chat(
+        self, messages: list[Message], tools: list[Mapping[str, Any]] | None = None
+    ) -> str:
+        """Messages through the model's chat template, which runs in a process of its own.
 
         Without a template the contents follow one another. Raises CalibrationError if the template
-        refuses the messages.
+        refuses the messages or takes too much.
         """
-        if self._tokenizer.chat_template is None:
-            return "\n".join(str(message["content"]) for message in messages)
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:
-            raise CalibrationError(f"the chat template refuses a sample ({error})") from error
-        return text
+        if self._chat is None:
+            return "\n".join(_text_of(message["content"]) for message in messages)
+        return self._chat.render(messages, tools)
+
+    def close(self) -> None:
+        """End the process that renders; the next rendering starts another."""
+        if self._chat is not None:
+            self._chat.close()
+
+
+def _chat_template(tokenizer: Any, folder: Path) -> ChatTemplate | None:
+    found = tokenizer.chat_template
+    if found is None:
+        return None
+    texts = found.values() if isinstance(found, dict) else [found]
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{folder}: its chat template is not text")
+    return ChatTemplate(found, tokenizer.special_tokens_map)
+
+
+def _text_of(content: Any) -> str:
+    """What a message says: a string, or the texts among its parts."""
+    if not isinstance(content, list):
+        return "" if content is None else str(content)
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def make_rows(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, load_corpus, read_text
 from reap2gguf.calibration.rows import Row, Tokenizer, chunk_text, make_rows
-from reap2gguf.errors import CalibrationError
+from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
+from reap2gguf.checkpoint.writer import write_arrays
+from reap2gguf.errors import ArtifactError, CalibrationError, CheckpointError
 from reap2gguf.options import CalibrationOptions
 
 
@@ -46,6 +52,70 @@ class ImatrixChunks:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What both sweeps of a build read."""
+
+    rows: ObservationRows
+    chunks: ImatrixChunks
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all; OutputError if the disk refuses."""
+        arrays = {
+            **_packed("rows", self.rows.rows),
+            **_packed("chunks", self.chunks.chunks),
+            "text": np.frombuffer(self.chunks.text.encode("utf-8"), dtype=np.uint8),
+        }
+        metadata = {
+            "rows_label": self.rows.label,
+            "rows_sha256": self.rows.sha256,
+            "chunks_label": self.chunks.label,
+            "chunk_size": str(self.chunks.chunk_size),
+        }
+        write_arrays(path, arrays, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Texts:
+        """Read the file; ArtifactError if it is not one that `save` wrote."""
+        from safetensors.numpy import load_file
+
+        try:
+            read_header(path)  # every number is bounded before anything is read
+            metadata = read_metadata(path)
+            arrays = load_file(path)
+            rows = ObservationRows(
+                metadata["rows_label"], metadata["rows_sha256"], _unpacked("rows", arrays)
+            )
+            chunks = ImatrixChunks(
+                metadata["chunks_label"],
+                arrays["text"].tobytes().decode("utf-8"),
+                int(metadata["chunk_size"]),
+                _unpacked("chunks", arrays),
+            )
+        except (CheckpointError, KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"{path}: is not the tokenized text that it was ({error}); remove it and run the "
+                "command again"
+            ) from error
+        return cls(rows, chunks)
+
+
+def _packed(name: str, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
+    """Rows of any lengths as two arrays."""
+    return {
+        f"{name}.tokens": np.concatenate(rows).astype(np.int64),
+        f"{name}.lengths": np.array([len(row) for row in rows], dtype=np.int64),
+    }
+
+
+def _unpacked(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> list[Row]:
+    """The rows of two arrays; ValueError if they do not fit."""
+    tokens, lengths = arrays[f"{name}.tokens"], arrays[f"{name}.lengths"]
+    if lengths.sum() != len(tokens) or (lengths < 1).any():
+        raise ValueError(f"{name} of {lengths.sum()} tokens, {len(tokens)} are there")
+    return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
 def read_texts(
     tokenizer: Tokenizer,
     options: CalibrationOptions,
@@ -53,7 +123,7 @@ def read_texts(
     imatrix_text: Path | None,
     chunk_size: int,
     vocab_size: int,
-) -> tuple[ObservationRows, ImatrixChunks]:
+) -> Texts:
     """Rows for the observation and chunks for the importance matrix.
 
     Without a text of its own, the importance matrix reads the calibration corpus, no more tokens of
@@ -62,11 +132,11 @@ def read_texts(
     corpus = _load(tokenizer, options)
     rows = _rows(tokenizer, corpus, options, max_length, vocab_size)
     if imatrix_text is not None:
-        return rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size)
+        return Texts(rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size))
     text = corpus.text()
     chunks = chunk_text(text, tokenizer, chunk_size, rows.label)
     n_chunks = -(-options.samples * max_length // chunk_size)
-    return rows, ImatrixChunks(rows.label, text, chunk_size, chunks[:n_chunks])
+    return Texts(rows, ImatrixChunks(rows.label, text, chunk_size, chunks[:n_chunks]))
 
 
 def observation_rows(
@@ -85,7 +155,10 @@ def imatrix_chunks(tokenizer: Tokenizer, text_file: Path, chunk_size: int) -> Im
 
 
 def _load(tokenizer: Tokenizer, options: CalibrationOptions) -> Corpus:
-    corpus = load_corpus(options.spec, tokenizer.render_chat)
+    try:
+        corpus = load_corpus(options.spec, tokenizer.render_chat)
+    finally:
+        tokenizer.close()
     return corpus.selected(options.samples, options.seed)
 
 

@@ -7,12 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from reap2gguf.checkpoint.hub import Note, fetch, say_nothing
 from reap2gguf.errors import SourceError
 from reap2gguf.resources import example_checkpoint
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# What a build reads; pickled weights and remote code are never fetched.
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,11 @@ class Source:
         return self.label.rsplit("/", 1)[-1]
 
 
-def resolve_source(model: str | None) -> Source:
+def resolve_source(model: str | None, note: Note = say_nothing) -> Source:
     """MODEL as a folder: given, bundled, or fetched from the Hub into its cache.
 
-    Raises SourceError if there is nothing of that name or the Hub cannot be reached.
+    `note` is told of each try at the Hub that failed. Raises SourceError if there is nothing of
+    that name or the Hub cannot be reached, OutputError if the cache cannot be written.
     """
     if model is None:
         folder = example_checkpoint()
@@ -46,39 +46,6 @@ def resolve_source(model: str | None) -> Source:
         raise SourceError(
             f"{model}: no such folder, and not a Hub name (owner/name or owner/name@revision)"
         )
-    return _fetch(model)
-
-
-def _fetch(model: str) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     name, _, revision = model.partition("@")
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
-    except HFValidationError as error:
-        raise SourceError(f"{name}: no such folder, and not a Hub name ({error})") from error
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{name}: gated on the Hub; accept its terms there and run `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{name}: no such folder here and no such repository on the Hub (or it is private: "
-            "run `hf auth login`)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{name}: no revision {revision!r} on the Hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise SourceError(
-            f"{name}: no such folder here, and the Hub cannot be reached; check the name, or "
-            "download it where there is a network (`hf download`) and pass the folder"
-        ) from error
+    folder = fetch(name, revision or None, note)
     return Source(name, folder, revision=folder.name)

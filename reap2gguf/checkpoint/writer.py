@@ -1,17 +1,25 @@
-"""Writes a checkpoint's safetensors shards and their index, one tensor at a time."""
+"""Writes safetensors files, and a checkpoint of several with their index, a tensor at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from reap2gguf.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES
+from reap2gguf.disk import whole_file, write_whole
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what huggingface_hub cuts at
+_FROM_NUMPY = {
+    "float64": "F64", "float32": "F32", "int64": "I64", "int32": "I32", "uint8": "U8",
+    "bool": "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,9 @@ class PlannedTensor:
     @property
     def n_bytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+Contents = Callable[[PlannedTensor], Iterable[memoryview]]
 
 
 def plan_shards(
@@ -52,18 +63,23 @@ def shard_names(count: int) -> list[str]:
 def write_checkpoint(
     folder: Path,
     tensors: Sequence[PlannedTensor],
-    contents: Callable[[PlannedTensor], Iterable[memoryview]],
+    contents: Contents,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     wrote: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
     """Write all shards and the index into `folder`; `contents` yields each tensor's bytes.
 
-    Holds one piece of one tensor in memory. `wrote` is told of every piece's length.
+    A shard that has its name was finished by an interrupted call with the same arguments, and is
+    left alone. Holds one piece of one tensor in memory. `wrote` is told of every piece's length.
+    Raises OutputError if the disk refuses.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, contents, wrote)
+        if (folder / name).is_file():
+            wrote(sum(tensor.n_bytes for tensor in shard))
+        else:
+            write_safetensors(folder / name, shard, contents, {"format": "pt"}, wrote)
     if len(shards) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
         index = {
@@ -73,16 +89,48 @@ def write_checkpoint(
             },
             "weight_map": dict(sorted(weight_map.items())),
         }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(
+def write_safetensors(
     path: Path,
     tensors: Sequence[PlannedTensor],
-    contents: Callable[[PlannedTensor], Iterable[memoryview]],
-    wrote: Callable[[int], None],
+    contents: Contents,
+    metadata: Mapping[str, str],
+    wrote: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Write one safetensors file, whole or not at all, tensor after tensor."""
+    with whole_file(path) as file:
+        file.write(_header(tensors, metadata))
+        for tensor in tensors:
+            written = 0
+            for piece in contents(tensor):
+                file.write(piece)
+                written += piece.nbytes
+                wrote(piece.nbytes)
+            assert written == tensor.n_bytes, f"{tensor.name}: {written} of {tensor.n_bytes} bytes"
+
+
+def write_arrays(
+    path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays that are in memory as one safetensors file, whole or not at all."""
+    planned = [planned_array(name, array) for name, array in arrays.items()]
+    write_safetensors(path, planned, lambda tensor: [array_bytes(arrays[tensor.name])], metadata)
+
+
+def planned_array(name: str, array: npt.NDArray[np.generic]) -> PlannedTensor:
+    """How an array will be stored."""
+    return PlannedTensor(name, _FROM_NUMPY[array.dtype.name], array.shape)
+
+
+def array_bytes(array: npt.NDArray[np.generic]) -> memoryview:
+    """An array's bytes in safetensors' order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _header(tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for tensor in tensors:
         end = position + tensor.n_bytes
@@ -92,12 +140,4 @@ def _write_shard(
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            written = 0
-            for piece in contents(tensor):
-                file.write(piece)
-                written += piece.nbytes
-                wrote(piece.nbytes)
-            assert written == tensor.n_bytes, f"{tensor.name}: {written} of {tensor.n_bytes} bytes"
+    return len(encoded).to_bytes(8, "little") + encoded

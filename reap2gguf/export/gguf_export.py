@@ -5,7 +5,8 @@ transformed, quantized once for each distinct type that the files want, and writ
 each file. Pieces are independent: a thread that is free takes the next one, in the order of the
 files, and libggml runs without the interpreter's lock, so that every thread works from the first
 piece to the last. The kernel is asked for the bytes of the pieces to come, so that no thread waits
-for the disk. No intermediate file is written.
+for the disk. No intermediate file is written. With a journal, tensors that are on the disk already
+are not written again.
 
 Memory: a thread holds one piece: at most 16 MiB as float32, at most as much as it was stored, and
 its quantized forms, 2 to 16 MiB for each distinct type. A matrix that is transformed is one piece,
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -31,9 +32,10 @@ from gguf import GGMLQuantizationType
 from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.disk import reserve
+from reap2gguf.disk import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
-from reap2gguf.export.header import GgufLayout, HeaderFacts, write_header
+from reap2gguf.export.header import GgufLayout, HeaderFacts, lay_out
+from reap2gguf.export.journal import ExportJournal
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.slabs import expect_rows, read_rows, row_pieces, rows_per_matrix
@@ -44,7 +46,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class GgufOutput:
-    """One file to write."""
+    """One file to write, and the name it takes when it is whole."""
 
     path: Path
     header: HeaderFacts
@@ -52,7 +54,7 @@ class GgufOutput:
 
 @dataclass(frozen=True)
 class _OpenFile:
-    descriptor: int
+    file: OutputFile
     layout: GgufLayout
     kinds: Mapping[str, GGMLQuantizationType]
 
@@ -76,24 +78,62 @@ def export_gguf(
     imatrix: Imatrix | None,
     n_threads: int,
     progress: Progress,
+    journal: ExportJournal | None = None,
 ) -> None:
-    """Write all `outputs` in one pass over the checkpoint, each complete when this returns.
+    """Write all `outputs` in one pass over the checkpoint; they take their names together.
 
-    Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value is not
-    finite, OutputError if the disk is full.
+    An export that fails leaves unfinished files where there is a journal to go on from, and none
+    otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
+    is not finite, OutputError if the disk is full or fails.
     """
     _check_imatrix(tensors, outputs, imatrix)
     ggml = load_ggml()
-    with ExitStack() as stack:
-        files = [_open(stack, checkpoint, tensors, output) for output in outputs]
-        total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
-        task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
-        job = _Job(checkpoint, ggml, files, imatrix.entries if imatrix else {}, task)
-        pieces = _fetched_ahead(checkpoint, _pieces(tensors), 2 * n_threads)
-        _run_all(job, pieces, n_threads)
-        for file in files:
-            with _refusals_told():
-                os.fsync(file.descriptor)
+    layouts = [lay_out(checkpoint.folder, tensors, output.header) for output in outputs]
+    anew = not _can_resume(journal, outputs, layouts)
+    try:
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(_opened(output, layout, anew))
+                for output, layout in zip(outputs, layouts, strict=True)
+            ]
+            total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
+            task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
+            job = _Job(checkpoint, ggml, files, imatrix.entries if imatrix else {}, task, journal)
+            job.run_all(tensors, n_threads)
+    except BaseException:
+        if journal is None:
+            for output in outputs:
+                with suppress(OSError):  # the error under way says more
+                    part_of(output.path).unlink(missing_ok=True)
+        raise
+    for output in outputs:
+        rename(part_of(output.path), output.path)
+
+
+def _can_resume(
+    journal: ExportJournal | None, outputs: Sequence[GgufOutput], layouts: Sequence[GgufLayout]
+) -> bool:
+    """Whether the files that a journal speaks of are all there; else it forgets them."""
+    if journal is None or journal.is_empty:
+        return False
+    for output, layout in zip(outputs, layouts, strict=True):
+        part = part_of(output.path)
+        if output.path.is_file() and not part.is_file():
+            rename(output.path, part)  # interrupted while names were given
+        if not part.is_file() or part.stat().st_size != layout.n_bytes:
+            journal.forget()
+            return False
+    return True
+
+
+@contextmanager
+def _opened(output: GgufOutput, layout: GgufLayout, anew: bool) -> Iterator[_OpenFile]:
+    """A file of its whole length, so that a full disk shows now, with its header written."""
+    flags = os.O_TRUNC if anew else 0
+    with open_file(part_of(output.path), output.path, flags) as file:
+        file.reserve(layout.n_bytes)
+        file.write_at(layout.header, 0)
+        yield _OpenFile(file, layout, output.header.kinds)
 
 
 @dataclass(frozen=True)
@@ -103,6 +143,39 @@ class _Job:
     files: Sequence[_OpenFile]
     importance: Mapping[str, ImatrixEntry]
     task: Task
+    journal: ExportJournal | None
+
+    def run_all(self, tensors: Sequence[GgufTensor], n_threads: int) -> None:
+        """Write every tensor that the journal has not, and flush the files."""
+        journal = self.journal
+        missing = [tensor for tensor in tensors if journal is None or tensor.name not in journal]
+        weights = sum(prod(tensor.shape) for tensor in tensors)
+        self.task.advance((weights - sum(prod(t.shape) for t in missing)) * len(self.files))
+        outputs = [file.file for file in self.files]
+        left = Counter(piece.tensor.name for piece in _pieces(missing))
+        turn = threading.Lock()
+
+        def work(piece: _Piece) -> None:
+            self.run(piece)
+            with turn:
+                left[piece.tensor.name] -= 1
+                is_whole = not left[piece.tensor.name]
+            if is_whole and journal is not None:
+                journal.add(piece.tensor.name, outputs)
+
+        try:
+            _run_all(
+                work, _fetched_ahead(self.checkpoint, _pieces(missing), 2 * n_threads), n_threads
+            )
+        except BaseException:
+            if journal is not None:
+                with suppress(OutputError):  # the error under way says more
+                    journal.save(outputs)
+            raise
+        for output in outputs:
+            output.sync()
+        if journal is not None:
+            journal.save(outputs)
 
     def run(self, piece: _Piece) -> None:
         """Read one piece and write it, quantized, to every file."""
@@ -120,7 +193,8 @@ class _Job:
             if kind not in done:
                 done[kind] = self._quantize(piece, rows, kind, weights)
             place = piece.first_row_in_tensor * row_bytes(kind, tensor.n_columns)
-            _write_at(file.descriptor, done[kind], file.layout.offsets[tensor.name] + place)
+            data = done[kind].reshape(-1).data
+            file.file.write_at(data, file.layout.offsets[tensor.name] + place)
             self.task.advance(rows.size)
 
     def _quantize(
@@ -154,61 +228,25 @@ def _fetched_ahead(
     yield from coming
 
 
-def _run_all(job: _Job, pieces: Iterator[_Piece], n_threads: int) -> None:
-    """Run every piece: a thread takes the next as soon as it is free, so none waits for another."""
+def _run_all(work: Callable[[_Piece], None], pieces: Iterator[_Piece], n_threads: int) -> None:
+    """Work on every piece: a thread takes the next as soon as it is free, so none waits."""
     turn, failed = threading.Lock(), threading.Event()
 
     def take() -> _Piece | None:
         with turn:
             return None if failed.is_set() else next(pieces, None)
 
-    def work() -> None:
+    def work_on() -> None:
         while (piece := take()) is not None:
-            job.run(piece)
+            work(piece)
 
     with ThreadPoolExecutor(n_threads) as pool:
         try:
-            for worker in as_completed([pool.submit(work) for _ in range(n_threads)]):
+            for worker in as_completed([pool.submit(work_on) for _ in range(n_threads)]):
                 worker.result()
         except BaseException:
             failed.set()  # the other threads end with the piece that they are at
             raise
-
-
-def _open(
-    stack: ExitStack,
-    checkpoint: Checkpoint,
-    tensors: Sequence[GgufTensor],
-    output: GgufOutput,
-) -> _OpenFile:
-    """Write the header and reserve the file's whole length, so that a full disk shows now."""
-    layout = write_header(output.path, checkpoint.folder, tensors, output.header)
-    descriptor = os.open(output.path, os.O_RDWR)
-    stack.callback(os.close, descriptor)
-    try:
-        reserve(descriptor, layout.n_bytes)
-    except OSError as error:
-        raise OutputError(
-            f"{output.path}: no room for {layout.n_bytes:,} bytes ({error.strerror}); free some "
-            "or pass another --output"
-        ) from error
-    return _OpenFile(descriptor, layout, output.header.kinds)
-
-
-def _write_at(descriptor: int, data: npt.NDArray[np.uint8], position: int) -> None:
-    view = data.reshape(-1).data
-    done = 0
-    while done < len(view):
-        with _refusals_told():
-            done += os.pwrite(descriptor, view[done:], position + done)
-
-
-@contextmanager
-def _refusals_told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"writing the GGUF failed ({error.strerror})") from error
 
 
 def _check_imatrix(

@@ -17,6 +17,7 @@ from gguf import (
 )
 
 from reap2gguf.artifacts.gguf_header import row_bytes
+from reap2gguf.artifacts.gguf_writer import HeaderWriter
 from reap2gguf.artifacts.imatrix import Imatrix
 from reap2gguf.models.description import GgufTensor, HeaderValue
 from reap2gguf.models.tokenizer import add_tokenizer
@@ -24,8 +25,9 @@ from reap2gguf.models.tokenizer import add_tokenizer
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """Where each tensor of a file begins, and how long the file is."""
+    """What a file begins with, where each of its tensors begins, and how long it is."""
 
+    header: bytes
     offsets: Mapping[str, int]
     n_bytes: int
 
@@ -45,11 +47,11 @@ class HeaderFacts:
     vocab_size: int | None = None  # None: the file has no tokenizer
 
 
-def write_header(
-    path: Path, tokenizer_folder: Path, tensors: Sequence[GgufTensor], facts: HeaderFacts
+def lay_out(
+    tokenizer_folder: Path, tensors: Sequence[GgufTensor], facts: HeaderFacts
 ) -> GgufLayout:
-    """Write everything before the tensor bytes to `path`; where the bytes go."""
-    writer = GGUFWriter(path, facts.arch)
+    """Everything before the tensor bytes, and where these go."""
+    writer = HeaderWriter(facts.arch)
     _add_keys(writer, tokenizer_folder, facts)
     for tensor in tensors:
         kind = facts.kinds[tensor.name]
@@ -57,11 +59,13 @@ def write_header(
         # the dtype is gguf-py's name for "not yet quantized"; raw_dtype is what is written
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, kind)
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return _layout(path.stat().st_size, writer)
+    header = writer.header()
+    offsets: dict[str, int] = {}
+    position = len(header)
+    for name, info in writer.tensors[0].items():
+        offsets[name] = position
+        position += GGUFWriter.ggml_pad(info.nbytes, writer.data_alignment)
+    return GgufLayout(header, offsets, position)
 
 
 def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) -> None:
@@ -78,14 +82,3 @@ def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) ->
         writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)
         writer.add_uint32("quantize.imatrix.entries_count", len(facts.imatrix.entries))
         writer.add_uint32("quantize.imatrix.chunks_count", facts.imatrix.n_chunks)
-
-
-def _layout(header_bytes: int, writer: GGUFWriter) -> GgufLayout:
-    """Absolute offsets: the tensors follow the padded header, each padded to the alignment."""
-    alignment = writer.data_alignment
-    position = GGUFWriter.ggml_pad(header_bytes, alignment)
-    offsets: dict[str, int] = {}
-    for name, info in writer.tensors[0].items():
-        offsets[name] = position
-        position += GGUFWriter.ggml_pad(info.nbytes, alignment)
-    return GgufLayout(offsets, position)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Rust
 
 from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
 from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.limits import MAX_VOCABULARY
@@ -127,6 +128,7 @@ def _check(tokenizer: dict[str, Any], folder: Path) -> None:
                     f"{folder / name}: chat_template is {shown(template)}, expected text or a list "
                     "of named texts"
                 )
+    check_template_files(folder)
 
 
 def _is_template(value: Any) -> bool:

@@ -58,7 +58,7 @@ def position_bytes(
     widths = REFERENCE_DELTANET_WIDTHS if reference_deltanet else ATTENTION_WIDTHS
     attention = widths * facts.hidden_size * dtype.itemsize
     if not on_gpu:
-        return attention  # one expert at a time: its pairs are few
+        return attention  # an expert a thread at a time: its pairs are few
     pair = 2 * facts.hidden_size + 4 * facts.expert_width
     experts = facts.experts_per_token * pair * dtype.itemsize
     return max(attention, experts) + 8 * facts.hidden_size * dtype.itemsize
@@ -124,7 +124,10 @@ def _position(need: Need, spool: str) -> int:
 
 
 def _rounded(tokens: int) -> int:
-    """A power of two: a little more or less free memory does not change batches, nor sums."""
+    """A power of two: a little more or less free memory does not change batches, nor sums.
+
+    The number of threads has no part in it.
+    """
     return 1 << (tokens.bit_length() - 1) if tokens else 0
 
 

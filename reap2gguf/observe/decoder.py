@@ -8,6 +8,7 @@ every architecture behaves as its authors wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.observe.crew import Crew
 from reap2gguf.observe.experts import IMPLEMENTATION, register
 from reap2gguf.observe.fused import fuse_norms
 from reap2gguf.observe.kernels import has_triton
@@ -52,8 +54,9 @@ class StreamedDecoder:
     """The decoder layers of a checkpoint: one in memory, and one that is being read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: MoeModel, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, checkpoint: Checkpoint, model: MoeModel, dtype: torch.dtype, device: torch.device,
+        n_threads: int = 1,
+    ) -> None:  # fmt: skip
         self._checkpoint = checkpoint
         self.model = model
         self._dtype = dtype
@@ -70,6 +73,8 @@ class StreamedDecoder:
         self._base.rotary_emb = rotary.to(device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
+        # before anything is computed: it settles how many threads torch has
+        self._crew = Crew(n_threads) if device.type == "cpu" else None
         self.loader = WeightLoader(checkpoint, device, _READERS[device.type])
         if has_triton(device):
             for layer in (*self._layers, self._base.norm):
@@ -97,13 +102,16 @@ class StreamedDecoder:
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states (B, T, H) that enter the first layer, for tokens (B, T)."""
-        tokens = tokens.to(self._device)
+        self.record(tokens)
+        return self._record(tokens.to(self._device))
+
+    def record(self, tokens: Tensor) -> None:
+        """Find out what layers are called with, besides hidden states, for tokens (B, T)."""
         if tokens.shape[1] not in self._arguments:
             # nothing but the length of its rows matters to what layers are called with, and a
             # batch of one broadcasts over any other
-            self._record(tokens[:1])
+            self._record(tokens[:1].to(self._device))
             self._arguments[tokens.shape[1]] = [r.arguments for r in self._recorders]
-        return self._record(tokens)
 
     def _record(self, tokens: Tensor) -> Tensor:
         try:
@@ -149,7 +157,16 @@ class StreamedDecoder:
     @torch.inference_mode()
     def run_layer(self, index: int, hidden: Tensor) -> Tensor:
         """Layer `index` on hidden states (B, T, H), for a T that has been embedded."""
-        output = self._layers[index](hidden, **self._arguments[hidden.shape[1]][index])
+        arguments = self._arguments[hidden.shape[1]][index]
+        return self._by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+
+    def _by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
+        if self._crew is None:
+            return function(slice(None))
+        return self._crew.by_rows(function, hidden.shape)
+
+    def _call_layer(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
+        output = self._layers[index](hidden, **arguments)
         if not isinstance(output, Tensor):
             raise UnsupportedModelError(
                 f"{type(self._layers[index]).__name__} returns {type(output).__name__}; this "
@@ -166,10 +183,15 @@ class StreamedDecoder:
     def run_mtp(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The MTP block on the trunk's hidden states (B, T, H) and the tokens (B, T)."""
         block = self._layers[-1]
-        embedded = self._base.embed_tokens(next_tokens(tokens.to(self._device)))
+        following = next_tokens(tokens.to(self._device))
         arguments = self._arguments[hidden.shape[1]][self.model.mtp_template()]
-        output: Tensor = block(self._base.norm(hidden), embedded.to(self._dtype), **arguments)
-        return output
+
+        def run(rows: slice) -> Tensor:
+            embedded = self._base.embed_tokens(following[rows]).to(self._dtype)
+            output: Tensor = block(self._base.norm(hidden[rows]), embedded, **arguments)
+            return output
+
+        return self._by_rows(run, hidden)
 
     @torch.inference_mode()
     def mtp_logits(self, hidden: Tensor) -> Tensor:
@@ -190,7 +212,9 @@ class StreamedDecoder:
         A vocabulary is wide: the logits of a whole batch would take more than the layers do.
         """
         slices = torch.split(hidden.flatten(0, 1), _HEAD_TOKENS)
-        best = [self.mtp_logits(part[None])[0].argmax(-1) for part in slices]
+        self.mtp_logits(slices[0][:1, None])  # reads the head
+        each = map if self._crew is None else self._crew.in_order
+        best = list(each(lambda part: self.mtp_logits(part[None])[0].argmax(-1), slices))
         return torch.cat(best).view(hidden.shape[:2])
 
     def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
@@ -222,6 +246,8 @@ class StreamedDecoder:
     def close(self) -> None:
         """Stop reading and free what was read."""
         self.loader.close()
+        if self._crew is not None:
+            self._crew.close()
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

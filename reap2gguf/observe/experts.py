@@ -5,16 +5,18 @@ here is registered there. It receives the indices and gate weights that the mode
 returned, so whatever the routing is (softmax, sigmoid, bias, groups), saliency uses the weights
 that the model applies.
 
-A GPU computes all experts in two grouped matrix products and never waits for the host. A CPU takes
-one expert after another, so that the pairs of one expert are all that it holds, and the weights may
-stay in the type they are stored in.
+A GPU computes all experts in two grouped matrix products and never waits for the host. A thread of
+a CPU takes one expert after another, so that the pairs of one expert are all that it holds, and the
+weights may stay in the type they are stored in.
 
 Letters: N tokens, K experts per token, S routed pairs, E experts, H hidden, F expert width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +25,14 @@ from torch.nn.functional import grouped_mm, linear
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observe import kernels
+from reap2gguf.observe.crew import Crew, current_piece
 from reap2gguf.observe.fused import is_swiglu
 
 IMPLEMENTATION = "reap2gguf"
 _OBSERVER = "reap2gguf_observer"
+Each = Callable[
+    [Callable[[int], tuple[Tensor, Tensor]], Iterable[int]], Iterable[tuple[Tensor, Tensor]]
+]
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,23 @@ def observed_experts_forward(
 
     hidden_states: (N, H)    top_k_index, top_k_weights: (N, K)
     """
+    piece = current_piece()
+    if piece is None:
+        return _run(self, hidden_states, top_k_index, top_k_weights, map)
+    combined: Tensor = piece.meet(
+        (hidden_states, top_k_index, top_k_weights), partial(_joint, self)
+    )
+    return combined
+
+
+def _joint(self: Any, crew: Crew, brought: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The experts over the rows of all pieces of a batch, and each piece's share."""
+    hidden, index, weights = (torch.cat(parts) for parts in zip(*brought, strict=True))
+    lengths = [len(parts[0]) for parts in brought]
+    return list(torch.split(_run(self, hidden, index, weights, crew.in_order), lengths))
+
+
+def _run(self: Any, hidden: Tensor, top_k_index: Tensor, weights: Tensor, each: Each) -> Tensor:
     observer: ExpertsObserver | None = getattr(self, _OBSERVER, None)
     real = observer.real_tokens if observer is not None else None
     expert_ids, n_pairs = top_k_index.to(torch.int32), top_k_index.numel()
@@ -102,15 +125,18 @@ def observed_experts_forward(
     ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
     experts = torch.arange(self.num_experts, dtype=torch.int32, device=ids.device)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
-    run = _all_at_once if hidden_states.is_cuda else _one_by_one
-    return run(self, hidden_states, top_k_weights, order[:n_pairs], ends, observer)
+    run = _all_at_once if hidden.is_cuda else _one_by_one
+    return run(self, hidden, weights, order[:n_pairs], ends, observer, each)
 
 
 def _all_at_once(
     self: Any, hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
-    observer: ExpertsObserver | None,
+    observer: ExpertsObserver | None, each: Each,
 ) -> Tensor:  # fmt: skip
-    """Two grouped matrix products over all pairs; the host never asks how many an expert has."""
+    """Two grouped matrix products over all pairs; the host never asks how many an expert has.
+
+    Nothing is left for `each` to share out.
+    """
     n_pairs, top_k = len(order), weights.shape[-1]
     inputs = hidden[order // top_k]  # (S, H)
     gate_up = grouped_mm(inputs, self.gate_up_proj.transpose(-2, -1), offs=ends)  # (S, 2F)
@@ -131,14 +157,15 @@ def _all_at_once(
 
 def _one_by_one(
     self: Any, hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
-    observer: ExpertsObserver | None,
+    observer: ExpertsObserver | None, each: Each,
 ) -> Tensor:  # fmt: skip
-    """Expert after expert; one's weights are widened at a time."""
+    """Expert after expert, by `each`; a thread widens one's weights at a time."""
     combined = torch.zeros_like(hidden)
-    begin, top_k = 0, weights.shape[-1]
-    for expert, end in enumerate(ends.tolist()):
-        chosen = order[begin:end]
-        begin = end
+    limits = [0, *ends.tolist()]
+    top_k = weights.shape[-1]
+
+    def run(expert: int) -> tuple[Tensor, Tensor]:
+        chosen = order[limits[expert] : limits[expert + 1]]
         tokens, gates = chosen // top_k, weights.reshape(-1)[chosen]
         inputs = hidden[tokens]
         activations = self._apply_gate(linear(inputs, self.gate_up_proj[expert].to(hidden.dtype)))
@@ -149,6 +176,10 @@ def _one_by_one(
                 norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
             there = torch.tensor([len(chosen)], dtype=torch.int32)
             observer.see(RoutedPairs(expert, inputs, activations, norms, gates, there))
-        # a token is routed to an expert once, so no row is named twice
-        combined[tokens] += (outputs * gates[:, None]).to(combined.dtype)
+        return tokens, (outputs * gates[:, None]).to(combined.dtype)
+
+    for tokens, weighted in each(run, range(len(limits) - 1)):
+        # a token is routed to an expert once, so no row is named twice; one expert after another,
+        # since the order of additions shows
+        combined.index_add_(0, tokens, weighted)
     return combined

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.observe.crew import current_piece
 from reap2gguf.observe.experts import RoutedPairs, watch
 from reap2gguf.observe.kernels import all_square_sums, square_sums
-from reap2gguf.observe.observer import LayerObserver
+from reap2gguf.observe.observer import Arrays, LayerObserver
 
 Names = tuple[str, ...]  # GGUF matrices that share an input
 
@@ -63,10 +64,12 @@ class ImportanceObserver(LayerObserver):
     def _see_input(self, names: Names, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         values = arguments[0].reshape(-1, arguments[0].shape[-1])
         if self.real_tokens is not None:
-            values = values[self.real_tokens.places]
+            piece = current_piece()
+            real = self.real_tokens
+            values = values[real.places if piece is None else real.mask[piece.begin : piece.end]]
         count = torch.full((1,), len(values), device=values.device)
-        self._pending.append((self._sums[names], all_square_sums(values)))
-        self._pending.append((self._counts[names], count))
+        self._add(self._sums[names], all_square_sums(values))
+        self._add(self._counts[names], count)
 
     def see(self, pairs: RoutedPairs) -> None:
         """Sums (E, H) for gate and up, (E, F) for down."""
@@ -75,8 +78,8 @@ class ImportanceObserver(LayerObserver):
             (self._by_inputs, pairs.inputs),
             (self._by_activations, pairs.activations),
         ):
-            self._pending.append((self._sums[names][experts], square_sums(values, pairs.ends)))
-            self._pending.append((self._counts[names][experts], pairs.counts))
+            self._add(self._sums[names][experts], square_sums(values, pairs.ends))
+            self._add(self._counts[names][experts], pairs.counts)
 
     def sums(self) -> Iterable[Tensor]:
         return (*self._sums.values(), *self._counts.values())
@@ -93,3 +96,17 @@ class ImportanceObserver(LayerObserver):
                 order = self._model.column_order(name)
                 ordered = values if order is None else values[:, order]
                 self.entries[name] = ImatrixEntry(name, ordered, counts)
+
+    def kept(self) -> Arrays:
+        sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}
+        return sums | {f"{name}.counts": entry.counts for name, entry in self.entries.items()}
+
+    def restore(self, arrays: Arrays) -> None:
+        names = [name.removesuffix(".sums") for name in arrays if name.endswith(".sums")]
+        for name in names:
+            sums, counts = arrays[f"{name}.sums"], arrays[f"{name}.counts"]
+            if sums.ndim != 2 or counts.shape != sums.shape[:1]:
+                raise ValueError(f"sums {sums.shape} and counts {counts.shape} of {name}")
+            self.entries[name] = ImatrixEntry(
+                name, sums.astype(np.float32), counts.astype(np.int64)
+            )

@@ -8,13 +8,18 @@ wait for the flag. What may run out of memory comes before a batch is committed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.observe.crew import current_piece
 from reap2gguf.observe.experts import RealTokens, RoutedPairs
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class LayerObserver(ABC):
@@ -26,7 +31,8 @@ class LayerObserver(ABC):
         self._model = model
         self._device = torch.device("cpu")
         self.real_tokens: RealTokens | None = None
-        self._pending: list[tuple[Tensor, Tensor]] = []  # a sum, and what a batch adds to it
+        # where in the batch it comes from, a sum, and what is added to it
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def use(self, device: torch.device) -> None:
         """Sum on `device` from now on."""
@@ -52,17 +58,34 @@ class LayerObserver(ABC):
     def sums(self) -> Iterable[Tensor]:
         """The layer's sums so far; those of several processes add."""
 
+    @abstractmethod
+    def kept(self) -> Arrays:
+        """The sums of all finished layers, by names of its own."""
+
+    @abstractmethod
+    def restore(self, arrays: Arrays) -> None:
+        """Take up what `kept` gave; KeyError or ValueError if it is not that."""
+
     def peaks(self) -> Iterable[Tensor]:
         """The layer's maxima so far."""
         return ()
 
+    def _add(self, total: Tensor, added: Tensor) -> None:
+        """Let what was found in a batch, or in a piece of it, count once it is settled."""
+        piece = current_piece()
+        self._pending.append((0 if piece is None else piece.begin, total, added))
+
     def settle(self, good: Tensor) -> None:
         """End a batch: its sums will count where `good`, a bool on the device, is true."""
-        self._pending = [(total, torch.where(good, added, 0)) for total, added in self._pending]
+        # pieces of a batch come in any order, and the order of additions shows
+        self._pending.sort(key=lambda pending: pending[0])
+        self._pending = [
+            (place, total, torch.where(good, added, 0)) for place, total, added in self._pending
+        ]
 
     def commit(self) -> None:
         """Count a batch that was settled; takes no memory, so it cannot fail for want of any."""
-        for total, added in self._pending:
+        for _, total, added in self._pending:
             total += added
         self._pending.clear()
 

@@ -20,6 +20,8 @@ from reap2gguf.observe.mtp import count_hits
 from reap2gguf.observe.observer import LayerObserver
 from reap2gguf.observe.ranks import Ranks
 from reap2gguf.observe.spool import Spool, open_spool
+from reap2gguf.observe.state import StateKeeper, SweepState
+from reap2gguf.options import Resume
 from reap2gguf.progress import Progress, Task
 
 MAX_BAD_ROWS = 0.01
@@ -44,8 +46,10 @@ class SweepRun:
         self.n_layers = observer.last_layer() + 1
         self.batches: list[Batch] = []
         self.n_rows = 0
+        self.first_layer = 0  # more than none where an interrupted sweep goes on
         self.budget: Budget
         self.spool: Spool | None = None
+        self.keeper: StateKeeper
 
     @property
     def n_tokens(self) -> int:
@@ -59,8 +63,9 @@ class SweepRun:
         memory: int | None,
         spool: str,
         folder: Path,
+        resume: Resume | None = None,
     ) -> None:
-        """Decide on batches and spool, and embed every row while the first layer is read."""
+        """Decide on batches and spool, and fill it: from a kept state, or with embedded rows."""
         need = self._need([*rows, *passengers], dtype)
         # the same in all processes: batches, and so sums, are those of one
         host = self.ranks.least(available_bytes() // self.ranks.size)
@@ -70,18 +75,36 @@ class SweepRun:
         self.batches = self.ranks.share(padded_batches(rows, most, observed=True))
         self.batches += self.ranks.share(padded_batches(passengers, most, observed=False))
         self.n_rows = sum(len(batch.lengths) for batch in self.batches)
-        n_positions = settle_places(self.batches)
         width = self.decoder.model.facts.hidden_size
+        self.keeper = StateKeeper(resume, self.ranks, self.progress.note)
+        state = self.keeper.load(width, dtype, most)
+        if state is not None:
+            self.batches, self.first_layer = state.batches, state.layer
+            self.observer.restore(state.sums)
+        n_positions = settle_places(self.batches)
         self.spool = open_spool(self.budget.spool, (n_positions, width), dtype, self.device, folder)
         for line in self._first_lines(n_positions * need.hidden, dtype):
             self.progress.note(line)
         self.decoder.load_embedding()
-        self._read_ahead(0)
-        with torch.inference_mode():
-            for batch in self.batches:
-                self.spool.store(batch.place, self.decoder.embed(batch.tokens).flatten(0, 1))
+        self._read_ahead(self.first_layer)
+        self._fill(state, dtype)
         self.spool.flush()
         self.decoder.drop_embedding()
+
+    @torch.inference_mode()
+    def _fill(self, state: SweepState | None, dtype: torch.dtype) -> None:
+        """Let the hidden states of every batch wait in the spool."""
+        assert self.spool is not None
+        for index, batch in enumerate(self.batches):
+            if state is None:
+                hidden = self.decoder.embed(batch.tokens).flatten(0, 1)
+            else:
+                self.decoder.record(batch.tokens)
+                hidden = state.hidden(index, dtype).to(self.device)
+            self.spool.store(batch.place, hidden)
+        if state is not None:
+            state.close()
+            self.progress.note(f"going on from layer {state.layer} of {self.n_layers}")
 
     def _read_ahead(self, index: int) -> None:
         """Begin to read a layer, if there is room for two."""
@@ -143,6 +166,9 @@ class SweepRun:
         self.observer.finish(index)
         if index != self.decoder.mtp_layer:
             self.decoder.drop_layer(index)
+        if index + 1 < self.n_layers:
+            most = self.budget.batch_tokens
+            self.keeper.keep(index + 1, self.batches, self.spool, self.observer, most)
 
     def _all_batches(self, index: int, task: Task) -> list[Tensor]:
         """Per batch, which rows (B,) came out finite; those that did not fit are halved."""

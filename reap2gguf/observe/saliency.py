@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reap2gguf.artifacts.observations import LayerObservation
+from reap2gguf.artifacts.observations import LayerObservation, grouped_layers, named_layers
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.experts import RoutedPairs, watch
 from reap2gguf.observe.kernels import saliency_sums
-from reap2gguf.observe.observer import LayerObserver
+from reap2gguf.observe.observer import Arrays, LayerObserver
 
 
 class SaliencyObserver(LayerObserver):
@@ -43,8 +43,8 @@ class SaliencyObserver(LayerObserver):
         assert pairs.norms is not None
         sums, peaks = saliency_sums(pairs.norms, pairs.gates, pairs.ends)
         experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
-        self._pending.append((self._counts[experts], pairs.counts))
-        self._pending.append((self._sums[experts], sums))
+        self._add(self._counts[experts], pairs.counts)
+        self._add(self._sums[experts], sums)
         self._pending_peaks.append((self._peaks[experts], peaks))
 
     def settle(self, good: Tensor) -> None:
@@ -79,3 +79,9 @@ class SaliencyObserver(LayerObserver):
             norm_sum=norm,
             norm_max=self._peaks.cpu().numpy(),
         )
+
+    def kept(self) -> Arrays:
+        return named_layers(self.layers)
+
+    def restore(self, arrays: Arrays) -> None:
+        self.layers = grouped_layers(arrays)

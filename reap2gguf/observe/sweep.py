@@ -7,6 +7,11 @@ Passengers are rows that pass through unobserved: on them the MTP block's predic
 
 Memory: the embedding or two decoder layers, the activations of one batch, and the spool, which is
 tokens x H x 2 or 4 bytes; `SweepOptions.memory` bounds the sum (`budget.py`).
+
+Bits: on one kind of machine and device the same rows, weights and dtype give the same sums, bit for
+bit, whatever the number of threads (`crew.py`) and wherever hidden states wait. They may differ in
+their last bits on another kind of processor or GPU, with other versions of torch, with another
+number of processes, and where memory is so short that batches are smaller.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.observer import LayerObserver
 from reap2gguf.observe.ranks import join, meet_on
 from reap2gguf.observe.run import SweepRun
+from reap2gguf.options import Resume, available_threads
 from reap2gguf.progress import Progress
 
 
@@ -39,6 +45,7 @@ class SweepOptions:
     memory: int | None = None  # bytes of the GPU, or resident ones without; None: what is free
     spool: str = "auto"  # auto, device, host or disk
     folder: Path = Path()  # where a spool on disk goes
+    resume: Resume | None = None  # where to keep what is done between layers
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype: a GPU in bfloat16 where there is one, else float32 on the CPU.
@@ -86,17 +93,21 @@ def sweep(
     """
     ranks = join()
     device, dtype = options.resolve()
-    if options.n_threads is not None:
-        torch.set_num_threads(max(1, options.n_threads // ranks.size))
+    n_threads = max(1, (options.n_threads or available_threads()) // ranks.size)
+    if device.type == "cuda":
+        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew has them
     meet_on(ranks, device)
     hold_gpu_to(device, options.memory)
     observer.use(device)
-    decoder = StreamedDecoder(checkpoint, model, dtype, device)
+    decoder = StreamedDecoder(checkpoint, model, dtype, device, n_threads)
     run = SweepRun(decoder, observer, ranks, progress, device)
     try:
-        run.begin(rows, passengers, dtype, options.memory, options.spool, options.folder)
+        run.begin(
+            rows, passengers, dtype, options.memory, options.spool, options.folder, options.resume
+        )
         with progress.task(title, run.n_layers * run.n_tokens, "tokens") as task:
-            for index in range(run.n_layers):
+            task.advance(run.first_layer * run.n_tokens)
+            for index in range(run.first_layer, run.n_layers):
                 run.layer(index, task)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)
     except torch.OutOfMemoryError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from reap2gguf.artifacts.manifest import MANIFEST_FILE
 from reap2gguf.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, PlannedTensor, write_checkpoint
+from reap2gguf.disk import copy_whole, write_whole
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Dropped, Expert, Router
 from reap2gguf.progress import Progress
@@ -75,7 +75,11 @@ def write_pruned(
     progress: Progress,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write shards, index, config, tokenizer and the source's other small files into `folder`."""
+    """Write shards, index, config, tokenizer and the source's other small files into `folder`.
+
+    Shards that an interrupted call with the same arguments left are not written again. Raises
+    OutputError if the disk refuses.
+    """
     tensors = plan_pruned(model, checkpoint.tensors, kept)
     by_name = {tensor.planned.name: tensor for tensor in tensors}
     total = sum(tensor.planned.n_bytes for tensor in tensors)
@@ -88,9 +92,9 @@ def write_pruned(
             wrote=task.advance,
         )
     config = json.dumps(model.pruned_config(n_kept), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    write_whole(folder / "config.json", config + "\n")
     for file in companion_files(checkpoint.folder):
-        shutil.copyfile(file, folder / file.name)
+        copy_whole(file, folder / file.name)
 
 
 def companion_files(folder: Path) -> list[Path]:

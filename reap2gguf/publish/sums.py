@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from reap2gguf.artifacts.manifest import SUMS_FILE, FileRecord, hash_file
+from reap2gguf.disk import remove, write_whole
 
 
 def hash_folder(folder: Path, n_threads: int) -> dict[str, FileRecord]:
@@ -18,8 +19,8 @@ def hash_folder(folder: Path, n_threads: int) -> dict[str, FileRecord]:
 def write_sums(folder: Path, n_threads: int) -> None:
     """Write SHA256SUMS over every other file in the folder."""
     path = folder / SUMS_FILE
-    path.unlink(missing_ok=True)
+    remove(path)
     lines = [
         f"{record.sha256}  {name}\n" for name, record in hash_folder(folder, n_threads).items()
     ]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_whole(path, "".join(lines))

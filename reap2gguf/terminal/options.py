@@ -151,7 +151,9 @@ def collect_compute(arguments: dict[str, Any], scratch: Path = Path()) -> Comput
     return ComputeOptions(**{name: arguments[name] for name in names}, scratch=scratch)
 
 
-def collect(arguments: dict[str, Any], fresh: bool = False) -> BuildOptions:
+def collect(
+    arguments: dict[str, Any], fresh: bool = False, check_space: bool = True
+) -> BuildOptions:
     """The arguments of `build` and `plan` as one value."""
     return BuildOptions(
         recipes=arguments["recipes"],
@@ -169,4 +171,5 @@ def collect(arguments: dict[str, Any], fresh: bool = False) -> BuildOptions:
         chunk=arguments["chunk"],
         compute=collect_compute(arguments),
         fresh=fresh,
+        check_space=check_space,
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from reap2gguf.disk import remove
 from reap2gguf.errors import OutputError, UsageError
-from reap2gguf.options import CalibrationOptions
+from reap2gguf.options import CalibrationOptions, ComputeOptions, Resume
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import (
     FilePath,
@@ -37,6 +40,8 @@ def observe(
 ) -> None:  # fmt: skip
     """Observe what the experts of MODEL do on calibration text.
 
+    Interrupted, the same command goes on from a layer that OUTPUT.state keeps.
+
     \b
     Example:
       reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
@@ -57,11 +62,12 @@ def observe(
     length = min(max_length, described.facts.context_length)
     options = CalibrationOptions(spec, samples, length, seed)
     rows = observation_rows(Tokenizer(source.folder), options, length, described.facts.vocab_size)
-    where = collect_compute(compute, output.parent)
+    where = _resuming(collect_compute(compute, output.parent), output, checkpoint, rows.sha256)
     seen = stages.observe(checkpoint, described, rows, where, terminal_progress())
     if not processes().is_first:
         return
     seen.save(output)
+    _drop_states(output)
     click.echo(f"{output}: {seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers")
 
 
@@ -125,11 +131,13 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
 
     chunk = min(chunk, described.facts.context_length)
     chunks = imatrix_chunks(Tokenizer(source.folder), text, chunk)
-    where = collect_compute(compute, output.parent)
+    computing = collect_compute(compute, output.parent)
+    where = _resuming(computing, output, checkpoint, chunks.tokens_sha256)
     found, _ = stages.compute_imatrix(checkpoint, described, chunks, where, terminal_progress())
     if not processes().is_first:
         return
     stages.save_imatrix(found, output)
+    _drop_states(output)
     click.echo(f"{output}: {len(found.entries)} matrices over {found.n_chunks} chunks")
 
 
@@ -143,6 +151,8 @@ def quantize(
     hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
 ) -> None:
     """Write HF_DIR as one GGUF file.
+
+    Interrupted, the same command goes on from a tensor that OUTPUT.journal keeps.
 
     \b
     Example:
@@ -158,16 +168,30 @@ def quantize(
     source, checkpoint, described = _open(hf_dir)
     _check_parent(output)
     from reap2gguf import stages
+    from reap2gguf.artifacts.manifest import hash_file
+    from reap2gguf.export.journal import ExportJournal
+    from reap2gguf.keys import export_key
     from reap2gguf.terminal.console import size, terminal_progress
 
     facts = described.facts
     tensors = described.gguf_tensors(checkpoint.tensors)
     resolved = resolve(recipe, tensors, facts, facts.n_experts, importance is not None)
+    name = imatrix_file.name if imatrix_file else ""
+    digest = hash_file(imatrix_file).sha256 if imatrix_file else ""
+    key = export_key(checkpoint.fingerprint(), source.short_name, recipe.source, name, digest)
+    path = output.with_name(f"{output.name}.journal")
     stages.export(
         checkpoint, described, source.short_name, {output: resolved}, importance, [], threads,
-        terminal_progress(), imatrix_file.name if imatrix_file else "",
+        terminal_progress(), name, ExportJournal(path, key),
     )  # fmt: skip
+    remove(path)
     click.echo(f"{output}: {size(output.stat().st_size)}, {resolved.bits_per_weight:.2f} bpw")
+
+
+def say(text: str) -> None:
+    """A line for who waits; of several processes only the first speaks."""
+    if processes().is_first:
+        click.echo(text, err=True)
 
 
 def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeModel]:
@@ -176,7 +200,7 @@ def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeMod
     from reap2gguf.checkpoint.source import resolve_source
     from reap2gguf.models import describe
 
-    source = resolve_source(model)
+    source = resolve_source(model, say)
     checkpoint = Checkpoint.open(source.folder)
     return source, checkpoint, describe(checkpoint, keep_mtp)
 
@@ -185,6 +209,23 @@ def _check_tokenizer(source: Source, described: MoeModel) -> None:
     from reap2gguf.models.tokenizer import check_tokenizer
 
     check_tokenizer(source.folder, described.facts.vocab_size)
+
+
+def _resuming(
+    compute: ComputeOptions, output: Path, checkpoint: Checkpoint, rows: str
+) -> ComputeOptions:
+    """Where a sweep that writes `output` keeps what is done between layers: beside it."""
+    from reap2gguf.keys import sweep_key
+
+    path = output.with_name(f"{output.name}.state")
+    key = sweep_key(checkpoint.fingerprint(), rows, compute.device, compute.dtype)
+    return replace(compute, resume=Resume(path, key))
+
+
+def _drop_states(output: Path) -> None:
+    """Remove what sweeps kept, now that the result is."""
+    for file in output.parent.glob(f"{glob.escape(output.name)}.state*"):
+        remove(file)
 
 
 def _check_parent(output: Path) -> None:

@@ -74,7 +74,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     """What a build left, and how to use it."""
     manifest = result.manifest
     yield ""
-    for stage in manifest.stages:
+    for stage in result.stages:
         again = "  (reused)" if stage.reused else ""
         peak = size(stage.peak_bytes)
         yield f"  {stage.name:<8} {stage.seconds:>8.1f} s   peak memory so far {peak}{again}"

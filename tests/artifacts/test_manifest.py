@@ -17,7 +17,6 @@ from reap2gguf.artifacts.manifest import (
     Manifest,
     PruningRecord,
     SourceRecord,
-    StageRecord,
     hash_file,
 )
 from reap2gguf.errors import ArtifactError
@@ -56,7 +55,6 @@ def sample(recipe_source: str = RECIPE) -> Manifest:
                 tensors={"token_embd.weight": "Q6_K"},
             ),
         ),
-        stages=(StageRecord("observe", 1.5, 2**30), StageRecord("prune", 0.0, 2**30, reused=True)),
         verification={"passed": True, "checks": ["a", 1, None]},
     )
 
@@ -113,7 +111,7 @@ def test_it_is_json_with_expert_ids_on_one_line(tmp_path: Path) -> None:
     assert "größe" in text
 
 
-TOP = ["name", "program", "source", "pruning", "calibration", "hf", "gguf", "stages"]
+TOP = ["name", "program", "source", "pruning", "calibration", "hf", "gguf"]
 
 
 @pytest.mark.parametrize("key", [*TOP, "verification"])
@@ -133,7 +131,6 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         ("hf", "files"),
         ("hf", "files", "config.json", "sha256"),
         ("gguf", 0, "tensors"),
-        ("stages", 0, "seconds"),
     ],
 )
 def test_missing_inner_key(tmp_path: Path, path: tuple[str | int, ...]) -> None:

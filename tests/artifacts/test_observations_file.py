@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
-from reap2gguf.errors import ArtifactError
+from reap2gguf.errors import ArtifactError, OutputError
 
 PARTS = ("count", "reap_sum", "gate_sum", "norm_sum", "norm_max")
 
@@ -84,6 +84,22 @@ def test_the_library_reads_it(tmp_path: Path) -> None:
     assert set(found) == {f"layers.{n}.{part}" for n in (1, 3, 12) for part in PARTS}
     assert found["layers.12.count"].dtype == np.int64
     assert found["layers.12.reap_sum"].dtype == np.float64
+
+
+def test_the_same_observations_give_the_same_bytes(tmp_path: Path) -> None:
+    first = saved(tmp_path).read_bytes()
+    for _ in range(8):
+        assert saved(tmp_path).read_bytes() == first
+    end = 8 + int.from_bytes(first[:8], "little")
+    assert end % 8 == 0
+    names = list(json.loads(first[8:end])["__metadata__"])
+    assert names == sorted(names)
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "observations.safetensors"
+    with pytest.raises(OutputError, match="cannot be written"):
+        sample().save(path)
 
 
 def test_saving_leaves_no_other_file(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reap2gguf.calibration.corpus import Cut, Message, Passage, load_corpus
+from reap2gguf.calibration.corpus import Cut, Message, Passage, Tool, load_corpus
 from reap2gguf.errors import CalibrationError
 from reap2gguf.resources import shipped_folder
 
 
-def render(messages: list[Message]) -> str:
-    return "".join(f"[{message['role']}] {message['content']}\n" for message in messages)
+def render(messages: list[Message], tools: list[Tool] | None = None) -> str:
+    names = "".join(f"<{tool['name']}>" for tool in tools or ())
+    return names + "".join(f"[{message['role']}] {message['content']}\n" for message in messages)
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -32,6 +33,10 @@ RECORDS = [
     ({"prompt": "2+2?", "completion": "4"}, "[user] 2+2?\n[assistant] 4\n"),
     ({"prompt": CHAT, "completion": [{"role": "user", "content": "bye"}]},
      "[user] hi\n[assistant] hello\n[user] bye\n"),
+    ({"messages": CHAT, "tools": [{"name": "f"}]}, "<f>[user] hi\n[assistant] hello\n"),
+    ({"messages": CHAT, "tools": '[{"name": "f"}]'}, "<f>[user] hi\n[assistant] hello\n"),
+    ({"messages": CHAT, "tools": ""}, "[user] hi\n[assistant] hello\n"),
+    ({"messages": CHAT, "tools": None}, "[user] hi\n[assistant] hello\n"),
 ]  # fmt: skip
 
 
@@ -74,6 +79,9 @@ def test_a_folder_is_all_its_samples(tmp_path: Path) -> None:
         (b'{"question": "a"}\n', "has question, expected text, messages"),
         (b'{"messages": [{"role": "user"}]}\n', "expected messages with a role and content"),
         (b'{"messages": []}\n', "expected messages"),
+        (b'{"messages": "a", "tools": "["}\n', "sample 1: tools are not JSON"),
+        (b'{"messages": "a", "tools": {"name": "f"}}\n', "sample 1: expected tools as a list"),
+        (b'{"messages": "a", "tools": [1]}\n', "sample 1: expected tools as a list"),
         (b"\n", "holds no text"),
         (b'{"text": "\\ud800"}\n', "holds half a character"),
     ],
@@ -104,6 +112,16 @@ def test_unreadable_files(name: str, content: bytes, message: str, tmp_path: Pat
 def test_missing_files(name: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"cannot be read"):
         load_corpus(str(tmp_path / name), render)
+
+
+def test_what_the_template_refuses_says_which_sample(tmp_path: Path) -> None:
+    def refuse(messages: list[Message], tools: list[Tool] | None = None) -> str:
+        raise CalibrationError("the chat template refuses it")
+
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"messages": CHAT})
+    with pytest.raises(CalibrationError) as caught:
+        load_corpus(str(path), refuse)
+    assert str(caught.value) == f"{path}: sample 2: the chat template refuses it"
 
 
 @given(st.binary(max_size=200))

@@ -3,16 +3,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Passage
 from reap2gguf.calibration.rows import Tokenizer, chunk_text, make_rows
-from reap2gguf.calibration.texts import imatrix_chunks, observation_rows, read_texts
-from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.calibration.texts import Texts, imatrix_chunks, observation_rows, read_texts
+from reap2gguf.checkpoint.safetensors_header import read_metadata
+from reap2gguf.errors import ArtifactError, CalibrationError, CheckpointError
 from reap2gguf.options import CalibrationOptions
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
@@ -117,12 +120,51 @@ def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
         shutil.copyfile(EXAMPLE / name, tmp_path / name)
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (tmp_path / "chat_template.jinja").write_text(attack)
-    with pytest.raises(CalibrationError, match=r"unsafe|undefined"):
+    with pytest.raises(
+        CalibrationError, match=r"asks for what is forbidden \(access to attribute '__class__'"
+    ):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        Tokenizer(tmp_path)
+
+
+class PanicException(BaseException):
+    """What the Rust library raises when it panics: no Exception."""
+
+
+def test_a_panic_of_the_tokenizer_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def panic(*args: Any, trust_remote_code: bool, **kwargs: Any) -> None:
+        assert not trust_remote_code
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer \(called `Option::unwrap"):
+        Tokenizer(tmp_path)
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_templates/rag.jinja"])
+def test_a_template_file_beyond_reason(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x" * (2**20 + 1))
+    with pytest.raises(CheckpointError, match=r"1,048,577 bytes, expected a chat template of at"):
+        Tokenizer(tmp_path)
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    shutil.copyfile(EXAMPLE / "tokenizer.json", tmp_path / "tokenizer.json")
+    config = json.loads((EXAMPLE / "tokenizer_config.json").read_text()) | {"chat_template": 5}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="its chat template is not text"):
         Tokenizer(tmp_path)
 
 
@@ -135,7 +177,8 @@ def test_labels_tell_no_paths(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_the_importance_matrix_reads_the_same_corpus(tokenizer: Tokenizer) -> None:
-    rows, chunks = read_texts(tokenizer, CalibrationOptions(), 512, None, 512, 4096)
+    texts = read_texts(tokenizer, CalibrationOptions(), 512, None, 512, 4096)
+    rows, chunks = texts.rows, texts.chunks
     assert (rows.label, chunks.label) == ("default", "default")
     assert len(chunks.chunks) > 100
     assert "<|im_start|>assistant" in chunks.text
@@ -147,10 +190,38 @@ def test_the_importance_matrix_reads_no_more_than_the_observation_may(
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i} " + TEXT}) + "\n" for i in range(50)))
     options = CalibrationOptions(str(path), samples=3, max_length=64)
-    rows, chunks = read_texts(tokenizer, options, 64, None, 32, 4096)
-    assert len(rows.rows) == 3
-    assert len(chunks.chunks) == 3 * 64 // 32
-    assert chunks.text.count("def add(a, b)") == 3 * TEXT.count("def add(a, b)")
+    texts = read_texts(tokenizer, options, 64, None, 32, 4096)
+    assert len(texts.rows.rows) == 3
+    assert len(texts.chunks.chunks) == 3 * 64 // 32
+    assert texts.chunks.text.count("def add(a, b)") == 3 * TEXT.count("def add(a, b)")
+
+
+def test_texts_are_kept_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = read_texts(tokenizer, CalibrationOptions(), 512, None, 128, 4096)
+    texts.save(tmp_path / "texts.safetensors")
+    loaded = Texts.load(tmp_path / "texts.safetensors")
+    for kept, made in (
+        (loaded.rows.rows, texts.rows.rows),
+        (loaded.chunks.chunks, texts.chunks.chunks),
+    ):
+        assert len(kept) == len(made)
+        assert all(np.array_equal(a, b) for a, b in zip(kept, made, strict=True))
+    assert (loaded.rows.label, loaded.rows.sha256) == (texts.rows.label, texts.rows.sha256)
+    assert loaded.chunks.text == texts.chunks.text
+    assert loaded.chunks.tokens_sha256 == texts.chunks.tokens_sha256
+
+
+@pytest.mark.parametrize("name", ["rows.lengths", "chunks.tokens", "text"])
+def test_damaged_texts(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "texts.safetensors"
+    read_texts(tokenizer, CalibrationOptions(samples=2), 64, None, 64, 4096).save(path)
+    arrays, metadata = load_file(path), read_metadata(path)
+    arrays[name] = arrays[name][:-1]
+    if name == "text":
+        arrays[name][-1] = 0xFF
+    save_file(arrays, path, metadata)
+    with pytest.raises(ArtifactError, match="is not the tokenized text that it was"):
+        Texts.load(path)
 
 
 def test_a_tokenizer_beyond_the_models_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -176,5 +247,5 @@ def test_a_template_that_fails_is_one_line(tmp_path: Path, template: str) -> Non
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EXAMPLE / name, tmp_path / name)
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(CalibrationError, match="the chat template refuses a sample"):
+    with pytest.raises(CalibrationError, match="the chat template refuses it"):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])

@@ -7,8 +7,14 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from reap2gguf.checkpoint import hub
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import SourceError
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
 
 
 def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
@@ -155,3 +161,12 @@ def test_a_download(
         for pattern in patterns
         if pattern != "LICENSE*"
     )
+
+
+def test_each_try_that_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, ConnectionError("no route"))
+    said: list[str] = []
+    with pytest.raises(SourceError):
+        resolve_source("owner/name", said.append)
+    assert len(said) == 4
+    assert said[0] == "owner/name: the Hub cannot be reached (no route); try 2 of 5 in 0 s"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from tiny import EXAMPLE
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.tokenizer import add_tokenizer
+from reap2gguf.models.tokenizer import add_tokenizer, check_tokenizer
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -175,3 +176,13 @@ def test_a_broken_tokenizer_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         header(tmp_path, tokenizer())
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_a_template_beyond_reason_is_not_copied(name: str, tmp_path: Path, example: Path) -> None:
+    shutil.copytree(example, tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x" * (2**20 + 1))
+    with pytest.raises(CheckpointError, match=r"1,048,577 bytes, expected a chat template of at"):
+        check_tokenizer(tmp_path / "model", 4096)

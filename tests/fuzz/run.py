@@ -6,6 +6,7 @@ input that crashes the reader is written to the working folder.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
@@ -29,26 +30,26 @@ def main() -> None:
     given = {word.partition("=")[0] for word in words}
     options = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given]
     target, structured = TARGETS[name], MUTATORS[name]
-    memory = Path("/dev/shm")  # far quicker than a disk
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        path = Path(folder) / f"input{target.suffix}"
+    if all(word.startswith("-") for word in words):
         # libFuzzer keeps what it finds in the first folder, which is not to be the repository's
-        kept = Path(folder) / "kept"
-        kept.mkdir()
-        named = any(not word.startswith("-") for word in words)
-        folders = [str(CORPUS / name)] if named else [str(kept), str(CORPUS / name)]
+        kept = Path(tempfile.gettempdir()) / f"reap2gguf-fuzz-{name}"
+        kept.mkdir(exist_ok=True)
+        words += [str(kept), str(CORPUS / name)]
+    descriptor = os.memfd_create("input")
+    path = Path(f"/proc/self/fd/{descriptor}")
 
-        def check(content: bytes) -> None:
-            path.write_bytes(content)
-            run(target, path)
+    def check(content: bytes) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+        run(target, path)
 
-        def mutate(content: bytes, max_size: int, seed: int) -> bytes:
-            changed = bytes(atheris.Mutate(content, max_size))
-            dice = random.Random(seed)
-            return structured(changed, dice)[:max_size] if dice.random() < 0.75 else changed
+    def mutate(content: bytes, max_size: int, seed: int) -> bytes:
+        changed = bytes(atheris.Mutate(content, max_size))
+        dice = random.Random(seed)
+        return structured(changed, dice)[:max_size] if dice.random() < 0.75 else changed
 
-        atheris.Setup([sys.argv[0], *words, *options, *folders], check, custom_mutator=mutate)
-        atheris.Fuzz()
+    atheris.Setup([sys.argv[0], *words, *options], check, custom_mutator=mutate)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

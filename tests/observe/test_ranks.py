@@ -33,7 +33,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def torchrun(
-    *arguments: object, program: tuple[object, ...] = ("-m", "reap2gguf")
+    *arguments: object,
+    program: tuple[object, ...] = ("-m", "reap2gguf"),
+    is_whole: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """The program in two processes."""
     command = [
@@ -44,7 +46,7 @@ def torchrun(
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode == 0) == is_whole, done.stderr
     return done
 
 
@@ -131,6 +133,34 @@ def test_a_build_is_the_same(tiny: Path, text: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.norm_max, expected.norm_max)
         for name in ("reap_sum", "gate_sum", "norm_sum"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+
+
+def test_a_stopped_sweep_goes_on_in_all_processes(
+    example: Path, text: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "stop.py"
+    script.write_text(
+        "import os\n"
+        "from reap2gguf import cli\n"
+        "from reap2gguf.observe import run, state\n"
+        "state.MOST_OF_TIME = 1e9\n"
+        "layer = run.SweepRun.layer\n"
+        "def stop(self, index, task):\n"
+        "    if index == 2:\n"
+        "        os._exit(9)\n"
+        "    layer(self, index, task)\n"
+        "run.SweepRun.layer = stop\n"
+        "cli.main()\n"
+    )
+    asked = ("--calibration", text, "--max-length", 256, "--samples", 40, *COMPUTE)
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    torchrun("observe", example, *asked, "-o", whole)
+    torchrun("observe", example, *asked, "-o", resumed, program=(script,), is_whole=False)
+    assert len(list(tmp_path.glob("resumed.safetensors.state.?-of-2"))) == 2
+    done = torchrun("observe", example, *asked, "-o", resumed)
+    assert "going on from layer 2 of 4" in done.stderr
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.state*"))
 
 
 @pytest.mark.parametrize(

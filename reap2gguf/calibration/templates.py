@@ -1,0 +1,285 @@
+"""Renders conversations through a checkpoint's chat template, a program of a stranger's.
+
+Jinja2's sandbox bounds what a template can reach, and neither its time nor its memory: a line of
+template can fill a machine or never end. So templates run in `template_worker.py`, a process of its
+own with hard limits, which is ended here if it does not answer. The text is what transformers'
+`apply_chat_template` gives, but for two things: the date that a template may ask for is always
+1 January 2025, and what it draws by lot is always the same, since a bundle must be the same bytes
+on whatever day it is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jinja2
+import markupsafe
+
+import reap2gguf
+from reap2gguf.calibration.template_worker import HEADER, Answer
+from reap2gguf.checkpoint.template_files import MAX_TEMPLATE_BYTES
+from reap2gguf.errors import CalibrationError, DependencyError
+
+_MAX_REQUEST_BYTES = 2**26
+_START_SECONDS = 60.0  # of our own code alone, from a disk that may be slow
+_SHOWN_LETTERS = 200
+_ADVICE = 'pass samples of plain text (a "text" field each), or another --calibration'
+# The names under which data sets store what a model thought, the one that templates read first.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_BOOT = (
+    "import sys; sys.path += sys.argv[1:]; "
+    "from reap2gguf.calibration.template_worker import main; main()"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one rendering may take; an honest one takes milliseconds and a few megabytes."""
+
+    cpu_seconds: float = 3.0
+    wall_seconds: float = 10.0  # behind the first, for a process that is stopped or starved
+    memory_bytes: int = 512 * 2**20  # over what the process has at its start
+    output_bytes: int = 64 * 2**20
+
+
+class ChatTemplate:
+    """A checkpoint's template or templates by name, rendered in a process that starts when needed.
+
+    Use it as a context, or `close` it; a closed one starts a new process at the next rendering.
+    """
+
+    def __init__(
+        self,
+        templates: str | Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        limits: Limits | None = None,
+    ) -> None:
+        self._templates = {"default": templates} if isinstance(templates, str) else dict(templates)
+        self._special_tokens = dict(special_tokens)
+        self._limits = limits or Limits()
+        self._process: _Process | None = None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """A conversation as text, without a prompt for the next answer; `tools` are JSON schemas.
+
+        Raises CalibrationError if the template refuses the conversation or goes beyond a limit.
+        """
+        request = _encoded(self._choose(tools is not None), messages, tools)
+        if self._process is None:
+            self._process = self._start()
+        try:
+            return self._process.render(request)
+        except _EndedError as ended:
+            self.close()
+            raise CalibrationError(f"{ended}; {_ADVICE}") from ended
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _choose(self, has_tools: bool) -> str:
+        """The name of the template for a conversation, as transformers chooses it."""
+        name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise CalibrationError(
+                f"the model has chat templates named {', '.join(map(repr, self._templates))} and "
+                f"none named 'default'; {_ADVICE}"
+            )
+        size = len(self._templates[name].encode("utf-8", "surrogatepass"))
+        if size > MAX_TEMPLATE_BYTES:
+            raise CalibrationError(
+                f"the chat template has {size:,} bytes, expected at most {MAX_TEMPLATE_BYTES:,}; "
+                f"{_ADVICE}"
+            )
+        return name
+
+    def _start(self) -> _Process:
+        used = {"default", "tool_use"} & set(self._templates)
+        setup = {
+            "templates": {name: self._templates[name] for name in used},
+            "special_tokens": self._special_tokens,
+            **asdict(self._limits),
+        }
+        process = _Process(self._limits)
+        try:
+            process.exchange(json.dumps(setup).encode(), _START_SECONDS)
+        except _EndedError as ended:
+            process.close()
+            raise DependencyError(
+                f"the process that renders chat templates does not start ({ended}); reinstall "
+                "reap2gguf and jinja2"
+            ) from ended
+        return process
+
+
+class _EndedError(Exception):
+    """A rendering gave no text, and why; the process is of no more use."""
+
+
+class _Process:
+    """A running worker and the socket to it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._socket, theirs = socket.socketpair()
+        # isolated: no environment, no current folder and no packages but those it needs; and a
+        # session of its own, so that Ctrl-C reaches us alone
+        keep = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOT, *_folders()],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in keep if name in os.environ},
+                start_new_session=True,
+            )
+        self.close = weakref.finalize(self, _end, self._process, self._socket)
+
+    def render(self, request: bytes) -> str:
+        """The text of a conversation; _EndedError if there is none."""
+        kind, body = self.exchange(request, self._limits.wall_seconds)
+        said = _shown(body)
+        memory = f"{self._limits.memory_bytes / 2**20:,.0f} MiB of memory"
+        output = f"{self._limits.output_bytes / 2**20:,.0f} MiB of text"
+        if kind == Answer.TEXT:
+            with contextlib.suppress(UnicodeDecodeError):
+                return body.decode("utf-8", "surrogatepass")
+        reasons = {
+            int(Answer.REFUSED): f"the chat template refuses it ({said})",
+            int(Answer.FORBIDDEN): f"the chat template asks for what is forbidden ({said})",
+            int(Answer.OUT_OF_MEMORY): f"the chat template took over {memory}",
+            int(Answer.TOO_LONG): f"the chat template wrote over {output}",
+        }
+        raise _EndedError(reasons.get(kind, "the chat template's process answered nonsense"))
+
+    def exchange(self, request: bytes, seconds: float) -> tuple[int, bytes]:
+        """Send a request and return kind and body of the answer, all within `seconds`."""
+        deadline = time.monotonic() + seconds
+        try:
+            self._socket.settimeout(seconds)
+            self._socket.sendall(HEADER.pack(0, len(request)) + request)
+            kind, length = HEADER.unpack(self._receive(HEADER.size, deadline))
+            # never more than was promised, whatever the process has become
+            if length > max(self._limits.output_bytes, 2**16):
+                raise _EndedError("the chat template's process answered nonsense")
+            return kind, self._receive(length, deadline)
+        except TimeoutError as error:
+            raise _EndedError(f"the chat template took over {seconds:g} s") from error
+        except ConnectionError as error:
+            raise _EndedError(self._epitaph()) from error
+
+    def _receive(self, length: int, deadline: float) -> bytes:
+        """Exactly `length` bytes."""
+        received = bytearray()
+        while len(received) < length:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            piece = self._socket.recv(min(length - len(received), 2**20))
+            if not piece:
+                raise ConnectionResetError
+            received += piece
+        return bytes(received)
+
+    def _epitaph(self) -> str:
+        """How the process ended; it has closed its side."""
+        try:
+            status = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return "the chat template's process does not answer"
+        if status == -signal.SIGPROF:
+            return f"the chat template took over {self._limits.cpu_seconds:g} s of processor time"
+        how = f"killed ({signal.Signals(-status).name})" if status < 0 else f"gone (exit {status})"
+        return f"the chat template's process was {how}"
+
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    """The end of a worker, in whatever state it is."""
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+def _folders() -> list[str]:
+    """Where the worker finds this package and the two that it needs."""
+    files = [str(module.__file__) for module in (reap2gguf, jinja2, markupsafe)]
+    return list(dict.fromkeys(str(Path(file).absolute().parents[1]) for file in files))
+
+
+def _shown(raw: bytes) -> str:
+    """A stranger's message, fit for one line of a terminal."""
+    words = " ".join(raw[: 8 * _SHOWN_LETTERS].decode("utf-8", "replace").split())
+    letters = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in words[: _SHOWN_LETTERS + 1]
+    )
+    return letters if len(letters) <= _SHOWN_LETTERS else letters[:_SHOWN_LETTERS] + "..."
+
+
+def _encoded(
+    name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> bytes:
+    """A request to render `messages`; CalibrationError if they are too much for one."""
+    try:
+        prepared = [_prepared(message) for message in messages]
+        request = {"template": name, "messages": prepared, "tools": _plain(tools)}
+        body = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except RecursionError as error:
+        raise CalibrationError("messages are nested too deeply; flatten them") from error
+    if len(body) > _MAX_REQUEST_BYTES:
+        raise CalibrationError(
+            f"{len(body):,} bytes of messages, expected at most {_MAX_REQUEST_BYTES:,}; cut them"
+        )
+    return body
+
+
+def _prepared(message: Mapping[str, Any]) -> Any:
+    """A message as templates expect it: no empty fields, reasoning under each of its names."""
+    plain = {key: value for key, value in _plain(message).items() if value is not None}
+    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _plain(value: Any) -> Any:
+    """A value of JSON's kinds; what is none of them, such as a date, becomes its type's name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return f"<{type(value).__name__}>"

@@ -1,0 +1,119 @@
+"""The keys of a build's stages: hashes of everything that goes into them.
+
+A stage that was done with the same key is not done again. Threads, memory and where hidden states
+wait are in no key: the results do not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from reap2gguf import __version__
+from reap2gguf.artifacts.manifest import hash_file
+from reap2gguf.calibration.corpus import corpus_files
+from reap2gguf.calibration.rows import Row
+from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
+from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.ggml import load_ggml
+from reap2gguf.marks import stage_key
+from reap2gguf.plan import Plan
+from reap2gguf.prune.select import Kept
+from reap2gguf.prune.write import companion_files
+
+
+@dataclass(frozen=True)
+class BuildKeys:
+    """The keys of one plan; each stage's holds those before it that it depends on."""
+
+    plan: Plan
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the source's config and weights."""
+        return self.plan.checkpoint.fingerprint()
+
+    @cached_property
+    def _companions(self) -> dict[str, str]:
+        """Hashes of tokenizer, template and licence files, which a bundle carries as well."""
+        return _hashes(companion_files(self.plan.source.folder), CheckpointError)
+
+    @cached_property
+    def texts(self) -> str:
+        """Of the text files as they are, the tokenizer, and how both become rows."""
+        options = self.plan.options
+        calibration, text = options.calibration, options.imatrix_text
+        files = [*corpus_files(calibration.spec), *([text.expanduser()] if text else [])]
+        return stage_key(
+            __version__, version("transformers"), version("tokenizers"), self._companions,
+            calibration.spec, _hashes(files, CalibrationError), str(text), calibration.samples,
+            calibration.seed, self.plan.max_length, self.chunk, self.plan.model.facts.vocab_size,
+        )  # fmt: skip
+
+    @property
+    def chunk(self) -> int:
+        """Tokens a chunk of the importance matrix, within the model's context."""
+        return min(self.plan.options.chunk, self.plan.model.facts.context_length)
+
+    def observe(self, rows: ObservationRows) -> str:
+        calibration = self.plan.options.calibration
+        return stage_key(
+            __version__, self.fingerprint, rows.sha256, self.plan.max_length, calibration.samples,
+            calibration.seed, *self._computing, self.plan.mtp,
+        )  # fmt: skip
+
+    def prune(self, kept: Kept) -> str:
+        kept_experts = sorted(kept.items())
+        return stage_key(
+            __version__, self.fingerprint, kept_experts, self._companions, self.plan.mtp
+        )
+
+    def imatrix(self, prune: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
+        asked = [row.tolist() for row in probe]
+        return stage_key(prune, chunks.tokens_sha256, chunks.chunk_size, asked, *self._computing)
+
+    def export(self, imatrix: str) -> str:
+        plan = self.plan
+        recipes = [recipe.recipe.source for recipe in plan.recipes]
+        return export_key(imatrix, plan.name, plan.source.label, plan.options.method, recipes)
+
+    @property
+    def inputs(self) -> str:
+        """Of everything that goes into a bundle."""
+        plan = self.plan
+        recipes = [(recipe.recipe.name, recipe.recipe.source) for recipe in plan.recipes]
+        return stage_key(
+            self.fingerprint, self.texts, plan.name, plan.source.label, plan.source.revision,
+            plan.options.method, plan.target.n_kept, plan.mtp, recipes, *self._computing,
+        )  # fmt: skip
+
+    @property
+    def _computing(self) -> tuple[str, str]:
+        compute = self.plan.options.compute
+        return compute.device, compute.dtype
+
+
+def sweep_key(*inputs: object) -> str:
+    """Of a sweep that may be interrupted: no two versions of a library share one."""
+    return stage_key(__version__, version("torch"), version("transformers"), *inputs)
+
+
+def export_key(*inputs: object) -> str:
+    """Of an export that may be interrupted: no two versions of a library share one."""
+    return stage_key(__version__, load_ggml().version, version("gguf"), *inputs)
+
+
+def _hashes(
+    files: Iterable[Path], kind: type[CheckpointError | CalibrationError]
+) -> dict[str, str]:
+    """SHA-256 by path; an error of `kind` if one cannot be read."""
+    found: dict[str, str] = {}
+    for file in files:
+        try:
+            found[file.name] = hash_file(file).sha256
+        except OSError as error:
+            raise kind(f"{file}: cannot be read ({error.strerror or error})") from error
+    return found

@@ -1,0 +1,169 @@
+"""A sample of what `fault_runs.py` does everywhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_layer import tree
+from fault_runs import NAME, STAGES, Rig, is_one_line, points
+from zygote import Zygote
+
+WRITING = ("write", "rename", "fsync")
+ALL = (*WRITING, "read")
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    folder = tmp_path_factory.mktemp("faults")
+    with Zygote(folder) as zygote:
+        yield Rig(folder, zygote)
+
+
+@pytest.fixture(scope="module")
+def bundle(rig: Rig) -> dict[str, bytes]:
+    """What an uninterrupted build leaves."""
+    return rig.reference(ALL)[0]
+
+
+@pytest.fixture(scope="module")
+def operations(rig: Rig) -> list[str]:
+    """Every operation of a build, in order."""
+    return rig.reference(ALL)[1]
+
+
+def renames(log: list[str], name: str) -> list[int]:
+    """Where files whose path holds `name` take their names."""
+    return [i for i, line in enumerate(log) if line.startswith("rename") and name in line]
+
+
+def at_each_stage(log: list[str], per_stage: int) -> list[int]:
+    """Operations spread over every stage, which the marks and artefacts in the log tell apart."""
+    ends = [
+        at for name in ("/texts/", "/observations/", "stages.json") for at in renames(log, name)
+    ]
+    chosen: set[int] = set()
+    for first, last in zip([0, *ends], [*ends, len(log) - 1], strict=True):
+        chosen |= {first + at for at in points(last - first + 1, per_stage)}
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_killed_anywhere_and_resumed(
+    rig: Rig, bundle: dict[str, bytes], operations: list[str], power_cut: bool
+) -> None:
+    stopped = set()
+    for at in at_each_stage(operations, 3):
+        outcome = rig.build({"kinds": ALL, "at": at, "power_cut": power_cut})
+        assert outcome.code == -9, operations[at]
+        reached = rig.finished_stages()
+        stopped |= {next((stage for stage in STAGES if stage not in reached), "publish")}
+        assert not rig.resume(bundle), f"done again after {operations[at]}"
+    assert stopped >= {*STAGES}
+
+
+def test_killed_by_the_clock(rig: Rig, bundle: dict[str, bytes]) -> None:
+    seconds = rig.build().seconds
+    shutil.rmtree(rig.output)
+    for share in (0.3, 0.5, 0.7, 0.9):
+        rig.build(after=share * seconds)
+        assert not rig.resume(bundle)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_once(rig: Rig, bundle: dict[str, bytes], error: int) -> None:
+    log = rig.build({"kinds": WRITING}).log
+    shutil.rmtree(rig.output)
+    for at in points(len(log), 14):
+        outcome = rig.build({"kinds": WRITING, "at": at, "error": error})
+        assert outcome.code == 2, (log[at], outcome.errors)
+        assert is_one_line(outcome), (log[at], outcome.errors)
+        assert os.strerror(error) in outcome.error_lines[0]
+        assert not rig.resume(bundle), log[at]
+
+
+def test_asked_to_end(rig: Rig, bundle: dict[str, bytes], operations: list[str]) -> None:
+    for number in (2, 15):
+        for at in points(len(operations) * 9 // 10, 4):
+            outcome = rig.build({"kinds": ALL, "at": at, "signal": number})
+            assert outcome.code == 130, (operations[at], outcome.errors)
+            assert is_one_line(outcome), (operations[at], outcome.errors)
+            assert "Error: interrupted; to go on: reap2gguf build " in outcome.errors
+            assert not rig.resume(bundle)
+
+
+def test_an_interrupted_sweep_goes_on_from_its_layer(rig: Rig, operations: list[str]) -> None:
+    kept = renames(operations, ".state")
+    assert len(kept) == 2, "a state after the first of two layers, in both sweeps"
+    for at in kept:
+        rig.build({"kinds": ALL, "at": at + 2})
+        outcome = rig.build()
+        assert "going on from layer 1 of 2" in outcome.errors
+        shutil.rmtree(rig.output)
+
+
+def test_an_interrupted_export_writes_no_tensor_twice(rig: Rig, operations: list[str]) -> None:
+    def tensors(lines: list[str]) -> int:
+        return sum(line.startswith("write: pwrite") and ".gguf" in line for line in lines)
+
+    at = renames(operations, "export.json")
+    middle = at[len(at) // 2]
+    rig.build({"kinds": ALL, "at": middle + 2})
+    second = rig.build({"kinds": ALL})
+    shutil.rmtree(rig.output)
+    headers, racing = 2, 2 * 2  # each file's header, and what two threads were at
+    before = tensors(operations[: middle + 2])
+    assert tensors(second.log) <= tensors(operations) - before + headers + racing
+
+
+def test_an_interrupted_pruning_writes_no_shard_twice(rig: Rig) -> None:
+    arguments = {"kinds": ("rename",)}
+    log = rig.build(arguments).log
+    shutil.rmtree(rig.output)
+    shards = [i for i, line in enumerate(log) if f"{NAME}/model" in line and "export" not in line]
+    assert shards
+    outcome = rig.build({**arguments, "at": shards[0] + 1})
+    assert outcome.code == -9
+    again = rig.build(arguments).log
+    shutil.rmtree(rig.output)
+    assert not [line for line in again if "safetensors.part" in line and f"{NAME}/model" in line]
+
+
+@pytest.fixture
+def small_disk(rig: Rig) -> Iterator[Path]:
+    """A file system with room for half of a bundle."""
+    folder = rig.output
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode:
+        folder.rmdir()
+        pytest.skip("a tmpfs cannot be mounted here, which takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    folder.rmdir()
+
+
+def test_a_disk_too_small_is_refused_before_the_work(rig: Rig, small_disk: Path) -> None:
+    outcome = rig.build()
+    assert outcome.code == 2
+    assert is_one_line(outcome)
+    assert "are free on that disk" in outcome.error_lines[0]
+    assert not list(small_disk.rglob("*.safetensors"))
+
+
+def test_a_disk_too_small_that_is_not_asked(rig: Rig, small_disk: Path) -> None:
+    outcome = rig.build(None, more=("--no-space-check",))
+    assert outcome.code == 2, outcome.errors
+    assert is_one_line(outcome)
+    assert "No space left on device; free some" in outcome.error_lines[0].replace(")", "")
+    assert tree(small_disk) == {}
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert rig.build().code == 0
+    rig.check_finals()

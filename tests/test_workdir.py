@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reap2gguf.errors import OutputError
+from reap2gguf.marks import StageMarks, stage_key
+from reap2gguf.workdir import Workdir
+
+IDENTITY = {"source": "model", "fingerprint": "0123456789abcdef"}
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Workdir:
+    """A prepared work folder."""
+    work = Workdir(tmp_path, "name")
+    work.prepare(IDENTITY, fresh=False)
+    return work
+
+
+def publish(work: Workdir, inputs: str = "inputs") -> None:
+    for folder, name in ((work.hf, "config.json"), (work.gguf, "name.gguf")):
+        folder.mkdir()
+        (folder / name).write_text("contents")
+    work.publish(inputs, [])
+
+
+def test_marks_of_later_stages_fall_with_earlier_ones(work: Workdir) -> None:
+    work.hf.mkdir()
+    work.gguf.mkdir()
+    for stage in ("prune", "imatrix", "export", "verify"):
+        work.marks.finish(stage, stage_key(stage), {})
+    work.begin("imatrix", stage_key("imatrix"), work.gguf)
+    assert work.is_done("prune", stage_key("prune"))
+    for stage in ("imatrix", "export", "verify"):
+        assert not work.is_done(stage, stage_key(stage))
+
+
+def test_a_stage_of_other_inputs_is_not_done(work: Workdir) -> None:
+    work.hf.mkdir()
+    work.marks.finish("prune", "key", {})
+    assert work.is_done("prune", "key")
+    assert not work.is_done("prune", "another")
+    work.hf.rmdir()
+    assert not work.is_done("prune", "key")
+
+
+def test_marks_outlive_the_process(work: Workdir) -> None:
+    work.marks.finish("imatrix", "key", {"mtp_hits": 7})
+    again = StageMarks(work.root / "stages.json")
+    assert again.is_done("imatrix", "key")
+    assert again.found("imatrix") == {"mtp_hits": 7}
+
+
+@pytest.mark.parametrize("text", ['{"pru', "[]", '{"prune": 3}', '{"prune": {"kee": 1}}', "\0"])
+def test_damaged_marks_are_none(work: Workdir, text: str) -> None:
+    work.marks.finish("prune", "key", {})
+    (work.root / "stages.json").write_text(text)
+    assert not StageMarks(work.root / "stages.json").is_done("prune", "key")
+
+
+def test_a_stage_goes_on_in_its_folder_only_with_the_same_inputs(work: Workdir) -> None:
+    work.begin("prune", "key", work.hf)
+    (work.hf / "shard").write_text("")
+    work.begin("prune", "key", work.hf)
+    assert (work.hf / "shard").exists()
+    work.begin("prune", "another", work.hf)
+    assert not (work.hf / "shard").exists()
+
+
+def test_work_of_another_model_is_not_touched(work: Workdir) -> None:
+    work.begin("prune", "key", work.hf)
+    other = {"source": "owner/other", "fingerprint": "f" * 64}
+    again = Workdir(work.output, work.name)
+    with pytest.raises(OutputError) as caught:
+        again.prepare(other, fresh=False)
+    assert str(caught.value) == (
+        f"{work.root}: holds the work of another model, 'model' ('0123456789abc...), and this one "
+        "is 'owner/other' (ffffffffffff...); pass --fresh to start over in it, or another --name "
+        "or --output"
+    )
+    assert work.hf.is_dir()
+    again.prepare(other, fresh=True)
+    assert not work.hf.is_dir()
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"fingerprint": 3}'])
+def test_a_folder_of_unknown_work_is_not_touched(tmp_path: Path, text: str | None) -> None:
+    work = Workdir(tmp_path, "name")
+    work.root.mkdir(parents=True)
+    (work.root / "thesis.txt").write_text("")
+    if text is not None:
+        (work.root / "build.json").write_text(text)
+    with pytest.raises(OutputError, match="pass --fresh to start over in it"):
+        work.prepare(IDENTITY, fresh=False)
+    assert (work.root / "thesis.txt").exists()
+
+
+def test_a_second_build_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    with Workdir(tmp_path, "name").locked():
+        with (
+            pytest.raises(
+                OutputError, match=rf"another build of name .* \(process {os.getpid()}\)"
+            ),
+            Workdir(tmp_path, "name").locked(),
+        ):
+            pass
+        with Workdir(tmp_path, "another").locked():
+            pass
+    script = (
+        "import os, signal, sys; from pathlib import Path; from reap2gguf.workdir import Workdir\n"
+        "with Workdir(Path(sys.argv[1]), 'name').locked(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with Workdir(tmp_path, "name").locked():
+        pass
+
+
+def test_what_is_published_is_finished(work: Workdir) -> None:
+    publish(work)
+    assert (work.final_hf / "config.json").is_file()
+    assert not work.root.exists()
+    assert work.is_finished("inputs")
+    assert not work.is_finished("others")
+    (work.final_gguf / "name.gguf").write_text("longer than before")
+    assert not work.is_finished("inputs")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"inputs": "inputs"}', '{"inputs": "inputs", "files": {}}']
+)
+def test_a_damaged_record_finishes_nothing(work: Workdir, text: str) -> None:
+    publish(work)
+    (work.shared / ".name.finished.json").write_text(text)
+    assert not work.is_finished("inputs")
+
+
+def test_room_that_is_wanted_and_free(work: Workdir) -> None:
+    free = work.free_bytes()
+    work.check_room(free // 2)
+    with pytest.raises(OutputError, match=rf"writes {2 * free:,} bytes, of which 0 are there"):
+        work.check_room(2 * free)
+    work.hf.mkdir()
+    with (work.hf / "sparse").open("wb") as file:
+        file.truncate(2 * free)
+    work.check_room(2 * free)  # what is written already needs no room
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        Workdir(tmp_path / "file", "name").locked(),
+    ):
+        pass
+
+
+def test_an_output_that_is_read_only(tmp_path: Path) -> None:
+    if os.getuid() == 0:
+        # root may write anywhere but on a file system that refuses it
+        work = Workdir(Path("/proc/self"), "name")
+    else:
+        tmp_path.chmod(0o555)
+        work = Workdir(tmp_path, "name")
+    with pytest.raises(OutputError, match=r"\.work: cannot be written \("), work.locked():
+        pass
+
+
+def test_the_record_tells_what_it_cost(work: Workdir) -> None:
+    for folder in (work.hf, work.gguf):
+        folder.mkdir()
+    work.publish("inputs", [{"name": "prune", "seconds": 1.5}])
+    record = json.loads((work.shared / ".name.finished.json").read_text())
+    assert record["stages"] == [{"name": "prune", "seconds": 1.5}]
