@@ -27,7 +27,7 @@ from typing import Any
 
 from fault_layer import tree
 from tiny import TinyQwen3Moe
-from zygote import Outcome, Zygote
+from fault_zygote import Outcome, Zygote
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.progress import Silent

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_layer import tree
 from fault_runs import NAME, STAGES, Rig, is_one_line, points
-from zygote import Zygote
+from fault_zygote import Zygote
 
 WRITING = ("write", "rename", "fsync")
 ALL = (*WRITING, "read")
