@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, SpecialVocab, TokenType
+from gguf import GGUFWriter, Keys, SpecialVocab, TokenType
 from tokenizers import Tokenizer as Rust
 
 from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
@@ -56,7 +56,13 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_types(types)
     try:
         # gguf-py knows where merges, special ids and chat templates hide
-        SpecialVocab(folder, load_merges=True, n_vocab=vocab_size).add_to_gguf(writer, quiet=True)
+        special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+        if isinstance(special.chat_template, list):
+            # as they come from the folder, and later from a set: in no order at all
+            special.chat_template.sort(key=lambda template: template["name"])
+        special.add_to_gguf(writer, quiet=True)
+        if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
+            named.value.sort()
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
 

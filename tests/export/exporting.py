@@ -137,12 +137,15 @@ def write_small_tokenizer(folder: Path) -> int:
     """Replace a checkpoint's tokenizer by one of the example's first tokens; the vocabulary."""
     tokenizer = json.loads((EXAMPLE / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
-    kept = sorted(vocab, key=lambda token: vocab[token])[:256]
-    tokenizer["model"] |= {"vocab": {token: i for i, token in enumerate(kept)}, "merges": []}
+    kept = sorted(vocab, key=lambda token: vocab[token])[:288]  # all bytes, and a few pairs
+    known = {token: i for i, token in enumerate(kept)}
+    pairs = tokenizer["model"]["merges"]
+    merges = [pair for pair in pairs if {*pair, "".join(pair)} <= known.keys()]
+    tokenizer["model"] |= {"vocab": known, "merges": merges}
     for i, token in enumerate(tokenizer["added_tokens"]):
-        token["id"] = 256 + i
+        token["id"] = len(kept) + i
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return 256 + len(tokenizer["added_tokens"])
+    return len(kept) + len(tokenizer["added_tokens"])
 
 
 def left(folder: Path) -> list[str]:

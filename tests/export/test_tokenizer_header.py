@@ -178,6 +178,19 @@ def test_a_broken_tokenizer_config_is_refused(tmp_path: Path) -> None:
         header(tmp_path, tokenizer())
 
 
+def test_several_templates_are_written_in_one_order(tmp_path: Path) -> None:
+    """gguf-py keeps their names in a set, whose order changes from process to process."""
+    names = ["tool_use", "rag", "default", "zeta", "alpha", "think"]
+    templates = [{"name": name, "template": f"{{{{ '{name}' }}}}"} for name in names]
+    config = {"chat_template": templates}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    keys = header(tmp_path, tokenizer())
+    assert keys["tokenizer.chat_templates"] == ["alpha", "rag", "think", "tool_use", "zeta"]
+    assert keys["tokenizer.chat_template"] == "{{ 'default' }}"
+    written = [key for key in keys if key.startswith("tokenizer.chat_template.")]
+    assert written == [f"tokenizer.chat_template.{n}" for n in keys["tokenizer.chat_templates"]]
+
+
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
 def test_a_template_beyond_reason_is_not_copied(name: str, tmp_path: Path, example: Path) -> None:
     shutil.copytree(example, tmp_path / "model")

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from fault_layer import tree
-from tiny import TinyQwen3Moe
 from fault_zygote import Outcome, Zygote
+from tiny import TinyQwen3Moe
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.progress import Silent
