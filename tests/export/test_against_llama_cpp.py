@@ -173,10 +173,10 @@ LAYOUTS = {
         n_experts=2,
         n_kv_heads=1,
         head_dim=64,
-        vocab=259,
+        vocab=291,
         dense_layers=(0,),
     ),
-    "narrow-tied-eight-experts": TinyQwen3Moe(vocab=259, tied=True),
+    "narrow-tied-eight-experts": TinyQwen3Moe(vocab=291, tied=True),
 }
 
 
