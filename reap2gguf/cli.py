@@ -24,7 +24,8 @@ from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
 if TYPE_CHECKING:
-    from reap2gguf.plan import Estimate, Plan
+    from reap2gguf.estimate import Estimate
+    from reap2gguf.plan import Plan
 
 
 _RESUMING = ("build", "observe", "imatrix", "quantize")
@@ -200,7 +201,7 @@ for command in (observe, prune, imatrix, quantize, recipes):
 
 def _estimate(plan: Plan) -> Estimate:
     """What the plan needs here; looking for a GPU without loading torch."""
-    from reap2gguf.plan import estimate
+    from reap2gguf.estimate import estimate
 
     has_gpu = plan.options.compute.device != "cpu" and Path("/proc/driver/nvidia").exists()
     return estimate(plan, has_gpu)

@@ -98,7 +98,7 @@ def _texts(run: Running) -> Texts:
     reused = path.is_file()
     with run.stage("texts", reused):
         if not reused:
-            _tokenized(run).save(path)
+            run.work.share(_tokenized(run).save, path)
         return Texts.load(path)
 
 
@@ -123,7 +123,7 @@ def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, Path]:
         if not reused:
             compute = run.computing("observe", key)
             seen = stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
-            seen.save(path)
+            run.work.share(seen.save, path)
             run.drop_states("observe")
         return Observations.load(path), path
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from reap2gguf.disk import remove
+from reap2gguf.estimate import estimate
 from reap2gguf.keys import BuildKeys, sweep_key
 from reap2gguf.memory import peak_bytes
 from reap2gguf.options import ComputeOptions, Resume
-from reap2gguf.plan import Plan, estimate
+from reap2gguf.plan import Plan
 from reap2gguf.processes import processes
 from reap2gguf.progress import Progress
 from reap2gguf.workdir import Workdir

@@ -20,7 +20,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +81,15 @@ class Workdir:
 
     def observations(self, key: str) -> Path:
         return self.shared / "observations" / f"{key}.safetensors"
+
+    def share(self, save: Callable[[Path], None], path: Path) -> None:
+        """Let `save` write a file of `texts` or `observations`.
+
+        It is written here first: a build of another name may be writing the same.
+        """
+        own = self.root / path.name
+        save(own)
+        rename(own, path)
 
     @cached_property
     def marks(self) -> StageMarks:

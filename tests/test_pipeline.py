@@ -18,9 +18,10 @@ from reap2gguf.artifacts.gguf_header import read_gguf_header
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.errors import OutputError, Reap2ggufError, UsageError, VerificationError
+from reap2gguf.estimate import estimate
 from reap2gguf.ggml import Ggml
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.plan import estimate, make_plan, plan_as_json
+from reap2gguf.plan import make_plan, plan_as_json
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
 from reap2gguf.workdir import Workdir

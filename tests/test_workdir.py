@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from reap2gguf import disk
 from reap2gguf.errors import OutputError
 from reap2gguf.marks import StageMarks, stage_key
 from reap2gguf.workdir import Workdir
@@ -140,6 +141,22 @@ def test_a_damaged_record_finishes_nothing(work: Workdir, text: str) -> None:
     publish(work)
     (work.shared / ".name.finished.json").write_text(text)
     assert not work.is_finished("inputs")
+
+
+def test_builds_of_two_names_may_write_one_file_of_both(tmp_path: Path) -> None:
+    one, other = Workdir(tmp_path, "one"), Workdir(tmp_path, "other")
+    for work in (one, other):
+        work.prepare(IDENTITY, fresh=False)
+    path = one.observations("key")
+    assert path == other.observations("key")
+
+    def save_while_the_other_does(own: Path) -> None:
+        disk.write_whole(own, "same")
+        other.share(lambda theirs: disk.write_whole(theirs, "same"), path)
+
+    one.share(save_while_the_other_does, path)
+    assert path.read_text() == "same"
+    assert [file.name for file in path.parent.iterdir()] == ["key.safetensors"]
 
 
 def test_room_that_is_wanted_and_free(work: Workdir) -> None:

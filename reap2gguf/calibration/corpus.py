@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import os
 import random
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from reap2gguf.calibration.samples import RenderChat, open_parquet, read_samples
 from reap2gguf.errors import CalibrationError
 from reap2gguf.files import plain_size
 from reap2gguf.resources import shipped_folder
@@ -25,18 +25,8 @@ from reap2gguf.resources import shipped_folder
 DEFAULT_MIX = "default"
 MANIFEST_NAME = "manifest.toml"
 _MAX_TEXT_BYTES = 2**28
-_MAX_LINE_BYTES = 2**22
 _BLOCK_BYTES = 2**20
 _SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
-
-Message = Mapping[str, Any]
-Tool = Mapping[str, Any]
-
-
-class RenderChat(Protocol):
-    """Applies a model's chat template."""
-
-    def __call__(self, messages: list[Message], tools: list[Tool] | None = None, /) -> str: ...
 
 
 class Cut(Enum):
@@ -119,9 +109,9 @@ def check_corpus(spec: str) -> None:
         if file.suffix == ".txt":
             check_text(file)
         elif file.suffix == ".parquet":  # of which only a whole row group can be read
-            _open_parquet(file)
+            open_parquet(file)
         else:
-            for _ in _samples(file, lambda messages, tools=None: ""):
+            for _ in read_samples(file, lambda messages, tools=None: ""):
                 continue
     if not files:
         raise CalibrationError(f"calibration {spec!r}: holds no text")
@@ -183,7 +173,8 @@ def _passages(path: Path, cut: Cut, render_chat: RenderChat) -> Iterator[Passage
     if path.suffix == ".txt":
         yield Passage(read_text(path), cut)
     else:
-        yield from _samples(path, render_chat)
+        for text in read_samples(path, render_chat):
+            yield Passage(text, Cut.SAMPLE)
 
 
 def _embedded_entries(folder: Path) -> list[dict[str, Any]]:
@@ -191,114 +182,3 @@ def _embedded_entries(folder: Path) -> list[dict[str, Any]]:
     manifest = tomllib.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     entries: list[dict[str, Any]] = manifest["files"]
     return entries
-
-
-def _samples(path: Path, render_chat: RenderChat) -> Iterator[Passage]:
-    records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
-    for number, record in enumerate(records, start=1):
-        text = _render(record, render_chat, f"{path}: sample {number}")
-        if not text.isprintable() and _has_surrogates(text):
-            raise CalibrationError(f"{path}: sample {number} holds half a character (a surrogate)")
-        yield Passage(text, Cut.SAMPLE)
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    try:
-        plain_size(path)
-        with path.open("rb") as file:
-            # never more than a line too long: a file may be one line of any length
-            lines = iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b"")
-            for number, line in enumerate(lines, start=1):
-                if len(line) > _MAX_LINE_BYTES:
-                    raise CalibrationError(
-                        f"{path}: line {number} is over {_MAX_LINE_BYTES:,} bytes, too long for "
-                        "one sample"
-                    )
-                if line.strip():
-                    try:
-                        yield json.loads(line.decode("utf-8"))
-                    except (ValueError, RecursionError) as error:
-                        raise CalibrationError(
-                            f"{path}: line {number} is not JSON ({error})"
-                        ) from error
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    file = _open_parquet(path)
-    try:
-        for batch in file.iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    # pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise _no_parquet(path, error) from error
-
-
-def _open_parquet(path: Path) -> Any:
-    """The file, its footer read."""
-    import pyarrow.parquet
-
-    try:
-        plain_size(path)
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise _no_parquet(path, error) from error
-
-
-def _no_parquet(path: Path, error: Exception) -> CalibrationError:
-    return CalibrationError(f"{path}: cannot be read as Parquet ({error})")
-
-
-def _render(record: Any, render_chat: RenderChat, where: str) -> str:
-    """The text of one sample: `text`, `messages`, or `prompt` and `completion`."""
-    if not isinstance(record, dict):
-        raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    messages = None
-    if record.get("messages") is not None:
-        messages = _messages(record["messages"], "user", where)
-    elif record.get("prompt") is not None and record.get("completion") is not None:
-        prompt = _messages(record["prompt"], "user", where)
-        messages = prompt + _messages(record["completion"], "assistant", where)
-    if messages is not None:
-        tools = _tools(record.get("tools"), where)
-        try:
-            return render_chat(messages, tools)
-        except CalibrationError as error:
-            raise CalibrationError(f"{where}: {error}") from error
-    names = ", ".join(str(name)[:80] for name in list(record)[:8]) or "no fields"
-    raise CalibrationError(
-        f"{where}: has {names}, expected text, messages, or prompt and completion"
-    )
-
-
-def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Messages as given, or one of `role` where a plain string stands for it."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
-    )
-    if not good or not value:
-        raise CalibrationError(f"{where}: expected messages with a role and content each")
-    return list(value)
-
-
-def _tools(value: Any, where: str) -> list[Tool] | None:
-    """The JSON schemas of a sample's tools, as a list or as JSON text; None where it has none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "null")
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}: tools are not JSON ({error})") from error
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise CalibrationError(f"{where}: expected tools as a list of JSON schemas")
-    return value

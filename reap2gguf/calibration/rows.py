@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.calibration.corpus import Corpus, Cut, Message, Passage
+from reap2gguf.calibration.corpus import Corpus, Cut, Passage
+from reap2gguf.calibration.samples import Message
 from reap2gguf.calibration.templates import ChatTemplate
 from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CalibrationError, CheckpointError

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from reap2gguf.plan import Estimate, Plan, side_bytes
+from reap2gguf.estimate import Estimate, side_bytes
+from reap2gguf.plan import Plan
 from reap2gguf.prune.select import friendly_count
 from reap2gguf.quantize.recipe import Recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe

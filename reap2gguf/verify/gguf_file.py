@@ -18,27 +18,20 @@ from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import GgufTensor, Slab
-from reap2gguf.models.slabs import PIECE_VALUES, read_rows, row_pieces, rows_per_matrix
+from reap2gguf.models.description import GgufTensor
+from reap2gguf.models.slabs import PIECE_VALUES, read_rows, rows_per_matrix
 from reap2gguf.models.tokenizer import tokenizer_keys
 from reap2gguf.progress import Progress
+from reap2gguf.verify.matrices import (
+    ERROR_BOUNDS,
+    errs_as_it_must,
+    likely_slab,
+    matrix_error,
+)
 
 Floats = npt.NDArray[np.float32]
 
-# Largest relative error |read - stored| / |stored| of a matrix, by type: about two and a half
-# times what trained weights show. Another expert's weights stand at about 1.4.
-ERROR_BOUNDS = {
-    "F32": 0.0, "F16": 0.001, "BF16": 0.004, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.1, "Q5_0": 0.12,
-    "Q5_1": 0.12, "Q4_K": 0.2, "Q4_0": 0.22, "Q4_1": 0.22, "IQ4_XS": 0.2, "IQ4_NL": 0.2,
-    "Q3_K": 0.4, "IQ3_S": 0.4, "IQ3_XXS": 0.5, "Q2_K": 0.7, "IQ2_S": 0.7, "IQ2_XS": 0.75,
-    "IQ2_XXS": 0.8, "MXFP4": 0.3, "IQ1_M": 0.9, "IQ1_S": 0.9,
-}  # fmt: skip
-
-# Blocks of few bits hold no zeros: a sparse matrix beyond its type's bound is still sound if
-# quantizing it anew errs nearly as much.
-_SLACK = 1.2
 _MAX_ROW = 2**22  # values; a row is read in one piece
-_SPARSE = 0.5  # share of zeros
 
 
 @dataclass(frozen=True)
@@ -210,7 +203,7 @@ def _compare(
         return f"{where} is {info.kind.name}, which is no type for weights"
     for index, slab in enumerate(tensor.slabs):
         which = _expert(info, index)
-        error = _matrix_error(header, ggml, checkpoint, tensor, index, slab)
+        error = matrix_error(header, ggml, checkpoint, tensor, index, slab)
         if not np.isfinite(error.distance):
             return f"{where}{which} holds NaN or infinite values"
         if error.zeros_only and error.scale and len(info.shape) > 1:
@@ -219,81 +212,14 @@ def _compare(
         if error.relative <= bound:
             continue
         stored = read_rows(checkpoint, tensor, slab, 0, rows_per_matrix(tensor))
-        if not _errs_as_it_must(ggml, stored, info.kind, error.relative):
-            likely = _likely_slab(header, ggml, checkpoint, tensor, index, bound)
+        if not errs_as_it_must(ggml, stored, info.kind, error.relative):
+            likely = likely_slab(header, ggml, checkpoint, tensor, index, bound)
             hint = "" if likely is None else f"; it holds the weights of expert {likely}"
             return (
                 f"{where}{which} differs from {slab.stored} by {error.relative:.1%}, expected at "
                 f"most {bound:.1%} for {info.kind.name}{hint}"
             )
     return None
-
-
-@dataclass(frozen=True)
-class _Error:
-    """How far a matrix is from what is stored: norms of the difference and of the stored."""
-
-    distance: float
-    scale: float
-    zeros_only: bool
-
-    @property
-    def relative(self) -> float:
-        return self.distance / self.scale if self.scale else self.distance
-
-
-def _matrix_error(
-    header: GgufHeader,
-    ggml: Ggml,
-    checkpoint: Checkpoint,
-    tensor: GgufTensor,
-    index: int,
-    slab: Slab,
-) -> _Error:
-    """Compare matrix `index` of a tensor with a slab, piece by piece."""
-    kind = header.tensors[tensor.name].kind
-    begin = index * rows_per_matrix(tensor)
-    distance = scale = 0.0
-    zeros_only = True
-    for first, last in row_pieces(tensor):
-        values = ggml.dequantize(header.read(tensor.name, begin + first, begin + last), kind)
-        stored = read_rows(checkpoint, tensor, slab, first, last)
-        zeros_only = zeros_only and not values.any()
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is a violation
-            distance += float(np.square(values - stored, dtype=np.float64).sum())
-            scale += float(np.square(stored, dtype=np.float64).sum())
-    return _Error(distance**0.5, scale**0.5, zeros_only)
-
-
-def _errs_as_it_must(ggml: Ggml, stored: Floats, kind: GGMLQuantizationType, error: float) -> bool:
-    """Whether a matrix is sparse, such as an identity, and its type does this to it."""
-    if np.count_nonzero(stored) > _SPARSE * stored.size:
-        return False
-    even = np.ones(stored.shape[-1], dtype=np.float32)
-    anew = ggml.dequantize(ggml.quantize(stored, kind, even), kind)
-    return error <= _SLACK * _relative_error(anew, stored)
-
-
-def _likely_slab(
-    header: GgufHeader,
-    ggml: Ggml,
-    checkpoint: Checkpoint,
-    tensor: GgufTensor,
-    index: int,
-    bound: float,
-) -> int | None:
-    """Which expert's weights matrix `index` holds, when they are not those of its place."""
-    for other, slab in enumerate(tensor.slabs):
-        error = _matrix_error(header, ggml, checkpoint, tensor, index, slab)
-        if other != index and error.relative <= bound:
-            return other
-    return None
-
-
-def _relative_error(values: Floats, stored: Floats) -> float:
-    scale = float(np.linalg.norm(stored))
-    distance = float(np.linalg.norm(values - stored))
-    return distance / scale if scale else distance
 
 
 def _expert(info: GgufTensorInfo, index: int) -> str:

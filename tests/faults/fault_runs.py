@@ -9,6 +9,7 @@ cut         killed, and what was not flushed to the disk by then is lost
 time        killed by the clock
 interrupt   asked to end, by SIGINT or SIGTERM
 fail        a write, rename or flush fails with ENOSPC or EIO
+read        a read fails with EIO
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fault_layer import tree
+from fault_layer import KINDS, tree
 from fault_zygote import Outcome, Zygote
 from tiny import TinyQwen3Moe
 
@@ -134,10 +135,10 @@ def is_one_line(outcome: Outcome) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("kill", "cut", "time", "interrupt", "fail"))
+    parser.add_argument("what", choices=("kill", "cut", "time", "interrupt", "fail", "read"))
     parser.add_argument("--points", type=int, default=0, help="how many; 0: all")
     arguments = parser.parse_args()
-    kinds = ("write", "rename", "fsync", *(("read",) if arguments.what != "fail" else ()))
+    kinds = {"fail": ("write", "rename", "fsync"), "read": ("read",)}.get(arguments.what, KINDS)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, Zygote(Path(scratch)) as zygote:
         rig = Rig(Path(scratch), zygote)
@@ -152,8 +153,10 @@ def main() -> None:
             outcome = _stop(rig, arguments.what, kinds, at, seconds)
             reached = rig.finished_stages()
             stopped[next((stage for stage in STAGES if stage not in reached), "publish")] += 1
-            if arguments.what in ("fail", "interrupt"):
-                assert outcome.code == (2 if arguments.what == "fail" else 130), (at, outcome)
+            # what cannot be read back has failed its check
+            codes = {"fail": (2,), "read": (1, 2), "interrupt": (130,)}.get(arguments.what, ())
+            if codes:
+                assert outcome.code in codes, (at, log[at], outcome)
                 assert is_one_line(outcome), (at, log[at], outcome.errors)
             again += rig.resume(bundle)
         print(f"stopped in {dict(stopped)}")
@@ -164,8 +167,8 @@ def main() -> None:
 def _stop(rig: Rig, what: str, kinds: tuple[str, ...], at: int, seconds: float) -> Outcome:
     if what == "time":
         return rig.build(after=seconds * (at + 1) / 1000)
-    if what == "fail":
-        error = (errno.ENOSPC, errno.EIO)[at % 2]
+    if what in ("fail", "read"):
+        error = (errno.ENOSPC, errno.EIO)[at % 2] if what == "fail" else errno.EIO
         return rig.build({"kinds": kinds, "at": at, "error": error})
     if what == "interrupt":
         return rig.build({"kinds": kinds, "at": at, "signal": (2, 15)[at % 2]})

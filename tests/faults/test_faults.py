@@ -87,6 +87,18 @@ def test_a_disk_that_fails_once(rig: Rig, bundle: dict[str, bytes], error: int) 
         assert not rig.resume(bundle), log[at]
 
 
+def test_a_disk_that_cannot_be_read_once(rig: Rig, bundle: dict[str, bytes]) -> None:
+    log = rig.build({"kinds": ("read",)}).log
+    shutil.rmtree(rig.output)
+    for at in points(len(log), 10):
+        outcome = rig.build({"kinds": ("read",), "at": at, "error": errno.EIO})
+        # what cannot be read back has failed its check
+        assert outcome.code in (1, 2), (log[at], outcome.errors)
+        assert is_one_line(outcome), (log[at], outcome.errors)
+        assert os.strerror(errno.EIO) in outcome.errors
+        assert not rig.resume(bundle), log[at]
+
+
 def test_asked_to_end(rig: Rig, bundle: dict[str, bytes], operations: list[str]) -> None:
     for number in (2, 15):
         for at in points(len(operations) * 9 // 10, 4):

@@ -1,0 +1,98 @@
+"""How far a matrix of a GGUF file is from the one that was stored, and how far it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from reap2gguf.artifacts.gguf_header import GgufHeader
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.ggml import Ggml
+from reap2gguf.models.description import GgufTensor, Slab
+from reap2gguf.models.slabs import read_rows, row_pieces, rows_per_matrix
+
+Floats = npt.NDArray[np.float32]
+
+# Largest relative error |read - stored| / |stored| of a matrix, by type: about two and a half
+# times what trained weights show. Another expert's weights stand at about 1.4.
+ERROR_BOUNDS = {
+    "F32": 0.0, "F16": 0.001, "BF16": 0.004, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.1, "Q5_0": 0.12,
+    "Q5_1": 0.12, "Q4_K": 0.2, "Q4_0": 0.22, "Q4_1": 0.22, "IQ4_XS": 0.2, "IQ4_NL": 0.2,
+    "Q3_K": 0.4, "IQ3_S": 0.4, "IQ3_XXS": 0.5, "Q2_K": 0.7, "IQ2_S": 0.7, "IQ2_XS": 0.75,
+    "IQ2_XXS": 0.8, "MXFP4": 0.3, "IQ1_M": 0.9, "IQ1_S": 0.9,
+}  # fmt: skip
+
+# Blocks of few bits hold no zeros: a sparse matrix beyond its type's bound is still sound if
+# quantizing it anew errs nearly as much.
+_SLACK = 1.2
+_SPARSE = 0.5  # share of zeros
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """How far a matrix is from what is stored: norms of the difference and of the stored."""
+
+    distance: float
+    scale: float
+    zeros_only: bool
+
+    @property
+    def relative(self) -> float:
+        return self.distance / self.scale if self.scale else self.distance
+
+
+def matrix_error(
+    header: GgufHeader,
+    ggml: Ggml,
+    checkpoint: Checkpoint,
+    tensor: GgufTensor,
+    index: int,
+    slab: Slab,
+) -> MatrixError:
+    """Compare matrix `index` of a tensor with a slab, piece by piece."""
+    kind = header.tensors[tensor.name].kind
+    begin = index * rows_per_matrix(tensor)
+    distance = scale = 0.0
+    zeros_only = True
+    for first, last in row_pieces(tensor):
+        values = ggml.dequantize(header.read(tensor.name, begin + first, begin + last), kind)
+        stored = read_rows(checkpoint, tensor, slab, first, last)
+        zeros_only = zeros_only and not values.any()
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is a violation
+            distance += float(np.square(values - stored, dtype=np.float64).sum())
+            scale += float(np.square(stored, dtype=np.float64).sum())
+    return MatrixError(distance**0.5, scale**0.5, zeros_only)
+
+
+def errs_as_it_must(ggml: Ggml, stored: Floats, kind: GGMLQuantizationType, error: float) -> bool:
+    """Whether a matrix is sparse, such as an identity, and its type does this to it."""
+    if np.count_nonzero(stored) > _SPARSE * stored.size:
+        return False
+    even = np.ones(stored.shape[-1], dtype=np.float32)
+    anew = ggml.dequantize(ggml.quantize(stored, kind, even), kind)
+    return error <= _SLACK * relative_error(anew, stored)
+
+
+def likely_slab(
+    header: GgufHeader,
+    ggml: Ggml,
+    checkpoint: Checkpoint,
+    tensor: GgufTensor,
+    index: int,
+    bound: float,
+) -> int | None:
+    """Which expert's weights matrix `index` holds, when they are not those of its place."""
+    for other, slab in enumerate(tensor.slabs):
+        error = matrix_error(header, ggml, checkpoint, tensor, index, slab)
+        if other != index and error.relative <= bound:
+            return other
+    return None
+
+
+def relative_error(values: Floats, stored: Floats) -> float:
+    scale = float(np.linalg.norm(stored))
+    distance = float(np.linalg.norm(values - stored))
+    return distance / scale if scale else distance
