@@ -203,8 +203,7 @@ def _estimate(plan: Plan) -> Estimate:
     """What the plan needs here; looking for a GPU without loading torch."""
     from reap2gguf.estimate import estimate
 
-    has_gpu = plan.options.compute.device != "cpu" and Path("/proc/driver/nvidia").exists()
-    return estimate(plan, has_gpu)
+    return estimate(plan, plan.options.compute.likely_device == "cuda")
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -17,12 +17,13 @@ from reap2gguf.artifacts.manifest import hash_file
 from reap2gguf.calibration.corpus import corpus_files
 from reap2gguf.calibration.rows import Row
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
-from reap2gguf.errors import CalibrationError, CheckpointError
+from reap2gguf.errors import CalibrationError, CheckpointError, Reap2ggufError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.marks import stage_key
 from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
 from reap2gguf.prune.write import companion_files
+from reap2gguf.publish.card import CARD_FILE
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,15 @@ class BuildKeys:
         return self.plan.checkpoint.fingerprint()
 
     @cached_property
-    def _companions(self) -> dict[str, str]:
+    def _companions(self) -> list[tuple[str, str]]:
         """Hashes of tokenizer, template and licence files, which a bundle carries as well."""
         return _hashes(companion_files(self.plan.source.folder), CheckpointError)
+
+    @property
+    def _card(self) -> list[tuple[str, str]]:
+        """Of the source's own card, whose front matter goes on in the bundle's."""
+        card = self.plan.source.folder / CARD_FILE
+        return _hashes([card] if card.is_file() else [], CheckpointError)
 
     @cached_property
     def texts(self) -> str:
@@ -48,9 +55,10 @@ class BuildKeys:
         calibration, text = options.calibration, options.imatrix_text
         files = [*corpus_files(calibration.spec), *([text.expanduser()] if text else [])]
         return stage_key(
-            __version__, version("transformers"), version("tokenizers"), self._companions,
-            calibration.spec, _hashes(files, CalibrationError), str(text), calibration.samples,
-            calibration.seed, self.plan.max_length, self.chunk, self.plan.model.facts.vocab_size,
+            __version__, version("transformers"), version("tokenizers"), version("jinja2"),
+            self._companions, calibration.spec, _hashes(files, CalibrationError), str(text),
+            calibration.samples, calibration.seed, self.plan.max_length, self.chunk,
+            self.plan.model.facts.vocab_size,
         )  # fmt: skip
 
     @property
@@ -61,8 +69,8 @@ class BuildKeys:
     def observe(self, rows: ObservationRows) -> str:
         calibration = self.plan.options.calibration
         return stage_key(
-            __version__, self.fingerprint, rows.sha256, self.plan.max_length, calibration.samples,
-            calibration.seed, *self._computing, self.plan.mtp,
+            __version__, self.fingerprint, rows.label, rows.sha256, self.plan.max_length,
+            calibration.samples, calibration.seed, *self._computing, self.plan.mtp,
         )  # fmt: skip
 
     def prune(self, kept: Kept) -> str:
@@ -73,27 +81,32 @@ class BuildKeys:
 
     def imatrix(self, prune: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         asked = [row.tolist() for row in probe]
-        return stage_key(prune, chunks.tokens_sha256, chunks.chunk_size, asked, *self._computing)
+        return stage_key(
+            prune, chunks.label, chunks.tokens_sha256, chunks.chunk_size, asked, *self._computing
+        )
 
     def export(self, imatrix: str) -> str:
         plan = self.plan
-        recipes = [recipe.recipe.source for recipe in plan.recipes]
-        return export_key(imatrix, plan.name, plan.source.label, plan.options.method, recipes)
+        return export_key(imatrix, plan.name, plan.source.label, plan.options.method, self._recipes)
 
     @property
     def inputs(self) -> str:
         """Of everything that goes into a bundle."""
         plan = self.plan
-        recipes = [(recipe.recipe.name, recipe.recipe.source) for recipe in plan.recipes]
         return stage_key(
-            self.fingerprint, self.texts, plan.name, plan.source.label, plan.source.revision,
-            plan.options.method, plan.target.n_kept, plan.mtp, recipes, *self._computing,
+            self.fingerprint, self.texts, self._card, plan.name, plan.source.label,
+            plan.source.revision, plan.options.method, plan.target.n_kept, plan.mtp,
+            self._recipes, *self._computing,
         )  # fmt: skip
+
+    @property
+    def _recipes(self) -> list[tuple[str, str]]:
+        return [(recipe.recipe.name, recipe.recipe.source) for recipe in self.plan.recipes]
 
     @property
     def _computing(self) -> tuple[str, str]:
         compute = self.plan.options.compute
-        return compute.device, compute.dtype
+        return compute.likely_device, compute.dtype
 
 
 def sweep_key(*inputs: object) -> str:
@@ -106,14 +119,12 @@ def export_key(*inputs: object) -> str:
     return stage_key(__version__, load_ggml().version, version("gguf"), *inputs)
 
 
-def _hashes(
-    files: Iterable[Path], kind: type[CheckpointError | CalibrationError]
-) -> dict[str, str]:
-    """SHA-256 by path; an error of `kind` if one cannot be read."""
-    found: dict[str, str] = {}
+def _hashes(files: Iterable[Path], kind: type[Reap2ggufError]) -> list[tuple[str, str]]:
+    """Names and SHA-256; an error of `kind` if a file cannot be read."""
+    found: list[tuple[str, str]] = []
     for file in files:
         try:
-            found[file.name] = hash_file(file).sha256
+            found.append((file.name, hash_file(file).sha256))
         except OSError as error:
             raise kind(f"{file}: cannot be read ({error.strerror or error})") from error
     return found

@@ -44,6 +44,13 @@ class ComputeOptions:
     scratch: Path = Path()  # folder for a spool on disk
     resume: Resume | None = None  # None: an interrupted sweep begins anew
 
+    @property
+    def likely_device(self) -> str:
+        """cpu or cuda: what `auto` will come to, found out without loading torch."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if Path("/proc/driver/nvidia").exists() else "cpu"
+
 
 @dataclass(frozen=True)
 class BuildOptions:

@@ -28,13 +28,12 @@ from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
 from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
-from reap2gguf.publish.card import gguf_card, hf_card
+from reap2gguf.publish.card import CARD_FILE, gguf_card, hf_card
 from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.quantize.resolve import ResolvedRecipe
 from reap2gguf.workdir import Workdir
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
-CARD_FILE = "README.md"
 
 
 def write_bundle_files(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
 from reap2gguf.workdir import Workdir
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
 
@@ -192,6 +194,106 @@ def test_other_arguments_redo_what_they_touch(
     stop_before_export(tiny, tmp_path / "out", monkeypatch)
     again = stages_reused(build(tiny, tmp_path / "out", name="tiny-REAP-0.25", **changes))
     assert [stage for stage, is_reused in again.items() if is_reused] == reused
+
+
+def prose(folder: Path, name: str, n_lines: int = 400) -> Path:
+    """A text of its own, in a folder of its own."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(PROSE.read_text().splitlines()[:n_lines]))
+    return path
+
+
+def change_nothing(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {}
+
+
+def rename_the_text(tiny: Path, folder: Path) -> dict[str, Any]:
+    text = prose(folder, "renamed.txt")
+    return {"calibration": CalibrationOptions(str(text), samples=4, max_length=128)}
+
+
+def read_another_text_of_that_name(tiny: Path, folder: Path) -> dict[str, Any]:
+    text = prose(folder, "other/text.txt", 300)
+    return {"calibration": CalibrationOptions(str(text), samples=4, max_length=128)}
+
+
+def read_another_imatrix_text_of_that_name(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"imatrix_text": prose(folder, "other/text.txt", 300)}
+
+
+def rename_the_imatrix_text(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"imatrix_text": prose(folder, "renamed.txt")}
+
+
+def change_the_card(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "README.md").write_text("---\nlicense: mit\n---\n")
+    return {}
+
+
+def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "chat_template.jinja").write_text("another template")
+    return {}
+
+
+def rename_the_recipe(tiny: Path, folder: Path) -> dict[str, Any]:
+    (folder / "mine.toml").write_text((RECIPES / "q8_0.toml").read_text())
+    return {"recipes": (str(folder / "mine.toml"),)}
+
+
+def change_the_method(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"method": "ean_sum"}
+
+
+def change_the_seed(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128, seed=7)}
+
+
+def change_the_precision(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"compute": ComputeOptions(device="cpu", dtype="bfloat16")}
+
+
+def call_the_model_otherwise(tiny: Path, folder: Path) -> dict[str, Any]:
+    tiny.rename(folder / "moved")
+    return {"model": str(folder / "moved")}
+
+
+@pytest.mark.parametrize("is_finished", [False, True], ids=["interrupted", "finished"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_nothing, rename_the_text, read_another_text_of_that_name,
+        read_another_imatrix_text_of_that_name, rename_the_imatrix_text, change_the_card,
+        change_the_template, rename_the_recipe, change_the_method, change_the_seed,
+        change_the_precision, call_the_model_otherwise,
+    ],
+)  # fmt: skip
+def test_what_was_done_before_shows_nowhere(
+    change: Callable[[Path, Path], dict[str, Any]], is_finished: bool, tiny: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A bundle made after another one is what it is on an empty disk, byte for byte."""
+    text = prose(tmp_path, "text.txt")
+    before: dict[str, Any] = {
+        "name": "name",
+        "imatrix_text": text,
+        "calibration": CalibrationOptions(str(text), samples=4, max_length=128),
+    }
+    with monkeypatch.context() as patch:
+        if is_finished:
+            build(tiny, tmp_path / "out", **before)
+        else:
+            refuse_at(patch, pipeline, "write_bundle_files")
+            with pytest.raises(KeyboardInterrupt):
+                build(tiny, tmp_path / "out", **before)
+    after = before | {"model": str(tiny)} | change(tiny, tmp_path)
+    model = Path(after.pop("model"))
+    again = build(model, tmp_path / "out", **after)
+    alone = build(model, tmp_path / "empty", **after)
+    found, expected = contents(again), contents(alone)
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        assert found[name] == data, name
 
 
 def test_a_disk_that_is_too_full_is_said_before_the_work(

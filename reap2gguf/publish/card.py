@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from reap2gguf.artifacts.manifest import GgufRecord, Manifest, MtpRecord
 
+CARD_FILE = "README.md"
 _MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here
 
 _REAP_CITATION = """\
