@@ -156,7 +156,7 @@ def main() -> None:
             # what cannot be read back has failed its check
             codes = {"fail": (2,), "read": (1, 2), "interrupt": (130,)}.get(arguments.what, ())
             if codes:
-                assert outcome.code in codes, (at, log[at], outcome)
+                assert outcome.code in codes, (at, log[at], outcome.code, outcome.errors)
                 assert is_one_line(outcome), (at, log[at], outcome.errors)
             again += rig.resume(bundle)
         print(f"stopped in {dict(stopped)}")

@@ -113,6 +113,8 @@ def _child(request: dict[str, Any]) -> None:
     out, err, log = request["files"]
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    # a shell's background job, and all that it starts, would not hear of SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # everything that can be gone on with is kept at once
     state.MOST_OF_TIME = 1e9
     journal.SAVE_SECONDS = 0
