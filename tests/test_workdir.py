@@ -82,7 +82,7 @@ def test_work_of_another_model_is_not_touched(work: Workdir) -> None:
     with pytest.raises(OutputError) as caught:
         again.prepare(other, fresh=False)
     assert str(caught.value) == (
-        f"{work.root}: holds the work of another model, 'model' ('0123456789abc...), and this one "
+        f"{work.root}: holds the work of another model, 'model' (0123456789ab...), and this one "
         "is 'owner/other' (ffffffffffff...); pass --fresh to start over in it, or another --name "
         "or --output"
     )
