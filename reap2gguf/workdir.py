@@ -162,7 +162,7 @@ class Workdir:
         if found.get("fingerprint") != identity["fingerprint"]:
             raise OutputError(
                 f"{self.root}: holds the work of another model, {str(found.get('source'))!r:.80} "
-                f"({str(found.get('fingerprint')):.12}...), and this one is "
+                f"({found.get('fingerprint')!s:.12}...), and this one is "
                 f"{identity['source']!r} ({identity['fingerprint'][:12]}...); {advice}"
             )
 
