@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reap2gguf.plan import Plan
 
 
+_HAS_BEGUN = "reap2gguf.build.has_begun"
 _RESUMING = ("build", "observe", "imatrix", "quantize")
 
 
@@ -52,17 +53,22 @@ class _Group(click.Group):
         except Reap2ggufError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
+            if not processes().is_first:
+                sys.exit(130)  # the first speaks
             resumes = ctx.invoked_subcommand in _RESUMING
-            _fail(f"interrupted{_resume_advice() if resumes else ''}", 130)
+            advice = _resume_advice(bool(ctx.meta.get(_HAS_BEGUN))) if resumes else ""
+            _fail(f"interrupted{advice}", 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             _fail(f"{error.filename or 'output'}: {error.strerror or error}", OutputError.exit_code)
 
 
-def _resume_advice() -> str:
-    """The command that goes on: the same one, but for a demand to start over."""
-    words = [word for word in sys.argv[1:] if word != "--fresh"]
+def _resume_advice(has_begun: bool) -> str:
+    """The command that goes on: the same one, but for a demand to start over that was met."""
+    if processes().size > 1:
+        return "; to go on, run the same torchrun command"
+    words = [word for word in sys.argv[1:] if word != "--fresh" or not has_begun]
     return f"; to go on: {shlex.join(['reap2gguf', *words])}"
 
 
@@ -127,6 +133,7 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
         follow(plan)
         return
     _print(plan_lines(plan, _estimate(plan)))
+    click.get_current_context().meta[_HAS_BEGUN] = True
     _print(result_lines(run(plan, terminal_progress())))
 
 

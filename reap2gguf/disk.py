@@ -151,7 +151,9 @@ def sync_folder(folder: Path) -> None:
 def make_folder(folder: Path) -> None:
     """A folder and those above it, where they are not there yet."""
     with disk_errors_told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
 
 
 def remove(path: Path) -> None:

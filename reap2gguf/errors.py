@@ -78,7 +78,8 @@ class VerificationError(Reap2ggufError):
 
     exit_code = 1
 
-    def __init__(self, violations: list[str]) -> None:
+    def __init__(self, violations: list[str], advice: str = "") -> None:
         self.violations = violations
         count = len(violations)
-        super().__init__(f"verification found {count} violation{'s' if count != 1 else ''}")
+        found = f"verification found {count} violation{'s' if count != 1 else ''}"
+        super().__init__(f"{found}; {advice}" if advice else found)

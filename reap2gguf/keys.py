@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reap2gguf import __version__
@@ -40,7 +40,14 @@ class BuildKeys:
     @cached_property
     def _companions(self) -> list[tuple[str, str]]:
         """Hashes of tokenizer, template and licence files, which a bundle carries as well."""
-        return _hashes(companion_files(self.plan.source.folder), CheckpointError)
+        folder = self.plan.source.folder
+        # of the last, which are not published, the tokenizer may still choose one
+        named = sorted(folder.glob("*chat_templates/*.jinja"))
+        return _hashes([*companion_files(folder), *named], CheckpointError)
+
+    @property
+    def _source(self) -> tuple[str, list[tuple[str, int, int]]]:
+        return self.fingerprint, self.plan.checkpoint.stamps()
 
     @property
     def _card(self) -> list[tuple[str, str]]:
@@ -68,20 +75,18 @@ class BuildKeys:
 
     def observe(self, rows: ObservationRows) -> str:
         calibration = self.plan.options.calibration
-        return stage_key(
-            __version__, self.fingerprint, rows.label, rows.sha256, self.plan.max_length,
+        return sweep_key(
+            self._source, rows.label, rows.sha256, self.plan.max_length,
             calibration.samples, calibration.seed, *self._computing, self.plan.mtp,
         )  # fmt: skip
 
     def prune(self, kept: Kept) -> str:
         kept_experts = sorted(kept.items())
-        return stage_key(
-            __version__, self.fingerprint, kept_experts, self._companions, self.plan.mtp
-        )
+        return stage_key(__version__, self._source, kept_experts, self._companions, self.plan.mtp)
 
     def imatrix(self, prune: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         asked = [row.tolist() for row in probe]
-        return stage_key(
+        return sweep_key(
             prune, chunks.label, chunks.tokens_sha256, chunks.chunk_size, asked, *self._computing
         )
 
@@ -94,9 +99,9 @@ class BuildKeys:
         """Of everything that goes into a bundle."""
         plan = self.plan
         return stage_key(
-            self.fingerprint, self.texts, self._card, plan.name, plan.source.label,
-            plan.source.revision, plan.options.method, plan.target.n_kept, plan.mtp,
-            self._recipes, *self._computing,
+            sweep_key(), export_key(), self._source, self.texts, self._card, plan.name,
+            plan.source.label, plan.source.revision, plan.options.method, plan.target.n_kept,
+            plan.mtp, self._recipes, *self._computing,
         )  # fmt: skip
 
     @property
@@ -106,16 +111,20 @@ class BuildKeys:
     @property
     def _computing(self) -> tuple[str, str]:
         compute = self.plan.options.compute
-        return compute.likely_device, compute.dtype
+        return compute.likely_device, compute.likely_dtype
 
 
 def sweep_key(*inputs: object) -> str:
-    """Of a sweep that may be interrupted: no two versions of a library share one."""
-    return stage_key(__version__, version("torch"), version("transformers"), *inputs)
+    """Of a sweep: no two versions of a library share one."""
+    try:
+        kernels = version("flash-linear-attention")
+    except PackageNotFoundError:
+        kernels = ""  # transformers' own take their place
+    return stage_key(__version__, version("torch"), version("transformers"), kernels, *inputs)
 
 
 def export_key(*inputs: object) -> str:
-    """Of an export that may be interrupted: no two versions of a library share one."""
+    """Of an export: no two versions of a library share one."""
     return stage_key(__version__, load_ggml().version, version("gguf"), *inputs)
 
 

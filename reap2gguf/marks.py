@@ -14,6 +14,7 @@ from reap2gguf.disk import write_whole
 from reap2gguf.errors import CheckpointError
 
 # In order: a stage that is done anew undoes those after it.
+NOTHING = ""  # a key that no inputs have
 STAGES = ("prune", "imatrix", "export", "verify")
 
 

@@ -49,7 +49,15 @@ class ComputeOptions:
         """cpu or cuda: what `auto` will come to, found out without loading torch."""
         if self.device != "auto":
             return self.device
-        return "cuda" if Path("/proc/driver/nvidia").exists() else "cpu"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        return "cuda" if Path("/proc/driver/nvidia").exists() and not hidden else "cpu"
+
+    @property
+    def likely_dtype(self) -> str:
+        """float32 or bfloat16: what `auto` will come to on that device."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.likely_device == "cuda" else "float32"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reap2gguf import checks, stages
 from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.artifacts.manifest import Manifest, hash_file
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
@@ -23,6 +23,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.disk import remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.export.journal import ExportJournal
+from reap2gguf.marks import NOTHING
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.plan import Plan
 from reap2gguf.progress import Progress, Silent
@@ -61,7 +62,7 @@ def _build_alone(run: Running) -> BuildResult:
         return _nothing_to_do(run)
     run.check_room()
     texts = _texts(run)
-    observations, observations_file = _observe(run, texts.rows)
+    observations, observations_sha256 = _observe(run, texts.rows)
     kept = select_experts(observations, plan.options.method, plan.target, plan.model.facts)
     key = _prune(run, kept)
     with Checkpoint.open(work.hf) as pruned:
@@ -72,7 +73,7 @@ def _build_alone(run: Running) -> BuildResult:
         checked = _verify(run, pruned, model, kept, key)
     mtp_hits = int(work.marks.found("imatrix")["mtp_hits"])
     manifest = write_bundle_files(
-        plan, work, observations, observations_file, texts.chunks, kept, checked, mtp_hits
+        plan, work, observations, observations_sha256, texts.chunks, kept, checked, mtp_hits
     )
     work.publish(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult(work.final_hf, work.final_gguf, manifest, tuple(run.costs))
@@ -93,12 +94,11 @@ def _nothing_to_do(run: Running) -> BuildResult:
 def _texts(run: Running) -> Texts:
     """All text, tokenized: a text that is too short is known before the work begins."""
     path = run.work.texts(run.keys.texts)
-    if run.plan.options.fresh:
-        remove(path)
-    reused = path.is_file()
+    reused = path.is_file() and not run.work.must_be_anew("texts")
     with run.stage("texts", reused):
         if not reused:
             run.work.share(_tokenized(run).save, path)
+            run.work.is_anew("texts")
         return Texts.load(path)
 
 
@@ -110,22 +110,21 @@ def _tokenized(run: Running) -> Texts:
     )  # fmt: skip
 
 
-def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, Path]:
-    """Saliency sums of the unpruned model, taken once for every ratio."""
+def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, str]:
+    """Saliency sums of the unpruned model, taken once for every ratio; and their file's hash."""
     plan = run.plan
     key = run.keys.observe(rows)
     path = run.work.observations(key)
-    if plan.options.fresh:
-        remove(path)
-    reused = path.is_file()
+    reused = path.is_file() and not run.work.must_be_anew("observations")
     tell_others(not reused)
     with run.stage("observe", reused):
         if not reused:
             compute = run.computing("observe", key)
             seen = stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
             run.work.share(seen.save, path)
-            run.drop_states("observe")
-        return Observations.load(path), path
+            run.work.is_anew("observations")
+        run.drop_states("observe")
+        return Observations.load(path), hash_file(path).sha256
 
 
 def follow(plan: Plan) -> None:
@@ -185,7 +184,7 @@ def _imatrix(
             )
             stages.save_imatrix(imatrix, path)
             work.marks.finish("imatrix", key, {"mtp_hits": report.mtp_hits})
-            run.drop_states("imatrix")
+        run.drop_states("imatrix")
         return load_imatrix(path), key
 
 
@@ -195,7 +194,9 @@ def _export(
     """Every GGUF file, in one pass over the pruned safetensors."""
     plan, work = run.plan, run.work
     key = run.keys.export(key)
-    reused = work.is_done("export", key)
+    files = {work.gguf / plan.gguf_name(recipe): recipe for recipe in plan.recipes}
+    made = [*files, *(work.gguf / plan.side_name(side) for side in plan.side_files)]
+    reused = work.is_done("export", key) and all(path.is_file() for path in made)
     with run.stage("export", reused):
         if reused:
             return key
@@ -203,7 +204,6 @@ def _export(
         extra = stages.header_values(
             plan.source.label, plan.options.method, plan.target.n_experts, kept
         )
-        files = {work.gguf / plan.gguf_name(recipe): recipe for recipe in plan.recipes}
         threads = plan.options.compute.threads
         journal = ExportJournal(work.root / "export.json", key)
         stages.export(
@@ -220,6 +220,7 @@ def _export(
 def _begin_export(work: Workdir, key: str) -> None:
     """Leave what an export with the same inputs has written, and nothing of another."""
     if not work.marks.was_begun("export", key):
+        work.marks.begin("export", NOTHING)  # or a kill would leave half of it, as if done
         for file in work.gguf.iterdir():
             if file.name not in ("imatrix.gguf", "imatrix.dat"):
                 remove(file)
@@ -236,7 +237,7 @@ def _verify(run: Running, pruned: Checkpoint, model: MoeModel, kept: Kept, key: 
         work.marks.begin("verify", key)
         violations, passed = _violations(run, pruned, model, kept)
         if violations:
-            raise VerificationError(violations)
+            raise VerificationError(violations, "run it again, or with --fresh if it stays so")
         work.marks.finish("verify", key, {"passed": passed})
     return passed
 

@@ -19,7 +19,6 @@ from reap2gguf.artifacts.manifest import (
     PruningRecord,
     SideRecord,
     SourceRecord,
-    hash_file,
 )
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.texts import ImatrixChunks
@@ -40,7 +39,7 @@ def write_bundle_files(
     plan: Plan,
     work: Workdir,
     observations: Observations,
-    observations_file: Path,
+    observations_sha256: str,
     chunks: ImatrixChunks,
     kept: Kept,
     checked: Sequence[str],
@@ -51,7 +50,7 @@ def write_bundle_files(
         name=plan.name,
         program=program_versions(),
         source=_source_record(plan, observations),
-        pruning=_pruning_record(plan, observations, observations_file, kept, mtp_hits),
+        pruning=_pruning_record(plan, observations, observations_sha256, kept, mtp_hits),
         calibration=_calibration_record(plan, observations, chunks),
         hf=FolderRecord(
             folder=work.final_hf.name,
@@ -79,7 +78,7 @@ def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
 
 
 def _pruning_record(
-    plan: Plan, observations: Observations, observations_file: Path, kept: Kept, mtp_hits: int
+    plan: Plan, observations: Observations, observations_sha256: str, kept: Kept, mtp_hits: int
 ) -> PruningRecord:
     return PruningRecord(
         method=plan.options.method,
@@ -87,7 +86,7 @@ def _pruning_record(
         n_kept=plan.target.n_kept,
         experts_per_token=plan.model.facts.experts_per_token,
         kept=kept,
-        observations_sha256=hash_file(observations_file).sha256,
+        observations_sha256=observations_sha256,
         n_rows=observations.n_rows,
         n_tokens=observations.n_tokens,
         n_dropped_rows=observations.n_dropped_rows,

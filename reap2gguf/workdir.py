@@ -31,9 +31,10 @@ from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.disk import disk_errors_told, make_folder, part_of, remove, rename, write_whole
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
-from reap2gguf.marks import StageMarks
+from reap2gguf.marks import NOTHING, StageMarks
 
-RESERVED_NAMES = frozenset({"observations", "texts"})  # of folders beside the builds'
+SHARED = ("texts", "observations")
+RESERVED_NAMES = frozenset(SHARED)  # of folders beside the builds'
 _IDENTITY = "build.json"
 _PUBLISHING = "publishing.json"  # there while final names are being given
 
@@ -91,6 +92,24 @@ class Workdir:
         save(own)
         rename(own, path)
 
+    def must_be_anew(self, artefact: str) -> bool:
+        """Whether a shared file is from before a demand to start over, and not yet made again."""
+        return artefact in self._identity().get("anew", [])
+
+    def is_anew(self, artefact: str) -> None:
+        """A shared file is made again, or may be reused."""
+        if not self.must_be_anew(artefact):
+            return
+        identity = self._identity()
+        left = [name for name in identity.get("anew", []) if name != artefact]
+        write_whole(self.root / _IDENTITY, json.dumps(identity | {"anew": left}))
+
+    def _identity(self) -> dict[str, Any]:
+        try:
+            return read_json(self.root / _IDENTITY)
+        except CheckpointError:
+            return {}
+
     @cached_property
     def marks(self) -> StageMarks:
         """Which stages are done; to be asked for once the folder is prepared."""
@@ -144,13 +163,14 @@ class Workdir:
         self._check_identity(identity)
         for folder in (self.root, self.shared / "observations", self.shared / "texts"):
             make_folder(folder)
-        write_whole(self.root / _IDENTITY, json.dumps(identity))
+        anew = SHARED if fresh else self._identity().get("anew", [])
+        write_whole(self.root / _IDENTITY, json.dumps({**identity, "anew": list(anew)}))
 
     def _check_identity(self, identity: Mapping[str, str]) -> None:
         """Refuse a work folder that another source, or another program, has filled."""
-        unfinished = part_of(self.root / _IDENTITY)  # killed as soon as it began
-        if not self.root.is_dir() or not set(self.root.iterdir()) - {unfinished}:
-            return
+        ours = self.root / _IDENTITY
+        if not self.root.is_dir() or not set(self.root.iterdir()) - {ours, part_of(ours)}:
+            return  # there is nothing to mix with
         advice = "pass --fresh to start over in it, or another --name or --output"
         try:
             found = read_json(self.root / _IDENTITY)
@@ -216,11 +236,11 @@ class Workdir:
 
     def begin(self, stage: str, key: str, folder: Path) -> None:
         """Begin a stage in its folder: where it stopped, or in an empty one for other inputs."""
-        goes_on = folder.is_dir() and self.marks.was_begun(stage, key)
-        self.marks.begin(stage, key)
-        if not goes_on:
+        if not (folder.is_dir() and self.marks.was_begun(stage, key)):
+            self.marks.begin(stage, NOTHING)  # or a kill would leave half of it to go on with
             remove(folder)
         make_folder(folder)
+        self.marks.begin(stage, key)
 
     def publish(self, inputs: str, costs: Sequence[Mapping[str, Any]]) -> None:
         """Give both folders their final names, in place of an earlier build's.

@@ -259,19 +259,25 @@ def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Monk
         resources.example_checkpoint()
 
 
-def test_an_interrupt_says_how_to_go_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reap2gguf import plan
+def test_an_interrupt_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reap2gguf import pipeline, plan
 
-    def interrupt(options: object, note: object) -> None:
+    def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "make_plan", interrupt)
-    words = ["build", str(tiny), "--recipe", "q8_0", "--name", "with space"]
+    words = ["build", str(tiny), "--recipe", "q8_0", "--output", f"{tmp_path}/a b"]
     monkeypatch.setattr("sys.argv", ["reap2gguf", *words, "--fresh"])
-    result = run(*words, "--fresh")
+    command = f"reap2gguf build {tiny} --recipe q8_0 --output '{tmp_path}/a b'"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build", interrupt)
+        result = run(*words, "--fresh")
     assert result.exit_code == 130
-    command = f"reap2gguf build {tiny} --recipe q8_0 --name 'with space'"
-    assert result.output == f"Error: interrupted; to go on: {command}\n"
+    assert result.output.endswith(f"Error: interrupted; to go on: {command}\n"), "it is begun"
+    monkeypatch.setattr(plan, "make_plan", interrupt)
+    result = run(*words, "--fresh")
+    assert result.output == f"Error: interrupted; to go on: {command} --fresh\n"
 
 
 def test_an_interrupted_quantization_goes_on(

@@ -236,6 +236,12 @@ def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def change_a_named_template(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "additional_chat_templates").mkdir()
+    (tiny / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    return {}
+
+
 def rename_the_recipe(tiny: Path, folder: Path) -> dict[str, Any]:
     (folder / "mine.toml").write_text((RECIPES / "q8_0.toml").read_text())
     return {"recipes": (str(folder / "mine.toml"),)}
@@ -264,8 +270,8 @@ def call_the_model_otherwise(tiny: Path, folder: Path) -> dict[str, Any]:
     [
         change_nothing, rename_the_text, read_another_text_of_that_name,
         read_another_imatrix_text_of_that_name, rename_the_imatrix_text, change_the_card,
-        change_the_template, rename_the_recipe, change_the_method, change_the_seed,
-        change_the_precision, call_the_model_otherwise,
+        change_the_template, change_a_named_template, rename_the_recipe, change_the_method,
+        change_the_seed, change_the_precision, call_the_model_otherwise,
     ],
 )  # fmt: skip
 def test_what_was_done_before_shows_nowhere(
@@ -294,6 +300,33 @@ def test_what_was_done_before_shows_nowhere(
     assert found.keys() == expected.keys()
     for name, data in expected.items():
         assert found[name] == data, name
+
+
+def test_weights_changed_where_no_sample_is_taken_are_not_done(tiny: Path, tmp_path: Path) -> None:
+    build(tiny, tmp_path / "out")
+    path = tiny / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data)
+    again = build(tiny, tmp_path / "out")
+    assert not stages_reused(again)["observe"], "the file was written since"
+
+
+def test_a_demand_to_start_over_outlives_an_interruption(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tiny, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        refuse_at(patch, pipeline, "read_texts")
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out", fresh=True)
+    with monkeypatch.context() as patch:
+        refuse_at(patch, pipeline, "write_pruned")
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, tmp_path / "out")
+    work = Workdir(tmp_path / "out", "tiny-REAP-0.25")
+    assert not work.must_be_anew("observations")
+    reused = stages_reused(build(tiny, tmp_path / "out"))
+    assert [stage for stage, is_reused in reused.items() if is_reused] == ["texts", "observe"]
 
 
 def test_a_disk_that_is_too_full_is_said_before_the_work(

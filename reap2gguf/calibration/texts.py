@@ -47,8 +47,7 @@ class ImatrixChunks:
     def tokens_sha256(self) -> str:
         """Of the chunks: another tokenizer or another number of them makes another."""
         digest = hashlib.sha256()
-        for chunk in self.chunks:
-            digest.update(chunk.tobytes())
+        _hash_rows(digest, self.chunks)
         return digest.hexdigest()
 
 
@@ -177,9 +176,13 @@ def _rows(
             f"vocab_size is {vocab_size}; they do not belong together"
         )
     digest = hashlib.sha256(corpus.sha256.encode())
-    for row in rows:
-        digest.update(row.tobytes())  # another tokenizer makes other rows of the same text
+    _hash_rows(digest, rows)  # another tokenizer, or length, makes other rows of the same text
     return ObservationRows(_public(options.spec), digest.hexdigest(), rows)
+
+
+def _hash_rows(digest: hashlib._Hash, rows: Sequence[Row]) -> None:
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
 
 
 def _public(spec: str) -> str:

@@ -18,18 +18,15 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.checkpoint.entries import check_entries
+from reap2gguf.checkpoint.index import compare_index, find_shards
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header
 from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.files import is_plain, is_plain_name
 from reap2gguf.messages import shown
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _READ_BYTES = 2**30  # the kernel moves at most 2 GiB a call
 _SAMPLE_BYTES = 2**14
 _SAMPLES_PER_FILE = 64
-_MAX_SHARDS = 10_000
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_TENSOR_SAMPLE_BYTES = 2**12
 
 # BF16 has no numpy type: its bits travel as uint16.
 NUMPY_TYPES = {
@@ -66,7 +63,7 @@ class Checkpoint:
         if not config_path.is_file():
             raise CheckpointError(f"{folder}: no config.json; this is no Hugging Face checkpoint")
         config = read_json(config_path)
-        shards, mapped = _find_shards(folder)
+        shards, mapped = find_shards(folder)
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             header = read_header(shard)
@@ -76,7 +73,7 @@ class Checkpoint:
                 )
             tensors |= header
         if mapped is not None:
-            _compare_index(folder, mapped, tensors)
+            compare_index(folder, mapped, tensors)
         return cls(folder, config, tensors, shards)
 
     @property
@@ -136,9 +133,10 @@ class Checkpoint:
                 )  # fmt: skip
 
     def fingerprint(self) -> str:
-        """A hash that tells two checkpoints apart: config, headers, and bytes sampled evenly.
+        """A hash that tells two checkpoints apart: config, headers, and bytes of every tensor.
 
-        Costs at most 64 reads of 16 KiB a shard, so that it can be asked of a 60 GB model.
+        Costs a read of 4 KiB a tensor and at most 64 of 16 KiB a shard, so that it can be asked of
+        a 60 GB model. Raises CheckpointError if a shard cannot be read.
         """
         digest = hashlib.sha256()
         digest.update((self.folder / "config.json").read_bytes())
@@ -147,9 +145,22 @@ class Checkpoint:
             digest.update(f"{shard.name} {size}\n".encode())
             step = max(size // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
             descriptor = self._descriptor(shard)
-            for position in range(0, size, step):
-                digest.update(os.pread(descriptor, _SAMPLE_BYTES, position))
+            places = [(position, _SAMPLE_BYTES) for position in range(0, size, step)]
+            for tensor in self.tensors.values():
+                if tensor.path == shard:
+                    middle = tensor.offset + tensor.n_bytes // 2
+                    places.append((middle, min(_TENSOR_SAMPLE_BYTES, tensor.n_bytes)))
+            try:
+                for position, count in places:
+                    digest.update(os.pread(descriptor, count, position))
+            except OSError as error:
+                raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from error
         return digest.hexdigest()
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of every shard: what a hash of samples may miss."""
+        found = [(shard.name, shard.stat()) for shard in self.shards]
+        return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
     def close(self) -> None:
         """Close the shard files; reading again opens them anew."""
@@ -240,60 +251,3 @@ def read_tokenizer_json(folder: Path) -> dict[str, Any]:
             "save_pretrained() first"
         )
     return read_json(path, MAX_TOKENIZER_BYTES)
-
-
-def _find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The shard files, and the index's map of tensor to file where there is an index."""
-    index_path = folder / INDEX_NAME
-    if not index_path.is_file():
-        single = folder / SINGLE_NAME
-        if single.is_file():
-            return (single,), None
-        if pickled := min((f.name for f in folder.iterdir() if f.suffix in _PICKLED), default=""):
-            raise CheckpointError(
-                f"{folder}: holds pickled weights ({pickled}), which can run code when opened; "
-                "convert them to safetensors first"
-            )
-        raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
-    weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path}: no weight_map of tensor to file")
-    for file_name in weight_map.values():
-        if not isinstance(file_name, str) or not is_plain_name(file_name):
-            raise CheckpointError(
-                f"{index_path}: names the file {shown(file_name)}, expected a plain name in this "
-                "folder"
-            )
-    names = sorted(set(weight_map.values()))
-    if len(names) > _MAX_SHARDS:
-        raise CheckpointError(
-            f"{index_path}: names {len(names):,} files, expected at most {_MAX_SHARDS:,}"
-        )
-    missing = [name for name in names if not is_plain(folder / name)]
-    if missing:
-        some = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(names)} shards missing: {some}; download them again"
-        )
-    return tuple(folder / name for name in names), weight_map
-
-
-def _compare_index(
-    folder: Path, mapped: dict[str, str], tensors: Mapping[str, StoredTensor]
-) -> None:
-    """The index must name exactly the tensors that the shards hold, each in its file."""
-    if absent := sorted(mapped.keys() - tensors.keys()):
-        raise CheckpointError(
-            f"{folder}: {len(absent)} tensors of the index are in no shard, such as "
-            f"{shown(absent[0])}"
-        )
-    if extra := sorted(tensors.keys() - mapped.keys()):
-        raise CheckpointError(
-            f"{folder}: {len(extra)} stored tensors are not in the index, such as {shown(extra[0])}"
-        )
-    for name, file_name in mapped.items():
-        if tensors[name].path.name != file_name:
-            raise CheckpointError(
-                f"{folder}: {shown(name)} lies in {tensors[name].path.name}, the index says "
-                f"{file_name}"
-            )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME
+from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES
 from reap2gguf.disk import whole_file, write_whole
 

@@ -89,7 +89,7 @@ def export_gguf(
     _check_imatrix(tensors, outputs, imatrix)
     ggml = load_ggml()
     layouts = [lay_out(checkpoint.folder, tensors, output.header) for output in outputs]
-    anew = not _can_resume(journal, outputs, layouts)
+    anew = not _can_resume(journal, tensors, outputs, layouts)
     try:
         with ExitStack() as stack:
             files = [
@@ -111,19 +111,25 @@ def export_gguf(
 
 
 def _can_resume(
-    journal: ExportJournal | None, outputs: Sequence[GgufOutput], layouts: Sequence[GgufLayout]
-) -> bool:
+    journal: ExportJournal | None, tensors: Sequence[GgufTensor], outputs: Sequence[GgufOutput],
+    layouts: Sequence[GgufLayout],
+) -> bool:  # fmt: skip
     """Whether the files that a journal speaks of are all there; else it forgets them."""
     if journal is None or journal.is_empty:
         return False
+    is_whole = all(tensor.name in journal for tensor in tensors)
     for output, layout in zip(outputs, layouts, strict=True):
         part = part_of(output.path)
-        if output.path.is_file() and not part.is_file():
+        if not part.is_file() and is_whole and _has_size(output.path, layout.n_bytes):
             rename(output.path, part)  # interrupted while names were given
-        if not part.is_file() or part.stat().st_size != layout.n_bytes:
+        if not _has_size(part, layout.n_bytes):
             journal.forget()
             return False
     return True
+
+
+def _has_size(path: Path, n_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == n_bytes
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class ExportJournal:
         self._saving = threading.Lock()
         self._saved_at = time.monotonic()
         self._cost = 0.0
+        self._may_lie = False
 
     def __contains__(self, name: str) -> bool:
         return name in self._done
@@ -52,9 +53,11 @@ class ExportJournal:
 
     def save(self, files: Iterable[OutputFile]) -> None:
         """Flush the files and keep what is done; OutputError if the disk refuses."""
-        if not self._saving.acquire(blocking=False):
-            return  # another thread is at it
+        if self._may_lie or not self._saving.acquire(blocking=False):
+            return  # or another thread is at it
         try:
+            # a disk says once that it lost something: flushing again would seem to go well
+            self._may_lie = True
             begun = time.monotonic()
             names = sorted(self._done.copy())
             for file in files:
@@ -62,6 +65,7 @@ class ExportJournal:
             write_whole(self._path, json.dumps({"key": self._key, "done": names}))
             self._saved_at = time.monotonic()
             self._cost = self._saved_at - begun
+            self._may_lie = False
         finally:
             self._saving.release()
 

@@ -145,12 +145,12 @@ class Crew:
         step = max(1, _PIECE_TOKENS // max(1, width), -(-n_rows // MOST_PIECES))
         starts = range(0, n_rows, step)
         meeting = _Meeting(len(starts), self._permits)
-        futures = []
-        for number, start in enumerate(starts):
-            rows = slice(start, min(start + step, n_rows))
-            piece = Piece(number, rows.start * width, rows.stop * width, meeting)
-            futures.append(self._pieces.submit(self._take, piece, partial(function, rows)))
+        futures: list[Future[Tensor]] = []
         try:
+            for number, start in enumerate(starts):
+                rows = slice(start, min(start + step, n_rows))
+                piece = Piece(number, rows.start * width, rows.stop * width, meeting)
+                futures.append(self._pieces.submit(self._take, piece, partial(function, rows)))
             meeting.hold(self)
         except BaseException:
             meeting.fail()
@@ -188,7 +188,11 @@ class Crew:
 
         helpers: list[Future[None]] = []
         while len(helpers) < len(items) - 1 and self._permits.acquire(blocking=False):
-            helpers.append(self._hands.submit(self._help, work))
+            try:
+                helpers.append(self._hands.submit(self._help, work))
+            except BaseException:
+                self._permits.release()
+                raise
         try:
             work()
         finally:

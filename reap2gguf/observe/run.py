@@ -77,10 +77,9 @@ class SweepRun:
         self.n_rows = sum(len(batch.lengths) for batch in self.batches)
         width = self.decoder.model.facts.hidden_size
         self.keeper = StateKeeper(resume, self.ranks, self.progress.note)
-        state = self.keeper.load(width, dtype, most)
+        state = self.keeper.load(self.observer, width, dtype, most)
         if state is not None:
             self.batches, self.first_layer = state.batches, state.layer
-            self.observer.restore(state.sums)
         n_positions = settle_places(self.batches)
         self.spool = open_spool(self.budget.spool, (n_positions, width), dtype, self.device, folder)
         for line in self._first_lines(n_positions * need.hidden, dtype):

@@ -73,11 +73,13 @@ class StateKeeper:
         self._kept_at = time.monotonic()
         self._cost: float | None = None  # seconds that the last one took
 
-    def load(self, width: int, dtype: torch.dtype, most_tokens: int) -> SweepState | None:
+    def load(
+        self, observer: LayerObserver, width: int, dtype: torch.dtype, most_tokens: int
+    ) -> SweepState | None:
         """The state to go on from, if all processes have one of the same layer.
 
         Batches of other sizes than `most_tokens` would make other sums than a sweep that was not
-        interrupted, so they are not gone on with.
+        interrupted, so they are not gone on with. `observer` takes up the sums.
         """
         state = self._read(width, dtype, most_tokens)
         layer = state.layer if state else 0
@@ -85,6 +87,8 @@ class StateKeeper:
         if state is not None and (first != last or not layer):
             state.close()
             state = None
+        if state is not None:
+            observer.restore(state.sums)
         return state
 
     def _read(self, width: int, dtype: torch.dtype, most_tokens: int) -> SweepState | None:
@@ -118,7 +122,7 @@ class StateKeeper:
         assert self._path is not None
         with disk_errors_told(self._path):
             free = shutil.disk_usage(self._path.parent).free
-        if not self._ranks.least(int(free > 1.1 * n_bytes)):
+        if not self._ranks.least(int(free > 1.1 * n_bytes * self._ranks.size)):
             self._note("the disk has no room to keep what the sweep has done")
             self._kept_at = time.monotonic()
             return

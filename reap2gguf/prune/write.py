@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.artifacts.manifest import MANIFEST_FILE
-from reap2gguf.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, PlannedTensor, write_checkpoint
 from reap2gguf.disk import copy_whole, write_whole

@@ -218,7 +218,8 @@ def _resuming(
     from reap2gguf.keys import sweep_key
 
     path = output.with_name(f"{output.name}.state")
-    key = sweep_key(checkpoint.fingerprint(), rows, compute.device, compute.dtype)
+    source = (checkpoint.fingerprint(), checkpoint.stamps())
+    key = sweep_key(source, rows, compute.likely_device, compute.likely_dtype)
     return replace(compute, resume=Resume(path, key))
 
 

@@ -196,6 +196,19 @@ def test_the_importance_matrix_reads_no_more_than_the_observation_may(
     assert texts.chunks.text.count("def add(a, b)") == 3 * TEXT.count("def add(a, b)")
 
 
+def test_how_rows_are_cut_is_in_their_hashes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 8)
+    cuts = [CalibrationOptions(str(path), samples=8, max_length=64),
+            CalibrationOptions(str(path), samples=4, max_length=128)]  # fmt: skip
+    texts = [read_texts(tokenizer, cut, cut.max_length, None, cut.max_length, 4096) for cut in cuts]
+    for name in ("rows", "chunks"):
+        one, other = (getattr(getattr(text, name), name) for text in texts)
+        assert np.array_equal(np.concatenate(one), np.concatenate(other)), "the same tokens"
+    assert texts[0].rows.sha256 != texts[1].rows.sha256
+    assert texts[0].chunks.tokens_sha256 != texts[1].chunks.tokens_sha256
+
+
 def test_texts_are_kept_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts = read_texts(tokenizer, CalibrationOptions(), 512, None, 128, 4096)
     texts.save(tmp_path / "texts.safetensors")

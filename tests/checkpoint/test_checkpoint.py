@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from tiny import TinyQwen3Moe, save_sharded
 
 from reap2gguf.checkpoint.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
     Checkpoint,
     read_tokenizer_json,
 )
+from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.errors import CheckpointError, SourceError
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -214,6 +213,19 @@ def test_fingerprint_sees_every_byte_of_a_small_file(tmp_path: Path) -> None:
             path.write_bytes(changed)
             seen.add(checkpoint.fingerprint())
     assert len(seen) == 1 + len(content) - start
+
+
+def test_fingerprint_sees_every_tensor_of_a_large_file(tmp_path: Path) -> None:
+    tensors = {f"w{i}": torch.full((40_000,), float(i)) for i in range(100)}
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    (tmp_path / "config.json").write_text("{}")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        seen = {checkpoint.fingerprint()}
+    for name in ("w0", "w37", "w99"):
+        save_file(tensors | {name: -tensors[name] - 1}, tmp_path / SINGLE_NAME)
+        with Checkpoint.open(tmp_path) as checkpoint:
+            seen.add(checkpoint.fingerprint())
+    assert len(seen) == 4
 
 
 def test_fingerprint_sees_the_config(tmp_path: Path) -> None:

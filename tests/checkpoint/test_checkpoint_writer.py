@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from reap2gguf.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.writer import (
     PlannedTensor,
     plan_shards,

@@ -61,6 +61,23 @@ def test_a_disk_that_fails_to_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ExportJournal(tmp_path / "journal", "key").is_empty
 
 
+def test_after_a_failed_flush_nothing_more_is_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux says once that pages were lost; the next flush of the same file goes well."""
+    journal = ExportJournal(tmp_path / "journal", "key")
+    with open_file(tmp_path / "file", tmp_path / "file") as file:
+        journal.add("one", [file])
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(5, "EIO")))
+            with pytest.raises(OutputError):
+                journal.add("two", [file])
+        journal.save([file])
+    again = ExportJournal(tmp_path / "journal", "key")
+    assert "one" in again
+    assert "two" not in again
+
+
 def test_now_and_then_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "SAVE_SECONDS", 3600)
     journal = ExportJournal(tmp_path / "journal", "key")

@@ -38,12 +38,15 @@ class Fault:
     power_cut: bool = False  # when killed, what was not flushed is lost
     count: int = 0
     log: list[str] = field(default_factory=list)
-    _unflushed: dict[int, int] = field(default_factory=dict)  # inode -> descriptor
+    _pwrite: Callable[..., int] = os.pwrite  # that of the system
+    # by inode: a descriptor, and where was written since the last flush
+    _unflushed: dict[int, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Wrap the functions while the context is open."""
         originals: list[tuple[Any, str, Any]] = []
+        self._pwrite = os.pwrite
         for kind, names in _BY_DESCRIPTOR.items():
             for name in names:
                 originals.append((os, name, getattr(os, name)))
@@ -74,8 +77,12 @@ class Fault:
                 data, *rest = arguments
                 function(descriptor, data[: len(data) // 2], *rest)  # cut off in the middle
             self._happens(kind, f"{function.__name__} {path}")
+            begun = os.lseek(descriptor, 0, os.SEEK_CUR) if function.__name__ == "write" else 0
             result = function(descriptor, *arguments, **named)
-            self._remember(kind, descriptor)
+            if function.__name__ in ("write", "pwrite"):
+                self._remember(descriptor, arguments[1] if len(arguments) > 1 else begun, result)
+            elif kind == "fsync":
+                self._forget(descriptor)
             return result
 
         return wrapped
@@ -119,21 +126,24 @@ class Fault:
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error))
         if self.power_cut:
-            for descriptor in self._unflushed.values():
-                os.truncate(f"/proc/self/fd/{descriptor}", 0)
+            for descriptor, places in self._unflushed.values():
+                for position, n_bytes in places:
+                    self._pwrite(descriptor, bytes(n_bytes), position)
         os.kill(os.getpid(), self.signal)
 
-    def _remember(self, kind: str, descriptor: int) -> None:
+    def _remember(self, descriptor: int, position: int, n_bytes: int) -> None:
         """Keep in mind what a power cut would take."""
-        if not self.power_cut:
-            return
-        status = os.fstat(descriptor)
-        if kind == "fsync":
-            held = self._unflushed.pop(status.st_ino, None)
-            if held is not None:
-                os.close(held)
-        elif kind == "write" and status.st_ino not in self._unflushed:
-            self._unflushed[status.st_ino] = os.dup(descriptor)
+        inode = os.fstat(descriptor).st_ino
+        if self.power_cut:
+            if inode not in self._unflushed:
+                self._unflushed[inode] = (os.dup(descriptor), [])
+            self._unflushed[inode][1].append((position, n_bytes))
+
+    def _forget(self, descriptor: int) -> None:
+        """What was written is on the disk."""
+        held, _ = self._unflushed.pop(os.fstat(descriptor).st_ino, (None, []))
+        if held is not None:
+            os.close(held)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

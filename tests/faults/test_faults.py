@@ -67,6 +67,33 @@ def test_killed_anywhere_and_resumed(
     assert stopped >= {*STAGES}
 
 
+@pytest.mark.parametrize(
+    "others", [("--method", "frequency"), ("--recipe", "bf16")], ids=["experts", "recipes"]
+)
+def test_killed_while_the_work_of_other_arguments_is_cleared_away(
+    rig: Rig, bundle: dict[str, bytes], operations: list[str], others: tuple[str, ...]
+) -> None:
+    """Neither build may take what the other left for its own."""
+    before_the_record = renames(operations, "stages.json")[-1] + 3
+
+    def interrupted() -> None:
+        assert rig.build({"kinds": ALL, "at": before_the_record}).code == -9
+
+    interrupted()
+    log = rig.build({"kinds": ("write", "rename")}, more=others).log
+    other_bundle = tree(rig.output)
+    shutil.rmtree(rig.output)
+    cleared = [i for i, line in enumerate(log) if "unlink" in line or "rmdir" in line]
+    for at in [cleared[i] for i in points(len(cleared), 6)]:
+        for more, expected in ((), bundle), (others, other_bundle):
+            interrupted()
+            rig.build({"kinds": ("write", "rename"), "at": at}, more=others)
+            outcome = rig.build(more=more)
+            assert outcome.code == 0, (log[at], outcome.errors)
+            assert tree(rig.output) == expected, log[at]
+            shutil.rmtree(rig.output)
+
+
 def test_killed_by_the_clock(rig: Rig, bundle: dict[str, bytes]) -> None:
     seconds = rig.build().seconds
     shutil.rmtree(rig.output)

@@ -28,7 +28,8 @@ from reap2gguf.artifacts.manifest import (
     SideRecord,
     SourceRecord,
 )
-from reap2gguf.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.errors import (
     ArtifactError,
     CheckpointError,

@@ -8,7 +8,8 @@ import pytest
 import transformers
 from tiny import TinyQwen3Moe
 
-from reap2gguf.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.index import SINGLE_NAME
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models import ARCHITECTURES, MoeModel, describe
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,3 +212,32 @@ def test_a_long_attention_is_the_same_in_heads(crew: Crew, mask: str) -> None:
     with Spread(crew):
         found = scaled_dot_product_attention(query, key, value, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
+def test_pieces_that_cannot_all_begin_do_not_wait_for_one_another(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew = Crew(2)
+    submit, begun = crew._pieces.submit, []
+
+    def fails_at_the_fourth(*arguments: Any) -> Any:
+        begun.append(arguments)
+        if len(begun) == 4:
+            raise error
+        return submit(*arguments)
+
+    def meet(rows: slice) -> torch.Tensor:
+        piece = current_piece()
+        assert piece is not None
+        share: torch.Tensor = piece.meet(values[rows], lambda crew, brought: brought)
+        return share
+
+    values = torch.ones(8, 512, 4)
+    monkeypatch.setattr(crew._pieces, "submit", fails_at_the_fourth)
+    with pytest.raises(type(error)):
+        crew.by_rows(meet, values.shape)
+    del begun[:]
+    monkeypatch.setattr(crew._pieces, "submit", submit)
+    assert torch.equal(crew.by_rows(meet, values.shape), values)
+    crew.close()

@@ -1,0 +1,74 @@
+"""Which files a checkpoint's tensors lie in: its index, compared with the files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.errors import CheckpointError
+from reap2gguf.files import is_plain, is_plain_name
+from reap2gguf.messages import shown
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_SHARDS = 10_000
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    """The shard files, and the index's map of tensor to file where there is an index."""
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        single = folder / SINGLE_NAME
+        if single.is_file():
+            return (single,), None
+        if pickled := min((f.name for f in folder.iterdir() if f.suffix in _PICKLED), default=""):
+            raise CheckpointError(
+                f"{folder}: holds pickled weights ({pickled}), which can run code when opened; "
+                "convert them to safetensors first"
+            )
+        raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+    weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: no weight_map of tensor to file")
+    for file_name in weight_map.values():
+        if not isinstance(file_name, str) or not is_plain_name(file_name):
+            raise CheckpointError(
+                f"{index_path}: names the file {shown(file_name)}, expected a plain name in this "
+                "folder"
+            )
+    names = sorted(set(weight_map.values()))
+    if len(names) > _MAX_SHARDS:
+        raise CheckpointError(
+            f"{index_path}: names {len(names):,} files, expected at most {_MAX_SHARDS:,}"
+        )
+    missing = [name for name in names if not is_plain(folder / name)]
+    if missing:
+        some = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} shards missing: {some}; download them again"
+        )
+    return tuple(folder / name for name in names), weight_map
+
+
+def compare_index(
+    folder: Path, mapped: dict[str, str], tensors: Mapping[str, StoredTensor]
+) -> None:
+    """The index must name exactly the tensors that the shards hold, each in its file."""
+    if absent := sorted(mapped.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"{folder}: {len(absent)} tensors of the index are in no shard, such as "
+            f"{shown(absent[0])}"
+        )
+    if extra := sorted(tensors.keys() - mapped.keys()):
+        raise CheckpointError(
+            f"{folder}: {len(extra)} stored tensors are not in the index, such as {shown(extra[0])}"
+        )
+    for name, file_name in mapped.items():
+        if tensors[name].path.name != file_name:
+            raise CheckpointError(
+                f"{folder}: {shown(name)} lies in {tensors[name].path.name}, the index says "
+                f"{file_name}"
+            )
