@@ -89,8 +89,11 @@ class Fault:
 
     def _by_name(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(path: Any, *arguments: Any, **named: Any) -> Any:
-            if os.fspath(path).startswith(self.folder):
-                self._happens(kind, f"{function.__name__} {path}")
+            whole = os.fspath(path)
+            if (folder := named.get("dir_fd")) is not None:  # as shutil.rmtree does
+                whole = f"{os.readlink(f'/proc/self/fd/{folder}')}/{whole}"
+            if whole.startswith(self.folder):
+                self._happens(kind, f"{function.__name__} {whole}")
             return function(path, *arguments, **named)
 
         return wrapped
