@@ -88,7 +88,7 @@ def test_killed_while_the_work_of_other_arguments_is_cleared_away(
         i for i, line in enumerate(log) if line.startswith(("write: unlink", "write: rmdir"))
         and made in line and not line.endswith(".part")
     ]  # fmt: skip
-    for at in [cleared[i] for i in points(len(cleared), 5)]:
+    for at in [cleared[i] for i in points(len(cleared), 3)]:
         for more, expected in ((), bundle), (others, other_bundle):
             interrupted()
             rig.build({"kinds": ("write", "rename"), "at": at}, more=others)
