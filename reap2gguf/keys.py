@@ -1,7 +1,8 @@
 """The keys of a build's stages: hashes of everything that goes into them.
 
-A stage that was done with the same key is not done again. Threads, memory and where hidden states
-wait are in no key: the results do not depend on them.
+A stage that was done with the same key is not done again. Threads and where hidden states wait are
+in no key: results do not depend on them. Nor are memory and the number of processes, which may
+change last bits (`sweep.py`) and are no reason to do hours of work again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class BuildKeys:
     def _companions(self) -> list[tuple[str, str]]:
         """Hashes of tokenizer, template and licence files, which a bundle carries as well."""
         folder = self.plan.source.folder
-        # of the last, which are not published, the tokenizer may still choose one
+        # not published, but the tokenizer may choose one of them for samples with tools
         named = sorted(folder.glob("*chat_templates/*.jinja"))
         return _hashes([*companion_files(folder), *named], CheckpointError)
 

@@ -98,7 +98,7 @@ def _texts(run: Running) -> Texts:
     with run.stage("texts", reused):
         if not reused:
             run.work.share(_tokenized(run).save, path)
-            run.work.is_anew("texts")
+            run.work.meet_demand("texts")
         return Texts.load(path)
 
 
@@ -122,7 +122,7 @@ def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, str]:
             compute = run.computing("observe", key)
             seen = stages.observe(plan.checkpoint, plan.model, rows, compute, run.progress)
             run.work.share(seen.save, path)
-            run.work.is_anew("observations")
+            run.work.meet_demand("observations")
         run.drop_states("observe")
         return Observations.load(path), hash_file(path).sha256
 

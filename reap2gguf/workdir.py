@@ -96,13 +96,13 @@ class Workdir:
         """Whether a shared file is from before a demand to start over, and not yet made again."""
         return artefact in self._identity().get("anew", [])
 
-    def is_anew(self, artefact: str) -> None:
-        """A shared file is made again, or may be reused."""
-        if not self.must_be_anew(artefact):
-            return
+    def meet_demand(self, artefact: str) -> None:
+        """A shared file has been made again; from now on it may be reused."""
         identity = self._identity()
-        left = [name for name in identity.get("anew", []) if name != artefact]
-        write_whole(self.root / _IDENTITY, json.dumps(identity | {"anew": left}))
+        demanded = identity.get("anew", [])
+        if artefact in demanded:
+            left = [name for name in demanded if name != artefact]
+            write_whole(self.root / _IDENTITY, json.dumps(identity | {"anew": left}))
 
     def _identity(self) -> dict[str, Any]:
         try:

@@ -81,17 +81,17 @@ class StateKeeper:
         Batches of other sizes than `most_tokens` would make other sums than a sweep that was not
         interrupted, so they are not gone on with. `observer` takes up the sums.
         """
-        state = self._read(width, dtype, most_tokens)
+        state = self._read(observer, width, dtype, most_tokens)
         layer = state.layer if state else 0
         first, last = self._ranks.least(layer), -self._ranks.least(-layer)
         if state is not None and (first != last or not layer):
             state.close()
             state = None
-        if state is not None:
-            observer.restore(state.sums)
         return state
 
-    def _read(self, width: int, dtype: torch.dtype, most_tokens: int) -> SweepState | None:
+    def _read(
+        self, observer: LayerObserver, width: int, dtype: torch.dtype, most_tokens: int
+    ) -> SweepState | None:
         if self._path is None:
             return None
         remove(part_of(self._path))
@@ -102,7 +102,9 @@ class StateKeeper:
             if (metadata.get("key"), metadata.get("batch_tokens")) != (self._key, str(most_tokens)):
                 return None
             file = Checkpoint(self._path.parent, {}, tensors, (self._path,))
-            return _state(file, metadata, width, dtype)
+            state = _state(file, metadata, width, dtype)
+            observer.restore(state.sums)  # a sweep that begins anew replaces them, layer by layer
+            return state
         except (CheckpointError, KeyError, ValueError) as error:
             self._note(f"{self._path.name}: not the state that it was ({error}); begun anew")
             return None

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import DEVICES
+from safetensors.numpy import load_file, save_file
 from tiny import TinyQwen3Moe, TinyQwen35Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import OutputError
 from reap2gguf.models import describe
 from reap2gguf.observe import budget, state
@@ -198,6 +200,22 @@ def test_a_damaged_state_is_begun_anew(folder: Path, options: SweepOptions, plac
     data = path.read_bytes()
     path.write_bytes(data[: int(place if place > 1 else place * len(data))])
     resumed, _, notes = run(folder, SaliencyObserver, options)
+    assert any("not the state that it was" in note for note in notes)
+    assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("kind", OBSERVERS)
+def test_a_state_without_all_its_sums_is_begun_anew(
+    folder: Path, kind: type[LayerObserver], options: SweepOptions
+) -> None:
+    assert options.resume is not None
+    whole, _, _ = run(folder, kind, replace(options, resume=None))
+    stop_before(2, folder, kind, options)
+    path = options.resume.path
+    arrays, metadata = load_file(path), read_metadata(path)
+    del arrays[next(name for name in sorted(arrays) if name.endswith(("count", "counts")))]
+    save_file(arrays, path, metadata)
+    resumed, _, notes = run(folder, kind, options)
     assert any("not the state that it was" in note for note in notes)
     assert same(resumed, whole)
 
