@@ -1,22 +1,29 @@
-"""A Hub on the loopback interface, as far as downloads need it, that fails when it is told to."""
+"""A Hub on the loopback interface that speaks what huggingface_hub asks, and fails when told to.
+
+Downloads are answered here: repositories of models and datasets, their trees, HEAD and ranged GET
+of files. Anything else is handed to `writes`, which takes uploads.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import socket
 import struct
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
+from hub_repository import Answer, Content, Headers, Repository, Request, read, size_of
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+_BLOCK = 2**20
 
 
 @dataclass
@@ -24,38 +31,60 @@ class Fault:
     """What happens to the next `times` requests of a method whose path has `where` in it.
 
     An answer with `status`, or with as many bytes of the real body as `after` says, upon which the
-    connection ends: in order, or by a reset.
+    connection ends: in order, by a reset, or with the whole Hub.
     """
 
     status: int = 0
     where: str = "/api/models/"
     method: str = "GET"
     times: int = 1
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Headers = field(default_factory=dict)
     body: bytes = b""
     after: int | None = None
     reset: bool = False
+    ends_all: bool = False
 
 
-@dataclass
 class Hub:
-    """One repository of one commit. Use as a context; `requests` are "METHOD path [range]"."""
+    """Repositories, and what was asked for. Use as a context.
 
-    files: dict[str, bytes]
-    name: str = "owner/name"
-    faults: list[Fault] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
+    `requests` are "METHOD path [range]"; `bytes_sent` counts the bodies of answers.
+    """
+
+    def __init__(
+        self, files: dict[str, Content] | None = None, repositories: Iterable[Repository] = ()
+    ) -> None:
+        first = [Repository("owner/name", files)] if files is not None else []
+        self.repositories = [*first, *repositories]
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.bytes_sent = 0
+        self.writes: Callable[[Hub, Request], Answer | None] | None = None
+        self._port = 0
+
+    @property
+    def name(self) -> str:
+        return self.repositories[0].name
+
+    @property
+    def files(self) -> dict[str, Content]:
+        return self.repositories[0].files
 
     def __enter__(self) -> Hub:
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.hub = self
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
+        self.come()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.leave()
+
+    def come(self) -> None:
+        """Be there; after `leave`, at the same address as before."""
+        self._server = _Server(("127.0.0.1", self._port), _Handler)
+        self._server.hub = self
+        self._port = self._server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
 
     def leave(self) -> None:
         """Be gone: connections are refused from now on."""
@@ -65,15 +94,26 @@ class Hub:
 
     def serve(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         """Make huggingface_hub talk to this Hub, with a cache of its own, for one test."""
-        constants = huggingface_hub.constants
         template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
         huggingface_hub.close_session()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables for a process of its own that talks to this Hub."""
+        return {
+            **os.environ,
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def asked(self, text: str) -> list[str]:
         """The requests so far that have `text` in them."""
@@ -87,25 +127,30 @@ class Hub:
                 return fault
         return None
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of a request for `path`."""
-        api, resolve = f"/api/models/{self.name}", f"/{self.name}/resolve/{COMMIT}/"
-        if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            return _json({"id": self.name, "sha": COMMIT, "siblings": siblings})
-        if path.startswith(f"{api}/revision/"):
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if path == f"{api}/tree/{COMMIT}":
-            return _json([_entry(name, content) for name, content in self.files.items()])
-        content = self.files.get(path.removeprefix(resolve))
-        if path.startswith(resolve) and content is not None:
-            return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{_hash(content)}"'}, content
-        known = path.startswith((f"{api}/", f"/{self.name}/"))
-        return 404, {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}, b""
+    def find(self, path: str) -> Repository | None:
+        """The repository that a path of the API or of a file is about."""
+        for repository in self.repositories:
+            if path == repository.api or path.startswith(
+                (f"{repository.api}/", f"{repository.home}/", f"{repository.home}.git/")
+            ):
+                return repository
+        return None
+
+    def answer(self, request: Request) -> Answer:
+        """What a request is answered, all being well."""
+        repository = self.find(request.path)
+        if request.method in ("GET", "HEAD") or "/paths-info/" in request.path:
+            if repository is None:
+                code = "RepoNotFound" if request.path.count("/") > 2 else "EntryNotFound"
+                return Answer(404, {"X-Error-Code": code})
+            return read(repository, request)
+        found = self.writes(self, request) if self.writes else None
+        return found or Answer(404, {"X-Error-Code": "RepoNotFound"})
 
 
 class _Server(ThreadingHTTPServer):
     hub: Hub
+    daemon_threads = True
 
     def shutdown_request(self, request: Any) -> None:
         # without the farewell of the base class, so that a reset is one
@@ -121,45 +166,82 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._respond()
 
+    def do_POST(self) -> None:
+        self._respond()
+
+    def do_PUT(self) -> None:
+        self._respond()
+
+    def do_DELETE(self) -> None:
+        self._respond()
+
     def log_message(self, *args: object) -> None:
         """Nobody reads."""
 
     def _respond(self) -> None:
-        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        hub, url = self.server.hub, urlsplit(self.path)
+        body = self._body()
+        request = Request(
+            self.command, unquote(url.path), parse_qs(url.query), dict(self.headers), body
+        )
         wanted = self.headers.get("Range", "")
-        hub.requests.append(f"{self.command} {path} {wanted}".strip())
-        fault = hub.fault(self.command, path)
-        if fault is not None and fault.after is None:
-            return self._send(fault.status, fault.headers, fault.body)
-        status, headers, body = hub.answer(path)
-        if wanted and status == 200:
-            first = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-            status, body = 206, body[first:]
-        return self._send(status, headers, body, fault)
+        hub.requests.append(f"{self.command} {request.path} {wanted}".strip())
+        fault = hub.fault(self.command, request.path)
+        if fault is not None and fault.after is None and not fault.ends_all:
+            return self._send(Answer(fault.status, dict(fault.headers), fault.body), None)
+        return self._send(_part(hub.answer(request), wanted), fault)
 
-    def _send(
-        self, status: int, headers: dict[str, str], body: bytes, fault: Fault | None = None
-    ) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: fault.after] if fault else body)
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        pieces = []
+        while length := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def _send(self, answer: Answer, fault: Fault | None) -> None:
+        left = answer.length if fault is None else min(answer.length, fault.after or 0)
+        try:
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(answer.length))
+            self.end_headers()
+            if self.command != "HEAD":
+                for block in _blocks(answer, left):
+                    self.wfile.write(block)
+                    self.server.hub.bytes_sent += len(block)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the client has what it wanted
         if fault and fault.reset:
             now = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        if fault and fault.ends_all:
+            # beside this thread, which the end of the server waits for
+            threading.Thread(target=self.server.hub.leave).start()
 
 
-def _entry(name: str, content: bytes) -> dict[str, Any]:
-    return {"type": "file", "path": name, "size": len(content), "oid": _hash(content)}
+def _part(answer: Answer, wanted: str) -> Answer:
+    """The range of a whole answer that was asked for."""
+    if not wanted or answer.status != 200:
+        return answer
+    size = size_of(answer.body)
+    begin, _, end = wanted.removeprefix("bytes=").partition("-")
+    first, last = int(begin), min(int(end) if end else size - 1, size - 1)
+    if first > last:
+        return Answer(416, {"Content-Range": f"bytes */{size}"})
+    headers = {**answer.headers, "Content-Range": f"bytes {first}-{last}/{size}"}
+    return Answer(206, headers, answer.body, first, last - first + 1)
 
 
-def _json(value: Any) -> tuple[int, dict[str, str], bytes]:
-    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+def _blocks(answer: Answer, count: int) -> Iterator[bytes]:
+    if isinstance(answer.body, bytes):
+        yield answer.body[answer.first : answer.first + count]
+        return
+    with answer.body.path.open("rb") as file:
+        file.seek(answer.first)
+        while count and (block := file.read(min(count, _BLOCK))):
+            count -= len(block)
+            yield block

@@ -8,7 +8,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import COMMIT, Fault, Hub
+from hub import Fault, Hub
+from hub_repository import COMMIT
 
 from reap2gguf.checkpoint.hub import TRIES, fetch
 from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
