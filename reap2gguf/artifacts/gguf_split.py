@@ -104,7 +104,11 @@ def _join(header: GgufHeader, paths: Sequence[Path]) -> SplitHeader:
         if not is_plain(path):
             raise ArtifactError(f"{path}: part {number + 1} of {len(paths)} is missing")
         part = read_gguf_header(path)
-        marks = {NO_KEY: number, COUNT_KEY: len(paths), TENSORS_KEY: header.metadata.get(TENSORS_KEY)}
+        marks = {
+            NO_KEY: number,
+            COUNT_KEY: len(paths),
+            TENSORS_KEY: header.metadata.get(TENSORS_KEY),
+        }
         for key, expected in marks.items():
             if part.metadata.get(key) != expected:
                 found = shown(part.metadata.get(key))
@@ -119,4 +123,3 @@ def _join(header: GgufHeader, paths: Sequence[Path]) -> SplitHeader:
         )
     own = {key: value for key, value in header.metadata.items() if not key.startswith("split.")}
     return SplitHeader(header.path, own, tensors, header.keys_end, tuple(parts))
-
