@@ -20,6 +20,7 @@ from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, Verificatio
 from reap2gguf.messages import one_line
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
+from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _HAS_BEGUN = "reap2gguf.build.has_begun"
-_RESUMING = ("build", "observe", "imatrix", "quantize")
+_RESUMING = ("build", "observe", "imatrix", "quantize", "push")
 
 
 class _Group(click.Group):
@@ -202,7 +203,7 @@ def doctor() -> None:
     sys.exit(2 if problems else 0)
 
 
-for command in (observe, prune, imatrix, quantize, recipes):
+for command in (observe, prune, imatrix, quantize, recipes, push):
     cli.add_command(command)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from reap2gguf.artifacts.manifest import GgufRecord, Manifest, MtpRecord
 
 CARD_FILE = "README.md"
+_FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
 _MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here
 
 _REAP_CITATION = """\
@@ -24,10 +27,33 @@ _REAP_CITATION = """\
 }"""
 
 
+@dataclass(frozen=True)
+class CardNames:
+    """What the two folders are called where their cards are read."""
+
+    hf: str
+    gguf: str
+    on_hub: bool = False
+
+    def link(self, name: str) -> str:
+        return f"[{name}](https://huggingface.co/{name})" if self.on_hub else f"`{name}`"
+
+
+def local_names(manifest: Manifest) -> CardNames:
+    """The names of the folders that a build leaves."""
+    return CardNames(manifest.name, f"{manifest.name}-GGUF")
+
+
 def hf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the safetensors folder."""
-    folder, name = manifest.hf, manifest.name
-    body = f"""# {name}
+    front = _front_matter(manifest, source_card, "transformers")
+    return front + hf_body(manifest, local_names(manifest))
+
+
+def hf_body(manifest: Manifest, names: CardNames) -> str:
+    """The card of the safetensors, without its front matter."""
+    folder, name = manifest.hf, names.hf
+    return f"""# {_last(name)}
 
 {_summary(manifest)}
 
@@ -47,21 +73,26 @@ vllm serve {name}
 ```
 
 The weights are {_gib(folder.n_bytes)} in {_count_shards(manifest)}. GGUF files of the same model
-are in `{name}-GGUF`.
+are in {names.link(names.gguf)}.
 
 {_method(manifest)}
 """
-    return _front_matter(manifest, source_card, "transformers") + body
 
 
 def gguf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the GGUF folder."""
-    name = manifest.name
+    front = _front_matter(manifest, source_card, "gguf")
+    return front + gguf_body(manifest, local_names(manifest))
+
+
+def gguf_body(manifest: Manifest, names: CardNames) -> str:
+    """The card of the GGUF files, without its front matter."""
     rows = [_file_row(record) for record in manifest.gguf]
     rows += [f"| `{s.file}` | {_gib(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
     files = "\n".join(rows)
-    first = manifest.gguf[0].file
-    body = f"""# {name}-GGUF
+    first = manifest.gguf[0].first
+    safetensors = f"The safetensors are in {names.link(names.hf)}.\n\n" if names.on_hub else ""
+    return f"""# {_last(names.gguf)}
 
 {_summary(manifest)}
 
@@ -71,7 +102,8 @@ def gguf_card(manifest: Manifest, source_card: Path) -> str:
 |---|---|---|---|
 {files}
 
-{_honest_names(manifest.gguf)}`imatrix.gguf` (and `imatrix.dat` for programs that read no other)
+{_honest_names(manifest.gguf)}{safetensors}`imatrix.gguf`
+(and `imatrix.dat` for programs that read no other)
 is the importance matrix of the pruned model, over {manifest.calibration.imatrix_chunks} chunks of
 {manifest.calibration.imatrix_chunk_size} tokens of `calibration.txt`. `SHA256SUMS` holds the hash
 of every file: `sha256sum -c SHA256SUMS`.
@@ -79,7 +111,7 @@ of every file: `sha256sum -c SHA256SUMS`.
 ## Use it
 
 ```bash
-llama-cli -m {first}
+{_download(manifest.gguf[0], names)}llama-cli -m {first}
 llama-server -m {first}
 ```
 
@@ -87,7 +119,26 @@ llama-server -m {first}
 
 {_method(manifest)}
 """
-    return _front_matter(manifest, source_card, "gguf") + body
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _download(record: GgufRecord, names: CardNames) -> str:
+    """The command that fetches a file of the Hub, with all its parts."""
+    if not names.on_hub:
+        return ""
+    if not record.parts:
+        return f"hf download {names.gguf} {record.file} --local-dir .\n"
+    parts = f"{record.file.removesuffix('.gguf')}-*.gguf"
+    return f'hf download {names.gguf} --include "{parts}" --local-dir .\n'
+
+
+def front_matter(card: str) -> str:
+    """The front matter of a card that this module wrote, with the line after it; or nothing."""
+    match = _FRONT_MATTER.match(card)
+    return match[0] if match else ""
 
 
 def _front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
@@ -184,7 +235,9 @@ def _at(revision: str | None) -> str:
 
 def _file_row(record: GgufRecord) -> str:
     size = _gib(record.n_bytes)
-    return f"| `{record.file}` | {size} | {record.bits_per_weight:.2f} | {record.title} |"
+    if len(record.parts) > 1:
+        size += f" in {len(record.parts)} parts"
+    return f"| `{record.first}` | {size} | {record.bits_per_weight:.2f} | {record.title} |"
 
 
 def _honest_names(records: Sequence[GgufRecord]) -> str:
