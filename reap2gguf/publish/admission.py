@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,9 +159,9 @@ def _earlier(
     return {*_named(values), *parse_sums(fetch(SUMS_FILE).decode("utf-8", "replace"))[0]}
 
 
-def stale_files(staged: StagedRepo, there: RemoteRepo, earlier: dict[str, Any] | None) -> list[str]:
+def stale_files(staged: StagedRepo, there: RemoteRepo, earlier: Collection[str]) -> list[str]:
     """Files there that an earlier push put there and this one has not."""
-    named = set(_named(earlier)) if earlier else set()
+    named = set(earlier)
     whole = {record.file for record in staged.manifest.gguf}
     for name in there.files:
         part = part_of_split(name)

@@ -127,14 +127,15 @@ def patiently(
         except (OSError, ValueError, RuntimeError, LookupError, transport_error) as error:
             if refused := refusal(error, repo):
                 raise refused from error
+            reason = trouble(error)
             if attempt == TRIES:
                 raise PublishError(
-                    f"{repo}: the Hub cannot be reached in {TRIES} tries ({trouble(error)}); run the same "
+                    f"{repo}: the Hub cannot be reached in {TRIES} tries ({reason}); run the same "
                     "command again where there is a network: what is committed is not sent twice"
                 ) from error
             seconds = max(wait * hub._JITTER.uniform(1, 1.25), hub._asked_wait(error))
             note(
-                f"{repo}: the Hub cannot be reached ({trouble(error)}); try {attempt + 1} of {TRIES} in "
+                f"{repo}: the Hub cannot be reached ({reason}); try {attempt + 1} of {TRIES} in "
                 f"{seconds:.0f} s"
             )
             sleep(seconds)

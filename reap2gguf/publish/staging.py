@@ -27,7 +27,7 @@ from reap2gguf.errors import UsageError, VerificationError
 from reap2gguf.progress import Progress
 from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
 from reap2gguf.publish.card import CARD_FILE, CardNames, front_matter, gguf_body, hf_body
-from reap2gguf.publish.split import SplitPlan, plan_split, write_part
+from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
@@ -113,18 +113,18 @@ def stage(
 
 def _plan(bundle: BundleFolders, max_bytes: int) -> dict[str, SplitPlan]:
     """How each file above the bound is cut, by its name."""
-    models = {record.file for record in bundle.manifest.gguf if not record.parts}
     plans = {}
-    for folder in (bundle.hf, bundle.gguf):
-        for file in sorted(folder.iterdir()):
-            if not file.is_file() or (size := file.stat().st_size) <= max_bytes:
-                continue
-            if file.name not in models:
-                raise UsageError(
-                    f"{file}: has {size:,} bytes, a file on the Hub at most {max_bytes:,}, and "
-                    "only a model's GGUF file can be cut; pass a larger --max-file-size"
-                )
-            plans[file.name] = plan_split(file, max_bytes)
+    for record in bundle.manifest.gguf:
+        path = bundle.gguf / record.file
+        if not record.parts and path.stat().st_size > max_bytes:
+            plans[record.file] = plan_split(path, max_bytes)
+    for file in sorted([*bundle.hf.iterdir(), *bundle.gguf.iterdir()]):
+        whole = file.is_file() and file.name not in plans
+        if whole and (size := file.stat().st_size) > HUB_MAX_BYTES:
+            raise UsageError(
+                f"{file}: has {size:,} bytes, the Hub takes files of at most {HUB_MAX_BYTES:,}, "
+                "and only a model's GGUF file can be cut"
+            )
     return plans
 
 
