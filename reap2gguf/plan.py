@@ -101,7 +101,7 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
         _check_there(options.imatrix_text)
         check_text(options.imatrix_text)
     source = resolve_source(options.model, note)
-    checkpoint = Checkpoint.open(source.folder)
+    checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size)
     target = choose_target(model.facts, options.keep_experts, options.compression)

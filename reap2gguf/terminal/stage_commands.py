@@ -196,12 +196,15 @@ def say(text: str) -> None:
 
 def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeModel]:
     """A model and what it is, from its headers."""
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.source import resolve_source
     from reap2gguf.models import describe
 
     source = resolve_source(model, say)
-    checkpoint = Checkpoint.open(source.folder)
+    source.complete(say)
+    from reap2gguf.terminal.console import terminal_progress
+
+    checkpoint = source.open(say)
+    checkpoint.report_to(terminal_progress())
     return source, checkpoint, describe(checkpoint, keep_mtp)
 
 
