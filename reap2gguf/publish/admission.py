@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.gguf_split import part_of_split
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE
 from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.hub import Sleep
 from reap2gguf.disk import write_whole
 from reap2gguf.errors import CheckpointError, PublishError
 from reap2gguf.messages import shown
@@ -27,9 +28,7 @@ _MAX_BYTES = 2**26  # of a manifest
 _STATE = "repositories.json"
 
 
-def log_in(
-    api: HfApi, repo: str, progress: Progress, sleep: Callable[[float], None] = time.sleep
-) -> None:
+def log_in(api: HfApi, repo: str, progress: Progress, sleep: Sleep = time.sleep) -> None:
     """See that there is a token and that it is of the repository's owner, or of one of its members.
 
     Raises PublishError if not.
@@ -50,9 +49,7 @@ def log_in(
         )
 
 
-def _ask(
-    api: HfApi, repo: str, progress: Progress, sleep: Callable[[float], None]
-) -> RemoteRepo | None:
+def _ask(api: HfApi, repo: str, progress: Progress, sleep: Sleep) -> RemoteRepo | None:
     return patiently(lambda: look(api, repo), repo, progress.note, sleep)
 
 
@@ -61,7 +58,7 @@ def check_visibility(
     repo: str,
     private: bool,
     progress: Progress,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Sleep = time.sleep,
 ) -> None:
     """Refuse to publish in public what is to be private; PublishError."""
     there = _ask(api, repo, progress, sleep)
@@ -94,7 +91,7 @@ def admit(
     staged: StagedRepo,
     accepted: Accepted,
     progress: Progress,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Sleep = time.sleep,
 ) -> list[str]:
     """See that a repository may be written to; the files in it that this push replaces.
 
@@ -128,7 +125,7 @@ def _earlier(
     staged: StagedRepo,
     there: RemoteRepo,
     progress: Progress,
-    sleep: Callable[[float], None],
+    sleep: Sleep,
 ) -> set[str] | None:
     """The files that an earlier push has written down; None if the repository has no manifest.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
+from reap2gguf.checkpoint.hub import possible_errors
+from reap2gguf.checkpoint.hub_errors import trouble
 from reap2gguf.errors import PublishError
 from reap2gguf.progress import Progress
 from reap2gguf.publish.bundle_folders import check_bundle, open_bundle
 from reap2gguf.publish.push import PushOptions, names
-from reap2gguf.publish.remote import RemoteRepo, look, refusal, trouble
+from reap2gguf.publish.remote import RemoteRepo, look, refusal
 from reap2gguf.publish.staging import Staged, StagedFile, stage
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Preview:
         found = self.there.get(repo)
         if found is None or file.name not in found.files:
             return TO_SEND
-        if not file.sha256:  # of a part that is not written yet
+        if not file.sha256:  # of a part that is not written, or their hashes
             same = found.files[file.name].n_bytes == file.n_bytes
             return SAME_SIZE if same else REPLACED
         return THERE if found.holds(file) else REPLACED
@@ -61,12 +63,9 @@ def preview(options: PushOptions, progress: Progress) -> Preview:
 
 def _ask_once(api: HfApi, repo: str) -> RemoteRepo | None:
     """What is there; PublishError if the Hub does not say, without another try."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    transport_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
     try:
         return look(api, repo)
-    except (OSError, ValueError, RuntimeError, LookupError, transport_error) as error:
+    except possible_errors() as error:
         found = refusal(error, repo)
         raise found or PublishError(
             f"{repo}: the Hub cannot be reached ({trouble(error)})"

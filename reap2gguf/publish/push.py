@@ -8,11 +8,11 @@ take whole, and which repositories this push may write to.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.checkpoint.hub import Sleep
 from reap2gguf.disk import make_folder, remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.progress import Progress
@@ -57,9 +57,7 @@ def names(repo: str) -> CardNames:
     return found
 
 
-def push(
-    options: PushOptions, progress: Progress, sleep: Callable[[float], None] = time.sleep
-) -> Published:
+def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) -> Published:
     """Publish a bundle; the same call goes on where another one was stopped.
 
     Raises UsageError if it is no bundle, VerificationError if a file is not the one that was built
@@ -95,7 +93,7 @@ def push(
 
 
 def compare(
-    api: HfApi, staged: Staged, progress: Progress, sleep: Callable[[float], None] = time.sleep
+    api: HfApi, staged: Staged, progress: Progress, sleep: Sleep = time.sleep
 ) -> tuple[str, ...]:
     """Read both repositories back; files there that are not of this bundle.
 

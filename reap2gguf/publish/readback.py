@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.checkpoint.hub import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publish.remote import RemoteRepo, fetch_small, look, patiently
 from reap2gguf.publish.staging import StagedFile, StagedRepo
@@ -31,7 +32,7 @@ def read_back(
     api: HfApi,
     staged: StagedRepo,
     progress: Progress,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Sleep = time.sleep,
 ) -> Readback:
     """Compare names, sizes and hashes of every file, and every byte of the small ones.
 
@@ -58,7 +59,7 @@ def _compare(
     there: RemoteRepo,
     file: StagedFile,
     progress: Progress,
-    sleep: Callable[[float], None],
+    sleep: Sleep,
 ) -> Iterator[str]:
     found = there.files.get(file.name)
     if found is None:

@@ -6,10 +6,10 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from reap2gguf.checkpoint import hub
-from reap2gguf.checkpoint.hub import TRIES
+from reap2gguf.checkpoint.hub import Note, Sleep, persist
+from reap2gguf.checkpoint.hub_errors import causes, is_busy, status_of
 from reap2gguf.errors import PublishError
 from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
-Note = Callable[[str], None]
-_FIRST_WAIT = 1.0  # seconds; doubled at each try
 _MOVED = 412  # another commit came first
 _FULL = (402, 413, 507)
 _PIECE_BYTES = 2**22
@@ -107,45 +105,19 @@ def fetch_small(api: HfApi, repo: str, name: str, commit: str, most_bytes: int) 
     return bytes(found[: most_bytes + 1])
 
 
-def patiently(
-    call: Callable[[], T],
-    repo: str,
-    note: Note,
-    sleep: Callable[[float], None] = time.sleep,
-) -> T:
+def patiently(call: Callable[[], T], repo: str, note: Note, sleep: Sleep = time.sleep) -> T:
     """Call, and call again where the Hub or the way to it fails for a while.
 
     Raises PublishError if the Hub refuses, or in five tries does not answer.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    advice = (
+        "run the same command again where there is a network: what is committed is not sent twice"
+    )
 
-    transport_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-    wait = _FIRST_WAIT
-    for attempt in range(1, TRIES + 1):
-        try:
-            return call()
-        except (OSError, ValueError, RuntimeError, LookupError, transport_error) as error:
-            if refused := refusal(error, repo):
-                raise refused from error
-            reason = trouble(error)
-            if attempt == TRIES:
-                raise PublishError(
-                    f"{repo}: the Hub cannot be reached in {TRIES} tries ({reason}); run the same "
-                    "command again where there is a network: what is committed is not sent twice"
-                ) from error
-            seconds = max(wait * hub._JITTER.uniform(1, 1.25), hub._asked_wait(error))
-            note(
-                f"{repo}: the Hub cannot be reached ({reason}); try {attempt + 1} of {TRIES} in "
-                f"{seconds:.0f} s"
-            )
-            sleep(seconds)
-            wait *= 2
-    raise AssertionError("the last try returns or raises")
+    def refuse(error: BaseException) -> PublishError | None:
+        return refusal(error, repo)
 
-
-def trouble(error: BaseException) -> str:
-    """What went wrong on the way to the Hub, in a few words."""
-    return hub._trouble(error)
+    return persist(repo, None, call, note, sleep, advice=advice, refuse=refuse, kind=PublishError)
 
 
 def refusal(error: BaseException, repo: str) -> PublishError | None:
@@ -156,7 +128,7 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
         RepositoryNotFoundError,
     )
 
-    for cause in hub._causes(error):
+    for cause in causes(error):
         if isinstance(cause, LocalTokenNotFoundError):
             return PublishError("not logged in to the Hub: run `hf auth login`")
         if isinstance(cause, OfflineModeIsEnabled):
@@ -166,8 +138,8 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
                 f"{cause.filename}: cannot be read ({cause.strerror}); nothing else is at fault, "
                 "run the same command again once it can be"
             )
-        status = hub._status(cause)
-        if status is None or status == _MOVED or (hub._is_busy(status) and status not in _FULL):
+        status = status_of(cause)
+        if status is None or status == _MOVED or (is_busy(status) and status not in _FULL):
             continue
         if isinstance(cause, RepositoryNotFoundError) and status == 404:
             return PublishError(

@@ -41,7 +41,7 @@ class StagedFile:
     name: str
     content: Path | bytes
     n_bytes: int
-    sha256: str  # empty in a dry run, for parts that are not written
+    sha256: str  # empty in a dry run where parts that are not written decide it
     changed_ns: int = 0  # when it was last written, where it lies on disk
 
 
@@ -200,7 +200,8 @@ def _text(name: str, text: str) -> StagedFile:
 def _sums(files: Sequence[StagedFile]) -> StagedFile:
     """SHA256SUMS; hashes that a dry run does not know take as much room."""
     lines = [f"{file.sha256 or '0' * 64}  {file.name}\n" for file in files]
-    return _text(SUMS_FILE, "".join(sorted(lines, key=lambda line: line[66:])))
+    staged = _text(SUMS_FILE, "".join(sorted(lines, key=lambda line: line[66:])))
+    return staged if all(file.sha256 for file in files) else replace(staged, sha256="")
 
 
 def _card(folder: Path) -> str:

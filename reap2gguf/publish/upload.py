@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE
+from reap2gguf.checkpoint.hub import Note, Sleep
 from reap2gguf.errors import PublishError
 from reap2gguf.progress import Progress, Task
 from reap2gguf.publish.card import CARD_FILE
-from reap2gguf.publish.remote import Note, RemoteRepo, look, patiently
+from reap2gguf.publish.remote import RemoteRepo, look, patiently
 from reap2gguf.publish.staging import StagedFile, StagedRepo
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ def _count(files: Sequence[StagedFile]) -> str:
     return files[0].name if len(files) == 1 else f"{len(files)} small files"
 
 
-def make_repo(
-    api: HfApi, repo: str, private: bool, note: Note, sleep: Callable[[float], None] = time.sleep
-) -> None:
+def make_repo(api: HfApi, repo: str, private: bool, note: Note, sleep: Sleep = time.sleep) -> None:
     """Make the repository if there is none. Raises PublishError if it may not be made."""
 
     def make() -> None:
@@ -86,7 +85,7 @@ def upload(
     staged: StagedRepo,
     stale: Sequence[str],
     progress: Progress,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Sleep = time.sleep,
 ) -> None:
     """Bring a repository to hold what is staged, and remove `stale`.
 
@@ -111,7 +110,7 @@ def _advance(task: Task, files: Sequence[StagedFile]) -> None:
         task.advance(file.n_bytes)
 
 
-def _take(api: HfApi, repo: str, step: Step, note: Note, sleep: Callable[[float], None]) -> None:
+def _take(api: HfApi, repo: str, step: Step, note: Note, sleep: Sleep) -> None:
     def commit() -> None:
         _commit(api, repo, step, note)
 
@@ -149,7 +148,8 @@ def _commit(api: HfApi, repo: str, step: Step, note: Note) -> None:
             parent_commit=there.commit,
         )
     for warning in told:
-        note(f"{repo}: {warning.message}")
+        if warning.category is UserWarning:  # of the card; others are huggingface_hub's own affair
+            note(f"{repo}: {warning.message}")
 
 
 def _addition(file: StagedFile) -> CommitOperationAdd:

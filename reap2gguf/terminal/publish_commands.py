@@ -59,7 +59,7 @@ def push(
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     """What a push would do, file by file."""
-    from reap2gguf.publish.dry_run import THERE
+    from reap2gguf.publish.dry_run import REPLACED, TO_SEND
     from reap2gguf.terminal.console import size
 
     for repo in found.staged.repos:
@@ -74,7 +74,7 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
         for file in repo.files:
             state = "" if found.unasked else found.state(repo.repo, file)
             yield f"  {file.name:<{width}}  {size(file.n_bytes):>12}  {state}".rstrip()
-        left = [f for f in repo.files if found.state(repo.repo, f) != THERE]
+        left = [f for f in repo.files if found.state(repo.repo, f) in (TO_SEND, REPLACED)]
         if not found.unasked:
             yield f"  {len(left)} files to upload, {size(sum(f.n_bytes for f in left))}"
         yield ""
