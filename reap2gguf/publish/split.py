@@ -35,7 +35,7 @@ from reap2gguf.messages import shown
 from reap2gguf.progress import Task
 
 HUB_MAX_BYTES = 50 * 10**9
-_PIECE_BYTES = 2**22
+_PIECE_BYTES = 2**21
 _VERSION = 3
 
 
