@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
                 "`hf auth login` with one that may write, or run the command again to make it"
             )
         return _of_status(repo, status, _message(cause))
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         # huggingface_hub's own checks, and the large-file storage's refusals
         return (
             _full(repo, _line(error))

@@ -206,6 +206,7 @@ def _sums(files: Sequence[StagedFile]) -> StagedFile:
 
 def _card(folder: Path) -> str:
     """The front matter that the build wrote, as huggingface_hub reads it too."""
+    import yaml
     from huggingface_hub import ModelCard
 
     path = folder / CARD_FILE
@@ -214,7 +215,7 @@ def _card(folder: Path) -> str:
     front = front_matter(path.read_text(encoding="utf-8", errors="replace"))
     try:
         ModelCard(front)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VerificationError(
             [f"{path}: front matter that the Hub refuses ({reason})"]
