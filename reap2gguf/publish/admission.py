@@ -29,11 +29,15 @@ _STATE = "repositories.json"
 
 
 def log_in(api: HfApi, repo: str, progress: Progress, sleep: Sleep = time.sleep) -> None:
-    """See that there is a token and that it is of the repository's owner, or of one of its members.
+    """See that there is a token, and that it may write as the repository's owner.
 
     Raises PublishError if not.
     """
-    who: dict[str, Any] = patiently(api.whoami, "the Hub", progress.note, sleep)
+    check_owner(patiently(api.whoami, repo, progress.note, sleep), repo)
+
+
+def check_owner(who: dict[str, Any], repo: str) -> None:
+    """Refuse a token that is not of the owner nor of a member, or may only read; PublishError."""
     owner = repo.partition("/")[0]
     may = [str(who.get("name")), *(str(org.get("name")) for org in who.get("orgs") or ())]
     if owner.lower() not in (name.lower() for name in may):

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TypeVar
 
 from reap2gguf.checkpoint.hub import possible_errors
 from reap2gguf.checkpoint.hub_errors import trouble
 from reap2gguf.errors import PublishError
 from reap2gguf.progress import Progress
+from reap2gguf.publish.admission import check_owner
 from reap2gguf.publish.bundle_folders import check_bundle, open_bundle
 from reap2gguf.publish.push import PushOptions, names
 from reap2gguf.publish.remote import RemoteRepo, look, refusal
 from reap2gguf.publish.staging import Staged, StagedFile, stage
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
+T = TypeVar("T")
 TO_SEND, THERE, REPLACED, SAME_SIZE = "to upload", "there", "replaced", "there, by its size"
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What would be published, and what the Hub holds of it; `unasked` says why it is not known."""
+    """What would be published, and what the Hub holds of it; None if it could not be asked."""
 
     staged: Staged
-    there: dict[str, RemoteRepo | None]
-    unasked: str = ""
+    there: dict[str, RemoteRepo | None] | None
+    unchecked: tuple[str, ...] = ()  # what could not be seen to, and why
 
     def state(self, repo: str, file: StagedFile) -> str:
         """What would become of a file."""
-        found = self.there.get(repo)
+        found = (self.there or {}).get(repo)
         if found is None or file.name not in found.files:
             return TO_SEND
         if not file.sha256:  # of a part that is not written, or their hashes
@@ -52,21 +53,27 @@ def preview(options: PushOptions, progress: Progress) -> Preview:
     check_bundle(bundle, options.threads, progress)
     staged = stage(bundle, repos, options.max_bytes, None, progress)
     api = HfApi()
-    there: dict[str, RemoteRepo | None] = {}
-    for repo in staged.repos:
-        try:
-            there[repo.repo] = _ask_once(api, repo.repo)
-        except PublishError as error:
-            return Preview(staged, {}, str(error))
-    return Preview(staged, there)
-
-
-def _ask_once(api: HfApi, repo: str) -> RemoteRepo | None:
-    """What is there; PublishError if the Hub does not say, without another try."""
+    unchecked = []
     try:
-        return look(api, repo)
+        check_owner(_once(api.whoami, repos.hf), repos.hf)
+    except PublishError as error:
+        unchecked.append(f"the right to write ({error})")
+    there: dict[str, RemoteRepo | None] = {}
+    try:
+        for repo in staged.repos:
+            there[repo.repo] = _once(partial(look, api, repo.repo), repo.repo)
+    except PublishError as error:
+        unchecked.append(f"what is there already ({error})")
+        return Preview(staged, None, tuple(unchecked))
+    return Preview(staged, there, tuple(unchecked))
+
+
+def _once(call: Callable[[], T], repo: str) -> T:
+    """What the Hub answers; PublishError if it does not, without another try."""
+    try:
+        return call()
     except possible_errors() as error:
         found = refusal(error, repo)
-        raise found or PublishError(
-            f"{repo}: the Hub cannot be reached ({trouble(error)})"
+        raise (
+            found or PublishError(f"{repo}: the Hub cannot be reached ({trouble(error)})")
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MOVED = 412  # another commit came first
 _FULL = (402, 413, 507)
+_XET_STATUS = re.compile(r"HTTP status client error \((4\d\d)\b")
 _PIECE_BYTES = 2**22
 _MAX_MESSAGE = 300
 
@@ -139,7 +141,7 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
                 f"{cause.filename}: cannot be read ({cause.strerror}); nothing else is at fault, "
                 "run the same command again once it can be"
             )
-        status = status_of(cause)
+        status = status_of(cause) or _status_in(cause)
         if status is None or status == _MOVED or (is_busy(status) and status not in _FULL):
             continue
         if isinstance(cause, RepositoryNotFoundError) and status == 404:
@@ -156,6 +158,12 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
             else PublishError(f"{repo}: the Hub does not take it ({_line(error)})")
         )
     return None
+
+
+def _status_in(error: BaseException) -> int | None:
+    """The HTTP status in the words of hf_xet, which has no other place for it."""
+    match = _XET_STATUS.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _of_status(repo: str, status: int, message: str) -> PublishError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from reap2gguf.artifacts.manifest import (
     Manifest,
     hash_file,
 )
-from reap2gguf.disk import make_folder, remove
-from reap2gguf.errors import UsageError, VerificationError
+from reap2gguf.disk import disk_errors_told, make_folder, remove
+from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.progress import Progress
 from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
 from reap2gguf.publish.card import CARD_FILE, CardNames, front_matter, gguf_body, hf_body
@@ -149,15 +150,33 @@ def _write_parts(
     for stale in sorted(folder.iterdir()) if folder.is_dir() else ():
         if stale.is_dir() and stale not in places.values():
             remove(stale)
+    for place in places.values():
+        make_folder(place)
+    _check_room([place / p.name for n, place in places.items() for p in plans[n].parts], plans)
     found = []
     for name, plan in plans.items():
-        make_folder(places[name])
         total = sum(part.n_bytes for part in plan.parts)
         with progress.task(f"Cutting {name}", total, "bytes") as task:
             for part in plan.parts:
                 path = write_part(plan, part, places[name], task)
                 found.append(_on_disk(path, hash_file(path).sha256))
     return found
+
+
+def _check_room(paths: Sequence[Path], plans: Mapping[str, SplitPlan]) -> None:
+    """Refuse parts for which the disk has no room, before the first is written."""
+    sizes = {part.name: part.n_bytes for plan in plans.values() for part in plan.parts}
+    missing = sum(sizes[path.name] for path in paths if not path.is_file())
+    if not missing:
+        return
+    folder = paths[0].parent
+    with disk_errors_told(folder):
+        free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise OutputError(
+            f"{folder}: the parts of GGUF files take {missing:,} bytes, and {free:,} are free on "
+            "that disk; free some, or pass a larger --max-file-size if the Hub takes it"
+        )
 
 
 def _split_record(record: GgufRecord, plan: SplitPlan | None) -> GgufRecord:

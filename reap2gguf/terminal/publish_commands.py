@@ -63,23 +63,27 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     from reap2gguf.terminal.console import size
 
     for repo in found.staged.repos:
-        there = found.there.get(repo.repo)
-        if there is not None:
-            kind = "exists, private" if there.is_private else "exists, public"
-        else:
-            kind = "private" if private else "public"
-            kind = kind if found.unasked else f"to be made, {kind}"
-        yield f"{repo.repo}  {size(repo.n_bytes)}, {kind}"
+        yield f"{repo.repo}  {size(repo.n_bytes)}, {_kind(found, repo.repo, private)}"
         width = max(len(file.name) for file in repo.files)
+        states = {file.name: found.state(repo.repo, file) for file in repo.files}
         for file in repo.files:
-            state = "" if found.unasked else found.state(repo.repo, file)
+            state = states[file.name] if found.there is not None else ""
             yield f"  {file.name:<{width}}  {size(file.n_bytes):>12}  {state}".rstrip()
-        left = [f for f in repo.files if found.state(repo.repo, f) in (TO_SEND, REPLACED)]
-        if not found.unasked:
-            yield f"  {len(left)} files to upload, {size(sum(f.n_bytes for f in left))}"
+        if found.there is not None:
+            left = [file for file in repo.files if states[file.name] in (TO_SEND, REPLACED)]
+            yield f"  {len(left)} files to upload, {size(sum(file.n_bytes for file in left))}"
         yield ""
     for plan in found.staged.splits:
         yield f"{plan.header.path.name} is cut into {len(plan.parts)} parts"
-    if found.unasked:
-        yield f"not checked: what is there already, and the right to write ({found.unasked})"
+    for what in found.unchecked:
+        yield f"not checked: {what}"
     yield "nothing was uploaded"
+
+
+def _kind(found: Preview, repo: str, private: bool) -> str:
+    if found.there is None:
+        return "private" if private else "public"
+    there = found.there.get(repo)
+    if there is None:
+        return f"to be made, {'private' if private else 'public'}"
+    return f"exists, {'private' if there.is_private else 'public'}"

@@ -361,6 +361,7 @@ def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
     found = preview(PushOptions(bundle, REPO, max_bytes=900_000), Silent())
     assert found.there == {REPO: None, GGUF_REPO: None}
+    assert found.unchecked == ()
     assert len(found.staged.splits) == 1
     room.push(bundle, max_bytes=900_000)
     sizes = {name: len(raw) for name, raw in room.files(GGUF_REPO).items()}
@@ -373,7 +374,12 @@ def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     assert states["model-BF16.gguf"] == "to upload"
     assert states["README.md"] == "replaced"
     room.hub.leave()
-    assert "the Hub cannot be reached" in preview(PushOptions(bundle, REPO), Silent()).unasked
+    away = preview(PushOptions(bundle, REPO), Silent())
+    assert away.there is None
+    assert [reason.split(" (")[0] for reason in away.unchecked] == [
+        "the right to write", "what is there already",
+    ]  # fmt: skip
+    assert all("the Hub cannot be reached" in reason for reason in away.unchecked)
     room.hub.come()
     assert len(room.wrote()) == sent
     after = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
