@@ -141,6 +141,8 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
                 f"{cause.filename}: cannot be read ({cause.strerror}); nothing else is at fault, "
                 "run the same command again once it can be"
             )
+        if isinstance(cause, PermissionError) and cause.errno is None:  # as hf_xet has it
+            return _of_status(repo, 401, "")
         status = status_of(cause) or _status_in(cause)
         if status is None or status == _MOVED or (is_busy(status) and status not in _FULL):
             continue

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE
 from reap2gguf.checkpoint.hub import Note, Sleep
 from reap2gguf.errors import PublishError
-from reap2gguf.progress import Progress, Task
+from reap2gguf.progress import Progress
 from reap2gguf.publish.card import CARD_FILE
+from reap2gguf.publish.pace import paced
 from reap2gguf.publish.remote import RemoteRepo, look, patiently
 from reap2gguf.publish.staging import StagedFile, StagedRepo
 
@@ -101,13 +102,10 @@ def upload(
         for step in steps(staged, stale):
             if names.isdisjoint(file.name for file in step.files) and not step.removes:
                 continue
-            _take(api, staged.repo, step, progress.note, sleep)
-            _advance(task, [file for file in step.files if file.name in names])
-
-
-def _advance(task: Task, files: Sequence[StagedFile]) -> None:
-    for file in files:
-        task.advance(file.n_bytes)
+            sent = [file for file in step.files if file.name in names]
+            paths = {f.content: f.n_bytes for f in sent if isinstance(f.content, Path)}
+            with paced(paths, sum(file.n_bytes for file in sent), task):
+                _take(api, staged.repo, step, progress.note, sleep)
 
 
 def _take(api: HfApi, repo: str, step: Step, note: Note, sleep: Sleep) -> None:

@@ -26,6 +26,7 @@ from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
 from reap2gguf.publish.dry_run import preview
 from reap2gguf.publish.push import PushOptions
+from reap2gguf.publish.remote import refusal
 from reap2gguf.publish.sums import write_sums
 from reap2gguf.verify.bundle import verify_paths
 
@@ -211,6 +212,26 @@ def test_a_refusal_is_one_line_with_advice(
     room.hub.faults = [Fault(status, where, "POST", headers={"X-Error-Message": words}, times=9)]
     assert message in room.refused(PublishError, bundle)
     assert room.waits == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Request error: HTTP status client error (403 Forbidden), domain: x"), "403"),
+        (RuntimeError("Request error: HTTP status client error (429 Too Many)"), None),
+        (RuntimeError("connection closed before message completed"), None),
+        (PermissionError("token refresh failed"), "does not accept the token"),
+        (PermissionError(1, "Operation not permitted"), None),  # of a firewall
+        (FileNotFoundError(2, "No such file", "a.gguf"), "a.gguf: cannot be read (No such file)"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), None),
+        (ValueError("Malformed response from server"), "does not take it (Malformed response"),
+    ],
+)
+def test_what_will_not_pass_is_refused(error: Exception, message: str | None) -> None:
+    """Errors as hf_xet and huggingface_hub raise them."""
+    found = refusal(error, REPO)
+    assert (found is None) == (message is None)
+    assert message is None or message in str(found)
 
 
 def test_a_storage_that_is_full(room: Room, bundle: Path) -> None:
