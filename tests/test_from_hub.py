@@ -364,3 +364,16 @@ def test_no_model_at_all(hub: Hub, tmp_path: Path) -> None:
     hub.repositories[0] = Repository("owner/name", {"README.md": b"empty"})
     with pytest.raises(SourceError, match=r"no config\.json"):
         plan(tmp_path / "out")
+
+
+def test_whatever_goes_wrong_reaches_who_waits(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("something new")
+
+    checkpoint = resolve_source("owner/name").open()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(TypeError, match="something new"):
+        checkpoint.read("model.norm.weight")
+    checkpoint.close()
