@@ -249,6 +249,13 @@ class _Counted:
             def update(self, n: float | None = 1) -> None:
                 counted.count(int(n or 0))
 
+            # a bar that has these is told apart what hf_xet receives and what it has written
+            def update_transfer(self, n: float | None = 1) -> None:
+                counted.check()
+
+            def set_transfer_postfix_str(self, *arguments: Any, **named: Any) -> None:
+                """Nothing is drawn."""
+
         return Bar
 
     def count(self, n_bytes: int) -> None:
