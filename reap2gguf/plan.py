@@ -148,6 +148,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
     return {
         "name": plan.name,
         "source": plan.source.label,
+        "revision": plan.source.revision,
+        "unfetched_bytes": plan.checkpoint.unfetched_bytes,
         "architecture": facts.architecture,
         "experts": {
             "source": facts.n_experts,

@@ -126,7 +126,9 @@ class Checkpoint:
     ) -> None:
         """Have the kernel fetch the rows that `read` will be asked for; returns at once."""
         tensor, shape, position = self._locate(name, first, last, index)
-        if hasattr(os, "posix_fadvise"):  # macOS has none
+        if self._hub is not None and self._hub.missing([tensor.path.name]):
+            self._hub.expect([tensor.path])
+        elif hasattr(os, "posix_fadvise"):  # macOS has none
             # advice that a file system does not take costs speed and nothing else
             with suppress(OSError):
                 os.posix_fadvise(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from reap2gguf.checkpoint.hub import HubFile, Note, Sleep, Snapshot, persist
 from reap2gguf.checkpoint.safetensors_header import MAX_HEADER_BYTES
-from reap2gguf.errors import CheckpointError, Reap2ggufError, SourceError
+from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.files import file_sha256
 from reap2gguf.progress import Progress, Silent, Task
 
@@ -42,6 +42,7 @@ class HubShards:
         self._progress: Progress = Silent()
         self._bar = ExitStack()
         self._task: Task | None = None
+        self._wanted: Sequence[str] = ()  # of the checkpoint; a repository may have more
 
     def __contains__(self, name: object) -> bool:
         """Whether the Hub has a file of that name."""
@@ -64,9 +65,10 @@ class HubShards:
 
         Raises SourceError if they cannot be read; a header of an impossible length comes cut.
         """
-        wanted = list(names)
+        self._wanted = list(names)
         with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
-            return dict(zip(wanted, pool.map(self._header, wanted), strict=True))
+            found = pool.map(self._header, self._wanted)
+            return dict(zip(self._wanted, found, strict=True))
 
     def report_to(self, progress: Progress) -> None:
         """Where what is fetched from now on is shown."""
@@ -116,7 +118,7 @@ class HubShards:
                 self._fetch(file, leaving)
         except _LeavingError:
             return
-        except Reap2ggufError as found:
+        except Exception as found:  # noqa: BLE001 - whatever it is, who waits is told
             error = found
         with self._lock:
             if not coming.cancelled():
@@ -158,7 +160,7 @@ class HubShards:
         """Open the bar, over everything that is not there yet."""
         with self._lock:
             if self._task is None:
-                left = sum(self._files[name].n_bytes for name in self.missing(self._files))
+                left = sum(self._files[name].n_bytes for name in self.missing(self._wanted))
                 title = f"Fetching {self._snapshot.name}"
                 self._task = self._bar.enter_context(self._progress.task(title, left, "bytes"))
 
@@ -246,6 +248,13 @@ class _Counted:
 
             def update(self, n: float | None = 1) -> None:
                 counted.count(int(n or 0))
+
+            # a bar that has these is told apart what hf_xet receives and what it has written
+            def update_transfer(self, n: float | None = 1) -> None:
+                counted.check()
+
+            def set_transfer_postfix_str(self, *arguments: Any, **named: Any) -> None:
+                """Nothing is drawn."""
 
         return Bar
 

@@ -32,7 +32,7 @@ from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
-_FROM = re.compile(r"^(FROM[ \t]+)(?:\./)?(\S+)[ \t]*$", re.MULTILINE)
+_FROM = re.compile(r"^((?:# ?)?FROM[ \t]+)(?:\./)?(\S+)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

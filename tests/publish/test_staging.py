@@ -93,7 +93,7 @@ def test_the_manifest_is_of_what_will_be_there(staged: Staged, tmp_path: Path) -
 
 
 def test_a_modelfile_names_the_first_part(bundle: Bundle, tmp_path: Path) -> None:
-    text = "# a model\nFROM ./example-{}\nPARAMETER temperature 0.6\nTEMPLATE FROM ./example\n"
+    text = "# a model\nFROM ./example-{}\n# FROM ./example-Q8_0.gguf\nPARAMETER temperature 0.6\nTEMPLATE FROM ./example\n"
     (bundle.gguf / "Modelfile").write_text(text.format("BF16.gguf"))
     (bundle.gguf / "Modelfile.IQ4_K_M").write_text(text.format("IQ4_K_M.gguf"))
     write_sums(bundle.gguf, 1)
