@@ -91,8 +91,11 @@ def gguf_body(manifest: Manifest, names: CardNames) -> str:
     rows += [f"| `{s.file}` | {_gib(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
     files = "\n".join(rows)
     first = manifest.gguf[0].first
-    safetensors = f"The safetensors are in {names.link(names.hf)}.\n\n" if names.on_hub else ""
-    return f"""# {_last(names.gguf)}
+    name = _last(names.hf)
+    notes = _honest_names(manifest.gguf)
+    if names.on_hub:
+        notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
+    return f"""# {name}-GGUF
 
 {_summary(manifest)}
 
@@ -102,8 +105,7 @@ def gguf_body(manifest: Manifest, names: CardNames) -> str:
 |---|---|---|---|
 {files}
 
-{_honest_names(manifest.gguf)}{safetensors}`imatrix.gguf`
-(and `imatrix.dat` for programs that read no other)
+{notes}`imatrix.gguf` (and `imatrix.dat` for programs that read no other)
 is the importance matrix of the pruned model, over {manifest.calibration.imatrix_chunks} chunks of
 {manifest.calibration.imatrix_chunk_size} tokens of `calibration.txt`. `SHA256SUMS` holds the hash
 of every file: `sha256sum -c SHA256SUMS`.

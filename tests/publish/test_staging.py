@@ -93,14 +93,20 @@ def test_the_manifest_is_of_what_will_be_there(staged: Staged, tmp_path: Path) -
 
 
 def test_a_modelfile_names_the_first_part(bundle: Bundle, tmp_path: Path) -> None:
-    text = "# a model\nFROM ./example-{}\n# FROM ./example-Q8_0.gguf\nPARAMETER temperature 0.6\nTEMPLATE FROM ./example\n"
-    (bundle.gguf / "Modelfile").write_text(text.format("BF16.gguf"))
-    (bundle.gguf / "Modelfile.IQ4_K_M").write_text(text.format("IQ4_K_M.gguf"))
+    rest = "\nPARAMETER temperature 0.6\nTEMPLATE FROM ./example-BF16.gguf\n"
+    text = "# a model\nFROM ./example-IQ4_K_M.gguf\n# FROM ./example-BF16.gguf" + rest
+    (bundle.gguf / "Modelfile").write_text(text)
+    other = "from x\nFROM ./example-IQ4_K_M.gguf" + rest
+    (bundle.gguf / "Modelfile.other").write_text(other)
     write_sums(bundle.gguf, 1)
     found = stage(open_bundle(bundle.hf), NAMES, 10_000_000, tmp_path / "push", Silent())
     staged = {file.name: content(file).decode() for file in found.gguf.files if "Mod" in file.name}
-    assert staged["Modelfile"] == text.format("BF16-00001-of-00003.gguf")
-    assert staged["Modelfile.IQ4_K_M"] == text.format("IQ4_K_M.gguf")
+    part = "# FROM ./example-BF16-00001-of-00003.gguf\nPAR"
+    assert staged["Modelfile"] == text.replace("# FROM ./example-BF16.gguf\nPAR", part)
+    assert staged["Modelfile.other"] == other
+    assert found.gguf.files[-1].name == "SHA256SUMS"
+    digest = hashlib.sha256(staged["Modelfile"].encode()).hexdigest()
+    assert f"{digest}  Modelfile\n" in content(found.gguf.files[-1]).decode()
 
 
 def test_a_dry_run_knows_every_size(staged: Staged, folders: BundleFolders) -> None:
