@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from reap2gguf.artifacts.gguf_split import (
 )
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from reap2gguf.progress import Silent
 from reap2gguf.publish.bundle_folders import check_experts
 from reap2gguf.publish.split import plan_split, write_part
+from reap2gguf.verify.bundle import verify_paths
 
 # SHA-256 of what llama.cpp's `gguf-split --split-max-tensors 2` makes of the file of `written`
 OF_GGUF_SPLIT = {
@@ -260,3 +263,29 @@ def test_experts_are_counted_across_parts(built: Bundle, parts: list[Path]) -> N
     assert check_experts(parts[0].parent, record, 12) == []
     found = check_experts(parts[0].parent, record, 11)
     assert found == [f"{parts[0].name}: qwen3moe.expert_count is 12, expected 11"]
+
+
+def test_parts_are_verified_against_the_safetensors(built: Bundle, parts: list[Path]) -> None:
+    report = verify_paths([built.hf, *parts], 1, Silent())
+    assert report.violations == ()
+    assert verify_paths([built.hf, parts[0]], 1, Silent()).violations == ()
+    (message,) = verify_paths([built.hf, parts[1]], 1, Silent()).violations
+    assert "part 2 of 3; name the first" in message
+
+
+def test_a_value_in_a_later_part_is_verified(
+    built: Bundle, parts: list[Path], tmp_path: Path
+) -> None:
+    copies = [Path(shutil.copy(part, tmp_path)) for part in parts]
+    header = read_gguf_header(copies[2])
+    info = next(i for n, i in reversed(header.tensors.items()) if "_exps." in n)
+    with copies[2].open("r+b") as file:
+        file.seek(info.offset)
+        raw = file.read(info.n_bytes)
+        file.seek(info.offset)
+        half = info.n_bytes // 2
+        file.write(raw[half:] + raw[:half])  # the experts in another order
+    violations = verify_paths([built.hf, *copies], 1, Silent()).violations
+    assert len(violations) == 1
+    assert f"{copies[0].name}: {info.name} expert 0 differs from" in violations[0]
+    assert "it holds the weights of expert 6" in violations[0]
