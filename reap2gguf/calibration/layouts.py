@@ -17,6 +17,7 @@ from reap2gguf.calibration.tool_calls import (
     Tool,
     callable_messages,
     described,
+    read_tools,
 )
 from reap2gguf.errors import CalibrationError
 from reap2gguf.messages import shown

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from reap2gguf.calibration.layouts import read_record
+from reap2gguf.calibration.layouts import columns, read_record
 from reap2gguf.calibration.tool_calls import Message, Tool
 from reap2gguf.errors import CalibrationError
 from reap2gguf.files import plain_size
 
 _MAX_LINE_BYTES = 2**22
+# pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
+_PARQUET_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 
 
 class RenderChat(Protocol):
@@ -30,6 +32,13 @@ def read_samples(path: Path, render_chat: RenderChat) -> Iterator[str]:
 def read_records(path: Path) -> Iterator[Any]:
     """The records of a .jsonl or .parquet file. Raises CalibrationError."""
     return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+
+
+def count_records(path: Path) -> int:
+    """How many records a file has, found by reading it. Raises CalibrationError."""
+    if path.suffix == ".jsonl":
+        return sum(1 for _ in _jsonl(path))
+    return sum(batch.num_rows for batch in _batches(path))
 
 
 def sample_text(record: Any, render_chat: RenderChat, where: str) -> str:
@@ -68,12 +77,19 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
-    file = open_parquet(path)
-    try:
-        for batch in file.iter_batches(batch_size=256):
+    for batch in _batches(path):
+        try:
             yield from batch.to_pylist()
-    # pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        except _PARQUET_ERRORS as error:
+            raise _no_parquet(path, error) from error
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    file = open_parquet(path)
+    wanted = columns(file.schema_arrow.names)
+    try:
+        yield from file.iter_batches(batch_size=256, columns=wanted)
+    except _PARQUET_ERRORS as error:
         raise _no_parquet(path, error) from error
 
 
@@ -84,7 +100,7 @@ def open_parquet(path: Path) -> Any:
     try:
         plain_size(path)
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except _PARQUET_ERRORS as error:
         raise _no_parquet(path, error) from error
 
 
