@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from reap2gguf.calibration.mixes import Calibration
 from reap2gguf.calibration.samples import (
     RenderChat,
     count_records,
@@ -95,9 +96,7 @@ def load_corpus(
     return Corpus(spec, tuple(passages))
 
 
-def _drawn(
-    files: list[Path], n_samples: int, seed: int, render_chat: RenderChat
-) -> list[Passage]:
+def _drawn(files: list[Path], n_samples: int, seed: int, render_chat: RenderChat) -> list[Passage]:
     """`n_samples` of all samples in the files, in the order in which they are drawn."""
     order = list(range(sum(count_records(file) for file in files)))
     random.Random(seed).shuffle(order)
@@ -125,6 +124,23 @@ def corpus_files(spec: str) -> list[Path]:
     folder = shipped_folder("calibration")
     names = (MANIFEST_NAME, *(entry["name"] for entry in _embedded_entries(folder)))
     return [folder / name for name in names]
+
+
+def calibration_files(calibration: Calibration) -> list[Path]:
+    """The files here that a calibration reads. Raises CalibrationError for a folder of none."""
+    return [
+        file
+        for component in calibration.components
+        if component.is_local
+        for file in corpus_files(component.name)
+    ]
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Refuse files here that cannot be read; what is on the Hub is not asked for."""
+    for component in calibration.components:
+        if component.is_local:
+            check_corpus(component.name)
 
 
 def check_corpus(spec: str) -> None:

@@ -86,8 +86,8 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 def _batches(path: Path) -> Iterator[Any]:
     file = open_parquet(path)
-    wanted = columns(file.schema_arrow.names)
     try:
+        wanted = columns(list(file.schema_arrow.names))
         yield from file.iter_batches(batch_size=256, columns=wanted)
     except _PARQUET_ERRORS as error:
         raise _no_parquet(path, error) from error
