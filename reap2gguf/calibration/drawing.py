@@ -105,7 +105,7 @@ def _from_hub(
     """The commit of a dataset, and the texts of the rows that are drawn."""
     passages: list[Passage] = []
     n_letters = 0
-    with progress.task(f"calibration: {component.name}", count, "sample") as task:
+    with progress.task(f"Reading {component.name}", count, "samples") as task:
         revision, records = open_dataset(component, seed, progress.note)
         for number, record in enumerate(islice(records, count), start=1):
             where = f"calibration {component.name}: sample {number}"

@@ -101,7 +101,7 @@ class Texts:
                 int(metadata["chunk_size"]),
                 _unpacked("chunks", arrays),
             )
-        except (CheckpointError, KeyError, ValueError, TypeError) as error:
+        except (CheckpointError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}: is not the tokenized text that it was ({error}); remove it and run the "
                 "command again"
