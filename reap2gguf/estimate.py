@@ -64,6 +64,7 @@ def _small_bytes(plan: Plan, n_tokens: int) -> int:
     columns = 2 * facts.hidden_size + facts.expert_width
     imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + 16) * columns
     texts = n_tokens * (2 * 8 + 2 * 8)  # as numbers for two sweeps, and as text
+    companions += plan.source.later_bytes
     return companions * (1 + len(plan.recipes)) + imatrix + texts + _CARD_BYTES
 
 

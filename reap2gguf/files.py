@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -81,3 +84,23 @@ def leads_out(path: Path, folder: Path) -> bool:
         allowed.append(home.parent.parent / "blobs")
     target = Path(os.path.realpath(path))  # Path.resolve raises where links go round
     return not any(target.is_relative_to(place) for place in allowed)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a plain file's bytes, in hexadecimal. Raises OSError."""
+    plain_size(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_blob(path: Path) -> str | None:
+    """The hash of a file by which the Hub's cache names it; None for what lies elsewhere.
+
+    `models--x/snapshots/COMMIT/file` leads to `models--x/blobs/HASH`: SHA-256 of a large file, and
+    git's hash of a small one.
+    """
+    if not path.is_symlink():
+        return None
+    target = Path(os.path.normpath(path.parent / os.readlink(path)))
+    is_cache = target.parent == path.parent.parent.parent / "blobs"
+    return target.name if is_cache and _HASH.fullmatch(target.name) else None

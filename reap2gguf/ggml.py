@@ -1,6 +1,7 @@
 """libggml through ctypes: quantizing and dequantizing rows. The only file that knows C.
 
-Any libggml serves: the prebuilt one of `libggml-python`, or the one inside `llama-cpp-python`.
+Any libggml serves: the prebuilt one of `libggml-python`, the one inside `llama-cpp-python`, or that
+of a llama.cpp of the user's, which is taken where it is asked for.
 ctypes releases the interpreter's lock during a call, so threads quantize side by side.
 
 A program that uses llama_cpp as well must import it first: both carry a library of one name, and
@@ -21,13 +22,13 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
+from reap2gguf.vendor import asked_folder, find_libggml, library_names
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 # Python packages that carry a libggml, best first, and where in them it lies.
 _CARRIERS = (("libggml", "lib64"), ("libggml", "lib"), ("llama_cpp", "lib"))
-_LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so")
 # Types that a weight can be stored in; asking libggml for another one ends the process.
 STORABLE = frozenset(
     GGMLQuantizationType[name]
@@ -137,16 +138,26 @@ class Ggml:
         return traits
 
 
-@cache
 def load_ggml() -> Ggml:
-    """Find and load a libggml; DependencyError says what to install if there is none."""
+    """Load the libggml that LLAMA_CPP_DIR asks for, or find one.
+
+    Raises DependencyError: what to install if there is none, or what is wrong with the one that was
+    asked for.
+    """
+    return _load(asked_folder())
+
+
+@cache
+def _load(asked: Path | None) -> Ggml:
     tried: list[str] = []
-    for path in _candidates():
+    for path in _candidates() if asked is None else [find_libggml(asked)]:
         try:
             library = ctypes.CDLL(str(path))
             return Ggml(path, _declare(library), library)
         except (OSError, AttributeError) as error:
             tried.append(f"{path} ({error})")
+    if asked is not None:
+        raise DependencyError(f"{tried[0]}: is no libggml that can be loaded; build it anew")
     detail = f"; tried {'; '.join(tried)}" if tried else ""
     raise DependencyError(
         "no libggml was found, which quantizes and dequantizes; run `pip install "
@@ -158,7 +169,7 @@ def _candidates() -> Iterator[Path]:
     for package, folder in _CARRIERS:
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:
-            for name in _LIBRARIES:
+            for name in library_names():
                 if (path := Path(root) / folder / name).is_file():
                     yield path
 

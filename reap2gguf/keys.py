@@ -47,7 +47,7 @@ class BuildKeys:
         return _hashes([*companion_files(folder), *named], CheckpointError)
 
     @property
-    def _source(self) -> tuple[str, list[tuple[str, int, int]]]:
+    def _source(self) -> tuple[str, list[tuple[str, int, int | str]]]:
         return self.fingerprint, self.plan.checkpoint.stamps()
 
     @property

@@ -103,7 +103,7 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
         _check_there(options.imatrix_text)
         check_text(options.imatrix_text)
     source = resolve_source(options.model, note)
-    checkpoint = Checkpoint.open(source.folder)
+    checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size)
     target = choose_target(model.facts, options.keep_experts, options.compression)
@@ -149,6 +149,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
     return {
         "name": plan.name,
         "source": plan.source.label,
+        "revision": plan.source.revision,
+        "unfetched_bytes": plan.checkpoint.unfetched_bytes,
         "architecture": facts.architecture,
         "experts": {
             "source": facts.n_experts,

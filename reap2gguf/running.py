@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from reap2gguf.disk import remove
+from reap2gguf.disk import disk_errors_told, remove
+from reap2gguf.errors import OutputError
 from reap2gguf.estimate import estimate
 from reap2gguf.keys import BuildKeys, sweep_key
 from reap2gguf.memory import peak_bytes
@@ -44,7 +46,12 @@ class Running:
         return BuildKeys(self.plan)
 
     def prepare(self) -> None:
-        """Make the folders, or find those of an interrupted build of the same source."""
+        """Make the folders, or find those of an interrupted build of the same source.
+
+        Of a model on the Hub, the small files that travel with it are fetched before.
+        """
+        self.plan.source.complete(self.progress.note)
+        self.plan.checkpoint.report_to(self.progress)
         source, fingerprint = self.plan.source.label, self.keys.fingerprint
         identity = {"source": source, "fingerprint": fingerprint}
         self.work.prepare(identity, self.plan.options.fresh)
@@ -54,6 +61,7 @@ class Running:
         needs = estimate(self.plan, has_gpu=False)
         if self.plan.options.check_space:
             self.work.check_room(needs.disk_bytes)
+            self._check_cache(needs.disk_bytes)
         room = self.work.free_bytes() + self.work.written_bytes()
         self.keeps_states = room >= needs.disk_bytes + needs.state_bytes
         if not self.keeps_states:
@@ -64,6 +72,23 @@ class Running:
         if replaced := self.work.earlier_files():
             names = ", ".join(replaced)
             self.progress.note(f"an earlier build of this name will be replaced: {names}")
+
+    def _check_cache(self, n_bytes: int) -> None:
+        """OutputError if the Hub's cache has no room for the weights that are still to come."""
+        coming, cache = self.plan.checkpoint.unfetched_bytes, self.plan.source.folder
+        if not coming:
+            return
+        with disk_errors_told(cache):
+            free = shutil.disk_usage(cache).free
+            is_shared = cache.stat().st_dev == self.work.output.stat().st_dev
+        wanted = coming + (n_bytes - self.work.written_bytes() if is_shared else 0)
+        if wanted > free:
+            besides = " and the build writes the rest of it" if is_shared else ""
+            raise OutputError(
+                f"{cache}: {coming:,} bytes of weights are still to be fetched{besides}; "
+                f"{wanted:,} bytes are needed on that disk, and {free:,} are free; free some, set "
+                "HF_HOME to a folder on another disk, or pass --no-space-check"
+            )
 
     @contextmanager
     def stage(self, name: str, reused: bool = False) -> Iterator[None]:

@@ -36,6 +36,7 @@ class Repository:
     commit: str = COMMIT
     gated: bool = False
     private: bool = False
+    revisions: tuple[str, ...] = ("main",)  # names of its one commit
 
     @property
     def api(self) -> str:
@@ -76,15 +77,15 @@ def read(repository: Repository, request: Request) -> Answer:
     path = request.path
     resolve = f"{repository.home}/resolve/"
     if path.startswith(resolve):
-        revision, _, name = path.removeprefix(resolve).partition("/")
         if repository.gated:
             return Answer(403, {"X-Error-Code": "GatedRepo"})
-        if not _is_known(repository, revision):
+        name = _below_revision(repository, path.removeprefix(resolve))
+        if name is None:
             return Answer(404, {"X-Error-Code": "RevisionNotFound"})
         return _file(repository, name)
     verb, _, rest = path.removeprefix(repository.api).strip("/").partition("/")
-    revision, _, folder = rest.partition("/")
-    if verb and not _is_known(repository, revision):
+    folder = _below_revision(repository, rest) if verb else ""
+    if folder is None:
         return Answer(404, {"X-Error-Code": "RevisionNotFound"})
     if verb in ("", "revision"):
         return json_answer(_info(repository))
@@ -107,8 +108,12 @@ def _wanted_paths(request: Request) -> list[str]:
     return parse_qs(text)["paths"]
 
 
-def _is_known(repository: Repository, revision: str) -> bool:
-    return revision in ("main", repository.commit)
+def _below_revision(repository: Repository, path: str) -> str | None:
+    """What follows a revision in a path; None if there is no such revision."""
+    for revision in (*repository.revisions, repository.commit):
+        if f"{path}/".startswith(f"{revision}/"):
+            return path.removeprefix(revision).removeprefix("/")
+    return None
 
 
 def _info(repository: Repository) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +14,7 @@ from gguf import GGMLQuantizationType
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.disk import write_whole
 from reap2gguf.errors import ArtifactError, Reap2ggufError
-from reap2gguf.files import is_plain_name, plain_size
+from reap2gguf.files import file_sha256, is_plain_name, plain_size
 from reap2gguf.messages import shown
 
 MANIFEST_FILE = "reap2gguf.json"
@@ -256,7 +254,4 @@ def _expert(value: Any) -> int:
 
 def hash_file(path: Path) -> FileRecord:
     """Size and SHA-256 of a file. Raises OSError if it cannot be read or is no plain file."""
-    plain_size(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+    return FileRecord(plain_size(path), file_sha256(path))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,43 +16,45 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.checkpoint.entries import check_entries
 from reap2gguf.checkpoint.index import compare_index, find_shards
-from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header
+from reap2gguf.checkpoint.safetensors_header import StoredTensor, parse_header, read_header
+from reap2gguf.checkpoint.shards import HubShards
+from reap2gguf.checkpoint.values import NUMPY_TYPES, to_float32
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.files import cached_blob
 from reap2gguf.messages import shown
+from reap2gguf.progress import Progress
 
 _READ_BYTES = 2**30  # the kernel moves at most 2 GiB a call
 _SAMPLE_BYTES = 2**14
 _SAMPLES_PER_FILE = 64
 _TENSOR_SAMPLE_BYTES = 2**12
 
-# BF16 has no numpy type: its bits travel as uint16.
-NUMPY_TYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8",
-    "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "<i1", "U8": "<u1",
-    "BOOL": "<u1", "F8_E4M3": "<u1", "F8_E5M2": "<u1",
-}  # fmt: skip
-
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint folder. Reads are positioned, so threads may share one."""
+    """An opened checkpoint folder. Reads are positioned, so threads may share one.
+
+    Files that are still on the Hub are fetched when a tensor of them is read or expected.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
     shards: tuple[Path, ...]
+    _hub: HubShards | None = None
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, hub: HubShards | None = None) -> Checkpoint:
         """Read the config, the index and every shard's header, and compare them.
 
-        Raises SourceError if there is no such folder and CheckpointError if a file is missing,
-        broken, a link that leads out of the folder, or disagrees with another.
+        Of shards that `hub` has and the folder has not, only the headers are read. Raises
+        SourceError if there is no such folder and CheckpointError if a file is missing, broken, a
+        link that leads out of the folder, or disagrees with another.
         """
         if not folder.is_dir():
             raise SourceError(
@@ -63,10 +65,10 @@ class Checkpoint:
         if not config_path.is_file():
             raise CheckpointError(f"{folder}: no config.json; this is no Hugging Face checkpoint")
         config = read_json(config_path)
-        shards, mapped = find_shards(folder)
+        shards, mapped = find_shards(folder, hub or ())
+        headers = _headers(shards, hub)
         tensors: dict[str, StoredTensor] = {}
-        for shard in shards:
-            header = read_header(shard)
+        for shard, header in headers.items():
             if twice := tensors.keys() & header.keys():
                 raise CheckpointError(
                     f"{shard}: holds {shown(min(twice))}, which another shard holds"
@@ -74,7 +76,7 @@ class Checkpoint:
             tensors |= header
         if mapped is not None:
             compare_index(folder, mapped, tensors)
-        return cls(folder, config, tensors, shards)
+        return cls(folder, config, tensors, shards, hub)
 
     @property
     def n_bytes(self) -> int:
@@ -124,7 +126,9 @@ class Checkpoint:
     ) -> None:
         """Have the kernel fetch the rows that `read` will be asked for; returns at once."""
         tensor, shape, position = self._locate(name, first, last, index)
-        if hasattr(os, "posix_fadvise"):  # macOS has none
+        if self._hub is not None and self._hub.missing([tensor.path.name]):
+            self._hub.expect([tensor.path])
+        elif hasattr(os, "posix_fadvise"):  # macOS has none
             # advice that a file system does not take costs speed and nothing else
             with suppress(OSError):
                 os.posix_fadvise(
@@ -136,13 +140,17 @@ class Checkpoint:
         """A hash that tells two checkpoints apart: config, headers, and bytes of every tensor.
 
         Costs a read of 4 KiB a tensor and at most 64 of 16 KiB a shard, so that it can be asked of
-        a 60 GB model. Raises CheckpointError if a shard cannot be read.
+        a 60 GB model. Files of the Hub and its cache are told apart by their hashes there, whether
+        they were fetched already or not. Raises CheckpointError if a shard cannot be read.
         """
         digest = hashlib.sha256()
         digest.update((self.folder / "config.json").read_bytes())
         for shard in self.shards:
-            size = shard.stat().st_size
+            size = self._size(shard)
             digest.update(f"{shard.name} {size}\n".encode())
+            if blob := self._blob(shard):
+                digest.update(blob.encode())
+                continue
             step = max(size // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
             descriptor = self._descriptor(shard)
             places = [(position, _SAMPLE_BYTES) for position in range(0, size, step)]
@@ -157,13 +165,52 @@ class Checkpoint:
                 raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from error
         return digest.hexdigest()
 
-    def stamps(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of every shard: what a hash of samples may miss."""
-        found = [(shard.name, shard.stat()) for shard in self.shards]
-        return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    def stamps(self) -> list[tuple[str, int, int | str]]:
+        """Name, size and time of change of every shard: what a hash of samples may miss.
+
+        Of files of the Hub and its cache, their hash there in place of the time.
+        """
+        return [
+            (shard.name, self._size(shard), self._blob(shard) or shard.stat().st_mtime_ns)
+            for shard in self.shards
+        ]
+
+    @property
+    def unfetched_bytes(self) -> int:
+        """Bytes of shards that are still to be fetched."""
+        if self._hub is None:
+            return 0
+        return sum(map(self._hub.size, self._hub.missing(shard.name for shard in self.shards)))
+
+    def report_to(self, progress: Progress) -> None:
+        """Where the fetching of shards is shown from now on."""
+        if self._hub is not None:
+            self._hub.report_to(progress)
+
+    def fetch_ahead(self, names: Iterable[str]) -> None:
+        """Begin to fetch the shards of tensors that will be read soon; returns at once."""
+        if self._hub is not None:
+            self._hub.expect({self.tensors[name].path for name in names})
+
+    def stop_fetching(self) -> None:
+        """Give up what is being fetched, and whoever waits for it; reading begins it anew."""
+        if self._hub is not None:
+            self._hub.close()
+
+    def _size(self, shard: Path) -> int:
+        if self._hub is not None and shard.name in self._hub:
+            return self._hub.size(shard.name)
+        return shard.stat().st_size
+
+    def _blob(self, shard: Path) -> str | None:
+        """The hash that a shard has on the Hub; None if it does not come from there."""
+        if self._hub is not None and shard.name in self._hub:
+            return self._hub.blob(shard.name)
+        return cached_blob(shard)
 
     def close(self) -> None:
         """Close the shard files; reading again opens them anew."""
+        self.stop_fetching()
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
@@ -197,6 +244,8 @@ class Checkpoint:
         return tensor, shape, position
 
     def _descriptor(self, path: Path) -> int:
+        if self._hub is not None and path not in self._descriptors:
+            self._hub.wait_for(path)
         with self._lock:
             if path not in self._descriptors:
                 try:
@@ -226,28 +275,17 @@ class Checkpoint:
             done += count
 
 
-def to_float32(raw: npt.NDArray[np.generic], dtype: str, name: str) -> npt.NDArray[np.float32]:
-    """Stored F32, F16 or BF16 values as float32; CheckpointError for any other dtype."""
-    if dtype == "F32":
-        return raw.astype(np.float32, copy=False)
-    if dtype == "F16":
-        return raw.astype(np.float32)
-    if dtype == "BF16":
-        # bfloat16 is the upper half of a float32
-        widened = raw.astype(np.uint32)
-        widened <<= 16
-        return widened.view(np.float32)
-    raise CheckpointError(
-        f"tensor {name!r} is stored as {dtype}; F32, F16 and BF16 are read (dequantize it first)"
-    )
-
-
-def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `tokenizer.json`; CheckpointError if it is missing or broken."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no tokenizer.json; save the tokenizer with a fast tokenizer's "
-            "save_pretrained() first"
-        )
-    return read_json(path, MAX_TOKENIZER_BYTES)
+def _headers(
+    shards: tuple[Path, ...], hub: HubShards | None
+) -> dict[Path, dict[str, StoredTensor]]:
+    """The headers of all shards; by ranged reads of those that are not here."""
+    away = hub.missing(shard.name for shard in shards) if hub is not None else []
+    beginnings = hub.headers(away) if hub is not None else {}
+    headers: dict[Path, dict[str, StoredTensor]] = {}
+    for shard in shards:
+        if hub is not None and shard.name in beginnings:
+            size = hub.size(shard.name)
+            headers[shard] = parse_header(shard, beginnings[shard.name], size)
+        else:
+            headers[shard] = read_header(shard)
+    return headers

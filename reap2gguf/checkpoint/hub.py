@@ -1,72 +1,140 @@
-"""Fetches checkpoints from the Hub into its cache, over networks that fail now and then.
+"""Finds a repository on the Hub and fetches its small files into the Hub's cache.
 
-huggingface_hub goes on by itself where a connection ends in the middle of a file. What it gives up
-at is tried again here; files that are whole in the cache are not asked for twice. Where the Hub
-cannot be reached at all, a copy that the cache holds whole serves as well.
+The files that a plan reads come first, the others that travel with a model when a build begins;
+weights come one by one, when they are needed (`shards.py`). Pickled weights and code are never
+fetched. Where the Hub cannot be reached, a copy that the cache holds whole serves as well.
 """
 
 from __future__ import annotations
 
-import errno
+import glob
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
-from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
+from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES
+from reap2gguf.checkpoint.hub_errors import asked_wait, refusal, trouble
+from reap2gguf.errors import Reap2ggufError, SourceError
+from reap2gguf.messages import shown
 
 TRIES = 5
-# What a build reads; pickled weights and remote code are never fetched.
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+# What a plan reads. A vocab.json is what tokenizer.json holds once more.
+_PLANNED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
+_LATER = ("vocab.json", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+_WEIGHTS = "*.safetensors"
 _FIRST_WAIT = 1.0  # seconds; doubled at each try
-_LONGEST_WAIT = 60.0  # that a server may ask for
-_BUSY = (408, 429)  # and all from 500 on
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-_PATH_ERRORS = (errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _JITTER = random.Random()
 
 Note = Callable[[str], None]
+Sleep = Callable[[float], None]
+T = TypeVar("T")
 
 
 def say_nothing(text: str) -> None:
     """A Note that nobody reads."""
 
 
-def fetch(
-    name: str,
-    revision: str | None,
-    note: Note = say_nothing,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Path:
-    """The folder in the Hub's cache with a repository's files at `revision`, fetched if need be.
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository as the Hub describes it."""
+
+    name: str
+    n_bytes: int
+    blob: str  # its name in the cache: SHA-256 of a large file, git's hash of a small one
+    sha256: str | None  # of large files only
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One commit of a repository, and the folder of the cache in which its files come to lie.
+
+    `files` is empty where the Hub was not asked, since the cache holds everything.
+    """
+
+    name: str
+    commit: str
+    folder: Path
+    files: Mapping[str, HubFile] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, HubFile]:
+        """The safetensors at the top of the repository, by name."""
+        return {name: file for name, file in self.files.items() if _matches(name, (_WEIGHTS,))}
+
+    def later_files(self) -> list[HubFile]:
+        """Small files that a plan does not read, and which are not in the cache yet."""
+        wanted = (file for name, file in self.files.items() if _matches(name, _LATER))
+        return [file for file in wanted if not (self.folder / file.name).is_file()]
+
+    def complete(self, note: Note = say_nothing, sleep: Sleep = time.sleep) -> None:
+        """Fetch the small files that a plan does not read.
+
+        Raises SourceError if the Hub refuses or cannot be reached, OutputError if the cache cannot
+        be written.
+        """
+        if missing := self.later_files():
+            _fetch(self.name, self.commit, missing, note, sleep)
+
+
+def find(
+    name: str, revision: str | None, note: Note = say_nothing, sleep: Sleep = time.sleep
+) -> Snapshot:
+    """A repository at `revision`, with the files that a plan reads in the cache.
 
     Raises SourceError if there is no such repository or revision, it may not be read, or the Hub
     cannot be reached in five tries; OutputError if the cache cannot be written.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # whatever HTTP client this version of huggingface_hub is built on, its errors are of this class
-    transport_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-    wait = _FIRST_WAIT
-    for attempt in range(1, TRIES + 1):
+    def ask() -> tuple[str, dict[str, HubFile]] | Path:
         try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
-        except (OSError, ValueError, RuntimeError, LookupError, transport_error) as error:
-            if refusal := _refusal(error, name, revision):
-                raise refusal from error
-            trouble = _trouble(error)
-            if attempt == TRIES:
-                raise SourceError(
-                    f"{name}: no such folder here, and the Hub cannot be reached in {TRIES} tries "
-                    f"({trouble}); check the name and the network, or fetch it where there is one "
-                    f"(`hf download {name}`) and pass the folder, or copy the cache and set "
-                    "HF_HUB_OFFLINE=1"
-                ) from error
-            seconds = max(wait * _JITTER.uniform(1, 1.25), _asked_wait(error))
+            return _listed(name, revision)
+        except _errors() as error:
+            # a copy that is whole needs no Hub, unless that says there is no such revision
+            if not _is_final(error) and (folder := _cached(name, revision)):
+                return folder
+            raise
+
+    found = persist(name, revision, ask, note, sleep)
+    if isinstance(found, Path):
+        return Snapshot(name, found.name, found)
+    commit, files = found
+    wanted = [file for file in files.values() if _is_planned(file.name)]
+    if "config.json" not in files:
+        raise SourceError(f"{name}: no config.json; this is no repository of a model's safetensors")
+    folder = _fetch(name, commit, wanted, note, sleep)
+    return Snapshot(name, commit, folder, files)
+
+
+def persist(
+    name: str,
+    revision: str | None,
+    action: Callable[[], T],
+    note: Note = say_nothing,
+    sleep: Sleep = time.sleep,
+    tries: int = TRIES,
+    advice: str = "",
+) -> T:
+    """The result of an action on the Hub, tried again while its errors may pass.
+
+    Raises SourceError or OutputError, at once where another try would fail in the same way.
+    """
+    wait = _FIRST_WAIT
+    for attempt in range(1, tries + 1):
+        try:
+            return action()
+        except _errors() as error:
+            if refused := refusal(error, name, revision):
+                raise refused from error
+            reason = trouble(error)
+            if attempt == tries:
+                raise _unreachable(name, tries, reason, advice) from error
+            seconds = max(wait * _JITTER.uniform(1, 1.25), asked_wait(error))
             note(
-                f"{name}: the Hub cannot be reached ({trouble}); try {attempt + 1} of {TRIES} in "
+                f"{name}: the Hub cannot be reached ({reason}); try {attempt + 1} of {tries} in "
                 f"{seconds:.0f} s"
             )
             sleep(seconds)
@@ -74,116 +142,89 @@ def fetch(
     raise AssertionError("the last try returns or raises")
 
 
-def _refusal(error: BaseException, name: str, revision: str | None) -> Reap2ggufError | None:
-    """What to tell the user if another try would fail as this one did; None if it may not."""
-    from huggingface_hub.errors import (
-        FileMetadataError,
-        GatedRepoError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+def _errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises when something is wrong."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # whatever HTTP client this version of huggingface_hub is built on, its errors are of this class
+    transport_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
+    return (OSError, ValueError, RuntimeError, LookupError, transport_error)
+
+
+def _unreachable(name: str, tries: int, reason: str, advice: str) -> Reap2ggufError:
+    advice = advice or (
+        "check the name (there is no such folder here) and the network, or fetch it where there is "
+        f"one (`hf download {name}`) and pass the folder, or copy the cache and set "
+        "HF_HUB_OFFLINE=1"
+    )
+    return SourceError(f"{name}: the Hub cannot be reached in {tries} tries ({reason}); {advice}")
+
+
+def _listed(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
+    """The commit of a revision and its files, as the Hub lists them."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    # this also leaves in the cache which commit the revision is, for those who are offline later
+    commit = Path(snapshot_download(name, revision=revision, allow_patterns="config.json")).name
+    info = HfApi().model_info(name, revision=commit, files_metadata=True)
+    files: dict[str, HubFile] = {}
+    for entry in info.siblings or ():
+        lfs = entry.lfs
+        sha256 = lfs.sha256 if lfs else None
+        blob, size = sha256 or entry.blob_id, lfs.size if lfs else entry.size
+        if isinstance(size, int) and size >= 0 and isinstance(blob, str):
+            files[entry.rfilename] = HubFile(entry.rfilename, size, blob, sha256)
+    return commit, files
+
+
+def _is_final(error: Exception) -> bool:
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
+    return isinstance(error, RevisionNotFoundError | HFValidationError)
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The folder of a revision whose weights the cache holds whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from reap2gguf.checkpoint.index import find_shards
+
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return None
+        find_shards(Path(config).parent)
+    except (Reap2ggufError, OSError, ValueError):
+        return None  # why, says the error that made us look
+    return Path(config).parent
+
+
+def _is_planned(name: str) -> bool:
+    return _matches(name, _PLANNED) and not _matches(name, _LATER)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file is at the top of the repository, or a template, and fits a pattern."""
+    return any(
+        name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
     )
 
-    for cause in _causes(error):
-        if refusal := _disk_refusal(cause):
-            return refusal
-        if isinstance(cause, HFValidationError):
-            return SourceError(f"{name}: no such folder, and not a Hub name ({_line(cause)})")
-        if isinstance(cause, GatedRepoError):
-            return SourceError(
-                f"{name}: gated on the Hub; accept its terms there and run `hf auth login`"
+
+def _fetch(
+    name: str, commit: str, files: Sequence[HubFile], note: Note, sleep: Sleep
+) -> Path:  # fmt: skip
+    """The folder of the cache, with these small files in it."""
+    from huggingface_hub import snapshot_download
+
+    for file in files:
+        if file.n_bytes > MAX_TOKENIZER_BYTES:
+            raise SourceError(
+                f"{name}: {shown(file.name)} has {file.n_bytes:,} bytes, expected at most "
+                f"{MAX_TOKENIZER_BYTES:,}; this is no file of a model"
             )
-        if isinstance(cause, RepositoryNotFoundError):
-            return SourceError(
-                f"{name}: no such folder here and no such repository on the Hub (or it is "
-                "private: run `hf auth login`)"
-            )
-        if isinstance(cause, RevisionNotFoundError):
-            return SourceError(f"{name}: no revision {revision!r} on the Hub")
-        if isinstance(cause, OfflineModeIsEnabled):
-            return SourceError(
-                f"{name}: no such folder here, HF_HUB_OFFLINE is set, and the cache has no whole "
-                f"copy; unset it, or run `hf download {name}` where there is a network"
-            )
-        status = _status(cause)
-        if status is not None and not _is_busy(status):
-            return SourceError(
-                f"{name}: the Hub refuses it (HTTP {status}); check the name, the revision and, "
-                "if it is private, `hf auth login`"
-            )
-        if isinstance(cause, FileMetadataError):
-            return _not_understood(name, cause)
-    if isinstance(error, ValueError | LookupError):
-        return _not_understood(name, error)
-    return None
+    names = [glob.escape(file.name) for file in files]
 
+    def download() -> Path:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=names))
 
-def _not_understood(name: str, error: BaseException) -> SourceError:
-    return SourceError(
-        f"{name}: the Hub's answer is not understood ({_line(error)}); check HF_ENDPOINT, and "
-        "whether a proxy or a login page answers in its place"
-    )
-
-
-def _disk_refusal(error: BaseException) -> OutputError | None:
-    """An error of the cache's disk, and not of the network."""
-    from huggingface_hub import constants
-
-    # a firewall denies connections as a folder denies files, but of no file
-    of_disk = isinstance(error, OSError) and (
-        error.errno in _DISK_ERRORS or (error.errno in _PATH_ERRORS and error.filename is not None)
-    )
-    # hf_xet writes files in Rust and hands on no number
-    if of_disk or "No space left on device" in str(error):
-        reason = getattr(error, "strerror", None) or _line(error)
-        return OutputError(
-            f"{constants.HF_HUB_CACHE}: the Hub's cache cannot be written ({reason}); make room "
-            "there, or set HF_HOME to a folder on another disk"
-        )
-    return None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from, the last first."""
-    cause: BaseException | None = error
-    for _ in range(10):
-        if cause is None:
-            return
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error is about."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _is_busy(status: int) -> bool:
-    return status in _BUSY or status >= 500
-
-
-def _trouble(error: BaseException) -> str:
-    """What went wrong on the way, in a few words."""
-    causes = list(_causes(error))
-    status = next((found for cause in causes if (found := _status(cause)) is not None), None)
-    if status is not None:
-        return f"HTTP {status}"
-    # the deepest is the system's own word: connection refused, name not known
-    return next((line for cause in reversed(causes) if (line := _line(cause))), "no reason given")
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
-
-
-def _asked_wait(error: BaseException) -> float:
-    """The seconds that a busy server asks to be left alone, up to a minute."""
-    for cause in _causes(error):
-        if _status(cause) is not None:
-            asked = cause.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
-            return min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else 0.0
-    return 0.0
+    return persist(name, commit, download, note, sleep)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
@@ -17,12 +17,17 @@ _MAX_SHARDS = 10_000
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The shard files, and the index's map of tensor to file where there is an index."""
+def find_shards(
+    folder: Path, elsewhere: Container[str] = ()
+) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    """The shard files, and the index's map of tensor to file where there is an index.
+
+    Files whose names are in `elsewhere` can be had and need not be here yet.
+    """
     index_path = folder / INDEX_NAME
     if not index_path.is_file():
         single = folder / SINGLE_NAME
-        if single.is_file():
+        if single.is_file() or SINGLE_NAME in elsewhere:
             return (single,), None
         if pickled := min((f.name for f in folder.iterdir() if f.suffix in _PICKLED), default=""):
             raise CheckpointError(
@@ -44,7 +49,7 @@ def find_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         raise CheckpointError(
             f"{index_path}: names {len(names):,} files, expected at most {_MAX_SHARDS:,}"
         )
-    missing = [name for name in names if not is_plain(folder / name)]
+    missing = [n for n in names if n not in elsewhere and not is_plain(folder / n)]
     if missing:
         some = ", ".join(map(shown, missing[:3])) + (" ..." if len(missing) > 3 else "")
         raise CheckpointError(

@@ -48,13 +48,25 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file by name, in file order.
+    """The tensors of one safetensors file by name, in file order; `parse_header` tells more."""
+    return _tensors(path, *_read_json(path))
+
+
+def parse_header(path: Path, beginning: bytes, size: int) -> dict[str, StoredTensor]:
+    """The tensors of a file of `size` bytes that is not here yet, from its first bytes.
 
     Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
     number is bounded before it is used. What it allocates stays below 40 times the bytes of the
     header, which are at most 32 MiB and less than the file's.
     """
-    header, data_start, size = _read_json(path)
+    length = _header_length(path, size, beginning[:8])
+    header = parse_json_object(_decode(path, beginning[8 : 8 + length]), f"{path}: header")
+    return _tensors(path, header, 8 + length, size)
+
+
+def _tensors(
+    path: Path, header: dict[str, Any], data_start: int, size: int
+) -> dict[str, StoredTensor]:
     _metadata(path, header)
     tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))

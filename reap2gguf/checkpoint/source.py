@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap2gguf.checkpoint.hub import Note, fetch, say_nothing
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.hub import Note, Snapshot, find, say_nothing
+from reap2gguf.checkpoint.shards import HubShards
 from reap2gguf.errors import SourceError
 from reap2gguf.resources import example_checkpoint
 
@@ -21,14 +23,34 @@ class Source:
     label: str  # what to call it in cards: "owner/name" or the folder's name
     folder: Path
     revision: str | None = None  # the Hub commit, where it came from the Hub
+    snapshot: Snapshot | None = None  # the same, with what the Hub has
 
     @property
     def short_name(self) -> str:
         return self.label.rsplit("/", 1)[-1]
 
+    def open(self, note: Note = say_nothing) -> Checkpoint:
+        """Its checkpoint, of which weights on the Hub are fetched when they are read.
+
+        Raises CheckpointError, or SourceError if the Hub cannot be reached.
+        """
+        hub = HubShards(self.snapshot, note) if self.snapshot and self.snapshot.weights else None
+        return Checkpoint.open(self.folder, hub)
+
+    def complete(self, note: Note = say_nothing) -> None:
+        """Fetch the small files that a plan does not read, such as licences; as `resolve_source`"""
+        if self.snapshot is not None:
+            self.snapshot.complete(note)
+
+    @property
+    def later_bytes(self) -> int:
+        """Bytes of small files that `complete` will fetch."""
+        later = self.snapshot.later_files() if self.snapshot else []
+        return sum(file.n_bytes for file in later)
+
 
 def resolve_source(model: str | None, note: Note = say_nothing) -> Source:
-    """MODEL as a folder: given, bundled, or fetched from the Hub into its cache.
+    """MODEL as a folder: given, bundled, or in the Hub's cache with what a plan reads.
 
     `note` is told of each try at the Hub that failed. Raises SourceError if there is nothing of
     that name or the Hub cannot be reached, OutputError if the cache cannot be written.
@@ -47,5 +69,5 @@ def resolve_source(model: str | None, note: Note = say_nothing) -> Source:
             f"{model}: no such folder, and not a Hub name (owner/name or owner/name@revision)"
         )
     name, _, revision = model.partition("@")
-    folder = fetch(name, revision or None, note)
-    return Source(name, folder, revision=folder.name)
+    snapshot = find(name, revision or None, note)
+    return Source(name, snapshot.folder, snapshot.commit, snapshot)

@@ -15,8 +15,7 @@ from typing import Any
 from gguf import GGUFWriter, Keys, SpecialVocab, TokenType
 from tokenizers import Tokenizer as Rust
 
-from reap2gguf.checkpoint.checkpoint import read_tokenizer_json
-from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.config import read_json, read_tokenizer_json
 from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown

@@ -135,6 +135,11 @@ class StreamedDecoder:
         if index < len(self._layers):
             self.loader.ask(f"layer {index}", self._targets(index))
 
+    def fetch_layer(self, index: int) -> None:
+        """Begin to fetch what a layer needs from the Hub, if its files are still there."""
+        targets = self._targets(index).values()
+        self._checkpoint.fetch_ahead({p.stored for target in targets for p in target.pieces})
+
     def load_layer(self, index: int) -> torch.nn.Module:
         """Give layer `index` its weights; CheckpointError if they do not fit it."""
         layer = self._layers[index]

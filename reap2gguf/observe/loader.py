@@ -99,6 +99,7 @@ class WeightLoader:
 
     def close(self) -> None:
         """Stop reading."""
+        self._checkpoint.stop_fetching()  # or threads that read would wait for it
         self._pool.shutdown(cancel_futures=True)
         self._finish_copies()
         self._asked.clear()

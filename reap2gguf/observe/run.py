@@ -148,6 +148,7 @@ class SweepRun:
         """Move every batch through a layer."""
         layer = self.decoder.load_layer(index)
         if index + 1 < self.n_layers:
+            self.decoder.fetch_layer(index + 1)
             self._read_ahead(index + 1)
         self.observer.attach(index, layer)
         if index == self.decoder.mtp_layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,22 +35,45 @@ def terminal_progress() -> Progress:
 
 
 class Bars:
-    """Live bars with the time left."""
+    """Live bars with the time left, one below the other where tasks run at the same time."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        self._lock = threading.Lock()
+        self._bars: RichBars | None = None
+        self._n_open = 0
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        with RichBars(*columns, console=self._console) as bars:
+        bars = self._enter()
+        try:
             yield _Bar(bars, bars.add_task(title, total=total, rate=""), unit)
+        finally:
+            self._leave()
+
+    def _enter(self) -> RichBars:
+        """The display, begun by the first of several tasks."""
+        with self._lock:
+            if self._bars is None:
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.percentage:>3.0f}%"),
+                    TextColumn("{task.fields[rate]}"),
+                    TimeRemainingColumn(),
+                )
+                self._bars = RichBars(*columns, console=self._console)
+                self._bars.start()
+            self._n_open += 1
+            return self._bars
+
+    def _leave(self) -> None:
+        """End the display with the last of several tasks."""
+        with self._lock:
+            self._n_open -= 1
+            if not self._n_open and self._bars is not None:
+                self._bars.stop()
+                self._bars = None
 
     def note(self, text: str) -> None:
         self._console.print(one_line(text), highlight=False, markup=False)
@@ -62,7 +86,7 @@ class _Bar:
         self._unit = unit
 
     def advance(self, amount: float = 1) -> None:
-        task = self._bars.tasks[0]
+        task = next(task for task in self._bars.tasks if task.id == self._task)
         rate = f"{quantity(task.speed, self._unit)}/s" if task.speed else ""
         self._bars.update(self._task, advance=amount, rate=rate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from reap2gguf.options import (
     ComputeOptions,
     available_threads,
 )
+from reap2gguf.vendor import VARIABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -127,6 +129,34 @@ threads_option = click.option(
     help="Processor threads; all by default.",
 )  # fmt: skip
 
+
+def _ask_for_llama_cpp(
+    context: click.Context, parameter: click.Parameter, folder: Path | None
+) -> None:
+    """The option says for one command what the variable says for all."""
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise click.BadParameter(f"{folder}: no such folder", context, parameter)
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder.absolute())
+
+    def restore() -> None:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+    context.call_on_close(restore)
+
+
+llama_cpp_option = click.option(
+    "--llama-cpp", type=FolderPath, metavar="DIR", expose_value=False,
+    callback=_ask_for_llama_cpp,
+    help=f"A llama.cpp that you built, to be used in place of the installed libraries; {VARIABLE} "
+    "says the same.",
+)  # fmt: skip
+
 build_options = _all(
     click.argument("model", required=False),
     click.option(
@@ -144,6 +174,7 @@ build_options = _all(
                  metavar="T", help="Tokens a chunk of the importance matrix."),
     compute_options,
     threads_option,
+    llama_cpp_option,
 )  # fmt: skip
 
 

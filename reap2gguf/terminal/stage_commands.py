@@ -19,6 +19,7 @@ from reap2gguf.terminal.options import (
     calibration_options,
     collect_compute,
     compute_options,
+    llama_cpp_option,
     pruning_options,
     threads_option,
 )
@@ -152,6 +153,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE", help="Recipe.")
 @click.option("--imatrix", "imatrix_file", type=FilePath, help="Importance matrix (either format).")
 @threads_option
+@llama_cpp_option
 @click.option("-o", "--output", type=FilePath, required=True, help="GGUF file to write.")
 def quantize(
     hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
@@ -202,12 +204,15 @@ def say(text: str) -> None:
 
 def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeModel]:
     """A model and what it is, from its headers."""
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.source import resolve_source
     from reap2gguf.models import describe
 
     source = resolve_source(model, say)
-    checkpoint = Checkpoint.open(source.folder)
+    source.complete(say)
+    from reap2gguf.terminal.console import terminal_progress
+
+    checkpoint = source.open(say)
+    checkpoint.report_to(terminal_progress())
     return source, checkpoint, describe(checkpoint, keep_mtp)
 
 

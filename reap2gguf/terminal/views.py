@@ -26,6 +26,10 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"  {facts.architecture}, {facts.n_layers} layers, "
         f"{_millions(plan.checkpoint.n_parameters)} parameters"
     )
+    if coming := plan.checkpoint.unfetched_bytes:
+        there = plan.checkpoint.n_bytes - coming
+        in_cache = f"; {size(there)} are in the cache" if there > 0 else ""
+        yield f"  {size(coming)} of weights are to be fetched from the Hub{in_cache}"
     yield (
         f"  experts: {target.n_kept} of {target.n_experts} stay in each of "
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} a token; "

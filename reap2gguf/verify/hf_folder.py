@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.checkpoint import NUMPY_TYPES, Checkpoint, to_float32
+from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.checkpoint.values import NUMPY_TYPES, to_float32
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models import Expert, MoeModel, describe
 from reap2gguf.progress import Progress

@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import TinyQwen3Moe, save_sharded
 
-from reap2gguf.checkpoint.checkpoint import (
-    Checkpoint,
-    read_tokenizer_json,
-)
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.config import read_tokenizer_json
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.errors import CheckpointError, SourceError
 

@@ -11,7 +11,8 @@ import pytest
 from hub import Fault, Hub
 from hub_repository import COMMIT
 
-from reap2gguf.checkpoint.hub import TRIES, fetch
+from reap2gguf.checkpoint.hub import TRIES, find
+from reap2gguf.checkpoint.shards import HubShards
 from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
 
 FILES = {
@@ -36,7 +37,15 @@ class Fetching:
         self.waits: list[float] = []
 
     def __call__(self, revision: str | None = None) -> Path:
-        return fetch(self.hub.name, revision, self.notes.append, self.waits.append)
+        snapshot = find(self.hub.name, revision, self.notes.append, self.waits.append)
+        snapshot.complete(self.notes.append, self.waits.append)
+        shards = HubShards(snapshot, self.notes.append, self.waits.append)
+        try:
+            for name in snapshot.weights:
+                shards.wait_for(snapshot.folder / name)
+        finally:
+            shards.close()
+        return snapshot.folder
 
     def refused(self, kind: type[Reap2ggufError] = SourceError) -> str:
         with pytest.raises(kind) as caught:

@@ -5,16 +5,18 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from hub import Hub
+from hub_repository import COMMIT, Repository
 from huggingface_hub import errors
 
-from reap2gguf.checkpoint import hub
+from reap2gguf.checkpoint import hub as hub_module
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import SourceError
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.0)
 
 
 def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
@@ -131,36 +133,25 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "revision"),
-    [("owner/Some.Name-1", "owner/Some.Name-1", None), ("owner/name@refs/pr/1", "owner/name",
-     "refs/pr/1"), ("owner/name@v1.0", "owner/name", "v1.0")],
-)  # fmt: skip
-def test_a_download(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    model: str,
-    name: str,
-    revision: str | None,
+    ("model", "name"),
+    [
+        ("owner/Some.Name-1", "owner/Some.Name-1"),
+        ("owner/name@refs/pr/1", "owner/name"),
+        ("owner/name@v1.0", "owner/name"),
+        (f"owner/name@{COMMIT}", "owner/name"),
+    ],
+)
+def test_a_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str, name: str
 ) -> None:
-    calls: list[tuple[Any, Any, list[str]]] = []
-
-    def snapshot_download(
-        repo_id: str, *, revision: str | None = None, allow_patterns: list[str]
-    ) -> str:
-        calls.append((repo_id, revision, allow_patterns))
-        return str(tmp_path / "snapshots" / "0123abcd")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    source = resolve_source(model)
-    assert source == Source(name, tmp_path / "snapshots" / "0123abcd", "0123abcd")
+    repository = Repository(name, {"config.json": b"{}"}, revisions=("main", "refs/pr/1", "v1.0"))
+    with Hub(repositories=[repository]) as hub:
+        hub.serve(monkeypatch, tmp_path)
+        source = resolve_source(model)
+        huggingface_hub.close_session()
+    assert (source.label, source.revision, source.folder.name) == (name, COMMIT, COMMIT)
     assert source.short_name == name.partition("/")[2]
-    ((repository, asked, patterns),) = calls
-    assert (repository, asked) == (name, revision)
-    assert not any(
-        pattern.endswith((".bin", ".pt", ".pth", ".py", "*"))
-        for pattern in patterns
-        if pattern != "LICENSE*"
-    )
+    assert (source.folder / "config.json").read_bytes() == b"{}"
 
 
 def test_each_try_that_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

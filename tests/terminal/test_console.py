@@ -47,3 +47,18 @@ def test_bars_finish(capsys: pytest.CaptureFixture[str]) -> None:
         task.advance()
         task.advance()
     assert "100%" in capsys.readouterr().err
+
+
+def test_bars_of_tasks_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    with bars.task("Fetching", 1, "bytes") as fetching:
+        with bars.task("Observing", 4, "tokens") as observing:
+            observing.advance(4)
+            bars.note("a line between")
+        fetching.advance()
+    with bars.task("Writing", 1, "bytes") as writing:
+        writing.advance()
+    shown = capsys.readouterr().err
+    for title in ("Fetching", "Observing", "Writing"):
+        assert any(title in line and "100%" in line for line in shown.splitlines()), shown
+    assert "a line between" in shown

@@ -1,0 +1,174 @@
+"""The weights of a repository on the Hub, in headers and whole files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from hub import Hub
+from hub_model import ENDS, layered_files, whole
+
+from reap2gguf.checkpoint import hub as hub_module
+from reap2gguf.checkpoint import shards
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.source import resolve_source
+from reap2gguf.errors import CheckpointError, SourceError
+
+PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return layered_files(tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, bytes]) -> Iterator[Hub]:
+    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.01)
+    with Hub(dict(files)) as hub:
+        hub.serve(monkeypatch, tmp_path / "cache")
+        yield hub
+    huggingface_hub.close_session()
+
+
+def opened() -> Checkpoint:
+    return resolve_source("owner/name").open()
+
+
+def test_a_header_longer_than_the_first_read(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = opened().tensors
+    monkeypatch.setattr(shards, "_FIRST_BYTES", 100)
+    found = opened().tensors
+    assert found == expected
+    assert len(hub.asked("bytes=100-")) == 5
+
+
+def test_a_server_that_knows_no_ranges(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub._part", lambda answer, wanted: answer)
+    assert len(opened().shards) == 5
+    monkeypatch.setattr(shards, "_FIRST_BYTES", 100)
+    with pytest.raises(SourceError, match="not understood"):
+        opened()
+
+
+@pytest.mark.parametrize(
+    ("beginning", "said"),
+    [
+        (b"\xff" * 8, "claims a header of"),
+        (b"\x40\0\0\0\0\0\0\0not json", "not valid JSON"),
+        (b"", "too short"),
+    ],
+)
+def test_a_header_that_cannot_be(hub: Hub, tmp_path: Path, beginning: bytes, said: str) -> None:
+    hub.files[ENDS] = beginning + b" " * 100 if beginning else b""
+    with pytest.raises(CheckpointError, match=said):
+        opened()
+
+
+def test_fetched_or_not_it_is_the_same_model(hub: Hub, tmp_path: Path) -> None:
+    before = opened()
+    prints = before.fingerprint(), before.stamps()
+    source = resolve_source("owner/name")
+    with source.open() as checkpoint:
+        for shard in checkpoint.shards:
+            checkpoint.read(next(n for n, t in checkpoint.tensors.items() if t.path == shard))
+    assert (checkpoint.fingerprint(), checkpoint.stamps()) == prints
+    # and in a process that is offline, or is given the folder
+    again = Checkpoint.open(source.folder)
+    assert (again.fingerprint(), again.stamps()) == prints
+    assert not hub.asked("vocab.json")
+
+
+def test_what_comes_damaged_is_fetched_again(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve_source("owner/name")
+    checkpoint = source.open()
+    content = hub.files[ENDS]
+    assert isinstance(content, bytes)
+    real = shards.file_sha256
+    seen: list[Path] = []
+
+    def once_wrong(path: Path) -> str:
+        seen.append(path)
+        return "0" * 64 if len(seen) == 1 else real(path)
+
+    monkeypatch.setattr(shards, "file_sha256", once_wrong)
+    checkpoint.read("model.norm.weight")
+    assert len(whole(hub, ENDS)) == 2
+    monkeypatch.setattr(shards, "file_sha256", lambda path: "0" * 64)
+    with pytest.raises(CheckpointError, match="its hash is not that of the file on the Hub"):
+        checkpoint.read("model.layers.0.input_layernorm.weight")
+    checkpoint.close()
+
+
+def test_who_waits_is_let_go(hub: Hub, tmp_path: Path) -> None:
+    checkpoint = resolve_source("owner/name").open()
+    entered, release = threading.Event(), threading.Event()
+    real = hub.answer
+
+    def slow(request: Any) -> Any:
+        if request.path.endswith(ENDS) and request.method == "GET":
+            entered.set()
+            release.wait(10)
+        return real(request)
+
+    hub.answer = slow  # type: ignore[method-assign]
+    errors: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            checkpoint.read("model.norm.weight")
+        except CancelledError as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert entered.wait(10)
+    checkpoint.stop_fetching()
+    reader.join(10)
+    release.set()
+    assert len(errors) == 1
+    # and whoever reads later fetches it
+    assert checkpoint.read("model.norm.weight").size == 32
+    checkpoint.close()
+
+
+def test_whatever_goes_wrong_reaches_who_waits(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise TypeError("something new")
+
+    checkpoint = resolve_source("owner/name").open()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(TypeError, match="something new"):
+        checkpoint.read("model.norm.weight")
+    checkpoint.close()
+
+
+def test_bytes_count_once_however_often_a_download_begins() -> None:
+    done: list[int] = []
+    leaving = threading.Event()
+    counted = shards._Counted(done.append, leaving)
+    with counted.bar()(total=100, desc="first", unit="B") as bar:
+        bar.update(30)
+        bar.update_transfer(99)
+        bar.update(-30)  # the server sent the beginning once more
+        bar.update(40)
+    with counted.bar()(total=100, desc="second", initial=0) as bar:
+        for _ in range(10):
+            bar.update(10)
+    assert (sum(done), done[0]) == (100, 30)
+    leaving.set()
+    with pytest.raises(shards._LeavingError):
+        counted.count(1)
