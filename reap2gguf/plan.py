@@ -161,6 +161,11 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         },
         "mtp": plan.mtp,
         "caveats": list(plan.model.caveats()),
+        "calibration": {
+            "spec": plan.calibration.label,
+            "rows": plan.calibration.samples,
+            "max_length": plan.max_length,
+        },
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,

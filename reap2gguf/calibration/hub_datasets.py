@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, cast
 
 from reap2gguf.calibration.layouts import columns
 from reap2gguf.calibration.spec import Component
+from reap2gguf.checkpoint.hub import TRIES, Note, Sleep
+from reap2gguf.checkpoint.hub_errors import asked_wait, trouble
 from reap2gguf.errors import CalibrationError, OutputError, Reap2ggufError
 
 BUFFER = 10_000  # rows that wait to be drawn
-_TRIES = 5
 _FIRST_WAIT = 1.0  # seconds; doubled at each try
 _BUSY = (408, 429)  # and all from 500 on
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SAVED = "save its rows as JSONL or Parquet and pass the file"
-
-Note = Callable[[str], None]
-Sleep = Callable[[float], None]
 
 
 def open_dataset(
@@ -53,7 +51,9 @@ def _commit(component: Component) -> str:
     from huggingface_hub import HfApi
 
     found = HfApi().dataset_info(component.dataset, revision=component.revision, timeout=60)
-    return str(found.sha)
+    if found.sha is None:
+        raise ValueError("the Hub names no commit")
+    return found.sha
 
 
 def _rows(
@@ -100,15 +100,15 @@ class _Tries:
         if refusal := _refusal(error, self._component):
             raise refusal from error
         self._failed += 1
-        if self._failed == _TRIES:
+        if self._failed == TRIES:
             raise CalibrationError(
-                f"calibration {name}: the Hub cannot be reached in {_TRIES} tries "
-                f"({_line(error)}); check the network, or {_SAVED}"
+                f"calibration {name}: the Hub cannot be reached in {TRIES} tries "
+                f"({trouble(error)}); check the network, or {_SAVED}"
             ) from error
-        seconds = _FIRST_WAIT * 2 ** (self._failed - 1)
+        seconds = max(_FIRST_WAIT * 2 ** (self._failed - 1), asked_wait(error))
         self._note(
-            f"calibration {name}: the Hub cannot be reached ({_line(error)}); try "
-            f"{self._failed + 1} of {_TRIES} in {seconds:.0f} s"
+            f"calibration {name}: the Hub cannot be reached ({trouble(error)}); try "
+            f"{self._failed + 1} of {TRIES} in {seconds:.0f} s"
         )
         self._sleep(seconds)
 
