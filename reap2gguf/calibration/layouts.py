@@ -64,7 +64,10 @@ def read_record(record: Any, where: str) -> Sample:
         raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
     for layout in _LAYOUTS:
         if layout.fits(record) and (layout.needs != ("text",) or isinstance(record["text"], str)):
-            return layout.read(record, where)
+            try:
+                return layout.read(record, where)
+            except RecursionError as error:
+                raise CalibrationError(f"{where}: nested too deeply; flatten it") from error
     names = ", ".join(str(name)[:80] for name in list(record)[:8]) or "no fields"
     raise CalibrationError(f"{where}: has {names}, expected {_EXPECTED}")
 

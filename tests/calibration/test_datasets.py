@@ -79,7 +79,6 @@ def repositories() -> list[Repository]:
     ]
 
 
-# each a spec, a seed and what goes wrong on the way; the first come first
 DRAWN = """
 import json, sys
 from pathlib import Path

@@ -20,10 +20,13 @@ from reap2gguf.calibration.texts import Texts, read_texts
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import ArtifactError, CalibrationError
 from reap2gguf.estimate import estimate
+from reap2gguf.observe import ranks
+from reap2gguf.observe.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.pipeline import build
 from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
+from reap2gguf.terminal import stage_commands
 
 
 class Notes(Silent):
@@ -199,6 +202,16 @@ def test_an_estimate_knows_the_components(files: tuple[Path, Path], tmp_path: Pa
     plan = plan_of(files, tmp_path)
     width = plan.model.facts.hidden_size
     assert estimate(plan, has_gpu=False).state_bytes == 2 * 14 * 32 * width * 4
+
+
+def test_processes_that_read_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process's hash is another's, as where a dataset changes while they begin."""
+    monkeypatch.setattr(stage_commands, "processes", lambda: Ranks(1, 1, 2))
+    monkeypatch.setattr(Ranks, "tell", lambda here, word: "first")
+    monkeypatch.setattr(ranks, "join", lambda: Ranks(1, 1, 2))
+    stage_commands._check_same_rows("first")
+    with pytest.raises(CalibrationError, match="have read different calibration rows"):
+        stage_commands._check_same_rows("other")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
+from reap2gguf.calibration import layouts
 from reap2gguf.calibration.layouts import columns, read_record
 from reap2gguf.calibration.mixes import decide
 from reap2gguf.calibration.rows import Tokenizer
@@ -239,6 +242,50 @@ def test_arguments_that_are_no_json_stay() -> None:
 def test_records_that_are_wrong(record: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         read_record(record, "x")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from([
+            "role", "content", "tool_calls", "function", "name", "arguments", "from", "value",
+            "type", "text", "parameters", "id",
+        ]),
+        inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+FIELDS = st.sampled_from([
+    "text", "messages", "prompt", "completion", "conversations", "query", "answers", "answer",
+    "instruction", "output", "input", "response", "tools", "traj_id", "system", "body",
+    "question", "choices",
+])  # fmt: skip
+
+
+@given(st.dictionaries(FIELDS, JSON | JSON.map(json.dumps), min_size=1, max_size=4))
+def test_any_record_is_read_or_refused(record: dict[str, Any]) -> None:
+    try:
+        sample = read_record(record, "x")
+    except CalibrationError as error:
+        assert str(error).startswith("x: ")
+        return
+    assert (sample.text is None) == bool(sample.messages)
+    assert all(isinstance(message["role"], str) for message in sample.messages)
+    json.dumps([list(sample.messages), sample.tools])
+
+
+def test_what_is_nested_deeper_than_python_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after JSON text that the reader of JSON just bears, and its writer does not."""
+    deep: Any = "x"
+    for _ in range(10**5):
+        deep = [deep]
+    monkeypatch.setattr(layouts, "_json_list", lambda value: value)
+    with pytest.raises(CalibrationError, match="x: nested too deeply"):
+        read_record({"messages": [{"role": "user", "content": [{"what": deep}]}]}, "x")
+    while isinstance(deep, list):  # an end of it all at once would go as deep
+        (deep,) = deep
 
 
 def test_only_the_columns_that_are_read() -> None:
