@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from reap2gguf.artifacts.manifest import ComponentRecord
 from reap2gguf.calibration.corpus import MOST_TEXT, Corpus, Cut, Passage, load_corpus
@@ -26,6 +27,9 @@ from reap2gguf.calibration.samples import sample_text
 from reap2gguf.calibration.spec import Component
 from reap2gguf.errors import CalibrationError
 from reap2gguf.progress import Progress
+
+Records = Iterator[Mapping[str, Any]]
+_Dataset = tuple[str, Records]  # its commit, and its rows
 
 _MOST_SHARED_TEXT = 2**25  # characters, of all components
 
@@ -55,10 +59,15 @@ def draw(
     calibration: Calibration, tokenizer: Tokenizer, max_length: int, progress: Progress
 ) -> Drawn:
     """Read every component; a note says what it gave. Raises CalibrationError."""
+    # a dataset that is gated, or has no such subset, is known before hours of reading others
+    opened = [
+        None if one.is_local else open_dataset(one, calibration.seed, progress.note)
+        for one in calibration.components
+    ]
     try:
         parts = [
-            _draw_one(calibration, component, tokenizer, max_length, progress)
-            for component in calibration.components
+            _draw_one(calibration, component, dataset, tokenizer, max_length, progress)
+            for component, dataset in zip(calibration.components, opened, strict=True)
         ]
     finally:
         tokenizer.close()
@@ -81,16 +90,18 @@ def draw(
 def _draw_one(
     calibration: Calibration,
     component: Component,
+    dataset: _Dataset | None,
     tokenizer: Tokenizer,
     max_length: int,
     progress: Progress,
 ) -> _Part:
     count, seed = calibration.rows_of(component), calibration.seed
-    if component.is_local:
-        revision = None
+    revision = None
+    if dataset is None:
         corpus = load_corpus(component.name, tokenizer.render_chat, count, seed)
     else:
-        revision, corpus = _from_hub(component, count, seed, tokenizer, progress)
+        revision, records = dataset
+        corpus = _from_hub(component, count, records, tokenizer, progress)
     rows = make_rows(corpus, tokenizer, max_length, count, seed)
     texts = [passage.text for passage in corpus.passages]
     if _is_shared(calibration):
@@ -100,13 +111,13 @@ def _draw_one(
 
 
 def _from_hub(
-    component: Component, count: int, seed: int, tokenizer: Tokenizer, progress: Progress
-) -> tuple[str, Corpus]:
-    """The commit of a dataset, and the texts of the rows that are drawn."""
+    component: Component, count: int, records: Records, tokenizer: Tokenizer, progress: Progress
+) -> Corpus:
+    """The texts of the first `count` of a dataset's rows."""
     passages: list[Passage] = []
     n_letters = 0
-    with progress.task(f"Reading {component.name}", count, "samples") as task:
-        revision, records = open_dataset(component, seed, progress.note)
+    title = f"Reading {component.name} {component.subset or ''}".rstrip()
+    with progress.task(title, count, "samples") as task:
         for number, record in enumerate(islice(records, count), start=1):
             where = f"calibration {component.name}: sample {number}"
             text = sample_text(record, tokenizer.render_chat, where)
@@ -117,7 +128,7 @@ def _from_hub(
                 )
             passages.append(Passage(text, Cut.SAMPLE))
             task.advance()
-    return revision, Corpus(component.name, tuple(passages))
+    return Corpus(component.name, tuple(passages))
 
 
 def _is_shared(calibration: Calibration) -> bool:

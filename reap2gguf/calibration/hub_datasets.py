@@ -34,17 +34,19 @@ def open_dataset(
 ) -> tuple[str, Iterator[Mapping[str, Any]]]:
     """The commit of a dataset, and its rows in the order in which they are drawn.
 
-    Both this and the iterator raise CalibrationError in one line if there is no such dataset,
-    subset or split, it may not be read, or the Hub cannot be reached in five tries.
+    No row is read before the iterator is asked for one. Raises CalibrationError in one line if
+    there is no such dataset, subset or split, it may not be read, or the Hub cannot be reached in
+    five tries; so does the iterator.
     """
     tries = _Tries(component, note, sleep)
     while True:
         try:
             commit = _commit(component)
+            stream = _stream(component, commit, seed)
             break
         except _errors() as error:
             tries.failed(error)
-    return commit, _rows(component, commit, seed, note, sleep)
+    return commit, _rows(component, commit, seed, stream, note, sleep)
 
 
 def _commit(component: Component) -> str:
@@ -57,19 +59,29 @@ def _commit(component: Component) -> str:
 
 
 def _rows(
-    component: Component, commit: str, seed: int, note: Note, sleep: Sleep
+    component: Component,
+    commit: str,
+    seed: int,
+    stream: Iterator[Mapping[str, Any]],
+    note: Note,
+    sleep: Sleep,
 ) -> Iterator[Mapping[str, Any]]:
+    """The rows of `stream`; where it breaks off, those of the same stream from there on."""
     done = 0
+    broken = False
     tries = _Tries(component, note, sleep)
     while True:
         try:
-            for row in islice(_stream(component, commit, seed), done, None):
+            if broken:
+                stream = islice(_stream(component, commit, seed), done, None)
+            for row in stream:
                 done += 1
                 tries = _Tries(component, note, sleep)
                 yield row
             return
         except _errors() as error:
             tries.failed(error)
+            broken = True
 
 
 def _stream(component: Component, commit: str, seed: int) -> Iterator[Mapping[str, Any]]:
