@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from reap2gguf.artifacts.manifest import GgufRecord, Manifest, MtpRecord
+from reap2gguf.artifacts.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
+from reap2gguf.messages import one_line
 
 CARD_FILE = "README.md"
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
@@ -263,11 +264,33 @@ Stored tensors were sliced, not converted; everything else was copied byte for b
 matrix was taken from the pruned model. Calibration was text only. `reap2gguf.json` records
 versions, hashes, the experts kept in every layer, and the type of every tensor.
 
+{_calibration(manifest)}
+
 Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
 
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _calibration(manifest: Manifest) -> str:
+    """What was read of each dataset and file."""
+    lines = [
+        f"| {_component(record)} | {record.rows:,} | {record.tokens:,} |"
+        for record in manifest.calibration.components
+    ]
+    if not lines:
+        return "The calibration texts are not listed."
+    return "\n".join(["| calibration | rows | tokens |", "|---|---|---|", *lines])
+
+
+def _component(record: ComponentRecord) -> str:
+    """A dataset with its link and commit, or the name of a file, fit for a cell of a table."""
+    title = one_line(record.title).replace("|", "\\|")
+    if record.revision is None:
+        return f"`{title}`"
+    commit = one_line(record.revision)[:12]
+    return f"[{title}](https://huggingface.co/datasets/{record.name}) at {commit}"
 
 
 def _score(method: str) -> str:

@@ -88,15 +88,17 @@ calibration_options = _all(
     click.option(
         "--calibration", "spec", default=_DEFAULTS.spec, show_default=True, metavar="SPEC",
         help="Text the experts are observed on: a .txt, .jsonl or .parquet file, a folder of "
-        "them, or the embedded mix `default`.",
+        "them, the embedded mix `default`, a published mix (seed-000, seed-002, reap-agentic), a "
+        "dataset on the Hub (owner/name), or several of all these with rows of each: "
+        "name[subset](split):n,name:n.",
     ),
     click.option(
-        "--samples", type=click.IntRange(1, _MOST), default=_DEFAULTS.samples, show_default=True,
-        metavar="N", help="Rows at most.",
+        "--samples", type=click.IntRange(1, _MOST), metavar="N",
+        help="Rows at most, in all; 1024, or as many as the parts of SPEC have.",
     ),
     click.option(
-        "--max-length", type=click.IntRange(2, _MOST), default=_DEFAULTS.max_length,
-        show_default=True, metavar="T", help="Tokens a row, at most.",
+        "--max-length", type=click.IntRange(2, _MOST), metavar="T",
+        help="Tokens a row, at most; 2048, or as many as a published mix has.",
     ),
     click.option("--seed", type=click.IntRange(-_MOST, _MOST), default=_DEFAULTS.seed,
                  show_default=True, metavar="S", help="Orders the samples."),
