@@ -141,7 +141,8 @@ def program_versions() -> dict[str, str]:
             found[library] = version(library)
         except PackageNotFoundError:
             found[library] = "missing"
-    found["ggml"] = load_ggml().version
+    ggml = load_ggml()
+    found["ggml"] = f"{ggml.version} of a llama.cpp build" if ggml.is_own else ggml.version
     return found
 
 

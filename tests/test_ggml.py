@@ -160,9 +160,9 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     """What `load_ggml` finds, to be filled by the test."""
     found: list[Path] = []
     monkeypatch.setattr(ggml_module, "_candidates", lambda: iter(found))
-    load_ggml.cache_clear()
+    ggml_module._load.cache_clear()
     yield found
-    load_ggml.cache_clear()
+    ggml_module._load.cache_clear()
 
 
 def test_no_library_says_what_to_install(candidates: list[Path]) -> None:
