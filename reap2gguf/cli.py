@@ -19,7 +19,14 @@ from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.messages import one_line
 from reap2gguf.processes import processes
-from reap2gguf.terminal.options import FolderPath, build_options, collect, threads_option
+from reap2gguf.terminal.local_commands import chat, serve
+from reap2gguf.terminal.options import (
+    FolderPath,
+    build_options,
+    collect,
+    llama_cpp_option,
+    threads_option,
+)
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
@@ -162,6 +169,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=FolderPath)
 @threads_option
+@llama_cpp_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
     """Check a bundle, or HF_DIR and GGUF files made from it; exit 1 if anything is wrong.
@@ -202,7 +210,7 @@ def doctor() -> None:
     sys.exit(2 if problems else 0)
 
 
-for command in (observe, prune, imatrix, quantize, recipes):
+for command in (observe, prune, imatrix, quantize, recipes, chat, serve):
     cli.add_command(command)
 
 

@@ -48,15 +48,13 @@ def choose_program(name: str, engine: str, prefers_python: bool) -> Path | None:
 
 
 def _nothing(name: str, found: LlamaCpp | None) -> str:
-    ours = "" if is_installed() else f"run `{INSTALL}`, or "
+    python = "use --engine python" if is_installed() else f"run `{INSTALL}`"
     if found is not None and found.problem:
-        return f"{found.problem}; mend it, or {ours or 'use --engine python, or '}pass another " \
-            "--llama-cpp DIR"  # fmt: skip
-    place = f" in {found.folder}" if found is not None else f", nor {VARIABLE} set"
-    nor = "" if is_installed() else "llama-cpp-python is not installed, and "
+        return f"{found.problem}; mend it, pass another --llama-cpp DIR, or {python}"
+    place = f"in {found.folder}" if found is not None else f"on PATH, and {VARIABLE} is not set"
+    first = "" if is_installed() else "llama-cpp-python is not installed, and "
     return (
-        f"{nor}no {name} was found{place}; {ours}build llama.cpp and pass --llama-cpp DIR"
-        + ("" if ours else ", or use --engine python")
+        f"{first}no {name} was found {place}; {python}, or build llama.cpp and pass --llama-cpp DIR"
     )
 
 
@@ -100,5 +98,5 @@ def become(program: Path, arguments: Sequence[str]) -> NoReturn:
         os.execv(program, [str(program), *arguments])
     except OSError as error:
         raise DependencyError(
-            f"{program}: cannot be run ({error.strerror or error}); is it a program of this machine?"
+            f"{program}: cannot be run ({error.strerror or error}); is it of this machine?"
         ) from error

@@ -81,7 +81,12 @@ of every file: `sha256sum -c SHA256SUMS`.
 ```bash
 llama-cli -m {first}
 llama-server -m {first}
+reap2gguf chat .
+ollama create {name.lower()} -f Modelfile
 ```
+
+`Modelfile` names `{first}` and holds the sampling that the model's own `generation_config.json`
+recommends.
 
 {_facts_table(manifest)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,37 @@ threads_option = click.option(
     help="Processor threads; all by default.",
 )  # fmt: skip
 
+
+def _ask_for_llama_cpp(
+    ctx: click.Context, param: click.Parameter, value: Path | None
+) -> Path | None:
+    """Let LLAMA_CPP_DIR name the folder while the command runs: one process has one libggml."""
+    from reap2gguf.vendor import VARIABLE
+
+    if value is not None:
+        earlier = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = str(value)
+        ctx.call_on_close(lambda: _restore(VARIABLE, earlier))
+    return value
+
+
+def _restore(variable: str, earlier: str | None) -> None:
+    if earlier is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = earlier
+
+
+llama_cpp_option = click.option(
+    "--llama-cpp",
+    type=FolderPath,
+    metavar="DIR",
+    callback=_ask_for_llama_cpp,
+    is_eager=True,
+    expose_value=False,
+    help="A llama.cpp of yours (source tree, build or bin folder) to use; or set LLAMA_CPP_DIR.",
+)
+
 build_options = _all(
     click.argument("model", required=False),
     click.option(
@@ -142,6 +174,7 @@ build_options = _all(
                  metavar="T", help="Tokens a chunk of the importance matrix."),
     compute_options,
     threads_option,
+    llama_cpp_option,
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from reap2gguf.terminal.options import (
     calibration_options,
     collect_compute,
     compute_options,
+    llama_cpp_option,
     pruning_options,
     threads_option,
 )
@@ -146,6 +147,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE", help="Recipe.")
 @click.option("--imatrix", "imatrix_file", type=FilePath, help="Importance matrix (either format).")
 @threads_option
+@llama_cpp_option
 @click.option("-o", "--output", type=FilePath, required=True, help="GGUF file to write.")
 def quantize(
     hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
