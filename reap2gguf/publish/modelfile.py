@@ -3,14 +3,13 @@
 It has what the checkpoint itself says, in Ollama's words (docs.ollama.com/modelfile): the sampling
 that `generation_config.json` recommends and the tokens that end an answer. It has no TEMPLATE:
 Ollama's are Go templates, a checkpoint's is Jinja, and a translation that is nearly right answers
-nearly right. Ollama takes the template from its own collection where the one in the GGUF is, but for
-few letters, one that it knows; else the prompt goes to the model as it is, and the user has to add
-a TEMPLATE. The file says so.
+nearly right. Ollama takes the template from its own collection where the one in the GGUF is, but
+for few letters, one that it knows; else the prompt goes to the model as it is, and the user has to
+add a TEMPLATE. The file says so.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,8 @@ def _sampling(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("do_sample") is False:
         return  # its other numbers are then idle
     for key, (name, low, high) in _NUMBERS.items():
-        value = values.get(key)
-        if type(value) in (int, float) and math.isfinite(value) and low <= value <= high:
+        value: Any = values.get(key)
+        if type(value) in (int, float) and low <= value <= high:  # which NaN is not
             yield f"PARAMETER {name} {value:g}"
     top_k = values.get("top_k")
     if type(top_k) is int and 0 <= top_k <= _MAX_TOP_K:
