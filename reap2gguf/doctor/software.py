@@ -81,10 +81,10 @@ def _satisfies(found: str, requirement: str) -> bool | None:
     if importlib.util.find_spec("packaging") is None:
         return None
     from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.version import InvalidVersion
+    from packaging.version import InvalidVersion, Version
 
     try:
-        return Requirement(requirement).specifier.contains(found, prereleases=True)
+        return Requirement(requirement).specifier.contains(Version(found), prereleases=True)
     except (InvalidRequirement, InvalidVersion):
         return None
 
@@ -111,7 +111,7 @@ def shipped() -> Finding:
     except SourceError as error:
         return Finding("shipped", "incomplete", State.PROBLEM, str(error))
     texts = len(list(folder.glob("*.txt"))) + len(list(folder.glob("*.jsonl")))
-    mixes = len(list(folder.glob("**/*.toml")))
+    mixes = len(list(folder.glob("mixes/*.toml")))
     more = f", {mixes} calibration mix{'' if mixes == 1 else 'es'}" if mixes else ""
     return Finding("shipped", f"{recipes} recipes, {texts} calibration texts{more}")
 
