@@ -27,7 +27,8 @@ class Answer:
 
     def figures(self) -> str:
         """Tokens and speed, for people."""
-        rate = f", {self.n_tokens / self.seconds:.1f} tokens/s" if self.seconds > 0 else ""
+        timed = self.n_tokens - 1  # the clock starts at the first
+        rate = f", {timed / self.seconds:.1f} tokens/s" if timed > 0 < self.seconds else ""
         return f"{self.n_tokens} tokens{rate}{', stopped' if self.was_stopped else ''}"
 
 

@@ -30,7 +30,7 @@ def choose_program(name: str, engine: str, prefers_python: bool) -> Path | None:
     """The llama.cpp program to run, or None for llama-cpp-python in this process.
 
     `auto` takes what was asked for by --llama-cpp, else what is preferred, else what there is.
-    Raises DependencyError that says what to install.
+    Raises DependencyError that says what to install, or that what was asked for does not run.
     """
     if engine == "python" or (
         engine == "auto" and prefers_python and is_installed() and asked_folder() is None
@@ -42,7 +42,8 @@ def choose_program(name: str, engine: str, prefers_python: bool) -> Path | None:
     program = found.programs.get(name) if found is not None else None
     if program is not None and found is not None and not found.problem:
         return program
-    if engine == "auto" and asked_folder() is None and is_installed():
+    is_broken = found is not None and found.problem and asked_folder() is not None
+    if engine == "auto" and is_installed() and not is_broken:
         return None
     raise DependencyError(_nothing(name, found))
 

@@ -72,6 +72,14 @@ def wants_stream(values: Mapping[str, Any]) -> bool:
     return bool(stream)
 
 
+def wants_usage(values: Mapping[str, Any]) -> bool:
+    """Whether a streamed answer is to end with its numbers of tokens."""
+    options = values.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise _wrong("stream_options", options, "an object")
+    return options is not None and options.get("include_usage") is True
+
+
 def messages_of(values: Mapping[str, Any]) -> list[dict[str, str]]:
     """The messages of a chat, each with plain text."""
     messages = values.get("messages")

@@ -26,6 +26,7 @@ from reap2gguf.local.requests import (
     read_body,
     settings_of,
     wants_stream,
+    wants_usage,
 )
 from reap2gguf.messages import one_line
 
@@ -98,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             path = self._path(_POST, _GET)
             values = read_body(self._body())
             settings, streams = settings_of(values), wants_stream(values)
+            with_usage = wants_usage(values)
             answer: Callable[[bool], Any]
             if path == "/v1/completions":
                 settings.pop("response_format", None)
@@ -108,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.server.is_ending:
                     raise RequestError(503, "the server is ending")
                 if streams:
-                    self._stream(answer(True))
+                    self._stream(answer(True), with_usage)
                 else:
                     self._send(200, answer(False))
 
@@ -147,8 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _stream(self, chunks: Iterator[Any]) -> None:
+    def _stream(self, chunks: Iterator[Any], with_usage: bool) -> None:
         first = next(chunks, None)  # what is refused is refused before the answer begins
+        n_read = _engine(self.server).n_tokens  # those of the prompt
         self._head(200, "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
         self.end_headers()
@@ -160,7 +163,19 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.server.is_ending:
                     return
                 self._event(json.dumps(chunk))
+        if with_usage and first is not None:
+            self._event(json.dumps(self._usage(first, n_read)))
         self._event("[DONE]")
+
+    def _usage(self, chunk: Mapping[str, Any], n_read: int) -> dict[str, Any]:
+        """The chunk after an answer that has no choices, and its numbers of tokens."""
+        total = _engine(self.server).n_tokens + 1  # the last token is chosen and not read
+        usage = {
+            "prompt_tokens": n_read,
+            "completion_tokens": total - n_read,
+            "total_tokens": total,
+        }
+        return {**chunk, "choices": [], "usage": usage}
 
     def _event(self, text: str) -> None:
         self.wfile.write(f"data: {text}\n\n".encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -85,6 +87,7 @@ def chat(
 
     model = _pick(bundle, wanted)
     program = choose_program("llama-cli", engine, prefers_python=True)
+    _tell_fallback(program, engine, "llama-cli")
     if prompt is None and not sys.stdin.isatty():
         prompt = _piped()
     options = RunOptions(running["context"], running["threads"], running["gpu_layers"])
@@ -108,8 +111,8 @@ def _converse(conversation: Conversation, prompt: str | None) -> None:
     from reap2gguf.local.chat import HELP, converse
 
     if prompt is None:
-        import readline  # noqa: F401  # gives input() a history and keys
-
+        if importlib.util.find_spec("readline"):
+            importlib.import_module("readline")  # gives input() a history and keys
         _say(HELP)
         converse(conversation, lambda: input("> "), _write, _say)
         return
@@ -166,6 +169,7 @@ def serve(
 
     model = _pick(bundle, wanted)
     program = choose_program("llama-server", engine, prefers_python=False)
+    _tell_fallback(program, engine, "llama-server")
     options = RunOptions(running["context"], running["threads"], running["gpu_layers"])
     if program is not None:
         click.echo(one_line(f"http://{host}:{port}/v1  {model.name}, by {program}"))
@@ -195,6 +199,14 @@ def _pick(bundle: Path, wanted: str | None) -> ModelFile:
     if model.others:
         _say(f"{model.path.name}; --file chooses another: {', '.join(model.others)}")
     return model
+
+
+def _tell_fallback(program: Path | None, engine: str, name: str) -> None:
+    """Say that a llama.cpp was asked for and has no such program."""
+    from reap2gguf.vendor import asked_folder
+
+    if program is None and engine == "auto" and (asked := asked_folder()) is not None:
+        _say(f"{asked} has no {name}; llama-cpp-python runs the model in its place")
 
 
 def _piped() -> str:

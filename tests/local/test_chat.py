@@ -232,6 +232,13 @@ def test_what_to_install_is_said(
     result = run("serve", built.gguf, "--engine", "llama.cpp")
     assert "no llama-server was found on PATH, and LLAMA_CPP_DIR is not set" in result.output
     script(tmp_path / "own" / "llama-server", "exit 9")
+    result = run("chat", built.gguf, "--llama-cpp", tmp_path / "own", "--prompt", "x", *FLAGS)
+    assert result.exit_code == 2, "what was asked for and does not run is no silent matter"
+    script(tmp_path / "own" / "llama-server", VERSION)
+    result = run("chat", built.gguf, "--llama-cpp", tmp_path / "own", "--prompt", "x", *FLAGS)
+    assert result.exit_code == 0, result.output
+    assert "has no llama-cli; llama-cpp-python runs the model" in result.stderr
+    script(tmp_path / "own" / "llama-server", "exit 9")
     result = run("serve", built.gguf, "--llama-cpp", tmp_path / "own")
     assert result.exit_code == 2
     assert "--version: failed with 9" in result.output

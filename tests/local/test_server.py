@@ -108,6 +108,19 @@ def test_a_chat_is_answered_whole_and_in_pieces(
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("stop", [None, "the"])
+def test_a_stream_can_end_with_the_numbers_of_a_whole_answer(
+    server: ModelServer, stop: str | None
+) -> None:
+    body = {"messages": HELLO, "seed": 3, "temperature": 0.9, "max_tokens": 30, "stop": stop}
+    whole = json.loads(ask(server, CHAT, body)[1])
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(ask(server, CHAT, {**body, **options})[1])
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["choices"] == []
+    assert not any("usage" in chunk for chunk in chunks[:-1])
+
+
 def test_parts_of_text_and_newer_names_are_understood(
     server: ModelServer, expected: dict[str, str]
 ) -> None:
@@ -184,6 +197,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": HELLO, "n": 2}, 400, "n is 2, expected 1"),
         (CHAT, {"messages": HELLO, "stream": "yes"}, 400, "stream is 'yes'"),
         (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop is [1]"),
+        (CHAT, {"messages": HELLO, "stream_options": 1}, 400, "stream_options is 1"),
         (CHAT, {"messages": HELLO, "response_format": 3}, 400, "response_format is 3"),
         (CHAT, {"messages": [{"role": "user", "content": "word " * 400}]}, 400,
          "exceed context window of 256"),
