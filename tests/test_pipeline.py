@@ -66,8 +66,8 @@ def test_what_a_build_leaves(built: Bundle) -> None:
         "model.safetensors", "reap2gguf.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert {path.name for path in built.gguf.iterdir()} == {
-        "README.md", "SHA256SUMS", "calibration.txt", "example-BF16.gguf", "example-IQ4_K_M.gguf",
-        "imatrix.dat", "imatrix.gguf", "reap2gguf.json",
+        "Modelfile", "README.md", "SHA256SUMS", "calibration.txt", "example-BF16.gguf",
+        "example-IQ4_K_M.gguf", "imatrix.dat", "imatrix.gguf", "reap2gguf.json",
     }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_sha256sum_agrees(built: Bundle) -> None:
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=built.gguf, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b": OK") == 7
+    assert done.stdout.count(b": OK") == 8
 
 
 def test_the_manifest_records_the_build(built: Bundle) -> None:

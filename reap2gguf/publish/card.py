@@ -116,7 +116,12 @@ of every file: `sha256sum -c SHA256SUMS`.
 ```bash
 {_download(manifest.gguf[0], names)}llama-cli -m {first}
 llama-server -m {first}
+reap2gguf chat .
+ollama create {name.lower()} -f Modelfile
 ```
+
+`Modelfile` names `{first}` and holds the sampling that the model's own `generation_config.json`
+recommends.
 
 {_facts_table(manifest)}
 
