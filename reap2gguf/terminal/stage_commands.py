@@ -47,6 +47,7 @@ def observe(
     \b
     Example:
       reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
+      reap2gguf observe ./Qwen3-30B-A3B --calibration seed-000 -o observations.safetensors
       torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
     from reap2gguf.calibration.corpus import check_calibration

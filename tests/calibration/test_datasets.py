@@ -143,8 +143,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         )  # fmt: skip
         with process:
             yield Client(process, hub)
-            assert process.stdin is not None
-            process.stdin.close()
 
 
 def by_hand(messages: list[dict[str, str]]) -> list[int]:
