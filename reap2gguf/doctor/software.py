@@ -13,7 +13,7 @@ from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.errors import DependencyError, SourceError
 from reap2gguf.messages import shown
 from reap2gguf.resources import shipped_folder
-from reap2gguf.vendor import PROGRAMS, asked_folder, checkout_folder, find_libggml, find_llama_cpp
+from reap2gguf.vendor import PROGRAMS, checkout_folder, find_libggml, find_llama_cpp
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 # what reap2gguf requires, where its own metadata is not there (a checkout that is not installed)
@@ -165,8 +165,6 @@ def vendored() -> Iterator[Finding]:
     else:
         yield Finding(
             "vendor/llama.cpp", "checked out, not built", State.ABSENT,
-            f"not needed; to build it: cmake -S {folder.name} -B {folder.name}/build in "
-            f"{folder.parent.name}/ and cmake --build {folder.name}/build",
+            "not needed; to build it: cmake -S vendor/llama.cpp -B vendor/llama.cpp/build && "
+            "cmake --build vendor/llama.cpp/build",
         )  # fmt: skip
-    if asked_folder() is not None:
-        yield Finding("LLAMA_CPP_DIR", str(asked_folder()))
