@@ -15,6 +15,7 @@ from reap2gguf.messages import shown
 from reap2gguf.resources import shipped_folder
 from reap2gguf.vendor import PROGRAMS, checkout_folder, find_libggml, find_llama_cpp
 
+_SOURCE = "https://github.com/ggml-org/llama.cpp"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 # what reap2gguf requires, where its own metadata is not there (a checkout that is not installed)
 _USUAL = (
@@ -155,9 +156,11 @@ def vendored() -> Iterator[Finding]:
     if folder is None:
         return
     if not (folder / "CMakeLists.txt").is_file():
+        is_submodule = (folder.parent.parent / ".gitmodules").is_file()
+        way = "submodule update --init" if is_submodule else f"clone {_SOURCE}"
         yield Finding(
             "vendor/llama.cpp", "not checked out", State.ABSENT,
-            "not needed; to build it: git submodule update --init vendor/llama.cpp",
+            f"not needed; to have it: git {way} vendor/llama.cpp",
         )  # fmt: skip
     elif (folder / "build" / "bin").is_dir():
         library = "with" if find_libggml(folder) else "without"
