@@ -123,7 +123,7 @@ def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> Non
         )
         for threads in (1, 2, 8)
     ]  # fmt: skip
-    assert len(bundles[0]) == 15
+    assert len(bundles[0]) == 16
     assert bundles[0].keys() == bundles[1].keys() == bundles[2].keys()
     for name, data in bundles[0].items():
         assert bundles[1][name] == data, name

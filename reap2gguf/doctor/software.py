@@ -13,8 +13,9 @@ from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.errors import DependencyError, SourceError
 from reap2gguf.messages import shown
 from reap2gguf.resources import shipped_folder
-from reap2gguf.vendor import PROGRAMS, asked_folder, checkout_folder, find_libggml, find_llama_cpp
+from reap2gguf.vendor import PROGRAMS, checkout_folder, find_libggml, find_llama_cpp
 
+_SOURCE = "https://github.com/ggml-org/llama.cpp"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 # what reap2gguf requires, where its own metadata is not there (a checkout that is not installed)
 _USUAL = (
@@ -155,9 +156,11 @@ def vendored() -> Iterator[Finding]:
     if folder is None:
         return
     if not (folder / "CMakeLists.txt").is_file():
+        is_submodule = (folder.parent.parent / ".gitmodules").is_file()
+        way = "submodule update --init" if is_submodule else f"clone {_SOURCE}"
         yield Finding(
             "vendor/llama.cpp", "not checked out", State.ABSENT,
-            "not needed; to build it: git submodule update --init vendor/llama.cpp",
+            f"not needed; to have it: git {way} vendor/llama.cpp",
         )  # fmt: skip
     elif (folder / "build" / "bin").is_dir():
         library = "with" if find_libggml(folder) else "without"
@@ -165,8 +168,6 @@ def vendored() -> Iterator[Finding]:
     else:
         yield Finding(
             "vendor/llama.cpp", "checked out, not built", State.ABSENT,
-            f"not needed; to build it: cmake -S {folder.name} -B {folder.name}/build in "
-            f"{folder.parent.name}/ and cmake --build {folder.name}/build",
+            "not needed; to build it: cmake -S vendor/llama.cpp -B vendor/llama.cpp/build && "
+            "cmake --build vendor/llama.cpp/build",
         )  # fmt: skip
-    if asked_folder() is not None:
-        yield Finding("LLAMA_CPP_DIR", str(asked_folder()))
