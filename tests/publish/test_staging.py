@@ -125,8 +125,11 @@ def test_parts_of_another_bundle_are_not_taken(folders: BundleFolders, tmp_path:
     assert first != second
     part = second / "example-BF16-00001-of-00002.gguf"
     part.write_bytes(bytes(part.stat().st_size))  # as another disk might
-    with pytest.raises(VerificationError, match="nothing was uploaded"):
+    with pytest.raises(VerificationError, match="nothing was uploaded") as caught:
         stage(folders, NAMES, 12_000_000, tmp_path, Silent())
+    whole = folders.gguf / "example-BF16.gguf"
+    assert caught.value.violations == [f"{part}: does not hold the bytes of {whole}"]
+    stage(folders, NAMES, 12_000_000, tmp_path, Silent())
 
 
 def test_a_file_that_cannot_be_cut(folders: BundleFolders, monkeypatch: pytest.MonkeyPatch) -> None:
