@@ -27,7 +27,8 @@ from reap2gguf.disk import disk_errors_told, make_folder, remove
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.progress import Progress
 from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
-from reap2gguf.publish.card import CARD_FILE, CardNames, front_matter, gguf_body, hf_body
+from reap2gguf.publish.card import CARD_FILE, CardNames, gguf_body, hf_body
+from reap2gguf.publish.front_matter import front_matter
 from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, part_sha256, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 

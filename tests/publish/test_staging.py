@@ -73,6 +73,8 @@ def test_the_cards_name_the_repositories(staged: Staged, folders: BundleFolders)
     assert "vllm serve me/thing\n" in cards[0]
     assert "hf download me/thing-GGUF example-IQ4_K_M.gguf --local-dir ." in cards[1]
     assert re.search(r"`example-BF16-00001-of-00003.gguf` \| 21\.\d MiB in 3 parts \|", cards[1])
+    joined = "--merge example-BF16-00001-of-00003.gguf example-BF16.gguf`"
+    assert f"`llama-gguf-split {joined}" in cards[1]
     assert "`example" not in cards[0]
 
 
