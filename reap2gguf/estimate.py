@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from reap2gguf.artifacts.gguf_header import row_bytes
-from reap2gguf.calibration.corpus import DEFAULT_MIX
+from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.models import Carried, Dropped, Expert, SideFile
 from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.plan import Plan
@@ -21,6 +19,7 @@ _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
 _DISK_BYTES = 1e9
 _CARD_BYTES = 2**20  # cards, manifests and marks
+_UNKNOWN = 2**62
 _BASE_BYTES = 600 * 2**20  # Python, torch, transformers
 
 
@@ -82,16 +81,21 @@ def _memory(plan: Plan, n_tokens: int, has_gpu: bool) -> int:
 
 
 def _tokens_at_most(plan: Plan) -> int:
-    """Tokens of a sweep: as many as were asked for, if the text has that many."""
-    calibration = plan.options.calibration
-    path = Path(os.path.expanduser(calibration.spec))
-    if calibration.spec == DEFAULT_MIX:
-        path = shipped_folder("calibration")
+    """Tokens of a sweep: as many as were asked for, if the texts have that many."""
+    calibration, length = plan.calibration, plan.max_length
+    rows = ((one, calibration.rows_of(one)) for one in calibration.components)
+    found = sum(min(count * length, _tokens_in(one)) for one, count in rows)
+    return min(calibration.samples * length, found)
+
+
+def _tokens_in(component: Component) -> int:
+    """Tokens that files here may have; of what is on the Hub nothing is known."""
+    if not component.is_local or component.path.suffix == ".parquet":
+        return _UNKNOWN
+    path = shipped_folder("calibration") if component.name == DEFAULT_MIX else component.path
     files = [path, *path.glob("*")] if path.is_dir() else [path]
-    n_bytes = sum(file.stat().st_size for file in files if file.is_file())
-    wanted = calibration.samples * plan.max_length
     # two bytes a token is the worst that text comes to; Parquet is compressed
-    return wanted if path.suffix == ".parquet" else min(wanted, n_bytes // 2 + 1)
+    return sum(file.stat().st_size for file in files if file.is_file()) // 2 + 1
 
 
 def active_parameters(plan: Plan) -> int:

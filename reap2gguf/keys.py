@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.manifest import hash_file
-from reap2gguf.calibration.corpus import corpus_files
+from reap2gguf.calibration.corpus import calibration_files
 from reap2gguf.calibration.rows import Row
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.errors import CalibrationError, CheckpointError, Reap2ggufError
@@ -58,15 +58,19 @@ class BuildKeys:
 
     @cached_property
     def texts(self) -> str:
-        """Of the text files as they are, the tokenizer, and how both become rows."""
-        options = self.plan.options
-        calibration, text = options.calibration, options.imatrix_text
-        files = [*corpus_files(calibration.spec), *([text.expanduser()] if text else [])]
+        """Of the text files as they are, the tokenizer, and how both become rows.
+
+        Of a dataset on the Hub, only what was asked for: its rows, once drawn, are kept with the
+        commit that they are of, so that a build goes on without a network, and on the same rows
+        whatever is committed there. `owner/name@revision` pins a commit; --fresh draws anew.
+        """
+        calibration, text = self.plan.calibration, self.plan.options.imatrix_text
+        files = [*calibration_files(calibration), *([text.expanduser()] if text else [])]
         return stage_key(
             __version__, version("transformers"), version("tokenizers"), version("jinja2"),
-            self._companions, calibration.spec, _hashes(files, CalibrationError), str(text),
-            calibration.samples, calibration.seed, self.plan.max_length, self.chunk,
-            self.plan.model.facts.vocab_size,
+            self._companions, calibration.spec, calibration.label,
+            _hashes(files, CalibrationError), str(text), calibration.samples, calibration.seed,
+            self.plan.max_length, self.chunk, self.plan.model.facts.vocab_size,
         )  # fmt: skip
 
     @property
@@ -75,7 +79,7 @@ class BuildKeys:
         return min(self.plan.options.chunk, self.plan.model.facts.context_length)
 
     def observe(self, rows: ObservationRows) -> str:
-        calibration = self.plan.options.calibration
+        calibration = self.plan.calibration
         return sweep_key(
             self._source, rows.label, rows.sha256, self.plan.max_length,
             calibration.samples, calibration.seed, *self._computing, self.plan.mtp,
@@ -126,7 +130,10 @@ def sweep_key(*inputs: object) -> str:
 
 def export_key(*inputs: object) -> str:
     """Of an export: no two versions of a library share one."""
-    return stage_key(__version__, load_ggml().version, version("gguf"), *inputs)
+    ggml = load_ggml()
+    # two builds of one version may round differently; wheels of one version are one file
+    own = [hash_file(ggml.path).sha256] if ggml.is_own else []
+    return stage_key(__version__, ggml.version, *own, version("gguf"), *inputs)
 
 
 def _hashes(files: Iterable[Path], kind: type[Reap2ggufError]) -> list[tuple[str, str]]:

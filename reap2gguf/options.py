@@ -19,8 +19,8 @@ class CalibrationOptions:
     """Which texts a sweep reads, and how they are cut."""
 
     spec: str = "default"
-    samples: int = 1024  # rows at most
-    max_length: int = 2048  # tokens a row, at most
+    samples: int | None = None  # rows at most, in all; None: as many as the spec says, else 1024
+    max_length: int | None = None  # tokens a row, at most; None: the mix's own, else 2048
     seed: int = 42
 
 

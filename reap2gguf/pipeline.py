@@ -73,7 +73,7 @@ def _build_alone(run: Running) -> BuildResult:
         checked = _verify(run, pruned, model, kept, key)
     mtp_hits = int(work.marks.found("imatrix")["mtp_hits"])
     manifest = write_bundle_files(
-        plan, work, observations, observations_sha256, texts.chunks, kept, checked, mtp_hits
+        plan, work, observations, observations_sha256, texts, kept, checked, mtp_hits
     )
     work.publish(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult(work.final_hf, work.final_gguf, manifest, tuple(run.costs))
@@ -105,9 +105,18 @@ def _texts(run: Running) -> Texts:
 def _tokenized(run: Running) -> Texts:
     plan, options = run.plan, run.plan.options
     return read_texts(
-        Tokenizer(plan.source.folder), options.calibration, plan.max_length, options.imatrix_text,
-        run.keys.chunk, plan.model.facts.vocab_size,
+        Tokenizer(plan.source.folder), plan.calibration, plan.max_length, options.imatrix_text,
+        run.keys.chunk, plan.model.facts.vocab_size, run.progress,
     )  # fmt: skip
+
+
+def _texts_of_first(run: Running) -> Texts:
+    """The texts that the first process has read before it speaks.
+
+    On another machine their file may not be there; the same inputs make the same again.
+    """
+    path = run.work.texts(run.keys.texts)
+    return Texts.load(path) if path.is_file() else _tokenized(run)
 
 
 def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, str]:
@@ -134,11 +143,12 @@ def follow(plan: Plan) -> None:
     work = Workdir(plan.options.output, plan.name)
     run = Running(plan, work, Silent())
     with plan.checkpoint:
-        texts = _tokenized(run)
         if join().tell(None):
+            texts = _texts_of_first(run)
             compute = run.computing("observe", run.keys.observe(texts.rows))
             stages.observe(plan.checkpoint, plan.model, texts.rows, compute, run.progress)
         if key := join().tell(None):
+            texts = _texts_of_first(run)
             probe = stages.mtp_probe(plan.model, texts.rows)
             with Checkpoint.open(work.hf) as pruned:
                 model = describe(pruned)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.calibration.corpus import DEFAULT_MIX, check_corpus, check_text
+from reap2gguf.calibration.corpus import check_calibration, check_text
+from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.hub import Note, say_nothing
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -43,6 +44,7 @@ class Plan:
     """A build, decided but not begun."""
 
     options: BuildOptions
+    calibration: Calibration
     source: Source
     checkpoint: Checkpoint
     model: MoeModel
@@ -63,7 +65,7 @@ class Plan:
     @property
     def max_length(self) -> int:
         """Tokens a row: what was asked for, within the model's context."""
-        return min(self.options.calibration.max_length, self.model.facts.context_length)
+        return min(self.calibration.max_length, self.model.facts.context_length)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return f"{self.name}-{recipe.recipe.label}.gguf"
@@ -95,8 +97,8 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
-    _check_there(options.calibration.spec)
-    check_corpus(options.calibration.spec)
+    calibration = decide(options.calibration)
+    check_calibration(calibration)
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
         check_text(options.imatrix_text)
@@ -113,16 +115,15 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     )
     name = _bundle_name(options, source, target)
     sides = model.side_files(checkpoint.folder, checkpoint.tensors)
-    return Plan(options, source, checkpoint, model, target, name, pruned, resolved, sides)
+    return Plan(
+        options, calibration, source, checkpoint, model, target, name, pruned, resolved, sides
+    )
 
 
-def _check_there(text: str | Path) -> None:
+def _check_there(text: Path) -> None:
     """A text that is not there is known before anything else is read."""
-    if text != DEFAULT_MIX and not os.path.exists(os.path.expanduser(str(text))):
-        raise CalibrationError(
-            f"{text}: no such file; pass a .txt, .jsonl or .parquet file, a folder of them, or "
-            f"the embedded mix {DEFAULT_MIX!r}"
-        )
+    if not os.path.exists(os.path.expanduser(text)):
+        raise CalibrationError(f"{text}: no such file; pass a text file")
 
 
 def pruned_gguf_tensors(
@@ -160,6 +161,11 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         },
         "mtp": plan.mtp,
         "caveats": list(plan.model.caveats()),
+        "calibration": {
+            "spec": plan.calibration.label,
+            "rows": plan.calibration.samples,
+            "max_length": plan.max_length,
+        },
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,

@@ -21,13 +21,14 @@ from reap2gguf.artifacts.manifest import (
     SourceRecord,
 )
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.calibration.texts import ImatrixChunks
+from reap2gguf.calibration.texts import ImatrixChunks, Texts
 from reap2gguf.disk import PART, remove, write_whole
 from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
 from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
 from reap2gguf.publish.card import CARD_FILE, gguf_card, hf_card
+from reap2gguf.publish.modelfile import MODELFILE, modelfile
 from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.quantize.resolve import ResolvedRecipe
 from reap2gguf.workdir import Workdir
@@ -40,7 +41,7 @@ def write_bundle_files(
     work: Workdir,
     observations: Observations,
     observations_sha256: str,
-    chunks: ImatrixChunks,
+    texts: Texts,
     kept: Kept,
     checked: Sequence[str],
     mtp_hits: int,
@@ -51,7 +52,7 @@ def write_bundle_files(
         program=program_versions(),
         source=_source_record(plan, observations),
         pruning=_pruning_record(plan, observations, observations_sha256, kept, mtp_hits),
-        calibration=_calibration_record(plan, observations, chunks),
+        calibration=_calibration_record(plan, observations, texts),
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
@@ -63,7 +64,7 @@ def write_bundle_files(
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         verification={"summary": f"{len(checked)} checks passed", "passed": list(checked)},
     )
-    return _write(plan, work, chunks, manifest)
+    return _write(plan, work, texts.chunks, manifest)
 
 
 def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
@@ -100,18 +101,18 @@ def _mtp_record(plan: Plan, observations: Observations, mtp_hits: int) -> MtpRec
     return MtpRecord(plan.mtp, observations.n_mtp_hits, mtp_hits, observations.n_mtp_tokens)
 
 
-def _calibration_record(
-    plan: Plan, observations: Observations, chunks: ImatrixChunks
-) -> CalibrationRecord:
+def _calibration_record(plan: Plan, observations: Observations, texts: Texts) -> CalibrationRecord:
+    chunks = texts.chunks
     return CalibrationRecord(
         spec=observations.calibration,
         sha256=observations.calibration_sha256,
         max_length=plan.max_length,
-        seed=plan.options.calibration.seed,
+        seed=plan.calibration.seed,
         imatrix_text=chunks.label,
         imatrix_sha256=chunks.sha256,
         imatrix_chunks=len(chunks.chunks),
         imatrix_chunk_size=chunks.chunk_size,
+        components=texts.rows.components,
     )
 
 
@@ -128,6 +129,7 @@ def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest)
     manifest.save(work.hf)
     write_whole(work.gguf / "calibration.txt", chunks.text)
     write_whole(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
+    write_whole(work.gguf / MODELFILE, modelfile(manifest, plan.source.folder))
     manifest.save(work.gguf)
     write_sums(work.gguf, threads)
     return manifest
@@ -141,7 +143,8 @@ def program_versions() -> dict[str, str]:
             found[library] = version(library)
         except PackageNotFoundError:
             found[library] = "missing"
-    found["ggml"] = load_ggml().version
+    ggml = load_ggml()
+    found["ggml"] = f"{ggml.version} of a llama.cpp build" if ggml.is_own else ggml.version
     return found
 
 

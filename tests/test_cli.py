@@ -153,7 +153,7 @@ def test_a_bad_argument_is_one_line(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), (b"\xff\xff", "not UTF-8"), (b"short", "do not fill one row")],
+    [(None, "no such file"), (b"\xff\xff", "not UTF-8"), (b"short", "do not fill one row")],
 )
 def test_a_bad_text_is_one_line(
     content: bytes | None, message: str, tiny: Path, tmp_path: Path

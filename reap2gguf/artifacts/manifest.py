@@ -70,6 +70,25 @@ class PruningRecord:
 
 
 @dataclass(frozen=True)
+class ComponentRecord:
+    """Rows of one dataset, file or folder, and its commit if it is on the Hub."""
+
+    name: str
+    subset: str | None
+    split: str | None
+    revision: str | None
+    rows: int
+    tokens: int
+
+    @property
+    def title(self) -> str:
+        """The name with subset and split, but for the split that is meant without one."""
+        subset = f"[{self.subset}]" if self.subset is not None else ""
+        split = f"({self.split})" if self.split not in (None, "train") else ""
+        return f"{self.name}{subset}{split}"
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """The texts, and how they were cut."""
 
@@ -81,6 +100,7 @@ class CalibrationRecord:
     imatrix_sha256: str
     imatrix_chunks: int
     imatrix_chunk_size: int
+    components: Sequence[ComponentRecord] = ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +224,8 @@ def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
     pruning["kept"] = {int(k): tuple(map(_expert, v)) for k, v in pruning["kept"].items()}
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
+    calibration = dict(values["calibration"])
+    calibration["components"] = component_records(calibration["components"])
     hf = dict(values["hf"])
     hf["files"] = {k: _record(FileRecord, v) for k, v in hf["files"].items()}
     if not isinstance(values["name"], str):
@@ -213,7 +235,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         program=dict(values["program"]),
         source=_record(SourceRecord, values["source"]),
         pruning=_record(PruningRecord, pruning),
-        calibration=_record(CalibrationRecord, values["calibration"]),
+        calibration=_record(CalibrationRecord, calibration),
         hf=_record(FolderRecord, hf),
         gguf=tuple(map(_gguf_record, values["gguf"])),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
@@ -226,6 +248,13 @@ def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:
     if not isinstance(parts, list):
         raise TypeError(f"parts is {shown(parts)}, expected a list")
     return _record(GgufRecord, {**values, "parts": tuple(parts)})
+
+
+def component_records(values: Any) -> tuple[ComponentRecord, ...]:
+    """Records from JSON; TypeError or ValueError if they are none."""
+    if not isinstance(values, list):
+        raise TypeError(f"components are {shown(values)}, expected a list")
+    return tuple(_record(ComponentRecord, value) for value in values)
 
 
 def _record(kind: type[_Record], values: Mapping[str, Any]) -> _Record:

@@ -17,16 +17,24 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.calibration.samples import RenderChat, open_parquet, read_samples
+from reap2gguf.calibration.mixes import Calibration
+from reap2gguf.calibration.samples import (
+    RenderChat,
+    count_records,
+    open_parquet,
+    read_records,
+    read_samples,
+    sample_text,
+)
+from reap2gguf.calibration.spec import DEFAULT_MIX, SAMPLE_SUFFIXES
 from reap2gguf.errors import CalibrationError
 from reap2gguf.files import plain_size
 from reap2gguf.resources import shipped_folder
 
-DEFAULT_MIX = "default"
 MANIFEST_NAME = "manifest.toml"
 _MAX_TEXT_BYTES = 2**28
 _BLOCK_BYTES = 2**20
-_SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
+MOST_TEXT = 2**30  # characters of the samples that are drawn
 
 
 class Cut(Enum):
@@ -59,22 +67,18 @@ class Corpus:
             digest.update(passage.text.encode("utf-8") + b"\0")
         return digest.hexdigest()
 
-    def selected(self, n_samples: int, seed: int) -> Corpus:
-        """Of samples, `n_samples` drawn by `seed`; streams and documents stay whole."""
-        if any(passage.cut is not Cut.SAMPLE for passage in self.passages):
-            return self
-        drawn = list(self.passages)
-        random.Random(seed).shuffle(drawn)
-        return Corpus(self.spec, tuple(drawn[:n_samples]))
-
     def text(self) -> str:
         """Everything as one text, as the importance matrix reads it."""
         return "\n".join(passage.text for passage in self.passages)
 
 
-def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
-    """Read a calibration spec; `render_chat` applies the model's chat template to messages.
+def load_corpus(
+    spec: str, render_chat: RenderChat, n_samples: int | None = None, seed: int = 0
+) -> Corpus:
+    """Read a file, a folder or the embedded mix; `render_chat` is the model's chat template.
 
+    Of samples, `n_samples` are drawn by `seed`, and only they are rendered and held; streams and
+    documents stay whole, and so do samples beside them.
     Raises CalibrationError if the spec names nothing, or a file cannot be read or has no samples.
     """
     if spec == DEFAULT_MIX:
@@ -82,10 +86,35 @@ def load_corpus(spec: str, render_chat: RenderChat) -> Corpus:
     else:
         path = Path(os.path.expanduser(spec))
         cut = Cut.DOCUMENT if path.is_dir() else Cut.STREAM
-        passages = [p for file in _files(spec) for p in _passages(file, cut, render_chat)]
+        files = _files(spec)
+        if n_samples is None or any(file.suffix == ".txt" for file in files):
+            passages = [p for file in files for p in _passages(file, cut, render_chat)]
+        else:
+            passages = _drawn(files, n_samples, seed, render_chat)
     if not any(passage.text.strip() for passage in passages):
         raise CalibrationError(f"calibration {spec!r}: holds no text")
     return Corpus(spec, tuple(passages))
+
+
+def _drawn(files: list[Path], n_samples: int, seed: int, render_chat: RenderChat) -> list[Passage]:
+    """`n_samples` of all samples in the files, in the order in which they are drawn."""
+    order = list(range(sum(count_records(file) for file in files)))
+    random.Random(seed).shuffle(order)
+    places = {index: place for place, index in enumerate(order[:n_samples])}
+    texts = [""] * len(places)
+    index, n_letters = 0, 0
+    for file in files:
+        for number, record in enumerate(read_records(file), start=1):
+            if (place := places.get(index)) is not None:
+                texts[place] = sample_text(record, render_chat, f"{file}: sample {number}")
+                n_letters += len(texts[place])
+            if n_letters > MOST_TEXT:
+                raise CalibrationError(
+                    f"{file}: over {MOST_TEXT:,} characters of text in {len(places):,} samples; "
+                    "ask for fewer"
+                )
+            index += 1
+    return [Passage(text, Cut.SAMPLE) for text in texts]
 
 
 def corpus_files(spec: str) -> list[Path]:
@@ -95,6 +124,23 @@ def corpus_files(spec: str) -> list[Path]:
     folder = shipped_folder("calibration")
     names = (MANIFEST_NAME, *(entry["name"] for entry in _embedded_entries(folder)))
     return [folder / name for name in names]
+
+
+def calibration_files(calibration: Calibration) -> list[Path]:
+    """The files here that a calibration reads. Raises CalibrationError for a folder of none."""
+    return [
+        file
+        for component in calibration.components
+        if component.is_local
+        for file in corpus_files(component.name)
+    ]
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Refuse files here that cannot be read; what is on the Hub is not asked for."""
+    for component in calibration.components:
+        if component.is_local:
+            check_corpus(component.name)
 
 
 def check_corpus(spec: str) -> None:
@@ -151,8 +197,8 @@ def _files(spec: str) -> list[Path]:
     """The files that a spec names."""
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in _SAMPLE_SUFFIXES)
-    if path.suffix not in _SAMPLE_SUFFIXES:
+        return sorted(file for file in path.iterdir() if file.suffix in SAMPLE_SUFFIXES)
+    if path.suffix not in SAMPLE_SUFFIXES:
         raise CalibrationError(
             f"calibration {spec!r}: expected a .txt, .jsonl or .parquet file, a folder of them, or "
             f"the embedded mix {DEFAULT_MIX!r}"

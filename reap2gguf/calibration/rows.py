@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Passage
-from reap2gguf.calibration.samples import Message
 from reap2gguf.calibration.templates import ChatTemplate
+from reap2gguf.calibration.tool_calls import Message
 from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CalibrationError, CheckpointError
 from reap2gguf.panics import panics_as

@@ -1,19 +1,20 @@
-"""Samples in JSONL and Parquet: a text, messages, or a prompt and its completion."""
+"""Samples in JSONL and Parquet, their texts and conversations as one text each."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from reap2gguf.calibration.layouts import columns, read_record
+from reap2gguf.calibration.tool_calls import Message, Tool
 from reap2gguf.errors import CalibrationError
 from reap2gguf.files import plain_size
 
 _MAX_LINE_BYTES = 2**22
-
-Message = Mapping[str, Any]
-Tool = Mapping[str, Any]
+# pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
+_PARQUET_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 
 
 class RenderChat(Protocol):
@@ -24,12 +25,28 @@ class RenderChat(Protocol):
 
 def read_samples(path: Path, render_chat: RenderChat) -> Iterator[str]:
     """The text of every sample in a .jsonl or .parquet file. Raises CalibrationError."""
-    records = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
-    for number, record in enumerate(records, start=1):
-        text = _render(record, render_chat, f"{path}: sample {number}")
-        if not text.isprintable() and _has_surrogates(text):
-            raise CalibrationError(f"{path}: sample {number} holds half a character (a surrogate)")
-        yield text
+    for number, record in enumerate(read_records(path), start=1):
+        yield sample_text(record, render_chat, f"{path}: sample {number}")
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a .jsonl or .parquet file. Raises CalibrationError."""
+    return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+
+
+def count_records(path: Path) -> int:
+    """How many records a file has, found by reading it. Raises CalibrationError."""
+    if path.suffix == ".jsonl":
+        return sum(1 for _ in _jsonl(path))
+    return sum(batch.num_rows for batch in _batches(path))
+
+
+def sample_text(record: Any, render_chat: RenderChat, where: str) -> str:
+    """The text of one record, its messages through the chat template. Raises CalibrationError."""
+    text = _render(record, render_chat, where)
+    if not text.isprintable() and _has_surrogates(text):
+        raise CalibrationError(f"{where} holds half a character (a surrogate)")
+    return text
 
 
 def _has_surrogates(text: str) -> bool:
@@ -60,12 +77,19 @@ def _jsonl(path: Path) -> Iterator[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Any]:
+    for batch in _batches(path):
+        try:
+            yield from batch.to_pylist()
+        except _PARQUET_ERRORS as error:
+            raise _no_parquet(path, error) from error
+
+
+def _batches(path: Path) -> Iterator[Any]:
     file = open_parquet(path)
     try:
-        for batch in file.iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    # pyarrow's errors are of these kinds, and so are those of values that Python cannot hold
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        wanted = columns(list(file.schema_arrow.names))
+        yield from file.iter_batches(batch_size=256, columns=wanted)
+    except _PARQUET_ERRORS as error:
         raise _no_parquet(path, error) from error
 
 
@@ -76,7 +100,7 @@ def open_parquet(path: Path) -> Any:
     try:
         plain_size(path)
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except _PARQUET_ERRORS as error:
         raise _no_parquet(path, error) from error
 
 
@@ -85,50 +109,12 @@ def _no_parquet(path: Path, error: Exception) -> CalibrationError:
 
 
 def _render(record: Any, render_chat: RenderChat, where: str) -> str:
-    """The text of one sample: `text`, `messages`, or `prompt` and `completion`."""
-    if not isinstance(record, dict):
-        raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    messages = None
-    if record.get("messages") is not None:
-        messages = _messages(record["messages"], "user", where)
-    elif record.get("prompt") is not None and record.get("completion") is not None:
-        prompt = _messages(record["prompt"], "user", where)
-        messages = prompt + _messages(record["completion"], "assistant", where)
-    if messages is not None:
-        tools = _tools(record.get("tools"), where)
-        try:
-            return render_chat(messages, tools)
-        except CalibrationError as error:
-            raise CalibrationError(f"{where}: {error}") from error
-    names = ", ".join(str(name)[:80] for name in list(record)[:8]) or "no fields"
-    raise CalibrationError(
-        f"{where}: has {names}, expected text, messages, or prompt and completion"
-    )
-
-
-def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Messages as given, or one of `role` where a plain string stands for it."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
-    )
-    if not good or not value:
-        raise CalibrationError(f"{where}: expected messages with a role and content each")
-    return list(value)
-
-
-def _tools(value: Any, where: str) -> list[Tool] | None:
-    """The JSON schemas of a sample's tools, as a list or as JSON text; None where it has none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "null")
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}: tools are not JSON ({error})") from error
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise CalibrationError(f"{where}: expected tools as a list of JSON schemas")
-    return value
+    """The text of one sample."""
+    sample = read_record(record, where)
+    if sample.text is not None:
+        return sample.text
+    tools = None if sample.tools is None else list(sample.tools)
+    try:
+        return render_chat(list(sample.messages), tools)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from error

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.calibration.corpus import Corpus, load_corpus, read_text
-from reap2gguf.calibration.rows import Row, Tokenizer, chunk_text, make_rows
+from reap2gguf.artifacts.manifest import ComponentRecord, component_records
+from reap2gguf.calibration.corpus import read_text
+from reap2gguf.calibration.drawing import Drawn, draw
+from reap2gguf.calibration.mixes import Calibration
+from reap2gguf.calibration.rows import Row, Tokenizer, chunk_text
 from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
 from reap2gguf.checkpoint.writer import write_arrays
 from reap2gguf.errors import ArtifactError, CalibrationError, CheckpointError
-from reap2gguf.options import CalibrationOptions
+from reap2gguf.progress import Progress, Silent
+
+SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class ObservationRows:
     label: str  # the spec; of a path, only its name, since cards are public
     sha256: str
     rows: Sequence[Row]
+    components: tuple[ComponentRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Texts:
         metadata = {
             "rows_label": self.rows.label,
             "rows_sha256": self.rows.sha256,
+            "components": json.dumps([asdict(record) for record in self.rows.components]),
             "chunks_label": self.chunks.label,
             "chunk_size": str(self.chunks.chunk_size),
         }
@@ -83,7 +90,10 @@ class Texts:
             metadata = read_metadata(path)
             arrays = load_file(path)
             rows = ObservationRows(
-                metadata["rows_label"], metadata["rows_sha256"], _unpacked("rows", arrays)
+                metadata["rows_label"],
+                metadata["rows_sha256"],
+                _unpacked("rows", arrays),
+                component_records(json.loads(metadata["components"])),
             )
             chunks = ImatrixChunks(
                 metadata["chunks_label"],
@@ -91,7 +101,7 @@ class Texts:
                 int(metadata["chunk_size"]),
                 _unpacked("chunks", arrays),
             )
-        except (CheckpointError, KeyError, ValueError) as error:
+        except (CheckpointError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}: is not the tokenized text that it was ({error}); remove it and run the "
                 "command again"
@@ -117,33 +127,37 @@ def _unpacked(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> list[Row]:
 
 def read_texts(
     tokenizer: Tokenizer,
-    options: CalibrationOptions,
+    calibration: Calibration,
     max_length: int,
     imatrix_text: Path | None,
     chunk_size: int,
     vocab_size: int,
+    progress: Progress = SILENT,
 ) -> Texts:
     """Rows for the observation and chunks for the importance matrix.
 
-    Without a text of its own, the importance matrix reads the calibration corpus, no more tokens of
-    it than the observation may. Raises CalibrationError.
+    Without a text of its own, the importance matrix reads the calibration texts, no more tokens of
+    them than the observation may. Raises CalibrationError.
     """
-    corpus = _load(tokenizer, options)
-    rows = _rows(tokenizer, corpus, options, max_length, vocab_size)
+    drawn = draw(calibration, tokenizer, max_length, progress)
+    rows = _rows(drawn, calibration, vocab_size)
     if imatrix_text is not None:
         return Texts(rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size))
-    text = corpus.text()
-    chunks = chunk_text(text, tokenizer, chunk_size, rows.label)
-    n_chunks = -(-options.samples * max_length // chunk_size)
-    return Texts(rows, ImatrixChunks(rows.label, text, chunk_size, chunks[:n_chunks]))
+    chunks = chunk_text(drawn.text, tokenizer, chunk_size, rows.label)
+    n_chunks = -(-calibration.samples * max_length // chunk_size)
+    return Texts(rows, ImatrixChunks(rows.label, drawn.text, chunk_size, chunks[:n_chunks]))
 
 
 def observation_rows(
-    tokenizer: Tokenizer, options: CalibrationOptions, max_length: int, vocab_size: int
+    tokenizer: Tokenizer,
+    calibration: Calibration,
+    max_length: int,
+    vocab_size: int,
+    progress: Progress = SILENT,
 ) -> ObservationRows:
-    """Rows of a calibration spec. Raises CalibrationError."""
-    corpus = _load(tokenizer, options)
-    return _rows(tokenizer, corpus, options, max_length, vocab_size)
+    """Rows of a calibration. Raises CalibrationError."""
+    drawn = draw(calibration, tokenizer, max_length, progress)
+    return _rows(drawn, calibration, vocab_size)
 
 
 def imatrix_chunks(tokenizer: Tokenizer, text_file: Path, chunk_size: int) -> ImatrixChunks:
@@ -153,38 +167,18 @@ def imatrix_chunks(tokenizer: Tokenizer, text_file: Path, chunk_size: int) -> Im
     return ImatrixChunks(text_file.name, text, chunk_size, chunks)
 
 
-def _load(tokenizer: Tokenizer, options: CalibrationOptions) -> Corpus:
-    try:
-        corpus = load_corpus(options.spec, tokenizer.render_chat)
-    finally:
-        tokenizer.close()
-    return corpus.selected(options.samples, options.seed)
-
-
-def _rows(
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    options: CalibrationOptions,
-    max_length: int,
-    vocab_size: int,
-) -> ObservationRows:
-    rows = make_rows(corpus, tokenizer, max_length, options.samples, options.seed)
-    highest = max(int(row.max()) for row in rows)
+def _rows(drawn: Drawn, calibration: Calibration, vocab_size: int) -> ObservationRows:
+    highest = max(int(row.max()) for row in drawn.rows)
     if highest >= vocab_size:
         raise CalibrationError(
-            f"calibration {options.spec!r}: the tokenizer gives id {highest}, and the model's "
+            f"calibration {calibration.label!r}: the tokenizer gives id {highest}, and the model's "
             f"vocab_size is {vocab_size}; they do not belong together"
         )
-    digest = hashlib.sha256(corpus.sha256.encode())
-    _hash_rows(digest, rows)  # another tokenizer, or length, makes other rows of the same text
-    return ObservationRows(_public(options.spec), digest.hexdigest(), rows)
+    digest = hashlib.sha256(drawn.sha256.encode())
+    _hash_rows(digest, drawn.rows)  # another tokenizer, or length, makes other rows of a text
+    return ObservationRows(calibration.label, digest.hexdigest(), drawn.rows, drawn.components)
 
 
 def _hash_rows(digest: hashlib._Hash, rows: Sequence[Row]) -> None:
     for row in rows:
         digest.update(len(row).to_bytes(8, "little") + row.tobytes())
-
-
-def _public(spec: str) -> str:
-    """A spec as it may be published: of a path, only the name."""
-    return Path(spec).name if os.path.exists(os.path.expanduser(spec)) else spec

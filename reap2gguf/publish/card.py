@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap2gguf.artifacts.manifest import GgufRecord, Manifest, MtpRecord
+from reap2gguf.artifacts.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
+from reap2gguf.messages import one_line
 from reap2gguf.publish.front_matter import new_front_matter
 
 CARD_FILE = "README.md"
@@ -109,7 +110,12 @@ of every file: `sha256sum -c SHA256SUMS`.
 ```bash
 {_download(manifest.gguf[0], names)}llama-cli -m {first}
 llama-server -m {first}
+reap2gguf chat .
+ollama create {name.lower()} -f Modelfile
 ```
+
+`Modelfile` names `{first}` and holds the sampling that the model's own `generation_config.json`
+recommends.
 
 {_facts_table(manifest)}
 
@@ -222,11 +228,33 @@ Stored tensors were sliced, not converted; everything else was copied byte for b
 matrix was taken from the pruned model. Calibration was text only. `reap2gguf.json` records
 versions, hashes, the experts kept in every layer, and the type of every tensor.
 
+{_calibration(manifest)}
+
 Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
 
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _calibration(manifest: Manifest) -> str:
+    """What was read of each dataset and file."""
+    lines = [
+        f"| {_component(record)} | {record.rows:,} | {record.tokens:,} |"
+        for record in manifest.calibration.components
+    ]
+    if not lines:
+        return "The calibration texts are not listed."
+    return "\n".join(["| calibration | rows | tokens |", "|---|---|---|", *lines])
+
+
+def _component(record: ComponentRecord) -> str:
+    """A dataset with its link and commit, or the name of a file, fit for a cell of a table."""
+    title = one_line(record.title).replace("|", "\\|")
+    if record.revision is None:
+        return f"`{title}`"
+    commit = one_line(record.revision)[:12]
+    return f"[{title}](https://huggingface.co/datasets/{record.name}) at {commit}"
 
 
 def _score(method: str) -> str:

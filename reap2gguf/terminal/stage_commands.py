@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reap2gguf.disk import remove
-from reap2gguf.errors import OutputError, UsageError
+from reap2gguf.errors import CalibrationError, OutputError, UsageError
 from reap2gguf.options import CalibrationOptions, ComputeOptions, Resume
 from reap2gguf.processes import processes
 from reap2gguf.terminal.options import (
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 @threads_option
 @click.option("-o", "--output", type=FilePath, required=True, help="Observations file to write.")
 def observe(
-    model: str, spec: str, samples: int, max_length: int, seed: int, output: Path, **compute: Any
+    model: str, spec: str, samples: int | None, max_length: int | None, seed: int, output: Path,
+    **compute: Any,
 ) -> None:  # fmt: skip
     """Observe what the experts of MODEL do on calibration text.
 
@@ -46,12 +47,15 @@ def observe(
     \b
     Example:
       reap2gguf observe ./Qwen3-30B-A3B --calibration text.txt -o observations.safetensors
+      reap2gguf observe ./Qwen3-30B-A3B --calibration seed-000 -o observations.safetensors
       torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
-    from reap2gguf.calibration.corpus import check_corpus
+    from reap2gguf.calibration.corpus import check_calibration
+    from reap2gguf.calibration.mixes import decide
 
     # what is refused without torch is refused before it is loaded
-    check_corpus(spec)
+    calibration = decide(CalibrationOptions(spec, samples, max_length, seed))
+    check_calibration(calibration)
     source, checkpoint, described = _open(model)
     _check_parent(output)
     _check_tokenizer(source, described)
@@ -60,11 +64,14 @@ def observe(
     from reap2gguf.calibration.texts import observation_rows
     from reap2gguf.terminal.console import terminal_progress
 
-    length = min(max_length, described.facts.context_length)
-    options = CalibrationOptions(spec, samples, length, seed)
-    rows = observation_rows(Tokenizer(source.folder), options, length, described.facts.vocab_size)
+    facts, progress = described.facts, terminal_progress()
+    length = min(calibration.max_length, facts.context_length)
+    rows = observation_rows(
+        Tokenizer(source.folder), calibration, length, facts.vocab_size, progress
+    )
+    _check_same_rows(rows.sha256)
     where = _resuming(collect_compute(compute, output.parent), output, checkpoint, rows.sha256)
-    seen = stages.observe(checkpoint, described, rows, where, terminal_progress())
+    seen = stages.observe(checkpoint, described, rows, where, progress)
     if not processes().is_first:
         return
     seen.save(output)
@@ -214,6 +221,18 @@ def _check_tokenizer(source: Source, described: MoeModel) -> None:
     from reap2gguf.models.tokenizer import check_tokenizer
 
     check_tokenizer(source.folder, described.facts.vocab_size)
+
+
+def _check_same_rows(digest: str) -> None:
+    """Refuse rows that differ among processes: a dataset may change while they begin."""
+    if processes().size > 1:
+        from reap2gguf.observe.ranks import join
+
+        if join().tell(digest) != digest:
+            raise CalibrationError(
+                "the processes of this run have read different calibration rows; pin a dataset on "
+                "the Hub as owner/name@revision, and run the command again"
+            )
 
 
 def _resuming(

@@ -41,6 +41,10 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
             f"  {target.n_kept} experts miss vLLM's fused kernels; the nearest count that has them "
             f"is {friendly} (--keep-experts {friendly})"
         )
+    yield (
+        f"  calibration: {plan.calibration.label}, at most {plan.calibration.samples:,} rows of "
+        f"{plan.max_length:,} tokens"
+    )
     if plan.mtp != "none":
         yield f"  the multi-token-prediction block is {plan.mtp}"
     for caveat in plan.model.caveats():
@@ -99,7 +103,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     for side in manifest.side_files:
         yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
-    yield f"Try it:  llama-cli -m {result.gguf_folder / manifest.gguf[0].file}"
+    yield f"Try it:  reap2gguf chat {result.gguf_folder}"
 
 
 def recipe_lines(recipe: Recipe) -> Iterable[str]:

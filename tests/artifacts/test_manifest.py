@@ -11,6 +11,7 @@ import pytest
 from reap2gguf.artifacts.manifest import (
     MANIFEST_FILE,
     CalibrationRecord,
+    ComponentRecord,
     FileRecord,
     FolderRecord,
     GgufRecord,
@@ -40,7 +41,20 @@ def sample(recipe_source: str = RECIPE) -> Manifest:
             n_tokens=700,
             n_dropped_rows=0,
         ),
-        calibration=CalibrationRecord("mix", "b" * 64, 512, 42, "text.txt", "c" * 64, 9, 512),
+        calibration=CalibrationRecord(
+            "mix",
+            "b" * 64,
+            512,
+            42,
+            "text.txt",
+            "c" * 64,
+            9,
+            512,
+            (
+                ComponentRecord("owner/data", "code", "train", "0" * 40, 5, 600),
+                ComponentRecord("mine.jsonl", None, None, None, 2, 100),
+            ),
+        ),
         hf=FolderRecord("example", 1, 10, 20, {"config.json": FileRecord(3, "d" * 64)}),
         gguf=(
             GgufRecord(
@@ -128,6 +142,8 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         ("pruning", "kept"),
         ("pruning", "n_rows"),
         ("calibration", "seed"),
+        ("calibration", "components"),
+        ("calibration", "components", 1, "tokens"),
         ("hf", "files"),
         ("hf", "files", "config.json", "sha256"),
         ("gguf", 0, "tensors"),
@@ -159,6 +175,27 @@ def test_kept_experts_of_the_wrong_kind(tmp_path: Path, kept: Any) -> None:
     sample().save(tmp_path)
     changed(tmp_path, "pruning", "kept", value=kept)
     refusal(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["name", "subset", "revision", "rows", "tokens"])
+@pytest.mark.parametrize("value", [[7], {}, True, 1.5, 2**63])
+def test_components_of_the_wrong_kind(tmp_path: Path, key: str, value: Any) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "calibration", "components", 0, key, value=value)
+    assert key in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, {}, "text", [7], [None]])
+def test_components_that_are_no_list(tmp_path: Path, value: Any) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "calibration", "components", value=value)
+    refusal(tmp_path)
+
+
+def test_how_a_component_is_called() -> None:
+    names = [("a/b", None, None), ("a/b", "code", "train"), ("a/b", None, "tool")]
+    found = [ComponentRecord(*name, None, 1, 2).title for name in names]
+    assert found == ["a/b", "a/b[code]", "a/b(tool)"]
 
 
 @pytest.mark.parametrize("number", [0, 2, "1", None])

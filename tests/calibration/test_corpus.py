@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reap2gguf.calibration.corpus import Cut, Passage, load_corpus
-from reap2gguf.calibration.samples import Message, Tool
+from reap2gguf.calibration.tool_calls import Message, Tool
 from reap2gguf.errors import CalibrationError
 from reap2gguf.resources import shipped_folder
 
@@ -144,7 +144,7 @@ def test_the_embedded_mix_is_what_its_manifest_says() -> None:
     for entry in entries:
         raw = (folder / entry["name"]).read_bytes()
         assert (len(raw), hashlib.sha256(raw).hexdigest()) == (entry["bytes"], entry["sha256"])
-    listed = {entry["name"] for entry in entries} | {"manifest.toml"}
+    listed = {entry["name"] for entry in entries} | {"manifest.toml", "mixes.toml"}
     assert {path.name for path in folder.iterdir()} == listed
     dialogue = load_corpus(str(folder / "dialogue.jsonl"), render)
     assert len(dialogue.passages) >= 20

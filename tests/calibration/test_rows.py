@@ -12,6 +12,7 @@ from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Passage
+from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.calibration.rows import Tokenizer, chunk_text, make_rows
 from reap2gguf.calibration.texts import Texts, imatrix_chunks, observation_rows, read_texts
 from reap2gguf.checkpoint.safetensors_header import read_metadata
@@ -19,6 +20,10 @@ from reap2gguf.errors import ArtifactError, CalibrationError, CheckpointError
 from reap2gguf.options import CalibrationOptions
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
+
+
+def asked(*values: Any, **named: Any) -> Calibration:
+    return decide(CalibrationOptions(*values, **named))
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +176,13 @@ def test_a_template_that_is_no_text(tmp_path: Path) -> None:
 def test_labels_tell_no_paths(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(TEXT)
-    rows = observation_rows(tokenizer, CalibrationOptions(str(path), max_length=64), 64, 4096)
+    rows = observation_rows(tokenizer, asked(str(path), max_length=64), 64, 4096)
     assert rows.label == "mine.txt"
     assert imatrix_chunks(tokenizer, path, 64).label == "mine.txt"
 
 
 def test_the_importance_matrix_reads_the_same_corpus(tokenizer: Tokenizer) -> None:
-    texts = read_texts(tokenizer, CalibrationOptions(), 512, None, 512, 4096)
+    texts = read_texts(tokenizer, asked(), 512, None, 512, 4096)
     rows, chunks = texts.rows, texts.chunks
     assert (rows.label, chunks.label) == ("default", "default")
     assert len(chunks.chunks) > 100
@@ -189,7 +194,7 @@ def test_the_importance_matrix_reads_no_more_than_the_observation_may(
 ) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i} " + TEXT}) + "\n" for i in range(50)))
-    options = CalibrationOptions(str(path), samples=3, max_length=64)
+    options = asked(str(path), samples=3, max_length=64)
     texts = read_texts(tokenizer, options, 64, None, 32, 4096)
     assert len(texts.rows.rows) == 3
     assert len(texts.chunks.chunks) == 3 * 64 // 32
@@ -199,8 +204,8 @@ def test_the_importance_matrix_reads_no_more_than_the_observation_may(
 def test_how_rows_are_cut_is_in_their_hashes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 8)
-    cuts = [CalibrationOptions(str(path), samples=8, max_length=64),
-            CalibrationOptions(str(path), samples=4, max_length=128)]  # fmt: skip
+    cuts = [asked(str(path), samples=8, max_length=64),
+            asked(str(path), samples=4, max_length=128)]  # fmt: skip
     texts = [read_texts(tokenizer, cut, cut.max_length, None, cut.max_length, 4096) for cut in cuts]
     for name in ("rows", "chunks"):
         one, other = (getattr(getattr(text, name), name) for text in texts)
@@ -210,7 +215,7 @@ def test_how_rows_are_cut_is_in_their_hashes(tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_texts_are_kept_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    texts = read_texts(tokenizer, CalibrationOptions(), 512, None, 128, 4096)
+    texts = read_texts(tokenizer, asked(), 512, None, 128, 4096)
     texts.save(tmp_path / "texts.safetensors")
     loaded = Texts.load(tmp_path / "texts.safetensors")
     for kept, made in (
@@ -227,7 +232,7 @@ def test_texts_are_kept_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["rows.lengths", "chunks.tokens", "text"])
 def test_damaged_texts(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     path = tmp_path / "texts.safetensors"
-    read_texts(tokenizer, CalibrationOptions(samples=2), 64, None, 64, 4096).save(path)
+    read_texts(tokenizer, asked(samples=2), 64, None, 64, 4096).save(path)
     arrays, metadata = load_file(path), read_metadata(path)
     arrays[name] = arrays[name][:-1]
     if name == "text":
@@ -241,13 +246,13 @@ def test_a_tokenizer_beyond_the_models_vocabulary(tokenizer: Tokenizer, tmp_path
     path = tmp_path / "mine.txt"
     path.write_text(TEXT)
     with pytest.raises(CalibrationError, match=r"gives id \d+, and the model's vocab_size is 100"):
-        observation_rows(tokenizer, CalibrationOptions(str(path), max_length=64), 64, 100)
+        observation_rows(tokenizer, asked(str(path), max_length=64), 64, 100)
 
 
 def test_another_tokenizer_makes_another_key(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(TEXT)
-    options = CalibrationOptions(str(path), max_length=64)
+    options = asked(str(path), max_length=64)
     first = observation_rows(tokenizer, options, 64, 4096)
     shorter = observation_rows(tokenizer, options, 32, 4096)
     assert first.sha256 != shorter.sha256

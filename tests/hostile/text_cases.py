@@ -239,6 +239,15 @@ def imatrix_text(content: bytes) -> Build:
     ]  # fmt: skip
 
 
+COMPOSITES = [
+    ("of nothing", "a/b:1,,c/d:2", "component 2 of 3: '', expected name[subset](split):n"),
+    ("of no rows", "a/b:0", "'0' rows of 'a/b'"),
+    ("of digits", "a/b:" + "9" * 5000, "expected from 1 to"),
+    ("of newlines", "a/b:1,c\n\x1b[2Jd:2", "c\\n\\x1b[2Jd"),
+    ("of thousands", "a/b:1," * 5000 + "a/b:1", "5,001 components, expected at most 256"),
+    ("of NUL", "a/b:1,a\0b:2", "a\\x00b: no such file or folder"),
+    ("of a pipe's name", "a/b:1,|cat:2", "|cat: no such file or folder"),
+]
 FOOTER = b"PAR1" + b"\xff" * 64 + struct.pack("<I", 2**31 - 1) + b"PAR1"
 CALIBRATIONS = [
     Case("text not UTF-8", corpus("c.txt", b"abc\xff\xfe"), "not UTF-8"),
@@ -255,6 +264,9 @@ CALIBRATIONS = [
     Case("text of another kind", corpus("c.doc", b"abc"), "expected a .txt"),
     Case("text not there", lambda room: [
         "plan", room.copy("qwen3"), *PLAN, "--calibration", "a\nb.txt"], "a\\nb.txt: no such file"),
+    *[Case(f"composite {shape}", lambda room, spec=spec: [
+        "plan", room.copy("qwen3"), *PLAN, "--calibration", spec], message)
+      for shape, spec, message in COMPOSITES],
     Case("imatrix text not UTF-8", imatrix_text(b"\xff"), "not UTF-8"),
     Case("imatrix text a folder", lambda room: [
         "plan", room.copy("qwen3"), *PLAN, "--imatrix-text", room.folder], "is a directory"),

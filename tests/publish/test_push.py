@@ -77,7 +77,7 @@ def test_either_folder_names_the_bundle_and_a_second_push_sends_nothing(
     sent = len(room.wrote())
     room.push(bundle.with_name("model-GGUF"))
     assert room.wrote()[sent:] == ["POST /api/repos/create"] * 2
-    assert room.told.notes[-1] == f"{GGUF_REPO}: 8 of 8 files are there already"
+    assert room.told.notes[-1] == f"{GGUF_REPO}: 9 of 9 files are there already"
     room.check(bundle)
 
 
