@@ -54,7 +54,9 @@ def test_every_hash_and_size_is_of_what_will_be_sent(staged: Staged) -> None:
 
 def test_only_what_names_a_place_is_changed(staged: Staged, folders: BundleFolders) -> None:
     assert texts(staged.hf).keys() == {"README.md", MANIFEST_FILE}
-    assert texts(staged.gguf).keys() == {"README.md", MANIFEST_FILE, "SHA256SUMS"}
+    assert texts(staged.gguf).keys() == {"README.md", MANIFEST_FILE, "SHA256SUMS", "Modelfile"}
+    assert "\n# FROM ./example-BF16-00001-of-00003.gguf\n" in texts(staged.gguf)["Modelfile"]
+    assert "\nFROM ./example-IQ4_K_M.gguf\n" in texts(staged.gguf)["Modelfile"]
     names = {file.name for file in staged.hf.files}
     assert names == {file.name for file in folders.hf.iterdir()}
     names = {file.name for file in staged.gguf.files}
