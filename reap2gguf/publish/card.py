@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
 
 from reap2gguf.artifacts.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
 from reap2gguf.messages import one_line
+from reap2gguf.publish.front_matter import new_front_matter
 
 CARD_FILE = "README.md"
-_FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
-_MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here
 
 _REAP_CITATION = """\
 @article{lasby-reap,
@@ -47,7 +41,7 @@ def local_names(manifest: Manifest) -> CardNames:
 
 def hf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the safetensors folder."""
-    front = _front_matter(manifest, source_card, "transformers")
+    front = new_front_matter(manifest, source_card, "transformers")
     return front + hf_body(manifest, local_names(manifest))
 
 
@@ -82,7 +76,7 @@ are in {names.link(names.gguf)}.
 
 def gguf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the GGUF folder."""
-    front = _front_matter(manifest, source_card, "gguf")
+    front = new_front_matter(manifest, source_card, "gguf")
     return front + gguf_body(manifest, local_names(manifest))
 
 
@@ -93,7 +87,7 @@ def gguf_body(manifest: Manifest, names: CardNames) -> str:
     files = "\n".join(rows)
     first = manifest.gguf[0].first
     name = _last(names.hf)
-    notes = _honest_names(manifest.gguf)
+    notes = _honest_names(manifest.gguf) + _how_to_join(manifest.gguf)
     if names.on_hub:
         notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
     return f"""# {name}-GGUF
@@ -129,6 +123,17 @@ recommends.
 """
 
 
+def _how_to_join(records: Sequence[GgufRecord]) -> str:
+    """What to do with files in parts where a program reads one file only, as Ollama does."""
+    record = next((record for record in records if record.parts), None)
+    if record is None:
+        return ""
+    return (
+        "llama.cpp opens a file in parts by its first. Programs that read one file only need them "
+        f"joined: `llama-gguf-split --merge {record.first} {record.file}`.\n\n"
+    )
+
+
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
@@ -141,52 +146,6 @@ def _download(record: GgufRecord, names: CardNames) -> str:
         return f"hf download {names.gguf} {record.file} --local-dir .\n"
     parts = f"{record.file.removesuffix('.gguf')}-*.gguf"
     return f'hf download {names.gguf} --include "{parts}" --local-dir .\n'
-
-
-def front_matter(card: str) -> str:
-    """The front matter of a card that this module wrote, with the line after it; or nothing."""
-    match = _FRONT_MATTER.match(card)
-    return match[0] if match else ""
-
-
-def _front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
-    """YAML for the Hub, the licence taken over from the source's own card."""
-    inherited = _source_data(source_card)
-    values: dict[str, Any] = {
-        key: inherited[key]
-        for key in ("language", "license", "license_name", "license_link")
-        if inherited.get(key) is not None
-    }
-    if "/" in manifest.source.label:
-        values["base_model"] = manifest.source.label
-        values["base_model_relation"] = "quantized" if library == "gguf" else "finetune"
-    tags = ["reap", "moe", "expert-pruning", "pruned"]
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag=inherited.get("pipeline_tag") or "text-generation",
-        tags=[*tags, "gguf", "imatrix"] if library == "gguf" else tags,
-        **values,
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n"
-
-
-def _source_data(source_card: Path) -> dict[str, Any]:
-    if not source_card.is_file() or source_card.stat().st_size > _MAX_CARD_BYTES:
-        return {}
-    text = source_card.read_text(encoding="utf-8", errors="replace")
-    try:
-        data: Any = ModelCard(text, ignore_metadata_errors=True).data
-        found = dict(data.to_dict())
-    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        # a card without readable front matter has no licence to inherit
-        return {}
-    return {key: value for key, value in found.items() if _is_words(value)}
-
-
-def _is_words(value: Any) -> bool:
-    """A short text, or a list of some: what a licence or a language may be."""
-    words = value if isinstance(value, list) else [value]
-    return len(words) <= 100 and all(isinstance(w, str) and len(w) <= 500 for w in words)
 
 
 def _summary(manifest: Manifest) -> str:

@@ -1,15 +1,17 @@
 """Cuts a GGUF file into parts that the Hub takes, in llama.cpp's own layout.
 
-The Hub takes no file above 50 GB (https://huggingface.co/docs/hub/storage-limits). Tensors keep
-their order and their bytes; the first part has all keys, as llama.cpp's gguf-split has it, and is
-byte for byte what that program writes where the cuts fall alike. What is held in memory is the
-header and 4 MiB of tensors.
+The Hub takes files of up to 50 GB without Xet, and hands out none above over plain HTTP (see
+`upload_file` and MAX_HTTP_DOWNLOAD_SIZE in huggingface_hub). Tensors keep their order and their
+bytes; the first part has all keys, as llama.cpp's gguf-split has it, and each is byte for byte what
+that program writes where the cuts fall alike. What is held in memory is the header and 4 MiB of
+tensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from reap2gguf.artifacts.gguf_split import (
     TENSORS_KEY,
     part_name,
 )
-from reap2gguf.disk import OutputFile, whole_file
+from reap2gguf.disk import whole_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
@@ -142,12 +144,27 @@ def write_part(plan: SplitPlan, part: Part, folder: Path, task: Task) -> Path:
     if path.is_file() and path.stat().st_size == part.n_bytes:
         task.advance(part.n_bytes)  # a final name is that of a whole file
         return path
-    alignment = plan.alignment(part.number)
-    with whole_file(path) as output, open_plain(plan.header.path) as file:
+    with whole_file(path) as output:
         output.reserve(part.n_bytes)
-        head = plan.head(part)
-        output.write(head)
-        task.advance(len(head))
+        for piece in _pieces(plan, part):
+            output.write(piece)
+            task.advance(len(piece))
+    return path
+
+
+def part_sha256(plan: SplitPlan, part: Part) -> str:
+    """The hash that a part must have, from the file that is cut."""
+    digest = hashlib.sha256()
+    for piece in _pieces(plan, part):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(plan: SplitPlan, part: Part) -> Iterator[bytes]:
+    """The bytes of a part, in order."""
+    alignment = plan.alignment(part.number)
+    yield plan.head(part)
+    with open_plain(plan.header.path) as file:
         for info in part.tensors:
             file.seek(info.offset)
             left = info.n_bytes
@@ -155,15 +172,9 @@ def write_part(plan: SplitPlan, part: Part, folder: Path, task: Task) -> Path:
                 piece = file.read(min(left, _PIECE_BYTES))
                 if not piece:
                     raise ArtifactError(f"{plan.header.path}: was cut while it was read")
-                output.write(piece)
+                yield piece
                 left -= len(piece)
-                task.advance(len(piece))
-            _pad(output, info.n_bytes, alignment)
-    return path
-
-
-def _pad(output: OutputFile, n_bytes: int, alignment: int) -> None:
-    output.write(bytes(_padded(n_bytes, alignment) - n_bytes))
+            yield bytes(_padded(info.n_bytes, alignment) - info.n_bytes)
 
 
 def _padded(n_bytes: int, alignment: int) -> int:

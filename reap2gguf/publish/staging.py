@@ -27,8 +27,9 @@ from reap2gguf.disk import disk_errors_told, make_folder, remove
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.progress import Progress
 from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
-from reap2gguf.publish.card import CARD_FILE, CardNames, front_matter, gguf_body, hf_body
-from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
+from reap2gguf.publish.card import CARD_FILE, CardNames, gguf_body, hf_body
+from reap2gguf.publish.front_matter import front_matter
+from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, part_sha256, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
@@ -88,17 +89,11 @@ def stage(
     recorded, _ = read_sums(bundle.gguf)
     plans = _plan(bundle, max_bytes)
     parts = _write_parts(bundle, plans, recorded, folder, progress)
-    records = [_split_record(r, plans.get(r.file)) for r in bundle.manifest.gguf]
-    manifest = replace(bundle.manifest, gguf=tuple(records))
+    records = tuple(_split_record(r, plans.get(r.file)) for r in bundle.manifest.gguf)
+    manifest = replace(bundle.manifest, gguf=records)
     if folder is not None:
         _check_parts(folder, manifest, plans)
-    hf_files = _kept(bundle.hf, {n: r.sha256 for n, r in manifest.hf.files.items()}, {CARD_FILE})
-    hf_files.append(_text(CARD_FILE, _card(bundle.hf) + hf_body(manifest, repos)))
-    described = {f.name: FileRecord(f.n_bytes, f.sha256) for f in hf_files}
-    hf_folder = repos.hf.rpartition("/")[2]
-    hf = replace(manifest.hf, folder=hf_folder, files=dict(sorted(described.items())))
-    manifest = replace(manifest, hf=hf)
-    hf_files.append(_text(MANIFEST_FILE, manifest.text()))
+    manifest, hf_files = _hf_files(bundle.hf, manifest, repos)
     changed = {CARD_FILE, MANIFEST_FILE, SUMS_FILE, *plans}
     gguf_files = [*_kept(bundle.gguf, recorded, changed), *parts]
     gguf_files = [_named_anew(file, records) for file in gguf_files]
@@ -110,6 +105,19 @@ def stage(
         StagedRepo(repos.gguf, tuple(gguf_files), manifest),
         tuple(plans.values()),
     )
+
+
+def _hf_files(
+    folder: Path, manifest: Manifest, repos: CardNames
+) -> tuple[Manifest, list[StagedFile]]:
+    """The manifest of both repositories, and the files beside the GGUF ones."""
+    hf = manifest.hf
+    files = _kept(folder, {name: file.sha256 for name, file in hf.files.items()}, {CARD_FILE})
+    files.append(_text(CARD_FILE, _card(folder) + hf_body(manifest, repos)))
+    described = {file.name: FileRecord(file.n_bytes, file.sha256) for file in files}
+    name = repos.hf.rpartition("/")[2]
+    manifest = replace(manifest, hf=replace(hf, folder=name, files=dict(sorted(described.items()))))
+    return manifest, [*files, _text(MANIFEST_FILE, manifest.text())]
 
 
 def _plan(bundle: BundleFolders, max_bytes: int) -> dict[str, SplitPlan]:
@@ -160,6 +168,12 @@ def _write_parts(
             for part in plan.parts:
                 path = write_part(plan, part, places[name], task)
                 found.append(_on_disk(path, hash_file(path).sha256))
+                if found[-1].sha256 != part_sha256(plan, part):
+                    remove(path)
+                    raise VerificationError(
+                        [f"{path}: does not hold the bytes of {plan.header.path}"],
+                        "nothing was uploaded; run the same command again",
+                    )
     return found
 
 

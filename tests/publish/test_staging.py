@@ -54,7 +54,9 @@ def test_every_hash_and_size_is_of_what_will_be_sent(staged: Staged) -> None:
 
 def test_only_what_names_a_place_is_changed(staged: Staged, folders: BundleFolders) -> None:
     assert texts(staged.hf).keys() == {"README.md", MANIFEST_FILE}
-    assert texts(staged.gguf).keys() == {"README.md", MANIFEST_FILE, "SHA256SUMS"}
+    assert texts(staged.gguf).keys() == {"README.md", MANIFEST_FILE, "SHA256SUMS", "Modelfile"}
+    assert "\n# FROM ./example-BF16-00001-of-00003.gguf\n" in texts(staged.gguf)["Modelfile"]
+    assert "\nFROM ./example-IQ4_K_M.gguf\n" in texts(staged.gguf)["Modelfile"]
     names = {file.name for file in staged.hf.files}
     assert names == {file.name for file in folders.hf.iterdir()}
     names = {file.name for file in staged.gguf.files}
@@ -73,6 +75,8 @@ def test_the_cards_name_the_repositories(staged: Staged, folders: BundleFolders)
     assert "vllm serve me/thing\n" in cards[0]
     assert "hf download me/thing-GGUF example-IQ4_K_M.gguf --local-dir ." in cards[1]
     assert re.search(r"`example-BF16-00001-of-00003.gguf` \| 21\.\d MiB in 3 parts \|", cards[1])
+    joined = "--merge example-BF16-00001-of-00003.gguf example-BF16.gguf`"
+    assert f"`llama-gguf-split {joined}" in cards[1]
     assert "`example" not in cards[0]
 
 
@@ -125,8 +129,11 @@ def test_parts_of_another_bundle_are_not_taken(folders: BundleFolders, tmp_path:
     assert first != second
     part = second / "example-BF16-00001-of-00002.gguf"
     part.write_bytes(bytes(part.stat().st_size))  # as another disk might
-    with pytest.raises(VerificationError, match="nothing was uploaded"):
+    with pytest.raises(VerificationError, match="nothing was uploaded") as caught:
         stage(folders, NAMES, 12_000_000, tmp_path, Silent())
+    whole = folders.gguf / "example-BF16.gguf"
+    assert caught.value.violations == [f"{part}: does not hold the bytes of {whole}"]
+    stage(folders, NAMES, 12_000_000, tmp_path, Silent())
 
 
 def test_a_file_that_cannot_be_cut(folders: BundleFolders, monkeypatch: pytest.MonkeyPatch) -> None:
