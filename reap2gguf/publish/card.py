@@ -232,9 +232,8 @@ def _calibration(manifest: Manifest) -> str:
     if not lines:
         return "The calibration texts are not listed."
     table = "\n".join(["| calibration | rows | tokens | samples |", "|---|---|---|---|", *lines])
-    if not manifest.calibration.packed:
-        return table
-    return f"{table}\n\n{_PACKED}"
+    has_samples = any(record.samples for record in manifest.calibration.components)
+    return f"{table}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else table
 
 
 def _samples(record: ComponentRecord) -> str:

@@ -232,7 +232,7 @@ def test_what_is_refused_says_so_in_one_line(client: Client, spec: str, message:
     "fault",
     [
         Fault(503, where="/api/datasets/", times=2),
-        Fault(429, where="train-1.parquet", times=2),
+        Fault(429, where="train-1.parquet", times=1),
         Fault(where="train-1.parquet", after=40, reset=True, times=1),
     ],
 )

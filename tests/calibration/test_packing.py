@@ -268,6 +268,15 @@ def test_a_bundle_says_that_it_was_packed(files: tuple[Path, Path], tmp_path: Pa
     assert not next(stage for stage in apart.stages if stage.name == "texts").reused
 
 
+def test_observing_packed_samples(files: tuple[Path, Path], tmp_path: Path) -> None:
+    asked = ["observe", str(EXAMPLE), "--calibration", f"{files[0]}:3", "--max-length", "32"]
+    output = ["--device", "cpu", "-o", str(tmp_path / "seen.safetensors")]
+    done = CliRunner().invoke(cli, [*asked, "--pack", *output])
+    assert ": 3 rows, 96 tokens, " in done.stdout, done.stderr
+    done = CliRunner().invoke(cli, [*asked, *output])
+    assert ": 3 rows, 96 tokens, " not in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("spec", "flags", "is_packed"),
     [
