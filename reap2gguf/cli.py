@@ -19,6 +19,8 @@ from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.messages import one_line
 from reap2gguf.processes import processes
+from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.options import (
     FolderPath,
     build_options,
@@ -26,6 +28,7 @@ from reap2gguf.terminal.options import (
     llama_cpp_option,
     threads_option,
 )
+from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 
 _HAS_BEGUN = "reap2gguf.build.has_begun"
-_RESUMING = ("build", "observe", "imatrix", "quantize")
+_RESUMING = ("build", "observe", "imatrix", "quantize", "push")
 
 
 class _Group(click.Group):
@@ -191,25 +194,7 @@ def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
     click.echo(f"{', '.join(report.checked)}: no violations")
 
 
-@cli.command()
-def doctor() -> None:
-    """Say what this machine has for the work, and what is missing; exit 2 if something needed is.
-
-    \b
-    Example:
-      reap2gguf doctor
-    """
-    from reap2gguf.doctor import diagnose
-
-    problems = 0
-    for finding in diagnose():
-        problems += finding.is_problem
-        mark = "!" if finding.is_problem else " "
-        click.echo(f"{mark} {finding.what:<24} {finding.found}")
-    sys.exit(2 if problems else 0)
-
-
-for command in (observe, prune, imatrix, quantize, recipes):
+for command in (observe, prune, imatrix, quantize, recipes, doctor, chat, serve, push):
     cli.add_command(command)
 
 

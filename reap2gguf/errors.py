@@ -13,6 +13,7 @@
     ├── ArtifactError               a GGUF, imatrix or observations file that is broken
     ├── DependencyError             a library that is missing or too old
     ├── OutputError                 the output cannot be written
+    ├── PublishError                the Hub does not take what is published
     └── VerificationError           exit code 1: what was written is not what was planned
 
 A message says where, what was found, what was expected and what to do.
@@ -71,6 +72,10 @@ class DependencyError(Reap2ggufError):
 
 class OutputError(Reap2ggufError):
     """The output folder cannot be written, or holds something that must not be replaced."""
+
+
+class PublishError(Reap2ggufError):
+    """The Hub cannot be reached, or does not take what is to be published."""
 
 
 class VerificationError(Reap2ggufError):

@@ -1,7 +1,7 @@
 """libggml through ctypes: quantizing and dequantizing rows. The only file that knows C.
 
 Any libggml serves: the prebuilt one of `libggml-python`, the one inside `llama-cpp-python`, or that
-of a llama.cpp of the user's, which is taken where it is asked for.
+of a llama.cpp which LLAMA_CPP_DIR or `--llama-cpp` asks for.
 ctypes releases the interpreter's lock during a call, so threads quantize side by side.
 
 A program that uses llama_cpp as well must import it first: both carry a library of one name, and
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
-from reap2gguf.vendor import asked_folder, find_libggml, library_names
+from reap2gguf.vendor import LIBRARIES, VARIABLE, asked_folder, asked_libggml
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -69,6 +69,7 @@ class Ggml:
     path: Path
     version: str
     _library: ctypes.CDLL
+    is_own: bool = False  # of a llama.cpp that the user asked for, not of a wheel
 
     def quantize(
         self, rows: Floats, kind: GGMLQuantizationType, importance: Floats | None = None
@@ -139,25 +140,25 @@ class Ggml:
 
 
 def load_ggml() -> Ggml:
-    """Load the libggml that LLAMA_CPP_DIR asks for, or find one.
+    """Find and load a libggml: the one asked for, else a prebuilt one.
 
-    Raises DependencyError: what to install if there is none, or what is wrong with the one that was
-    asked for.
+    Raises DependencyError that says what to install if there is none, or what is wrong with the
+    one asked for; another does not take its place.
     """
     return _load(asked_folder())
 
 
 @cache
 def _load(asked: Path | None) -> Ggml:
+    if asked is not None:
+        return _load_asked(asked_libggml(asked))
     tried: list[str] = []
-    for path in _candidates() if asked is None else [find_libggml(asked)]:
+    for path in _candidates():
         try:
             library = ctypes.CDLL(str(path))
             return Ggml(path, _declare(library), library)
         except (OSError, AttributeError) as error:
             tried.append(f"{path} ({error})")
-    if asked is not None:
-        raise DependencyError(f"{tried[0]}: is no libggml that can be loaded; build it anew")
     detail = f"; tried {'; '.join(tried)}" if tried else ""
     raise DependencyError(
         "no libggml was found, which quantizes and dequantizes; run `pip install "
@@ -165,11 +166,22 @@ def _load(asked: Path | None) -> Ggml:
     )
 
 
+def _load_asked(path: Path) -> Ggml:
+    try:
+        library = ctypes.CDLL(str(path))
+        return Ggml(path, _declare(library), library, is_own=True)
+    except (OSError, AttributeError) as error:
+        raise DependencyError(
+            f"{path}: is no libggml that serves here ({error}); build a newer llama.cpp, or leave "
+            f"out --llama-cpp and {VARIABLE} for the wheel's"
+        ) from error
+
+
 def _candidates() -> Iterator[Path]:
     for package, folder in _CARRIERS:
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:
-            for name in library_names():
+            for name in LIBRARIES:
                 if (path := Path(root) / folder / name).is_file():
                     yield path
 

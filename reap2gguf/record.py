@@ -28,6 +28,7 @@ from reap2gguf.models import SideFile
 from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
 from reap2gguf.publish.card import CARD_FILE, gguf_card, hf_card
+from reap2gguf.publish.modelfile import MODELFILE, modelfile
 from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.quantize.resolve import ResolvedRecipe
 from reap2gguf.workdir import Workdir
@@ -129,6 +130,7 @@ def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest)
     manifest.save(work.hf)
     write_whole(work.gguf / "calibration.txt", chunks.text)
     write_whole(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
+    write_whole(work.gguf / MODELFILE, modelfile(manifest, plan.source.folder))
     manifest.save(work.gguf)
     write_sums(work.gguf, threads)
     return manifest
@@ -142,7 +144,8 @@ def program_versions() -> dict[str, str]:
             found[library] = version(library)
         except PackageNotFoundError:
             found[library] = "missing"
-    found["ggml"] = load_ggml().version
+    ggml = load_ggml()
+    found["ggml"] = f"{ggml.version} of a llama.cpp build" if ggml.is_own else ggml.version
     return found
 
 

@@ -1,17 +1,20 @@
-"""Finds a llama.cpp that the user has built: its programs and its libggml.
+"""A llama.cpp that the user has built or installed. The only file that knows its paths.
 
-Nothing here needs one. A folder is asked for by `--llama-cpp DIR` or `LLAMA_CPP_DIR`; programs are
-also looked for in `vendor/llama.cpp/build` of a checkout and on PATH. The only file that knows how
-llama.cpp lays out what it builds.
+Nothing here is needed for a build: a wheel brings libggml. A llama.cpp of one's own quantizes with
+its libggml where that is asked for, and serves and chats where its programs are found.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import selectors
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,111 +22,177 @@ from reap2gguf.errors import DependencyError
 from reap2gguf.messages import shown
 
 VARIABLE = "LLAMA_CPP_DIR"
-SUBMODULE = Path(__file__).resolve().parent.parent / "vendor" / "llama.cpp"
-PROGRAMS = (
-    "llama-server", "llama-cli", "llama-quantize", "llama-imatrix", "llama-perplexity",
-    "llama-gguf-split",
-)  # fmt: skip
-# Below a source tree, a build folder, an installation, or nothing.
-_BELOW = ("build/bin", "build/bin/Release", "bin", "lib", "")
-_LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so")
-_SECONDS = 10.0
-_VERSION = re.compile(r"version: *(\d+)(?: *\((\w{1,40})\))?")
+PROGRAMS = ("llama-server", "llama-cli", "llama-quantize")
+LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so")
+# where programs and libraries lie in a source tree, a build folder, an install prefix or a release
+_PROGRAM_FOLDERS = ("build/bin", "bin", ".")
+_LIBRARY_FOLDERS = (*_PROGRAM_FOLDERS, "build/ggml/src", "ggml/src", "lib", "lib64")
+_PACKAGE = Path(__file__).resolve().parent
+_VERSION = re.compile(r"version: *(\d{1,9}) *\((\w{1,40})\)")
+_VERSION_SECONDS = 20.0  # a CUDA build looks for devices first
+_MAX_OUTPUT = 2**16
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Programs of one llama.cpp, by name, and how it was found."""
+    """A llama.cpp that was found; `where` says what led to it."""
 
-    where: str
+    folder: Path
     programs: Mapping[str, Path]
+    libggml: Path | None
+    version: str | None  # such as "b6123 (79c1160b)"; None where no program says
+    where: str
+    problem: str = ""  # why a program that is there does not run
 
 
 def asked_folder() -> Path | None:
-    """The folder that LLAMA_CPP_DIR names; None if it is unset or empty."""
-    text = os.environ.get(VARIABLE, "")
-    return Path(text).expanduser() if text else None
+    """The folder that LLAMA_CPP_DIR names, which `--llama-cpp` sets for one command."""
+    value = os.environ.get(VARIABLE, "")
+    return Path(value).expanduser() if value else None
+
+
+def checkout_folder() -> Path | None:
+    """`vendor/llama.cpp` of the checkout that this package is run from; None in a wheel."""
+    root = _PACKAGE.parent
+    if not (root / "pyproject.toml").is_file():
+        return None
+    return root / "vendor" / "llama.cpp"
 
 
 def find_llama_cpp() -> LlamaCpp | None:
-    """The llama.cpp that was asked for; or the submodule's, or the one on PATH, if there is one.
+    """The llama.cpp asked for, else that of the checkout, else that of PATH.
 
-    Raises DependencyError if the folder that was asked for has no program in it.
+    Raises DependencyError if the folder asked for holds neither programs nor a library.
     """
-    if folder := asked_folder():
-        if programs := _programs_in(folder):
-            return LlamaCpp(f"{VARIABLE}={folder}", programs)
-        raise DependencyError(
-            f"{folder}: has no program of llama.cpp ({PROGRAMS[0]}, {PROGRAMS[1]}, ...) in it, in "
-            f"bin or in build/bin; build llama.cpp there, or pass another --llama-cpp or {VARIABLE}"
-        )
-    if programs := _programs_in(SUBMODULE):
-        return LlamaCpp("vendor/llama.cpp", programs)
-    on_path = {name: Path(path) for name in PROGRAMS if (path := shutil.which(name))}
-    return LlamaCpp("PATH", on_path) if on_path else None
-
-
-def find_libggml(folder: Path) -> Path:
-    """The libggml that was built in a folder. Raises DependencyError if there is none."""
-    for place in _places(folder):
-        for name in _LIBRARIES:
-            if (place / name).is_file():
-                return place / name
-    raise DependencyError(
-        f"{folder}: has no {_LIBRARIES[0]} in it, in lib, bin or build/bin; build llama.cpp there "
-        f"with -DBUILD_SHARED_LIBS=ON, or leave out --llama-cpp and {VARIABLE}"
-    )
-
-
-def library_names() -> tuple[str, ...]:
-    """What libggml's file may be called, the part that quantizes first."""
-    return _LIBRARIES
-
-
-def program_version(program: Path) -> str:
-    """What a program says its version is, such as "b11434 (2bbcf7fc)".
-
-    Raises DependencyError if it cannot be run, says none, or does not end within ten seconds.
-    """
-    try:
-        done = subprocess.run(
-            [program, "--version"], capture_output=True, timeout=_SECONDS, check=False,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except OSError as error:
-        raise DependencyError(f"{program}: cannot be run ({error.strerror})") from error
-    except subprocess.TimeoutExpired as error:
-        raise DependencyError(
-            f"{program}: --version takes over {_SECONDS:.0f} s; is this llama.cpp's?"
-        ) from error
-    said = (done.stderr + done.stdout)[:10_000].decode("utf-8", "replace")
-    if (match := _VERSION.search(said)) is None:
-        first = said.strip().splitlines()[:1]
-        raise DependencyError(
-            f"{program}: --version says {shown(first[0] if first else '')} (exit "
-            f"{done.returncode}), expected llama.cpp's `version: NUMBER (COMMIT)`"
-        )
-    return f"b{match[1]}" + (f" ({match[2]})" if match[2] else "")
-
-
-def submodule_state() -> str | None:
-    """Whether the submodule of a checkout is there and built; None outside a checkout."""
-    if not SUBMODULE.is_dir():
+    if (asked := asked_folder()) is not None:
+        return _examined(asked, asked_programs(asked), find_libggml(asked), VARIABLE)
+    own = checkout_folder()
+    if own is not None and (programs := _programs_below(own)):
+        return _examined(own, programs, _library_below(own), "vendor/llama.cpp")
+    on_path = {name: Path(found) for name in PROGRAMS if (found := shutil.which(name))}
+    if not on_path:
         return None
-    if not (SUBMODULE / "CMakeLists.txt").is_file():
-        return "not checked out"
-    return "built" if _programs_in(SUBMODULE) else "checked out, not built"
+    folder = next(iter(on_path.values())).parent
+    return _examined(folder, on_path, None, "PATH")
 
 
-def _programs_in(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for place in _places(folder):
-        for name in PROGRAMS:
-            path = shutil.which(name, path=str(place))
-            if path and name not in found:
-                found[name] = Path(path)
+def asked_programs(folder: Path) -> Mapping[str, Path]:
+    """The programs of a folder that was asked for; DependencyError if it holds nothing."""
+    programs = _programs_below(folder)
+    if not programs and _library_below(folder) is None:
+        raise DependencyError(_holds_none(folder, f"{PROGRAMS[0]}, {PROGRAMS[1]} or a libggml"))
+    return programs
+
+
+def find_libggml(folder: Path) -> Path | None:
+    """The libggml of a llama.cpp in `folder`, if it was built with shared libraries."""
+    return _library_below(folder)
+
+
+def asked_libggml(folder: Path) -> Path:
+    """The libggml of a folder that was asked for; DependencyError says what was looked for."""
+    found = _library_below(folder)
+    if found is None:
+        raise DependencyError(_holds_none(folder, " or ".join(LIBRARIES[:2])))
     return found
 
 
-def _places(folder: Path) -> list[Path]:
-    return [folder / below for below in _BELOW]
+def _holds_none(folder: Path, wanted: str) -> str:
+    if not folder.is_dir():
+        return f"{VARIABLE} or --llama-cpp: {folder}: no such folder"
+    looked = ", ".join(dict.fromkeys(("build/bin", "bin", "lib", "the folder itself")))
+    return (
+        f"{VARIABLE} or --llama-cpp: {folder}: holds no {wanted} (looked in {looked}); name "
+        "llama.cpp's source tree, its build folder or its bin folder, and build it with shared "
+        "libraries: cmake -B build && cmake --build build"
+    )
+
+
+def _programs_below(folder: Path) -> Mapping[str, Path]:
+    found: dict[str, Path] = {}
+    for name in PROGRAMS:
+        for below in _PROGRAM_FOLDERS:
+            path = folder / below / name
+            if name not in found and path.is_file():
+                found[name] = path.resolve()
+    return found
+
+
+def _library_below(folder: Path) -> Path | None:
+    paths = (folder / below / name for below in _LIBRARY_FOLDERS for name in LIBRARIES)
+    return next((path.resolve() for path in paths if path.is_file()), None)
+
+
+def _examined(
+    folder: Path, programs: Mapping[str, Path], libggml: Path | None, where: str
+) -> LlamaCpp:
+    version, problem = None, ""
+    for name in PROGRAMS:
+        if name in programs:
+            try:
+                version = program_version(programs[name])
+            except DependencyError as error:
+                problem = str(error)
+            break
+    return LlamaCpp(folder, programs, libggml, version, where, problem)
+
+
+def program_version(program: Path, seconds: float | None = None) -> str:
+    """What `PROGRAM --version` says, such as "b6123 (79c1160b)".
+
+    Raises DependencyError if it cannot be run, hangs, fails, or says nothing.
+    """
+    seconds = _VERSION_SECONDS if seconds is None else seconds
+    try:
+        output, status = _run(program, seconds)
+    except OSError as error:
+        raise DependencyError(
+            f"{program}: cannot be run ({error.strerror or error}); is it a program of this "
+            "machine, and executable?"
+        ) from error
+    if status is None:
+        raise DependencyError(f"{program} --version: said nothing in {seconds:g} seconds; ended it")
+    text = output.decode("utf-8", errors="replace")
+    if status:
+        last = (text.strip().splitlines() or ["it said nothing"])[-1]
+        raise DependencyError(f"{program} --version: failed with {status} ({shown(last)})")
+    if match := _VERSION.search(text):
+        return f"b{match[1]} ({match[2]})"
+    for line in text.splitlines():
+        if line.strip():
+            return shown(line.strip())
+    raise DependencyError(f"{program} --version: said nothing; is it llama.cpp's?")
+
+
+def _run(program: Path, seconds: float) -> tuple[bytes, int | None]:
+    """What a program prints, cut where it is long, and its status; None if it had to be ended."""
+    process = subprocess.Popen(
+        [program, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        try:
+            deadline = time.monotonic() + seconds
+            output = _read(process, deadline)
+            status = process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return b"", None
+        finally:
+            with suppress(ProcessLookupError, PermissionError):  # with children that hold the pipe
+                os.killpg(process.pid, signal.SIGKILL)
+    return output, status
+
+
+def _read(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    output = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while len(output) < _MAX_OUTPUT and (left := deadline - time.monotonic()) > 0:
+            if selector.select(left):
+                piece = os.read(descriptor, _MAX_OUTPUT)
+                if not piece:
+                    break
+                output += piece
+    return output

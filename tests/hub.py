@@ -99,6 +99,7 @@ class Hub:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         disable_progress_bars()
         huggingface_hub.close_session()
@@ -138,14 +139,15 @@ class Hub:
 
     def answer(self, request: Request) -> Answer:
         """What a request is answered, all being well."""
+        if self.writes and (found := self.writes(self, request)):
+            return found
         repository = self.find(request.path)
         if request.method in ("GET", "HEAD") or "/paths-info/" in request.path:
             if repository is None:
                 code = "RepoNotFound" if request.path.count("/") > 2 else "EntryNotFound"
                 return Answer(404, {"X-Error-Code": code})
             return read(repository, request)
-        found = self.writes(self, request) if self.writes else None
-        return found or Answer(404, {"X-Error-Code": "RepoNotFound"})
+        return Answer(404, {"X-Error-Code": "RepoNotFound"})
 
 
 class _Server(ThreadingHTTPServer):

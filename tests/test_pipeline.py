@@ -66,8 +66,8 @@ def test_what_a_build_leaves(built: Bundle) -> None:
         "model.safetensors", "reap2gguf.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert {path.name for path in built.gguf.iterdir()} == {
-        "README.md", "SHA256SUMS", "calibration.txt", "example-BF16.gguf", "example-IQ4_K_M.gguf",
-        "imatrix.dat", "imatrix.gguf", "reap2gguf.json",
+        "Modelfile", "README.md", "SHA256SUMS", "calibration.txt", "example-BF16.gguf",
+        "example-IQ4_K_M.gguf", "imatrix.dat", "imatrix.gguf", "reap2gguf.json",
     }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_sha256sum_agrees(built: Bundle) -> None:
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=built.gguf, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b": OK") == 7
+    assert done.stdout.count(b": OK") == 8
 
 
 def test_the_manifest_records_the_build(built: Bundle) -> None:
@@ -123,7 +123,7 @@ def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> Non
         )
         for threads in (1, 2, 8)
     ]  # fmt: skip
-    assert len(bundles[0]) == 15
+    assert len(bundles[0]) == 16
     assert bundles[0].keys() == bundles[1].keys() == bundles[2].keys()
     for name, data in bundles[0].items():
         assert bundles[1][name] == data, name

@@ -1,201 +1,180 @@
+"""A llama.cpp of the user's own: found, asked for its version, and used to quantize."""
+
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
+import stat
+import time
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 
-import reap2gguf.ggml as ggml_module
-from reap2gguf import vendor
+from reap2gguf import ggml, keys, vendor
 from reap2gguf.cli import cli
 from reap2gguf.errors import DependencyError
-from reap2gguf.vendor import VARIABLE, find_libggml, find_llama_cpp, program_version
 
-BANNER = "#!/bin/sh\necho 'version: 11434 (2bbcf7fc9)' >&2\necho 'built with cc' >&2\n"
-
-
-@pytest.fixture(autouse=True)
-def nothing_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(vendor, "SUBMODULE", tmp_path / "checkout" / "vendor" / "llama.cpp")
+LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
+VERSION = 'echo "version: 6123 (79c1160b)" >&2; echo "built with cc" >&2'
 
 
-def program(folder: Path, name: str = "llama-server", text: str = BANNER) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(text)
-    path.chmod(0o755)
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
 
-def test_nothing_is_found_where_nothing_is() -> None:
-    assert find_llama_cpp() is None
-
-
-@pytest.mark.parametrize("below", ["", "bin", "build/bin"])
-def test_a_folder_that_is_asked_for(
-    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = program(tmp_path / "llama.cpp" / below)
-    program(tmp_path / "path")
-    monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "llama.cpp"))
-    found = find_llama_cpp()
-    assert found is not None
-    assert found.programs == {"llama-server": path}
-    assert found.where == f"{VARIABLE}={tmp_path / 'llama.cpp'}"
-
-
-def test_what_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path / "path")
-    monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "empty"))
-    with pytest.raises(DependencyError, match=r"has no program of llama\.cpp"):
-        find_llama_cpp()
-
-
-def test_the_submodule_comes_before_the_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_path = program(tmp_path / "path", "llama-cli")
-    monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    found = find_llama_cpp()
-    assert found is not None
-    assert (found.where, found.programs) == ("PATH", {"llama-cli": on_path})
-    built = program(vendor.SUBMODULE / "build" / "bin")
-    found = find_llama_cpp()
-    assert found is not None
-    assert (found.where, found.programs) == ("vendor/llama.cpp", {"llama-server": built})
-
-
-def test_a_file_that_cannot_be_run_is_no_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program(tmp_path / "path").chmod(0o644)
-    monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    assert find_llama_cpp() is None
-
-
-def test_the_state_of_the_submodule() -> None:
-    folder = vendor.SUBMODULE
-    assert vendor.submodule_state() is None
-    folder.mkdir(parents=True)
-    assert vendor.submodule_state() == "not checked out"
-    (folder / "CMakeLists.txt").write_text("")
-    assert vendor.submodule_state() == "checked out, not built"
-    program(folder / "build" / "bin")
-    assert vendor.submodule_state() == "built"
-
-
-def test_this_checkout_pins_a_commit() -> None:
-    root = Path(__file__).resolve().parent.parent
-    text = (root / ".gitmodules").read_text()
-    assert "path = vendor/llama.cpp" in text
-    assert "https://github.com/ggml-org/llama.cpp" in text
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (BANNER, "b11434 (2bbcf7fc9)"),
-        ("#!/bin/sh\necho version: 5\n", "b5"),
-    ],
-)
-def test_versions(text: str, said: str, tmp_path: Path) -> None:
-    assert program_version(program(tmp_path, text=text)) == said
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("#!/bin/sh\nexit 3\n", r"says '' \(exit 3\)"),
-        ("#!/bin/sh\necho 'hello\nworld'\n", r"says 'hello' \(exit 0\)"),
-        ("#!/no/such/shell\n", r"cannot be run \(No such file"),
-        ("\x7fELF nonsense", r"cannot be run \(Exec format"),
-        ("#!/bin/sh\nexec /bin/sleep 60\n", "takes over"),
-    ],
-    ids=["silent", "another", "no shell", "no program", "hangs"],
-)
-def test_programs_that_say_no_version(
-    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vendor, "_SECONDS", 0.2)
-    with pytest.raises(DependencyError, match=said) as caught:
-        program_version(program(tmp_path, text=text))
-    assert "\n" not in str(caught.value)
-
-
-def llama_cpp_libraries() -> Path:
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / "lib"
-
-
 @pytest.fixture
-def built(tmp_path: Path) -> Path:
-    """A llama.cpp as if it were built here: the libraries of llama-cpp-python."""
-    folder = tmp_path / "llama.cpp"
-    (folder / "build" / "bin").mkdir(parents=True)
-    for library in llama_cpp_libraries().glob("libggml*"):
-        (folder / "build" / "bin" / library.name).symlink_to(library)
-    return folder
+def built_here(tmp_path: Path) -> Path:
+    """A source tree whose build holds the libraries of the llama_cpp wheel, and a program."""
+    binaries = tmp_path / "llama.cpp" / "build" / "bin"
+    binaries.mkdir(parents=True)
+    for library in LIBRARIES.glob("libggml*"):
+        (binaries / library.name).symlink_to(library)
+    script(binaries / "llama-server", VERSION)
+    return tmp_path / "llama.cpp"
 
 
-def test_the_libggml_that_is_asked_for_quantizes(
-    built: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(autouse=True)
+def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vendor.VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("below", ["", "build", "build/bin"])
+def test_a_tree_a_build_and_a_bin_folder_are_found(
+    built_here: Path, below: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = np.random.default_rng(1).standard_normal((4, 512)).astype(np.float32)
-    kind = GGMLQuantizationType.Q4_K
-    usual = ggml_module.load_ggml()
-    monkeypatch.setenv(VARIABLE, str(built))
-    asked = ggml_module.load_ggml()
-    assert asked.path.parent == built / "build" / "bin"
-    assert asked.path != usual.path
-    np.testing.assert_array_equal(asked.quantize(rows, kind), usual.quantize(rows, kind))
-    monkeypatch.delenv(VARIABLE)
-    assert ggml_module.load_ggml() is usual
+    monkeypatch.setenv(vendor.VARIABLE, str(built_here / below))
+    found = vendor.find_llama_cpp()
+    assert found is not None
+    assert found.version == "b6123 (79c1160b)"
+    assert found.programs == {"llama-server": built_here / "build/bin/llama-server"}
+    assert found.libggml is not None
+    assert found.libggml.samefile(LIBRARIES / "libggml-base.so")
 
 
-def test_a_folder_without_libggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DependencyError, match="DBUILD_SHARED_LIBS=ON"):
-        find_libggml(tmp_path)
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
-    with pytest.raises(DependencyError, match="has no libggml-base"):
-        ggml_module.load_ggml()
+def test_the_one_asked_for_comes_before_the_checkouts_and_that_before_path(
+    tmp_path: Path, built_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vendor, "_PACKAGE", tmp_path / "repository" / "reap2gguf")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert vendor.find_llama_cpp() is None
+    script(tmp_path / "path" / "llama-cli", VERSION)
+    found = vendor.find_llama_cpp()
+    assert found is not None
+    assert (found.where, list(found.programs)) == ("PATH", ["llama-cli"])
+    script(tmp_path / "repository/vendor/llama.cpp/build/bin/llama-server", VERSION)
+    still = vendor.find_llama_cpp()
+    assert still is not None
+    assert still.where == "PATH", "a wheel has no vendor folder"
+    (tmp_path / "repository" / "pyproject.toml").write_text("")
+    found = vendor.find_llama_cpp()
+    assert found is not None
+    assert found.where == "vendor/llama.cpp"
+    monkeypatch.setenv(vendor.VARIABLE, str(built_here))
+    found = vendor.find_llama_cpp()
+    assert found is not None
+    assert found.where == vendor.VARIABLE
 
 
-def test_a_libggml_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "libggml-base.so").write_bytes(b"nothing")
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
-    with pytest.raises(DependencyError, match="is no libggml that can be loaded"):
-        ggml_module.load_ggml()
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("sleep 60", "said nothing in 0.5 seconds"),
+        ("sleep 60 & exit 0", "said nothing; is it llama.cpp's"),
+        ("yes", "said nothing in 0.5 seconds"),
+        ("echo libcudart.so.12: cannot open >&2; exit 127", "failed with 127 ('libcudart.so.12"),
+        ("exit 0", "said nothing; is it llama.cpp's"),
+    ],
+)
+def test_a_program_that_hangs_or_fails_is_told(tmp_path: Path, body: str, message: str) -> None:
+    program = script(tmp_path / "llama-server", body)
+    begun = time.monotonic()
+    with pytest.raises(DependencyError) as raised:
+        vendor.program_version(program, 0.5)
+    assert message in str(raised.value)
+    assert time.monotonic() - begun < 5
 
 
-def test_the_option_holds_for_one_command(tmp_path: Path) -> None:
-    command = ["plan", "--recipe", "q8_0", "--llama-cpp", str(tmp_path)]
-    assert CliRunner().invoke(cli, command).exit_code == 0
-    assert VARIABLE not in os.environ
-    missing = [*command[:-1], str(tmp_path / "missing")]
-    result = CliRunner().invoke(cli, missing)
-    assert (result.exit_code, "no such folder" in result.output) == (2, True)
+def test_a_program_of_another_machine_is_told(tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_bytes(b"\x7fELF" + b"\0" * 60)
+    for mode in (0o755, 0o644):
+        program.chmod(mode)
+        with pytest.raises(DependencyError, match=r"cannot be run .*of this machine"):
+            vendor.program_version(program)
 
 
-def test_quantizing_with_ones_own_build(built: Path, tmp_path: Path, example: Path) -> None:
-    files = []
-    for name, extra in (("usual", []), ("asked", ["--llama-cpp", str(built)])):
-        files.append(tmp_path / f"{name}.gguf")
-        done = subprocess.run(
-            [sys.executable, "-m", "reap2gguf", "quantize", str(example), "--recipe", "q8_0",
-             "-o", str(files[-1]), *extra],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert files[0].read_bytes() == files[1].read_bytes()
+def test_its_libggml_quantizes_to_the_same_bytes(
+    built_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = ggml.load_ggml()
+    usual_key = keys.export_key("x")
+    monkeypatch.setenv(vendor.VARIABLE, str(built_here))
+    own = ggml.load_ggml()
+    assert (own.is_own, usual.is_own) == (True, False)
+    assert own.path != usual.path
+    rows = np.random.default_rng(5).normal(0, 1, (4, 512)).astype(np.float32)
+    importance = np.random.default_rng(6).random(512, np.float32)
+    for kind in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ3_S):
+        mine = own.quantize(rows, kind, importance)
+        assert mine.tobytes() == usual.quantize(rows, kind, importance).tobytes()
+    assert keys.export_key("x") != usual_key, "another library is other work"
+
+
+def test_quantize_with_it_writes_the_same_file(
+    built_here: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, own = tmp_path / "usual.gguf", tmp_path / "own.gguf"
+    command = ["quantize", str(wide), "--recipe", "q4km", "-o"]
+    assert CliRunner().invoke(cli, [*command, str(usual)]).exit_code == 0
+    result = CliRunner().invoke(cli, [*command, str(own), "--llama-cpp", str(built_here)])
+    assert result.exit_code == 0, result.output
+    assert own.read_bytes() == usual.read_bytes()
+    assert vendor.asked_folder() is None, "the option holds for one command"
+
+
+def no_folder(folder: Path) -> None:
+    folder.rmdir()
+
+
+def nothing_built(folder: Path) -> None:
+    (folder / "CMakeLists.txt").write_text("")
+
+
+def not_a_library(folder: Path) -> None:
+    (folder / "libggml-base.so").write_text("text")
+
+
+def another_library(folder: Path) -> None:
+    import _ctypes
+
+    (folder / "libggml-base.so").symlink_to(_ctypes.__file__)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_folder, "no such folder"),
+        (nothing_built, "holds no libggml-base.so or libggml-base.dylib (looked in build/bin"),
+        (not_a_library, "is no libggml that serves here"),
+        (another_library, "is no libggml that serves here"),
+    ],
+)
+def test_a_broken_one_is_one_line_and_no_other_takes_its_place(
+    spoil: object, message: str, tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    assert callable(spoil)
+    spoil(folder)
+    output = tmp_path / "x.gguf"
+    arguments = ["quantize", str(tiny), "--recipe", "q8_0", "--llama-cpp", str(folder)]
+    result = CliRunner().invoke(cli, [*arguments, "-o", str(output)])
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not output.exists()

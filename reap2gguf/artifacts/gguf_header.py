@@ -26,6 +26,7 @@ from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
+KEYS_BEGIN = 24  # after magic, version and two counts
 _VERSIONS = (2, 3)
 _MAX_TENSORS = 2**17
 _MAX_KEYS = 2**16
@@ -72,6 +73,7 @@ class GgufHeader:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensorInfo]
+    keys_end: int = 0  # where the keys end in the file; they begin at byte KEYS_BEGIN
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
         """Rows [first, last) of one tensor, shaped (rows, bytes of a row).
@@ -181,6 +183,7 @@ def _read(reader: _Reader) -> GgufHeader:
         if key in metadata:
             raise ArtifactError(f"{reader.path}: the key {shown(key)} occurs twice")
         metadata[key] = reader.value()
+    keys_end = reader.position
     infos = [_tensor(reader) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment not in _ALIGNMENTS:
@@ -188,7 +191,8 @@ def _read(reader: _Reader) -> GgufHeader:
             f"{reader.path}: general.alignment is {shown(alignment)}, expected a power of two"
         )
     start = -(-reader.position // alignment) * alignment
-    return GgufHeader(reader.path, metadata, _place(reader, infos, start, alignment))
+    placed = _place(reader, infos, start, alignment)
+    return GgufHeader(reader.path, metadata, placed, keys_end)
 
 
 def _tensor(reader: _Reader) -> GgufTensorInfo:

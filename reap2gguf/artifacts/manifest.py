@@ -126,7 +126,10 @@ class FolderRecord:
 
 @dataclass(frozen=True)
 class GgufRecord:
-    """One GGUF file: its recipe, as text and as the table it became."""
+    """One GGUF file: its recipe, as text and as the table it became.
+
+    `parts` are the files that stand in its place where it was too large for the Hub.
+    """
 
     file: str
     recipe: str
@@ -137,6 +140,17 @@ class GgufRecord:
     n_bytes: int
     bits_per_weight: float
     tensors: Mapping[str, str]  # GGUF name -> tensor type
+    parts: Sequence[str] = ()
+
+    @property
+    def first(self) -> str:
+        """The file that programs are to open."""
+        return self.parts[0] if self.parts else self.file
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that it is made of."""
+        return tuple(self.parts) or (self.file,)
 
 
 @dataclass(frozen=True)
@@ -166,12 +180,15 @@ class Manifest:
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        """Write `reap2gguf.json`, whole or not at all."""
+    def text(self) -> str:
+        """What `reap2gguf.json` holds."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
         # a list of expert ids reads better on one line
-        text = re.sub(r"\[\n[ \n\d,]+\]", lambda ids: " ".join(ids[0].split()), text)
-        write_whole(folder / MANIFEST_FILE, text + "\n")
+        return re.sub(r"\[\n[ \n\d,]+\]", lambda ids: " ".join(ids[0].split()), text) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Write `reap2gguf.json`, whole or not at all."""
+        write_whole(folder / MANIFEST_FILE, self.text())
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -196,7 +213,7 @@ def _check_names(manifest: Manifest) -> None:
     names = [manifest.hf.folder, *manifest.hf.files]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
-        names.append(record.file)
+        names += [record.file, *getattr(record, "parts", ())]
         for kind in record.tensors.values():
             if kind not in GGMLQuantizationType.__members__:
                 raise ValueError(f"unknown tensor type {shown(kind)}")
@@ -222,10 +239,17 @@ def _decode(values: dict[str, Any]) -> Manifest:
         pruning=_record(PruningRecord, pruning),
         calibration=_record(CalibrationRecord, calibration),
         hf=_record(FolderRecord, hf),
-        gguf=tuple(_record(GgufRecord, record) for record in values["gguf"]),
+        gguf=tuple(map(_gguf_record, values["gguf"])),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
     )
+
+
+def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:
+    parts = values.get("parts", [])
+    if not isinstance(parts, list):
+        raise TypeError(f"parts is {shown(parts)}, expected a list")
+    return _record(GgufRecord, {**values, "parts": tuple(parts)})
 
 
 def component_records(values: Any) -> tuple[ComponentRecord, ...]:

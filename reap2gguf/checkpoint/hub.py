@@ -92,7 +92,7 @@ def find(
     def ask() -> tuple[str, dict[str, HubFile]] | Path:
         try:
             return _listed(name, revision)
-        except _errors() as error:
+        except possible_errors() as error:
             # a copy that is whole needs no Hub, unless that says there is no such revision
             if not _is_final(error) and (folder := _cached(name, revision)):
                 return folder
@@ -117,21 +117,25 @@ def persist(
     sleep: Sleep = time.sleep,
     tries: int = TRIES,
     advice: str = "",
+    refuse: Callable[[BaseException], Reap2ggufError | None] | None = None,
+    kind: type[Reap2ggufError] = SourceError,
 ) -> T:
     """The result of an action on the Hub, tried again while its errors may pass.
 
-    Raises SourceError or OutputError, at once where another try would fail in the same way.
+    `refuse` says what an error means that will not pass. Raises what it says, SourceError or
+    OutputError by default; `kind` where the Hub cannot be reached.
     """
     wait = _FIRST_WAIT
     for attempt in range(1, tries + 1):
         try:
             return action()
-        except _errors() as error:
-            if refused := refusal(error, name, revision):
+        except possible_errors() as error:
+            refused = refuse(error) if refuse else refusal(error, name, revision)
+            if refused:
                 raise refused from error
             reason = trouble(error)
             if attempt == tries:
-                raise _unreachable(name, tries, reason, advice) from error
+                raise kind(_unreachable(name, tries, reason, advice)) from error
             seconds = max(wait * _JITTER.uniform(1, 1.25), asked_wait(error))
             note(
                 f"{name}: the Hub cannot be reached ({reason}); try {attempt + 1} of {tries} in "
@@ -142,7 +146,7 @@ def persist(
     raise AssertionError("the last try returns or raises")
 
 
-def _errors() -> tuple[type[Exception], ...]:
+def possible_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises when something is wrong."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -151,13 +155,13 @@ def _errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, RuntimeError, LookupError, transport_error)
 
 
-def _unreachable(name: str, tries: int, reason: str, advice: str) -> Reap2ggufError:
+def _unreachable(name: str, tries: int, reason: str, advice: str) -> str:
     advice = advice or (
         "check the name (there is no such folder here) and the network, or fetch it where there is "
         f"one (`hf download {name}`) and pass the folder, or copy the cache and set "
         "HF_HUB_OFFLINE=1"
     )
-    return SourceError(f"{name}: the Hub cannot be reached in {tries} tries ({reason}); {advice}")
+    return f"{name}: the Hub cannot be reached in {tries} tries ({reason}); {advice}"
 
 
 def _listed(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:

@@ -24,7 +24,7 @@ def refusal(error: BaseException, name: str, revision: str | None) -> Reap2ggufE
         RevisionNotFoundError,
     )
 
-    for cause in _causes(error):
+    for cause in causes(error):
         if refusal := _disk_refusal(cause):
             return refusal
         if isinstance(cause, HFValidationError):
@@ -45,8 +45,8 @@ def refusal(error: BaseException, name: str, revision: str | None) -> Reap2ggufE
                 f"{name}: no such folder here, HF_HUB_OFFLINE is set, and the cache has no whole "
                 f"copy; unset it, or run `hf download {name}` where there is a network"
             )
-        status = _status(cause)
-        if status is not None and not _is_busy(status):
+        status = status_of(cause)
+        if status is not None and not is_busy(status):
             return SourceError(
                 f"{name}: the Hub refuses it (HTTP {status}); check the name, the revision and, "
                 "if it is private, `hf auth login`"
@@ -83,7 +83,7 @@ def _disk_refusal(error: BaseException) -> OutputError | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what it came from, the last first."""
     cause: BaseException | None = error
     for _ in range(10):
@@ -93,24 +93,25 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error is about."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def _is_busy(status: int) -> bool:
+def is_busy(status: int) -> bool:
+    """Whether a status says that a later try may fare better."""
     return status in _BUSY or status >= 500
 
 
 def trouble(error: BaseException) -> str:
     """What went wrong on the way, in a few words."""
-    causes = list(_causes(error))
-    status = next((found for cause in causes if (found := _status(cause)) is not None), None)
+    chain = list(causes(error))
+    status = next((found for cause in chain if (found := status_of(cause)) is not None), None)
     if status is not None:
         return f"HTTP {status}"
     # the deepest is the system's own word: connection refused, name not known
-    return next((line for cause in reversed(causes) if (line := _line(cause))), "no reason given")
+    return next((line for cause in reversed(chain) if (line := _line(cause))), "no reason given")
 
 
 def _line(error: BaseException) -> str:
@@ -121,8 +122,8 @@ def _line(error: BaseException) -> str:
 
 def asked_wait(error: BaseException) -> float:
     """The seconds that a busy server asks to be left alone, up to a minute."""
-    for cause in _causes(error):
-        if _status(cause) is not None:
+    for cause in causes(error):
+        if status_of(cause) is not None:
             asked = cause.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
             return min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else 0.0
     return 0.0

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
 
 from reap2gguf.artifacts.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
 from reap2gguf.messages import one_line
+from reap2gguf.publish.front_matter import new_front_matter
 
 CARD_FILE = "README.md"
-_MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here
 
 _PACKED = """\
 Samples were put one after another until a row was full, as REAP does by default; the rest of the
@@ -29,10 +26,33 @@ _REAP_CITATION = """\
 }"""
 
 
+@dataclass(frozen=True)
+class CardNames:
+    """What the two folders are called where their cards are read."""
+
+    hf: str
+    gguf: str
+    on_hub: bool = False
+
+    def link(self, name: str) -> str:
+        return f"[{name}](https://huggingface.co/{name})" if self.on_hub else f"`{name}`"
+
+
+def local_names(manifest: Manifest) -> CardNames:
+    """The names of the folders that a build leaves."""
+    return CardNames(manifest.name, f"{manifest.name}-GGUF")
+
+
 def hf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the safetensors folder."""
-    folder, name = manifest.hf, manifest.name
-    body = f"""# {name}
+    front = new_front_matter(manifest, source_card, "transformers")
+    return front + hf_body(manifest, local_names(manifest))
+
+
+def hf_body(manifest: Manifest, names: CardNames) -> str:
+    """The card of the safetensors, without its front matter."""
+    folder, name = manifest.hf, names.hf
+    return f"""# {_last(name)}
 
 {_summary(manifest)}
 
@@ -52,21 +72,29 @@ vllm serve {name}
 ```
 
 The weights are {_gib(folder.n_bytes)} in {_count_shards(manifest)}. GGUF files of the same model
-are in `{name}-GGUF`.
+are in {names.link(names.gguf)}.
 
 {_method(manifest)}
 """
-    return _front_matter(manifest, source_card, "transformers") + body
 
 
 def gguf_card(manifest: Manifest, source_card: Path) -> str:
     """The card of the GGUF folder."""
-    name = manifest.name
+    front = new_front_matter(manifest, source_card, "gguf")
+    return front + gguf_body(manifest, local_names(manifest))
+
+
+def gguf_body(manifest: Manifest, names: CardNames) -> str:
+    """The card of the GGUF files, without its front matter."""
     rows = [_file_row(record) for record in manifest.gguf]
     rows += [f"| `{s.file}` | {_gib(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
     files = "\n".join(rows)
-    first = manifest.gguf[0].file
-    body = f"""# {name}-GGUF
+    first = manifest.gguf[0].first
+    name = _last(names.hf)
+    notes = _honest_names(manifest.gguf) + _how_to_join(manifest.gguf)
+    if names.on_hub:
+        notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
+    return f"""# {name}-GGUF
 
 {_summary(manifest)}
 
@@ -76,7 +104,7 @@ def gguf_card(manifest: Manifest, source_card: Path) -> str:
 |---|---|---|---|
 {files}
 
-{_honest_names(manifest.gguf)}`imatrix.gguf` (and `imatrix.dat` for programs that read no other)
+{notes}`imatrix.gguf` (and `imatrix.dat` for programs that read no other)
 is the importance matrix of the pruned model, over {manifest.calibration.imatrix_chunks} chunks of
 {manifest.calibration.imatrix_chunk_size} tokens of `calibration.txt`. `SHA256SUMS` holds the hash
 of every file: `sha256sum -c SHA256SUMS`.
@@ -84,55 +112,44 @@ of every file: `sha256sum -c SHA256SUMS`.
 ## Use it
 
 ```bash
-llama-cli -m {first}
+{_download(manifest.gguf[0], names)}llama-cli -m {first}
 llama-server -m {first}
+reap2gguf chat .
+ollama create {name.lower()} -f Modelfile
 ```
+
+`Modelfile` names `{first}` and holds the sampling that the model's own `generation_config.json`
+recommends.
 
 {_facts_table(manifest)}
 
 {_method(manifest)}
 """
-    return _front_matter(manifest, source_card, "gguf") + body
 
 
-def _front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
-    """YAML for the Hub, the licence taken over from the source's own card."""
-    inherited = _source_data(source_card)
-    values: dict[str, Any] = {
-        key: inherited[key]
-        for key in ("language", "license", "license_name", "license_link")
-        if inherited.get(key) is not None
-    }
-    if "/" in manifest.source.label:
-        values["base_model"] = manifest.source.label
-        values["base_model_relation"] = "quantized" if library == "gguf" else "finetune"
-    tags = ["reap", "moe", "expert-pruning", "pruned"]
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag=inherited.get("pipeline_tag") or "text-generation",
-        tags=[*tags, "gguf", "imatrix"] if library == "gguf" else tags,
-        **values,
+def _how_to_join(records: Sequence[GgufRecord]) -> str:
+    """What to do with files in parts where a program reads one file only, as Ollama does."""
+    record = next((record for record in records if record.parts), None)
+    if record is None:
+        return ""
+    return (
+        "llama.cpp opens a file in parts by its first. Programs that read one file only need them "
+        f"joined: `llama-gguf-split --merge {record.first} {record.file}`.\n\n"
     )
-    return f"---\n{data.to_yaml()}\n---\n\n"
 
 
-def _source_data(source_card: Path) -> dict[str, Any]:
-    if not source_card.is_file() or source_card.stat().st_size > _MAX_CARD_BYTES:
-        return {}
-    text = source_card.read_text(encoding="utf-8", errors="replace")
-    try:
-        data: Any = ModelCard(text, ignore_metadata_errors=True).data
-        found = dict(data.to_dict())
-    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        # a card without readable front matter has no licence to inherit
-        return {}
-    return {key: value for key, value in found.items() if _is_words(value)}
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
-def _is_words(value: Any) -> bool:
-    """A short text, or a list of some: what a licence or a language may be."""
-    words = value if isinstance(value, list) else [value]
-    return len(words) <= 100 and all(isinstance(w, str) and len(w) <= 500 for w in words)
+def _download(record: GgufRecord, names: CardNames) -> str:
+    """The command that fetches a file of the Hub, with all its parts."""
+    if not names.on_hub:
+        return ""
+    if not record.parts:
+        return f"hf download {names.gguf} {record.file} --local-dir .\n"
+    parts = f"{record.file.removesuffix('.gguf')}-*.gguf"
+    return f'hf download {names.gguf} --include "{parts}" --local-dir .\n'
 
 
 def _summary(manifest: Manifest) -> str:
@@ -190,7 +207,9 @@ def _at(revision: str | None) -> str:
 
 def _file_row(record: GgufRecord) -> str:
     size = _gib(record.n_bytes)
-    return f"| `{record.file}` | {size} | {record.bits_per_weight:.2f} | {record.title} |"
+    if len(record.parts) > 1:
+        size += f" in {len(record.parts)} parts"
+    return f"| `{record.first}` | {size} | {record.bits_per_weight:.2f} | {record.title} |"
 
 
 def _honest_names(records: Sequence[GgufRecord]) -> str:

@@ -17,7 +17,6 @@ from reap2gguf.options import (
     ComputeOptions,
     available_threads,
 )
-from reap2gguf.vendor import VARIABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -136,31 +135,34 @@ threads_option = click.option(
 
 
 def _ask_for_llama_cpp(
-    context: click.Context, parameter: click.Parameter, folder: Path | None
-) -> None:
-    """The option says for one command what the variable says for all."""
-    if folder is None:
-        return
-    if not folder.is_dir():
-        raise click.BadParameter(f"{folder}: no such folder", context, parameter)
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = str(folder.absolute())
+    ctx: click.Context, param: click.Parameter, value: Path | None
+) -> Path | None:
+    """Let LLAMA_CPP_DIR name the folder while the command runs: one process has one libggml."""
+    from reap2gguf.vendor import VARIABLE
 
-    def restore() -> None:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
+    if value is not None:
+        earlier = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = str(value)
+        ctx.call_on_close(lambda: _restore(VARIABLE, earlier))
+    return value
 
-    context.call_on_close(restore)
+
+def _restore(variable: str, earlier: str | None) -> None:
+    if earlier is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = earlier
 
 
 llama_cpp_option = click.option(
-    "--llama-cpp", type=FolderPath, metavar="DIR", expose_value=False,
+    "--llama-cpp",
+    type=FolderPath,
+    metavar="DIR",
     callback=_ask_for_llama_cpp,
-    help=f"A llama.cpp that you built, to be used in place of the installed libraries; {VARIABLE} "
-    "says the same.",
-)  # fmt: skip
+    is_eager=True,
+    expose_value=False,
+    help="A llama.cpp of yours (source tree, build or bin folder) to use; or set LLAMA_CPP_DIR.",
+)
 
 build_options = _all(
     click.argument("model", required=False),

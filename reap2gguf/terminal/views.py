@@ -103,7 +103,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     for side in manifest.side_files:
         yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
-    yield f"Try it:  llama-cli -m {result.gguf_folder / manifest.gguf[0].file}"
+    yield f"Try it:  reap2gguf chat {result.gguf_folder}"
 
 
 def recipe_lines(recipe: Recipe) -> Iterable[str]:

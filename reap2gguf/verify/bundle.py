@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
+from reap2gguf.artifacts.gguf_split import first_parts
 from reap2gguf.artifacts.manifest import (
     MANIFEST_FILE,
-    SUMS_FILE,
-    FileRecord,
     GgufRecord,
     Manifest,
     SideRecord,
-    hash_file,
 )
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
-from reap2gguf.files import is_plain, is_plain_name
+from reap2gguf.files import is_plain
 from reap2gguf.models import MoeModel, SideFile
 from reap2gguf.progress import Progress
 from reap2gguf.verify.gguf_file import (
@@ -34,10 +30,8 @@ from reap2gguf.verify.gguf_file import (
     check_values,
     open_gguf,
 )
+from reap2gguf.verify.hashes import check_hf_hashes, check_sums
 from reap2gguf.verify.hf_folder import ExpectedFolder, check_folder, open_folder
-
-_MAX_SUMS_BYTES = 2**22  # some ten thousand files
-_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: P
         expected = ExpectedFolder(model.facts.n_experts)
         found = check_folder(checkpoint, model, expected, None, progress)
         violations += _told(found, folder.name)
-    for path in files:
+    for path in first_parts(files):
         header, problems = open_gguf(path)
         violations += problems
         if header is not None:
@@ -112,30 +106,40 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
         manifest = Manifest.load(folder)
     except ArtifactError as error:
         return Report((folder.name,), (str(error),))
-    if folder.resolve().name == manifest.hf.folder:
+    if is_hf_folder(folder, manifest):
         found = _told(_check_hf(folder, manifest, progress), folder.name)
         return Report((folder.name,), tuple(found))
-    named = {r.file for r in manifest.gguf} | {r.file for r in manifest.side_files}
-    absent = sorted(name for name in named if not is_plain(folder / name))
-    violations = [f"{folder.name}: {name} is missing" for name in absent]
-    violations += _check_sums(folder, n_threads, set(absent))
+    named = {name for record in manifest.gguf for name in record.files}
+    named |= {side.file for side in manifest.side_files}
+    absent = {name for name in named if not is_plain(folder / name)}
+    violations = [f"{folder.name}: {name} is missing" for name in sorted(absent)]
+    violations += check_sums(folder, n_threads, absent)
     hf_folder = folder.resolve().parent / manifest.hf.folder
     checked = [folder.name]
     if hf_folder.is_dir():
         checked.append(hf_folder.name)
         violations += _told(_check_hf(hf_folder, manifest, progress), hf_folder.name)
     for record in manifest.gguf:
-        if record.file in absent:
+        if absent & set(record.files):
             continue
-        path = folder / record.file
+        path = folder / record.first
         found = _check_gguf(path, record, manifest, hf_folder, n_threads, progress)
-        violations += _told(found, record.file)
+        violations += _told(found, record.first)
     for side in manifest.side_files:
         if side.file in absent:
             continue
         found = _check_side(folder / side.file, side, hf_folder, n_threads, progress)
         violations += _told(found, side.file)
     return Report(tuple(checked), tuple(violations))
+
+
+def is_hf_folder(folder: Path, manifest: Manifest) -> bool:
+    """Whether a bundle's folder is that of the safetensors, by its name or what it holds.
+
+    A download lies under any name: the Hub's cache calls it after the commit.
+    """
+    by_name = folder.resolve().name == manifest.hf.folder
+    return by_name or (is_plain(folder / "config.json") and not any(folder.glob("*.gguf")))
 
 
 def _check_side(
@@ -171,9 +175,6 @@ def _open_sibling(hf_folder: Path) -> tuple[Checkpoint | None, MoeModel | None]:
 
 
 def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
-    present = {file.name for file in folder.iterdir() if file.is_file()}
-    for name in sorted(present - manifest.hf.files.keys() - {MANIFEST_FILE}):
-        yield f"{folder.name}: {name} is not in the manifest"
     try:
         same = Manifest.load(folder) == manifest
     except ArtifactError as error:
@@ -181,7 +182,7 @@ def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[
     else:
         if not same:
             yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF bundle"
-    yield from _compare_hashes(folder, manifest.hf.files, 1)
+    yield from check_hf_hashes(folder, manifest)
     expected = ExpectedFolder(manifest.pruning.n_kept)
     checkpoint, model, violations = open_folder(folder, expected)
     yield from violations
@@ -208,49 +209,3 @@ def _check_gguf(
         yield from check_against_folder(header, checkpoint, model, n_threads, progress)
     else:
         yield from check_values(header, n_threads, progress)
-
-
-def _check_sums(folder: Path, n_threads: int, absent: Collection[str]) -> Iterator[str]:
-    """Every file of the bundle against SHA256SUMS, and every file there against the bundle."""
-    path = folder / SUMS_FILE
-    if not path.is_file():
-        yield f"{folder.name}: {SUMS_FILE} is missing"
-        return
-    if (size := path.stat().st_size) > _MAX_SUMS_BYTES:
-        yield f"{folder.name}: {SUMS_FILE} has {size:,} bytes, expected at most {_MAX_SUMS_BYTES:,}"
-        return
-    expected: dict[str, str] = {}
-    broken: list[int] = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
-    ):
-        match = _SUM_LINE.fullmatch(line)
-        if match is None:
-            broken.append(number)
-        else:
-            expected[match[2]] = match[1]
-    if broken:
-        more = f", nor are {len(broken) - 1:,} more" if len(broken) > 1 else ""
-        yield f"{folder.name}: {SUMS_FILE} line {broken[0]} is not a hash and a name{more}"
-    present = {file.name for file in folder.iterdir() if file.is_file()}
-    for name in sorted(present - expected.keys() - {SUMS_FILE}):
-        yield f"{folder.name}: {name} is not in {SUMS_FILE}"
-    # what the manifest misses has been named already
-    records = {n: FileRecord(-1, sha256) for n, sha256 in expected.items() if n not in absent}
-    yield from _compare_hashes(folder, records, n_threads)
-
-
-def _compare_hashes(
-    folder: Path, expected: Mapping[str, FileRecord], n_threads: int
-) -> Iterator[str]:
-    present = []
-    for name in expected:
-        if not is_plain_name(name) or not is_plain(folder / name):
-            yield f"{folder.name}: {name} is missing"
-        else:
-            present.append(name)
-    with ThreadPoolExecutor(n_threads) as pool:
-        found = pool.map(lambda name: hash_file(folder / name), present)
-        for name, record in zip(present, found, strict=True):
-            if record.sha256 != expected[name].sha256:
-                yield f"{folder.name}: {name} has another SHA-256 than when it was published"

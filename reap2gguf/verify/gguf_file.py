@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.artifacts.gguf_header import GgufHeader, GgufTensorInfo, read_gguf_header
+from reap2gguf.artifacts.gguf_header import GgufHeader, GgufTensorInfo
+from reap2gguf.artifacts.gguf_split import read_whole_header
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
@@ -44,9 +45,9 @@ class ExpectedGguf:
 
 
 def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
-    """A readable header, or the violation."""
+    """A readable header, that of all parts for the first of some, or the violation."""
     try:
-        return read_gguf_header(path), []
+        return read_whole_header(path), []
     except ArtifactError as error:
         return None, [str(error)]
 

@@ -1,0 +1,130 @@
+"""A GGUF file run in this process by llama-cpp-python.
+
+Nothing here may load the package's own libggml: llama_cpp brings one of the same name, and fails
+where the other was loaded first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reap2gguf.artifacts.gguf_header import read_gguf_header
+from reap2gguf.errors import ArtifactError, DependencyError, UsageError
+from reap2gguf.messages import shown
+
+INSTALL = "pip install 'reap2gguf[llama]'"
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run."""
+
+    context: int  # tokens; the model's own context length bounds it
+    threads: int
+    gpu_layers: int  # -1 is all of them, where llama.cpp was built for a GPU
+
+
+def is_installed() -> bool:
+    """Whether llama-cpp-python is there, found out without loading it."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+class Engine:
+    """A loaded model. One answer at a time: it has one context."""
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        """Load a model; ArtifactError if the file is broken or llama.cpp refuses it."""
+        header = read_gguf_header(path)
+        self.has_template = isinstance(header.metadata.get("tokenizer.chat_template"), str)
+        self.context = _context(header.metadata, options.context)
+        self._llama = _load(path, self.context, options)
+        self._before = 0
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._llama.close()
+
+    def chat(self, messages: Sequence[Message], **settings: Any) -> Any:
+        """OpenAI's chat completion, or its chunks with `stream=True`, by the model's own template.
+
+        Raises UsageError if the messages and the answer have no room in the context, or the
+        template refuses the messages.
+        """
+        return self._told(self._llama.create_chat_completion, list(messages), settings)
+
+    def complete(self, prompt: str, **settings: Any) -> Any:
+        """OpenAI's completion of a text; as `chat`."""
+        return self._told(self._llama.create_completion, prompt, settings)
+
+    def pieces(self, messages: Sequence[Message], **settings: Any) -> Iterator[str]:
+        """An answer piece by piece as it comes; a model without a template goes on with the text.
+
+        Raises as `chat`.
+        """
+        if self.has_template:
+            for chunk in self.chat(messages, stream=True, **settings):
+                yield chunk["choices"][0]["delta"].get("content") or ""
+        else:
+            text = "\n".join(message["content"] for message in messages)
+            for chunk in self.complete(text, stream=True, **settings):
+                yield chunk["choices"][0]["text"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the model has read so far: of the prompt, and of its answer."""
+        return int(self._llama.n_tokens)
+
+    def _told(self, function: Any, first: Any, settings: Mapping[str, Any]) -> Any:
+        with _refusals():
+            result = function(first, **settings)
+        return _told_chunks(result) if settings.get("stream") else result
+
+
+def _told_chunks(chunks: Iterator[Any]) -> Iterator[Any]:
+    with _refusals():
+        yield from chunks
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What llama-cpp-python and a chat template refuse, as a UsageError."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (ValueError, TemplateError) as error:
+        # "Requested tokens (900) exceed context window of 512"
+        hint = "; pass a larger --context" if "context window" in str(error) else ""
+        raise UsageError(f"llama-cpp-python: {str(error).rstrip('.')}{hint}") from error
+
+
+def _context(metadata: Mapping[str, Any], wanted: int) -> int:
+    """The context asked for, within what the model was trained for."""
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return min(wanted, trained) if isinstance(trained, int) and trained > 0 else wanted
+
+
+def _load(path: Path, context: int, options: EngineOptions) -> Any:
+    try:
+        from llama_cpp import Llama
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DependencyError(
+            f"llama-cpp-python does not load ({error}); run `{INSTALL}`, or pass --llama-cpp DIR "
+            "with a llama.cpp of yours"
+        ) from error
+    try:
+        return Llama(
+            str(path), n_ctx=context, n_threads=options.threads,
+            n_threads_batch=options.threads, n_gpu_layers=options.gpu_layers, verbose=False,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: llama.cpp cannot run it ({shown(str(error))}); check it with `reap2gguf "
+            "verify`, or there is too little memory: pass a smaller --context or --gpu-layers 0"
+        ) from error

@@ -1,0 +1,92 @@
+"""The two folders of a finished bundle, found from either, and checked before publication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from reap2gguf.artifacts.manifest import MANIFEST_FILE, GgufRecord, Manifest
+from reap2gguf.errors import UsageError, VerificationError
+from reap2gguf.files import is_plain
+from reap2gguf.progress import Progress
+from reap2gguf.verify.bundle import is_hf_folder
+from reap2gguf.verify.gguf_file import ExpectedGguf, check_header, open_gguf
+from reap2gguf.verify.hashes import check_hf_hashes, check_sums
+from reap2gguf.verify.hf_folder import ExpectedFolder, open_folder
+
+_SUFFIX = "-GGUF"
+
+
+@dataclass(frozen=True)
+class BundleFolders:
+    """A bundle: safetensors, GGUF, and the manifest of both."""
+
+    hf: Path
+    gguf: Path
+    manifest: Manifest
+
+
+def open_bundle(path: Path) -> BundleFolders:
+    """Both folders of the bundle that `path` is one of.
+
+    Raises UsageError if it is none, its other folder is missing, or they are of two builds;
+    ArtifactError if the manifest is broken.
+    """
+    if not is_plain(path / MANIFEST_FILE):
+        raise UsageError(
+            f"{path}: no bundle: it holds no {MANIFEST_FILE}; pass the folder NAME or NAME-GGUF "
+            "that `build` left"
+        )
+    folder = path.resolve()
+    manifest = Manifest.load(folder)
+    if is_hf_folder(folder, manifest):
+        hf, gguf = folder, folder.with_name(folder.name + _SUFFIX)
+    elif folder.name.endswith(_SUFFIX):
+        hf, gguf = folder.with_name(folder.name.removesuffix(_SUFFIX)), folder
+    else:
+        raise UsageError(f"{path}: a GGUF folder whose name does not end in {_SUFFIX}; rename it")
+    other = gguf if folder == hf else hf
+    if not other.is_dir():
+        raise UsageError(f"{other}: missing; both folders of a bundle are published together")
+    if Manifest.load(other) != manifest:
+        raise UsageError(
+            f"{hf} and {gguf}: are of two builds, as their {MANIFEST_FILE} say; build both again"
+        )
+    return BundleFolders(hf, gguf, manifest)
+
+
+def check_bundle(bundle: BundleFolders, n_threads: int, progress: Progress) -> None:
+    """See that every file is the one that was built, and that each model has its experts.
+
+    Hashes and headers are read, not the values: those were compared when the bundle was built.
+    Raises VerificationError with everything that is wrong.
+    """
+    files = [file for folder in (bundle.hf, bundle.gguf) for file in folder.iterdir()]
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    with progress.task("Checking hashes", total, "bytes") as task:
+        violations = list(check_hf_hashes(bundle.hf, bundle.manifest, n_threads, task.advance))
+        violations += check_sums(bundle.gguf, n_threads, advance=task.advance)
+    expected = ExpectedFolder(bundle.manifest.pruning.n_kept)
+    violations += open_folder(bundle.hf, expected)[2]
+    for record in bundle.manifest.gguf:
+        violations += check_experts(bundle.gguf, record, bundle.manifest.pruning.n_kept)
+    if violations:
+        raise VerificationError(violations, "nothing was uploaded; build the bundle again")
+
+
+def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
+    """Violations in a GGUF file's header, or in those of its parts together.
+
+    Every tensor of the record must be there once and be of its type, and the experts and router
+    rows of every layer must be `n_kept`.
+    """
+    absent = [name for name in record.files if not is_plain(folder / name)]
+    if absent:
+        return [f"{folder.name}: {name} is missing" for name in absent]
+    header, problems = open_gguf(folder / record.first)
+    if header is None:
+        return problems
+    kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
+    return list(check_header(header, ExpectedGguf(kinds, n_kept)))

@@ -1,0 +1,112 @@
+"""The `Modelfile` of a bundle, from which `ollama create` makes a model.
+
+It has what the checkpoint itself says, in Ollama's words (docs.ollama.com/modelfile): the sampling
+that `generation_config.json` recommends and the tokens that end an answer. It has no TEMPLATE:
+Ollama's are Go templates, a checkpoint's is Jinja, and a translation that is nearly right answers
+nearly right. Ollama takes the template from its own collection where the one in the GGUF is, but
+for few letters, one that it knows; else the prompt goes to the model as it is, and the user has to
+add a TEMPLATE. The file says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.errors import CheckpointError
+
+MODELFILE = "Modelfile"
+# generation_config.json's name, Ollama's, and the values that mean something
+_NUMBERS = {
+    "temperature": ("temperature", 0.0, 10.0),
+    "top_p": ("top_p", 0.0, 1.0),
+    "min_p": ("min_p", 0.0, 1.0),
+    "repetition_penalty": ("repeat_penalty", 0.01, 10.0),
+}
+_MAX_TOP_K = 10_000
+_MAX_STOPS = 16
+_MAX_STOP_LETTERS = 100
+
+
+def modelfile(manifest: Manifest, source: Path) -> str:
+    """The text for a bundle's first file; `source` is the folder of the checkpoint."""
+    name, others = manifest.gguf[0].file, [record.file for record in manifest.gguf[1:]]
+    lines = [
+        f"# ollama create {manifest.name.lower()} -f {MODELFILE}",
+        f"FROM ./{name}",
+        *(f"# FROM ./{other}" for other in others),
+        "",
+        *_parameters(source),
+        "# Ollama knows the chat templates of common families by the one in the GGUF. If",
+        "# `ollama show --template` shows only {{ .Prompt }}, add a TEMPLATE in Go's syntax.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(source: Path) -> Iterator[str]:
+    path = source / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        values = read_json(path)
+    except CheckpointError:
+        yield "# generation_config.json of the source cannot be read; Ollama's defaults hold"
+        return
+    found = [*_sampling(values), *_stops(values, source)]
+    if found:
+        yield "# from the model's own generation_config.json"
+        yield from found
+        yield ""
+
+
+def _sampling(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("do_sample") is False:
+        return  # its other numbers are then idle
+    for key, (name, low, high) in _NUMBERS.items():
+        value: Any = values.get(key)
+        if type(value) in (int, float) and low <= value <= high:  # which NaN is not
+            yield f"PARAMETER {name} {value:g}"
+    top_k = values.get("top_k")
+    if type(top_k) is int and 0 <= top_k <= _MAX_TOP_K:
+        yield f"PARAMETER top_k {top_k}"
+
+
+def _stops(values: Mapping[str, Any], source: Path) -> Iterator[str]:
+    """The special tokens that end an answer; text that anybody may write is none."""
+    ids = values.get("eos_token_id")
+    wanted = ids if isinstance(ids, list) else [ids]
+    special = _special_tokens(source)
+    for token in dict.fromkeys(special.get(i, "") for i in wanted[:_MAX_STOPS] if type(i) is int):
+        if token:
+            yield f'PARAMETER stop "{token}"'
+
+
+def _special_tokens(source: Path) -> dict[int, str]:
+    """Special tokens of `tokenizer.json` by id, those that a line can hold."""
+    try:
+        added = read_json(source / "tokenizer.json", MAX_TOKENIZER_BYTES).get("added_tokens")
+    except CheckpointError:
+        return {}  # the export has refused it already
+    entries = (
+        [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    )
+    return {
+        entry["id"]: entry["content"]
+        for entry in entries
+        if type(entry.get("id")) is int
+        and entry.get("special") is True
+        and _fits(entry.get("content"))
+    }
+
+
+def _fits(text: Any) -> bool:
+    return (
+        isinstance(text, str)
+        and 0 < len(text) <= _MAX_STOP_LETTERS
+        and text.isprintable()
+        and '"' not in text
+        and "\\" not in text
+    )

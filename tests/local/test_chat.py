@@ -1,0 +1,244 @@
+"""Answers against llama-cpp-python called directly; programs against scripts that echo."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import Bundle
+from llama_cpp import Llama
+from test_vendor import VERSION, script
+
+from reap2gguf import vendor
+from reap2gguf.cli import cli
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.local import programs
+from reap2gguf.local.chat import Conversation, printable
+from reap2gguf.local.engine import Engine, EngineOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = EngineOptions(context=256, threads=2, gpu_layers=-1)
+GREEDY = {"temperature": 0.0, "max_tokens": 12}
+ECHO = f'case "$1" in --version) {VERSION};; *) for w in "$@"; do echo "$w"; done; exit 7;; esac'
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vendor.VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="module")
+def model(built: Bundle) -> Path:
+    return built.gguf / "example-IQ4_K_M.gguf"
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    with closing(Engine(model, OPTIONS)) as engine:
+        yield engine
+
+
+def directly(model: Path, messages: list[dict[str, str]]) -> str:
+    with closing(Llama(str(model), n_ctx=256, n_threads=2, verbose=False)) as llama:
+        answer = llama.create_chat_completion(messages, **GREEDY)
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def run(*arguments: object, **more: str) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], **more)
+
+
+FLAGS = ("--temperature", 0, "--tokens", 12, "--context", 256, "--threads", 2)
+
+
+def test_an_answer_is_llama_cpps_own(built: Bundle, model: Path) -> None:
+    expected = directly(
+        model, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    )
+    assert expected
+    for given in ({"input": "Hello\n"}, {}):
+        prompt = () if given else ("--prompt", "Hello")
+        result = run("chat", built.gguf, *prompt, "--system", "Be brief.", *FLAGS, **given)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == printable(expected) + "\n"
+        first, last = result.stderr.splitlines()
+        assert first == "example-IQ4_K_M.gguf; --file chooses another: BF16"
+        assert last.startswith("(12 tokens, ")
+        assert last.endswith(" tokens/s)")
+
+
+def test_a_conversation_goes_on_from_what_was_said(engine: Engine, model: Path) -> None:
+    conversation = Conversation(engine, dict(GREEDY))
+    first = conversation.ask("Hello", lambda text: None)
+    second = conversation.ask("And then?", lambda text: None)
+    asked = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And then?"},
+    ]
+    assert second.text == directly(model, asked)
+    conversation.clear()
+    assert conversation.ask("Hello", lambda text: None).text == first.text
+
+
+def test_a_seed_draws_the_same_again(engine: Engine) -> None:
+    settings = {"temperature": 1.5, "max_tokens": 12, "seed": 5}
+    answers = {Conversation(engine, settings).ask("Hello", str).text for _ in range(2)}
+    other = Conversation(engine, {**settings, "seed": 6}).ask("Hello", str).text
+    assert len(answers) == 1
+    assert other not in answers
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(engine: Engine) -> None:
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    conversation = Conversation(engine, {"temperature": 0.0, "max_tokens": 100})
+    answer = conversation.ask("Hello", write)
+    assert answer.was_stopped
+    assert len(written) == 4
+    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(written)}
+
+
+def test_a_question_without_room_is_forgotten(engine: Engine) -> None:
+    conversation = Conversation(engine, dict(GREEDY))
+    with pytest.raises(UsageError, match="exceed context window of 256; pass a larger --context"):
+        conversation.ask("word " * 400, lambda text: None)
+    assert conversation.messages == []
+    assert conversation.ask("Hello", lambda text: None).text
+
+
+def test_text_of_a_model_cannot_move_the_cursor() -> None:
+    assert printable("a\x1b[2Jb\n\tc\x07é") == "a\\x1b[2Jb\n\tc\\x07é"
+
+
+def test_a_broken_file_is_one_line(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model.read_bytes()[:5000])
+    result = run("chat", broken, "--prompt", "x", "--engine", "python")
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    with pytest.raises(ArtifactError, match=r"llama\.cpp cannot run it"):
+        Engine(model.parent / "imatrix.gguf", OPTIONS)
+
+
+def test_an_empty_stdin_is_told(built: Bundle) -> None:
+    result = run("chat", built.gguf, input="  \n")
+    assert result.exit_code == 2
+    assert "holds no prompt; pass --prompt TEXT" in result.output
+
+
+def test_on_a_terminal_it_answers_until_exit(model: Path, tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "reap2gguf", "chat", str(model), *map(str, FLAGS)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    with subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        os.close(slave)
+        os.write(master, b"Hello\n/clear\n/what\n/exit\n")
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        assert process.wait(30) == 0
+        shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert errors.splitlines()[0].startswith("Ctrl-C stops an answer")
+    assert "(12 tokens" in errors
+    assert "forgotten" in errors
+    assert "Traceback" not in errors
+    answer = directly(model, [{"role": "user", "content": "Hello"}])
+    assert answer.splitlines()[0] in shown.replace("\r\n", "\n")
+
+
+def external(command: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), vendor.VARIABLE: str(folder)}
+    return subprocess.run(
+        [sys.executable, "-m", "reap2gguf", *map(str, command)], capture_output=True, text=True,
+        env=environment, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+def test_llama_cli_and_llama_server_are_told_what_was_asked(bundle: Bundle, tmp_path: Path) -> None:
+    for name in ("llama-cli", "llama-server"):
+        script(tmp_path / "own" / name, ECHO)
+    (bundle.gguf / "mmproj-example-F16.gguf").write_text("")
+    done = external(
+        ["chat", bundle.gguf, "--file", "BF16", "--prompt", "Why -- so?", "--seed", 3,
+         "--system", "Be brief.", *FLAGS], tmp_path / "own",
+    )  # fmt: skip
+    assert done.returncode == 7, "the program's own exit code"
+    assert done.stdout.splitlines() == [
+        "--model", str(bundle.gguf / "example-BF16.gguf"), "--jinja", "--conversation",
+        "--ctx-size", "256", "--threads", "2", "--temp", "0", "--system-prompt", "Be brief.",
+        "--predict", "12", "--seed", "3", "--prompt", "Why -- so?", "--single-turn",
+        "--no-display-prompt",
+    ]  # fmt: skip
+    done = external(
+        ["serve", bundle.gguf, "--port", 8123, "--parallel", 4, "--threads", 2, "--gpu-layers", 9],
+        tmp_path / "own",
+    )
+    assert done.returncode == 7
+    assert done.stdout.splitlines() == [
+        f"http://127.0.0.1:8123/v1  example-IQ4_K_M, by {tmp_path}/own/llama-server",
+        "--model", str(bundle.gguf / "example-IQ4_K_M.gguf"), "--mmproj",
+        str(bundle.gguf / "mmproj-example-F16.gguf"), "--alias", "example-IQ4_K_M", "--host",
+        "127.0.0.1", "--port", "8123", "--jinja", "--parallel", "4", "--ctx-size", "8192",
+        "--threads", "2", "--gpu-layers", "9",
+    ]  # fmt: skip
+
+
+def test_a_signal_goes_to_the_program(built: Bundle, tmp_path: Path) -> None:
+    wait = f'case "$1" in --version) {VERSION};; *) echo ready; exec sleep 60;; esac'
+    script(tmp_path / "own" / "llama-server", wait)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "reap2gguf", "serve", str(built.gguf), "--llama-cpp"]
+    with subprocess.Popen(
+        [*command, str(tmp_path / "own")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://127.0.0.1:8080/v1")
+        assert process.stdout.readline() == "ready\n"
+        begun = time.monotonic()
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+        assert time.monotonic() - begun < 10
+
+
+def test_what_to_install_is_said(
+    built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "is_installed", lambda: False)
+    for command, name in (("chat", "llama-cli"), ("serve", "llama-server")):
+        result = run(command, built.gguf)
+        assert result.exit_code == 2
+        assert "llama-cpp-python is not installed, and no " + name in result.output
+        assert "run `pip install 'reap2gguf[llama]'`" in result.output
+    monkeypatch.setattr(programs, "is_installed", lambda: True)
+    result = run("serve", built.gguf, "--engine", "llama.cpp")
+    assert "no llama-server was found on PATH, and LLAMA_CPP_DIR is not set" in result.output
+    script(tmp_path / "own" / "llama-server", "exit 9")
+    result = run("chat", built.gguf, "--llama-cpp", tmp_path / "own", "--prompt", "x", *FLAGS)
+    assert result.exit_code == 2, "what was asked for and does not run is no silent matter"
+    script(tmp_path / "own" / "llama-server", VERSION)
+    result = run("chat", built.gguf, "--llama-cpp", tmp_path / "own", "--prompt", "x", *FLAGS)
+    assert result.exit_code == 0, result.output
+    assert "has no llama-cli; llama-cpp-python runs the model" in result.stderr
+    script(tmp_path / "own" / "llama-server", "exit 9")
+    result = run("serve", built.gguf, "--llama-cpp", tmp_path / "own")
+    assert result.exit_code == 2
+    assert "--version: failed with 9" in result.output
