@@ -378,6 +378,25 @@ def test_what_an_earlier_push_left_is_replaced(room: Room, bundle: Path) -> None
     assert room.files(GGUF_REPO).keys() == whole
 
 
+def test_a_dry_run_says_what_goes_and_what_would_be_refused(room: Room, bundle: Path) -> None:
+    room.push(bundle, max_bytes=900_000)
+    parts = [f"model-BF16-0000{number}-of-00002.gguf" for number in (1, 2)]
+    done = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run"])
+    for part in parts:
+        assert f"  {part}                of an earlier push, to be removed\n" in done.output
+    assert "\n  1 file to upload" in done.output
+    room.push(bundle)
+    going = f"{GGUF_REPO}: of an earlier push, and go: {', '.join(parts)}"
+    assert going in room.told.notes
+    refused = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run", "--private"])
+    assert refused.exit_code == 2
+    assert f"Error: {REPO}: exists and is public" in refused.output
+    del room.files()["reap2gguf.json"]
+    room.files()["config.json"] = b"{}"
+    with pytest.raises(PublishError, match=f"{REPO}: holds another config.json"):
+        preview(PushOptions(bundle, REPO), Silent())
+
+
 def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
     found = preview(PushOptions(bundle, REPO, max_bytes=900_000), Silent())
