@@ -2,7 +2,8 @@
 
 Which rows: the split's shards are shuffled by the seed, and its rows through a buffer of 10,000, of
 which as many as are wanted are read. The same dataset at the same commit with the same seed gives
-the same rows. REAP draws from all of a dataset, which takes the whole of it first.
+the same rows. REAP draws from all of a dataset by Python's own generator, which takes the whole of
+it first: the rows that a published model saw cannot be drawn again, only as many of the same data.
 
 The commit is resolved once, at the beginning, and all is read at it. Scripts of a dataset never
 run. Networks fail now and then: what may pass is tried again, from the row that was reached.

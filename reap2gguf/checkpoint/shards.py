@@ -24,7 +24,7 @@ from reap2gguf.progress import Progress, Silent, Task
 _AT_ONCE = 4
 _HEADERS_AT_ONCE = 8
 _FIRST_BYTES = 2**16  # holds the header of most files
-_TRIES = 8  # some two minutes: a build of hours should outlast that
+_TRIES = 8  # some minutes, since huggingface_hub tries each several times: hours are at stake
 
 
 class HubShards:
@@ -99,7 +99,9 @@ class HubShards:
                 coming.cancel()
             self._coming.clear()
             self._task = None
-            self._bar.close()
+            # what is not complete must not be said to be done
+            ended = _LeavingError() if self.missing(self._wanted) else None
+            self._bar.__exit__(type(ended) if ended else None, ended, None)
 
     def _begin(self, name: str) -> Future[None]:
         with self._lock:

@@ -18,6 +18,7 @@ from reap2gguf.checkpoint import shards
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.terminal.console import Lines
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
@@ -172,3 +173,19 @@ def test_bytes_count_once_however_often_a_download_begins() -> None:
     leaving.set()
     with pytest.raises(shards._LeavingError):
         counted.count(1)
+
+
+def test_what_was_given_up_is_not_said_to_be_done(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = opened()
+    checkpoint.report_to(Lines())
+    checkpoint.read("model.norm.weight")
+    checkpoint.close()
+    shown = capsys.readouterr().err
+    assert "Fetching owner/name: " in shown
+    assert "done" not in shown
+    for shard in checkpoint.shards:
+        checkpoint.read(next(n for n, t in checkpoint.tensors.items() if t.path == shard))
+    checkpoint.close()
+    assert "Fetching owner/name: done in" in capsys.readouterr().err
