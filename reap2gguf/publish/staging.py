@@ -29,7 +29,7 @@ from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
 from reap2gguf.publish.card import CARD_FILE, CardNames, gguf_body, hf_body, join_command
 from reap2gguf.publish.front_matter import front_matter, with_base_model
 from reap2gguf.publish.modelfile import MODELFILE
-from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, part_sha256, plan_split, write_part
+from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
@@ -170,9 +170,9 @@ def _write_parts(
         total = sum(part.n_bytes for part in plan.parts)
         with progress.task(f"Cutting {name}", total, "bytes") as task:
             for part in plan.parts:
-                path = write_part(plan, part, places[name], task)
+                path, expected = write_part(plan, part, places[name], task)
                 found.append(_on_disk(path, hash_file(path).sha256))
-                if found[-1].sha256 != part_sha256(plan, part):
+                if found[-1].sha256 != expected:
                     remove(path)
                     raise VerificationError(
                         [f"{path}: does not hold the bytes of {plan.header.path}"],
