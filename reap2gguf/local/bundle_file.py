@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reap2gguf.artifacts.gguf_split import part_of_split
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, Manifest
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
@@ -117,6 +118,5 @@ def _present(path: Path) -> Path | None:
 
 def _is_first(path: Path) -> bool:
     """Whether a file is whole or the first of several parts, which llama.cpp finds by itself."""
-    words = path.stem.rsplit("-", 3)
-    split = len(words) == 4 and words[2] == "of" and words[1].isdecimal() and words[3].isdecimal()
-    return not split or int(words[1]) == 1
+    part = part_of_split(path.name)
+    return part is None or part[1] == 0

@@ -13,7 +13,7 @@ from reap2gguf.files import is_plain
 from reap2gguf.progress import Progress
 from reap2gguf.verify.bundle import is_hf_folder
 from reap2gguf.verify.gguf_file import ExpectedGguf, check_header, open_gguf
-from reap2gguf.verify.hashes import check_hf_hashes, check_sums
+from reap2gguf.verify.hashes import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.verify.hf_folder import ExpectedFolder, open_folder
 
 _SUFFIX = "-GGUF"
@@ -63,8 +63,7 @@ def check_bundle(bundle: BundleFolders, n_threads: int, progress: Progress) -> N
     Hashes and headers are read, not the values: those were compared when the bundle was built.
     Raises VerificationError with everything that is wrong.
     """
-    files = [file for folder in (bundle.hf, bundle.gguf) for file in folder.iterdir()]
-    total = sum(file.stat().st_size for file in files if file.is_file())
+    total = folder_bytes(bundle.hf, bundle.gguf)
     with progress.task("Checking hashes", total, "bytes") as task:
         violations = list(check_hf_hashes(bundle.hf, bundle.manifest, n_threads, task.advance))
         violations += check_sums(bundle.gguf, n_threads, advance=task.advance)
