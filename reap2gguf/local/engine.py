@@ -19,6 +19,7 @@ from reap2gguf.messages import shown
 
 INSTALL = "pip install 'reap2gguf[llama]'"
 Message = Mapping[str, str]
+_CONTEXT_STEP = 256
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
 
 
@@ -153,9 +154,13 @@ def _check_counts(path: Path, header: GgufHeader) -> None:
 
 
 def _context(metadata: Mapping[str, Any], wanted: int) -> int:
-    """The context asked for, within what the model was trained for."""
+    """The context asked for, within what the model was trained for, in whole steps of llama.cpp's.
+
+    llama.cpp rounds up by itself; llama-cpp-python then fills arrays of the number before.
+    """
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return min(wanted, trained) if isinstance(trained, int) and trained > 0 else wanted
+    most = min(wanted, trained) if isinstance(trained, int) and trained > 0 else wanted
+    return -(-most // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
 def _load(path: Path, context: int, options: EngineOptions) -> Any:

@@ -122,6 +122,19 @@ def test_a_question_without_room_is_forgotten(engine: Engine) -> None:
     assert conversation.ask("Hello", lambda text: None).text
 
 
+@pytest.mark.parametrize(("context", "n_words"), [(9, 7), (257, 130)])
+def test_a_context_that_is_no_multiple_of_llama_cpps_step_is_one(
+    context: int, n_words: int, model: Path
+) -> None:
+    with closing(Engine(model, EngineOptions(context, 2, -1))) as engine:
+        assert engine.context == -(-context // 256) * 256 == engine._llama.n_ctx()
+        conversation = Conversation(engine, {"temperature": 0.0})
+        answer = conversation.ask("word " * n_words, lambda text: None)
+        assert answer.n_tokens
+        with pytest.raises(UsageError, match=f"exceed context window of {engine.context}"):
+            conversation.ask("word " * 600, lambda text: None)
+
+
 def test_text_of_a_model_cannot_move_the_cursor() -> None:
     assert printable("a\x1b[2Jb\n\tc\x07é") == "a\\x1b[2Jb\n\tc\\x07é"
 
