@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -26,6 +27,18 @@ class BundleFolders:
     hf: Path
     gguf: Path
     manifest: Manifest
+    changed_ns: Mapping[Path, int] = field(default_factory=dict)  # when, before any was read
+
+    def check_unchanged(self) -> None:
+        """VerificationError if a file was written after the bundle was opened."""
+        violations = [
+            f"{path}: changed while it was read"
+            for path, stamp in self.changed_ns.items()
+            if not is_plain(path) or path.stat().st_mtime_ns != stamp
+        ]
+        if violations:
+            advice = "nothing was uploaded; run the same command again when nothing writes there"
+            raise VerificationError(violations, advice)
 
 
 def open_bundle(path: Path) -> BundleFolders:
@@ -54,7 +67,9 @@ def open_bundle(path: Path) -> BundleFolders:
         raise UsageError(
             f"{hf} and {gguf}: are of two builds, as their {MANIFEST_FILE} say; build both again"
         )
-    return BundleFolders(hf, gguf, manifest)
+    files = (file for place in (hf, gguf) for file in place.iterdir() if file.is_file())
+    stamps = {file: file.stat().st_mtime_ns for file in files}
+    return BundleFolders(hf, gguf, manifest, stamps)
 
 
 def check_bundle(bundle: BundleFolders, n_threads: int, progress: Progress) -> None:

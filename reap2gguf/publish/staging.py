@@ -100,6 +100,7 @@ def stage(
     gguf_files.append(_text(CARD_FILE, front + gguf_body(manifest, repos)))
     gguf_files.append(_text(MANIFEST_FILE, manifest.text()))
     gguf_files.append(_sums(gguf_files))
+    bundle.check_unchanged()  # since its hashes were compared
     return Staged(
         StagedRepo(repos.hf, tuple(hf_files), manifest),
         StagedRepo(repos.gguf, tuple(gguf_files), manifest),

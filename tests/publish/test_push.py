@@ -23,6 +23,8 @@ from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.cli import cli
 from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
+from reap2gguf.publish import push as push_module
+from reap2gguf.publish.bundle_folders import check_bundle
 from reap2gguf.publish.dry_run import preview
 from reap2gguf.publish.push import PushOptions
 from reap2gguf.publish.remote import refusal
@@ -301,6 +303,21 @@ def test_a_file_that_was_changed_after_the_build_is_refused(room: Room, copy: Pa
     found = caught.value.violations
     assert "model: config.json has another SHA-256 than when it was published" in found
     assert "model-GGUF: notes.txt is not in SHA256SUMS" in found
+    assert room.wrote() == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "../model-GGUF/model-BF16.gguf"])
+def test_a_file_that_changes_after_its_hash_was_compared_is_refused(
+    name: str, room: Room, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_and_change(*arguments: Any) -> None:
+        check_bundle(*arguments)
+        (copy / name).write_bytes((copy / name).read_bytes()[:-1] + b" ")
+
+    monkeypatch.setattr(push_module, "check_bundle", check_and_change)
+    with pytest.raises(VerificationError, match="nothing was uploaded") as caught:
+        room.push(copy, max_bytes=900_000)
+    assert caught.value.violations == [f"{(copy / name).resolve()}: changed while it was read"]
     assert room.wrote() == []
 
 
