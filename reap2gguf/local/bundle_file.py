@@ -47,7 +47,7 @@ def pick(given: Path, wanted: str | None) -> ModelFile:
     if os.path.isfile(given):
         if wanted is not None:
             raise UsageError(f"{given}: is one file; --file chooses among those of a bundle")
-        return ModelFile(given, given.stem)
+        return ModelFile(given, _model_name(given))
     folder = _bundle_folder(given)
     candidates = _candidates(folder)
     names = [_called(candidate) for candidate in candidates]
@@ -59,7 +59,7 @@ def pick(given: Path, wanted: str | None) -> ModelFile:
     chosen = found[0]
     return ModelFile(
         path=chosen.path,
-        name=chosen.path.stem,
+        name=_model_name(chosen.path),
         mmproj=next(iter(sorted(folder.glob("mmproj*.gguf"))), None),
         others=tuple(names[1:]) if wanted is None else (),
         recipe=chosen.recipe,
@@ -114,6 +114,12 @@ def _present(path: Path) -> Path | None:
         return path
     parts = sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
     return parts[0] if parts else None
+
+
+def _model_name(path: Path) -> str:
+    """A file's name without its ending, nor the number of a part."""
+    part = part_of_split(path.name)
+    return part[0] if part else path.stem
 
 
 def _is_first(path: Path) -> bool:

@@ -41,7 +41,7 @@ _engine_option = click.option(
 def _context_option(default: int) -> Callable[[F], F]:
     return click.option(
         "--context", type=click.IntRange(8, _MOST), default=default, show_default=True,
-        metavar="T", help="Tokens of context, within what the model was trained for.",
+        metavar="T", help="Tokens of context for each request, at most the model's own.",
     )  # fmt: skip
 
 
