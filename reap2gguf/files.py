@@ -6,9 +6,12 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+Advance = Callable[[float], None]
+_PIECE_BYTES = 2**22
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -86,11 +89,19 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not any(target.is_relative_to(place) for place in allowed)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a plain file's bytes, in hexadecimal. Raises OSError."""
+def file_sha256(path: Path, advance: Advance | None = None) -> str:
+    """SHA-256 of a plain file's bytes, in hexadecimal. Raises OSError.
+
+    `advance` is told of each piece that was read; what it raises ends the reading.
+    """
     plain_size(path)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            if advance is not None:
+                advance(len(piece))
+    return digest.hexdigest()
 
 
 def cached_blob(path: Path) -> str | None:

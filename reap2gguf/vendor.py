@@ -28,7 +28,11 @@ LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.
 _PROGRAM_FOLDERS = ("build/bin", "bin", ".")
 _LIBRARY_FOLDERS = (*_PROGRAM_FOLDERS, "build/ggml/src", "ggml/src", "lib", "lib64")
 _PACKAGE = Path(__file__).resolve().parent
-_VERSION = re.compile(r"version: *(\d{1,9}) *\((\w{1,40})\)")
+# "version: 6123 (79c1160b)", and newer "version: 0.5.0 (build 8123, commit 79c1160b)"
+_VERSION = re.compile(
+    r"version: *(?:(?P<name>\d[\w.+-]{0,40}) *\()?(?:build )?(?P<build>\d{1,9})"
+    r"(?:, commit | *\()(?P<commit>\w{1,40})\)"
+)
 _VERSION_SECONDS = 20.0  # a CUDA build looks for devices first
 _MAX_OUTPUT = 2**16
 
@@ -138,7 +142,7 @@ def _examined(
 
 
 def program_version(program: Path, seconds: float | None = None) -> str:
-    """What `PROGRAM --version` says, such as "b6123 (79c1160b)".
+    """What `PROGRAM --version` says, such as "b6123 (79c1160b)" or "0.5.0 b8123 (79c1160b)".
 
     Raises DependencyError if it cannot be run, hangs, fails, or says nothing.
     """
@@ -157,7 +161,8 @@ def program_version(program: Path, seconds: float | None = None) -> str:
         last = (text.strip().splitlines() or ["it said nothing"])[-1]
         raise DependencyError(f"{program} --version: failed with {status} ({shown(last)})")
     if match := _VERSION.search(text):
-        return f"b{match[1]} ({match[2]})"
+        name = f"{match['name']} " if match["name"] else ""
+        return f"{name}b{match['build']} ({match['commit']})"
     for line in text.splitlines():
         if line.strip():
             return shown(line.strip())

@@ -99,6 +99,18 @@ def test_a_program_that_hangs_or_fails_is_told(tmp_path: Path, body: str, messag
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("version: 6123 (79c1160b)", "b6123 (79c1160b)"),
+        ("version: 0.5.0-dev (build 8123, commit 0c1e570)", "0.5.0-dev b8123 (0c1e570)"),
+        ("something else", "'something else'"),
+    ],
+)
+def test_versions_are_read_as_programs_write_them(said: str, expected: str, tmp_path: Path) -> None:
+    assert vendor.program_version(script(tmp_path / "llama-cli", f"echo '{said}'")) == expected
+
+
 def test_a_program_of_another_machine_is_told(tmp_path: Path) -> None:
     program = tmp_path / "llama-server"
     program.write_bytes(b"\x7fELF" + b"\0" * 60)

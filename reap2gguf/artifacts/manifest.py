@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.disk import write_whole
 from reap2gguf.errors import ArtifactError, Reap2ggufError
-from reap2gguf.files import file_sha256, is_plain_name, plain_size
+from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.messages import shown
 
 MANIFEST_FILE = "reap2gguf.json"
@@ -278,6 +278,6 @@ def _expert(value: Any) -> int:
     return value
 
 
-def hash_file(path: Path) -> FileRecord:
+def hash_file(path: Path, advance: Advance | None = None) -> FileRecord:
     """Size and SHA-256 of a file. Raises OSError if it cannot be read or is no plain file."""
-    return FileRecord(plain_size(path), file_sha256(path))
+    return FileRecord(plain_size(path), file_sha256(path, advance))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reap2gguf.artifacts.gguf_split import part_of_split
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, Manifest
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
@@ -46,7 +47,7 @@ def pick(given: Path, wanted: str | None) -> ModelFile:
     if os.path.isfile(given):
         if wanted is not None:
             raise UsageError(f"{given}: is one file; --file chooses among those of a bundle")
-        return ModelFile(given, given.stem)
+        return ModelFile(given, _model_name(given))
     folder = _bundle_folder(given)
     candidates = _candidates(folder)
     names = [_called(candidate) for candidate in candidates]
@@ -58,7 +59,7 @@ def pick(given: Path, wanted: str | None) -> ModelFile:
     chosen = found[0]
     return ModelFile(
         path=chosen.path,
-        name=chosen.path.stem,
+        name=_model_name(chosen.path),
         mmproj=next(iter(sorted(folder.glob("mmproj*.gguf"))), None),
         others=tuple(names[1:]) if wanted is None else (),
         recipe=chosen.recipe,
@@ -115,8 +116,13 @@ def _present(path: Path) -> Path | None:
     return parts[0] if parts else None
 
 
+def _model_name(path: Path) -> str:
+    """A file's name without its ending, nor the number of a part."""
+    part = part_of_split(path.name)
+    return part[0] if part else path.stem
+
+
 def _is_first(path: Path) -> bool:
     """Whether a file is whole or the first of several parts, which llama.cpp finds by itself."""
-    words = path.stem.rsplit("-", 3)
-    split = len(words) == 4 and words[2] == "of" and words[1].isdecimal() and words[3].isdecimal()
-    return not split or int(words[1]) == 1
+    part = part_of_split(path.name)
+    return part is None or part[1] == 0

@@ -7,18 +7,20 @@ where the other was loaded first.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
+from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
 from reap2gguf.errors import ArtifactError, DependencyError, UsageError
 from reap2gguf.messages import shown
 
 INSTALL = "pip install 'reap2gguf[llama]'"
 Message = Mapping[str, str]
+_CONTEXT_STEP = 256
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,34 @@ class Engine:
     def __init__(self, path: Path, options: EngineOptions) -> None:
         """Load a model; ArtifactError if the file is broken or llama.cpp refuses it."""
         header = read_gguf_header(path)
+        _check_counts(path, header)
         self.has_template = isinstance(header.metadata.get("tokenizer.chat_template"), str)
         self.context = _context(header.metadata, options.context)
         self._llama = _load(path, self.context, options)
-        self._before = 0
+        self._llama.generate = self._watched(self._llama.generate)
+        self._before_token: Callable[[], None] | None = None
 
     def close(self) -> None:
         """Give the model's memory back."""
         self._llama.close()
+
+    @contextmanager
+    def watched_by(self, before_token: Callable[[], None]) -> Iterator[None]:
+        """While open, call this before each token of an answer; what it raises ends the answer."""
+        self._before_token = before_token
+        try:
+            yield
+        finally:
+            self._before_token = None
+
+    def _watched(self, generate: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]:
+        def tokens(*arguments: Any, **named: Any) -> Iterator[int]:
+            for token in generate(*arguments, **named):
+                if self._before_token is not None:
+                    self._before_token()
+                yield token
+
+        return tokens
 
     def chat(self, messages: Sequence[Message], **settings: Any) -> Any:
         """OpenAI's chat completion, or its chunks with `stream=True`, by the model's own template.
@@ -104,10 +126,41 @@ def _refusals() -> Iterator[None]:
         raise UsageError(f"llama-cpp-python: {str(error).rstrip('.')}{hint}") from error
 
 
+def _check_counts(path: Path, header: GgufHeader) -> None:
+    """Refuse counts at which llama.cpp ends the whole process; ArtifactError.
+
+    See load_hparams in llama.cpp's src/llama-model.cpp.
+    """
+    arch = header.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        return  # llama.cpp says so
+
+    def bounded(key: str, most: int) -> int:
+        value = header.metadata.get(f"{arch}.{key}", 0)
+        highest = max(value, default=0) if isinstance(value, Sequence) else value
+        if type(highest) is not int or not 0 <= highest <= most:
+            raise ArtifactError(f"{path}: {arch}.{key} is {shown(value)}, expected 0 to {most:,}")
+        return highest
+
+    n_layers = bounded("block_count", _MAX_LAYERS)
+    bounded("nextn_predict_layers", n_layers)
+    n_experts = bounded("expert_count", _MAX_EXPERTS)
+    n_used = bounded("expert_used_count", n_experts)
+    if n_experts and not n_used:
+        raise ArtifactError(f"{path}: {arch}.expert_used_count is 0, of {n_experts} experts")
+    for name in header.tensors:
+        if "_exps." in name and not n_experts:
+            raise ArtifactError(f"{path}: {shown(name)} is of experts, {arch}.expert_count is 0")
+
+
 def _context(metadata: Mapping[str, Any], wanted: int) -> int:
-    """The context asked for, within what the model was trained for."""
+    """The context asked for, within what the model was trained for, in whole steps of llama.cpp's.
+
+    llama.cpp rounds up by itself; llama-cpp-python then fills arrays of the number before.
+    """
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return min(wanted, trained) if isinstance(trained, int) and trained > 0 else wanted
+    most = min(wanted, trained) if isinstance(trained, int) and trained > 0 else wanted
+    return -(-most // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
 def _load(path: Path, context: int, options: EngineOptions) -> Any:

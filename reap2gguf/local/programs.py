@@ -14,8 +14,6 @@ from reap2gguf.local.bundle_file import ModelFile
 from reap2gguf.local.engine import INSTALL, is_installed
 from reap2gguf.vendor import VARIABLE, LlamaCpp, asked_folder, find_llama_cpp
 
-ENGINES = ("auto", "python", "llama.cpp")
-
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -62,11 +60,12 @@ def _nothing(name: str, found: LlamaCpp | None) -> str:
 def server_arguments(
     model: ModelFile, options: RunOptions, host: str, port: int, parallel: int
 ) -> list[str]:
-    """What llama-server is told."""
+    """What llama-server is told. It shares its context out among the requests at a time."""
     vision = ["--mmproj", str(model.mmproj)] if model.mmproj is not None else []
     return [
         "--model", str(model.path), *vision, "--alias", model.name, "--host", host,
-        "--port", str(port), "--jinja", "--parallel", str(parallel), *_shared(options),
+        "--port", str(port), "--jinja", "--parallel", str(parallel),
+        *_shared(options, options.context * parallel),
     ]  # fmt: skip
 
 
@@ -74,8 +73,12 @@ def cli_arguments(
     model: ModelFile, options: RunOptions, prompt: str | None, system: str | None,
     tokens: int | None, temperature: float, seed: int | None,
 ) -> list[str]:  # fmt: skip
-    """What llama-cli is told: a conversation, or one answer to `prompt`."""
-    flags = ["--model", str(model.path), "--jinja", "--conversation", *_shared(options)]
+    """What llama-cli is told: a conversation, or one answer to `prompt`.
+
+    There is no `--conversation`: it is what llama-cli does with a model that has a chat template,
+    and its newer versions have no such flag.
+    """
+    flags = ["--model", str(model.path), "--jinja", *_shared(options, options.context)]
     flags += ["--temp", f"{temperature:g}"]
     asked: Iterator[tuple[str, str | int | None]] = iter(
         (("--system-prompt", system), ("--predict", tokens), ("--seed", seed), ("--prompt", prompt))
@@ -86,9 +89,9 @@ def cli_arguments(
     return [*flags, "--single-turn", "--no-display-prompt"] if prompt is not None else flags
 
 
-def _shared(options: RunOptions) -> list[str]:
+def _shared(options: RunOptions, context: int) -> list[str]:
     layers = ["--gpu-layers", str(options.gpu_layers)] if options.gpu_layers >= 0 else []
-    return ["--ctx-size", str(options.context), "--threads", str(options.threads), *layers]
+    return ["--ctx-size", str(context), "--threads", str(options.threads), *layers]
 
 
 def become(program: Path, arguments: Sequence[str]) -> NoReturn:

@@ -1,22 +1,26 @@
 """An OpenAI-style server over one model in this process, for trying a bundle.
 
-One request is answered at a time, others wait. The paths are OpenAI's: /v1/models,
-/v1/chat/completions, /v1/completions; /health says whether it is up. Answers that are streamed are
-server-sent events: `data: {...}` for each chunk, `data: [DONE]` at the end.
+One request is answered at a time, others wait; a client that does not send, read or stay loses its
+turn. The paths are OpenAI's: /v1/models, /v1/chat/completions, /v1/completions; /health says
+whether it is up. Answers that are streamed are server-sent events: `data: {...}` for each chunk,
+`data: [DONE]` at the end.
 """
 
 from __future__ import annotations
 
 import json
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from reap2gguf import __version__
 from reap2gguf.errors import Reap2ggufError, UsageError
+from reap2gguf.local.address import address_of, bound_socket
 from reap2gguf.local.engine import Engine
 from reap2gguf.local.requests import (
     MAX_BODY_BYTES,
@@ -30,7 +34,9 @@ from reap2gguf.local.requests import (
 )
 from reap2gguf.messages import one_line
 
-_IDLE_SECONDS = 60.0  # that a client may take to send its request
+_MAX_CLIENTS = 64  # that are connected at a time
+_ARRIVAL_SECONDS = 60.0  # that a client may take to send its request
+_STALL_SECONDS = 30.0  # that a client in all may keep an answer waiting
 _CLOSING_SECONDS = 5.0  # that an answer under way may take to end
 _GET = ("/health", "/v1/health", "/v1/models")
 _POST = ("/v1/chat/completions", "/v1/completions")
@@ -49,19 +55,19 @@ class ModelServer(ThreadingHTTPServer):
         self.begun = int(time.time())
         self.turn = threading.Lock()
         self.is_ending = False
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"{host}:{port}: cannot listen there ({reason}); pass another --port or --host"
-            ) from error
+        self.arriving: dict[socket.socket, float] = {}  # since when a request is being sent
+        self._seats = threading.Semaphore(_MAX_CLIENTS)
+        listening = bound_socket(host, port)
+        super().__init__((host, port), _Handler, bind_and_activate=False)
+        self.socket.close()  # of IPv4, whatever the host is
+        self.socket = listening
+        self.server_address = listening.getsockname()
 
     @property
     def address(self) -> str:
         """Where it can be reached, for people and for OpenAI clients."""
         host, port = self.server_address[:2]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}/v1"
+        return address_of(str(host), int(port))
 
     def serve(self, engine: Engine) -> None:
         """Answer until a signal interrupts; an answer under way is ended."""
@@ -73,6 +79,30 @@ class ModelServer(ThreadingHTTPServer):
             # the model must not be closed under an answer
             if self.turn.acquire(timeout=_CLOSING_SECONDS):
                 engine.close()
+
+    def service_actions(self) -> None:
+        """Called many times a second: hear no more of clients that send for ever."""
+        latest = time.monotonic() - _ARRIVAL_SECONDS
+        for connection, since in list(self.arriving.items()):
+            if since < latest:
+                with suppress(OSError):  # gone
+                    connection.shutdown(socket.SHUT_RD)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for each client, of which there may be so many."""
+        if not self._seats.acquire(blocking=False):
+            with suppress(OSError):
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n")
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """As the base class, and the seat is free afterwards."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._seats.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that is gone is no error of ours; anything else is said in one line."""
@@ -87,7 +117,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: ModelServer
     server_version = f"reap2gguf/{__version__}"
     protocol_version = "HTTP/1.1"
-    timeout = _IDLE_SECONDS
+    timeout = _ARRIVAL_SECONDS
+    stalled = 0.0
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.arriving[self.connection] = time.monotonic()
+
+    def finish(self) -> None:
+        self.server.arriving.pop(self.connection, None)
+        super().finish()
 
     def do_GET(self) -> None:
         with self._errors_told():
@@ -106,13 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = _completing(self.server, prompt_of(values), settings)
             else:
                 answer = _chatting(self.server, messages_of(values), settings)
-            with self.server.turn:
-                if self.server.is_ending:
-                    raise RequestError(503, "the server is ending")
+            with self.server.turn, _engine(self.server).watched_by(self._stay):
+                self._stay()
                 if streams:
                     self._stream(answer(True), with_usage)
-                else:
-                    self._send(200, answer(False))
+                    return
+                whole = answer(False)
+            self._send(200, whole)
 
     def do_PUT(self) -> None:
         with self._errors_told():
@@ -135,7 +174,19 @@ class _Handler(BaseHTTPRequestHandler):
             raise RequestError(411, "a request needs a Content-Length")
         if len(length) > 18 or int(length) > MAX_BODY_BYTES:
             raise RequestError(413, f"a request has at most {MAX_BODY_BYTES:,} bytes")
-        return self.rfile.read(int(length))
+        body = self.rfile.read(int(length))
+        self.server.arriving.pop(self.connection, None)
+        if len(body) < int(length):
+            raise RequestError(400, f"the body ends after {len(body):,} of {int(length):,} bytes")
+        return body
+
+    def _stay(self) -> None:
+        """Go on only while somebody waits for the answer; asked before each token."""
+        if self.server.is_ending:
+            raise RequestError(503, "the server is ending")
+        readable = select.select([self.connection], [], [], 0)[0]
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError("the client is gone")
 
     def _models(self) -> dict[str, Any]:
         entry = {"id": self.server.model_name, "object": "model", "created": self.server.begun}
@@ -160,8 +211,6 @@ class _Handler(BaseHTTPRequestHandler):
             if first is not None:
                 self._event(json.dumps(first))
             for chunk in chunks:
-                if self.server.is_ending:
-                    return
                 self._event(json.dumps(chunk))
         if with_usage and first is not None:
             self._event(json.dumps(self._usage(first, n_read)))
@@ -178,8 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {**chunk, "choices": [], "usage": usage}
 
     def _event(self, text: str) -> None:
+        begun = time.monotonic()
+        self.connection.settimeout(max(_STALL_SECONDS - self.stalled, 0.01))
         self.wfile.write(f"data: {text}\n\n".encode())
-        self.wfile.flush()
+        self.stalled += time.monotonic() - begun
 
     def _head(self, status: int, kind: str) -> None:
         self.close_connection = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 2**26  # of a manifest
 _STATE = "repositories.json"
+Fetch = Callable[[str, str, int], bytes]  # a small file by its name, commit and size
 
 
 def log_in(api: HfApi, repo: str, progress: Progress, sleep: Sleep = time.sleep) -> None:
@@ -65,7 +66,11 @@ def check_visibility(
     sleep: Sleep = time.sleep,
 ) -> None:
     """Refuse to publish in public what is to be private; PublishError."""
-    there = _ask(api, repo, progress, sleep)
+    refuse_public(repo, _ask(api, repo, progress, sleep), private)
+
+
+def refuse_public(repo: str, there: RemoteRepo | None, private: bool) -> None:
+    """PublishError if what is to be private would go to a public repository."""
     if there is not None and private and not there.is_private:
         raise PublishError(
             f"{repo}: exists and is public; make it private in its settings, push without "
@@ -97,19 +102,37 @@ def admit(
     progress: Progress,
     sleep: Sleep = time.sleep,
 ) -> list[str]:
-    """See that a repository may be written to; the files in it that this push replaces.
+    """See that a repository may be written to, and keep that; the files in it that go.
 
-    It may if there is none, if its manifest is of this bundle's name, if this push has begun to
-    fill it, or if it holds no file that would be overwritten. Stale are files that the manifest
-    there names and this bundle has not, and parts of the same GGUF files cut otherwise; whatever
-    else lies there stays. Raises PublishError if the repository is somebody else's work.
+    Raises PublishError if the repository is somebody else's work.
     """
     there = _ask(api, staged.repo, progress, sleep)
+
+    def fetch(name: str, commit: str, n_bytes: int) -> bytes:
+        return patiently(
+            lambda: fetch_small(api, staged.repo, name, commit, n_bytes),
+            staged.repo, progress.note, sleep,
+        )  # fmt: skip
+
+    going = replaced_files(staged, there, fetch, staged.repo in accepted.names())
+    accepted.add(staged.repo)
+    return going
+
+
+def replaced_files(
+    staged: StagedRepo, there: RemoteRepo | None, fetch: Fetch, is_accepted: bool
+) -> list[str]:
+    """The files of a repository that a push removes; PublishError if it may not write there.
+
+    It may if there is none, if its manifest is of this bundle's name, if this push has begun to
+    fill it, or if it holds no file that would be overwritten. Files go that the manifest there
+    names and this bundle has not, and parts of the same GGUF files cut otherwise; whatever else
+    lies there stays.
+    """
     if there is None:
-        accepted.add(staged.repo)
         return []
-    earlier = _earlier(api, staged, there, progress, sleep)
-    if earlier is None and staged.repo not in accepted.names():
+    earlier = _earlier(staged, there, fetch)
+    if earlier is None and not is_accepted:
         free = {CARD_FILE, *HUB_FILES}
         taken = [
             file.name for file in staged.files
@@ -120,35 +143,25 @@ def admit(
                 f"{staged.repo}: holds another {taken[0]} and is no earlier push of "
                 f"{staged.manifest.name}; name another repository, or empty that one"
             )
-    accepted.add(staged.repo)
     return stale_files(staged, there, earlier or ())
 
 
-def _earlier(
-    api: HfApi,
-    staged: StagedRepo,
-    there: RemoteRepo,
-    progress: Progress,
-    sleep: Sleep,
-) -> set[str] | None:
+def _earlier(staged: StagedRepo, there: RemoteRepo, fetch: Fetch) -> set[str] | None:
     """The files that an earlier push has written down; None if the repository has no manifest.
 
     Raises PublishError if the manifest is of another bundle.
     """
 
-    def fetch(name: str) -> bytes:
+    def read(name: str) -> bytes:
         found = there.files.get(name)
         if found is None or found.n_bytes > _MAX_BYTES:
             return b""
-        return patiently(
-            lambda: fetch_small(api, staged.repo, name, there.commit, found.n_bytes),
-            staged.repo, progress.note, sleep,
-        )  # fmt: skip
+        return fetch(name, there.commit, found.n_bytes)
 
     if MANIFEST_FILE not in there.files:
         return None
     try:
-        values = json.loads(fetch(MANIFEST_FILE))
+        values = json.loads(read(MANIFEST_FILE))
     except (ValueError, RecursionError):
         values = None
     name = values.get("name") if isinstance(values, dict) else None
@@ -157,7 +170,7 @@ def _earlier(
             f"{staged.repo}: holds the bundle {shown(name)}, and this one is "
             f"{staged.manifest.name}; name another repository"
         )
-    return {*_named(values), *parse_sums(fetch(SUMS_FILE).decode("utf-8", "replace"))[0]}
+    return {*_named(values), *parse_sums(read(SUMS_FILE).decode("utf-8", "replace"))[0]}
 
 
 def stale_files(staged: StagedRepo, there: RemoteRepo, earlier: Collection[str]) -> list[str]:

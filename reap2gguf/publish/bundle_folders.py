@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
@@ -13,7 +14,7 @@ from reap2gguf.files import is_plain
 from reap2gguf.progress import Progress
 from reap2gguf.verify.bundle import is_hf_folder
 from reap2gguf.verify.gguf_file import ExpectedGguf, check_header, open_gguf
-from reap2gguf.verify.hashes import check_hf_hashes, check_sums
+from reap2gguf.verify.hashes import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.verify.hf_folder import ExpectedFolder, open_folder
 
 _SUFFIX = "-GGUF"
@@ -26,6 +27,18 @@ class BundleFolders:
     hf: Path
     gguf: Path
     manifest: Manifest
+    changed_ns: Mapping[Path, int] = field(default_factory=dict)  # when, before any was read
+
+    def check_unchanged(self) -> None:
+        """VerificationError if a file was written after the bundle was opened."""
+        violations = [
+            f"{path}: changed while it was read"
+            for path, stamp in self.changed_ns.items()
+            if not is_plain(path) or path.stat().st_mtime_ns != stamp
+        ]
+        if violations:
+            advice = "nothing was uploaded; run the same command again when nothing writes there"
+            raise VerificationError(violations, advice)
 
 
 def open_bundle(path: Path) -> BundleFolders:
@@ -54,7 +67,9 @@ def open_bundle(path: Path) -> BundleFolders:
         raise UsageError(
             f"{hf} and {gguf}: are of two builds, as their {MANIFEST_FILE} say; build both again"
         )
-    return BundleFolders(hf, gguf, manifest)
+    files = (file for place in (hf, gguf) for file in place.iterdir() if file.is_file())
+    stamps = {file: file.stat().st_mtime_ns for file in files}
+    return BundleFolders(hf, gguf, manifest, stamps)
 
 
 def check_bundle(bundle: BundleFolders, n_threads: int, progress: Progress) -> None:
@@ -63,8 +78,7 @@ def check_bundle(bundle: BundleFolders, n_threads: int, progress: Progress) -> N
     Hashes and headers are read, not the values: those were compared when the bundle was built.
     Raises VerificationError with everything that is wrong.
     """
-    files = [file for folder in (bundle.hf, bundle.gguf) for file in folder.iterdir()]
-    total = sum(file.stat().st_size for file in files if file.is_file())
+    total = folder_bytes(bundle.hf, bundle.gguf)
     with progress.task("Checking hashes", total, "bytes") as task:
         violations = list(check_hf_hashes(bundle.hf, bundle.manifest, n_threads, task.advance))
         violations += check_sums(bundle.gguf, n_threads, advance=task.advance)

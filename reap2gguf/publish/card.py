@@ -9,6 +9,7 @@ from pathlib import Path
 from reap2gguf.artifacts.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
 from reap2gguf.messages import one_line
 from reap2gguf.publish.front_matter import new_front_matter
+from reap2gguf.publish.modelfile import MODELFILE
 
 CARD_FILE = "README.md"
 
@@ -115,11 +116,11 @@ of every file: `sha256sum -c SHA256SUMS`.
 {_download(manifest.gguf[0], names)}llama-cli -m {first}
 llama-server -m {first}
 reap2gguf chat .
-ollama create {name.lower()} -f Modelfile
+{_join(manifest.gguf[0])}ollama create {name.lower()} -f Modelfile
 ```
 
-`Modelfile` names `{first}` and holds the sampling that the model's own `generation_config.json`
-recommends.
+`Modelfile` names `{manifest.gguf[0].file}` and holds the sampling that the model's own
+`generation_config.json` recommends.
 
 {_facts_table(manifest)}
 
@@ -134,8 +135,13 @@ def _how_to_join(records: Sequence[GgufRecord]) -> str:
         return ""
     return (
         "llama.cpp opens a file in parts by its first. Programs that read one file only need them "
-        f"joined: `llama-gguf-split --merge {record.first} {record.file}`.\n\n"
+        f"joined: `{join_command(record)}`.\n\n"
     )
+
+
+def join_command(record: GgufRecord) -> str:
+    """What makes one file of a file's parts."""
+    return f"llama-gguf-split --merge {record.first} {record.file}"
 
 
 def _last(name: str) -> str:
@@ -147,9 +153,13 @@ def _download(record: GgufRecord, names: CardNames) -> str:
     if not names.on_hub:
         return ""
     if not record.parts:
-        return f"hf download {names.gguf} {record.file} --local-dir .\n"
+        return f"hf download {names.gguf} {record.file} {MODELFILE} --local-dir .\n"
     parts = f"{record.file.removesuffix('.gguf')}-*.gguf"
-    return f'hf download {names.gguf} --include "{parts}" --local-dir .\n'
+    return f'hf download {names.gguf} --include "{parts}" --include {MODELFILE} --local-dir .\n'
+
+
+def _join(record: GgufRecord) -> str:
+    return f"{join_command(record)}\n" if record.parts else ""
 
 
 def _summary(manifest: Manifest) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -11,11 +11,12 @@ from reap2gguf.checkpoint.hub import possible_errors
 from reap2gguf.checkpoint.hub_errors import trouble
 from reap2gguf.errors import PublishError
 from reap2gguf.progress import Progress
-from reap2gguf.publish.admission import check_owner
+from reap2gguf.publish.admission import Accepted, check_owner, refuse_public, replaced_files
 from reap2gguf.publish.bundle_folders import check_bundle, open_bundle
-from reap2gguf.publish.push import PushOptions, names
-from reap2gguf.publish.remote import RemoteRepo, look, refusal
+from reap2gguf.publish.push import PushOptions, names, push_folder
+from reap2gguf.publish.remote import RemoteRepo, fetch_small, look, refusal
 from reap2gguf.publish.staging import Staged, StagedFile, stage
+from reap2gguf.workdir import Workdir
 
 T = TypeVar("T")
 TO_SEND, THERE, REPLACED, SAME_SIZE = "to upload", "there", "replaced", "there, by its size"
@@ -27,6 +28,7 @@ class Preview:
 
     staged: Staged
     there: dict[str, RemoteRepo | None] | None
+    going: Mapping[str, Sequence[str]]  # by repository, the files of an earlier push to remove
     unchecked: tuple[str, ...] = ()  # what could not be seen to, and why
 
     def state(self, repo: str, file: StagedFile) -> str:
@@ -43,8 +45,8 @@ class Preview:
 def preview(options: PushOptions, progress: Progress) -> Preview:
     """Check a bundle and plan its push.
 
-    Raises UsageError, VerificationError and PublishError as `push` does, but not for what only the
-    Hub could say.
+    Raises UsageError, VerificationError and PublishError as `push` does; not where the Hub cannot
+    be asked, or does not say who one is.
     """
     from huggingface_hub import HfApi
 
@@ -64,8 +66,19 @@ def preview(options: PushOptions, progress: Progress) -> Preview:
             there[repo.repo] = _once(partial(look, api, repo.repo), repo.repo)
     except PublishError as error:
         unchecked.append(f"what is there already ({error})")
-        return Preview(staged, None, tuple(unchecked))
-    return Preview(staged, there, tuple(unchecked))
+        return Preview(staged, None, {}, tuple(unchecked))
+    kept = Workdir(bundle.hf.parent, bundle.hf.name)
+    accepted = Accepted(push_folder(kept)).names()
+    going = {}
+    for repo in staged.repos:
+        refuse_public(repo.repo, there[repo.repo], options.private)
+
+        def fetch(name: str, commit: str, n_bytes: int, repo: str = repo.repo) -> bytes:
+            return _once(partial(fetch_small, api, repo, name, commit, n_bytes), repo)
+
+        is_accepted = repo.repo in accepted
+        going[repo.repo] = replaced_files(repo, there[repo.repo], fetch, is_accepted)
+    return Preview(staged, there, going, tuple(unchecked))
 
 
 def _once(call: Callable[[], T], repo: str) -> T:

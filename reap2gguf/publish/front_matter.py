@@ -42,6 +42,13 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
+def with_base_model(front: str, repo: str) -> str:
+    """Front matter of GGUF files, naming the repository of the safetensors they were made from."""
+    data = ModelCard(front).data
+    data["base_model"], data["base_model_relation"] = repo, "quantized"
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
 def _source_data(source_card: Path) -> dict[str, Any]:
     if not source_card.is_file() or source_card.stat().st_size > _MAX_CARD_BYTES:
         return {}

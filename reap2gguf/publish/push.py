@@ -57,6 +57,11 @@ def names(repo: str) -> CardNames:
     return found
 
 
+def push_folder(work: Workdir) -> Path:
+    """Where a push keeps what it needs to go on."""
+    return work.shared / f".{work.name}.push"
+
+
 def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) -> Published:
     """Publish a bundle; the same call goes on where another one was stopped.
 
@@ -77,16 +82,16 @@ def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) ->
     work = Workdir(bundle.hf.parent, bundle.hf.name)
     with work.locked():
         check_bundle(bundle, options.threads, progress)
-        folder = work.shared / f".{work.name}.push"
+        folder = push_folder(work)
         make_folder(folder)
         staged = stage(bundle, repos, options.max_bytes, folder, progress)
-        stale = {
+        going = {
             repo.repo: admit(api, repo, Accepted(folder), progress, sleep) for repo in staged.repos
         }
         for repo in staged.repos:
             make_repo(api, repo.repo, options.private, progress.note, sleep)
         for repo in staged.repos:
-            upload(api, repo, stale[repo.repo], progress, sleep)
+            upload(api, repo, going[repo.repo], progress, sleep)
         others = compare(api, staged, progress, sleep)
         remove(folder)
     return Published(tuple(f"{api.endpoint}/{r.repo}" for r in staged.repos), others)

@@ -134,30 +134,26 @@ def _bare_bytes(plan: SplitPlan, number: int) -> int:
     return len(plan.head(bare)) + plan.alignment(number)
 
 
-def write_part(plan: SplitPlan, part: Part, folder: Path, task: Task) -> Path:
-    """Write one part, whole or not at all; one that is there whole is left as it is.
+def write_part(plan: SplitPlan, part: Part, folder: Path, task: Task) -> tuple[Path, str]:
+    """Write one part, whole or not at all; where it lies, and the SHA-256 that it must have.
 
-    `task` is told of each byte. Raises OutputError if the disk does not take it, ArtifactError if
-    the file being cut changed meanwhile.
+    One that is there whole is left as it is. `task` is told of each byte. Raises OutputError if the
+    disk does not take it, ArtifactError if the file being cut changed meanwhile.
     """
     path = folder / part.name
-    if path.is_file() and path.stat().st_size == part.n_bytes:
-        task.advance(part.n_bytes)  # a final name is that of a whole file
-        return path
+    digest = hashlib.sha256()
+    if path.is_file() and path.stat().st_size == part.n_bytes:  # a final name is of a whole file
+        for piece in _pieces(plan, part):
+            digest.update(piece)
+            task.advance(len(piece))
+        return path, digest.hexdigest()
     with whole_file(path) as output:
         output.reserve(part.n_bytes)
         for piece in _pieces(plan, part):
             output.write(piece)
+            digest.update(piece)
             task.advance(len(piece))
-    return path
-
-
-def part_sha256(plan: SplitPlan, part: Part) -> str:
-    """The hash that a part must have, from the file that is cut."""
-    digest = hashlib.sha256()
-    for piece in _pieces(plan, part):
-        digest.update(piece)
-    return digest.hexdigest()
+    return path, digest.hexdigest()
 
 
 def _pieces(plan: SplitPlan, part: Part) -> Iterator[bytes]:

@@ -9,7 +9,6 @@ folder that is given.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,13 +26,13 @@ from reap2gguf.disk import disk_errors_told, make_folder, remove
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.progress import Progress
 from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
-from reap2gguf.publish.card import CARD_FILE, CardNames, gguf_body, hf_body
-from reap2gguf.publish.front_matter import front_matter
-from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, part_sha256, plan_split, write_part
+from reap2gguf.publish.card import CARD_FILE, CardNames, gguf_body, hf_body, join_command
+from reap2gguf.publish.front_matter import front_matter, with_base_model
+from reap2gguf.publish.modelfile import MODELFILE
+from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
-_FROM = re.compile(r"^((?:# ?)?FROM[ \t]+)(?:\./)?(\S+)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,12 @@ def stage(
     manifest, hf_files = _hf_files(bundle.hf, manifest, repos)
     changed = {CARD_FILE, MANIFEST_FILE, SUMS_FILE, *plans}
     gguf_files = [*_kept(bundle.gguf, recorded, changed), *parts]
-    gguf_files = [_named_anew(file, records) for file in gguf_files]
-    gguf_files.append(_text(CARD_FILE, _card(bundle.gguf) + gguf_body(manifest, repos)))
+    gguf_files = [_with_joining(file, records) for file in gguf_files]
+    front = with_base_model(_card(bundle.gguf), repos.hf)
+    gguf_files.append(_text(CARD_FILE, front + gguf_body(manifest, repos)))
     gguf_files.append(_text(MANIFEST_FILE, manifest.text()))
     gguf_files.append(_sums(gguf_files))
+    bundle.check_unchanged()  # since its hashes were compared
     return Staged(
         StagedRepo(repos.hf, tuple(hf_files), manifest),
         StagedRepo(repos.gguf, tuple(gguf_files), manifest),
@@ -127,12 +128,16 @@ def _plan(bundle: BundleFolders, max_bytes: int) -> dict[str, SplitPlan]:
         path = bundle.gguf / record.file
         if not record.parts and path.stat().st_size > max_bytes:
             plans[record.file] = plan_split(path, max_bytes)
+    cuttable = {record.file for record in bundle.manifest.gguf}
     for file in sorted([*bundle.hf.iterdir(), *bundle.gguf.iterdir()]):
         whole = file.is_file() and file.name not in plans
         if whole and (size := file.stat().st_size) > HUB_MAX_BYTES:
+            advice = "and only a model's GGUF file can be cut"
+            if file.name in cuttable:
+                advice = f"so leave out --max-file-size, which is {max_bytes:,}"
             raise UsageError(
                 f"{file}: has {size:,} bytes, the Hub takes files of at most {HUB_MAX_BYTES:,}, "
-                "and only a model's GGUF file can be cut"
+                f"{advice}"
             )
     return plans
 
@@ -166,9 +171,9 @@ def _write_parts(
         total = sum(part.n_bytes for part in plan.parts)
         with progress.task(f"Cutting {name}", total, "bytes") as task:
             for part in plan.parts:
-                path = write_part(plan, part, places[name], task)
+                path, expected = write_part(plan, part, places[name], task)
                 found.append(_on_disk(path, hash_file(path).sha256))
-                if found[-1].sha256 != part_sha256(plan, part):
+                if found[-1].sha256 != expected:
                     remove(path)
                     raise VerificationError(
                         [f"{path}: does not hold the bytes of {plan.header.path}"],
@@ -256,13 +261,13 @@ def _card(folder: Path) -> str:
     return front
 
 
-def _named_anew(file: StagedFile, records: Sequence[GgufRecord]) -> StagedFile:
-    """A Modelfile that names the first part where a file is cut; any other file as it is."""
-    if not file.name.startswith("Modelfile") or not isinstance(file.content, Path):
+def _with_joining(file: StagedFile, records: Sequence[GgufRecord]) -> StagedFile:
+    """A Modelfile that says how to join what is cut, for Ollama reads no parts; else the file."""
+    if file.name != MODELFILE or not isinstance(file.content, Path):
         return file
     if file.n_bytes > _MAX_TEXT_BYTES:
         return file
-    first = {record.file: record.first for record in records}
     text = file.content.read_text(encoding="utf-8", errors="replace")
-    anew = _FROM.sub(lambda m: f"{m[1]}./{first[m[2]]}" if m[2] in first else m[0], text)
-    return _text(file.name, anew) if anew != text else file
+    lines = [f"# Ollama reads no parts: {join_command(r)}\n" for r in records if r.parts]
+    new = [line for line in lines if line not in text]
+    return _text(file.name, "".join(new) + text) if new else file

@@ -96,6 +96,8 @@ def upload(
     missing = [file for file in staged.files if not there.holds(file)]
     if kept := len(staged.files) - len(missing):
         progress.note(f"{staged.repo}: {kept} of {len(staged.files)} files are there already")
+    if stale:
+        progress.note(f"{staged.repo}: of an earlier push, and go: {', '.join(stale)}")
     total = sum(file.n_bytes for file in missing)
     names = {file.name for file in missing}
     with progress.task(f"Uploading {staged.repo}", total, "bytes") as task:

@@ -41,7 +41,7 @@ _engine_option = click.option(
 def _context_option(default: int) -> Callable[[F], F]:
     return click.option(
         "--context", type=click.IntRange(8, _MOST), default=default, show_default=True,
-        metavar="T", help="Tokens of context, within what the model was trained for.",
+        metavar="T", help="Tokens of context for each request, at most the model's own.",
     )  # fmt: skip
 
 
@@ -165,6 +165,7 @@ def serve(
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' \\
           -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
+    from reap2gguf.local.address import address_of, free_port
     from reap2gguf.local.programs import RunOptions, become, choose_program, server_arguments
 
     model = _pick(bundle, wanted)
@@ -172,7 +173,8 @@ def serve(
     _tell_fallback(program, engine, "llama-server")
     options = RunOptions(running["context"], running["threads"], running["gpu_layers"])
     if program is not None:
-        click.echo(one_line(f"http://{host}:{port}/v1  {model.name}, by {program}"))
+        port = free_port(host, port)
+        click.echo(one_line(f"{address_of(host, port)}  {model.name}, by {program}"))
         become(program, server_arguments(model, options, host, port, parallel))
     if parallel > 1:
         raise UsageError(

@@ -70,8 +70,11 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
             state = states[file.name] if found.there is not None else ""
             yield f"  {file.name:<{width}}  {size(file.n_bytes):>12}  {state}".rstrip()
         if found.there is not None:
+            for name in found.going.get(repo.repo, ()):
+                yield f"  {name:<{width}}  {'':>12}  of an earlier push, to be removed"
             left = [file for file in repo.files if states[file.name] in (TO_SEND, REPLACED)]
-            yield f"  {len(left)} files to upload, {size(sum(file.n_bytes for file in left))}"
+            count = f"{len(left)} file{'' if len(left) == 1 else 's'}"
+            yield f"  {count} to upload, {size(sum(file.n_bytes for file in left))}"
         yield ""
     for plan in found.staged.splits:
         yield f"{plan.header.path.name} is cut into {len(plan.parts)} parts"

@@ -30,7 +30,7 @@ from reap2gguf.verify.gguf_file import (
     check_values,
     open_gguf,
 )
-from reap2gguf.verify.hashes import check_hf_hashes, check_sums
+from reap2gguf.verify.hashes import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.verify.hf_folder import ExpectedFolder, check_folder, open_folder
 
 
@@ -107,18 +107,20 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
     except ArtifactError as error:
         return Report((folder.name,), (str(error),))
     if is_hf_folder(folder, manifest):
-        found = _told(_check_hf(folder, manifest, progress), folder.name)
+        found = _told(_check_hf(folder, manifest, n_threads, progress), folder.name)
         return Report((folder.name,), tuple(found))
     named = {name for record in manifest.gguf for name in record.files}
     named |= {side.file for side in manifest.side_files}
     absent = {name for name in named if not is_plain(folder / name)}
     violations = [f"{folder.name}: {name} is missing" for name in sorted(absent)]
-    violations += check_sums(folder, n_threads, absent)
+    with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
+        violations += check_sums(folder, n_threads, absent, task.advance)
     hf_folder = folder.resolve().parent / manifest.hf.folder
     checked = [folder.name]
     if hf_folder.is_dir():
         checked.append(hf_folder.name)
-        violations += _told(_check_hf(hf_folder, manifest, progress), hf_folder.name)
+        found = _check_hf(hf_folder, manifest, n_threads, progress)
+        violations += _told(found, hf_folder.name)
     for record in manifest.gguf:
         if absent & set(record.files):
             continue
@@ -174,7 +176,9 @@ def _open_sibling(hf_folder: Path) -> tuple[Checkpoint | None, MoeModel | None]:
     return checkpoint, model
 
 
-def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+def _check_hf(
+    folder: Path, manifest: Manifest, n_threads: int, progress: Progress
+) -> Iterator[str]:
     try:
         same = Manifest.load(folder) == manifest
     except ArtifactError as error:
@@ -182,7 +186,8 @@ def _check_hf(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[
     else:
         if not same:
             yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF bundle"
-    yield from check_hf_hashes(folder, manifest)
+    with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
+        yield from check_hf_hashes(folder, manifest, n_threads, task.advance)
     expected = ExpectedFolder(manifest.pruning.n_kept)
     checkpoint, model, violations = open_folder(folder, expected)
     yield from violations

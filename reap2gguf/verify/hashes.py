@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE, FileRecord, Manifest, hash_file
-from reap2gguf.files import is_plain, is_plain_name
+from reap2gguf.files import Advance, is_plain, is_plain_name
 
 HUB_FILES = frozenset({".gitattributes"})  # which the Hub itself puts into every repository
 _MAX_SUMS_BYTES = 2**22  # some ten thousand files
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
+
+
+def folder_bytes(*folders: Path) -> int:
+    """The size of all files in some folders, which is what their hashes take to read."""
+    files = (file for folder in folders for file in folder.iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in files)
 
 
 def _unheard(amount: float) -> None:
@@ -23,7 +30,7 @@ def check_hf_hashes(
     folder: Path,
     manifest: Manifest,
     n_threads: int = 1,
-    advance: Callable[[float], None] = _unheard,
+    advance: Advance = _unheard,
 ) -> Iterator[str]:
     """Every file of a safetensors folder against the manifest, and none besides.
 
@@ -38,7 +45,7 @@ def check_sums(
     folder: Path,
     n_threads: int,
     absent: Collection[str] = (),
-    advance: Callable[[float], None] = _unheard,
+    advance: Advance = _unheard,
 ) -> Iterator[str]:
     """Every file of the bundle against SHA256SUMS, and every file there against the bundle."""
     path = folder / SUMS_FILE
@@ -81,7 +88,7 @@ def _compare_hashes(
     folder: Path,
     expected: Mapping[str, FileRecord],
     n_threads: int,
-    advance: Callable[[float], None],
+    advance: Advance,
 ) -> Iterator[str]:
     present = []
     for name in expected:
@@ -89,12 +96,22 @@ def _compare_hashes(
             yield f"{folder.name}: {name} is missing"
         else:
             present.append(name)
+    lock, is_left = Lock(), Event()
+
+    def told(amount: float) -> None:
+        if is_left.is_set():
+            raise CancelledError  # nobody waits: an interrupt must not last to the end of a file
+        with lock:
+            advance(amount)
+
     with ThreadPoolExecutor(n_threads) as pool:
-        found = pool.map(lambda name: hash_file(folder / name), present)
-        for name, record in zip(present, found, strict=True):
-            advance(record.n_bytes)
-            if record.sha256 != expected[name].sha256:
-                yield f"{folder.name}: {name} has another SHA-256 than when it was published"
+        try:
+            found = pool.map(lambda name: hash_file(folder / name, told), present)
+            for name, record in zip(present, found, strict=True):
+                if record.sha256 != expected[name].sha256:
+                    yield f"{folder.name}: {name} has another SHA-256 than when it was published"
+        finally:
+            is_left.set()
 
 
 def _present(folder: Path) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,6 +122,19 @@ def test_a_question_without_room_is_forgotten(engine: Engine) -> None:
     assert conversation.ask("Hello", lambda text: None).text
 
 
+@pytest.mark.parametrize(("context", "n_words"), [(9, 7), (257, 130)])
+def test_a_context_that_is_no_multiple_of_llama_cpps_step_is_one(
+    context: int, n_words: int, model: Path
+) -> None:
+    with closing(Engine(model, EngineOptions(context, 2, -1))) as engine:
+        assert engine.context == -(-context // 256) * 256 == engine._llama.n_ctx()
+        conversation = Conversation(engine, {"temperature": 0.0})
+        answer = conversation.ask("word " * n_words, lambda text: None)
+        assert answer.n_tokens
+        with pytest.raises(UsageError, match=f"exceed context window of {engine.context}"):
+            conversation.ask("word " * 600, lambda text: None)
+
+
 def test_text_of_a_model_cannot_move_the_cursor() -> None:
     assert printable("a\x1b[2Jb\n\tc\x07é") == "a\\x1b[2Jb\n\tc\\x07é"
 
@@ -133,6 +147,28 @@ def test_a_broken_file_is_one_line(model: Path, tmp_path: Path) -> None:
     assert len(result.output.splitlines()) == 1
     with pytest.raises(ArtifactError, match=r"llama\.cpp cannot run it"):
         Engine(model.parent / "imatrix.gguf", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", 9999),
+        ("expert_count", 0),
+        ("expert_count", 5000),
+        ("expert_used_count", 0),
+        ("expert_used_count", 99),
+    ],
+)
+def test_counts_at_which_llama_cpp_would_end_the_process_are_refused(
+    key: str, value: int, model: Path, tmp_path: Path
+) -> None:
+    raw = model.read_bytes()
+    name = f"qwen3moe.{key}".encode()
+    at = raw.index(name) + len(name) + 4
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(raw[:at] + value.to_bytes(4, "little") + raw[at + 4 :])
+    with pytest.raises(ArtifactError, match=f"broken.gguf: qwen3moe.expert_used|{key} is {value}"):
+        Engine(broken, OPTIONS)
 
 
 def test_an_empty_stdin_is_told(built: Bundle) -> None:
@@ -181,7 +217,7 @@ def test_llama_cli_and_llama_server_are_told_what_was_asked(bundle: Bundle, tmp_
     )  # fmt: skip
     assert done.returncode == 7, "the program's own exit code"
     assert done.stdout.splitlines() == [
-        "--model", str(bundle.gguf / "example-BF16.gguf"), "--jinja", "--conversation",
+        "--model", str(bundle.gguf / "example-BF16.gguf"), "--jinja",
         "--ctx-size", "256", "--threads", "2", "--temp", "0", "--system-prompt", "Be brief.",
         "--predict", "12", "--seed", "3", "--prompt", "Why -- so?", "--single-turn",
         "--no-display-prompt",
@@ -195,7 +231,7 @@ def test_llama_cli_and_llama_server_are_told_what_was_asked(bundle: Bundle, tmp_
         f"http://127.0.0.1:8123/v1  example-IQ4_K_M, by {tmp_path}/own/llama-server",
         "--model", str(bundle.gguf / "example-IQ4_K_M.gguf"), "--mmproj",
         str(bundle.gguf / "mmproj-example-F16.gguf"), "--alias", "example-IQ4_K_M", "--host",
-        "127.0.0.1", "--port", "8123", "--jinja", "--parallel", "4", "--ctx-size", "8192",
+        "127.0.0.1", "--port", "8123", "--jinja", "--parallel", "4", "--ctx-size", "32768",
         "--threads", "2", "--gpu-layers", "9",
     ]  # fmt: skip
 
@@ -216,6 +252,21 @@ def test_a_signal_goes_to_the_program(built: Bundle, tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(30) == -signal.SIGTERM
         assert time.monotonic() - begun < 10
+
+
+def test_a_port_is_known_before_llama_server_takes_over(built: Bundle, tmp_path: Path) -> None:
+    script(tmp_path / "own" / "llama-server", ECHO)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = external(["serve", built.gguf, "--port", port], tmp_path / "own")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"Error: 127.0.0.1:{port}: cannot listen there (Address alr" in done.stderr
+    done = external(["serve", built.gguf, "--port", 0, "--host", "::1"], tmp_path / "own")
+    said = done.stdout.splitlines()
+    port = int(said[said.index("--port") + 1])
+    assert port > 0
+    assert said[0].startswith(f"http://[::1]:{port}/v1  ")
 
 
 def test_what_to_install_is_said(

@@ -48,7 +48,9 @@ def test_a_bundle_of_which_one_file_was_fetched(bundle: Bundle) -> None:
     (bundle.gguf / "example-IQ4_K_M.gguf").unlink()
     assert pick(bundle.gguf, None).path.name == "example-BF16.gguf"
     (bundle.gguf / "example-BF16.gguf").rename(bundle.gguf / "example-BF16-00001-of-00002.gguf")
-    assert pick(bundle.gguf, None).path.name == "example-BF16-00001-of-00002.gguf"
+    found = pick(bundle.gguf, None)
+    assert found.path.name == "example-BF16-00001-of-00002.gguf"
+    assert found.name == pick(found.path, None).name == "example-BF16", "a part is no name"
     (bundle.gguf / "example-BF16-00001-of-00002.gguf").unlink()
     with pytest.raises(UsageError, match="none of its files is here"):
         pick(bundle.gguf, None)

@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import Bundle
 from hub import Fault, Hub
 from hub_repository import Repository
 from huggingface_hub import constants, snapshot_download
-from push_kills import Rig, Runner, environment, spread, tiny_bundle
+from push_kills import Rig, Runner, environment, tiny_bundle
 from push_room import GGUF_REPO, REPO, Room, close
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.cli import cli
 from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
+from reap2gguf.publish import push as push_module
+from reap2gguf.publish.bundle_folders import check_bundle
 from reap2gguf.publish.dry_run import preview
 from reap2gguf.publish.push import PushOptions
 from reap2gguf.publish.remote import refusal
@@ -90,9 +91,9 @@ def test_what_is_downloaded_again_verifies(room: Room, bundle: Path, tmp_path: P
         Path(snapshot_download(name, local_dir=tmp_path / name)) for name in (REPO, GGUF_REPO)
     ]
     folders += [Path(snapshot_download(name)) for name in (REPO, GGUF_REPO)]
-    report = verify_paths(folders, 1, Silent())
+    report = verify_paths(folders[1:], 1, Silent())
     assert report.violations == ()
-    assert report.checked[:3] == ("thing", "thing-GGUF", "thing")
+    assert report.checked[:2] == ("thing-GGUF", "thing")  # with the one beside it
     part = folders[1] / sorted(names)[1]
     raw = bytearray(part.read_bytes())
     raw[-1000:] = bytes(1000)
@@ -105,12 +106,12 @@ def test_what_is_downloaded_again_verifies(room: Room, bundle: Path, tmp_path: P
     )
 
 
-def test_llama_cpp_loads_the_parts_of_a_download(room: Room, built: Bundle, tmp_path: Path) -> None:
+def test_llama_cpp_loads_the_parts_of_a_download(room: Room, bundle: Path, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    room.push(built.hf, max_bytes=3_000_000)
+    room.push(bundle, max_bytes=700_000)
     folder = Path(snapshot_download(GGUF_REPO, local_dir=tmp_path / "down"))
     first = Manifest.load(folder).gguf[0].first
-    assert first == "example-IQ4_K_M-00001-of-00003.gguf"
+    assert first == "model-BF16-00001-of-00003.gguf"
 
     def logits(path: Path) -> Any:
         model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1)
@@ -119,35 +120,30 @@ def test_llama_cpp_loads_the_parts_of_a_download(room: Room, built: Bundle, tmp_
         model.close()
         return found
 
-    assert np.array_equal(logits(folder / first), logits(built.gguf / "example-IQ4_K_M.gguf"))
+    whole = bundle.with_name("model-GGUF") / "model-BF16.gguf"
+    assert np.array_equal(logits(folder / first), logits(whole))
 
 
-@pytest.mark.parametrize(
-    ("method", "where"),
-    [
-        ("GET", "/api/whoami-v2"),
-        ("POST", "/api/repos/create"),
-        ("GET", "/tree/"),
-        ("POST", "/preupload/"),
-        ("POST", "/objects/batch"),
-        ("PUT", "/storage/"),
-        ("POST", "/storage/complete/"),
-        ("POST", "/storage/verify"),
-        ("POST", "/api/validate-yaml"),
-        ("POST", "/commit/"),
-        ("GET", "/resolve/"),
-    ],
-)
-def test_a_busy_hub_is_tried_again(method: str, where: str, room: Room, bundle: Path) -> None:
+def test_a_busy_hub_is_tried_again(room: Room, bundle: Path) -> None:
+    """Whatever it is asked, twice over."""
+    asked = {
+        "/api/whoami-v2": "GET", "/api/repos/create": "POST", "/tree/": "GET",
+        "/preupload/": "POST", "/objects/batch": "POST", "/storage/": "PUT",
+        "/storage/complete/": "POST", "/storage/verify": "POST", "/api/validate-yaml": "POST",
+        "/commit/": "POST", "/resolve/": "GET",
+    }  # fmt: skip
     headers = {"Retry-After": "3"}
-    room.hub.faults = [
-        Fault(503, where, method), Fault(429, where, method, headers=headers, times=2)
-    ]  # fmt: skip
+    for where, method in asked.items():
+        room.hub.faults += [
+            Fault(503, where, method), Fault(429, where, method, headers=headers, times=2)
+        ]  # fmt: skip
     room.push(bundle)
     assert not any(fault.times for fault in room.hub.faults)
     room.check(bundle)
     # huggingface_hub waits by itself for some of them, and loses what one asks for
-    assert [int(wait) for wait in room.waits] in ([], [1, 3, 4], [1, 2, 4])
+    waits = [int(wait) for wait in room.waits]
+    assert waits[:3] == [1, 3, 4]
+    assert set(waits) <= {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("where", ["/storage/", "/commit/", "/objects/batch", "/preupload/"])
@@ -310,6 +306,21 @@ def test_a_file_that_was_changed_after_the_build_is_refused(room: Room, copy: Pa
     assert room.wrote() == []
 
 
+@pytest.mark.parametrize("name", ["config.json", "../model-GGUF/model-BF16.gguf"])
+def test_a_file_that_changes_after_its_hash_was_compared_is_refused(
+    name: str, room: Room, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_and_change(*arguments: Any) -> None:
+        check_bundle(*arguments)
+        (copy / name).write_bytes((copy / name).read_bytes()[:-1] + b" ")
+
+    monkeypatch.setattr(push_module, "check_bundle", check_and_change)
+    with pytest.raises(VerificationError, match="nothing was uploaded") as caught:
+        room.push(copy, max_bytes=900_000)
+    assert caught.value.violations == [f"{(copy / name).resolve()}: changed while it was read"]
+    assert room.wrote() == []
+
+
 def test_experts_that_are_too_few_are_refused(room: Room, copy: Path) -> None:
     gguf = copy.with_name("model-GGUF")
     path = gguf / "model-Q8_0.gguf"
@@ -378,6 +389,25 @@ def test_what_an_earlier_push_left_is_replaced(room: Room, bundle: Path) -> None
     assert room.files(GGUF_REPO).keys() == whole
 
 
+def test_a_dry_run_says_what_goes_and_what_would_be_refused(room: Room, bundle: Path) -> None:
+    room.push(bundle, max_bytes=900_000)
+    parts = [f"model-BF16-0000{number}-of-00002.gguf" for number in (1, 2)]
+    done = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run"])
+    for part in parts:
+        assert f"  {part}                of an earlier push, to be removed\n" in done.output
+    assert "\n  1 file to upload" in done.output
+    room.push(bundle)
+    going = f"{GGUF_REPO}: of an earlier push, and go: {', '.join(parts)}"
+    assert going in room.told.notes
+    refused = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run", "--private"])
+    assert refused.exit_code == 2
+    assert f"Error: {REPO}: exists and is public" in refused.output
+    del room.files()["reap2gguf.json"]
+    room.files()["config.json"] = b"{}"
+    with pytest.raises(PublishError, match=f"{REPO}: holds another config.json"):
+        preview(PushOptions(bundle, REPO), Silent())
+
+
 def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
     found = preview(PushOptions(bundle, REPO, max_bytes=900_000), Silent())
@@ -431,7 +461,5 @@ def test_pushes_that_are_killed_go_on(bundle: Path, tmp_path: Path) -> None:
     with Hub() as hub, Runner(environment(hub, tmp_path / "home"), tmp_path) as runner:
         rig = Rig(bundle, hub, runner)
         whole, n_requests, n_operations = rig.reference()
-        for number, at in enumerate(spread(n_requests, 4)[1:-1]):
-            rig.killed_at_request(at, bool(number % 2), whole)
-        for at in spread(n_operations, 3)[1:-1]:
-            rig.killed_at_operation(at, whole)
+        rig.killed_at_request(n_requests // 2, True, whole)
+        rig.killed_at_operation(n_operations // 2, whole)

@@ -70,7 +70,11 @@ def cut(path: Path, max_bytes: int, folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     plan = plan_split(path, max_bytes)
     task = Counted()
-    found = [write_part(plan, part, folder, task) for part in plan.parts]
+    written = [write_part(plan, part, folder, task) for part in plan.parts]
+    found = [path for path, _ in written]
+    assert task.amount == sum(part.n_bytes for part in plan.parts)
+    for path, sha256 in written:
+        assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     sizes = [part.stat().st_size for part in found]
     assert sizes == [part.n_bytes for part in plan.parts]
     assert max(sizes) <= max_bytes

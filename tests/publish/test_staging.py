@@ -55,8 +55,9 @@ def test_every_hash_and_size_is_of_what_will_be_sent(staged: Staged) -> None:
 def test_only_what_names_a_place_is_changed(staged: Staged, folders: BundleFolders) -> None:
     assert texts(staged.hf).keys() == {"README.md", MANIFEST_FILE}
     assert texts(staged.gguf).keys() == {"README.md", MANIFEST_FILE, "SHA256SUMS", "Modelfile"}
-    assert "\n# FROM ./example-BF16-00001-of-00003.gguf\n" in texts(staged.gguf)["Modelfile"]
-    assert "\nFROM ./example-IQ4_K_M.gguf\n" in texts(staged.gguf)["Modelfile"]
+    joining = "llama-gguf-split --merge example-BF16-00001-of-00003.gguf example-BF16.gguf"
+    own = (folders.gguf / "Modelfile").read_text()
+    assert texts(staged.gguf)["Modelfile"] == f"# Ollama reads no parts: {joining}\n{own}"
     names = {file.name for file in staged.hf.files}
     assert names == {file.name for file in folders.hf.iterdir()}
     names = {file.name for file in staged.gguf.files}
@@ -68,12 +69,16 @@ def test_the_cards_name_the_repositories(staged: Staged, folders: BundleFolders)
     cards = [texts(repo)["README.md"] for repo in staged.repos]
     for card, folder in zip(cards, (folders.hf, folders.gguf), strict=True):
         local = (folder / "README.md").read_text()
-        assert ModelCard(card).data.to_dict() == ModelCard(local).data.to_dict()
+        expected = ModelCard(local).data.to_dict()
+        if folder == folders.gguf:
+            assert "base_model" not in expected, "the source is a folder of this machine"
+            expected |= {"base_model": "me/thing", "base_model_relation": "quantized"}
+        assert ModelCard(card).data.to_dict() == expected
         links = set(re.findall(r"https://huggingface.co/(me/[\w-]+)", card))
         assert links == ({"me/thing-GGUF"} if folder == folders.hf else {"me/thing"})
     assert cards[0].count('from_pretrained("me/thing"') == 2
     assert "vllm serve me/thing\n" in cards[0]
-    assert "hf download me/thing-GGUF example-IQ4_K_M.gguf --local-dir ." in cards[1]
+    assert "hf download me/thing-GGUF example-IQ4_K_M.gguf Modelfile --local-dir ." in cards[1]
     assert re.search(r"`example-BF16-00001-of-00003.gguf` \| 21\.\d MiB in 3 parts \|", cards[1])
     joined = "--merge example-BF16-00001-of-00003.gguf example-BF16.gguf`"
     assert f"`llama-gguf-split {joined}" in cards[1]
@@ -96,21 +101,14 @@ def test_the_manifest_is_of_what_will_be_there(staged: Staged, tmp_path: Path) -
     assert sums == {f.name: f.sha256 for f in staged.gguf.files if f.name != "SHA256SUMS"}
 
 
-def test_a_modelfile_names_the_first_part(bundle: Bundle, tmp_path: Path) -> None:
-    rest = "\nPARAMETER temperature 0.6\nTEMPLATE FROM ./example-BF16.gguf\n"
-    text = "# a model\nFROM ./example-IQ4_K_M.gguf\n# FROM ./example-BF16.gguf" + rest
-    (bundle.gguf / "Modelfile").write_text(text)
-    other = "from x\nFROM ./example-IQ4_K_M.gguf" + rest
-    (bundle.gguf / "Modelfile.other").write_text(other)
+def test_a_modelfile_says_once_how_to_join(bundle: Bundle, tmp_path: Path) -> None:
+    """As in a download that is published again."""
+    said = "# Ollama reads no parts: llama-gguf-split --merge example-BF16-00001-of-00003.gguf "
+    (bundle.gguf / "Modelfile").write_text(f"{said}example-BF16.gguf\nFROM ./mine.gguf\n")
     write_sums(bundle.gguf, 1)
     found = stage(open_bundle(bundle.hf), NAMES, 10_000_000, tmp_path / "push", Silent())
-    staged = {file.name: content(file).decode() for file in found.gguf.files if "Mod" in file.name}
-    part = "# FROM ./example-BF16-00001-of-00003.gguf\nPAR"
-    assert staged["Modelfile"] == text.replace("# FROM ./example-BF16.gguf\nPAR", part)
-    assert staged["Modelfile.other"] == other
-    assert found.gguf.files[-1].name == "SHA256SUMS"
-    digest = hashlib.sha256(staged["Modelfile"].encode()).hexdigest()
-    assert f"{digest}  Modelfile\n" in content(found.gguf.files[-1]).decode()
+    (staged,) = (file for file in found.gguf.files if file.name == "Modelfile")
+    assert staged.content == bundle.gguf / "Modelfile"
 
 
 def test_a_dry_run_knows_every_size(staged: Staged, folders: BundleFolders) -> None:
