@@ -16,6 +16,7 @@ from hub_model import ENDS, layered_files, whole
 from reap2gguf.checkpoint import hub as hub_module
 from reap2gguf.checkpoint import shards
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.counted import Counted, LeavingError
 from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
 
@@ -134,7 +135,7 @@ def test_who_waits_is_let_go(hub: Hub, tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     assert entered.wait(10)
-    checkpoint.stop_fetching()
+    checkpoint.close()
     reader.join(10)
     release.set()
     assert len(errors) == 1
@@ -159,7 +160,7 @@ def test_whatever_goes_wrong_reaches_who_waits(
 def test_bytes_count_once_however_often_a_download_begins() -> None:
     done: list[int] = []
     leaving = threading.Event()
-    counted = shards._Counted(done.append, leaving)
+    counted = Counted(done.append, leaving)
     with counted.bar()(total=100, desc="first", unit="B") as bar:
         bar.update(30)
         bar.update_transfer(99)
@@ -170,5 +171,5 @@ def test_bytes_count_once_however_often_a_download_begins() -> None:
             bar.update(10)
     assert (sum(done), done[0]) == (100, 30)
     leaving.set()
-    with pytest.raises(shards._LeavingError):
+    with pytest.raises(LeavingError):
         counted.count(1)
