@@ -60,7 +60,7 @@ class Checkpoint:
             raise SourceError(
                 f"{folder}: no such folder; pass a checkpoint folder or a Hub name (owner/name)"
             )
-        check_entries(folder)
+        check_entries(folder, hub or ())
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise CheckpointError(f"{folder}: no config.json; this is no Hugging Face checkpoint")

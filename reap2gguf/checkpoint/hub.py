@@ -8,6 +8,7 @@ fetched. Where the Hub cannot be reached, a copy that the cache holds whole serv
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ _AT_ONCE = 8
 _PLANNED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
 _LATER = ("vocab.json", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = "*.safetensors"
+_COMMIT = re.compile("[0-9a-f]{40}")
 _FIRST_WAIT = 1.0  # seconds; doubled at each try
 _JITTER = random.Random()
 
@@ -185,9 +187,9 @@ def _listed(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
             file = _described(entry)
             if file is not None:
                 files[file.name] = file
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no description of a model: {error}") from error
-    if not isinstance(info.sha, str):
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise ValueError("it tells no commit")
     return info.sha, files
 

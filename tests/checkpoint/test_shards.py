@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.counted import Counted, LeavingError
 from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.progress import Silent
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
@@ -173,3 +175,77 @@ def test_bytes_count_once_however_often_a_download_begins() -> None:
     leaving.set()
     with pytest.raises(LeavingError):
         counted.count(1)
+
+
+def test_a_blob_that_was_removed_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    with opened() as checkpoint:
+        weight = checkpoint.read("model.norm.weight")
+    (checkpoint.folder / ENDS).resolve().unlink()
+    with opened() as again:
+        assert (again.read("model.norm.weight") == weight).all()
+    assert len(whole(hub, ENDS)) == 2
+
+
+def test_nothing_is_fetched_where_it_was_given_up(hub: Hub, tmp_path: Path) -> None:
+    checkpoint = opened()
+    with checkpoint.without_fetching():
+        checkpoint.fetch_ahead([])
+        with pytest.raises(CancelledError):
+            checkpoint.read("model.norm.weight")
+    assert whole(hub, ENDS) == []
+    assert checkpoint.read("model.norm.weight").size == 32
+    checkpoint.close()
+
+
+class Seen(Silent):
+    """What a bar was told."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0.0
+        self.ends: list[str] = []
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str) -> Iterator[Seen]:
+        self.total = total
+        try:
+            yield self
+        except BaseException:
+            self.ends.append("given up")
+            raise
+        self.ends.append("done")
+
+    def advance(self, amount: float = 1) -> None:
+        self.done += amount
+
+
+def test_what_another_process_fetched_counts_too(hub: Hub, tmp_path: Path) -> None:
+    checkpoint, seen = opened(), Seen()
+    checkpoint.report_to(seen)
+    names = {tensor.path.name for tensor in checkpoint.tensors.values()}
+    checkpoint.read("model.norm.weight")
+    # between our look at the cache and the fetch
+    for name in sorted(names - {ENDS}):
+        huggingface_hub.hf_hub_download("owner/name", name, revision=checkpoint.folder.name)
+        (checkpoint.folder / name).rename(tmp_path / name)
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        if tensor.path.name != ENDS:
+            checkpoint.read(name, 0, 1)
+    checkpoint.close()
+    assert seen.total == seen.done == sum(map(len, weights_of(hub)))
+    assert seen.ends == ["done"]
+
+
+def weights_of(hub: Hub) -> list[bytes]:
+    return [
+        content for name, content in hub.files.items()
+        if name.endswith(".safetensors") and isinstance(content, bytes)
+    ]  # fmt: skip
+
+
+def test_a_fetch_that_is_given_up_is_not_done(hub: Hub, tmp_path: Path) -> None:
+    checkpoint, seen = opened(), Seen()
+    checkpoint.report_to(seen)
+    checkpoint.read("model.norm.weight")
+    checkpoint.close()
+    assert 0 < seen.done < seen.total
+    assert seen.ends == ["given up"]
