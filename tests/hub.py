@@ -114,6 +114,7 @@ class Hub:
             **os.environ,
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
