@@ -13,6 +13,7 @@ from typing import BinaryIO
 Advance = Callable[[float], None]
 _PIECE_BYTES = 2**22
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHARED_MARK = ".huggingface-shared-blobs"  # in the folder of what repositories of a cache share
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -77,14 +78,18 @@ def leads_out(path: Path, folder: Path) -> bool:
     """Whether `path`, an entry of `folder`, is a link to a file elsewhere.
 
     The Hub's cache keeps its files beside its snapshots: `models--x/snapshots/REVISION/file` leads
-    to `models--x/blobs/HASH`, which is not elsewhere.
+    to `models--x/blobs/HASH`, which is not elsewhere. Nor is `blobs/xx/HASH` beside `models--x`, to
+    which that may lead in turn: huggingface_hub keeps there what several repositories share.
     """
     if not path.is_symlink():
         return False
     home = Path(os.path.realpath(folder))
     allowed = [home]
     if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
+        repository = home.parent.parent
+        allowed.append(repository / "blobs")
+        if (repository.parent / "blobs" / _SHARED_MARK).is_file():
+            allowed.append(repository.parent / "blobs")
     target = Path(os.path.realpath(path))  # Path.resolve raises where links go round
     return not any(target.is_relative_to(place) for place in allowed)
 

@@ -31,7 +31,8 @@ class Fault:
     """What happens to the next `times` requests of a method whose path has `where` in it.
 
     An answer with `status`, or with as many bytes of the real body as `after` says, upon which the
-    connection ends: in order, by a reset, or with the whole Hub.
+    connection ends: in order, by a reset, or with the whole Hub. With `held` it does not end, and
+    nothing comes, not even a status where `after` is 0, until that is set.
     """
 
     status: int = 0
@@ -43,6 +44,9 @@ class Fault:
     after: int | None = None
     reset: bool = False
     ends_all: bool = False
+    held: threading.Event | None = None
+    range_end: str = ""  # only requests whose range ends so: "-" is the rest of a file
+    reached: threading.Event = field(default_factory=threading.Event)
 
 
 class Hub:
@@ -110,6 +114,7 @@ class Hub:
             **os.environ,
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -120,10 +125,11 @@ class Hub:
         """The requests so far that have `text` in them."""
         return [request for request in self.requests if text in request]
 
-    def fault(self, method: str, path: str) -> Fault | None:
+    def fault(self, method: str, path: str, wanted: str = "") -> Fault | None:
         """What is to go wrong with a request, used up."""
         for fault in self.faults:
-            if fault.times and fault.method == method and fault.where in path:
+            is_meant = not wanted or wanted.endswith(fault.range_end)
+            if fault.times and is_meant and fault.method == method and fault.where in path:
                 fault.times -= 1
                 return fault
         return None
@@ -188,7 +194,10 @@ class _Handler(BaseHTTPRequestHandler):
         )
         wanted = self.headers.get("Range", "")
         hub.requests.append(f"{self.command} {request.path} {wanted}".strip())
-        fault = hub.fault(self.command, request.path)
+        fault = hub.fault(self.command, request.path, wanted)
+        if fault is not None and fault.held and not fault.after:
+            fault.reached.set()
+            fault.held.wait(60)
         if fault is not None and fault.after is None and not fault.ends_all:
             return self._send(Answer(fault.status, dict(fault.headers), fault.body), None)
         return self._send(_part(hub.answer(request), wanted), fault)
@@ -217,6 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self.server.hub.bytes_sent += len(block)
         except (BrokenPipeError, ConnectionResetError):
             return  # the client has what it wanted
+        if fault and fault.held:
+            fault.reached.set()
+            fault.held.wait(60)
         if fault and fault.reset:
             now = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)

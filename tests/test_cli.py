@@ -329,7 +329,7 @@ def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
     for arguments in ("plan owner/name --recipe bf16", "observe owner/name -o x"):
         result = run(*arguments.split())

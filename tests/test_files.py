@@ -4,8 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 
-from reap2gguf.files import is_plain, is_plain_name, leads_out, open_plain, plain_size
+from reap2gguf.files import (
+    cached_blob,
+    is_plain,
+    is_plain_name,
+    leads_out,
+    open_plain,
+    plain_size,
+)
 
 
 def pipe(path: Path) -> Path:
@@ -74,3 +82,23 @@ def test_the_hubs_cache(tmp_path: Path) -> None:
     (blobs / "2").symlink_to("../refs")
     (snapshot / "other.json").symlink_to("../../blobs/2")
     assert leads_out(snapshot / "other.json", snapshot)
+
+
+def test_what_repositories_of_a_cache_share(tmp_path: Path) -> None:
+    """As huggingface_hub itself lays it out, for files that came by hf_xet."""
+    repository = tmp_path / "models--owner--name"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    blob = blobs / ("0" * 64)
+    blob.write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs") / blob.name)
+    assert publish_blob_to_shared_store(
+        blob_path=str(blob), xet_hash="f" * 64, cache_dir=tmp_path, expected_size=7,
+        replace_existing=False,
+    )  # fmt: skip
+    assert blob.is_symlink()
+    assert not leads_out(snapshot / "model.safetensors", snapshot)
+    assert cached_blob(snapshot / "model.safetensors") == blob.name
+    (tmp_path / "blobs" / ".huggingface-shared-blobs").unlink()
+    assert leads_out(snapshot / "model.safetensors", snapshot)

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +60,7 @@ class Checkpoint:
             raise SourceError(
                 f"{folder}: no such folder; pass a checkpoint folder or a Hub name (owner/name)"
             )
-        check_entries(folder)
+        check_entries(folder, hub or ())
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise CheckpointError(f"{folder}: no config.json; this is no Hugging Face checkpoint")
@@ -192,10 +192,9 @@ class Checkpoint:
         if self._hub is not None:
             self._hub.expect({self.tensors[name].path for name in names})
 
-    def stop_fetching(self) -> None:
-        """Give up what is being fetched, and whoever waits for it; reading begins it anew."""
-        if self._hub is not None:
-            self._hub.close()
+    def without_fetching(self) -> AbstractContextManager[None]:
+        """A block in which nothing is fetched: reading what is not there is a CancelledError."""
+        return nullcontext() if self._hub is None else self._hub.closed()
 
     def _size(self, shard: Path) -> int:
         if self._hub is not None and shard.name in self._hub:
@@ -210,7 +209,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the shard files; reading again opens them anew."""
-        self.stop_fetching()
+        if self._hub is not None:
+            self._hub.close()
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)

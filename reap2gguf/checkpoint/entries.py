@@ -6,6 +6,7 @@ published. So every entry that any of them reads is checked here, once, by what 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,11 +20,12 @@ _READ = (
 _TEMPLATES = "additional_chat_templates"
 
 
-def check_entries(folder: Path) -> None:
+def check_entries(folder: Path, elsewhere: Container[str] = ()) -> None:
     """Refuse a checkpoint folder in which something is no file of its own.
 
     Raises CheckpointError for a link that leads elsewhere, a pipe, a socket or a device where a
-    file is expected, and a small file that is large.
+    file is expected, and a small file that is large. A link to nothing will do for a file whose
+    name is in `elsewhere`: it will be fetched.
     """
     for place in (folder, folder / _TEMPLATES):
         try:
@@ -34,7 +36,7 @@ def check_entries(folder: Path) -> None:
             raise CheckpointError(f"{place}: {_LINK_ADVICE}")
         for entry in entries:
             if any(fnmatchcase(entry.name, pattern) for pattern in _READ):
-                _check_entry(entry, folder)
+                _check_entry(entry, folder, entry.name in elsewhere)
 
 
 _LINK_ADVICE = (
@@ -43,13 +45,15 @@ _LINK_ADVICE = (
 )
 
 
-def _check_entry(entry: Path, folder: Path) -> None:
+def _check_entry(entry: Path, folder: Path, can_be_had: bool) -> None:
     if leads_out(entry, folder):
         raise CheckpointError(f"{entry}: {_LINK_ADVICE}")
     try:
         kind = what_it_is(entry)
         size = entry.stat().st_size
     except FileNotFoundError as error:
+        if can_be_had:
+            return
         raise CheckpointError(f"{entry}: a link to nothing; download the file again") from error
     except OSError as error:
         raise CheckpointError(f"{entry}: cannot be read ({error.strerror})") from error

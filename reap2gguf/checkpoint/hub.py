@@ -7,25 +7,32 @@ fetched. Where the Hub cannot be reached, a copy that the cache holds whole serv
 
 from __future__ import annotations
 
-import glob
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES
 from reap2gguf.checkpoint.hub_errors import asked_wait, refusal, trouble
+from reap2gguf.checkpoint.network_threads import drop_unfinished, side_by_side
 from reap2gguf.errors import Reap2ggufError, SourceError
 from reap2gguf.messages import shown
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
 TRIES = 5
+_AT_ONCE = 8
 # What a plan reads. A vocab.json is what tokenizer.json holds once more.
 _PLANNED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
 _LATER = ("vocab.json", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = "*.safetensors"
+_COMMIT = re.compile("[0-9a-f]{40}")
 _FIRST_WAIT = 1.0  # seconds; doubled at each try
 _JITTER = random.Random()
 
@@ -102,10 +109,13 @@ def find(
     if isinstance(found, Path):
         return Snapshot(name, found.name, found)
     commit, files = found
-    wanted = [file for file in files.values() if _is_planned(file.name)]
     if "config.json" not in files:
         raise SourceError(f"{name}: no config.json; this is no repository of a model's safetensors")
-    folder = _fetch(name, commit, wanted, note, sleep)
+    folder = _fetch(name, revision or "main", [files["config.json"]], note, sleep)
+    if folder.name != commit:
+        raise SourceError(f"{name}: changes while it is read; run it again")
+    wanted = [file for file in files.values() if _is_planned(file.name)]
+    _fetch(name, commit, wanted, note, sleep)
     return Snapshot(name, commit, folder, files)
 
 
@@ -166,19 +176,32 @@ def _unreachable(name: str, tries: int, reason: str, advice: str) -> str:
 
 def _listed(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
     """The commit of a revision and its files, as the Hub lists them."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants
 
-    # this also leaves in the cache which commit the revision is, for those who are offline later
-    commit = Path(snapshot_download(name, revision=revision, allow_patterns="config.json")).name
-    info = HfApi().model_info(name, revision=commit, files_metadata=True)
     files: dict[str, HubFile] = {}
-    for entry in info.siblings or ():
-        lfs = entry.lfs
-        sha256 = lfs.sha256 if lfs else None
-        blob, size = sha256 or entry.blob_id, lfs.size if lfs else entry.size
-        if isinstance(size, int) and size >= 0 and isinstance(blob, str):
-            files[entry.rfilename] = HubFile(entry.rfilename, size, blob, sha256)
-    return commit, files
+    try:
+        # without a limit it would wait for ever for a server that accepts and says nothing
+        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = HfApi().model_info(name, revision=revision, timeout=limit, files_metadata=True)
+        for entry in info.siblings or ():
+            file = _described(entry)
+            if file is not None:
+                files[file.name] = file
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no description of a model: {error}") from error
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+        raise ValueError("it tells no commit")
+    return info.sha, files
+
+
+def _described(entry: RepoSibling) -> HubFile | None:
+    """A file as the Hub lists it; None where a fact is missing."""
+    lfs = entry.lfs
+    sha256 = lfs.sha256 if lfs else None
+    name, blob, size = entry.rfilename, sha256 or entry.blob_id, lfs.size if lfs else entry.size
+    if not (isinstance(name, str) and isinstance(blob, str) and isinstance(size, int)):
+        return None
+    return HubFile(name, size, blob, sha256) if size >= 0 else None
 
 
 def _is_final(error: Exception) -> bool:
@@ -215,20 +238,36 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _fetch(
-    name: str, commit: str, files: Sequence[HubFile], note: Note, sleep: Sleep
+    name: str, revision: str, files: Sequence[HubFile], note: Note, sleep: Sleep
 ) -> Path:  # fmt: skip
     """The folder of the cache, with these small files in it."""
-    from huggingface_hub import snapshot_download
-
     for file in files:
         if file.n_bytes > MAX_TOKENIZER_BYTES:
             raise SourceError(
                 f"{name}: {shown(file.name)} has {file.n_bytes:,} bytes, expected at most "
                 f"{MAX_TOKENIZER_BYTES:,}; this is no file of a model"
             )
-    names = [glob.escape(file.name) for file in files]
 
-    def download() -> Path:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=names))
+    def bring(file: HubFile) -> Path:
+        from huggingface_hub import hf_hub_download
 
-    return persist(name, commit, download, note, sleep)
+        def download() -> str:
+            return hf_hub_download(name, file.name, revision=revision)
+
+        path = Path(persist(name, revision, download, note, sleep))
+        return path.parents[file.name.count("/")]
+
+    try:
+        return side_by_side([partial(bring, file) for file in files], _AT_ONCE)[0]
+    except BaseException:
+        drop_unfinished(blobs_of(name))
+        raise
+
+
+def blobs_of(name: str) -> Path:
+    """Where the cache keeps the contents of a repository's files."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=name, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / folder / "blobs"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from reap2gguf.checkpoint.hub import HubFile, Note, Sleep, Snapshot, persist
+from reap2gguf.checkpoint.counted import Counted, LeavingError
+from reap2gguf.checkpoint.hub import HubFile, Note, Sleep, Snapshot, blobs_of, persist
+from reap2gguf.checkpoint.network_threads import drop_unfinished, side_by_side
 from reap2gguf.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.files import file_sha256
@@ -42,6 +44,8 @@ class HubShards:
         self._progress: Progress = Silent()
         self._bar = ExitStack()
         self._task: Task | None = None
+        self._n_left = 0  # bytes that the bar still waits for
+        self._is_closed = False
         self._wanted: Sequence[str] = ()  # of the checkpoint; a repository may have more
 
     def __contains__(self, name: object) -> bool:
@@ -66,9 +70,8 @@ class HubShards:
         Raises SourceError if they cannot be read; a header of an impossible length comes cut.
         """
         self._wanted = list(names)
-        with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
-            found = pool.map(self._header, self._wanted)
-            return dict(zip(self._wanted, found, strict=True))
+        actions = [partial(self._header, name) for name in self._wanted]
+        return dict(zip(self._wanted, side_by_side(actions, _HEADERS_AT_ONCE), strict=True))
 
     def report_to(self, progress: Progress) -> None:
         """Where what is fetched from now on is shown."""
@@ -85,26 +88,51 @@ class HubShards:
         """Return when a file is there.
 
         Raises SourceError if it cannot be fetched, OutputError if the cache cannot be written,
-        CheckpointError if what came is not what the Hub says it has.
+        CheckpointError if what came is not what the Hub says it has, CancelledError if it is given
+        up meanwhile.
         """
         if path.name in self._files and not path.is_file():
             self._begin(path.name).result()
 
     def close(self) -> None:
         """Give up what is being fetched; who waits for it is told so. Reading begins it anew."""
+        with self.closed():
+            pass
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """In the block nothing is fetched: who waits for a file, or comes to, is told so."""
         with self._lock:
+            self._is_closed = True
             self._leaving.set()
-            self._leaving = threading.Event()
             for coming in self._coming.values():
                 coming.cancel()
+            was_fetching = any(coming.cancelled() for coming in self._coming.values())
             self._coming.clear()
-            self._task = None
-            # what is not complete must not be said to be done
-            ended = _LeavingError() if self.missing(self._wanted) else None
-            self._bar.__exit__(type(ended) if ended else None, ended, None)
+            self._end_bar()
+        if was_fetching:
+            drop_unfinished(blobs_of(self._snapshot.name))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_closed = False
+                self._leaving = threading.Event()
+
+    def _end_bar(self) -> None:
+        bar, self._bar = self._bar, ExitStack()
+        self._task = None
+        if self._n_left > 0:
+            # "done" would be a lie
+            with suppress(LeavingError):
+                bar.__exit__(LeavingError, LeavingError(), None)
+        else:
+            bar.close()
 
     def _begin(self, name: str) -> Future[None]:
         with self._lock:
+            if self._is_closed:
+                raise CancelledError
             if name not in self._coming:
                 coming: Future[None] = Future()
                 # a daemon: the end of the program does not wait for the network
@@ -118,7 +146,7 @@ class HubShards:
         try:
             with self._turns:
                 self._fetch(file, leaving)
-        except _LeavingError:
+        except LeavingError:
             return
         except Exception as found:  # noqa: BLE001 - whatever it is, who waits is told
             error = found
@@ -128,11 +156,12 @@ class HubShards:
 
     def _fetch(self, file: HubFile, leaving: threading.Event) -> None:
         """One file into the cache, whole and as the Hub has it."""
-        counted = _Counted(self._advance, leaving)
+        counted = Counted(self._advance, leaving)
         counted.check()
         self._show()
         for is_again in (False, True):
             path = self._download(file, counted, is_again)
+            counted.finish(file.n_bytes)
             if file.sha256 is None or file_sha256(path) == file.sha256:
                 return
             self._note(f"{file.name}: came damaged and is fetched again")
@@ -141,7 +170,7 @@ class HubShards:
             "changes what passes through it"
         )
 
-    def _download(self, file: HubFile, counted: _Counted, is_again: bool) -> Path:
+    def _download(self, file: HubFile, counted: Counted, is_again: bool) -> Path:
         from huggingface_hub import hf_hub_download
 
         def download() -> Path:
@@ -153,7 +182,7 @@ class HubShards:
             )  # fmt: skip
 
         return persist(
-            self._snapshot.name, self._snapshot.commit, download, self._note,
+            self._snapshot.name, self._snapshot.commit, download, counted.tells(self._note),
             self._sleep or counted.sleep, _TRIES,
             "run the command again when there is a network: what was fetched whole is kept",
         )  # fmt: skip
@@ -162,13 +191,14 @@ class HubShards:
         """Open the bar, over everything that is not there yet."""
         with self._lock:
             if self._task is None:
-                left = sum(self._files[name].n_bytes for name in self.missing(self._wanted))
-                title = f"Fetching {self._snapshot.name}"
-                self._task = self._bar.enter_context(self._progress.task(title, left, "bytes"))
+                self._n_left = sum(map(self.size, self.missing(self._wanted)))
+                task = self._progress.task(f"Fetching {self._snapshot.name}", self._n_left, "bytes")
+                self._task = self._bar.enter_context(task)
 
     def _advance(self, n_bytes: int) -> None:
         with self._lock:
             if self._task is not None:
+                self._n_left -= n_bytes
                 self._task.advance(n_bytes)
 
     def _header(self, name: str) -> bytes:
@@ -179,7 +209,7 @@ class HubShards:
 
     def _range(self, name: str, begin: int, end: int) -> bytes:
         """Bytes from `begin` up to `end` of a file."""
-        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub import constants, get_session, hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
             hf_raise_for_status,
@@ -194,7 +224,8 @@ class HubShards:
                 "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity",
             }  # fmt: skip
             url = hf_hub_url(repository, name, revision=commit)
-            with get_session().stream("GET", url, headers=headers) as answer:
+            limit = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of silence; the session has none
+            with get_session().stream("GET", url, headers=headers, timeout=limit) as answer:
                 hf_raise_for_status(answer)
                 found = b""
                 for block in answer.iter_bytes():
@@ -212,58 +243,3 @@ class HubShards:
                 f"{end - begin:,}; try again later"
             )
         return found
-
-
-class _LeavingError(BaseException):
-    """What is fetched is wanted no more."""
-
-
-class _Counted:
-    """Counts a file's bytes once, however often huggingface_hub begins it anew."""
-
-    def __init__(self, advance: Callable[[int], None], leaving: threading.Event) -> None:
-        self._advance = advance
-        self._leaving = leaving
-        self._most = 0  # that came in any try
-        self._now = 0  # in this one
-
-    def check(self) -> None:
-        """_LeavingError if nobody waits for the file."""
-        if self._leaving.is_set():
-            raise _LeavingError
-
-    def sleep(self, seconds: float) -> None:
-        """Wait, as long as anybody does."""
-        self._leaving.wait(seconds)
-        self.check()
-
-    def bar(self) -> Any:
-        """A class of progress bars for one try."""
-        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
-        counted = self
-        self._now = 0
-
-        class Bar(tqdm):
-            def __init__(self, *arguments: Any, **named: Any) -> None:
-                super().__init__(*arguments, **{**named, "disable": True})  # type: ignore[no-untyped-call]
-
-            def update(self, n: float | None = 1) -> None:
-                counted.count(int(n or 0))
-
-            # a bar that has these is told apart what hf_xet receives and what it has written
-            def update_transfer(self, n: float | None = 1) -> None:
-                counted.check()
-
-            def set_transfer_postfix_str(self, *arguments: Any, **named: Any) -> None:
-                """Nothing is drawn."""
-
-        return Bar
-
-    def count(self, n_bytes: int) -> None:
-        """Bytes have come, or are given back where a download begins anew."""
-        self.check()
-        self._now += n_bytes
-        if self._now > self._most:
-            self._advance(self._now - self._most)
-            self._most = self._now

@@ -170,9 +170,7 @@ class _Job:
                 journal.add(piece.tensor.name, outputs)
 
         try:
-            _run_all(
-                work, _fetched_ahead(self.checkpoint, _pieces(missing), 2 * n_threads), n_threads
-            )
+            _run_all(work, self.checkpoint, _pieces(missing), n_threads)
         except BaseException:
             if journal is not None:
                 with suppress(OutputError):  # the error under way says more
@@ -234,9 +232,15 @@ def _fetched_ahead(
     yield from coming
 
 
-def _run_all(work: Callable[[_Piece], None], pieces: Iterator[_Piece], n_threads: int) -> None:
+def _run_all(
+    work: Callable[[_Piece], None],
+    checkpoint: Checkpoint,
+    pieces: Iterator[_Piece],
+    n_threads: int,
+) -> None:
     """Work on every piece: a thread takes the next as soon as it is free, so none waits."""
     turn, failed = threading.Lock(), threading.Event()
+    pieces = _fetched_ahead(checkpoint, pieces, 2 * n_threads)
 
     def take() -> _Piece | None:
         with turn:
@@ -252,6 +256,8 @@ def _run_all(work: Callable[[_Piece], None], pieces: Iterator[_Piece], n_threads
                 worker.result()
         except BaseException:
             failed.set()  # the other threads end with the piece that they are at
+            with checkpoint.without_fetching():  # or with none, where they wait for its file
+                pool.shutdown()
             raise
 
 

@@ -90,17 +90,21 @@ class WeightLoader:
         try:
             for future in futures:
                 future.result()
+        except BaseException:
+            # copies under way must not outlive the tensors; what is not under way may be left
+            started = [future for future in futures if not future.cancel()]
+            with self._checkpoint.without_fetching():
+                wait(started)
+            raise
         finally:
-            # also after an error: copies under way must not outlive the tensors
-            wait(futures)
             self._finish_copies()
         self.seconds_waited += time.monotonic() - begun
         return tensors
 
     def close(self) -> None:
         """Stop reading."""
-        self._checkpoint.stop_fetching()  # or threads that read would wait for it
-        self._pool.shutdown(cancel_futures=True)
+        with self._checkpoint.without_fetching():  # or threads that read would wait for it
+            self._pool.shutdown(cancel_futures=True)
         self._finish_copies()
         self._asked.clear()
 

@@ -213,6 +213,7 @@ def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeMod
     from reap2gguf.terminal.console import terminal_progress
 
     checkpoint = source.open(say)
+    click.get_current_context().call_on_close(checkpoint.close)  # also when it is interrupted
     checkpoint.report_to(terminal_progress())
     return source, checkpoint, describe(checkpoint, keep_mtp)
 

@@ -112,7 +112,7 @@ def test_a_file_that_fails_is_tried_again(fetching: Fetching, hub: Hub) -> None:
     assert content(fetching()) == WHOLE
     assert len(fetching.notes) == 1
     # what was whole is not fetched again
-    assert len(hub.asked(f"GET /owner/name/resolve/{COMMIT}/config.json")) == 1
+    assert len(hub.asked("GET /owner/name/resolve/main/config.json")) == 1
 
 
 def test_a_cut_download_goes_on_where_it_was(
@@ -193,6 +193,10 @@ def test_a_cache_that_is_not_whole_does_not_serve(fetching: Fetching, hub: Hub) 
         (Fault(400), "refuses it (HTTP 400)"),
         (Fault(200, body=b"<html>Please log in</html>"), "is not understood"),
         (Fault(200, body=b'{"id": 1'), "is not understood"),
+        (Fault(200, body=b"[]"), "is not understood"),
+        (Fault(200, body=b"[" * 100_000), "is not understood"),
+        (Fault(200, body=b'{"id": "a", "siblings": 5}'), "is not understood"),
+        (Fault(200, body=b'{"id": "a", "sha": "../.."}'), "it tells no commit"),
         (Fault(403, WEIGHTS, "HEAD"), "refuses it (HTTP 403)"),
         (Fault(404, WEIGHTS, "HEAD", headers={"X-Error-Code": "EntryNotFound"}), "(HTTP 404)"),
         (Fault(200, WEIGHTS, "HEAD"), "is not understood"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hub_model import ENDS, layered_files, whole
 from reap2gguf.checkpoint import hub as hub_module
 from reap2gguf.checkpoint import shards
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.counted import Counted, LeavingError
 from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.terminal.console import Lines
+from reap2gguf.progress import Silent
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
@@ -135,7 +137,7 @@ def test_who_waits_is_let_go(hub: Hub, tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     assert entered.wait(10)
-    checkpoint.stop_fetching()
+    checkpoint.close()
     reader.join(10)
     release.set()
     assert len(errors) == 1
@@ -160,7 +162,7 @@ def test_whatever_goes_wrong_reaches_who_waits(
 def test_bytes_count_once_however_often_a_download_begins() -> None:
     done: list[int] = []
     leaving = threading.Event()
-    counted = shards._Counted(done.append, leaving)
+    counted = Counted(done.append, leaving)
     with counted.bar()(total=100, desc="first", unit="B") as bar:
         bar.update(30)
         bar.update_transfer(99)
@@ -171,21 +173,79 @@ def test_bytes_count_once_however_often_a_download_begins() -> None:
             bar.update(10)
     assert (sum(done), done[0]) == (100, 30)
     leaving.set()
-    with pytest.raises(shards._LeavingError):
+    with pytest.raises(LeavingError):
         counted.count(1)
 
 
-def test_what_was_given_up_is_not_said_to_be_done(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_blob_that_was_removed_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    with opened() as checkpoint:
+        weight = checkpoint.read("model.norm.weight")
+    (checkpoint.folder / ENDS).resolve().unlink()
+    with opened() as again:
+        assert (again.read("model.norm.weight") == weight).all()
+    assert len(whole(hub, ENDS)) == 2
+
+
+def test_nothing_is_fetched_where_it_was_given_up(hub: Hub, tmp_path: Path) -> None:
     checkpoint = opened()
-    checkpoint.report_to(Lines())
+    with checkpoint.without_fetching():
+        checkpoint.fetch_ahead([])
+        with pytest.raises(CancelledError):
+            checkpoint.read("model.norm.weight")
+    assert whole(hub, ENDS) == []
+    assert checkpoint.read("model.norm.weight").size == 32
+    checkpoint.close()
+
+
+class Seen(Silent):
+    """What a bar was told."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0.0
+        self.ends: list[str] = []
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str) -> Iterator[Seen]:
+        self.total = total
+        try:
+            yield self
+        except BaseException:
+            self.ends.append("given up")
+            raise
+        self.ends.append("done")
+
+    def advance(self, amount: float = 1) -> None:
+        self.done += amount
+
+
+def test_what_another_process_fetched_counts_too(hub: Hub, tmp_path: Path) -> None:
+    checkpoint, seen = opened(), Seen()
+    checkpoint.report_to(seen)
+    names = {tensor.path.name for tensor in checkpoint.tensors.values()}
+    checkpoint.read("model.norm.weight")
+    # between our look at the cache and the fetch
+    for name in sorted(names - {ENDS}):
+        huggingface_hub.hf_hub_download("owner/name", name, revision=checkpoint.folder.name)
+        (checkpoint.folder / name).rename(tmp_path / name)
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        if tensor.path.name != ENDS:
+            checkpoint.read(name, 0, 1)
+    checkpoint.close()
+    assert seen.total == seen.done == sum(map(len, weights_of(hub)))
+    assert seen.ends == ["done"]
+
+
+def weights_of(hub: Hub) -> list[bytes]:
+    return [
+        content for name, content in hub.files.items()
+        if name.endswith(".safetensors") and isinstance(content, bytes)
+    ]  # fmt: skip
+
+
+def test_a_fetch_that_is_given_up_is_not_done(hub: Hub, tmp_path: Path) -> None:
+    checkpoint, seen = opened(), Seen()
+    checkpoint.report_to(seen)
     checkpoint.read("model.norm.weight")
     checkpoint.close()
-    shown = capsys.readouterr().err
-    assert "Fetching owner/name: " in shown
-    assert "done" not in shown
-    for shard in checkpoint.shards:
-        checkpoint.read(next(n for n, t in checkpoint.tensors.items() if t.path == shard))
-    checkpoint.close()
-    assert "Fetching owner/name: done in" in capsys.readouterr().err
+    assert 0 < seen.done < seen.total
+    assert seen.ends == ["given up"]

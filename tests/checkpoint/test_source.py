@@ -27,10 +27,10 @@ def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHT
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def snapshot_download(*args: Any, **kwargs: Any) -> str:
+    def model_info(*args: Any, **kwargs: Any) -> str:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
 
 
 def refusal(model: str) -> str:

@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM while a process waits for a Hub that has gone silent."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub import Fault, Hub
+from hub_model import ENDS, layered_files, shard_of
+
+PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+PLAN = (
+    "plan", "owner/name", "--recipe", "q8_0", "--compression", "0.25", "--calibration", str(PROSE),
+)  # fmt: skip
+QUANTIZE = ("quantize", "owner/name", "--recipe", "q8_0", "-o", "x.gguf")
+OBSERVE = (
+    "observe", "owner/name", "--calibration", str(PROSE), "--samples", "4", "--max-length", "64",
+    "--device", "cpu", "-o", "observations.safetensors",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(dict(layered_files(tmp_path_factory.mktemp("source") / "tiny"))) as hub:
+        yield hub
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "fault", "number"),
+    [
+        (PLAN, "/api/models/", Fault(), signal.SIGINT),
+        (PLAN, "config.json", Fault(method="HEAD"), signal.SIGINT),
+        (PLAN, "tokenizer.json", Fault(), signal.SIGTERM),
+        (PLAN, ENDS, Fault(), signal.SIGINT),
+        (QUANTIZE, shard_of(0), Fault(after=2_000, range_end="-"), signal.SIGINT),
+        (OBSERVE, ENDS, Fault(after=2_000, range_end="-"), signal.SIGINT),
+        (OBSERVE, shard_of(1), Fault(after=2_000, range_end="-"), signal.SIGTERM),
+    ],
+    ids=["info", "config", "tokenizer", "header", "quantize", "embedding", "layer"],
+)
+def test_a_fetch_is_interrupted(
+    command: tuple[str, ...], where: str, fault: Fault, number: signal.Signals, hub: Hub,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    held = threading.Event()
+    fault = Fault(where=where, method=fault.method, after=fault.after or 0, held=held,
+                  range_end=fault.range_end)  # fmt: skip
+    hub.faults = [fault]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _AS_ON_A_TERMINAL, *command], cwd=tmp_path,
+        env=hub.environment(tmp_path / "home"), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert fault.reached.wait(20)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=8)
+        seconds = time.monotonic() - begun
+    finally:
+        held.set()
+        process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("Error: interrupted")
+    assert "Traceback" not in said
+    assert "done" not in said
+    # what a request may take, or huggingface_hub until it tries again, is 10 seconds
+    assert seconds < 8
+    assert list((tmp_path / "home").rglob("*.incomplete")) == []
+
+
+# a shell's background job, and all that it starts, would not hear of SIGINT
+_AS_ON_A_TERMINAL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from reap2gguf.cli import main
+main()
+"""
