@@ -222,6 +222,8 @@ def main() -> None:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
     signal.signal(signal.SIGTERM, _interrupt)
+    # what it warns of is tried again, and said, here
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if processes().size == 1:
         cli(prog_name="reap2gguf")
         return

@@ -70,7 +70,7 @@ class BuildKeys:
             __version__, version("transformers"), version("tokenizers"), version("jinja2"),
             self._companions, calibration.spec, calibration.label,
             _hashes(files, CalibrationError), str(text), calibration.samples, calibration.seed,
-            self.plan.max_length, self.chunk, self.plan.model.facts.vocab_size,
+            calibration.pack, self.plan.max_length, self.chunk, self.plan.model.facts.vocab_size,
         )  # fmt: skip
 
     @property

@@ -22,6 +22,7 @@ class CalibrationOptions:
     samples: int | None = None  # rows at most, in all; None: as many as the spec says, else 1024
     max_length: int | None = None  # tokens a row, at most; None: the mix's own, else 2048
     seed: int = 42
+    pack: bool | None = None  # samples one after another in a row; None: as the mix says, else no
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "spec": plan.calibration.label,
             "rows": plan.calibration.samples,
             "max_length": plan.max_length,
+            "pack": plan.calibration.pack,
         },
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},

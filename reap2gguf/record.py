@@ -108,6 +108,7 @@ def _calibration_record(plan: Plan, observations: Observations, texts: Texts) ->
         sha256=observations.calibration_sha256,
         max_length=plan.max_length,
         seed=plan.calibration.seed,
+        packed=plan.calibration.pack,
         imatrix_text=chunks.label,
         imatrix_sha256=chunks.sha256,
         imatrix_chunks=len(chunks.chunks),

@@ -79,6 +79,7 @@ class ComponentRecord:
     revision: str | None
     rows: int
     tokens: int
+    samples: int  # of which the rows are; 0 where they are cut from a text
 
     @property
     def title(self) -> str:
@@ -96,6 +97,7 @@ class CalibrationRecord:
     sha256: str
     max_length: int
     seed: int
+    packed: bool  # samples one after another in a row, as REAP has them; else a row each
     imatrix_text: str
     imatrix_sha256: str
     imatrix_chunks: int

@@ -1,7 +1,8 @@
 """Reads what `--calibration` names: a text, samples in JSONL or Parquet, a folder, or a mix.
 
 A passage is text with a rule of how it becomes rows. A text file is one stream, cut into rows of
-exactly T tokens as llama-imatrix does; documents keep their last shorter row; a sample is one row.
+exactly T tokens as llama-imatrix does; documents keep their last shorter row; a sample is one row,
+or, packed, one of those in a row.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Cut(Enum):
 
     STREAM = "rows of exactly T, the rest dropped"
     DOCUMENT = "rows of T, the last one shorter"
-    SAMPLE = "one row, cut at T"
+    SAMPLE = "one row, cut at T; or packed with others"
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,46 @@ def load_corpus(
         if n_samples is None or any(file.suffix == ".txt" for file in files):
             passages = [p for file in files for p in _passages(file, cut, render_chat)]
         else:
-            passages = _drawn(files, n_samples, seed, render_chat)
+            passages = _read_at(files, _order(files, seed)[:n_samples], render_chat)
     if not any(passage.text.strip() for passage in passages):
         raise CalibrationError(f"calibration {spec!r}: holds no text")
     return Corpus(spec, tuple(passages))
 
 
-def _drawn(files: list[Path], n_samples: int, seed: int, render_chat: RenderChat) -> list[Passage]:
-    """`n_samples` of all samples in the files, in the order in which they are drawn."""
+def iterate_corpus(
+    spec: str, render_chat: RenderChat, n_first: int, seed: int
+) -> Iterator[Passage]:
+    """The passages of a corpus, its samples last, in the order in which `seed` draws them.
+
+    Samples of files without texts beside them are read as they are asked for: `n_first`, then twice
+    as many, and so on; the files are read once for each of these steps.
+    Raises as `load_corpus` does, of which it takes the same samples in the same order.
+    """
+    files = [] if spec == DEFAULT_MIX else _files(spec)
+    if not files or any(file.suffix == ".txt" for file in files):
+        passages = list(load_corpus(spec, render_chat).passages)
+        samples = [passage for passage in passages if passage.cut is Cut.SAMPLE]
+        random.Random(seed).shuffle(samples)
+        yield from (passage for passage in passages if passage.cut is not Cut.SAMPLE)
+        yield from samples
+        return
+    order = _order(files, seed)
+    done, end = 0, n_first
+    while done < len(order):
+        yield from _read_at(files, order[done:end], render_chat)
+        done, end = end, 2 * end
+
+
+def _order(files: list[Path], seed: int) -> list[int]:
+    """All samples of the files, by number, as they are drawn."""
     order = list(range(sum(count_records(file) for file in files)))
     random.Random(seed).shuffle(order)
-    places = {index: place for place, index in enumerate(order[:n_samples])}
+    return order
+
+
+def _read_at(files: list[Path], wanted: list[int], render_chat: RenderChat) -> list[Passage]:
+    """The samples of these numbers, in this order; one reading of the files."""
+    places = {index: place for place, index in enumerate(wanted)}
     texts = [""] * len(places)
     index, n_letters = 0, 0
     for file in files:

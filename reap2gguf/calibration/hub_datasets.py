@@ -2,7 +2,8 @@
 
 Which rows: the split's shards are shuffled by the seed, and its rows through a buffer of 10,000, of
 which as many as are wanted are read. The same dataset at the same commit with the same seed gives
-the same rows. REAP draws from all of a dataset, which takes the whole of it first.
+the same rows. REAP draws from all of a dataset by Python's own generator, which takes the whole of
+it first: the rows that a published model saw cannot be drawn again, only as many of the same data.
 
 The commit is resolved once, at the beginning, and all is read at it. Scripts of a dataset never
 run. Networks fail now and then: what may pass is tried again, from the row that was reached.
@@ -19,12 +20,18 @@ from typing import Any, cast
 from reap2gguf.calibration.layouts import columns
 from reap2gguf.calibration.spec import Component
 from reap2gguf.checkpoint.hub import TRIES, Note, Sleep
-from reap2gguf.checkpoint.hub_errors import asked_wait, trouble
+from reap2gguf.checkpoint.hub_errors import (
+    asked_wait,
+    causes,
+    first_line,
+    is_busy,
+    status_of,
+    trouble,
+)
 from reap2gguf.errors import CalibrationError, OutputError, Reap2ggufError
 
 BUFFER = 10_000  # rows that wait to be drawn
 _FIRST_WAIT = 1.0  # seconds; doubled at each try
-_BUSY = (408, 429)  # and all from 500 on
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SAVED = "save its rows as JSONL or Parquet and pass the file"
 
@@ -141,7 +148,7 @@ def _errors() -> tuple[type[Exception], ...]:
 def _refusal(error: BaseException, component: Component) -> Reap2ggufError | None:
     """What to tell the user if another try would fail as this one did; None if it may not."""
     where = f"calibration {component.name}"
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             return OutputError(
                 f"{where}: the Hub's cache cannot be written ({cause.strerror}); make room there, "
@@ -151,7 +158,7 @@ def _refusal(error: BaseException, component: Component) -> Reap2ggufError | Non
             return CalibrationError(f"{where}: {said}")
     if isinstance(error, OSError) or _is_transport(error):
         return None
-    return CalibrationError(f"{where}: cannot be read as rows ({_line(error)}); {_SAVED}")
+    return CalibrationError(f"{where}: cannot be read as rows ({first_line(error)}); {_SAVED}")
 
 
 def _said_by_hub(cause: BaseException, component: Component) -> str | None:
@@ -204,8 +211,8 @@ def _said_by_datasets(cause: BaseException, component: Component) -> str | None:
 
 
 def _said_by_status(cause: BaseException) -> str | None:
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if not isinstance(status, int) or status in _BUSY or status >= 500:
+    status = status_of(cause)
+    if status is None or is_busy(status):
         return None
     return f"the Hub refuses it (HTTP {status}); if it is private, run `hf auth login`"
 
@@ -214,19 +221,3 @@ def _is_transport(error: BaseException) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     return isinstance(error, HfHubHTTPError.__mro__[1])
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from, the last first."""
-    cause: BaseException | None = error
-    for _ in range(10):
-        if cause is None:
-            return
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]

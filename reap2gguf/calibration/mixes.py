@@ -39,6 +39,7 @@ class Mix:
     spec: str
     max_length: int  # tokens a row, at most
     source: str  # where it was published
+    pack: bool = False  # whether its samples are put one after another
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Calibration:
     max_length: int
     seed: int
     is_composite: bool
+    pack: bool = False  # samples one after another until a row is full; else a row is one sample
 
     @property
     def spec(self) -> str:
@@ -70,12 +72,12 @@ def decide(options: CalibrationOptions) -> Calibration:
 
     Raises CalibrationError if it is none of these, or a component of it is not.
     """
-    spec, length = options.spec, DEFAULT_LENGTH
+    spec, length, pack = options.spec, DEFAULT_LENGTH, False
     if spec == DEFAULT_MIX or exists(spec):
         return _one(Component(spec), options)
     label = None
     if (mix := shipped_mixes().get(spec)) is not None:
-        label, spec, length = spec, mix.spec, mix.max_length
+        label, spec, length, pack = spec, mix.spec, mix.max_length, mix.pack
     components = parse(spec)
     if components is None:
         plain = parse_plain(spec)
@@ -96,6 +98,7 @@ def decide(options: CalibrationOptions) -> Calibration:
         length if options.max_length is None else options.max_length,
         options.seed,
         is_composite=True,
+        pack=pack if options.pack is None else options.pack,
     )
 
 
@@ -107,6 +110,7 @@ def _one(component: Component, options: CalibrationOptions) -> Calibration:
         DEFAULT_LENGTH if options.max_length is None else options.max_length,
         options.seed,
         is_composite=False,
+        pack=bool(options.pack),
     )
 
 
@@ -122,7 +126,7 @@ def shipped_mixes() -> dict[str, Mix]:
 
 
 def parse_mixes(text: str, where: Path) -> dict[str, Mix]:
-    """Mixes of a TOML file: a table each, of nothing but Mix's fields.
+    """Mixes of a TOML file: a table each, of nothing but Mix's fields; `pack` may be left out.
 
     Raises CalibrationError.
     """
@@ -134,10 +138,13 @@ def parse_mixes(text: str, where: Path) -> dict[str, Mix]:
 
 
 def _mix(table: Any, where: str) -> Mix:
-    kinds: Mapping[str, type] = {"title": str, "spec": str, "max_length": int, "source": str}
+    kinds: Mapping[str, type] = {
+        "title": str, "spec": str, "max_length": int, "source": str, "pack": bool,
+    }  # fmt: skip
     assert kinds.keys() == {entry.name for entry in fields(Mix)}
-    if not isinstance(table, dict) or table.keys() != kinds.keys():
+    if not isinstance(table, dict) or {"pack", *table} != kinds.keys():
         raise CalibrationError(f"{where}: expected a table of {', '.join(kinds)}")
+    table = {"pack": False, **table}
     for key, kind in kinds.items():
         if type(table[key]) is not kind:
             raise CalibrationError(f"{where}: {key} is {shown(table[key])}, expected {kind}")

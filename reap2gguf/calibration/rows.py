@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ from reap2gguf.panics import panics_as
 Row = npt.NDArray[np.int64]
 # A tail this short says nothing about the middle of a text.
 _SHORTEST_ROW = 16
+_SHORTEST_SAMPLE = 2
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A row, and how many samples are in it: none where it is cut from a text."""
+
+    row: Row
+    n_samples: int
 
 
 class Tokenizer:
@@ -84,32 +95,95 @@ def _text_of(content: Any) -> str:
 
 def make_rows(
     corpus: Corpus, tokenizer: Tokenizer, max_length: int, n_samples: int | None, seed: int
-) -> list[Row]:
-    """At most `n_samples` rows of at most `max_length` tokens.
+) -> list[Counted]:
+    """At most `n_samples` rows of at most `max_length` tokens, each sample a row of its own.
 
     Rows of a stream are its first ones, in order; documents and samples are shuffled by `seed`.
     Raises CalibrationError if there is not one row.
     """
-    rows: list[Row] = []
+    rows: list[Counted] = []
     n_tokens = 0
     for passage in corpus.passages:
         tokens = tokenizer.encode(passage.text)
         n_tokens += len(tokens)
         rows.extend(_cut(passage, tokens, max_length, tokenizer.bos))
     if not rows:
-        raise CalibrationError(
-            f"calibration {corpus.spec!r}: {n_tokens:,} tokens do not fill one row of "
-            f"{max_length:,}; give more text or a smaller --max-length"
-        )
+        raise _too_short(corpus.spec, n_tokens, max_length)
     if any(passage.cut is not Cut.STREAM for passage in corpus.passages):
         random.Random(seed).shuffle(rows)
     return rows[:n_samples]
 
 
+def make_packed_rows(
+    passages: Iterable[Passage], spec: str, tokenizer: Tokenizer, max_length: int, n_rows: int,
+    seed: int, on_row: Callable[[], None],
+) -> list[Counted]:  # fmt: skip
+    """At most `n_rows` rows of `passages`: the samples, which come last, packed, all else cut.
+
+    Of samples, no more are taken than fill the rows; `on_row` is told of each. Where documents are
+    among them, all rows are shuffled by `seed`. Raises CalibrationError if there is not one row.
+    """
+    cut: list[Counted] = []
+    n_tokens, has_documents = 0, False
+
+    def samples() -> Iterator[Row]:
+        nonlocal n_tokens, has_documents
+        for passage in passages:
+            tokens = tokenizer.encode(passage.text)
+            n_tokens += len(tokens)
+            if passage.cut is Cut.SAMPLE:
+                yield tokens
+            else:
+                has_documents |= passage.cut is Cut.DOCUMENT
+                cut.extend(_cut(passage, tokens, max_length, tokenizer.bos))
+
+    packed = []
+    for row in islice(pack(samples(), max_length), n_rows):
+        packed.append(row)
+        on_row()
+    rows = cut + packed
+    if not rows:
+        raise _too_short(spec, n_tokens, max_length)
+    if has_documents:
+        random.Random(seed).shuffle(rows)
+    return rows[:n_rows]
+
+
+def pack(samples: Iterable[Row], length: int) -> Iterator[Counted]:
+    """Samples one after another in rows of exactly `length` tokens, as REAP packs them.
+
+    The rule is that of https://github.com/CerebrasResearch/reap, `src/reap/data.py`: a row begins
+    with a new sample; the sample that crosses its end is cut there, and what is left of it is in no
+    row; the last row stays though it is not full. Attention is not masked between samples.
+    REAP also leaves one masked place between two samples, which is no token and counts nowhere;
+    here nothing lies between them, so that a row has a few tokens more. A last row of one token,
+    which predicts nothing, is dropped. A sample is asked for only when a row is not yet full.
+    """
+    parts: list[Row] = []
+    n_free = length
+    for tokens in samples:
+        if len(tokens):
+            parts.append(tokens[:n_free])
+            n_free -= len(parts[-1])
+        if not n_free:
+            yield Counted(np.concatenate(parts), len(parts))
+            parts, n_free = [], length
+    if length - n_free >= _SHORTEST_SAMPLE:
+        yield Counted(np.concatenate(parts), len(parts))
+
+
+def _too_short(spec: str, n_tokens: int, length: int) -> CalibrationError:
+    return CalibrationError(
+        f"calibration {spec!r}: {n_tokens:,} tokens do not fill one row of {length:,}; give more "
+        "text or a smaller --max-length"
+    )
+
+
 def chunk_text(text: str, tokenizer: Tokenizer, chunk_size: int, where: str) -> list[Row]:
     """A text cut into consecutive chunks of exactly `chunk_size` tokens, as llama-imatrix does."""
     tokens = tokenizer.encode(text)
-    rows = list(_cut(Passage(text, Cut.STREAM), tokens, chunk_size, tokenizer.bos))
+    cut = _cut(Passage(text, Cut.STREAM), tokens, chunk_size, tokenizer.bos)
+    rows = [one.row for one in cut]
     if not rows:
         raise CalibrationError(
             f"{where}: {len(tokens):,} tokens do not fill one chunk of {chunk_size:,}; give more "
@@ -118,11 +192,11 @@ def chunk_text(text: str, tokenizer: Tokenizer, chunk_size: int, where: str) -> 
     return rows
 
 
-def _cut(passage: Passage, tokens: Row, length: int, bos: int | None) -> Iterator[Row]:
+def _cut(passage: Passage, tokens: Row, length: int, bos: int | None) -> Iterator[Counted]:
     if passage.cut is Cut.SAMPLE:
         # a sample has its own beginning; a template writes its own BOS
-        if len(tokens) >= 2:
-            yield tokens[:length]
+        if len(tokens) >= _SHORTEST_SAMPLE:
+            yield Counted(tokens[:length], 1)
         return
     for first in range(0, len(tokens), length):
         row = tokens[first : first + length].copy()
@@ -131,4 +205,4 @@ def _cut(passage: Passage, tokens: Row, length: int, bos: int | None) -> Iterato
             return
         if bos is not None:
             row[0] = bos  # as llama-imatrix: each chunk begins like a text
-        yield row
+        yield Counted(row, 0)

@@ -28,7 +28,7 @@ def refusal(error: BaseException, name: str, revision: str | None) -> Reap2ggufE
         if refusal := _disk_refusal(cause):
             return refusal
         if isinstance(cause, HFValidationError):
-            return SourceError(f"{name}: no such folder, and not a Hub name ({_line(cause)})")
+            return SourceError(f"{name}: no such folder, and not a Hub name ({first_line(cause)})")
         if isinstance(cause, GatedRepoError):
             return SourceError(
                 f"{name}: gated on the Hub; accept its terms there and run `hf auth login`"
@@ -60,7 +60,7 @@ def refusal(error: BaseException, name: str, revision: str | None) -> Reap2ggufE
 
 def _not_understood(name: str, error: BaseException) -> SourceError:
     return SourceError(
-        f"{name}: the Hub's answer is not understood ({_line(error)}); check HF_ENDPOINT, and "
+        f"{name}: the Hub's answer is not understood ({first_line(error)}); check HF_ENDPOINT, and "
         "whether a proxy or a login page answers in its place"
     )
 
@@ -75,7 +75,7 @@ def _disk_refusal(error: BaseException) -> OutputError | None:
     )
     # hf_xet writes files in Rust and hands on no number
     if of_disk or "No space left on device" in str(error):
-        reason = getattr(error, "strerror", None) or _line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         return OutputError(
             f"{constants.HF_HUB_CACHE}: the Hub's cache cannot be written ({reason}); make room "
             "there, or set HF_HOME to a folder on another disk"
@@ -111,10 +111,12 @@ def trouble(error: BaseException) -> str:
     if status is not None:
         return f"HTTP {status}"
     # the deepest is the system's own word: connection refused, name not known
-    return next((line for cause in reversed(chain) if (line := _line(cause))), "no reason given")
+    return next(
+        (line for cause in reversed(chain) if (line := first_line(cause))), "no reason given"
+    )
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]

@@ -12,6 +12,10 @@ from reap2gguf.publish.front_matter import new_front_matter
 
 CARD_FILE = "README.md"
 
+_PACKED = """\
+Samples were put one after another until a row was full, as REAP does by default; the rest of the
+last sample in a row was left out, and a token may attend to the samples before its own."""
+
 _REAP_CITATION = """\
 @article{lasby-reap,
   title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
@@ -167,9 +171,10 @@ def _source_link(manifest: Manifest) -> str:
 
 def _facts_table(manifest: Manifest) -> str:
     pruning, calibration = manifest.pruning, manifest.calibration
+    packed = ", samples packed" if calibration.packed else ""
     text = (
         f"{calibration.spec}, {pruning.n_rows:,} rows of at most {calibration.max_length:,} "
-        f"tokens, {pruning.n_tokens:,} in all, seed {calibration.seed}"
+        f"tokens{packed}, {pruning.n_tokens:,} in all, seed {calibration.seed}"
     )
     rows = [
         ("source", manifest.source.label + _at(manifest.source.revision)),
@@ -240,12 +245,18 @@ Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
 def _calibration(manifest: Manifest) -> str:
     """What was read of each dataset and file."""
     lines = [
-        f"| {_component(record)} | {record.rows:,} | {record.tokens:,} |"
+        f"| {_component(record)} | {record.rows:,} | {record.tokens:,} | {_samples(record)} |"
         for record in manifest.calibration.components
     ]
     if not lines:
         return "The calibration texts are not listed."
-    return "\n".join(["| calibration | rows | tokens |", "|---|---|---|", *lines])
+    table = "\n".join(["| calibration | rows | tokens | samples |", "|---|---|---|---|", *lines])
+    has_samples = any(record.samples for record in manifest.calibration.components)
+    return f"{table}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else table
+
+
+def _samples(record: ComponentRecord) -> str:
+    return f"{record.samples:,}" if record.samples else "cut from text"
 
 
 def _component(record: ComponentRecord) -> str:

@@ -101,6 +101,11 @@ calibration_options = _all(
     ),
     click.option("--seed", type=click.IntRange(-_MOST, _MOST), default=_DEFAULTS.seed,
                  show_default=True, metavar="S", help="Orders the samples."),
+    click.option(
+        "--pack/--no-pack", default=None,
+        help="Whether samples follow one another until a row of T tokens is full, as REAP has it, "
+        "or each is a row; each is one, but for the published mixes.",
+    ),
 )  # fmt: skip
 
 compute_options = _all(
@@ -200,7 +205,11 @@ def collect(
         method=arguments["method"],
         mtp=arguments["mtp"],
         calibration=CalibrationOptions(
-            arguments["spec"], arguments["samples"], arguments["max_length"], arguments["seed"]
+            arguments["spec"],
+            arguments["samples"],
+            arguments["max_length"],
+            arguments["seed"],
+            arguments["pack"],
         ),
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 @threads_option
 @click.option("-o", "--output", type=FilePath, required=True, help="Observations file to write.")
 def observe(
-    model: str, spec: str, samples: int | None, max_length: int | None, seed: int, output: Path,
-    **compute: Any,
+    model: str, spec: str, samples: int | None, max_length: int | None, seed: int,
+    pack: bool | None, output: Path, **compute: Any,
 ) -> None:  # fmt: skip
     """Observe what the experts of MODEL do on calibration text.
 
@@ -54,7 +54,7 @@ def observe(
     from reap2gguf.calibration.mixes import decide
 
     # what is refused without torch is refused before it is loaded
-    calibration = decide(CalibrationOptions(spec, samples, max_length, seed))
+    calibration = decide(CalibrationOptions(spec, samples, max_length, seed, pack))
     check_calibration(calibration)
     source, checkpoint, described = _open(model)
     _check_parent(output)

@@ -43,7 +43,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         )
     yield (
         f"  calibration: {plan.calibration.label}, at most {plan.calibration.samples:,} rows of "
-        f"{plan.max_length:,} tokens"
+        f"{plan.max_length:,} tokens{', samples packed' if plan.calibration.pack else ''}"
     )
     if plan.mtp != "none":
         yield f"  the multi-token-prediction block is {plan.mtp}"

@@ -46,13 +46,14 @@ def sample(recipe_source: str = RECIPE) -> Manifest:
             "b" * 64,
             512,
             42,
+            True,
             "text.txt",
             "c" * 64,
             9,
             512,
             (
-                ComponentRecord("owner/data", "code", "train", "0" * 40, 5, 600),
-                ComponentRecord("mine.jsonl", None, None, None, 2, 100),
+                ComponentRecord("owner/data", "code", "train", "0" * 40, 5, 600, 9),
+                ComponentRecord("mine.jsonl", None, None, None, 2, 100, 2),
             ),
         ),
         hf=FolderRecord("example", 1, 10, 20, {"config.json": FileRecord(3, "d" * 64)}),
@@ -142,8 +143,10 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         ("pruning", "kept"),
         ("pruning", "n_rows"),
         ("calibration", "seed"),
+        ("calibration", "packed"),
         ("calibration", "components"),
         ("calibration", "components", 1, "tokens"),
+        ("calibration", "components", 1, "samples"),
         ("hf", "files"),
         ("hf", "files", "config.json", "sha256"),
         ("gguf", 0, "tensors"),
@@ -177,12 +180,19 @@ def test_kept_experts_of_the_wrong_kind(tmp_path: Path, kept: Any) -> None:
     refusal(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["name", "subset", "revision", "rows", "tokens"])
+@pytest.mark.parametrize("key", ["name", "subset", "revision", "rows", "tokens", "samples"])
 @pytest.mark.parametrize("value", [[7], {}, True, 1.5, 2**63])
 def test_components_of_the_wrong_kind(tmp_path: Path, key: str, value: Any) -> None:
     sample().save(tmp_path)
     changed(tmp_path, "calibration", "components", 0, key, value=value)
     assert key in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 1, "true", [True]])
+def test_packed_of_the_wrong_kind(tmp_path: Path, value: Any) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "calibration", "packed", value=value)
+    assert "packed" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("value", [None, {}, "text", [7], [None]])
@@ -194,7 +204,7 @@ def test_components_that_are_no_list(tmp_path: Path, value: Any) -> None:
 
 def test_how_a_component_is_called() -> None:
     names = [("a/b", None, None), ("a/b", "code", "train"), ("a/b", None, "tool")]
-    found = [ComponentRecord(*name, None, 1, 2).title for name in names]
+    found = [ComponentRecord(*name, None, 1, 2, 1).title for name in names]
     assert found == ["a/b", "a/b[code]", "a/b(tool)"]
 
 

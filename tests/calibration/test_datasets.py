@@ -83,10 +83,12 @@ DRAWN = """
 import json, sys
 from pathlib import Path
 import datasets
+from click.testing import CliRunner
 from reap2gguf.calibration import hub_datasets
 from reap2gguf.calibration.mixes import decide
 from reap2gguf.calibration.rows import Tokenizer
 from reap2gguf.calibration.texts import observation_rows
+from reap2gguf.cli import cli
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.progress import Silent
@@ -99,16 +101,23 @@ class Notes(Silent):
     def note(self, text): self.notes.append(text)
 
 tokenizer = Tokenizer(Path(sys.argv[1]))
-for line in sys.stdin:
-    spec, seed = json.loads(line)
+
+def rows(spec, seed, pack):
     told = Notes()
     try:
-        calibration = decide(CalibrationOptions(spec, max_length=64, seed=seed))
+        calibration = decide(CalibrationOptions(spec, max_length=64, seed=seed, pack=pack))
         found = observation_rows(tokenizer, calibration, 64, 4096, told)
-        answer = [[row.tolist() for row in found.rows], found.label, told.notes]
+        return [row.tolist() for row in found.rows], found.label, told.notes
     except Reap2ggufError as error:
-        answer = [type(error).__name__, str(error), told.notes]
-    print(json.dumps(answer), flush=True)
+        return type(error).__name__, str(error), told.notes
+
+def command(*words):
+    done = CliRunner().invoke(cli, words)
+    return done.exit_code, done.stdout, done.stderr
+
+for line in sys.stdin:
+    what, arguments = json.loads(line)
+    print(json.dumps({"rows": rows, "command": command}[what](*arguments)), flush=True)
 """
 
 
@@ -119,15 +128,23 @@ def online(hub: Hub, home: Path) -> dict[str, str]:
 
 @dataclass
 class Client:
-    """A process with the real client, that draws rows when it is asked to."""
+    """A process with the real client, that draws rows and runs commands when it is asked to."""
 
     process: subprocess.Popen[str]
     hub: Hub
 
-    def ask(self, spec: str, seed: int = 42) -> list[Any]:
+    def ask(self, spec: str, seed: int = 42, pack: bool | None = None) -> list[Any]:
+        return self._ask("rows", spec, seed, pack)
+
+    def run(self, *words: object) -> tuple[int, str]:
+        """The exit code of a command, and what it told on stderr."""
+        code, _, told = self._ask("command", *map(str, words))
+        return code, told
+
+    def _ask(self, what: str, *arguments: object) -> list[Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([spec, seed]) + "\n")
+        self.process.stdin.write(json.dumps([what, arguments]) + "\n")
         self.process.stdin.flush()
         return list(json.loads(self.process.stdout.readline()))
 
@@ -215,7 +232,7 @@ def test_what_is_refused_says_so_in_one_line(client: Client, spec: str, message:
     "fault",
     [
         Fault(503, where="/api/datasets/", times=2),
-        Fault(429, where="train-1.parquet", times=2),
+        Fault(429, where="train-1.parquet", times=1),
         Fault(where="train-1.parquet", after=40, reset=True, times=1),
     ],
 )
@@ -236,14 +253,30 @@ def test_a_hub_that_stays_away(client: Client) -> None:
     ]
 
 
-def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "reap2gguf", *map(str, arguments)],
-        env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def test_rows_are_packed_as_far_as_needed(client: Client) -> None:
+    """Of 24 to 26 tokens a sample, 64 are two and the beginning of a third."""
+    rows, _, (note,) = client.ask(f"{MOT}[code]:4", 7, pack=True)
+    assert note == f"calibration: {MOT}[code]: 4 rows, 256 tokens of 12 samples"
+    apart = client.ask(f"{MOT}[code]:12", 7)[0]
+    rests = []
+    for row in rows:
+        assert len(row) == 64
+        for _ in range(2):
+            (whole,) = (one for one in apart if row[: len(one)] == one)
+            row = row[len(whole) :]
+            apart.remove(whole)
+        rests.append(row)
+    assert len(apart) == 4
+    assert all(any(one[: len(rest)] == rest for one in apart) for rest in rests)
 
 
-def test_a_build_goes_on_without_the_hub(tmp_path: Path) -> None:
+def test_a_subset_that_ends_leaves_its_last_row(client: Client) -> None:
+    rows, _, (note,) = client.ask(f"{MOT}[math]:50", pack=True)
+    assert [len(row) for row in rows if len(row) != 64] == [len(min(rows, key=len))]
+    assert f"{sum(map(len, rows))} tokens of 10 samples; 50 rows were asked for" in note
+
+
+def test_a_build_goes_on_without_the_hub(client: Client, tmp_path: Path) -> None:
     local = tmp_path / "mine.jsonl"
     local.write_bytes(lines([chat("mine", n) for n in range(8)]))
     spec = f"{EVOL}@main:4,{local}:6"
@@ -251,16 +284,12 @@ def test_a_build_goes_on_without_the_hub(tmp_path: Path) -> None:
         ("q8_0",), str(EXAMPLE), compression=0.5, output=tmp_path / "out", name="half", chunk=32,
         calibration=CalibrationOptions(spec, max_length=64), compute=ComputeOptions("cpu"),
     )  # fmt: skip
-    with Hub(repositories=repositories()) as hub:
-        environment = online(hub, tmp_path / "home")
-        asked = (
-            "build", EXAMPLE, "--recipe", "q8_0", "--name", "example", "--output", tmp_path / "out",
-            "--calibration", spec, "--max-length", 64, "--chunk", 32,
-            "--device", "cpu",
-        )  # fmt: skip
-        done = program(*asked, **environment)
-        assert done.returncode == 0, done.stderr
-    assert f"calibration: {EVOL}: 4 rows" in done.stderr
+    code, told = client.run(
+        "build", EXAMPLE, "--recipe", "q8_0", "--name", "example", "--output", tmp_path / "out",
+        "--calibration", spec, "--max-length", 64, "--chunk", 32, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, told
+    assert f"calibration: {EVOL}: 4 rows" in told
     folder = tmp_path / "out" / "example-GGUF"
     manifest = Manifest.load(folder)
     found = manifest.calibration
@@ -290,10 +319,8 @@ def test_a_refusal_comes_before_the_rows_of_others(client: Client) -> None:
     assert len(client.hub.asked(".parquet")) <= 1, "a schema at most"
 
 
-def test_a_plan_asks_nobody(tmp_path: Path) -> None:
-    with Hub(repositories=repositories()) as hub:
-        environment = online(hub, tmp_path / "home")
-        asked = ("plan", EXAMPLE, "--recipe", "q8_0", "--calibration", "reap-agentic")
-        done = program(*asked, **environment)
-        assert done.returncode == 0, done.stderr
-        assert hub.requests == []
+def test_a_plan_asks_nobody(client: Client) -> None:
+    client.hub.requests.clear()
+    code, told = client.run("plan", EXAMPLE, "--recipe", "q8_0", "--calibration", "reap-agentic")
+    assert code == 0, told
+    assert client.hub.requests == []

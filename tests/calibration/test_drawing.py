@@ -75,8 +75,8 @@ def test_each_component_gives_what_was_asked(
     tokens = [sum(len(r) for r, n in zip(found.rows, names, strict=True) if n == name)
               for name in ("apples", "pears")]  # fmt: skip
     assert found.components == (
-        ComponentRecord("apples.jsonl", None, None, None, 30, tokens[0]),
-        ComponentRecord("pears.jsonl", None, None, None, 10, tokens[1]),
+        ComponentRecord("apples.jsonl", None, None, None, 30, tokens[0], 30),
+        ComponentRecord("pears.jsonl", None, None, None, 10, tokens[1], 10),
     )
     assert notes.notes == [
         f"calibration: apples.jsonl: 30 rows, {tokens[0]:,} tokens",

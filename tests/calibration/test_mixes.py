@@ -22,6 +22,14 @@ def test_a_shipped_mix_can_be_planned(name: str, tmp_path: Path) -> None:
     assert found.samples == sum(one.count or 0 for one in found.components)
     assert all("/" in one.name and not one.is_local for one in found.components)
     assert decide(CalibrationOptions(name, 5, 64)).max_length == 64
+    assert found.pack, "made with REAP, which packs"
+    assert not decide(CalibrationOptions(name, pack=False)).pack
+
+
+@pytest.mark.parametrize("spec", ["default", "owner/name", "owner/name:5"])
+def test_other_samples_stay_apart_unless_asked(spec: str) -> None:
+    assert not decide(CalibrationOptions(spec)).pack
+    assert decide(CalibrationOptions(spec, pack=True)).pack
 
 
 def test_the_mixes_are_as_published() -> None:
@@ -51,7 +59,9 @@ GOOD = '[m]\ntitle = "t"\nspec = "a/b:1"\nmax_length = 64\nsource = "s"\n'
 
 
 def test_a_mix_is_read() -> None:
-    assert parse_mixes(GOOD, Path("m.toml"))["m"].max_length == 64
+    found = parse_mixes(GOOD, Path("m.toml"))["m"]
+    assert (found.max_length, found.pack) == (64, False)
+    assert parse_mixes(GOOD + "pack = true\n", Path("m.toml"))["m"].pack
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,7 @@ def test_a_mix_is_read() -> None:
         ("[m]", "x = 5\n[m]", "mix 'x': expected a table"),
         ("64", '"64"', "max_length is '64'"),
         ("64", "true", "max_length is True"),
+        ("[m]", "[m]\npack = 1", "pack is 1"),
         ("64", "1", "no length that a row can have"),
         ("a/b:1", "a/b", "no composite"),
         ("a/b:1", "a:1,b", "component 2 of 2"),

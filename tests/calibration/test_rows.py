@@ -41,21 +41,25 @@ def corpus(cut: Cut, *texts: str) -> Corpus:
     return Corpus("test", tuple(Passage(text, cut) for text in texts))
 
 
+def rows_of(*arguments: Any, **named: Any) -> list[Any]:
+    return [one.row for one in make_rows(*arguments, **named)]
+
+
 def test_a_stream_is_cut_into_whole_rows(tokenizer: Tokenizer, ids: list[int]) -> None:
-    rows = make_rows(corpus(Cut.STREAM, TEXT), tokenizer, 50, None, seed=1)
+    rows = rows_of(corpus(Cut.STREAM, TEXT), tokenizer, 50, None, seed=1)
     assert [list(row) for row in rows] == [ids[i : i + 50] for i in range(0, len(ids) - 49, 50)]
-    first = make_rows(corpus(Cut.STREAM, TEXT), tokenizer, 50, 3, seed=2)
+    first = rows_of(corpus(Cut.STREAM, TEXT), tokenizer, 50, 3, seed=2)
     assert [list(row) for row in first] == [ids[:50], ids[50:100], ids[100:150]]
 
 
 def test_a_document_keeps_its_tail(tokenizer: Tokenizer, ids: list[int]) -> None:
     length = (len(ids) - 20) // 2
-    rows = make_rows(corpus(Cut.DOCUMENT, TEXT), tokenizer, length, None, seed=1)
+    rows = rows_of(corpus(Cut.DOCUMENT, TEXT), tokenizer, length, None, seed=1)
     assert sorted(len(row) for row in rows) == [len(ids) - 2 * length, length, length]
 
 
 def test_a_sample_is_one_row(tokenizer: Tokenizer, ids: list[int]) -> None:
-    rows = make_rows(corpus(Cut.SAMPLE, TEXT, "short one", "x"), tokenizer, 64, None, seed=1)
+    rows = rows_of(corpus(Cut.SAMPLE, TEXT, "short one", "x"), tokenizer, 64, None, seed=1)
     assert sorted(len(row) for row in rows)[-1] == 64
     assert ids[:64] in [list(row) for row in rows]
 
@@ -64,7 +68,7 @@ def test_samples_are_shuffled_by_the_seed(tokenizer: Tokenizer) -> None:
     texts = [f"sample number {i} of many" for i in range(20)]
 
     def order(seed: int) -> list[list[int]]:
-        rows = make_rows(corpus(Cut.SAMPLE, *texts), tokenizer, 64, 5, seed)
+        rows = rows_of(corpus(Cut.SAMPLE, *texts), tokenizer, 64, 5, seed)
         return [list(row) for row in rows]
 
     assert order(1) == order(1)

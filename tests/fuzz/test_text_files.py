@@ -169,7 +169,7 @@ def manifest() -> Manifest:
         program={"reap2gguf": "0.1.0"},
         source=SourceRecord("owner/name", None, "f", "Qwen3MoeForCausalLM", 10, 20),
         pruning=PruningRecord("reap", 16, 3, 2, {0: (0, 5, 15), 1: (1, 2, 3)}, "a", 7, 700, 0),
-        calibration=CalibrationRecord("mix", "b", 512, 42, "text.txt", "c", 9, 512),
+        calibration=CalibrationRecord("mix", "b", 512, 42, False, "text.txt", "c", 9, 512),
         hf=FolderRecord("example", 1, 10, 20, {"config.json": FileRecord(3, "d")}),
         gguf=(GgufRecord("x.gguf", "q4", "Q4", "L", "Q4_K", "t", 9, 4.5, {"a.weight": "Q6_K"}),),
         side_files=(SideRecord("y.gguf", "Y", 9, {"v.weight": "F16"}),),

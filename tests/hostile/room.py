@@ -150,7 +150,7 @@ def _bundle(checkpoint: Checkpoint, folder: Path) -> None:
         program={},
         source=SourceRecord("name", None, "", model.facts.architecture, 1, 1),
         pruning=PruningRecord("reap", 8, 8, 2, dict.fromkeys((0, 1), tuple(range(8))), "", 1, 1, 0),
-        calibration=CalibrationRecord("text.txt", "", 64, 42, "text.txt", "", 1, 64),
+        calibration=CalibrationRecord("text.txt", "", 64, 42, False, "text.txt", "", 1, 64),
         hf=FolderRecord("name", 1, 1, 1, files),
         gguf=(GgufRecord(path.name, "q8_0", "", "Q8_0", "Q8_0", "", 1, 8.5, kinds),),
     )
