@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Hub
+from hub import Fault, Hub
 from hub_model import ENDS, layered_files, whole
 
 from reap2gguf.checkpoint import hub as hub_module
@@ -250,3 +250,18 @@ def test_what_was_given_up_is_not_said_to_be_done(
         checkpoint.read(next(n for n, t in checkpoint.tensors.items() if t.path == shard))
     checkpoint.close()
     assert "Fetching owner/name: done in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["/api/models/", ENDS])
+def test_a_server_that_says_nothing_is_asked_again(
+    where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    held, told = threading.Event(), list[str]()
+    hub.faults = [Fault(where=where, after=0, held=held)]
+    try:
+        resolve_source("owner/name", told.append).open(told.append)
+    finally:
+        held.set()
+    assert len(told) == 1
+    assert "try 2 of 5" in told[0]
