@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES
-from reap2gguf.checkpoint.hub_errors import asked_wait, refusal, trouble
+from reap2gguf.checkpoint.hub_errors import asked_wait, is_offline, refusal, trouble
 from reap2gguf.checkpoint.network_threads import drop_unfinished, side_by_side
 from reap2gguf.errors import Reap2ggufError, SourceError
 from reap2gguf.messages import shown
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 TRIES = 5
 _AT_ONCE = 8
 # What a plan reads. A vocab.json is what tokenizer.json holds once more.
-_PLANNED = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
+_PLANNED = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer*.json",
+    "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
 _LATER = ("vocab.json", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = "*.safetensors"
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -102,6 +106,11 @@ def find(
         except possible_errors() as error:
             # a copy that is whole needs no Hub, unless that says there is no such revision
             if not _is_final(error) and (folder := _cached(name, revision)):
+                if not is_offline(error):
+                    note(
+                        f"{name}: the Hub cannot be asked ({trouble(error)}); the cache's copy is "
+                        f"used, commit {folder.name[:12]}"
+                    )
                 return folder
             raise
 

@@ -99,6 +99,13 @@ def status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
+def is_offline(error: BaseException) -> bool:
+    """Whether the user wants no network to be asked."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(error))
+
+
 def is_busy(status: int) -> bool:
     """Whether a status says that a later try may fare better."""
     return status in _BUSY or status >= 500

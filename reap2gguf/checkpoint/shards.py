@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -123,9 +123,8 @@ class HubShards:
         bar, self._bar = self._bar, ExitStack()
         self._task = None
         if self._n_left > 0:
-            # "done" would be a lie
-            with suppress(LeavingError):
-                bar.__exit__(LeavingError, LeavingError(), None)
+            # what is not complete must not be said to be done
+            bar.__exit__(LeavingError, LeavingError(), None)
         else:
             bar.close()
 

@@ -170,7 +170,8 @@ def test_the_cache_serves_without_the_hub(gone: bool, fetching: Fetching, hub: H
         hub.faults = [Fault(503, times=99)]
     assert fetching() == folder
     assert fetching(COMMIT) == folder
-    assert fetching.notes == []
+    assert len(fetching.notes) == 2
+    assert f"the cache's copy is used, commit {COMMIT[:12]}" in fetching.notes[0]
 
 
 def test_a_cache_that_is_not_whole_does_not_serve(fetching: Fetching, hub: Hub) -> None:

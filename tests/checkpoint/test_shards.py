@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Hub
+from hub import Fault, Hub
 from hub_model import ENDS, layered_files, whole
 
 from reap2gguf.checkpoint import hub as hub_module
@@ -21,6 +21,7 @@ from reap2gguf.checkpoint.counted import Counted, LeavingError
 from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.progress import Silent
+from reap2gguf.terminal.console import Lines
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
@@ -202,17 +203,11 @@ class Seen(Silent):
 
     def __init__(self) -> None:
         self.total = self.done = 0.0
-        self.ends: list[str] = []
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Seen]:
         self.total = total
-        try:
-            yield self
-        except BaseException:
-            self.ends.append("given up")
-            raise
-        self.ends.append("done")
+        yield self
 
     def advance(self, amount: float = 1) -> None:
         self.done += amount
@@ -232,7 +227,6 @@ def test_what_another_process_fetched_counts_too(hub: Hub, tmp_path: Path) -> No
             checkpoint.read(name, 0, 1)
     checkpoint.close()
     assert seen.total == seen.done == sum(map(len, weights_of(hub)))
-    assert seen.ends == ["done"]
 
 
 def weights_of(hub: Hub) -> list[bytes]:
@@ -242,10 +236,32 @@ def weights_of(hub: Hub) -> list[bytes]:
     ]  # fmt: skip
 
 
-def test_a_fetch_that_is_given_up_is_not_done(hub: Hub, tmp_path: Path) -> None:
-    checkpoint, seen = opened(), Seen()
-    checkpoint.report_to(seen)
+def test_what_was_given_up_is_not_said_to_be_done(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = opened()
+    checkpoint.report_to(Lines())
     checkpoint.read("model.norm.weight")
     checkpoint.close()
-    assert 0 < seen.done < seen.total
-    assert seen.ends == ["given up"]
+    shown = capsys.readouterr().err
+    assert "Fetching owner/name: " in shown
+    assert "done" not in shown
+    for shard in checkpoint.shards:
+        checkpoint.read(next(n for n, t in checkpoint.tensors.items() if t.path == shard))
+    checkpoint.close()
+    assert "Fetching owner/name: done in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["/api/models/", ENDS])
+def test_a_server_that_says_nothing_is_asked_again(
+    where: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    held, told = threading.Event(), list[str]()
+    hub.faults = [Fault(where=where, after=0, held=held)]
+    try:
+        resolve_source("owner/name", told.append).open(told.append)
+    finally:
+        held.set()
+    assert len(told) == 1
+    assert "try 2 of 5" in told[0]
