@@ -221,7 +221,9 @@ def test_the_hub_is_told_without_its_token(monkeypatch: pytest.MonkeyPatch, tmp_
     assert machine.hub_endpoint().state is State.ADVICE
     assert machine.hub_endpoint().found == "https://hub.example, offline by HF_HUB_OFFLINE"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert machine.hub_endpoint() == Finding("hub", "https://hub.example, online")
+    assert machine.hub_endpoint() == Finding(
+        "hub", "https://hub.example, not asked now; HF_HUB_OFFLINE is not set"
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_" + "secret" * 4)
     result = CliRunner().invoke(cli, ["doctor"])
     assert "a token is there" in result.output

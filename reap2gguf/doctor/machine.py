@@ -131,7 +131,7 @@ def hub_endpoint() -> Finding:
             "hub", f"{constants.ENDPOINT}, offline by HF_HUB_OFFLINE", State.ADVICE,
             "only models in the cache are found; unset HF_HUB_OFFLINE to fetch others",
         )  # fmt: skip
-    return Finding("hub", f"{constants.ENDPOINT}, online")
+    return Finding("hub", f"{constants.ENDPOINT}, not asked now; HF_HUB_OFFLINE is not set")
 
 
 def hub_token() -> Finding:

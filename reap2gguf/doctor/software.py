@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from reap2gguf import __version__
+from reap2gguf.calibration.mixes import shipped_mixes
 from reap2gguf.doctor.finding import Finding, State
-from reap2gguf.errors import DependencyError, SourceError
+from reap2gguf.errors import CalibrationError, DependencyError, SourceError
 from reap2gguf.messages import shown
 from reap2gguf.resources import shipped_folder
 from reap2gguf.vendor import PROGRAMS, checkout_folder, find_libggml, find_llama_cpp
@@ -109,12 +110,11 @@ def shipped() -> Finding:
     try:
         recipes = len(list(shipped_folder("recipes").glob("*.toml")))
         folder = shipped_folder("calibration")
-    except SourceError as error:
+        mixes = len(shipped_mixes())
+    except (SourceError, CalibrationError) as error:
         return Finding("shipped", "incomplete", State.PROBLEM, str(error))
     texts = len(list(folder.glob("*.txt"))) + len(list(folder.glob("*.jsonl")))
-    mixes = len(list(folder.glob("mixes/*.toml")))
-    more = f", {mixes} calibration mix{'' if mixes == 1 else 'es'}" if mixes else ""
-    return Finding("shipped", f"{recipes} recipes, {texts} calibration texts{more}")
+    return Finding("shipped", f"{recipes} recipes, {texts} calibration texts, {mixes} mixes")
 
 
 def llama_cpp_python() -> Finding:

@@ -20,6 +20,8 @@ _NUMBERS = {
 }  # fmt: skip
 _INTEGERS = {"top_k": (0, 2**31 - 1), "seed": (-(2**31), 2**32 - 1), "max_tokens": (1, 2**31 - 1)}
 
+_NOT_HERE = ("tools", "functions", "logprobs", "logit_bias")
+
 
 class RequestError(Exception):
     """A request that is answered by an error: its HTTP status, and OpenAI's code."""
@@ -42,7 +44,10 @@ def read_body(data: bytes) -> dict[str, Any]:
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for llama-cpp-python; unknown fields are ignored, null is as if left out."""
+    """Settings for llama-cpp-python; unknown fields are ignored, null is as if left out.
+
+    What would change the answer and is not implemented is refused: RequestError.
+    """
     found: dict[str, Any] = {}
     for name, (low, high) in {**_NUMBERS, **_INTEGERS}.items():
         value = values.get(name)
@@ -61,6 +66,9 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
         found["response_format"] = _format(form)
     if values.get("n") not in (None, 1):
         raise _wrong("n", values["n"], "1")
+    for name in _NOT_HERE:
+        if values.get(name):
+            raise _wrong(name, values[name], "nothing: here they are not; llama-server has them")
     return found
 
 

@@ -195,6 +195,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": HELLO, "max_tokens": 1.5}, 400, "max_tokens is 1.5"),
         (CHAT, {"messages": HELLO, "seed": 10**40}, 400, "seed is 1000"),
         (CHAT, {"messages": HELLO, "n": 2}, 400, "n is 2, expected 1"),
+        (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, 400, "tools is [{"),
+        (CHAT, {"messages": HELLO, "logprobs": True}, 400, "logprobs is True, expected nothing"),
         (CHAT, {"messages": HELLO, "stream": "yes"}, 400, "stream is 'yes'"),
         (CHAT, {"messages": HELLO, "stop": [1]}, 400, "stop is [1]"),
         (CHAT, {"messages": HELLO, "stream_options": 1}, 400, "stream_options is 1"),
