@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import pytest
 from hub import Hub
 from hub_repository import COMMIT
 from safetensors.torch import save_file
 from tiny import TinyQwen3Moe
+
+from reap2gguf.checkpoint import hub as hub_module
 
 MODEL = TinyQwen3Moe(n_layers=4, hidden=32, width=16, head_dim=8, dense_width=32)
 ENDS = "model-00005-of-00005.safetensors"
@@ -45,3 +51,13 @@ def whole(hub: Hub, name: str) -> list[str]:
 
 def shard_of(layer: int) -> str:
     return f"model-{layer + 1:05d}-of-00005.safetensors"
+
+
+@contextmanager
+def serving(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """A Hub that has the model, asked again at once where that fails, for this process."""
+    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.01)
+    with Hub(dict(files)) as hub:
+        hub.serve(monkeypatch, cache)
+        yield hub
+    huggingface_hub.close_session()

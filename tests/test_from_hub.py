@@ -13,11 +13,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hub import Fault, Hub
-from hub_model import layered_files, shard_of, whole
+from hub_model import layered_files, serving, shard_of, whole
 from hub_repository import COMMIT, OnDisk, Repository
 
 from reap2gguf import pipeline
-from reap2gguf.checkpoint import hub as hub_module
 from reap2gguf.checkpoint.source import Source
 from reap2gguf.errors import OutputError, SourceError
 from reap2gguf.observe.run import SweepRun
@@ -35,11 +34,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, bytes]) -> Iterator[Hub]:
-    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.01)
-    with Hub(dict(files)) as hub:
-        hub.serve(monkeypatch, tmp_path / "cache")
+    with serving(files, monkeypatch, tmp_path / "cache") as hub:
         yield hub
-    huggingface_hub.close_session()
 
 
 def options(output: Path, **changes: Any) -> BuildOptions:

@@ -123,7 +123,7 @@ def find(
     folder = _fetch(name, revision or "main", [files["config.json"]], note, sleep)
     if folder.name != commit:
         raise SourceError(f"{name}: changes while it is read; run it again")
-    wanted = [file for file in files.values() if _is_planned(file.name)]
+    wanted = [file for file in files.values() if _matches(file.name, _PLANNED)]
     _fetch(name, commit, wanted, note, sleep)
     return Snapshot(name, commit, folder, files)
 
@@ -233,10 +233,6 @@ def _cached(name: str, revision: str | None) -> Path | None:
     except (Reap2ggufError, OSError, ValueError):
         return None  # why, says the error that made us look
     return Path(config).parent
-
-
-def _is_planned(name: str) -> bool:
-    return _matches(name, _PLANNED) and not _matches(name, _LATER)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

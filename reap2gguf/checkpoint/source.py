@@ -38,7 +38,10 @@ class Source:
         return Checkpoint.open(self.folder, hub)
 
     def complete(self, note: Note = say_nothing) -> None:
-        """Fetch the small files that a plan does not read, such as licences; as `resolve_source`"""
+        """Fetch the small files that a plan does not read, such as licences.
+
+        Raises SourceError or OutputError, as `resolve_source` does.
+        """
         if self.snapshot is not None:
             self.snapshot.complete(note)
 

@@ -12,9 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hub import Fault, Hub
-from hub_model import ENDS, layered_files, whole
+from hub_model import ENDS, layered_files, serving, whole
 
-from reap2gguf.checkpoint import hub as hub_module
 from reap2gguf.checkpoint import shards
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.counted import Counted, LeavingError
@@ -22,8 +21,6 @@ from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.console import Lines
-
-PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +30,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, bytes]) -> Iterator[Hub]:
-    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.01)
-    with Hub(dict(files)) as hub:
-        hub.serve(monkeypatch, tmp_path / "cache")
+    with serving(files, monkeypatch, tmp_path / "cache") as hub:
         yield hub
-    huggingface_hub.close_session()
 
 
 def opened() -> Checkpoint:
