@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-import hub as hub_module  # noqa: E402
-from hub import Hub  # noqa: E402
-from hub_repository import OnDisk, Repository  # noqa: E402
+import tests.hub as hub_module  # noqa: E402
+from tests.hub import Hub  # noqa: E402
+from tests.hub_repository import OnDisk, Repository  # noqa: E402
 
 LARGE = (".safetensors", ".gguf")
 

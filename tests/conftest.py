@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny import EXAMPLE, TinyQwen3Moe
 
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from tests.tiny import EXAMPLE, TinyQwen3Moe
 
 if importlib.util.find_spec("llama_cpp"):
     # before libggml-python's library of the same name; tests that need it import it themselves

@@ -19,9 +19,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
-from hub_repository import Answer, Content, Headers, Repository, Request, read, size_of
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
+
+from tests.hub_repository import Answer, Content, Headers, Repository, Request, read, size_of
 
 _BLOCK = 2**20
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Hub
-from hub_repository import COMMIT
 from safetensors.torch import save_file
-from tiny import TinyQwen3Moe
 
 from reap2gguf.checkpoint import hub as hub_module
+from tests.hub import Hub
+from tests.hub_repository import COMMIT
+from tests.tiny import TinyQwen3Moe
 
 MODEL = TinyQwen3Moe(n_layers=4, hidden=32, width=16, head_dim=8, dense_width=32)
 ENDS = "model-00005-of-00005.safetensors"

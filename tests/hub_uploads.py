@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hub import Hub
-from hub_repository import (
+from tests.hub import Hub
+from tests.hub_repository import (
     Answer,
     Content,
     Repository,

@@ -11,12 +11,12 @@ import click
 import huggingface_hub
 import pytest
 from click.testing import CliRunner, Result
-from conftest import CALIBRATION, Bundle
 from safetensors.torch import save_file
-from tiny import TinyQwen3Moe
 
 from reap2gguf.checkpoint import hub
 from reap2gguf.cli import cli
+from tests.conftest import CALIBRATION, Bundle
+from tests.tiny import TinyQwen3Moe
 
 
 def run(*arguments: object) -> Result:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_vendor import VERSION, script
 
 from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.doctor import machine, software
 from reap2gguf.doctor.finding import Finding, State
+from tests.test_vendor import VERSION, script
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Fault, Hub
-from hub_model import layered_files, serving, shard_of, whole
-from hub_repository import COMMIT, OnDisk, Repository
 
 from reap2gguf import pipeline
 from reap2gguf.checkpoint.source import Source
@@ -23,6 +20,9 @@ from reap2gguf.observe.run import SweepRun
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
+from tests.hub import Fault, Hub
+from tests.hub_model import layered_files, serving, shard_of, whole
+from tests.hub_repository import COMMIT, OnDisk, Repository
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 

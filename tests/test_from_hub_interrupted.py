@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Fault, Hub
-from hub_model import ENDS, layered_files, shard_of
+
+from tests.hub import Fault, Hub
+from tests.hub_model import ENDS, layered_files, shard_of
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 PLAN = (

@@ -14,10 +14,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 from click.testing import CliRunner
-from hub import Hub
-from hub_repository import Content, OnDisk, Repository
 
 from reap2gguf.cli import cli
+from tests.hub import Hub
+from tests.hub_repository import Content, OnDisk, Repository
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen/Qwen3.5-35B-A3B": "qwen3.5-35b-a3b"}

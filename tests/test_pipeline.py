@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Bundle
 from safetensors.torch import save_file
-from tiny import EXAMPLE, TinyQwen3Moe
 
 from reap2gguf import pipeline, record, workdir
 from reap2gguf.artifacts.gguf_header import read_gguf_header
@@ -26,6 +24,8 @@ from reap2gguf.plan import make_plan, plan_as_json
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
 from reap2gguf.workdir import Workdir
+from tests.conftest import Bundle
+from tests.tiny import EXAMPLE, TinyQwen3Moe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"

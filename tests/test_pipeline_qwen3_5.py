@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TinyQwen35Moe
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from reap2gguf import pipeline
@@ -27,6 +26,7 @@ from reap2gguf.plan import make_plan, plan_as_json
 from reap2gguf.progress import Silent
 from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.verify.bundle import verify_bundle
+from tests.tiny import TinyQwen35Moe
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
 LAST = 4  # the MTP block's layer

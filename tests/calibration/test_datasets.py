@@ -14,9 +14,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub import Fault, Hub
-from hub_repository import COMMIT, Repository
-from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
 from reap2gguf.artifacts.manifest import Manifest
@@ -25,6 +22,9 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.pipeline import build
 from reap2gguf.plan import make_plan
 from reap2gguf.progress import Silent
+from tests.hub import Fault, Hub
+from tests.hub_repository import COMMIT, Repository
+from tests.tiny import EXAMPLE
 
 ROOT = Path(__file__).resolve().parents[2]
 MOT, EVOL = "open-r1/Mixture-of-Thoughts", "theblackcat102/evol-codealpaca-v1"

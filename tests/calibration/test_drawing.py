@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
 from reap2gguf.artifacts.manifest import ComponentRecord
@@ -27,6 +26,7 @@ from reap2gguf.pipeline import build
 from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
 from reap2gguf.terminal import stage_commands
+from tests.tiny import EXAMPLE
 
 
 class Notes(Silent):

@@ -16,7 +16,6 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
 from reap2gguf.calibration import layouts
@@ -27,6 +26,7 @@ from reap2gguf.calibration.swe_agent import SWE_AGENT_TOOLS
 from reap2gguf.calibration.texts import observation_rows
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import CalibrationOptions
+from tests.tiny import EXAMPLE
 
 # in the manner of Qwen3's; unlike it, it looks into schemas and arguments, as other models' do
 TEMPLATE = """\

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny import EXAMPLE
 
 from reap2gguf.calibration.corpus import Cut, Passage, iterate_corpus, load_corpus
 from reap2gguf.calibration.drawing import Drawn, draw
@@ -24,6 +23,7 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.pipeline import build
 from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
+from tests.tiny import EXAMPLE
 
 
 class Words:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import EXAMPLE
 from transformers import AutoTokenizer
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Passage
@@ -18,6 +17,7 @@ from reap2gguf.calibration.texts import Texts, imatrix_chunks, observation_rows,
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import ArtifactError, CalibrationError, CheckpointError
 from reap2gguf.options import CalibrationOptions
+from tests.tiny import EXAMPLE
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2.defaults
 import pytest
-from tiny import EXAMPLE
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
@@ -19,6 +18,7 @@ from reap2gguf.calibration.template_worker import TODAY
 from reap2gguf.calibration.templates import ChatTemplate
 from reap2gguf.checkpoint.template_files import MAX_TEMPLATE_BYTES
 from reap2gguf.errors import CalibrationError
+from tests.tiny import EXAMPLE
 
 # in the manner of Qwen3: tools first, reasoning only after the last question, calls as XML
 THINKING = """\

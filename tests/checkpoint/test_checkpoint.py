@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import TinyQwen3Moe, save_sharded
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.config import read_tokenizer_json
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.errors import CheckpointError, SourceError
+from tests.tiny import TinyQwen3Moe, save_sharded
 
 FIRST = "model-00001-of-00002.safetensors"
 SECOND = "model-00002-of-00002.safetensors"

@@ -8,12 +8,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Fault, Hub
-from hub_repository import COMMIT
 
 from reap2gguf.checkpoint.hub import TRIES, find
 from reap2gguf.checkpoint.shards import HubShards
 from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
+from tests.hub import Fault, Hub
+from tests.hub_repository import COMMIT
 
 FILES = {
     "config.json": b"{}",

@@ -11,8 +11,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Fault, Hub
-from hub_model import ENDS, layered_files, serving, whole
 
 from reap2gguf.checkpoint import shards
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -21,6 +19,8 @@ from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.console import Lines
+from tests.hub import Fault, Hub
+from tests.hub_model import ENDS, layered_files, serving, whole
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Hub
-from hub_repository import COMMIT, Repository
 from huggingface_hub import errors
 
 from reap2gguf.checkpoint import hub as hub_module
 from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import SourceError
+from tests.hub import Hub
+from tests.hub_repository import COMMIT, Repository
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exporting import (
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from reap2gguf.artifacts.imatrix import Imatrix
+from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.models import GgufTensor, ModelFacts
+from reap2gguf.quantize.file_types import MIXTURES
+from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
+from reap2gguf.quantize.resolve import resolve
+from tests.export.files import (
     export_files,
     gguf_tensors,
     llama_quantize,
@@ -18,15 +26,7 @@ from exporting import (
     stored,
     write_small_tokenizer,
 )
-from gguf import GGMLQuantizationType, GGUFWriter
-from tiny import TinyQwen3Moe
-
-from reap2gguf.artifacts.imatrix import Imatrix
-from reap2gguf.ggml import NEEDS_IMPORTANCE
-from reap2gguf.models import GgufTensor, ModelFacts
-from reap2gguf.quantize.file_types import MIXTURES
-from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
-from reap2gguf.quantize.resolve import resolve
+from tests.tiny import TinyQwen3Moe
 
 
 @dataclass(frozen=True)

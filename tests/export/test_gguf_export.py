@@ -13,15 +13,15 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from exporting import export_files, gguf_tensors, left, plain, random_imatrix, stored
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
-from tiny import TinyQwen3Moe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.quantize.recipe import Recipe, load_recipe, shipped_recipes
+from tests.export.files import export_files, gguf_tensors, left, plain, random_imatrix, stored
+from tests.tiny import TinyQwen3Moe
 
 DATA = Path(__file__).parent.parent / "data"
 CONVERTED = json.loads((DATA / "tiny-qwen3-moe.gguf.json").read_text())

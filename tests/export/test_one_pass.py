@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exporting import export_files, gguf_tensors, left, plain, random_imatrix
 from gguf import GGMLQuantizationType, GGUFReader
-from tiny import TinyQwen3Moe, TinyQwen35Moe
 
 from reap2gguf.artifacts.imatrix import Imatrix
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
 from reap2gguf.ggml import Ggml
+from tests.export.files import export_files, gguf_tensors, left, plain, random_imatrix
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 MIXED = ("Q4_K_M", "IQ4_XS", "Q8_0", "BF16", "F32")
 

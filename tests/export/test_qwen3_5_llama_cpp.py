@@ -14,9 +14,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from exporting import export_files, plain, stored
 from llama_cpp import mtmd_cpp
-from tiny import TinyQwen35Moe
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -26,6 +24,8 @@ from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
 from reap2gguf.prune.write import write_pruned
 from reap2gguf.stages import export_side
+from tests.export.files import export_files, plain, stored
+from tests.tiny import TinyQwen35Moe
 
 TOKENS = np.random.default_rng(3).integers(0, 4000, 200)
 LAYOUTS = {

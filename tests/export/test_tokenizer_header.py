@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
-from tiny import EXAMPLE
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer import add_tokenizer, check_tokenizer
+from tests.tiny import EXAMPLE
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

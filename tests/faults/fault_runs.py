@@ -2,7 +2,7 @@
 
 Run as a script to do so everywhere, from the repository's root:
 
-    PYTHONPATH=tests python tests/faults/fault_runs.py kill --points 120
+    python -m tests.faults.fault_runs kill --points 120
 
 kill        the process is killed
 cut         killed, and what was not flushed to the disk by then is lost
@@ -26,13 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fault_layer import KINDS, tree
-from fault_zygote import Outcome, Zygote
-from tiny import TinyQwen3Moe
-
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
+from tests.faults.fault_layer import KINDS, tree
+from tests.faults.fault_zygote import Outcome, Zygote
+from tests.tiny import TinyQwen3Moe
 
 NAME = "model"
 STAGES = ("texts", "observe", "prune", "imatrix", "export", "verify")

@@ -1,7 +1,7 @@
 """A process that has loaded the program and forks one that runs it, for each line on its input.
 
 Loading torch and transformers takes seconds; forking takes milliseconds. The zygote itself computes
-nothing, so that no thread of it is lost in the fork. Run as a script; `Zygote` speaks to it.
+nothing, so that no thread of it is lost in the fork. Run as a module; `Zygote` speaks to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_HERE = Path(__file__).resolve().parent
+from tests.tiny import child_environment
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Zygote:
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, "-m", "tests.faults.fault_zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=child_environment({"OMP_NUM_THREADS": "1"}),
         )
 
     def run(
@@ -104,11 +104,11 @@ def _child(request: dict[str, Any]) -> None:
     import signal
 
     import torch
-    from fault_layer import Fault
 
     from reap2gguf import cli
     from reap2gguf.export import journal
     from reap2gguf.observe import state
+    from tests.faults.fault_layer import Fault
 
     out, err, log = request["files"]
     for descriptor, path in ((1, out), (2, err)):
@@ -142,7 +142,6 @@ def _child(request: dict[str, Any]) -> None:
 
 
 def _serve() -> None:
-    sys.path.insert(0, str(_HERE))
     _load()
     for line in sys.stdin:
         child = os.fork()

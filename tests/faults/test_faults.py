@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_layer import tree
-from fault_runs import NAME, STAGES, Rig, is_one_line, points
-from fault_zygote import Zygote
+
+from tests.faults.fault_layer import tree
+from tests.faults.fault_runs import NAME, STAGES, Rig, is_one_line, points
+from tests.faults.fault_zygote import Zygote
 
 WRITING = ("write", "rename", "fsync")
 ALL = (*WRITING, "read")

@@ -1,4 +1,4 @@
-"""A coverage-guided run of a reader: `python tests/fuzz/run.py TARGET [CORPUS...] [-OPTION=N...]`.
+"""A coverage-guided run of a reader: `python -m tests.fuzz.run TARGET [CORPUS...] [-OPTION=N...]`.
 
 Options are libFuzzer's; `-runs`, `-max_len`, `-rss_limit_mb` and `-timeout` have defaults here. An
 input that crashes the reader is written to the working folder.
@@ -15,8 +15,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["reap2gguf"]):
-    from mutate import MUTATORS
-    from targets import TARGETS, run
+    from tests.fuzz.mutate import MUTATORS
+    from tests.fuzz.targets import TARGETS, run
 
 DEFAULTS = {"-runs": "100000", "-max_len": "4096", "-rss_limit_mb": "1024", "-timeout": "10"}
 CORPUS = Path(__file__).resolve().parent / "corpus"

@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from targets import TARGETS, run
 
 from reap2gguf.artifacts.gguf_header import read_gguf_header
 from reap2gguf.artifacts.imatrix import load_imatrix
 from reap2gguf.checkpoint.safetensors_header import read_header
 from reap2gguf.errors import CheckpointError
+from tests.fuzz.targets import TARGETS, run
 
 ROOM = 2**16  # beside what is proportional to the file
 N_BYTES = 2**17

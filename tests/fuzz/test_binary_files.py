@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from documents import Number, Piece, as_text, changed, joined, spoiled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from targets import TARGETS, check_message, run
 
 from reap2gguf.artifacts.gguf_header import read_gguf_header
 from reap2gguf.artifacts.imatrix import load_imatrix
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES, read_header
 from reap2gguf.errors import ArtifactError
+from tests.fuzz.documents import Number, Piece, as_text, changed, joined, spoiled
+from tests.fuzz.targets import TARGETS, check_message, run
 
 REUSED_FOLDER = settings(
     max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from targets import TARGETS, run
+
+from tests.fuzz.targets import TARGETS, run
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 INPUTS = sorted(path for path in CORPUS.glob("*/*") if path.is_file())

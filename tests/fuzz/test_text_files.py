@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import changed
 from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from targets import MAX_MESSAGE
-from tiny import TinyQwen3Moe, TinyQwen35Moe
 
 from reap2gguf.artifacts.manifest import (
     MANIFEST_FILE,
@@ -40,6 +37,9 @@ from reap2gguf.errors import (
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.quantize.recipe import load_recipe, parse_recipe
 from reap2gguf.quantize.resolve import resolve
+from tests.fuzz.documents import changed
+from tests.fuzz.targets import MAX_MESSAGE
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 REUSED_FOLDER = settings(
     max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]

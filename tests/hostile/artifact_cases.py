@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from room import Build, Case, Room, change_json
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from tests.hostile.room import Build, Case, Room, change_json
 
 Arrays = dict[str, Any]
 COUNT, SUMS = "layers.0.count", "layers.0.reap_sum"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from artifact_cases import BUNDLES, OBSERVATIONS
-from config_cases import CONFIGS
-from gguf_cases import GGUFS, IMATRICES, QUANTIZE
-from place_cases import ARGUMENTS, PLACES, cache
-from room import PLAN, Case
-from shard_cases import INDEXES, SHARDS
-from text_cases import CALIBRATIONS, HEAD, RECIPES, TOKENIZERS, recipe
+from tests.hostile.artifact_cases import BUNDLES, OBSERVATIONS
+from tests.hostile.config_cases import CONFIGS
+from tests.hostile.gguf_cases import GGUFS, IMATRICES, QUANTIZE
+from tests.hostile.place_cases import ARGUMENTS, PLACES, cache
+from tests.hostile.room import PLAN, Case
+from tests.hostile.shard_cases import INDEXES, SHARDS
+from tests.hostile.text_cases import CALIBRATIONS, HEAD, RECIPES, TOKENIZERS, recipe
 
 CASES = [
     *SHARDS, *INDEXES, *CONFIGS, *GGUFS, *IMATRICES, *OBSERVATIONS, *BUNDLES, *TOKENIZERS,

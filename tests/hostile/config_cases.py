@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from room import PLAN, Build, Case, Room, change_json, sparse
+from tests.hostile.room import PLAN, Build, Case, Room, change_json, sparse
 
 GONE = object()
 Values = dict[str, Any]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from room import PLAN, Build, Case, Room
+from tests.hostile.room import PLAN, Build, Case, Room
 
 SHARD, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import TinyQwen3Moe, TinyQwen35Moe
 
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.artifacts.manifest import (
@@ -29,6 +28,7 @@ from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import resolve
 from reap2gguf.stages import export
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 PLAN = ("--recipe", "q8_0")
 

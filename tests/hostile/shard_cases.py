@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from room import PLAN, Build, Case, Room, change_json, sparse
+from tests.hostile.room import PLAN, Build, Case, Room, change_json, sparse
 
 NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"

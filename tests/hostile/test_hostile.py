@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zygote
-from cases import CASES, SOUND
-from room import Case, Room, Sound
+
+from tests.hostile.cases import CASES, SOUND
+from tests.hostile.room import Case, Room, Sound
+from tests.tiny import child_environment
 
 SECONDS = 5
 PEAK_BYTES = 500 * 10**6
@@ -38,9 +38,9 @@ class Program:
     """The command line, in a child for each call."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = child_environment({"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"})
         self._process = subprocess.Popen(
-            [sys.executable, zygote.__file__],
+            [sys.executable, "-m", "tests.hostile.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from room import PLAN, Build, Case, Room, change_json, sparse
+from tests.hostile.room import PLAN, Build, Case, Room, change_json, sparse
 
 Values = dict[str, Any]
 OBSERVE = ("--device", "cpu", "-o", "seen.out")

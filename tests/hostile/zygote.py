@@ -1,7 +1,9 @@
 """Runs our command line in children that are forked from a process which has imported its parts.
 
-    python zygote.py    reads one JSON object a line: {"arguments": [...], "folder": "..."}
-                        writes one JSON object a line: {"code", "seconds", "peak_bytes"}
+    python -m tests.hostile.zygote
+
+reads one JSON object a line: {"arguments": [...], "folder": "..."}, and
+writes one JSON object a line: {"code", "seconds", "peak_bytes"}
 
 The children's output lies in `folder` as `stdout` and `stderr`. A fork costs milliseconds where an
 interpreter with numpy costs half a second. Nothing that starts threads is imported here.

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import Bundle
 from llama_cpp import Llama
-from test_vendor import VERSION, script
 
 from reap2gguf import vendor
 from reap2gguf.cli import cli
@@ -25,6 +23,8 @@ from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.local import programs
 from reap2gguf.local.chat import Conversation, printable
 from reap2gguf.local.engine import Engine, EngineOptions
+from tests.conftest import Bundle
+from tests.test_vendor import VERSION, script
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = EngineOptions(context=256, threads=2, gpu_layers=-1)

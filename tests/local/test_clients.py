@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from conftest import Bundle
 
 from reap2gguf.errors import UsageError
 from reap2gguf.local import server as server_module
 from reap2gguf.local.engine import Engine, EngineOptions
 from reap2gguf.local.server import ModelServer
+from tests.conftest import Bundle
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

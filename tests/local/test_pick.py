@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Bundle
 
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.local.bundle_file import pick
+from tests.conftest import Bundle
 
 
 def test_every_way_to_name_a_bundle_finds_its_first_file(built: Bundle) -> None:

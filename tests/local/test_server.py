@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import Bundle
 from llama_cpp import Llama
 
 from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.local.engine import Engine, EngineOptions
 from reap2gguf.local.server import ModelServer
+from tests.conftest import Bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = {"temperature": 0, "max_tokens": 10}

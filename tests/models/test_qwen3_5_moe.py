@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFValueType
-from tiny import TinyQwen35Moe
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models import Carried, Dropped, Expert, GgufTensor, Plain, Router
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
+from tests.tiny import TinyQwen35Moe
 
 BASE = TinyQwen35Moe(n_experts=4, vocab=64)
 LAYOUTS = {

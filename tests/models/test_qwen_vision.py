@@ -13,7 +13,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
-from tiny import TinyQwen35Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checks import verify_side
@@ -21,6 +20,7 @@ from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedMod
 from reap2gguf.models import Carried, SideFile, describe
 from reap2gguf.progress import Silent
 from reap2gguf.stages import export_side
+from tests.tiny import TinyQwen35Moe
 
 BASE = TinyQwen35Moe(n_experts=4, vocab=64)
 TOWER = "model.visual."

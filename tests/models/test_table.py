@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny import TinyQwen3Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.index import SINGLE_NAME
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models import ARCHITECTURES, MoeModel, describe
+from tests.tiny import TinyQwen3Moe
 
 
 def changed(folder: Path, **changes: Any) -> Checkpoint:

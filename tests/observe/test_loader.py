@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import TinyQwen3Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
@@ -18,6 +16,8 @@ from reap2gguf.models import describe
 from reap2gguf.observe import loader as loader_module
 from reap2gguf.observe.loader import Piece, WeightLoader, _small
 from reap2gguf.observe.targets import layer_targets, whole
+from tests.observe.devices import DEVICES
+from tests.tiny import TinyQwen3Moe
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TinyQwen35Moe
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as theirs
 
@@ -25,6 +24,7 @@ from reap2gguf.observe.mtp import count_hits, next_tokens
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, SweepReport, sweep
 from reap2gguf.progress import Silent
+from tests.tiny import TinyQwen35Moe
 
 CPU = SweepOptions(device="cpu", dtype="float32")
 BASE = TinyQwen35Moe(vision=False)

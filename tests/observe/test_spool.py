@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import GPU
 
 from reap2gguf.errors import OutputError
 from reap2gguf.observe import spool as spool_module
 from reap2gguf.observe.spool import open_spool
+from tests.observe.devices import GPU
 
 KINDS = [
     ("device", "cpu"),

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import DEVICES
 from safetensors.numpy import load_file, save_file
-from tiny import TinyQwen3Moe, TinyQwen35Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import read_metadata
@@ -24,6 +22,8 @@ from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, SweepReport, sweep
 from reap2gguf.options import Resume
 from reap2gguf.progress import Silent
+from tests.observe.devices import DEVICES
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 OBSERVERS = [SaliencyObserver, ImportanceObserver]
 N_LAYERS = 4

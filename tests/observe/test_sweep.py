@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TinyQwen3Moe
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.artifacts.imatrix import ImatrixEntry
@@ -25,6 +24,7 @@ from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.spool import DeviceSpool
 from reap2gguf.observe.sweep import SweepOptions, SweepReport, sweep
 from reap2gguf.progress import Silent
+from tests.tiny import TinyQwen3Moe
 
 CPU = SweepOptions(device="cpu", dtype="float32")
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import GPU
-from tiny import TinyQwen35Moe
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
@@ -17,6 +15,8 @@ from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, sweep
 from reap2gguf.progress import Silent
+from tests.observe.devices import GPU
+from tests.tiny import TinyQwen35Moe
 
 pytestmark = GPU
 

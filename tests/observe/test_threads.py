@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -22,6 +21,7 @@ from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.spread import LONG, Spread
 from reap2gguf.observe.sweep import SweepOptions, sweep
 from reap2gguf.progress import Silent
+from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "example": lambda folder: EXAMPLE,

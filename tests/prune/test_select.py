@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TinyQwen3Moe
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from reap2gguf.prune.select import (
     select_experts,
 )
 from reap2gguf.terminal.options import METHODS
+from tests.tiny import TinyQwen3Moe
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TinyQwen3Moe
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from reap2gguf.errors import UnknownTensorError
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
 from reap2gguf.prune.write import companion_files, plan_pruned, write_pruned
+from tests.tiny import TinyQwen3Moe
 
 KEPT = {0: (0, 2, 3, 7), 1: (1, 4, 5, 6), 2: (0, 1, 2, 3)}
 

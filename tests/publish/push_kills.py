@@ -1,8 +1,8 @@
 """Pushes that are killed at one point, and then go on.
 
-Run as a script to do so at many points, from the repository's root:
+Run as a module to do so at many points, from the repository's root:
 
-    PYTHONPATH=tests python tests/publish/push_kills.py --points 20
+    python -m tests.publish.push_kills --points 20
 
 Half of the points are requests to the Hub, before they take effect or after; the others are
 operations on files of the output folder, while GGUF files are cut into parts.
@@ -26,14 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-sys.path.append(str(Path(__file__).resolve().parents[1] / "faults"))
-
-from hub import Hub
-from hub_repository import Content
-from hub_uploads import TOKEN, Uploads
-from tiny import TinyQwen3Moe
+from tests.hub import Hub
+from tests.hub_repository import Content
+from tests.hub_uploads import TOKEN, Uploads
+from tests.tiny import TinyQwen3Moe, child_environment
 
 REPO = "me/thing"
 _MAX_FILE = "900000"
@@ -70,7 +66,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--serve"],
+            [sys.executable, "-m", "tests.publish.push_kills", "--serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
         )  # fmt: skip
         return self
@@ -169,10 +165,9 @@ def spread(total: int, wanted: int) -> list[int]:
 
 
 def _child(request: dict[str, Any]) -> None:
-    from fault_layer import Fault
-
     from reap2gguf import cli
     from reap2gguf.publish import upload
+    from tests.faults.fault_layer import Fault
 
     descriptor = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -216,10 +211,8 @@ def _serve() -> None:
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
     """Variables of a process that is logged in to a Hub."""
-    found = {**hub.environment(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    package = str(Path(__file__).resolve().parents[2])
-    found["PYTHONPATH"] = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-    return found
+    variables = {**hub.environment(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    return child_environment(variables)
 
 
 def main() -> None:

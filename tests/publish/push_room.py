@@ -8,12 +8,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hub import Hub
-from hub_uploads import TOKEN, Uploads
 
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.progress import Silent
 from reap2gguf.publish.push import Published, PushOptions, push
+from tests.hub import Hub
+from tests.hub_uploads import TOKEN, Uploads
 
 REPO, GGUF_REPO = "me/thing", "me/thing-GGUF"
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Bundle
 from huggingface_hub import ModelCard
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.publish.card import gguf_card, hf_card
+from tests.conftest import Bundle
 
 
 @pytest.fixture(scope="module")

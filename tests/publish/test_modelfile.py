@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bundle
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.publish.modelfile import modelfile
+from tests.conftest import Bundle
 
 # docs.ollama.com/modelfile
 _PARAMETERS = {"temperature", "top_p", "top_k", "min_p", "repeat_penalty", "stop"}

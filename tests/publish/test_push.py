@@ -13,11 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hub import Fault, Hub
-from hub_repository import Repository
 from huggingface_hub import constants, snapshot_download
-from push_kills import Rig, Runner, environment, tiny_bundle
-from push_room import GGUF_REPO, REPO, Room, close
 
 from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.cli import cli
@@ -30,6 +26,10 @@ from reap2gguf.publish.push import PushOptions
 from reap2gguf.publish.remote import refusal
 from reap2gguf.publish.sums import write_sums
 from reap2gguf.verify.bundle import verify_paths
+from tests.hub import Fault, Hub
+from tests.hub_repository import Repository
+from tests.publish.push_kills import Rig, Runner, environment, tiny_bundle
+from tests.publish.push_room import GGUF_REPO, REPO, Room, close
 
 
 @pytest.fixture(scope="module")

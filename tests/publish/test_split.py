@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Bundle
 from gguf import GGUFReader, GGUFWriter
 
 from reap2gguf.artifacts.gguf_header import read_gguf_header
@@ -30,6 +29,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.publish.bundle_folders import check_experts
 from reap2gguf.publish.split import plan_split, write_part
 from reap2gguf.verify.bundle import verify_paths
+from tests.conftest import Bundle
 
 # SHA-256 of what llama.cpp's `gguf-split --split-max-tensors 2` makes of the file of `written`
 OF_GGUF_SPLIT = {

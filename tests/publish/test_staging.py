@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Bundle
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from reap2gguf.publish.card import CardNames
 from reap2gguf.publish.staging import Staged, StagedFile, StagedRepo, stage
 from reap2gguf.publish.sums import write_sums
 from reap2gguf.publish.upload import LARGE_BYTES, LAST, steps
+from tests.conftest import Bundle
 
 NAMES = CardNames("me/thing", "me/thing-GGUF", on_hub=True)
 

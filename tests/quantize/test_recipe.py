@@ -6,7 +6,6 @@ import pytest
 from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import REPOSITORY
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import RecipeError
@@ -20,6 +19,7 @@ from reap2gguf.quantize.recipe import (
     shipped_recipes,
 )
 from reap2gguf.quantize.resolve import resolve
+from tests.tiny import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.toml"))
 HEAD = 'title = "T"\nlabel = "L"\nfile_type = "Q4_K_M"\n'

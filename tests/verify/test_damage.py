@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Bundle
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.artifacts.gguf_header import read_gguf_header
@@ -25,6 +24,7 @@ from reap2gguf.cli import cli
 from reap2gguf.progress import Silent
 from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.verify.bundle import verify_bundle, verify_pair, verify_paths
+from tests.conftest import Bundle
 
 
 def mend_hashes(bundle: Bundle) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TinyQwen3Moe
 
 from reap2gguf.verify import hf_folder
+from tests.tiny import TinyQwen3Moe
 
 FUSED = TinyQwen3Moe(fused=True)
 EXPERTS = "model.layers.1.mlp.experts.down_proj"

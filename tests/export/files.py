@@ -11,7 +11,6 @@ from pathlib import Path
 import llama_cpp  # before the package's libggml: two builds share the name of one library
 import numpy as np
 from gguf import GGUFReader
-from tiny import EXAMPLE
 
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.quantize.recipe import Recipe
 from reap2gguf.quantize.resolve import resolve
 from reap2gguf.stages import export
+from tests.tiny import EXAMPLE
 
 Stored = dict[str, tuple[str, bytes]]
 
