@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.calibration.corpus import check_calibration, check_text
 from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.hub import Note, say_nothing
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import CalibrationError, UsageError
+from reap2gguf.hub.snapshot import Note, say_nothing
+from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models import (
     Dropped,
     GgufTensor,

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from safetensors.torch import save_file
 
-from reap2gguf.checkpoint import hub as hub_module
+from reap2gguf.hub import snapshot as hub_module
 from tests.hub import Hub
 from tests.hub_repository import COMMIT
 from tests.tiny import TinyQwen3Moe

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from reap2gguf.checkpoint import hub
 from reap2gguf.cli import cli
+from reap2gguf.hub import snapshot as hub
 from tests.conftest import CALIBRATION, Bundle
 from tests.tiny import TinyQwen3Moe
 

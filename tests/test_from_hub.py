@@ -14,8 +14,8 @@ import huggingface_hub
 import pytest
 
 from reap2gguf import pipeline
-from reap2gguf.checkpoint.source import Source
 from reap2gguf.errors import OutputError, SourceError
+from reap2gguf.hub.source import Source
 from reap2gguf.observe.run import SweepRun
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.plan import Plan, make_plan

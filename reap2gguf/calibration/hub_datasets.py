@@ -19,8 +19,8 @@ from typing import Any, cast
 
 from reap2gguf.calibration.layouts import columns
 from reap2gguf.calibration.spec import Component
-from reap2gguf.checkpoint.hub import TRIES, Note, Sleep
-from reap2gguf.checkpoint.hub_errors import (
+from reap2gguf.errors import CalibrationError, OutputError, Reap2ggufError
+from reap2gguf.hub.errors import (
     asked_wait,
     causes,
     first_line,
@@ -28,7 +28,7 @@ from reap2gguf.checkpoint.hub_errors import (
     status_of,
     trouble,
 )
-from reap2gguf.errors import CalibrationError, OutputError, Reap2ggufError
+from reap2gguf.hub.snapshot import TRIES, Note, Sleep
 
 BUFFER = 10_000  # rows that wait to be drawn
 _FIRST_WAIT = 1.0  # seconds; doubled at each try

@@ -20,10 +20,10 @@ from reap2gguf.checkpoint.config import read_json
 from reap2gguf.checkpoint.entries import check_entries
 from reap2gguf.checkpoint.index import compare_index, find_shards
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, parse_header, read_header
-from reap2gguf.checkpoint.shards import HubShards
 from reap2gguf.checkpoint.values import NUMPY_TYPES, to_float32
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.files import cached_blob
+from reap2gguf.hub.shards import HubShards
 from reap2gguf.messages import shown
 from reap2gguf.progress import Progress
 

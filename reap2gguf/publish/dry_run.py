@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from reap2gguf.checkpoint.hub import possible_errors
-from reap2gguf.checkpoint.hub_errors import trouble
 from reap2gguf.errors import PublishError
+from reap2gguf.hub.errors import trouble
+from reap2gguf.hub.snapshot import possible_errors
 from reap2gguf.progress import Progress
 from reap2gguf.publish.admission import Accepted, check_owner, refuse_public, replaced_files
 from reap2gguf.publish.bundle_folders import check_bundle, open_bundle

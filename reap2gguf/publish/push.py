@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.checkpoint.hub import Sleep
 from reap2gguf.disk import make_folder, remove
 from reap2gguf.errors import VerificationError
+from reap2gguf.hub.snapshot import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publish.admission import Accepted, admit, check_visibility, log_in
 from reap2gguf.publish.bundle_folders import check_bundle, open_bundle

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.checkpoint.hub import Sleep
+from reap2gguf.hub.snapshot import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publish.remote import RemoteRepo, fetch_small, look, patiently
 from reap2gguf.publish.staging import StagedFile, StagedRepo

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from reap2gguf.checkpoint.hub import Note, Sleep, persist
-from reap2gguf.checkpoint.hub_errors import causes, is_busy, status_of
 from reap2gguf.errors import PublishError
 from reap2gguf.files import open_plain
+from reap2gguf.hub.errors import causes, is_busy, status_of
+from reap2gguf.hub.snapshot import Note, Sleep, persist
 from reap2gguf.messages import shown
 from reap2gguf.publish.staging import StagedFile
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE
-from reap2gguf.checkpoint.hub import Note, Sleep
 from reap2gguf.errors import PublishError
+from reap2gguf.hub.snapshot import Note, Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publish.card import CARD_FILE
 from reap2gguf.publish.pace import paced

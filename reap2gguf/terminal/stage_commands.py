@@ -26,7 +26,7 @@ from reap2gguf.terminal.options import (
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
-    from reap2gguf.checkpoint.source import Source
+    from reap2gguf.hub.source import Source
     from reap2gguf.models import MoeModel
 
 
@@ -205,7 +205,7 @@ def say(text: str) -> None:
 
 def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeModel]:
     """A model and what it is, from its headers."""
-    from reap2gguf.checkpoint.source import resolve_source
+    from reap2gguf.hub.source import resolve_source
     from reap2gguf.models import describe
 
     source = resolve_source(model, say)

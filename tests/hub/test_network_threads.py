@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.checkpoint.network_threads import drop_unfinished, side_by_side
+from reap2gguf.hub.network_threads import drop_unfinished, side_by_side
 
 
 def test_results_are_in_order() -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.hub import Note, Snapshot, find, say_nothing
-from reap2gguf.checkpoint.shards import HubShards
 from reap2gguf.errors import SourceError
+from reap2gguf.hub.shards import HubShards
+from reap2gguf.hub.snapshot import Note, Snapshot, find, say_nothing
 from reap2gguf.resources import example_checkpoint
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")

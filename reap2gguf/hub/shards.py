@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from reap2gguf.checkpoint.counted import Counted, LeavingError
-from reap2gguf.checkpoint.hub import HubFile, Note, Sleep, Snapshot, blobs_of, persist
-from reap2gguf.checkpoint.network_threads import drop_unfinished, side_by_side
 from reap2gguf.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.files import file_sha256
+from reap2gguf.hub.counted import Counted, LeavingError
+from reap2gguf.hub.network_threads import drop_unfinished, side_by_side
+from reap2gguf.hub.snapshot import HubFile, Note, Sleep, Snapshot, blobs_of, persist
 from reap2gguf.progress import Progress, Silent, Task
 
 _AT_ONCE = 4

@@ -7,9 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from reap2gguf.checkpoint import hub as hub_module
-from reap2gguf.checkpoint.source import Source, resolve_source
 from reap2gguf.errors import SourceError
+from reap2gguf.hub import snapshot as hub_module
+from reap2gguf.hub.source import Source, resolve_source
 from tests.hub import Hub
 from tests.hub_repository import COMMIT, Repository
 

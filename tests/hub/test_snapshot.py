@@ -9,9 +9,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from reap2gguf.checkpoint.hub import TRIES, find
-from reap2gguf.checkpoint.shards import HubShards
 from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
+from reap2gguf.hub.shards import HubShards
+from reap2gguf.hub.snapshot import TRIES, find
 from tests.hub import Fault, Hub
 from tests.hub_repository import COMMIT
 

@@ -12,11 +12,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from reap2gguf.checkpoint import shards
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.counted import Counted, LeavingError
-from reap2gguf.checkpoint.source import resolve_source
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.hub import shards
+from reap2gguf.hub.counted import Counted, LeavingError
+from reap2gguf.hub.source import resolve_source
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.console import Lines
 from tests.hub import Fault, Hub

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES
-from reap2gguf.checkpoint.hub_errors import asked_wait, is_offline, refusal, trouble
-from reap2gguf.checkpoint.network_threads import drop_unfinished, side_by_side
 from reap2gguf.errors import Reap2ggufError, SourceError
+from reap2gguf.hub.errors import asked_wait, is_offline, refusal, trouble
+from reap2gguf.hub.network_threads import drop_unfinished, side_by_side
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:

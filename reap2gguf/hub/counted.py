@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from reap2gguf.checkpoint.hub import Note
+from reap2gguf.hub.snapshot import Note
 
 
 class LeavingError(BaseException):
