@@ -15,8 +15,8 @@ from pathlib import Path
 
 from reap2gguf import checks, stages
 from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
-from reap2gguf.artifacts.manifest import Manifest, hash_file
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.manifest import Manifest, hash_file
 from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
 from reap2gguf.checkpoint.checkpoint import Checkpoint

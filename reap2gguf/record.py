@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reap2gguf import __version__
-from reap2gguf.artifacts.manifest import (
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.card import CARD_FILE, gguf_card, hf_card
+from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
     CalibrationRecord,
     FolderRecord,
@@ -20,16 +22,14 @@ from reap2gguf.artifacts.manifest import (
     SideRecord,
     SourceRecord,
 )
-from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.modelfile import MODELFILE, modelfile
+from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.calibration.texts import ImatrixChunks, Texts
 from reap2gguf.disk import PART, remove, write_whole
 from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
 from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
-from reap2gguf.publish.card import CARD_FILE, gguf_card, hf_card
-from reap2gguf.publish.modelfile import MODELFILE, modelfile
-from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.quantize.resolve import ResolvedRecipe
 from reap2gguf.workdir import Workdir
 

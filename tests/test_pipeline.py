@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from reap2gguf import pipeline, record, workdir
 from reap2gguf.artifacts.gguf_header import read_gguf_header
-from reap2gguf.artifacts.manifest import Manifest
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import OutputError, Reap2ggufError, UsageError, VerificationError
 from reap2gguf.estimate import estimate
 from reap2gguf.ggml import Ggml

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from reap2gguf.artifacts.manifest import ComponentRecord
+from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration.corpus import (
     MOST_TEXT,
     Corpus,

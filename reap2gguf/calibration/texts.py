@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.artifacts.manifest import ComponentRecord, component_records
+from reap2gguf.bundle.manifest import ComponentRecord, component_records
 from reap2gguf.calibration.corpus import read_text
 from reap2gguf.calibration.drawing import Drawn, draw
 from reap2gguf.calibration.mixes import Calibration

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from reap2gguf.bundle.pick import ModelFile
 from reap2gguf.errors import DependencyError
-from reap2gguf.local.bundle_file import ModelFile
 from reap2gguf.local.engine import INSTALL, is_installed
 from reap2gguf.vendor import VARIABLE, LlamaCpp, asked_folder, find_llama_cpp
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap2gguf.artifacts.manifest import MANIFEST_FILE
+from reap2gguf.bundle.manifest import MANIFEST_FILE
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
 from reap2gguf.errors import PublishError
 from reap2gguf.hub.errors import trouble
 from reap2gguf.hub.snapshot import possible_errors
 from reap2gguf.progress import Progress
 from reap2gguf.publish.admission import Accepted, check_owner, refuse_public, replaced_files
-from reap2gguf.publish.bundle_folders import check_bundle, open_bundle
 from reap2gguf.publish.push import PushOptions, names, push_folder
 from reap2gguf.publish.remote import RemoteRepo, fetch_small, look, refusal
 from reap2gguf.publish.staging import Staged, StagedFile, stage

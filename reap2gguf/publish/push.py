@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
+from reap2gguf.bundle.card import CardNames
 from reap2gguf.disk import make_folder, remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.hub.snapshot import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publish.admission import Accepted, admit, check_visibility, log_in
-from reap2gguf.publish.bundle_folders import check_bundle, open_bundle
-from reap2gguf.publish.card import CardNames
 from reap2gguf.publish.readback import read_back
 from reap2gguf.publish.remote import check_name
 from reap2gguf.publish.split import HUB_MAX_BYTES

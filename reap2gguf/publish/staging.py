@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reap2gguf.artifacts.manifest import (
+from reap2gguf.bundle.bundle_folders import BundleFolders, check_experts
+from reap2gguf.bundle.card import CARD_FILE, CardNames, gguf_body, hf_body, join_command
+from reap2gguf.bundle.front_matter import front_matter, with_base_model
+from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
     SUMS_FILE,
     FileRecord,
@@ -22,13 +25,10 @@ from reap2gguf.artifacts.manifest import (
     Manifest,
     hash_file,
 )
+from reap2gguf.bundle.modelfile import MODELFILE
 from reap2gguf.disk import disk_errors_told, make_folder, remove
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.progress import Progress
-from reap2gguf.publish.bundle_folders import BundleFolders, check_experts
-from reap2gguf.publish.card import CARD_FILE, CardNames, gguf_body, hf_body, join_command
-from reap2gguf.publish.front_matter import front_matter, with_base_model
-from reap2gguf.publish.modelfile import MODELFILE
 from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE
+from reap2gguf.bundle.card import CARD_FILE
+from reap2gguf.bundle.manifest import MANIFEST_FILE, SUMS_FILE
 from reap2gguf.errors import PublishError
 from reap2gguf.hub.snapshot import Note, Sleep
 from reap2gguf.progress import Progress
-from reap2gguf.publish.card import CARD_FILE
 from reap2gguf.publish.pace import paced
 from reap2gguf.publish.remote import RemoteRepo, look, patiently
 from reap2gguf.publish.staging import StagedFile, StagedRepo

@@ -18,7 +18,7 @@ from reap2gguf.messages import one_line
 from reap2gguf.terminal.options import F, FolderPath, llama_cpp_option, threads_option
 
 if TYPE_CHECKING:
-    from reap2gguf.local.bundle_file import ModelFile
+    from reap2gguf.bundle.pick import ModelFile
     from reap2gguf.local.chat import Conversation
 
 _MOST = 2**31 - 1
@@ -195,7 +195,7 @@ def serve(
 
 
 def _pick(bundle: Path, wanted: str | None) -> ModelFile:
-    from reap2gguf.local.bundle_file import pick
+    from reap2gguf.bundle.pick import pick
 
     model = pick(bundle, wanted)
     if model.others:

@@ -177,7 +177,7 @@ def quantize(
     source, checkpoint, described = _open(hf_dir)
     _check_parent(output)
     from reap2gguf import stages
-    from reap2gguf.artifacts.manifest import hash_file
+    from reap2gguf.bundle.manifest import hash_file
     from reap2gguf.export.journal import ExportJournal
     from reap2gguf.keys import export_key
     from reap2gguf.terminal.console import size, terminal_progress

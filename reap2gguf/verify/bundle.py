@@ -10,7 +10,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from reap2gguf.artifacts.gguf_split import first_parts
-from reap2gguf.artifacts.manifest import (
+from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
     GgufRecord,
     Manifest,

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 
-from reap2gguf.artifacts.manifest import MANIFEST_FILE, SUMS_FILE, FileRecord, Manifest, hash_file
+from reap2gguf.bundle.manifest import MANIFEST_FILE, SUMS_FILE, FileRecord, Manifest, hash_file
 from reap2gguf.files import Advance, is_plain, is_plain_name
 
 HUB_FILES = frozenset({".gitattributes"})  # which the Hub itself puts into every repository

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.pipeline import build

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from reap2gguf.artifacts.manifest import ComponentRecord
+from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration import drawing
 from reap2gguf.calibration.corpus import load_corpus
 from reap2gguf.calibration.drawing import Drawn, draw

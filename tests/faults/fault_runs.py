@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
 from tests.faults.fault_layer import KINDS, tree

@@ -14,7 +14,7 @@ from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reap2gguf.artifacts.manifest import (
+from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
     CalibrationRecord,
     FileRecord,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
-from reap2gguf.artifacts.manifest import (
+from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     FolderRecord,
     GgufRecord,
@@ -20,11 +21,10 @@ from reap2gguf.artifacts.manifest import (
     PruningRecord,
     SourceRecord,
 )
-from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
-from reap2gguf.publish.sums import hash_folder, write_sums
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import resolve
 from reap2gguf.stages import export

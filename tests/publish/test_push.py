@@ -15,16 +15,16 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.bundle.bundle_folders import check_bundle
+from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.bundle.sums import write_sums
 from reap2gguf.cli import cli
 from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
 from reap2gguf.publish import push as push_module
-from reap2gguf.publish.bundle_folders import check_bundle
 from reap2gguf.publish.dry_run import preview
 from reap2gguf.publish.push import PushOptions
 from reap2gguf.publish.remote import refusal
-from reap2gguf.publish.sums import write_sums
 from reap2gguf.verify.bundle import verify_paths
 from tests.hub import Fault, Hub
 from tests.hub_repository import Repository

@@ -23,10 +23,10 @@ from reap2gguf.artifacts.gguf_split import (
     part_of_split,
     read_whole_header,
 )
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.bundle.bundle_folders import check_experts
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, OutputError, UsageError
 from reap2gguf.progress import Silent
-from reap2gguf.publish.bundle_folders import check_experts
 from reap2gguf.publish.split import plan_split, write_part
 from reap2gguf.verify.bundle import verify_paths
 from tests.conftest import Bundle

@@ -12,15 +12,15 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reap2gguf.artifacts.manifest import MANIFEST_FILE, Manifest
+from reap2gguf.bundle.bundle_folders import BundleFolders, open_bundle
+from reap2gguf.bundle.card import CardNames
+from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest
+from reap2gguf.bundle.sums import write_sums
 from reap2gguf.disk import write_whole
 from reap2gguf.errors import UsageError, VerificationError
 from reap2gguf.progress import Silent
 from reap2gguf.publish import staging
-from reap2gguf.publish.bundle_folders import BundleFolders, open_bundle
-from reap2gguf.publish.card import CardNames
 from reap2gguf.publish.staging import Staged, StagedFile, StagedRepo, stage
-from reap2gguf.publish.sums import write_sums
 from reap2gguf.publish.upload import LARGE_BYTES, LAST, steps
 from tests.conftest import Bundle
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reap2gguf.artifacts.manifest import (
+from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
     CalibrationRecord,
     ComponentRecord,

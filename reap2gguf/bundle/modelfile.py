@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.errors import CheckpointError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from reap2gguf.artifacts.manifest import Manifest
-from reap2gguf.publish.modelfile import modelfile
+from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.bundle.modelfile import modelfile
 from tests.conftest import Bundle
 
 # docs.ollama.com/modelfile

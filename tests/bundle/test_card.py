@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from reap2gguf.artifacts.manifest import Manifest
-from reap2gguf.publish.card import gguf_card, hf_card
+from reap2gguf.bundle.card import gguf_card, hf_card
+from reap2gguf.bundle.manifest import Manifest
 from tests.conftest import Bundle
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from reap2gguf.bundle.pick import pick
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.local.bundle_file import pick
 from tests.conftest import Bundle
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from reap2gguf.artifacts.manifest import SUMS_FILE, FileRecord, hash_file
+from reap2gguf.bundle.manifest import SUMS_FILE, FileRecord, hash_file
 from reap2gguf.disk import remove, write_whole
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap2gguf.artifacts.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
+from reap2gguf.bundle.front_matter import new_front_matter
+from reap2gguf.bundle.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
+from reap2gguf.bundle.modelfile import MODELFILE
 from reap2gguf.messages import one_line
-from reap2gguf.publish.front_matter import new_front_matter
-from reap2gguf.publish.modelfile import MODELFILE
 
 CARD_FILE = "README.md"
 

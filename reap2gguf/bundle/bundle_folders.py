@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.artifacts.manifest import MANIFEST_FILE, GgufRecord, Manifest
+from reap2gguf.bundle.manifest import MANIFEST_FILE, GgufRecord, Manifest
 from reap2gguf.errors import UsageError, VerificationError
 from reap2gguf.files import is_plain
 from reap2gguf.progress import Progress

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from reap2gguf.artifacts.manifest import Manifest
+from reap2gguf.bundle.manifest import Manifest
 
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
 _MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here

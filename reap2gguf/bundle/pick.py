@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.artifacts.gguf_split import part_of_split
-from reap2gguf.artifacts.manifest import MANIFEST_FILE, Manifest
+from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
 

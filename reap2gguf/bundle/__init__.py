@@ -1,0 +1,1 @@
+"""What a build leaves behind: two folders, their manifest, cards and hashes."""
