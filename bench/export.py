@@ -37,9 +37,9 @@ import numpy as np
 from gguf import GGUFReader
 
 from reap2gguf import stages
-from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.ggml import Ggml
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.memory import peak_bytes
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent

@@ -9,7 +9,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from reap2gguf.artifacts.imatrix import Imatrix
+from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.quantize.recipe import Recipe
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
+from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models import Carried, Dropped, Expert, SideFile
 from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.plan import Plan

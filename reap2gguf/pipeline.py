@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from reap2gguf import checks, stages
-from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.manifest import Manifest, hash_file
 from reap2gguf.calibration.rows import Row, Tokenizer
@@ -23,6 +22,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.disk import remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.export.journal import ExportJournal
+from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.marks import NOTHING
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.plan import Plan

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from gguf import GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__, checks
-from reap2gguf.artifacts.imatrix import Imatrix, save_dat, save_gguf
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.export.gguf_export import GgufOutput, export_gguf
 from reap2gguf.export.header import HeaderFacts
 from reap2gguf.export.journal import ExportJournal
+from reap2gguf.gguf_files.imatrix import Imatrix, save_dat, save_gguf
 from reap2gguf.models import HeaderValue, MoeModel, SideFile, describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress

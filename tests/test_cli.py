@@ -181,7 +181,7 @@ def test_the_stages_one_by_one_make_the_same_gguf(built: Bundle, tmp_path: Path)
     for step in steps:
         result = run(*step)
         assert result.exit_code == 0, result.output
-    from reap2gguf.artifacts.gguf_header import read_gguf_header
+    from reap2gguf.gguf_files.reader import read_gguf_header
 
     one = read_gguf_header(tmp_path / "example.gguf")
     other = read_gguf_header(built.gguf / "example-IQ4_K_M.gguf")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reap2gguf.artifacts.gguf_split import part_of_split
 from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest
 from reap2gguf.errors import UsageError
+from reap2gguf.gguf_files.gguf_split import part_of_split
 from reap2gguf.messages import shown
 
 _NO_MODELS = ("imatrix", "mmproj")  # what GGUF files beside a model's own begin with

@@ -29,16 +29,16 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.artifacts.gguf_header import row_bytes
-from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.disk import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.export.header import GgufLayout, HeaderFacts, lay_out
 from reap2gguf.export.journal import ExportJournal
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
+from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_pieces, rows_per_matrix
 from reap2gguf.models.description import GgufTensor, Slab
-from reap2gguf.models.slabs import expect_rows, read_rows, row_pieces, rows_per_matrix
 from reap2gguf.progress import Progress, Task
 
 Floats = npt.NDArray[np.float32]

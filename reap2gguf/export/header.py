@@ -16,9 +16,9 @@ from gguf import (
     size_label,
 )
 
-from reap2gguf.artifacts.gguf_header import row_bytes
-from reap2gguf.artifacts.gguf_writer import HeaderWriter
-from reap2gguf.artifacts.imatrix import Imatrix
+from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.models.description import GgufTensor, HeaderValue
 from reap2gguf.models.tokenizer import add_tokenizer
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
 from reap2gguf.errors import ArtifactError, DependencyError, UsageError
+from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
 from reap2gguf.messages import shown
 
 INSTALL = "pip install 'reap2gguf[llama]'"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reap2gguf.artifacts.imatrix import ImatrixEntry
+from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.crew import current_piece
 from reap2gguf.observe.experts import RoutedPairs, watch

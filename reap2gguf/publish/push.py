@@ -16,12 +16,12 @@ from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
 from reap2gguf.bundle.card import CardNames
 from reap2gguf.disk import make_folder, remove
 from reap2gguf.errors import VerificationError
+from reap2gguf.gguf_files.split import HUB_MAX_BYTES
 from reap2gguf.hub.snapshot import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publish.admission import Accepted, admit, check_visibility, log_in
 from reap2gguf.publish.readback import read_back
 from reap2gguf.publish.remote import check_name
-from reap2gguf.publish.split import HUB_MAX_BYTES
 from reap2gguf.publish.staging import Staged, stage
 from reap2gguf.publish.upload import make_repo, upload
 from reap2gguf.workdir import Workdir

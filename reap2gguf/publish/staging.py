@@ -28,8 +28,8 @@ from reap2gguf.bundle.manifest import (
 from reap2gguf.bundle.modelfile import MODELFILE
 from reap2gguf.disk import disk_errors_told, make_folder, remove
 from reap2gguf.errors import OutputError, UsageError, VerificationError
+from reap2gguf.gguf_files.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.progress import Progress
-from reap2gguf.publish.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.verify.hashes import HUB_FILES, read_sums
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile

@@ -10,9 +10,9 @@ from math import prod
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from reap2gguf.artifacts.gguf_header import row_bytes
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantize.mixture import MixtureChooser
 from reap2gguf.quantize.recipe import Recipe, Rule

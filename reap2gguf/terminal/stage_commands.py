@@ -168,7 +168,7 @@ def quantize(
       reap2gguf quantize ./Qwen3-30B-A3B-REAP --recipe unsloth-iq4km \\
           --imatrix imatrix.gguf -o Qwen3-30B-A3B-REAP-IQ4_K_M.gguf
     """
-    from reap2gguf.artifacts.imatrix import load_imatrix
+    from reap2gguf.gguf_files.imatrix import load_imatrix
     from reap2gguf.quantize.recipe import load_recipe
     from reap2gguf.quantize.resolve import resolve
 

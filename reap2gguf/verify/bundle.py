@@ -9,7 +9,6 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.artifacts.gguf_split import first_parts
 from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
     GgufRecord,
@@ -19,6 +18,7 @@ from reap2gguf.bundle.manifest import (
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
 from reap2gguf.files import is_plain
+from reap2gguf.gguf_files.gguf_split import first_parts
 from reap2gguf.models import MoeModel, SideFile
 from reap2gguf.progress import Progress
 from reap2gguf.verify.gguf_file import (

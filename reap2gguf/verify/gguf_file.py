@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.artifacts.gguf_header import GgufHeader, GgufTensorInfo
-from reap2gguf.artifacts.gguf_split import read_whole_header
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
+from reap2gguf.gguf_files.gguf_split import read_whole_header
+from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
+from reap2gguf.gguf_files.rows import PIECE_VALUES, read_rows, rows_per_matrix
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor
-from reap2gguf.models.slabs import PIECE_VALUES, read_rows, rows_per_matrix
 from reap2gguf.models.tokenizer import tokenizer_keys
 from reap2gguf.progress import Progress
 from reap2gguf.verify.matrices import (

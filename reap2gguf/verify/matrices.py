@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.artifacts.gguf_header import GgufHeader
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.ggml import Ggml
+from reap2gguf.gguf_files.reader import GgufHeader
+from reap2gguf.gguf_files.rows import read_rows, row_pieces, rows_per_matrix
 from reap2gguf.models.description import GgufTensor, Slab
-from reap2gguf.models.slabs import read_rows, row_pieces, rows_per_matrix
 
 Floats = npt.NDArray[np.float32]
 

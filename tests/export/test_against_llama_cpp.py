@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from reap2gguf.artifacts.imatrix import Imatrix
 from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models import GgufTensor, ModelFacts
 from reap2gguf.quantize.file_types import MIXTURES
 from reap2gguf.quantize.recipe import load_recipe, shipped_recipes

@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reap2gguf.artifacts.imatrix import Imatrix, load_imatrix
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
+from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.quantize.recipe import Recipe, load_recipe, shipped_recipes
 from tests.export.files import export_files, gguf_tensors, left, plain, random_imatrix, stored
 from tests.tiny import TinyQwen3Moe

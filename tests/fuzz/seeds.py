@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from safetensors.numpy import save_file
 
-from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 
 
 def write_seeds(folder: Path) -> None:

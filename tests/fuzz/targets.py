@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
-from reap2gguf.artifacts.imatrix import ImatrixEntry, load_imatrix
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES, read_header
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
+from reap2gguf.gguf_files.imatrix import ImatrixEntry, load_imatrix
+from reap2gguf.gguf_files.reader import read_gguf_header
 
 MAX_MESSAGE = 2000
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
-from reap2gguf.artifacts.imatrix import load_imatrix
 from reap2gguf.checkpoint.safetensors_header import read_header
 from reap2gguf.errors import CheckpointError
+from reap2gguf.gguf_files.imatrix import load_imatrix
+from reap2gguf.gguf_files.reader import read_gguf_header
 from tests.fuzz.targets import TARGETS, run
 
 ROOM = 2**16  # beside what is proportional to the file

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
-from reap2gguf.artifacts.imatrix import load_imatrix
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES, read_header
 from reap2gguf.errors import ArtifactError
+from reap2gguf.gguf_files.imatrix import load_imatrix
+from reap2gguf.gguf_files.reader import read_gguf_header
 from tests.fuzz.documents import Number, Piece, as_text, changed, joined, spoiled
 from tests.fuzz.targets import TARGETS, check_message, run
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_dat, save_gguf
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_dat, save_gguf
 from tests.hostile.room import Build, Case, Room
 
 U8, U16, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 2, 4, 5, 6, 7, 8, 9, 10

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from reap2gguf.artifacts.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
@@ -23,6 +22,7 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantize.recipe import load_recipe

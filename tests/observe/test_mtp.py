@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as theirs
 
-from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.models import describe
 from reap2gguf.observe import decoder as decoder_module
 from reap2gguf.observe import sizes

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from reap2gguf.artifacts.imatrix import ImatrixEntry
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, ObservationError, UsageError
+from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.models import describe
 from reap2gguf.observe import sizes
 from reap2gguf.observe.decoder import StreamedDecoder

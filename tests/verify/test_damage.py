@@ -18,10 +18,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
 from reap2gguf.bundle.manifest import MANIFEST_FILE, SUMS_FILE, Manifest
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.cli import cli
+from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle, verify_pair, verify_paths
 from tests.conftest import Bundle

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header
-from reap2gguf.artifacts.gguf_split import (
+from reap2gguf.bundle.bundle_folders import check_experts
+from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from reap2gguf.gguf_files.gguf_split import (
     first_parts,
     part_name,
     part_of_split,
     read_whole_header,
 )
-from reap2gguf.bundle.bundle_folders import check_experts
-from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_files.split import plan_split, write_part
 from reap2gguf.progress import Silent
-from reap2gguf.publish.split import plan_split, write_part
 from reap2gguf.verify.bundle import verify_paths
 from tests.conftest import Bundle
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import Keys
 
-from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import is_plain
+from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
 from reap2gguf.messages import shown
 
 NO_KEY = Keys.Split.LLM_KV_SPLIT_NO

@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reap2gguf.artifacts.gguf_header import read_gguf_header, row_bytes
 from reap2gguf.errors import ArtifactError
+from reap2gguf.gguf_files.reader import read_gguf_header, row_bytes
 
 U32, U64, STRING, ARRAY = 4, 10, 8, 9
 REUSED_FOLDER = settings(

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from reap2gguf.artifacts.cursor import Cursor
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
+from reap2gguf.gguf_files.cursor import Cursor
 from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-from reap2gguf.artifacts.imatrix import (
+from reap2gguf.errors import ArtifactError
+from reap2gguf.gguf_files.imatrix import (
     Imatrix,
     ImatrixEntry,
     load_imatrix,
     save_dat,
     save_gguf,
 )
-from reap2gguf.errors import ArtifactError
 
 EXCERPT = Path(__file__).resolve().parent.parent / "data" / "llama-imatrix-excerpt.json"
 

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from reap2gguf.artifacts.cursor import Cursor
-from reap2gguf.artifacts.gguf_header import GgufHeader, read_gguf_header
-from reap2gguf.artifacts.gguf_writer import HeaderWriter
 from reap2gguf.disk import whole_file
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
+from reap2gguf.gguf_files.cursor import Cursor
+from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
+from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.messages import shown
 
 _MAX_ENTRIES = 2**16

@@ -17,22 +17,22 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from reap2gguf.artifacts.gguf_header import (
-    KEYS_BEGIN,
-    GgufHeader,
-    GgufTensorInfo,
-    read_gguf_header,
-)
-from reap2gguf.artifacts.gguf_split import (
+from reap2gguf.disk import whole_file
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.files import open_plain
+from reap2gguf.gguf_files.gguf_split import (
     COUNT_KEY,
     MAX_PARTS,
     NO_KEY,
     TENSORS_KEY,
     part_name,
 )
-from reap2gguf.disk import whole_file
-from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.files import open_plain
+from reap2gguf.gguf_files.reader import (
+    KEYS_BEGIN,
+    GgufHeader,
+    GgufTensorInfo,
+    read_gguf_header,
+)
 from reap2gguf.messages import shown
 from reap2gguf.progress import Task
 

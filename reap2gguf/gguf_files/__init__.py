@@ -1,0 +1,1 @@
+"""GGUF as a file format: headers read and written, files cut and joined, importance matrices."""
