@@ -24,12 +24,12 @@ from reap2gguf.models import (
     SideFile,
     describe,
 )
-from reap2gguf.models.tokenizer import check_tokenizer
 from reap2gguf.options import BuildOptions
 from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
 from reap2gguf.prune.write import PrunedTensor, plan_pruned
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
+from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 from reap2gguf.workdir import RESERVED_NAMES
 
 if TYPE_CHECKING:

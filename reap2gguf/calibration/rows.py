@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.calibration.corpus import Corpus, Cut, Passage
-from reap2gguf.calibration.templates import ChatTemplate
 from reap2gguf.calibration.tool_calls import Message
-from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CalibrationError, CheckpointError
-from reap2gguf.panics import panics_as
+from reap2gguf.tokenizer.panics import panics_as
+from reap2gguf.tokenizer.template_files import check_template_files
+from reap2gguf.tokenizer.templates import ChatTemplate
 
 Row = npt.NDArray[np.int64]
 # A tail this short says nothing about the middle of a text.

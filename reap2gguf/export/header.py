@@ -20,7 +20,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.models.description import GgufTensor, HeaderValue
-from reap2gguf.models.tokenizer import add_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def _open(model: str, keep_mtp: bool = True) -> tuple[Source, Checkpoint, MoeMod
 
 
 def _check_tokenizer(source: Source, described: MoeModel) -> None:
-    from reap2gguf.models.tokenizer import check_tokenizer
+    from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 
     check_tokenizer(source.folder, described.facts.vocab_size)
 

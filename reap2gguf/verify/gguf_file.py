@@ -21,8 +21,8 @@ from reap2gguf.gguf_files.rows import PIECE_VALUES, read_rows, rows_per_matrix
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor
-from reap2gguf.models.tokenizer import tokenizer_keys
 from reap2gguf.progress import Progress
+from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
 from reap2gguf.verify.matrices import (
     ERROR_BOUNDS,
     errs_as_it_must,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.calibration import templates
-from reap2gguf.calibration.template_worker import HEADER, Answer
-from reap2gguf.calibration.templates import ChatTemplate, Limits
 from reap2gguf.errors import CalibrationError, DependencyError
+from reap2gguf.tokenizer import templates
+from reap2gguf.tokenizer.template_worker import HEADER, Answer
+from reap2gguf.tokenizer.templates import ChatTemplate, Limits
 
 LIMITS = Limits(cpu_seconds=0.3, wall_seconds=4, memory_bytes=128 * 2**20, output_bytes=2**22)
 CHAT = [{"role": "user", "content": "hello"}]
@@ -178,7 +178,7 @@ def test_the_limit_is_each_samples_own() -> None:
 def test_memory_stays_bounded() -> None:
     program = """
 import resource
-from reap2gguf.calibration.templates import ChatTemplate, Limits
+from reap2gguf.tokenizer.templates import ChatTemplate, Limits
 from reap2gguf.errors import CalibrationError
 for template in TEMPLATES:
     try:
@@ -213,7 +213,7 @@ def test_what_a_worker_has_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_worker_needs_nothing_heavy() -> None:
     program = (
-        "import sys; import reap2gguf.calibration.template_worker as worker; "
+        "import sys; import reap2gguf.tokenizer.template_worker as worker; "
         "print([name for name in ('torch', 'transformers', 'numpy', 'reap2gguf.errors') "
         "if name in sys.modules])"
     )
@@ -285,7 +285,7 @@ def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_worker_outlives_its_parent() -> None:
     program = (
-        "import os, signal; from reap2gguf.calibration.templates import ChatTemplate; "
+        "import os, signal; from reap2gguf.tokenizer.templates import ChatTemplate; "
         "chat = ChatTemplate('', {}); chat.render([]); "
         "print(chat._process._process.pid, flush=True); "
     )

@@ -16,11 +16,11 @@ from gguf import GGUFWriter, Keys, SpecialVocab, TokenType
 from tokenizers import Tokenizer as Rust
 
 from reap2gguf.checkpoint.config import read_json, read_tokenizer_json
-from reap2gguf.checkpoint.template_files import check_template_files
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.limits import MAX_VOCABULARY
-from reap2gguf.panics import panics_as
+from reap2gguf.tokenizer.panics import panics_as
+from reap2gguf.tokenizer.template_files import check_template_files
 
 # split pattern -> llama.cpp's name; two families differ only in how they treat marks (\p{M})
 _QWEN2_PATTERN = (

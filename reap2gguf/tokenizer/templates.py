@@ -29,9 +29,9 @@ import jinja2
 import markupsafe
 
 import reap2gguf
-from reap2gguf.calibration.template_worker import HEADER, Answer
-from reap2gguf.checkpoint.template_files import MAX_TEMPLATE_BYTES
 from reap2gguf.errors import CalibrationError, DependencyError
+from reap2gguf.tokenizer.template_files import MAX_TEMPLATE_BYTES
+from reap2gguf.tokenizer.template_worker import HEADER, Answer
 
 _MAX_REQUEST_BYTES = 2**26
 _START_SECONDS = 60.0  # of our own code alone, from a disk that may be slow
@@ -41,7 +41,7 @@ _ADVICE = 'pass samples of plain text (a "text" field each), or another --calibr
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _BOOT = (
     "import sys; sys.path += sys.argv[1:]; "
-    "from reap2gguf.calibration.template_worker import main; main()"
+    "from reap2gguf.tokenizer.template_worker import main; main()"
 )
 
 

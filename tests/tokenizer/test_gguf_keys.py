@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.tokenizer import add_tokenizer, check_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer, check_tokenizer
 from tests.tiny import EXAMPLE
 
 QWEN2 = (

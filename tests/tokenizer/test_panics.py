@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from reap2gguf.errors import CheckpointError
-from reap2gguf.panics import panics_as
+from reap2gguf.tokenizer.panics import panics_as
 
 
 class Panic(BaseException):
