@@ -36,7 +36,7 @@ from unittest.mock import patch
 import numpy as np
 from gguf import GGUFReader
 
-from reap2gguf import stages
+from reap2gguf.building import stages
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf

@@ -33,8 +33,8 @@ from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
 
 if TYPE_CHECKING:
-    from reap2gguf.estimate import Estimate
-    from reap2gguf.plan import Plan
+    from reap2gguf.building.estimate import Estimate
+    from reap2gguf.building.plan import Plan
 
 
 _HAS_BEGUN = "reap2gguf.build.has_begun"
@@ -130,11 +130,11 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
-    from reap2gguf.plan import make_plan
+    from reap2gguf.building.plan import make_plan
 
     plan = make_plan(collect(arguments, fresh, space_check), say)
-    from reap2gguf.pipeline import build as run
-    from reap2gguf.pipeline import follow
+    from reap2gguf.building.pipeline import build as run
+    from reap2gguf.building.pipeline import follow
     from reap2gguf.terminal.console import terminal_progress
     from reap2gguf.terminal.views import plan_lines, result_lines
 
@@ -156,7 +156,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     Example:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
-    from reap2gguf.plan import make_plan, plan_as_json
+    from reap2gguf.building.plan import make_plan, plan_as_json
 
     plan = make_plan(collect(arguments), say)
     from reap2gguf.terminal.views import plan_lines
@@ -200,7 +200,7 @@ for command in (observe, prune, imatrix, quantize, recipes, doctor, chat, serve,
 
 def _estimate(plan: Plan) -> Estimate:
     """What the plan needs here; looking for a GPU without loading torch."""
-    from reap2gguf.estimate import estimate
+    from reap2gguf.building.estimate import estimate
 
     return estimate(plan, plan.options.compute.likely_device == "cuda")
 

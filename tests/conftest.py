@@ -63,8 +63,8 @@ class Bundle:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The example at compression 0.25 in two recipes; built once, never changed by a test."""
-    from reap2gguf.pipeline import build
-    from reap2gguf.plan import make_plan
+    from reap2gguf.building.pipeline import build
+    from reap2gguf.building.plan import make_plan
 
     output = tmp_path_factory.mktemp("built")
     options = BuildOptions(

@@ -262,7 +262,7 @@ def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_interrupt_says_how_to_go_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reap2gguf import pipeline, plan
+    from reap2gguf.building import pipeline, plan
 
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -316,7 +316,7 @@ def test_an_interrupted_quantization_goes_on(
 
 
 def test_a_full_disk_is_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reap2gguf import plan
+    from reap2gguf.building import plan
 
     def full(options: object, note: object) -> None:
         raise OSError(28, os.strerror(28), "model.safetensors")

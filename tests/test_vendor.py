@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 
-from reap2gguf import ggml, keys, vendor
+from reap2gguf import ggml, vendor
+from reap2gguf.building import keys
 from reap2gguf.cli import cli
 from reap2gguf.errors import DependencyError
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
 from reap2gguf.errors import PublishError
 from reap2gguf.hub.errors import trouble
@@ -16,7 +17,6 @@ from reap2gguf.publish.admission import Accepted, check_owner, refuse_public, re
 from reap2gguf.publish.push import PushOptions, names, push_folder
 from reap2gguf.publish.remote import RemoteRepo, fetch_small, look, refusal
 from reap2gguf.publish.staging import Staged, StagedFile, stage
-from reap2gguf.workdir import Workdir
 
 T = TypeVar("T")
 TO_SEND, THERE, REPLACED, SAME_SIZE = "to upload", "there", "replaced", "there, by its size"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
 from reap2gguf.bundle.card import CardNames
 from reap2gguf.disk import make_folder, remove
@@ -24,7 +25,6 @@ from reap2gguf.publish.readback import read_back
 from reap2gguf.publish.remote import check_name
 from reap2gguf.publish.staging import Staged, stage
 from reap2gguf.publish.upload import make_repo, upload
-from reap2gguf.workdir import Workdir
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

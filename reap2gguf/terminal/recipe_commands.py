@@ -58,8 +58,8 @@ def recipes_check(name: str, model: str | None) -> None:
     Example:
       reap2gguf recipes check my-recipe.toml ./Qwen3-30B-A3B
     """
+    from reap2gguf.building.plan import make_plan
     from reap2gguf.options import BuildOptions
-    from reap2gguf.plan import make_plan
 
     plan = make_plan(BuildOptions(recipes=(name,), model=model, compression=0))
     resolved = plan.recipes[0]

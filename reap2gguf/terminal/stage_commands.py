@@ -59,7 +59,7 @@ def observe(
     source, checkpoint, described = _open(model)
     _check_parent(output)
     _check_tokenizer(source, described)
-    from reap2gguf import stages
+    from reap2gguf.building import stages
     from reap2gguf.calibration.rows import Tokenizer
     from reap2gguf.calibration.texts import observation_rows
     from reap2gguf.terminal.console import terminal_progress
@@ -99,8 +99,8 @@ def prune(
     _, checkpoint, described = _open(model, keep_mtp=mtp == "prune")
     _check_parent(output)
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.stages import prune_to_folder
     from reap2gguf.prune.select import choose_target
-    from reap2gguf.stages import prune_to_folder
     from reap2gguf.terminal.console import terminal_progress
 
     target = choose_target(described.facts, keep_experts, compression)
@@ -132,7 +132,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
     source, checkpoint, described = _open(hf_dir)
     _check_parent(output)
     _check_tokenizer(source, described)
-    from reap2gguf import stages
+    from reap2gguf.building import stages
     from reap2gguf.calibration.rows import Tokenizer
     from reap2gguf.calibration.texts import imatrix_chunks
     from reap2gguf.terminal.console import terminal_progress
@@ -176,10 +176,10 @@ def quantize(
     importance = load_imatrix(imatrix_file) if imatrix_file else None
     source, checkpoint, described = _open(hf_dir)
     _check_parent(output)
-    from reap2gguf import stages
+    from reap2gguf.building import stages
+    from reap2gguf.building.keys import export_key
     from reap2gguf.bundle.manifest import hash_file
     from reap2gguf.export.journal import ExportJournal
-    from reap2gguf.keys import export_key
     from reap2gguf.terminal.console import size, terminal_progress
 
     facts = described.facts
@@ -240,7 +240,7 @@ def _resuming(
     compute: ComputeOptions, output: Path, checkpoint: Checkpoint, rows: str
 ) -> ComputeOptions:
     """Where a sweep that writes `output` keeps what is done between layers: beside it."""
-    from reap2gguf.keys import sweep_key
+    from reap2gguf.building.keys import sweep_key
 
     path = output.with_name(f"{output.name}.state")
     source = (checkpoint.fingerprint(), checkpoint.stamps())

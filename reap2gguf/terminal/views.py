@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from reap2gguf.estimate import Estimate, side_bytes
-from reap2gguf.plan import Plan
+from reap2gguf.building.estimate import Estimate, side_bytes
+from reap2gguf.building.plan import Plan
 from reap2gguf.prune.select import friendly_count
 from reap2gguf.quantize.recipe import Recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe
 from reap2gguf.terminal.console import duration, size
 
 if TYPE_CHECKING:
-    from reap2gguf.pipeline import BuildResult
+    from reap2gguf.building.pipeline import BuildResult
 
 
 def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:

@@ -16,11 +16,11 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
+from reap2gguf.building.pipeline import build
+from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.pipeline import build
-from reap2gguf.plan import make_plan
 from reap2gguf.progress import Silent
 from tests.hub import Fault, Hub
 from tests.hub_repository import COMMIT, Repository

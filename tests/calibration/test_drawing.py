@@ -9,6 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
+from reap2gguf.building.estimate import estimate
+from reap2gguf.building.pipeline import build
+from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration import drawing
 from reap2gguf.calibration.corpus import load_corpus
@@ -18,12 +21,9 @@ from reap2gguf.calibration.rows import Tokenizer
 from reap2gguf.calibration.texts import Texts, read_texts
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import ArtifactError, CalibrationError
-from reap2gguf.estimate import estimate
 from reap2gguf.observe import ranks
 from reap2gguf.observe.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.pipeline import build
-from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
 from reap2gguf.terminal import stage_commands
 from tests.tiny import EXAMPLE

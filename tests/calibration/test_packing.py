@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from reap2gguf.building.estimate import estimate
+from reap2gguf.building.keys import BuildKeys
+from reap2gguf.building.pipeline import build
+from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.calibration.corpus import Cut, Passage, iterate_corpus, load_corpus
 from reap2gguf.calibration.drawing import Drawn, draw
 from reap2gguf.calibration.mixes import decide
 from reap2gguf.calibration.rows import Row, Tokenizer, make_packed_rows, pack
 from reap2gguf.cli import cli
 from reap2gguf.errors import CalibrationError
-from reap2gguf.estimate import estimate
-from reap2gguf.keys import BuildKeys
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.pipeline import build
-from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
 from tests.tiny import EXAMPLE
 

@@ -12,13 +12,13 @@ import llama_cpp  # before the package's libggml: two builds share the name of o
 import numpy as np
 from gguf import GGUFReader
 
+from reap2gguf.building.stages import export
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.models import GgufTensor, describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantize.recipe import Recipe
 from reap2gguf.quantize.resolve import resolve
-from reap2gguf.stages import export
 from tests.tiny import EXAMPLE
 
 Stored = dict[str, tuple[str, bytes]]

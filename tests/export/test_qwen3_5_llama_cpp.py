@@ -17,13 +17,13 @@ import torch
 from llama_cpp import mtmd_cpp
 from transformers import AutoModelForCausalLM
 
+from reap2gguf.building.stages import export_side
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
 from reap2gguf.prune.write import write_pruned
-from reap2gguf.stages import export_side
 from tests.export.files import export_files, plain, stored
 from tests.tiny import TinyQwen35Moe
 

@@ -91,10 +91,10 @@ def _load() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
 
+    import reap2gguf.building.pipeline
     import reap2gguf.observe.importance
     import reap2gguf.observe.saliency
     import reap2gguf.observe.sweep
-    import reap2gguf.pipeline
     import reap2gguf.terminal.console
     import reap2gguf.terminal.views  # noqa: F401
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.building.stages import export
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     FolderRecord,
@@ -27,7 +28,6 @@ from reap2gguf.models import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import resolve
-from reap2gguf.stages import export
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 PLAN = ("--recipe", "q8_0")

@@ -22,10 +22,10 @@ SECONDS = 20  # then a child is killed
 
 
 def main() -> None:
+    import reap2gguf.building.plan
+    import reap2gguf.building.stages
     import reap2gguf.calibration.texts
     import reap2gguf.cli
-    import reap2gguf.plan
-    import reap2gguf.stages
     import reap2gguf.verify.bundle  # noqa: F401
 
     if "torch" in sys.modules:

@@ -12,11 +12,11 @@ import pytest
 
 from reap2gguf import cli
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.building.pipeline import build
+from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import PeerError
 from reap2gguf.observe import ranks as ranks_module
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.pipeline import build
-from reap2gguf.plan import make_plan
 from reap2gguf.processes import Processes, processes
 from reap2gguf.progress import Silent
 

@@ -39,9 +39,9 @@ TEXT = "".join(f"Line {i} says that {i} times {i} is {i * i}, and no more.\n" fo
 
 def tiny_bundle(folder: Path) -> Path:
     """A finished build of a random checkpoint of two shards; its safetensors folder."""
+    from reap2gguf.building.pipeline import build
+    from reap2gguf.building.plan import make_plan
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-    from reap2gguf.pipeline import build
-    from reap2gguf.plan import make_plan
     from reap2gguf.progress import Silent
 
     source = TinyQwen3Moe(n_shards=2).write(folder / "source")

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from reap2gguf import pipeline
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.building import pipeline
+from reap2gguf.building.estimate import estimate
+from reap2gguf.building.plan import make_plan, plan_as_json
 from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest, MtpRecord
 from reap2gguf.bundle.sums import hash_folder, write_sums
-from reap2gguf.estimate import estimate
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.plan import make_plan, plan_as_json
 from reap2gguf.progress import Silent
 from reap2gguf.verify.bundle import verify_bundle
 from tests.tiny import TinyQwen35Moe

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.building.workdir import RESERVED_NAMES
 from reap2gguf.calibration.corpus import check_calibration, check_text
 from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -30,10 +31,9 @@ from reap2gguf.prune.write import PrunedTensor, plan_pruned
 from reap2gguf.quantize.recipe import load_recipe
 from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.gguf_keys import check_tokenizer
-from reap2gguf.workdir import RESERVED_NAMES
 
 if TYPE_CHECKING:
-    from reap2gguf.estimate import Estimate
+    from reap2gguf.building.estimate import Estimate
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows

@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from reap2gguf import checks, stages
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.building import checks, stages
+from reap2gguf.building.marks import NOTHING
+from reap2gguf.building.plan import Plan
+from reap2gguf.building.record import write_bundle_files
+from reap2gguf.building.running import Running, StageCost, tell_others
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest, hash_file
 from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
@@ -23,15 +28,10 @@ from reap2gguf.disk import remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.export.journal import ExportJournal
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
-from reap2gguf.marks import NOTHING
 from reap2gguf.models import MoeModel, describe
-from reap2gguf.plan import Plan
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.prune.select import Kept, select_experts
 from reap2gguf.prune.write import write_pruned
-from reap2gguf.record import write_bundle_files
-from reap2gguf.running import Running, StageCost, tell_others
-from reap2gguf.workdir import Workdir
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from reap2gguf import pipeline
+from reap2gguf.building import pipeline
+from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.errors import OutputError, SourceError
 from reap2gguf.hub.source import Source
 from reap2gguf.observe.run import SweepRun
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.plan import Plan, make_plan
 from reap2gguf.progress import Silent
 from tests.hub import Fault, Hub
 from tests.hub_model import layered_files, serving, shard_of, whole
@@ -201,7 +201,7 @@ def test_the_cache_is_asked_for_room(
         free = 3 * 10**8
 
     chosen = plan(tmp_path / "out")
-    monkeypatch.setattr("reap2gguf.running.shutil.disk_usage", lambda path: Usage)
+    monkeypatch.setattr("reap2gguf.building.running.shutil.disk_usage", lambda path: Usage)
     monkeypatch.setattr(type(chosen.checkpoint), "unfetched_bytes", 2 * 10**8 + 99_999_999)
     with pytest.raises(OutputError, match=r"299,999,999 bytes of weights are still to be fetched"):
         pipeline.build(chosen, Silent())

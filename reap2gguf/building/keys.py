@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reap2gguf import __version__
+from reap2gguf.building.marks import stage_key
+from reap2gguf.building.plan import Plan
 from reap2gguf.bundle.card import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.corpus import calibration_files
@@ -21,8 +23,6 @@ from reap2gguf.calibration.rows import Row
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.errors import CalibrationError, CheckpointError, Reap2ggufError
 from reap2gguf.ggml import load_ggml
-from reap2gguf.marks import stage_key
-from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
 from reap2gguf.prune.write import companion_files
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from reap2gguf.building.plan import Plan
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models import Carried, Dropped, Expert, SideFile
 from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
-from reap2gguf.plan import Plan
 from reap2gguf.prune.write import companion_files
 from reap2gguf.resources import shipped_folder
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFValueType, LlamaFileType
 
-from reap2gguf import __version__, checks
+from reap2gguf import __version__
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.building import checks
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.disk import disk_errors_told, rename, write_whole

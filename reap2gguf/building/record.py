@@ -10,6 +10,8 @@ from pathlib import Path
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.building.plan import Plan
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.card import CARD_FILE, gguf_card, hf_card
 from reap2gguf.bundle.manifest import (
     MANIFEST_FILE,
@@ -28,10 +30,8 @@ from reap2gguf.calibration.texts import ImatrixChunks, Texts
 from reap2gguf.disk import PART, remove, write_whole
 from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
-from reap2gguf.plan import Plan
 from reap2gguf.prune.select import Kept
 from reap2gguf.quantize.resolve import ResolvedRecipe
-from reap2gguf.workdir import Workdir
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
 

@@ -27,11 +27,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+from reap2gguf.building.marks import NOTHING, StageMarks
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.disk import disk_errors_told, make_folder, part_of, remove, rename, write_whole
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
-from reap2gguf.marks import NOTHING, StageMarks
 
 SHARED = ("texts", "observations")
 RESERVED_NAMES = frozenset(SHARED)  # of folders beside the builds'

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from reap2gguf import disk
+from reap2gguf.building.marks import StageMarks, stage_key
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import OutputError
-from reap2gguf.marks import StageMarks, stage_key
-from reap2gguf.workdir import Workdir
 
 IDENTITY = {"source": "model", "fingerprint": "0123456789abcdef"}
 
@@ -115,7 +115,7 @@ def test_a_second_build_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path
         with Workdir(tmp_path, "another").locked():
             pass
     script = (
-        "import os, signal, sys; from pathlib import Path; from reap2gguf.workdir import Workdir\n"
+        "import os, signal, sys; from pathlib import Path; from reap2gguf.building.workdir import Workdir\n"
         "with Workdir(Path(sys.argv[1]), 'name').locked(): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)

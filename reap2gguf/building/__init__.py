@@ -1,0 +1,1 @@
+"""A build: its plan, its stages in order, its folders and its record."""
