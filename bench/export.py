@@ -40,7 +40,7 @@ from reap2gguf.building import stages
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
-from reap2gguf.memory import peak_bytes
+from reap2gguf.machine import peak_bytes
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantize.recipe import load_recipe, shipped_recipes

@@ -34,7 +34,7 @@ from synthetic import VOCABULARY, write_checkpoint
 from torch import Tensor
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.memory import peak_bytes
+from reap2gguf.machine import peak_bytes
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.observe import decoder as decoder_module
 from reap2gguf.observe.experts import RoutedPairs

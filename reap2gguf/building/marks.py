@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reap2gguf.atomic import write_whole
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.disk import write_whole
 from reap2gguf.errors import CheckpointError
 
 # In order: a stage that is done anew undoes those after it.

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.atomic import remove
 from reap2gguf.building import checks, stages
 from reap2gguf.building.marks import NOTHING
 from reap2gguf.building.plan import Plan
@@ -24,7 +25,6 @@ from reap2gguf.bundle.manifest import Manifest, hash_file
 from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.disk import remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.export.journal import ExportJournal
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix

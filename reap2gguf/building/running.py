@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from reap2gguf.atomic import disk_errors_told, remove
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.keys import BuildKeys, sweep_key
 from reap2gguf.building.plan import Plan
 from reap2gguf.building.workdir import Workdir
-from reap2gguf.disk import disk_errors_told, remove
 from reap2gguf.errors import OutputError
-from reap2gguf.memory import peak_bytes
+from reap2gguf.machine import peak_bytes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.processes import processes
 from reap2gguf.progress import Progress

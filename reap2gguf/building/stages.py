@@ -16,10 +16,10 @@ from gguf import GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.atomic import disk_errors_told, rename, write_whole
 from reap2gguf.building import checks
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.disk import disk_errors_told, rename, write_whole
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.export.gguf_export import GgufOutput, export_gguf
 from reap2gguf.export.header import HeaderFacts

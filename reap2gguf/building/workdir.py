@@ -27,10 +27,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+from reap2gguf.atomic import disk_errors_told, make_folder, part_of, remove, rename, write_whole
 from reap2gguf.building.marks import NOTHING, StageMarks
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.disk import disk_errors_told, make_folder, part_of, remove, rename, write_whole
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 
 SHARED = ("texts", "observations")

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from gguf import GGMLQuantizationType
 
+from reap2gguf.atomic import write_whole
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
-from reap2gguf.disk import write_whole
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.messages import shown

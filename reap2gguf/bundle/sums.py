@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from reap2gguf.atomic import remove, write_whole
 from reap2gguf.bundle.manifest import SUMS_FILE, FileRecord, hash_file
-from reap2gguf.disk import remove, write_whole
 
 
 def hash_folder(folder: Path, n_threads: int) -> dict[str, FileRecord]:

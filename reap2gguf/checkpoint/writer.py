@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from reap2gguf.atomic import whole_file, write_whole
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES
-from reap2gguf.disk import whole_file, write_whole
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what huggingface_hub cuts at
 _FROM_NUMPY = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reap2gguf.doctor.finding import Finding, State
-from reap2gguf.memory import available_bytes
+from reap2gguf.machine import available_bytes
 from reap2gguf.observe.deltanet import PACKAGE, REFERENCE_SPEED, installed_version
 from reap2gguf.options import available_threads
 

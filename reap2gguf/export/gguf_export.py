@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from reap2gguf.atomic import OutputFile, open_file, part_of, rename
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.disk import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.export.header import GgufLayout, HeaderFacts, lay_out
 from reap2gguf.export.journal import ExportJournal

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from reap2gguf.atomic import OutputFile, remove, write_whole
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.disk import OutputFile, remove, write_whole
 from reap2gguf.errors import CheckpointError
 
 SAVE_SECONDS = 5.0  # at most so much work is lost

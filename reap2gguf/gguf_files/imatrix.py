@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from reap2gguf.disk import whole_file
+from reap2gguf.atomic import whole_file
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
 from reap2gguf.gguf_files.cursor import Cursor

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from reap2gguf.disk import whole_file
+from reap2gguf.atomic import whole_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.files import open_plain
 from reap2gguf.gguf_files.gguf_split import (

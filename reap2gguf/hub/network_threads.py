@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from reap2gguf.disk import remove
+from reap2gguf.atomic import remove
 from reap2gguf.errors import OutputError
 
 T = TypeVar("T")

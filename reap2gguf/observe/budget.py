@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from reap2gguf.errors import UsageError
-from reap2gguf.memory import resident_bytes
+from reap2gguf.machine import resident_bytes
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.sizes import (
     ATTENTION_WIDTHS,

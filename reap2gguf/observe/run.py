@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
-from reap2gguf.memory import available_bytes
+from reap2gguf.machine import available_bytes
 from reap2gguf.observe.batches import Batch, Row, padded_batches, settle_places
 from reap2gguf.observe.budget import Budget, Need, fit, position_bytes, room_on
 from reap2gguf.observe.decoder import StreamedDecoder

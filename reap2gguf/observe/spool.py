@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from reap2gguf.disk import reserve
+from reap2gguf.atomic import reserve
 from reap2gguf.errors import OutputError, UsageError
 
 Place = tuple[int, int]  # first position, and the one after the last

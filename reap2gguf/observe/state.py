@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reap2gguf.atomic import disk_errors_told, part_of, remove
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import (
@@ -28,7 +29,6 @@ from reap2gguf.checkpoint.writer import (
     planned_array,
     write_safetensors,
 )
-from reap2gguf.disk import disk_errors_told, part_of, remove
 from reap2gguf.errors import CheckpointError
 from reap2gguf.observe.batches import Batch
 from reap2gguf.observe.observer import Arrays, LayerObserver

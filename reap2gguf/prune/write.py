@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from reap2gguf.atomic import copy_whole, write_whole
 from reap2gguf.bundle.manifest import MANIFEST_FILE
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, PlannedTensor, write_checkpoint
-from reap2gguf.disk import copy_whole, write_whole
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Dropped, Expert, Router
 from reap2gguf.progress import Progress

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.card import CARD_FILE
 from reap2gguf.bundle.manifest import MANIFEST_FILE, SUMS_FILE
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.disk import write_whole
 from reap2gguf.errors import CheckpointError, PublishError
 from reap2gguf.gguf_files.gguf_split import part_of_split
 from reap2gguf.hub.snapshot import Sleep

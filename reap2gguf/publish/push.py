@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
 from reap2gguf.bundle.card import CardNames
-from reap2gguf.disk import make_folder, remove
 from reap2gguf.errors import VerificationError
 from reap2gguf.gguf_files.split import HUB_MAX_BYTES
 from reap2gguf.hub.snapshot import Sleep

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reap2gguf.atomic import disk_errors_told, make_folder, remove
 from reap2gguf.bundle.bundle_folders import BundleFolders, check_experts
 from reap2gguf.bundle.card import CARD_FILE, CardNames, gguf_body, hf_body, join_command
 from reap2gguf.bundle.front_matter import front_matter, with_base_model
@@ -26,7 +27,6 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.bundle.modelfile import MODELFILE
-from reap2gguf.disk import disk_errors_told, make_folder, remove
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.split import HUB_MAX_BYTES, SplitPlan, plan_split, write_part
 from reap2gguf.progress import Progress

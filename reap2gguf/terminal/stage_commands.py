@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reap2gguf.disk import remove
+from reap2gguf.atomic import remove
 from reap2gguf.errors import CalibrationError, OutputError, UsageError
 from reap2gguf.options import CalibrationOptions, ComputeOptions, Resume
 from reap2gguf.processes import processes

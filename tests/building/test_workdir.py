@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf import disk
+from reap2gguf import atomic as disk
 from reap2gguf.building.marks import StageMarks, stage_key
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import OutputError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.disk import OutputFile, open_file
+from reap2gguf.atomic import OutputFile, open_file
 from reap2gguf.errors import OutputError
 from reap2gguf.export import journal as journal_module
 from reap2gguf.export.journal import ExportJournal

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bundle_folders import BundleFolders, open_bundle
 from reap2gguf.bundle.card import CardNames
 from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest
 from reap2gguf.bundle.sums import write_sums
-from reap2gguf.disk import write_whole
 from reap2gguf.errors import UsageError, VerificationError
 from reap2gguf.progress import Silent
 from reap2gguf.publish import staging

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reap2gguf import disk
+from reap2gguf import atomic as disk
 from reap2gguf.errors import OutputError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf import memory
-from reap2gguf.memory import available_bytes, peak_bytes, resident_bytes
+from reap2gguf import machine as memory
+from reap2gguf.machine import available_bytes, peak_bytes, resident_bytes
 
 
 def test_amounts_are_in_order() -> None:
@@ -34,7 +34,7 @@ def test_a_container_s_file_cache_is_as_good_as_free(
 def test_a_child_does_not_count_what_its_parent_held() -> None:
     ballast = bytearray(2**29)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    script = "from reap2gguf.memory import peak_bytes; print(peak_bytes())"
+    script = "from reap2gguf.machine import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert int(done.stdout) < 2**29 < peak_bytes()
     del ballast
