@@ -37,10 +37,10 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.machine import peak_bytes
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.observe import decoder as decoder_module
-from reap2gguf.observe.experts import RoutedPairs
+from reap2gguf.observe.compute.experts import RoutedPairs
+from reap2gguf.observe.compute.ranks import join, leave
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.observer import LayerObserver
-from reap2gguf.observe.ranks import join, leave
 from reap2gguf.observe.saliency import SaliencyObserver
 from reap2gguf.observe.sweep import SweepOptions, sweep
 from reap2gguf.progress import Task

@@ -238,7 +238,7 @@ def _leave_others(code: str | int | None) -> None:
     """End among several processes: in order if all is well, else at once, so that none waits."""
     status = code if isinstance(code, int) else int(code is not None)
     if not status:
-        from reap2gguf.observe.ranks import leave
+        from reap2gguf.observe.compute.ranks import leave
 
         try:
             leave()

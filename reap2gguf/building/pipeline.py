@@ -138,7 +138,7 @@ def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, str]:
 
 def follow(plan: Plan) -> None:
     """What a process other than the first does in a build: its share of both sweeps."""
-    from reap2gguf.observe.ranks import join
+    from reap2gguf.observe.compute.ranks import join
 
     work = Workdir(plan.options.output, plan.name)
     run = Running(plan, work, Silent())

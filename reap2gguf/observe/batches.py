@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reap2gguf.observe.experts import RealTokens
+from reap2gguf.observe.compute.experts import RealTokens
 from reap2gguf.observe.spool import Place
 
 Row = npt.NDArray[np.int64]

@@ -17,10 +17,10 @@ from torch import Tensor
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observe.crew import Crew
-from reap2gguf.observe.experts import IMPLEMENTATION, register
-from reap2gguf.observe.fused import fuse_norms
-from reap2gguf.observe.kernels import has_triton
+from reap2gguf.observe.compute.crew import Crew
+from reap2gguf.observe.compute.experts import IMPLEMENTATION, register
+from reap2gguf.observe.compute.fused import fuse_norms
+from reap2gguf.observe.compute.kernels import has_triton
 from reap2gguf.observe.loader import Target, WeightLoader, target_bytes
 from reap2gguf.observe.mtp import MtpBlock, next_tokens
 from reap2gguf.observe.targets import layer_targets, whole

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observe.crew import current_piece
-from reap2gguf.observe.experts import RoutedPairs, watch
-from reap2gguf.observe.kernels import all_square_sums, square_sums
+from reap2gguf.observe.compute.crew import current_piece
+from reap2gguf.observe.compute.experts import RoutedPairs, watch
+from reap2gguf.observe.compute.kernels import all_square_sums, square_sums
 from reap2gguf.observe.observer import Arrays, LayerObserver
 
 Names = tuple[str, ...]  # GGUF matrices that share an input

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observe.crew import current_piece
-from reap2gguf.observe.experts import RealTokens, RoutedPairs
+from reap2gguf.observe.compute.crew import current_piece
+from reap2gguf.observe.compute.experts import RealTokens, RoutedPairs
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 

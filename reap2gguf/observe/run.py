@@ -14,11 +14,11 @@ from reap2gguf.errors import ObservationError
 from reap2gguf.machine import available_bytes
 from reap2gguf.observe.batches import Batch, Row, padded_batches, settle_places
 from reap2gguf.observe.budget import Budget, Need, fit, position_bytes, room_on
+from reap2gguf.observe.compute.ranks import Ranks
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.deltanet import deltanet_path, installed_version
 from reap2gguf.observe.mtp import count_hits
 from reap2gguf.observe.observer import LayerObserver
-from reap2gguf.observe.ranks import Ranks
 from reap2gguf.observe.spool import Spool, open_spool
 from reap2gguf.observe.state import StateKeeper, SweepState
 from reap2gguf.options import Resume

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from reap2gguf.artifacts.observations import LayerObservation, grouped_layers, named_layers
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observe.experts import RoutedPairs, watch
-from reap2gguf.observe.kernels import saliency_sums
+from reap2gguf.observe.compute.experts import RoutedPairs, watch
+from reap2gguf.observe.compute.kernels import saliency_sums
 from reap2gguf.observe.observer import Arrays, LayerObserver
 
 

@@ -31,8 +31,8 @@ from reap2gguf.checkpoint.writer import (
 )
 from reap2gguf.errors import CheckpointError
 from reap2gguf.observe.batches import Batch
+from reap2gguf.observe.compute.ranks import Ranks
 from reap2gguf.observe.observer import Arrays, LayerObserver
-from reap2gguf.observe.ranks import Ranks
 from reap2gguf.observe.spool import Spool
 from reap2gguf.options import Resume
 

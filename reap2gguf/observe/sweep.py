@@ -27,9 +27,9 @@ from reap2gguf.errors import ObservationError, UsageError
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observe.batches import Row
 from reap2gguf.observe.budget import hold_gpu_to
+from reap2gguf.observe.compute.ranks import join, meet_on
 from reap2gguf.observe.decoder import StreamedDecoder
 from reap2gguf.observe.observer import LayerObserver
-from reap2gguf.observe.ranks import join, meet_on
 from reap2gguf.observe.run import SweepRun
 from reap2gguf.options import Resume, available_threads
 from reap2gguf.progress import Progress

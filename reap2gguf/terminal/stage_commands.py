@@ -227,7 +227,7 @@ def _check_tokenizer(source: Source, described: MoeModel) -> None:
 def _check_same_rows(digest: str) -> None:
     """Refuse rows that differ among processes: a dataset may change while they begin."""
     if processes().size > 1:
-        from reap2gguf.observe.ranks import join
+        from reap2gguf.observe.compute.ranks import join
 
         if join().tell(digest) != digest:
             raise CalibrationError(

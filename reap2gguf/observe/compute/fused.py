@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reap2gguf.observe import kernels
+from reap2gguf.observe.compute import kernels
 
 _PROBE_WIDTH = 64
 

@@ -11,8 +11,13 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.observe import experts as experts_module
-from reap2gguf.observe.experts import RealTokens, RoutedPairs, observed_experts_forward, watch
+from reap2gguf.observe.compute import experts as experts_module
+from reap2gguf.observe.compute.experts import (
+    RealTokens,
+    RoutedPairs,
+    observed_experts_forward,
+    watch,
+)
 from tests.observe.devices import DEVICES
 
 N_TOKENS, TOP_K, N_EXPERTS, HIDDEN, WIDTH = 50, 3, 8, 64, 32

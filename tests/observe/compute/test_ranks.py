@@ -15,7 +15,7 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import PeerError
-from reap2gguf.observe import ranks as ranks_module
+from reap2gguf.observe.compute import ranks as ranks_module
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.processes import Processes, processes
 from reap2gguf.progress import Silent
@@ -56,7 +56,7 @@ def test_nothing_outlives_the_processes_meeting(tmp_path: Path) -> None:
     script.write_text(
         "import torch\n"
         "from pathlib import Path\n"
-        "from reap2gguf.observe.ranks import join, leave\n"
+        "from reap2gguf.observe.compute.ranks import join, leave\n"
         "ranks = join()\n"
         "import transformers.models.qwen3_moe.modeling_qwen3_moe\n"
         "assert ranks.total([ranks.rank, 1]) == [1, 2]\n"

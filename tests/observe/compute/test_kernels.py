@@ -11,8 +11,8 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-from reap2gguf.observe import kernels
-from reap2gguf.observe.fused import _norm_recipe, fuse_norms
+from reap2gguf.observe.compute import kernels
+from reap2gguf.observe.compute.fused import _norm_recipe, fuse_norms
 from tests.observe.devices import DEVICES
 
 N_TOKENS, TOP_K, N_EXPERTS = 37, 4, 6

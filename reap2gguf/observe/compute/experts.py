@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, linear
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.observe import kernels
-from reap2gguf.observe.crew import Crew, current_piece
-from reap2gguf.observe.fused import is_swiglu
+from reap2gguf.observe.compute import kernels
+from reap2gguf.observe.compute.crew import Crew, current_piece
+from reap2gguf.observe.compute.fused import is_swiglu
 
 IMPLEMENTATION = "reap2gguf"
 _OBSERVER = "reap2gguf_observer"

@@ -19,7 +19,7 @@ _ROW_GROUPS = 128  # a sum over all rows is cut into so many, to fill a GPU
 def _triton() -> ModuleType | None:
     """The Triton kernels; None where Triton is not installed."""
     try:
-        from reap2gguf.observe import triton_kernels
+        from reap2gguf.observe.compute import triton_kernels
     except ImportError:
         return None
     return triton_kernels

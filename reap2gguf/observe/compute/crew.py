@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from reap2gguf.observe.spread import LONG, Spread
+from reap2gguf.observe.compute.spread import LONG, Spread
 
 MOST_PIECES = 32  # of a batch; each has a thread of its own, most of which wait
 _PIECE_TOKENS = 512  # smaller ones cost more in calls than they gain in balance

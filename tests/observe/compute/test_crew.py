@@ -15,10 +15,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
-from reap2gguf.observe.crew import MOST_PIECES, Crew, current_piece
+from reap2gguf.observe.compute.crew import MOST_PIECES, Crew, current_piece
+from reap2gguf.observe.compute.spread import LONG, Spread
 from reap2gguf.observe.importance import ImportanceObserver
 from reap2gguf.observe.saliency import SaliencyObserver
-from reap2gguf.observe.spread import LONG, Spread
 from reap2gguf.observe.sweep import SweepOptions, sweep
 from reap2gguf.progress import Silent
 from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
