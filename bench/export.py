@@ -43,8 +43,8 @@ from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, sa
 from reap2gguf.machine import peak_bytes
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
-from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
-from reap2gguf.quantize.resolve import resolve
+from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+from reap2gguf.quantizing.resolve import resolve
 
 RECIPES = ("unsloth-iq4km", "unsloth-iq4ks", "q4km")
 READ_BYTES = 2**24

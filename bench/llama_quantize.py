@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 
 from reap2gguf.gguf_files.imatrix import Imatrix
-from reap2gguf.quantize.recipe import Recipe
+from reap2gguf.quantizing.recipe import Recipe
 
 
 @llama_cpp.llama_log_callback

@@ -36,13 +36,13 @@ from torch import Tensor
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.machine import peak_bytes
 from reap2gguf.models import MoeModel, describe
-from reap2gguf.observe import decoder as decoder_module
-from reap2gguf.observe.compute.experts import RoutedPairs
-from reap2gguf.observe.compute.ranks import join, leave
-from reap2gguf.observe.importance import ImportanceObserver
-from reap2gguf.observe.observer import LayerObserver
-from reap2gguf.observe.saliency import SaliencyObserver
-from reap2gguf.observe.sweep import SweepOptions, sweep
+from reap2gguf.observing import decoder as decoder_module
+from reap2gguf.observing.compute.experts import RoutedPairs
+from reap2gguf.observing.compute.ranks import join, leave
+from reap2gguf.observing.importance import ImportanceObserver
+from reap2gguf.observing.observer import LayerObserver
+from reap2gguf.observing.saliency import SaliencyObserver
+from reap2gguf.observing.sweep import SweepOptions, sweep
 from reap2gguf.progress import Task
 from reap2gguf.terminal.options import read_size
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from reap2gguf.observe.decoder import StreamedDecoder
-from reap2gguf.observe.observer import LayerObserver
-from reap2gguf.observe.spool import DeviceSpool, FileSpool, PinnedSpool
+from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.observer import LayerObserver
+from reap2gguf.observing.spool import DeviceSpool, FileSpool, PinnedSpool
 
 ATTENTION = ("self_attn", "linear_attn")
 

@@ -182,7 +182,7 @@ def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
       reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
     """
     from reap2gguf.terminal.console import terminal_progress
-    from reap2gguf.verify.bundle import verify_paths
+    from reap2gguf.verifying.bundle import verify_paths
 
     report = verify_paths(paths, threads, terminal_progress())
     if as_json:
@@ -238,7 +238,7 @@ def _leave_others(code: str | int | None) -> None:
     """End among several processes: in order if all is well, else at once, so that none waits."""
     status = code if isinstance(code, int) else int(code is not None)
     if not status:
-        from reap2gguf.observe.compute.ranks import leave
+        from reap2gguf.observing.compute.ranks import leave
 
         try:
             leave()

@@ -283,7 +283,7 @@ def test_an_interrupt_says_how_to_go_on(
 def test_an_interrupted_quantization_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reap2gguf.export import gguf_export, journal
+    from reap2gguf.exporting import gguf_export, journal
 
     monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
     monkeypatch.setattr(journal, "MOST_OF_TIME", 1e9)

@@ -7,10 +7,10 @@ from pathlib import Path
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import MoeModel, SideFile
 from reap2gguf.progress import Progress
-from reap2gguf.prune.select import Kept
-from reap2gguf.prune.write import plan_pruned
-from reap2gguf.quantize.resolve import ResolvedRecipe
-from reap2gguf.verify.gguf_file import (
+from reap2gguf.pruning.select import Kept
+from reap2gguf.pruning.write import plan_pruned
+from reap2gguf.quantizing.resolve import ResolvedRecipe
+from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
     check_against_folder,
     check_header,
@@ -18,7 +18,7 @@ from reap2gguf.verify.gguf_file import (
     check_tensors,
     open_gguf,
 )
-from reap2gguf.verify.hf_folder import ExpectedFolder, ExpectedTensor, check_folder
+from reap2gguf.verifying.hf_folder import ExpectedFolder, ExpectedTensor, check_folder
 
 
 def expected_folder(model: MoeModel, source: Checkpoint, kept: Kept, n_kept: int) -> ExpectedFolder:

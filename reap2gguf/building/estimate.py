@@ -9,8 +9,8 @@ from reap2gguf.building.plan import Plan
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models import Carried, Dropped, Expert, SideFile
-from reap2gguf.observe.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
-from reap2gguf.prune.write import companion_files
+from reap2gguf.observing.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
+from reap2gguf.pruning.write import companion_files
 from reap2gguf.resources import shipped_folder
 
 # Rates behind the time estimate; bench/ measures them.

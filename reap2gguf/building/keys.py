@@ -23,8 +23,8 @@ from reap2gguf.calibration.rows import Row
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.errors import CalibrationError, CheckpointError, Reap2ggufError
 from reap2gguf.ggml import load_ggml
-from reap2gguf.prune.select import Kept
-from reap2gguf.prune.write import companion_files
+from reap2gguf.pruning.select import Kept
+from reap2gguf.pruning.write import companion_files
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import VerificationError
-from reap2gguf.export.journal import ExportJournal
+from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.models import MoeModel, describe
 from reap2gguf.progress import Progress, Silent
-from reap2gguf.prune.select import Kept, select_experts
-from reap2gguf.prune.write import write_pruned
+from reap2gguf.pruning.select import Kept, select_experts
+from reap2gguf.pruning.write import write_pruned
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _observe(run: Running, rows: ObservationRows) -> tuple[Observations, str]:
 
 def follow(plan: Plan) -> None:
     """What a process other than the first does in a build: its share of both sweeps."""
-    from reap2gguf.observe.compute.ranks import join
+    from reap2gguf.observing.compute.ranks import join
 
     work = Workdir(plan.options.output, plan.name)
     run = Running(plan, work, Silent())

@@ -26,10 +26,10 @@ from reap2gguf.models import (
     describe,
 )
 from reap2gguf.options import BuildOptions
-from reap2gguf.prune.select import Kept, Target, choose_target, friendly_count
-from reap2gguf.prune.write import PrunedTensor, plan_pruned
-from reap2gguf.quantize.recipe import load_recipe
-from reap2gguf.quantize.resolve import ResolvedRecipe, resolve
+from reap2gguf.pruning.select import Kept, Target, choose_target, friendly_count
+from reap2gguf.pruning.write import PrunedTensor, plan_pruned
+from reap2gguf.quantizing.recipe import load_recipe
+from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 
 if TYPE_CHECKING:

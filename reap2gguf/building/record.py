@@ -30,8 +30,8 @@ from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.calibration.texts import ImatrixChunks, Texts
 from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
-from reap2gguf.prune.select import Kept
-from reap2gguf.quantize.resolve import ResolvedRecipe
+from reap2gguf.pruning.select import Kept
+from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
 

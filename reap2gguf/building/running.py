@@ -117,6 +117,6 @@ class Running:
 def tell_others(word: bool | str) -> None:
     """Say to the processes that follow whether the next sweep takes place."""
     if processes().size > 1:
-        from reap2gguf.observe.compute.ranks import join
+        from reap2gguf.observing.compute.ranks import join
 
         join().tell(word)

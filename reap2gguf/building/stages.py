@@ -21,20 +21,20 @@ from reap2gguf.building import checks
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
-from reap2gguf.export.gguf_export import GgufOutput, export_gguf
-from reap2gguf.export.header import HeaderFacts
-from reap2gguf.export.journal import ExportJournal
+from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
+from reap2gguf.exporting.header import HeaderFacts
+from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.gguf_files.imatrix import Imatrix, save_dat, save_gguf
 from reap2gguf.models import HeaderValue, MoeModel, SideFile, describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
-from reap2gguf.prune.select import Kept, Target, select_experts
-from reap2gguf.prune.write import KEPT_FILE, write_pruned
-from reap2gguf.quantize.resolve import ResolvedRecipe
+from reap2gguf.pruning.select import Kept, Target, select_experts
+from reap2gguf.pruning.write import KEPT_FILE, write_pruned
+from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 if TYPE_CHECKING:
-    from reap2gguf.observe.batches import Row
-    from reap2gguf.observe.sweep import SweepReport
+    from reap2gguf.observing.batches import Row
+    from reap2gguf.observing.sweep import SweepReport
 
 _UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")
 _PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
@@ -48,8 +48,8 @@ def observe(
     progress: Progress,
 ) -> Observations:
     """Sweep the unpruned model and sum what each expert does."""
-    from reap2gguf.observe.saliency import SaliencyObserver
-    from reap2gguf.observe.sweep import SweepOptions, sweep
+    from reap2gguf.observing.saliency import SaliencyObserver
+    from reap2gguf.observing.sweep import SweepOptions, sweep
 
     observer = SaliencyObserver(model)
     options = SweepOptions(**_sweep_arguments(compute))
@@ -104,8 +104,8 @@ def compute_imatrix(
     probe: Sequence[Row] = (),
 ) -> tuple[Imatrix, SweepReport]:
     """Sweep a model and sum the squares of what its matrices multiply; `probe` as in observe."""
-    from reap2gguf.observe.importance import ImportanceObserver
-    from reap2gguf.observe.sweep import SweepOptions, sweep
+    from reap2gguf.observing.importance import ImportanceObserver
+    from reap2gguf.observing.sweep import SweepOptions, sweep
 
     observer = ImportanceObserver(model)
     options = SweepOptions(**_sweep_arguments(compute))

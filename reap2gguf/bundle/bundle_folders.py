@@ -12,10 +12,10 @@ from reap2gguf.bundle.manifest import MANIFEST_FILE, GgufRecord, Manifest
 from reap2gguf.errors import UsageError, VerificationError
 from reap2gguf.files import is_plain
 from reap2gguf.progress import Progress
-from reap2gguf.verify.bundle import is_hf_folder
-from reap2gguf.verify.gguf_file import ExpectedGguf, check_header, open_gguf
-from reap2gguf.verify.hashes import check_hf_hashes, check_sums, folder_bytes
-from reap2gguf.verify.hf_folder import ExpectedFolder, open_folder
+from reap2gguf.verifying.bundle import is_hf_folder
+from reap2gguf.verifying.gguf_file import ExpectedGguf, check_header, open_gguf
+from reap2gguf.verifying.hashes import check_hf_hashes, check_sums, folder_bytes
+from reap2gguf.verifying.hf_folder import ExpectedFolder, open_folder
 
 _SUFFIX = "-GGUF"
 

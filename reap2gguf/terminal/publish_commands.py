@@ -12,7 +12,7 @@ from reap2gguf.messages import one_line
 from reap2gguf.terminal.options import FolderPath, SizeType, threads_option
 
 if TYPE_CHECKING:
-    from reap2gguf.publish.dry_run import Preview
+    from reap2gguf.publishing.dry_run import Preview
 
 
 @click.command()
@@ -39,13 +39,13 @@ def push(
       reap2gguf push build/Qwen3-30B-A3B-REAP-0.25 owner/Qwen3-30B-A3B-REAP-0.25 --dry-run
       reap2gguf push build/Qwen3-30B-A3B-REAP-0.25 owner/Qwen3-30B-A3B-REAP-0.25 --private
     """
-    from reap2gguf.publish.push import PushOptions
-    from reap2gguf.publish.push import push as publish
+    from reap2gguf.publishing.push import PushOptions
+    from reap2gguf.publishing.push import push as publish
     from reap2gguf.terminal.console import terminal_progress
 
     options = PushOptions(bundle, repo, private, max_bytes, threads)
     if dry_run:
-        from reap2gguf.publish.dry_run import preview
+        from reap2gguf.publishing.dry_run import preview
 
         for line in preview_lines(preview(options, terminal_progress()), private):
             click.echo(one_line(line))
@@ -59,7 +59,7 @@ def push(
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     """What a push would do, file by file."""
-    from reap2gguf.publish.dry_run import REPLACED, TO_SEND
+    from reap2gguf.publishing.dry_run import REPLACED, TO_SEND
     from reap2gguf.terminal.console import size
 
     for repo in found.staged.repos:

@@ -26,7 +26,7 @@ def recipes_list() -> None:
     Example:
       reap2gguf recipes list
     """
-    from reap2gguf.quantize.recipe import load_recipe, shipped_recipes
+    from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 
     for name in shipped_recipes():
         click.echo(f"{name:<16} {load_recipe(name).title}")
@@ -41,7 +41,7 @@ def recipes_show(name: str) -> None:
     Example:
       reap2gguf recipes show unsloth-iq4km
     """
-    from reap2gguf.quantize.recipe import load_recipe
+    from reap2gguf.quantizing.recipe import load_recipe
     from reap2gguf.terminal.views import recipe_lines
 
     for line in recipe_lines(load_recipe(name)):

@@ -100,7 +100,7 @@ def prune(
     _check_parent(output)
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.stages import prune_to_folder
-    from reap2gguf.prune.select import choose_target
+    from reap2gguf.pruning.select import choose_target
     from reap2gguf.terminal.console import terminal_progress
 
     target = choose_target(described.facts, keep_experts, compression)
@@ -169,8 +169,8 @@ def quantize(
           --imatrix imatrix.gguf -o Qwen3-30B-A3B-REAP-IQ4_K_M.gguf
     """
     from reap2gguf.gguf_files.imatrix import load_imatrix
-    from reap2gguf.quantize.recipe import load_recipe
-    from reap2gguf.quantize.resolve import resolve
+    from reap2gguf.quantizing.recipe import load_recipe
+    from reap2gguf.quantizing.resolve import resolve
 
     recipe = load_recipe(recipe_name)
     importance = load_imatrix(imatrix_file) if imatrix_file else None
@@ -179,7 +179,7 @@ def quantize(
     from reap2gguf.building import stages
     from reap2gguf.building.keys import export_key
     from reap2gguf.bundle.manifest import hash_file
-    from reap2gguf.export.journal import ExportJournal
+    from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.terminal.console import size, terminal_progress
 
     facts = described.facts
@@ -227,7 +227,7 @@ def _check_tokenizer(source: Source, described: MoeModel) -> None:
 def _check_same_rows(digest: str) -> None:
     """Refuse rows that differ among processes: a dataset may change while they begin."""
     if processes().size > 1:
-        from reap2gguf.observe.compute.ranks import join
+        from reap2gguf.observing.compute.ranks import join
 
         if join().tell(digest) != digest:
             raise CalibrationError(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.building.estimate import Estimate, side_bytes
 from reap2gguf.building.plan import Plan
-from reap2gguf.prune.select import friendly_count
-from reap2gguf.quantize.recipe import Recipe
-from reap2gguf.quantize.resolve import ResolvedRecipe
+from reap2gguf.pruning.select import friendly_count
+from reap2gguf.quantizing.recipe import Recipe
+from reap2gguf.quantizing.resolve import ResolvedRecipe
 from reap2gguf.terminal.console import duration, size
 
 if TYPE_CHECKING:

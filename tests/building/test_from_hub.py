@@ -17,7 +17,7 @@ from reap2gguf.building import pipeline
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.errors import OutputError, SourceError
 from reap2gguf.hub.source import Source
-from reap2gguf.observe.run import SweepRun
+from reap2gguf.observing.run import SweepRun
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from tests.hub import Fault, Hub

@@ -23,7 +23,7 @@ from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.verify.bundle import verify_bundle
+from reap2gguf.verifying.bundle import verify_bundle
 from tests.conftest import Bundle
 from tests.tiny import EXAMPLE, TinyQwen3Moe
 

@@ -25,7 +25,7 @@ from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.verify.bundle import verify_bundle
+from reap2gguf.verifying.bundle import verify_bundle
 from tests.tiny import TinyQwen35Moe
 
 PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"

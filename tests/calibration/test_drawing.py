@@ -21,8 +21,8 @@ from reap2gguf.calibration.rows import Tokenizer
 from reap2gguf.calibration.texts import Texts, read_texts
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import ArtifactError, CalibrationError
-from reap2gguf.observe.compute import ranks
-from reap2gguf.observe.compute.ranks import Ranks
+from reap2gguf.observing.compute import ranks
+from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.terminal import stage_commands

@@ -28,7 +28,7 @@ from typing import Any
 
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.progress import Silent
-from reap2gguf.verify.bundle import verify_bundle
+from reap2gguf.verifying.bundle import verify_bundle
 from tests.faults.fault_layer import KINDS, tree
 from tests.faults.fault_zygote import Outcome, Zygote
 from tests.tiny import TinyQwen3Moe

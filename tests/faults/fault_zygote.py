@@ -92,9 +92,9 @@ def _load() -> None:
     from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
 
     import reap2gguf.building.pipeline
-    import reap2gguf.observe.importance
-    import reap2gguf.observe.saliency
-    import reap2gguf.observe.sweep
+    import reap2gguf.observing.importance
+    import reap2gguf.observing.saliency
+    import reap2gguf.observing.sweep
     import reap2gguf.terminal.console
     import reap2gguf.terminal.views  # noqa: F401
 
@@ -106,8 +106,8 @@ def _child(request: dict[str, Any]) -> None:
     import torch
 
     from reap2gguf import cli
-    from reap2gguf.export import journal
-    from reap2gguf.observe import state
+    from reap2gguf.exporting import journal
+    from reap2gguf.observing import state
     from tests.faults.fault_layer import Fault
 
     out, err, log = request["files"]

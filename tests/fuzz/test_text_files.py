@@ -35,8 +35,8 @@ from reap2gguf.errors import (
     UnsupportedModelError,
 )
 from reap2gguf.models import MoeModel, describe
-from reap2gguf.quantize.recipe import load_recipe, parse_recipe
-from reap2gguf.quantize.resolve import resolve
+from reap2gguf.quantizing.recipe import load_recipe, parse_recipe
+from reap2gguf.quantizing.resolve import resolve
 from tests.fuzz.documents import changed
 from tests.fuzz.targets import MAX_MESSAGE
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe

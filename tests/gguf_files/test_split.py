@@ -28,7 +28,7 @@ from reap2gguf.gguf_files.gguf_split import (
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_files.split import plan_split, write_part
 from reap2gguf.progress import Silent
-from reap2gguf.verify.bundle import verify_paths
+from reap2gguf.verifying.bundle import verify_paths
 from tests.conftest import Bundle
 
 # SHA-256 of what llama.cpp's `gguf-split --split-max-tensors 2` makes of the file of `written`

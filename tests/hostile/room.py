@@ -26,8 +26,8 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
-from reap2gguf.quantize.recipe import load_recipe
-from reap2gguf.quantize.resolve import resolve
+from reap2gguf.quantizing.recipe import load_recipe
+from reap2gguf.quantizing.resolve import resolve
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 PLAN = ("--recipe", "q8_0")

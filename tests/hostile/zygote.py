@@ -26,7 +26,7 @@ def main() -> None:
     import reap2gguf.building.stages
     import reap2gguf.calibration.texts
     import reap2gguf.cli
-    import reap2gguf.verify.bundle  # noqa: F401
+    import reap2gguf.verifying.bundle  # noqa: F401
 
     if "torch" in sys.modules:
         sys.exit("the light parts of the program have imported torch")

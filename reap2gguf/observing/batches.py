@@ -1,0 +1,100 @@
+"""Rows of tokens in batches that are computed together.
+
+Rows of equal length are batched under a token budget; the others are right-padded, which causal
+attention never looks at, and padding counts nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reap2gguf.observing.compute.experts import RealTokens
+from reap2gguf.observing.spool import Place
+
+Row = npt.NDArray[np.int64]
+
+
+@dataclass
+class Batch:
+    """Rows that are computed together; their hidden states lie in the spool from `start` on."""
+
+    tokens: Tensor  # (B, T) int64, on the host
+    lengths: Tensor  # (B,) int64, on the host
+    start: int
+    observed: bool = True
+    _real: dict[int, RealTokens | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.lengths.sum())
+
+    @property
+    def place(self) -> Place:
+        return self.start, self.start + self.tokens.numel()
+
+    def real(self, device: torch.device, n_ahead: int = 0) -> RealTokens | None:
+        """Where a token, and one `n_ahead` of it, is no padding; None if everywhere."""
+        if n_ahead not in self._real:
+            self._real[n_ahead] = self._find_real(device, n_ahead)
+        return self._real[n_ahead]
+
+    def _find_real(self, device: torch.device, n_ahead: int) -> RealTokens | None:
+        width = self.tokens.shape[1]
+        lengths = self.lengths - n_ahead
+        if bool((lengths == width).all()):
+            return None
+        mask = (torch.arange(width) < lengths[:, None]).reshape(-1)
+        return RealTokens(mask.to(device), mask.nonzero().squeeze(1).to(device))
+
+    def keep(self, rows: Tensor) -> None:
+        """Leave out the rows that are false in `rows` (B,); the others move together."""
+        self.lengths = self.lengths[rows]
+        self.tokens = self.tokens[rows]
+        self._real.clear()
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The same rows as two batches."""
+        middle = len(self.tokens) // 2
+        first = Batch(self.tokens[:middle], self.lengths[:middle], self.start, self.observed)
+        second = Batch(self.tokens[middle:], self.lengths[middle:], first.place[1], self.observed)
+        return first, second
+
+
+def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
+    """Rows by falling length, in groups of at most `max_tokens` padded tokens."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        # the first row of a group is its longest
+        if groups and (len(groups[-1]) + 1) * len(groups[-1][0]) <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def padded_batches(rows: Sequence[Row], max_tokens: int, observed: bool) -> list[Batch]:
+    """Batches of `rows`, which have no places in a spool yet."""
+    batches: list[Batch] = []
+    for chosen in group(rows, max_tokens):
+        lengths = torch.tensor([len(row) for row in chosen])
+        tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
+        for index, row in enumerate(chosen):
+            tokens[index, : len(row)] = torch.from_numpy(row)
+        batches.append(Batch(tokens, lengths, 0, observed))
+    return batches
+
+
+def settle_places(batches: Sequence[Batch]) -> int:
+    """Let the places of `batches` follow one another; how many positions they have together."""
+    position = 0
+    for batch in batches:
+        batch.start = position
+        position = batch.place[1]
+    return position

@@ -1,0 +1,278 @@
+"""A model whose weights are on disk: one decoder layer has them at a time.
+
+transformers builds the whole model on the meta device, where it weighs nothing. A layer is given
+its weights, run, and emptied again; the next one's are read meanwhile. What a layer is called with
+besides the hidden states (rotary embeddings, masks) is recorded from the model's own forward, so
+every architecture behaves as its authors wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.observing.compute.crew import Crew
+from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
+from reap2gguf.observing.compute.fused import fuse_norms
+from reap2gguf.observing.compute.kernels import has_triton
+from reap2gguf.observing.loader import Target, WeightLoader, target_bytes
+from reap2gguf.observing.mtp import MtpBlock, next_tokens
+from reap2gguf.observing.targets import layer_targets, whole
+
+_READERS = {"cpu": 2, "cuda": 8}
+_HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million
+Arguments = dict[str, Any]
+
+
+class _Recorded(Exception):
+    """Every recorder has been called; the rest of the forward is not needed."""
+
+
+class _Recorder(torch.nn.Module):
+    """Stands for a decoder layer: keeps what it is called with."""
+
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.is_last = is_last
+        self.hidden: Tensor | None = None
+        self.arguments: Arguments = {}
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden_states, arguments
+        if self.is_last:
+            raise _Recorded
+        return hidden_states
+
+
+class StreamedDecoder:
+    """The decoder layers of a checkpoint: one in memory, and one that is being read."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: MoeModel, dtype: torch.dtype, device: torch.device,
+        n_threads: int = 1,
+    ) -> None:  # fmt: skip
+        self._checkpoint = checkpoint
+        self.model = model
+        self._dtype = dtype
+        self._device = device
+        self._base = _build(checkpoint, dtype)
+        self._layers: list[torch.nn.Module] = list(self._base.layers)
+        count = len(self._layers)
+        if model.facts.has_mtp:
+            self._layers.append(self._build_mtp(dtype))
+        self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
+        self._base.layers = torch.nn.ModuleList(self._recorders)
+        # buffers are computed, not stored: build them where they are used
+        rotary = type(self._base.rotary_emb)(config=self._base.config)
+        self._base.rotary_emb = rotary.to(device)
+        self._arguments: dict[int, list[Arguments]] = {}  # by row length
+        self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
+        # before anything is computed: it settles how many threads torch has
+        self._crew = Crew(n_threads) if device.type == "cpu" else None
+        self.loader = WeightLoader(checkpoint, device, _READERS[device.type])
+        if has_triton(device):
+            for layer in (*self._layers, self._base.norm):
+                fuse_norms(layer)
+
+    @property
+    def has_deltanet(self) -> bool:
+        """Whether any layer's attention is a Gated DeltaNet."""
+        return any(hasattr(layer, "linear_attn") for layer in self._layers)
+
+    @property
+    def mtp_layer(self) -> int | None:
+        """The MTP block's number among the layers, if there is one."""
+        return self.model.facts.mtp_layer
+
+    def load_embedding(self) -> None:
+        """Read the token embedding."""
+        weight = self._read(self.model.embedding_name)
+        self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
+
+    def drop_embedding(self) -> None:
+        """Free the token embedding."""
+        self._base.embed_tokens.to("meta")
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, T, H) that enter the first layer, for tokens (B, T)."""
+        self.record(tokens)
+        return self._record(tokens.to(self._device))
+
+    def record(self, tokens: Tensor) -> None:
+        """Find out what layers are called with, besides hidden states, for tokens (B, T)."""
+        if tokens.shape[1] not in self._arguments:
+            # nothing but the length of its rows matters to what layers are called with, and a
+            # batch of one broadcasts over any other
+            self._record(tokens[:1].to(self._device))
+            self._arguments[tokens.shape[1]] = [r.arguments for r in self._recorders]
+
+    def _record(self, tokens: Tensor) -> Tensor:
+        try:
+            self._base(input_ids=tokens, use_cache=False)
+        except _Recorded:
+            hidden = self._recorders[0].hidden
+        assert hidden is not None
+        return hidden
+
+    def embedding_bytes(self) -> int:
+        """Memory of the token embedding, and of the head."""
+        stored = self._checkpoint.tensors[self.model.embedding_name]
+        return stored.n_elements * self._dtype.itemsize
+
+    def layer_bytes(self, index: int) -> int:
+        """Memory of layer `index`, whatever type its weights are stored in."""
+        return target_bytes(self._targets(index))
+
+    def ask_layer(self, index: int) -> None:
+        """Begin to read the weights of layer `index`, if there is one."""
+        if index < len(self._layers):
+            self.loader.ask(f"layer {index}", self._targets(index))
+
+    def fetch_layer(self, index: int) -> None:
+        """Begin to fetch what a layer needs from the Hub, if its files are still there."""
+        targets = self._targets(index).values()
+        self._checkpoint.fetch_ahead({p.stored for target in targets for p in target.pieces})
+
+    def load_layer(self, index: int) -> torch.nn.Module:
+        """Give layer `index` its weights; CheckpointError if they do not fit it."""
+        layer = self._layers[index]
+        key = f"layer {index}"
+        if not self.loader.has(key):
+            self.ask_layer(index)
+        try:
+            layer.load_state_dict(self.loader.take(key), assign=True)
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: layer {index} does not fit the model: {problem}"
+            ) from error
+        return layer
+
+    def drop_layer(self, index: int) -> None:
+        """Free the weights of layer `index`."""
+        self._layers[index].to("meta")
+
+    @torch.inference_mode()
+    def run_layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Layer `index` on hidden states (B, T, H), for a T that has been embedded."""
+        arguments = self._arguments[hidden.shape[1]][index]
+        return self._by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+
+    def _by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
+        if self._crew is None:
+            return function(slice(None))
+        return self._crew.by_rows(function, hidden.shape)
+
+    def _call_layer(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
+        output = self._layers[index](hidden, **arguments)
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(
+                f"{type(self._layers[index]).__name__} returns {type(output).__name__}; this "
+                "version of transformers is not supported"
+            )
+        return output
+
+    def load_ends(self) -> None:
+        """Read the embedding and the last norm, which the MTP block needs."""
+        self.load_embedding()
+        self._base.norm.load_state_dict({"weight": self._read(self.model.norm_name)}, assign=True)
+
+    @torch.inference_mode()
+    def run_mtp(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The MTP block on the trunk's hidden states (B, T, H) and the tokens (B, T)."""
+        block = self._layers[-1]
+        following = next_tokens(tokens.to(self._device))
+        arguments = self._arguments[hidden.shape[1]][self.model.mtp_template()]
+
+        def run(rows: slice) -> Tensor:
+            embedded = self._base.embed_tokens(following[rows]).to(self._dtype)
+            output: Tensor = block(self._base.norm(hidden[rows]), embedded, **arguments)
+            return output
+
+        return self._by_rows(run, hidden)
+
+    @torch.inference_mode()
+    def mtp_logits(self, hidden: Tensor) -> Tensor:
+        """What the MTP block predicts, (B, T, V), from its hidden states; it cannot run again."""
+        block: Any = self._layers[-1]
+        if self._head is None:
+            block.layers.to("meta")  # what is left to compute is a norm and the head
+            if self.model.facts.tied_embeddings:
+                self._head = self._base.embed_tokens.weight
+            else:
+                self.drop_embedding()
+                self._head = self._read(self.model.head_name)
+        return torch.nn.functional.linear(block.norm(hidden), self._head)
+
+    def mtp_best(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each position, (B, T), a slice of positions at a time.
+
+        A vocabulary is wide: the logits of a whole batch would take more than the layers do.
+        """
+        slices = torch.split(hidden.flatten(0, 1), _HEAD_TOKENS)
+        self.mtp_logits(slices[0][:1, None])  # reads the head
+        each = map if self._crew is None else self._crew.in_order
+        best = list(each(lambda part: self.mtp_logits(part[None])[0].argmax(-1), slices))
+        return torch.cat(best).view(hidden.shape[:2])
+
+    def _build_mtp(self, dtype: torch.dtype) -> MtpBlock:
+        """The MTP block on the meta device, its layer of the kind the architecture names."""
+        template = self.model.mtp_template()
+        config = self._base.config
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                layer = type(self._layers[template])(config, template)
+                block = MtpBlock(self._base.norm, layer, config.hidden_size, config.rms_norm_eps)
+        finally:
+            torch.set_default_dtype(before)
+        return block.eval()
+
+    def _targets(self, index: int) -> dict[str, Target]:
+        """What layer `index` is read from.
+
+        A CPU keeps experts as they are stored and widens them one at a time.
+        """
+        widen = self._device.type != "cpu"
+        return layer_targets(self._checkpoint, self.model, index, self._dtype, widen)
+
+    def _read(self, name: str) -> Tensor:
+        self.loader.ask(name, {name: whole(self._checkpoint, name, self._dtype)})
+        return self.loader.take(name)[name]
+
+    def close(self) -> None:
+        """Stop reading and free what was read."""
+        self.loader.close()
+        if self._crew is not None:
+            self._crew.close()
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """transformers' model on the meta device, without its head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register()
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+        config = config.get_text_config()  # vision towers are not run
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: transformers cannot build the model of its config ({reason})"
+        ) from error
+    model.set_experts_implementation(IMPLEMENTATION)
+    return model.eval().base_model

@@ -1,0 +1,112 @@
+"""The importance matrix, collected as llama-imatrix does: sums of squares of every matrix's input.
+
+Expert matrices have one sum per expert; matrices that multiply the same input share one. The token
+embedding is looked up, not multiplied, and llama-imatrix leaves the output matrix out unless asked:
+neither has an entry, there as here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reap2gguf.gguf_files.imatrix import ImatrixEntry
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.observing.compute.crew import current_piece
+from reap2gguf.observing.compute.experts import RoutedPairs, watch
+from reap2gguf.observing.compute.kernels import all_square_sums, square_sums
+from reap2gguf.observing.observer import Arrays, LayerObserver
+
+Names = tuple[str, ...]  # GGUF matrices that share an input
+
+
+class ImportanceObserver(LayerObserver):
+    """Sums of squares per matrix of one layer at a time; memory is one layer's, in float64."""
+
+    def __init__(self, model: MoeModel) -> None:
+        super().__init__(model)
+        self.entries: dict[str, ImatrixEntry] = {}
+        self._sums: dict[Names, Tensor] = {}  # (1 or E, columns) float64
+        self._counts: dict[Names, Tensor] = {}  # (1 or E,) int64
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._by_inputs: Names = ()
+        self._by_activations: Names = ()
+
+    def last_layer(self) -> int:
+        return self._model.facts.n_blocks - 1
+
+    def attach(self, index: int, layer: torch.nn.Module) -> None:
+        """Begin a layer: hook its matrices and its experts, their sums at zero."""
+        self._sums.clear()
+        self._counts.clear()
+        for path, names in self._model.matrices(index).items():
+            module: Any = layer.get_submodule(path)
+            self._begin(names, 1, module.weight.shape[-1])
+            hook = partial(self._see_input, names)
+            self._hooks.append(module.register_forward_pre_hook(hook))
+        if index in self._model.facts.moe_layers:
+            facts = self._model.facts
+            self._by_inputs, self._by_activations = self._model.expert_matrices(index)
+            self._begin(self._by_inputs, facts.n_experts, facts.hidden_size)
+            self._begin(self._by_activations, facts.n_experts, facts.expert_width)
+            watch(layer.get_submodule(self._model.experts_path(index)), self)
+
+    def _begin(self, names: Names, n_matrices: int, n_columns: int) -> None:
+        shape = (n_matrices, n_columns)
+        self._sums[names] = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        self._counts[names] = torch.zeros(n_matrices, dtype=torch.int64, device=self._device)
+
+    def _see_input(self, names: Names, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        values = arguments[0].reshape(-1, arguments[0].shape[-1])
+        if self.real_tokens is not None:
+            piece = current_piece()
+            real = self.real_tokens
+            values = values[real.places if piece is None else real.mask[piece.begin : piece.end]]
+        count = torch.full((1,), len(values), device=values.device)
+        self._add(self._sums[names], all_square_sums(values))
+        self._add(self._counts[names], count)
+
+    def see(self, pairs: RoutedPairs) -> None:
+        """Sums (E, H) for gate and up, (E, F) for down."""
+        experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
+        for names, values in (
+            (self._by_inputs, pairs.inputs),
+            (self._by_activations, pairs.activations),
+        ):
+            self._add(self._sums[names][experts], square_sums(values, pairs.ends))
+            self._add(self._counts[names][experts], pairs.counts)
+
+    def sums(self) -> Iterable[Tensor]:
+        return (*self._sums.values(), *self._counts.values())
+
+    def finish(self, index: int) -> None:
+        """End a layer: unhook, and keep its sums as float32, which the files hold."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for names, sums in self._sums.items():
+            values = sums.cpu().numpy().astype(np.float32)
+            counts = self._counts[names].cpu().numpy()
+            for name in names:
+                order = self._model.column_order(name)
+                ordered = values if order is None else values[:, order]
+                self.entries[name] = ImatrixEntry(name, ordered, counts)
+
+    def kept(self) -> Arrays:
+        sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}
+        return sums | {f"{name}.counts": entry.counts for name, entry in self.entries.items()}
+
+    def restore(self, arrays: Arrays) -> None:
+        names = [name.removesuffix(".sums") for name in arrays if name.endswith(".sums")]
+        for name in names:
+            sums, counts = arrays[f"{name}.sums"], arrays[f"{name}.counts"]
+            if sums.ndim != 2 or counts.shape != sums.shape[:1]:
+                raise ValueError(f"sums {sums.shape} and counts {counts.shape} of {name}")
+            self.entries[name] = ImatrixEntry(
+                name, sums.astype(np.float32), counts.astype(np.int64)
+            )

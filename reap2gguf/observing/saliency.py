@@ -1,0 +1,87 @@
+"""REAP's sums (arXiv 2510.13999): gate weight times norm of the output, over routed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reap2gguf.artifacts.observations import LayerObservation, grouped_layers, named_layers
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.observing.compute.experts import RoutedPairs, watch
+from reap2gguf.observing.compute.kernels import saliency_sums
+from reap2gguf.observing.observer import Arrays, LayerObserver
+
+
+class SaliencyObserver(LayerObserver):
+    """Sums per expert of one layer at a time; float64, so that batches may come in any order."""
+
+    wants_norms = True
+
+    def __init__(self, model: MoeModel) -> None:
+        super().__init__(model)
+        self.layers: dict[int, LayerObservation] = {}
+        self._pending_peaks: list[tuple[Tensor, Tensor]] = []
+        self._counts = self._sums = self._peaks = torch.empty(0)
+
+    def last_layer(self) -> int:
+        """The last layer with experts: nothing after it is of interest."""
+        return self._model.facts.moe_layers[-1]
+
+    def attach(self, index: int, layer: torch.nn.Module) -> None:
+        n_experts = self._model.facts.n_experts
+        self._counts = torch.zeros(n_experts, dtype=torch.int64, device=self._device)
+        self._sums = torch.zeros(n_experts, 3, dtype=torch.float64, device=self._device)
+        self._peaks = torch.zeros(n_experts, dtype=torch.float64, device=self._device)
+        if index in self._model.facts.moe_layers:
+            watch(layer.get_submodule(self._model.experts_path(index)), self)
+
+    def see(self, pairs: RoutedPairs) -> None:
+        """Counts, sums of reap, gate and norm, and norm maxima of the pairs' experts."""
+        assert pairs.norms is not None
+        sums, peaks = saliency_sums(pairs.norms, pairs.gates, pairs.ends)
+        experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
+        self._add(self._counts[experts], pairs.counts)
+        self._add(self._sums[experts], sums)
+        self._pending_peaks.append((self._peaks[experts], peaks))
+
+    def settle(self, good: Tensor) -> None:
+        super().settle(good)
+        self._pending_peaks = [(top, torch.where(good, new, 0)) for top, new in self._pending_peaks]
+
+    def commit(self) -> None:
+        super().commit()
+        for top, new in self._pending_peaks:
+            torch.maximum(top, new, out=top)
+        self._pending_peaks.clear()
+
+    def discard(self) -> None:
+        super().discard()
+        self._pending_peaks.clear()
+
+    def sums(self) -> Iterable[Tensor]:
+        return (self._counts, self._sums)
+
+    def peaks(self) -> Iterable[Tensor]:
+        return (self._peaks,)
+
+    def finish(self, index: int) -> None:
+        if index not in self._model.facts.moe_layers:
+            return
+        columns = self._sums.cpu().T.numpy()
+        reap, gate, norm = (np.ascontiguousarray(column) for column in columns)
+        self.layers[index] = LayerObservation(
+            count=self._counts.cpu().numpy(),
+            reap_sum=reap,
+            gate_sum=gate,
+            norm_sum=norm,
+            norm_max=self._peaks.cpu().numpy(),
+        )
+
+    def kept(self) -> Arrays:
+        return named_layers(self.layers)
+
+    def restore(self, arrays: Arrays) -> None:
+        self.layers = grouped_layers(arrays)

@@ -1,0 +1,117 @@
+"""Which tensor type each tensor gets from a file type, where the recipe has no rule for it.
+
+llama-quantize keeps two counters, and types depend on them: attention values are counted as they
+are met (a tensor that a rule overrides is not met), feed-forward tensors take their layer's number
+(in the IQ1 and IQ2 family, they too are counted).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from reap2gguf.models.description import GgufTensor
+from reap2gguf.quantizing.file_types import Mixture, Part, Place
+
+# what a tensor's name contains -> its part; the first that fits
+_PARTS = (
+    ("attn_qkv.weight", Part.ATTN_V),
+    ("attn_v.weight", Part.ATTN_V),
+    ("attn_k.weight", Part.ATTN_K),
+    ("attn_q.weight", Part.ATTN_Q),
+    ("attn_output.weight", Part.ATTN_OUTPUT),
+    ("ffn_up", Part.FFN_UP),
+    ("ffn_gate", Part.FFN_GATE),
+    ("ffn_down", Part.FFN_DOWN),
+)
+
+# A row that is no multiple of 256 takes a type with blocks of 32 in place of the one wanted.
+_FALLBACK = {
+    **dict.fromkeys(
+        ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], Type.IQ4_NL
+    ),
+    "Q2_K": Type.Q4_0,
+    "Q3_K": Type.Q4_0,
+    "Q4_K": Type.Q5_0,
+    "Q5_K": Type.Q5_1,
+    "Q6_K": Type.Q8_0,
+}
+
+
+def part_of(name: str) -> Part:
+    """The role of a GGUF tensor, by its name."""
+    if name == "output.weight":
+        return Part.OUTPUT
+    if name == "token_embd.weight":
+        return Part.TOKEN_EMBD
+    return next((part for piece, part in _PARTS if piece in name), Part.OTHER)
+
+
+def fitting(kind: Type, n_columns: int) -> Type:
+    """`kind`, or the type llama.cpp falls back to where rows do not fill its blocks."""
+    if n_columns % GGML_QUANT_SIZES[kind][0] == 0:
+        return kind
+    fallback = _FALLBACK.get(kind.name, kind)
+    return fallback if n_columns % GGML_QUANT_SIZES[fallback][0] == 0 else Type.F16
+
+
+class MixtureChooser:
+    """Chooses types tensor by tensor, in llama.cpp's order (by layer, then by name)."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tensors: Sequence[GgufTensor],
+        n_layers: int,
+        n_experts: int,
+        gqa: int,
+        has_imatrix: bool,
+    ) -> None:
+        self._mixture = mixture
+        self._n_layers = n_layers
+        self._n_experts = n_experts
+        self._gqa = gqa
+        self._has_imatrix = has_imatrix
+        self._tied = all(tensor.name != "output.weight" for tensor in tensors)
+        self._n_values = sum(part_of(tensor.name) is Part.ATTN_V for tensor in tensors)
+        self._met: Counter[Part] = Counter()
+
+    def choose(self, tensor: GgufTensor) -> Type:
+        """The type of one tensor that no rule overrides."""
+        mixture = self._mixture
+        part = part_of(tensor.name)
+        if not mixture.base.name.startswith(("Q", "IQ")):
+            return mixture.base
+        if part is Part.OUTPUT or (self._tied and part is Part.TOKEN_EMBD):
+            fills = tensor.n_columns % GGML_QUANT_SIZES[mixture.base][0] == 0
+            return fitting(mixture.output if fills else Type.Q8_0, tensor.n_columns)
+        place = self._place(part, tensor.name)
+        kind = self._for_eight_experts(part) or next(
+            (kind for p, when, kind in mixture.exceptions if p is part and when(place)),
+            mixture.base,
+        )
+        return fitting(kind, tensor.n_columns)
+
+    def _place(self, part: Part, name: str) -> Place:
+        layer = re.match(r"blk\.(\d+)\.", name)
+        index, count = int(layer[1]) if layer else 0, self._n_layers
+        if part is Part.ATTN_V:
+            index, count = self._met[part], self._n_values
+        elif part is Part.FFN_DOWN and self._mixture.low_bit:
+            index = self._met[part]
+        self._met[part] += 1
+        return Place(index, count, self._gqa, self._n_experts, self._has_imatrix)
+
+    def _for_eight_experts(self, part: Part) -> Type | None:
+        """llama.cpp spends more on the attention of models with exactly eight experts (Mixtral)."""
+        if self._n_experts != 8:
+            return None
+        if part in (Part.ATTN_V, Part.ATTN_K):
+            return Type.Q4_K if self._mixture.low_bit else Type.Q8_0
+        if part is Part.ATTN_OUTPUT:
+            return self._mixture.eight_expert_output or self._mixture.base
+        return None

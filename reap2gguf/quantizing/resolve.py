@@ -1,0 +1,164 @@
+"""A recipe applied to a model: the type of every tensor, decided before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from reap2gguf.errors import RecipeError
+from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.models.description import GgufTensor, ModelFacts
+from reap2gguf.quantizing.mixture import MixtureChooser
+from reap2gguf.quantizing.recipe import Recipe, Rule
+
+_MAX_MATCHES = 4_000_000  # of a rule with a tensor: some seconds
+# llama.cpp's quantizer leaves these whole whatever is asked of it.
+_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
+
+
+@dataclass(frozen=True)
+class ResolvedTensor:
+    """A tensor, its type, and the rule that gave it (None: the file type's mixture)."""
+
+    tensor: GgufTensor
+    kind: Type
+    rule: str | None
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.tensor.shape[:-1]) * row_bytes(self.kind, self.tensor.n_columns)
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe with its per-tensor table, in the order the tensors are written."""
+
+    recipe: Recipe
+    table: tuple[ResolvedTensor, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.table)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
+
+    def kinds(self) -> dict[str, Type]:
+        """Tensor name to type."""
+        return {entry.tensor.name: entry.kind for entry in self.table}
+
+    def needs_importance(self) -> list[str]:
+        """Tensors whose type is garbage without an importance matrix."""
+        return [e.tensor.name for e in self.table if e.kind in NEEDS_IMPORTANCE]
+
+
+def resolve(
+    recipe: Recipe,
+    tensors: Sequence[GgufTensor],
+    facts: ModelFacts,
+    n_experts: int,
+    has_imatrix: bool,
+) -> ResolvedRecipe:
+    """The type of every tensor of a model that keeps `n_experts` experts.
+
+    Raises RecipeError for a rule that matches nothing, is shadowed by earlier rules, or asks for a
+    type that the tensor cannot have.
+    """
+    chooser = MixtureChooser(
+        recipe.mixture,
+        tensors,
+        n_layers=_n_blocks(tensors),
+        n_experts=n_experts,
+        gqa=facts.n_heads // facts.n_kv_heads,
+        has_imatrix=has_imatrix,
+    )
+    if len(recipe.rules) * len(tensors) > _MAX_MATCHES:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors; "
+            "say it with fewer rules, a glob each"
+        )
+    winners: set[int] = set()
+    resolved: dict[str, ResolvedTensor] = {}
+    for tensor in sorted(tensors, key=_quantize_order):
+        whole = _stays_whole(tensor, recipe)
+        winner = _winner(recipe, tensor, whole)
+        if winner is not None:
+            winners.add(winner)
+            rule = recipe.rules[winner]
+            _check_rows(tensor, rule, recipe)
+            resolved[tensor.name] = ResolvedTensor(tensor, rule.kind, rule.match)
+        else:
+            kind = chooser.choose(tensor) if whole is None else whole
+            resolved[tensor.name] = ResolvedTensor(tensor, kind, None)
+    _refuse_idle_rules(recipe, winners, tensors)
+    return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _winner(recipe: Recipe, tensor: GgufTensor, whole: Type | None) -> int | None:
+    """The first rule for a tensor; one that stays whole takes no rule that would cut it."""
+    for position, rule in enumerate(recipe.rules):
+        if rule.fits(tensor.name) and (whole is None or rule.kind is whole):
+            return position
+    return None
+
+
+def _n_blocks(tensors: Sequence[GgufTensor]) -> int:
+    layers = (re.match(r"blk\.(\d+)\.", tensor.name) for tensor in tensors)
+    return 1 + max((int(match[1]) for match in layers if match), default=0)
+
+
+def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
+    """The order in which llama.cpp meets tensors: by layer number, then by name."""
+    layer = re.match(r"blk\.(\d+)\.", tensor.name)
+    return (int(layer[1]) if layer else -1, tensor.name)
+
+
+def _stays_whole(tensor: GgufTensor, recipe: Recipe) -> Type | None:
+    """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
+    if tensor.always_f32:
+        return Type.F32
+    one_row = prod(tensor.shape[:-1]) == 1
+    named = not tensor.name.endswith(".weight") or any(n in tensor.name for n in _NEVER_QUANTIZED)
+    if one_row or named:
+        base = recipe.mixture.base
+        return base if base in (Type.F32, Type.F16, Type.BF16) else Type.BF16
+    return None
+
+
+def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
+    block = GGML_QUANT_SIZES[rule.kind][0]
+    if tensor.n_columns % block:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: rule {rule.match!r}: {rule.kind.name} has blocks of {block}, "
+            f"and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks of 32, "
+            "such as Q8_0 or IQ4_NL"
+        )
+
+
+def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[GgufTensor]) -> None:
+    for position, rule in enumerate(recipe.rules):
+        if position in winners:
+            continue
+        reached = [t for t in tensors if rule.fits(t.name)]
+        if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
+            raise RecipeError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.kind.name}, but what "
+                f"it matches, such as {reached[0].name}, stays whole, as llama.cpp wants it"
+            )
+        if reached:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} is shadowed: earlier rules take "
+                f"every tensor it matches, such as {reached[0].name}; move it up or remove it"
+            )
+        if not rule.optional:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: rule {rule.match!r} matches no tensor of this model; "
+                "correct it, or mark it `optional = true` if only other models have such a tensor"
+            )

@@ -1,0 +1,246 @@
+"""Checks a GGUF file: header against plan and config, every value against the safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import ArtifactError, Reap2ggufError
+from reap2gguf.ggml import STORABLE, Ggml, load_ggml
+from reap2gguf.gguf_files.gguf_split import read_whole_header
+from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
+from reap2gguf.gguf_files.rows import PIECE_VALUES, read_rows, rows_per_matrix
+from reap2gguf.messages import shown
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import GgufTensor
+from reap2gguf.progress import Progress
+from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
+from reap2gguf.verifying.matrices import (
+    ERROR_BOUNDS,
+    errs_as_it_must,
+    likely_slab,
+    matrix_error,
+)
+
+Floats = npt.NDArray[np.float32]
+
+_MAX_ROW = 2**22  # values; a row is read in one piece
+
+
+@dataclass(frozen=True)
+class ExpectedGguf:
+    """What a GGUF file must hold besides what the safetensors say."""
+
+    kinds: Mapping[str, GGMLQuantizationType] | None = None  # None: any type within its bound
+    n_experts: int | None = None
+    file_type: int | None = None  # general.file_type
+
+
+def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
+    """A readable header, that of all parts for the first of some, or the violation."""
+    try:
+        return read_whole_header(path), []
+    except ArtifactError as error:
+        return None, [str(error)]
+
+
+def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
+    """What a header says must agree with itself and with the plan, layer by layer."""
+    where = header.path.name
+    arch = header.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        yield f"{where}: general.architecture is {shown(arch)}, expected a name"
+        return
+    count = header.metadata.get(f"{arch}.expert_count")
+    used = header.metadata.get(f"{arch}.expert_used_count")
+    if expected.n_experts is not None and count != expected.n_experts:
+        yield f"{where}: {arch}.expert_count is {shown(count)}, expected {expected.n_experts}"
+    file_type = header.metadata.get("general.file_type")
+    if expected.file_type is not None and file_type != expected.file_type:
+        yield f"{where}: general.file_type is {shown(file_type)}, expected {expected.file_type}"
+    if not isinstance(used, int) or not isinstance(count, int) or not 1 <= used <= count:
+        yield f"{where}: {arch}.expert_used_count is {shown(used)}, expected 1 to {shown(count)}"
+    for name, info in header.tensors.items():
+        per_expert = "_exps." in name or name.endswith("ffn_gate_inp.weight")
+        if per_expert and info.shape[0] != count:
+            rows = "experts" if "_exps." in name else "router rows"
+            yield (
+                f"{where}: {name} has {info.shape[0]} {rows}, {arch}.expert_count is {shown(count)}"
+            )
+    if expected.kinds is not None:
+        yield from check_kinds(header, expected.kinds)
+
+
+def check_kinds(header: GgufHeader, kinds: Mapping[str, GGMLQuantizationType]) -> Iterator[str]:
+    """A file's tensors must be those of the plan, each of its type."""
+    where = header.path.name
+    for name, kind in kinds.items():
+        if name not in header.tensors:
+            yield f"{where}: tensor {name} is missing"
+        elif header.tensors[name].kind is not kind:
+            yield f"{where}: {name} is {header.tensors[name].kind.name}, expected {kind.name}"
+    for name in sorted(header.tensors.keys() - kinds.keys()):
+        yield f"{where}: tensor {name} is not in the plan"
+
+
+def check_against_folder(
+    header: GgufHeader,
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    """Keys and tokenizer against the config, then every tensor against the safetensors."""
+    where = header.path.name
+    try:
+        tokenizer = tokenizer_keys(checkpoint.folder, model.facts.vocab_size)
+    except Reap2ggufError as error:
+        tokenizer = {}
+        yield f"{checkpoint.folder.name}: {error}"
+    for key, expected in tokenizer.items():
+        if header.metadata.get(key) != expected:
+            yield f"{where}: {key} is not that of the tokenizer files"
+    for value in model.gguf_metadata():
+        found = header.metadata.get(value.key)
+        same = found == value.value or (
+            isinstance(value.value, float)
+            and isinstance(found, float)
+            and np.float32(found) == np.float32(value.value)
+        )
+        if not same:
+            yield f"{where}: {value.key} is {shown(found)}, expected {shown(value.value)}"
+    tensors = model.gguf_tensors(checkpoint.tensors)
+    yield from check_tensors(header, checkpoint, tensors, n_threads, progress)
+
+
+def check_tensors(
+    header: GgufHeader,
+    checkpoint: Checkpoint,
+    described: Sequence[GgufTensor],
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    """Names and shapes of a file's tensors, then every matrix by value."""
+    where = header.path.name
+    tensors = {tensor.name: tensor for tensor in described}
+    for name in sorted(tensors.keys() ^ header.tensors.keys()):
+        problem = "is missing" if name in tensors else "is not one of the model's"
+        yield f"{where}: tensor {name} {problem}"
+    fitting = []
+    for name in tensors.keys() & header.tensors.keys():
+        if header.tensors[name].shape == tensors[name].shape:
+            fitting.append(tensors[name])
+        else:
+            yield (
+                f"{where}: {name} has shape {list(header.tensors[name].shape)}, expected "
+                f"{list(tensors[name].shape)}"
+            )
+    yield from _compare_all(header, checkpoint, fitting, n_threads, progress)
+
+
+def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iterator[str]:
+    """Where there are no safetensors to compare with: NaN, infinity, and all-zero matrices."""
+    ggml = load_ggml()
+
+    def check(info: GgufTensorInfo) -> str | None:
+        if info.kind not in STORABLE:
+            return f"{header.path.name}: {info.name} is {info.kind.name}, no type for weights"
+        if info.shape[-1] > _MAX_ROW:
+            return f"{header.path.name}: {info.name} has rows of {info.shape[-1]:,} values"
+        n_rows = prod(info.shape[:-1])
+        per_matrix = n_rows // info.shape[0] if len(info.shape) == 3 else n_rows
+        step = max(1, PIECE_VALUES // info.shape[-1])
+        for matrix in range(n_rows // per_matrix):
+            where = f"{header.path.name}: {info.name}{_expert(info, matrix)}"
+            empty = True
+            for first in range(matrix * per_matrix, (matrix + 1) * per_matrix, step):
+                last = min(first + step, (matrix + 1) * per_matrix)
+                values = ggml.dequantize(header.read(info.name, first, last), info.kind)
+                if not np.isfinite(values).all():
+                    return f"{where} holds NaN or infinite values"
+                empty = empty and not values.any()
+            if empty and len(info.shape) > 1:  # a vector may be zero, as biases often are
+                return f"{where} holds nothing but zeros"
+        return None
+
+    yield from _each(list(header.tensors.values()), check, header, n_threads, progress)
+
+
+def _compare_all(
+    header: GgufHeader,
+    checkpoint: Checkpoint,
+    tensors: Sequence[GgufTensor],
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    ggml = load_ggml()
+    by_name = {tensor.name: tensor for tensor in tensors}
+
+    def check(info: GgufTensorInfo) -> str | None:
+        try:
+            return _compare(header, ggml, checkpoint, by_name[info.name], info)
+        except Reap2ggufError as error:
+            return f"{header.path.name}: {info.name}: {error}"
+
+    infos = [header.tensors[tensor.name] for tensor in tensors]
+    yield from _each(infos, check, header, n_threads, progress)
+
+
+def _compare(
+    header: GgufHeader, ggml: Ggml, checkpoint: Checkpoint, tensor: GgufTensor, info: GgufTensorInfo
+) -> str | None:
+    """The first violation in a tensor: each matrix must be its slab, within the type's error."""
+    where = f"{header.path.name}: {info.name}"
+    bound = ERROR_BOUNDS.get(info.kind.name)
+    if bound is None:
+        return f"{where} is {info.kind.name}, which is no type for weights"
+    for index, slab in enumerate(tensor.slabs):
+        which = _expert(info, index)
+        error = matrix_error(header, ggml, checkpoint, tensor, index, slab)
+        if not np.isfinite(error.distance):
+            return f"{where}{which} holds NaN or infinite values"
+        if error.zeros_only and error.scale and len(info.shape) > 1:
+            return f"{where}{which} holds nothing but zeros"
+        # written so that a NaN is a violation
+        if error.relative <= bound:
+            continue
+        stored = read_rows(checkpoint, tensor, slab, 0, rows_per_matrix(tensor))
+        if not errs_as_it_must(ggml, stored, info.kind, error.relative):
+            likely = likely_slab(header, ggml, checkpoint, tensor, index, bound)
+            hint = "" if likely is None else f"; it holds the weights of expert {likely}"
+            return (
+                f"{where}{which} differs from {slab.stored} by {error.relative:.1%}, expected at "
+                f"most {bound:.1%} for {info.kind.name}{hint}"
+            )
+    return None
+
+
+def _expert(info: GgufTensorInfo, index: int) -> str:
+    return f" expert {index}" if len(info.shape) == 3 else ""
+
+
+def _each(
+    infos: Sequence[GgufTensorInfo],
+    check: Callable[[GgufTensorInfo], str | None],
+    header: GgufHeader,
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    """Run `check` over all tensors in threads; violations in the file's order."""
+    total = sum(info.n_bytes for info in infos)
+    with (
+        progress.task(f"Verifying {header.path.name}", total, "bytes") as task,
+        ThreadPoolExecutor(n_threads) as pool,
+    ):
+        for info, violation in zip(infos, pool.map(check, infos), strict=True):
+            task.advance(info.n_bytes)
+            if violation:
+                yield violation

@@ -1,0 +1,250 @@
+"""Types and bytes against `llama_model_quantize`, which quantizes the same model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from tests.export.files import (
+    export_files,
+    gguf_tensors,
+    llama_quantize,
+    mean_squares,
+    plain,
+    random_imatrix,
+    stored,
+    write_small_tokenizer,
+)
+
+from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.models import GgufTensor, ModelFacts
+from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+from reap2gguf.quantizing.resolve import resolve
+from tests.tiny import TinyQwen3Moe
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model whose matrices have two rows, so that quantizing one takes milliseconds."""
+
+    n_layers: int = 17
+    hidden: int = 256
+    width: int = 256
+    n_experts: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    tied: bool = False
+    dense_layers: int = 0
+
+    def tensors(self) -> Iterator[GgufTensor]:
+        yield _tensor("token_embd.weight", 2, self.hidden)
+        yield _tensor("output_norm.weight", self.hidden)
+        if not self.tied:
+            yield _tensor("output.weight", 2, self.hidden)
+        for layer in range(self.n_layers):
+            blk = f"blk.{layer}."
+            for name in ("attn_norm", "ffn_norm"):
+                yield _tensor(f"{blk}{name}.weight", self.hidden)
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+                yield _tensor(f"{blk}{name}.weight", 2, self.hidden)
+            experts = () if layer < self.dense_layers else (self.n_experts,)
+            end = "_exps.weight" if experts else ".weight"
+            if experts:
+                yield _tensor(f"{blk}ffn_gate_inp.weight", self.n_experts, self.hidden)
+            yield _tensor(f"{blk}ffn_gate{end}", *experts, 2, self.hidden)
+            yield _tensor(f"{blk}ffn_up{end}", *experts, 2, self.hidden)
+            yield _tensor(f"{blk}ffn_down{end}", *experts, 2, self.width)
+
+    def facts(self) -> ModelFacts:
+        return ModelFacts(
+            architecture="Qwen3MoeForCausalLM",
+            gguf_arch="qwen3moe",
+            n_layers=self.n_layers,
+            moe_layers=tuple(range(self.dense_layers, self.n_layers)),
+            hidden_size=self.hidden,
+            expert_width=self.width,
+            n_experts=self.n_experts,
+            experts_per_token=2,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=64,
+            vocab_size=2,
+            context_length=512,
+            tied_embeddings=self.tied,
+        )
+
+    def write(self, path: Path) -> None:
+        generator = np.random.default_rng(0)
+        writer = GGUFWriter(path, "qwen3moe")
+        writer.add_block_count(self.n_layers)
+        writer.add_context_length(512)
+        writer.add_embedding_length(self.hidden)
+        writer.add_feed_forward_length(self.width)
+        writer.add_head_count(self.n_heads)
+        writer.add_head_count_kv(self.n_kv_heads)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_expert_count(self.n_experts)
+        writer.add_expert_used_count(2)
+        for tensor in self.tensors():
+            values = generator.normal(0, 0.05, tensor.shape).astype(np.float32)
+            if tensor.always_f32:
+                writer.add_tensor(tensor.name, values)
+                continue
+            bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+            kind = GGMLQuantizationType.BF16
+            writer.add_tensor(tensor.name, bits.view(np.uint8), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _tensor(name: str, *shape: int) -> GgufTensor:
+    whole = len(shape) == 1 or name.endswith("ffn_gate_inp.weight")
+    return GgufTensor(name, shape, (), always_f32=whole)
+
+
+SHAPES = {
+    "plain": Shape(),
+    "grouped": Shape(n_layers=24, n_experts=5, n_heads=8, n_kv_heads=1),
+    "two-layers": Shape(n_layers=2),
+    "eight-experts": Shape(n_experts=8, n_layers=16),
+    "eight-experts-grouped": Shape(n_experts=8, n_heads=8, n_kv_heads=2, n_layers=9),
+    "three-experts": Shape(n_experts=3, n_layers=9),
+    "tied": Shape(tied=True, n_layers=9),
+    "dense-first-layers": Shape(dense_layers=4),
+    "rows-of-64-and-32": Shape(hidden=64, width=32),
+    "rows-of-48": Shape(hidden=256, width=48, n_layers=9),
+    "tied-rows-of-64": Shape(hidden=64, width=32, tied=True, n_layers=9),
+}
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A shape, its tensors, the BF16 file of it and mean squares for it."""
+
+    shape: Shape
+    tensors: tuple[GgufTensor, ...]
+    bf16: Path
+    importance: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
+def synthetic(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Synthetic:
+    shape: Shape = request.param
+    path = tmp_path_factory.mktemp("synthetic") / "bf16.gguf"
+    shape.write(path)
+    tensors = tuple(shape.tensors())
+    return Synthetic(shape, tensors, path, mean_squares(random_imatrix(tensors)))
+
+
+@pytest.mark.parametrize("has_imatrix", [True, False], ids=["imatrix", "no-imatrix"])
+@pytest.mark.parametrize("file_type", MIXTURES)
+def test_types_are_those_llama_cpp_chooses(
+    synthetic: Synthetic, file_type: str, has_imatrix: bool, tmp_path: Path
+) -> None:
+    shape, target = synthetic.shape, tmp_path / "quantized.gguf"
+    resolved = resolve(
+        plain(file_type), synthetic.tensors, shape.facts(), shape.n_experts, has_imatrix
+    )
+    importance = synthetic.importance if has_imatrix else None
+    if not llama_quantize(synthetic.bf16, target, MIXTURES[file_type].file_type, importance):
+        assert not has_imatrix
+        assert resolved.needs_importance()
+        return
+    assert has_imatrix or not resolved.needs_importance()
+    chosen = {name: kind for name, (kind, _) in stored(target).items()}
+    assert {name: kind.name for name, kind in resolved.kinds().items()} == chosen
+
+
+LAYOUTS = {
+    "wide": TinyQwen3Moe(
+        hidden=256,
+        width=256,
+        dense_width=256,
+        n_experts=2,
+        n_kv_heads=1,
+        head_dim=64,
+        vocab=291,
+        dense_layers=(0,),
+    ),
+    "narrow-tied-eight-experts": TinyQwen3Moe(vocab=291, tied=True),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A random checkpoint as BF16, and as every file type with and without an imatrix."""
+
+    bf16: Path
+    imatrix: Imatrix
+    with_imatrix: dict[str, Path]
+    without: dict[str, Path]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    root = tmp_path_factory.mktemp("exported")
+    folder = request.param.write(root / "model")
+    assert write_small_tokenizer(folder) == request.param.vocab
+    imatrix = random_imatrix(gguf_tensors(folder))
+    recipes = [plain(name) for name in MIXTURES]
+    if request.param.hidden == 256:
+        recipes += [load_recipe(name) for name in shipped_recipes()]
+    (root / "with").mkdir()
+    (root / "without").mkdir()
+    with_imatrix = export_files(folder, root / "with", recipes, imatrix)
+    weightless = [
+        r
+        for r in recipes
+        if not r.file_type.startswith(("IQ2", "IQ3_X"))
+        and not {rule.kind for rule in r.rules} & NEEDS_IMPORTANCE
+    ]
+    without = export_files(folder, root / "without", weightless)
+    return Exported(without["BF16"], imatrix, with_imatrix, without)
+
+
+@pytest.fixture
+def quantized(exported: Exported, tmp_path: Path) -> Callable[..., Path]:
+    def quantize(file_type: str, has_imatrix: bool, recipe: str | None = None) -> Path:
+        assert llama_quantize(
+            exported.bf16,
+            tmp_path / "theirs.gguf",
+            MIXTURES[file_type].file_type,
+            mean_squares(exported.imatrix) if has_imatrix else None,
+            load_recipe(recipe) if recipe else None,
+        )
+        return tmp_path / "theirs.gguf"
+
+    return quantize
+
+
+@pytest.mark.parametrize("file_type", MIXTURES)
+def test_bytes_with_an_imatrix(
+    exported: Exported, quantized: Callable[..., Path], file_type: str
+) -> None:
+    assert stored(exported.with_imatrix[file_type]) == stored(quantized(file_type, True))
+
+
+@pytest.mark.parametrize("file_type", [n for n in MIXTURES if not n.startswith(("IQ2", "IQ3_X"))])
+def test_bytes_without_an_imatrix(
+    exported: Exported, quantized: Callable[..., Path], file_type: str
+) -> None:
+    assert stored(exported.without[file_type]) == stored(quantized(file_type, False))
+
+
+@pytest.mark.parametrize("exported", [LAYOUTS["wide"]], ids=["wide"], indirect=True)
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_llama_quantize_with_overrides(
+    exported: Exported, quantized: Callable[..., Path], name: str
+) -> None:
+    theirs = quantized(load_recipe(name).file_type, True, name)
+    assert stored(exported.with_imatrix[name]) == stored(theirs)

@@ -1,0 +1,133 @@
+"""The experts function's two ways of computing, against transformers' own loop over experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.observe.devices import DEVICES
+from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.observing.compute import experts as experts_module
+from reap2gguf.observing.compute.experts import (
+    RealTokens,
+    RoutedPairs,
+    observed_experts_forward,
+    watch,
+)
+
+N_TOKENS, TOP_K, N_EXPERTS, HIDDEN, WIDTH = 50, 3, 8, 64, 32
+
+
+class Keeper:
+    """Keeps what it sees, expert after expert."""
+
+    def __init__(self, wants_norms: bool, real: RealTokens | None) -> None:
+        self.wants_norms = wants_norms
+        self.real_tokens = real
+        self.seen: list[RoutedPairs] = []
+
+    def see(self, pairs: RoutedPairs) -> None:
+        self.seen.append(pairs)
+
+    def whole(self) -> dict[str, Tensor]:
+        """All pairs of all experts, on the CPU."""
+        firsts = [pairs.first_expert for pairs in self.seen]
+        assert firsts == sorted(firsts)
+        names = ("inputs", "activations", "gates", "counts", "norms")
+        return {
+            name: torch.cat([getattr(pairs, name).cpu() for pairs in self.seen])
+            for name in names
+            if self.wants_norms or name != "norms"
+        }
+
+
+def case(device: str) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """An experts module and a batch routed to all of its experts but the third."""
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, num_experts=N_EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    module = Qwen3MoeExperts(config)
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    scores = torch.rand(N_TOKENS, N_EXPERTS)
+    scores[:, 2] = 0
+    gates, chosen = scores.topk(TOP_K)
+    hidden = torch.randn(N_TOKENS, HIDDEN)
+    module = module.requires_grad_(False).to(device)
+    return module, hidden.to(device), chosen.to(device), gates.to(device)
+
+
+WAYS = ["_all_at_once", "_one_by_one"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n_padding", [0, 7])
+def test_outputs_and_pairs(
+    device: str, way: str, n_padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, hidden, chosen, gates = case(device)
+    with torch.inference_mode():
+        expected = module(hidden, chosen, gates)
+    for name in WAYS:
+        monkeypatch.setattr(experts_module, name, getattr(experts_module, way))
+    n_real = N_TOKENS - n_padding
+    mask = torch.arange(N_TOKENS, device=device) < n_real
+    keeper = Keeper(True, RealTokens(mask, mask.nonzero().squeeze(1)) if n_padding else None)
+    watch(module, keeper)
+    with torch.inference_mode():
+        found = observed_experts_forward(module, hidden, chosen, gates)
+    torch.testing.assert_close(found[:n_real], expected[:n_real], rtol=1e-4, atol=1e-4)
+    seen = keeper.whole()
+    real_chosen = chosen[:n_real].cpu()
+    assert seen["counts"].tolist() == torch.bincount(
+        real_chosen.reshape(-1), minlength=N_EXPERTS
+    ).tolist()  # fmt: skip
+    assert seen["counts"][2] == 0
+    begin = 0
+    for expert in range(N_EXPERTS):
+        token, place = torch.where(real_chosen == expert)
+        end = begin + len(token)
+        inputs = hidden.cpu()[token]
+        gate, up = (inputs @ module.gate_up_proj[expert].cpu().T).chunk(2, -1)
+        activations = torch.nn.functional.silu(gate) * up
+        norms = (activations @ module.down_proj[expert].cpu().T).norm(dim=-1)
+        assert torch.equal(seen["inputs"][begin:end], inputs)
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(seen["activations"][begin:end], activations, **close)
+        torch.testing.assert_close(seen["norms"][begin:end], norms, **close)
+        assert torch.equal(seen["gates"][begin:end], gates.cpu()[token, place])
+        begin = end
+
+
+def test_weights_may_stay_in_the_type_they_are_stored_in() -> None:
+    module, hidden, chosen, gates = case("cpu")
+    half = module.to(torch.bfloat16)
+    with torch.inference_mode():
+        kept = observed_experts_forward(half, hidden, chosen, gates)
+        widened = observed_experts_forward(half.float(), hidden, chosen, gates)
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept, widened)
+
+
+def test_norms_are_computed_only_where_they_are_wanted() -> None:
+    module, hidden, chosen, gates = case("cpu")
+    keeper = Keeper(False, None)
+    watch(module, keeper)
+    observed_experts_forward(module, hidden, chosen, gates)
+    assert [pairs.norms for pairs in keeper.seen] == [None] * N_EXPERTS
+
+
+def test_experts_of_another_kind_are_refused() -> None:
+    module, *_ = case("cpu")
+    module.has_bias = True
+    with pytest.raises(UnsupportedModelError, match="Qwen3MoeExperts: experts with biases"):
+        watch(module, Keeper(False, None))

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.models import ModelFacts, describe
+from reap2gguf.pruning.select import (
+    CRITERIA,
+    Target,
+    choose_target,
+    friendly_count,
+    select_experts,
+)
+from reap2gguf.terminal.options import METHODS
+from tests.tiny import TinyQwen3Moe
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    folder = TinyQwen3Moe(n_layers=1).write(tmp_path_factory.mktemp("facts"))
+    return describe(Checkpoint.open(folder)).facts
+
+
+def observations(**arrays: list[float]) -> Observations:
+    n_experts = len(next(iter(arrays.values())))
+    zeros = {name: np.zeros(n_experts) for name in ("reap_sum", "gate_sum", "norm_sum", "norm_max")}
+    given = {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
+    count = given.pop("count", np.ones(n_experts)).astype(np.int64)
+    layer = LayerObservation(count=count, **(zeros | given))
+    return Observations({0: layer}, "fingerprint", "text", "hash", 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "ratio", "kept"),
+    [(256, 0.32, 175), (256, 0.20, 205), (128, 0.5, 64), (100, 0.29, 71), (16, 0, 16), (8, 0.1, 8)],
+)
+def test_compression_drops_the_floor(
+    facts: ModelFacts, experts: int, ratio: float, kept: int
+) -> None:
+    target = choose_target(replace(facts, n_experts=experts), None, ratio)
+    assert target == Target(experts, kept)
+
+
+def test_a_quarter_goes_by_default(facts: ModelFacts) -> None:
+    assert choose_target(facts, None, None) == Target(8, 6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "ratio", "message"),
+    [
+        (9, None, "the model has 8 experts"),
+        (1, None, "at least 2 must stay"),
+        (None, 0.9, "at least 2 must stay"),
+        (None, 1.0, "less than 1"),
+        (None, -0.1, "0 or more"),
+        (None, float("nan"), "0 or more"),
+        (4, 0.5, "say the same thing"),
+    ],
+)
+def test_numbers_the_model_cannot_run_with(
+    facts: ModelFacts, keep: int | None, ratio: float | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose_target(facts, keep, ratio)
+
+
+# count 4, 2, 0, 1: means are 12/4 = 3, 8/2 = 4, 0 (never routed), 2/1 = 2
+SEEN = {
+    "count": [4, 2, 0, 1],
+    "reap_sum": [12, 8, 0, 2],
+    "gate_sum": [1, 0.5, 0, 0.9],
+    "norm_sum": [4, 10, 0, 9],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "scores"),
+    [
+        ("reap", [3, 4, 0, 2]),
+        ("frequency", [4, 2, 0, 1]),
+        ("ean_sum", [4, 10, 0, 9]),
+        ("ean_mean", [1, 5, 0, 9]),
+        ("weighted_ean_sum", [12, 8, 0, 2]),
+        ("weighted_frequency", [1, 0.5, 0, 0.9]),
+    ],
+)
+def test_criteria(method: str, scores: list[float]) -> None:
+    np.testing.assert_allclose(CRITERIA[method](observations(**SEEN).layers[0]), scores)
+
+
+def test_every_criterion_can_be_asked_for() -> None:
+    assert tuple(CRITERIA) == METHODS
+
+
+def test_equal_scores_keep_the_lower_id(facts: ModelFacts) -> None:
+    seen = observations(reap_sum=[1, 0, 1, 0, 0, 0, 2, 1])
+    kept = select_experts(seen, "reap", Target(8, 4), facts)
+    assert kept == {0: (0, 2, 6, 7)}
+    kept = select_experts(seen, "reap", Target(8, 5), facts)
+    assert kept == {0: (0, 1, 2, 6, 7)}
+
+
+@given(scores=st.lists(st.floats(0, 1e6), min_size=8, max_size=8), n_kept=st.integers(2, 8))
+def test_no_dropped_expert_beats_a_kept_one(
+    facts: ModelFacts, scores: list[float], n_kept: int
+) -> None:
+    kept = select_experts(observations(reap_sum=scores), "reap", Target(8, n_kept), facts)[0]
+    assert len(set(kept)) == n_kept
+    assert list(kept) == sorted(kept)
+    dropped = set(range(8)) - set(kept)
+    assert all(scores[d] <= scores[k] for d in dropped for k in kept)
+
+
+def test_observations_of_another_model(facts: ModelFacts) -> None:
+    with pytest.raises(ArtifactError, match="layer 0 has 4 experts, expected 8"):
+        select_experts(observations(**SEEN), "reap", Target(8, 4), facts)
+    with pytest.raises(ArtifactError, match="of 1 layers, expected the model's 2"):
+        select_experts(
+            observations(reap_sum=[1.0] * 8),
+            "reap",
+            Target(8, 4),
+            replace(facts, moe_layers=(0, 1)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("total", "kept", "friendly"),
+    [(256, 205, 208), (256, 175, 176), (256, 192, 192), (60, 60, 60), (16, 12, 16), (16, 4, 8)],
+)
+def test_friendly_counts(total: int, kept: int, friendly: int) -> None:
+    assert friendly_count(Target(total, kept), needed=4) == friendly
+
+
+def test_scores_follow_the_example(example: Path) -> None:
+    facts = describe(Checkpoint.open(example)).facts
+    assert (facts.n_experts, facts.experts_per_token) == (16, 4)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import RecipeError
+from reap2gguf.models import describe
+from reap2gguf.quantizing.recipe import (
+    Recipe,
+    Rule,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    shipped_recipes,
+)
+from reap2gguf.quantizing.resolve import resolve
+from tests.tiny import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.toml"))
+HEAD = 'title = "T"\nlabel = "L"\nfile_type = "Q4_K_M"\n'
+
+
+def parse(text: str) -> Recipe:
+    return parse_recipe(text, "name", "file.toml")
+
+
+def rule(match: str = "output.weight", kind: str = "Q6_K", more: str = "") -> str:
+    return f'{HEAD}[[rules]]\nmatch = "{match}"\ntype = "{kind}"\n{more}\n'
+
+
+def test_there_are_recipes() -> None:
+    assert {path.stem for path in RECIPES} >= {"bf16", "q8_0", "q4km", "unsloth-iq4km"}
+    assert shipped_recipes() == {path.stem: path for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_resolves_for_the_example(path: Path, example: Path) -> None:
+    recipe = load_recipe(path.stem)
+    assert recipe == load_recipe(str(path))
+    assert recipe.source == path.read_text()
+    with Checkpoint.open(example) as checkpoint:
+        model = describe(checkpoint)
+        tensors = model.gguf_tensors(checkpoint.tensors)
+    resolved = resolve(recipe, tensors, model.facts, model.facts.n_experts, has_imatrix=True)
+    assert [entry.tensor for entry in resolved.table] == list(tensors)
+    assert 3 < resolved.bits_per_weight < 16.1
+
+
+def test_labels_of_shipped_recipes_differ() -> None:
+    labels = [load_recipe(path.stem).label for path in RECIPES]
+    assert len(set(labels)) == len(labels)
+
+
+def test_all_fields() -> None:
+    text = rule("blk.[0-3].*_exps.weight", "IQ4_XS", "optional = true")
+    expected = Rule("blk.[0-3].*_exps.weight", GGMLQuantizationType.IQ4_XS, True)
+    assert parse(text) == Recipe("name", "T", "L", "Q4_K_M", (expected,), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD + "rule = 1\n", r"unknown key 'rule', expected file_type, label, rules, title"),
+        (rule(more='kind = "Q8_0"'), r"rule 1: unknown key 'kind', expected match, optional, type"),
+        (HEAD.replace('"T"', "1"), "title is 1, expected text"),
+        (HEAD.replace('"T"', '" "'), "title is ' ', expected text"),
+        (HEAD.replace('title = "T"\n', ""), "title is None, expected text"),
+        (HEAD.replace('"L"', "true"), "label is True, expected text"),
+        (HEAD.replace('"L"', '"../up"'), "label '../up', expected letters"),
+        (HEAD.replace('"L"', '"-L"'), "label '-L', expected letters"),
+        (HEAD.replace('"L"', f'"{"L" * 65}"'), "expected letters"),
+        (HEAD.replace('"Q4_K_M"', '["Q4_K_M"]'), "file_type is .*, expected text"),
+        (HEAD.replace("Q4_K_M", "Q4_K"), r"file_type 'Q4_K', expected one of F32, .*Q4_K_M"),
+        (HEAD.replace("Q4_K_M", "IQ4_K"), "file_type 'IQ4_K', expected one of"),
+        (HEAD + "rules = 1\n", r"rules must be at most 1000"),
+        (HEAD + "rules = [1]\n", r"rule 1: expected a \[\[rules\]\] table"),
+        (HEAD + "rules = [" + '{match="a",type="F16"},\n' * 1001 + "]", "at most 1000"),
+        (rule(match=""), "match is '', expected text"),
+        (rule(match="blk 0"), "match 'blk 0' is no glob on a GGUF tensor name"),
+        (rule(match="(a|b)"), "is no glob"),
+        (rule(match="a" * 201), "is no glob"),
+        (rule(more="optional = 1"), "optional is 1, expected true or false"),
+        (rule(kind="q8_0"), "type 'q8_0' is no GGML tensor type; did you mean Q8_0?"),
+        (rule(kind="iq4-xs"), "did you mean IQ4_XS"),
+        (rule(kind="Q4_K_M"), "Q4_K_M is a file type, the tensor type is Q4_K"),
+        (rule(kind="Q3_K_L"), "Q3_K_L is a file type, the tensor type is Q3_K"),
+        (rule(kind="IQ4_K"), "exists only in ik_llama.cpp, and llama.cpp cannot load it"),
+        (rule(kind="IQ5_KS"), "exists only in ik_llama.cpp"),
+        (rule(kind="IQ2_KT"), "exists only in ik_llama.cpp"),
+        (rule(kind="IQ4_KSS"), "exists only in ik_llama.cpp"),
+        (rule(kind="Q9"), "type 'Q9' is no GGML tensor type$"),
+        (HEAD + "[[rules]\n", "file.toml: not valid TOML"),
+        ("", "title is None|label is None"),
+        (HEAD + "a = " + "[" * 5000, "not valid TOML"),
+        ("title = " + "1" * 5000, "not valid TOML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        parse(text)
+    assert str(raised.value).startswith("file.toml: ")
+
+
+@pytest.mark.parametrize("kind", ["I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"])
+def test_types_that_no_weight_is_stored_in_are_refused(kind: str) -> None:
+    with pytest.raises(RecipeError, match=kind):
+        parse(rule(kind=kind))
+
+
+def test_a_rule_is_named_by_its_number() -> None:
+    text = rule() + '[[rules]]\nmatch = "a"\ntype = "Q9"\n'
+    with pytest.raises(RecipeError, match="rule 2"):
+        parse(text)
+
+
+def test_an_unknown_recipe_lists_the_names() -> None:
+    with pytest.raises(RecipeError, match=r"no recipe 'q5'; .* q4km, q8_0, unsloth-iq4km"):
+        find_recipe("q5")
+
+
+def test_a_recipe_file_must_be_toml(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(HEAD)
+    (tmp_path / "mine.toml").write_text(HEAD)
+    with pytest.raises(RecipeError, match=r"expected a \.toml file"):
+        load_recipe(str(tmp_path / "mine.txt"))
+    assert load_recipe(str(tmp_path / "mine.toml")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"title = '\xff'", "cannot be read"), (b"#" * (2**20 + 1), "too large for a recipe")],
+    ids=["not-utf8", "large"],
+)
+def test_a_file_that_cannot_be_a_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "mine.toml"))
+
+
+LINES = st.sampled_from(
+    ['title = "T"', 'label = "L"', 'file_type = "Q8_0"', "[[rules]]", 'match = "*"',
+     'type = "Q8_0"', "optional = true", "[rules]", "rules = []", 'type = "IQ4_K"', "match = 1",
+     "label = 1979-05-27", "title = inf", '"" = 1', "a.b = {}", "[[rules.a]]"]
+)  # fmt: skip
+
+
+@given(st.one_of(st.text(), st.lists(LINES, max_size=9).map("\n".join)))
+def test_any_text_parses_or_is_refused(text: str) -> None:
+    try:
+        recipe = parse(text)
+    except RecipeError as error:
+        assert str(error).startswith("file.toml: ")
+    else:
+        assert (recipe.title, recipe.label, recipe.file_type) == ("T", "L", "Q8_0")

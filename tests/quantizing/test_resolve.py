@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from reap2gguf.errors import RecipeError
+from reap2gguf.models import GgufTensor, ModelFacts
+from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+
+TYPES = json.loads(
+    (Path(__file__).parent.parent / "data" / "qwen3moe-48-layers.types.json").read_text()
+)
+N_LAYERS = 48
+
+
+def tensors_of(
+    n_layers: int = N_LAYERS, hidden: int = 2048, width: int = 768, n_experts: int = 128,
+    vocab: int = 151936, head_dim: int = 128, tied: bool = False,
+) -> list[GgufTensor]:  # fmt: skip
+    """The tensors of a Qwen3-30B-A3B, or of a model with other sizes."""
+    query, key = 32 * head_dim, 4 * head_dim
+    found = [vector("output_norm.weight", hidden), matrix("token_embd.weight", vocab, hidden)]
+    if not tied:
+        found.append(matrix("output.weight", vocab, hidden))
+    for layer in range(n_layers):
+        blk = f"blk.{layer}."
+        found += [
+            vector(f"{blk}attn_norm.weight", hidden),
+            vector(f"{blk}ffn_norm.weight", hidden),
+            vector(f"{blk}attn_q_norm.weight", head_dim),
+            vector(f"{blk}attn_k_norm.weight", head_dim),
+            matrix(f"{blk}attn_q.weight", query, hidden),
+            matrix(f"{blk}attn_k.weight", key, hidden),
+            matrix(f"{blk}attn_v.weight", key, hidden),
+            matrix(f"{blk}attn_output.weight", hidden, query),
+            GgufTensor(f"{blk}ffn_gate_inp.weight", (n_experts, hidden), (), always_f32=True),
+            matrix(f"{blk}ffn_gate_exps.weight", n_experts, width, hidden),
+            matrix(f"{blk}ffn_up_exps.weight", n_experts, width, hidden),
+            matrix(f"{blk}ffn_down_exps.weight", n_experts, hidden, width),
+        ]
+    return found
+
+
+def matrix(name: str, *shape: int) -> GgufTensor:
+    return GgufTensor(name, shape, ())
+
+
+def vector(name: str, size: int) -> GgufTensor:
+    return GgufTensor(name, (size,), (), always_f32=True)
+
+
+def facts_of(n_experts: int = 128, n_kv_heads: int = 4) -> ModelFacts:
+    return ModelFacts(
+        architecture="Qwen3MoeForCausalLM", gguf_arch="qwen3moe", n_layers=N_LAYERS,
+        moe_layers=tuple(range(N_LAYERS)), hidden_size=2048, expert_width=768,
+        n_experts=n_experts, experts_per_token=8, n_heads=32, n_kv_heads=n_kv_heads, head_dim=128,
+        vocab_size=151936, context_length=262144, tied_embeddings=False,
+    )  # fmt: skip
+
+
+def recipe(*rules: tuple[str, str] | tuple[str, str, bool], file_type: str = "Q4_K_M") -> Recipe:
+    text = f'title = "T"\nlabel = "L"\nfile_type = "{file_type}"\n'
+    for match, kind, *optional in rules:
+        text += f'[[rules]]\nmatch = "{match}"\ntype = "{kind}"\n'
+        text += "optional = true\n" if optional else ""
+    return parse_recipe(text, "mine", "mine.toml")
+
+
+def resolved(asked: Recipe, tensors: list[GgufTensor] | None = None) -> ResolvedRecipe:
+    return resolve(asked, tensors or tensors_of(), facts_of(), 128, has_imatrix=True)
+
+
+def kind_names(asked: Recipe, tensors: list[GgufTensor] | None = None) -> dict[str, str]:
+    return {name: kind.name for name, kind in resolved(asked, tensors).kinds().items()}
+
+
+def unfold(table: dict[str, dict[str, dict]]) -> dict[str, str]:
+    """Tensor name to type, from the compact form of the data file."""
+    found = dict(table["outer"])
+    for rest, kinds in table["layer"].items():
+        found |= {f"blk.{layer}.{rest}": kinds["most"] for layer in range(N_LAYERS)}
+        for kind, layers in kinds.get("layers", {}).items():
+            found |= {f"blk.{layer}.{rest}": kind for layer in layers}
+    return found
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_of_48_layers_are_llama_quantizes(name: str) -> None:
+    asked = load_recipe(name) if name in shipped_recipes() else recipe(file_type=name)
+    tensors = tensors_of()
+    # llama-quantize was run without an imatrix, on a model of two query heads per key-value head
+    found = resolve(asked, tensors, facts_of(n_kv_heads=16), 128, has_imatrix=False)
+    assert {entry.tensor.name: entry.kind.name for entry in found.table} == unfold(TYPES[name])
+    assert list(found.kinds()) == [tensor.name for tensor in tensors]
+
+
+def test_order_of_tensors_does_not_matter() -> None:
+    forwards = resolved(recipe()).kinds()
+    assert resolved(recipe(), tensors_of()[::-1]).kinds() == forwards
+
+
+def test_the_first_rule_that_matches_counts() -> None:
+    found = resolved(recipe(("blk.0.attn_q.weight", "Q8_0"), ("blk.*.attn_?.weight", "Q6_K")))
+    by_name = {entry.tensor.name: entry for entry in found.table}
+    first, second = by_name["blk.0.attn_q.weight"], by_name["blk.1.attn_q.weight"]
+    assert (first.kind.name, first.rule) == ("Q8_0", "blk.0.attn_q.weight")
+    assert (second.kind.name, second.rule) == ("Q6_K", "blk.*.attn_?.weight")
+    assert by_name["blk.0.attn_output.weight"].rule is None
+
+
+def test_a_ruled_value_matrix_is_not_counted() -> None:
+    # Q4_K_S gives Q5_K to the first four value matrices that no rule takes
+    kinds = kind_names(recipe(("blk.[02].attn_v.weight", "Q8_0"), file_type="Q4_K_S"))
+    found = [kinds[f"blk.{layer}.attn_v.weight"] for layer in range(7)]
+    assert found == ["Q8_0", "Q5_K", "Q8_0", "Q5_K", "Q5_K", "Q5_K", "Q4_K"]
+
+
+def test_a_rule_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"'blk\.\*\.attn_qkv\.weight' matches no tensor"):
+        resolved(recipe(("blk.*.attn_qkv.weight", "Q8_0")))
+
+
+def test_an_optional_rule_may_match_nothing() -> None:
+    asked = recipe(("blk.*.attn_qkv.weight", "Q8_0", True))
+    assert kind_names(asked) == kind_names(recipe())
+
+
+def test_a_shadowed_rule_is_refused_even_if_optional() -> None:
+    wide, narrow = ("blk.*.attn_*t.weight", "Q8_0"), ("blk.0.attn_output.weight", "Q6_K", True)
+    message = r"'blk\.0\.attn_output\.weight' is shadowed: .* every tensor it matches"
+    with pytest.raises(RecipeError, match=message):
+        resolved(recipe(wide, narrow))
+    assert kind_names(recipe(narrow, wide))["blk.0.attn_output.weight"] == "Q6_K"
+
+
+def test_a_rule_given_twice_is_refused() -> None:
+    with pytest.raises(RecipeError, match="shadowed"):
+        resolved(recipe(("output.weight", "Q8_0"), ("output.weight", "Q8_0")))
+
+
+def test_a_rule_passes_by_what_stays_f32() -> None:
+    kinds = kind_names(recipe(("blk.*.ffn_gate_*.weight", "Q8_0")))
+    assert kinds["blk.0.ffn_gate_exps.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_a_rule_for_nothing_but_what_stays_f32_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"such as output_norm\.weight, stays whole"):
+        resolved(recipe(("*norm.weight", "Q8_0")))
+
+
+def test_a_rule_may_ask_for_f32_where_it_is() -> None:
+    assert kind_names(recipe(("output_norm.weight", "F32")))["output_norm.weight"] == "F32"
+
+
+def test_a_rule_may_leave_a_tensor_unquantized() -> None:
+    assert kind_names(recipe(("output.weight", "BF16")))["output.weight"] == "BF16"
+
+
+def test_a_block_that_does_not_divide_the_row_is_refused() -> None:
+    message = r"Q6_K has blocks of 256, and blk\.0\.ffn_down_exps\.weight has rows of 160"
+    with pytest.raises(RecipeError, match=message):
+        resolved(recipe(("blk.*.ffn_down_exps.weight", "Q6_K")), tensors_of(width=160))
+
+
+@pytest.mark.parametrize(
+    ("file_type", "attention", "output"),
+    [
+        ("Q8_0", "Q8_0", "Q8_0"),
+        ("Q6_K", "Q8_0", "Q8_0"),
+        ("Q5_K_S", "Q5_1", "Q8_0"),
+        ("Q4_K_S", "Q5_0", "Q8_0"),
+        ("Q4_0", "Q4_0", "Q8_0"),
+        ("Q3_K_S", "Q4_0", "Q8_0"),
+        ("Q2_K", "Q4_0", "Q8_0"),
+        ("IQ4_XS", "IQ4_NL", "Q8_0"),
+        ("IQ4_NL", "IQ4_NL", "Q8_0"),
+        ("IQ3_S", "IQ4_NL", "Q8_0"),
+        ("IQ2_XS", "IQ4_NL", "Q8_0"),
+        ("BF16", "BF16", "BF16"),
+    ],
+)
+@pytest.mark.parametrize("hidden", [64, 32])
+def test_rows_that_do_not_fill_256_fall_back(
+    file_type: str, attention: str, output: str, hidden: int
+) -> None:
+    kinds = kind_names(recipe(file_type=file_type), tensors_of(2, hidden=hidden, width=32))
+    assert kinds["blk.1.attn_q.weight"] == attention
+    assert kinds["output.weight"] == output
+    assert kinds["blk.1.attn_norm.weight"] == "F32"
+
+
+def test_rows_that_fill_no_block_become_f16() -> None:
+    kinds = kind_names(recipe(), tensors_of(2, width=48))
+    assert kinds["blk.0.ffn_down_exps.weight"] == "F16"
+
+
+def test_tied_embeddings_are_quantized_as_an_output() -> None:
+    assert kind_names(recipe(), tensors_of(tied=True))["token_embd.weight"] == "Q6_K"
+    assert kind_names(recipe())["token_embd.weight"] == "Q4_K"
+
+
+def test_sizes_are_those_of_the_blocks() -> None:
+    found = resolved(recipe(file_type="Q8_0"))
+    by_name = {entry.tensor.name: entry.n_bytes for entry in found.table}
+    assert by_name["output.weight"] == 151936 * 2048 // 32 * 34
+    assert by_name["blk.0.ffn_down_exps.weight"] == 128 * 2048 * 768 // 32 * 34
+    assert by_name["output_norm.weight"] == 2048 * 4
+    assert found.n_bytes == sum(by_name.values())
+    assert found.bits_per_weight == pytest.approx(8.5, abs=0.02)
+
+
+def test_tensors_that_need_importance_are_listed() -> None:
+    found = resolved(recipe(("blk.3.attn_q.weight", "IQ2_XXS"), ("output.weight", "IQ4_XS")))
+    assert found.needs_importance() == ["blk.3.attn_q.weight"]
+    assert found.kinds()["blk.3.attn_q.weight"] is GGMLQuantizationType.IQ2_XXS

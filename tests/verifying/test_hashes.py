@@ -1,0 +1,43 @@
+"""Hashes of large files: told as they are read, and left when nobody waits any more."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from reap2gguf.verifying.hashes import check_sums
+
+MIB = 2**20
+
+
+def folder_of(tmp_path: Path, n_bytes: int) -> Path:
+    with (tmp_path / "large.gguf").open("wb") as file:
+        file.truncate(n_bytes)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  large.gguf\n")
+    return tmp_path
+
+
+def test_reading_is_told_piece_by_piece(tmp_path: Path) -> None:
+    told: list[float] = []
+    found = list(check_sums(folder_of(tmp_path, 20 * MIB), 1, advance=told.append))
+    assert [line.rpartition(": ")[2] for line in found] == [
+        "large.gguf has another SHA-256 than when it was published"
+    ]
+    assert sum(told) == 20 * MIB
+    assert len(told) == 5
+
+
+def test_an_interrupt_does_not_wait_for_the_end_of_a_file(tmp_path: Path) -> None:
+    told: list[float] = []
+
+    def advance(amount: float) -> None:
+        told.append(amount)
+        if len(told) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(check_sums(folder_of(tmp_path, 4096 * MIB), 1, advance=advance))
+    assert sum(told) < 1024 * MIB
