@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import tests.hub as hub_module  # noqa: E402
-from tests.hub import Hub  # noqa: E402
-from tests.hub_repository import OnDisk, Repository  # noqa: E402
+import tests.loopback_hub.server as hub_module  # noqa: E402
+from tests.loopback_hub.repository import OnDisk, Repository  # noqa: E402
+from tests.loopback_hub.server import Hub  # noqa: E402
 
 LARGE = (".safetensors", ".gguf")
 

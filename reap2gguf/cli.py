@@ -17,8 +17,8 @@ import click
 
 from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
+from reap2gguf.machine import processes
 from reap2gguf.messages import one_line
-from reap2gguf.processes import processes
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.options import (

@@ -1,13 +1,48 @@
-"""How much memory this process has used at most, and how much it may still use."""
+"""What this machine gives the process: processors, memory, and a place among several processes.
+
+Everything is read without loading torch.
+"""
+
+from __future__ import annotations
 
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def available_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process of `size`; the first speaks and writes."""
+
+    rank: int = 0
+    local: int = 0  # among the processes of this machine: the number of its GPU
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def processes() -> Processes:
+    """From the environment that torchrun sets; alone without it."""
+    values = [os.environ.get(name, "") for name in _SET_BY_TORCHRUN]
+    if not all(values) or not all(value.isdecimal() for value in values[:3]):
+        return Processes()
+    return Processes(*map(int, values[:3]))
 
 
 def peak_bytes() -> int:

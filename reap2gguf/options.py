@@ -6,12 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-def available_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from reap2gguf.machine import available_threads
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from tests.tiny import EXAMPLE, TinyQwen3Moe
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
 
 if importlib.util.find_spec("llama_cpp"):
     # before libggml-python's library of the same name; tests that need it import it themselves
@@ -28,7 +28,7 @@ settings.register_profile(
 )
 settings.load_profile("steady")
 
-CALIBRATION = Path(__file__).resolve().parent.parent / "calibration"
+CALIBRATION = REPOSITORY / "calibration"
 
 
 @pytest.fixture(scope="session")

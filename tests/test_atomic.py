@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reap2gguf import atomic as disk
+from reap2gguf import atomic
 from reap2gguf.errors import OutputError
 
 
@@ -21,7 +21,7 @@ def failing(error: int) -> Callable[..., Any]:
 
 def test_a_file_is_there_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with disk.whole_file(path) as file:
+    with atomic.whole_file(path) as file:
         file.write(b"first ")
         file.write(memoryview(b"second"))
         assert [p.name for p in tmp_path.iterdir()] == ["file.part"]
@@ -31,10 +31,10 @@ def test_a_file_is_there_only_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_file_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    disk.write_whole(path, "before")
+    atomic.write_whole(path, "before")
 
     def write_and_stop() -> None:
-        with disk.whole_file(path) as file:
+        with atomic.whole_file(path) as file:
             file.write(b"after")
             raise KeyboardInterrupt
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_flushed_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
-    disk.write_whole(tmp_path / "file", b"data")
+    atomic.write_whole(tmp_path / "file", b"data")
     assert seen == ["file.part", "file.part to file", tmp_path.name]
 
 
@@ -68,7 +68,7 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write, pwrite = os.write, os.pwrite
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:2], at))
-    with disk.whole_file(tmp_path / "file") as file:
+    with atomic.whole_file(tmp_path / "file") as file:
         file.write(b"0123456789")
         file.write_at(b"abcde", 4)
     assert (tmp_path / "file").read_bytes() == b"0123abcde9"
@@ -93,7 +93,7 @@ def test_every_error_of_the_disk_says_what_to_do(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, function, failing(error))
         with pytest.raises(OutputError) as caught:
-            disk.write_whole(path, b"data")
+            atomic.write_whole(path, b"data")
     assert str(caught.value) == f"{path}: cannot be written ({os.strerror(error)}); {advice}"
     assert not path.exists()
 
@@ -102,7 +102,7 @@ def test_no_room_says_how_much_was_wanted(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
     with (
         pytest.raises(OutputError, match=r"file: no room for 1,000,000 bytes \(No space left"),
-        disk.open_file(tmp_path / "file", tmp_path / "file") as file,
+        atomic.open_file(tmp_path / "file", tmp_path / "file") as file,
     ):
         file.reserve(10**6)
 
@@ -112,14 +112,14 @@ def test_a_disk_that_cannot_reserve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     monkeypatch.setattr(os, "posix_fallocate", failing(error))
-    with disk.open_file(tmp_path / "file", tmp_path / "file") as file:
+    with atomic.open_file(tmp_path / "file", tmp_path / "file") as file:
         file.reserve(1000)
     assert (tmp_path / "file").stat().st_size == 1000
 
 
 def test_a_source_that_cannot_be_read_is_not_the_outputs_fault(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"source: cannot be read \(No such file"):
-        disk.copy_whole(tmp_path / "source", tmp_path / "copy")
+        atomic.copy_whole(tmp_path / "source", tmp_path / "copy")
     assert not list(tmp_path.iterdir())
 
 
@@ -128,16 +128,16 @@ def test_removing(tmp_path: Path) -> None:
     (folder / "inner").mkdir(parents=True)
     (folder / "inner" / "file").write_text("")
     (tmp_path / "link").symlink_to(folder)
-    disk.remove(tmp_path / "link")
+    atomic.remove(tmp_path / "link")
     assert folder.is_dir()
-    disk.remove(folder)
-    disk.remove(folder)
+    atomic.remove(folder)
+    atomic.remove(folder)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_written_but_through_this_module() -> None:
     """A write that is not flushed and renamed would leave half a file under a final name."""
-    package = Path(disk.__file__).parent
+    package = Path(atomic.__file__).parent
     writers = (
         "write_text(", "write_bytes(", '"wb"', '"w"', "copyfile(", ".tofile(", "os.rename(",
         "os.replace(", "os.pwrite(", ".touch(", "save_file(", "NamedTemporaryFile(",
@@ -145,7 +145,7 @@ def test_nothing_is_written_but_through_this_module() -> None:
     found = {
         f"{file.relative_to(package)}: {writer}"
         for file in package.rglob("*.py")
-        if file.name != "disk.py"
+        if file.name != "atomic.py"
         for writer in writers
         if writer in file.read_text()
     }

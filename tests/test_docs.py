@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,9 @@ from reap2gguf.cli import cli
 from reap2gguf.models import ARCHITECTURES
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.terminal.options import METHODS
+from tests.tiny import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 README = (ROOT / "README.md").read_text()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf import machine as memory
+from reap2gguf import machine
 from reap2gguf.machine import available_bytes, peak_bytes, resident_bytes
 
 
@@ -25,7 +25,7 @@ def test_a_container_s_file_cache_is_as_good_as_free(
         "memory.stat": "anon 1\ninactive_file 300000\nactive_file 200000\nslab 7\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     assert available_bytes() == 600000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes() > 600000

@@ -15,9 +15,8 @@ from reap2gguf.building.keys import BuildKeys, sweep_key
 from reap2gguf.building.plan import Plan
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import OutputError
-from reap2gguf.machine import peak_bytes
+from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
-from reap2gguf.processes import processes
 from reap2gguf.progress import Progress
 
 

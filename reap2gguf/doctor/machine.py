@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reap2gguf.doctor.finding import Finding, State
-from reap2gguf.machine import available_bytes
+from reap2gguf.machine import available_bytes, available_threads
 from reap2gguf.observing.deltanet import PACKAGE, REFERENCE_SPEED, installed_version
-from reap2gguf.options import available_threads
 
 _DRIVER = Path("/proc/driver/nvidia")  # there where the kernel drives an NVIDIA GPU
 _CGROUP = Path("/sys/fs/cgroup/memory.max")

@@ -1,1 +1,1 @@
-"""Models on the Hub: what a repository holds, its weights by ranges and files, errors and retries."""
+"""Models on the Hub: listings, weights by ranges and by files, errors and retries."""

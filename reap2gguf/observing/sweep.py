@@ -24,6 +24,7 @@ import torch
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ObservationError, UsageError
+from reap2gguf.machine import available_threads
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.batches import Row
 from reap2gguf.observing.budget import hold_gpu_to
@@ -31,7 +32,7 @@ from reap2gguf.observing.compute.ranks import join, meet_on
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.run import SweepRun
-from reap2gguf.options import Resume, available_threads
+from reap2gguf.options import Resume
 from reap2gguf.progress import Progress
 
 

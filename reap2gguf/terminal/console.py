@@ -17,8 +17,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
+from reap2gguf.machine import processes
 from reap2gguf.messages import one_line
-from reap2gguf.processes import processes
 from reap2gguf.progress import Progress, Silent, Task
 
 _LINE_SECONDS = 5.0  # a plain line is worth reading at most this often

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import click
 
+from reap2gguf.machine import available_threads
 from reap2gguf.messages import shown
 from reap2gguf.options import (
     BuildOptions,
     CalibrationOptions,
     ComputeOptions,
-    available_threads,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])

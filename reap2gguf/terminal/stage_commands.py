@@ -11,8 +11,8 @@ import click
 
 from reap2gguf.atomic import remove
 from reap2gguf.errors import CalibrationError, OutputError, UsageError
+from reap2gguf.machine import processes
 from reap2gguf.options import CalibrationOptions, ComputeOptions, Resume
-from reap2gguf.processes import processes
 from reap2gguf.terminal.options import (
     FilePath,
     FolderPath,

@@ -20,11 +20,12 @@ from reap2gguf.hub.source import Source
 from reap2gguf.observing.run import SweepRun
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from tests.hub import Fault, Hub
-from tests.hub_model import layered_files, serving, shard_of, whole
-from tests.hub_repository import COMMIT, OnDisk, Repository
+from tests.loopback_hub.model import layered_files, serving, shard_of, whole
+from tests.loopback_hub.repository import COMMIT, OnDisk, Repository
+from tests.loopback_hub.server import Fault, Hub
+from tests.tiny import REPOSITORY
 
-PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+PROSE = REPOSITORY / "calibration" / "prose.txt"
 
 
 @pytest.fixture(scope="module")

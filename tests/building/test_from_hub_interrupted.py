@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import Fault, Hub
-from tests.hub_model import ENDS, layered_files, shard_of
+from tests.loopback_hub.model import ENDS, layered_files, shard_of
+from tests.loopback_hub.server import Fault, Hub
+from tests.tiny import REPOSITORY
 
-PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+PROSE = REPOSITORY / "calibration" / "prose.txt"
 PLAN = (
     "plan", "owner/name", "--recipe", "q8_0", "--compression", "0.25", "--calibration", str(PROSE),
 )  # fmt: skip

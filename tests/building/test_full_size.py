@@ -16,10 +16,11 @@ import pytest
 from click.testing import CliRunner
 
 from reap2gguf.cli import cli
-from tests.hub import Hub
-from tests.hub_repository import Content, OnDisk, Repository
+from tests.loopback_hub.repository import Content, OnDisk, Repository
+from tests.loopback_hub.server import Hub
+from tests.tiny import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = REPOSITORY
 SHAPES = {"Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen/Qwen3.5-35B-A3B": "qwen3.5-35b-a3b"}
 # Bytes of the published tokenizers' files; the ones that stand in for them are filled up to it.
 TOKENIZERS = {

@@ -25,10 +25,10 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.conftest import Bundle
-from tests.tiny import EXAMPLE, TinyQwen3Moe
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+RECIPES = REPOSITORY / "recipes"
+PROSE = REPOSITORY / "calibration" / "prose.txt"
 
 
 def options(model: Path, output: Path, **changes: Any) -> BuildOptions:

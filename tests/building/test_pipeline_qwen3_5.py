@@ -26,9 +26,9 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import verify_bundle
-from tests.tiny import TinyQwen35Moe
+from tests.tiny import REPOSITORY, TinyQwen35Moe
 
-PROSE = Path(__file__).resolve().parent.parent / "calibration" / "prose.txt"
+PROSE = REPOSITORY / "calibration" / "prose.txt"
 LAST = 4  # the MTP block's layer
 SOURCE = TinyQwen35Moe(n_shards=2)
 # the same weights, re-saved: 2D throughout, one file

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf import atomic as disk
+from reap2gguf import atomic
 from reap2gguf.building.marks import StageMarks, stage_key
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import OutputError
@@ -115,7 +115,8 @@ def test_a_second_build_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path
         with Workdir(tmp_path, "another").locked():
             pass
     script = (
-        "import os, signal, sys; from pathlib import Path; from reap2gguf.building.workdir import Workdir\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from reap2gguf.building.workdir import Workdir\n"
         "with Workdir(Path(sys.argv[1]), 'name').locked(): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
@@ -151,8 +152,8 @@ def test_builds_of_two_names_may_write_one_file_of_both(tmp_path: Path) -> None:
     assert path == other.observations("key")
 
     def save_while_the_other_does(own: Path) -> None:
-        disk.write_whole(own, "same")
-        other.share(lambda theirs: disk.write_whole(theirs, "same"), path)
+        atomic.write_whole(own, "same")
+        other.share(lambda theirs: atomic.write_whole(theirs, "same"), path)
 
     one.share(save_while_the_other_does, path)
     assert path.read_text() == "same"

@@ -22,11 +22,11 @@ from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from tests.hub import Fault, Hub
-from tests.hub_repository import COMMIT, Repository
-from tests.tiny import EXAMPLE
+from tests.loopback_hub.repository import COMMIT, Repository
+from tests.loopback_hub.server import Fault, Hub
+from tests.tiny import EXAMPLE, REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = REPOSITORY
 MOT, EVOL = "open-r1/Mixture-of-Thoughts", "theblackcat102/evol-codealpaca-v1"
 CONFIGS = """---
 configs:

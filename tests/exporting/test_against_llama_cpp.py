@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
-from tests.export.files import (
+
+from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.models import GgufTensor, ModelFacts
+from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+from reap2gguf.quantizing.resolve import resolve
+from tests.exporting.files import (
     export_files,
     gguf_tensors,
     llama_quantize,
@@ -19,13 +26,6 @@ from tests.export.files import (
     stored,
     write_small_tokenizer,
 )
-
-from reap2gguf.ggml import NEEDS_IMPORTANCE
-from reap2gguf.gguf_files.imatrix import Imatrix
-from reap2gguf.models import GgufTensor, ModelFacts
-from reap2gguf.quantizing.file_types import MIXTURES
-from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
-from reap2gguf.quantizing.resolve import resolve
 from tests.tiny import TinyQwen3Moe
 
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file, save_file
-from tests.export.files import export_files, gguf_tensors, left, plain, random_imatrix, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, shipped_recipes
-from tests.tiny import TinyQwen3Moe
+from tests.exporting.files import export_files, gguf_tensors, left, plain, random_imatrix, stored
+from tests.tiny import REPOSITORY, TinyQwen3Moe
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = REPOSITORY / "tests" / "data"
 CONVERTED = json.loads((DATA / "tiny-qwen3-moe.gguf.json").read_text())
 TEXTS = (
     "The quick brown fox, 12345 times; it's DON'T or we'll see...\n\n\tdef f(x):\r\n    return x",

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader
-from tests.export.files import export_files, gguf_tensors, left, plain, random_imatrix
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix
+from tests.exporting.files import export_files, gguf_tensors, left, plain, random_imatrix
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 MIXED = ("Q4_K_M", "IQ4_XS", "Q8_0", "BF16", "F32")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from llama_cpp import mtmd_cpp
-from tests.export.files import export_files, plain, stored
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.building.stages import export_side
@@ -25,6 +24,7 @@ from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.write import write_pruned
+from tests.exporting.files import export_files, plain, stored
 from tests.tiny import TinyQwen35Moe
 
 TOKENS = np.random.default_rng(3).integers(0, 4000, 200)

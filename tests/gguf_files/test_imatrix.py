@@ -17,8 +17,9 @@ from reap2gguf.gguf_files.imatrix import (
     save_dat,
     save_gguf,
 )
+from tests.tiny import REPOSITORY
 
-EXCERPT = Path(__file__).resolve().parent.parent / "data" / "llama-imatrix-excerpt.json"
+EXCERPT = REPOSITORY / "tests" / "data" / "llama-imatrix-excerpt.json"
 
 
 def entry(name: str, sums: Any, counts: list[int]) -> ImatrixEntry:

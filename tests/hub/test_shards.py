@@ -19,8 +19,8 @@ from reap2gguf.hub.counted import Counted, LeavingError
 from reap2gguf.hub.source import resolve_source
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.console import Lines
-from tests.hub import Fault, Hub
-from tests.hub_model import ENDS, layered_files, serving, whole
+from tests.loopback_hub.model import ENDS, layered_files, serving, whole
+from tests.loopback_hub.server import Fault, Hub
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
 from reap2gguf.hub.shards import HubShards
 from reap2gguf.hub.snapshot import TRIES, find
-from tests.hub import Fault, Hub
-from tests.hub_repository import COMMIT
+from tests.loopback_hub.repository import COMMIT
+from tests.loopback_hub.server import Fault, Hub
 
 FILES = {
     "config.json": b"{}",

@@ -10,8 +10,8 @@ from huggingface_hub import errors
 from reap2gguf.errors import SourceError
 from reap2gguf.hub import snapshot as hub_module
 from reap2gguf.hub.source import Source, resolve_source
-from tests.hub import Hub
-from tests.hub_repository import COMMIT, Repository
+from tests.loopback_hub.repository import COMMIT, Repository
+from tests.loopback_hub.server import Hub
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,9 @@ from reap2gguf.local.chat import Conversation, printable
 from reap2gguf.local.engine import Engine, EngineOptions
 from tests.conftest import Bundle
 from tests.test_vendor import VERSION, script
+from tests.tiny import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = REPOSITORY
 OPTIONS = EngineOptions(context=256, threads=2, gpu_layers=-1)
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 ECHO = f'case "$1" in --version) {VERSION};; *) for w in "$@"; do echo "$w"; done; exit 7;; esac'

@@ -27,8 +27,9 @@ from reap2gguf.cli import cli
 from reap2gguf.local.engine import Engine, EngineOptions
 from reap2gguf.local.server import ModelServer
 from tests.conftest import Bundle
+from tests.tiny import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = REPOSITORY
 GREEDY = {"temperature": 0, "max_tokens": 10}
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -19,9 +19,9 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models import Carried, Expert, GgufTensor, Plain, Router, Slab
 from reap2gguf.models.qwen3_moe import Qwen3Moe, rope_metadata
-from tests.tiny import TinyQwen3Moe
+from tests.tiny import REPOSITORY, TinyQwen3Moe
 
-REFERENCE = Path(__file__).resolve().parent.parent / "data" / "qwen3moe-reference-header.json"
+REFERENCE = REPOSITORY / "tests" / "data" / "qwen3moe-reference-header.json"
 BASE = TinyQwen3Moe(n_layers=4, n_experts=4, vocab=32, hidden=16, width=8, head_dim=8)
 LAYOUTS = {
     "2D": BASE,

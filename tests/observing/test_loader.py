@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.observe.devices import DEVICES
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
@@ -17,6 +16,7 @@ from reap2gguf.models import describe
 from reap2gguf.observing import loader as loader_module
 from reap2gguf.observing.loader import Piece, WeightLoader, _small
 from reap2gguf.observing.targets import layer_targets, whole
+from tests.observing.devices import DEVICES
 from tests.tiny import TinyQwen3Moe
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.observe.devices import GPU
 
 from reap2gguf.errors import OutputError
 from reap2gguf.observing import spool as spool_module
 from reap2gguf.observing.spool import open_spool
+from tests.observing.devices import GPU
 
 KINDS = [
     ("device", "cpu"),

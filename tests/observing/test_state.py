@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.observe.devices import DEVICES
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import read_metadata
@@ -23,6 +22,7 @@ from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.sweep import SweepOptions, SweepReport, sweep
 from reap2gguf.options import Resume
 from reap2gguf.progress import Silent
+from tests.observing.devices import DEVICES
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 OBSERVERS = [SaliencyObserver, ImportanceObserver]

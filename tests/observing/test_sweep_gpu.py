@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.observe.devices import GPU
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
@@ -16,6 +15,7 @@ from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.sweep import SweepOptions, sweep
 from reap2gguf.progress import Silent
+from tests.observing.devices import GPU
 from tests.tiny import TinyQwen35Moe
 
 pytestmark = GPU

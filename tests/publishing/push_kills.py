@@ -2,7 +2,7 @@
 
 Run as a module to do so at many points, from the repository's root:
 
-    python -m tests.publish.push_kills --points 20
+    python -m tests.publishing.push_kills --points 20
 
 Half of the points are requests to the Hub, before they take effect or after; the others are
 operations on files of the output folder, while GGUF files are cut into parts.
@@ -26,9 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.hub import Hub
-from tests.hub_repository import Content
-from tests.hub_uploads import TOKEN, Uploads
+from tests.loopback_hub.repository import Content
+from tests.loopback_hub.server import Hub
+from tests.loopback_hub.uploads import TOKEN, Uploads
 from tests.tiny import TinyQwen3Moe, child_environment
 
 REPO = "me/thing"
@@ -66,7 +66,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.publish.push_kills", "--serve"],
+            [sys.executable, "-m", "tests.publishing.push_kills", "--serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
         )  # fmt: skip
         return self

@@ -12,8 +12,8 @@ import pytest
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.progress import Silent
 from reap2gguf.publishing.push import Published, PushOptions, push
-from tests.hub import Hub
-from tests.hub_uploads import TOKEN, Uploads
+from tests.loopback_hub.server import Hub
+from tests.loopback_hub.uploads import TOKEN, Uploads
 
 REPO, GGUF_REPO = "me/thing", "me/thing-GGUF"
 

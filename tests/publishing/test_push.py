@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
-from tests.publish.push_kills import Rig, Runner, environment, tiny_bundle
-from tests.publish.push_room import GGUF_REPO, REPO, Room, close
 
 from reap2gguf.bundle.bundle_folders import check_bundle
 from reap2gguf.bundle.manifest import Manifest
@@ -28,8 +26,10 @@ from reap2gguf.publishing.dry_run import preview
 from reap2gguf.publishing.push import PushOptions
 from reap2gguf.publishing.remote import refusal
 from reap2gguf.verifying.bundle import verify_paths
-from tests.hub import Fault, Hub
-from tests.hub_repository import Repository
+from tests.loopback_hub.repository import Repository
+from tests.loopback_hub.server import Fault, Hub
+from tests.publishing.push_kills import Rig, Runner, environment, tiny_bundle
+from tests.publishing.push_room import GGUF_REPO, REPO, Room, close
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType
@@ -10,10 +9,9 @@ from reap2gguf.errors import RecipeError
 from reap2gguf.models import GgufTensor, ModelFacts
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+from tests.tiny import REPOSITORY
 
-TYPES = json.loads(
-    (Path(__file__).parent.parent / "data" / "qwen3moe-48-layers.types.json").read_text()
-)
+TYPES = json.loads((REPOSITORY / "tests" / "data" / "qwen3moe-48-layers.types.json").read_text())
 N_LAYERS = 48
 
 

@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer, check_tokenizer
-from tests.tiny import EXAMPLE
+from tests.tiny import EXAMPLE, REPOSITORY
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -155,7 +155,7 @@ def test_special_ids_and_template_come_from_the_other_files(tmp_path: Path) -> N
 
 
 def test_the_examples_tokens_are_those_llama_cpp_converts(tmp_path: Path) -> None:
-    data = Path(__file__).parent.parent / "data" / "tiny-qwen3-moe.gguf.json"
+    data = REPOSITORY / "tests" / "data" / "tiny-qwen3-moe.gguf.json"
     expected = json.loads(data.read_text())["BF16"]["metadata"]
     keys = header(tmp_path, json.loads((EXAMPLE / "tokenizer.json").read_text()), 4096)
     for name in ("tokens", "token_type", "merges"):

@@ -22,7 +22,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from reap2gguf.errors import PeerError, UsageError
-from reap2gguf.processes import Processes, processes
+from reap2gguf.machine import Processes, processes
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # the others wait while the first prunes

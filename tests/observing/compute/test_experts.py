@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.observe.devices import DEVICES
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -19,6 +18,7 @@ from reap2gguf.observing.compute.experts import (
     observed_experts_forward,
     watch,
 )
+from tests.observing.devices import DEVICES
 
 N_TOKENS, TOP_K, N_EXPERTS, HIDDEN, WIDTH = 50, 3, 8, 64, 32
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.observe.devices import DEVICES
 from torch import Tensor
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeRMSNorm,
@@ -14,6 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from reap2gguf.observing.compute import kernels
 from reap2gguf.observing.compute.fused import _norm_recipe, fuse_norms
+from tests.observing.devices import DEVICES
 
 N_TOKENS, TOP_K, N_EXPERTS = 37, 4, 6
 WIDTHS = [96, 2048, 2056]

@@ -15,12 +15,13 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import PeerError
+from reap2gguf.machine import Processes, processes
 from reap2gguf.observing.compute import ranks as ranks_module
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.processes import Processes, processes
 from reap2gguf.progress import Silent
+from tests.tiny import REPOSITORY
 
-CALIBRATION = Path(__file__).resolve().parents[2] / "calibration"
+CALIBRATION = REPOSITORY / "calibration"
 COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
 
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import save_file
 
 from reap2gguf.hub import snapshot as hub_module
-from tests.hub import Hub
-from tests.hub_repository import COMMIT
+from tests.loopback_hub.repository import COMMIT
+from tests.loopback_hub.server import Hub
 from tests.tiny import TinyQwen3Moe
 
 MODEL = TinyQwen3Moe(n_layers=4, hidden=32, width=16, head_dim=8, dense_width=32)

@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.hub import Hub
-from tests.hub_repository import (
+from tests.loopback_hub.repository import (
     Answer,
     Content,
     Repository,
@@ -28,6 +27,7 @@ from tests.hub_repository import (
     sha256_of,
     size_of,
 )
+from tests.loopback_hub.server import Hub
 
 TOKEN = "hf_the_right_one"
 _ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"

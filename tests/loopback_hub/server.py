@@ -22,7 +22,15 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
-from tests.hub_repository import Answer, Content, Headers, Repository, Request, read, size_of
+from tests.loopback_hub.repository import (
+    Answer,
+    Content,
+    Headers,
+    Repository,
+    Request,
+    read,
+    size_of,
+)
 
 _BLOCK = 2**20
 
