@@ -37,7 +37,7 @@ def quantize(source: Path, target: Path, recipe: Recipe, imatrix: Imatrix, n_thr
     )
     overrides = _ended(
         llama_cpp.llama_model_tensor_override,
-        [(_regex(rule.match).encode(), rule.kind) for rule in recipe.rules],
+        [(_regex(rule.match).encode(), rule.tensor_type) for rule in recipe.rules],
     )
     params.imatrix = data
     params.tt_overrides = overrides

@@ -72,69 +72,76 @@ class Ggml:
     is_own: bool = False  # of a llama.cpp that the user asked for, not of a wheel
 
     def quantize(
-        self, rows: Floats, kind: GGMLQuantizationType, importance: Floats | None = None
+        self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None = None
     ) -> Bytes:
-        """Rows (R, C) of float32 as `kind`: (R, bytes of a row).
+        """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row).
 
         `importance` is (C,): the mean square of what multiplies each column. Raises ValueError if
         the shapes do not fit, the type is not STORABLE or needs importance and has none, or a value
         is beyond the type's range.
         """
         n_columns = rows.shape[1]
-        if kind not in STORABLE:
-            raise ValueError(f"{kind.name} is no type to store weights in")
-        block = GGML_QUANT_SIZES[kind][0]
+        if tensor_type not in STORABLE:
+            raise ValueError(f"{tensor_type.name} is no type to store weights in")
+        block = GGML_QUANT_SIZES[tensor_type][0]
         if n_columns % block:
-            raise ValueError(f"rows of {n_columns} are no multiple of {kind.name}'s block {block}")
+            raise ValueError(
+                f"rows of {n_columns} are no multiple of {tensor_type.name}'s block {block}"
+            )
         if importance is not None and importance.shape != (n_columns,):
             raise ValueError(f"importance {importance.shape} for {n_columns} columns")
-        if importance is None and kind in NEEDS_IMPORTANCE:
-            raise ValueError(f"{kind.name} needs an importance matrix")
-        target = self._quantize(rows, kind, importance)
-        if not self._library.ggml_validate_row_data(kind.value, target.ctypes.data, target.nbytes):
-            raise ValueError(f"values up to {np.abs(rows).max():g} are beyond {kind.name}'s range")
+        if importance is None and tensor_type in NEEDS_IMPORTANCE:
+            raise ValueError(f"{tensor_type.name} needs an importance matrix")
+        target = self._quantize(rows, tensor_type, importance)
+        if not self._library.ggml_validate_row_data(
+            tensor_type.value, target.ctypes.data, target.nbytes
+        ):
+            raise ValueError(
+                f"values up to {np.abs(rows).max():g} are beyond {tensor_type.name}'s range"
+            )
         return target
 
     def _quantize(
-        self, rows: Floats, kind: GGMLQuantizationType, importance: Floats | None
+        self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None
     ) -> Bytes:
         n_rows, n_columns = rows.shape
-        block, size = GGML_QUANT_SIZES[kind]
+        block, size = GGML_QUANT_SIZES[tensor_type]
         source = np.ascontiguousarray(rows, dtype=np.float32)
         weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
         target = np.empty((n_rows, n_columns // block * size), dtype=np.uint8)
         written = self._library.ggml_quantize_chunk(
-            kind.value, source.ctypes.data, target.ctypes.data, 0, n_rows, n_columns,
+            tensor_type.value, source.ctypes.data, target.ctypes.data, 0, n_rows, n_columns,
             None if weights is None else weights.ctypes.data,
         )  # fmt: skip
         if written != target.nbytes:
             raise DependencyError(
-                f"{self.path}: wrote {written} bytes of {kind.name}, expected {target.nbytes}; "
+                f"{self.path}: wrote {written} bytes of {tensor_type.name}, expected "
+                f"{target.nbytes}; "
                 "this libggml is of another format"
             )
         return target
 
-    def dequantize(self, raw: Bytes, kind: GGMLQuantizationType) -> Floats:
-        """The float32 values (R, C) of rows (R, bytes of a row) stored as `kind`."""
+    def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`."""
         raw = np.ascontiguousarray(raw)
-        if kind is GGMLQuantizationType.F32:
+        if tensor_type is GGMLQuantizationType.F32:
             return raw.view(np.float32)
-        if kind is GGMLQuantizationType.F16:
+        if tensor_type is GGMLQuantizationType.F16:
             return raw.view(np.float16).astype(np.float32)
-        if kind is GGMLQuantizationType.BF16:
+        if tensor_type is GGMLQuantizationType.BF16:
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        block, size = GGML_QUANT_SIZES[kind]
+        block, size = GGML_QUANT_SIZES[tensor_type]
         values = np.empty((raw.shape[0], raw.shape[1] // size * block), dtype=np.float32)
-        to_float = _ToFloat(self._traits(kind).to_float)
+        to_float = _ToFloat(self._traits(tensor_type).to_float)
         to_float(raw.ctypes.data, values.ctypes.data, values.size)
         return values
 
-    def _traits(self, kind: GGMLQuantizationType) -> _TypeTraits:
-        traits: _TypeTraits = self._library.ggml_get_type_traits(kind.value).contents
-        if (traits.block, traits.size) != GGML_QUANT_SIZES[kind] or not traits.to_float:
+    def _traits(self, tensor_type: GGMLQuantizationType) -> _TypeTraits:
+        traits: _TypeTraits = self._library.ggml_get_type_traits(tensor_type.value).contents
+        if (traits.block, traits.size) != GGML_QUANT_SIZES[tensor_type] or not traits.to_float:
             raise DependencyError(
-                f"{self.path}: describes {kind.name} as blocks of {traits.block} in {traits.size} "
-                f"bytes, expected {GGML_QUANT_SIZES[kind]}; install libggml-python>=0.20.2"
+                f"{self.path}: describes {tensor_type.name} as blocks of {traits.block} in "
+                f"{traits.size} bytes, expected {GGML_QUANT_SIZES[tensor_type]}; install libggml-python>=0.20.2"
             )
         return traits
 

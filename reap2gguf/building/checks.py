@@ -14,7 +14,7 @@ from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
     check_against_folder,
     check_header,
-    check_kinds,
+    check_tensor_types,
     check_tensors,
     open_gguf,
 )
@@ -61,7 +61,7 @@ def verify_gguf(
     header, violations = open_gguf(path)
     if header is not None:
         file_type = recipe.recipe.mixture.file_type.value
-        expected = ExpectedGguf(recipe.kinds(), model.facts.n_experts, file_type)
+        expected = ExpectedGguf(recipe.tensor_types(), model.facts.n_experts, file_type)
         violations += check_header(header, expected)
         violations += check_against_folder(header, pruned, model, n_threads, progress)
     return violations
@@ -73,6 +73,6 @@ def verify_side(
     """Violations of a side file against its description and the pruned safetensors."""
     header, violations = open_gguf(path)
     if header is not None:
-        violations += check_kinds(header, side.kinds())
+        violations += check_tensor_types(header, side.tensor_types())
         violations += check_tensors(header, pruned, side.tensors, n_threads, progress)
     return violations

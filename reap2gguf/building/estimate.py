@@ -115,9 +115,9 @@ def active_parameters(plan: Plan) -> int:
 
 def side_bytes(side: SideFile) -> int:
     """Bytes of a side file's tensors."""
-    kinds = side.kinds()
+    tensor_types = side.tensor_types()
     return sum(
-        math.prod(tensor.shape[:-1]) * row_bytes(kinds[tensor.name], tensor.n_columns)
+        math.prod(tensor.shape[:-1]) * row_bytes(tensor_types[tensor.name], tensor.n_columns)
         for tensor in side.tensors
     )
 

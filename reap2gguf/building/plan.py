@@ -177,7 +177,9 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
                 "file_type": recipe.recipe.file_type,
                 "bytes": recipe.n_bytes,
                 "bits_per_weight": round(recipe.bits_per_weight, 4),
-                "tensors": {name: kind.name for name, kind in recipe.kinds().items()},
+                "tensors": {
+                    name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()
+                },
             }
             for recipe in plan.recipes
         ],

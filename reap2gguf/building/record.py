@@ -160,11 +160,11 @@ def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord
         recipe_source=recipe.recipe.source,
         n_bytes=path.stat().st_size,
         bits_per_weight=round(recipe.bits_per_weight, 4),
-        tensors={name: kind.name for name, kind in recipe.kinds().items()},
+        tensors={name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()},
     )
 
 
 def _side_record(plan: Plan, side: SideFile, folder: Path) -> SideRecord:
     path = folder / plan.side_name(side)
-    kinds = {name: kind.name for name, kind in side.kinds().items()}
-    return SideRecord(path.name, side.title, path.stat().st_size, kinds)
+    tensor_types = {name: tensor_type.name for name, tensor_type in side.tensor_types().items()}
+    return SideRecord(path.name, side.title, path.stat().st_size, tensor_types)

@@ -157,7 +157,7 @@ def export(
                 ),
                 vocab_size=model.facts.vocab_size,
                 file_type=recipe.recipe.mixture.file_type,
-                kinds=recipe.kinds(),
+                tensor_types=recipe.tensor_types(),
                 imatrix=imatrix if uses_imatrix(recipe) else None,
                 imatrix_file=imatrix_file,
             ),
@@ -176,9 +176,9 @@ def export_side(
         name=name,
         arch=side.arch,
         values=side.values,
-        kind=side.kind,
+        general_type=side.general_type,
         file_type=LlamaFileType.MOSTLY_F16,
-        kinds=side.kinds(),
+        tensor_types=side.tensor_types(),
     )
     outputs = [GgufOutput(path, facts)]
     export_gguf(checkpoint, side.tensors, outputs, None, n_threads, progress, journal)
@@ -191,8 +191,8 @@ def _tell_unweighted(
     for recipe in recipes:
         missing = [
             name
-            for name, kind in recipe.kinds().items()
-            if name.startswith("blk.") and kind.name not in _UNWEIGHTED_TYPES
+            for name, tensor_type in recipe.tensor_types().items()
+            if name.startswith("blk.") and tensor_type.name not in _UNWEIGHTED_TYPES
             and name not in imatrix.entries
         ]  # fmt: skip
         if missing:
@@ -204,7 +204,9 @@ def _tell_unweighted(
 
 def uses_imatrix(recipe: ResolvedRecipe) -> bool:
     """Whether any tensor of a recipe is quantized with importance (Q8_0 ignores it)."""
-    return any(kind.name not in _UNWEIGHTED_TYPES for kind in recipe.kinds().values())
+    return any(
+        tensor_type.name not in _UNWEIGHTED_TYPES for tensor_type in recipe.tensor_types().values()
+    )
 
 
 def header_values(source_label: str, method: str, n_experts: int, kept: Kept) -> list[HeaderValue]:

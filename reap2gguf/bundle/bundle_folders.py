@@ -102,5 +102,5 @@ def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
     header, problems = open_gguf(folder / record.first)
     if header is None:
         return problems
-    kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
-    return list(check_header(header, ExpectedGguf(kinds, n_kept)))
+    tensor_types = {name: GGMLQuantizationType[one] for name, one in record.tensors.items()}
+    return list(check_header(header, ExpectedGguf(tensor_types, n_kept)))

@@ -214,9 +214,9 @@ def _check_names(manifest: Manifest) -> None:
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         names += [record.file, *getattr(record, "parts", ())]
-        for kind in record.tensors.values():
-            if kind not in GGMLQuantizationType.__members__:
-                raise ValueError(f"unknown tensor type {shown(kind)}")
+        for tensor_type in record.tensors.values():
+            if tensor_type not in GGMLQuantizationType.__members__:
+                raise ValueError(f"unknown tensor type {shown(tensor_type)}")
     for name in names:
         if not isinstance(name, str) or not is_plain_name(name):
             raise ValueError(f"{shown(name)} is no plain file name")

@@ -56,7 +56,7 @@ class GgufOutput:
 class _OpenFile:
     file: OutputFile
     layout: GgufLayout
-    kinds: Mapping[str, GGMLQuantizationType]
+    tensor_types: Mapping[str, GGMLQuantizationType]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _opened(output: GgufOutput, layout: GgufLayout, anew: bool) -> Iterator[_Ope
     with open_file(part_of(output.path), output.path, flags) as file:
         file.reserve(layout.n_bytes)
         file.write_at(layout.header, 0)
-        yield _OpenFile(file, layout, output.header.kinds)
+        yield _OpenFile(file, layout, output.header.tensor_types)
 
 
 @dataclass(frozen=True)
@@ -193,19 +193,19 @@ class _Job:
         weights = entry.importance_of(piece.matrix, tensor.n_columns) if entry else None
         done: dict[GGMLQuantizationType, npt.NDArray[np.uint8]] = {}
         for file in self.files:
-            kind = file.kinds[tensor.name]
-            if kind not in done:
-                done[kind] = self._quantize(piece, rows, kind, weights)
-            place = piece.first_row_in_tensor * row_bytes(kind, tensor.n_columns)
-            data = done[kind].reshape(-1).data
+            tensor_type = file.tensor_types[tensor.name]
+            if tensor_type not in done:
+                done[tensor_type] = self._quantize(piece, rows, tensor_type, weights)
+            place = piece.first_row_in_tensor * row_bytes(tensor_type, tensor.n_columns)
+            data = done[tensor_type].reshape(-1).data
             file.file.write_at(data, file.layout.offsets[tensor.name] + place)
             self.task.advance(rows.size)
 
     def _quantize(
-        self, piece: _Piece, rows: Floats, kind: GGMLQuantizationType, weights: Floats | None
+        self, piece: _Piece, rows: Floats, tensor_type: GGMLQuantizationType, weights: Floats | None
     ) -> npt.NDArray[np.uint8]:
         try:
-            return self.ggml.quantize(rows, kind, weights)
+            return self.ggml.quantize(rows, tensor_type, weights)
         except ValueError as error:
             stored = f"{self.checkpoint.folder}: {piece.slab.stored!r}"
             raise CheckpointError(f"{stored} as {piece.tensor.name}: {error}") from error
@@ -272,7 +272,7 @@ def _check_imatrix(
             "another model"
         )
     for tensor in tensors:
-        kinds = {output.header.kinds[tensor.name] for output in outputs}
+        tensor_types = {output.header.tensor_types[tensor.name] for output in outputs}
         if entry := entries.get(tensor.name):
             size = tensor.n_matrices * tensor.n_columns
             if entry.sums.size != size or entry.sums.shape[1] % tensor.n_columns:
@@ -281,7 +281,7 @@ def _check_imatrix(
                     f"{tensor.n_matrices} x {tensor.n_columns}; it is of another model, such as "
                     "the one before pruning"
                 )
-        elif needy := kinds & NEEDS_IMPORTANCE:
+        elif needy := tensor_types & NEEDS_IMPORTANCE:
             raise ArtifactError(
                 f"imatrix: no entry for {tensor.name}, and {min(needy).name} is garbage without "
                 "one; compute one with `reap2gguf imatrix`"

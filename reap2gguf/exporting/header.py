@@ -40,10 +40,10 @@ class HeaderFacts:
     arch: str  # general.architecture
     values: Sequence[HeaderValue]  # the architecture's own keys
     file_type: LlamaFileType
-    kinds: Mapping[str, GGMLQuantizationType]
+    tensor_types: Mapping[str, GGMLQuantizationType]
     imatrix: Imatrix | None = None
     imatrix_file: str = ""
-    kind: str = "model"  # general.type
+    general_type: str = "model"  # general.type
     vocab_size: int | None = None  # None: the file has no tokenizer
 
 
@@ -54,10 +54,12 @@ def lay_out(
     writer = HeaderWriter(facts.arch)
     _add_keys(writer, tokenizer_folder, facts)
     for tensor in tensors:
-        kind = facts.kinds[tensor.name]
-        n_bytes = prod(tensor.shape[:-1]) * row_bytes(kind, tensor.n_columns)
+        tensor_type = facts.tensor_types[tensor.name]
+        n_bytes = prod(tensor.shape[:-1]) * row_bytes(tensor_type, tensor.n_columns)
         # the dtype is gguf-py's name for "not yet quantized"; raw_dtype is what is written
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, kind)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, tensor_type
+        )
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     header = writer.header()
     offsets: dict[str, int] = {}
@@ -69,10 +71,10 @@ def lay_out(
 
 
 def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) -> None:
-    writer.add_type(facts.kind)
+    writer.add_type(facts.general_type)
     writer.add_name(facts.name)
     for value in facts.values:
-        writer.add_key_value(value.key, value.value, value.kind)
+        writer.add_key_value(value.key, value.value, value.value_type)
     writer.add_file_type(facts.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if facts.vocab_size is not None:

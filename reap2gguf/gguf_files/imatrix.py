@@ -166,9 +166,9 @@ def _gguf_entry(header: GgufHeader, name: str) -> ImatrixEntry:
     if parts[1] not in header.tensors:
         raise ArtifactError(f"{where} has sums but no counts")
     for part in parts:
-        kind = header.tensors[part].kind
-        if kind is not GGMLQuantizationType.F32:
-            raise ArtifactError(f"{header.path}: {shown(part)} is {kind.name}, expected F32")
+        tensor_type = header.tensors[part].tensor_type
+        if tensor_type is not GGMLQuantizationType.F32:
+            raise ArtifactError(f"{header.path}: {shown(part)} is {tensor_type.name}, expected F32")
     n_sums = header.tensors[parts[0]].n_bytes // 4
     if n_sums > _MAX_SUMS:
         raise ArtifactError(f"{where} has {n_sums:,} sums, expected at most {_MAX_SUMS:,}")

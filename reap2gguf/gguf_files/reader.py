@@ -45,9 +45,9 @@ _SCALARS = {
 }  # fmt: skip
 
 
-def row_bytes(kind: GGMLQuantizationType, n_columns: int) -> int:
+def row_bytes(tensor_type: GGMLQuantizationType, n_columns: int) -> int:
     """Bytes of a row of `n_columns` values, which must fill whole blocks."""
-    block, size = GGML_QUANT_SIZES[kind]
+    block, size = GGML_QUANT_SIZES[tensor_type]
     return int(n_columns // block * size)
 
 
@@ -56,14 +56,14 @@ class GgufTensorInfo:
     """One tensor of a GGUF file; `shape` is slowest first, `offset` from the file's start."""
 
     name: str
-    kind: GGMLQuantizationType
+    tensor_type: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
 
     @property
     def row_bytes(self) -> int:
-        return row_bytes(self.kind, self.shape[-1])
+        return row_bytes(self.tensor_type, self.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Reader(Cursor):
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{self.path}: a string is not UTF-8 ({error.reason})") from error
 
-    def kind(self) -> GGUFValueType:
+    def value_type(self) -> GGUFValueType:
         raw = self.number("<I")
         try:
             return GGUFValueType(raw)
@@ -132,26 +132,32 @@ class _Reader(Cursor):
             raise ArtifactError(f"{self.path}: unknown value type {raw}") from error
 
     def value(self) -> Any:
-        kind = self.kind()
-        return self._array() if kind is GGUFValueType.ARRAY else self._scalar(kind)
+        value_type = self.value_type()
+        return self._array() if value_type is GGUFValueType.ARRAY else self._scalar(value_type)
 
-    def _scalar(self, kind: GGUFValueType) -> Any:
-        return self.string() if kind is GGUFValueType.STRING else self.number(_SCALARS[kind])
+    def _scalar(self, value_type: GGUFValueType) -> Any:
+        return (
+            self.string()
+            if value_type is GGUFValueType.STRING
+            else self.number(_SCALARS[value_type])
+        )
 
     def _array(self) -> list[Any]:
-        kind = self.kind()
-        if kind is GGUFValueType.ARRAY:
+        value_type = self.value_type()
+        if value_type is GGUFValueType.ARRAY:
             raise ArtifactError(f"{self.path}: an array of arrays, which GGUF readers do not take")
         # the shortest item is one byte (a string's length alone takes eight)
-        smallest = 8 if kind is GGUFValueType.STRING else struct.calcsize(_SCALARS[kind])
+        smallest = (
+            8 if value_type is GGUFValueType.STRING else struct.calcsize(_SCALARS[value_type])
+        )
         count = self.count("array items", min(self.left // smallest, _MAX_ITEMS - self.n_items))
         self.n_items += count
-        if kind is GGUFValueType.STRING:
+        if value_type is GGUFValueType.STRING:
             return [self.string() for _ in range(count)]
         raw = self.take(count * smallest)
-        if kind is GGUFValueType.BOOL:
+        if value_type is GGUFValueType.BOOL:
             return [byte != 0 for byte in raw]
-        items: list[Any] = np.frombuffer(raw, _SCALARS[kind]).tolist()
+        items: list[Any] = np.frombuffer(raw, _SCALARS[value_type]).tolist()
         return items
 
 
@@ -205,21 +211,23 @@ def _tensor(reader: _Reader) -> GgufTensorInfo:
     ne = [reader.count(f"values along an axis of {shown(name)}", 2**48) for _ in range(n_dims)]
     if 0 in ne:
         raise ArtifactError(f"{where} has no values: its sizes are {ne}")
-    raw_kind = reader.number("<I")
+    raw_type = reader.number("<I")
     try:
-        kind = GGMLQuantizationType(raw_kind)
+        tensor_type = GGMLQuantizationType(raw_type)
     except ValueError as error:
         raise ArtifactError(
-            f"{where} has the unknown type {raw_kind}; is it a file of another program "
+            f"{where} has the unknown type {raw_type}; is it a file of another program "
             "(ik_llama.cpp has types of its own)?"
         ) from error
-    block, size = GGML_QUANT_SIZES[kind]
+    block, size = GGML_QUANT_SIZES[tensor_type]
     if ne[0] % block:
         raise ArtifactError(
-            f"{where}: rows of {ne[0]} are no multiple of {kind.name}'s block of {block}"
+            f"{where}: rows of {ne[0]} are no multiple of {tensor_type.name}'s block of {block}"
         )
     offset = reader.number("<Q")
-    return GgufTensorInfo(name, kind, tuple(reversed(ne)), offset, math.prod(ne) // block * size)
+    return GgufTensorInfo(
+        name, tensor_type, tuple(reversed(ne)), offset, math.prod(ne) // block * size
+    )
 
 
 def _place(
@@ -241,5 +249,7 @@ def _place(
                 f"{where}: ends at byte {offset + info.n_bytes:,}, the file has {size:,}: truncated"
             )
         position = offset + info.n_bytes
-        placed[info.name] = GgufTensorInfo(info.name, info.kind, info.shape, offset, info.n_bytes)
+        placed[info.name] = GgufTensorInfo(
+            info.name, info.tensor_type, info.shape, offset, info.n_bytes
+        )
     return placed

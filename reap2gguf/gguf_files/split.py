@@ -182,15 +182,15 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _key(name: str, kind: GGUFValueType, layout: str, value: int) -> bytes:
-    return _string(name) + struct.pack("<I", kind) + struct.pack(layout, value)
+def _key(name: str, value_type: GGUFValueType, layout: str, value: int) -> bytes:
+    return _string(name) + struct.pack("<I", value_type) + struct.pack(layout, value)
 
 
 def _tensor(info: GgufTensorInfo, offset: int) -> bytes:
     """A tensor info; sizes fastest first."""
     sizes = tuple(reversed(info.shape))
     layout = f"<I{len(sizes)}QIQ"
-    return _string(info.name) + struct.pack(layout, len(sizes), *sizes, info.kind, offset)
+    return _string(info.name) + struct.pack(layout, len(sizes), *sizes, info.tensor_type, offset)
 
 
 def _info_bytes(info: GgufTensorInfo) -> int:

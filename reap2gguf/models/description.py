@@ -132,7 +132,7 @@ class HeaderValue:
 
     key: str
     value: Any
-    kind: GGUFValueType
+    value_type: GGUFValueType
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class SideFile:
     """A GGUF file beside the model's own: what it is made of and what its header says."""
 
     prefix: str  # begins the file name
-    kind: str  # general.type
+    general_type: str  # general.type
     arch: str  # general.architecture
     title: str
     tensors: tuple[GgufTensor, ...]
     values: tuple[HeaderValue, ...]
 
-    def kinds(self) -> dict[str, GGMLQuantizationType]:
+    def tensor_types(self) -> dict[str, GGMLQuantizationType]:
         """Half precision, and single for what llama.cpp wants so."""
         whole, half = GGMLQuantizationType.F32, GGMLQuantizationType.F16
         return {t.name: whole if t.always_f32 else half for t in self.tensors}

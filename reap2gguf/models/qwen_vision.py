@@ -182,7 +182,7 @@ def _header(
         ),
         (clip.IS_DEEPSTACK_LAYERS, [False] * depth, _ARRAY),
     ]
-    return tuple(HeaderValue(key, value, kind) for key, value, kind in entries)
+    return tuple(HeaderValue(key, value, value_type) for key, value, value_type in entries)
 
 
 def _three(images: Mapping[str, Any], key: str, folder: Path) -> list[float]:

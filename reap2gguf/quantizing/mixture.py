@@ -51,11 +51,11 @@ def part_of(name: str) -> Part:
     return next((part for piece, part in _PARTS if piece in name), Part.OTHER)
 
 
-def fitting(kind: Type, n_columns: int) -> Type:
-    """`kind`, or the type llama.cpp falls back to where rows do not fill its blocks."""
-    if n_columns % GGML_QUANT_SIZES[kind][0] == 0:
-        return kind
-    fallback = _FALLBACK.get(kind.name, kind)
+def fitting(tensor_type: Type, n_columns: int) -> Type:
+    """`tensor_type`, or the type llama.cpp falls back to where rows do not fill its blocks."""
+    if n_columns % GGML_QUANT_SIZES[tensor_type][0] == 0:
+        return tensor_type
+    fallback = _FALLBACK.get(tensor_type.name, tensor_type)
     return fallback if n_columns % GGML_QUANT_SIZES[fallback][0] == 0 else Type.F16
 
 
@@ -90,11 +90,15 @@ class MixtureChooser:
             fills = tensor.n_columns % GGML_QUANT_SIZES[mixture.base][0] == 0
             return fitting(mixture.output if fills else Type.Q8_0, tensor.n_columns)
         place = self._place(part, tensor.name)
-        kind = self._for_eight_experts(part) or next(
-            (kind for p, when, kind in mixture.exceptions if p is part and when(place)),
+        tensor_type = self._for_eight_experts(part) or next(
+            (
+                tensor_type
+                for p, when, tensor_type in mixture.exceptions
+                if p is part and when(place)
+            ),
             mixture.base,
         )
-        return fitting(kind, tensor.n_columns)
+        return fitting(tensor_type, tensor.n_columns)
 
     def _place(self, part: Part, name: str) -> Place:
         layer = re.match(r"blk\.(\d+)\.", name)

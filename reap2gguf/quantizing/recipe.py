@@ -53,10 +53,10 @@ _RULE_KEYS = {"match", "type", "optional"}
 
 @dataclass(frozen=True)
 class Rule:
-    """One override: tensors whose GGUF name fits `match` get `kind`."""
+    """One override: tensors whose GGUF name fits `match` get `tensor_type`."""
 
     match: str
-    kind: GGMLQuantizationType
+    tensor_type: GGMLQuantizationType
     optional: bool = False
 
     def fits(self, name: str) -> bool:
@@ -146,25 +146,25 @@ def _rule(values: Any, where: str) -> Rule:
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected a [[rules]] table")
     _refuse_unknown(values, _RULE_KEYS, where)
-    match, kind = _text(values, "match", where), _text(values, "type", where)
+    match, tensor_type = _text(values, "match", where), _text(values, "type", where)
     if not _GLOB.fullmatch(match):
         raise RecipeError(f"{where}: match {shown(match)} is no glob on a GGUF tensor name")
     optional = values.get("optional", False)
     if not isinstance(optional, bool):
         raise RecipeError(f"{where}: optional is {shown(optional)}, expected true or false")
     known = {storable.name for storable in STORABLE}
-    if kind not in known:
-        near = kind.upper().replace("-", "_")
-        hint = f"; did you mean {near}?" if near in known else _foreign_hint(kind)
-        raise RecipeError(f"{where}: type {shown(kind)} is no GGML tensor type{hint}")
-    return Rule(match, GGMLQuantizationType[kind], optional)
+    if tensor_type not in known:
+        near = tensor_type.upper().replace("-", "_")
+        hint = f"; did you mean {near}?" if near in known else _foreign_hint(tensor_type)
+        raise RecipeError(f"{where}: type {shown(tensor_type)} is no GGML tensor type{hint}")
+    return Rule(match, GGMLQuantizationType[tensor_type], optional)
 
 
-def _foreign_hint(kind: str) -> str:
+def _foreign_hint(tensor_type: str) -> str:
     """File types and ik_llama.cpp's types are what people confuse with tensor types."""
-    if re.fullmatch(r"Q\d_K_[SML]", kind):
-        return f"; {kind} is a file type, the tensor type is {kind[:4]}"
-    if re.fullmatch(r"IQ\d_K[ST]{0,2}", kind):
+    if re.fullmatch(r"Q\d_K_[SML]", tensor_type):
+        return f"; {tensor_type} is a file type, the tensor type is {tensor_type[:4]}"
+    if re.fullmatch(r"IQ\d_K[ST]{0,2}", tensor_type):
         return "; it exists only in ik_llama.cpp, and llama.cpp cannot load it"
     return ""
 

@@ -27,12 +27,12 @@ class ResolvedTensor:
     """A tensor, its type, and the rule that gave it (None: the file type's mixture)."""
 
     tensor: GgufTensor
-    kind: Type
+    tensor_type: Type
     rule: str | None
 
     @property
     def n_bytes(self) -> int:
-        return prod(self.tensor.shape[:-1]) * row_bytes(self.kind, self.tensor.n_columns)
+        return prod(self.tensor.shape[:-1]) * row_bytes(self.tensor_type, self.tensor.n_columns)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class ResolvedRecipe:
     def bits_per_weight(self) -> float:
         return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
 
-    def kinds(self) -> dict[str, Type]:
+    def tensor_types(self) -> dict[str, Type]:
         """Tensor name to type."""
-        return {entry.tensor.name: entry.kind for entry in self.table}
+        return {entry.tensor.name: entry.tensor_type for entry in self.table}
 
     def needs_importance(self) -> list[str]:
         """Tensors whose type is garbage without an importance matrix."""
-        return [e.tensor.name for e in self.table if e.kind in NEEDS_IMPORTANCE]
+        return [e.tensor.name for e in self.table if e.tensor_type in NEEDS_IMPORTANCE]
 
 
 def resolve(
@@ -93,10 +93,10 @@ def resolve(
             winners.add(winner)
             rule = recipe.rules[winner]
             _check_rows(tensor, rule, recipe)
-            resolved[tensor.name] = ResolvedTensor(tensor, rule.kind, rule.match)
+            resolved[tensor.name] = ResolvedTensor(tensor, rule.tensor_type, rule.match)
         else:
-            kind = chooser.choose(tensor) if whole is None else whole
-            resolved[tensor.name] = ResolvedTensor(tensor, kind, None)
+            tensor_type = chooser.choose(tensor) if whole is None else whole
+            resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, None)
     _refuse_idle_rules(recipe, winners, tensors)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
 
@@ -104,7 +104,7 @@ def resolve(
 def _winner(recipe: Recipe, tensor: GgufTensor, whole: Type | None) -> int | None:
     """The first rule for a tensor; one that stays whole takes no rule that would cut it."""
     for position, rule in enumerate(recipe.rules):
-        if rule.fits(tensor.name) and (whole is None or rule.kind is whole):
+        if rule.fits(tensor.name) and (whole is None or rule.tensor_type is whole):
             return position
     return None
 
@@ -133,11 +133,11 @@ def _stays_whole(tensor: GgufTensor, recipe: Recipe) -> Type | None:
 
 
 def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
-    block = GGML_QUANT_SIZES[rule.kind][0]
+    block = GGML_QUANT_SIZES[rule.tensor_type][0]
     if tensor.n_columns % block:
         raise RecipeError(
-            f"recipe {recipe.name!r}: rule {rule.match!r}: {rule.kind.name} has blocks of {block}, "
-            f"and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks of 32, "
+            f"recipe {recipe.name!r}: rule {rule.match!r}: {rule.tensor_type.name} has blocks of "
+            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks of 32, "
             "such as Q8_0 or IQ4_NL"
         )
 
@@ -149,8 +149,8 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
         reached = [t for t in tensors if rule.fits(t.name)]
         if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.kind.name}, but what "
-                f"it matches, such as {reached[0].name}, stays whole, as llama.cpp wants it"
+                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, but "
+                f"what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants it"
             )
         if reached:
             raise RecipeError(

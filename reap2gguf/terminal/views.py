@@ -71,12 +71,15 @@ def _type_lines(recipe: ResolvedRecipe) -> Iterable[str]:
     groups: Counter[tuple[str, str, str]] = Counter()
     for entry in recipe.table:
         name = re.sub(r"^blk\.\d+\.", "blk.*.", entry.tensor.name)
-        groups[name, entry.kind.name, entry.rule or ""] += 1
+        groups[name, entry.tensor_type.name, entry.rule or ""] += 1
     width = max(len(name) for name, _, _ in groups)
     names = list(dict.fromkeys(name for name, _, _ in groups))
-    for (name, kind, rule), count in sorted(groups.items(), key=lambda g: names.index(g[0][0])):
+    for (name, type_name, rule), count in sorted(
+        groups.items(), key=lambda g: names.index(g[0][0])
+    ):
         times = f"x{count}" if name.startswith("blk.") else ""
-        yield f"    {name:<{width}}  {kind:<6} {times:<4} {f'rule {rule}' if rule else ''}".rstrip()
+        because = f"rule {rule}" if rule else ""
+        yield f"    {name:<{width}}  {type_name:<6} {times:<4} {because}".rstrip()
 
 
 def result_lines(result: BuildResult) -> Iterable[str]:
@@ -112,7 +115,7 @@ def recipe_lines(recipe: Recipe) -> Iterable[str]:
     yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
     for rule in recipe.rules:
         only = "  (where the model has one)" if rule.optional else ""
-        yield f"  {rule.match:<28} {rule.kind.name}{only}"
+        yield f"  {rule.match:<28} {rule.tensor_type.name}{only}"
 
 
 def _millions(count: int) -> str:

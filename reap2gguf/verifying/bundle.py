@@ -25,7 +25,7 @@ from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
     check_against_folder,
     check_header,
-    check_kinds,
+    check_tensor_types,
     check_tensors,
     check_values,
     open_gguf,
@@ -152,8 +152,10 @@ def _check_side(
     yield from problems
     if header is None:
         return
-    kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
-    yield from check_kinds(header, kinds)
+    tensor_types = {
+        name: GGMLQuantizationType[tensor_type] for name, tensor_type in record.tensors.items()
+    }
+    yield from check_tensor_types(header, tensor_types)
     checkpoint, model = _open_sibling(hf_folder)
     sides: tuple[SideFile, ...] = ()
     if checkpoint is not None and model is not None:
@@ -164,7 +166,7 @@ def _check_side(
     if checkpoint is None or not sides:
         yield from check_values(header, n_threads, progress)
     for side in sides:
-        if checkpoint is not None and side.kind == header.metadata.get("general.type"):
+        if checkpoint is not None and side.general_type == header.metadata.get("general.type"):
             yield from check_tensors(header, checkpoint, side.tensors, n_threads, progress)
 
 
@@ -207,8 +209,10 @@ def _check_gguf(
     yield from problems
     if header is None:
         return
-    kinds = {name: GGMLQuantizationType[kind] for name, kind in record.tensors.items()}
-    yield from check_header(header, ExpectedGguf(kinds, manifest.pruning.n_kept))
+    tensor_types = {
+        name: GGMLQuantizationType[tensor_type] for name, tensor_type in record.tensors.items()
+    }
+    yield from check_header(header, ExpectedGguf(tensor_types, manifest.pruning.n_kept))
     checkpoint, model = _open_sibling(hf_folder)
     if checkpoint is not None and model is not None:
         yield from check_against_folder(header, checkpoint, model, n_threads, progress)

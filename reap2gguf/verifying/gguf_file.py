@@ -39,7 +39,9 @@ _MAX_ROW = 2**22  # values; a row is read in one piece
 class ExpectedGguf:
     """What a GGUF file must hold besides what the safetensors say."""
 
-    kinds: Mapping[str, GGMLQuantizationType] | None = None  # None: any type within its bound
+    tensor_types: Mapping[str, GGMLQuantizationType] | None = (
+        None  # None: any type within its bound
+    )
     n_experts: int | None = None
     file_type: int | None = None  # general.file_type
 
@@ -75,19 +77,22 @@ def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
             yield (
                 f"{where}: {name} has {info.shape[0]} {rows}, {arch}.expert_count is {shown(count)}"
             )
-    if expected.kinds is not None:
-        yield from check_kinds(header, expected.kinds)
+    if expected.tensor_types is not None:
+        yield from check_tensor_types(header, expected.tensor_types)
 
 
-def check_kinds(header: GgufHeader, kinds: Mapping[str, GGMLQuantizationType]) -> Iterator[str]:
+def check_tensor_types(
+    header: GgufHeader, tensor_types: Mapping[str, GGMLQuantizationType]
+) -> Iterator[str]:
     """A file's tensors must be those of the plan, each of its type."""
     where = header.path.name
-    for name, kind in kinds.items():
+    for name, tensor_type in tensor_types.items():
         if name not in header.tensors:
             yield f"{where}: tensor {name} is missing"
-        elif header.tensors[name].kind is not kind:
-            yield f"{where}: {name} is {header.tensors[name].kind.name}, expected {kind.name}"
-    for name in sorted(header.tensors.keys() - kinds.keys()):
+        elif header.tensors[name].tensor_type is not tensor_type:
+            found = header.tensors[name].tensor_type.name
+            yield f"{where}: {name} is {found}, expected {tensor_type.name}"
+    for name in sorted(header.tensors.keys() - tensor_types.keys()):
         yield f"{where}: tensor {name} is not in the plan"
 
 
@@ -151,8 +156,10 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
     ggml = load_ggml()
 
     def check(info: GgufTensorInfo) -> str | None:
-        if info.kind not in STORABLE:
-            return f"{header.path.name}: {info.name} is {info.kind.name}, no type for weights"
+        if info.tensor_type not in STORABLE:
+            return (
+                f"{header.path.name}: {info.name} is {info.tensor_type.name}, no type for weights"
+            )
         if info.shape[-1] > _MAX_ROW:
             return f"{header.path.name}: {info.name} has rows of {info.shape[-1]:,} values"
         n_rows = prod(info.shape[:-1])
@@ -163,7 +170,7 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
             empty = True
             for first in range(matrix * per_matrix, (matrix + 1) * per_matrix, step):
                 last = min(first + step, (matrix + 1) * per_matrix)
-                values = ggml.dequantize(header.read(info.name, first, last), info.kind)
+                values = ggml.dequantize(header.read(info.name, first, last), info.tensor_type)
                 if not np.isfinite(values).all():
                     return f"{where} holds NaN or infinite values"
                 empty = empty and not values.any()
@@ -199,9 +206,9 @@ def _compare(
 ) -> str | None:
     """The first violation in a tensor: each matrix must be its slab, within the type's error."""
     where = f"{header.path.name}: {info.name}"
-    bound = ERROR_BOUNDS.get(info.kind.name)
+    bound = ERROR_BOUNDS.get(info.tensor_type.name)
     if bound is None:
-        return f"{where} is {info.kind.name}, which is no type for weights"
+        return f"{where} is {info.tensor_type.name}, which is no type for weights"
     for index, slab in enumerate(tensor.slabs):
         which = _expert(info, index)
         error = matrix_error(header, ggml, checkpoint, tensor, index, slab)
@@ -213,12 +220,12 @@ def _compare(
         if error.relative <= bound:
             continue
         stored = read_rows(checkpoint, tensor, slab, 0, rows_per_matrix(tensor))
-        if not errs_as_it_must(ggml, stored, info.kind, error.relative):
+        if not errs_as_it_must(ggml, stored, info.tensor_type, error.relative):
             likely = likely_slab(header, ggml, checkpoint, tensor, index, bound)
             hint = "" if likely is None else f"; it holds the weights of expert {likely}"
             return (
                 f"{where}{which} differs from {slab.stored} by {error.relative:.1%}, expected at "
-                f"most {bound:.1%} for {info.kind.name}{hint}"
+                f"most {bound:.1%} for {info.tensor_type.name}{hint}"
             )
     return None
 

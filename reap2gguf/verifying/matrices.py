@@ -53,12 +53,12 @@ def matrix_error(
     slab: Slab,
 ) -> MatrixError:
     """Compare matrix `index` of a tensor with a slab, piece by piece."""
-    kind = header.tensors[tensor.name].kind
+    tensor_type = header.tensors[tensor.name].tensor_type
     begin = index * rows_per_matrix(tensor)
     distance = scale = 0.0
     zeros_only = True
     for first, last in row_pieces(tensor):
-        values = ggml.dequantize(header.read(tensor.name, begin + first, begin + last), kind)
+        values = ggml.dequantize(header.read(tensor.name, begin + first, begin + last), tensor_type)
         stored = read_rows(checkpoint, tensor, slab, first, last)
         zeros_only = zeros_only and not values.any()
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is a violation
@@ -67,12 +67,14 @@ def matrix_error(
     return MatrixError(distance**0.5, scale**0.5, zeros_only)
 
 
-def errs_as_it_must(ggml: Ggml, stored: Floats, kind: GGMLQuantizationType, error: float) -> bool:
+def errs_as_it_must(
+    ggml: Ggml, stored: Floats, tensor_type: GGMLQuantizationType, error: float
+) -> bool:
     """Whether a matrix is sparse, such as an identity, and its type does this to it."""
     if np.count_nonzero(stored) > _SPARSE * stored.size:
         return False
     even = np.ones(stored.shape[-1], dtype=np.float32)
-    anew = ggml.dequantize(ggml.quantize(stored, kind, even), kind)
+    anew = ggml.dequantize(ggml.quantize(stored, tensor_type, even), tensor_type)
     return error <= _SLACK * relative_error(anew, stored)
 
 

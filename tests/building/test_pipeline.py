@@ -420,7 +420,7 @@ def test_a_plan_is_what_the_build_does(built: Bundle) -> None:
     manifest = Manifest.load(built.gguf)
     assert plan.n_parameters == manifest.hf.n_parameters
     for recipe, written in zip(plan.recipes, manifest.gguf, strict=True):
-        assert {n: k.name for n, k in recipe.kinds().items()} == dict(written.tensors)
+        assert {n: k.name for n, k in recipe.tensor_types().items()} == dict(written.tensors)
         header = read_gguf_header(built.gguf / written.file)
         assert recipe.n_bytes == sum(info.n_bytes for info in header.tensors.values())
     values = plan_as_json(plan, estimate(plan, has_gpu=False))

@@ -196,7 +196,7 @@ def test_the_manifest_tells_of_the_projector(kept: Built) -> None:
     assert side.file == "mmproj-out-F16.gguf"
     assert header.metadata["general.type"] == "mmproj"
     assert header.metadata["general.architecture"] == "clip"
-    assert {n: info.kind.name for n, info in header.tensors.items()} == dict(side.tensors)
+    assert {n: info.tensor_type.name for n, info in header.tensors.items()} == dict(side.tensors)
 
 
 def test_the_cards(kept: Built, dropped: Built) -> None:

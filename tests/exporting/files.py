@@ -115,7 +115,7 @@ def llama_quantize(
         params.imatrix = (llama_cpp.llama_model_imatrix_data * len(data))(*data)
     if recipe is not None:
         overrides = [
-            llama_cpp.llama_model_tensor_override(_regex(rule.match).encode(), rule.kind)
+            llama_cpp.llama_model_tensor_override(_regex(rule.match).encode(), rule.tensor_type)
             for rule in recipe.rules
         ]
         overrides.append(llama_cpp.llama_model_tensor_override())

@@ -162,7 +162,7 @@ def test_types_are_those_llama_cpp_chooses(
         return
     assert has_imatrix or not resolved.needs_importance()
     chosen = {name: kind for name, (kind, _) in stored(target).items()}
-    assert {name: kind.name for name, kind in resolved.kinds().items()} == chosen
+    assert {name: kind.name for name, kind in resolved.tensor_types().items()} == chosen
 
 
 LAYOUTS = {
@@ -206,7 +206,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         r
         for r in recipes
         if not r.file_type.startswith(("IQ2", "IQ3_X"))
-        and not {rule.kind for rule in r.rules} & NEEDS_IMPORTANCE
+        and not {rule.tensor_type for rule in r.rules} & NEEDS_IMPORTANCE
     ]
     without = export_files(folder, root / "without", weightless)
     return Exported(without["BF16"], imatrix, with_imatrix, without)

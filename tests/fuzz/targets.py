@@ -79,7 +79,7 @@ def check_gguf(path: Path) -> None:
     for name, tensor in header.tensors.items():
         assert name == tensor.name
         assert 1 <= len(tensor.shape) <= 4
-        block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+        block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
         assert tensor.n_bytes * block == math.prod(tensor.shape) * block_bytes > 0
         assert header.read(name).shape == (math.prod(tensor.shape[:-1]), tensor.row_bytes)
     n_items = 0

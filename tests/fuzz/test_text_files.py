@@ -96,8 +96,8 @@ def check_description(folder: Path) -> None:
         assert len({tensor.name for tensor in tensors}) == len(tensors)
         check_facts(model)
         for value in model.gguf_metadata():
-            if value.kind in PACKED:
-                struct.pack(PACKED[value.kind], value.value)
+            if value.value_type in PACKED:
+                struct.pack(PACKED[value.value_type], value.value)
         n_kept = model.facts.experts_per_token
         json.dumps(model.pruned_config(n_kept)).encode()
         resolved = resolve(BF16, tensors, model.facts, n_kept, has_imatrix=False)

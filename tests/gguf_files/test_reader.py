@@ -107,7 +107,7 @@ def test_agrees_with_the_library(tmp_path: Path) -> None:
     assert [tensor.name for tensor in library.tensors] == list(header.tensors)
     for tensor in library.tensors:
         found = header.tensors[tensor.name]
-        assert found.kind is tensor.tensor_type
+        assert found.tensor_type is tensor.tensor_type
         assert found.shape == tuple(int(size) for size in reversed(tensor.shape))
         assert (found.offset, found.n_bytes) == (tensor.data_offset, tensor.n_bytes)
         assert header.read(tensor.name).tobytes() == tensor.data.tobytes()

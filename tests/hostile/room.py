@@ -143,7 +143,7 @@ def _bundle(checkpoint: Checkpoint, folder: Path) -> None:
     resolved = resolve(load_recipe("q8_0"), tensors, model.facts, 8, has_imatrix=False)
     path = gguf / "name-Q8_0.gguf"
     export(checkpoint, model, "name", {path: resolved}, None, [], 1, Silent())
-    kinds = {name: kind.name for name, kind in resolved.kinds().items()}
+    kinds = {name: kind.name for name, kind in resolved.tensor_types().items()}
     files = hash_folder(hf, 1)
     manifest = Manifest(
         name="name",

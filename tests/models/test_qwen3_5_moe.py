@@ -281,7 +281,7 @@ def test_the_header(layout: TinyQwen35Moe, keep_mtp: bool) -> None:
 
 
 def test_header_kinds() -> None:
-    kinds = {value.key: value.kind for value in model_of().gguf_metadata()}
+    kinds = {value.key: value.value_type for value in model_of().gguf_metadata()}
     floats = {"rope.freq_base", "attention.layer_norm_rms_epsilon"}
     arrays = {"attention.recurrent_layers", "rope.dimension_sections"}
     for key, kind in kinds.items():

@@ -267,10 +267,10 @@ def test_the_example_equals_the_reference(example: Path) -> None:
     for key, expected in reference["metadata"].items():
         value = values[key]
         if isinstance(expected, float):
-            assert value.kind is GGUFValueType.FLOAT32
+            assert value.value_type is GGUFValueType.FLOAT32
             assert float(np.float32(value.value)) == expected
         else:
-            assert value.kind is GGUFValueType.UINT32
+            assert value.value_type is GGUFValueType.UINT32
             assert value.value == expected
             assert type(value.value) is int
 
@@ -583,7 +583,7 @@ def test_rope(config: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_rope_types_of_the_header() -> None:
     yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}
     found = rope_metadata({"rope_theta": 1e6, "rope_scaling": yarn}, "qwen3moe", "x")
-    assert {value.key: value.kind for value in found} == {
+    assert {value.key: value.value_type for value in found} == {
         Keys.Rope.FREQ_BASE.format(arch="qwen3moe"): GGUFValueType.FLOAT32,
         Keys.Rope.SCALING_TYPE.format(arch="qwen3moe"): GGUFValueType.STRING,
         Keys.Rope.SCALING_FACTOR.format(arch="qwen3moe"): GGUFValueType.FLOAT32,

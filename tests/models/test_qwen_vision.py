@@ -75,7 +75,7 @@ def test_every_tensor_of_the_tower_is_carried_and_in_the_projector(folder: Path)
 
 def test_names_and_types(folder: Path) -> None:
     side = side_of(folder)
-    kinds = side.kinds()
+    kinds = side.tensor_types()
     both = ("weight", "bias")
     expected = {"v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias"}
     expected |= {"v.position_embd.weight"}
@@ -93,7 +93,7 @@ def test_names_and_types(folder: Path) -> None:
 
 def test_the_header(folder: Path) -> None:
     side = side_of(folder)
-    assert (side.prefix, side.kind, side.arch) == ("mmproj", "mmproj", "clip")
+    assert (side.prefix, side.general_type, side.arch) == ("mmproj", "mmproj", "clip")
     values = {value.key: value.value for value in side.values}
     assert len(values) == len(side.values)
     assert values == {

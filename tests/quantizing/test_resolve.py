@@ -73,7 +73,7 @@ def resolved(asked: Recipe, tensors: list[GgufTensor] | None = None) -> Resolved
 
 
 def kind_names(asked: Recipe, tensors: list[GgufTensor] | None = None) -> dict[str, str]:
-    return {name: kind.name for name, kind in resolved(asked, tensors).kinds().items()}
+    return {name: kind.name for name, kind in resolved(asked, tensors).tensor_types().items()}
 
 
 def unfold(table: dict[str, dict[str, dict]]) -> dict[str, str]:
@@ -92,21 +92,23 @@ def test_types_of_48_layers_are_llama_quantizes(name: str) -> None:
     tensors = tensors_of()
     # llama-quantize was run without an imatrix, on a model of two query heads per key-value head
     found = resolve(asked, tensors, facts_of(n_kv_heads=16), 128, has_imatrix=False)
-    assert {entry.tensor.name: entry.kind.name for entry in found.table} == unfold(TYPES[name])
-    assert list(found.kinds()) == [tensor.name for tensor in tensors]
+    assert {entry.tensor.name: entry.tensor_type.name for entry in found.table} == unfold(
+        TYPES[name]
+    )
+    assert list(found.tensor_types()) == [tensor.name for tensor in tensors]
 
 
 def test_order_of_tensors_does_not_matter() -> None:
-    forwards = resolved(recipe()).kinds()
-    assert resolved(recipe(), tensors_of()[::-1]).kinds() == forwards
+    forwards = resolved(recipe()).tensor_types()
+    assert resolved(recipe(), tensors_of()[::-1]).tensor_types() == forwards
 
 
 def test_the_first_rule_that_matches_counts() -> None:
     found = resolved(recipe(("blk.0.attn_q.weight", "Q8_0"), ("blk.*.attn_?.weight", "Q6_K")))
     by_name = {entry.tensor.name: entry for entry in found.table}
     first, second = by_name["blk.0.attn_q.weight"], by_name["blk.1.attn_q.weight"]
-    assert (first.kind.name, first.rule) == ("Q8_0", "blk.0.attn_q.weight")
-    assert (second.kind.name, second.rule) == ("Q6_K", "blk.*.attn_?.weight")
+    assert (first.tensor_type.name, first.rule) == ("Q8_0", "blk.0.attn_q.weight")
+    assert (second.tensor_type.name, second.rule) == ("Q6_K", "blk.*.attn_?.weight")
     assert by_name["blk.0.attn_output.weight"].rule is None
 
 
@@ -215,4 +217,4 @@ def test_sizes_are_those_of_the_blocks() -> None:
 def test_tensors_that_need_importance_are_listed() -> None:
     found = resolved(recipe(("blk.3.attn_q.weight", "IQ2_XXS"), ("output.weight", "IQ4_XS")))
     assert found.needs_importance() == ["blk.3.attn_q.weight"]
-    assert found.kinds()["blk.3.attn_q.weight"] is GGMLQuantizationType.IQ2_XXS
+    assert found.tensor_types()["blk.3.attn_q.weight"] is GGMLQuantizationType.IQ2_XXS
