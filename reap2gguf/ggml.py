@@ -141,7 +141,8 @@ class Ggml:
         if (traits.block, traits.size) != GGML_QUANT_SIZES[tensor_type] or not traits.to_float:
             raise DependencyError(
                 f"{self.path}: describes {tensor_type.name} as blocks of {traits.block} in "
-                f"{traits.size} bytes, expected {GGML_QUANT_SIZES[tensor_type]}; install libggml-python>=0.20.2"
+                f"{traits.size} bytes, expected {GGML_QUANT_SIZES[tensor_type]}; "
+                "install libggml-python>=0.20.2"
             )
         return traits
 

@@ -137,8 +137,8 @@ def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
     if tensor.n_columns % block:
         raise RecipeError(
             f"recipe {recipe.name!r}: rule {rule.match!r}: {rule.tensor_type.name} has blocks of "
-            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks of 32, "
-            "such as Q8_0 or IQ4_NL"
+            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks "
+            "of 32, such as Q8_0 or IQ4_NL"
         )
 
 
@@ -150,7 +150,8 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
         if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, but "
-                f"what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants it"
+                f"what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants "
+                "it"
             )
         if reached:
             raise RecipeError(
