@@ -149,8 +149,8 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
         reached = [t for t in tensors if rule.fits(t.name)]
         if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, but "
-                f"what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants "
+                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, "
+                f"but what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants "
                 "it"
             )
         if reached:
