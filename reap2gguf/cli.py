@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -19,25 +16,13 @@ from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.machine import processes
 from reap2gguf.messages import one_line
+from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.local_commands import chat, serve
-from reap2gguf.terminal.options import (
-    FolderPath,
-    build_options,
-    collect,
-    llama_cpp_option,
-    threads_option,
-)
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
-from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize, say
+from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
 
-if TYPE_CHECKING:
-    from reap2gguf.building.estimate import Estimate
-    from reap2gguf.building.plan import Plan
-
-
-_HAS_BEGUN = "reap2gguf.build.has_begun"
 _RESUMING = ("build", "observe", "imatrix", "quantize", "push")
 
 
@@ -65,7 +50,7 @@ class _Group(click.Group):
             if not processes().is_first:
                 sys.exit(130)  # the first speaks
             resumes = ctx.invoked_subcommand in _RESUMING
-            advice = _resume_advice(bool(ctx.meta.get(_HAS_BEGUN))) if resumes else ""
+            advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if resumes else ""
             _fail(f"interrupted{advice}", 130)
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -112,102 +97,11 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@build_options
-@click.option("--fresh", is_flag=True, help="Start over, reusing nothing.")
-@click.option(
-    "--space-check/--no-space-check", default=True,
-    help="Whether to ask the disk for room before the work.",
-)  # fmt: skip
-def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
-    """Prune, quantize, verify and bundle MODEL (a folder or owner/name on the Hub).
-
-    MODEL may be left out for the bundled example. Stopped at any point, the same command goes on
-    from there; with other options it reuses every stage that they do not touch.
-
-    \b
-    Example:
-      reap2gguf build --recipe unsloth-iq4km
-      reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
-    """
-    from reap2gguf.building.plan import make_plan
-
-    plan = make_plan(collect(arguments, fresh, space_check), say)
-    from reap2gguf.building.pipeline import build as run
-    from reap2gguf.building.pipeline import follow
-    from reap2gguf.terminal.console import terminal_progress
-    from reap2gguf.terminal.views import plan_lines, result_lines
-
-    if not processes().is_first:
-        follow(plan)
-        return
-    _print(plan_lines(plan, _estimate(plan)))
-    click.get_current_context().meta[_HAS_BEGUN] = True
-    _print(result_lines(run(plan, terminal_progress())))
-
-
-@cli.command("plan")
-@build_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan_command(as_json: bool, **arguments: Any) -> None:
-    """Say what `build` would do, from headers alone.
-
-    \b
-    Example:
-      reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
-    """
-    from reap2gguf.building.plan import make_plan, plan_as_json
-
-    plan = make_plan(collect(arguments), say)
-    from reap2gguf.terminal.views import plan_lines
-
-    needs = _estimate(plan)
-    if as_json:
-        click.echo(json.dumps(plan_as_json(plan, needs), indent=1))
-    else:
-        _print(plan_lines(plan, needs))
-
-
-@cli.command()
-@click.argument("paths", nargs=-1, required=True, type=FolderPath)
-@threads_option
-@llama_cpp_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
-    """Check a bundle, or HF_DIR and GGUF files made from it; exit 1 if anything is wrong.
-
-    \b
-    Example:
-      reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF
-      reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
-    """
-    from reap2gguf.terminal.console import terminal_progress
-    from reap2gguf.verifying.bundle import verify_paths
-
-    report = verify_paths(paths, threads, terminal_progress())
-    if as_json:
-        values = {"checked": report.checked, "violations": report.violations}
-        click.echo(json.dumps(values, indent=1))
-        sys.exit(VerificationError.exit_code if report.violations else 0)
-    if report.violations:
-        raise VerificationError(list(report.violations))
-    click.echo(f"{', '.join(report.checked)}: no violations")
-
-
-for command in (observe, prune, imatrix, quantize, recipes, doctor, chat, serve, push):
+for command in (
+    *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
+    *(chat, serve, push),
+):
     cli.add_command(command)
-
-
-def _estimate(plan: Plan) -> Estimate:
-    """What the plan needs here; looking for a GPU without loading torch."""
-    from reap2gguf.building.estimate import estimate
-
-    return estimate(plan, plan.options.compute.likely_device == "cuda")
-
-
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(one_line(line))
 
 
 class _OneLine(logging.Formatter):
