@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UsageError
-from reap2gguf.models import describe
+from reap2gguf.models import ModelFacts, MoeModel, describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.view import PrunedView
@@ -36,23 +35,29 @@ SPECS: dict[str, tuple[TinyQwen3Moe | TinyQwen35Moe, bool]] = {
     "qwen3.5-mtp-dropped": (TinyQwen35Moe(**SMALL, layers="lf"), False),
     "qwen3.5-flat-2d": (TinyQwen35Moe(**SMALL, layers="lf", fused=False, nested=False), True),
 }
-FOLDERS = tempfile.TemporaryDirectory()
 
 
-@cache
-def source_of(which: str) -> Checkpoint:
-    return Checkpoint.open(SPECS[which][0].write(Path(FOLDERS.name) / which))
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
+    """The source of every layout, opened once."""
+    with ExitStack() as stack:
+        found = {}
+        for which, (spec, keep_mtp) in SPECS.items():
+            folder = spec.write(tmp_path_factory.mktemp("source") / which)
+            source = stack.enter_context(Checkpoint.open(folder))
+            found[which] = Model(source, describe(source, keep_mtp=keep_mtp))
+        yield found
 
 
-def teardown_module() -> None:
-    for which in SPECS:
-        source_of(which).close()
-    FOLDERS.cleanup()
+@dataclass(frozen=True)
+class Model:
+    source: Checkpoint
+    described: MoeModel
 
-
-def view_of(which: str, kept: Kept) -> PrunedView:
-    source = source_of(which)
-    return PrunedView(source, describe(source, keep_mtp=SPECS[which][1]), kept)
+    def view(self, kept: Kept | None = None) -> PrunedView:
+        """By default, every layer keeps the same five experts, with gaps and neighbours."""
+        ids = dict.fromkeys(self.described.facts.moe_layers, (0, 1, 4, 6, 7))
+        return PrunedView(self.source, self.described, ids if kept is None else kept)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,7 @@ class Pair:
 
 
 @contextmanager
-def written(which: str, kept: Kept, max_shard_bytes: int = 10**9) -> Iterator[Pair]:
-    view = view_of(which, kept)
+def written(view: PrunedView, max_shard_bytes: int = 10**9) -> Iterator[Pair]:
     with tempfile.TemporaryDirectory() as name:
         write_pruned(view, Path(name), Silent(), max_shard_bytes)
         with Checkpoint.open(Path(name)) as checkpoint:
@@ -71,23 +75,20 @@ def written(which: str, kept: Kept, max_shard_bytes: int = 10**9) -> Iterator[Pa
 
 
 @st.composite
-def kept_maps(draw: st.DrawFn, which: str) -> dict[int, tuple[int, ...]]:
-    facts = describe(source_of(which), keep_mtp=SPECS[which][1]).facts
+def kept_maps(draw: st.DrawFn, facts: ModelFacts) -> dict[int, tuple[int, ...]]:
     count = draw(st.integers(facts.experts_per_token, facts.n_experts))
     ids = st.permutations(range(facts.n_experts)).map(lambda order: tuple(sorted(order[:count])))
     return {layer: draw(ids) for layer in facts.moe_layers}
 
 
-def some_kept(which: str, ids: tuple[int, ...] = (0, 1, 4, 6, 7)) -> dict[int, tuple[int, ...]]:
-    facts = describe(source_of(which), keep_mtp=SPECS[which][1]).facts
-    return dict.fromkeys(facts.moe_layers, ids)
-
-
 @settings(max_examples=15, deadline=None)
 @pytest.mark.parametrize("which", SPECS)
 @given(data=st.data())
-def test_every_read_is_that_of_the_written_folder(which: str, data: Any) -> None:
-    with written(which, data.draw(kept_maps(which))) as pair:
+def test_every_read_is_that_of_the_written_folder(
+    models: dict[str, Model], which: str, data: Any
+) -> None:
+    model = models[which]
+    with written(model.view(data.draw(kept_maps(model.described.facts)))) as pair:
         view, folder = pair.view, pair.written
         assert view.config == folder.config
         assert list(view.tensors) == list(folder.tensors)
@@ -127,16 +128,16 @@ def check_parts(pair: Pair, name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("which", ["qwen3-2d", "qwen3.5-mtp"])
-def test_shards_do_not_change_what_is_read(which: str) -> None:
-    with written(which, some_kept(which), max_shard_bytes=3000) as pair:
+def test_shards_do_not_change_what_is_read(models: dict[str, Model], which: str) -> None:
+    with written(models[which].view(), max_shard_bytes=3000) as pair:
         assert len(pair.written.shards) > 2
         assert list(pair.view.tensors) == list(pair.written.tensors)
         for name in pair.view.tensors:
             np.testing.assert_array_equal(pair.view.read(name), pair.written.read(name))
 
 
-def test_gguf_tensors_are_those_of_the_written_folder() -> None:
-    with written("qwen3.5-mtp", some_kept("qwen3.5-mtp")) as pair:
+def test_gguf_tensors_are_those_of_the_written_folder(models: dict[str, Model]) -> None:
+    with written(models["qwen3.5-mtp"].view()) as pair:
         model, again = pair.view.model, describe(pair.written)
         assert [t.name for t in model.gguf_tensors(pair.view.tensors)] == [
             t.name for t in again.gguf_tensors(pair.written.tensors)
@@ -147,8 +148,8 @@ def test_gguf_tensors_are_those_of_the_written_folder() -> None:
         assert side.values == side_again.values
 
 
-def test_neighbours_in_the_source_are_one_read() -> None:
-    view = view_of("qwen3-3d", some_kept("qwen3-3d"))
+def test_neighbours_in_the_source_are_one_read(models: dict[str, Model]) -> None:
+    view = models["qwen3-3d"].view()
     name = "model.layers.0.mlp.experts.down_proj"
     entry = view.tensors[name].n_bytes // 5
     assert list(view._source_runs(name, 0, 5 * entry)) == [
@@ -163,8 +164,8 @@ def test_neighbours_in_the_source_are_one_read() -> None:
     ]
 
 
-def test_where_tensors_come_from() -> None:
-    view = view_of("qwen3-2d", some_kept("qwen3-2d"))
+def test_where_tensors_come_from(models: dict[str, Model]) -> None:
+    view = models["qwen3-2d"].view()
     base = "model.layers.1.mlp."
     assert view.origin(f"{base}experts.3.up_proj.weight", 2) == (
         f"{base}experts.6.up_proj.weight",
@@ -174,31 +175,31 @@ def test_where_tensors_come_from() -> None:
     assert view.origin("model.norm.weight") == ("model.norm.weight", 0)
 
 
-def test_a_view_of_a_view() -> None:
-    once = view_of("qwen3-3d", some_kept("qwen3-3d"))
+def test_a_view_of_a_view(models: dict[str, Model]) -> None:
+    once = models["qwen3-3d"].view()
     twice = PrunedView(once, once.model, dict.fromkeys((0, 1), (1, 2, 4)))
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    wanted = source_of("qwen3-3d").read(name)[[1, 4, 7]]
+    wanted = models["qwen3-3d"].source.read(name)[[1, 4, 7]]
     np.testing.assert_array_equal(twice.read(name), wanted)
     assert twice.origin(name, 1) == (name, 4)
 
 
-def test_a_dropped_block_is_not_there() -> None:
-    view = view_of("qwen3.5-mtp-dropped", some_kept("qwen3.5-mtp-dropped"))
+def test_a_dropped_block_is_not_there(models: dict[str, Model]) -> None:
+    view = models["qwen3.5-mtp-dropped"].view()
     assert not view.model.facts.has_mtp
     assert not any(name.startswith("mtp.") for name in view.tensors)
     assert view.config["text_config"]["mtp_num_hidden_layers"] == 0
 
 
-def test_threads_share_a_view() -> None:
-    with written("qwen3-3d", some_kept("qwen3-3d")) as pair, ThreadPoolExecutor(8) as pool:
+def test_threads_share_a_view(models: dict[str, Model]) -> None:
+    with written(models["qwen3-3d"].view()) as pair, ThreadPoolExecutor(8) as pool:
         names = list(pair.view.tensors) * 20
         for name, found in zip(names, pool.map(pair.view.read, names), strict=True):
             np.testing.assert_array_equal(found, pair.written.read(name))
 
 
-def test_what_is_not_there_is_not_read() -> None:
-    view = view_of("qwen3-2d", some_kept("qwen3-2d"))
+def test_what_is_not_there_is_not_read(models: dict[str, Model]) -> None:
+    view = models["qwen3-2d"].view()
     with pytest.raises(CheckpointError, match="no tensor 'gone'"):
         view.read("gone")
     with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' has 32 bytes, not 34"):
@@ -218,6 +219,6 @@ def test_what_is_not_there_is_not_read() -> None:
         ({0: (0, 1), 1: (2, 2)}, r"layer 1 keeps the experts \[2, 2\]"),
     ],
 )
-def test_a_map_that_does_not_fit(kept: Kept, problem: str) -> None:
+def test_a_map_that_does_not_fit(models: dict[str, Model], kept: Kept, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        view_of("qwen3-2d", kept)
+        models["qwen3-2d"].view(kept)
