@@ -135,7 +135,7 @@ HEAD = 'title = "t"\nlabel = "L"\nfile_type = "Q4_K_M"\n'
         (["{tiny}", "--recipe", "q9"], "no recipe 'q9'"),
         (["{tiny}", "--recipe", "{idle}"], "rule 'blk.*.ssm_out.weight' matches no tensor"),
         (["{tiny}", "--recipe", "q8_0", "--keep-experts", "9"], "the model has 8 experts"),
-        (["{tiny}", "--recipe", "q8_0", "--keep-experts", "1"], "at least 2 must stay"),
+        (["{tiny}", "--recipe", "q8_0", "--keep-experts", "1"], "keep at least 2"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "1.5"], "less than 1"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "x"], "not a valid float"),
         (["{tiny}"], "Missing option '--recipe'"),
@@ -286,18 +286,18 @@ def test_an_interrupted_quantization_goes_on(
     from reap2gguf.exporting import gguf_export, journal
 
     monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(journal, "MOST_OF_TIME", 1e9)
+    monkeypatch.setattr(journal, "MAX_TIME_SHARE", 1e9)
     command = ("quantize", tiny, "--recipe", "q8_0", "--threads", 1, "-o")
     whole, resumed = tmp_path / "whole.gguf", tmp_path / "resumed.gguf"
     written: list[str] = []
     stop_at: str | None = None
     write = gguf_export._Job.run
 
-    def counted(self: gguf_export._Job, piece: gguf_export._Piece) -> None:
-        if piece.tensor.name == stop_at:
+    def counted(self: gguf_export._Job, rows: gguf_export._RowRange) -> None:
+        if rows.tensor.name == stop_at:
             raise KeyboardInterrupt
-        written.append(piece.tensor.name)
-        write(self, piece)
+        written.append(rows.tensor.name)
+        write(self, rows)
 
     monkeypatch.setattr(gguf_export._Job, "run", counted)
     assert run(*command, whole).exit_code == 0

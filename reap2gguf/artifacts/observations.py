@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
+from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
@@ -118,7 +118,7 @@ def _count(name: str, text: str) -> int:
     return int(text)
 
 
-def _read_layers(path: Path, header: Mapping[str, StoredTensor]) -> dict[int, LayerObservation]:
+def _read_layers(path: Path, header: Mapping[str, FileTensor]) -> dict[int, LayerObservation]:
     matches = [_NAME.fullmatch(name) for name in header]
     numbers = sorted({int(match[1]) for match in matches if match})
     if len(header) != len(numbers) * len(_PARTS):
@@ -128,7 +128,7 @@ def _read_layers(path: Path, header: Mapping[str, StoredTensor]) -> dict[int, La
         return {number: _read_layer(path, stored, number) for number in numbers}
 
 
-def _refuse_missing(path: Path, header: Mapping[str, StoredTensor], numbers: list[int]) -> None:
+def _refuse_missing(path: Path, header: Mapping[str, FileTensor], numbers: list[int]) -> None:
     for name in (f"layers.{number}.{part}" for number in numbers for part in _PARTS):
         if name not in header:
             raise ArtifactError(f"{path}: {name} is missing")

@@ -24,13 +24,12 @@ from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest, hash_file
 from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows, Texts, read_texts
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
-from reap2gguf.models import MoeModel, describe
 from reap2gguf.progress import Progress, Silent
-from reap2gguf.pruning.select import Kept, select_experts
+from reap2gguf.pruning.select import select_experts
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 
 
@@ -64,13 +63,12 @@ def _build_alone(run: Running) -> BuildResult:
     texts = _texts(run)
     observations, observations_sha256 = _observe(run, texts.rows)
     kept = select_experts(observations, plan.options.method, plan.target, plan.model.facts)
-    key = _prune(run, kept)
-    with Checkpoint.open(work.hf) as pruned:
-        model = describe(pruned)
-        probe = stages.mtp_probe(plan.model, texts.rows)
-        imatrix, key = _imatrix(run, pruned, model, texts.chunks, probe, key)
-        key = _export(run, pruned, model, imatrix, kept, key)
-        checked = _verify(run, pruned, model, kept, key)
+    pruned = PrunedView(plan.checkpoint, plan.model, kept)
+    key = _prune(run, pruned)
+    probe = stages.mtp_probe(plan.model, texts.rows)
+    imatrix, key = _imatrix(run, pruned, texts.chunks, probe, key)
+    key = _export(run, pruned, imatrix, key)
+    checked = _verify(run, pruned, key)
     mtp_hits = int(work.marks.found("imatrix")["mtp_hits"])
     manifest = write_bundle_files(
         plan, work, observations, observations_sha256, texts, kept, checked, mtp_hits
@@ -147,34 +145,31 @@ def follow(plan: Plan) -> None:
             texts = _texts_of_first(run)
             compute = run.computing("observe", run.keys.observe(texts.rows))
             stages.observe(plan.checkpoint, plan.model, texts.rows, compute, run.progress)
-        if key := join().tell(None):
+        if word := join().tell(None):
+            key, kept = word
             texts = _texts_of_first(run)
             probe = stages.mtp_probe(plan.model, texts.rows)
-            with Checkpoint.open(work.hf) as pruned:
-                model = describe(pruned)
-                compute = run.computing("imatrix", key)
-                stages.compute_imatrix(pruned, model, texts.chunks, compute, run.progress, probe)
+            pruned = PrunedView(plan.checkpoint, plan.model, kept)
+            compute = run.computing("imatrix", key)
+            stages.compute_imatrix(pruned, pruned.model, texts.chunks, compute, run.progress, probe)
 
 
-def _prune(run: Running, kept: Kept) -> str:
+def _prune(run: Running, pruned: PrunedView) -> str:
     """The pruned safetensors."""
-    plan, work = run.plan, run.work
-    key = run.keys.prune(kept)
+    work = run.work
+    key = run.keys.prune(pruned.kept)
     reused = work.is_done("prune", key)
     with run.stage("prune", reused):
         if not reused:
             work.begin("prune", key, work.hf)
-            write_pruned(
-                plan.checkpoint, plan.model, kept, plan.target.n_kept, work.hf, run.progress
-            )
+            write_pruned(pruned, work.hf, run.progress)
             work.marks.finish("prune", key, {})
     return key
 
 
 def _imatrix(
     run: Running,
-    pruned: Checkpoint,
-    model: MoeModel,
+    pruned: PrunedView,
     chunks: ImatrixChunks,
     probe: Sequence[Row],
     key: str,
@@ -184,13 +179,13 @@ def _imatrix(
     key = run.keys.imatrix(key, chunks, probe)
     path = work.gguf / "imatrix.gguf"
     reused = work.is_done("imatrix", key)
-    tell_others(False if reused else key)
+    tell_others(False if reused else (key, pruned.kept))
     with run.stage("imatrix", reused):
         if not reused:
             work.begin("imatrix", key, work.gguf)
             compute = run.computing("imatrix", key)
             imatrix, report = stages.compute_imatrix(
-                pruned, model, chunks, compute, run.progress, probe
+                pruned, pruned.model, chunks, compute, run.progress, probe
             )
             stages.save_imatrix(imatrix, path)
             work.marks.finish("imatrix", key, {"mtp_hits": report.mtp_hits})
@@ -198,10 +193,8 @@ def _imatrix(
         return load_imatrix(path), key
 
 
-def _export(
-    run: Running, pruned: Checkpoint, model: MoeModel, imatrix: Imatrix, kept: Kept, key: str
-) -> str:
-    """Every GGUF file, in one pass over the pruned safetensors."""
+def _export(run: Running, pruned: PrunedView, imatrix: Imatrix, key: str) -> str:
+    """Every GGUF file, in one pass over the pruned model."""
     plan, work = run.plan, run.work
     key = run.keys.export(key)
     files = {work.gguf / plan.gguf_name(recipe): recipe for recipe in plan.recipes}
@@ -212,12 +205,20 @@ def _export(
             return key
         _begin_export(work, key)
         extra = stages.header_values(
-            plan.source.label, plan.options.method, plan.target.n_experts, kept
+            plan.source.label, plan.options.method, plan.target.n_experts, pruned.kept
         )
         threads = plan.options.compute.threads
         journal = ExportJournal(work.root / "export.json", key)
         stages.export(
-            pruned, model, plan.name, files, imatrix, extra, threads, run.progress, journal=journal
+            pruned,
+            pruned.model,
+            plan.name,
+            files,
+            imatrix,
+            extra,
+            threads,
+            run.progress,
+            journal=journal,
         )
         for side in plan.side_files:
             path = work.gguf / plan.side_name(side)
@@ -237,7 +238,7 @@ def _begin_export(work: Workdir, key: str) -> None:
     work.marks.begin("export", key)
 
 
-def _verify(run: Running, pruned: Checkpoint, model: MoeModel, kept: Kept, key: str) -> list[str]:
+def _verify(run: Running, pruned: PrunedView, key: str) -> list[str]:
     """Read everything back; VerificationError if anything is not as planned."""
     work = run.work
     reused = work.is_done("verify", key)
@@ -245,27 +246,22 @@ def _verify(run: Running, pruned: Checkpoint, model: MoeModel, kept: Kept, key: 
         if reused:
             return list(work.marks.found("verify")["passed"])
         work.marks.begin("verify", key)
-        violations, passed = _violations(run, pruned, model, kept)
+        violations, passed = _violations(run, pruned)
         if violations:
             raise VerificationError(violations, "run it again, or with --fresh if it stays so")
         work.marks.finish("verify", key, {"passed": passed})
     return passed
 
 
-def _violations(
-    run: Running, pruned: Checkpoint, model: MoeModel, kept: Kept
-) -> tuple[list[str], list[str]]:
+def _violations(run: Running, pruned: PrunedView) -> tuple[list[str], list[str]]:
     """What is not as planned, and what was looked at."""
     plan, work = run.plan, run.work
     threads = plan.options.compute.threads
-    expected = checks.expected_folder(plan.model, plan.checkpoint, kept, plan.target.n_kept)
-    violations = checks.verify_pruned(pruned, model, expected, plan.checkpoint, run.progress)
-    looked = [
-        f"safetensors: {len(expected.tensors or ())} tensors equal the source's, byte for byte"
-    ]
+    violations = checks.verify_pruned(work.hf, pruned, run.progress)
+    looked = [f"safetensors: {len(pruned.tensors)} tensors equal the source's, byte for byte"]
     for recipe in plan.recipes:
         path = work.gguf / plan.gguf_name(recipe)
-        violations += checks.verify_gguf(path, recipe, pruned, model, threads, run.progress)
+        violations += checks.verify_gguf(path, recipe, pruned, pruned.model, threads, run.progress)
         looked.append(f"{path.name}: {len(recipe.table)} tensors by name, shape, type and value")
     for side in plan.side_files:
         path = work.gguf / plan.side_name(side)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +12,18 @@ from reap2gguf.building.workdir import RESERVED_NAMES
 from reap2gguf.calibration.corpus import check_calibration, check_text
 from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.hub.snapshot import Note, say_nothing
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models import (
     Dropped,
-    GgufTensor,
     MoeModel,
     SideFile,
     describe,
 )
 from reap2gguf.options import BuildOptions
 from reap2gguf.pruning.select import Kept, Target, choose_target, friendly_count
-from reap2gguf.pruning.write import PrunedTensor, plan_pruned
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.gguf_keys import check_tokenizer
@@ -50,17 +46,17 @@ class Plan:
     model: MoeModel
     target: Target
     name: str
-    pruned: tuple[PrunedTensor, ...]  # sizes are the plan's; which experts stay is not yet known
+    pruned: PrunedView  # of the first experts: which ones are kept is not known yet, sizes are
     recipes: tuple[ResolvedRecipe, ...]
     side_files: tuple[SideFile, ...]
 
     @property
     def hf_bytes(self) -> int:
-        return sum(tensor.planned.n_bytes for tensor in self.pruned)
+        return self.pruned.n_bytes
 
     @property
     def n_parameters(self) -> int:
-        return sum(math.prod(tensor.planned.shape) for tensor in self.pruned)
+        return self.pruned.n_parameters
 
     @property
     def max_length(self) -> int:
@@ -108,8 +104,8 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     check_tokenizer(checkpoint.folder, model.facts.vocab_size)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     anyone: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
-    pruned = tuple(plan_pruned(model, checkpoint.tensors, anyone))
-    tensors = pruned_gguf_tensors(model, pruned, target)
+    pruned = PrunedView(checkpoint, model, anyone)
+    tensors = pruned.model.gguf_tensors(pruned.tensors)
     resolved = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
@@ -124,23 +120,6 @@ def _check_there(text: Path) -> None:
     """A text that is not there is known before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")
-
-
-def pruned_gguf_tensors(
-    model: MoeModel, pruned: tuple[PrunedTensor, ...], target: Target
-) -> tuple[GgufTensor, ...]:
-    """The GGUF tensors that the pruned checkpoint will become, by shapes alone."""
-    stored: Mapping[str, StoredTensor] = {
-        tensor.planned.name: replace(
-            tensor.source,
-            name=tensor.planned.name,
-            shape=tensor.planned.shape,
-            n_bytes=tensor.planned.n_bytes,
-        )
-        for tensor in pruned
-    }
-    config = model.pruned_config(target.n_kept)
-    return type(model)(config, model.reader.where, stored.keys()).gguf_tensors(stored)
 
 
 def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from reap2gguf.errors import OutputError
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import Progress
+from reap2gguf.pruning.select import Kept
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Running:
         )
 
 
-def tell_others(word: bool | str) -> None:
+def tell_others(word: bool | tuple[str, Kept]) -> None:
     """Say to the processes that follow whether the next sweep takes place."""
     if processes().size > 1:
         from reap2gguf.observing.compute.ranks import join

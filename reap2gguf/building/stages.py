@@ -20,15 +20,17 @@ from reap2gguf.atomic import disk_errors_told, rename, write_whole
 from reap2gguf.building import checks
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header import HeaderFacts
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.gguf_files.imatrix import Imatrix, save_dat, save_gguf
-from reap2gguf.models import HeaderValue, MoeModel, SideFile, describe
+from reap2gguf.models import HeaderValue, MoeModel, SideFile
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 from reap2gguf.pruning.select import Kept, Target, select_experts
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, write_pruned
 from reap2gguf.quantizing.resolve import ResolvedRecipe
 
@@ -96,7 +98,7 @@ def mtp_probe(model: MoeModel, rows: ObservationRows) -> Sequence[Row]:
 
 
 def compute_imatrix(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     model: MoeModel,
     chunks: ImatrixChunks,
     compute: ComputeOptions,
@@ -129,7 +131,7 @@ def save_imatrix(imatrix: Imatrix, gguf_path: Path) -> None:
 
 
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     model: MoeModel,
     name: str,
     files: Mapping[Path, ResolvedRecipe],
@@ -168,7 +170,7 @@ def export(
 
 
 def export_side(
-    checkpoint: Checkpoint, name: str, path: Path, side: SideFile, n_threads: int,
+    checkpoint: Weights, name: str, path: Path, side: SideFile, n_threads: int,
     progress: Progress, journal: ExportJournal | None = None,
 ) -> None:  # fmt: skip
     """Write a side file, such as a vision projector, in half precision."""
@@ -247,7 +249,7 @@ def prune_to_folder(
     with disk_errors_told(folder):
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _prune_and_verify(checkpoint, model, kept, method, target, made, progress)
+        _prune_and_verify(PrunedView(checkpoint, model, kept), method, made, progress)
         with disk_errors_told(folder):
             made.chmod(0o755)
         rename(made, folder)
@@ -256,16 +258,12 @@ def prune_to_folder(
         raise
 
 
-def _prune_and_verify(
-    checkpoint: Checkpoint, model: MoeModel, kept: Kept, method: str, target: Target, made: Path,
-    progress: Progress,
-) -> None:  # fmt: skip
-    write_pruned(checkpoint, model, kept, target.n_kept, made, progress)
-    record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
+def _prune_and_verify(pruned: PrunedView, method: str, made: Path, progress: Progress) -> None:
+    write_pruned(pruned, made, progress)
+    kept = {str(layer): ids for layer, ids in sorted(pruned.kept.items())}
+    record = {"method": method, "kept_experts": kept}
     write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
-    expected = checks.expected_folder(model, checkpoint, kept, target.n_kept)
-    with Checkpoint.open(made) as pruned:
-        violations = checks.verify_pruned(pruned, describe(pruned), expected, checkpoint, progress)
+    violations = checks.verify_pruned(made, pruned, progress)
     if violations:
         raise VerificationError(violations)
 

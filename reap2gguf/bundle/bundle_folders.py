@@ -15,7 +15,7 @@ from reap2gguf.progress import Progress
 from reap2gguf.verifying.bundle import is_hf_folder
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_header, open_gguf
 from reap2gguf.verifying.hashes import check_hf_hashes, check_sums, folder_bytes
-from reap2gguf.verifying.hf_folder import ExpectedFolder, open_folder
+from reap2gguf.verifying.hf_folder import open_folder
 
 _SUFFIX = "-GGUF"
 
@@ -82,8 +82,7 @@ def check_bundle(bundle: BundleFolders, n_threads: int, progress: Progress) -> N
     with progress.task("Checking hashes", total, "bytes") as task:
         violations = list(check_hf_hashes(bundle.hf, bundle.manifest, n_threads, task.advance))
         violations += check_sums(bundle.gguf, n_threads, advance=task.advance)
-    expected = ExpectedFolder(bundle.manifest.pruning.n_kept)
-    violations += open_folder(bundle.hf, expected)[2]
+    violations += open_folder(bundle.hf, bundle.manifest.pruning.n_kept)[2]
     for record in bundle.manifest.gguf:
         violations += check_experts(bundle.gguf, record, bundle.manifest.pruning.n_kept)
     if violations:

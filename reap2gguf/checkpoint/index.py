@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.checkpoint.safetensors_header import FileTensor
 from reap2gguf.errors import CheckpointError
 from reap2gguf.files import is_plain, is_plain_name
 from reap2gguf.messages import shown
@@ -58,9 +58,7 @@ def find_shards(
     return tuple(folder / name for name in names), weight_map
 
 
-def compare_index(
-    folder: Path, mapped: dict[str, str], tensors: Mapping[str, StoredTensor]
-) -> None:
+def compare_index(folder: Path, mapped: dict[str, str], tensors: Mapping[str, FileTensor]) -> None:
     """The index must name exactly the tensors that the shards hold, each in its file."""
     if absent := sorted(mapped.keys() - tensors.keys()):
         raise CheckpointError(

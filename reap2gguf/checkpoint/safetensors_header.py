@@ -29,14 +29,11 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as it lies on disk; `offset` counts from the start of the file."""
+    """One tensor as a safetensors file has it, or will have it."""
 
     name: str
     dtype: str  # safetensors' name, such as "BF16"
     shape: tuple[int, ...]
-    path: Path
-    offset: int
-    n_bytes: int
 
     @property
     def n_elements(self) -> int:
@@ -46,13 +43,25 @@ class StoredTensor:
     def item_bytes(self) -> int:
         return ITEM_BYTES[self.dtype]
 
+    @property
+    def n_bytes(self) -> int:
+        return self.n_elements * self.item_bytes
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+
+@dataclass(frozen=True, slots=True)
+class FileTensor(StoredTensor):
+    """One tensor as it lies on disk; `offset` counts from the start of the file."""
+
+    path: Path
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, FileTensor]:
     """The tensors of one safetensors file by name, in file order; `parse_header` tells more."""
     return _tensors(path, *_read_json(path))
 
 
-def parse_header(path: Path, beginning: bytes, size: int) -> dict[str, StoredTensor]:
+def parse_header(path: Path, beginning: bytes, size: int) -> dict[str, FileTensor]:
     """The tensors of a file of `size` bytes that is not here yet, from its first bytes.
 
     Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
@@ -66,7 +75,7 @@ def parse_header(path: Path, beginning: bytes, size: int) -> dict[str, StoredTen
 
 def _tensors(
     path: Path, header: dict[str, Any], data_start: int, size: int
-) -> dict[str, StoredTensor]:
+) -> dict[str, FileTensor]:
     _metadata(path, header)
     tensors = [_entry(path, name, entry, data_start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.n_bytes))
@@ -121,7 +130,7 @@ def _decode(path: Path, raw: bytes) -> str:
         raise CheckpointError(f"{path}: the header is not UTF-8 ({error.reason})") from error
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> FileTensor:
     where = f"{path}: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets in its header")
@@ -143,7 +152,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         raise CheckpointError(
             f"{where}: {offsets[1] - offsets[0]:,} bytes, expected {expected:,} for {dtype} {shape}"
         )
-    return StoredTensor(name, dtype, tuple(shape), path, data_start + offsets[0], expected)
+    return FileTensor(name, dtype, tuple(shape), path, data_start + offsets[0])
 
 
 def _naturals(values: Any) -> bool:
@@ -158,7 +167,7 @@ def _is_modest(shape: list[int]) -> bool:
     return max(shape) <= _MAX_EMPTY and math.prod(size for size in shape if size) < 2**48
 
 
-def _check_contiguous(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+def _check_contiguous(path: Path, tensors: list[FileTensor], start: int, size: int) -> None:
     """Tensors must follow one another without gap or overlap, up to the end of the file."""
     position = start
     for tensor in tensors:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +11,27 @@ import numpy.typing as npt
 
 from reap2gguf.atomic import whole_file, write_whole
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
-from reap2gguf.checkpoint.safetensors_header import ITEM_BYTES
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what huggingface_hub cuts at
 _FROM_NUMPY = {
-    "float64": "F64", "float32": "F32", "int64": "I64", "int32": "I32", "uint8": "U8",
+    "float64": "F64",
+    "float32": "F32",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
     "bool": "BOOL",
-}  # fmt: skip
+}
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor to be written: name, safetensors dtype and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-Contents = Callable[[PlannedTensor], Iterable[memoryview]]
+Contents = Callable[[StoredTensor], Iterable[memoryview]]
 
 
 def plan_shards(
-    tensors: Iterable[PlannedTensor], max_bytes: int = DEFAULT_SHARD_BYTES
-) -> list[list[PlannedTensor]]:
-    """Cut the tensors, in order, into shards of at most `max_bytes` (a larger one stands alone)."""
-    shards: list[list[PlannedTensor]] = []
+    tensors: Iterable[StoredTensor], max_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[list[StoredTensor]]:
+    """Split the tensors, in order, into shards of at most `max_bytes`; a larger one has its own."""
+    shards: list[list[StoredTensor]] = []
     room = 0
     for tensor in tensors:
         if not shards or tensor.n_bytes > room:
@@ -62,16 +51,16 @@ def shard_names(count: int) -> list[str]:
 
 def write_checkpoint(
     folder: Path,
-    tensors: Sequence[PlannedTensor],
+    tensors: Sequence[StoredTensor],
     contents: Contents,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     wrote: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
     """Write all shards and the index into `folder`; `contents` yields each tensor's bytes.
 
-    A shard that has its name was finished by an interrupted call with the same arguments, and is
-    left alone. Holds one piece of one tensor in memory. `wrote` is told of every piece's length.
-    Raises OutputError if the disk refuses.
+    A shard that exists under its final name was finished by an interrupted call with the same
+    arguments, and is not written again. `wrote` is called with the bytes of every write. Memory:
+    what `contents` yields at a time. Raises OutputError if the disk refuses.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
@@ -84,7 +73,7 @@ def write_checkpoint(
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
         index = {
             "metadata": {
-                "total_parameters": sum(prod(t.shape) for t in tensors),
+                "total_parameters": sum(t.n_elements for t in tensors),
                 "total_size": sum(t.n_bytes for t in tensors),
             },
             "weight_map": dict(sorted(weight_map.items())),
@@ -94,7 +83,7 @@ def write_checkpoint(
 
 def write_safetensors(
     path: Path,
-    tensors: Sequence[PlannedTensor],
+    tensors: Sequence[StoredTensor],
     contents: Contents,
     metadata: Mapping[str, str],
     wrote: Callable[[int], None] = lambda n_bytes: None,
@@ -104,10 +93,10 @@ def write_safetensors(
         file.write(_header(tensors, metadata))
         for tensor in tensors:
             written = 0
-            for piece in contents(tensor):
-                file.write(piece)
-                written += piece.nbytes
-                wrote(piece.nbytes)
+            for part in contents(tensor):
+                file.write(part)
+                written += part.nbytes
+                wrote(part.nbytes)
             assert written == tensor.n_bytes, f"{tensor.name}: {written} of {tensor.n_bytes} bytes"
 
 
@@ -115,13 +104,13 @@ def write_arrays(
     path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str]
 ) -> None:
     """Write arrays that are in memory as one safetensors file, whole or not at all."""
-    planned = [planned_array(name, array) for name, array in arrays.items()]
+    planned = [stored_array(name, array) for name, array in arrays.items()]
     write_safetensors(path, planned, lambda tensor: [array_bytes(arrays[tensor.name])], metadata)
 
 
-def planned_array(name: str, array: npt.NDArray[np.generic]) -> PlannedTensor:
+def stored_array(name: str, array: npt.NDArray[np.generic]) -> StoredTensor:
     """How an array will be stored."""
-    return PlannedTensor(name, _FROM_NUMPY[array.dtype.name], array.shape)
+    return StoredTensor(name, _FROM_NUMPY[array.dtype.name], array.shape)
 
 
 def array_bytes(array: npt.NDArray[np.generic]) -> memoryview:
@@ -129,14 +118,16 @@ def array_bytes(array: npt.NDArray[np.generic]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _header(tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for tensor in tensors:
         end = position + tensor.n_bytes
         header[tensor.name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end],
-        }  # fmt: skip
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of eight

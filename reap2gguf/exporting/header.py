@@ -25,7 +25,7 @@ from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """What a file begins with, where each of its tensors begins, and how long it is."""
+    """The header of a file, where each of its tensors begins, and how long the file is."""
 
     header: bytes
     offsets: Mapping[str, int]
@@ -34,7 +34,7 @@ class GgufLayout:
 
 @dataclass(frozen=True)
 class HeaderFacts:
-    """What a header says that the checkpoint does not."""
+    """What a header says besides the tokenizer and the tensors."""
 
     name: str  # general.name
     arch: str  # general.architecture
@@ -50,7 +50,7 @@ class HeaderFacts:
 def lay_out(
     tokenizer_folder: Path, tensors: Sequence[GgufTensor], facts: HeaderFacts
 ) -> GgufLayout:
-    """Everything before the tensor bytes, and where these go."""
+    """Everything before the tensor bytes, and where each tensor will begin."""
     writer = HeaderWriter(facts.arch)
     _add_keys(writer, tokenizer_folder, facts)
     for tensor in tensors:

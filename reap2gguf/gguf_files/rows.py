@@ -1,4 +1,4 @@
-"""Reads the matrices that a GGUF tensor stands for, a piece of whole rows at a time."""
+"""Reads the matrices that a GGUF tensor is made of, a range of whole rows at a time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.models.description import GgufTensor, Slab
 
-PIECE_VALUES = 2**22  # 16 MiB as float32
+MAX_VALUES = 2**22  # that a range of rows has: 16 MiB as float32
 
 
 def rows_per_matrix(tensor: GgufTensor) -> int:
@@ -19,35 +19,33 @@ def rows_per_matrix(tensor: GgufTensor) -> int:
     return prod(tensor.shape[:-1]) // len(tensor.slabs)
 
 
-def row_pieces(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that cover a matrix; one that is transformed is taken whole."""
+def row_ranges(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
+    """Ranges [first, last) that cover the rows of a matrix; one range if it is transformed."""
     n_rows = rows_per_matrix(tensor)
-    step = n_rows if tensor.transform else max(1, PIECE_VALUES // tensor.n_columns)
+    step = n_rows if tensor.transform else max(1, MAX_VALUES // tensor.n_columns)
     for first in range(0, n_rows, step):
         yield first, min(first + step, n_rows)
 
 
 def read_rows(
-    checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab, first: int, last: int
+    weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int
 ) -> npt.NDArray[np.float32]:
     """Rows [first, last) of one matrix, (last - first, columns), as GGUF is to hold them."""
     begin, end = _stored_rows(tensor, slab, first, last)
-    values = checkpoint.read_float32(slab.stored, begin, end, slab.index)
+    values = weights.read_float32(slab.stored, begin, end, slab.index)
     if tensor.transform is not None:
         return tensor.transform(values).reshape(-1, tensor.n_columns)[first:last]
     return values.reshape(1, -1) if len(tensor.shape) == 1 else values
 
 
-def expect_rows(
-    checkpoint: Checkpoint, tensor: GgufTensor, slab: Slab, first: int, last: int
-) -> None:
-    """Have the kernel fetch what `read_rows` will read; returns at once."""
+def expect_rows(weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int) -> None:
+    """Prefetch what `read_rows` will read; returns at once."""
     begin, end = _stored_rows(tensor, slab, first, last)
-    checkpoint.expect(slab.stored, begin, end, slab.index)
+    weights.expect(slab.stored, begin, end, slab.index)
 
 
 def _stored_rows(tensor: GgufTensor, slab: Slab, first: int, last: int) -> tuple[int, int | None]:
-    """Where rows [first, last) begin and end in what is stored; a transform takes all of it."""
+    """Where rows [first, last) begin and end in what is stored; a transform needs all of it."""
     if tensor.transform is not None:
         return slab.rows or (0, None)
     if len(tensor.shape) == 1:

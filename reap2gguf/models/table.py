@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.config import ConfigReader
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
@@ -24,7 +24,7 @@ _MAX_LABELS = 2**16
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def describe(checkpoint: Checkpoint, keep_mtp: bool = True) -> MoeModel:
+def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
     """The model a checkpoint holds, its tensors checked against its config.
 
     Without `keep_mtp`, a multi-token-prediction block is treated as not there.

@@ -8,14 +8,16 @@ every architecture behaves as its authors wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
@@ -51,17 +53,21 @@ class _Recorder(torch.nn.Module):
 
 
 class StreamedDecoder:
-    """The decoder layers of a checkpoint: one in memory, and one that is being read."""
+    """The decoder layers of a model: one in memory, and one that is being read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: MoeModel, dtype: torch.dtype, device: torch.device,
+        self,
+        weights: Weights,
+        model: MoeModel,
+        dtype: torch.dtype,
+        device: torch.device,
         n_threads: int = 1,
-    ) -> None:  # fmt: skip
-        self._checkpoint = checkpoint
+    ) -> None:
+        self._weights = weights
         self.model = model
         self._dtype = dtype
         self._device = device
-        self._base = _build(checkpoint, dtype)
+        self._base = _build(weights, dtype)
         self._layers: list[torch.nn.Module] = list(self._base.layers)
         count = len(self._layers)
         if model.facts.has_mtp:
@@ -75,7 +81,7 @@ class StreamedDecoder:
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
         # before anything is computed: it settles how many threads torch has
         self._crew = Crew(n_threads) if device.type == "cpu" else None
-        self.loader = WeightLoader(checkpoint, device, _READERS[device.type])
+        self.loader = WeightLoader(weights, device, _READERS[device.type])
         if has_triton(device):
             for layer in (*self._layers, self._base.norm):
                 fuse_norms(layer)
@@ -123,7 +129,7 @@ class StreamedDecoder:
 
     def embedding_bytes(self) -> int:
         """Memory of the token embedding, and of the head."""
-        stored = self._checkpoint.tensors[self.model.embedding_name]
+        stored = self._weights.tensors[self.model.embedding_name]
         return stored.n_elements * self._dtype.itemsize
 
     def layer_bytes(self, index: int) -> int:
@@ -136,9 +142,9 @@ class StreamedDecoder:
             self.loader.ask(f"layer {index}", self._targets(index))
 
     def fetch_layer(self, index: int) -> None:
-        """Begin to fetch what a layer needs from the Hub, if its files are still there."""
+        """Begin to download what a layer needs, if it is still on the Hub."""
         targets = self._targets(index).values()
-        self._checkpoint.fetch_ahead({p.stored for target in targets for p in target.pieces})
+        self._weights.fetch_ahead({run.stored for target in targets for run in target.runs})
 
     def load_layer(self, index: int) -> torch.nn.Module:
         """Give layer `index` its weights; CheckpointError if they do not fit it."""
@@ -151,7 +157,7 @@ class StreamedDecoder:
         except RuntimeError as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self._checkpoint.folder}: layer {index} does not fit the model: {problem}"
+                f"{self._weights.folder}: layer {index} does not fit the model: {problem}"
             ) from error
         return layer
 
@@ -242,10 +248,10 @@ class StreamedDecoder:
         A CPU keeps experts as they are stored and widens them one at a time.
         """
         widen = self._device.type != "cpu"
-        return layer_targets(self._checkpoint, self.model, index, self._dtype, widen)
+        return layer_targets(self._weights, self.model, index, self._dtype, widen)
 
     def _read(self, name: str) -> Tensor:
-        self.loader.ask(name, {name: whole(self._checkpoint, name, self._dtype)})
+        self.loader.ask(name, {name: whole(self._weights, name, self._dtype)})
         return self.loader.take(name)[name]
 
     def close(self) -> None:
@@ -255,15 +261,13 @@ class StreamedDecoder:
             self._crew.close()
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _build(weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model on the meta device, without its head."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     register()
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
+        config = transformers_config(weights.config)
         config = config.get_text_config()  # vision towers are not run
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -272,7 +276,22 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"{checkpoint.folder}: transformers cannot build the model of its config ({reason})"
+            f"{weights.folder}: transformers cannot build the model of its config ({reason})"
         ) from error
     model.set_experts_implementation(IMPLEMENTATION)
     return model.eval().base_model
+
+
+def transformers_config(values: Mapping[str, Any]) -> Any:
+    """What `AutoConfig.from_pretrained` makes of a folder whose config.json holds `values`.
+
+    No code that comes with a model is run. Raises ValueError for a model type that is unknown to
+    transformers, and whatever its config classes raise.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {shown(model_type)}, expected one that transformers knows")
+    # config classes change the values that they are given
+    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))

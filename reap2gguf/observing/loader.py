@@ -1,9 +1,9 @@
 """Reads the weights of one layer while another computes.
 
-A layer is a set of tensors, each pieced together from bytes of stored tensors. Threads read the
-pieces: on a CPU straight into the tensors, for a GPU into small pinned buffers from which the bytes
-are copied on a stream of their own. Memory: the tensors that are asked for and not yet taken, and
-for a GPU two buffers of 16 MiB a thread.
+A layer is a set of tensors, each assembled from bytes of stored tensors. Threads read the bytes: on
+a CPU straight into the tensors, for a GPU into small pinned buffers from which they are copied on a
+stream of their own. Memory: the tensors that are asked for and not yet taken, and for a GPU two
+buffers of 16 MiB per thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError
 
 TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -26,23 +26,23 @@ _BUFFER_BYTES = 2**24
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Bytes of a stored tensor that lie together, and the element of a target they begin at."""
+class ByteRun:
+    """Neighbouring values of a stored tensor, and where in a target they go."""
 
     stored: str
     dtype: torch.dtype  # as stored
     first_byte: int
     n_values: int
-    place: int
+    target_start: int  # the target's element that the first value is
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to be read: its shape, its type, and what covers it."""
+    """A tensor to be read: its shape, its type, and the stored values that cover it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    runs: tuple[ByteRun, ...]
 
 
 Tensors = dict[str, Tensor]
@@ -51,9 +51,9 @@ Tensors = dict[str, Tensor]
 class WeightLoader:
     """Reads sets of tensors in the background."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, n_threads: int) -> None:
-        self.seconds_waited = 0.0  # by whoever takes
-        self._checkpoint = checkpoint
+    def __init__(self, weights: Weights, device: torch.device, n_threads: int) -> None:
+        self.seconds_waited = 0.0  # in `take`
+        self._weights = weights
         self._device = device
         self._pool = ThreadPoolExecutor(n_threads, "weights")
         self._stream: torch.cuda.Stream | None = None
@@ -73,9 +73,9 @@ class WeightLoader:
             # their memory may still be in use by what was computed before
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         futures = [
-            self._pool.submit(self._fill, tensors[name], piece)
+            self._pool.submit(self._fill, tensors[name], run)
             for name, target in targets.items()
-            for piece in _small(target.pieces)
+            for run in _buffer_sized(target.runs)
         ]
         self._asked[key] = (tensors, futures)
 
@@ -84,16 +84,16 @@ class WeightLoader:
         return key in self._asked
 
     def take(self, key: str) -> Tensors:
-        """A set that was asked for, once it is whole; CheckpointError if it cannot be read."""
+        """A set that was asked for, once it is complete; CheckpointError if it cannot be read."""
         begun = time.monotonic()
         tensors, futures = self._asked.pop(key)
         try:
             for future in futures:
                 future.result()
         except BaseException:
-            # copies under way must not outlive the tensors; what is not under way may be left
+            # running copies must not outlive the tensors; those that have not begun are dropped
             started = [future for future in futures if not future.cancel()]
-            with self._checkpoint.without_fetching():
+            with self._weights.without_fetching():
                 wait(started)
             raise
         finally:
@@ -103,7 +103,7 @@ class WeightLoader:
 
     def close(self) -> None:
         """Stop reading."""
-        with self._checkpoint.without_fetching():  # or threads that read would wait for it
+        with self._weights.without_fetching():  # or threads that read would wait for it
             self._pool.shutdown(cancel_futures=True)
         self._finish_copies()
         self._asked.clear()
@@ -117,18 +117,18 @@ class WeightLoader:
         buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
         return buffer, torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def _fill(self, tensor: Tensor, piece: Piece) -> None:
-        target = tensor.view(-1)[piece.place : piece.place + piece.n_values]
+    def _fill(self, tensor: Tensor, run: ByteRun) -> None:
+        target = tensor.view(-1)[run.target_start : run.target_start + run.n_values]
         if self._stream is not None:
-            self._fill_device(target, piece)
-        elif piece.dtype == target.dtype:
-            self._read(piece, target)
+            self._fill_device(target, run)
+        elif run.dtype == target.dtype:
+            self._read(run, target)
         else:
-            raw = torch.empty(piece.n_values, dtype=piece.dtype)
-            self._read(piece, raw)
+            raw = torch.empty(run.n_values, dtype=run.dtype)
+            self._read(run, raw)
             target.copy_(raw)
 
-    def _fill_device(self, target: Tensor, piece: Piece) -> None:
+    def _fill_device(self, target: Tensor, run: ByteRun) -> None:
         """Through one of two buffers, so that a thread reads into one while the other is copied."""
         assert self._stream is not None
         # a new thread would otherwise pin its buffers for the first GPU
@@ -138,17 +138,17 @@ class WeightLoader:
             self._buffers.pair.reverse()
             buffer, copied = self._buffers.pair[0]
             copied.synchronize()
-            values = buffer[: piece.n_values * piece.dtype.itemsize].view(piece.dtype)
-            self._read(piece, values)
+            values = buffer[: run.n_values * run.dtype.itemsize].view(run.dtype)
+            self._read(run, values)
             with torch.cuda.stream(self._stream):
-                if piece.dtype != target.dtype:
+                if run.dtype != target.dtype:
                     values = values.to(self._device, non_blocking=True)
                 target.copy_(values, non_blocking=True)
                 copied.record(self._stream)
 
-    def _read(self, piece: Piece, values: Tensor) -> None:
+    def _read(self, run: ByteRun, values: Tensor) -> None:
         buffer = values.view(torch.uint8).numpy()
-        self._checkpoint.read_bytes(piece.stored, piece.first_byte, buffer)
+        self._weights.read_bytes(run.stored, run.first_byte, buffer)
 
 
 def target_bytes(targets: Mapping[str, Target]) -> int:
@@ -156,9 +156,9 @@ def target_bytes(targets: Mapping[str, Target]) -> int:
     return sum(prod(target.shape) * target.dtype.itemsize for target in targets.values())
 
 
-def stored_type(checkpoint: Checkpoint, name: str) -> torch.dtype:
+def stored_type(weights: Weights, name: str) -> torch.dtype:
     """torch's type of a stored tensor; CheckpointError for one that is not read."""
-    stored = checkpoint.tensors[name].dtype
+    stored = weights.tensors[name].dtype
     if stored not in TORCH_TYPES:
         raise CheckpointError(
             f"tensor {name!r} is stored as {stored}; BF16, F16 and F32 are read (dequantize the "
@@ -167,33 +167,33 @@ def stored_type(checkpoint: Checkpoint, name: str) -> torch.dtype:
     return TORCH_TYPES[stored]
 
 
-def _small(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Pieces that lie together on both sides joined, then cut to what a buffer holds."""
-    for piece in _joined(pieces):
-        step = _BUFFER_BYTES // piece.dtype.itemsize
-        for first in range(0, piece.n_values, step):
+def _buffer_sized(runs: Iterable[ByteRun]) -> Iterator[ByteRun]:
+    """The same values in as few runs as possible, each of which fits a buffer."""
+    for run in _joined(runs):
+        step = _BUFFER_BYTES // run.dtype.itemsize
+        for first in range(0, run.n_values, step):
             yield replace(
-                piece,
-                first_byte=piece.first_byte + first * piece.dtype.itemsize,
-                n_values=min(step, piece.n_values - first),
-                place=piece.place + first,
+                run,
+                first_byte=run.first_byte + first * run.dtype.itemsize,
+                n_values=min(step, run.n_values - first),
+                target_start=run.target_start + first,
             )
 
 
-def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Fused experts are one run of bytes, which the pieces' order does not show."""
-    run: Piece | None = None
-    for piece in sorted(pieces, key=lambda piece: piece.place):
+def _joined(runs: Iterable[ByteRun]) -> Iterator[ByteRun]:
+    """Runs that are neighbours on both sides, made one: all of a fused tensor's experts are."""
+    joined: ByteRun | None = None
+    for run in sorted(runs, key=lambda run: run.target_start):
         if (
-            run is not None
-            and piece.stored == run.stored
-            and piece.place == run.place + run.n_values
-            and piece.first_byte == run.first_byte + run.n_values * run.dtype.itemsize
+            joined is not None
+            and run.stored == joined.stored
+            and run.target_start == joined.target_start + joined.n_values
+            and run.first_byte == joined.first_byte + joined.n_values * joined.dtype.itemsize
         ):
-            run = replace(run, n_values=run.n_values + piece.n_values)
+            joined = replace(joined, n_values=joined.n_values + run.n_values)
             continue
-        if run is not None:
-            yield run
-        run = piece
-    if run is not None:
-        yield run
+        if joined is not None:
+            yield joined
+        joined = run
+    if joined is not None:
+        yield joined

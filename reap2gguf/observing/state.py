@@ -23,12 +23,7 @@ from torch import Tensor
 from reap2gguf.atomic import disk_errors_told, part_of, remove
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
-from reap2gguf.checkpoint.writer import (
-    PlannedTensor,
-    array_bytes,
-    planned_array,
-    write_safetensors,
-)
+from reap2gguf.checkpoint.writer import array_bytes, stored_array, write_safetensors
 from reap2gguf.errors import CheckpointError
 from reap2gguf.observing.batches import Batch
 from reap2gguf.observing.compute.ranks import Ranks
@@ -145,23 +140,23 @@ def _write(
 ) -> None:
     arrays: dict[str, npt.NDArray[np.generic]] = {f"sums.{k}": v for k, v in sums.items()}
     hidden: dict[str, Batch] = {}
-    planned: list[PlannedTensor] = []
+    planned: list[StoredTensor] = []
     for index, batch in enumerate(batches):
         arrays[f"batch.{index}.tokens"] = batch.tokens.numpy()
         arrays[f"batch.{index}.lengths"] = batch.lengths.numpy()
         name = f"batch.{index}.hidden"
         hidden[name] = batch
         shape = (batch.tokens.numel(), spool.shape[1])
-        planned.append(PlannedTensor(name, _STORED[spool.dtype], shape))
+        planned.append(StoredTensor(name, _STORED[spool.dtype], shape))
 
-    def contents(tensor: PlannedTensor) -> Iterator[memoryview]:
+    def contents(tensor: StoredTensor) -> Iterator[memoryview]:
         if tensor.name in arrays:
             yield array_bytes(arrays[tensor.name])
         else:
             loaded = spool.load(hidden[tensor.name].place).cpu().contiguous()
             yield loaded.view(torch.uint8).numpy().reshape(-1).data
 
-    planned = [planned_array(name, array) for name, array in arrays.items()] + planned
+    planned = [stored_array(name, array) for name, array in arrays.items()] + planned
     write_safetensors(path, planned, contents, metadata)
 
 

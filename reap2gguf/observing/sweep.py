@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ObservationError, UsageError
 from reap2gguf.machine import available_threads
 from reap2gguf.models.contract import MoeModel
@@ -78,7 +78,7 @@ class SweepReport:
 
 
 def sweep(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     model: MoeModel,
     rows: Sequence[Row],
     observer: LayerObserver,

@@ -1,4 +1,4 @@
-"""Which experts stay: published criteria over the observations, and how many."""
+"""Which experts are kept: published criteria over the observations, and how many."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.models.description import ModelFacts
 
 Scores = npt.NDArray[np.float64]
-Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the experts that stay, ascending
+Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the kept experts, ascending
 DEFAULT_COMPRESSION = 0.25
 
 
 def _mean(sums: Scores, count: npt.NDArray[np.int64]) -> Scores:
-    """Per routed token; an expert that saw none scores zero."""
+    """Sums per routed token; an expert without tokens scores zero."""
     return sums / np.maximum(count, 1)
 
 
-# The names of CerebrasResearch/reap's pruning metrics; a higher score stays.
+# The names of CerebrasResearch/reap's pruning metrics; the highest scores are kept.
 CRITERIA: dict[str, Callable[[LayerObservation], Scores]] = {
     "reap": lambda seen: _mean(seen.reap_sum, seen.count),
     "frequency": lambda seen: seen.count.astype(np.float64),
@@ -52,13 +52,15 @@ class Target:
 
 
 def choose_target(facts: ModelFacts, keep_experts: int | None, compression: float | None) -> Target:
-    """The number of experts to keep, from either option; 25 % go where neither is given.
+    """The number of experts to keep, from either option; by default 25 % are dropped.
 
     `compression` R drops floor(E * R) experts: 0.32 of 256 keeps 175. Raises UsageError if the
     number is not one the model can run with.
     """
     if keep_experts is not None and compression is not None:
-        raise UsageError("--keep-experts and --compression say the same thing; pass one of them")
+        raise UsageError(
+            "--keep-experts and --compression both set the number of experts; pass one of them"
+        )
     total, needed = facts.n_experts, facts.experts_per_token
     if keep_experts is None:
         ratio = DEFAULT_COMPRESSION if compression is None else compression
@@ -67,11 +69,11 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
         # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
         keep_experts = total - math.floor(total * Decimal(str(ratio)))
     if keep_experts > total:
-        raise UsageError(f"--keep-experts {keep_experts}: the model has {total} experts a layer")
+        raise UsageError(f"--keep-experts {keep_experts}: the model has {total} experts per layer")
     if keep_experts < needed:
         raise UsageError(
             f"keeping {keep_experts} of {total} experts: the router picks {needed} for each token "
-            f"(num_experts_per_tok), so at least {needed} must stay"
+            f"(num_experts_per_tok); keep at least {needed}"
         )
     return Target(total, keep_experts)
 
@@ -79,14 +81,14 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
 def select_experts(
     observations: Observations, method: str, target: Target, facts: ModelFacts
 ) -> dict[int, tuple[int, ...]]:
-    """Per layer, the experts with the highest scores; of equal scores, the lower id stays.
+    """Per layer, the experts with the highest scores; between equal scores, the lower id.
 
     Raises ArtifactError if the observations are of another model.
     """
     if not set(facts.moe_layers) <= set(observations.layers):
         raise ArtifactError(
-            f"observations: of {len(observations.layers)} layers, expected the model's "
-            f"{len(facts.moe_layers)} MoE layers"
+            f"observations: {len(observations.layers)} layers, expected the model's "
+            f"{len(facts.moe_layers)} MoE layers; pass observations of this model"
         )
     kept: dict[int, tuple[int, ...]] = {}
     for layer in facts.moe_layers:
@@ -94,7 +96,7 @@ def select_experts(
         if scores.shape != (target.n_experts,):
             raise ArtifactError(
                 f"observations: layer {layer} has {len(scores)} experts, expected "
-                f"{target.n_experts}"
+                f"{target.n_experts}; pass observations of this model"
             )
         best_first = np.argsort(-scores, kind="stable")
         kept[layer] = tuple(sorted(int(e) for e in best_first[: target.n_kept]))

@@ -23,15 +23,15 @@ from reap2gguf.models import MoeModel, SideFile
 from reap2gguf.progress import Progress
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
-    check_against_folder,
     check_header,
     check_tensor_types,
-    check_tensors,
     check_values,
+    compare_model,
+    compare_tensors,
     open_gguf,
 )
 from reap2gguf.verifying.hashes import check_hf_hashes, check_sums, folder_bytes
-from reap2gguf.verifying.hf_folder import ExpectedFolder, check_folder, open_folder
+from reap2gguf.verifying.hf_folder import check_folder, open_folder
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> R
 
 def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: Progress) -> Report:
     """A safetensors folder, and GGUF files that must hold its values."""
-    checkpoint, model, violations = open_folder(folder, None)
+    checkpoint, model, violations = open_folder(folder)
     if checkpoint is not None and model is not None:
-        expected = ExpectedFolder(model.facts.n_experts)
-        found = check_folder(checkpoint, model, expected, None, progress)
+        found = check_folder(checkpoint, model, progress)
         violations += _told(found, folder.name)
     for path in first_parts(files):
         header, problems = open_gguf(path)
@@ -85,7 +84,7 @@ def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: P
             n_experts = model.facts.n_experts if model else None
             violations += check_header(header, ExpectedGguf(None, n_experts))
             if checkpoint is not None and model is not None:
-                found = check_against_folder(header, checkpoint, model, n_threads, progress)
+                found = compare_model(header, checkpoint, model, n_threads, progress)
                 violations += _told(found, path.name)
     return Report((folder.name, *(path.name for path in files)), tuple(violations))
 
@@ -167,14 +166,14 @@ def _check_side(
         yield from check_values(header, n_threads, progress)
     for side in sides:
         if checkpoint is not None and side.general_type == header.metadata.get("general.type"):
-            yield from check_tensors(header, checkpoint, side.tensors, n_threads, progress)
+            yield from compare_tensors(header, checkpoint, side.tensors, n_threads, progress)
 
 
 def _open_sibling(hf_folder: Path) -> tuple[Checkpoint | None, MoeModel | None]:
     """The safetensors beside a bundle, if they are there and sound."""
     if not hf_folder.is_dir():
         return None, None
-    checkpoint, model, _ = open_folder(hf_folder, None)
+    checkpoint, model, _ = open_folder(hf_folder)
     return checkpoint, model
 
 
@@ -190,11 +189,10 @@ def _check_hf(
             yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF bundle"
     with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
         yield from check_hf_hashes(folder, manifest, n_threads, task.advance)
-    expected = ExpectedFolder(manifest.pruning.n_kept)
-    checkpoint, model, violations = open_folder(folder, expected)
+    checkpoint, model, violations = open_folder(folder, manifest.pruning.n_kept)
     yield from violations
     if checkpoint is not None and model is not None:
-        yield from check_folder(checkpoint, model, expected, None, progress)
+        yield from check_folder(checkpoint, model, progress)
 
 
 def _check_gguf(
@@ -215,6 +213,6 @@ def _check_gguf(
     yield from check_header(header, ExpectedGguf(tensor_types, manifest.pruning.n_kept))
     checkpoint, model = _open_sibling(hf_folder)
     if checkpoint is not None and model is not None:
-        yield from check_against_folder(header, checkpoint, model, n_threads, progress)
+        yield from compare_model(header, checkpoint, model, n_threads, progress)
     else:
         yield from check_values(header, n_threads, progress)

@@ -1,4 +1,4 @@
-"""Checks a GGUF file: header against plan and config, every value against the safetensors."""
+"""Checks a GGUF file: header against plan and config, every value against the weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
 from reap2gguf.gguf_files.gguf_split import read_whole_header
 from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
-from reap2gguf.gguf_files.rows import PIECE_VALUES, read_rows, rows_per_matrix
+from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows, rows_per_matrix
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor
@@ -25,29 +25,27 @@ from reap2gguf.progress import Progress
 from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
 from reap2gguf.verifying.matrices import (
     ERROR_BOUNDS,
-    errs_as_it_must,
+    errs_as_its_type,
     likely_slab,
     matrix_error,
 )
 
 Floats = npt.NDArray[np.float32]
 
-_MAX_ROW = 2**22  # values; a row is read in one piece
+_MAX_ROW = 2**22  # values; a row is read at once
 
 
 @dataclass(frozen=True)
 class ExpectedGguf:
-    """What a GGUF file must hold besides what the safetensors say."""
+    """What a GGUF file must hold besides what the weights say; None where anything will do."""
 
-    tensor_types: Mapping[str, GGMLQuantizationType] | None = (
-        None  # None: any type within its bound
-    )
+    tensor_types: Mapping[str, GGMLQuantizationType] | None = None
     n_experts: int | None = None
     file_type: int | None = None  # general.file_type
 
 
 def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
-    """A readable header, that of all parts for the first of some, or the violation."""
+    """The header of a file, of all parts if it is the first of several; or the violation."""
     try:
         return read_whole_header(path), []
     except ArtifactError as error:
@@ -96,20 +94,20 @@ def check_tensor_types(
         yield f"{where}: tensor {name} is not in the plan"
 
 
-def check_against_folder(
+def compare_model(
     header: GgufHeader,
-    checkpoint: Checkpoint,
+    weights: Weights,
     model: MoeModel,
     n_threads: int,
     progress: Progress,
 ) -> Iterator[str]:
-    """Keys and tokenizer against the config, then every tensor against the safetensors."""
+    """Keys and tokenizer against config and tokenizer files, then every tensor by value."""
     where = header.path.name
     try:
-        tokenizer = tokenizer_keys(checkpoint.folder, model.facts.vocab_size)
+        tokenizer = tokenizer_keys(weights.folder, model.facts.vocab_size)
     except Reap2ggufError as error:
         tokenizer = {}
-        yield f"{checkpoint.folder.name}: {error}"
+        yield f"{weights.folder.name}: {error}"
     for key, expected in tokenizer.items():
         if header.metadata.get(key) != expected:
             yield f"{where}: {key} is not that of the tokenizer files"
@@ -122,13 +120,13 @@ def check_against_folder(
         )
         if not same:
             yield f"{where}: {value.key} is {shown(found)}, expected {shown(value.value)}"
-    tensors = model.gguf_tensors(checkpoint.tensors)
-    yield from check_tensors(header, checkpoint, tensors, n_threads, progress)
+    tensors = model.gguf_tensors(weights.tensors)
+    yield from compare_tensors(header, weights, tensors, n_threads, progress)
 
 
-def check_tensors(
+def compare_tensors(
     header: GgufHeader,
-    checkpoint: Checkpoint,
+    weights: Weights,
     described: Sequence[GgufTensor],
     n_threads: int,
     progress: Progress,
@@ -148,23 +146,22 @@ def check_tensors(
                 f"{where}: {name} has shape {list(header.tensors[name].shape)}, expected "
                 f"{list(tensors[name].shape)}"
             )
-    yield from _compare_all(header, checkpoint, fitting, n_threads, progress)
+    yield from _compare_all(header, weights, fitting, n_threads, progress)
 
 
 def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iterator[str]:
-    """Where there are no safetensors to compare with: NaN, infinity, and all-zero matrices."""
+    """Violations without weights to compare with: NaN, infinity, and matrices of zeros alone."""
     ggml = load_ggml()
 
     def check(info: GgufTensorInfo) -> str | None:
         if info.tensor_type not in STORABLE:
-            return (
-                f"{header.path.name}: {info.name} is {info.tensor_type.name}, no type for weights"
-            )
+            found = info.tensor_type.name
+            return f"{header.path.name}: {info.name} is {found}, which is not a type for weights"
         if info.shape[-1] > _MAX_ROW:
             return f"{header.path.name}: {info.name} has rows of {info.shape[-1]:,} values"
         n_rows = prod(info.shape[:-1])
         per_matrix = n_rows // info.shape[0] if len(info.shape) == 3 else n_rows
-        step = max(1, PIECE_VALUES // info.shape[-1])
+        step = max(1, MAX_VALUES // info.shape[-1])
         for matrix in range(n_rows // per_matrix):
             where = f"{header.path.name}: {info.name}{_expert(info, matrix)}"
             empty = True
@@ -183,7 +180,7 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
 
 def _compare_all(
     header: GgufHeader,
-    checkpoint: Checkpoint,
+    weights: Weights,
     tensors: Sequence[GgufTensor],
     n_threads: int,
     progress: Progress,
@@ -193,7 +190,7 @@ def _compare_all(
 
     def check(info: GgufTensorInfo) -> str | None:
         try:
-            return _compare(header, ggml, checkpoint, by_name[info.name], info)
+            return _compare(header, ggml, weights, by_name[info.name], info)
         except Reap2ggufError as error:
             return f"{header.path.name}: {info.name}: {error}"
 
@@ -202,16 +199,16 @@ def _compare_all(
 
 
 def _compare(
-    header: GgufHeader, ggml: Ggml, checkpoint: Checkpoint, tensor: GgufTensor, info: GgufTensorInfo
+    header: GgufHeader, ggml: Ggml, weights: Weights, tensor: GgufTensor, info: GgufTensorInfo
 ) -> str | None:
     """The first violation in a tensor: each matrix must be its slab, within the type's error."""
     where = f"{header.path.name}: {info.name}"
     bound = ERROR_BOUNDS.get(info.tensor_type.name)
     if bound is None:
-        return f"{where} is {info.tensor_type.name}, which is no type for weights"
+        return f"{where} is {info.tensor_type.name}, which is not a type for weights"
     for index, slab in enumerate(tensor.slabs):
         which = _expert(info, index)
-        error = matrix_error(header, ggml, checkpoint, tensor, index, slab)
+        error = matrix_error(header, ggml, weights, tensor, index, slab)
         if not np.isfinite(error.distance):
             return f"{where}{which} holds NaN or infinite values"
         if error.zeros_only and error.scale and len(info.shape) > 1:
@@ -219,9 +216,9 @@ def _compare(
         # written so that a NaN is a violation
         if error.relative <= bound:
             continue
-        stored = read_rows(checkpoint, tensor, slab, 0, rows_per_matrix(tensor))
-        if not errs_as_it_must(ggml, stored, info.tensor_type, error.relative):
-            likely = likely_slab(header, ggml, checkpoint, tensor, index, bound)
+        stored = read_rows(weights, tensor, slab, 0, rows_per_matrix(tensor))
+        if not errs_as_its_type(ggml, stored, info.tensor_type, error.relative):
+            likely = likely_slab(header, ggml, weights, tensor, index, bound)
             hint = "" if likely is None else f"; it holds the weights of expert {likely}"
             return (
                 f"{where}{which} differs from {slab.stored} by {error.relative:.1%}, expected at "

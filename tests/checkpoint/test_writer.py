@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.index import INDEX_NAME
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.writer import (
-    PlannedTensor,
     plan_shards,
     shard_names,
     write_checkpoint,
@@ -31,10 +31,10 @@ NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
     torch.int64: "I64",
 }  # fmt: skip
-PLAN = [PlannedTensor(name, NAMES[t.dtype], tuple(t.shape)) for name, t in TENSORS.items()]
+PLAN = [StoredTensor(name, NAMES[t.dtype], tuple(t.shape)) for name, t in TENSORS.items()]
 
 
-def contents(planned: PlannedTensor) -> Iterator[memoryview]:
+def contents(planned: StoredTensor) -> Iterator[memoryview]:
     raw = TENSORS[planned.name].reshape(-1).view(torch.uint8).numpy().tobytes()
     for start in range(0, len(raw), 5):
         yield memoryview(raw)[start : start + 5]
@@ -105,7 +105,7 @@ def test_pieces_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_shards_are_cut_in_order(sizes: list[int], limit: int, expected: list[list[int]]) -> None:
-    planned = [PlannedTensor(str(i), "U8", (size,)) for i, size in enumerate(sizes)]
+    planned = [StoredTensor(str(i), "U8", (size,)) for i, size in enumerate(sizes)]
     shards = plan_shards(planned, limit)
     assert [[tensor.n_bytes for tensor in shard] for shard in shards] == expected
     assert [tensor for shard in shards for tensor in shard] == planned
@@ -125,7 +125,7 @@ def test_hub_library_cuts_and_names_alike() -> None:
 
     state = {f"w{i:02d}": torch.zeros(size) for i, size in enumerate([10, 10, 10, 50, 1, 30, 3])}
     theirs = split_torch_state_dict_into_shards(state, max_shard_size=120)
-    planned = [PlannedTensor(name, "F32", tuple(t.shape)) for name, t in state.items()]
+    planned = [StoredTensor(name, "F32", tuple(t.shape)) for name, t in state.items()]
     ours = plan_shards(planned, 120)
     names = shard_names(len(ours))
     assert sorted(theirs.filename_to_tensors) == names

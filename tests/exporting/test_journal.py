@@ -15,7 +15,7 @@ from reap2gguf.exporting.journal import ExportJournal
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor is worth keeping."""
     monkeypatch.setattr(journal_module, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(journal_module, "MOST_OF_TIME", 1e9)
+    monkeypatch.setattr(journal_module, "MAX_TIME_SHARE", 1e9)
 
 
 def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     assert "one" in again
     assert "two" in again
     assert "three" not in again
-    again.forget()
+    again.clear()
     assert ExportJournal(tmp_path / "journal", "key").is_empty
 
 

@@ -174,12 +174,12 @@ def with_file(name: str, *arguments: Any) -> Build:
 PRUNE = ("prune", "qwen3", "--observations", "seen.safetensors")
 ARGUMENTS = [
     *[Case(f"--keep-experts {n}", plan("--keep-experts", n), words) for n, words in (
-        (10**30, "the model has 8 experts"), (-1, "at least 2 must stay"), (0, "at least 2"),
+        (10**30, "the model has 8 experts"), (-1, "keep at least 2"), (0, "keep at least 2"),
         ("1.5", "not a valid integer"), ("9" * 5000, "not a valid integer"), ("x\ny", "x\\ny"))],
     *[Case(f"--compression {n}", plan("--compression", n), words) for n, words in (
         ("nan", "--compression nan"), ("inf", "less than 1"), ("-inf", "expected 0 or more"),
         ("1e999", "less than 1"), ("-0.1", "expected 0 or more"), ("1", "less than 1"),
-        ("0.99", "at least 2 must stay"), ("a\x1b[2J", "not a valid float"))],
+        ("0.99", "keep at least 2"), ("a\x1b[2J", "not a valid float"))],
     *[Case(f"--memory {n}", plan("--memory", n), words) for n, words in (
         ("1e999GB", "is no size"), ("9" * 400 + "GB", "more memory than"), ("-1G", "is no size"),
         ("nan", "is no size"), ("999999999999T", "more memory than"), ("", "is no size"))],
@@ -190,7 +190,7 @@ ARGUMENTS = [
         ("--seed", "9" * 5000), ("--device", "tpu"), ("--method", "best"), ("--mtp", "keep"))],
     *[Case(f"--name {n[:9]!r}", plan("--name", n), "will not do") for n in (
         "a\nb", "../x", "", "a" * 97, "a/b", "\x1b[2J", "observations", "x-GGUF", "é")],
-    Case("both ratios", plan("--keep-experts", 4, "--compression", 0.5), "say the same thing"),
+    Case("both ratios", plan("--keep-experts", 4, "--compression", 0.5), "both set the number"),
     Case("option unknown", plan("--experts", 4), "No such option"),
     Case("option without value", plan("--name"), "requires an argument"),
     Case("argument too many", plan("another"), "unexpected extra argument"),

@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -38,8 +37,7 @@ MTP_NAMES = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "nextn.shared_head_n
 
 def stored_of(tensors: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
     return {
-        name: StoredTensor(name, DTYPES[t.dtype], tuple(t.shape), Path("x"), 0, t.nbytes)
-        for name, t in tensors.items()
+        name: StoredTensor(name, DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()
     }
 
 

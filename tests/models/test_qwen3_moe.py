@@ -39,10 +39,7 @@ NAMES = {
 
 
 def stored_of(tensors: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    return {
-        name: StoredTensor(name, NAMES[t.dtype], tuple(t.shape), Path("x"), 0, t.nbytes)
-        for name, t in tensors.items()
-    }
+    return {name: StoredTensor(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
 def model_of(tiny: TinyQwen3Moe = BASE, **changes: Any) -> Qwen3Moe:

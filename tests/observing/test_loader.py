@@ -14,7 +14,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
 from reap2gguf.models import describe
 from reap2gguf.observing import loader as loader_module
-from reap2gguf.observing.loader import Piece, WeightLoader, _small
+from reap2gguf.observing.loader import ByteRun, WeightLoader, _buffer_sized
 from reap2gguf.observing.targets import layer_targets, whole
 from tests.observing.devices import DEVICES
 from tests.tiny import TinyQwen3Moe
@@ -85,28 +85,28 @@ def test_a_file_that_was_cut_is_said_by_whoever_takes(tiny: Path) -> None:
     st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.integers(1, 40)), max_size=30),
     st.integers(2, 64),
 )
-def test_cut_and_joined_pieces_cover_the_same_bytes(
+def test_cut_and_joined_runs_cover_the_same_bytes(
     runs: list[tuple[str, int, int]], buffer_bytes: int
 ) -> None:
-    pieces, place, byte = [], 0, {"a": 0, "b": 0}
+    chosen, start, byte = [], 0, {"a": 0, "b": 0}
     for stored, gap, n_values in runs:
         byte[stored] += 2 * gap
-        pieces.append(Piece(stored, torch.bfloat16, byte[stored], n_values, place))
+        chosen.append(ByteRun(stored, torch.bfloat16, byte[stored], n_values, start))
         byte[stored] += 2 * n_values
-        place += n_values
+        start += n_values
 
-    def cells(chosen: list[Piece]) -> list[tuple[int, str, int]]:
+    def cells(runs: list[ByteRun]) -> list[tuple[int, str, int]]:
         return sorted(
-            (piece.place + i, piece.stored, piece.first_byte + 2 * i)
-            for piece in chosen
-            for i in range(piece.n_values)
+            (run.target_start + i, run.stored, run.first_byte + 2 * i)
+            for run in runs
+            for i in range(run.n_values)
         )
 
     before = loader_module._BUFFER_BYTES
     loader_module._BUFFER_BYTES = buffer_bytes
     try:
-        small = list(_small(reversed(pieces)))
+        small = list(_buffer_sized(reversed(chosen)))
     finally:
         loader_module._BUFFER_BYTES = before
-    assert cells(small) == cells(pieces)
-    assert all(piece.n_values * 2 <= buffer_bytes for piece in small)
+    assert cells(small) == cells(chosen)
+    assert all(run.n_values * 2 <= buffer_bytes for run in small)

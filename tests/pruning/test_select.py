@@ -57,12 +57,12 @@ def test_a_quarter_goes_by_default(facts: ModelFacts) -> None:
     ("keep", "ratio", "message"),
     [
         (9, None, "the model has 8 experts"),
-        (1, None, "at least 2 must stay"),
-        (None, 0.9, "at least 2 must stay"),
+        (1, None, "keep at least 2"),
+        (None, 0.9, "keep at least 2"),
         (None, 1.0, "less than 1"),
         (None, -0.1, "0 or more"),
         (None, float("nan"), "0 or more"),
-        (4, 0.5, "say the same thing"),
+        (4, 0.5, "both set the number of experts"),
     ],
 )
 def test_numbers_the_model_cannot_run_with(
@@ -122,7 +122,7 @@ def test_no_dropped_expert_beats_a_kept_one(
 def test_observations_of_another_model(facts: ModelFacts) -> None:
     with pytest.raises(ArtifactError, match="layer 0 has 4 experts, expected 8"):
         select_experts(observations(**SEEN), "reap", Target(8, 4), facts)
-    with pytest.raises(ArtifactError, match="of 1 layers, expected the model's 2"):
+    with pytest.raises(ArtifactError, match="1 layers, expected the model's 2"):
         select_experts(
             observations(reap_sum=[1.0] * 8),
             "reap",

@@ -12,7 +12,8 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnknownTensorError
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.write import companion_files, plan_pruned, write_pruned
+from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.write import companion_files, write_pruned
 from tests.tiny import TinyQwen3Moe
 
 KEPT = {0: (0, 2, 3, 7), 1: (1, 4, 5, 6), 2: (0, 1, 2, 3)}
@@ -24,7 +25,7 @@ def prune(spec: TinyQwen3Moe, folder: Path, max_shard_bytes: int = 10**9) -> Pat
     pruned = folder / "pruned"
     pruned.mkdir()
     kept = {layer: KEPT[layer] for layer in model.facts.moe_layers}
-    write_pruned(source, model, kept, 4, pruned, Silent(), max_shard_bytes)
+    write_pruned(PrunedView(source, model, kept), pruned, Silent(), max_shard_bytes)
     return pruned
 
 
@@ -137,8 +138,8 @@ def test_a_tensor_no_rule_explains_is_no_skip(tmp_path: Path) -> None:
         describe(Checkpoint.open(folder))
 
 
-def test_the_plan_keeps_the_source_order(tmp_path: Path) -> None:
+def test_the_view_has_the_source_order(tmp_path: Path) -> None:
     source = Checkpoint.open(TinyQwen3Moe().write(tmp_path / "source"))
-    planned = plan_pruned(describe(source), source.tensors, {0: KEPT[0], 1: KEPT[1]})
-    order = [name for name in source.tensors if name in {t.source.name for t in planned}]
-    assert [tensor.source.name for tensor in planned] == order
+    view = PrunedView(source, describe(source), {0: KEPT[0], 1: KEPT[1]})
+    origins = [view.origin(name)[0] for name in view.tensors]
+    assert origins == [name for name in source.tensors if name in origins]

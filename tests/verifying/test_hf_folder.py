@@ -21,16 +21,16 @@ def violations(folder: Path, name: str, change: Callable[[torch.Tensor], object]
     tensors = load_file(path)
     change(tensors[name])
     save_file(tensors, path, {"format": "pt"})
-    checkpoint, model, problems = hf_folder.open_folder(folder, None)
+    checkpoint, model, problems = hf_folder.open_folder(folder)
     assert checkpoint is not None
     assert model is not None
     assert not problems
-    return list(hf_folder._check_values(checkpoint, model, name, lambda _: None))
+    return list(hf_folder._check_tensor(checkpoint, model, name, lambda _: None))
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_folder, "_PIECE_VALUES", 1024)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_folder, "_MAX_VALUES", 1024)
 
 
 def test_a_padded_embedding_is_no_violation(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""How the weights of a model are read, wherever they come from: lazily, and a part at a time."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.errors import CheckpointError
+
+# BF16 has no numpy type: its bits travel as uint16.
+NUMPY_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "U64": "<u8",
+    "I32": "<i4",
+    "U32": "<u4",
+    "I16": "<i2",
+    "U16": "<u2",
+    "I8": "<i1",
+    "U8": "<u1",
+    "BOOL": "<u1",
+    "F8_E4M3": "<u1",
+    "F8_E5M2": "<u1",
+}
+
+
+class Weights(ABC):
+    """The weights of one model: their names and shapes, and reads of any part of them.
+
+    A `Checkpoint` reads them from its files. A `PrunedView` has those of the pruned model before
+    they are written. Stages that come after the observations take either. Threads may share one.
+    Memory: what a read returns.
+    """
+
+    folder: Path  # holds the tokenizer and the other small files of the model
+    config: dict[str, Any]  # config.json; not to be changed
+    tensors: Mapping[str, StoredTensor]
+
+    @abstractmethod
+    def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fill the 1D `buffer` with the bytes of a tensor from byte `first` on.
+
+        Raises CheckpointError on a missing tensor, bytes beyond its end, or a short read.
+        """
+
+    @abstractmethod
+    def expect_bytes(self, name: str, first: int, n_bytes: int) -> None:
+        """Prefetch bytes that `read_bytes` will be asked for; returns at once."""
+
+    @abstractmethod
+    def fetch_ahead(self, names: Iterable[str]) -> None:
+        """Begin to download the files of tensors that will be read soon; returns at once."""
+
+    @abstractmethod
+    def without_fetching(self) -> AbstractContextManager[None]:
+        """A block in which nothing is downloaded: a read that needs it raises CancelledError."""
+
+    def origin(self, name: str, entry: int = 0) -> tuple[str, int]:
+        """The name in the files of `folder`, and the entry on axis 0, of a tensor's entry."""
+        return name, entry
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(tensor.n_elements for tensor in self.tensors.values())
+
+    def read(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> npt.NDArray[np.generic]:
+        """Rows `first` up to `last` along axis 0, as stored (BF16 as uint16 bits).
+
+        With `index`, the rows are those of that entry along axis 0: expert `index` of a 3D tensor.
+        Raises CheckpointError as `read_bytes` does.
+        """
+        shape, first_byte = self._locate(name, first, last, index)
+        result = np.empty(shape, dtype=NUMPY_TYPES[self.tensors[name].dtype])
+        self.read_bytes(name, first_byte, result.reshape(-1).view(np.uint8))
+        return result
+
+    def read_float32(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The same rows converted exactly to float32."""
+        return to_float32(self.read(name, first, last, index), self.tensors[name].dtype, name)
+
+    def expect(
+        self, name: str, first: int = 0, last: int | None = None, index: int | None = None
+    ) -> None:
+        """Prefetch the rows that `read` will be asked for; returns at once."""
+        shape, first_byte = self._locate(name, first, last, index)
+        self.expect_bytes(name, first_byte, math.prod(shape) * self.tensors[name].item_bytes)
+
+    def _locate(
+        self, name: str, first: int, last: int | None, index: int | None
+    ) -> tuple[tuple[int, ...], int]:
+        """The shape of the rows that `read` describes, and the byte that they begin at."""
+        tensor = self._tensor(name)
+        shape, position = tensor.shape, 0
+        if index is not None:
+            shape = shape[1:]
+            position = index * math.prod(shape)
+        if shape:
+            position += first * math.prod(shape[1:])
+            shape = ((shape[0] if last is None else last) - first, *shape[1:])
+        return shape, position * tensor.item_bytes
+
+    def _tensor(self, name: str) -> StoredTensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.folder}: no tensor {name!r}")
+        return tensor
+
+    def _check_range(self, name: str, first: int, n_bytes: int) -> None:
+        """Raises CheckpointError if a tensor does not have bytes `first` to `first + n_bytes`."""
+        size = self._tensor(name).n_bytes
+        if first < 0 or first + n_bytes > size:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} has {size:,} bytes, not {first + n_bytes:,}"
+            )
+
+
+def to_float32(raw: npt.NDArray[np.generic], dtype: str, name: str) -> npt.NDArray[np.float32]:
+    """Stored F32, F16 or BF16 values as float32; CheckpointError for any other dtype."""
+    if dtype == "F32":
+        return raw.astype(np.float32, copy=False)
+    if dtype == "F16":
+        return raw.astype(np.float32)
+    if dtype == "BF16":
+        # bfloat16 is the upper half of a float32
+        widened = raw.astype(np.uint32)
+        widened <<= 16
+        return widened.view(np.float32)
+    raise CheckpointError(
+        f"tensor {name!r} is stored as {dtype}, expected F32, F16 or BF16; dequantize the "
+        "checkpoint first"
+    )
