@@ -1,3 +1,100 @@
-"""Prune a Mixture-of-Experts checkpoint with REAP; publish it as verified GGUF and safetensors."""
+"""Prune a Mixture-of-Experts checkpoint with REAP; publish it as verified GGUF and safetensors.
+
+    import reap2gguf
+
+    options = reap2gguf.BuildOptions(recipes=("unsloth-iq4km",), model="Qwen/Qwen3-30B-A3B")
+    result = reap2gguf.build(options, progress=print)
+
+What `__all__` names is the public API: it follows semantic versioning, and nothing else does. Names
+are loaded when they are first used, so that `import reap2gguf` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reap2gguf.api import (
+        PruneResult,
+        QuantizeResult,
+        Selection,
+        build,
+        imatrix,
+        observe,
+        plan,
+        prune,
+        quantize,
+        select,
+        verify,
+    )
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.pipeline import BuildResult
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.errors import Reap2ggufError, VerificationError
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+    from reap2gguf.progress import ProgressEvent
+    from reap2gguf.verifying.bundle import VerifyReport
 
 __version__ = "0.1.0"
+__all__ = [
+    "BuildOptions",
+    "BuildResult",
+    "CalibrationOptions",
+    "ComputeOptions",
+    "Imatrix",
+    "Observations",
+    "Plan",
+    "ProgressEvent",
+    "PruneResult",
+    "QuantizeResult",
+    "Reap2ggufError",
+    "Selection",
+    "VerificationError",
+    "VerifyReport",
+    "build",
+    "imatrix",
+    "observe",
+    "plan",
+    "prune",
+    "quantize",
+    "select",
+    "verify",
+]
+_HOMES = {
+    "api": (
+        "PruneResult",
+        "QuantizeResult",
+        "Selection",
+        "build",
+        "imatrix",
+        "observe",
+        "plan",
+        "prune",
+        "quantize",
+        "select",
+        "verify",
+    ),
+    "artifacts.observations": ("Observations",),
+    "building.pipeline": ("BuildResult",),
+    "building.plan": ("Plan",),
+    "errors": ("Reap2ggufError", "VerificationError"),
+    "gguf_files.imatrix": ("Imatrix",),
+    "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
+    "progress": ("ProgressEvent",),
+    "verifying.bundle": ("VerifyReport",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"reap2gguf.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'reap2gguf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 
 class Task(Protocol):
@@ -15,15 +17,72 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Receives what the stages are doing; the terminal draws it, tests ignore it."""
+    """Receives what the stages are doing; a terminal draws it, a program gets events."""
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
-        """A piece of work of `total` `unit`s, open while the context is."""
+        """A piece of work of `total` units, open while the context is; tasks may overlap."""
         yield ...  # type: ignore[misc]
 
     def note(self, text: str) -> None:
-        """Something the user should read once, such as a fallback that was taken."""
+        """A line to read once, such as a fallback that was taken."""
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One report about a task, or a note. A note has only a text; a task has everything else."""
+
+    kind: Literal["begin", "advance", "end", "note"]
+    title: str = ""
+    done: float = 0.0  # units so far
+    total: float = 0.0
+    unit: str = ""  # such as "tokens" or "bytes"
+    text: str = ""
+
+
+class CallbackProgress:
+    """A Progress that calls one function with each event.
+
+    Tasks may advance in several threads at the same time. The function is called by one thread at a
+    time, in the thread that reports; it may use this object itself. An exception that it raises
+    ends the work that reported.
+    """
+
+    def __init__(self, callback: Callable[[ProgressEvent], None]) -> None:
+        self._callback = callback
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
+        begin = ProgressEvent("begin", title, 0.0, total, unit)
+        task = _CallbackTask(begin, self._send, self._lock)
+        self._send(task.latest)
+        try:
+            yield task
+        finally:
+            self._send(replace(task.latest, kind="end"))
+
+    def note(self, text: str) -> None:
+        self._send(ProgressEvent("note", text=text))
+
+    def _send(self, event: ProgressEvent) -> None:
+        with self._lock:
+            self._callback(event)
+
+
+class _CallbackTask:
+    def __init__(
+        self, begin: ProgressEvent, send: Callable[[ProgressEvent], None], lock: threading.RLock
+    ) -> None:
+        self.latest = begin
+        self._send = send
+        self._lock = lock
+
+    def advance(self, amount: float = 1) -> None:
+        with self._lock:  # counting and sending are one step: `done` never goes down
+            done = self.latest.done + amount
+            self.latest = replace(self.latest, kind="advance", done=done)
+            self._send(self.latest)
 
 
 class _Nothing:
@@ -32,7 +91,7 @@ class _Nothing:
 
 
 class Silent:
-    """A Progress that tells nobody."""
+    """A Progress that ignores everything."""
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:

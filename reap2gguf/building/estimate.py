@@ -1,15 +1,20 @@
-"""What a build will take: room on the disk, exactly; memory and time, about."""
+"""What a build will need: disk space exactly, memory and time roughly."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 
+from reap2gguf.atomic import disk_errors_told
 from reap2gguf.building.plan import Plan
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
+from reap2gguf.errors import OutputError
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models import Carried, Dropped, Expert, SideFile
 from reap2gguf.observing.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
+from reap2gguf.progress import Progress
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.resources import shipped_folder
 
@@ -25,17 +30,17 @@ _BASE_BYTES = 600 * 2**20  # Python, torch, transformers
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build will need; time and memory are estimates, sizes are exact."""
+    """What a build will need. Sizes are exact; time and memory are estimates."""
 
     disk_bytes: int
-    state_bytes: int  # on the disk besides, to keep what a sweep has done between two layers
+    state_bytes: int  # more disk space, to save the progress of a sweep between two layers
     memory_bytes: int
     memory: str  # which: "memory", or "GPU memory" where there is one
     seconds: float
 
 
 def estimate(plan: Plan, has_gpu: bool) -> Estimate:
-    """Disk, memory and time of a build that starts from nothing."""
+    """Disk space, memory and time of a build that starts from scratch."""
     options = plan.options
     threads = options.compute.threads
     n_tokens = _tokens_at_most(plan)
@@ -51,14 +56,14 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     gguf = sum(recipe.n_bytes for recipe in plan.recipes)
     gguf += sum(side_bytes(side) for side in plan.side_files)
     disk = plan.hf_bytes + gguf + _small_bytes(plan, n_tokens)
-    # a new state is written beside the one before
+    # a new state is written beside the previous one
     state = 2 * n_tokens * plan.model.facts.hidden_size * (2 if has_gpu else 4)
     where = "GPU memory" if has_gpu else "memory"
     return Estimate(disk, state, _memory(plan, n_tokens, has_gpu), where, seconds)
 
 
 def _small_bytes(plan: Plan, n_tokens: int) -> int:
-    """What goes with the tensors, at most: tokenizer, headers, imatrix, text, cards."""
+    """Upper bound of all files but tensors: tokenizer, headers, imatrix, text, cards."""
     facts = plan.model.facts
     companions = sum(f.stat().st_size for f in companion_files(plan.source.folder))
     columns = 2 * facts.hidden_size + facts.expert_width
@@ -69,19 +74,19 @@ def _small_bytes(plan: Plan, n_tokens: int) -> int:
 
 
 def _memory(plan: Plan, n_tokens: int, has_gpu: bool) -> int:
-    """Bytes of the GPU, or of the host without one, that a sweep takes where nothing limits it."""
+    """Bytes that a sweep takes of the GPU, or of RAM without one, if nothing limits it."""
     if plan.options.compute.memory is not None:
         return plan.options.compute.memory
     hidden = plan.model.facts.hidden_size * (2 if has_gpu else 4)
     batch = min(n_tokens, MOST_TOKENS["cuda" if has_gpu else "cpu"])
-    # one layer computes while another is read
+    # one layer computes while the next one is read
     weights = 2 * max(n for layer, n in _layer_bytes(plan).items() if layer is not None)
     base = CONTEXT_BYTES if has_gpu else _BASE_BYTES
     return base + weights + n_tokens * hidden + batch * ATTENTION_WIDTHS * hidden
 
 
 def _tokens_at_most(plan: Plan) -> int:
-    """Tokens of a sweep: as many as were asked for, if the texts have that many."""
+    """Tokens of a sweep, at most: what was asked for, or what the texts can hold."""
     calibration, length = plan.calibration, plan.max_length
     rows = ((one, calibration.rows_of(one)) for one in calibration.components)
     found = sum(min(count * length, _tokens_in(one)) for one, count in rows)
@@ -89,17 +94,17 @@ def _tokens_at_most(plan: Plan) -> int:
 
 
 def _tokens_in(component: Component) -> int:
-    """Tokens that files here may have; of what is on the Hub nothing is known."""
+    """Upper bound of the tokens in local files; nothing is known about files on the Hub."""
     if not component.is_local or component.path.suffix == ".parquet":
         return _UNKNOWN
     path = shipped_folder("calibration") if component.name == DEFAULT_MIX else component.path
     files = [path, *path.glob("*")] if path.is_dir() else [path]
-    # two bytes a token is the worst that text comes to; Parquet is compressed
+    # text has at least two bytes per token; Parquet is compressed
     return sum(file.stat().st_size for file in files if file.is_file()) // 2 + 1
 
 
 def active_parameters(plan: Plan) -> int:
-    """Parameters that one token meets, the embedding left out."""
+    """Parameters that one token uses, without the embedding."""
     facts = plan.model.facts
     total = 0
     for name, tensor in plan.checkpoint.tensors.items():
@@ -128,3 +133,43 @@ def _layer_bytes(plan: Plan) -> dict[int | None, int]:
         layer = plan.model.role(name).layer
         found[layer] = found.get(layer, 0) + tensor.n_bytes
     return found
+
+
+def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
+    """Whether the disk has space to save the progress of a sweep between layers as well.
+
+    Raises OutputError with the numbers if it does not even have space for the build. What an
+    interrupted build left counts as written.
+    """
+    needs = estimate(plan, has_gpu=False)
+    if plan.options.check_space:
+        work.check_room(needs.disk_bytes)
+        _check_cache(plan, work, needs.disk_bytes)
+    room = work.free_bytes() + work.written_bytes()
+    keeps_states = room >= needs.disk_bytes + needs.state_bytes
+    if not keeps_states:
+        progress.note(
+            f"not enough disk space to save progress between layers ({needs.state_bytes:,} more "
+            "bytes needed); an interrupted calibration pass restarts from layer 0"
+        )
+    if replaced := work.earlier_files():
+        progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
+    return keeps_states
+
+
+def _check_cache(plan: Plan, work: Workdir, n_bytes: int) -> None:
+    """OutputError if the Hub's cache has no space for the weights that are not fetched yet."""
+    unfetched, cache = plan.checkpoint.unfetched_bytes, plan.source.folder
+    if not unfetched:
+        return
+    with disk_errors_told(cache):
+        free = shutil.disk_usage(cache).free
+        is_shared = cache.stat().st_dev == work.output.stat().st_dev
+    wanted = unfetched + (n_bytes - work.written_bytes() if is_shared else 0)
+    if wanted > free:
+        besides = " and the build writes its files there too" if is_shared else ""
+        raise OutputError(
+            f"{cache}: {unfetched:,} bytes of weights are not fetched yet{besides}; "
+            f"{wanted:,} bytes are needed on that disk, and {free:,} are free; free some, set "
+            "HF_HOME to a folder on another disk, or pass --no-space-check"
+        )

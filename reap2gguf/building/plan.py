@@ -37,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
 
 @dataclass(frozen=True)
 class Plan:
-    """A build, decided but not begun."""
+    """Everything that is decided before a build starts."""
 
     options: BuildOptions
     calibration: Calibration
@@ -52,26 +52,28 @@ class Plan:
 
     @property
     def hf_bytes(self) -> int:
+        """Size of the safetensors."""
         return self.pruned.n_bytes
 
     @property
     def n_parameters(self) -> int:
+        """Parameters of the pruned model."""
         return self.pruned.n_parameters
 
     @property
     def max_length(self) -> int:
-        """Tokens a row: what was asked for, within the model's context."""
+        """Tokens per row: what was asked for, within the model's context."""
         return min(self.calibration.max_length, self.model.facts.context_length)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
-        return f"{self.name}-{recipe.recipe.label}.gguf"
+        return f"{self.name}-{recipe.label}.gguf"
 
     def side_name(self, side: SideFile) -> str:
         return f"{side.prefix}-{self.name}-F16.gguf"
 
     @property
     def mtp(self) -> str:
-        """What becomes of a multi-token-prediction block."""
+        """What happens to a multi-token-prediction block: pruned, dropped or none."""
         if self.model.facts.has_mtp:
             return "pruned"
         return "dropped" if self.drops_mtp else "none"
@@ -83,12 +85,12 @@ class Plan:
 
 
 def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
-    """Read headers, config and recipes, and decide everything that they decide.
+    """Read headers, config and recipes, and decide everything that follows from them.
 
-    `note` is told of each try at the Hub that failed.
+    `note` receives each failed request to the Hub.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
-    # what costs nothing to check comes first
+    # what is cheap to check comes first
     recipes = [load_recipe(name) for name in options.recipes]
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
@@ -103,8 +105,8 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size)
     target = choose_target(model.facts, options.keep_experts, options.compression)
-    anyone: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
-    pruned = PrunedView(checkpoint, model, anyone)
+    first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
+    pruned = PrunedView(checkpoint, model, first_ones)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     resolved = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
@@ -117,7 +119,7 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
 
 
 def _check_there(text: Path) -> None:
-    """A text that is not there is known before anything else is read."""
+    """Refuse a missing text before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")
 
@@ -152,8 +154,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "files": [
             {
                 "file": plan.gguf_name(recipe),
-                "recipe": recipe.recipe.name,
-                "file_type": recipe.recipe.file_type,
+                "recipe": recipe.name,
+                "file_type": recipe.file_type,
                 "bytes": recipe.n_bytes,
                 "bits_per_weight": round(recipe.bits_per_weight, 4),
                 "tensors": {
@@ -171,16 +173,18 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
 
 
 def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
-    """The name asked for, or `<source>-REAP-<compression>` with two decimals or as many as tell."""
+    """The given name, or `<source>-REAP-<compression>` with two decimals, or more if needed."""
     ratio = target.compression if options.compression is None else options.compression
     shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
     name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
     if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith("-GGUF"):
         raise UsageError(
-            f"the name {name!r} will not do; pass --name with letters, digits, '.', '_' and '-' "
-            "(not ending in -GGUF), as the Hub wants it"
+            f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and '-' "
+            "(not ending in -GGUF), as the Hub requires"
         )
     finals = (options.output / name, options.output / f"{name}-GGUF")
     if source.folder.resolve() in (final.resolve() for final in finals):
-        raise UsageError(f"{source.folder}: is where the result would go; pass another --name")
+        raise UsageError(
+            f"{source.folder}: the result would replace the source; pass another --name"
+        )
     return name

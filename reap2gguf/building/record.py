@@ -1,12 +1,13 @@
-"""Writes down a finished build: manifest, cards and hashes in both folders."""
+"""The record of a finished build: manifest, cards and hashes in both folders."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.observations import Observations
@@ -36,23 +37,27 @@ from reap2gguf.quantizing.resolve import ResolvedRecipe
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
 
 
-def write_bundle_files(
-    plan: Plan,
-    work: Workdir,
-    observations: Observations,
-    observations_sha256: str,
-    texts: Texts,
-    kept: Kept,
-    checked: Sequence[str],
-    mtp_hits: int,
-) -> Manifest:
-    """Cards, manifests and SHA256SUMS of a verified build; the manifest."""
+@dataclass(frozen=True)
+class Evidence:
+    """What the stages of a build found out, for its manifest and cards."""
+
+    observations: Observations
+    observations_sha256: str
+    texts: Texts
+    kept: Kept
+    importance: Mapping[str, Any]  # facts of the importance matrix's sweep
+    checks: Sequence[str]  # what was verified, one line each
+
+
+def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
+    """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
+    n_checks = len(evidence.checks)
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
-        source=_source_record(plan, observations),
-        pruning=_pruning_record(plan, observations, observations_sha256, kept, mtp_hits),
-        calibration=_calibration_record(plan, observations, texts),
+        source=_source_record(plan, evidence.observations),
+        pruning=_pruning_record(plan, evidence),
+        calibration=_calibration_record(plan, evidence.observations, evidence.texts),
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
@@ -62,9 +67,9 @@ def write_bundle_files(
         ),
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
-        verification={"summary": f"{len(checked)} checks passed", "passed": list(checked)},
+        verification={"summary": f"{n_checks} checks passed", "passed": list(evidence.checks)},
     )
-    return _write(plan, work, texts.chunks, manifest)
+    return _write(plan, work, evidence.texts.chunks, manifest)
 
 
 def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
@@ -78,20 +83,19 @@ def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
     )
 
 
-def _pruning_record(
-    plan: Plan, observations: Observations, observations_sha256: str, kept: Kept, mtp_hits: int
-) -> PruningRecord:
+def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
+    observations = evidence.observations
     return PruningRecord(
         method=plan.options.method,
         n_experts=plan.target.n_experts,
         n_kept=plan.target.n_kept,
         experts_per_token=plan.model.facts.experts_per_token,
-        kept=kept,
-        observations_sha256=observations_sha256,
+        kept=evidence.kept,
+        observations_sha256=evidence.observations_sha256,
         n_rows=observations.n_rows,
         n_tokens=observations.n_tokens,
         n_dropped_rows=observations.n_dropped_rows,
-        mtp=_mtp_record(plan, observations, mtp_hits),
+        mtp=_mtp_record(plan, observations, int(evidence.importance["mtp_hits"])),
     )
 
 
@@ -153,11 +157,11 @@ def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord
     path = folder / plan.gguf_name(recipe)
     return GgufRecord(
         file=path.name,
-        recipe=recipe.recipe.name,
-        title=recipe.recipe.title,
-        label=recipe.recipe.label,
-        file_type=recipe.recipe.file_type,
-        recipe_source=recipe.recipe.source,
+        recipe=recipe.name,
+        title=recipe.title,
+        label=recipe.label,
+        file_type=recipe.file_type,
+        recipe_source=recipe.source,
         n_bytes=path.stat().st_size,
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()},

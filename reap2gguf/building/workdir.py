@@ -1,17 +1,17 @@
-"""Names of everything a build writes, whose work a folder holds, and the renaming at the end.
+"""The folders of a build: their names, their owner, their lock, and the renaming at the end.
 
 OUTPUT/NAME/                        final, safetensors
 OUTPUT/NAME-GGUF/                   final, GGUF
 OUTPUT/.work/NAME/NAME/             the same, while being made
 OUTPUT/.work/NAME/NAME-GGUF/
-OUTPUT/.work/NAME/build.json        whose work this is
-OUTPUT/.work/NAME/stages.json       which stages are done, and with which inputs
-OUTPUT/.work/NAME/*.state           a sweep between two layers
-OUTPUT/.work/NAME/export*.json      an export between two tensors
+OUTPUT/.work/NAME/build.json        the source, and whether the build started with --fresh
+OUTPUT/.work/NAME/stages.json       which stages are done, with which inputs (stage.py)
+OUTPUT/.work/NAME/*.state           saved progress of a sweep, between two layers
+OUTPUT/.work/NAME/export*.json      saved progress of an export, between two tensors
 OUTPUT/.work/.NAME.lock             held while a build of this name runs
-OUTPUT/.work/.NAME.finished.json    what the final files were made from, and what it cost
-OUTPUT/.work/texts/KEY.safetensors         kept: another ratio tokenizes nothing anew,
-OUTPUT/.work/observations/KEY.safetensors  and observes nothing anew
+OUTPUT/.work/.NAME.finished.json    the inputs of the final files, and what they cost
+OUTPUT/.work/texts/KEY.safetensors         kept for other builds of this output:
+OUTPUT/.work/observations/KEY.safetensors  another ratio repeats neither
 """
 
 from __future__ import annotations
@@ -23,20 +23,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from reap2gguf.atomic import disk_errors_told, make_folder, part_of, remove, rename, write_whole
-from reap2gguf.building.marks import NOTHING, StageMarks
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 
-SHARED = ("texts", "observations")
-RESERVED_NAMES = frozenset(SHARED)  # of folders beside the builds'
+RESERVED_NAMES = frozenset(("texts", "observations"))  # folders that builds of one output share
 _IDENTITY = "build.json"
-_PUBLISHING = "publishing.json"  # there while final names are being given
+_FINALIZING = "finalizing.json"  # exists while folders get their final names
 
 
 @dataclass
@@ -57,12 +54,12 @@ class Workdir:
 
     @property
     def hf(self) -> Path:
-        """Where the safetensors are made."""
+        """Where the safetensors are written."""
         return self.root / self.name
 
     @property
     def gguf(self) -> Path:
-        """Where the GGUF bundle is made."""
+        """Where the GGUF bundle is written."""
         return self.root / f"{self.name}-GGUF"
 
     @property
@@ -77,14 +74,12 @@ class Workdir:
     def _finished(self) -> Path:
         return self.shared / f".{self.name}.finished.json"
 
-    def texts(self, key: str) -> Path:
-        return self.shared / "texts" / f"{key}.safetensors"
-
-    def observations(self, key: str) -> Path:
-        return self.shared / "observations" / f"{key}.safetensors"
+    def shared_file(self, folder: str, key: str) -> Path:
+        """A file of `texts` or `observations`, which builds of one output share."""
+        return self.shared / folder / f"{key}.safetensors"
 
     def share(self, save: Callable[[Path], None], path: Path) -> None:
-        """Let `save` write a file of `texts` or `observations`.
+        """Let `save` write a shared file.
 
         It is written here first: a build of another name may be writing the same.
         """
@@ -92,28 +87,16 @@ class Workdir:
         save(own)
         rename(own, path)
 
-    def must_be_anew(self, artefact: str) -> bool:
-        """Whether a shared file is from before a demand to start over, and not yet made again."""
-        return artefact in self._identity().get("anew", [])
-
-    def meet_demand(self, artefact: str) -> None:
-        """A shared file has been made again; from now on it may be reused."""
-        identity = self._identity()
-        demanded = identity.get("anew", [])
-        if artefact in demanded:
-            left = [name for name in demanded if name != artefact]
-            write_whole(self.root / _IDENTITY, json.dumps(identity | {"anew": left}))
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the user asked to start over, and this build has not finished since."""
+        return self._identity().get("fresh") is True
 
     def _identity(self) -> dict[str, Any]:
         try:
             return read_json(self.root / _IDENTITY)
         except CheckpointError:
             return {}
-
-    @cached_property
-    def marks(self) -> StageMarks:
-        """Which stages are done; to be asked for once the folder is prepared."""
-        return StageMarks(self.root / "stages.json")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -135,7 +118,7 @@ class Workdir:
         except BlockingIOError as error:
             file.seek(0)
             raise OutputError(
-                f"{self.root}: another build of {self.name} is at work there (process "
+                f"{self.root}: another build of {self.name} is running there (process "
                 f"{file.read(20).strip() or 'unknown'}); wait for it, or pass another --name or "
                 "--output"
             ) from error
@@ -145,16 +128,16 @@ class Workdir:
             file.flush()
 
     def prepare(self, identity: Mapping[str, str], fresh: bool) -> None:
-        """Make the folders; `fresh` forgets everything that was done.
+        """Create the folders; `fresh` forgets everything that was done.
 
-        `identity` tells the source and its fingerprint: work of another source is never mixed with
-        this. An interrupted publication is carried through first. Raises OutputError if the output
+        `identity` holds the source and its fingerprint: work of different sources is never mixed.
+        An interrupted `finalize` is finished first. Raises OutputError if the output
         cannot be written, a final name holds something that this program did not make, or the work
         folder is that of another source.
         """
         self._drop_discarded()
-        if (self.root / _PUBLISHING).is_file():
-            self._publish()
+        if (self.root / _FINALIZING).is_file():
+            self._finalize()
         for final in (self.final_hf, self.final_gguf):
             self._check_replaceable(final)
         if fresh:
@@ -163,20 +146,20 @@ class Workdir:
         self._check_identity(identity)
         for folder in (self.root, self.shared / "observations", self.shared / "texts"):
             make_folder(folder)
-        anew = SHARED if fresh else self._identity().get("anew", [])
-        write_whole(self.root / _IDENTITY, json.dumps({**identity, "anew": list(anew)}))
+        is_fresh = fresh or self.is_fresh
+        write_whole(self.root / _IDENTITY, json.dumps({**identity, "fresh": is_fresh}))
 
     def _check_identity(self, identity: Mapping[str, str]) -> None:
-        """Refuse a work folder that another source, or another program, has filled."""
+        """Refuse a work folder that another source, or another program, has written to."""
         ours = self.root / _IDENTITY
         if not self.root.is_dir() or not set(self.root.iterdir()) - {ours, part_of(ours)}:
-            return  # there is nothing to mix with
+            return  # it is empty
         advice = "pass --fresh to start over in it, or another --name or --output"
         try:
             found = read_json(self.root / _IDENTITY)
         except CheckpointError as error:
             raise OutputError(
-                f"{self.root}: holds files, and no readable {_IDENTITY} that says of which build; "
+                f"{self.root}: holds files, but no readable {_IDENTITY} that names their build; "
                 f"{advice}"
             ) from error
         if found.get("fingerprint") != identity["fingerprint"]:
@@ -187,17 +170,17 @@ class Workdir:
             )
 
     def written_bytes(self) -> int:
-        """What an interrupted build left here, in bytes."""
+        """Size of what an interrupted build left here."""
         files = (file for folder in (self.hf, self.gguf) for file in folder.glob("*"))
         return sum(file.stat().st_size for file in files)
 
     def free_bytes(self) -> int:
-        """What is free on the disk of the output, in bytes."""
+        """Free bytes on the disk of the output."""
         with disk_errors_told(self.output):
             return shutil.disk_usage(self.output).free
 
     def check_room(self, n_bytes: int) -> None:
-        """Refuse a build of `n_bytes` for which the disk has no room, before the work.
+        """Refuse a build of `n_bytes` if the disk has too little space, before the work.
 
         What an interrupted build left counts as written. Raises OutputError with the numbers.
         """
@@ -205,12 +188,12 @@ class Workdir:
         if n_bytes - written > free:
             raise OutputError(
                 f"{self.output}: the build writes {n_bytes:,} bytes, of which {written:,} are "
-                f"there, and {free:,} are free on that disk; free some, pass another --output, or "
-                "--no-space-check where that count is wrong"
+                f"there, and {free:,} are free on that disk; free some space, pass another "
+                "--output, or --no-space-check if that count is wrong"
             )
 
     def _check_replaceable(self, final: Path) -> None:
-        """Only the same folder of an earlier build of the same name may be replaced."""
+        """Only a folder of an earlier build of the same name may be replaced."""
         if not os.path.lexists(final):
             return
         try:
@@ -219,8 +202,8 @@ class Workdir:
             ours = False
         if not ours:
             raise OutputError(
-                f"{final}: exists and is no earlier build of {self.name}; pass another --output or "
-                "--name, or move it away"
+                f"{final}: exists and is not an earlier build of {self.name}; pass another "
+                "--output or --name, or move it away"
             )
 
     def earlier_files(self) -> list[str]:
@@ -229,23 +212,10 @@ class Workdir:
             return []
         return sorted(file.name for file in self.final_gguf.glob(f"*{self.name}-*.gguf"))
 
-    def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` was finished with these inputs and its folder is still there."""
-        folder = self.hf if stage == "prune" else self.gguf
-        return folder.is_dir() and self.marks.is_done(stage, key)
-
-    def begin(self, stage: str, key: str, folder: Path) -> None:
-        """Begin a stage in its folder: where it stopped, or in an empty one for other inputs."""
-        if not (folder.is_dir() and self.marks.was_begun(stage, key)):
-            self.marks.begin(stage, NOTHING)  # or a kill would leave half of it to go on with
-            remove(folder)
-        make_folder(folder)
-        self.marks.begin(stage, key)
-
-    def publish(self, inputs: str, costs: Sequence[Mapping[str, Any]]) -> None:
+    def finalize(self, inputs: str, costs: Sequence[Mapping[str, Any]]) -> None:
         """Give both folders their final names, in place of an earlier build's.
 
-        `inputs` is the key of everything that went in. An interruption is made good by `prepare`.
+        `inputs` is the key of everything that went in. If it is interrupted, `prepare` finishes it.
         """
         files = {
             f"{final.name}/{file.name}": file.stat().st_size
@@ -253,10 +223,10 @@ class Workdir:
             for file in sorted(made.iterdir())
         }
         record = {"inputs": inputs, "files": files, "stages": costs}
-        write_whole(self.root / _PUBLISHING, json.dumps(record, indent=1) + "\n")
-        self._publish()
+        write_whole(self.root / _FINALIZING, json.dumps(record, indent=1) + "\n")
+        self._finalize()
 
-    def _publish(self) -> None:
+    def _finalize(self) -> None:
         for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf)):
             if not made.exists():
                 continue  # has its name already
@@ -268,7 +238,7 @@ class Workdir:
         self._discard()
 
     def is_finished(self, inputs: str) -> bool:
-        """Whether the final files were made from these inputs and are all there, by their sizes."""
+        """Whether the final files were made from these inputs and all have their sizes."""
         if not self._finished.is_file():
             return False
         try:
@@ -286,12 +256,12 @@ class Workdir:
         return self.shared / f".{self.name}.old"
 
     def _discard(self) -> None:
-        """Drop the work folder: first its name, since removing what it holds takes time."""
+        """Remove the work folder. It is renamed first, since removing its files takes time."""
         if self.root.is_dir():
             rename(self.root, self._discarded)
         self._drop_discarded()
 
     def _drop_discarded(self) -> None:
-        if (self._discarded / _PUBLISHING).is_file():
-            rename(self._discarded / _PUBLISHING, self._finished)
+        if (self._discarded / _FINALIZING).is_file():
+            rename(self._discarded / _FINALIZING, self._finished)
         remove(self._discarded)

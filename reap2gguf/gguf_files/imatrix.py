@@ -92,6 +92,12 @@ def load_imatrix(path: Path) -> Imatrix:
     return imatrix
 
 
+def save_both(imatrix: Imatrix, gguf_path: Path) -> None:
+    """Write both formats, the `.dat` beside the GGUF; OutputError if the disk refuses."""
+    save_gguf(imatrix, gguf_path)
+    save_dat(imatrix, gguf_path.with_suffix(".dat"))
+
+
 def save_gguf(imatrix: Imatrix, path: Path) -> None:
     """Write llama-imatrix's GGUF format, whole or not at all; OutputError if the disk refuses."""
     writer = HeaderWriter("imatrix")

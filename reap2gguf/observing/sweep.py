@@ -32,7 +32,7 @@ from reap2gguf.observing.compute.ranks import join, meet_on
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.run import SweepRun
-from reap2gguf.options import Resume
+from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import Progress
 
 
@@ -47,6 +47,18 @@ class SweepOptions:
     spool: str = "auto"  # auto, device, host or disk
     folder: Path = Path()  # where a spool on disk goes
     resume: Resume | None = None  # where to keep what is done between layers
+
+    @classmethod
+    def of(cls, compute: ComputeOptions) -> SweepOptions:
+        return cls(
+            compute.device,
+            compute.dtype,
+            compute.threads,
+            compute.memory,
+            compute.spool,
+            compute.scratch,
+            compute.resume,
+        )
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype: a GPU in bfloat16 where there is one, else float32 on the CPU.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.errors import RecipeError
@@ -41,6 +41,34 @@ class ResolvedRecipe:
 
     recipe: Recipe
     table: tuple[ResolvedTensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def title(self) -> str:
+        return self.recipe.title
+
+    @property
+    def label(self) -> str:
+        """What ends the file's name."""
+        return self.recipe.label
+
+    @property
+    def file_type(self) -> str:
+        """llama.cpp's name of the mixture, such as Q4_K_M."""
+        return self.recipe.file_type
+
+    @property
+    def llama_file_type(self) -> LlamaFileType:
+        """The same as the number that `general.file_type` holds."""
+        return self.recipe.mixture.file_type
+
+    @property
+    def source(self) -> str:
+        """The recipe's TOML text."""
+        return self.recipe.source
 
     @property
     def n_bytes(self) -> int:

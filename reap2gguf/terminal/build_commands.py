@@ -20,7 +20,6 @@ from reap2gguf.terminal.options import (
     llama_cpp_option,
     threads_option,
 )
-from reap2gguf.terminal.stage_commands import say
 
 if TYPE_CHECKING:
     from reap2gguf.building.estimate import Estimate
@@ -47,20 +46,17 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
-    from reap2gguf.building.plan import make_plan
-
-    plan = make_plan(collect(arguments, fresh, space_check), say)
-    from reap2gguf.building.pipeline import build as run
-    from reap2gguf.building.pipeline import follow
+    from reap2gguf import api
     from reap2gguf.terminal.console import terminal_progress
     from reap2gguf.terminal.views import plan_lines, result_lines
 
-    if not processes().is_first:
-        follow(plan)
-        return
-    _print(plan_lines(plan, _estimate(plan)))
-    click.get_current_context().meta[HAS_BEGUN] = True
-    _print(result_lines(run(plan, terminal_progress())))
+    progress = terminal_progress()
+    plan = api.plan(collect(arguments, fresh, space_check), progress=progress)
+    if processes().is_first:
+        _print(plan_lines(plan, _estimate(plan)))
+        click.get_current_context().meta[HAS_BEGUN] = True
+    if result := api.build(plan, progress=progress):
+        _print(result_lines(result))
 
 
 @click.command("plan")
@@ -73,11 +69,12 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     Example:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
-    from reap2gguf.building.plan import make_plan, plan_as_json
-
-    plan = make_plan(collect(arguments), say)
+    from reap2gguf import api
+    from reap2gguf.building.plan import plan_as_json
+    from reap2gguf.terminal.console import terminal_progress
     from reap2gguf.terminal.views import plan_lines
 
+    plan = api.plan(collect(arguments), progress=terminal_progress())
     needs = _estimate(plan)
     if as_json:
         click.echo(json.dumps(plan_as_json(plan, needs), indent=1))
@@ -98,10 +95,10 @@ def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
       reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF
       reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
     """
+    from reap2gguf import api
     from reap2gguf.terminal.console import terminal_progress
-    from reap2gguf.verifying.bundle import verify_paths
 
-    report = verify_paths(paths, threads, terminal_progress())
+    report = api.verify(*paths, threads=threads, progress=terminal_progress())
     if as_json:
         values = {"checked": report.checked, "violations": report.violations}
         click.echo(json.dumps(values, indent=1))

@@ -54,7 +54,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     for recipe in plan.recipes:
         yield (
             f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}, "
-            f"{recipe.bits_per_weight:.2f} bits per weight, {recipe.recipe.file_type}"
+            f"{recipe.bits_per_weight:.2f} bits per weight, {recipe.file_type}"
         )
         yield from _type_lines(recipe)
     for side in plan.side_files:

@@ -35,14 +35,14 @@ from reap2gguf.verifying.hf_folder import check_folder, open_folder
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """The outcome of a verification."""
 
     checked: tuple[str, ...]  # what was looked at
     violations: tuple[str, ...]
 
 
-def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> Report:
+def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> VerifyReport:
     """Verify a bundle folder, or a safetensors folder with GGUF files made from it.
 
     Raises UsageError if the paths are neither.
@@ -68,10 +68,12 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> R
             report = verify_bundle(folder, n_threads, progress)
         checked += report.checked
         violations += report.violations
-    return Report(tuple(checked), tuple(violations))
+    return VerifyReport(tuple(checked), tuple(violations))
 
 
-def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: Progress) -> Report:
+def verify_pair(
+    folder: Path, files: Sequence[Path], n_threads: int, progress: Progress
+) -> VerifyReport:
     """A safetensors folder, and GGUF files that must hold its values."""
     checkpoint, model, violations = open_folder(folder)
     if checkpoint is not None and model is not None:
@@ -86,7 +88,7 @@ def verify_pair(folder: Path, files: Sequence[Path], n_threads: int, progress: P
             if checkpoint is not None and model is not None:
                 found = compare_model(header, checkpoint, model, n_threads, progress)
                 violations += _told(found, path.name)
-    return Report((folder.name, *(path.name for path in files)), tuple(violations))
+    return VerifyReport((folder.name, *(path.name for path in files)), tuple(violations))
 
 
 def _told(violations: Iterator[str], where: str) -> Iterator[str]:
@@ -99,15 +101,15 @@ def _told(violations: Iterator[str], where: str) -> Iterator[str]:
         yield f"{where}: {error}"
 
 
-def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
+def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyReport:
     """A folder that `build` left: GGUF files, or safetensors; its sibling too where it is there."""
     try:
         manifest = Manifest.load(folder)
     except ArtifactError as error:
-        return Report((folder.name,), (str(error),))
+        return VerifyReport((folder.name,), (str(error),))
     if is_hf_folder(folder, manifest):
         found = _told(_check_hf(folder, manifest, n_threads, progress), folder.name)
-        return Report((folder.name,), tuple(found))
+        return VerifyReport((folder.name,), tuple(found))
     named = {name for record in manifest.gguf for name in record.files}
     named |= {side.file for side in manifest.side_files}
     absent = {name for name in named if not is_plain(folder / name)}
@@ -131,7 +133,7 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> Report:
             continue
         found = _check_side(folder / side.file, side, hf_folder, n_threads, progress)
         violations += _told(found, side.file)
-    return Report(tuple(checked), tuple(violations))
+    return VerifyReport(tuple(checked), tuple(violations))
 
 
 def is_hf_folder(folder: Path, manifest: Manifest) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.building import pipeline, record, workdir
+from reap2gguf.building import pipeline, record, stages, workdir
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.plan import make_plan, plan_as_json
 from reap2gguf.building.workdir import Workdir
@@ -51,7 +51,7 @@ def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatc
     """A build that is interrupted when its files are to be written."""
 
     with monkeypatch.context() as patch:
-        refuse_at(patch, pipeline.stages, "export")
+        refuse_at(patch, stages, "export_model")
         with pytest.raises(KeyboardInterrupt):
             build(model, output)
 
@@ -316,15 +316,13 @@ def test_a_demand_to_start_over_outlives_an_interruption(
 ) -> None:
     build(tiny, tmp_path / "out")
     with monkeypatch.context() as patch:
-        refuse_at(patch, pipeline, "read_texts")
+        refuse_at(patch, stages, "read_texts")
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out", fresh=True)
     with monkeypatch.context() as patch:
-        refuse_at(patch, pipeline, "write_pruned")
+        refuse_at(patch, stages, "write_pruned")
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out")
-    work = Workdir(tmp_path / "out", "tiny-REAP-0.25")
-    assert not work.must_be_anew("observations")
     reused = stages_reused(build(tiny, tmp_path / "out"))
     assert [stage for stage, is_reused in reused.items() if is_reused] == ["texts", "observe"]
 
@@ -383,7 +381,7 @@ def test_a_folder_of_someone_else_is_not_replaced(tiny: Path, tmp_path: Path) ->
     theirs = tmp_path / "out" / "mine-GGUF"
     theirs.mkdir(parents=True)
     (theirs / "thesis.txt").write_text("")
-    with pytest.raises(OutputError, match="is no earlier build of mine"):
+    with pytest.raises(OutputError, match="is not an earlier build of mine"):
         build(tiny, tmp_path / "out", name="mine")
     assert (theirs / "thesis.txt").exists()
 
@@ -432,9 +430,9 @@ def test_names(tiny: Path, tmp_path: Path) -> None:
     assert make_plan(options(tiny, tmp_path)).name == "tiny-REAP-0.25"
     assert make_plan(options(tiny, tmp_path, keep_experts=5)).name == "tiny-REAP-0.375"
     for name in ("../x", "observations", "x-GGUF"):
-        with pytest.raises(UsageError, match=f"the name '{name}' will not do"):
+        with pytest.raises(UsageError, match=f"the name '{name}' is not allowed"):
             make_plan(options(tiny, tmp_path, name=name))
-    with pytest.raises(UsageError, match="is where the result would go"):
+    with pytest.raises(UsageError, match="the result would replace the source"):
         make_plan(options(tiny, tiny.parent, name="tiny"))
     with pytest.raises(UsageError, match="two recipes have the label"):
         make_plan(options(tiny, tmp_path, recipes=("q8_0", "q8_0")))
@@ -493,7 +491,7 @@ def test_a_killed_export_leaves_nothing_in_the_bundle(tiny: Path, tmp_path: Path
     first = make_plan(options(tiny, tmp_path / "out"))
     work = Workdir(tmp_path / "out", first.name)
     with pytest.MonkeyPatch.context() as patch:
-        refuse_at(patch, pipeline.stages, "export")
+        refuse_at(patch, stages, "export_model")
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(first, Silent())
     (work.gguf / "tiny-REAP-0.25-Q8_0.gguf.part").write_bytes(b"half")
@@ -505,7 +503,7 @@ def test_a_mended_tokenizer_is_taken_up(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        refuse_at(patch, pipeline.stages, "export")
+        refuse_at(patch, stages, "export_model")
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out")
     (tiny / "chat_template.jinja").write_text("another template")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.building import pipeline
+from reap2gguf.building import pipeline, stages
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.plan import make_plan, plan_as_json
 from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest, MtpRecord
@@ -316,7 +316,7 @@ def test_an_interrupted_build_keeps_its_hits(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.stages, "export_side", stop)
+        patch.setattr(stages, "export_side", stop)
         with pytest.raises(KeyboardInterrupt):
             build(kept.source, tmp_path, compression=0.25)
     result = build(kept.source, tmp_path, compression=0.25)

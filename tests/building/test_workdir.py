@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from reap2gguf import atomic
-from reap2gguf.building.marks import StageMarks, stage_key
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import OutputError
 
@@ -25,58 +24,15 @@ def work(tmp_path: Path) -> Workdir:
     return work
 
 
-def publish(work: Workdir, inputs: str = "inputs") -> None:
+def finalize(work: Workdir, inputs: str = "inputs") -> None:
     for folder, name in ((work.hf, "config.json"), (work.gguf, "name.gguf")):
         folder.mkdir()
         (folder / name).write_text("contents")
-    work.publish(inputs, [])
-
-
-def test_marks_of_later_stages_fall_with_earlier_ones(work: Workdir) -> None:
-    work.hf.mkdir()
-    work.gguf.mkdir()
-    for stage in ("prune", "imatrix", "export", "verify"):
-        work.marks.finish(stage, stage_key(stage), {})
-    work.begin("imatrix", stage_key("imatrix"), work.gguf)
-    assert work.is_done("prune", stage_key("prune"))
-    for stage in ("imatrix", "export", "verify"):
-        assert not work.is_done(stage, stage_key(stage))
-
-
-def test_a_stage_of_other_inputs_is_not_done(work: Workdir) -> None:
-    work.hf.mkdir()
-    work.marks.finish("prune", "key", {})
-    assert work.is_done("prune", "key")
-    assert not work.is_done("prune", "another")
-    work.hf.rmdir()
-    assert not work.is_done("prune", "key")
-
-
-def test_marks_outlive_the_process(work: Workdir) -> None:
-    work.marks.finish("imatrix", "key", {"mtp_hits": 7})
-    again = StageMarks(work.root / "stages.json")
-    assert again.is_done("imatrix", "key")
-    assert again.found("imatrix") == {"mtp_hits": 7}
-
-
-@pytest.mark.parametrize("text", ['{"pru', "[]", '{"prune": 3}', '{"prune": {"kee": 1}}', "\0"])
-def test_damaged_marks_are_none(work: Workdir, text: str) -> None:
-    work.marks.finish("prune", "key", {})
-    (work.root / "stages.json").write_text(text)
-    assert not StageMarks(work.root / "stages.json").is_done("prune", "key")
-
-
-def test_a_stage_goes_on_in_its_folder_only_with_the_same_inputs(work: Workdir) -> None:
-    work.begin("prune", "key", work.hf)
-    (work.hf / "shard").write_text("")
-    work.begin("prune", "key", work.hf)
-    assert (work.hf / "shard").exists()
-    work.begin("prune", "another", work.hf)
-    assert not (work.hf / "shard").exists()
+    work.finalize(inputs, [])
 
 
 def test_work_of_another_model_is_not_touched(work: Workdir) -> None:
-    work.begin("prune", "key", work.hf)
+    work.hf.mkdir()
     other = {"source": "owner/other", "fingerprint": "f" * 64}
     again = Workdir(work.output, work.name)
     with pytest.raises(OutputError) as caught:
@@ -125,8 +81,8 @@ def test_a_second_build_is_refused_and_a_killed_one_holds_nothing(tmp_path: Path
         pass
 
 
-def test_what_is_published_is_finished(work: Workdir) -> None:
-    publish(work)
+def test_what_is_finalized_is_finished(work: Workdir) -> None:
+    finalize(work)
     assert (work.final_hf / "config.json").is_file()
     assert not work.root.exists()
     assert work.is_finished("inputs")
@@ -139,7 +95,7 @@ def test_what_is_published_is_finished(work: Workdir) -> None:
     "text", ["", "[]", '{"inputs": "inputs"}', '{"inputs": "inputs", "files": {}}']
 )
 def test_a_damaged_record_finishes_nothing(work: Workdir, text: str) -> None:
-    publish(work)
+    finalize(work)
     (work.shared / ".name.finished.json").write_text(text)
     assert not work.is_finished("inputs")
 
@@ -148,8 +104,8 @@ def test_builds_of_two_names_may_write_one_file_of_both(tmp_path: Path) -> None:
     one, other = Workdir(tmp_path, "one"), Workdir(tmp_path, "other")
     for work in (one, other):
         work.prepare(IDENTITY, fresh=False)
-    path = one.observations("key")
-    assert path == other.observations("key")
+    path = one.shared_file("observations", "key")
+    assert path == other.shared_file("observations", "key")
 
     def save_while_the_other_does(own: Path) -> None:
         atomic.write_whole(own, "same")
@@ -169,6 +125,16 @@ def test_room_that_is_wanted_and_free(work: Workdir) -> None:
     with (work.hf / "sparse").open("wb") as file:
         file.truncate(2 * free)
     work.check_room(2 * free)  # what is written already needs no room
+
+
+def test_a_fresh_start_lasts_until_the_build_is_finished(work: Workdir) -> None:
+    assert not work.is_fresh
+    work.prepare(IDENTITY, fresh=True)
+    assert work.is_fresh
+    work.prepare(IDENTITY, fresh=False)
+    assert work.is_fresh
+    finalize(work)
+    assert not work.is_fresh
 
 
 def test_an_output_that_is_a_file(tmp_path: Path) -> None:
@@ -194,6 +160,6 @@ def test_an_output_that_is_read_only(tmp_path: Path) -> None:
 def test_the_record_tells_what_it_cost(work: Workdir) -> None:
     for folder in (work.hf, work.gguf):
         folder.mkdir()
-    work.publish("inputs", [{"name": "prune", "seconds": 1.5}])
+    work.finalize("inputs", [{"name": "prune", "seconds": 1.5}])
     record = json.loads((work.shared / ".name.finished.json").read_text())
     assert record["stages"] == [{"name": "prune", "seconds": 1.5}]

@@ -12,8 +12,8 @@ import llama_cpp  # before the package's libggml: two builds share the name of o
 import numpy as np
 from gguf import GGUFReader
 
-from reap2gguf.building.stages import export
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.models import GgufTensor, describe
 from reap2gguf.progress import Silent
@@ -56,7 +56,8 @@ def export_files(
             )
             for recipe in recipes
         }
-        export(checkpoint, model, "Tiny", files, imatrix, (), n_threads, Silent())
+        weighted_by = None if imatrix is None else WeightedBy(imatrix)
+        export_model(checkpoint, model, "Tiny", files, weighted_by, (), n_threads, Silent())
     return paths
 
 

@@ -17,8 +17,8 @@ import torch
 from llama_cpp import mtmd_cpp
 from transformers import AutoModelForCausalLM
 
-from reap2gguf.building.stages import export_side
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models import describe
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.observing.decoder import StreamedDecoder

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
-from reap2gguf.building.stages import export
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     FolderRecord,
@@ -23,6 +22,7 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.exporting.model_files import export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
@@ -142,7 +142,7 @@ def _bundle(checkpoint: Checkpoint, folder: Path) -> None:
     tensors = model.gguf_tensors(checkpoint.tensors)
     resolved = resolve(load_recipe("q8_0"), tensors, model.facts, 8, has_imatrix=False)
     path = gguf / "name-Q8_0.gguf"
-    export(checkpoint, model, "name", {path: resolved}, None, [], 1, Silent())
+    export_model(checkpoint, model, "name", {path: resolved}, None, [], 1, Silent())
     kinds = {name: kind.name for name, kind in resolved.tensor_types().items()}
     files = hash_folder(hf, 1)
     manifest = Manifest(

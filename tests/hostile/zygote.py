@@ -22,6 +22,7 @@ SECONDS = 20  # then a child is killed
 
 
 def main() -> None:
+    import reap2gguf.api
     import reap2gguf.building.plan
     import reap2gguf.building.stages
     import reap2gguf.calibration.texts

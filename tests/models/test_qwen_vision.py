@@ -14,12 +14,12 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
 
-from reap2gguf.building.checks import verify_side
-from reap2gguf.building.stages import export_side
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
+from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models import Carried, SideFile, describe
 from reap2gguf.progress import Silent
+from reap2gguf.verifying.planned import verify_side
 from tests.tiny import TinyQwen35Moe
 
 BASE = TinyQwen35Moe(n_experts=4, vocab=64)

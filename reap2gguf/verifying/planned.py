@@ -1,4 +1,4 @@
-"""What a build checks before it gives anything its final name: files against plan and source."""
+"""The files of a build against its plan and the pruned model, before they get their final names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def verify_gguf(
     """Violations of one GGUF file against the plan and the pruned model."""
     header, violations = open_gguf(path)
     if header is not None:
-        file_type = recipe.recipe.mixture.file_type.value
+        file_type = recipe.llama_file_type.value
         expected = ExpectedGguf(recipe.tensor_types(), model.facts.n_experts, file_type)
         violations += check_header(header, expected)
         violations += compare_model(header, pruned, model, n_threads, progress)

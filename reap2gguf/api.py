@@ -1,0 +1,388 @@
+"""The library: what the commands do, as functions of Python.
+
+`build` does everything; the others are its stages, one at a time. Each takes a MODEL as the command
+line does: a local folder, or `owner/name[@revision]` on the Hub. Errors are Reap2ggufErrors, with
+the message that the command line would print. Long work calls `progress`, if one is given, with a
+`ProgressEvent` now and then.
+
+torch and transformers are loaded inside the functions that compute.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reap2gguf.errors import ArtifactError, CalibrationError, OutputError, UsageError
+from reap2gguf.machine import available_threads, processes
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, Resume
+from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent
+
+if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.pipeline import BuildResult
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.hub.source import Source
+    from reap2gguf.models import MoeModel
+    from reap2gguf.verifying.bundle import VerifyReport
+
+ProgressLike = Callable[[ProgressEvent], None] | Progress | None
+PathLike = Path | str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The experts that each layer keeps."""
+
+    method: str  # the criterion
+    n_experts: int  # per layer, before
+    n_kept: int  # per layer, after
+    kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned safetensors folder, and which experts it keeps."""
+
+    folder: Path
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """A GGUF file that was written."""
+
+    path: Path
+    n_bytes: int
+    bits_per_weight: float
+    tensor_types: Mapping[str, str]  # GGUF tensor name -> GGML type, such as Q4_K
+
+
+def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
+    """Decide what `build` will do, from headers alone; no weights are read.
+
+    Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError, CalibrationError or
+    UsageError.
+    """
+    from reap2gguf.building.plan import make_plan
+
+    return make_plan(options, _progress(progress).note)
+
+
+def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> BuildResult | None:
+    """Prune, quantize, verify and bundle a model; an interrupted build is resumed.
+
+    Returns None in a process of torchrun that is not the first. Raises what `plan` raises,
+    OutputError, ObservationError, and VerificationError if what was written differs from the plan.
+    """
+    from reap2gguf.building.pipeline import build as run
+
+    decided = plan(options, progress=progress) if isinstance(options, BuildOptions) else options
+    return run(decided, _progress(progress))
+
+
+def observe(
+    model: str,
+    output: PathLike,
+    *,
+    calibration: CalibrationOptions | None = None,
+    compute: ComputeOptions | None = None,
+    progress: ProgressLike = None,
+) -> Observations:
+    """Record what each expert of MODEL does on calibration text, and write it to `output`.
+
+    An interrupted call resumes from the layer that `OUTPUT.state` holds. Every process of torchrun
+    returns the sums of all; the first one writes them. Raises CalibrationError, ObservationError,
+    OutputError, and what opening a model raises.
+    """
+    from reap2gguf.calibration.corpus import check_calibration
+    from reap2gguf.calibration.mixes import decide
+
+    # what can be refused without torch is refused before it is loaded
+    decided = decide(calibration or CalibrationOptions())
+    check_calibration(decided)
+    output, shown = _output(output), _progress(progress)
+    with _open(model, shown) as opened:
+        opened.check_tokenizer()
+        from reap2gguf.calibration.rows import Tokenizer
+        from reap2gguf.calibration.texts import observation_rows
+        from reap2gguf.observing import passes
+
+        facts = opened.model.facts
+        length = min(decided.max_length, facts.context_length)
+        tokenizer = Tokenizer(opened.source.folder)
+        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown)
+        _check_same_rows(rows.sha256)
+        where = _resuming(compute or ComputeOptions(), output, opened.checkpoint, rows.sha256)
+        seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
+    if processes().is_first:
+        seen.save(output)
+        _drop_states(output)
+    return seen
+
+
+def select(
+    model: str,
+    observations: Observations | PathLike,
+    *,
+    keep_experts: int | None = None,
+    compression: float | None = None,
+    method: str = "reap",
+    mtp: str = "prune",
+) -> Selection:
+    """Choose the experts to keep by a criterion over observations; nothing is written.
+
+    Raises ArtifactError if the observations are of another model, UsageError for a number of
+    experts that the model cannot run with.
+    """
+    with _open(model, Silent(), keep_mtp=mtp == "prune") as opened:
+        return _select(opened, observations, keep_experts, compression, method)
+
+
+def prune(
+    model: str,
+    observations: Observations | PathLike,
+    output: PathLike,
+    *,
+    keep_experts: int | None = None,
+    compression: float | None = None,
+    method: str = "reap",
+    mtp: str = "prune",
+    progress: ProgressLike = None,
+) -> PruneResult:
+    """Write MODEL without the experts that matter least, as a verified safetensors folder.
+
+    Raises what `select` raises, OutputError if the folder exists or cannot be written, and
+    VerificationError if what was written is not what was planned.
+    """
+    output, shown = _output(output), _progress(progress)
+    with _open(model, shown, keep_mtp=mtp == "prune") as opened:
+        if output.exists():
+            raise OutputError(f"{output}: exists already; pass another output or move it away")
+        selection = _select(opened, observations, keep_experts, compression, method)
+        from reap2gguf.building.prune_folder import prune_to_folder
+
+        prune_to_folder(opened.checkpoint, opened.model, selection.kept, method, output, shown)
+    return PruneResult(output, selection)
+
+
+def imatrix(
+    model: str,
+    text: PathLike,
+    output: PathLike,
+    *,
+    chunk: int = 512,
+    compute: ComputeOptions | None = None,
+    progress: ProgressLike = None,
+) -> Imatrix:
+    """Compute the importance matrix of MODEL on a text; `output` is a GGUF file.
+
+    The older format is written beside it, as `.dat`. An interrupted call resumes from the layer
+    that `OUTPUT.state` holds. Raises CalibrationError, ObservationError, OutputError, UsageError,
+    and what opening a model raises.
+    """
+    output, text, shown = _output(output), Path(text), _progress(progress)
+    if output.suffix == ".dat":
+        raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
+    from reap2gguf.calibration.corpus import check_text
+
+    check_text(text)
+    with _open(model, shown) as opened:
+        opened.check_tokenizer()
+        from reap2gguf.calibration.rows import Tokenizer
+        from reap2gguf.calibration.texts import imatrix_chunks
+        from reap2gguf.gguf_files.imatrix import save_both
+        from reap2gguf.observing.passes import compute_imatrix
+
+        size = min(chunk, opened.model.facts.context_length)
+        chunks = imatrix_chunks(Tokenizer(opened.source.folder), text, size)
+        options = compute or ComputeOptions()
+        where = _resuming(options, output, opened.checkpoint, chunks.tokens_sha256)
+        result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
+    if processes().is_first:
+        save_both(result, output)
+        _drop_states(output)
+    return result
+
+
+def quantize(
+    model: str,
+    recipe: str,
+    output: PathLike,
+    *,
+    imatrix: PathLike | None = None,
+    threads: int | None = None,
+    progress: ProgressLike = None,
+) -> QuantizeResult:
+    """Write MODEL as one GGUF file by a recipe: a shipped one by name, or a TOML file.
+
+    An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError,
+    ArtifactError, OutputError, and what opening a model raises.
+    """
+    from reap2gguf.atomic import remove
+    from reap2gguf.gguf_files.imatrix import load_imatrix
+    from reap2gguf.quantizing.recipe import load_recipe
+    from reap2gguf.quantizing.resolve import resolve
+
+    asked = load_recipe(recipe)
+    file = None if imatrix is None else Path(imatrix)
+    importance = None if file is None else load_imatrix(file)
+    output, shown = _output(output), _progress(progress)
+    with _open(model, shown) as opened:
+        from reap2gguf.building.keys import export_key
+        from reap2gguf.bundle.manifest import hash_file
+        from reap2gguf.exporting.journal import ExportJournal
+        from reap2gguf.exporting.model_files import WeightedBy, export_model
+
+        checkpoint, described = opened.checkpoint, opened.model
+        tensors = described.gguf_tensors(checkpoint.tensors)
+        n_experts = described.facts.n_experts
+        resolved = resolve(asked, tensors, described.facts, n_experts, importance is not None)
+        weighted_by = (
+            None if importance is None or file is None else WeightedBy(importance, file.name)
+        )
+        name, digest = (file.name, hash_file(file).sha256) if file else ("", "")
+        short = opened.source.short_name
+        key = export_key(checkpoint.fingerprint(), short, asked.source, name, digest)
+        journal = output.with_name(f"{output.name}.journal")
+        export_model(
+            checkpoint,
+            described,
+            short,
+            {output: resolved},
+            weighted_by,
+            [],
+            threads or available_threads(),
+            shown,
+            ExportJournal(journal, key),
+        )
+        remove(journal)
+    types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
+    return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
+
+
+def verify(
+    *paths: PathLike, threads: int | None = None, progress: ProgressLike = None
+) -> VerifyReport:
+    """Check a bundle, or a safetensors folder and GGUF files made from it.
+
+    What is wrong is listed in the report. Raises UsageError if the paths are neither.
+    """
+    from reap2gguf.verifying.bundle import verify_paths
+
+    given = [Path(path) for path in paths]
+    return verify_paths(given, threads or available_threads(), _progress(progress))
+
+
+@dataclass(frozen=True)
+class _Opened(AbstractContextManager["_Opened"]):
+    """A model and what it is, from its headers; closes its files."""
+
+    source: Source
+    checkpoint: Checkpoint
+    model: MoeModel
+
+    def check_tokenizer(self) -> None:
+        """Refuse a tokenizer that could not be written later."""
+        from reap2gguf.tokenizer.gguf_keys import check_tokenizer
+
+        check_tokenizer(self.source.folder, self.model.facts.vocab_size)
+
+    def __exit__(self, *error: object) -> None:
+        self.checkpoint.close()
+
+
+def _open(name: str, progress: Progress, keep_mtp: bool = True) -> _Opened:
+    from reap2gguf.hub.source import resolve_source
+    from reap2gguf.models import describe
+
+    source = resolve_source(name, progress.note)
+    source.complete(progress.note)
+    checkpoint = source.open(progress.note)
+    try:
+        checkpoint.report_to(progress)
+        return _Opened(source, checkpoint, describe(checkpoint, keep_mtp))
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _select(
+    opened: _Opened,
+    observations: Observations | PathLike,
+    keep_experts: int | None,
+    compression: float | None,
+    method: str,
+) -> Selection:
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.pruning.select import CRITERIA, choose_target, select_experts
+
+    if method not in CRITERIA:
+        raise UsageError(f"method {method!r}: expected one of {', '.join(CRITERIA)}")
+    target = choose_target(opened.model.facts, keep_experts, compression)
+    seen = (
+        observations
+        if isinstance(observations, Observations)
+        else Observations.load(Path(observations))
+    )
+    if seen.model_fingerprint != opened.checkpoint.fingerprint():
+        raise ArtifactError(
+            f"the observations are of another checkpoint than {opened.checkpoint.folder}; run "
+            "`reap2gguf observe` on this one"
+        )
+    kept = select_experts(seen, method, target, opened.model.facts)
+    return Selection(method, target.n_experts, target.n_kept, kept)
+
+
+def _progress(given: ProgressLike) -> Progress:
+    if given is None:
+        return Silent()
+    return CallbackProgress(given) if callable(given) else given
+
+
+def _output(path: PathLike) -> Path:
+    """Refuse an output that cannot be written, before the work."""
+    output = Path(path)
+    if not output.name:
+        raise UsageError(f"output {str(path)!r}: expected the name of a file or folder")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: the folder {output.parent} does not exist; create it first")
+    return output
+
+
+def _check_same_rows(digest: str) -> None:
+    """Refuse rows that differ among processes: a dataset may change while they start."""
+    if processes().size > 1:
+        from reap2gguf.observing.compute.ranks import join
+
+        if join().tell(digest) != digest:
+            raise CalibrationError(
+                "the processes of this run have read different calibration rows; pin a dataset on "
+                "the Hub as owner/name@revision, and run the command again"
+            )
+
+
+def _resuming(
+    compute: ComputeOptions, output: Path, checkpoint: Checkpoint, rows: str
+) -> ComputeOptions:
+    """Keep the progress of a sweep that writes `output` beside it."""
+    from reap2gguf.building.keys import sweep_key
+
+    path = output.with_name(f"{output.name}.state")
+    source = (checkpoint.fingerprint(), checkpoint.stamps())
+    key = sweep_key(source, rows, compute.likely_device, compute.likely_dtype)
+    return replace(compute, scratch=output.parent, resume=Resume(path, key))
+
+
+def _drop_states(output: Path) -> None:
+    """Remove the saved progress, now that the result is written."""
+    from reap2gguf.atomic import remove
+
+    for file in output.parent.glob(f"{glob.escape(output.name)}.state*"):
+        remove(file)

@@ -1,0 +1,112 @@
+"""The two calibration passes over a model, each from rows of tokens to what is kept of them.
+
+torch and transformers are loaded inside, so that planning and refusing are quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
+from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.options import ComputeOptions
+from reap2gguf.progress import Progress
+
+if TYPE_CHECKING:
+    from reap2gguf.observing.batches import Row
+    from reap2gguf.observing.sweep import SweepReport
+
+_PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
+
+
+def observe(
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    rows: ObservationRows,
+    compute: ComputeOptions,
+    progress: Progress,
+) -> Observations:
+    """Sum what each expert of the unpruned model does on the rows.
+
+    Raises ObservationError, CheckpointError, UsageError or OutputError, as `sweep` does.
+    """
+    from reap2gguf.observing.saliency import SaliencyObserver
+    from reap2gguf.observing.sweep import SweepOptions, sweep
+
+    observer = SaliencyObserver(model)
+    probe = mtp_probe(model, rows)
+    report = sweep(
+        checkpoint,
+        model,
+        rows.rows,
+        observer,
+        SweepOptions.of(compute),
+        "Observing experts",
+        progress,
+        probe,
+    )
+    return Observations(
+        layers=observer.layers,
+        model_fingerprint=checkpoint.fingerprint(),
+        calibration=rows.label,
+        calibration_sha256=rows.sha256,
+        n_rows=report.n_rows,
+        n_tokens=report.n_tokens,
+        n_dropped_rows=report.n_dropped_rows,
+        n_mtp_hits=report.mtp_hits,
+        n_mtp_tokens=report.mtp_tokens,
+    )
+
+
+def compute_imatrix(
+    weights: Weights,
+    model: MoeModel,
+    chunks: ImatrixChunks,
+    compute: ComputeOptions,
+    progress: Progress,
+    probe: Sequence[Row] = (),
+) -> tuple[Imatrix, SweepReport]:
+    """Sum the squares of what each matrix of a model multiplies.
+
+    On the rows of `probe`, which are not observed, the MTP block's predictions are counted.
+    Raises what `observe` raises.
+    """
+    from reap2gguf.observing.importance import ImportanceObserver
+    from reap2gguf.observing.sweep import SweepOptions, sweep
+
+    observer = ImportanceObserver(model)
+    report = sweep(
+        weights,
+        model,
+        chunks.chunks,
+        observer,
+        SweepOptions.of(compute),
+        "Importance matrix",
+        progress,
+        probe,
+    )
+    imatrix = Imatrix(observer.entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
+    for name, count in imatrix.uncovered().items():
+        if name.endswith("ffn_down_exps.weight"):
+            progress.note(
+                f"imatrix: {name}: no token of the text reached {count} of "
+                f"{len(imatrix.entries[name].counts)} experts; they are quantized unweighted"
+            )
+    return imatrix, report
+
+
+def mtp_probe(model: MoeModel, rows: ObservationRows) -> Sequence[Row]:
+    """The first rows, on which an MTP block is asked for its predictions; none without a block."""
+    if not model.facts.has_mtp:
+        return ()
+    chosen: list[Row] = []
+    for row in rows.rows:
+        if sum(map(len, chosen)) >= _PROBE_TOKENS:
+            break
+        chosen.append(row)
+    return chosen

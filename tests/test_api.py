@@ -1,0 +1,162 @@
+"""The public API, used as a notebook would use it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import reap2gguf
+from reap2gguf import (
+    BuildOptions,
+    CalibrationOptions,
+    ComputeOptions,
+    ProgressEvent,
+    PruneResult,
+    QuantizeResult,
+    Selection,
+)
+from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from tests.tiny import TinyQwen3Moe, child_environment
+
+CPU = ComputeOptions(device="cpu", threads=1)
+TEXT = "".join(f"Line {i} says that {i} times {i} is {i * i}, and no more.\n" for i in range(60))
+
+
+@dataclass
+class Steps:
+    """Every stage on its own, and the events that were seen meanwhile."""
+
+    folder: Path
+    model: str
+    events: list[ProgressEvent] = field(default_factory=list)
+
+    def run(self) -> Steps:
+        text = self.folder / "text.txt"
+        text.write_text(TEXT)
+        listen: Callable[[ProgressEvent], None] = self.events.append
+        self.seen = reap2gguf.observe(
+            self.model,
+            self.folder / "observations.safetensors",
+            calibration=CalibrationOptions(str(text), samples=4, max_length=64),
+            compute=CPU,
+            progress=listen,
+        )
+        self.selection: Selection = reap2gguf.select(self.model, self.seen, keep_experts=6)
+        self.pruned: PruneResult = reap2gguf.prune(
+            self.model, self.seen, self.folder / "pruned", keep_experts=6, progress=listen
+        )
+        smaller = str(self.pruned.folder)
+        self.imatrix = reap2gguf.imatrix(
+            smaller, text, self.folder / "imatrix.gguf", chunk=64, compute=CPU, progress=listen
+        )
+        self.quantized: QuantizeResult = reap2gguf.quantize(
+            smaller,
+            "q8_0",
+            self.folder / "model.gguf",
+            imatrix=self.folder / "imatrix.gguf",
+            threads=1,
+            progress=listen,
+        )
+        self.report = reap2gguf.verify(smaller, self.quantized.path, threads=1, progress=listen)
+        return self
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Steps:
+    folder = tmp_path_factory.mktemp("steps")
+    return Steps(folder, str(TinyQwen3Moe().write(folder / "model"))).run()
+
+
+def test_every_stage_on_its_own(steps: Steps) -> None:
+    assert (steps.selection.n_experts, steps.selection.n_kept) == (8, 6)
+    assert all(len(ids) == 6 for ids in steps.selection.kept.values())
+    assert steps.pruned.selection == steps.selection
+    assert (steps.pruned.folder / "config.json").is_file()
+    assert steps.imatrix.n_chunks > 0
+    assert steps.quantized.n_bytes == steps.quantized.path.stat().st_size
+    assert steps.quantized.tensor_types["blk.0.attn_q.weight"] == "Q8_0"
+    assert steps.report.violations == ()
+    left = {path.name for path in steps.folder.iterdir()}
+    assert left == {
+        "model", "text.txt", "observations.safetensors", "pruned", "imatrix.gguf", "imatrix.dat",
+        "model.gguf",
+    }  # fmt: skip
+
+
+def test_progress_is_a_function_of_events(steps: Steps) -> None:
+    assert all(isinstance(event, ProgressEvent) for event in steps.events)
+    titles = {event.title for event in steps.events if event.kind == "begin"}
+    assert {"Observing experts", "Importance matrix", "Writing GGUF"} <= titles
+
+
+def test_observations_may_be_a_file(steps: Steps) -> None:
+    from_file = reap2gguf.select(
+        steps.model, steps.folder / "observations.safetensors", keep_experts=6
+    )
+    assert from_file == steps.selection
+
+
+def test_what_cannot_be_selected(steps: Steps, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="method 'best': expected one of reap"):
+        reap2gguf.select(steps.model, steps.seen, method="best")
+    with pytest.raises(UsageError, match="keep-experts 9"):
+        reap2gguf.select(steps.model, steps.seen, keep_experts=9)
+    other = TinyQwen3Moe(seed=5).write(tmp_path / "other")
+    with pytest.raises(ArtifactError, match="are of another checkpoint"):
+        reap2gguf.select(str(other), steps.seen)
+
+
+def test_outputs_are_refused_before_the_work(steps: Steps, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not exist; create it first"):
+        reap2gguf.observe(steps.model, tmp_path / "no" / "file")
+    with pytest.raises(OutputError, match="exists already"):
+        reap2gguf.prune(steps.model, steps.seen, steps.pruned.folder)
+    with pytest.raises(UsageError, match=r"name the \.gguf file"):
+        reap2gguf.imatrix(steps.model, tmp_path / "text.txt", tmp_path / "imatrix.dat")
+
+
+def test_a_plan_is_built(steps: Steps, tmp_path: Path) -> None:
+    options = BuildOptions(
+        recipes=("bf16",),
+        model=steps.model,
+        keep_experts=6,
+        output=tmp_path,
+        name="small",
+        calibration=CalibrationOptions(str(steps.folder / "text.txt"), samples=4, max_length=64),
+        chunk=64,
+        compute=CPU,
+    )
+    plan = reap2gguf.plan(options)
+    assert (plan.name, plan.target.n_kept) == ("small", 6)
+    result = reap2gguf.build(plan)
+    assert result is not None
+    assert result.manifest.pruning.kept == steps.selection.kept
+    assert [stage.reused for stage in result.stages] == [False] * 6
+    again = reap2gguf.build(options)
+    assert again is not None
+    assert not again.stages
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in reap2gguf.__all__:
+        assert (getattr(reap2gguf, name).__doc__ or "").strip(), name
+    assert set(reap2gguf.__all__) <= set(dir(reap2gguf))
+    with pytest.raises(AttributeError, match="no attribute 'bild'"):
+        reap2gguf.bild  # noqa: B018
+
+
+def test_importing_the_library_loads_no_torch() -> None:
+    script = (
+        "import sys, reap2gguf; reap2gguf.BuildOptions; reap2gguf.build\n"
+        "print([name for name in ('torch', 'transformers', 'gguf') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, check=True, env=child_environment({}),
+    )  # fmt: skip
+    assert done.stdout == "[]\n"
