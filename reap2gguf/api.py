@@ -11,6 +11,7 @@ torch and transformers are loaded inside the functions that compute.
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
     from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.source import Source
     from reap2gguf.models import MoeModel
@@ -216,7 +218,7 @@ def quantize(
     recipe: str,
     output: PathLike,
     *,
-    imatrix: PathLike | None = None,
+    imatrix: Imatrix | PathLike | None = None,
     threads: int | None = None,
     progress: ProgressLike = None,
 ) -> QuantizeResult:
@@ -226,30 +228,29 @@ def quantize(
     ArtifactError, OutputError, and what opening a model raises.
     """
     from reap2gguf.atomic import remove
-    from reap2gguf.gguf_files.imatrix import load_imatrix
+    from reap2gguf.exporting.model_files import WeightedBy
+    from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
     from reap2gguf.quantizing.recipe import load_recipe
     from reap2gguf.quantizing.resolve import resolve
 
     asked = load_recipe(recipe)
-    file = None if imatrix is None else Path(imatrix)
-    importance = None if file is None else load_imatrix(file)
+    weighted_by = None
+    if isinstance(imatrix, Imatrix):
+        weighted_by = WeightedBy(imatrix)
+    elif imatrix is not None:
+        weighted_by = WeightedBy(load_imatrix(Path(imatrix)), Path(imatrix).name)
     output, shown = _output(output), _progress(progress)
     with _open(model, shown) as opened:
         from reap2gguf.building.keys import export_key
-        from reap2gguf.bundle.manifest import hash_file
         from reap2gguf.exporting.journal import ExportJournal
-        from reap2gguf.exporting.model_files import WeightedBy, export_model
+        from reap2gguf.exporting.model_files import export_model
 
         checkpoint, described = opened.checkpoint, opened.model
         tensors = described.gguf_tensors(checkpoint.tensors)
         n_experts = described.facts.n_experts
-        resolved = resolve(asked, tensors, described.facts, n_experts, importance is not None)
-        weighted_by = (
-            None if importance is None or file is None else WeightedBy(importance, file.name)
-        )
-        name, digest = (file.name, hash_file(file).sha256) if file else ("", "")
+        resolved = resolve(asked, tensors, described.facts, n_experts, weighted_by is not None)
         short = opened.source.short_name
-        key = export_key(checkpoint.fingerprint(), short, asked.source, name, digest)
+        key = export_key(checkpoint.fingerprint(), short, asked.source, *_identity(weighted_by))
         journal = output.with_name(f"{output.name}.journal")
         export_model(
             checkpoint,
@@ -278,6 +279,16 @@ def verify(
 
     given = [Path(path) for path in paths]
     return verify_paths(given, threads or available_threads(), _progress(progress))
+
+
+def _identity(weighted_by: WeightedBy | None) -> tuple[str, str]:
+    """Name and digest of an importance matrix, for a key."""
+    if weighted_by is None:
+        return "", ""
+    digest = hashlib.sha256()
+    for name, entry in sorted(weighted_by.imatrix.entries.items()):
+        digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
+    return weighted_by.file, digest.hexdigest()
 
 
 @dataclass(frozen=True)

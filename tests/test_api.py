@@ -58,7 +58,7 @@ class Steps:
             smaller,
             "q8_0",
             self.folder / "model.gguf",
-            imatrix=self.folder / "imatrix.gguf",
+            imatrix=self.imatrix,
             threads=1,
             progress=listen,
         )

@@ -206,7 +206,7 @@ def test_observations_of_another_checkpoint_are_refused(tiny: Path, tmp_path: Pa
     result = run("prune", other, "--observations", seen, "-o", tmp_path / "out")
     one_line(result, "of another checkpoint")
     result = run("prune", tiny, "--observations", seen, "-o", tmp_path / "gone" / "out")
-    one_line(result, "does not exist; make it first")
+    one_line(result, "does not exist; create it first")
     assert run("prune", tiny, "--observations", seen, "-o", tmp_path / "out").exit_code == 0
     one_line(run("prune", tiny, "--observations", seen, "-o", tmp_path / "out"), "exists already")
 

@@ -289,7 +289,7 @@ def test_what_was_done_before_shows_nowhere(
         if is_finished:
             build(tiny, tmp_path / "out", **before)
         else:
-            refuse_at(patch, pipeline, "write_bundle_files")
+            refuse_at(patch, pipeline, "write_record")
             with pytest.raises(KeyboardInterrupt):
                 build(tiny, tmp_path / "out", **before)
     after = before | {"model": str(tiny)} | change(tiny, tmp_path)

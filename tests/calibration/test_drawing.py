@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
+from reap2gguf import api
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import Plan, make_plan
@@ -25,7 +26,6 @@ from reap2gguf.observing.compute import ranks
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.terminal import stage_commands
 from tests.tiny import EXAMPLE
 
 
@@ -206,12 +206,12 @@ def test_an_estimate_knows_the_components(files: tuple[Path, Path], tmp_path: Pa
 
 def test_processes_that_read_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first process's hash is another's, as where a dataset changes while they begin."""
-    monkeypatch.setattr(stage_commands, "processes", lambda: Ranks(1, 1, 2))
+    monkeypatch.setattr(api, "processes", lambda: Ranks(1, 1, 2))
     monkeypatch.setattr(Ranks, "tell", lambda here, word: "first")
     monkeypatch.setattr(ranks, "join", lambda: Ranks(1, 1, 2))
-    stage_commands._check_same_rows("first")
+    api._check_same_rows("first")
     with pytest.raises(CalibrationError, match="have read different calibration rows"):
-        stage_commands._check_same_rows("other")
+        api._check_same_rows("other")
 
 
 @pytest.mark.parametrize(
