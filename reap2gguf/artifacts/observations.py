@@ -1,7 +1,7 @@
-"""What a sweep saw of every expert, and the file it is kept in.
+"""What a calibration pass observed of every expert, and the file format for it.
 
-Sums are float64 and counts int64, so two runs over different rows add up, and every published
-criterion is a quotient of them (arXiv 2510.13999).
+Sums are float64 and counts int64: runs over different rows can be added, and every published
+criterion is a quotient of two of them (arXiv 2510.13999).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
+from reap2gguf.checkpoint.weights import Doubles
 from reap2gguf.checkpoint.writer import write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
 
 FORMAT_VERSION = "1"
 _MAX_EXPERTS = 2**16
-Doubles = npt.NDArray[np.float64]
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.\w+")
-# of every layer, each of its safetensors type
-_PARTS = {
+# the arrays of each layer, and their safetensors dtypes
+_FIELDS = {
     "count": "I64",
     "reap_sum": "F64",
     "gate_sum": "F64",
@@ -37,10 +37,10 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """Per expert of one layer, over the tokens routed to it; every array is (E,)."""
+    """Per expert of one layer, over the tokens routed to it. Every array is (E,)."""
 
     count: npt.NDArray[np.int64]
-    reap_sum: Doubles  # gate weight times norm of the expert's output
+    reap_sum: Doubles  # of gate weight times norm of the expert's output
     gate_sum: Doubles
     norm_sum: Doubles
     norm_max: Doubles
@@ -48,7 +48,7 @@ class LayerObservation:
 
 @dataclass(frozen=True)
 class Observations:
-    """All MoE layers of one model, and what was observed."""
+    """The observations of all MoE layers of one model, and what they were made on."""
 
     layers: dict[int, LayerObservation]
     model_fingerprint: str
@@ -56,19 +56,19 @@ class Observations:
     calibration_sha256: str
     n_rows: int
     n_tokens: int
-    n_dropped_rows: int  # rows left out because their values were not finite
-    n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted, on a share of the rows
-    n_mtp_tokens: int = 0  # of how many
+    n_dropped_rows: int  # rows skipped because their values were not finite
+    n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted right
+    n_mtp_tokens: int = 0  # next-next tokens that it was asked for, on some of the rows
 
     def save(self, path: Path) -> None:
-        """Write the safetensors file, whole or not at all; OutputError if the disk refuses."""
+        """Write a safetensors file, whole or not at all. Raises OutputError if the disk refuses."""
         arrays = named_layers(self.layers)
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
         write_arrays(path, arrays, metadata | {"format_version": FORMAT_VERSION})
 
     @classmethod
     def load(cls, path: Path) -> Observations:
-        """Read and check the file; ArtifactError if it is broken or not of this format."""
+        """Read and check a file. Raises ArtifactError if it is broken or of another format."""
         try:
             header, metadata = read_header(path), read_metadata(path)
             version = metadata.get("format_version")
@@ -81,7 +81,7 @@ class Observations:
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
         try:
-            numbers = {name: _count(name, metadata[name]) for name in _NUMBERS}
+            numbers = {name: _whole_number(name, metadata[name]) for name in _NUMBERS}
             words = {name: metadata[name] for name in _METADATA if name not in _NUMBERS}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
@@ -93,7 +93,7 @@ _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
 
 def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArray[Any]]:
-    """Every array of every layer, by the name that it has in the file."""
+    """Every array of every layer, by its name in the file."""
     return {
         f"layers.{layer}.{field.name}": getattr(seen, field.name)
         for layer, seen in sorted(layers.items())
@@ -102,17 +102,20 @@ def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArra
 
 
 def grouped_layers(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, LayerObservation]:
-    """The layers of arrays by the names of `named_layers`; KeyError or ValueError if any lacks."""
+    """The reverse of `named_layers`.
+
+    Raises KeyError if an array is missing, ValueError for a name that is not an observation's.
+    """
     matches = [_NAME.fullmatch(name) for name in arrays]
     if not all(matches):
-        raise ValueError("holds arrays that are no observations")
+        raise ValueError("holds arrays that are not observations")
     return {
-        number: LayerObservation(**{p: arrays[f"layers.{number}.{p}"] for p in _PARTS})
+        number: LayerObservation(**{name: arrays[f"layers.{number}.{name}"] for name in _FIELDS})
         for number in sorted({int(match[1]) for match in matches if match})
     }
 
 
-def _count(name: str, text: str) -> int:
+def _whole_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"{name} is {shown(text)}")
     return int(text)
@@ -121,31 +124,35 @@ def _count(name: str, text: str) -> int:
 def _read_layers(path: Path, header: Mapping[str, FileTensor]) -> dict[int, LayerObservation]:
     matches = [_NAME.fullmatch(name) for name in header]
     numbers = sorted({int(match[1]) for match in matches if match})
-    if len(header) != len(numbers) * len(_PARTS):
+    if len(header) != len(numbers) * len(_FIELDS):
         _refuse_missing(path, header, numbers)
-        raise ArtifactError(f"{path}: holds tensors that are no observations")
+        raise ArtifactError(f"{path}: holds tensors that are not observations")
     with Checkpoint(path.parent, {}, header, (path,)) as stored:
         return {number: _read_layer(path, stored, number) for number in numbers}
 
 
 def _refuse_missing(path: Path, header: Mapping[str, FileTensor], numbers: list[int]) -> None:
-    for name in (f"layers.{number}.{part}" for number in numbers for part in _PARTS):
+    for name in (f"layers.{number}.{field}" for number in numbers for field in _FIELDS):
         if name not in header:
             raise ArtifactError(f"{path}: {name} is missing")
 
 
 def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation:
-    names = {part: f"layers.{number}.{part}" for part in _PARTS}
+    names = {field: f"layers.{number}.{field}" for field in _FIELDS}
     _refuse_missing(path, stored.tensors, [number])
     tensors = [stored.tensors[name] for name in names.values()]
-    kinds = [tensor.dtype for tensor in tensors]
+    dtypes = [tensor.dtype for tensor in tensors]
     shapes = {tensor.shape for tensor in tensors}
-    if kinds != list(_PARTS.values()) or len(shapes) != 1 or len(tensors[0].shape) != 1:
-        raise ArtifactError(f"{path}: layer {number} has uneven sizes or values of another type")
+    if dtypes != list(_FIELDS.values()) or len(shapes) != 1 or len(tensors[0].shape) != 1:
+        raise ArtifactError(
+            f"{path}: layer {number} has arrays of different sizes or of the wrong type"
+        )
     if tensors[0].n_elements > _MAX_EXPERTS:
         count = tensors[0].n_elements
-        raise ArtifactError(f"{path}: layer {number} has {count:,} experts; is it broken?")
-    found: dict[str, npt.NDArray[Any]] = {p: stored.read(name) for p, name in names.items()}
+        raise ArtifactError(
+            f"{path}: layer {number} has {count:,} experts, expected at most {_MAX_EXPERTS:,}"
+        )
+    found: dict[str, npt.NDArray[Any]] = {field: stored.read(name) for field, name in names.items()}
     if not all(np.isfinite(values).all() and (values >= 0).all() for values in found.values()):
-        raise ArtifactError(f"{path}: layer {number} has negative values, or values not finite")
+        raise ArtifactError(f"{path}: layer {number} has negative, NaN or infinite values")
     return LayerObservation(**found)

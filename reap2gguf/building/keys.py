@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reap2gguf import __version__
 from reap2gguf.building.plan import Plan
-from reap2gguf.bundle.card import CARD_FILE
+from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.corpus import calibration_files
 from reap2gguf.calibration.rows import Row

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.workdir import RESERVED_NAMES
+from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders, model_file, side_file
 from reap2gguf.calibration.corpus import check_calibration, check_text
 from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -66,10 +67,10 @@ class Plan:
         return min(self.calibration.max_length, self.model.facts.context_length)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
-        return f"{self.name}-{recipe.label}.gguf"
+        return model_file(self.name, recipe.label)
 
     def side_name(self, side: SideFile) -> str:
-        return f"{side.prefix}-{self.name}-F16.gguf"
+        return side_file(side.prefix, self.name)
 
     @property
     def mtp(self) -> str:
@@ -177,13 +178,13 @@ def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
     ratio = target.compression if options.compression is None else options.compression
     shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
     name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
-    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith("-GGUF"):
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith(GGUF_SUFFIX):
         raise UsageError(
             f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and '-' "
-            "(not ending in -GGUF), as the Hub requires"
+            f"(not ending in {GGUF_SUFFIX}), as the Hub requires"
         )
-    finals = (options.output / name, options.output / f"{name}-GGUF")
-    if source.folder.resolve() in (final.resolve() for final in finals):
+    folders = BundleFolders(options.output, name)
+    if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):
         raise UsageError(
             f"{source.folder}: the result would replace the source; pass another --name"
         )

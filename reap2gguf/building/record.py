@@ -14,9 +14,9 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.plan import Plan
 from reap2gguf.building.workdir import Workdir
-from reap2gguf.bundle.card import CARD_FILE, gguf_card, hf_card
+from reap2gguf.bundle.card import gguf_card, hf_card
+from reap2gguf.bundle.layout import CALIBRATION_FILE, CARD_FILE, MANIFEST_FILE, MODELFILE
 from reap2gguf.bundle.manifest import (
-    MANIFEST_FILE,
     CalibrationRecord,
     FolderRecord,
     GgufRecord,
@@ -26,7 +26,7 @@ from reap2gguf.bundle.manifest import (
     SideRecord,
     SourceRecord,
 )
-from reap2gguf.bundle.modelfile import MODELFILE, modelfile
+from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.calibration.texts import ImatrixChunks, Texts
 from reap2gguf.ggml import load_ggml
@@ -132,7 +132,7 @@ def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest)
     files = hash_folder(work.hf, threads)
     manifest = replace(manifest, hf=replace(manifest.hf, files=files))
     manifest.save(work.hf)
-    write_whole(work.gguf / "calibration.txt", chunks.text)
+    write_whole(work.gguf / CALIBRATION_FILE, chunks.text)
     write_whole(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
     write_whole(work.gguf / MODELFILE, modelfile(manifest, plan.source.folder))
     manifest.save(work.gguf)

@@ -14,6 +14,7 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.keys import stage_key
 from reap2gguf.building.stage import Run, Stage
+from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.rows import Row, Tokenizer
 from reap2gguf.calibration.texts import Texts, read_texts
@@ -164,7 +165,7 @@ class Importance(Stage[Imatrix]):
 
     @property
     def path(self) -> Path:
-        return self.run.work.gguf / "imatrix.gguf"
+        return self.run.work.gguf / IMATRIX_FILE
 
     @property
     def outputs(self) -> Sequence[Path]:
@@ -220,7 +221,7 @@ class Export(Stage[None]):
 
     def clear(self) -> None:
         for file in self.run.work.gguf.iterdir():
-            if file.name not in ("imatrix.gguf", "imatrix.dat"):
+            if file.name not in (IMATRIX_FILE, IMATRIX_DAT_FILE):
                 remove(file)
 
     def compute(self) -> Mapping[str, Any]:

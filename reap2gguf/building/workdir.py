@@ -16,17 +16,17 @@ OUTPUT/.work/observations/KEY.safetensors  another ratio repeats neither
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from reap2gguf.atomic import disk_errors_told, make_folder, part_of, remove, rename, write_whole
+from reap2gguf.bundle.layout import BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
@@ -60,7 +60,7 @@ class Workdir:
     @property
     def gguf(self) -> Path:
         """Where the GGUF bundle is written."""
-        return self.root / f"{self.name}-GGUF"
+        return self.root / gguf_name(self.name)
 
     @property
     def final_hf(self) -> Path:
@@ -68,7 +68,7 @@ class Workdir:
 
     @property
     def final_gguf(self) -> Path:
-        return self.output / f"{self.name}-GGUF"
+        return self.output / gguf_name(self.name)
 
     @property
     def _finished(self) -> Path:
@@ -98,34 +98,12 @@ class Workdir:
         except CheckpointError:
             return {}
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep every other build of this name out while the context is open.
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep every other build and push of this name out while the context is open.
 
-        The lock is the kernel's, so it ends with the process, however that ends. Raises OutputError
-        if another build holds it, or if the output cannot be written.
+        Raises OutputError if another one is running, or if the output cannot be written.
         """
-        make_folder(self.shared)
-        with disk_errors_told(self.output):
-            file = (self.shared / f".{self.name}.lock").open("a+", encoding="ascii")
-        with file:
-            self._take(file)
-            yield
-
-    def _take(self, file: TextIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise OutputError(
-                f"{self.root}: another build of {self.name} is running there (process "
-                f"{file.read(20).strip() or 'unknown'}); wait for it, or pass another --name or "
-                "--output"
-            ) from error
-        with disk_errors_told(self.output):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        return BundleFolders(self.output, self.name).locked()
 
     def prepare(self, identity: Mapping[str, str], fresh: bool) -> None:
         """Create the folders; `fresh` forgets everything that was done.

@@ -1,1 +1,1 @@
-"""What a build leaves behind: two folders, their manifest, cards and hashes."""
+"""The result of a build: two folders, their manifest, cards, hashes and Modelfile."""

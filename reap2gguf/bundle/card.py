@@ -1,4 +1,4 @@
-"""The README.md of each folder: Hub front matter, this run's numbers, how to load the files."""
+"""The card (README.md) of each folder: front matter, how to use the files, this build's numbers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.bundle.front_matter import new_front_matter
+from reap2gguf.bundle.layout import (
+    CALIBRATION_FILE,
+    IMATRIX_DAT_FILE,
+    IMATRIX_FILE,
+    MANIFEST_FILE,
+    MODELFILE,
+    SUMS_FILE,
+    gguf_name,
+)
 from reap2gguf.bundle.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
-from reap2gguf.bundle.modelfile import MODELFILE
-from reap2gguf.messages import one_line
-
-CARD_FILE = "README.md"
+from reap2gguf.messages import one_line, parameters, size
 
 _PACKED = """\
-Samples were put one after another until a row was full, as REAP does by default; the rest of the
-last sample in a row was left out, and a token may attend to the samples before its own."""
+Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row
+was cut off at the row's end, and a token may attend to the samples before its own."""
 
 _REAP_CITATION = """\
 @article{lasby-reap,
@@ -29,19 +35,20 @@ _REAP_CITATION = """\
 
 @dataclass(frozen=True)
 class CardNames:
-    """What the two folders are called where their cards are read."""
+    """The names of both folders, or of both repositories on the Hub, as the cards print them."""
 
     hf: str
     gguf: str
     on_hub: bool = False
 
     def link(self, name: str) -> str:
+        """A name as Markdown: a link if it is a repository on the Hub."""
         return f"[{name}](https://huggingface.co/{name})" if self.on_hub else f"`{name}`"
 
 
 def local_names(manifest: Manifest) -> CardNames:
-    """The names of the folders that a build leaves."""
-    return CardNames(manifest.name, f"{manifest.name}-GGUF")
+    """The names of the folders that a build makes."""
+    return CardNames(manifest.name, gguf_name(manifest.name))
 
 
 def hf_card(manifest: Manifest, source_card: Path) -> str:
@@ -72,7 +79,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map=
 vllm serve {name}
 ```
 
-The weights are {_gib(folder.n_bytes)} in {_count_shards(manifest)}. GGUF files of the same model
+The weights take {size(folder.n_bytes)} in {_count_shards(manifest)}. GGUF files of the same model
 are in {names.link(names.gguf)}.
 
 {_method(manifest)}
@@ -87,28 +94,29 @@ def gguf_card(manifest: Manifest, source_card: Path) -> str:
 
 def gguf_body(manifest: Manifest, names: CardNames) -> str:
     """The card of the GGUF files, without its front matter."""
+    calibration = manifest.calibration
     rows = [_file_row(record) for record in manifest.gguf]
-    rows += [f"| `{s.file}` | {_gib(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
+    rows += [f"| `{s.file}` | {size(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
     files = "\n".join(rows)
     first = manifest.gguf[0].first
     name = _last(names.hf)
-    notes = _honest_names(manifest.gguf) + _how_to_join(manifest.gguf)
+    notes = _custom_labels(manifest.gguf) + _how_to_join(manifest.gguf)
     if names.on_hub:
         notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
-    return f"""# {name}-GGUF
+    return f"""# {gguf_name(name)}
 
 {_summary(manifest)}
 
 ## Files
 
-| file | size | bits per weight | what it is |
+| file | size | bits per weight | description |
 |---|---|---|---|
 {files}
 
-{notes}`imatrix.gguf` (and `imatrix.dat` for programs that read no other)
-is the importance matrix of the pruned model, over {manifest.calibration.imatrix_chunks} chunks of
-{manifest.calibration.imatrix_chunk_size} tokens of `calibration.txt`. `SHA256SUMS` holds the hash
-of every file: `sha256sum -c SHA256SUMS`.
+{notes}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
+{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens from
+`{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.
+To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 ## Use it
 
@@ -116,11 +124,11 @@ of every file: `sha256sum -c SHA256SUMS`.
 {_download(manifest.gguf[0], names)}llama-cli -m {first}
 llama-server -m {first}
 reap2gguf chat .
-{_join(manifest.gguf[0])}ollama create {name.lower()} -f Modelfile
+{_join(manifest.gguf[0])}ollama create {name.lower()} -f {MODELFILE}
 ```
 
-`Modelfile` names `{manifest.gguf[0].file}` and holds the sampling that the model's own
-`generation_config.json` recommends.
+`{MODELFILE}` is for Ollama: it loads `{manifest.gguf[0].file}` with the sampling parameters of the
+model's own `generation_config.json`.
 
 {_facts_table(manifest)}
 
@@ -129,18 +137,18 @@ reap2gguf chat .
 
 
 def _how_to_join(records: Sequence[GgufRecord]) -> str:
-    """What to do with files in parts where a program reads one file only, as Ollama does."""
+    """How to use files in parts with programs that read single files only, such as Ollama."""
     record = next((record for record in records if record.parts), None)
     if record is None:
         return ""
     return (
-        "llama.cpp opens a file in parts by its first. Programs that read one file only need them "
-        f"joined: `{join_command(record)}`.\n\n"
+        "To load a file in parts, give llama.cpp the first part. For programs that cannot read "
+        f"parts, such as Ollama, join them first: `{join_command(record)}`.\n\n"
     )
 
 
 def join_command(record: GgufRecord) -> str:
-    """What makes one file of a file's parts."""
+    """The command that joins a file's parts."""
     return f"llama-gguf-split --merge {record.first} {record.file}"
 
 
@@ -149,7 +157,7 @@ def _last(name: str) -> str:
 
 
 def _download(record: GgufRecord, names: CardNames) -> str:
-    """The command that fetches a file of the Hub, with all its parts."""
+    """The command that downloads a file with all its parts from the Hub."""
     if not names.on_hub:
         return ""
     if not record.parts:
@@ -165,12 +173,12 @@ def _join(record: GgufRecord) -> str:
 def _summary(manifest: Manifest) -> str:
     pruning, source = manifest.pruning, manifest.source
     share = 1 - pruning.n_kept / pruning.n_experts
+    method = "REAP" if pruning.method == "reap" else pruning.method
     return (
-        f"{_source_link(manifest)} with {share:.0%} of its experts removed by "
-        f"{pruning.method.upper() if pruning.method == 'reap' else pruning.method}: each MoE layer "
-        f"keeps {pruning.n_kept} of {pruning.n_experts} experts and routes every token to "
-        f"{pruning.experts_per_token}. {_billions(manifest.hf.n_parameters)} of "
-        f"{_billions(source.n_parameters)} parameters are left."
+        f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
+        f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
+        f"{pruning.experts_per_token} active per token. {parameters(manifest.hf.n_parameters)} of "
+        f"{parameters(source.n_parameters)} parameters remain."
     )
 
 
@@ -183,21 +191,21 @@ def _facts_table(manifest: Manifest) -> str:
     pruning, calibration = manifest.pruning, manifest.calibration
     packed = ", samples packed" if calibration.packed else ""
     text = (
-        f"{calibration.spec}, {pruning.n_rows:,} rows of at most {calibration.max_length:,} "
-        f"tokens{packed}, {pruning.n_tokens:,} in all, seed {calibration.seed}"
+        f"{calibration.spec}: {pruning.n_rows:,} rows of at most {calibration.max_length:,} "
+        f"tokens{packed}, {pruning.n_tokens:,} tokens in total, seed {calibration.seed}"
     )
     rows = [
         ("source", manifest.source.label + _at(manifest.source.revision)),
         ("architecture", manifest.source.architecture),
-        ("experts a layer", f"{pruning.n_kept} of {pruning.n_experts}"),
-        ("experts a token", str(pruning.experts_per_token)),
+        ("experts per layer", f"{pruning.n_kept} of {pruning.n_experts}"),
+        ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.hf.n_parameters:,}"),
-        ("criterion", pruning.method),
+        ("pruning method", pruning.method),
         ("calibration", text),
         ("checks", str(manifest.verification.get("summary", "not run"))),
     ]
     if pruning.mtp.state != "none":
-        rows.insert(-1, ("multi-token prediction", _mtp(pruning.mtp)))
+        rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
@@ -206,7 +214,7 @@ def _mtp(mtp: MtpRecord) -> str:
         return mtp.state
     before, after = mtp.hits_before / mtp.n_tokens, mtp.hits_after / mtp.n_tokens
     return (
-        f"{mtp.state} with the layers; {before:.1%} of next-next tokens right before, "
+        f"{mtp.state} like the other layers; top-1 accuracy {before:.1%} before pruning, "
         f"{after:.1%} after"
     )
 
@@ -216,17 +224,17 @@ def _at(revision: str | None) -> str:
 
 
 def _file_row(record: GgufRecord) -> str:
-    size = _gib(record.n_bytes)
+    takes = size(record.n_bytes)
     if len(record.parts) > 1:
-        size += f" in {len(record.parts)} parts"
-    return f"| `{record.first}` | {size} | {record.bits_per_weight:.2f} | {record.title} |"
+        takes += f" in {len(record.parts)} parts"
+    return f"| `{record.first}` | {takes} | {record.bits_per_weight:.2f} | {record.title} |"
 
 
-def _honest_names(records: Sequence[GgufRecord]) -> str:
-    """Say what a label really is where it looks like a type that llama.cpp does not have."""
+def _custom_labels(records: Sequence[GgufRecord]) -> str:
+    """Explains labels that look like a quant type but are not one of llama.cpp's."""
     lines = [
-        f"`{record.label}` is llama.cpp's file type {record.file_type} with the recipe's "
-        "overrides, not a type of its own."
+        f"`{record.label}` is llama.cpp's file type {record.file_type} with some tensors in other "
+        "types, as its recipe says; it is not a type of its own."
         for record in records
         if record.label != record.file_type
     ]
@@ -234,14 +242,17 @@ def _honest_names(records: Sequence[GgufRecord]) -> str:
 
 
 def _method(manifest: Manifest) -> str:
-    seen = manifest.pruning
-    dropped = f", {seen.n_dropped_rows} rows not finite and left out" if seen.n_dropped_rows else ""
+    pruning = manifest.pruning
+    skipped = ""
+    if pruning.n_dropped_rows:
+        skipped = f" ({pruning.n_dropped_rows:,} rows with NaN or infinite values were skipped)"
     return f"""## How it was made
 
-One sweep over the source observed {seen.n_tokens:,} tokens{dropped}. {_score(seen.method)}
-Stored tensors were sliced, not converted; everything else was copied byte for byte. The importance
-matrix was taken from the pruned model. Calibration was text only. `reap2gguf.json` records
-versions, hashes, the experts kept in every layer, and the type of every tensor.
+A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.
+{_score(pruning.method)} The experts with the lowest scores were removed from each layer. The pruned
+safetensors hold all other weights byte for byte as the source does: nothing was retrained. The
+importance matrix was computed on the pruned model. Calibration used text only. `{MANIFEST_FILE}`
+records versions, hashes, the experts kept in each layer, and the type of each tensor.
 
 {_calibration(manifest)}
 
@@ -253,14 +264,16 @@ Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
 
 
 def _calibration(manifest: Manifest) -> str:
-    """What was read of each dataset and file."""
+    """How much of each dataset and file was used."""
     lines = [
         f"| {_component(record)} | {record.rows:,} | {record.tokens:,} | {_samples(record)} |"
         for record in manifest.calibration.components
     ]
     if not lines:
-        return "The calibration texts are not listed."
-    table = "\n".join(["| calibration | rows | tokens | samples |", "|---|---|---|---|", *lines])
+        return "The calibration data is not listed."
+    table = "\n".join(
+        ["| calibration data | rows | tokens | samples |", "|---|---|---|---|", *lines]
+    )
     has_samples = any(record.samples for record in manifest.calibration.components)
     return f"{table}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else table
 
@@ -270,7 +283,7 @@ def _samples(record: ComponentRecord) -> str:
 
 
 def _component(record: ComponentRecord) -> str:
-    """A dataset with its link and commit, or the name of a file, fit for a cell of a table."""
+    """A dataset with its link and commit, or the name of a file, for a table cell."""
     title = one_line(record.title).replace("|", "\\|")
     if record.revision is None:
         return f"`{title}`"
@@ -281,22 +294,12 @@ def _component(record: ComponentRecord) -> str:
 def _score(method: str) -> str:
     if method == "reap":
         return (
-            "An expert's score is the mean, over the tokens routed to it, of its gate weight times "
-            "the norm of its output ([REAP](https://arxiv.org/abs/2510.13999))."
+            "An expert's score is the mean of its gate weight times the norm of its output, over "
+            "all tokens routed to it ([REAP](https://arxiv.org/abs/2510.13999))."
         )
-    return f"Experts were ranked by `{method}`, one of the criteria that REAP is compared with."
+    return f"Experts were ranked by `{method}`, one of the methods that REAP was compared with."
 
 
 def _count_shards(manifest: Manifest) -> str:
     count = manifest.hf.n_shards
     return "one file" if count == 1 else f"{count} shards"
-
-
-def _gib(n_bytes: int) -> str:
-    if n_bytes < 2**30:
-        return f"{n_bytes / 2**20:.1f} MiB"
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

@@ -1,4 +1,4 @@
-"""The YAML at the head of a card, which the Hub reads."""
+"""The front matter of a card: the YAML block at its top, which the Hub reads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from huggingface_hub import ModelCard, ModelCardData
 from reap2gguf.bundle.manifest import Manifest
 
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
-_MAX_CARD_BYTES = 2**20  # of the source; one of pictures says nothing here
+_MAX_CARD_BYTES = 2**20  # a larger one, full of embedded pictures, is not read
 
 
 def front_matter(card: str) -> str:
-    """The front matter of a card that this module wrote, with the line after it; or nothing."""
+    """The front matter of a card that this module wrote, with the empty line after it, or ""."""
     match = _FRONT_MATTER.match(card)
     return match[0] if match else ""
 
 
 def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
-    """YAML for the Hub, the licence taken over from the source's own card."""
+    """Front matter for a new card; language and licence are those of the source's card."""
     inherited = _source_data(source_card)
     values: dict[str, Any] = {
         key: inherited[key]
@@ -43,7 +43,7 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
 
 
 def with_base_model(front: str, repo: str) -> str:
-    """Front matter of GGUF files, naming the repository of the safetensors they were made from."""
+    """The front matter of a GGUF card with the repository of its safetensors as base model."""
     data = ModelCard(front).data
     data["base_model"], data["base_model_relation"] = repo, "quantized"
     return f"---\n{data.to_yaml()}\n---\n\n"
@@ -57,12 +57,12 @@ def _source_data(source_card: Path) -> dict[str, Any]:
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         found = dict(data.to_dict())
     except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        # a card without readable front matter has no licence to inherit
+        # without readable front matter there is no licence to take over
         return {}
-    return {key: value for key, value in found.items() if _is_words(value)}
+    return {key: value for key, value in found.items() if _is_short_text(value)}
 
 
-def _is_words(value: Any) -> bool:
-    """A short text, or a list of some: what a licence or a language may be."""
-    words = value if isinstance(value, list) else [value]
-    return len(words) <= 100 and all(isinstance(w, str) and len(w) <= 500 for w in words)
+def _is_short_text(value: Any) -> bool:
+    """Whether a value is a short string or a list of them, as a licence or a language is."""
+    texts = value if isinstance(value, list) else [value]
+    return len(texts) <= 100 and all(isinstance(t, str) and len(t) <= 500 for t in texts)

@@ -1,4 +1,4 @@
-"""`reap2gguf.json`: everything that made a bundle, and what must be found in it."""
+"""`reap2gguf.json`: what a bundle was built from, and what its files must hold."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any, TypeVar
 from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import write_whole
+from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.messages import shown
 
-MANIFEST_FILE = "reap2gguf.json"
-SUMS_FILE = "SHA256SUMS"
 FORMAT = 1
 _MAX_NUMBER = 2**63
-_PLAIN = {
-    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,),
+_JSON_TYPES = {
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "bool": (bool,),
     "str | None": (str, type(None)),
-}  # fmt: skip
+}  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
 
 
@@ -42,9 +44,9 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class MtpRecord:
-    """What became of a multi-token-prediction block, and what it predicts right.
+    """What happened to a multi-token-prediction block, and how often its predictions are right.
 
-    `hits` are next-next tokens predicted on the same rows by the source and by the pruned model.
+    Hits are correctly predicted next-next tokens, on the same rows, before and after pruning.
     """
 
     state: str = "none"  # none, pruned or dropped
@@ -55,7 +57,7 @@ class MtpRecord:
 
 @dataclass(frozen=True)
 class PruningRecord:
-    """What was kept and why."""
+    """Which experts were kept, and the observations that decided it."""
 
     method: str
     n_experts: int
@@ -71,7 +73,7 @@ class PruningRecord:
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """Rows of one dataset, file or folder, and its commit if it is on the Hub."""
+    """How much of one dataset, file or folder was used; its commit if it is on the Hub."""
 
     name: str
     subset: str | None
@@ -79,11 +81,11 @@ class ComponentRecord:
     revision: str | None
     rows: int
     tokens: int
-    samples: int  # of which the rows are; 0 where they are cut from a text
+    samples: int  # that the rows were made of; 0 if rows were cut from one text
 
     @property
     def title(self) -> str:
-        """The name with subset and split, but for the split that is meant without one."""
+        """The name with subset and split; the default split `train` is left out."""
         subset = f"[{self.subset}]" if self.subset is not None else ""
         split = f"({self.split})" if self.split not in (None, "train") else ""
         return f"{self.name}{subset}{split}"
@@ -91,13 +93,13 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The texts, and how they were cut."""
+    """The calibration texts, and how they were cut into rows."""
 
     spec: str
     sha256: str
     max_length: int
     seed: int
-    packed: bool  # samples one after another in a row, as REAP has them; else a row each
+    packed: bool  # several samples per row, as REAP does; otherwise one sample per row
     imatrix_text: str
     imatrix_sha256: str
     imatrix_chunks: int
@@ -126,9 +128,9 @@ class FolderRecord:
 
 @dataclass(frozen=True)
 class GgufRecord:
-    """One GGUF file: its recipe, as text and as the table it became.
+    """One GGUF file: the text of its recipe, and the type that each tensor got.
 
-    `parts` are the files that stand in its place where it was too large for the Hub.
+    `parts` are the files that replace it if it was too large for the Hub.
     """
 
     file: str
@@ -144,12 +146,12 @@ class GgufRecord:
 
     @property
     def first(self) -> str:
-        """The file that programs are to open."""
+        """The file to open: programs find the other parts from the first."""
         return self.parts[0] if self.parts else self.file
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that it is made of."""
+        """All parts, or the one file."""
         return tuple(self.parts) or (self.file,)
 
 
@@ -167,7 +169,7 @@ class SideRecord:
 class Manifest:
     """The whole record of one build.
 
-    What a stage cost is no part of it: the same inputs make the same bundle, byte for byte.
+    It does not hold times or memory: the same inputs make the same bundle, byte for byte.
     """
 
     name: str
@@ -183,7 +185,7 @@ class Manifest:
     def text(self) -> str:
         """What `reap2gguf.json` holds."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
-        # a list of expert ids reads better on one line
+        # lists of expert ids are easier to read on one line
         return re.sub(r"\[\n[ \n\d,]+\]", lambda ids: " ".join(ids[0].split()), text) + "\n"
 
     def save(self, folder: Path) -> None:
@@ -192,7 +194,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read the manifest of a bundle; ArtifactError if it is missing or malformed."""
+        """Read the manifest of a bundle. Raises ArtifactError if it is missing or malformed."""
         path = folder / MANIFEST_FILE
         try:
             values = read_json(path, MAX_TOKENIZER_BYTES)
@@ -209,7 +211,7 @@ class Manifest:
 
 
 def _check_names(manifest: Manifest) -> None:
-    """Names that are joined to folders are plain, and types are GGML's; else ValueError."""
+    """Raises ValueError for a file name that is a path, or an unknown tensor type."""
     names = [manifest.hf.folder, *manifest.hf.files]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
@@ -219,19 +221,19 @@ def _check_names(manifest: Manifest) -> None:
                 raise ValueError(f"unknown tensor type {shown(tensor_type)}")
     for name in names:
         if not isinstance(name, str) or not is_plain_name(name):
-            raise ValueError(f"{shown(name)} is no plain file name")
+            raise ValueError(f"{shown(name)} is not a plain file name")
 
 
 def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
-    pruning["kept"] = {int(k): tuple(map(_expert, v)) for k, v in pruning["kept"].items()}
+    pruning["kept"] = {int(k): tuple(map(_expert_id, v)) for k, v in pruning["kept"].items()}
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
     hf = dict(values["hf"])
     hf["files"] = {k: _record(FileRecord, v) for k, v in hf["files"].items()}
     if not isinstance(values["name"], str):
-        raise TypeError("name is no text")
+        raise TypeError("name is not a string")
     return Manifest(
         name=values["name"],
         program=dict(values["program"]),
@@ -253,18 +255,18 @@ def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:
 
 
 def component_records(values: Any) -> tuple[ComponentRecord, ...]:
-    """Records from JSON; TypeError or ValueError if they are none."""
+    """Component records from JSON. Raises TypeError or ValueError if they are malformed."""
     if not isinstance(values, list):
-        raise TypeError(f"components are {shown(values)}, expected a list")
+        raise TypeError(f"components is {shown(values)}, expected a list")
     return tuple(_record(ComponentRecord, value) for value in values)
 
 
-def _record(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
-    """A record whose plain fields are of their types, and its numbers within 63 bits."""
-    record = kind(**values)
+def _record(record_class: type[_Record], values: Mapping[str, Any]) -> _Record:
+    """A record from JSON. Raises TypeError for a value of the wrong type, ValueError above 2^63."""
+    record = record_class(**values)
     for entry in fields(record):  # type: ignore[arg-type]
         value = getattr(record, entry.name)
-        allowed = _PLAIN.get(str(entry.type), (type(value),))
+        allowed = _JSON_TYPES.get(str(entry.type), (type(value),))  # others are not checked here
         if type(value) not in allowed:
             raise TypeError(f"{entry.name} is {shown(value)}, expected {entry.type}")
         if isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:
@@ -272,12 +274,15 @@ def _record(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
     return record
 
 
-def _expert(value: Any) -> int:
+def _expert_id(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError(f"{shown(value)} is no expert")
+        raise ValueError(f"{shown(value)} is not an expert id")
     return value
 
 
 def hash_file(path: Path, advance: Advance | None = None) -> FileRecord:
-    """Size and SHA-256 of a file. Raises OSError if it cannot be read or is no plain file."""
+    """Size and SHA-256 of a file; `advance` is called with the bytes of each piece read.
+
+    Raises OSError if it cannot be read or is not a plain file.
+    """
     return FileRecord(plain_size(path), file_sha256(path, advance))

@@ -1,11 +1,12 @@
-"""The `Modelfile` of a bundle, from which `ollama create` makes a model.
+"""The `Modelfile` of a bundle, which `ollama create` reads.
 
-It has what the checkpoint itself says, in Ollama's words (docs.ollama.com/modelfile): the sampling
-that `generation_config.json` recommends and the tokens that end an answer. It has no TEMPLATE:
-Ollama's are Go templates, a checkpoint's is Jinja, and a translation that is nearly right answers
-nearly right. Ollama takes the template from its own collection where the one in the GGUF is, but
-for few letters, one that it knows; else the prompt goes to the model as it is, and the user has to
-add a TEMPLATE. The file says so.
+It translates what the checkpoint says into Ollama's parameters (docs.ollama.com/modelfile): the
+sampling that `generation_config.json` recommends, and the tokens that end an answer.
+
+It has no TEMPLATE. Ollama's templates are written in Go's syntax, a checkpoint's in Jinja, and a
+translation with small mistakes would give worse answers without anyone noticing. Ollama uses one of
+its own templates if the GGUF's template is nearly identical to a known one; otherwise it sends the
+raw prompt, and the user has to add a TEMPLATE. A comment in the file says so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from reap2gguf.bundle.layout import MODELFILE
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.errors import CheckpointError
 
-MODELFILE = "Modelfile"
-# generation_config.json's name, Ollama's, and the values that mean something
+# name in generation_config.json -> Ollama's name, smallest and largest sensible value
 _NUMBERS = {
     "temperature": ("temperature", 0.0, 10.0),
     "top_p": ("top_p", 0.0, 1.0),
@@ -32,7 +33,10 @@ _MAX_STOP_LETTERS = 100
 
 
 def modelfile(manifest: Manifest, source: Path) -> str:
-    """The text for a bundle's first file; `source` is the folder of the checkpoint."""
+    """The text of a Modelfile for a bundle's first GGUF file.
+
+    `source` is the folder of the checkpoint that was pruned.
+    """
     name, others = manifest.gguf[0].file, [record.file for record in manifest.gguf[1:]]
     lines = [
         f"# ollama create {manifest.name.lower()} -f {MODELFILE}",
@@ -40,8 +44,8 @@ def modelfile(manifest: Manifest, source: Path) -> str:
         *(f"# FROM ./{other}" for other in others),
         "",
         *_parameters(source),
-        "# Ollama knows the chat templates of common families by the one in the GGUF. If",
-        "# `ollama show --template` shows only {{ .Prompt }}, add a TEMPLATE in Go's syntax.",
+        "# Ollama recognizes the chat templates of common model families in the GGUF file. If",
+        "# `ollama show --template` prints only {{ .Prompt }}, add a TEMPLATE in Go's syntax.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -53,7 +57,7 @@ def _parameters(source: Path) -> Iterator[str]:
     try:
         values = read_json(path)
     except CheckpointError:
-        yield "# generation_config.json of the source cannot be read; Ollama's defaults hold"
+        yield "# generation_config.json of the source cannot be read; Ollama's defaults apply"
         return
     found = [*_sampling(values), *_stops(values, source)]
     if found:
@@ -64,10 +68,10 @@ def _parameters(source: Path) -> Iterator[str]:
 
 def _sampling(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("do_sample") is False:
-        return  # its other numbers are then idle
+        return  # without sampling, the other values have no effect
     for key, (name, low, high) in _NUMBERS.items():
         value: Any = values.get(key)
-        if type(value) in (int, float) and low <= value <= high:  # which NaN is not
+        if type(value) in (int, float) and low <= value <= high:  # false for NaN
             yield f"PARAMETER {name} {value:g}"
     top_k = values.get("top_k")
     if type(top_k) is int and 0 <= top_k <= _MAX_TOP_K:
@@ -75,7 +79,7 @@ def _sampling(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _stops(values: Mapping[str, Any], source: Path) -> Iterator[str]:
-    """The special tokens that end an answer; text that anybody may write is none."""
+    """The tokens that end an answer; only special ones, as ordinary text must not end it."""
     ids = values.get("eos_token_id")
     wanted = ids if isinstance(ids, list) else [ids]
     special = _special_tokens(source)
@@ -85,11 +89,11 @@ def _stops(values: Mapping[str, Any], source: Path) -> Iterator[str]:
 
 
 def _special_tokens(source: Path) -> dict[int, str]:
-    """Special tokens of `tokenizer.json` by id, those that a line can hold."""
+    """Special tokens in `tokenizer.json` by id, if a line of a Modelfile can hold them."""
     try:
         added = read_json(source / "tokenizer.json", MAX_TOKENIZER_BYTES).get("added_tokens")
     except CheckpointError:
-        return {}  # the export has refused it already
+        return {}  # the export has reported this already
     entries = (
         [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
     )
@@ -98,11 +102,11 @@ def _special_tokens(source: Path) -> dict[int, str]:
         for entry in entries
         if type(entry.get("id")) is int
         and entry.get("special") is True
-        and _fits(entry.get("content"))
+        and _fits_a_line(entry.get("content"))
     }
 
 
-def _fits(text: Any) -> bool:
+def _fits_a_line(text: Any) -> bool:
     return (
         isinstance(text, str)
         and 0 < len(text) <= _MAX_STOP_LETTERS

@@ -15,6 +15,9 @@ import numpy.typing as npt
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError
 
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
 # BF16 has no numpy type: its bits travel as uint16.
 NUMPY_TYPES = {
     "F64": "<f8",

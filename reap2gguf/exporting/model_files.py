@@ -9,6 +9,7 @@ from pathlib import Path
 from gguf import GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__
+from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header import HeaderFacts
@@ -28,7 +29,7 @@ class WeightedBy:
     """An importance matrix, and the name of its file as headers record it."""
 
     imatrix: Imatrix
-    file: str = "imatrix.gguf"
+    file: str = IMATRIX_FILE
 
 
 def export_model(
@@ -73,7 +74,7 @@ def _header(
         file_type=recipe.llama_file_type,
         tensor_types=recipe.tensor_types(),
         imatrix=None if by_imatrix is None else by_imatrix.imatrix,
-        imatrix_file="imatrix.gguf" if by_imatrix is None else by_imatrix.file,
+        imatrix_file=IMATRIX_FILE if by_imatrix is None else by_imatrix.file,
     )
 
 

@@ -1,11 +1,12 @@
-"""Importance matrices in both of llama.cpp's formats.
+"""Importance matrices, in both of llama.cpp's formats.
 
-An entry holds, per matrix, the sum of squares of what multiplied each column and how many rows
-were summed; for experts, one row of sums and one count per expert. GGUF keeps sums and counts
-(`NAME.in_sum2`, `NAME.counts`); the legacy `.dat` keeps means times a number of chunks.
+For each matrix, an entry holds the sum of squares of the inputs to each column, and the number of
+input rows summed. An entry for experts holds one row of sums and one count per expert. GGUF files
+keep sums and counts (`NAME.in_sum2`, `NAME.counts`); the legacy `.dat` format keeps means times a
+number of chunks.
 
-Neither is believed: what reading one allocates stays below 2.5 times the bytes of its values and
-1 KiB an entry, of which there are 2^16 at most, beside what a GGUF's header takes.
+Both are untrusted. Memory for reading one: below 2.5 times the bytes of its values, plus 1 KiB per
+entry, of which there are at most 2^16, plus what the header of a GGUF file takes.
 """
 
 from __future__ import annotations
@@ -20,37 +21,36 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from reap2gguf.atomic import whole_file
+from reap2gguf.checkpoint.weights import Floats
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
-from reap2gguf.gguf_files.cursor import Cursor
-from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
+from reap2gguf.gguf_files.reader import Cursor, GgufHeader, read_gguf_header
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.messages import shown
 
 _MAX_ENTRIES = 2**16
 _MAX_NAME_BYTES = 2**12
-_MAX_SUMS = 2**25  # of an entry: 512 experts with 65,536 columns each
-_MAX_CHUNKS = 2**31 - 1  # what both formats can hold
+_MAX_SUMS = 2**25  # per entry: 512 experts with 65,536 columns each
+_MAX_CHUNKS = 2**31 - 1  # the largest number that both formats can hold
 _CHUNK_KEYS = ("imatrix.chunk_count", "imatrix.chunk_size")
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ImatrixEntry:
-    """What multiplied one GGUF matrix: sums of squares (n_matrices, n_columns), rows counted."""
+    """Sums of squares of the inputs to one GGUF tensor, and the input rows they were taken over."""
 
     name: str  # of the GGUF tensor, with .weight
-    sums: Floats
+    sums: Floats  # (n_matrices, n_columns)
     counts: npt.NDArray[np.int64]  # (n_matrices,)
 
     def importance(self) -> Floats:
-        """Mean squares, as llama-quantize takes them: ones where an expert saw no token."""
+        """Mean squares as llama-quantize uses them: ones for an expert that saw no token."""
         counts = self.counts.astype(np.float32)[:, None]
         seen = counts > 0
         return np.where(seen, self.sums / np.where(seen, counts, 1), np.float32(1))
 
     def importance_of(self, matrix: int, n_columns: int) -> Floats:
-        """The (n_columns,) mean squares of one matrix; a .dat has all matrices in one row."""
+        """Mean squares (n_columns,) of one matrix; a .dat file has all matrices in one row."""
         row, first = divmod(matrix * n_columns, self.sums.shape[1])
         sums, count = self.sums[row, first : first + n_columns], np.float32(self.counts[row])
         return sums / count if count > 0 else np.ones_like(sums)
@@ -58,7 +58,7 @@ class ImatrixEntry:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """All entries by GGUF tensor name, and what they were computed from."""
+    """All entries by GGUF tensor name, and the text they were computed on."""
 
     entries: dict[str, ImatrixEntry]
     dataset: str
@@ -66,7 +66,7 @@ class Imatrix:
     chunk_size: int
 
     def uncovered(self) -> dict[str, int]:
-        """Experts that no token reached, per expert matrix that has any."""
+        """How many experts saw no token, by tensor; only tensors with such experts."""
         empty = {name: int((entry.counts == 0).sum()) for name, entry in self.entries.items()}
         return {name: count for name, count in empty.items() if count}
 
@@ -74,7 +74,7 @@ class Imatrix:
 def load_imatrix(path: Path) -> Imatrix:
     """Read either format.
 
-    Raises ArtifactError if the file is broken, holds no entry, or holds NaN or negative sums.
+    Raises ArtifactError if the file is broken or empty, or holds NaN, infinite or negative sums.
     """
     try:
         with open_plain(path) as file:
@@ -101,7 +101,7 @@ def save_both(imatrix: Imatrix, gguf_path: Path) -> None:
 def save_gguf(imatrix: Imatrix, path: Path) -> None:
     """Write llama-imatrix's GGUF format, whole or not at all; OutputError if the disk refuses."""
     writer = HeaderWriter("imatrix")
-    # an imatrix has a type in place of an architecture
+    # an imatrix has a type instead of an architecture
     writer.kv_data[0].clear()
     writer.add_type("imatrix")
     writer.add_key_value(
@@ -124,20 +124,20 @@ def _gguf_tensors(imatrix: Imatrix) -> Iterator[tuple[str, Floats]]:
 
 
 def save_dat(imatrix: Imatrix, path: Path) -> None:
-    """Write the legacy layout, for programs that read no other (ik_llama.cpp), as `save_gguf`."""
+    """Write the legacy format, which ik_llama.cpp needs, whole or not at all, as `save_gguf`."""
     with whole_file(path) as file:
-        for piece in _dat_pieces(imatrix):
-            file.write(piece)
+        for chunk in _dat_bytes(imatrix):
+            file.write(chunk)
 
 
-def _dat_pieces(imatrix: Imatrix) -> Iterator[bytes]:
-    # an entry without any data cannot be told apart from one of zeros, so it is left out
+def _dat_bytes(imatrix: Imatrix) -> Iterator[bytes]:
+    # the format cannot tell an entry without data from one of zeros, so it is left out
     entries = [e for _, e in sorted(imatrix.entries.items()) if e.counts.any()]
     yield struct.pack("<i", len(entries))
     for entry in entries:
         name = entry.name.encode()
-        # rounded up, so that a matrix seen less than one chunk does not count as unseen
-        # a .dat knows no chunk size: its counts are calls already
+        # rounded up, so that a matrix with less than one chunk does not count as unseen;
+        # an imatrix from a .dat file has chunk size 0, and its counts are calls already
         calls = -(-int(entry.counts.max()) // max(imatrix.chunk_size, 1))
         values = entry.importance() * np.float32(calls)
         yield struct.pack("<i", len(name)) + name
@@ -150,7 +150,9 @@ def _load_gguf(path: Path) -> Imatrix:
     header = read_gguf_header(path)
     if header.metadata.get("general.type") != "imatrix":
         raise ArtifactError(f"{path}: a GGUF file, but general.type is not imatrix")
-    n_chunks, chunk_size = (_chunks(path, key, header.metadata.get(key, 0)) for key in _CHUNK_KEYS)
+    n_chunks, chunk_size = (
+        _chunk_number(path, key, header.metadata.get(key, 0)) for key in _CHUNK_KEYS
+    )
     datasets = header.metadata.get("imatrix.datasets") or [""]
     if not isinstance(datasets, list) or not isinstance(datasets[0], str):
         raise ArtifactError(f"{path}: imatrix.datasets is {shown(datasets)}, expected texts")
@@ -158,15 +160,15 @@ def _load_gguf(path: Path) -> Imatrix:
     for tensor in header.tensors:
         name = tensor.removesuffix(".in_sum2")
         if name == tensor:
-            continue  # counts are read with their sums; newer files add statistics of no use here
+            continue  # counts are read with their sums; statistics of newer files are not needed
         if len(entries) == _MAX_ENTRIES:
-            raise ArtifactError(f"{path}: over {_MAX_ENTRIES:,} entries; this is no imatrix")
+            raise ArtifactError(f"{path}: over {_MAX_ENTRIES:,} entries; this is not an imatrix")
         entries[name] = _gguf_entry(header, name)
     return Imatrix(entries, datasets[0], n_chunks, chunk_size)
 
 
 def _gguf_entry(header: GgufHeader, name: str) -> ImatrixEntry:
-    """The sums of one matrix, or of all experts of a layer, with a count for each row of them."""
+    """One entry: its sums, and a count for each row of them."""
     where = f"{header.path}: {shown(name)}"
     parts = (f"{name}.in_sum2", f"{name}.counts")
     if parts[1] not in header.tensors:
@@ -182,18 +184,18 @@ def _gguf_entry(header: GgufHeader, name: str) -> ImatrixEntry:
     counts = counts.reshape(-1)
     if len(counts) != len(sums):
         raise ArtifactError(f"{where}: {len(sums)} rows of sums and {len(counts)} counts")
-    if not _countable(counts):
+    if not _are_counts(counts):
         raise ArtifactError(f"{where}: its counts are not whole numbers from 0 to 2^53")
     return ImatrixEntry(name, sums.astype(np.float32, copy=False), counts.astype(np.int64))
 
 
-def _chunks(path: Path, what: str, value: object) -> int:
+def _chunk_number(path: Path, what: str, value: object) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_CHUNKS:
         raise ArtifactError(f"{path}: {what} is {shown(value)}, expected 0 to {_MAX_CHUNKS:,}")
     return value
 
 
-def _countable(counts: Floats) -> bool:
+def _are_counts(counts: Floats) -> bool:
     # comparisons are false for NaN
     return bool(((counts >= 0) & (counts < 2**53) & (counts == np.trunc(counts))).all())
 
@@ -201,7 +203,7 @@ def _countable(counts: Floats) -> bool:
 def _load_dat(cursor: Cursor) -> Imatrix:
     n_entries = cursor.number("<i", "the entry count")
     if not 0 < n_entries <= _MAX_ENTRIES:
-        raise ArtifactError(f"{cursor.path}: {n_entries} entries; this is no imatrix")
+        raise ArtifactError(f"{cursor.path}: {n_entries} entries; this is not an imatrix")
     entries: dict[str, ImatrixEntry] = {}
     for _ in range(n_entries):
         entry = _dat_entry(cursor)
@@ -210,7 +212,7 @@ def _load_dat(cursor: Cursor) -> Imatrix:
         entries[entry.name] = entry
     if cursor.left == 0:  # the oldest files end here
         return Imatrix(entries, "", 0, 0)
-    n_chunks = _chunks(cursor.path, "the last chunk", cursor.number("<i", "the last chunk"))
+    n_chunks = _chunk_number(cursor.path, "the last chunk", cursor.number("<i", "the last chunk"))
     dataset = _dat_text(cursor, "the dataset's name")
     if cursor.left:
         raise ArtifactError(f"{cursor.path}: {cursor.left:,} bytes after its end")
@@ -222,10 +224,11 @@ def _dat_entry(cursor: Cursor) -> ImatrixEntry:
     calls, size = cursor.number("<i", "a call count"), cursor.number("<i", "a size")
     if calls < 0 or not 0 < size <= _MAX_SUMS:
         raise ArtifactError(
-            f"{cursor.path}: {shown(name)} has {calls} calls and {size} values; this is no imatrix"
+            f"{cursor.path}: {shown(name)} has {calls} calls and {size} values; this is not an "
+            "imatrix"
         )
     values = np.frombuffer(cursor.take(4 * size, f"values of {shown(name)}"), "<f4")
-    # one row: the format does not say how many experts the values are of
+    # one row: the format does not say how many experts the values belong to
     return ImatrixEntry(name, values[None].copy(), np.array([max(calls, 1)]))
 
 
@@ -234,6 +237,6 @@ def _dat_text(cursor: Cursor, what: str) -> str:
     if not 0 <= length <= _MAX_NAME_BYTES:
         raise ArtifactError(
             f"{cursor.path}: {what} has {length:,} bytes, expected at most {_MAX_NAME_BYTES:,}; "
-            "this is no imatrix"
+            "this is not an imatrix"
         )
     return cursor.take(length, what).decode("utf-8", "replace")

@@ -1,20 +1,23 @@
-"""Reads a GGUF file's header, trusting none of its numbers.
+"""Reads a GGUF file's header, and trusts none of its numbers.
 
 Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, tensor count,
 key count; keys with typed values; tensor names, sizes `ne` (fastest first), types and offsets;
-padding; tensor bytes. gguf-py's own reader maps the file and believes its counts; this one bounds
-each before it allocates, and leaves the tensors on disk. What it allocates stays below 48 times the
-bytes of the header, for an array's smallest item is one byte and becomes a Python object; of these
-there are 2^22 at most, which is 160 MiB.
+padding; tensor bytes.
+
+gguf-py's reader maps the whole file and believes its counts. This one checks each count before it
+allocates, and leaves the tensors on disk. Memory: below 48 times the bytes of the header (an
+array's smallest item is one byte and becomes a Python object), with at most 2^22 items, which is
+160 MiB.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +25,6 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
-from reap2gguf.gguf_files.cursor import Cursor
 from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
@@ -31,18 +33,25 @@ _VERSIONS = (2, 3)
 _MAX_TENSORS = 2**17
 _MAX_KEYS = 2**16
 _MAX_STRING_BYTES = 2**26
-_MAX_KEY_BYTES = 2**16 - 1  # the format's bound
-_MAX_NAME_BYTES = 2**12  # ggml's own is 64
-_MAX_ITEMS = 2**22  # in all arrays together; a vocabulary of 262,144 has 1.3 million
-_MAX_HEADER_BYTES = 2**26  # a file may be sparse, and so take no room for what it claims
+_MAX_KEY_BYTES = 2**16 - 1  # the limit of the format
+_MAX_NAME_BYTES = 2**12  # ggml's own limit is 64
+_MAX_ITEMS = 2**22  # of all arrays together; a vocabulary of 262,144 has 1.3 million
+_MAX_HEADER_BYTES = 2**26  # a sparse file can claim any size and need no disk space
 _MAX_DIMENSIONS = 4
 _ALIGNMENTS = tuple(2**power for power in range(17))
-_SCALARS = {
-    GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f", GGUFValueType.BOOL: "<?", GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q", GGUFValueType.FLOAT64: "<d",
-}  # fmt: skip
+SCALAR_LAYOUTS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
 
 
 def row_bytes(tensor_type: GGMLQuantizationType, n_columns: int) -> int:
@@ -68,17 +77,17 @@ class GgufTensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself, before any tensor is read."""
+    """The keys and tensor infos of a GGUF file."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensorInfo]
-    keys_end: int = 0  # where the keys end in the file; they begin at byte KEYS_BEGIN
+    keys_end: int = 0  # the byte after the keys; they begin at byte KEYS_BEGIN
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
-        """Rows [first, last) of one tensor, shaped (rows, bytes of a row).
+        """Rows [first, last) of one tensor, as bytes (n_rows, row_bytes).
 
-        Raises ArtifactError if the file ends before them or is gone.
+        Raises ArtifactError if the file is gone or ends before them.
         """
         info = self.tensors[name]
         n_rows = info.n_bytes // info.row_bytes
@@ -98,16 +107,54 @@ def _unreadable(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(f"{path}: cannot be read ({error.strerror or error})")
 
 
-class _Reader(Cursor):
-    """GGUF's numbers, strings and values, read forward."""
+class Cursor:
+    """A position in an open binary file, which it reads forward.
 
-    n_items = 0  # of all arrays so far
+    What the file cannot hold is an ArtifactError before anything is allocated. The file is read,
+    not mapped: if another process truncates it meanwhile, that is an error and not a signal.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.size = os.fstat(file.fileno()).st_size
+        self.position = 0
+        self._file = file
+
+    @property
+    def left(self) -> int:
+        """Bytes from here to the end."""
+        return self.size - self.position
+
+    def take(self, count: int, what: str = "its header") -> bytes:
+        """The next `count` bytes, which hold `what`."""
+        if not 0 <= count <= self.left:
+            raise ArtifactError(
+                f"{self.path}: truncated: {what} needs {count:,} bytes at byte "
+                f"{self.position:,}, the file has {self.size:,}"
+            )
+        raw = self._file.read(count)
+        if len(raw) != count:
+            raise ArtifactError(
+                f"{self.path}: was truncated at byte {self.position:,} while it was read"
+            )
+        self.position += count
+        return raw
+
+    def number(self, layout: str, what: str = "its header") -> Any:
+        """The next number, by its `struct` layout."""
+        return struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
+
+
+class _HeaderCursor(Cursor):
+    """Reads GGUF's counts, strings and values."""
+
+    n_items = 0  # in all arrays so far
 
     def take(self, count: int, what: str = "its header") -> bytes:
         if count > _MAX_HEADER_BYTES - self.position:
             raise ArtifactError(
                 f"{self.path}: truncated, or a header of over {_MAX_HEADER_BYTES:,} bytes: {what} "
-                f"wants {count:,} at byte {self.position:,} of {self.size:,}"
+                f"needs {count:,} at byte {self.position:,} of {self.size:,}"
             )
         return super().take(count, what)
 
@@ -139,16 +186,18 @@ class _Reader(Cursor):
         return (
             self.string()
             if value_type is GGUFValueType.STRING
-            else self.number(_SCALARS[value_type])
+            else self.number(SCALAR_LAYOUTS[value_type])
         )
 
     def _array(self) -> list[Any]:
         value_type = self.value_type()
         if value_type is GGUFValueType.ARRAY:
-            raise ArtifactError(f"{self.path}: an array of arrays, which GGUF readers do not take")
-        # the shortest item is one byte (a string's length alone takes eight)
+            raise ArtifactError(
+                f"{self.path}: an array of arrays, which GGUF readers do not support"
+            )
+        # a string takes at least the eight bytes of its length
         smallest = (
-            8 if value_type is GGUFValueType.STRING else struct.calcsize(_SCALARS[value_type])
+            8 if value_type is GGUFValueType.STRING else struct.calcsize(SCALAR_LAYOUTS[value_type])
         )
         count = self.count("array items", min(self.left // smallest, _MAX_ITEMS - self.n_items))
         self.n_items += count
@@ -157,88 +206,91 @@ class _Reader(Cursor):
         raw = self.take(count * smallest)
         if value_type is GGUFValueType.BOOL:
             return [byte != 0 for byte in raw]
-        items: list[Any] = np.frombuffer(raw, _SCALARS[value_type]).tolist()
+        items: list[Any] = np.frombuffer(raw, SCALAR_LAYOUTS[value_type]).tolist()
         return items
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """The metadata and tensor infos of a GGUF file.
 
-    Raises ArtifactError if the file is missing, truncated, or its numbers cannot be true.
+    Raises ArtifactError if the file is missing, truncated or inconsistent.
     """
     try:
         with open_plain(path) as file:
-            return _read(_Reader(path, file))
+            return _read_header(_HeaderCursor(path, file))
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _read(reader: _Reader) -> GgufHeader:
-    if reader.size == 0:
-        raise ArtifactError(f"{reader.path}: empty, expected a GGUF file")
-    magic, version = reader.take(4), reader.number("<I")
+def _read_header(cursor: _HeaderCursor) -> GgufHeader:
+    if cursor.size == 0:
+        raise ArtifactError(f"{cursor.path}: empty, expected a GGUF file")
+    magic, version = cursor.take(4), cursor.number("<I")
     if magic != _MAGIC or version not in _VERSIONS:
         raise ArtifactError(
-            f"{reader.path}: begins with {magic!r} version {version}, expected GGUF version 2 or 3"
+            f"{cursor.path}: begins with {magic!r} version {version}, expected GGUF version 2 or 3"
         )
-    n_tensors = reader.count("tensors", _MAX_TENSORS)
-    n_keys = reader.count("keys", _MAX_KEYS)
+    n_tensors = cursor.count("tensors", _MAX_TENSORS)
+    n_keys = cursor.count("keys", _MAX_KEYS)
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
-        key = reader.string(_MAX_KEY_BYTES)
+        key = cursor.string(_MAX_KEY_BYTES)
         if key in metadata:
-            raise ArtifactError(f"{reader.path}: the key {shown(key)} occurs twice")
-        metadata[key] = reader.value()
-    keys_end = reader.position
-    infos = [_tensor(reader) for _ in range(n_tensors)]
+            raise ArtifactError(f"{cursor.path}: the key {shown(key)} occurs twice")
+        metadata[key] = cursor.value()
+    keys_end = cursor.position
+    infos = [_tensor_info(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment not in _ALIGNMENTS:
         raise ArtifactError(
-            f"{reader.path}: general.alignment is {shown(alignment)}, expected a power of two"
+            f"{cursor.path}: general.alignment is {shown(alignment)}, expected a power of two"
         )
-    start = -(-reader.position // alignment) * alignment
-    placed = _place(reader, infos, start, alignment)
-    return GgufHeader(reader.path, metadata, placed, keys_end)
+    start = -(-cursor.position // alignment) * alignment
+    return GgufHeader(cursor.path, metadata, _placed(cursor, infos, start, alignment), keys_end)
 
 
-def _tensor(reader: _Reader) -> GgufTensorInfo:
-    """One tensor info, its offset still counted from the start of the tensor data."""
-    name = reader.string(_MAX_NAME_BYTES)
-    where = f"{reader.path}: tensor {shown(name)}"
-    n_dims = reader.number("<I")
+def _tensor_info(cursor: _HeaderCursor) -> GgufTensorInfo:
+    """One tensor info; its offset counts from the start of the tensor data."""
+    name = cursor.string(_MAX_NAME_BYTES)
+    where = f"{cursor.path}: tensor {shown(name)}"
+    n_dims = cursor.number("<I")
     if not 1 <= n_dims <= _MAX_DIMENSIONS:
         raise ArtifactError(f"{where} has {n_dims} dimensions, expected 1-4")
-    ne = [reader.count(f"values along an axis of {shown(name)}", 2**48) for _ in range(n_dims)]
+    ne = [cursor.count(f"values along an axis of {shown(name)}", 2**48) for _ in range(n_dims)]
     if 0 in ne:
         raise ArtifactError(f"{where} has no values: its sizes are {ne}")
-    raw_type = reader.number("<I")
+    raw_type = cursor.number("<I")
     try:
         tensor_type = GGMLQuantizationType(raw_type)
     except ValueError as error:
         raise ArtifactError(
-            f"{where} has the unknown type {raw_type}; is it a file of another program "
-            "(ik_llama.cpp has types of its own)?"
+            f"{where} has the unknown type {raw_type}; was the file made by another program "
+            "(ik_llama.cpp has its own types)?"
         ) from error
     block, size = GGML_QUANT_SIZES[tensor_type]
     if ne[0] % block:
         raise ArtifactError(
-            f"{where}: rows of {ne[0]} are no multiple of {tensor_type.name}'s block of {block}"
+            f"{where}: rows of {ne[0]} values are not a multiple of {tensor_type.name}'s block of "
+            f"{block}"
         )
-    offset = reader.number("<Q")
+    offset = cursor.number("<Q")
     return GgufTensorInfo(
         name, tensor_type, tuple(reversed(ne)), offset, math.prod(ne) // block * size
     )
 
 
-def _place(
-    reader: _Reader, infos: list[GgufTensorInfo], start: int, alignment: int
+def _placed(
+    cursor: _HeaderCursor, infos: list[GgufTensorInfo], start: int, alignment: int
 ) -> dict[str, GgufTensorInfo]:
-    """Absolute offsets, checked: aligned, in order, without overlap, within the file."""
-    size = reader.size
+    """Tensor infos by name with offsets from the start of the file.
+
+    Raises ArtifactError if an offset is unaligned, or a tensor overlaps another or the file's end.
+    """
+    size = cursor.size
     placed: dict[str, GgufTensorInfo] = {}
     position = start
     for info in sorted(infos, key=lambda info: info.offset):
-        where = f"{reader.path}: tensor {shown(info.name)}"
+        where = f"{cursor.path}: tensor {shown(info.name)}"
         offset = start + info.offset
         if info.name in placed:
             raise ArtifactError(f"{where} occurs twice")

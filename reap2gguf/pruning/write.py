@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from reap2gguf.atomic import copy_whole, write_whole
-from reap2gguf.bundle.manifest import MANIFEST_FILE
+from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights

@@ -1,4 +1,4 @@
-"""Whether a push may write to a repository, and which of the files there it replaces."""
+"""Whether a push may write to a repository, and which files of an earlier push it removes."""
 
 from __future__ import annotations
 
@@ -9,53 +9,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import write_whole
-from reap2gguf.bundle.card import CARD_FILE
-from reap2gguf.bundle.manifest import MANIFEST_FILE, SUMS_FILE
+from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, SUMS_FILE
+from reap2gguf.bundle.sums import parse_sums
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, PublishError
-from reap2gguf.gguf_files.gguf_split import part_of_split
+from reap2gguf.gguf_files.split import parse_part_name
 from reap2gguf.hub.snapshot import Sleep
 from reap2gguf.messages import shown
 from reap2gguf.progress import Progress
-from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look, patiently
-from reap2gguf.publishing.staging import StagedRepo
-from reap2gguf.verifying.hashes import HUB_FILES, parse_sums
+from reap2gguf.publishing.contents import PreparedRepo
+from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look_up, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _MAX_BYTES = 2**26  # of a manifest
-_STATE = "repositories.json"
+_STATE_FILE = "repositories.json"
 Fetch = Callable[[str, str, int], bytes]  # a small file by its name, commit and size
 
 
-def log_in(api: HfApi, repo: str, progress: Progress, sleep: Sleep = time.sleep) -> None:
-    """See that there is a token, and that it may write as the repository's owner.
-
-    Raises PublishError if not.
-    """
+def check_login(api: HfApi, repo: str, progress: Progress, sleep: Sleep = time.sleep) -> None:
+    """Raises PublishError unless there is a token that may write as the repository's owner."""
     check_owner(patiently(api.whoami, repo, progress.note, sleep), repo)
 
 
-def check_owner(who: dict[str, Any], repo: str) -> None:
-    """Refuse a token that is not of the owner nor of a member, or may only read; PublishError."""
+def check_owner(identity: dict[str, Any], repo: str) -> None:
+    """Raises PublishError if a token is not the owner's or a member's, or may only read.
+
+    `identity` is what the Hub answers about the token.
+    """
     owner = repo.partition("/")[0]
-    may = [str(who.get("name")), *(str(org.get("name")) for org in who.get("orgs") or ())]
-    if owner.lower() not in (name.lower() for name in may):
+    organizations = identity.get("orgs") or ()
+    names = [str(identity.get("name")), *(str(org.get("name")) for org in organizations)]
+    if owner.lower() not in (name.lower() for name in names):
         raise PublishError(
-            f"{repo}: the token is that of {shown(who.get('name'))}, who is not {owner} nor in an "
-            f"organization of that name; publish as one of {', '.join(map(shown, may))}, or run "
-            "`hf auth login`"
+            f"{repo}: the token belongs to {shown(identity.get('name'))}, who is neither {owner} "
+            f"nor in an organization of that name; publish as one of "
+            f"{', '.join(map(shown, names))}, or run `hf auth login`"
         )
-    role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
+    role = ((identity.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise PublishError(
             f"{repo}: the token may only read; run `hf auth login` with one that may write"
         )
-
-
-def _ask(api: HfApi, repo: str, progress: Progress, sleep: Sleep) -> RemoteRepo | None:
-    return patiently(lambda: look(api, repo), repo, progress.note, sleep)
 
 
 def check_visibility(
@@ -65,31 +61,32 @@ def check_visibility(
     progress: Progress,
     sleep: Sleep = time.sleep,
 ) -> None:
-    """Refuse to publish in public what is to be private; PublishError."""
-    refuse_public(repo, _ask(api, repo, progress, sleep), private)
+    """`refuse_public` for what the Hub holds."""
+    remote = patiently(lambda: look_up(api, repo), repo, progress.note, sleep)
+    refuse_public(repo, remote, private)
 
 
-def refuse_public(repo: str, there: RemoteRepo | None, private: bool) -> None:
-    """PublishError if what is to be private would go to a public repository."""
-    if there is not None and private and not there.is_private:
+def refuse_public(repo: str, remote: RemoteRepo | None, private: bool) -> None:
+    """Raises PublishError if --private is asked for a repository that is public."""
+    if remote is not None and private and not remote.is_private:
         raise PublishError(
             f"{repo}: exists and is public; make it private in its settings, push without "
-            "--private, or name another"
+            "--private, or pass another name"
         )
 
 
-class Accepted:
-    """The repositories that this push has found to be its own, kept for when it goes on."""
+class AcceptedRepos:
+    """The repositories that a push may write to, remembered for when it is resumed."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / _STATE
+        self._path = folder / _STATE_FILE
 
     def names(self) -> list[str]:
         try:
-            found = read_json(self._path).get("accepted")
+            names = read_json(self._path).get("accepted")
         except CheckpointError:
             return []
-        return found if isinstance(found, list) else []
+        return names if isinstance(names, list) else []
 
     def add(self, repo: str) -> None:
         write_whole(self._path, json.dumps({"accepted": sorted({*self.names(), repo})}))
@@ -97,96 +94,95 @@ class Accepted:
 
 def admit(
     api: HfApi,
-    staged: StagedRepo,
-    accepted: Accepted,
+    prepared: PreparedRepo,
+    accepted: AcceptedRepos,
     progress: Progress,
     sleep: Sleep = time.sleep,
 ) -> list[str]:
-    """See that a repository may be written to, and keep that; the files in it that go.
+    """Check that a repository may be written to, and remember it; the files to remove from it.
 
-    Raises PublishError if the repository is somebody else's work.
+    Raises PublishError if the repository holds somebody else's work.
     """
-    there = _ask(api, staged.repo, progress, sleep)
+    repo, note = prepared.repo, progress.note
+    remote = patiently(lambda: look_up(api, repo), repo, note, sleep)
 
     def fetch(name: str, commit: str, n_bytes: int) -> bytes:
-        return patiently(
-            lambda: fetch_small(api, staged.repo, name, commit, n_bytes),
-            staged.repo, progress.note, sleep,
-        )  # fmt: skip
+        return patiently(lambda: fetch_small(api, repo, name, commit, n_bytes), repo, note, sleep)
 
-    going = replaced_files(staged, there, fetch, staged.repo in accepted.names())
-    accepted.add(staged.repo)
-    return going
+    outdated = files_to_remove(prepared, remote, fetch, repo in accepted.names())
+    accepted.add(repo)
+    return outdated
 
 
-def replaced_files(
-    staged: StagedRepo, there: RemoteRepo | None, fetch: Fetch, is_accepted: bool
+def files_to_remove(
+    prepared: PreparedRepo, remote: RemoteRepo | None, fetch: Fetch, is_accepted: bool
 ) -> list[str]:
-    """The files of a repository that a push removes; PublishError if it may not write there.
+    """The files that a push removes from a repository.
 
-    It may if there is none, if its manifest is of this bundle's name, if this push has begun to
-    fill it, or if it holds no file that would be overwritten. Files go that the manifest there
-    names and this bundle has not, and parts of the same GGUF files cut otherwise; whatever else
-    lies there stays.
+    These are the files that the manifest there names and this bundle does not have, and other parts
+    of the same GGUF files; all other files remain. Raises PublishError if the push may not write
+    there. It may if there is no such repository, if the manifest there has this bundle's name, if
+    an interrupted run of this push has written there, or if it would overwrite no file.
     """
-    if there is None:
+    if remote is None:
         return []
-    earlier = _earlier(staged, there, fetch)
+    earlier = _earlier_files(prepared, remote, fetch)
     if earlier is None and not is_accepted:
-        free = {CARD_FILE, *HUB_FILES}
-        taken = [
-            file.name for file in staged.files
-            if file.name in there.files and file.name not in free and not there.holds(file)
-        ]  # fmt: skip
-        if taken:
-            raise PublishError(
-                f"{staged.repo}: holds another {taken[0]} and is no earlier push of "
-                f"{staged.manifest.name}; name another repository, or empty that one"
-            )
-    return stale_files(staged, there, earlier or ())
+        replaceable = {CARD_FILE, *HUB_FILES}
+        for file in prepared.files:
+            exists = file.name in remote.files and file.name not in replaceable
+            if exists and not remote.holds(file):
+                raise PublishError(
+                    f"{prepared.repo}: holds a different {file.name} and is not an earlier push of "
+                    f"{prepared.manifest.name}; pass another repository, or empty that one"
+                )
+    return _outdated_files(prepared, remote, earlier or ())
 
 
-def _earlier(staged: StagedRepo, there: RemoteRepo, fetch: Fetch) -> set[str] | None:
-    """The files that an earlier push has written down; None if the repository has no manifest.
+def _earlier_files(prepared: PreparedRepo, remote: RemoteRepo, fetch: Fetch) -> set[str] | None:
+    """The files that an earlier push listed; None if the repository has no manifest.
 
-    Raises PublishError if the manifest is of another bundle.
+    Raises PublishError if the manifest is that of another bundle.
     """
 
     def read(name: str) -> bytes:
-        found = there.files.get(name)
-        if found is None or found.n_bytes > _MAX_BYTES:
+        file = remote.files.get(name)
+        if file is None or file.n_bytes > _MAX_BYTES:
             return b""
-        return fetch(name, there.commit, found.n_bytes)
+        return fetch(name, remote.commit, file.n_bytes)
 
-    if MANIFEST_FILE not in there.files:
+    if MANIFEST_FILE not in remote.files:
         return None
     try:
         values = json.loads(read(MANIFEST_FILE))
     except (ValueError, RecursionError):
         values = None
     name = values.get("name") if isinstance(values, dict) else None
-    if name != staged.manifest.name:
+    if name != prepared.manifest.name:
         raise PublishError(
-            f"{staged.repo}: holds the bundle {shown(name)}, and this one is "
-            f"{staged.manifest.name}; name another repository"
+            f"{prepared.repo}: holds the bundle {shown(name)}, this one is "
+            f"{prepared.manifest.name}; pass another repository"
         )
-    return {*_named(values), *parse_sums(read(SUMS_FILE).decode("utf-8", "replace"))[0]}
+    hashes, _ = parse_sums(read(SUMS_FILE).decode("utf-8", "replace"))
+    return {*_named_files(values), *hashes}
 
 
-def stale_files(staged: StagedRepo, there: RemoteRepo, earlier: Collection[str]) -> list[str]:
-    """Files there that an earlier push put there and this one has not."""
-    named = set(earlier)
-    whole = {record.file for record in staged.manifest.gguf}
-    for name in there.files:
-        part = part_of_split(name)
-        if name in whole or (part is not None and f"{part[0]}.gguf" in whole):
-            named.add(name)
-    kept = {file.name for file in staged.files} | HUB_FILES
-    return sorted(named & there.files.keys() - kept)
+def _outdated_files(
+    prepared: PreparedRepo, remote: RemoteRepo, earlier: Collection[str]
+) -> list[str]:
+    """Files in a repository that an earlier push put there and this one does not have."""
+    own = set(earlier)
+    gguf_files = {record.file for record in prepared.manifest.gguf}
+    for name in remote.files:
+        part = parse_part_name(name)
+        if name in gguf_files or (part is not None and f"{part.stem}.gguf" in gguf_files):
+            own.add(name)
+    current = {file.name for file in prepared.files} | HUB_FILES
+    return sorted(own & remote.files.keys() - current)
 
 
-def _named(manifest: dict[str, Any]) -> Iterator[str]:
-    """The names of files in a manifest from elsewhere, whatever its shape."""
+def _named_files(manifest: dict[str, Any]) -> Iterator[str]:
+    """The file names in a manifest from the Hub, which may have any shape."""
     hf = manifest.get("hf")
     files = hf.get("files") if isinstance(hf, dict) else None
     yield from files if isinstance(files, dict) else ()

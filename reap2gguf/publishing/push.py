@@ -1,33 +1,49 @@
 """Publishes a finished bundle: two repositories on the Hub, complete, read back and compared.
 
-The token is the one of huggingface_hub's own login. What a push keeps between two runs lies in
-OUTPUT/.work/.NAME.push and is removed when it is done: parts of GGUF files that the Hub does not
-take whole, and which repositories this push may write to.
+The token is that of huggingface_hub's own login. Until a push is finished, OUTPUT/.work/.NAME.push
+holds what it needs to resume: the parts of GGUF files that are too large for the Hub, and the
+repositories that this push may write to.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.building.workdir import Workdir
-from reap2gguf.bundle.bundle_folders import check_bundle, open_bundle
 from reap2gguf.bundle.card import CardNames
-from reap2gguf.errors import VerificationError
-from reap2gguf.gguf_files.split import HUB_MAX_BYTES
-from reap2gguf.hub.snapshot import Sleep
+from reap2gguf.bundle.layout import gguf_name
+from reap2gguf.bundle.opening import open_bundle
+from reap2gguf.errors import PublishError
+from reap2gguf.hub.errors import trouble
+from reap2gguf.hub.snapshot import Sleep, possible_errors
 from reap2gguf.progress import Progress
-from reap2gguf.publishing.admission import Accepted, admit, check_visibility, log_in
-from reap2gguf.publishing.readback import read_back
-from reap2gguf.publishing.remote import check_name
-from reap2gguf.publishing.staging import Staged, stage
+from reap2gguf.publishing.admission import (
+    AcceptedRepos,
+    admit,
+    check_login,
+    check_owner,
+    check_visibility,
+    files_to_remove,
+    refuse_public,
+)
+from reap2gguf.publishing.contents import HUB_MAX_BYTES, PreparedFile, PreparedPush
+from reap2gguf.publishing.prepare import prepare
+from reap2gguf.publishing.readback import compare
+from reap2gguf.publishing.remote import RemoteRepo, check_name, fetch_small, look_up, refusal
 from reap2gguf.publishing.upload import make_repo, upload
+from reap2gguf.verifying.bundle import check_bundle
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+T = TypeVar("T")
+TO_UPLOAD, UNCHANGED, REPLACED = "to upload", "already there", "to be replaced"
+SAME_SIZE = "already there (same size)"
 
 
 @dataclass(frozen=True)
@@ -37,77 +53,127 @@ class PushOptions:
     bundle: Path
     repo: str  # owner/name; the GGUF files go to owner/name-GGUF
     private: bool = False
-    max_bytes: int = HUB_MAX_BYTES
+    max_bytes: int = HUB_MAX_BYTES  # larger GGUF files are cut into parts
     threads: int = 1
 
 
 @dataclass(frozen=True)
 class Published:
-    """The addresses of both repositories, and files there that are not of this bundle."""
+    """The addresses of both repositories, and the files in them that are not from this bundle."""
 
     urls: tuple[str, ...]
     others: tuple[str, ...]
 
 
-def names(repo: str) -> CardNames:
-    """Both repositories of a push; PublishError if they cannot be names on the Hub."""
-    found = CardNames(repo, f"{repo}-GGUF", on_hub=True)
-    for name in (found.hf, found.gguf):
-        check_name(name)
-    return found
-
-
-def push_folder(work: Workdir) -> Path:
-    """Where a push keeps what it needs to go on."""
-    return work.shared / f".{work.name}.push"
-
-
 def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) -> Published:
-    """Publish a bundle; the same call goes on where another one was stopped.
+    """Publish a bundle. To resume an interrupted push, make the same call again.
 
-    Raises UsageError if it is no bundle, VerificationError if a file is not the one that was built
-    or the Hub holds something else than was sent, PublishError if the Hub refuses, OutputError if
-    parts of large files cannot be written.
+    Raises UsageError if it is not a bundle, VerificationError if a file is not as it was built or
+    the Hub holds other bytes than were sent, PublishError if the Hub refuses, OutputError if parts
+    of large files cannot be written.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-    disable_progress_bars()  # there is one for all files
-    repos = names(options.repo)
+    disable_progress_bars()  # `progress` shows one bar for all files
+    names = repo_names(options.repo)
     bundle = open_bundle(options.bundle)
     api = HfApi()
-    log_in(api, repos.hf, progress, sleep)
-    for name in (repos.hf, repos.gguf):
-        check_visibility(api, name, options.private, progress, sleep)
-    work = Workdir(bundle.hf.parent, bundle.hf.name)
-    with work.locked():
+    check_login(api, names.hf, progress, sleep)
+    for repo in (names.hf, names.gguf):
+        check_visibility(api, repo, options.private, progress, sleep)
+    with bundle.folders.locked():
         check_bundle(bundle, options.threads, progress)
-        folder = push_folder(work)
+        folder = bundle.folders.push
         make_folder(folder)
-        staged = stage(bundle, repos, options.max_bytes, folder, progress)
-        going = {
-            repo.repo: admit(api, repo, Accepted(folder), progress, sleep) for repo in staged.repos
-        }
-        for repo in staged.repos:
-            make_repo(api, repo.repo, options.private, progress.note, sleep)
-        for repo in staged.repos:
-            upload(api, repo, going[repo.repo], progress, sleep)
-        others = compare(api, staged, progress, sleep)
+        prepared = prepare(bundle, names, options.max_bytes, folder, progress)
+        accepted = AcceptedRepos(folder)
+        outdated = {r.repo: admit(api, r, accepted, progress, sleep) for r in prepared.repos}
+        for contents in prepared.repos:
+            make_repo(api, contents.repo, options.private, progress.note, sleep)
+        for contents in prepared.repos:
+            upload(api, contents, outdated[contents.repo], progress, sleep)
+        others = compare(api, prepared, progress, sleep)
         remove(folder)
-    return Published(tuple(f"{api.endpoint}/{r.repo}" for r in staged.repos), others)
+    return Published(tuple(f"{api.endpoint}/{repo}" for repo in (names.hf, names.gguf)), others)
 
 
-def compare(
-    api: HfApi, staged: Staged, progress: Progress, sleep: Sleep = time.sleep
-) -> tuple[str, ...]:
-    """Read both repositories back; files there that are not of this bundle.
+def repo_names(repo: str) -> CardNames:
+    """Both repositories of a push. Raises PublishError if the Hub does not allow their names."""
+    names = CardNames(repo, gguf_name(repo), on_hub=True)
+    for name in (names.hf, names.gguf):
+        check_name(name)
+    return names
 
-    Raises VerificationError with every difference.
+
+@dataclass(frozen=True)
+class Preview:
+    """What a push would upload, and what the Hub holds; None if the Hub did not answer."""
+
+    prepared: PreparedPush
+    remote: Mapping[str, RemoteRepo | None] | None  # None: no such repository yet
+    outdated: Mapping[str, Sequence[str]]  # by repository, files of an earlier push to remove
+    unchecked: tuple[str, ...] = ()  # what could not be checked, and why
+
+    def state(self, repo: str, file: PreparedFile) -> str:
+        """What would happen to a file."""
+        remote = (self.remote or {}).get(repo)
+        if remote is None or file.name not in remote.files:
+            return TO_UPLOAD
+        if not file.sha256:  # a part that is not written yet, or the hashes of such parts
+            same = remote.files[file.name].n_bytes == file.n_bytes
+            return SAME_SIZE if same else REPLACED
+        return UNCHANGED if remote.holds(file) else REPLACED
+
+    def to_upload(self, repo: str) -> list[PreparedFile]:
+        """The files that would be uploaded to a repository."""
+        (contents,) = (contents for contents in self.prepared.repos if contents.repo == repo)
+        return [f for f in contents.files if self.state(repo, f) in (TO_UPLOAD, REPLACED)]
+
+
+def preview(options: PushOptions, progress: Progress) -> Preview:
+    """A dry run of `push`: read the bundle and, if it answers, the Hub; write nothing.
+
+    Raises UsageError, VerificationError and PublishError as `push` does, except if the Hub does not
+    answer or the token is refused.
     """
-    found = [read_back(api, repo, progress, sleep) for repo in staged.repos]
-    if violations := [violation for each in found for violation in each.violations]:
-        raise VerificationError(violations, "run the same command again to send those files anew")
-    repos = (staged.hf.repo, staged.gguf.repo)
-    return tuple(
-        f"{repo}: {n}" for repo, each in zip(repos, found, strict=True) for n in each.others
-    )
+    from huggingface_hub import HfApi
+
+    names = repo_names(options.repo)
+    bundle = open_bundle(options.bundle)
+    check_bundle(bundle, options.threads, progress)
+    prepared = prepare(bundle, names, options.max_bytes, None, progress)
+    api = HfApi()
+    unchecked = []
+    try:
+        check_owner(_without_retry(api.whoami, names.hf), names.hf)
+    except PublishError as error:
+        unchecked.append(f"the right to write ({error})")
+    try:
+        remote = {r: _without_retry(partial(look_up, api, r), r) for r in (names.hf, names.gguf)}
+    except PublishError as error:
+        unchecked.append(f"what is there already ({error})")
+        return Preview(prepared, None, {}, tuple(unchecked))
+    accepted = AcceptedRepos(bundle.folders.push).names()
+    outdated = {}
+    for contents in prepared.repos:
+        repo = contents.repo
+        refuse_public(repo, remote[repo], options.private)
+        fetch = partial(_fetch_without_retry, api, repo)
+        outdated[repo] = files_to_remove(contents, remote[repo], fetch, repo in accepted)
+    return Preview(prepared, remote, outdated, tuple(unchecked))
+
+
+def _fetch_without_retry(api: HfApi, repo: str, name: str, commit: str, max_bytes: int) -> bytes:
+    return _without_retry(partial(fetch_small, api, repo, name, commit, max_bytes), repo)
+
+
+def _without_retry(call: Callable[[], T], repo: str) -> T:
+    """What the Hub answers. Raises PublishError if it does not, without another try."""
+    try:
+        return call()
+    except possible_errors() as error:
+        found = refusal(error, repo)
+        raise (
+            found or PublishError(f"{repo}: the Hub cannot be reached ({trouble(error)})")
+        ) from error

@@ -1,18 +1,19 @@
-"""Asks the Hub what it holds after an upload, and compares it with what was sent."""
+"""Reads back what the Hub holds after an upload, and compares it with what was sent."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.layout import HUB_FILES
+from reap2gguf.errors import VerificationError
 from reap2gguf.hub.snapshot import Sleep
 from reap2gguf.progress import Progress
-from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look, patiently
-from reap2gguf.publishing.staging import StagedFile, StagedRepo
-from reap2gguf.verifying.hashes import HUB_FILES
+from reap2gguf.publishing.contents import PreparedFile, PreparedPush, PreparedRepo
+from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look_up, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -20,60 +21,57 @@ if TYPE_CHECKING:
 _SMALL_BYTES = 2**23
 
 
-@dataclass(frozen=True)
-class Readback:
-    """What differs between the Hub and what was sent; and files there that no push put there."""
+def compare(
+    api: HfApi, prepared: PreparedPush, progress: Progress, sleep: Sleep = time.sleep
+) -> tuple[str, ...]:
+    """Compare both repositories with what was sent; the files there that are not from this push.
 
-    violations: tuple[str, ...]
-    others: tuple[str, ...]
-
-
-def read_back(
-    api: HfApi,
-    staged: StagedRepo,
-    progress: Progress,
-    sleep: Sleep = time.sleep,
-) -> Readback:
-    """Compare names, sizes and hashes of every file, and every byte of the small ones.
-
-    The hash of a large file is the one that the Hub's storage computed; of a small one, which is
-    at most 8 MiB and held in memory, the bytes are fetched again. Raises PublishError if the Hub
-    cannot be asked.
+    The hash of a large file is the one that the Hub's storage computed. A small file, of at most
+    8 MiB, is downloaded into memory and compared byte for byte. Raises VerificationError with all
+    differences, PublishError if the Hub does not answer.
     """
-    note = progress.note
-    there = patiently(lambda: look(api, staged.repo), staged.repo, note, sleep)
-    if there is None:
-        return Readback((f"{staged.repo}: the repository is not there",), ())
     violations: list[str] = []
-    with progress.task(f"Reading back {staged.repo}", len(staged.files), "files") as task:
-        for file in staged.files:
-            violations += _compare(api, staged.repo, there, file, progress, sleep)
-            task.advance()
-    others = there.files.keys() - {file.name for file in staged.files} - HUB_FILES
-    return Readback(tuple(violations), tuple(sorted(others)))
+    others: list[str] = []
+    for contents in prepared.repos:
+        repo = contents.repo
+        remote = patiently(partial(look_up, api, repo), repo, progress.note, sleep)
+        if remote is None:
+            violations.append(f"{repo}: the repository is not there")
+            continue
+        violations += _compare_files(api, contents, remote, progress, sleep)
+        names = remote.files.keys() - {file.name for file in contents.files} - HUB_FILES
+        others += [f"{repo}: {name}" for name in sorted(names)]
+    if violations:
+        raise VerificationError(violations, "run the same command again to send those files again")
+    return tuple(others)
 
 
-def _compare(
-    api: HfApi,
-    repo: str,
-    there: RemoteRepo,
-    file: StagedFile,
-    progress: Progress,
-    sleep: Sleep,
+def _compare_files(
+    api: HfApi, contents: PreparedRepo, remote: RemoteRepo, progress: Progress, sleep: Sleep
 ) -> Iterator[str]:
-    found = there.files.get(file.name)
-    if found is None:
-        yield f"{repo}: {file.name} is missing"
-    elif found.n_bytes != file.n_bytes:
-        yield f"{repo}: {file.name} has {found.n_bytes:,} bytes, expected {file.n_bytes:,}"
-    elif not there.holds(file):
-        kind = "SHA-256" if found.sha256 is not None else "git hash"
-        yield f"{repo}: {file.name} has another {kind} than what was sent"
-    elif found.sha256 is None and file.n_bytes <= _SMALL_BYTES:
-        handed = patiently(
-            lambda: fetch_small(api, repo, file.name, there.commit, file.n_bytes),
-            repo, progress.note, sleep,
-        )  # fmt: skip
-        sent = file.content
-        if handed != (sent.read_bytes() if isinstance(sent, Path) else sent):
-            yield f"{repo}: {file.name} comes back with other bytes than were sent"
+    """Differences in the names, sizes, hashes and small contents of a repository's files."""
+    repo = contents.repo
+
+    def fetch(file: PreparedFile) -> bytes:
+        return patiently(
+            lambda: fetch_small(api, repo, file.name, remote.commit, file.n_bytes),
+            repo,
+            progress.note,
+            sleep,
+        )
+
+    with progress.task(f"Reading back {repo}", len(contents.files), "files") as task:
+        for file in contents.files:
+            found = remote.files.get(file.name)
+            if found is None:
+                yield f"{repo}: {file.name} is missing"
+            elif found.n_bytes != file.n_bytes:
+                yield f"{repo}: {file.name} has {found.n_bytes:,} bytes, expected {file.n_bytes:,}"
+            elif not remote.holds(file):
+                hash_name = "SHA-256" if found.sha256 is not None else "git hash"
+                yield f"{repo}: {file.name} has a different {hash_name} than what was sent"
+            elif found.sha256 is None and file.n_bytes <= _SMALL_BYTES:
+                sent = file.content
+                if fetch(file) != (sent.read_bytes() if isinstance(sent, Path) else sent):
+                    yield f"{repo}: {file.name} comes back with other bytes than were sent"
+            task.advance()

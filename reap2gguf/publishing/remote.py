@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds, and what the Hub's refusals mean. Reads, never writes."""
+"""What a repository on the Hub holds, and what the Hub's refusals mean. Never writes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reap2gguf.files import open_plain
 from reap2gguf.hub.errors import causes, is_busy, status_of
 from reap2gguf.hub.snapshot import Note, Sleep, persist
 from reap2gguf.messages import shown
-from reap2gguf.publishing.staging import StagedFile
+from reap2gguf.publishing.contents import PreparedFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
 _MOVED = 412  # another commit came first
-_FULL = (402, 413, 507)
+_NO_SPACE = (402, 413, 507)
 _XET_STATUS = re.compile(r"HTTP status client error \((4\d\d)\b")
 _PIECE_BYTES = 2**22
 _MAX_MESSAGE = 300
@@ -30,7 +30,7 @@ _MAX_MESSAGE = 300
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository; it has a SHA-256 if it lies in the large-file storage."""
+    """A file of a repository; only files in the large-file storage have a SHA-256."""
 
     n_bytes: int
     blob_id: str
@@ -45,7 +45,7 @@ class RemoteRepo:
     is_private: bool
     files: Mapping[str, RemoteFile]
 
-    def holds(self, file: StagedFile) -> bool:
+    def holds(self, file: PreparedFile) -> bool:
         """Whether a file is there with the same bytes, by its hash."""
         found = self.files.get(file.name)
         if found is None or found.n_bytes != file.n_bytes:
@@ -55,8 +55,8 @@ class RemoteRepo:
         return found.blob_id == git_id(file)
 
 
-def look(api: HfApi, repo: str) -> RemoteRepo | None:
-    """What the repository holds at its newest commit; None if there is no such repository."""
+def look_up(api: HfApi, repo: str) -> RemoteRepo | None:
+    """What a repository holds at its newest commit; None if there is no such repository."""
     from huggingface_hub import RepoFile
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -75,8 +75,8 @@ def look(api: HfApi, repo: str) -> RemoteRepo | None:
     return RemoteRepo(commit, bool(info.private), files)
 
 
-def git_id(file: StagedFile) -> str:
-    """The hash by which git knows a file: SHA-1 over its size and its bytes, read piecewise."""
+def git_id(file: PreparedFile) -> str:
+    """Git's hash of a file: SHA-1 over its size and its bytes, which are read 4 MiB at a time."""
     digest = hashlib.sha1(f"blob {file.n_bytes}\0".encode(), usedforsecurity=False)
     if isinstance(file.content, bytes):
         digest.update(file.content)
@@ -87,8 +87,8 @@ def git_id(file: StagedFile) -> str:
     return digest.hexdigest()
 
 
-def fetch_small(api: HfApi, repo: str, name: str, commit: str, most_bytes: int) -> bytes:
-    """The bytes of a file as the Hub hands it out, at most one more than `most_bytes`."""
+def fetch_small(api: HfApi, repo: str, name: str, commit: str, max_bytes: int) -> bytes:
+    """The bytes of a file as the Hub serves it, at most one more than `max_bytes`."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -103,18 +103,18 @@ def fetch_small(api: HfApi, repo: str, name: str, commit: str, most_bytes: int) 
         hf_raise_for_status(response)
         for piece in response.iter_bytes():
             found += piece
-            if len(found) > most_bytes:
+            if len(found) > max_bytes:
                 break
-    return bytes(found[: most_bytes + 1])
+    return bytes(found[: max_bytes + 1])
 
 
 def patiently(call: Callable[[], T], repo: str, note: Note, sleep: Sleep = time.sleep) -> T:
-    """Call, and call again where the Hub or the way to it fails for a while.
+    """The result of a request to the Hub, repeated while its errors may pass.
 
-    Raises PublishError if the Hub refuses, or in five tries does not answer.
+    Raises PublishError if the Hub refuses, or does not answer in five tries.
     """
     advice = (
-        "run the same command again where there is a network: what is committed is not sent twice"
+        "run the same command again when the network is back: what is committed is not sent twice"
     )
 
     def refuse(error: BaseException) -> PublishError | None:
@@ -124,7 +124,7 @@ def patiently(call: Callable[[], T], repo: str, note: Note, sleep: Sleep = time.
 
 
 def refusal(error: BaseException, repo: str) -> PublishError | None:
-    """What to tell the user if another try would fail as this one did; None if it may not."""
+    """The error for the user if every retry would fail the same way; None if one may succeed."""
     from huggingface_hub.errors import (
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
@@ -138,82 +138,82 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
             return PublishError(f"{repo}: HF_HUB_OFFLINE is set; unset it to publish")
         if isinstance(cause, OSError) and cause.filename is not None:
             return PublishError(
-                f"{cause.filename}: cannot be read ({cause.strerror}); nothing else is at fault, "
-                "run the same command again once it can be"
+                f"{cause.filename}: cannot be read ({cause.strerror}); make it readable and run "
+                "the same command again"
             )
-        if isinstance(cause, PermissionError) and cause.errno is None:  # as hf_xet has it
-            return _of_status(repo, 401, "")
-        status = status_of(cause) or _status_in(cause)
-        if status is None or status == _MOVED or (is_busy(status) and status not in _FULL):
+        if isinstance(cause, PermissionError) and cause.errno is None:  # from hf_xet
+            return _status_error(repo, 401, "")
+        status = status_of(cause) or _status_in_text(cause)
+        if status is None or status == _MOVED or (is_busy(status) and status not in _NO_SPACE):
             continue
         if isinstance(cause, RepositoryNotFoundError) and status == 404:
             return PublishError(
-                f"{repo}: no such repository on the Hub any more, or the token may not see it; run "
-                "`hf auth login` with one that may write, or run the command again to make it"
+                f"{repo}: the Hub has no such repository any more, or the token has no access to "
+                "it; run `hf auth login` with one that may write, or run the same command again"
             )
-        return _of_status(repo, status, _message(cause))
+        return _status_error(repo, status, _message(cause))
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-        # huggingface_hub's own checks, and the large-file storage's refusals
-        return (
-            _full(repo, _line(error))
-            if _speaks_of_room(str(error))
-            else PublishError(f"{repo}: the Hub does not take it ({_line(error)})")
-        )
+        # from huggingface_hub's own checks, or from the large-file storage
+        if _is_about_space(str(error)):
+            return _no_space(repo, _short_line(error))
+        return PublishError(f"{repo}: the Hub does not accept it ({_short_line(error)})")
     return None
 
 
-def _status_in(error: BaseException) -> int | None:
-    """The HTTP status in the words of hf_xet, which has no other place for it."""
+def _status_in_text(error: BaseException) -> int | None:
+    """The HTTP status in an error message of hf_xet, which puts it nowhere else."""
     match = _XET_STATUS.search(str(error))
     return int(match[1]) if match else None
 
 
-def _of_status(repo: str, status: int, message: str) -> PublishError:
+def _status_error(repo: str, status: int, message: str) -> PublishError:
     owner = repo.partition("/")[0]
-    if status in _FULL or _speaks_of_room(message):
-        return _full(repo, message or f"HTTP {status}")
+    if status in _NO_SPACE or _is_about_space(message):
+        return _no_space(repo, message or f"HTTP {status}")
     if status == 401:
         return PublishError(
             f"{repo}: the Hub does not accept the token (HTTP 401); run `hf auth login` again"
         )
     if status == 403:
         return PublishError(
-            f"{repo}: no right to write there (HTTP 403{', ' + message if message else ''}); run "
-            f"`hf auth login` with a token that may write as {owner}, or name an owner that you are"
+            f"{repo}: no permission to write there (HTTP 403{', ' + message if message else ''}); "
+            f"run `hf auth login` with a token that may write as {owner}, or pass another owner"
         )
-    told = f"HTTP {status}{', ' + message if message else ''}"
-    return PublishError(f"{repo}: the Hub refuses it ({told})")
+    reason = f"HTTP {status}{', ' + message if message else ''}"
+    return PublishError(f"{repo}: the Hub refuses it ({reason})")
 
 
-def _speaks_of_room(message: str) -> bool:
+def _is_about_space(message: str) -> bool:
     text = message.lower()
     return any(word in text for word in ("storage limit", "quota", "storage is full", "no space"))
 
 
-def _full(repo: str, message: str) -> PublishError:
+def _no_space(repo: str, message: str) -> PublishError:
     return PublishError(
-        f"{repo}: the Hub has no room for it ({message}); free storage or buy some in the "
-        "settings of the account, or publish without --private"
+        f"{repo}: the Hub has no storage left for it ({message}); free or buy storage in the "
+        "account's settings, or push without --private"
     )
 
 
 def _message(error: Any) -> str:
-    """What the server said, in one short line."""
-    return _line(getattr(error, "server_message", None) or "")
+    """The server's own message, in one short line."""
+    return _short_line(getattr(error, "server_message", None) or "")
 
 
-def _line(error: object) -> str:
+def _short_line(error: object) -> str:
     return " ".join(str(error).split())[:_MAX_MESSAGE]
 
 
 def check_name(repo: str) -> None:
-    """Refuse what huggingface_hub takes for no name of a repository; PublishError says why."""
+    """Raises PublishError if huggingface_hub does not accept a repository's name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise PublishError(f"{shown(repo)}: no name on the Hub ({_line(error)})") from error
+        raise PublishError(
+            f"{shown(repo)}: not a valid repository name on the Hub ({_short_line(error)})"
+        ) from error
     if repo.count("/") != 1:
         raise PublishError(f"{shown(repo)}: expected owner/name")

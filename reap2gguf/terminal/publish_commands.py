@@ -12,7 +12,7 @@ from reap2gguf.messages import one_line
 from reap2gguf.terminal.options import FolderPath, SizeType, threads_option
 
 if TYPE_CHECKING:
-    from reap2gguf.publishing.dry_run import Preview
+    from reap2gguf.publishing.push import Preview
 
 
 @click.command()
@@ -39,14 +39,12 @@ def push(
       reap2gguf push build/Qwen3-30B-A3B-REAP-0.25 owner/Qwen3-30B-A3B-REAP-0.25 --dry-run
       reap2gguf push build/Qwen3-30B-A3B-REAP-0.25 owner/Qwen3-30B-A3B-REAP-0.25 --private
     """
-    from reap2gguf.publishing.push import PushOptions
+    from reap2gguf.publishing.push import PushOptions, preview
     from reap2gguf.publishing.push import push as publish
     from reap2gguf.terminal.console import terminal_progress
 
     options = PushOptions(bundle, repo, private, max_bytes, threads)
     if dry_run:
-        from reap2gguf.publishing.dry_run import preview
-
         for line in preview_lines(preview(options, terminal_progress()), private):
             click.echo(one_line(line))
         return
@@ -59,24 +57,22 @@ def push(
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     """What a push would do, file by file."""
-    from reap2gguf.publishing.dry_run import REPLACED, TO_SEND
-    from reap2gguf.terminal.console import size
+    from reap2gguf.messages import size
 
-    for repo in found.staged.repos:
+    for repo in found.prepared.repos:
         yield f"{repo.repo}  {size(repo.n_bytes)}, {_kind(found, repo.repo, private)}"
         width = max(len(file.name) for file in repo.files)
-        states = {file.name: found.state(repo.repo, file) for file in repo.files}
         for file in repo.files:
-            state = states[file.name] if found.there is not None else ""
+            state = found.state(repo.repo, file) if found.remote is not None else ""
             yield f"  {file.name:<{width}}  {size(file.n_bytes):>12}  {state}".rstrip()
-        if found.there is not None:
-            for name in found.going.get(repo.repo, ()):
+        if found.remote is not None:
+            for name in found.outdated.get(repo.repo, ()):
                 yield f"  {name:<{width}}  {'':>12}  of an earlier push, to be removed"
-            left = [file for file in repo.files if states[file.name] in (TO_SEND, REPLACED)]
-            count = f"{len(left)} file{'' if len(left) == 1 else 's'}"
-            yield f"  {count} to upload, {size(sum(file.n_bytes for file in left))}"
+            files = found.to_upload(repo.repo)
+            count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
+            yield f"  {count} to upload, {size(sum(file.n_bytes for file in files))}"
         yield ""
-    for plan in found.staged.splits:
+    for plan in found.prepared.splits:
         yield f"{plan.header.path.name} is cut into {len(plan.parts)} parts"
     for what in found.unchecked:
         yield f"not checked: {what}"
@@ -84,9 +80,9 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
 
 
 def _kind(found: Preview, repo: str, private: bool) -> str:
-    if found.there is None:
+    if found.remote is None:
         return "private" if private else "public"
-    there = found.there.get(repo)
+    there = found.remote.get(repo)
     if there is None:
         return f"to be made, {'private' if private else 'public'}"
     return f"exists, {'private' if there.is_private else 'public'}"

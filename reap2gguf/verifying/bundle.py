@@ -1,44 +1,47 @@
-"""Checks a finished bundle from nothing but its own files."""
+"""Verifies a finished bundle from its own files alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.bundle.manifest import (
-    MANIFEST_FILE,
-    GgufRecord,
-    Manifest,
-    SideRecord,
-)
+from reap2gguf.bundle.layout import MANIFEST_FILE, is_hf_folder
+from reap2gguf.bundle.manifest import GgufRecord, Manifest, SideRecord
+from reap2gguf.bundle.opening import OpenBundle
+from reap2gguf.bundle.sums import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
+from reap2gguf.errors import (
+    ArtifactError,
+    DependencyError,
+    Reap2ggufError,
+    UsageError,
+    VerificationError,
+)
 from reap2gguf.files import is_plain
-from reap2gguf.gguf_files.gguf_split import first_parts
-from reap2gguf.models import MoeModel, SideFile
+from reap2gguf.gguf_files.split import first_parts
+from reap2gguf.models.contract import MoeModel
 from reap2gguf.progress import Progress
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
-    check_header,
-    check_tensor_types,
-    check_values,
-    compare_model,
-    compare_tensors,
-    open_gguf,
+    check_gguf,
+    check_gguf_header,
+    check_side_file,
 )
-from reap2gguf.verifying.hashes import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.verifying.hf_folder import check_folder, open_folder
+
+_Opened = tuple[Checkpoint, MoeModel]
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The outcome of a verification."""
+    """The result of a verification."""
 
-    checked: tuple[str, ...]  # what was looked at
+    checked: tuple[str, ...]  # names of folders and files
     violations: tuple[str, ...]
 
 
@@ -47,7 +50,7 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> V
 
     Raises UsageError if the paths are neither.
     """
-    # os.path answers False where Path raises, as for a name that is too long
+    # os.path returns False where Path raises, for example for a name that is too long
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if not os.path.isdir(path)]
     if missing := [path for path in files if not os.path.exists(path)]:
@@ -59,10 +62,10 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> V
     checked: list[str] = []
     violations: list[str] = []
     for folder in folders:
-        bundled = (folder / MANIFEST_FILE).is_file() or any(folder.glob("*.gguf"))
-        if not bundled and not (folder / "config.json").is_file():
+        is_bundle = (folder / MANIFEST_FILE).is_file() or any(folder.glob("*.gguf"))
+        if not is_bundle and not (folder / "config.json").is_file():
             raise UsageError(f"{folder}: neither a bundle nor a safetensors folder")
-        if not bundled:
+        if not is_bundle:
             report = verify_pair(folder, [], n_threads, progress)
         else:
             report = verify_bundle(folder, n_threads, progress)
@@ -74,25 +77,36 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> V
 def verify_pair(
     folder: Path, files: Sequence[Path], n_threads: int, progress: Progress
 ) -> VerifyReport:
-    """A safetensors folder, and GGUF files that must hold its values."""
-    checkpoint, model, violations = open_folder(folder)
-    if checkpoint is not None and model is not None:
-        found = check_folder(checkpoint, model, progress)
-        violations += _told(found, folder.name)
-    for path in first_parts(files):
-        header, problems = open_gguf(path)
-        violations += problems
-        if header is not None:
-            n_experts = model.facts.n_experts if model else None
-            violations += check_header(header, ExpectedGguf(None, n_experts))
-            if checkpoint is not None and model is not None:
-                found = compare_model(header, checkpoint, model, n_threads, progress)
-                violations += _told(found, path.name)
+    """Verify a safetensors folder, and GGUF files that must hold the same values."""
+    with _open(folder) as (opened, violations):
+        n_experts = None
+        if opened is not None:
+            n_experts = opened[1].facts.n_experts
+            found = check_folder(*opened, progress)
+            violations += _with_error(found, folder.name)
+        expected = ExpectedGguf(None, n_experts)
+        for path in first_parts(files):
+            if opened is None:
+                violations += check_gguf_header(path, expected)
+            else:
+                found = check_gguf(path, expected, opened, n_threads, progress)
+                violations += _with_error(found, path.name)
     return VerifyReport((folder.name, *(path.name for path in files)), tuple(violations))
 
 
-def _told(violations: Iterator[str], where: str) -> Iterator[str]:
-    """Violations; an error that ends the check is one more, for a broken file is what is sought."""
+@contextmanager
+def _open(folder: Path, n_experts: int | None = None) -> Iterator[tuple[_Opened | None, list[str]]]:
+    """A safetensors folder with its model, None if it cannot be read; and the violations."""
+    checkpoint, model, violations = open_folder(folder, n_experts)
+    if checkpoint is None:
+        yield None, violations
+        return
+    with checkpoint:
+        yield None if model is None else (checkpoint, model), violations
+
+
+def _with_error(violations: Iterator[str], where: str) -> Iterator[str]:
+    """Violations; an error that ends a check early becomes the last one."""
     try:
         yield from violations
     except DependencyError:
@@ -102,13 +116,13 @@ def _told(violations: Iterator[str], where: str) -> Iterator[str]:
 
 
 def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyReport:
-    """A folder that `build` left: GGUF files, or safetensors; its sibling too where it is there."""
+    """Verify a folder that `build` made; for a GGUF folder, also the safetensors beside it."""
     try:
         manifest = Manifest.load(folder)
     except ArtifactError as error:
         return VerifyReport((folder.name,), (str(error),))
-    if is_hf_folder(folder, manifest):
-        found = _told(_check_hf(folder, manifest, n_threads, progress), folder.name)
+    if is_hf_folder(folder, manifest.hf.folder):
+        found = _with_error(_check_hf(folder, manifest, n_threads, progress), folder.name)
         return VerifyReport((folder.name,), tuple(found))
     named = {name for record in manifest.gguf for name in record.files}
     named |= {side.file for side in manifest.side_files}
@@ -116,105 +130,95 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyRep
     violations = [f"{folder.name}: {name} is missing" for name in sorted(absent)]
     with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
         violations += check_sums(folder, n_threads, absent, task.advance)
-    hf_folder = folder.resolve().parent / manifest.hf.folder
     checked = [folder.name]
+    hf_folder = folder.resolve().parent / manifest.hf.folder
     if hf_folder.is_dir():
         checked.append(hf_folder.name)
         found = _check_hf(hf_folder, manifest, n_threads, progress)
-        violations += _told(found, hf_folder.name)
-    for record in manifest.gguf:
-        if absent & set(record.files):
-            continue
-        path = folder / record.first
-        found = _check_gguf(path, record, manifest, hf_folder, n_threads, progress)
-        violations += _told(found, record.first)
-    for side in manifest.side_files:
-        if side.file in absent:
-            continue
-        found = _check_side(folder / side.file, side, hf_folder, n_threads, progress)
-        violations += _told(found, side.file)
+        violations += _with_error(found, hf_folder.name)
+    with _open(hf_folder) as (opened, _):
+        for record in manifest.gguf:
+            if not absent & set(record.files):
+                expected = _expected(record, manifest.pruning.n_kept)
+                path = folder / record.first
+                found = check_gguf(path, expected, opened, n_threads, progress)
+                violations += _with_error(found, record.first)
+        for side in manifest.side_files:
+            if side.file not in absent:
+                found = _check_side(folder / side.file, side, opened, n_threads, progress)
+                violations += _with_error(found, side.file)
     return VerifyReport(tuple(checked), tuple(violations))
-
-
-def is_hf_folder(folder: Path, manifest: Manifest) -> bool:
-    """Whether a bundle's folder is that of the safetensors, by its name or what it holds.
-
-    A download lies under any name: the Hub's cache calls it after the commit.
-    """
-    by_name = folder.resolve().name == manifest.hf.folder
-    return by_name or (is_plain(folder / "config.json") and not any(folder.glob("*.gguf")))
-
-
-def _check_side(
-    path: Path, record: SideRecord, hf_folder: Path, n_threads: int, progress: Progress
-) -> Iterator[str]:
-    """A side file against its record, and against the safetensors where they are there."""
-    header, problems = open_gguf(path)
-    yield from problems
-    if header is None:
-        return
-    tensor_types = {
-        name: GGMLQuantizationType[tensor_type] for name, tensor_type in record.tensors.items()
-    }
-    yield from check_tensor_types(header, tensor_types)
-    checkpoint, model = _open_sibling(hf_folder)
-    sides: tuple[SideFile, ...] = ()
-    if checkpoint is not None and model is not None:
-        try:
-            sides = model.side_files(hf_folder, checkpoint.tensors)
-        except Reap2ggufError as error:
-            yield f"{hf_folder.name}: {error}"
-    if checkpoint is None or not sides:
-        yield from check_values(header, n_threads, progress)
-    for side in sides:
-        if checkpoint is not None and side.general_type == header.metadata.get("general.type"):
-            yield from compare_tensors(header, checkpoint, side.tensors, n_threads, progress)
-
-
-def _open_sibling(hf_folder: Path) -> tuple[Checkpoint | None, MoeModel | None]:
-    """The safetensors beside a bundle, if they are there and sound."""
-    if not hf_folder.is_dir():
-        return None, None
-    checkpoint, model, _ = open_folder(hf_folder)
-    return checkpoint, model
 
 
 def _check_hf(
     folder: Path, manifest: Manifest, n_threads: int, progress: Progress
 ) -> Iterator[str]:
+    """Violations of a bundle's safetensors folder: manifest, hashes, config, shards, values."""
     try:
         same = Manifest.load(folder) == manifest
     except ArtifactError as error:
         yield str(error)
     else:
         if not same:
-            yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF bundle"
+            yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF folder"
     with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
         yield from check_hf_hashes(folder, manifest, n_threads, task.advance)
-    checkpoint, model, violations = open_folder(folder, manifest.pruning.n_kept)
-    yield from violations
-    if checkpoint is not None and model is not None:
-        yield from check_folder(checkpoint, model, progress)
+    with _open(folder, manifest.pruning.n_kept) as (opened, violations):
+        yield from violations
+        if opened is not None:
+            yield from check_folder(*opened, progress)
 
 
-def _check_gguf(
-    path: Path,
-    record: GgufRecord,
-    manifest: Manifest,
-    hf_folder: Path,
-    n_threads: int,
-    progress: Progress,
+def _check_side(
+    path: Path, record: SideRecord, opened: _Opened | None, n_threads: int, progress: Progress
 ) -> Iterator[str]:
-    header, problems = open_gguf(path)
-    yield from problems
-    if header is None:
-        return
-    tensor_types = {
-        name: GGMLQuantizationType[tensor_type] for name, tensor_type in record.tensors.items()
-    }
-    yield from check_header(header, ExpectedGguf(tensor_types, manifest.pruning.n_kept))
-    checkpoint, model = _open_sibling(hf_folder)
-    if checkpoint is not None and model is not None:
-        yield from compare_model(header, checkpoint, model, n_threads, progress)
-    else:
-        yield from check_values(header, n_threads, progress)
+    """Violations of a side file against its record, and against the safetensors if given."""
+    source = None
+    if opened is not None:
+        checkpoint, model = opened
+        try:
+            sides = model.side_files(checkpoint.folder, checkpoint.tensors)
+        except Reap2ggufError as error:
+            yield f"{checkpoint.folder.name}: {error}"
+        else:
+            source = (checkpoint, sides) if sides else None
+    yield from check_side_file(path, _tensor_types(record.tensors), source, n_threads, progress)
+
+
+def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None:
+    """Check before a push that every file is as built and each model has all its experts.
+
+    This reads hashes and headers, not values: the build has compared those. Raises
+    VerificationError with all violations.
+    """
+    total = folder_bytes(bundle.hf, bundle.gguf)
+    with progress.task("Checking hashes", total, "bytes") as task:
+        violations = list(check_hf_hashes(bundle.hf, bundle.manifest, n_threads, task.advance))
+        violations += check_sums(bundle.gguf, n_threads, advance=task.advance)
+    n_kept = bundle.manifest.pruning.n_kept
+    with _open(bundle.hf, n_kept) as (_, found):
+        violations += found
+    for record in bundle.manifest.gguf:
+        violations += check_experts(bundle.gguf, record, n_kept)
+    if violations:
+        raise VerificationError(violations, "nothing was uploaded; build the bundle again")
+
+
+def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
+    """Violations in the header of a GGUF file, or in those of its parts together.
+
+    Each tensor of the record must be there once with its type, and each layer must have `n_kept`
+    experts and router rows.
+    """
+    absent = [name for name in record.files if not is_plain(folder / name)]
+    if absent:
+        return [f"{folder.name}: {name} is missing" for name in absent]
+    return check_gguf_header(folder / record.first, _expected(record, n_kept))
+
+
+def _expected(record: GgufRecord, n_kept: int) -> ExpectedGguf:
+    return ExpectedGguf(_tensor_types(record.tensors), n_kept)
+
+
+def _tensor_types(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
+    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}

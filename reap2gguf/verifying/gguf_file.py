@@ -15,12 +15,12 @@ from gguf import GGMLQuantizationType
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
-from reap2gguf.gguf_files.gguf_split import read_whole_header
 from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
 from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows, rows_per_matrix
+from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import GgufTensor
+from reap2gguf.models.description import GgufTensor, SideFile
 from reap2gguf.progress import Progress
 from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
 from reap2gguf.verifying.matrices import (
@@ -50,6 +50,65 @@ def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
         return read_whole_header(path), []
     except ArtifactError as error:
         return None, [str(error)]
+
+
+def check_gguf(
+    path: Path,
+    expected: ExpectedGguf,
+    opened: tuple[Weights, MoeModel] | None,
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    """Violations of a model's GGUF file: its header against `expected`, then every value.
+
+    `opened` is the model that the file was made from. If it is None, values are only checked for
+    NaN, infinity and matrices of zeros.
+    """
+    header, problems = open_gguf(path)
+    yield from problems
+    if header is None:
+        return
+    yield from check_header(header, expected)
+    if opened is None:
+        yield from check_values(header, n_threads, progress)
+    else:
+        yield from compare_model(header, *opened, n_threads, progress)
+
+
+def check_side_file(
+    path: Path,
+    tensor_types: Mapping[str, GGMLQuantizationType],
+    source: tuple[Weights, Sequence[SideFile]] | None,
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[str]:
+    """Violations of a GGUF file beside the models, such as a vision projector.
+
+    `source` is the weights of the model and its side files, of which `path` must be one; None as in
+    `check_gguf`.
+    """
+    header, problems = open_gguf(path)
+    yield from problems
+    if header is None:
+        return
+    yield from check_tensor_types(header, tensor_types)
+    if source is None:
+        yield from check_values(header, n_threads, progress)
+        return
+    weights, sides = source
+    general_type = header.metadata.get("general.type")
+    side = next((side for side in sides if side.general_type == general_type), None)
+    if side is None:
+        expected = " or ".join(side.general_type for side in sides)
+        yield f"{path.name}: general.type is {shown(general_type)}, expected {expected}"
+    else:
+        yield from compare_tensors(header, weights, side.tensors, n_threads, progress)
+
+
+def check_gguf_header(path: Path, expected: ExpectedGguf) -> list[str]:
+    """Violations in the header of a GGUF file, or in those of all its parts together."""
+    header, problems = open_gguf(path)
+    return problems if header is None else list(check_header(header, expected))
 
 
 def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:

@@ -10,14 +10,7 @@ from reap2gguf.progress import Progress
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.quantizing.resolve import ResolvedRecipe
-from reap2gguf.verifying.gguf_file import (
-    ExpectedGguf,
-    check_header,
-    check_tensor_types,
-    compare_model,
-    compare_tensors,
-    open_gguf,
-)
+from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import compare_files, compare_folder, open_folder
 
 
@@ -40,21 +33,14 @@ def verify_gguf(
     progress: Progress,
 ) -> list[str]:
     """Violations of one GGUF file against the plan and the pruned model."""
-    header, violations = open_gguf(path)
-    if header is not None:
-        file_type = recipe.llama_file_type.value
-        expected = ExpectedGguf(recipe.tensor_types(), model.facts.n_experts, file_type)
-        violations += check_header(header, expected)
-        violations += compare_model(header, pruned, model, n_threads, progress)
-    return violations
+    file_type = recipe.llama_file_type.value
+    expected = ExpectedGguf(recipe.tensor_types(), model.facts.n_experts, file_type)
+    return list(check_gguf(path, expected, (pruned, model), n_threads, progress))
 
 
 def verify_side(
     path: Path, side: SideFile, pruned: Weights, n_threads: int, progress: Progress
 ) -> list[str]:
     """Violations of a side file against its description and the pruned model."""
-    header, violations = open_gguf(path)
-    if header is not None:
-        violations += check_tensor_types(header, side.tensor_types())
-        violations += compare_tensors(header, pruned, side.tensors, n_threads, progress)
-    return violations
+    source = (pruned, [side])
+    return list(check_side_file(path, side.tensor_types(), source, n_threads, progress))

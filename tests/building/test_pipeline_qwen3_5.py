@@ -19,7 +19,8 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, stages
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.plan import make_plan, plan_as_json
-from reap2gguf.bundle.manifest import MANIFEST_FILE, Manifest, MtpRecord
+from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.manifest import Manifest, MtpRecord
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -202,9 +203,9 @@ def test_the_manifest_tells_of_the_projector(kept: Built) -> None:
 def test_the_cards(kept: Built, dropped: Built) -> None:
     for folder in (kept.hf, kept.gguf):
         card = (folder / "README.md").read_text()
-        assert "| multi-token prediction | pruned with the layers; " in card
-        assert "of next-next tokens right before" in card
-        assert "Calibration\nwas text only" in card or "Calibration was text only" in card
+        assert "| multi-token prediction (MTP) | pruned like the other layers; " in card
+        assert "top-1 accuracy" in card
+        assert "Calibration used text only" in card
     for folder in (dropped.hf, dropped.gguf):
         assert "| multi-token prediction | dropped |" in (folder / "README.md").read_text()
     assert "`mmproj-out-F16.gguf`" in (kept.gguf / "README.md").read_text()

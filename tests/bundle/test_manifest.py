@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import (
-    MANIFEST_FILE,
     CalibrationRecord,
     ComponentRecord,
     FileRecord,

@@ -79,4 +79,4 @@ def test_no_and_a_broken_generation_config(tmp_path: Path, manifest: Manifest) -
     assert lines(tmp_path, manifest) == ["FROM ./example-IQ4_K_M.gguf"]
     (tmp_path / "generation_config.json").write_text("{")
     assert lines(tmp_path, manifest) == ["FROM ./example-IQ4_K_M.gguf"]
-    assert "cannot be read; Ollama's defaults hold" in modelfile(manifest, tmp_path)
+    assert "cannot be read; Ollama's defaults apply" in modelfile(manifest, tmp_path)

@@ -36,11 +36,11 @@ def test_what_is_not_there_is_told(built: Bundle, tmp_path: Path) -> None:
         pick(tmp_path / "none", None)
     with pytest.raises(UsageError, match="holds no GGUF file; pass a NAME-GGUF folder"):
         pick(tmp_path, None)
-    with pytest.raises(UsageError, match="--file chooses among those of a bundle"):
+    with pytest.raises(UsageError, match="--file chooses among the files of a bundle"):
         pick(built.gguf / "imatrix.gguf", "BF16")
     for name in ("a-GGUF", "b-GGUF"):
         shutil.copytree(built.gguf, tmp_path / name)
-    with pytest.raises(UsageError, match="several bundles, name one: a-GGUF, b-GGUF"):
+    with pytest.raises(UsageError, match="several bundles; pass one of them: a-GGUF, b-GGUF"):
         pick(tmp_path, None)
 
 
@@ -52,7 +52,7 @@ def test_a_bundle_of_which_one_file_was_fetched(bundle: Bundle) -> None:
     assert found.path.name == "example-BF16-00001-of-00002.gguf"
     assert found.name == pick(found.path, None).name == "example-BF16", "a part is no name"
     (bundle.gguf / "example-BF16-00001-of-00002.gguf").unlink()
-    with pytest.raises(UsageError, match="none of its files is here"):
+    with pytest.raises(UsageError, match="none of the bundle's GGUF files is here"):
         pick(bundle.gguf, None)
 
 

@@ -298,5 +298,7 @@ def test_counts_of_another_type(tmp_path: Path, kind: str) -> None:
         entry = {"dtype": dtype, "shape": [1], "data_offsets": [position, end]}
         header[f"layers.0.{part}"], position = entry, end
     write_safetensors(path, json.dumps(header), position)
-    with pytest.raises(ArtifactError, match="layer 0 has uneven sizes or values of another type"):
+    with pytest.raises(
+        ArtifactError, match="layer 0 has arrays of different sizes or of the wrong type"
+    ):
         Observations.load(path)

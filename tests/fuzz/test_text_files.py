@@ -14,8 +14,8 @@ from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import (
-    MANIFEST_FILE,
     CalibrationRecord,
     FileRecord,
     FolderRecord,

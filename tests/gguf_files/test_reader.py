@@ -190,7 +190,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "huge axis": (encode((), (info("t.x", (2**63,)),), 32), "values along an axis of 't.x'"),
     "huge product": (encode((), (info("t.x", (2**40,) * 4),), 32), "truncated"),
     "type": (encode((), (info("t.x", (4,), 999),), 32), "'t.x' has the unknown type 999"),
-    "block": (encode((), (info("t.x", (33,), 8),), 64), "no multiple of Q8_0's block of 32"),
+    "block": (encode((), (info("t.x", (33,), 8),), 64), "not a multiple of Q8_0's block of 32"),
     "misaligned": (encode((), (info("t.x", (4,), 0, 4),), 64), "'t.x': misplaced"),
     "overlap": (encode((), (info("t", (16,)), info("t.x", (4,), 0, 32)), 96), "'t.x': misplaced"),
     "same place": (encode((), (TENSOR, info("t.x", (4,))), 64), "misplaced"),

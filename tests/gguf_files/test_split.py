@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from reap2gguf.bundle.bundle_folders import check_experts
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, OutputError, UsageError
-from reap2gguf.gguf_files.gguf_split import (
-    first_parts,
-    part_name,
-    part_of_split,
-    read_whole_header,
-)
 from reap2gguf.gguf_files.reader import read_gguf_header
-from reap2gguf.gguf_files.split import plan_split, write_part
+from reap2gguf.gguf_files.split import (
+    PartName,
+    first_parts,
+    parse_part_name,
+    part_name,
+    plan_split,
+    read_whole_header,
+    write_part,
+)
 from reap2gguf.progress import Silent
-from reap2gguf.verifying.bundle import verify_paths
+from reap2gguf.verifying.bundle import check_experts, verify_paths
 from tests.conftest import Bundle
 
 # SHA-256 of what llama.cpp's `gguf-split --split-max-tensors 2` makes of the file of `written`
@@ -141,8 +142,10 @@ def test_the_names_are_llama_cpps() -> None:
         path = ctypes.create_string_buffer(200)
         llama_cpp.llama_split_path(path, 200, b"a/model-Q4", number, count)
         assert path.value.decode() == f"a/{part_name('model-Q4', number, count)}"
-        assert part_of_split(part_name("model-Q4", number, count)) == ("model-Q4", number, count)
-    assert part_of_split("model-Q4.gguf") is None
+        assert parse_part_name(part_name("model-Q4", number, count)) == PartName(
+            "model-Q4", number, count
+        )
+    assert parse_part_name("model-Q4.gguf") is None
 
 
 def test_the_parts_read_as_the_whole(whole: Path, parts: list[Path]) -> None:
@@ -162,7 +165,7 @@ def test_a_part_may_be_as_large_as_the_bound(tmp_path: Path) -> None:
 
 def test_a_tensor_above_the_bound_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "model.gguf")
-    with pytest.raises(UsageError, match=r"tensor\.0\.weight.* has 4,000 bytes and fits no file"):
+    with pytest.raises(UsageError, match=r"tensor\.0\.weight.* has 4,000 bytes and does not fit"):
         plan_split(path, 4_000)
 
 
@@ -192,7 +195,7 @@ def test_a_part_that_fails_leaves_nothing(tmp_path: Path) -> None:
     os.truncate(tmp_path / "model.gguf", 8_000)
     folder = tmp_path / "parts"
     folder.mkdir()
-    with pytest.raises(ArtifactError, match="was cut while it was read"):
+    with pytest.raises(ArtifactError, match="was truncated while it was read"):
         write_part(plan, plan.parts[1], folder, Counted())
     assert list(folder.iterdir()) == []
 
@@ -255,7 +258,7 @@ def test_a_tensor_in_two_parts_is_found(tmp_path: Path) -> None:
 
 def test_a_later_part_alone_names_the_first(tmp_path: Path) -> None:
     parts = cut(written(tmp_path / "model.gguf"), 10_000, tmp_path / "parts")
-    with pytest.raises(ArtifactError, match=r"part 2 of 3; name the first, .*00001-of-00003"):
+    with pytest.raises(ArtifactError, match=r"part 2 of 3; pass the first, .*00001-of-00003"):
         read_whole_header(parts[1])
     with pytest.raises(ArtifactError, match="is a part of a split file already"):
         plan_split(parts[0], 10_000)
@@ -274,7 +277,7 @@ def test_parts_are_verified_against_the_safetensors(built: Bundle, parts: list[P
     assert report.violations == ()
     assert verify_paths([built.hf, parts[0]], 1, Silent()).violations == ()
     (message,) = verify_paths([built.hf, parts[1]], 1, Silent()).violations
-    assert "part 2 of 3; name the first" in message
+    assert "part 2 of 3; pass the first" in message
 
 
 def test_a_value_in_a_later_part_is_verified(

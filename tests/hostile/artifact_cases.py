@@ -60,25 +60,25 @@ def one_layer(arrays: Arrays, metadata: dict[str, str]) -> None:
 
 
 OBSERVATIONS = [
-    Case("seen counts of floats", put(COUNT, np.ones(8)), "of another type"),
-    Case("seen counts of bytes", put(COUNT, np.ones(8), np.uint8), "of another type"),
-    Case("seen counts unsigned", put(COUNT, np.ones(8), np.uint64), "of another type"),
+    Case("seen counts of floats", put(COUNT, np.ones(8)), "of the wrong type"),
+    Case("seen counts of bytes", put(COUNT, np.ones(8), np.uint8), "of the wrong type"),
+    Case("seen counts unsigned", put(COUNT, np.ones(8), np.uint64), "of the wrong type"),
     Case("seen counts negative", put(COUNT, [-1] * 8, np.int64), "negative"),
-    Case("seen counts in rows", put(COUNT, np.ones((2, 4)), np.int64), "uneven sizes"),
-    Case("seen counts of none", put(COUNT, [], np.int64), "uneven sizes"),
-    Case("seen sums of integers", put(SUMS, np.ones(8), np.int64), "of another type"),
-    Case("seen sums of halves", put(SUMS, np.ones(8), np.float16), "of another type"),
-    Case("seen sums NaN", put(SUMS, [np.nan] * 8), "not finite"),
-    Case("seen sums infinite", put(SUMS, [np.inf] * 8), "not finite"),
+    Case("seen counts in rows", put(COUNT, np.ones((2, 4)), np.int64), "different sizes"),
+    Case("seen counts of none", put(COUNT, [], np.int64), "different sizes"),
+    Case("seen sums of integers", put(SUMS, np.ones(8), np.int64), "of the wrong type"),
+    Case("seen sums of halves", put(SUMS, np.ones(8), np.float16), "of the wrong type"),
+    Case("seen sums NaN", put(SUMS, [np.nan] * 8), "NaN or infinite"),
+    Case("seen sums infinite", put(SUMS, [np.inf] * 8), "NaN or infinite"),
     Case("seen sums negative", put(SUMS, [-1.0] * 8), "negative"),
-    Case("seen sums of one", put(SUMS, 1.0), "uneven sizes"),
-    Case("seen sums of seven", put(SUMS, np.ones(7)), "uneven sizes"),
+    Case("seen sums of one", put(SUMS, 1.0), "different sizes"),
+    Case("seen sums of seven", put(SUMS, np.ones(7)), "different sizes"),
     Case("seen of nine experts", seen(nine), "9 experts, expected 8"),
     Case("seen one layer", seen(one_layer), "expected the model's 2 MoE layers"),
     Case("seen without sums", seen(lambda arrays, _: arrays.pop(SUMS)), "is missing"),
-    Case("seen a foreign tensor", put("weights", [1.0]), "no observations"),
-    Case("seen a foreign layer", put("layers.007.count", [1]), "no observations"),
-    Case("seen a name of a newline", put("a\nb", [1.0]), "no observations"),
+    Case("seen a foreign tensor", put("weights", [1.0]), "not observations"),
+    Case("seen a foreign layer", put("layers.007.count", [1]), "not observations"),
+    Case("seen a name of a newline", put("a\nb", [1.0]), "not observations"),
     Case("seen without metadata", seen(lambda _, metadata: metadata.clear()), "format version"),
     Case("seen version 99", say("format_version", "99\x1b[2J"), "format version '99\\x1b[2J'"),
     Case("seen rows a text", say("n_rows", "many"), "n_rows"),
@@ -136,7 +136,7 @@ SUMS_LINES = b"\n".join(b"%064x  file-%d" % (n, n) for n in range(2000)) + b"\n"
 NAMES = ["..", "", ".", "a/b", "/etc/passwd", "a\0b"]
 NO_NAMES: list[Any] = [5, None, []]
 BUNDLES = [
-    *[Case(f"manifest folder {n!r}", in_manifest("hf", {"folder": n}), "no plain file name", 1)
+    *[Case(f"manifest folder {n!r}", in_manifest("hf", {"folder": n}), "not a plain file name", 1)
       for n in NAMES],
     *[Case(f"manifest file {n!r}", in_manifest("gguf", {"file": n}), "plain file name", 1)
       for n in NAMES],

@@ -15,17 +15,15 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
-from reap2gguf.bundle.bundle_folders import check_bundle
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.sums import write_sums
 from reap2gguf.cli import cli
 from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
 from reap2gguf.publishing import push as push_module
-from reap2gguf.publishing.dry_run import preview
-from reap2gguf.publishing.push import PushOptions
+from reap2gguf.publishing.push import PushOptions, preview
 from reap2gguf.publishing.remote import refusal
-from reap2gguf.verifying.bundle import verify_paths
+from reap2gguf.verifying.bundle import check_bundle, verify_paths
 from tests.loopback_hub.repository import Repository
 from tests.loopback_hub.server import Fault, Hub
 from tests.publishing.push_kills import Rig, Runner, environment, tiny_bundle
@@ -194,10 +192,14 @@ def test_a_hub_that_refuses_everything_for_long_is_gone_on_with(room: Room, bund
     [
         (401, "Invalid credentials in Authorization header", "run `hf auth login` again"),
         (403, "You have no rights", "HTTP 403, You have no rights"),
-        (403, "Private repository storage limit reached", "no room for it (Private repository"),
-        (402, "Payment required", "the Hub has no room for it (Payment required)"),
-        (413, "Too large", "the Hub has no room for it (Too large)"),
-        (507, "Insufficient", "the Hub has no room for it (Insufficient)"),
+        (
+            403,
+            "Private repository storage limit reached",
+            "no storage left for it (Private",
+        ),
+        (402, "Payment required", "the Hub has no storage left for it (Payment required)"),
+        (413, "Too large", "the Hub has no storage left for it (Too large)"),
+        (507, "Insufficient", "the Hub has no storage left for it (Insufficient)"),
         (422, "Strange name", "the Hub refuses it (HTTP 422, Strange name)"),
     ],
 )
@@ -220,7 +222,7 @@ def test_a_refusal_is_one_line_with_advice(
         (PermissionError(1, "Operation not permitted"), None),  # of a firewall
         (FileNotFoundError(2, "No such file", "a.gguf"), "a.gguf: cannot be read (No such file)"),
         (json.JSONDecodeError("Expecting value", "<html>", 0), None),
-        (ValueError("Malformed response from server"), "does not take it (Malformed response"),
+        (ValueError("Malformed response from server"), "does not accept it (Malformed response"),
     ],
 )
 def test_what_will_not_pass_is_refused(error: Exception, message: str | None) -> None:
@@ -232,7 +234,7 @@ def test_what_will_not_pass_is_refused(error: Exception, message: str | None) ->
 
 def test_a_storage_that_is_full(room: Room, bundle: Path) -> None:
     room.uploads.batch_error = (403, "Public storage limit reached")
-    assert "the Hub has no room for it (LFS batch" in room.refused(PublishError, bundle)
+    assert "the Hub has no storage left for it (LFS batch" in room.refused(PublishError, bundle)
     assert room.waits == []
 
 
@@ -240,7 +242,7 @@ def test_who_may_not_write_is_told_first(
     room: Room, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     message = room.refused(PublishError, bundle, "you/thing")
-    assert "the token is that of 'me', who is not you" in message
+    assert "the token belongs to 'me', who is neither you" in message
     assert "'me', 'team'" in message
     room.uploads.role = "read"
     assert "may only read; run `hf auth login`" in room.refused(PublishError, bundle)
@@ -278,7 +280,9 @@ def test_a_byte_that_is_flipped_on_the_way_is_found(name: str, room: Room, bundl
     with pytest.raises(VerificationError) as caught:
         room.push(bundle)
     kind = "SHA-256" if name.endswith(".gguf") else "git hash"
-    assert caught.value.violations == [f"{GGUF_REPO}: {name} has another {kind} than what was sent"]
+    assert caught.value.violations == [
+        f"{GGUF_REPO}: {name} has a different {kind} than what was sent"
+    ]
     room.uploads.spoil = None
     room.push(bundle)
     room.check(bundle)
@@ -301,7 +305,7 @@ def test_a_file_that_was_changed_after_the_build_is_refused(room: Room, copy: Pa
     with pytest.raises(VerificationError, match="nothing was uploaded") as caught:
         room.push(copy)
     found = caught.value.violations
-    assert "model: config.json has another SHA-256 than when it was published" in found
+    assert "model: config.json has a different SHA-256 than the build recorded" in found
     assert "model-GGUF: notes.txt is not in SHA256SUMS" in found
     assert room.wrote() == []
 
@@ -340,7 +344,7 @@ def test_what_is_no_bundle_is_refused(room: Room, copy: Path, tmp_path: Path) ->
     manifest = json.loads((copy / "reap2gguf.json").read_text())
     manifest["pruning"]["method"] = "frequency"
     (copy / "reap2gguf.json").write_text(json.dumps(manifest))
-    assert "are of two builds" in room.refused(UsageError, copy)
+    assert "are from different builds" in room.refused(UsageError, copy)
     shutil.rmtree(copy)
     assert "both folders of a bundle" in room.refused(UsageError, copy.with_name("model-GGUF"))
     assert room.hub.requests == []
@@ -358,7 +362,7 @@ def test_private_repositories(room: Room, bundle: Path) -> None:
 def test_somebody_elses_work_is_not_overwritten(room: Room, bundle: Path) -> None:
     theirs = {"config.json": b"{}", "notes.md": b"mine", ".gitattributes": b""}
     room.hub.repositories.append(Repository(REPO, dict(theirs)))
-    assert "holds another config.json" in room.refused(PublishError, bundle)
+    assert "holds a different config.json" in room.refused(PublishError, bundle)
     manifest = json.dumps({"name": "another"}).encode()
     room.hub.repositories[0] = Repository(REPO, {**theirs, "reap2gguf.json": manifest})
     assert "holds the bundle 'another'" in room.refused(PublishError, bundle)
@@ -397,36 +401,36 @@ def test_a_dry_run_says_what_goes_and_what_would_be_refused(room: Room, bundle: 
         assert f"  {part}                of an earlier push, to be removed\n" in done.output
     assert "\n  1 file to upload" in done.output
     room.push(bundle)
-    going = f"{GGUF_REPO}: of an earlier push, and go: {', '.join(parts)}"
+    going = f"{GGUF_REPO}: removing files of an earlier push: {', '.join(parts)}"
     assert going in room.told.notes
     refused = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run", "--private"])
     assert refused.exit_code == 2
     assert f"Error: {REPO}: exists and is public" in refused.output
     del room.files()["reap2gguf.json"]
     room.files()["config.json"] = b"{}"
-    with pytest.raises(PublishError, match=f"{REPO}: holds another config.json"):
+    with pytest.raises(PublishError, match=f"{REPO}: holds a different config.json"):
         preview(PushOptions(bundle, REPO), Silent())
 
 
 def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
     found = preview(PushOptions(bundle, REPO, max_bytes=900_000), Silent())
-    assert found.there == {REPO: None, GGUF_REPO: None}
+    assert found.remote == {REPO: None, GGUF_REPO: None}
     assert found.unchecked == ()
-    assert len(found.staged.splits) == 1
+    assert len(found.prepared.splits) == 1
     room.push(bundle, max_bytes=900_000)
     sizes = {name: len(raw) for name, raw in room.files(GGUF_REPO).items()}
-    foreseen = {file.name: file.n_bytes for file in found.staged.gguf.files}
+    foreseen = {file.name: file.n_bytes for file in found.prepared.gguf.files}
     assert sizes == {**foreseen, ".gitattributes": sizes[".gitattributes"]}
     sent = len(room.wrote())
     again = preview(PushOptions(bundle, REPO), Silent())
-    states = {file.name: again.state(GGUF_REPO, file) for file in again.staged.gguf.files}
-    assert states["imatrix.gguf"] == "there"
+    states = {file.name: again.state(GGUF_REPO, file) for file in again.prepared.gguf.files}
+    assert states["imatrix.gguf"] == "already there"
     assert states["model-BF16.gguf"] == "to upload"
-    assert states["README.md"] == "replaced"
+    assert states["README.md"] == "to be replaced"
     room.hub.leave()
     away = preview(PushOptions(bundle, REPO), Silent())
-    assert away.there is None
+    assert away.remote is None
     assert [reason.split(" (")[0] for reason in away.unchecked] == [
         "the right to write", "what is there already",
     ]  # fmt: skip
@@ -449,11 +453,11 @@ def test_the_command(room: Room, bundle: Path) -> None:
     assert done.stdout.splitlines() == [f"{room.hub.endpoint}/{n}" for n in (REPO, GGUF_REPO)]
     refused = runner.invoke(cli, ["push", str(bundle), "nobody/thing"])
     assert refused.exit_code == 2
-    assert refused.output.splitlines()[-1].startswith("Error: nobody/thing: the token is")
+    assert refused.output.splitlines()[-1].startswith("Error: nobody/thing: the token belongs")
     room.uploads.spoil = lambda path, raw: _flip(raw)
     spoiled = runner.invoke(cli, ["push", str(bundle), "me/other"])
     assert spoiled.exit_code == 1
-    assert "me/other: config.json has another git hash than what was sent" in spoiled.output
+    assert "me/other: config.json has a different git hash than what was sent" in spoiled.output
 
 
 def test_pushes_that_are_killed_go_on(bundle: Path, tmp_path: Path) -> None:

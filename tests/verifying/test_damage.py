@@ -18,7 +18,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from reap2gguf.bundle.manifest import MANIFEST_FILE, SUMS_FILE, Manifest
+from reap2gguf.bundle.layout import MANIFEST_FILE, SUMS_FILE
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.cli import cli
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -27,7 +28,7 @@ from reap2gguf.verifying.bundle import verify_bundle, verify_pair, verify_paths
 from tests.conftest import Bundle
 
 
-def mend_hashes(bundle: Bundle) -> None:
+def fix_hashes(bundle: Bundle) -> None:
     """Make every recorded hash fit the damaged files."""
     manifest = Manifest.load(bundle.gguf)
     files = hash_folder(bundle.hf, 1)
@@ -157,7 +158,7 @@ DAMAGE = [
     (a_truncated_shard, "model.safetensors: truncated"),
     (a_wrong_expert_count, "qwen3moe.expert_count is 16, expected 12"),
     (a_missing_file, "imatrix.dat is missing"),
-    (a_wrong_hash, "calibration.txt has another SHA-256"),
+    (a_wrong_hash, "calibration.txt has a different SHA-256"),
 ]  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_damage_is_found_and_named(
 ) -> None:
     damage(bundle)
     if damage not in (a_missing_file, a_wrong_hash):
-        mend_hashes(bundle)
+        fix_hashes(bundle)
     result = CliRunner().invoke(cli, ["verify", str(bundle.gguf)])
     assert result.exit_code == 1, result.output
     assert named in result.output
@@ -180,7 +181,7 @@ def test_damage_is_found_and_named(
 def test_damage_changes_a_hash(damage: Callable[[Bundle], None], bundle: Bundle) -> None:
     damage(bundle)
     violations = verify_bundle(bundle.gguf, 1, Silent()).violations
-    assert any("has another SHA-256" in v or "is missing" in v for v in violations)
+    assert any("has a different SHA-256" in v or "is missing" in v for v in violations)
 
 
 def test_the_bundle_as_built_is_sound(built: Bundle) -> None:
@@ -199,7 +200,7 @@ def test_json(bundle: Bundle) -> None:
 
 def test_a_gguf_folder_alone_is_checked_for_values(bundle: Bundle) -> None:
     a_nan(bundle)
-    mend_hashes(bundle)
+    fix_hashes(bundle)
     bundle.hf.rename(bundle.hf.with_name("elsewhere"))
     violations = verify_bundle(bundle.gguf, 2, Silent()).violations
     assert violations == ("example-BF16.gguf: blk.2.attn_k.weight holds NaN or infinite values",)
@@ -263,9 +264,9 @@ def test_a_changed_manifest_is_found(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"hf": {"folder": "../elsewhere"}}, "no plain file name"),
+        ({"hf": {"folder": "../elsewhere"}}, "not a plain file name"),
         ({"hf": {"folder": 5}}, "folder is 5, expected str"),
-        ({"gguf": [{"file": "a/b.gguf"}]}, "no plain file name"),
+        ({"gguf": [{"file": "a/b.gguf"}]}, "not a plain file name"),
         ({"gguf": [{"tensors": {"output_norm.weight": "ZZ"}}]}, "unknown tensor type"),
         ({"gguf": [{"tensors": [1]}]}, "not a complete manifest"),
     ],
@@ -291,6 +292,6 @@ def test_a_changed_token_is_found(bundle: Bundle) -> None:
     path = gguf(bundle)
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"<|im_start|>", b"<|IM_start|>"))
-    mend_hashes(bundle)
+    fix_hashes(bundle)
     violations = verify_bundle(bundle.gguf, 1, Silent()).violations
     assert any("tokenizer.ggml.tokens is not that of the tokenizer" in v for v in violations)

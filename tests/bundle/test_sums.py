@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.verifying.hashes import check_sums
+from reap2gguf.bundle.sums import check_sums
 
 MIB = 2**20
 
@@ -24,7 +24,7 @@ def test_reading_is_told_piece_by_piece(tmp_path: Path) -> None:
     told: list[float] = []
     found = list(check_sums(folder_of(tmp_path, 20 * MIB), 1, advance=told.append))
     assert [line.rpartition(": ")[2] for line in found] == [
-        "large.gguf has another SHA-256 than when it was published"
+        "large.gguf has a different SHA-256 than the build recorded"
     ]
     assert sum(told) == 20 * MIB
     assert len(told) == 5
