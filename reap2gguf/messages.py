@@ -1,12 +1,12 @@
-"""Text from files and arguments as a terminal may show it: short, and on one line."""
+"""Text for people: numbers with units, and untrusted text made safe for a terminal."""
 
 from __future__ import annotations
 
 import reprlib
 from typing import Any
 
-_MOST_LETTERS = 1600  # of a line: a path of 255 names is longer than anyone reads
-_MOST_SHOWN = 500  # of a value
+_MOST_LETTERS = 1600  # per line: nobody reads a path of 255 names
+_MOST_SHOWN = 500  # letters per value
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
@@ -15,18 +15,18 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 def shown(value: Any) -> str:
-    """A value that was read from a file, as `repr` writes it, cut where it is long."""
+    """A value that was read from a file, as `repr` writes it, shortened if it is long."""
     try:
         text = _SHORT.repr(value)
-    except ValueError:  # Python spells no integer of thousands of digits, which TOML can hold
+    except ValueError:  # Python prints no integer of thousands of digits, which TOML can hold
         return "an integer of thousands of digits"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control characters, its middle left out where it is long.
+    """`text` without line breaks and control characters; a long text loses its middle.
 
-    A name from a file could otherwise move the cursor, colour the terminal, or pass for a line of
+    Otherwise a name from a file could move the cursor, colour the terminal, or imitate a line of
     this program.
 
     >>> one_line("a\\x1b[2Jb\\nc")
@@ -34,7 +34,7 @@ def one_line(text: str) -> str:
     """
     if len(text) <= _MOST_LETTERS:
         return _escaped(text)
-    # what is wrong stands at the beginning, what to do at the end
+    # a message begins with what is wrong and ends with what to do
     half = _MOST_LETTERS // 2
     left_out = f" [... {len(text) - 2 * half:,} letters left out ...] "
     return _escaped(text[:half])[:half] + left_out + _escaped(text[-half:])[-half:]
@@ -45,3 +45,53 @@ def _escaped(text: str) -> str:
         return text
     letters = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return "".join(letters)
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the largest binary unit that fits.
+
+    >>> size(3 * 2**30)
+    '3.00 GiB'
+    """
+    for scale, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.2f} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def parameters(count: int) -> str:
+    """A number of parameters in millions or billions.
+
+    >>> parameters(30_532_122_624)
+    '30.53 B'
+    """
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def quantity(amount: float | None, unit: str) -> str:
+    """A number with its unit; bytes as `size` prints them.
+
+    >>> quantity(1_234_567, "tokens")
+    '1.2 M tokens'
+    """
+    if amount is None:
+        return f"? {unit}"
+    if unit == "bytes":
+        return size(amount)
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if amount >= scale:
+            return f"{amount / scale:.1f} {letter} {unit}"
+    return f"{amount:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever suits.
+
+    >>> duration(600)
+    '10 min'
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

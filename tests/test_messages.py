@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from reap2gguf.messages import one_line, shown
+from reap2gguf.messages import duration, one_line, parameters, quantity, shown, size
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,28 @@ def test_short_values_are_shown_whole(value: Any, expected: str) -> None:
 @pytest.mark.parametrize("value", ["a" * 10**6, [0] * 10**6, [["a" * 999] * 99] * 99, 10**4000])
 def test_long_values_are_cut(value: Any) -> None:
     assert len(shown(value)) < 12_000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (size(0), "0 bytes"),
+        (size(1023), "1023 bytes"),
+        (size(1536), "1.50 KiB"),
+        (size(2**20), "1.00 MiB"),
+        (size(50 * 10**9), "46.57 GiB"),
+        (size(2**41), "2.00 TiB"),
+        (parameters(999_949), "1.0 M"),
+        (parameters(10**9), "1.00 B"),
+        (quantity(None, "rows"), "? rows"),
+        (quantity(7, "rows"), "7 rows"),
+        (quantity(2_500, "tokens"), "2.5 k tokens"),
+        (quantity(3e9, "tokens"), "3.0 G tokens"),
+        (quantity(2**30, "bytes"), "1.00 GiB"),
+        (duration(89), "89 s"),
+        (duration(90), "2 min"),
+        (duration(7200), "2.0 h"),
+    ],
+)
+def test_numbers_have_the_unit_that_fits(text: str, expected: str) -> None:
+    assert text == expected
