@@ -224,7 +224,7 @@ def test_plan_prints_counts_types_and_sizes(example: Path) -> None:
     result = run("plan", example, "--recipe", "unsloth-iq4km", "--keep-experts", 12)
     assert result.exit_code == 0
     for expected in (
-        "12 of 16 stay", "11.3 M parameters are left", "blk.*.ffn_down_exps.weight  Q5_K   x4",
+        "keeps 12 of 16", "11.3 M parameters remain", "blk.*.ffn_down_exps.weight  Q5_K   x4",
         "rule token_embd.weight", "5.20 bits per weight", "needs",
     ):  # fmt: skip
         assert expected in result.output
@@ -259,7 +259,7 @@ def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Monk
         resources.example_checkpoint()
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_says_how_to_resume(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reap2gguf.building import pipeline, plan
@@ -274,10 +274,10 @@ def test_an_interrupt_says_how_to_go_on(
         patch.setattr(pipeline, "build", interrupt)
         result = run(*words, "--fresh")
     assert result.exit_code == 130
-    assert result.output.endswith(f"Error: interrupted; to go on: {command}\n"), "it is begun"
+    assert result.output.endswith(f"Interrupted. Resume with: {command}\n"), "it is begun"
     monkeypatch.setattr(plan, "make_plan", interrupt)
     result = run(*words, "--fresh")
-    assert result.output == f"Error: interrupted; to go on: {command} --fresh\n"
+    assert result.output == f"Interrupted. Resume with: {command} --fresh\n"
 
 
 def test_an_interrupted_quantization_goes_on(

@@ -3,26 +3,8 @@ from __future__ import annotations
 import pytest
 
 from reap2gguf.terminal import console
-from reap2gguf.terminal.console import Bars, Lines, duration, quantity, size, terminal_progress
-
-
-@pytest.mark.parametrize(
-    ("amount", "unit", "text"),
-    [(12, "rows", "12 rows"), (1_500, "tokens", "1.5 k tokens"),
-     (2.5e9, "weights", "2.5 G weights"),
-     (3 * 2**30, "bytes", "3.00 GiB"), (None, "rows", "? rows")],
-)  # fmt: skip
-def test_quantities(amount: float | None, unit: str, text: str) -> None:
-    assert quantity(amount, unit) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (600, "10 min"), (7200, "2.0 h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_sizes() -> None:
-    assert [size(n) for n in (5, 2048, 2**40)] == ["5 bytes", "2.00 KiB", "1.00 TiB"]
+from reap2gguf.terminal.bars import Bars
+from reap2gguf.terminal.console import Lines, terminal_progress
 
 
 def test_without_a_terminal_there_are_lines(
