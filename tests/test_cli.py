@@ -339,3 +339,23 @@ def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
             f"try {number} of 5 in 0 s" for number in (2, 3, 4, 5)
         ]
         assert error.startswith("Error: owner/name: ")
+
+
+def test_quiet_prints_the_results_alone(tiny: Path, tmp_path: Path) -> None:
+    command = ("build", tiny, "--recipe", "q8_0", "--output", tmp_path / "out", "--device", "cpu")
+    result = run(*command, "-q")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert "Try it:  reap2gguf chat" in result.stdout
+    result = run(*command, "-q", "-v")
+    one_line(result, "--quiet and --verbose exclude each other")
+
+
+def test_verbose_prints_the_causes_of_an_error(tiny: Path) -> None:
+    (tiny / "config.json").write_text("{")
+    command = ("plan", tiny, "--recipe", "q8_0")
+    assert len(run(*command).stderr.splitlines()) == 1
+    lines = run(*command, "-v").stderr.splitlines()
+    assert lines[0].startswith("Error: ")
+    assert lines[1].startswith("  caused by JSONDecodeError: ")
+    assert len(run(*command).stderr.splitlines()) == 1, "it holds for one command"

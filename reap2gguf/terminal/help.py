@@ -83,9 +83,6 @@ class Number(click.ParamType):  # type: ignore[type-arg]
             whole = "whole " if isinstance(self.low, int) else ""
             self.fail(f"{shown(value)} is not a {whole}number", param, ctx)
         if not self.low <= number <= self.high:
-            self.fail(
-                f"{shown(value)} is out of range, expected {self.low:,} to {self.high:,}",
-                param,
-                ctx,
-            )
+            bounds = f"{self.low:,} and {self.high:,}"
+            self.fail(f"{shown(value)} is not between {bounds}", param, ctx)
         return number
