@@ -44,7 +44,7 @@ from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.sweep import SweepOptions, sweep
 from reap2gguf.progress import Task
-from reap2gguf.terminal.options import read_size
+from reap2gguf.terminal.click_options import read_size
 
 PEERS = {"llm-compressor": Path(__file__).with_name("peer_llm_compressor.py")}
 

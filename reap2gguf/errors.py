@@ -1,22 +1,22 @@
-"""Every error this program raises for its user.
+"""Every error that this program raises for its user.
 
     Reap2ggufError                  exit code 2
-    ├── UsageError                  arguments that contradict each other or the model
+    ├── UsageError                  arguments contradict each other or the model
     ├── SourceError                 the model cannot be found or fetched
     ├── CheckpointError             a checkpoint's files are broken or incomplete
-    │   └── UnknownTensorError      a stored tensor no rule explains
-    ├── UnsupportedModelError       a model, or a value in its config, that is not implemented
-    ├── CalibrationError            text or samples that cannot become rows of tokens
-    ├── ObservationError            a sweep whose numbers cannot be trusted
-    ├── PeerError                   another process of the same run has ended
-    ├── RecipeError                 a recipe that is wrong in itself or for this model
-    ├── ArtifactError               a GGUF, imatrix or observations file that is broken
-    ├── DependencyError             a library that is missing or too old
+    │   └── UnknownTensorError      a stored tensor matches no rule
+    ├── UnsupportedModelError       a model or a config value is not implemented
+    ├── CalibrationError            text or samples cannot become rows of tokens
+    ├── ObservationError            the results of a calibration pass are not finite
+    ├── PeerError                   another process of the same run ended early
+    ├── RecipeError                 a recipe is malformed or does not fit this model
+    ├── ArtifactError               a GGUF, imatrix or observations file is broken
+    ├── DependencyError             a library is missing or too old
     ├── OutputError                 the output cannot be written
-    ├── PublishError                the Hub does not take what is published
-    └── VerificationError           exit code 1: what was written is not what was planned
+    ├── PublishError                the Hub refuses an upload
+    └── VerificationError           exit code 1: the output differs from the plan
 
-A message says where, what was found, what was expected and what to do.
+Each message says where, what was found, what was expected and what to do.
 """
 
 
@@ -39,11 +39,11 @@ class CheckpointError(Reap2ggufError):
 
 
 class UnknownTensorError(CheckpointError):
-    """A stored tensor has a name that no rule of its architecture explains."""
+    """A stored tensor has a name that matches no rule of its architecture."""
 
 
 class UnsupportedModelError(Reap2ggufError):
-    """The architecture, or a value in its config, is one this program does not implement."""
+    """The architecture, or a value in its config, is not implemented."""
 
 
 class CalibrationError(Reap2ggufError):
@@ -51,11 +51,11 @@ class CalibrationError(Reap2ggufError):
 
 
 class ObservationError(Reap2ggufError):
-    """Too many rows of a sweep were not finite for its sums to be trusted."""
+    """Too many rows of a calibration pass were not finite, so its sums cannot be trusted."""
 
 
 class PeerError(Reap2ggufError):
-    """Another process of the same run ended before its time."""
+    """Another process of the same run ended early."""
 
 
 class RecipeError(Reap2ggufError):
@@ -71,15 +71,15 @@ class DependencyError(Reap2ggufError):
 
 
 class OutputError(Reap2ggufError):
-    """The output folder cannot be written, or holds something that must not be replaced."""
+    """The output cannot be written, or would replace something that must be kept."""
 
 
 class PublishError(Reap2ggufError):
-    """The Hub cannot be reached, or does not take what is to be published."""
+    """The Hub cannot be reached, or refuses what is published."""
 
 
 class VerificationError(Reap2ggufError):
-    """What was written differs from what was planned; the violations are listed."""
+    """The output differs from the plan; `violations` lists where."""
 
     exit_code = 1
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
-from reap2gguf.vendor import LIBRARIES, VARIABLE, asked_folder, asked_libggml
+from reap2gguf.vendor import LIBRARIES, VARIABLE, requested_folder, requested_libggml
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -153,13 +153,13 @@ def load_ggml() -> Ggml:
     Raises DependencyError that says what to install if there is none, or what is wrong with the
     one asked for; another does not take its place.
     """
-    return _load(asked_folder())
+    return _load(requested_folder())
 
 
 @cache
 def _load(asked: Path | None) -> Ggml:
     if asked is not None:
-        return _load_asked(asked_libggml(asked))
+        return _load_asked(requested_libggml(asked))
     tried: list[str] = []
     for path in _candidates():
         try:

@@ -60,12 +60,24 @@ def resident_bytes() -> int:
     return peak_bytes() if found is None else found
 
 
+def total_bytes() -> int:
+    """Host memory of the machine, or of the container if it may use less, in bytes."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = container_limit()
+    return installed if limit is None else min(installed, limit)
+
+
+def container_limit() -> int | None:
+    """Host memory that this container may use, in bytes; None without a limit."""
+    return _number(_CGROUP / "memory.max")
+
+
 def available_bytes() -> int:
     """Host memory that can be had without swapping, in bytes: the machine's or the container's."""
     free = _kilobytes(_MEMINFO, "MemAvailable")
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    limit, used = container_limit(), _number(_CGROUP / "memory.current")
     if limit is None or used is None:
         return free
     cached = _file_cache(_CGROUP / "memory.stat")  # counts as used, and is given up when wanted

@@ -1,4 +1,4 @@
-"""Where recipes, calibration texts and the bundled example lie: in the wheel or a checkout."""
+"""Find recipes, calibration texts and the bundled example, in a wheel or a checkout."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ EXAMPLE_NAME = "tiny-qwen3-moe"
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder `recipes` or `calibration`: inside an installed wheel, else beside the package."""
+    """The folder `recipes` or `calibration`, inside an installed wheel or beside the package.
+
+    Raises SourceError if it is missing.
+    """
     for candidate in (_PACKAGE / "data" / name, _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
@@ -19,16 +22,15 @@ def shipped_folder(name: str) -> Path:
 
 
 def example_checkpoint() -> Path:
-    """The bundled example model, found in the checkout that holds the package or is the cwd.
+    """The folder of the bundled example, in the checkout of the package or in the current folder.
 
-    Raises SourceError in a bare wheel, which does not carry the model.
+    Raises SourceError if there is none: a wheel does not contain the model.
     """
     for root in (_PACKAGE.parent, Path.cwd()):
         candidate = root / "examples" / EXAMPLE_NAME
         if (candidate / "config.json").is_file():
             return candidate
     raise SourceError(
-        "no MODEL was given and the bundled example is not here (it lies in a source checkout, not "
-        "in the wheel); pass a folder such as ./Qwen3-30B-A3B or a Hub name such as "
-        "Qwen/Qwen3-30B-A3B"
+        "no MODEL was given, and there is no bundled example (a source checkout has it, a wheel "
+        "does not); pass a folder such as ./Qwen3-30B-A3B or a Hub name such as Qwen/Qwen3-30B-A3B"
     )

@@ -1,7 +1,7 @@
-"""A llama.cpp that the user has built or installed. The only file that knows its paths.
+"""Find a llama.cpp that the user built or installed. Only this file knows its paths.
 
-Nothing here is needed for a build: a wheel brings libggml. A llama.cpp of one's own quantizes with
-its libggml where that is asked for, and serves and chats where its programs are found.
+A build does not need it: libggml comes from a wheel. If the user names a llama.cpp, its libggml
+quantizes. If its programs are found, they run `chat` and `serve`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reap2gguf.messages import shown
 VARIABLE = "LLAMA_CPP_DIR"
 PROGRAMS = ("llama-server", "llama-cli", "llama-quantize")
 LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml.so")
-# where programs and libraries lie in a source tree, a build folder, an install prefix or a release
+# places of programs and libraries in a source tree, a build folder, an install prefix or a release
 _PROGRAM_FOLDERS = ("build/bin", "bin", ".")
 _LIBRARY_FOLDERS = (*_PROGRAM_FOLDERS, "build/ggml/src", "ggml/src", "lib", "lib64")
 _PACKAGE = Path(__file__).resolve().parent
@@ -33,23 +33,23 @@ _VERSION = re.compile(
     r"version: *(?:(?P<name>\d[\w.+-]{0,40}) *\()?(?:build )?(?P<build>\d{1,9})"
     r"(?:, commit | *\()(?P<commit>\w{1,40})\)"
 )
-_VERSION_SECONDS = 20.0  # a CUDA build looks for devices first
+_VERSION_SECONDS = 20.0  # a CUDA build searches for devices first
 _MAX_OUTPUT = 2**16
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """A llama.cpp that was found; `where` says what led to it."""
+    """A llama.cpp that was found; `where` says how."""
 
     folder: Path
     programs: Mapping[str, Path]
     libggml: Path | None
-    version: str | None  # such as "b6123 (79c1160b)"; None where no program says
+    version: str | None  # such as "b6123 (79c1160b)"; None if no program prints it
     where: str
-    problem: str = ""  # why a program that is there does not run
+    problem: str = ""  # why an existing program does not run
 
 
-def asked_folder() -> Path | None:
+def requested_folder() -> Path | None:
     """The folder that LLAMA_CPP_DIR names, which `--llama-cpp` sets for one command."""
     value = os.environ.get(VARIABLE, "")
     return Path(value).expanduser() if value else None
@@ -64,12 +64,14 @@ def checkout_folder() -> Path | None:
 
 
 def find_llama_cpp() -> LlamaCpp | None:
-    """The llama.cpp asked for, else that of the checkout, else that of PATH.
+    """The requested llama.cpp, else that of the checkout, else that on PATH.
 
-    Raises DependencyError if the folder asked for holds neither programs nor a library.
+    Raises DependencyError if the requested folder holds neither programs nor a library.
     """
-    if (asked := asked_folder()) is not None:
-        return _examined(asked, asked_programs(asked), find_libggml(asked), VARIABLE)
+    if (requested := requested_folder()) is not None:
+        return _examined(
+            requested, requested_programs(requested), find_libggml(requested), VARIABLE
+        )
     own = checkout_folder()
     if own is not None and (programs := _programs_below(own)):
         return _examined(own, programs, _library_below(own), "vendor/llama.cpp")
@@ -80,8 +82,11 @@ def find_llama_cpp() -> LlamaCpp | None:
     return _examined(folder, on_path, None, "PATH")
 
 
-def asked_programs(folder: Path) -> Mapping[str, Path]:
-    """The programs of a folder that was asked for; DependencyError if it holds nothing."""
+def requested_programs(folder: Path) -> Mapping[str, Path]:
+    """The programs of a requested folder.
+
+    Raises DependencyError if it holds neither programs nor a library.
+    """
     programs = _programs_below(folder)
     if not programs and _library_below(folder) is None:
         raise DependencyError(_holds_none(folder, f"{PROGRAMS[0]}, {PROGRAMS[1]} or a libggml"))
@@ -93,8 +98,11 @@ def find_libggml(folder: Path) -> Path | None:
     return _library_below(folder)
 
 
-def asked_libggml(folder: Path) -> Path:
-    """The libggml of a folder that was asked for; DependencyError says what was looked for."""
+def requested_libggml(folder: Path) -> Path:
+    """The libggml of a requested folder.
+
+    Raises DependencyError, with the names that were looked for, if there is none.
+    """
     found = _library_below(folder)
     if found is None:
         raise DependencyError(_holds_none(folder, " or ".join(LIBRARIES[:2])))
@@ -142,23 +150,25 @@ def _examined(
 
 
 def program_version(program: Path, seconds: float | None = None) -> str:
-    """What `PROGRAM --version` says, such as "b6123 (79c1160b)" or "0.5.0 b8123 (79c1160b)".
+    """The version that `PROGRAM --version` prints: "b6123 (79c1160b)", "0.5.0 b8123 (79c1160b)".
 
-    Raises DependencyError if it cannot be run, hangs, fails, or says nothing.
+    Raises DependencyError if it cannot be run, hangs, fails, or prints nothing.
     """
     seconds = _VERSION_SECONDS if seconds is None else seconds
     try:
         output, status = _run(program, seconds)
     except OSError as error:
         raise DependencyError(
-            f"{program}: cannot be run ({error.strerror or error}); is it a program of this "
-            "machine, and executable?"
+            f"{program}: cannot be run ({error.strerror or error}); is it executable and "
+            "built for this machine?"
         ) from error
     if status is None:
-        raise DependencyError(f"{program} --version: said nothing in {seconds:g} seconds; ended it")
+        raise DependencyError(
+            f"{program} --version: printed nothing in {seconds:g} seconds; killed it"
+        )
     text = output.decode("utf-8", errors="replace")
     if status:
-        last = (text.strip().splitlines() or ["it said nothing"])[-1]
+        last = (text.strip().splitlines() or ["it printed nothing"])[-1]
         raise DependencyError(f"{program} --version: failed with {status} ({shown(last)})")
     if match := _VERSION.search(text):
         name = f"{match['name']} " if match["name"] else ""
@@ -166,15 +176,18 @@ def program_version(program: Path, seconds: float | None = None) -> str:
     for line in text.splitlines():
         if line.strip():
             return shown(line.strip())
-    raise DependencyError(f"{program} --version: said nothing; is it llama.cpp's?")
+    raise DependencyError(f"{program} --version: printed nothing; is it llama.cpp's?")
 
 
 def _run(program: Path, seconds: float) -> tuple[bytes, int | None]:
-    """What a program prints, cut where it is long, and its status; None if it had to be ended."""
+    """Output of a program, cut if it is long, and its status; None if it had to be killed."""
     process = subprocess.Popen(
-        [program, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [program, "--version"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     with process:
         try:
             deadline = time.monotonic() + seconds
@@ -183,7 +196,7 @@ def _run(program: Path, seconds: float) -> tuple[bytes, int | None]:
         except subprocess.TimeoutExpired:
             return b"", None
         finally:
-            with suppress(ProcessLookupError, PermissionError):  # with children that hold the pipe
+            with suppress(ProcessLookupError, PermissionError):  # children hold the pipe
                 os.killpg(process.pid, signal.SIGKILL)
     return output, status
 

@@ -224,7 +224,7 @@ def test_plan_prints_counts_types_and_sizes(example: Path) -> None:
     result = run("plan", example, "--recipe", "unsloth-iq4km", "--keep-experts", 12)
     assert result.exit_code == 0
     for expected in (
-        "12 of 16 stay", "11.3 M parameters are left", "blk.*.ffn_down_exps.weight  Q5_K   x4",
+        "keeps 12 of 16", "11.3 M parameters remain", "blk.*.ffn_down_exps.weight  Q5_K   x4",
         "rule token_embd.weight", "5.20 bits per weight", "needs",
     ):  # fmt: skip
         assert expected in result.output
@@ -259,7 +259,7 @@ def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.Monk
         resources.example_checkpoint()
 
 
-def test_an_interrupt_says_how_to_go_on(
+def test_an_interrupt_says_how_to_resume(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reap2gguf.building import pipeline, plan
@@ -274,10 +274,10 @@ def test_an_interrupt_says_how_to_go_on(
         patch.setattr(pipeline, "build", interrupt)
         result = run(*words, "--fresh")
     assert result.exit_code == 130
-    assert result.output.endswith(f"Error: interrupted; to go on: {command}\n"), "it is begun"
+    assert result.output.endswith(f"Interrupted. Resume with: {command}\n"), "it is begun"
     monkeypatch.setattr(plan, "make_plan", interrupt)
     result = run(*words, "--fresh")
-    assert result.output == f"Error: interrupted; to go on: {command} --fresh\n"
+    assert result.output == f"Interrupted. Resume with: {command} --fresh\n"
 
 
 def test_an_interrupted_quantization_goes_on(
@@ -339,3 +339,23 @@ def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
             f"try {number} of 5 in 0 s" for number in (2, 3, 4, 5)
         ]
         assert error.startswith("Error: owner/name: ")
+
+
+def test_quiet_prints_the_results_alone(tiny: Path, tmp_path: Path) -> None:
+    command = ("build", tiny, "--recipe", "q8_0", "--output", tmp_path / "out", "--device", "cpu")
+    result = run(*command, "-q")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert "Try it:  reap2gguf chat" in result.stdout
+    result = run(*command, "-q", "-v")
+    one_line(result, "--quiet and --verbose exclude each other")
+
+
+def test_verbose_prints_the_causes_of_an_error(tiny: Path) -> None:
+    (tiny / "config.json").write_text("{")
+    command = ("plan", tiny, "--recipe", "q8_0")
+    assert len(run(*command).stderr.splitlines()) == 1
+    lines = run(*command, "-v").stderr.splitlines()
+    assert lines[0].startswith("Error: ")
+    assert lines[1].startswith("  caused by JSONDecodeError: ")
+    assert len(run(*command).stderr.splitlines()) == 1, "it holds for one command"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from reap2gguf import machine as host
 from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.doctor import machine, software
@@ -75,10 +76,10 @@ def test_a_version_is_held_against_the_requirement(
     finding = named(software.required_packages(), "torch")
     assert finding.state is state
     if state is State.PROBLEM:
-        assert finding.found == f"{found}, which is not <2.14,>=2.10"
+        assert finding.found == f"{found}, expected <2.14,>=2.10"
 
 
-def test_without_packaging_only_the_version_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_packaging_only_the_version_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "requires", lambda _: ["torch<2.14,>=2.10"])
     without(monkeypatch, torch="1.0")
     monkeypatch.setattr(software.importlib.util, "find_spec", lambda name: None)
@@ -86,11 +87,14 @@ def test_without_packaging_only_the_version_is_said(monkeypatch: pytest.MonkeyPa
 
 
 def test_llama_cpp_python_is_for_chat_and_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "missing_for_server", list)
     assert software.llama_cpp_python().found.endswith("for `chat` and `serve`")
+    monkeypatch.setattr(software, "missing_for_server", lambda: ["uvicorn"])
+    assert "pip install 'reap2gguf[serve]'" in software.llama_cpp_python().advice
     without(monkeypatch, llama_cpp_python=None)
     finding = software.llama_cpp_python()
     assert finding.state is State.ABSENT
-    assert "pip install 'reap2gguf[llama]'" in finding.advice
+    assert "pip install 'reap2gguf[serve]'" in finding.advice
 
 
 def test_programs_that_are_not_there_are_not_needed() -> None:
@@ -100,16 +104,16 @@ def test_programs_that_are_not_there_are_not_needed() -> None:
     assert all(finding.advice.startswith("not needed") for finding in found)
 
 
-def test_programs_on_path_tell_their_version(tmp_path: Path) -> None:
+def test_programs_on_path_have_a_version(tmp_path: Path) -> None:
     path = script(tmp_path / "path" / "llama-server", VERSION)
     found = named(software.llama_programs(), "llama-server")
     assert found == Finding("llama-server", f"b6123 (79c1160b) at {path} (PATH)")
 
 
 @pytest.mark.parametrize(
-    ("body", "message"), [("sleep 60", "said nothing in"), ("exit 3", "failed with 3")]
+    ("body", "message"), [("sleep 60", "printed nothing in"), ("exit 3", "failed with 3")]
 )
-def test_programs_that_do_not_run_are_told(
+def test_programs_that_do_not_run_are_reported(
     body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vendor, "_VERSION_SECONDS", 0.3)
@@ -123,8 +127,8 @@ def test_programs_that_do_not_run_are_told(
 def test_a_folder_that_holds_none_is_a_problem(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["doctor", "--llama-cpp", str(tmp_path / "none")])
     assert result.exit_code == 2
-    assert "  x llama.cpp                not where it was said to be\n" in result.output
-    assert "  x libggml                  none that loads\n" in result.output
+    assert "  x llama.cpp                not in the given folder\n" in result.output
+    assert "  x libggml                  does not load\n" in result.output
     assert "no such folder" in result.output
 
 
@@ -152,7 +156,7 @@ def test_the_submodule_is_followed_from_nothing_to_built(
 
 
 class Cuda:
-    """What torch says of GPUs."""
+    """What torch reports about GPUs."""
 
     def __init__(self, n_gpus: int) -> None:
         self.n_gpus = n_gpus
@@ -175,11 +179,11 @@ class Cuda:
 @pytest.mark.parametrize(
     ("n_gpus", "driver", "cuda", "expected"),
     [
-        (0, False, None, ["none; experts are observed on the CPU"]),
-        (0, True, None, ["an NVIDIA driver is here, and torch is built for CPUs only"]),
-        (0, True, "12.8", ["an NVIDIA driver is here, and torch (CUDA 12.8) sees no GPU"]),
-        (2, True, "12.8", ["12.8", "GPU 0, 3.0 GiB of 12.0 GiB free",
-                           "cannot be asked (CUDA error: device lost)"]),
+        (0, False, None, ["none; calibration passes run on the CPU"]),
+        (0, True, None, ["there is an NVIDIA driver, but torch is built for CPUs only"]),
+        (0, True, "12.8", ["there is an NVIDIA driver, but torch (CUDA 12.8) finds no GPU"]),
+        (2, True, "12.8", ["12.8", "GPU 0, 3.00 GiB of 12.00 GiB free",
+                           "does not respond (CUDA error: device lost)"]),
     ],
 )  # fmt: skip
 def test_gpus(
@@ -205,15 +209,15 @@ def test_memory_is_what_a_container_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "_CGROUP", limit)
+    monkeypatch.setattr(host, "_CGROUP", tmp_path)
     assert "container" not in machine.memory().found
     limit.write_text("max\n")
     assert "container" not in machine.memory().found
     limit.write_text(f"{2**30}\n")
-    assert machine.memory().found.endswith("of 1.0 GiB free that this container may take")
+    assert machine.memory().found.endswith("of 1.00 GiB free, the limit of this container")
 
 
-def test_the_hub_is_told_without_its_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_hub_token_is_not_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -222,11 +226,11 @@ def test_the_hub_is_told_without_its_token(monkeypatch: pytest.MonkeyPatch, tmp_
     assert machine.hub_endpoint().found == "https://hub.example, offline by HF_HUB_OFFLINE"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert machine.hub_endpoint() == Finding(
-        "hub", "https://hub.example, not asked now; HF_HUB_OFFLINE is not set"
+        "hub", "https://hub.example, not contacted now; HF_HUB_OFFLINE is not set"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_" + "secret" * 4)
     result = CliRunner().invoke(cli, ["doctor"])
-    assert "a token is there" in result.output
+    assert "a token was found" in result.output
     assert "secret" not in result.output
 
 
@@ -236,7 +240,7 @@ def test_a_full_and_an_absent_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: _Usage(2**31, 2**20))
     cache = named(machine.disks(), "disk of Hub cache")
-    assert cache.found == f"0.0 GiB of 2.0 GiB free, {tmp_path / 'not' / 'yet'}"
+    assert cache.found == f"1.00 MiB of 2.00 GiB free, {tmp_path / 'not' / 'yet'}"
     assert cache.state is State.ADVICE
 
 

@@ -40,7 +40,7 @@ def built_here(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(vendor.VARIABLE, raising=False)
 
 
@@ -57,7 +57,7 @@ def test_a_tree_a_build_and_a_bin_folder_are_found(
     assert found.libggml.samefile(LIBRARIES / "libggml-base.so")
 
 
-def test_the_one_asked_for_comes_before_the_checkouts_and_that_before_path(
+def test_the_requested_one_comes_before_the_checkouts_and_that_before_path(
     tmp_path: Path, built_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vendor, "_PACKAGE", tmp_path / "repository" / "reap2gguf")
@@ -84,14 +84,14 @@ def test_the_one_asked_for_comes_before_the_checkouts_and_that_before_path(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("sleep 60", "said nothing in 0.5 seconds"),
-        ("sleep 60 & exit 0", "said nothing; is it llama.cpp's"),
-        ("yes", "said nothing in 0.5 seconds"),
+        ("sleep 60", "printed nothing in 0.5 seconds"),
+        ("sleep 60 & exit 0", "printed nothing; is it llama.cpp's"),
+        ("yes", "printed nothing in 0.5 seconds"),
         ("echo libcudart.so.12: cannot open >&2; exit 127", "failed with 127 ('libcudart.so.12"),
-        ("exit 0", "said nothing; is it llama.cpp's"),
+        ("exit 0", "printed nothing; is it llama.cpp's"),
     ],
 )
-def test_a_program_that_hangs_or_fails_is_told(tmp_path: Path, body: str, message: str) -> None:
+def test_a_program_that_hangs_or_fails_is_reported(tmp_path: Path, body: str, message: str) -> None:
     program = script(tmp_path / "llama-server", body)
     begun = time.monotonic()
     with pytest.raises(DependencyError) as raised:
@@ -112,12 +112,12 @@ def test_versions_are_read_as_programs_write_them(said: str, expected: str, tmp_
     assert vendor.program_version(script(tmp_path / "llama-cli", f"echo '{said}'")) == expected
 
 
-def test_a_program_of_another_machine_is_told(tmp_path: Path) -> None:
+def test_a_program_of_another_machine_is_reported(tmp_path: Path) -> None:
     program = tmp_path / "llama-server"
     program.write_bytes(b"\x7fELF" + b"\0" * 60)
     for mode in (0o755, 0o644):
         program.chmod(mode)
-        with pytest.raises(DependencyError, match=r"cannot be run .*of this machine"):
+        with pytest.raises(DependencyError, match=r"cannot be run .*for this machine"):
             vendor.program_version(program)
 
 
@@ -147,7 +147,7 @@ def test_quantize_with_it_writes_the_same_file(
     result = CliRunner().invoke(cli, [*command, str(own), "--llama-cpp", str(built_here)])
     assert result.exit_code == 0, result.output
     assert own.read_bytes() == usual.read_bytes()
-    assert vendor.asked_folder() is None, "the option holds for one command"
+    assert vendor.requested_folder() is None, "the option holds for one command"
 
 
 def no_folder(folder: Path) -> None:

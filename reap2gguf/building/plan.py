@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reap2gguf.building.workdir import RESERVED_NAMES
 from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders, model_file, side_file
@@ -23,14 +23,14 @@ from reap2gguf.models import (
     describe,
 )
 from reap2gguf.options import BuildOptions
-from reap2gguf.pruning.select import Kept, Target, choose_target, friendly_count
+from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 
 if TYPE_CHECKING:
-    from reap2gguf.building.estimate import Estimate
+    pass
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
@@ -123,54 +123,6 @@ def _check_there(text: Path) -> None:
     """Refuse a missing text before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")
-
-
-def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
-    """The plan for programs: everything the printed one says, and the whole type table."""
-    facts = plan.model.facts
-    return {
-        "name": plan.name,
-        "source": plan.source.label,
-        "revision": plan.source.revision,
-        "unfetched_bytes": plan.checkpoint.unfetched_bytes,
-        "architecture": facts.architecture,
-        "experts": {
-            "source": facts.n_experts,
-            "kept": plan.target.n_kept,
-            "per_token": facts.experts_per_token,
-            "layers": len(facts.moe_layers),
-            "friendly": friendly_count(plan.target, facts.experts_per_token),
-        },
-        "mtp": plan.mtp,
-        "caveats": list(plan.model.caveats()),
-        "calibration": {
-            "spec": plan.calibration.label,
-            "rows": plan.calibration.samples,
-            "max_length": plan.max_length,
-            "pack": plan.calibration.pack,
-        },
-        "side_files": [plan.side_name(side) for side in plan.side_files],
-        "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
-        "safetensors_bytes": plan.hf_bytes,
-        "files": [
-            {
-                "file": plan.gguf_name(recipe),
-                "recipe": recipe.name,
-                "file_type": recipe.file_type,
-                "bytes": recipe.n_bytes,
-                "bits_per_weight": round(recipe.bits_per_weight, 4),
-                "tensors": {
-                    name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()
-                },
-            }
-            for recipe in plan.recipes
-        ],
-        "estimate": {
-            "disk_bytes": needs.disk_bytes,
-            "memory_bytes": needs.memory_bytes,
-            "seconds": round(needs.seconds),
-        },
-    }
 
 
 def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:

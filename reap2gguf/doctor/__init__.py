@@ -1,4 +1,4 @@
-"""What this machine has for the work, and what is missing for what."""
+"""What this machine has, and what is missing for which command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CHECKS", "Finding", "State", "diagnose"]
 
 Check = Callable[[], Finding | Iterable[Finding]]
 
-# every check, under the heading that it is shown below
+# every check, by heading
 CHECKS: dict[str, tuple[Check, ...]] = {
     "Program": (
         software.program,
@@ -40,7 +40,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 
 
 def diagnose() -> Iterator[tuple[str, Finding]]:
-    """Everything that the work depends on: a heading and a finding each."""
+    """Run every check: a heading and a finding each."""
     for heading, checks in CHECKS.items():
         for check in checks:
             found = check()

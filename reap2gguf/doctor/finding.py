@@ -1,4 +1,4 @@
-"""One line of a diagnosis."""
+"""One line of the report."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from enum import Enum
 
 
 class State(Enum):
-    """How a thing is; the value is how JSON calls it."""
+    """The state of what was checked; the value is its name in JSON."""
 
     OK = "ok"
-    ABSENT = "absent"  # not needed, and said what it would be for
-    ADVICE = "advice"  # works, and could be better
-    PROBLEM = "problem"  # needed
+    ABSENT = "absent"  # not needed; the advice says what it is for
+    ADVICE = "advice"  # works, but could be better
+    PROBLEM = "problem"  # needed, and missing or broken
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and what to do about it."""
+    """What was checked, what was found, and what to do about it."""
 
     what: str
     found: str

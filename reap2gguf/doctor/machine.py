@@ -1,4 +1,4 @@
-"""GPU, processors, memory, disks and the Hub's settings."""
+"""Check GPUs, processors, memory, disks and the Hub's settings."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reap2gguf.doctor.finding import Finding, State
-from reap2gguf.machine import available_bytes, available_threads
+from reap2gguf.machine import available_bytes, available_threads, container_limit, total_bytes
+from reap2gguf.messages import size
 from reap2gguf.observing.deltanet import PACKAGE, REFERENCE_SPEED, installed_version
 
-_DRIVER = Path("/proc/driver/nvidia")  # there where the kernel drives an NVIDIA GPU
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
+_DRIVER = Path("/proc/driver/nvidia")  # exists if the kernel drives an NVIDIA GPU
 _LITTLE_DISK = 2**30
 
 
 def gpus() -> Iterator[Finding]:
-    """Each GPU that torch sees, and one that it should see and does not."""
+    """Each GPU that torch finds, or why it finds none."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:
@@ -28,18 +28,21 @@ def gpus() -> Iterator[Finding]:
     built = torch.version.cuda
     if not torch.cuda.is_available():
         if not _DRIVER.is_dir():
-            yield Finding("gpu", "none; experts are observed on the CPU")
+            yield Finding("gpu", "none; calibration passes run on the CPU")
         elif built is None and torch.version.hip is None:
             yield Finding(
-                "gpu", "an NVIDIA driver is here, and torch is built for CPUs only", State.ADVICE,
-                "observing takes far longer on the CPU; install torch for CUDA (pytorch.org)",
-            )  # fmt: skip
+                "gpu",
+                "there is an NVIDIA driver, but torch is built for CPUs only",
+                State.ADVICE,
+                "calibration passes are far slower on a CPU; install torch for CUDA (pytorch.org)",
+            )
         else:
             yield Finding(
-                "gpu", f"an NVIDIA driver is here, and torch (CUDA {built}) sees no GPU",
+                "gpu",
+                f"there is an NVIDIA driver, but torch (CUDA {built}) finds no GPU",
                 State.ADVICE,
-                "see CUDA_VISIBLE_DEVICES, and that nvidia-smi works and its driver is new enough",
-            )  # fmt: skip
+                "check CUDA_VISIBLE_DEVICES, nvidia-smi and the version of the driver",
+            )
         return
     yield Finding("cuda", f"torch {torch.__version__} is built for {built or torch.version.hip}")
     for index in range(torch.cuda.device_count()):
@@ -55,20 +58,22 @@ def _gpu(index: int) -> Finding:
         name = torch.cuda.get_device_name(index)
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
-        return Finding(what, f"cannot be asked ({problem})", State.ADVICE, "is it in use or lost?")
-    return Finding(what, f"{name}, {_gib(free)} of {_gib(total)} free")
+        return Finding(what, f"does not respond ({problem})", State.ADVICE, "is it in use or lost?")
+    return Finding(what, f"{name}, {size(free)} of {size(total)} free")
 
 
 def flash_linear_attention() -> Finding:
-    """The kernels of Qwen3.5's linear attention."""
+    """The GPU kernels for Qwen3.5's linear attention."""
     found = installed_version()
     if found is not None:
         return Finding(PACKAGE, found)
     return Finding(
-        PACKAGE, "not installed", State.ABSENT,
-        f"without it a GPU observes Qwen3.5's DeltaNet at {REFERENCE_SPEED} the speed: "
+        PACKAGE,
+        "not installed",
+        State.ABSENT,
+        f"without it a GPU runs Qwen3.5's DeltaNet at {REFERENCE_SPEED} the speed: "
         "pip install 'reap2gguf[gpu]'",
-    )  # fmt: skip
+    )
 
 
 def processors() -> Finding:
@@ -78,73 +83,66 @@ def processors() -> Finding:
 
 
 def memory() -> Finding:
-    """Memory that can be had, within what a container may take."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_limit()
-    bounded = limit is not None and limit < total
-    whose = " that this container may take" if bounded else ""
-    most = min(total, limit) if limit is not None else total
-    return Finding("memory", f"{_gib(available_bytes())} of {_gib(most)} free{whose}")
-
-
-def _cgroup_limit() -> int | None:
-    try:
-        text = _CGROUP.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None  # no container, or one that does not say
-    return int(text) if text.isdecimal() else None
+    """Free memory, within the limit of a container."""
+    total = total_bytes()
+    limit = ", the limit of this container" if total == container_limit() else ""
+    return Finding("memory", f"{size(available_bytes())} of {size(total)} free{limit}")
 
 
 def disks() -> Iterator[Finding]:
-    """Room where bundles, downloads and scratch files go."""
-    yield _disk("disk here", Path.cwd(), "for bundles; or pass --output elsewhere")
+    """Free space for bundles, downloads and temporary files."""
+    yield _disk("disk here", Path.cwd(), "for bundles; pass another --output")
     cache = _hub_cache()
     if cache is not None:
-        yield _disk("disk of Hub cache", cache, "for models of the Hub; or set HF_HOME elsewhere")
-    yield _disk("disk of temp", Path(tempfile.gettempdir()), "or set TMPDIR elsewhere")
+        yield _disk("disk of Hub cache", cache, "for models of the Hub; set HF_HOME")
+    yield _disk("disk of temp", Path(tempfile.gettempdir()), "for temporary files; set TMPDIR")
 
 
 def _disk(what: str, folder: Path, advice: str) -> Finding:
-    """Free room at a folder, or at the nearest one above it that is there."""
-    there = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
+    """Free space in a folder, or in the nearest parent that exists."""
+    existing = next((path for path in (folder, *folder.parents) if path.is_dir()), Path("/"))
     try:
-        usage = shutil.disk_usage(there)
+        usage = shutil.disk_usage(existing)
     except OSError as error:
         return Finding(what, f"unknown ({error.strerror}): {folder}", State.ADVICE, advice)
-    found = f"{_gib(usage.free)} of {_gib(usage.total)} free, {folder}"
-    if not os.access(there, os.W_OK):
+    found = f"{size(usage.free)} of {size(usage.total)} free, {folder}"
+    if not os.access(existing, os.W_OK):
         return Finding(what, f"{found}, not writable", State.ADVICE, advice)
     if usage.free < _LITTLE_DISK:
-        return Finding(what, found, State.ADVICE, f"little room {advice}")
+        return Finding(what, found, State.ADVICE, f"little space {advice}")
     return Finding(what, found)
 
 
 def hub_endpoint() -> Finding:
-    """Where models are fetched from, and whether that is forbidden."""
+    """Where models are fetched from, and whether HF_HUB_OFFLINE forbids it."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return Finding("hub", "huggingface_hub is missing", State.PROBLEM)
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return Finding(
-            "hub", f"{constants.ENDPOINT}, offline by HF_HUB_OFFLINE", State.ADVICE,
+            "hub",
+            f"{constants.ENDPOINT}, offline by HF_HUB_OFFLINE",
+            State.ADVICE,
             "only models in the cache are found; unset HF_HUB_OFFLINE to fetch others",
-        )  # fmt: skip
-    return Finding("hub", f"{constants.ENDPOINT}, not asked now; HF_HUB_OFFLINE is not set")
+        )
+    return Finding("hub", f"{constants.ENDPOINT}, not contacted now; HF_HUB_OFFLINE is not set")
 
 
 def hub_token() -> Finding:
-    """Whether there is a token, which publishing and gated models need; never which."""
+    """Whether there is a token, for publishing and for gated models; never the token itself."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return Finding("hub token", "huggingface_hub is missing", State.PROBLEM)
     from huggingface_hub import get_token
 
     if get_token() is not None:
-        return Finding("hub token", "a token is there")
+        return Finding("hub token", "a token was found")
     return Finding(
-        "hub token", "none", State.ABSENT,
-        "not needed for public models; to publish, or for gated ones: hf auth login",
-    )  # fmt: skip
+        "hub token",
+        "none",
+        State.ABSENT,
+        "not needed for public models; to publish, or for gated models: hf auth login",
+    )
 
 
 def _hub_cache() -> Path | None:
@@ -153,7 +151,3 @@ def _hub_cache() -> Path | None:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""Packages, libggml and llama.cpp."""
+"""Check packages, libggml and llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,27 +12,37 @@ from reap2gguf import __version__
 from reap2gguf.calibration.mixes import shipped_mixes
 from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.errors import CalibrationError, DependencyError, SourceError
+from reap2gguf.local.serving import missing_for_server
 from reap2gguf.messages import shown
 from reap2gguf.resources import shipped_folder
 from reap2gguf.vendor import PROGRAMS, checkout_folder, find_libggml, find_llama_cpp
 
 _SOURCE = "https://github.com/ggml-org/llama.cpp"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-# what reap2gguf requires, where its own metadata is not there (a checkout that is not installed)
+# requirements if the package has no metadata: a checkout that is not installed
 _USUAL = (
-    "torch", "transformers", "safetensors", "gguf", "numpy", "datasets", "huggingface_hub",
-    "jinja2", "click", "rich", "libggml-python",
-)  # fmt: skip
-_INDIRECT = ("tokenizers",)  # come with another package
+    "torch",
+    "transformers",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "datasets",
+    "huggingface_hub",
+    "jinja2",
+    "click",
+    "rich",
+    "libggml-python",
+)
+_INDIRECT = ("tokenizers",)  # installed with another package
 _USES = {
     "llama-server": "for `serve` with several requests at a time, and with images",
     "llama-cli": "for `chat` without llama-cpp-python",
-    "llama-quantize": "quantizing is done in this process",
+    "llama-quantize": "this program quantizes by itself",
 }
 
 
 def program() -> Finding:
-    """This program."""
+    """The version of this program."""
     return Finding("reap2gguf", __version__)
 
 
@@ -42,7 +52,7 @@ def python() -> Finding:
 
 
 def required_packages() -> Iterator[Finding]:
-    """Each package that reap2gguf's own metadata requires, and whether its version serves."""
+    """Each package that reap2gguf requires, and whether its version fits."""
     for requirement in [*_requirements(), *_INDIRECT]:
         yield _package(requirement)
 
@@ -56,7 +66,7 @@ def installed(name: str) -> str | None:
 
 
 def _requirements() -> list[str]:
-    """Such as "torch<2.14,>=2.10": what is required without an extra."""
+    """What is required without an extra, such as "torch<2.14,>=2.10"."""
     try:
         found = requires("reap2gguf") or []
     except PackageNotFoundError:
@@ -73,13 +83,13 @@ def _package(requirement: str) -> Finding:
         return Finding(name, "missing", State.PROBLEM, f"pip install '{requirement}'")
     if wanted and _satisfies(found, requirement) is False:
         return Finding(
-            name, f"{found}, which is not {wanted}", State.PROBLEM, f"pip install '{requirement}'"
+            name, f"{found}, expected {wanted}", State.PROBLEM, f"pip install '{requirement}'"
         )
     return Finding(name, found)
 
 
 def _satisfies(found: str, requirement: str) -> bool | None:
-    """Whether a version serves; None where nothing here can tell."""
+    """Whether a version fits; None if that is unknown."""
     if importlib.util.find_spec("packaging") is None:
         return None
     from packaging.requirements import InvalidRequirement, Requirement
@@ -94,50 +104,59 @@ def _satisfies(found: str, requirement: str) -> bool | None:
 def libggml() -> Finding:
     """The library that quantizes."""
     if installed("gguf") is None or installed("numpy") is None:
-        return Finding("libggml", "not tried: gguf or numpy is missing", State.PROBLEM)
+        return Finding("libggml", "not loaded: gguf or numpy is missing", State.PROBLEM)
     from reap2gguf.ggml import load_ggml
 
     try:
         ggml = load_ggml()
     except DependencyError as error:
-        return Finding("libggml", "none that loads", State.PROBLEM, str(error))
+        return Finding("libggml", "does not load", State.PROBLEM, str(error))
     whose = f"of your llama.cpp, {ggml.path}" if ggml.is_own else f"from the wheel, {ggml.path}"
     return Finding("libggml", f"{ggml.version} {whose}")
 
 
 def shipped() -> Finding:
-    """What comes with the program."""
+    """The recipes and texts that are included."""
     try:
         recipes = len(list(shipped_folder("recipes").glob("*.toml")))
         folder = shipped_folder("calibration")
         mixes = len(shipped_mixes())
     except (SourceError, CalibrationError) as error:
-        return Finding("shipped", "incomplete", State.PROBLEM, str(error))
+        return Finding("included files", "incomplete", State.PROBLEM, str(error))
     texts = len(list(folder.glob("*.txt"))) + len(list(folder.glob("*.jsonl")))
-    return Finding("shipped", f"{recipes} recipes, {texts} calibration texts, {mixes} mixes")
+    return Finding("included files", f"{recipes} recipes, {texts} calibration texts, {mixes} mixes")
 
 
 def llama_cpp_python() -> Finding:
-    """The package that chats and serves in this process."""
+    """The package for `chat` and `serve`, and its server."""
     found = installed("llama-cpp-python")
     if found is None:
         return Finding(
-            "llama-cpp-python", "not installed", State.ABSENT,
-            "not needed to build; `chat` and `serve` run with it: pip install 'reap2gguf[llama]'",
-        )  # fmt: skip
+            "llama-cpp-python",
+            "not installed",
+            State.ABSENT,
+            "not needed to build; for `chat` and `serve`: pip install 'reap2gguf[serve]'",
+        )
+    if missing_for_server():
+        return Finding(
+            "llama-cpp-python",
+            f"{found}, for `chat`",
+            State.ABSENT,
+            "not needed to build; for `serve` without llama-server: pip install 'reap2gguf[serve]'",
+        )
     return Finding("llama-cpp-python", f"{found}, for `chat` and `serve`")
 
 
 def llama_programs() -> Iterator[Finding]:
-    """llama.cpp's programs: where they are and which version."""
+    """llama.cpp's programs: where they are, and their version."""
     try:
         found = find_llama_cpp()
     except DependencyError as error:
-        yield Finding("llama.cpp", "not where it was said to be", State.PROBLEM, str(error))
+        yield Finding("llama.cpp", "not in the given folder", State.PROBLEM, str(error))
         return
     if found is not None and found.problem:
         yield Finding(
-            "llama.cpp", f"found by {found.where}, and does not run", State.ADVICE, found.problem
+            "llama.cpp", f"found by {found.where}, but does not run", State.ADVICE, found.problem
         )
     version_text = f"{found.version} " if found is not None and found.version else ""
     for name in PROGRAMS:
@@ -151,7 +170,7 @@ def llama_programs() -> Iterator[Finding]:
 
 
 def vendored() -> Iterator[Finding]:
-    """The state of the submodule, where this is a checkout."""
+    """The state of the submodule, if this is a checkout."""
     folder = checkout_folder()
     if folder is None:
         return
@@ -159,15 +178,19 @@ def vendored() -> Iterator[Finding]:
         is_submodule = (folder.parent.parent / ".gitmodules").is_file()
         way = "submodule update --init" if is_submodule else f"clone {_SOURCE}"
         yield Finding(
-            "vendor/llama.cpp", "not checked out", State.ABSENT,
-            f"not needed; to have it: git {way} vendor/llama.cpp",
-        )  # fmt: skip
+            "vendor/llama.cpp",
+            "not checked out",
+            State.ABSENT,
+            f"not needed; to get it: git {way} vendor/llama.cpp",
+        )
     elif (folder / "build" / "bin").is_dir():
         library = "with" if find_libggml(folder) else "without"
         yield Finding("vendor/llama.cpp", f"built, {library} a shared libggml")
     else:
         yield Finding(
-            "vendor/llama.cpp", "checked out, not built", State.ABSENT,
+            "vendor/llama.cpp",
+            "checked out, not built",
+            State.ABSENT,
             "not needed; to build it: cmake -S vendor/llama.cpp -B vendor/llama.cpp/build && "
             "cmake --build vendor/llama.cpp/build",
-        )  # fmt: skip
+        )

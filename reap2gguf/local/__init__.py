@@ -1,1 +1,1 @@
-"""Trying a bundle where it was made: in process, or with the user's own llama.cpp."""
+"""Run a bundle on this machine: chat in this process, or start a server or llama.cpp's programs."""

@@ -7,94 +7,93 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from reap2gguf.errors import UsageError
-from reap2gguf.local.engine import Engine
+from reap2gguf.local.engine import AnswerOptions, Engine
 
-HELP = "Ctrl-C stops an answer, /clear forgets the conversation, Ctrl-D or /exit ends."
+HELP = "Ctrl-C stops an answer, /clear starts a new conversation, Ctrl-D or /exit quits."
 Write = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and how fast."""
+    """A model's answer, and how fast it came."""
 
     text: str
     n_tokens: int
-    seconds: float  # from the first token on
+    seconds: float  # since the first token
     was_stopped: bool = False
 
     def figures(self) -> str:
         """Tokens and speed, for people."""
-        timed = self.n_tokens - 1  # the clock starts at the first
+        timed = self.n_tokens - 1  # the clock starts at the first token
         rate = f", {timed / self.seconds:.1f} tokens/s" if timed > 0 < self.seconds else ""
         return f"{self.n_tokens} tokens{rate}{', stopped' if self.was_stopped else ''}"
 
 
 @dataclass
 class Conversation:
-    """Messages so far, and how answers are drawn."""
+    """The messages so far, and how answers are chosen."""
 
     engine: Engine
-    settings: dict[str, Any]
-    system: str | None = None
+    options: AnswerOptions
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything but the system prompt."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        """Forget everything except the system prompt."""
+        system = self.options.system
+        self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, write: Write) -> Answer:
-        """Put a question and `write` the answer as it comes; Ctrl-C ends the answer.
+        """Ask a question and `write` the answer as it comes; Ctrl-C ends the answer.
 
-        Raises UsageError if it has no room in the context; the question is then forgotten.
+        Raises UsageError if the question does not fit the context; it is then forgotten.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
-        answer = self._answer(asked, write)
-        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
+        answer = self._answer(messages, write)
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer
 
     def _answer(self, messages: list[dict[str, str]], write: Write) -> Answer:
-        said: list[str] = []
+        parts: list[str] = []
         read_before, begun = 0, time.monotonic()
-        pieces = self.engine.pieces(messages, **self.settings)
-        with _interrupt_noted() as is_interrupted:
+        pieces = self.engine.pieces(messages, self.options)
+        with _deferred_interrupt() as is_interrupted:
             for number, piece in enumerate(pieces):
                 if number == 0:  # the prompt has been read, the first token is chosen
                     read_before, begun = self.engine.n_tokens, time.monotonic()
-                said.append(piece)
+                parts.append(piece)
                 write(printable(piece))
                 if is_interrupted():
                     break
         seconds = time.monotonic() - begun
         # the last token is chosen and not read
-        n_tokens = self.engine.n_tokens - read_before + 1 if said else 0
-        return Answer("".join(said), n_tokens, seconds, is_interrupted())
+        n_tokens = self.engine.n_tokens - read_before + 1 if parts else 0
+        return Answer("".join(parts), n_tokens, seconds, is_interrupted())
 
 
 @contextmanager
-def _interrupt_noted() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C once is noted; twice, as while a long prompt is read, interrupts."""
-    seen: list[int] = []
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Remember the first Ctrl-C; a second one interrupts, for example while a prompt is read."""
+    received: list[int] = []
 
-    def note(number: int, frame: object) -> None:
-        if seen:
+    def receive(number: int, frame: object) -> None:
+        if received:
             raise KeyboardInterrupt
-        seen.append(number)
+        received.append(number)
 
-    earlier = signal.signal(signal.SIGINT, note)
+    earlier = signal.signal(signal.SIGINT, receive)
     try:
-        yield lambda: bool(seen)
+        yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGINT, earlier)
 
 
 def printable(text: str) -> str:
-    """Text of a model as a terminal may show it: it may not move the cursor or colour anything."""
+    """A model's text without control characters, which could move the cursor or set colours."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
@@ -103,7 +102,7 @@ def printable(text: str) -> str:
 def converse(
     conversation: Conversation, read: Callable[[], str], write: Write, note: Write
 ) -> None:
-    """Questions from `read` until it raises EOFError or is given /exit."""
+    """Answer questions from `read` until it raises EOFError or returns /exit."""
     while True:
         try:
             line = read().strip()
@@ -114,14 +113,14 @@ def converse(
             return
         if line == "/clear":
             conversation.clear()
-            note("forgotten")
+            note("new conversation")
         elif line.startswith("/") and line[1:].isalpha():
             note(HELP)
         elif line:
             try:
                 answer = conversation.ask(line, write)
             except UsageError as error:
-                note(f"{error}; /clear forgets the conversation")
+                note(f"{error}; /clear starts a new conversation")
                 continue
             write("\n")
             note(f"({answer.figures()})")

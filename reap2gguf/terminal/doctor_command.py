@@ -1,15 +1,15 @@
-"""`reap2gguf doctor`: what this machine has for the work."""
+"""`reap2gguf doctor`: check this machine."""
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from reap2gguf.messages import one_line
-from reap2gguf.terminal.options import llama_cpp_option
+from reap2gguf.terminal.click_options import json_option, llama_cpp_option, output_options
+from reap2gguf.terminal.console import say, say_json
+from reap2gguf.terminal.help import command
 
 if TYPE_CHECKING:
     from reap2gguf.doctor import Finding
@@ -18,13 +18,15 @@ _MARKS = {"ok": "+", "absent": "-", "advice": "!", "problem": "x"}
 _COLOURS = {"ok": "green", "absent": "bright_black", "advice": "yellow", "problem": "red"}
 
 
-@click.command()
+@command()
 @llama_cpp_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
+@output_options
 def doctor(as_json: bool) -> None:
-    """Say what this machine has for the work, and what is missing; exit 2 if something needed is.
+    """Check GPU, RAM, disk, llama.cpp, Hub login.
 
-    `+` is there, `-` is not there and not needed, `!` could be better, `x` is needed and missing.
+    `+` is fine, `-` is missing but not needed, `!` could be better, `x` is needed and missing.
+    Exits with 2 if something needed is missing.
 
     \b
     Example:
@@ -40,7 +42,9 @@ def doctor(as_json: bool) -> None:
         if as_json:
             continue
         if heading != last:
-            click.echo(f"{heading}" if not last else f"\n{heading}")
+            if last:
+                say("", "result")
+            say(heading, "result")
             last = heading
         _print(finding)
     problems = [finding for finding in findings if finding.is_problem]
@@ -49,18 +53,17 @@ def doctor(as_json: bool) -> None:
             {"what": f.what, "state": f.state.value, "found": f.found, "advice": f.advice}
             for f in findings
         ]
-        click.echo(json.dumps({"ok": not problems, "findings": entries}, indent=1))
+        say_json({"ok": not problems, "findings": entries})
     else:
         names = ", ".join(finding.what for finding in problems)
-        click.echo(
-            f"\nNeeded and missing: {names}" if problems else "\nAll that is needed is here."
-        )
+        say("", "result")
+        say(f"Needed and missing: {names}" if problems else "Nothing needed is missing.", "result")
     sys.exit(2 if problems else 0)
 
 
 def _print(finding: Finding) -> None:
     state = finding.state.value
     mark = click.style(_MARKS[state], fg=_COLOURS[state])
-    click.echo(f"  {mark} {finding.what:<24} {one_line(finding.found)}")
+    say(f"{finding.what:<24} {finding.found}", "result", prefix=f"  {mark} ")
     if finding.advice:
-        click.echo(f"  {'':<26} {one_line(finding.advice)}")
+        say(f"  {'':<26} {finding.advice}", "result")

@@ -8,30 +8,38 @@ from typing import TYPE_CHECKING
 
 import click
 
-from reap2gguf.messages import one_line
-from reap2gguf.terminal.options import FolderPath, SizeType, threads_option
+from reap2gguf.messages import size
+from reap2gguf.terminal.click_options import FolderPath, SizeType, output_options, threads_option
+from reap2gguf.terminal.console import say, say_all, terminal_progress
+from reap2gguf.terminal.help import command, option
 
 if TYPE_CHECKING:
     from reap2gguf.publishing.push import Preview
 
 
-@click.command()
+@command()
 @click.argument("bundle", type=FolderPath)
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option("--private", is_flag=True, help="Make repositories that only you can see.")
-@click.option(
-    "--max-file-size", "max_bytes", type=SizeType(), default="50GB", show_default=True,
-    metavar="SIZE", help="Cut GGUF files above this into parts, as llama.cpp does.",
-)  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be uploaded, and upload nothing.")
+@option("--private", is_flag=True, help="Create private repositories.")
+@option(
+    "--max-file-size",
+    "max_bytes",
+    type=SizeType(),
+    default="50GB",
+    metavar="SIZE",
+    help="Split larger GGUF files into parts, as llama.cpp does.",
+)
+@option("--dry-run", is_flag=True, help="Show what would be uploaded; upload nothing.")
 @threads_option
+@output_options
 def push(
     bundle: Path, repo: str, private: bool, max_bytes: int, dry_run: bool, threads: int
 ) -> None:
-    """Publish BUNDLE on the Hub: safetensors as OWNER/NAME, GGUF files as OWNER/NAME-GGUF.
+    """Publish a bundle on the Hub.
 
-    BUNDLE is either folder that `build` left. Files are checked before, and read back after.
-    Stopped at any point, the same command goes on and sends only what is not there. Log in with
+    BUNDLE is either folder that `build` wrote. The safetensors go to OWNER/NAME, the GGUF files to
+    OWNER/NAME-GGUF. Files are checked before the upload and read back after it. To resume an
+    interrupted push, run the same command again: only missing files are sent. Log in with
     `hf auth login`.
 
     \b
@@ -41,23 +49,19 @@ def push(
     """
     from reap2gguf.publishing.push import PushOptions, preview
     from reap2gguf.publishing.push import push as publish
-    from reap2gguf.terminal.console import terminal_progress
 
     options = PushOptions(bundle, repo, private, max_bytes, threads)
     if dry_run:
-        for line in preview_lines(preview(options, terminal_progress()), private):
-            click.echo(one_line(line))
+        say_all(preview_lines(preview(options, terminal_progress()), private))
         return
     published = publish(options, terminal_progress())
     for other in published.others:
-        click.echo(one_line(f"{other} was there before, and stays"), err=True)
-    for url in published.urls:
-        click.echo(one_line(url))
+        say(f"{other} is not part of this bundle; it remains in the repository")
+    say_all(published.urls)
 
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     """What a push would do, file by file."""
-    from reap2gguf.messages import size
 
     for repo in found.prepared.repos:
         yield f"{repo.repo}  {size(repo.n_bytes)}, {_kind(found, repo.repo, private)}"
@@ -73,7 +77,7 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
             yield f"  {count} to upload, {size(sum(file.n_bytes for file in files))}"
         yield ""
     for plan in found.prepared.splits:
-        yield f"{plan.header.path.name} is cut into {len(plan.parts)} parts"
+        yield f"{plan.header.path.name} will be split into {len(plan.parts)} parts"
     for what in found.unchecked:
         yield f"not checked: {what}"
     yield "nothing was uploaded"
@@ -84,5 +88,5 @@ def _kind(found: Preview, repo: str, private: bool) -> str:
         return "private" if private else "public"
     there = found.remote.get(repo)
     if there is None:
-        return f"to be made, {'private' if private else 'public'}"
+        return f"to be created, {'private' if private else 'public'}"
     return f"exists, {'private' if there.is_private else 'public'}"

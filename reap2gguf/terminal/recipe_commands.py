@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import click
 
-from reap2gguf.messages import one_line
+from reap2gguf.terminal.click_options import output_options
+from reap2gguf.terminal.console import say, say_all
+from reap2gguf.terminal.help import command
 
 
 @click.group()
 def recipes() -> None:
-    """List, show and check tensor-precision recipes.
+    """List, show and check recipes.
+
+    A recipe says which quant type each tensor gets.
 
     \b
     Example:
@@ -18,9 +22,9 @@ def recipes() -> None:
     """
 
 
-@recipes.command("list")
+@command("list")
 def recipes_list() -> None:
-    """The recipes that come with the program.
+    """List the included recipes.
 
     \b
     Example:
@@ -28,14 +32,15 @@ def recipes_list() -> None:
     """
     from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 
-    for name in shipped_recipes():
-        click.echo(f"{name:<16} {load_recipe(name).title}")
+    say_all(f"{name:<16} {load_recipe(name).title}" for name in shipped_recipes())
 
 
-@recipes.command("show")
+@command("show")
 @click.argument("name")
 def recipes_show(name: str) -> None:
-    """One recipe, rule by rule.
+    """Show a recipe, rule by rule.
+
+    NAME is an included recipe or a TOML file.
 
     \b
     Example:
@@ -44,15 +49,18 @@ def recipes_show(name: str) -> None:
     from reap2gguf.quantizing.recipe import load_recipe
     from reap2gguf.terminal.views import recipe_lines
 
-    for line in recipe_lines(load_recipe(name)):
-        click.echo(one_line(line))
+    say_all(recipe_lines(load_recipe(name)))
 
 
-@recipes.command("check")
+@command("check")
 @click.argument("name")
 @click.argument("model", required=False)
+@output_options
 def recipes_check(name: str, model: str | None) -> None:
-    """Resolve a recipe against MODEL (the bundled example by default), reading only headers.
+    """Check that a recipe fits a model.
+
+    NAME is an included recipe or a TOML file; MODEL is the bundled example by default. Reads
+    headers only.
 
     \b
     Example:
@@ -61,6 +69,10 @@ def recipes_check(name: str, model: str | None) -> None:
     from reap2gguf.building.plan import make_plan
     from reap2gguf.options import BuildOptions
 
-    plan = make_plan(BuildOptions(recipes=(name,), model=model, compression=0))
-    resolved = plan.recipes[0]
-    click.echo(f"{name}: fits {plan.source.label}, {resolved.bits_per_weight:.2f} bits per weight")
+    plan = make_plan(BuildOptions(recipes=(name,), model=model, compression=0), say)
+    bits = plan.recipes[0].bits_per_weight
+    say(f"{name}: fits {plan.source.label}, {bits:.2f} bits per weight", "result")
+
+
+for subcommand in (recipes_list, recipes_show, recipes_check):
+    recipes.add_command(subcommand)

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from reap2gguf.machine import processes
+from reap2gguf.messages import size
 from reap2gguf.options import CalibrationOptions
-from reap2gguf.terminal.options import (
+from reap2gguf.terminal.click_options import (
     FilePath,
     FolderPath,
     calibration_options,
     collect_compute,
     compute_options,
     llama_cpp_option,
+    output_options,
     pruning_options,
     threads_option,
 )
+from reap2gguf.terminal.console import say, terminal_progress
+from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
 
-if TYPE_CHECKING:
-    pass
 
-
-@click.command()
+@command()
 @click.argument("model")
 @calibration_options
 @compute_options
 @threads_option
-@click.option("-o", "--output", type=FilePath, required=True, help="Observations file to write.")
+@option(
+    "-o", "--output", section=WRITE, type=FilePath, required=True, help="Observations to write."
+)
+@output_options
 def observe(
-    model: str, spec: str, samples: int | None, max_length: int | None, seed: int,
-    pack: bool | None, output: Path, **compute: Any,
-) -> None:  # fmt: skip
-    """Observe what the experts of MODEL do on calibration text.
+    model: str,
+    spec: str,
+    samples: int | None,
+    max_length: int | None,
+    seed: int,
+    pack: bool | None,
+    output: Path,
+    **compute: Any,
+) -> None:
+    """Measure the experts on calibration text.
 
-    Interrupted, the same command goes on from a layer that OUTPUT.state keeps.
+    Runs the calibration rows through MODEL layer by layer and records how much each expert
+    contributes. To resume an interrupted run, run the same command again: OUTPUT.state holds the
+    layers that are done.
 
     \b
     Example:
@@ -45,7 +56,6 @@ def observe(
       torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
     from reap2gguf import api
-    from reap2gguf.terminal.console import terminal_progress
 
     calibration = CalibrationOptions(spec, samples, max_length, seed, pack)
     seen = api.observe(
@@ -55,22 +65,26 @@ def observe(
         compute=collect_compute(compute),
         progress=terminal_progress(),
     )
-    if processes().is_first:
-        tokens = f"{seen.n_tokens:,} tokens"
-        click.echo(f"{output}: {seen.n_rows} rows, {tokens}, {len(seen.layers)} layers")
+    counts = f"{seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers"
+    say(f"{output}: {counts}", "result")
 
 
-@click.command()
+@command()
 @click.argument("model")
-@click.option("--observations", type=FilePath, required=True, help="File that `observe` wrote.")
+@option(
+    "--observations",
+    section=PRUNE,
+    type=FilePath,
+    required=True,
+    help="File that `observe` wrote.",
+)
 @pruning_options
-@click.option("-o", "--output", type=FolderPath, required=True, help="Folder to write.")
-def prune(
-    model: str, observations: Path, keep_experts: int | None, compression: float | None,
-    method: str,
-    mtp: str, output: Path,
-) -> None:  # fmt: skip
-    """Write MODEL without the experts that matter least, as safetensors.
+@option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
+@output_options
+def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
+    """Remove the least important experts.
+
+    Writes the pruned MODEL as a safetensors folder.
 
     \b
     Example:
@@ -78,38 +92,41 @@ def prune(
           --keep-experts 96 -o Qwen3-30B-A3B-REAP
     """
     from reap2gguf import api
-    from reap2gguf.terminal.console import terminal_progress
 
-    selection = api.prune(
-        model,
-        observations,
-        output,
-        keep_experts=keep_experts,
-        compression=compression,
-        method=method,
-        mtp=mtp,
-        progress=terminal_progress(),
-    ).selection
-    click.echo(f"{output}: keeps {selection.n_kept} of {selection.n_experts} experts per layer")
+    progress = terminal_progress()
+    selection = api.prune(model, observations, output, **pruning, progress=progress).selection
+    kept = f"keeps {selection.n_kept} of {selection.n_experts} experts per layer"
+    say(f"{output}: {kept}", "result")
 
 
-@click.command()
+@command()
 @click.argument("hf_dir")
-@click.option("--text", type=FilePath, required=True, help="Plain text to compute it on.")
-@click.option("--chunk", type=click.IntRange(8, 2**31 - 1), default=512, show_default=True,
-              help="Tokens a chunk.")  # fmt: skip
+@option("--text", section=CALIBRATION, type=FilePath, required=True, help="Plain text to read.")
+@option(
+    "--chunk",
+    section=CALIBRATION,
+    type=Number(8),
+    default=512,
+    metavar="T",
+    help="Tokens per chunk.",
+)
 @compute_options
 @threads_option
-@click.option("-o", "--output", type=FilePath, required=True, help="imatrix.gguf to write.")
+@option(
+    "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
+)
+@output_options
 def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -> None:
-    """Compute the importance matrix of HF_DIR; a .dat in the older format is written beside it.
+    """Compute an importance matrix for HF_DIR.
+
+    Also writes the matrix in llama.cpp's older format, as a .dat file beside OUTPUT. To resume an
+    interrupted run, run the same command again.
 
     \b
     Example:
       reap2gguf imatrix ./Qwen3-30B-A3B-REAP --text calibration.txt -o imatrix.gguf
     """
     from reap2gguf import api
-    from reap2gguf.terminal.console import terminal_progress
 
     result = api.imatrix(
         hf_dir,
@@ -119,23 +136,38 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
         compute=collect_compute(compute),
         progress=terminal_progress(),
     )
-    if processes().is_first:
-        click.echo(f"{output}: {len(result.entries)} matrices over {result.n_chunks} chunks")
+    say(f"{output}: {len(result.entries)} matrices over {result.n_chunks} chunks", "result")
 
 
-@click.command()
+@command()
 @click.argument("hf_dir")
-@click.option("--recipe", "recipe_name", required=True, metavar="NAME|FILE", help="Recipe.")
-@click.option("--imatrix", "imatrix_file", type=FilePath, help="Importance matrix (either format).")
+@option(
+    "--recipe",
+    "recipe_name",
+    section=WRITE,
+    required=True,
+    metavar="NAME|FILE",
+    help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file.",
+)
+@option(
+    "--imatrix",
+    "imatrix_file",
+    section=WRITE,
+    type=FilePath,
+    metavar="FILE",
+    help="Importance matrix, .gguf or .dat.",
+)
+@option("-o", "--output", section=WRITE, type=FilePath, required=True, help="GGUF file to write.")
 @threads_option
 @llama_cpp_option
-@click.option("-o", "--output", type=FilePath, required=True, help="GGUF file to write.")
+@output_options
 def quantize(
     hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
 ) -> None:
     """Write HF_DIR as one GGUF file.
 
-    Interrupted, the same command goes on from a tensor that OUTPUT.journal keeps.
+    To resume an interrupted run, run the same command again: OUTPUT.journal lists the tensors that
+    are written.
 
     \b
     Example:
@@ -143,7 +175,6 @@ def quantize(
           --imatrix imatrix.gguf -o Qwen3-30B-A3B-REAP-IQ4_K_M.gguf
     """
     from reap2gguf import api
-    from reap2gguf.terminal.console import size, terminal_progress
 
     result = api.quantize(
         hf_dir,
@@ -153,10 +184,4 @@ def quantize(
         threads=threads,
         progress=terminal_progress(),
     )
-    click.echo(f"{output}: {size(result.n_bytes)}, {result.bits_per_weight:.2f} bpw")
-
-
-def say(text: str) -> None:
-    """A line for who waits; of several processes only the first speaks."""
-    if processes().is_first:
-        click.echo(text, err=True)
+    say(f"{output}: {size(result.n_bytes)}, {result.bits_per_weight:.2f} bpw", "result")

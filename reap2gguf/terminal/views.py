@@ -5,48 +5,49 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import Estimate, side_bytes
 from reap2gguf.building.plan import Plan
+from reap2gguf.messages import duration, parameters, size
 from reap2gguf.pruning.select import friendly_count
 from reap2gguf.quantizing.recipe import Recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe
-from reap2gguf.terminal.console import duration, size
 
 if TYPE_CHECKING:
     from reap2gguf.building.pipeline import BuildResult
 
 
 def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
-    """A plan for people: counts, files, types, what it needs."""
+    """A plan for people: counts, files, types and what the build needs."""
     facts, target = plan.model.facts, plan.target
     yield f"{plan.source.label} -> {plan.name}"
     yield (
         f"  {facts.architecture}, {facts.n_layers} layers, "
-        f"{_millions(plan.checkpoint.n_parameters)} parameters"
+        f"{parameters(plan.checkpoint.n_parameters)} parameters"
     )
-    if coming := plan.checkpoint.unfetched_bytes:
-        there = plan.checkpoint.n_bytes - coming
-        in_cache = f"; {size(there)} are in the cache" if there > 0 else ""
-        yield f"  {size(coming)} of weights are to be fetched from the Hub{in_cache}"
+    if unfetched := plan.checkpoint.unfetched_bytes:
+        cached = plan.checkpoint.n_bytes - unfetched
+        in_cache = f"; {size(cached)} are in the cache" if cached > 0 else ""
+        yield f"  {size(unfetched)} of weights will be fetched from the Hub{in_cache}"
     yield (
-        f"  experts: {target.n_kept} of {target.n_experts} stay in each of "
-        f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} a token; "
-        f"{_millions(plan.n_parameters)} parameters are left"
+        f"  experts: keeps {target.n_kept} of {target.n_experts} in each of "
+        f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token; "
+        f"{parameters(plan.n_parameters)} parameters remain"
     )
     friendly = friendly_count(target, facts.experts_per_token)
     if friendly != target.n_kept and facts.n_experts >= 32:
         yield (
-            f"  {target.n_kept} experts miss vLLM's fused kernels; the nearest count that has them "
-            f"is {friendly} (--keep-experts {friendly})"
+            f"  vLLM has no fused kernels for {target.n_kept} experts; the nearest count that has "
+            f"them is {friendly} (--keep-experts {friendly})"
         )
+    packed = ", samples packed" if plan.calibration.pack else ""
     yield (
         f"  calibration: {plan.calibration.label}, at most {plan.calibration.samples:,} rows of "
-        f"{plan.max_length:,} tokens{', samples packed' if plan.calibration.pack else ''}"
+        f"{plan.max_length:,} tokens{packed}"
     )
     if plan.mtp != "none":
-        yield f"  the multi-token-prediction block is {plan.mtp}"
+        yield f"  multi-token-prediction block: {plan.mtp}"
     for caveat in plan.model.caveats():
         yield f"  note: {caveat}"
     yield ""
@@ -66,6 +67,54 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     )
 
 
+def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
+    """A plan for programs: everything that `plan_lines` prints, and the whole type table."""
+    facts = plan.model.facts
+    return {
+        "name": plan.name,
+        "source": plan.source.label,
+        "revision": plan.source.revision,
+        "unfetched_bytes": plan.checkpoint.unfetched_bytes,
+        "architecture": facts.architecture,
+        "experts": {
+            "source": facts.n_experts,
+            "kept": plan.target.n_kept,
+            "per_token": facts.experts_per_token,
+            "layers": len(facts.moe_layers),
+            "friendly": friendly_count(plan.target, facts.experts_per_token),
+        },
+        "mtp": plan.mtp,
+        "caveats": list(plan.model.caveats()),
+        "calibration": {
+            "spec": plan.calibration.label,
+            "rows": plan.calibration.samples,
+            "max_length": plan.max_length,
+            "pack": plan.calibration.pack,
+        },
+        "side_files": [plan.side_name(side) for side in plan.side_files],
+        "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
+        "safetensors_bytes": plan.hf_bytes,
+        "files": [
+            {
+                "file": plan.gguf_name(recipe),
+                "recipe": recipe.name,
+                "file_type": recipe.file_type,
+                "bytes": recipe.n_bytes,
+                "bits_per_weight": round(recipe.bits_per_weight, 4),
+                "tensors": {
+                    name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()
+                },
+            }
+            for recipe in plan.recipes
+        ],
+        "estimate": {
+            "disk_bytes": needs.disk_bytes,
+            "memory_bytes": needs.memory_bytes,
+            "seconds": round(needs.seconds),
+        },
+    }
+
+
 def _type_lines(recipe: ResolvedRecipe) -> Iterable[str]:
     """The type table with layer numbers collapsed: one line per tensor name and type."""
     groups: Counter[tuple[str, str, str]] = Counter()
@@ -83,7 +132,7 @@ def _type_lines(recipe: ResolvedRecipe) -> Iterable[str]:
 
 
 def result_lines(result: BuildResult) -> Iterable[str]:
-    """What a build left, and how to use it."""
+    """What a build wrote, and how to use it."""
     manifest = result.manifest
     yield ""
     for stage in result.stages:
@@ -93,13 +142,14 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     mtp = manifest.pruning.mtp
     if mtp.n_tokens:
         yield (
-            f"  multi-token prediction: {mtp.hits_before / mtp.n_tokens:.1%} of next-next tokens "
-            f"right before pruning, {mtp.hits_after / mtp.n_tokens:.1%} after"
+            f"  MTP head top-1 accuracy: {mtp.hits_before / mtp.n_tokens:.1%} before pruning, "
+            f"{mtp.hits_after / mtp.n_tokens:.1%} after"
         )
     yield ""
-    for check in manifest.verification["passed"]:
-        yield f"  verified  {check}"
-    yield ""
+    if any(stage.name == "verify" and not stage.reused for stage in result.stages):
+        for check in manifest.verification["passed"]:
+            yield f"  verified  {check}"
+        yield ""
     yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
     for record in manifest.gguf:
         yield f"  {result.gguf_folder / record.file}  {size(record.n_bytes)}"
@@ -110,13 +160,9 @@ def result_lines(result: BuildResult) -> Iterable[str]:
 
 
 def recipe_lines(recipe: Recipe) -> Iterable[str]:
-    """A recipe as it will be applied, rule by rule."""
+    """A recipe rule by rule."""
     yield f"{recipe.name}: {recipe.title}"
     yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
     for rule in recipe.rules:
-        only = "  (where the model has one)" if rule.optional else ""
+        only = "  (if the model has it)" if rule.optional else ""
         yield f"  {rule.match:<28} {rule.tensor_type.name}{only}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

@@ -69,7 +69,7 @@ def test_a_fetch_is_interrupted(
         held.set()
         process.kill()
     assert process.returncode == 130
-    assert said.splitlines()[-1].startswith("Error: interrupted")
+    assert said.splitlines()[-1].startswith("Interrupted. Resume with: ")
     assert "Traceback" not in said
     assert "done" not in said
     # what a request may take, or huggingface_hub until it tries again, is 10 seconds

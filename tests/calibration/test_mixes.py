@@ -8,7 +8,7 @@ from reap2gguf.building.plan import make_plan
 from reap2gguf.calibration.mixes import decide, parse_mixes, shipped_mixes
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions
-from reap2gguf.terminal.options import calibration_options
+from reap2gguf.terminal.click_options import calibration_options
 from tests.tiny import EXAMPLE
 
 

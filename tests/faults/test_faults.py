@@ -137,7 +137,7 @@ def test_asked_to_end(rig: Rig, bundle: dict[str, bytes], operations: list[str])
             outcome = rig.build({"kinds": ALL, "at": at, "signal": number})
             assert outcome.code == 130, (operations[at], outcome.errors)
             assert is_one_line(outcome), (operations[at], outcome.errors)
-            assert "Error: interrupted; to go on: reap2gguf build " in outcome.errors
+            assert "Interrupted. Resume with: reap2gguf build " in outcome.errors
             assert not rig.resume(bundle)
 
 

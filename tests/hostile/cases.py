@@ -17,8 +17,8 @@ CASES = [
 
 SOUND = [
     *[Case(f"plan {name}", lambda room, name=name: ["plan", room.copy(name), *PLAN],
-           "of 8 stay") for name in ("qwen3", "shards", "qwen35")],
-    Case("plan a model of the Hub's cache", lambda room: ["plan", cache(room), *PLAN], "of 8 stay"),
+           "6 of 8") for name in ("qwen3", "shards", "qwen35")],
+    Case("plan a model of the Hub's cache", lambda room: ["plan", cache(room), *PLAN], "6 of 8"),
     Case("prune", lambda room: [
         "prune", room.copy("qwen3"), "--observations", room.copy("seen.safetensors"), "-o", "out",
     ], "6 of 8 experts kept"),

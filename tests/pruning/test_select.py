@@ -19,7 +19,7 @@ from reap2gguf.pruning.select import (
     friendly_count,
     select_experts,
 )
-from reap2gguf.terminal.options import METHODS
+from reap2gguf.terminal.click_options import METHODS
 from tests.tiny import TinyQwen3Moe
 
 

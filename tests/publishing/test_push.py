@@ -447,7 +447,7 @@ def test_the_command(room: Room, bundle: Path) -> None:
     runner = CliRunner()
     dry = runner.invoke(cli, ["push", str(bundle), REPO, "--dry-run", "--max-file-size", "900000"])
     assert dry.exit_code == 0, dry.output
-    assert "model-BF16.gguf is cut into 2 parts\nnothing was uploaded\n" in dry.output
+    assert "model-BF16.gguf will be split into 2 parts\nnothing was uploaded\n" in dry.output
     done = runner.invoke(cli, ["push", str(bundle), REPO])
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines() == [f"{room.hub.endpoint}/{n}" for n in (REPO, GGUF_REPO)]

@@ -1,0 +1,344 @@
+"""Options that several commands share, and the values that they become."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reap2gguf.machine import available_threads
+from reap2gguf.messages import shown
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.terminal.console import Detail, printing
+from reap2gguf.terminal.help import CALIBRATION, COMPUTE, MOST, PRUNE, WRITE, F, Number, option
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_MOST_BYTES = 2**60
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def read_size(text: str) -> int:
+    """Bytes of "12GiB", "12G" (the same) or "12GB" (powers of 1000).
+
+    Raises ValueError if `text` is not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{shown(text)} is not a size such as 12GiB")
+    letter = match[2].upper()
+    decimal = bool(letter) and not match[3] and text.strip().upper().endswith("B")
+    unit = 1000 ** "KMGT".index(letter) * 1000 if decimal else _UNITS[letter]
+    amount = float(match[1]) * unit
+    if amount > _MOST_BYTES:
+        raise ValueError(f"{shown(text)} is too large, expected at most 1024 PiB")
+    return int(amount)
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """An amount of memory."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return read_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+FilePath = click.Path(path_type=Path, dir_okay=False)
+FolderPath = click.Path(path_type=Path)
+# pruning.select holds the criteria; their names stand here too, so that `--help` loads no numpy
+METHODS = ("reap", "frequency", "ean_sum", "ean_mean", "weighted_ean_sum", "weighted_frequency")
+_DEFAULTS = CalibrationOptions()
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that adds several options, listed in this order."""
+
+    def decorate(function: F) -> F:
+        for add in reversed(options):
+            function = add(function)
+        return function
+
+    return decorate
+
+
+pruning_options = _all(
+    option(
+        "--keep-experts",
+        section=PRUNE,
+        type=int,
+        metavar="N",
+        help="Number of experts to keep per layer.",
+    ),
+    option(
+        "--compression",
+        section=PRUNE,
+        type=float,
+        metavar="R",
+        help="Share of experts to remove, in place of --keep-experts: floor(E x R) per layer.",
+        default_text="0.25",
+    ),
+    option(
+        "--method",
+        section=PRUNE,
+        type=click.Choice(METHODS),
+        default="reap",
+        metavar="NAME",
+        help=f"How to rank the experts: {', '.join(METHODS)}.",
+    ),
+    option(
+        "--mtp",
+        section=PRUNE,
+        type=click.Choice(("prune", "drop")),
+        default="prune",
+        help="Multi-token-prediction block: prune it like the layers, or drop it.",
+    ),
+)
+
+calibration_options = _all(
+    option(
+        "--calibration",
+        "spec",
+        section=CALIBRATION,
+        default=_DEFAULTS.spec,
+        metavar="SPEC",
+        help="Calibration text: a .txt, .jsonl or .parquet file, a folder of such files, the "
+        "built-in mix `default`, a published mix (seed-000, seed-002, reap-agentic), a dataset on "
+        "the Hub (owner/name), or several of these with a number of rows each: "
+        "name[subset](split):n,name:n.",
+    ),
+    option(
+        "--samples",
+        section=CALIBRATION,
+        type=Number(),
+        metavar="N",
+        help="Maximum number of calibration rows.",
+        default_text="1024, or the sum of the :n counts in SPEC",
+    ),
+    option(
+        "--max-length",
+        section=CALIBRATION,
+        type=Number(2),
+        metavar="T",
+        help="Maximum tokens per row.",
+        default_text="2048, or the mix's own",
+    ),
+    option(
+        "--seed",
+        section=CALIBRATION,
+        type=Number(-MOST),
+        default=_DEFAULTS.seed,
+        metavar="S",
+        help="Random seed for the order of the samples.",
+    ),
+    option(
+        "--pack/--no-pack",
+        section=CALIBRATION,
+        default=None,
+        help="Pack several samples into one full row (default for the published mixes), or use "
+        "one row per sample (default otherwise).",
+    ),
+)
+
+compute_options = _all(
+    option(
+        "--device",
+        section=COMPUTE,
+        type=click.Choice(("auto", "cpu", "cuda")),
+        default="auto",
+        help="Processor for calibration passes: auto is a GPU if there is one.",
+    ),
+    option(
+        "--memory",
+        section=COMPUTE,
+        type=SizeType(),
+        metavar="SIZE",
+        help="Limit on GPU memory (RAM on a CPU) for a calibration pass, e.g. 12GiB.",
+        default_text="what is free",
+    ),
+    option(
+        "--spool",
+        section=COMPUTE,
+        type=click.Choice(("auto", "device", "host", "disk")),
+        default="auto",
+        help="Where to keep activations between layers: GPU (device), RAM (host) or disk.",
+    ),
+    option(
+        "--dtype",
+        section=COMPUTE,
+        type=click.Choice(("auto", "float32", "bfloat16")),
+        default="auto",
+        help="Precision: auto is bfloat16 on a GPU, float32 on a CPU.",
+    ),
+)
+
+threads_option = option(
+    "--threads",
+    section=COMPUTE,
+    type=Number(1, 1024),
+    default=available_threads,
+    metavar="N",
+    help="CPU threads.",
+    default_text="all",
+)
+
+
+def _use_llama_cpp(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    # In the environment, and not an argument that is passed down: libggml is loaded once per
+    # process, from wherever the first tensor is quantized, and threads and worker processes must
+    # find the same one.
+    from reap2gguf.vendor import VARIABLE
+
+    if value is not None:
+        earlier = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = str(value)
+        ctx.call_on_close(lambda: _restore(VARIABLE, earlier))
+    return value
+
+
+def _restore(variable: str, earlier: str | None) -> None:
+    if earlier is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = earlier
+
+
+llama_cpp_option = option(
+    "--llama-cpp",
+    section=COMPUTE,
+    type=FolderPath,
+    metavar="DIR",
+    callback=_use_llama_cpp,
+    is_eager=True,
+    expose_value=False,
+    help="Use your own llama.cpp: its source tree, build folder or bin folder.",
+    default_text="LLAMA_CPP_DIR, if set",
+)
+
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _set_detail(detail: Detail) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def set_for_command(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if not value:
+            return
+        if ctx.meta.setdefault(_DETAIL, detail) is not detail:
+            raise click.UsageError("--quiet and --verbose exclude each other", ctx)
+        # until the whole program ends: errors are printed after the command's own context
+        ctx.find_root().with_resource(printing(detail))
+
+    return set_for_command
+
+
+_DETAIL = "reap2gguf.detail"
+
+output_options = _all(
+    option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        callback=_set_detail(Detail.VERBOSE),
+        is_eager=True,
+        expose_value=False,
+        help="Print more: details, messages of libraries, causes of errors.",
+    ),
+    option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        callback=_set_detail(Detail.QUIET),
+        is_eager=True,
+        expose_value=False,
+        help="Print only results and errors.",
+    ),
+)
+
+build_options = _all(
+    click.argument("model", required=False),
+    pruning_options,
+    option(
+        "--recipe",
+        "recipes",
+        section=WRITE,
+        multiple=True,
+        required=True,
+        metavar="NAME|FILE",
+        help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file. Repeat it "
+        "for several GGUF files.",
+    ),
+    option(
+        "--output",
+        section=WRITE,
+        type=FolderPath,
+        default=Path("build"),
+        metavar="DIR",
+        help="Folder for the bundle.",
+    ),
+    option(
+        "--name",
+        section=WRITE,
+        metavar="NAME",
+        help="Name of the result.",
+        default_text="<source>-REAP-<ratio>",
+    ),
+    calibration_options,
+    option(
+        "--imatrix-text",
+        section=CALIBRATION,
+        type=FilePath,
+        metavar="FILE",
+        help="Text for the importance matrix.",
+        default_text="the calibration text",
+    ),
+    option(
+        "--chunk",
+        section=CALIBRATION,
+        type=Number(8),
+        default=512,
+        metavar="T",
+        help="Tokens per chunk of the importance matrix.",
+    ),
+    compute_options,
+    threads_option,
+    llama_cpp_option,
+)
+
+
+def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
+    """Where and how to compute, as one value."""
+    names = ("device", "dtype", "threads", "memory", "spool")
+    return ComputeOptions(**{name: arguments[name] for name in names})
+
+
+def collect(
+    arguments: dict[str, Any], fresh: bool = False, check_space: bool = True
+) -> BuildOptions:
+    """The arguments of `build` and `plan` as one value."""
+    return BuildOptions(
+        recipes=arguments["recipes"],
+        model=arguments["model"],
+        keep_experts=arguments["keep_experts"],
+        compression=arguments["compression"],
+        output=arguments["output"],
+        name=arguments["name"],
+        method=arguments["method"],
+        mtp=arguments["mtp"],
+        calibration=CalibrationOptions(
+            arguments["spec"],
+            arguments["samples"],
+            arguments["max_length"],
+            arguments["seed"],
+            arguments["pack"],
+        ),
+        imatrix_text=arguments["imatrix_text"],
+        chunk=arguments["chunk"],
+        compute=collect_compute(arguments),
+        fresh=fresh,
+        check_space=check_space,
+    )

@@ -1,0 +1,88 @@
+"""Help in sections, and a number type that keeps its bounds out of the help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+from reap2gguf.messages import shown
+
+F = TypeVar("F", bound=Callable[..., Any])
+# headings of `--help`, in the order in which they are printed
+PRUNE: Final = "What to prune"
+WRITE: Final = "What to write"
+CALIBRATION: Final = "Calibration"
+MODEL: Final = "Which model"
+ANSWER: Final = "How to answer"
+SERVER: Final = "Where to listen"
+COMPUTE: Final = "Where to compute"
+OTHER: Final = "Other"
+SECTIONS = (PRUNE, WRITE, CALIBRATION, MODEL, ANSWER, SERVER, COMPUTE, OTHER)
+MOST: Final = 2**31 - 1
+
+
+class Option(click.Option):
+    """An option with the section of the help that lists it, and a default in words."""
+
+    def __init__(
+        self, *arguments: Any, section: str = OTHER, default_text: str = "", **named: Any
+    ) -> None:
+        if default_text:
+            # click would put a text into parentheses: [default: (all)]
+            named["help"] = f"{named['help']}  [default: {default_text}]"
+        super().__init__(*arguments, **named)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "section", OTHER), []).append(record)
+        for heading in SECTIONS:
+            if heading in sections:
+                with formatter.section("Options" if len(sections) == 1 else heading):
+                    formatter.write_dl(sections[heading])
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., Any]], Command]:
+    """`click.command` with sections in its help."""
+    return click.command(name, cls=Command)
+
+
+def option(*names: str, section: str = OTHER, **settings: Any) -> Callable[[F], F]:
+    """`click.option` with a section; a default is shown unless it is None or a flag's False."""
+    is_shown = settings.get("default") is not None and "default_text" not in settings
+    settings.setdefault("show_default", is_shown)
+    return click.option(*names, cls=Option, section=section, **settings)
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A number from `low` to `high`, whole if `low` is an int.
+
+    click's own range type prints [1<=x<=2147483647] in every help.
+    """
+
+    def __init__(self, low: float = 1, high: float = MOST) -> None:
+        self.low = low
+        self.high = high
+        self.name = "integer" if isinstance(low, int) else "float"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            number = int(value) if isinstance(self.low, int) else float(value)
+        except (ValueError, TypeError):
+            whole = "whole " if isinstance(self.low, int) else ""
+            self.fail(f"{shown(value)} is not a {whole}number", param, ctx)
+        if not self.low <= number <= self.high:
+            bounds = f"{self.low:,} and {self.high:,}"
+            self.fail(f"{shown(value)} is not between {bounds}", param, ctx)
+        return number

@@ -1,0 +1,132 @@
+"""Every help is short, grouped and complete."""
+
+from __future__ import annotations
+
+import re
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from reap2gguf.cli import cli
+from reap2gguf.terminal.help import SECTIONS, Number
+from tests.test_cli import all_commands
+
+COMMANDS = all_commands(cli)
+
+
+def help_of(*command: str) -> str:
+    result = CliRunner().invoke(cli, [*command, "--help"])
+    assert result.exit_code == 0
+    return result.output
+
+
+def found_command(names: tuple[str, ...]) -> click.Command:
+    command: click.Command = cli
+    for name in names:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    return command
+
+
+@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+def test_the_first_line_is_one_short_sentence(names: tuple[str, ...]) -> None:
+    first, rest = (found_command(names).help or "").split("\n", 1)
+    assert len(first) <= 45
+    assert first.endswith(".")
+    assert rest.startswith("\n")
+
+
+def test_no_summary_is_cut() -> None:
+    for group in ((), ("recipes",)):
+        listed = help_of(*group).split("Commands:\n")[1]
+        assert "..." not in listed
+        assert listed.count("\n") == len(found_command(group).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+def test_no_bounds_are_shown_and_every_option_is_explained(names: tuple[str, ...]) -> None:
+    text = help_of(*names)
+    assert not re.search(r"<=?x|x<=?", text)
+    for parameter in found_command(names).params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help
+            assert parameter.opts[0] in text
+
+
+def test_the_options_of_build_stand_in_sections() -> None:
+    text = help_of("build")
+    headings = re.findall(r"^([A-Z][\w ]+):$", text, re.MULTILINE)
+    assert headings == [
+        "What to prune",
+        "What to write",
+        "Calibration",
+        "Where to compute",
+        "Other",
+    ]
+    assert [heading for heading in SECTIONS if heading in headings] == headings
+    sections = dict(zip(headings, re.split(r"^[A-Z][\w ]+:\n", text, flags=re.M)[1:], strict=True))
+    assert "--keep-experts" in sections["What to prune"]
+    assert "--recipe" in sections["What to write"]
+    assert "--samples" in sections["Calibration"]
+    assert "--memory" in sections["Where to compute"]
+    assert "--fresh" in sections["Other"]
+    one_line = " ".join(text.split())
+    for default in ("0.25", "1024, or the sum of the :n counts in SPEC", "all", "build", "42"):
+        assert f"[default: {default}]" in one_line
+
+
+def test_a_command_with_one_section_calls_it_options() -> None:
+    assert "Options:\n" in help_of("recipes", "check")
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "expected"),
+    [
+        (Number(), "1", 1),
+        (Number(-5, 5), "-5", -5),
+        (Number(0.0, 10.0), "2.5", 2.5),
+        (Number(), "0", "'0' is not between 1 and 2,147,483,647"),
+        (Number(2, 9), "10", "'10' is not between 2 and 9"),
+        (Number(), "1.5", "'1.5' is not a whole number"),
+        (Number(), "many", "'many' is not a whole number"),
+        (Number(), "9" * 5000, "is not a whole number"),
+        (Number(0.0, 10.0), "nan", "'nan' is not between 0.0 and 10.0"),
+        (Number(0.0, 10.0), "warm", "'warm' is not a number"),
+    ],
+)
+def test_numbers_are_checked(number: Number, value: str, expected: float | str) -> None:
+    if not isinstance(expected, str):
+        found = number.convert(value, None, None)
+        assert (found, type(found)) == (expected, type(expected))
+        return
+    with pytest.raises(click.UsageError, match=re.escape(expected)):
+        number.convert(value, None, None)
+
+
+@pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
+def test_every_command_that_works_can_be_quiet_or_verbose(names: tuple[str, ...]) -> None:
+    command = found_command(names)
+    if isinstance(command, click.Group) or names in (("recipes", "list"), ("recipes", "show")):
+        return
+    options = {name for parameter in command.params for name in parameter.opts}
+    assert {"-v", "--verbose", "-q", "--quiet"} <= options
+
+
+def test_a_shell_can_complete_commands_and_options() -> None:
+    runner = CliRunner()
+
+    def completed(instruction: str, words: str) -> str:
+        environment = {
+            "_REAP2GGUF_COMPLETE": instruction,
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        }
+        result = runner.invoke(cli, [], prog_name="reap2gguf", env=environment)
+        assert result.exit_code == 0
+        return result.output
+
+    assert "complete -o nosort -F _reap2gguf_completion reap2gguf" in completed("bash_source", "")
+    assert "compdef _reap2gguf_completion reap2gguf" in completed("zsh_source", "")
+    assert completed("bash_complete", "reap2gguf bu") == "plain,build\n"
+    assert "plain,--quiet\n" in completed("bash_complete", "reap2gguf build --q")

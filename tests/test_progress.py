@@ -1,0 +1,65 @@
+"""Events of a build for a program that calls it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from reap2gguf.progress import CallbackProgress, ProgressEvent
+
+
+def test_tasks_and_notes_become_events() -> None:
+    events: list[ProgressEvent] = []
+    progress = CallbackProgress(events.append)
+    with progress.task("Reading", 3, "rows") as task:
+        task.advance()
+        progress.note("a fallback")
+        task.advance(2)
+    assert events == [
+        ProgressEvent("begin", "Reading", 0.0, 3, "rows"),
+        ProgressEvent("advance", "Reading", 1.0, 3, "rows"),
+        ProgressEvent("note", text="a fallback"),
+        ProgressEvent("advance", "Reading", 3.0, 3, "rows"),
+        ProgressEvent("end", "Reading", 3.0, 3, "rows"),
+    ]
+
+
+def test_a_task_that_fails_ends_with_what_was_done() -> None:
+    events: list[ProgressEvent] = []
+    with suppress(ValueError), CallbackProgress(events.append).task("Reading", 3, "rows") as task:
+        task.advance()
+        raise ValueError("broken")
+    assert events[-1] == ProgressEvent("end", "Reading", 1.0, 3, "rows")
+
+
+def test_threads_advance_one_at_a_time_and_never_back() -> None:
+    is_inside, overlaps = [False], []
+    done: list[float] = []
+
+    def listen(event: ProgressEvent) -> None:
+        overlaps.append(is_inside[0])
+        is_inside[0] = True
+        done.append(event.done)
+        is_inside[0] = False
+
+    with (
+        CallbackProgress(listen).task("Reading", 4000, "rows") as task,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        list(pool.map(lambda _: task.advance(), range(4000)))
+    assert done == [*map(float, range(4001)), 4000.0]
+    assert not any(overlaps)
+
+
+def test_a_callback_may_report_itself() -> None:
+    events: list[ProgressEvent] = []
+
+    def listen(event: ProgressEvent) -> None:
+        events.append(event)
+        if event.kind == "begin":
+            progress.note("seen")
+
+    progress = CallbackProgress(listen)
+    with progress.task("Reading", 1, "rows"):
+        pass
+    assert [event.kind for event in events] == ["begin", "note", "end"]
