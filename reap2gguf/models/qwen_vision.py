@@ -15,8 +15,16 @@ from reap2gguf.checkpoint.config import ConfigReader, read_json
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.description import GgufTensor, HeaderValue, SideFile, Slab, Transform
-from reap2gguf.models.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
+from reap2gguf.models.description import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    GgufTensor,
+    HeaderValue,
+    SideFile,
+    Slab,
+    Transform,
+)
 
 Floats = npt.NDArray[np.float32]
 _UINT32, _FLOAT32, _ARRAY, _BOOL = (

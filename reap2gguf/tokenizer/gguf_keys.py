@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Rust
 from reap2gguf.checkpoint.config import read_json, read_tokenizer_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.limits import MAX_VOCABULARY
+from reap2gguf.models.description import MAX_VOCABULARY
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.template_files import check_template_files
 
