@@ -81,7 +81,7 @@ class Expert:
 class Router:
     """Stored router values with one entry per expert on `axis`: weight (E, H), bias (E,) or (1, E).
 
-    All axes before that one have size 1.
+    The axis is 0, or 1 after an axis of size 1.
     """
 
     layer: int
