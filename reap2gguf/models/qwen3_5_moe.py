@@ -25,16 +25,23 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH, ModelFacts, SideFile, Transform
-from reap2gguf.models.qwen3_moe import ATTENTION, QK_NORMS, ROUTER
 from reap2gguf.models.qwen_vision import vision_projector
 from reap2gguf.models.rope import rope_parameters
+from reap2gguf.models.rules import (
+    ATTENTION,
+    ATTN_NORM,
+    EMBEDDING,
+    HEAD,
+    NORM,
+    QK_NORMS,
+    ROUTER,
+    TensorRule,
+    add_one,
+)
 from reap2gguf.models.shared import (
     ARRAY,
     COUNT_KEYS,
-    EMBEDDING,
     FLOAT32,
-    HEAD,
-    NORM,
     QWEN_PRE_TOKENIZERS,
     UINT32,
     DecoderModel,
@@ -44,11 +51,10 @@ from reap2gguf.models.shared import (
     read_n_layers,
     refuse_common,
 )
-from reap2gguf.models.tensors import TensorRule, add_one
 
 # In every layer.
 _COMMON = (
-    TensorRule("input_layernorm.weight", "attn_norm.weight", "H"),
+    ATTN_NORM,
     TensorRule("post_attention_layernorm.weight", "post_attention_norm.weight", "H"),
     ROUTER,
     TensorRule(
@@ -63,10 +69,10 @@ _COMMON = (
     ),
     TensorRule("mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", "H S"),
 )
-# Each query head has a gate of its own; the norms are in every layer.
+# Each query head has a gate of its own.
 _ATTENTION = tuple(
     replace(rule, shape="2Q H") if rule.gguf == "attn_q.weight" else rule
-    for rule in (*ATTENTION[1:], *QK_NORMS)
+    for rule in (*ATTENTION, *QK_NORMS)
 )
 _QKV = "linear_attn.in_proj_qkv"
 _DELTANET = (

@@ -12,32 +12,21 @@ from typing import ClassVar
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.models.rope import rope_metadata
+from reap2gguf.models.rules import (
+    ATTENTION,
+    ATTN_NORM,
+    DENSE_FFN,
+    FFN_NORM,
+    QK_NORMS,
+    ROUTER,
+    TensorRule,
+)
 from reap2gguf.models.shared import (
     QWEN_PRE_TOKENIZERS,
     DecoderModel,
     moe_layers_by_step,
     refuse_common,
 )
-from reap2gguf.models.tensors import TensorRule
-
-ATTENTION = (
-    TensorRule("input_layernorm.weight", "attn_norm.weight", "H"),
-    TensorRule("self_attn.q_proj.weight", "attn_q.weight", "Q H"),
-    TensorRule("self_attn.k_proj.weight", "attn_k.weight", "KV H", input_of="self_attn.q_proj"),
-    TensorRule("self_attn.v_proj.weight", "attn_v.weight", "KV H", input_of="self_attn.q_proj"),
-    TensorRule("self_attn.o_proj.weight", "attn_output.weight", "H Q"),
-)
-QK_NORMS = (
-    TensorRule("self_attn.q_norm.weight", "attn_q_norm.weight", "D"),
-    TensorRule("self_attn.k_norm.weight", "attn_k_norm.weight", "D"),
-)
-FFN_NORM = TensorRule("post_attention_layernorm.weight", "ffn_norm.weight", "H")
-DENSE_FFN = (
-    TensorRule("mlp.gate_proj.weight", "ffn_gate.weight", "I H"),
-    TensorRule("mlp.up_proj.weight", "ffn_up.weight", "I H", input_of="mlp.gate_proj"),
-    TensorRule("mlp.down_proj.weight", "ffn_down.weight", "H I"),
-)
-ROUTER = TensorRule("mlp.gate.weight", "ffn_gate_inp.weight", "E H", always_f32=True)
 
 
 class Qwen3Moe(DecoderModel):
@@ -70,7 +59,7 @@ class Qwen3Moe(DecoderModel):
 
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
         ffn = (ROUTER,) if layer in self.sparse_layers else DENSE_FFN
-        return (*ATTENTION, *QK_NORMS, FFN_NORM, *ffn)
+        return (ATTN_NORM, *ATTENTION, *QK_NORMS, FFN_NORM, *ffn)
 
     def caveats(self) -> tuple[str, ...]:
         if len(self.facts.moe_layers) == self.facts.n_layers:

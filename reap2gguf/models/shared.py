@@ -39,8 +39,9 @@ from reap2gguf.models.description import (
     Router,
     Transform,
 )
+from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.rope import rope_metadata
-from reap2gguf.models.tensors import INDEX, ExpertLayout, TensorRule, nested, single, sizes_of
+from reap2gguf.models.rules import EMBEDDING, HEAD, NORM, TensorRule, nested, single, sizes_of
 
 # how configs of any architecture spell their number of routed experts
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -57,10 +58,6 @@ QWEN_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (_QWEN2_PATTERN,): "qwen2",
     (_QWEN35_PATTERN,): "qwen35",
 }
-# `{text}` is the text model's prefix
-EMBEDDING = TensorRule("{text}embed_tokens.weight", "token_embd.weight", "V H")
-NORM = TensorRule("{text}norm.weight", "output_norm.weight", "H")
-HEAD = TensorRule("lm_head.weight", "output.weight", "V H")
 
 Entry = tuple[str, Any, GGUFValueType]  # of a header; the value None is left out
 UINT32, FLOAT32, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY

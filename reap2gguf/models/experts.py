@@ -1,10 +1,10 @@
-"""Building blocks for architecture files: rules for tensors, and the layouts of experts."""
+"""How families store the experts of a layer, and which GGUF tensors these become."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -22,99 +22,10 @@ from reap2gguf.models.description import (
     Slab,
     Transform,
 )
+from reap2gguf.models.rules import missing, single
 
 INDEX = r"(0|[1-9][0-9]{0,5})"  # a number in a stored name, spelled in one way only
 _APART = re.compile(rf"{INDEX}\.(.+)\.weight")  # a 2D expert below the path of the experts
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """What one stored tensor is: its names on both sides, its shape, and what it multiplies.
-
-    A size is a letter of the model's (`DecoderModel.sizes`), a number, or both: "2H". A tensor
-    with the size E is the router's and is pruned along that axis.
-    """
-
-    stored: str  # name below its block's prefix
-    gguf: str  # name below `blk.N.`
-    shape: str  # stored sizes, slowest first: "V H"
-    gguf_shape: str = ""  # where a transform changes the shape
-    parameter: str = ""  # transformers' name within the layer, where that is another
-    input_of: str = ""  # the module whose input this matrix multiplies too
-    always_f32: bool = False
-
-    @property
-    def axis_of_experts(self) -> int | None:
-        """The axis with one entry per expert, in a router's tensor."""
-        sizes = self.shape.split()
-        return sizes.index("E") if "E" in sizes else None
-
-    @property
-    def fed_by(self) -> str | None:
-        """The linear module whose input a matrix multiplies; None for what is no matrix."""
-        if len(self.shape.split()) != 2 or not self.stored.endswith(".weight"):
-            return None
-        return self.input_of or self.in_module.removesuffix(".weight")
-
-    @property
-    def in_module(self) -> str:
-        """transformers' name of the tensor within its layer."""
-        return self.parameter or self.stored
-
-
-def nested(
-    rules: tuple[TensorRule, ...], stored_prefix: str, module_prefix: str
-) -> tuple[TensorRule, ...]:
-    """Rules of a layer that is part of a larger block, such as one for multi-token prediction."""
-    return tuple(
-        replace(
-            rule,
-            stored=stored_prefix + rule.stored,
-            parameter=module_prefix + rule.in_module,
-            input_of=rule.input_of and module_prefix + rule.input_of,
-        )
-        for rule in rules
-    )
-
-
-def sizes_of(shape: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A rule's shape in numbers.
-
-    >>> sizes_of("1 2H", {"H": 64})
-    (1, 128)
-    """
-
-    def size(token: str) -> int:
-        letters = token.lstrip("0123456789")
-        factor = token.removesuffix(letters)
-        return int(factor or 1) * (sizes[letters] if letters else 1)
-
-    return tuple(size(token) for token in shape.split())
-
-
-def single(
-    stored: Mapping[str, StoredTensor],
-    name: str,
-    gguf_name: str,
-    always_f32: bool = False,
-    transform: Transform | None = None,
-    shape: tuple[int, ...] | None = None,
-) -> GgufTensor:
-    """A GGUF tensor that is one stored tensor; vectors, norms and what is no weight stay F32.
-
-    `shape` is given where the transform changes it. Raises CheckpointError if it is not stored.
-    """
-    if name not in stored:
-        raise _missing(name)
-    shape = shape or stored[name].shape
-    norm = gguf_name.endswith("_norm.weight")
-    pinned = always_f32 or len(shape) < 2 or norm or not gguf_name.endswith(".weight")
-    return GgufTensor(gguf_name, shape, (Slab(name),), always_f32=pinned, transform=transform)
-
-
-def add_one(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Norms stored around zero, as llama.cpp wants them: around one."""
-    return values + np.float32(1)
 
 
 @dataclass(frozen=True)
@@ -286,13 +197,9 @@ def _with_suffix(stored: Mapping[str, StoredTensor], name: str) -> str | None:
     return next((found for found in (name, f"{name}.weight") if found in stored), None)
 
 
-def _missing(name: str) -> CheckpointError:
-    return CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-
-
 def _check_shape(stored: Mapping[str, StoredTensor], name: str, expected: tuple[int, ...]) -> None:
     if name not in stored:
-        raise _missing(name)
+        raise missing(name)
     if stored[name].shape != expected:
         raise CheckpointError(
             f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(expected)}"
