@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from reap2gguf.errors import CheckpointError
+
 Projection = Literal["gate", "up", "down", "gate_up"]
 Part = Literal["weight", "bias", "scale"]
 Transform = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
@@ -173,6 +175,11 @@ def experts_of(name: str, shape: tuple[int, ...]) -> int | None:
 def is_of_experts(name: str) -> bool:
     """Whether a GGUF tensor holds weights, biases or scales of experts."""
     return "_exps." in name
+
+
+def missing(name: str) -> CheckpointError:
+    """The error for a tensor that the model needs and the checkpoint does not have."""
+    return CheckpointError(f"tensor {name!r} is missing from the checkpoint")
 
 
 @dataclass(frozen=True)

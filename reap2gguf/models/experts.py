@@ -21,8 +21,8 @@ from reap2gguf.models.description import (
     Projection,
     Slab,
     Transform,
+    missing,
 )
-from reap2gguf.models.rules import missing, single
 
 INDEX = r"(0|[1-9][0-9]{0,5})"  # a number in a stored name, spelled in one way only
 _APART = re.compile(rf"{INDEX}\.(.+)\.weight")  # a 2D expert below the path of the experts
@@ -173,7 +173,7 @@ class ExpertLayout:
                 )
             shape = (facts.n_experts, _matrix(projection, facts)[0])
             gguf_name = f"blk.{layer}.ffn_{projection}_exps.bias"
-            found.append(single(stored, name, gguf_name, transform=chosen, shape=shape))
+            found.append(GgufTensor(gguf_name, shape, (Slab(name),), True, chosen))
         return tuple(found)
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.errors import CheckpointError
-from reap2gguf.models.description import GgufTensor, Slab, Transform
+from reap2gguf.models.description import GgufTensor, Slab, Transform, missing
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,6 @@ def single(
 def add_one(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Norms stored around zero, as llama.cpp wants them: around one."""
     return values + np.float32(1)
-
-
-def missing(name: str) -> CheckpointError:
-    """The error for a tensor that the model needs and the checkpoint does not have."""
-    return CheckpointError(f"tensor {name!r} is missing from the checkpoint")
 
 
 # Outside the layers; `{text}` is the text model's prefix.

@@ -1,8 +1,8 @@
 """The pruned model as a view of its source: nothing has to be written before it can be read.
 
 Tensors of the pruned model are tensors of the source, under another number or with fewer entries on
-their axis of experts. So three things are enough to read any byte of it: the source, what its architecture says of
-its tensors, and which experts are kept.
+their axis of experts. So three things are enough to read any byte of it: the source, what its
+architecture says of its tensors, and which experts are kept.
 """
 
 from __future__ import annotations
