@@ -35,6 +35,7 @@ from reap2gguf.models.rules import (
     NORM,
     QK_NORMS,
     ROUTER,
+    SHARED_EXPERT,
     TensorRule,
     add_one,
 )
@@ -57,17 +58,7 @@ _COMMON = (
     ATTN_NORM,
     TensorRule("post_attention_layernorm.weight", "post_attention_norm.weight", "H"),
     ROUTER,
-    TensorRule(
-        "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", "1 H", always_f32=True
-    ),
-    TensorRule("mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight", "S H"),
-    TensorRule(
-        "mlp.shared_expert.up_proj.weight",
-        "ffn_up_shexp.weight",
-        "S H",
-        input_of="mlp.shared_expert.gate_proj",
-    ),
-    TensorRule("mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", "H S"),
+    *SHARED_EXPERT,
 )
 # Each query head has a gate of its own.
 _ATTENTION = tuple(

@@ -125,3 +125,16 @@ DENSE_FFN = (
     TensorRule("mlp.down_proj.weight", "ffn_down.weight", "H I"),
 )
 ROUTER = TensorRule("mlp.gate.weight", "ffn_gate_inp.weight", "E H", always_f32=True)
+SHARED_EXPERT = (
+    TensorRule(
+        "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", "1 H", always_f32=True
+    ),
+    TensorRule("mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight", "S H"),
+    TensorRule(
+        "mlp.shared_expert.up_proj.weight",
+        "ffn_up_shexp.weight",
+        "S H",
+        input_of="mlp.shared_expert.gate_proj",
+    ),
+    TensorRule("mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", "H S"),
+)
