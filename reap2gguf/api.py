@@ -303,7 +303,7 @@ class _Opened(AbstractContextManager["_Opened"]):
         """Refuse a tokenizer that could not be written later."""
         from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 
-        check_tokenizer(self.source.folder, self.model.facts.vocab_size)
+        check_tokenizer(self.source.folder, self.model.facts.vocab_size, self.model.pre_tokenizers)
 
     def __exit__(self, *error: object) -> None:
         self.checkpoint.close()

@@ -104,7 +104,7 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     source = resolve_source(options.model, note)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
-    check_tokenizer(checkpoint.folder, model.facts.vocab_size)
+    check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     pruned = PrunedView(checkpoint, model, first_ones)

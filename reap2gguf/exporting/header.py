@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.models.description import GgufTensor, HeaderValue
-from reap2gguf.tokenizer.gguf_keys import add_tokenizer
+from reap2gguf.tokenizer.gguf_keys import PreTokenizers, add_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class HeaderFacts:
     imatrix_file: str = ""
     general_type: str = "model"  # general.type
     vocab_size: int | None = None  # None: the file has no tokenizer
+    pre_tokenizers: PreTokenizers = field(default_factory=dict)  # which the model may have
 
 
 def lay_out(
@@ -78,7 +79,7 @@ def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) ->
     writer.add_file_type(facts.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if facts.vocab_size is not None:
-        add_tokenizer(writer, tokenizer_folder, facts.vocab_size)
+        add_tokenizer(writer, tokenizer_folder, facts.vocab_size, facts.pre_tokenizers)
     if facts.imatrix is not None:
         writer.add_string("quantize.imatrix.file", facts.imatrix_file)
         writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)

@@ -71,6 +71,7 @@ def _header(
         arch=model.facts.gguf_arch,
         values=(*model.gguf_metadata(), *extra, _text("reap2gguf.recipe", recipe.name)),
         vocab_size=model.facts.vocab_size,
+        pre_tokenizers=model.pre_tokenizers,
         file_type=recipe.llama_file_type,
         tensor_types=recipe.tensor_types(),
         imatrix=None if by_imatrix is None else by_imatrix.imatrix,

@@ -20,9 +20,10 @@ def rows_per_matrix(tensor: GgufTensor) -> int:
 
 
 def row_ranges(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) that cover the rows of a matrix; one range if it is transformed."""
+    """Ranges [first, last) that cover the rows of a matrix; one if it is not stored as it is."""
     n_rows = rows_per_matrix(tensor)
-    step = n_rows if tensor.transform else max(1, MAX_VALUES // tensor.n_columns)
+    is_whole = tensor.transform is not None or any(slab.transposed for slab in tensor.slabs[:1])
+    step = n_rows if is_whole else max(1, MAX_VALUES // tensor.n_columns)
     for first in range(0, n_rows, step):
         yield first, min(first + step, n_rows)
 
@@ -35,6 +36,11 @@ def read_rows(
     values = weights.read_float32(slab.stored, begin, end, slab.index)
     if tensor.transform is not None:
         return tensor.transform(values).reshape(-1, tensor.n_columns)[first:last]
+    if slab.transposed:
+        low, high = slab.rows or (0, values.shape[1])
+        return np.ascontiguousarray(values[:, low : high : slab.step].T[first:last])
+    if slab.step > 1:
+        return np.ascontiguousarray(values[:: slab.step])
     return values.reshape(1, -1) if len(tensor.shape) == 1 else values
 
 
@@ -45,10 +51,13 @@ def expect_rows(weights: Weights, tensor: GgufTensor, slab: Slab, first: int, la
 
 
 def _stored_rows(tensor: GgufTensor, slab: Slab, first: int, last: int) -> tuple[int, int | None]:
-    """Where rows [first, last) begin and end in what is stored; a transform needs all of it."""
+    """Where rows [first, last) begin and end in what is stored.
+
+    A transform needs all of it, and so do rows that are stored as columns.
+    """
+    if slab.transposed or len(tensor.shape) == 1:
+        return 0, None
     if tensor.transform is not None:
         return slab.rows or (0, None)
-    if len(tensor.shape) == 1:
-        return 0, None
     shift = slab.rows[0] if slab.rows else 0
-    return first + shift, last + shift
+    return first * slab.step + shift, (last - 1) * slab.step + shift + 1

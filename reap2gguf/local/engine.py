@@ -16,6 +16,7 @@ from typing import Any
 from reap2gguf.errors import ArtifactError, DependencyError, UsageError
 from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
 from reap2gguf.messages import shown
+from reap2gguf.models.description import is_of_experts
 
 INSTALL = "pip install 'reap2gguf[llama]'"
 Message = Mapping[str, str]
@@ -130,7 +131,7 @@ def check_counts(path: Path, header: GgufHeader) -> None:
     if n_experts and not n_used:
         raise ArtifactError(f"{path}: {arch}.expert_used_count is 0, expected 1 to {n_experts}")
     for name in header.tensors:
-        if "_exps." in name and not n_experts:
+        if is_of_experts(name) and not n_experts:
             raise ArtifactError(
                 f"{path}: {shown(name)} holds experts, but {arch}.expert_count is 0"
             )

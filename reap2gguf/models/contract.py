@@ -1,4 +1,7 @@
-"""What an architecture must say about itself for the rest of the program to handle it."""
+"""What an architecture must say about itself for the rest of the program to handle it.
+
+`shared.DecoderModel` answers most of it from tables of rules.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,27 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
+    MAX_EXPERTS_OF_ALL_LAYERS,
     Carried,
     Dropped,
     Expert,
     GgufTensor,
     HeaderValue,
     ModelFacts,
+    Part,
     Projection,
     Role,
     Router,
     SideFile,
 )
-from reap2gguf.models.limits import MAX_EXPERTS_OF_ALL_LAYERS
-from reap2gguf.models.tensors import PROJECTIONS, expert_tensor
 
 
 class MoeModel(ABC):
     """One model of one architecture: reads its config and explains its tensors."""
 
     model_type: ClassVar[str]
+    # regular expressions by which tokenizer.json splits text -> llama.cpp's name of that splitting
+    pre_tokenizers: ClassVar[Mapping[tuple[str, ...], str]]
 
     def __init__(
         self,
@@ -52,6 +57,8 @@ class MoeModel(ABC):
     def _check_facts(self) -> None:
         """Refuse numbers that do not go together, before anything is counted through."""
         facts, where = self.facts, self.reader.where
+        if not facts.moe_layers:
+            raise UnsupportedModelError(f"{where}: every layer is dense; nothing to prune")
         total = len(facts.moe_layers) * facts.n_experts
         if total > MAX_EXPERTS_OF_ALL_LAYERS:
             raise UnsupportedModelError(
@@ -62,6 +69,11 @@ class MoeModel(ABC):
             raise UnsupportedModelError(
                 f"{where}: num_attention_heads is {facts.n_heads}, expected a multiple of "
                 f"num_key_value_heads, {facts.n_kv_heads}"
+            )
+        if facts.n_experts % facts.n_groups:
+            raise UnsupportedModelError(
+                f"{where}: {facts.n_experts} experts, expected a multiple of the router's "
+                f"{facts.n_groups} groups"
             )
 
     @abstractmethod
@@ -85,33 +97,57 @@ class MoeModel(ABC):
         """The config with its expert count replaced, wherever it is spelled."""
 
     @abstractmethod
-    def layer_prefix(self, layer: int) -> str:
-        """What the stored names of a decoder layer begin with."""
+    def block_prefix(self, layer: int) -> str:
+        """What the stored names of everything in a decoder layer, or in the MTP block, begin with.
+
+        The module that is observed as `layer` holds exactly these tensors.
+        """
+
+    @abstractmethod
+    def parameter(self, layer: int, name: str) -> str:
+        """transformers' name, within that module, of a tensor stored below `block_prefix`.
+
+        The MTP block's module is `observing.mtp.MtpBlock`: `fc`, `embedding_norm`, `hidden_norm`,
+        `norm`, and its decoder layer below `layer.`.
+        """
+
+    @abstractmethod
+    def experts_path(self, layer: int) -> str:
+        """Path of the experts within that module."""
+
+    @property
+    def module_is_as_stored(self) -> bool:
+        """Whether transformers' module keeps fused experts in the layout they are stored in.
+
+        Otherwise it has (E, 2F, H) with all rows of the gate first, and (E, H, F).
+        """
+        return False
 
     @abstractmethod
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        """Per linear module of a decoder layer, the GGUF matrices that its input multiplies."""
+        """Per linear module of that module, the GGUF matrices that its input multiplies."""
+
+    @abstractmethod
+    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """GGUF names of the matrices fed by the experts' inputs and by their activations."""
+
+    @abstractmethod
+    def expert_tensors(
+        self, layer: int, stored: Mapping[str, StoredTensor]
+    ) -> Mapping[Projection, GgufTensor]:
+        """Each projection of a MoE layer, (E, rows, columns), and where it is stored."""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """What the config says of the shapes of stored tensors that are not experts."""
 
-    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """GGUF names of the matrices fed by the experts' inputs and by their activations."""
-        blk = f"blk.{layer}"
-        fed_by_inputs = (f"{blk}.ffn_gate_exps.weight", f"{blk}.ffn_up_exps.weight")
-        return fed_by_inputs, (f"{blk}.ffn_down_exps.weight",)
+    def weight_of(self, name: str) -> tuple[str, Part]:
+        """The weight that a stored tensor is a part of, and which part.
 
-    def expert_tensors(
-        self, layer: int, stored: Mapping[str, StoredTensor]
-    ) -> Mapping[Projection, GgufTensor]:
-        """Gate, up and down of a MoE layer, (E, rows, columns) each, and where they are stored."""
-        base = f"{self.layer_prefix(layer)}mlp.experts"
-        names = {kind: f"blk.{layer}.ffn_{kind}_exps.weight" for kind in PROJECTIONS}
-        return {
-            kind: expert_tensor(stored, base, name, kind, self.facts)
-            for kind, name in names.items()
-        }
+        Quantized checkpoints store a weight as several tensors, such as values and scales. Here
+        every tensor is a weight of its own.
+        """
+        return name, "weight"
 
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
@@ -154,21 +190,15 @@ class MoeModel(ABC):
         """A trunk layer of the kind that the MTP block's decoder layer is."""
         return self.facts.n_layers - 1
 
-    def experts_path(self, layer: int) -> str:
-        """Path of the experts within the module that is observed as `layer`."""
-        return "mlp.experts"
-
-    def block_prefix(self, layer: int) -> str:
-        """What the stored names of everything in that module begin with."""
-        return self.layer_prefix(layer)
-
     def check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
         """Refuse a checkpoint whose tensors are not those that its config describes.
 
-        Raises CheckpointError naming the tensor, and UnknownTensorError for an unexplained one.
+        Raises CheckpointError naming the tensor, UnknownTensorError for an unexplained one, and
+        UnsupportedModelError for one of a quantized weight.
         """
         self.gguf_metadata()  # refuses values that could not be written later
         roles = {name: self.role(name) for name in stored}
+        self._refuse_quantized(stored)
         self._check_expert_axes(stored, roles)
         _check_experts_present(roles, self.facts.n_experts)
         for name, shape in self.shapes().items():
@@ -184,28 +214,42 @@ class MoeModel(ABC):
                     f"tensor {name!r} is stored, but another tensor stands for the same weights"
                 )
 
+    def _refuse_quantized(self, stored: Mapping[str, StoredTensor]) -> None:
+        for name in stored:
+            weight, _ = self.weight_of(name)
+            if weight != name:
+                raise UnsupportedModelError(
+                    f"tensor {name!r} is part of the quantized weight {weight!r}; dequantize the "
+                    "checkpoint to BF16 first"
+                )
+
     def _check_expert_axes(
         self, stored: Mapping[str, StoredTensor], roles: Mapping[str, Role]
     ) -> None:
-        """Fused experts and routers have E entries on axis 0."""
+        """Fused experts and routers have E entries on their axis of experts."""
         for name, role in roles.items():
-            shape = stored[name].shape
             fused = isinstance(role, Expert) and role.expert is None
-            if (fused or isinstance(role, Router)) and shape[:1] != (self.facts.n_experts,):
+            if not fused and not isinstance(role, Router):
+                continue
+            axis = role.axis if isinstance(role, Router) else 0
+            shape = stored[name].shape
+            expected = (*[1] * axis, self.facts.n_experts)
+            if shape[: axis + 1] != expected:
+                which = "first" if axis == 0 else "last"
                 raise CheckpointError(
                     f"{name}: shape {list(shape)}, expected {self.facts.n_experts} experts on its "
-                    "first axis, as config.json says"
+                    f"{which} axis, as config.json says"
                 )
 
 
 def _check_experts_present(roles: Mapping[str, Role], n_experts: int) -> None:
     """Where experts are one tensor each, every layer and projection has all of them."""
-    seen: dict[tuple[int, Projection], set[int]] = {}
+    seen: dict[tuple[int, Projection, Part], set[int]] = {}
     for role in roles.values():
         if isinstance(role, Expert) and role.expert is not None:
-            seen.setdefault((role.layer, role.projection), set()).add(role.expert)
+            seen.setdefault((role.layer, role.projection, role.part), set()).add(role.expert)
     everyone = set(range(n_experts))
-    for (layer, projection), found in seen.items():
+    for (layer, projection, _), found in seen.items():
         if found != everyone:
             odd = min(found ^ everyone)
             problem = "missing" if odd in everyone else "beyond the config's count"

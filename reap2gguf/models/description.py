@@ -14,8 +14,22 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from reap2gguf.errors import CheckpointError
+
 Projection = Literal["gate", "up", "down", "gate_up"]
+Part = Literal["weight", "bias", "scale"]
 Transform = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+# Bounds on the numbers of a config: well above any model, and low enough to count up to.
+MAX_LAYERS = 4096
+MAX_EXPERTS = 2**16
+MAX_WIDTH = 2**20  # of hidden states, experts and heads together
+MAX_HEADS = 2**16
+MAX_VOCABULARY = 2**20
+MAX_EXPERTS_OF_ALL_LAYERS = 2**17
+
+# llama.cpp's quantizer leaves these in the type of the converted file, whatever is asked of it.
+_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight")
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class ModelFacts:
     context_length: int
     tied_embeddings: bool
     has_mtp: bool = False  # a multi-token-prediction block follows the trunk
+    # the router first chooses groups_per_token of n_groups equal runs of neighbouring experts
+    n_groups: int = 1
+    groups_per_token: int = 1
 
     @property
     def mtp_layer(self) -> int | None:
@@ -51,18 +68,26 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Expert:
-    """Stored weights of one expert, or (`expert` None) of all experts of a layer on axis 0."""
+    """Stored values of one expert, or (`expert` None) of all experts of a layer on axis 0.
+
+    `part` tells the weights from their biases and from the scales of quantized weights.
+    """
 
     layer: int
     projection: Projection
     expert: int | None
+    part: Part = "weight"
 
 
 @dataclass(frozen=True)
 class Router:
-    """Stored router values whose axis 0 is the expert: weight (E, H), or a bias (E,)."""
+    """Stored router values with one entry per expert on `axis`: weight (E, H), bias (E,) or (1, E).
+
+    The axis is 0, or 1 after an axis of size 1.
+    """
 
     layer: int
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +99,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Carried:
-    """A tensor that travels with the safetensors and that no GGUF of the text model holds."""
+    """A tensor that stays in the safetensors and that no GGUF of the text model holds."""
 
     layer: None = None
 
@@ -91,15 +116,18 @@ Role = Expert | Router | Plain | Carried | Dropped
 
 @dataclass(frozen=True)
 class Slab:
-    """Where one matrix of a GGUF tensor lies in the checkpoint.
+    """Where one matrix of a GGUF tensor is in the checkpoint.
 
-    `index` picks from axis 0 of a 3D tensor (an expert); `rows` cuts the matrix (the gate or the
-    up half of a fused gate_up).
+    `index` picks from axis 0 of a 3D tensor (an expert). `rows` begin, end and step through the
+    rows of the matrix: the gate or the up half of a fused gate_up, or every second row where the
+    two alternate. With `transposed` the stored matrix has them as columns.
     """
 
     stored: str
     index: int | None = None
     rows: tuple[int, int] | None = None
+    step: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +153,34 @@ class GgufTensor:
         """GGML's ne[2]: the experts of an expert tensor, else 1."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
+    @property
+    def never_quantized(self) -> bool:
+        """Whether llama.cpp's quantizer leaves it alone, whatever is asked of it."""
+        one_row = all(size == 1 for size in self.shape[:-1])
+        is_weight = self.name.endswith(".weight")
+        return one_row or not is_weight or any(part in self.name for part in _NEVER_QUANTIZED)
+
+
+def experts_of(name: str, shape: tuple[int, ...]) -> int | None:
+    """How many experts a GGUF tensor has entries for; None if it is not one of experts' tensors.
+
+    >>> experts_of("blk.3.ffn_up_exps.weight", (16, 32, 64))
+    16
+    """
+    if is_of_experts(name) or ".ffn_gate_inp.weight" in name or ".ffn_gate_inp.bias" in name:
+        return shape[0]
+    return shape[-1] if ".exp_probs_b." in name else None
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a GGUF tensor holds weights, biases or scales of experts."""
+    return "_exps." in name
+
+
+def missing(name: str) -> CheckpointError:
+    """The error for a tensor that the model needs and the checkpoint does not have."""
+    return CheckpointError(f"tensor {name!r} is missing from the checkpoint")
+
 
 @dataclass(frozen=True)
 class HeaderValue:
@@ -147,6 +203,6 @@ class SideFile:
     values: tuple[HeaderValue, ...]
 
     def tensor_types(self) -> dict[str, GGMLQuantizationType]:
-        """Half precision, and single for what llama.cpp wants so."""
-        whole, half = GGMLQuantizationType.F32, GGMLQuantizationType.F16
-        return {t.name: whole if t.always_f32 else half for t in self.tensors}
+        """F16, and F32 for the tensors that llama.cpp never stores in fewer bits."""
+        full, half = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+        return {t.name: full if t.always_f32 else half for t in self.tensors}

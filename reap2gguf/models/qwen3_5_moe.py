@@ -1,259 +1,242 @@
 """Qwen3.5-MoE (Qwen3.5-35B-A3B): DeltaNet, a shared expert, a vision tower and an MTP block.
 
 The Hub's layout nests the text model's config and names (`text_config`, `model.language_model.*`)
-and fuses the experts (3D) but for the MTP block's (2D); re-saved checkpoints are flat, or 2D
+and fuses the experts (3D) except those of the MTP block (2D); re-saved checkpoints are flat, or 2D
 throughout, or have lost the MTP block. All of them are read; what is written keeps the source's
 layout. GGUF names, types and keys are those of llama.cpp's `qwen35moe`, where the MTP block is the
-last layer and carries `nextn.*`.
+last layer and has `nextn.*`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from gguf import Keys
 
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
-from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import (
-    Carried,
-    Dropped,
-    Expert,
-    GgufTensor,
-    HeaderValue,
-    ModelFacts,
-    Plain,
-    Role,
-    Router,
-    SideFile,
-)
-from reap2gguf.models.limits import MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
-from reap2gguf.models.qwen3_5_config import (
-    MTP_KEY,
-    read_deltanet,
-    read_layer_kinds,
-    refuse_what_is_not_implemented,
-)
-from reap2gguf.models.qwen3_5_header import text_header
-from reap2gguf.models.qwen3_5_layout import (
-    ALWAYS_F32,
-    ATTENTION,
-    COMMON,
-    DELTANET,
-    MTP,
-    OUTER,
-    ROUTER,
-    SHARED_INPUTS,
-    layer_shapes,
-    transform_of,
-)
+from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
+from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH, ModelFacts, SideFile, Transform
 from reap2gguf.models.qwen_vision import vision_projector
-from reap2gguf.models.tensors import single
+from reap2gguf.models.rope import rope_parameters
+from reap2gguf.models.rules import (
+    ATTENTION,
+    ATTN_NORM,
+    EMBEDDING,
+    HEAD,
+    NORM,
+    QK_NORMS,
+    ROUTER,
+    SHARED_EXPERT,
+    TensorRule,
+    add_one,
+)
+from reap2gguf.models.shared import (
+    ARRAY,
+    COUNT_KEYS,
+    FLOAT32,
+    QWEN_PRE_TOKENIZERS,
+    UINT32,
+    DecoderModel,
+    Entry,
+    MtpLayout,
+    read_epsilon,
+    read_n_layers,
+    refuse_common,
+)
 
-_INDEX = r"(0|[1-9][0-9]{0,5})"
-_EXPERT_2D = re.compile(rf"mlp\.experts\.{_INDEX}\.(gate|up|down)_proj\.weight")
-_EXPERT_3D = re.compile(r"mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
-_COUNT_KEYS = ("num_experts", "num_local_experts")
+# In every layer.
+_COMMON = (
+    ATTN_NORM,
+    TensorRule("post_attention_layernorm.weight", "post_attention_norm.weight", "H"),
+    ROUTER,
+    *SHARED_EXPERT,
+)
+# Each query head has a gate of its own.
+_ATTENTION = tuple(
+    replace(rule, shape="2Q H") if rule.gguf == "attn_q.weight" else rule
+    for rule in (*ATTENTION, *QK_NORMS)
+)
+_QKV = "linear_attn.in_proj_qkv"
+_DELTANET = (
+    TensorRule(f"{_QKV}.weight", "attn_qkv.weight", "mixed H"),
+    TensorRule("linear_attn.in_proj_z.weight", "attn_gate.weight", "values H", input_of=_QKV),
+    TensorRule("linear_attn.in_proj_a.weight", "ssm_alpha.weight", "heads H", input_of=_QKV),
+    TensorRule("linear_attn.in_proj_b.weight", "ssm_beta.weight", "heads H", input_of=_QKV),
+    TensorRule(
+        "linear_attn.conv1d.weight",
+        "ssm_conv1d.weight",
+        "mixed 1 kernel",
+        gguf_shape="mixed kernel",
+        always_f32=True,
+    ),
+    TensorRule("linear_attn.A_log", "ssm_a", "heads"),
+    TensorRule("linear_attn.dt_bias", "ssm_dt.bias", "heads"),
+    TensorRule("linear_attn.norm.weight", "ssm_norm.weight", "head_values"),
+    TensorRule("linear_attn.out_proj.weight", "ssm_out.weight", "H values"),
+)
+_MTP = MtpLayout(
+    layer="layers.0.",
+    rules=(
+        TensorRule("fc.weight", "nextn.eh_proj.weight", "H 2H"),
+        TensorRule(
+            "pre_fc_norm_embedding.weight",
+            "nextn.enorm.weight",
+            "H",
+            parameter="embedding_norm.weight",
+        ),
+        TensorRule(
+            "pre_fc_norm_hidden.weight", "nextn.hnorm.weight", "H", parameter="hidden_norm.weight"
+        ),
+        TensorRule("norm.weight", "nextn.shared_head_norm.weight", "H"),
+    ),
+)
+_MTP_KEY = "mtp_num_hidden_layers"
 _VISION = ("model.visual.", "visual.")
+_RECURRENT = "{arch}.attention.recurrent_layers"  # newer than gguf-py 0.19's constants
+_DEFAULT_SECTIONS = (11, 11, 10)  # transformers' default where the config has none
 
 
-class Qwen35Moe(MoeModel):
+class Qwen35Moe(DecoderModel):
     """One Qwen3.5-MoE model."""
 
     model_type: ClassVar[str] = "qwen3_5_moe"
+    gguf_arch: ClassVar[str] = "qwen35moe"
+    pre_tokenizers = QWEN_PRE_TOKENIZERS
+    outer = (HEAD, EMBEDDING, NORM)
+    mtp = _MTP
+    text_sections = ("text_config",)
+    carried_prefixes = _VISION
 
     def read_facts(self) -> ModelFacts:
-        self.text: Mapping[str, Any] = self.reader.section("text_config") or self.config
-        read = self.text_reader = ConfigReader(self.text, self.reader.where)
-        # found once: every name is asked for its role by these
-        deep = any(name.startswith("model.language_model.") for name in self.names)
-        self._text_prefix = "model.language_model." if deep else "model."
-        deep = any(name.startswith("model.mtp.") for name in self.names)
-        self._mtp_prefix = "model.mtp." if deep else "mtp."
-        refuse_what_is_not_implemented(self.reader, read)
-        n_layers = read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
-        self.layer_kinds = read_layer_kinds(read, n_layers)
-        self.deltanet = read_deltanet(read)
-        hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
-        n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
-        n_experts = read.integer(*_COUNT_KEYS, low=2, high=MAX_EXPERTS)
-        has_mtp = self.keep_mtp and any(self._in_mtp(name) for name in self.names)
-        if has_mtp and "full_attention" not in self.layer_kinds:
+        self._refuse()
+        self.layer_types = _read_layer_types(self.text)
+        self.deltanet = _read_deltanet(self.text)
+        has_mtp = self.keep_mtp and any(self.in_mtp(name) for name in self.names)
+        if has_mtp and "full_attention" not in self.layer_types:
             raise UnsupportedModelError(
-                f"{read.where}: no layer is full_attention, which the MTP block's layer is"
+                f"{self.text.where}: no layer is full_attention, which the MTP block's layer is"
             )
-        return ModelFacts(
-            architecture=str(self.config["architectures"][0]),
-            gguf_arch="qwen35moe",
-            n_layers=n_layers,
-            moe_layers=tuple(range(n_layers + has_mtp)),
-            hidden_size=hidden,
-            expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
-            n_experts=n_experts,
-            experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
-            n_heads=n_heads,
-            n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_heads),
-            head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=hidden // n_heads),
-            vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
-            context_length=read.integer("max_position_embeddings", low=1),
-            tied_embeddings=self._reads_tied(),
-            has_mtp=has_mtp,
-        )
+        n_blocks = len(self.layer_types) + has_mtp
+        return self.common_facts(range(n_blocks), self._reads_tied(), has_mtp)
+
+    def _refuse(self) -> None:
+        """Refuse, by name, what llama.cpp's qwen35moe or this program does not do."""
+        read = self.text
+        refuse_common(read, self.gguf_arch)
+        read.expect("attn_output_gate", True, why="llama.cpp's qwen35moe gates its attention")
+        read.expect("mlp_only_layers", [], why="llama.cpp's qwen35moe has experts in every layer")
+        read.expect(_MTP_KEY, 0, 1, why="llama.cpp's qwen35moe has one MTP block")
+        read.expect("mtp_use_dedicated_embeddings", False, why="the MTP block shares embeddings")
+        why = "dequantize the checkpoint to BF16 first"
+        self.reader.expect("quantization_config", why=why)
 
     def _reads_tied(self) -> bool:
         outer = self.reader.boolean("tie_word_embeddings", default=False)
-        inner = self.text_reader.boolean("tie_word_embeddings", default=outer)
+        inner = self.text.boolean("tie_word_embeddings", default=outer)
         return outer if "tie_word_embeddings" in self.config else inner
 
-    @property
+    @cached_property
     def text_prefix(self) -> str:
-        return self._text_prefix
+        nested = any(name.startswith("model.language_model.") for name in self.names)
+        return "model.language_model." if nested else "model."
 
-    def _in_mtp(self, name: str) -> bool:
+    @cached_property
+    def mtp_prefix(self) -> str:
+        nested = any(name.startswith("model.mtp.") for name in self.names)
+        return "model.mtp." if nested else "mtp."
+
+    def in_mtp(self, name: str) -> bool:
         return name.startswith(("mtp.", "model.mtp."))
 
-    def layer_prefix(self, layer: int) -> str:
-        if layer == self.facts.mtp_layer:
-            return f"{self._mtp_prefix}layers.0."
-        return f"{self.text_prefix}layers.{layer}."
-
-    def block_prefix(self, layer: int) -> str:
-        return self._mtp_prefix if layer == self.facts.mtp_layer else self.layer_prefix(layer)
-
-    def experts_path(self, layer: int) -> str:
-        return f"{'layers.0.' if layer == self.facts.mtp_layer else ''}mlp.experts"
-
     def mtp_template(self) -> int:
-        return self.layer_kinds.index("full_attention")
+        return self.layer_types.index("full_attention")
 
-    def _names_in(self, layer: int) -> Mapping[str, str]:
-        """HF name -> GGUF name of everything but experts in one layer, without prefixes."""
-        linear = layer < self.facts.n_layers and self.layer_kinds[layer] == "linear_attention"
-        return COMMON | (DELTANET if linear else ATTENTION)
-
-    def role(self, name: str) -> Role:
-        if name.startswith(_VISION):
-            return Carried()
-        if self._in_mtp(name) and not self.keep_mtp:
-            return Dropped()
-        if name == "lm_head.weight":
-            return Carried() if self.facts.tied_embeddings else Plain(None)
-        if name.removeprefix(self.text_prefix) in OUTER and name.startswith(self.text_prefix):
-            return Plain(None)
-        if name.startswith(self._mtp_prefix) and name.removeprefix(self._mtp_prefix) in MTP:
-            return Plain(self.facts.mtp_layer)
-        role = self._role_in_layer(name)
-        if role is None:
-            raise UnknownTensorError(
-                f"tensor {name!r} has no meaning in {self.facts.architecture} with "
-                f"{self.facts.n_layers} layers; nothing is skipped silently, so it must be removed "
-                "or taught to models/qwen3_5_moe.py"
-            )
-        return role
-
-    def _role_in_layer(self, name: str) -> Role | None:
-        found = re.fullmatch(rf"(.*\.|)layers\.{_INDEX}\.(.+)", name)
-        if found is None:
-            return None
-        layer = self.facts.mtp_layer if self._in_mtp(name) else int(found[2])
-        if layer is None or layer >= self.facts.n_blocks:
-            return None
-        if not name.startswith(self.layer_prefix(layer)):
-            return None
-        rest = name.removeprefix(self.layer_prefix(layer))
-        if rest == ROUTER:
-            return Router(layer)
-        if rest in self._names_in(layer):
-            return Plain(layer)
-        if expert := _EXPERT_2D.fullmatch(rest):
-            return Expert(layer, expert[2], int(expert[1]))  # type: ignore[arg-type]
-        if fused := _EXPERT_3D.fullmatch(rest):
-            return Expert(layer, fused[1], None)  # type: ignore[arg-type]
-        return None
-
-    def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
-        return tuple(self._gguf_tensors(stored))
-
-    def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
-        if not self.facts.tied_embeddings:
-            yield single(stored, "lm_head.weight", "output.weight")
-        for name, gguf_name in OUTER.items():
-            yield self._single(stored, self.text_prefix, name, gguf_name)
-        for layer in range(self.facts.n_blocks):
-            blk = f"blk.{layer}."
-            for name, gguf_name in self._names_in(layer).items():
-                yield self._single(stored, self.layer_prefix(layer), name, blk + gguf_name)
-            yield from self.expert_tensors(layer, stored).values()
-        if self.facts.has_mtp:
-            for name, gguf_name in MTP.items():
-                blk = f"blk.{self.facts.mtp_layer}."
-                yield self._single(stored, self._mtp_prefix, name, blk + gguf_name)
-
-    def _single(
-        self, stored: Mapping[str, StoredTensor], prefix: str, name: str, gguf_name: str
-    ) -> GgufTensor:
-        shape = None
-        if name == "linear_attn.conv1d.weight" and prefix + name in stored:
-            channels, _, kernel = stored[prefix + name].shape
-            shape = (channels, kernel)
-        pinned = name in ALWAYS_F32 or "norm" in name
-        return single(
-            stored, prefix + name, gguf_name, pinned, transform_of(name, self.deltanet), shape
-        )
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        facts = self.facts
-        found = {
-            self.embedding_name: (facts.vocab_size, facts.hidden_size),
-            "lm_head.weight": (facts.vocab_size, facts.hidden_size),
-            self.norm_name: (facts.hidden_size,),
-            f"{self._mtp_prefix}fc.weight": (facts.hidden_size, 2 * facts.hidden_size),
-            f"{self._mtp_prefix}norm.weight": (facts.hidden_size,),
-            f"{self._mtp_prefix}pre_fc_norm_hidden.weight": (facts.hidden_size,),
-            f"{self._mtp_prefix}pre_fc_norm_embedding.weight": (facts.hidden_size,),
+    def sizes(self) -> Mapping[str, int]:
+        net, read = self.deltanet, self.text
+        return {
+            **super().sizes(),
+            "S": read.integer("shared_expert_intermediate_size", low=1, high=MAX_WIDTH),
+            "kernel": read.integer("linear_conv_kernel_dim", low=1, high=MAX_WIDTH),
+            "mixed": 2 * net.key_width + net.value_width,
+            "values": net.value_width,
+            "heads": net.n_value_heads,
+            "head_values": net.value_dim,
         }
-        for layer in range(facts.n_blocks):
-            prefix = self.layer_prefix(layer)
-            found |= {
-                prefix + name: shape
-                for name, shape in layer_shapes(facts, self.deltanet, self.text_reader).items()
-            }
-        return found
 
-    def gguf_metadata(self) -> tuple[HeaderValue, ...]:
-        return text_header(self.facts, self.deltanet, self.text_reader, self.layer_kinds)
+    def rules(self, layer: int) -> tuple[TensorRule, ...]:
+        is_linear = self.layer_types[layer] == "linear_attention"
+        return (*_COMMON, *(_DELTANET if is_linear else _ATTENTION))
+
+    def transform(self, rule: TensorRule) -> Transform | None:
+        net = self.deltanet
+        transforms: dict[str, Transform | None] = {
+            "attn_qkv.weight": net.mixed,
+            "attn_gate.weight": net.gates,
+            "ssm_alpha.weight": net.heads,
+            "ssm_beta.weight": net.heads,
+            "ssm_conv1d.weight": net.convolution,
+            "ssm_a": net.decay,
+            "ssm_dt.bias": net.heads,
+            "ssm_norm.weight": None,
+            "ssm_out.weight": net.outputs,
+        }
+        is_norm = rule.gguf.endswith("norm.weight")
+        return transforms.get(rule.gguf, add_one if is_norm else None)
+
+    def header(self) -> list[Entry]:
+        facts, net, read = self.facts, self.deltanet, self.text
+        rotary = ConfigReader(
+            {**read.values, **rope_parameters(read.values, read.where)}, read.where
+        )
+        share = rotary.number("partial_rotary_factor", low=0, high=1, default=0.25)
+        recurrent = [one == "linear_attention" for one in self.layer_types] + [
+            False
+        ] * facts.has_mtp
+        interval = read.integer("full_attention_interval", low=1, default=4)
+        llm, attention, ssm = Keys.LLM, Keys.Attention, Keys.SSM
+        entries: list[Entry] = [
+            (llm.BLOCK_COUNT, facts.n_blocks, UINT32),
+            (llm.CONTEXT_LENGTH, facts.context_length, UINT32),
+            (llm.EMBEDDING_LENGTH, facts.hidden_size, UINT32),
+            (attention.HEAD_COUNT, facts.n_heads, UINT32),
+            (attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
+            (Keys.Rope.DIMENSION_SECTIONS, _read_sections(rotary), ARRAY),
+            (attention.LAYERNORM_RMS_EPS, read_epsilon(read), FLOAT32),
+            (llm.EXPERT_COUNT, facts.n_experts, UINT32),
+            (llm.EXPERT_USED_COUNT, facts.experts_per_token, UINT32),
+            (attention.KEY_LENGTH, facts.head_dim, UINT32),
+            (attention.VALUE_LENGTH, facts.head_dim, UINT32),
+            (llm.EXPERT_FEED_FORWARD_LENGTH, facts.expert_width, UINT32),
+            (llm.EXPERT_SHARED_FEED_FORWARD_LENGTH, self.sizes()["S"], UINT32),
+            (ssm.CONV_KERNEL, self.sizes()["kernel"], UINT32),
+            (ssm.STATE_SIZE, net.key_dim, UINT32),
+            (ssm.GROUP_COUNT, net.n_key_heads, UINT32),
+            (ssm.TIME_STEP_RANK, net.n_value_heads, UINT32),
+            (ssm.INNER_SIZE, net.value_width, UINT32),
+            (_RECURRENT, recurrent, ARRAY),
+            (llm.FULL_ATTENTION_INTERVAL, interval, UINT32),
+            (Keys.Rope.DIMENSION_COUNT, int(facts.head_dim * share), UINT32),
+        ]
+        if facts.has_mtp:
+            entries.append((llm.NEXTN_PREDICT_LAYERS, 1, UINT32))
+        return entries
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         # the key must agree with the tensors, which some re-saved sources have lost
-        changes = dict.fromkeys(_COUNT_KEYS, n_experts) | {MTP_KEY: int(self.facts.has_mtp)}
-
-        def rewrite(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {key: changes.get(key, value) for key, value in values.items()}
-
-        text = rewrite(self.text)
-        if self.facts.has_mtp:
-            text[MTP_KEY] = 1
-        if self.text is self.config:
-            return text
-        return rewrite(self.config) | {"text_config": text}
-
-    def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        names = self._names_in(layer)
-        inside = "layers.0." if layer == self.facts.mtp_layer else ""
-        found = {
-            inside + paths[0]: tuple(f"blk.{layer}.{names[f'{path}.weight']}" for path in paths)
-            for paths in SHARED_INPUTS
-            if f"{paths[0]}.weight" in names
-        }
-        if layer == self.facts.mtp_layer:
-            found["fc"] = (f"blk.{layer}.nextn.eh_proj.weight",)
-        return found
+        has_mtp = int(self.facts.has_mtp)
+        config = self.rewritten_config({**dict.fromkeys(COUNT_KEYS, n_experts), _MTP_KEY: has_mtp})
+        if has_mtp:
+            (config.get("text_config") or config)[_MTP_KEY] = 1
+        return config
 
     def column_order(self, name: str) -> npt.NDArray[np.int64] | None:
         if name.endswith(".ssm_out.weight"):
@@ -266,20 +249,64 @@ class Qwen35Moe(MoeModel):
         return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
 
     def config_at_odds(self) -> str | None:
-        claimed = self.text.get(MTP_KEY) or 0
+        claimed = self.text.values.get(_MTP_KEY) or 0
         if bool(claimed) is self.facts.has_mtp:
             return None
-        there = "is there" if self.facts.has_mtp else "is not there"
-        return f"config.json says {MTP_KEY} {claimed}, but the mtp block {there}"
+        found = "an" if self.facts.has_mtp else "no"
+        return f"config.json says {_MTP_KEY} {claimed}, but the checkpoint has {found} MTP block"
 
     def caveats(self) -> tuple[str, ...]:
         found = []
         if any(name.startswith(_VISION) for name in self.names):
             found.append(
                 "experts are observed on text alone; the vision tower stays as it is, but experts "
-                "that only images need may be among those that go"
+                "that only images need may be among the removed ones"
             )
-        claimed = self.text.get(MTP_KEY) or 0
-        if claimed and not any(self._in_mtp(name) for name in self.names):
+        claimed = self.text.values.get(_MTP_KEY) or 0
+        if claimed and not any(self.in_mtp(name) for name in self.names):
             found.append("the config names an MTP block that the checkpoint does not hold")
         return tuple(found)
+
+
+def _read_layer_types(read: ConfigReader) -> tuple[str, ...]:
+    """`full_attention` or `linear_attention` for every layer of the trunk."""
+    n_layers = read_n_layers(read)
+    types = read.values.get("layer_types")
+    if types is None:
+        step = read.integer("full_attention_interval", low=1, default=4)
+        types = [
+            "linear_attention" if (i + 1) % step else "full_attention" for i in range(n_layers)
+        ]
+    known = ("full_attention", "linear_attention")
+    if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
+        raise UnsupportedModelError(
+            f"{read.where}: layer_types is {shown(types)}, expected {n_layers} of "
+            f"{' and '.join(known)}"
+        )
+    return tuple(types)
+
+
+def _read_deltanet(read: ConfigReader) -> DeltaNet:
+    """The heads of the linear attention."""
+    keys = read.integer("linear_num_key_heads", low=1, high=MAX_HEADS)
+    values = read.integer("linear_num_value_heads", low=1, high=MAX_HEADS)
+    if values % keys:
+        raise UnsupportedModelError(
+            f"{read.where}: linear_num_value_heads is {values}, expected a multiple of "
+            f"linear_num_key_heads, {keys}"
+        )
+    key_dim = read.integer("linear_key_head_dim", low=1, high=MAX_WIDTH)
+    why = "linear_key_head_dim is that, and llama.cpp has one size for both"
+    read.expect("linear_value_head_dim", key_dim, why=why)
+    value_dim = read.integer("linear_value_head_dim", low=1, high=MAX_WIDTH)
+    return DeltaNet(keys, values, key_dim, value_dim)
+
+
+def _read_sections(rotary: ConfigReader) -> list[int]:
+    """How the rotary dimensions are shared out to time, height and width; four numbers."""
+    sections = rotary.integers("mrope_section", 0, MAX_WIDTH) or _DEFAULT_SECTIONS
+    if len(sections) > 4:
+        raise UnsupportedModelError(
+            f"{rotary.where}: mrope_section is {shown(sections)}, expected at most four numbers"
+        )
+    return [*sections, 0, 0, 0][:4]

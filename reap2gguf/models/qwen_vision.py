@@ -15,13 +15,24 @@ from reap2gguf.checkpoint.config import ConfigReader, read_json
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.description import GgufTensor, HeaderValue, SideFile, Slab, Transform
-from reap2gguf.models.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
+from reap2gguf.models.description import (
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    GgufTensor,
+    HeaderValue,
+    SideFile,
+    Slab,
+    Transform,
+)
 
 Floats = npt.NDArray[np.float32]
 _UINT32, _FLOAT32, _ARRAY, _BOOL = (
-    GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY, GGUFValueType.BOOL,
-)  # fmt: skip
+    GGUFValueType.UINT32,
+    GGUFValueType.FLOAT32,
+    GGUFValueType.ARRAY,
+    GGUFValueType.BOOL,
+)
 _MOST_BRIGHT = 2**16  # of a mean or deviation; most are between 0 and 1
 _MAX_PATCH = 2**12  # pixels along an edge
 PREPROCESSOR = "preprocessor_config.json"
@@ -66,10 +77,16 @@ def vision_projector(
     prefix = "model.visual." if any(n.startswith("model.visual.") for n in stored) else "visual."
     patches = (hidden, channels, patch, patch)
     shapes = {
-        "attn_qkv": (3 * hidden, hidden), "attn_out": (hidden, hidden), "ffn_up": (ffn, hidden),
-        "ffn_down": (hidden, ffn), "ln1": (hidden,), "ln2": (hidden,), "v.post_ln": (hidden,),
-        "mm.0": (merged, merged), "mm.2": (text_hidden, merged),
-    }  # fmt: skip
+        "attn_qkv": (3 * hidden, hidden),
+        "attn_out": (hidden, hidden),
+        "ffn_up": (ffn, hidden),
+        "ffn_down": (hidden, ffn),
+        "ln1": (hidden,),
+        "ln2": (hidden,),
+        "v.post_ln": (hidden,),
+        "mm.0": (merged, merged),
+        "mm.2": (text_hidden, merged),
+    }
     tensors = [
         _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight", patches, _frame(0)),
         _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight.1", patches, _frame(1)),

@@ -12,6 +12,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
+from reap2gguf.models.shared import COUNT_KEYS
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3MoeForCausalLM": Qwen3Moe,
@@ -20,8 +21,6 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
 }
 
 _MAX_LABELS = 2**16
-# How configs of any architecture spell their number of routed experts.
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
@@ -38,7 +37,7 @@ def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         nested = checkpoint.config.get("text_config")
         configs = [checkpoint.config, nested if isinstance(nested, dict) else {}]
-        if not any(key in config for config in configs for key in _EXPERT_KEYS):
+        if not any(key in config for config in configs for key in COUNT_KEYS):
             raise UnsupportedModelError(
                 f"{where}: {_named(name) or 'no architecture'} has no experts; only "
                 "Mixture-of-Experts models can be pruned"

@@ -209,7 +209,7 @@ class StreamedDecoder:
         """What the MTP block predicts, (B, T, V), from its hidden states; it cannot run again."""
         block: Any = self._layers[-1]
         if self._head is None:
-            block.layers.to("meta")  # what is left to compute is a norm and the head
+            block.layer.to("meta")  # what is left to compute is a norm and the head
             if self.model.facts.tied_embeddings:
                 self._head = self._base.embed_tokens.weight
             else:
@@ -248,7 +248,8 @@ class StreamedDecoder:
         A CPU keeps experts as they are stored and widens them one at a time.
         """
         widen = self._device.type != "cpu"
-        return layer_targets(self._weights, self.model, index, self._dtype, widen)
+        dtypes = {name: value.dtype for name, value in self._layers[index].state_dict().items()}
+        return layer_targets(self._weights, self.model, index, self._dtype, widen, dtypes)
 
     def _read(self, name: str) -> Tensor:
         self.loader.ask(name, {name: whole(self._weights, name, self._dtype)})

@@ -26,6 +26,15 @@ _BUFFER_BYTES = 2**24
 
 
 @dataclass(frozen=True)
+class Columns:
+    """How stored rows become columns of a target's matrix, where that is stored transposed."""
+
+    width: int  # values per stored row
+    taken: tuple[int, int, int]  # begin, end and step of those that the target has
+    target_width: int  # values per row of the target
+
+
+@dataclass(frozen=True)
 class ByteRun:
     """Neighbouring values of a stored tensor, and where in a target they go."""
 
@@ -34,6 +43,7 @@ class ByteRun:
     first_byte: int
     n_values: int
     target_start: int  # the target's element that the first value is
+    columns: Columns | None = None  # the values are whole stored rows, and go to columns
 
 
 @dataclass(frozen=True)
@@ -118,15 +128,15 @@ class WeightLoader:
         return buffer, torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def _fill(self, tensor: Tensor, run: ByteRun) -> None:
-        target = tensor.view(-1)[run.target_start : run.target_start + run.n_values]
+        target = _part_of(tensor, run)
         if self._stream is not None:
             self._fill_device(target, run)
-        elif run.dtype == target.dtype:
+        elif run.dtype == target.dtype and run.columns is None:
             self._read(run, target)
         else:
             raw = torch.empty(run.n_values, dtype=run.dtype)
             self._read(run, raw)
-            target.copy_(raw)
+            target.copy_(_turned(raw, run))
 
     def _fill_device(self, target: Tensor, run: ByteRun) -> None:
         """Through one of two buffers, so that a thread reads into one while the other is copied."""
@@ -141,14 +151,30 @@ class WeightLoader:
             values = buffer[: run.n_values * run.dtype.itemsize].view(run.dtype)
             self._read(run, values)
             with torch.cuda.stream(self._stream):
-                if run.dtype != target.dtype:
+                if run.dtype != target.dtype or run.columns is not None:
                     values = values.to(self._device, non_blocking=True)
-                target.copy_(values, non_blocking=True)
+                target.copy_(_turned(values, run), non_blocking=True)
                 copied.record(self._stream)
 
     def _read(self, run: ByteRun, values: Tensor) -> None:
         buffer = values.view(torch.uint8).numpy()
         self._weights.read_bytes(run.stored, run.first_byte, buffer)
+
+
+def _part_of(tensor: Tensor, run: ByteRun) -> Tensor:
+    """The elements of a target that a run fills, in the shape of `_turned`."""
+    flat = tensor.view(-1)
+    if run.columns is None:
+        return flat[run.target_start : run.target_start + run.n_values]
+    shape = (len(range(*run.columns.taken)), run.n_values // run.columns.width)
+    return flat.as_strided(shape, (run.columns.target_width, 1), run.target_start)
+
+
+def _turned(values: Tensor, run: ByteRun) -> Tensor:
+    """A run's values as the target has them."""
+    if run.columns is None:
+        return values
+    return values.view(-1, run.columns.width)[:, slice(*run.columns.taken)].T
 
 
 def target_bytes(targets: Mapping[str, Target]) -> int:
@@ -170,13 +196,14 @@ def stored_type(weights: Weights, name: str) -> torch.dtype:
 def _buffer_sized(runs: Iterable[ByteRun]) -> Iterator[ByteRun]:
     """The same values in as few runs as possible, each of which fits a buffer."""
     for run in _joined(runs):
-        step = _BUFFER_BYTES // run.dtype.itemsize
+        width = 1 if run.columns is None else run.columns.width
+        step = max(1, _BUFFER_BYTES // run.dtype.itemsize // width) * width
         for first in range(0, run.n_values, step):
             yield replace(
                 run,
                 first_byte=run.first_byte + first * run.dtype.itemsize,
                 n_values=min(step, run.n_values - first),
-                target_start=run.target_start + first,
+                target_start=run.target_start + first // width,
             )
 
 
@@ -186,6 +213,8 @@ def _joined(runs: Iterable[ByteRun]) -> Iterator[ByteRun]:
     for run in sorted(runs, key=lambda run: run.target_start):
         if (
             joined is not None
+            and joined.columns is None
+            and run.columns is None
             and run.stored == joined.stored
             and run.target_start == joined.target_start + joined.n_values
             and run.first_byte == joined.first_byte + joined.n_values * joined.dtype.itemsize

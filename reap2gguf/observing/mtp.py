@@ -1,8 +1,9 @@
-"""The multi-token-prediction block, which transformers carries and does not run.
+"""The multi-token-prediction block, which transformers does not run.
 
 At position t it takes the trunk's final hidden state (after the last norm) and the embedding of
 token t + 1, and predicts token t + 2: each half through a norm of its own, both through `fc`, then
-one decoder layer and a norm before the model's head (arXiv 2412.19437; llama.cpp's `nextn`).
+one decoder layer and a norm before the model's head (arXiv 2412.19437). What stored tensors of the
+block are called is for the model to say (`MoeModel.parameter`).
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from torch import Tensor
 
 
 class MtpBlock(torch.nn.Module):
-    """The block, with the module names of the stored tensors."""
+    """The block: `fc`, `embedding_norm`, `hidden_norm`, a decoder layer `layer`, and `norm`."""
 
     def __init__(
         self, norm: torch.nn.Module, layer: torch.nn.Module, hidden: int, eps: float
     ) -> None:
         super().__init__()
         norm_type: Any = type(norm)
-        self.pre_fc_norm_hidden = norm_type(hidden, eps=eps)
-        self.pre_fc_norm_embedding = norm_type(hidden, eps=eps)
+        self.hidden_norm = norm_type(hidden, eps=eps)
+        self.embedding_norm = norm_type(hidden, eps=eps)
         self.fc = torch.nn.Linear(2 * hidden, hidden, bias=False)
-        self.layers = torch.nn.ModuleList([layer])
+        self.layer = layer
         self.norm = norm_type(hidden, eps=eps)
 
     def forward(self, hidden: Tensor, next_embedding: Tensor, **arguments: Any) -> Tensor:
         """Hidden states (B, T, H), before the last norm, that predict two tokens ahead."""
-        halves = (self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden))
-        output: Tensor = self.layers[0](self.fc(torch.cat(halves, dim=-1)), **arguments)
+        halves = (self.embedding_norm(next_embedding), self.hidden_norm(hidden))
+        output: Tensor = self.layer(self.fc(torch.cat(halves, dim=-1)), **arguments)
         return output
 
 
 def next_tokens(tokens: Tensor) -> Tensor:
-    """Tokens (B, T) moved one to the left; the last place, which has no next, repeats itself."""
+    """Tokens (B, T) moved one to the left; the last position, which has no next, repeats itself."""
     return torch.cat((tokens[:, 1:], tokens[:, -1:]), dim=1)
 
 

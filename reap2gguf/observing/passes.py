@@ -91,8 +91,10 @@ def compute_imatrix(
         probe,
     )
     imatrix = Imatrix(observer.entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
+    # all matrices of an expert see the same tokens: one of them stands for all
+    fed = {model.expert_matrices(layer)[1][0] for layer in model.facts.moe_layers}
     for name, count in imatrix.uncovered().items():
-        if name.endswith("ffn_down_exps.weight"):
+        if name in fed:
             progress.note(
                 f"imatrix: {name}: no token of the text reached {count} of "
                 f"{len(imatrix.entries[name].counts)} experts; they are quantized unweighted"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import Expert, GgufTensor, Projection
-from reap2gguf.observing.loader import ByteRun, Target, stored_type
+from reap2gguf.models.description import Expert, GgufTensor, Projection, Slab
+from reap2gguf.observing.loader import ByteRun, Columns, Target, stored_type
 
 
 def whole(weights: Weights, name: str, dtype: torch.dtype) -> Target:
@@ -20,46 +21,88 @@ def whole(weights: Weights, name: str, dtype: torch.dtype) -> Target:
 
 
 def layer_targets(
-    weights: Weights, model: MoeModel, index: int, dtype: torch.dtype, widen_experts: bool
+    weights: Weights,
+    model: MoeModel,
+    index: int,
+    dtype: torch.dtype,
+    widen_experts: bool,
+    module_dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Target]:
     """Everything in layer `index`, experts fused to 3D.
 
-    `dtype` is that of the weights. Experts that are not widened keep the type they are stored in.
+    Weights have `dtype`, or the type that `module_dtypes` has for their parameter: transformers
+    keeps some in float32 whatever the model's type, such as a router's bias. Experts that are not
+    widened keep the type they are stored in.
     """
     prefix = model.block_prefix(index)
+    base = model.experts_path(index)
     targets: dict[str, Target] = {}
-    has_experts = False
+    has_weights = False
     for name in weights.tensors:
-        if name.startswith(prefix):
-            if isinstance(model.role(name), Expert):
-                has_experts = True
-            else:
-                targets[name.removeprefix(prefix)] = whole(weights, name, dtype)
-    if has_experts:
-        base = model.experts_path(index)
+        if not name.startswith(prefix):
+            continue
+        role = model.role(name)
+        parameter = model.parameter(index, name.removeprefix(prefix))
+        if not isinstance(role, Expert):
+            own = (module_dtypes or {}).get(parameter, dtype)
+            targets[parameter] = whole(weights, name, own)
+        elif role.part == "bias" or model.module_is_as_stored:
+            own = dtype if widen_experts else stored_type(weights, name)
+            targets[f"{base}.{_fused_name(parameter)}"] = whole(weights, name, own)
+        else:
+            has_weights = True
+    if has_weights:
         tensors = model.expert_tensors(index, weights.tensors)
-        groups: dict[str, tuple[Projection, ...]] = {"gate_up": ("gate", "up"), "down": ("down",)}
-        for group, projections in groups.items():
+        for fused, projections in _groups(tensors).items():
             chosen = tuple(tensors[projection] for projection in projections)
-            fused = _fused(weights, chosen, None if not widen_experts else dtype)
-            targets[f"{base}.{group}_proj"] = fused
+            own_dtype = dtype if widen_experts else None
+            targets[f"{base}.{fused}"] = _fused(weights, chosen, own_dtype)
     return targets
+
+
+def _groups(tensors: Mapping[Projection, GgufTensor]) -> dict[str, tuple[Projection, ...]]:
+    """transformers' fused parameters, and the projections in each."""
+    inputs = tuple(projection for projection in tensors if projection != "down")
+    name = "up_proj" if inputs == ("up",) else "gate_up_proj"
+    return {name: inputs, "down_proj": ("down",)}
+
+
+def _fused_name(name: str) -> str:
+    """A fused tensor's name within its module; on disk it may end in `.weight`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _fused(weights: Weights, tensors: tuple[GgufTensor, ...], dtype: torch.dtype | None) -> Target:
     """(E, 2F, H) for gate and up, (E, H, F) for down, from however they are stored."""
-    n_experts, rows, columns = tensors[0].shape
-    runs = []
-    for position, tensor in enumerate(tensors):
-        for expert, slab in enumerate(tensor.slabs):
-            stored = weights.tensors[slab.stored]
-            matrix = 0 if slab.index is None else slab.index * math.prod(stored.shape[1:])
-            first = matrix + (slab.rows[0] if slab.rows else 0) * columns
-            start = (expert * len(tensors) + position) * rows * columns
-            stored_as = stored_type(weights, slab.stored)
-            byte = first * stored_as.itemsize
-            runs.append(ByteRun(slab.stored, stored_as, byte, rows * columns, start))
-    shape = (n_experts, rows * len(tensors), columns)
+    n_experts, _, columns = tensors[0].shape
+    rows = sum(tensor.shape[1] for tensor in tensors)
+    runs: list[ByteRun] = []
+    for expert in range(n_experts):
+        start = expert * rows * columns
+        for tensor in tensors:
+            runs += _runs(weights, tensor, tensor.slabs[expert], start)
+            start += tensor.shape[1] * columns
     types = {run.dtype for run in runs}
     common = types.pop() if len(types) == 1 else torch.float32  # which holds BF16 and F16 exactly
-    return Target(shape, dtype or common, tuple(runs))
+    return Target((n_experts, rows, columns), dtype or common, tuple(runs))
+
+
+def _runs(weights: Weights, tensor: GgufTensor, slab: Slab, start: int) -> Iterator[ByteRun]:
+    """What one matrix of an expert is read from; it begins at element `start` of the target."""
+    stored = weights.tensors[slab.stored]
+    dtype = stored_type(weights, slab.stored)
+    matrix = 0 if slab.index is None else slab.index * math.prod(stored.shape[1:])
+    _, rows, columns = tensor.shape
+    first, last = slab.rows or (0, rows)
+    if slab.transposed:
+        width = stored.shape[-1]
+        taken = Columns(width, (first, last, slab.step), columns)
+        byte = matrix * dtype.itemsize
+        yield ByteRun(slab.stored, dtype, byte, width * columns, start, taken)
+    elif slab.step == 1:
+        byte = (matrix + first * columns) * dtype.itemsize
+        yield ByteRun(slab.stored, dtype, byte, rows * columns, start)
+    else:
+        for number, row in enumerate(range(first, last, slab.step)):
+            byte = (matrix + row * columns) * dtype.itemsize
+            yield ByteRun(slab.stored, dtype, byte, columns, start + number * columns)

@@ -75,13 +75,32 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
             f"keeping {keep_experts} of {total} experts: the router picks {needed} for each token "
             f"(num_experts_per_tok); keep at least {needed}"
         )
+    _check_groups(facts, keep_experts)
     return Target(total, keep_experts)
+
+
+def _check_groups(facts: ModelFacts, n_kept: int) -> None:
+    """Refuse a count that the router's groups cannot share evenly, or that is too few for them."""
+    groups, needed = facts.n_groups, facts.experts_per_token
+    if groups == 1:
+        return
+    # llama.cpp scores a group by its two best experts; the chosen groups must hold enough
+    least = groups * max(2, math.ceil(needed / facts.groups_per_token))
+    if n_kept % groups or n_kept < least:
+        nearest = min(max(least, round(n_kept / groups) * groups), facts.n_experts)
+        raise UsageError(
+            f"keeping {n_kept} of {facts.n_experts} experts: the router has {groups} groups of "
+            f"equal size, expected a multiple of {groups} from {least} to {facts.n_experts}; pass "
+            f"--keep-experts {nearest}"
+        )
 
 
 def select_experts(
     observations: Observations, method: str, target: Target, facts: ModelFacts
 ) -> dict[int, tuple[int, ...]]:
     """Per layer, the experts with the highest scores; between equal scores, the lower id.
+
+    Where the router has groups, each group keeps the same number.
 
     Raises ArtifactError if the observations are of another model.
     """
@@ -98,8 +117,11 @@ def select_experts(
                 f"observations: layer {layer} has {len(scores)} experts, expected "
                 f"{target.n_experts}; pass observations of this model"
             )
-        best_first = np.argsort(-scores, kind="stable")
-        kept[layer] = tuple(sorted(int(e) for e in best_first[: target.n_kept]))
+        by_group = scores.reshape(facts.n_groups, -1)
+        best_first = np.argsort(-by_group, axis=1, kind="stable")
+        best = best_first[:, : target.n_kept // facts.n_groups]
+        first_ids = np.arange(facts.n_groups)[:, None] * by_group.shape[1]
+        kept[layer] = tuple(int(expert) for expert in np.sort((first_ids + best).ravel()))
     return kept
 
 

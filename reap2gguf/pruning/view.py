@@ -1,8 +1,8 @@
 """The pruned model as a view of its source: nothing has to be written before it can be read.
 
 Tensors of the pruned model are tensors of the source, under another number or with fewer entries on
-axis 0. So three things are enough to read any byte of it: the source, what its architecture says of
-its tensors, and which experts are kept.
+their axis of experts. So three things are enough to read any byte of it: the source, what its
+architecture says of its tensors, and which experts are kept.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from reap2gguf.pruning.select import Kept
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The source's tensor that a pruned tensor is read from, and its entries on axis 0."""
+    """The source's tensor that a pruned tensor is read from, and its entries on one axis."""
 
     name: str
     entries: tuple[int, ...] | None  # None: all of them, in their order
+    axis: int = 0  # all axes before it have size 1
 
 
 class PrunedView(Weights):
@@ -59,8 +60,10 @@ class PrunedView(Weights):
         tensors: dict[str, StoredTensor] = {}
         for name, origin in _origins(source, model, kept):
             stored = source.tensors[origin.name]
-            entries = origin.entries
-            shape = stored.shape if entries is None else (len(entries), *stored.shape[1:])
+            shape = stored.shape
+            if origin.entries is not None:
+                axis = origin.axis
+                shape = (*shape[:axis], len(origin.entries), *shape[axis + 1 :])
             tensors[name] = StoredTensor(name, stored.dtype, shape)
             self._origins[name] = origin
         self.tensors = tensors
@@ -123,7 +126,8 @@ def _origins(source: Weights, model: MoeModel, kept: Kept) -> Iterator[tuple[str
                 new_id = new_ids[role.layer][role.expert]
                 yield model.renumbered(name, new_id), _Origin(name, None)
         elif isinstance(role, Expert | Router):
-            yield name, _Origin(name, tuple(kept[role.layer]))
+            axis = role.axis if isinstance(role, Router) else 0
+            yield name, _Origin(name, tuple(kept[role.layer]), axis)
         else:
             yield name, _Origin(name, None)
 

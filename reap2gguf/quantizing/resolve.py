@@ -18,8 +18,6 @@ from reap2gguf.quantizing.mixture import MixtureChooser
 from reap2gguf.quantizing.recipe import Recipe, Rule
 
 _MAX_MATCHES = 4_000_000  # of a rule with a tensor: some seconds
-# llama.cpp's quantizer leaves these whole whatever is asked of it.
-_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,7 @@ def _stays_whole(tensor: GgufTensor, recipe: Recipe) -> Type | None:
     """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
     if tensor.always_f32:
         return Type.F32
-    one_row = prod(tensor.shape[:-1]) == 1
-    named = not tensor.name.endswith(".weight") or any(n in tensor.name for n in _NEVER_QUANTIZED)
-    if one_row or named:
+    if tensor.never_quantized:
         base = recipe.mixture.base
         return base if base in (Type.F32, Type.F16, Type.BF16) else Type.BF16
     return None

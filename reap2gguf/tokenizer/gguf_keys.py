@@ -1,14 +1,16 @@
 """The tokenizer keys of a GGUF header, from `tokenizer.json` alone.
 
 llama.cpp re-implements each pre-tokenizer under a name. The name is recognised by the tokenizer's
-own split pattern, so a fine-tune under any model name gets the right one; llama.cpp's converter
-hashes the tokens of a sample text instead, which fails for every new vocabulary.
+own split patterns, so a fine-tune under any model name gets the right one; llama.cpp's converter
+hashes the tokens of a sample text instead, which fails for every new vocabulary. Which patterns a
+model may have, and what llama.cpp calls them, is for its architecture to say
+(`MoeModel.pre_tokenizers`): one pattern has several names.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,11 @@ from tokenizers import Tokenizer as Rust
 from reap2gguf.checkpoint.config import read_json, read_tokenizer_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.limits import MAX_VOCABULARY
+from reap2gguf.models.description import MAX_VOCABULARY
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.template_files import check_template_files
 
-# split pattern -> llama.cpp's name; two families differ only in how they treat marks (\p{M})
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN35_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {_QWEN2_PATTERN: "qwen2", _QWEN35_PATTERN: "qwen35"}
+PreTokenizers = Mapping[tuple[str, ...], str]  # split patterns -> llama.cpp's name of them
 _BPE_EXTRAS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 # read by gguf-py or transformers, which believe what they find
 _COMPANIONS = (
@@ -40,7 +33,9 @@ _COMPANIONS = (
 )  # fmt: skip
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
+) -> None:
     """Add the tokenizer of the checkpoint in `folder`: tokens, types, merges, template.
 
     Raises CheckpointError if it is broken and UnsupportedModelError if llama.cpp has no
@@ -49,7 +44,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     tokenizer = read_tokenizer_json(folder)
     _check(tokenizer, folder)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(recognise_pre_tokenizer(tokenizer, folder))
+    writer.add_tokenizer_pre(recognise_pre_tokenizer(tokenizer, folder, pre_tokenizers))
     tokens, types = _tokens(tokenizer, vocab_size, folder)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -66,21 +61,21 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
 
 
-def tokenizer_keys(folder: Path, vocab_size: int) -> dict[str, Any]:
+def tokenizer_keys(folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers) -> dict[str, Any]:
     """The tokenizer keys that a GGUF file of the checkpoint in `folder` must have."""
     writer = GGUFWriter(None, "none")
-    add_tokenizer(writer, folder, vocab_size)
+    add_tokenizer(writer, folder, vocab_size, pre_tokenizers)
     return {
         key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")
     }
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
+def check_tokenizer(folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers) -> None:
     """Refuse a tokenizer that could not be written later, as `add_tokenizer` does, or not run."""
     said = logging.getLogger("gguf.vocab")
     before, said.disabled = said.disabled, True  # the file that is written brings the same words
     try:
-        add_tokenizer(GGUFWriter(None, "none"), folder, vocab_size)
+        add_tokenizer(GGUFWriter(None, "none"), folder, vocab_size, pre_tokenizers)
     finally:
         said.disabled = before
     path = folder / "tokenizer.json"
@@ -156,15 +151,17 @@ def _is_merge(merge: Any) -> bool:
     return good and all(isinstance(part, str) for part in parts)
 
 
-def recognise_pre_tokenizer(tokenizer: dict[str, Any], folder: Path) -> str:
-    """llama.cpp's name of a `tokenizer.json`'s pre-tokenizer, by its split pattern."""
-    patterns = list(_split_patterns(tokenizer.get("pre_tokenizer")))
-    if len(patterns) == 1 and patterns[0] in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[patterns[0]]
-    found = shown(patterns) if patterns else "no pattern"
+def recognise_pre_tokenizer(
+    tokenizer: dict[str, Any], folder: Path, pre_tokenizers: PreTokenizers
+) -> str:
+    """llama.cpp's name of a `tokenizer.json`'s pre-tokenizer, by its split patterns."""
+    patterns = tuple(_split_patterns(tokenizer.get("pre_tokenizer")))
+    if patterns in pre_tokenizers:
+        return pre_tokenizers[patterns]
+    found = shown(list(patterns)) if patterns else "no pattern"
     raise UnsupportedModelError(
         f"{folder / 'tokenizer.json'}: splits text by {found}, which is none of the patterns known "
-        f"here ({', '.join(PRE_TOKENIZERS.values())}); llama.cpp would tokenize differently from "
+        f"here ({', '.join(pre_tokenizers.values())}); llama.cpp would tokenize differently from "
         "the model, so nothing is written"
     )
 

@@ -20,7 +20,7 @@ from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows, rows_per_matrix
 from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import GgufTensor, SideFile
+from reap2gguf.models.description import GgufTensor, SideFile, experts_of, is_of_experts
 from reap2gguf.progress import Progress
 from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
 from reap2gguf.verifying.matrices import (
@@ -128,12 +128,10 @@ def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
     if not isinstance(used, int) or not isinstance(count, int) or not 1 <= used <= count:
         yield f"{where}: {arch}.expert_used_count is {shown(used)}, expected 1 to {shown(count)}"
     for name, info in header.tensors.items():
-        per_expert = "_exps." in name or name.endswith("ffn_gate_inp.weight")
-        if per_expert and info.shape[0] != count:
-            rows = "experts" if "_exps." in name else "router rows"
-            yield (
-                f"{where}: {name} has {info.shape[0]} {rows}, {arch}.expert_count is {shown(count)}"
-            )
+        n_entries = experts_of(name, info.shape)
+        if n_entries is not None and n_entries != count:
+            rows = "experts" if is_of_experts(name) else "router rows"
+            yield f"{where}: {name} has {n_entries} {rows}, {arch}.expert_count is {shown(count)}"
     if expected.tensor_types is not None:
         yield from check_tensor_types(header, expected.tensor_types)
 
@@ -163,7 +161,7 @@ def compare_model(
     """Keys and tokenizer against config and tokenizer files, then every tensor by value."""
     where = header.path.name
     try:
-        tokenizer = tokenizer_keys(weights.folder, model.facts.vocab_size)
+        tokenizer = tokenizer_keys(weights.folder, model.facts.vocab_size, model.pre_tokenizers)
     except Reap2ggufError as error:
         tokenizer = {}
         yield f"{weights.folder.name}: {error}"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from gguf import GGUFValueType
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models import Carried, Dropped, Expert, GgufTensor, Plain, Router
+from reap2gguf.models import Carried, Dropped, GgufTensor
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from tests.tiny import TinyQwen35Moe
 
@@ -89,55 +88,13 @@ def test_without_its_mtp_block() -> None:
     assert facts.moe_layers == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("keep_mtp", [True, False])
-def test_roles(layout: TinyQwen35Moe, keep_mtp: bool) -> None:
-    model = model_of(layout, keep_mtp)
-    for name in layout.tensors():
-        role = model.role(name)
-        if name.startswith("model.visual."):
-            assert role == Carried()
-            continue
-        if name.startswith("mtp.") and not keep_mtp:
-            assert role == Dropped()
-            continue
-        match = re.search(r"layers\.(\d+)\.", name)
-        layer = int(match[1]) if match else None
-        if name.startswith("mtp."):
-            layer = len(layout.layers)
-        if ".experts." in name:
-            assert isinstance(role, Expert)
-            number = re.search(r"experts\.(\d+)\.", name)
-            assert role.expert == (int(number[1]) if number else None)
-            assert f".{role.projection}_proj" in name
-        elif name.endswith(".mlp.gate.weight"):
-            assert isinstance(role, Router)
-        else:
-            assert isinstance(role, Plain)
-        assert role.layer == layer
-
-
-@pytest.mark.parametrize("keep_mtp", [True, False])
-def test_every_stored_value_is_used_once(layout: TinyQwen35Moe, keep_mtp: bool) -> None:
-    stored = stored_of(layout.tensors())
-    model = model_of(layout, keep_mtp)
-    model.check_tensors(stored)
-    used: Counter[tuple[str, int, int]] = Counter()
-    for tensor in model.gguf_tensors(stored):
-        for slab in tensor.slabs:
-            shape = stored[slab.stored].shape
-            n_rows = shape[0] if slab.index is None else shape[1]
-            rows = range(*(slab.rows or (0, n_rows)))
-            used.update((slab.stored, slab.index or 0, row) for row in rows)
-    expected = set()
-    for name, tensor in stored.items():
-        if isinstance(model.role(name), Carried | Dropped):
-            continue
-        fused = ".experts." in name and len(tensor.shape) == 3
-        for index in range(tensor.shape[0] if fused else 1):
-            rows = tensor.shape[1] if fused else tensor.shape[0]
-            expected |= {(name, index, row) for row in range(rows)}
-    assert set(used) == expected
-    assert set(used.values()) == {1}
+def test_the_tower_is_carried_and_the_block_may_be_dropped() -> None:
+    for keep_mtp in (True, False):
+        model = model_of(keep_mtp=keep_mtp)
+        for name in BASE.tensors():
+            role = model.role(name)
+            assert isinstance(role, Carried) is name.startswith("model.visual.")
+            assert isinstance(role, Dropped) is (name.startswith("mtp.") and not keep_mtp)
 
 
 def block_shapes(tiny: TinyQwen35Moe, kind: str) -> dict[str, tuple[int, ...]]:
@@ -210,15 +167,6 @@ def test_what_stays_f32(layout: TinyQwen35Moe) -> None:
     for name, tensor in tensors_of(layout).items():
         bare = re.sub(r"^blk\.\d+\.", "", name)
         assert tensor.always_f32 is (bare not in matrices), name
-
-
-def test_names_are_those_of_gguf_py(layout: TinyQwen35Moe) -> None:
-    n_blocks = model_of(layout).facts.n_blocks
-    known = {
-        name.format(bid=layer) for name in gguf.TENSOR_NAMES.values() for layer in range(n_blocks)
-    }
-    for name in tensors_of(layout):
-        assert re.sub(r"\.(weight|bias)$", "", name) in known, name
 
 
 def test_norms_are_stored_around_one(layout: TinyQwen35Moe) -> None:
@@ -325,27 +273,6 @@ def test_an_mtp_block_that_the_config_denies() -> None:
     assert text_of(model.pruned_config(2))["mtp_num_hidden_layers"] == 1
 
 
-def test_renamed_experts() -> None:
-    model = model_of()
-    name = "mtp.layers.0.mlp.experts.12.up_proj.weight"
-    assert model.renumbered(name, 3) == "mtp.layers.0.mlp.experts.3.up_proj.weight"
-
-
-def test_matrices_are_all_two_dimensional_tensors_of_a_block(layout: TinyQwen35Moe) -> None:
-    model = model_of(layout)
-    tensors = tensors_of(layout)
-    for layer in range(model.facts.n_blocks):
-        named = [name for names in model.matrices(layer).values() for name in names]
-        for names in model.expert_matrices(layer):
-            named += names
-        expected = [
-            name
-            for name, tensor in tensors.items()
-            if name.startswith(f"blk.{layer}.") and len(tensor.shape) > 1 and "conv1d" not in name
-        ]
-        assert sorted(named) == sorted(expected)
-
-
 def test_only_the_output_projection_has_its_columns_moved(layout: TinyQwen35Moe) -> None:
     model = model_of(layout)
     for name in tensors_of(layout):
@@ -433,52 +360,6 @@ def test_unknown_tensors(name: str) -> None:
     with pytest.raises(UnknownTensorError) as caught:
         model.check_tensors(stored_of(tensors))
     assert repr(name) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lm_head.weight",
-        LAYER + "1.linear_attn.dt_bias",
-        LAYER + "2.mlp.shared_expert_gate.weight",
-        LAYER + "3.mlp.experts.down_proj",
-        "mtp.fc.weight",
-        "mtp.norm.weight",
-        "mtp.layers.0.self_attn.q_norm.weight",
-        "mtp.layers.0.mlp.experts.3.up_proj.weight",
-    ],
-)
-def test_missing_tensors(name: str) -> None:
-    tensors = BASE.tensors()
-    del tensors[name]
-    model = Qwen35Moe(BASE.config(), "here/config.json", tensors.keys())
-    with pytest.raises(CheckpointError, match="missing"):
-        model.check_tensors(stored_of(tensors))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("lm_head.weight", (64, 32)),
-        (LAYER + "0.linear_attn.conv1d.weight", (256, 1, 3)),
-        (LAYER + "0.linear_attn.in_proj_qkv.weight", (128, 64)),
-        (LAYER + "1.linear_attn.A_log", (4,)),
-        (LAYER + "3.self_attn.q_proj.weight", (64, 64)),
-        (LAYER + "2.mlp.gate.weight", (5, 64)),
-        (LAYER + "2.mlp.experts.gate_up_proj", (4, 32, 64)),
-        ("mtp.layers.0.mlp.gate.weight", (3, 64)),
-        ("mtp.fc.weight", (64, 64)),
-        ("mtp.norm.weight", (32,)),
-        ("mtp.pre_fc_norm_hidden.weight", (32,)),
-    ],
-)
-def test_wrong_shapes(name: str, shape: tuple[int, ...]) -> None:
-    tensors = BASE.tensors() | {name: torch.ones(shape, dtype=torch.bfloat16)}
-    model = Qwen35Moe(BASE.config(), "here/config.json", tensors.keys())
-    with pytest.raises(CheckpointError) as caught:
-        model.check_tensors(stored_of(tensors))
-    assert name in str(caught.value)
-    assert str(list(shape)) in str(caught.value)
 
 
 def test_experts_stored_twice() -> None:

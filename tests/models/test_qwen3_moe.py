@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from gguf import GGUFValueType, Keys
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models import Carried, Expert, GgufTensor, Plain, Router, Slab
+from reap2gguf.models import Carried, GgufTensor, Slab
 from reap2gguf.models.qwen3_moe import Qwen3Moe, rope_metadata
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 
@@ -110,64 +108,6 @@ def test_moe_layers_are_those_of_transformers(
     theirs = of_transformers(config)
     routed = [n for n, layer in enumerate(theirs.model.layers) if hasattr(layer.mlp, "experts")]
     assert tuple(routed) == expected
-
-
-def test_roles(layout: TinyQwen3Moe) -> None:
-    model = model_of(layout)
-    for name in layout.tensors():
-        role = model.role(name)
-        match = re.match(r"model\.layers\.(\d+)\.", name)
-        layer = int(match[1]) if match else None
-        if ".experts." in name:
-            assert isinstance(role, Expert)
-            number = re.search(r"experts\.(\d+)\.", name)
-            assert role.expert == (int(number[1]) if number else None)
-            assert f"{role.projection}_proj" in name
-        elif name.endswith(".mlp.gate.weight"):
-            assert isinstance(role, Router)
-        else:
-            assert isinstance(role, Plain)
-        assert role.layer == layer
-
-
-def test_layouts_pass_their_own_check(layout: TinyQwen3Moe) -> None:
-    model_of(layout).check_tensors(stored_of(layout.tensors()))
-
-
-def elements(
-    tensor: GgufTensor, stored: dict[str, StoredTensor]
-) -> Iterator[tuple[str, int, int, int]]:
-    """The stored rows that a tensor is made of: name, index, first row, last row."""
-    for slab in tensor.slabs:
-        shape = stored[slab.stored].shape
-        matrix = shape if slab.index is None else shape[1:]
-        first, last = slab.rows or (0, matrix[0])
-        yield slab.stored, slab.index or 0, first, last
-
-
-def test_every_stored_value_is_used_once(layout: TinyQwen3Moe) -> None:
-    stored = stored_of(layout.tensors())
-    used: Counter[tuple[str, int, int]] = Counter()
-    for tensor in model_of(layout).gguf_tensors(stored):
-        n_columns = set()
-        n_rows = 0
-        for name, index, first, last in elements(tensor, stored):
-            used.update((name, index, row) for row in range(first, last))
-            n_columns.add(stored[name].shape[-1])
-            n_rows += last - first
-        assert n_columns == {tensor.n_columns}
-        assert n_rows == int(np.prod(tensor.shape)) // (
-            tensor.n_columns if len(tensor.shape) > 1 else 1
-        )
-        assert len(tensor.slabs) == tensor.n_matrices
-    expected = {
-        (name, index, row)
-        for name, tensor in stored.items()
-        for index in range(tensor.shape[0] if len(tensor.shape) == 3 else 1)
-        for row in range(tensor.shape[1 if len(tensor.shape) == 3 else 0])
-    }
-    assert set(used) == expected
-    assert set(used.values()) == {1}
 
 
 def test_a_tied_models_copy_of_its_embeddings_is_left_out() -> None:
@@ -272,13 +212,6 @@ def test_the_example_equals_the_reference(example: Path) -> None:
             assert type(value.value) is int
 
 
-def test_renamed_experts() -> None:
-    model = model_of()
-    name = "model.layers.12.mlp.experts.7.up_proj.weight"
-    assert model.renumbered(name, 3) == "model.layers.12.mlp.experts.3.up_proj.weight"
-    assert model.renumbered(name, 130) == "model.layers.12.mlp.experts.130.up_proj.weight"
-
-
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
 def test_pruned_config(key: str) -> None:
     tiny = replace(BASE, count_key=key)
@@ -294,33 +227,6 @@ def test_pruned_config(key: str) -> None:
 def test_pruned_config_with_both_spellings() -> None:
     after = model_of(num_local_experts=4).pruned_config(2)
     assert (after["num_experts"], after["num_local_experts"]) == (2, 2)
-
-
-def test_matrices_are_all_two_dimensional_tensors_of_a_layer(layout: TinyQwen3Moe) -> None:
-    model = model_of(layout)
-    tensors = model.gguf_tensors(stored_of(layout.tensors()))
-    for layer in range(layout.n_layers):
-        named = [name for names in model.matrices(layer).values() for name in names]
-        if layer in model.facts.moe_layers:
-            for names in model.expert_matrices(layer):
-                named += names
-        expected = [
-            tensor.name
-            for tensor in tensors
-            if tensor.name.startswith(f"blk.{layer}.") and len(tensor.shape) > 1
-        ]
-        assert sorted(named) == sorted(expected)
-
-
-def test_matrices_are_fed_by_modules_of_transformers(layout: TinyQwen3Moe) -> None:
-    theirs = of_transformers(layout.config())
-    model = model_of(layout)
-    for layer in range(layout.n_layers):
-        block = theirs.get_submodule(model.layer_prefix(layer).removesuffix("."))
-        for path in model.matrices(layer):
-            assert block.get_submodule(path).weight.ndim == 2
-        if layer in model.facts.moe_layers:
-            assert block.get_submodule(model.experts_path(0)) is not None
 
 
 @pytest.mark.parametrize(
@@ -462,19 +368,6 @@ def test_fused_experts_of_another_count() -> None:
         model_of().check_tensors(stored_of({name: tensors[name]}))
 
 
-@pytest.mark.parametrize("name", [
-    "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
-    "model.layers.1.self_attn.q_norm.weight", "model.layers.1.mlp.gate.weight",
-    "model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.0.mlp.up_proj.weight",
-])  # fmt: skip
-def test_a_missing_tensor(name: str) -> None:
-    layout = replace(BASE, dense_layers=(0,))
-    tensors = layout.tensors()
-    del tensors[name]
-    with pytest.raises(CheckpointError, match=f"tensor {name!r} is missing"):
-        model_of(layout).gguf_tensors(stored_of(tensors))
-
-
 @pytest.mark.parametrize(
     ("fused", "name", "shape"),
     [
@@ -492,22 +385,6 @@ def test_expert_shapes(fused: bool, name: str, shape: tuple[int, ...]) -> None:
     tensors = replace(BASE, fused=fused).tensors() | {full: torch.ones(shape)}
     with pytest.raises(CheckpointError, match=re.escape(f"tensor {full!r}: shape {list(shape)}")):
         model_of().gguf_tensors(stored_of(tensors))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("model.layers.1.mlp.gate.weight", (4, 17)),
-        ("model.layers.1.self_attn.q_proj.weight", (31, 16)),
-        ("model.layers.1.self_attn.k_norm.weight", (9,)),
-        ("model.embed_tokens.weight", (33, 16)),
-    ],
-)
-def test_plain_shapes(name: str, shape: tuple[int, ...]) -> None:
-    stored = stored_of(BASE.tensors() | {name: torch.ones(shape)})
-    model = model_of()
-    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
-        checked(model, stored)
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight"])

@@ -142,3 +142,40 @@ def test_friendly_counts(total: int, kept: int, friendly: int) -> None:
 def test_scores_follow_the_example(example: Path) -> None:
     facts = describe(Checkpoint.open(example)).facts
     assert (facts.n_experts, facts.experts_per_token) == (16, 4)
+
+
+@pytest.fixture
+def grouped(facts: ModelFacts) -> ModelFacts:
+    """Two groups of four experts; a token takes two experts of one group."""
+    return replace(facts, n_groups=2, groups_per_token=1)
+
+
+def test_every_group_keeps_the_same_number(grouped: ModelFacts) -> None:
+    # by score alone, 0 to 3 would remain, all of one group
+    seen = observations(reap_sum=[8.0, 7.0, 6.0, 5.0, 1.0, 4.0, 2.0, 3.0])
+    target = choose_target(grouped, 4, None)
+    assert select_experts(seen, "reap", target, grouped) == {0: (0, 1, 5, 7)}
+    everyone = choose_target(grouped, 8, None)
+    assert select_experts(seen, "reap", everyone, grouped) == {0: tuple(range(8))}
+
+
+@pytest.mark.parametrize(
+    ("keep", "per_token", "hint"),
+    [
+        (5, 2, "a multiple of 2 from 4 to 8; pass --keep-experts 4"),
+        (7, 2, "pass --keep-experts 8"),
+        (2, 2, "pass --keep-experts 4"),  # llama.cpp scores a group by two experts
+        (4, 3, "a multiple of 2 from 6 to 8; pass --keep-experts 6"),  # one group gives three
+    ],
+)
+def test_counts_that_groups_cannot_share(
+    grouped: ModelFacts, keep: int, per_token: int, hint: str
+) -> None:
+    facts = replace(grouped, experts_per_token=per_token)
+    with pytest.raises(UsageError, match=hint):
+        choose_target(facts, keep, None)
+
+
+def test_chosen_groups_share_the_experts_of_a_token(grouped: ModelFacts) -> None:
+    facts = replace(grouped, experts_per_token=4, groups_per_token=2)
+    assert choose_target(facts, 4, None) == Target(8, 4)

@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer, check_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY
 
@@ -42,7 +43,7 @@ def header(folder: Path, description: dict[str, Any], vocab_size: int = 8) -> di
     (folder / "tokenizer.json").write_text(json.dumps(description))
     writer = GGUFWriter(folder / "header.gguf", "qwen3moe")
     try:
-        add_tokenizer(writer, folder, vocab_size)
+        add_tokenizer(writer, folder, vocab_size, QWEN_PRE_TOKENIZERS)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -141,7 +142,7 @@ def test_an_absurd_vocabulary_size_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        add_tokenizer(GGUFWriter(tmp_path / "x.gguf", "qwen3moe"), tmp_path, 8)
+        add_tokenizer(GGUFWriter(tmp_path / "x.gguf", "qwen3moe"), tmp_path, 8, QWEN_PRE_TOKENIZERS)
 
 
 def test_special_ids_and_template_come_from_the_other_files(tmp_path: Path) -> None:
@@ -198,4 +199,4 @@ def test_a_template_beyond_reason_is_not_copied(name: str, tmp_path: Path, examp
     path.parent.mkdir(exist_ok=True)
     path.write_text("x" * (2**20 + 1))
     with pytest.raises(CheckpointError, match=r"1,048,577 bytes, expected a chat template of at"):
-        check_tokenizer(tmp_path / "model", 4096)
+        check_tokenizer(tmp_path / "model", 4096, QWEN_PRE_TOKENIZERS)

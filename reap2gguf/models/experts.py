@@ -1,0 +1,206 @@
+"""How families store the experts of a layer, and which GGUF tensors these become."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.description import (
+    Expert,
+    GgufTensor,
+    ModelFacts,
+    Part,
+    Projection,
+    Slab,
+    Transform,
+    missing,
+)
+
+INDEX = r"(0|[1-9][0-9]{0,5})"  # a number in a stored name, spelled in one way only
+_APART = re.compile(rf"{INDEX}\.(.+)\.weight")  # a 2D expert below the path of the experts
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a family stores the experts of a layer, and which GGUF tensors they become.
+
+    Experts are one tensor each (2D), `PATH.3.gate_proj.weight`, or fused (3D): `PATH.gate_up_proj`
+    (E, 2F, H) and `PATH.down_proj` (E, H, F), with or without `.weight`.
+    """
+
+    path: str = "mlp.experts"  # in stored names, below the layer's prefix
+    module: str = "mlp.experts"  # in transformers' layer
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate_up: str = "gate_up_proj"  # fused only
+    projections: tuple[Projection, ...] = ("gate", "up", "down")  # a GGUF tensor each
+    # of a fused matrix; "either" where checkpoints differ and the shape tells which
+    orientation: Literal["out in", "in out", "either"] = "out in"
+    interleaved: bool = False  # fused rows of gate and up alternate: gate 0, up 0, gate 1, up 1
+    has_biases: bool = False  # fused only: `gate_up_proj_bias` (E, 2F), `down_proj_bias` (E, H)
+    module_is_as_stored: bool = False  # transformers' module has this layout too
+
+    @property
+    def inputs(self) -> tuple[Projection, ...]:
+        """The projections that multiply the experts' input; `down` multiplies the activations."""
+        return tuple(projection for projection in self.projections if projection != "down")
+
+    def stored_name(self, projection: Projection) -> str:
+        """What stored names call a projection."""
+        names = {"gate": self.gate, "up": self.up, "down": self.down, "gate_up": self.gate_up}
+        return names[projection]
+
+    def fused(self, projection: Projection) -> Projection:
+        """The fused tensor that a projection is part of."""
+        return projection if projection == "down" or self.inputs == ("up",) else "gate_up"
+
+    @cached_property
+    def _apart(self) -> dict[str, Projection]:
+        """What 2D tensors end with, `.weight` left out."""
+        return {self.stored_name(p): p for p in self.projections if p != "gate_up"}
+
+    @cached_property
+    def _fused(self) -> dict[str, tuple[Projection, Part]]:
+        """What 3D tensors are called below `path`."""
+        found: dict[str, tuple[Projection, Part]] = {}
+        for projection in {self.fused(p): None for p in self.projections}:
+            name = self.stored_name(projection)
+            found |= {name: (projection, "weight"), f"{name}.weight": (projection, "weight")}
+            if self.has_biases:
+                found[f"{name}_bias"] = (projection, "bias")
+        return found
+
+    def role(self, layer: int, name: str) -> Expert | None:
+        """What a stored tensor below the layer's prefix is; None if it is not of the experts."""
+        rest = name.removeprefix(f"{self.path}.")
+        if rest == name:
+            return None
+        if rest in self._fused:
+            projection, part = self._fused[rest]
+            return Expert(layer, projection, None, part)
+        match = _APART.fullmatch(rest)
+        if match is None or match[2] not in self._apart:
+            return None
+        return Expert(layer, self._apart[match[2]], int(match[1]))
+
+    def weights(
+        self, stored: Mapping[str, StoredTensor], prefix: str, layer: int, facts: ModelFacts
+    ) -> dict[Projection, GgufTensor]:
+        """The GGUF tensors of a layer's experts: gate and up (E, F, H), down (E, H, F).
+
+        Raises CheckpointError if what is stored below `prefix` has another shape, and
+        UnsupportedModelError if its shape fits both orientations of an "either".
+        """
+        return {
+            projection: GgufTensor(
+                f"blk.{layer}.ffn_{projection}_exps.weight",
+                (facts.n_experts, *_matrix(projection, facts)),
+                self._slabs(stored, prefix + self.path, projection, facts),
+            )
+            for projection in self.projections
+        }
+
+    def _slabs(
+        self,
+        stored: Mapping[str, StoredTensor],
+        base: str,
+        projection: Projection,
+        facts: ModelFacts,
+    ) -> tuple[Slab, ...]:
+        count = facts.n_experts
+        fused = self.fused(projection)
+        name = _with_suffix(stored, f"{base}.{self.stored_name(fused)}")
+        if name is None:
+            own = self.stored_name(projection)
+            slabs = tuple(Slab(f"{base}.{e}.{own}.weight") for e in range(count))
+            for slab in slabs:
+                _check_shape(stored, slab.stored, _matrix(projection, facts))
+            return slabs
+        transposed = self._is_transposed(stored, name, _matrix(fused, facts), count)
+        rows, step = None, 1
+        if fused != projection:
+            width, second = facts.expert_width, projection == "up"
+            step = 2 if self.interleaved else 1
+            first = int(second) if self.interleaved else second * width
+            rows = (first, 2 * width if self.interleaved or second else width)
+        return tuple(Slab(name, e, rows, step, transposed) for e in range(count))
+
+    def _is_transposed(
+        self, stored: Mapping[str, StoredTensor], name: str, matrix: tuple[int, int], count: int
+    ) -> bool:
+        """Whether fused matrices are stored with axes (in, out); refuses any other shape."""
+        straight, turned = (count, *matrix), (count, *reversed(matrix))
+        if self.orientation != "either":
+            _check_shape(stored, name, straight if self.orientation == "out in" else turned)
+            return self.orientation == "in out"
+        if straight == turned:
+            raise UnsupportedModelError(
+                f"tensor {name!r}: shape {list(straight)} does not tell whether its matrices are "
+                "transposed, which checkpoints of this architecture may be; store experts apart"
+            )
+        if stored[name].shape == turned:
+            return True
+        _check_shape(stored, name, straight)
+        return False
+
+    def biases(
+        self, stored: Mapping[str, StoredTensor], prefix: str, layer: int, facts: ModelFacts
+    ) -> tuple[GgufTensor, ...]:
+        """The GGUF tensors of the experts' biases: gate and up (E, F), down (E, H)."""
+        if not self.has_biases:
+            return ()
+        found = []
+        for projection in self.projections:
+            fused = self.fused(projection)
+            name = f"{prefix}{self.path}.{self.stored_name(fused)}_bias"
+            _check_shape(stored, name, (facts.n_experts, _matrix(fused, facts)[0]))
+            chosen = None
+            if fused != projection:
+                first = int(projection == "up")
+                chosen = _columns(
+                    slice(first, None, 2)
+                    if self.interleaved
+                    else slice(first * facts.expert_width, (first + 1) * facts.expert_width)
+                )
+            shape = (facts.n_experts, _matrix(projection, facts)[0])
+            gguf_name = f"blk.{layer}.ffn_{projection}_exps.bias"
+            found.append(GgufTensor(gguf_name, shape, (Slab(name),), True, chosen))
+        return tuple(found)
+
+
+def _matrix(projection: Projection, facts: ModelFacts) -> tuple[int, int]:
+    """Rows and columns of one expert's matrix."""
+    width, hidden = facts.expert_width, facts.hidden_size
+    if projection == "down":
+        return hidden, width
+    return (2 * width if projection == "gate_up" else width), hidden
+
+
+def _columns(chosen: slice) -> Transform:
+    def take(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.ascontiguousarray(values[:, chosen])
+
+    return take
+
+
+def _with_suffix(stored: Mapping[str, StoredTensor], name: str) -> str | None:
+    """A 3D tensor's stored name, with or without `.weight`; None where experts are 2D."""
+    return next((found for found in (name, f"{name}.weight") if found in stored), None)
+
+
+def _check_shape(stored: Mapping[str, StoredTensor], name: str, expected: tuple[int, ...]) -> None:
+    if name not in stored:
+        raise missing(name)
+    if stored[name].shape != expected:
+        raise CheckpointError(
+            f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(expected)}"
+        )

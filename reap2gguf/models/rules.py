@@ -1,0 +1,140 @@
+"""Rules: one line per stored tensor, and those that most decoders have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.models.description import GgufTensor, Slab, Transform, missing
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What one stored tensor is: its names on both sides, its shape, and what it multiplies.
+
+    A size is a letter of the model's (`DecoderModel.sizes`), a number, or both: "2H". A tensor
+    with the size E is the router's and is pruned along that axis.
+    """
+
+    stored: str  # name below its block's prefix
+    gguf: str  # name below `blk.N.`
+    shape: str  # stored sizes, slowest first: "V H"
+    gguf_shape: str = ""  # where a transform changes the shape
+    parameter: str = ""  # transformers' name within the layer, where that is another
+    input_of: str = ""  # the module whose input this matrix multiplies too
+    always_f32: bool = False
+
+    @property
+    def axis_of_experts(self) -> int | None:
+        """The axis with one entry per expert, in a router's tensor."""
+        sizes = self.shape.split()
+        return sizes.index("E") if "E" in sizes else None
+
+    @property
+    def fed_by(self) -> str | None:
+        """The linear module whose input a matrix multiplies; None for what is no matrix."""
+        if len(self.shape.split()) != 2 or not self.stored.endswith(".weight"):
+            return None
+        return self.input_of or self.in_module.removesuffix(".weight")
+
+    @property
+    def in_module(self) -> str:
+        """transformers' name of the tensor within its layer."""
+        return self.parameter or self.stored
+
+
+def nested(
+    rules: tuple[TensorRule, ...], stored_prefix: str, module_prefix: str
+) -> tuple[TensorRule, ...]:
+    """Rules of a layer that is part of a larger block, such as one for multi-token prediction."""
+    return tuple(
+        replace(
+            rule,
+            stored=stored_prefix + rule.stored,
+            parameter=module_prefix + rule.in_module,
+            input_of=rule.input_of and module_prefix + rule.input_of,
+        )
+        for rule in rules
+    )
+
+
+def sizes_of(shape: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A rule's shape in numbers.
+
+    >>> sizes_of("1 2H", {"H": 64})
+    (1, 128)
+    """
+
+    def size(token: str) -> int:
+        letters = token.lstrip("0123456789")
+        factor = token.removesuffix(letters)
+        return int(factor or 1) * (sizes[letters] if letters else 1)
+
+    return tuple(size(token) for token in shape.split())
+
+
+def single(
+    stored: Mapping[str, StoredTensor],
+    name: str,
+    gguf_name: str,
+    always_f32: bool = False,
+    transform: Transform | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> GgufTensor:
+    """A GGUF tensor that is one stored tensor; vectors, norms and what is no weight stay F32.
+
+    `shape` is given where the transform changes it. Raises CheckpointError if it is not stored.
+    """
+    if name not in stored:
+        raise missing(name)
+    shape = shape or stored[name].shape
+    norm = gguf_name.endswith("_norm.weight")
+    pinned = always_f32 or len(shape) < 2 or norm or not gguf_name.endswith(".weight")
+    return GgufTensor(gguf_name, shape, (Slab(name),), always_f32=pinned, transform=transform)
+
+
+def add_one(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Norms stored around zero, as llama.cpp wants them: around one."""
+    return values + np.float32(1)
+
+
+# Outside the layers; `{text}` is the text model's prefix.
+EMBEDDING = TensorRule("{text}embed_tokens.weight", "token_embd.weight", "V H")
+NORM = TensorRule("{text}norm.weight", "output_norm.weight", "H")
+HEAD = TensorRule("lm_head.weight", "output.weight", "V H")
+# Within a layer.
+ATTN_NORM = TensorRule("input_layernorm.weight", "attn_norm.weight", "H")
+ATTENTION = (
+    TensorRule("self_attn.q_proj.weight", "attn_q.weight", "Q H"),
+    TensorRule("self_attn.k_proj.weight", "attn_k.weight", "KV H", input_of="self_attn.q_proj"),
+    TensorRule("self_attn.v_proj.weight", "attn_v.weight", "KV H", input_of="self_attn.q_proj"),
+    TensorRule("self_attn.o_proj.weight", "attn_output.weight", "H Q"),
+)
+QK_NORMS = (
+    TensorRule("self_attn.q_norm.weight", "attn_q_norm.weight", "D"),
+    TensorRule("self_attn.k_norm.weight", "attn_k_norm.weight", "D"),
+)
+FFN_NORM = TensorRule("post_attention_layernorm.weight", "ffn_norm.weight", "H")
+DENSE_FFN = (
+    TensorRule("mlp.gate_proj.weight", "ffn_gate.weight", "I H"),
+    TensorRule("mlp.up_proj.weight", "ffn_up.weight", "I H", input_of="mlp.gate_proj"),
+    TensorRule("mlp.down_proj.weight", "ffn_down.weight", "H I"),
+)
+ROUTER = TensorRule("mlp.gate.weight", "ffn_gate_inp.weight", "E H", always_f32=True)
+SHARED_EXPERT = (
+    TensorRule(
+        "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", "1 H", always_f32=True
+    ),
+    TensorRule("mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight", "S H"),
+    TensorRule(
+        "mlp.shared_expert.up_proj.weight",
+        "ffn_up_shexp.weight",
+        "S H",
+        input_of="mlp.shared_expert.gate_proj",
+    ),
+    TensorRule("mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", "H S"),
+)

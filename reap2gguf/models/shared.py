@@ -1,0 +1,409 @@
+"""What families share: a decoder described by tables of rules, and the common reading of configs.
+
+A family names its rules per layer, its experts' layout and its own header keys; a near-copy of
+another family changes some of these.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from gguf import GGUFValueType, Keys
+
+from reap2gguf.checkpoint.config import ConfigReader
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
+from reap2gguf.messages import shown
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import (
+    MAX_EXPERTS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    Carried,
+    Dropped,
+    Expert,
+    GgufTensor,
+    HeaderValue,
+    ModelFacts,
+    Part,
+    Plain,
+    Projection,
+    Role,
+    Router,
+    Transform,
+)
+from reap2gguf.models.experts import INDEX, ExpertLayout
+from reap2gguf.models.rope import rope_metadata
+from reap2gguf.models.rules import EMBEDDING, HEAD, NORM, TensorRule, nested, single, sizes_of
+
+# how configs of any architecture spell their number of routed experts
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# the two patterns of Qwen's tokenizers differ only in how they treat marks (\p{M})
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN35_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
+    (_QWEN2_PATTERN,): "qwen2",
+    (_QWEN35_PATTERN,): "qwen35",
+}
+
+Entry = tuple[str, Any, GGUFValueType]  # of a header; the value None is left out
+UINT32, FLOAT32, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
+
+
+@dataclass(frozen=True)
+class MtpLayout:
+    """How a family stores its multi-token-prediction block, below the block's prefix."""
+
+    layer: str  # what the names of its decoder layer begin with; "" where they stand beside `rules`
+    # `parameter` of each is one of observing.mtp.MtpBlock: fc, embedding_norm, hidden_norm, norm
+    rules: tuple[TensorRule, ...]
+
+
+class DecoderModel(MoeModel):
+    """A model whose decoder layers are described by tables of rules."""
+
+    gguf_arch: ClassVar[str]
+    outer: ClassVar[tuple[TensorRule, ...]] = (EMBEDDING, NORM, HEAD)  # outside the layers
+    experts: ClassVar[ExpertLayout] = ExpertLayout()
+    mtp: ClassVar[MtpLayout | None] = None
+    count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
+    # keys of nested objects that lead to the text model's config, where a config has them
+    text_sections: ClassVar[tuple[str, ...]] = ()
+    carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
+    # what the names of a quantized weight's tensors end with beyond the weight's own name
+    part_suffixes: ClassVar[Mapping[str, Part]] = {}
+
+    @abstractmethod
+    def rules(self, layer: int) -> tuple[TensorRule, ...]:
+        """What a trunk layer is made of besides its experts, in the order of the GGUF file."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """The sizes that the rules name."""
+        facts = self.facts
+        return {
+            "H": facts.hidden_size,
+            "V": facts.vocab_size,
+            "E": facts.n_experts,
+            "Q": facts.n_heads * facts.head_dim,  # queries
+            "KV": facts.n_kv_heads * facts.head_dim,  # keys, and values
+            "D": facts.head_dim,
+        }
+
+    def transform(self, rule: TensorRule) -> Transform | None:
+        """What llama.cpp's converter does to a tensor besides renaming it."""
+        return None
+
+    # the config
+
+    @cached_property
+    def text(self) -> ConfigReader:
+        """The text model's config, which may be nested."""
+        found = self.reader
+        for key in self.text_sections:
+            if not (section := found.section(key)):
+                break
+            found = ConfigReader(section, self.reader.where)
+        return found
+
+    def common_facts(
+        self, moe_layers: Sequence[int], tied: bool | None = None, has_mtp: bool = False
+    ) -> ModelFacts:
+        """The facts, read from the keys under which most configs have them."""
+        read = self.text
+        n_experts = read.integer(*self.count_keys, low=2, high=MAX_EXPERTS)
+        hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
+        n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
+        if tied is None:
+            tied = read.boolean("tie_word_embeddings", default=False)
+        return ModelFacts(
+            architecture=str(self.config["architectures"][0]),
+            gguf_arch=self.gguf_arch,
+            n_layers=read_n_layers(read),
+            moe_layers=tuple(moe_layers),
+            hidden_size=hidden,
+            expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
+            n_experts=n_experts,
+            experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
+            n_heads=n_heads,
+            n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_heads),
+            head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=hidden // n_heads),
+            vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
+            context_length=read.integer("max_position_embeddings", low=1),
+            tied_embeddings=tied,
+            has_mtp=has_mtp,
+        )
+
+    def pruned_config(self, n_experts: int) -> dict[str, Any]:
+        return self.rewritten_config(dict.fromkeys(COUNT_KEYS, n_experts))
+
+    def rewritten_config(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with other values under the keys that it has, the text model's included."""
+        return _rewritten(self.config, self.text_sections, changes)
+
+    # the header
+
+    def header(self) -> list[Entry]:
+        """The architecture's own keys, rotary embedding apart, in the order of the file."""
+        facts, read, llm = self.facts, self.text, Keys.LLM
+        groups: list[Entry] = []
+        if facts.n_groups > 1:
+            groups = [
+                (llm.EXPERT_GROUP_COUNT, facts.n_groups, UINT32),
+                (llm.EXPERT_GROUP_USED_COUNT, facts.groups_per_token, UINT32),
+            ]
+        return [
+            (llm.BLOCK_COUNT, facts.n_blocks, UINT32),
+            (llm.CONTEXT_LENGTH, facts.context_length, UINT32),
+            (llm.EMBEDDING_LENGTH, facts.hidden_size, UINT32),
+            (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
+            (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
+            (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read), FLOAT32),
+            (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
+            (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
+            (llm.EXPERT_COUNT, facts.n_experts, UINT32),
+            (llm.EXPERT_USED_COUNT, facts.experts_per_token, UINT32),
+            (llm.EXPERT_FEED_FORWARD_LENGTH, facts.expert_width, UINT32),
+            *groups,
+        ]
+
+    def dense_width(self) -> int | None:
+        """The width of dense feed-forward layers; None where the config has none."""
+        if self.text.values.get("intermediate_size") is None:
+            return None
+        return self.text.integer("intermediate_size", low=1, high=MAX_WIDTH)
+
+    def gguf_metadata(self) -> tuple[HeaderValue, ...]:
+        own = tuple(
+            HeaderValue(key.format(arch=self.gguf_arch), value, value_type)
+            for key, value, value_type in self.header()
+            if value is not None
+        )
+        return own + rope_metadata(self.text.values, self.gguf_arch, self.text.where)
+
+    # the tensors
+
+    @cached_property
+    def mtp_prefix(self) -> str:
+        """What the stored names of the MTP block begin with: those of one more decoder layer."""
+        return f"{self.text_prefix}layers.{read_n_layers(self.text)}."
+
+    def in_mtp(self, name: str) -> bool:
+        """Whether a stored tensor is of an MTP block."""
+        return self.mtp is not None and name.startswith(self.mtp_prefix)
+
+    def block_prefix(self, layer: int) -> str:
+        if layer == self.facts.mtp_layer:
+            return self.mtp_prefix
+        return f"{self.text_prefix}layers.{layer}."
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the stored names of a decoder layer begin with, the MTP block's included."""
+        inside = self.mtp.layer if self.mtp and layer == self.facts.mtp_layer else ""
+        return self.block_prefix(layer) + inside
+
+    def _block_rules(self, layer: int) -> tuple[TensorRule, ...]:
+        """The rules of a decoder layer, named from its block's prefix on."""
+        if self.mtp is None or layer != self.facts.mtp_layer:
+            return self.rules(layer)
+        return nested(self.rules(self.mtp_template()), self.mtp.layer, "layer.")
+
+    def _rules_beside(self, layer: int) -> tuple[TensorRule, ...]:
+        """The rules of what the MTP block has besides its decoder layer."""
+        return self.mtp.rules if self.mtp and layer == self.facts.mtp_layer else ()
+
+    # found once: every name is asked for its role by these
+    @cached_property
+    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+        return tuple(
+            {rule.stored: rule for rule in self._block_rules(layer) + self._rules_beside(layer)}
+            for layer in range(self.facts.n_blocks)
+        )
+
+    @cached_property
+    def _outside(self) -> Mapping[str, TensorRule]:
+        return {rule.stored.format(text=self.text_prefix): rule for rule in self.outer}
+
+    @cached_property
+    def sparse_layers(self) -> frozenset[int]:
+        return frozenset(self.facts.moe_layers)
+
+    @cached_property
+    def _layer_name(self) -> re.Pattern[str]:
+        return re.compile(rf"{re.escape(self.text_prefix)}layers\.{INDEX}\.(.+)")
+
+    def weight_of(self, name: str) -> tuple[str, Part]:
+        for suffix, part in self.part_suffixes.items():
+            if name.endswith(suffix):
+                return name.removesuffix(suffix), part
+        return name, "weight"
+
+    def role(self, name: str) -> Role:
+        weight, part = self.weight_of(name)
+        role = self._role(weight)
+        if role is None:
+            file = f"{type(self).__module__.replace('.', '/')}.py"
+            raise UnknownTensorError(
+                f"tensor {name!r} has no meaning in {self.facts.architecture} with "
+                f"{self.facts.n_layers} layers; nothing is skipped silently, so remove it or add "
+                f"a rule for it to {file}"
+            )
+        if isinstance(role, Expert) and part != "weight":
+            return replace(role, part=part)
+        return role
+
+    def _role(self, name: str) -> Role | None:
+        if name.startswith(self.carried_prefixes):
+            return Carried()
+        if not self.keep_mtp and self.in_mtp(name):
+            return Dropped()
+        if rule := self._outside.get(name):
+            # a tied model's head is a copy of the embeddings, which nothing reads
+            return Carried() if rule is HEAD and self.facts.tied_embeddings else Plain(None)
+        layer, rest = self._place(name)
+        if layer is None:
+            return None
+        if rule := self._in_blocks[layer].get(rest):
+            axis = rule.axis_of_experts
+            return Plain(layer) if axis is None else Router(layer, axis)
+        inside = self.layer_prefix(layer).removeprefix(self.block_prefix(layer))
+        if layer not in self.sparse_layers or not rest.startswith(inside):
+            return None
+        return self.experts.role(layer, rest.removeprefix(inside))
+
+    def _place(self, name: str) -> tuple[int | None, str]:
+        """The block that a stored tensor is in, and its name below the block's prefix."""
+        if self.facts.has_mtp and name.startswith(self.mtp_prefix):
+            return self.facts.mtp_layer, name.removeprefix(self.mtp_prefix)
+        match = self._layer_name.fullmatch(name)
+        if match is None or int(match[1]) >= self.facts.n_layers:
+            return None, name
+        return int(match[1]), match[2]
+
+    def gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> tuple[GgufTensor, ...]:
+        return tuple(self._gguf_tensors(stored))
+
+    def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
+        for name, rule in self._outside.items():
+            if not isinstance(self.role(name), Carried):
+                yield self._single(stored, name, rule, "")
+        for layer in range(self.facts.n_blocks):
+            blk, prefix = f"blk.{layer}.", self.block_prefix(layer)
+            for rule in self._block_rules(layer):
+                yield self._single(stored, prefix + rule.stored, rule, blk)
+            if layer in self.sparse_layers:
+                yield from self.expert_tensors(layer, stored).values()
+                yield from self.experts.biases(stored, self.layer_prefix(layer), layer, self.facts)
+            for rule in self._rules_beside(layer):
+                yield self._single(stored, prefix + rule.stored, rule, blk)
+
+    def _single(
+        self, stored: Mapping[str, StoredTensor], name: str, rule: TensorRule, prefix: str
+    ) -> GgufTensor:
+        shape = sizes_of(rule.gguf_shape, self.sizes()) if rule.gguf_shape else None
+        transform = self.transform(rule)
+        return single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape)
+
+    def expert_tensors(
+        self, layer: int, stored: Mapping[str, StoredTensor]
+    ) -> Mapping[Projection, GgufTensor]:
+        return self.experts.weights(stored, self.layer_prefix(layer), layer, self.facts)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        sizes = self.sizes()
+        found = {name: sizes_of(rule.shape, sizes) for name, rule in self._outside.items()}
+        for layer, rules in enumerate(self._in_blocks):
+            prefix = self.block_prefix(layer)
+            found |= {prefix + name: sizes_of(rule.shape, sizes) for name, rule in rules.items()}
+        return found
+
+    # what is observed
+
+    def parameter(self, layer: int, name: str) -> str:
+        rule = self._in_blocks[layer].get(name)
+        return name if rule is None else rule.in_module
+
+    @property
+    def module_is_as_stored(self) -> bool:
+        return self.experts.module_is_as_stored
+
+    def experts_path(self, layer: int) -> str:
+        inside = "layer." if layer == self.facts.mtp_layer else ""
+        return inside + self.experts.module
+
+    def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for rule in self._in_blocks[layer].values():
+            if (module := rule.fed_by) is not None:
+                found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
+        return found
+
+    def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        blk = f"blk.{layer}.ffn_"
+        fed_by_inputs = tuple(
+            f"{blk}{projection}_exps.weight" for projection in self.experts.inputs
+        )
+        return fed_by_inputs, (f"{blk}down_exps.weight",)
+
+
+def read_n_layers(read: ConfigReader) -> int:
+    return read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
+
+
+def read_epsilon(read: ConfigReader) -> float:
+    return read.number("rms_norm_eps", low=0, high=1)
+
+
+def refuse_common(read: ConfigReader, arch: str) -> None:
+    """Refuse, by name, what no family here does."""
+    read.expect("hidden_act", "silu", why=f"llama.cpp's {arch} computes SwiGLU")
+    read.expect("attention_bias", False, why="attention biases are not implemented")
+    read.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
+
+
+def moe_layers_by_step(read: ConfigReader) -> tuple[int, ...]:
+    """Every `decoder_sparse_step`-th layer, `mlp_only_layers` left out."""
+    n_layers = read_n_layers(read)
+    dense = set(read.integers("mlp_only_layers", 0, n_layers - 1))
+    step = read.integer("decoder_sparse_step", low=1, default=1)
+    return tuple(i for i in range(n_layers) if i not in dense and (i + 1) % step == 0)
+
+
+def moe_layers_after_dense(read: ConfigReader, key: str) -> tuple[int, ...]:
+    """All layers after the first dense ones: `mlp_layer_types` names each, or `key` counts those.
+
+    Raises UnsupportedModelError if neither is there, or a layer is neither dense nor sparse.
+    """
+    n_layers = read_n_layers(read)
+    types = read.values.get("mlp_layer_types")
+    if types is None:
+        return tuple(range(read.integer(key, high=n_layers), n_layers))
+    known = ("dense", "sparse")
+    if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
+        raise UnsupportedModelError(
+            f"{read.where}: mlp_layer_types is {shown(types)}, expected {n_layers} of dense and "
+            "sparse"
+        )
+    return tuple(layer for layer, one in enumerate(types) if one == "sparse")
+
+
+def _rewritten(
+    config: Mapping[str, Any], sections: tuple[str, ...], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    found = {key: changes.get(key, value) for key, value in config.items()}
+    if sections and isinstance(found.get(sections[0]), Mapping):
+        found[sections[0]] = _rewritten(found[sections[0]], sections[1:], changes)
+    return found
