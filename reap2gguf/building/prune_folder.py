@@ -15,7 +15,7 @@ from reap2gguf.progress import Progress
 from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, write_pruned
-from reap2gguf.verifying.planned import verify_pruned
+from reap2gguf.verifying.hf_folder import check_pruned
 
 
 def prune_to_folder(
@@ -38,7 +38,7 @@ def prune_to_folder(
         write_pruned(pruned, made, progress)
         record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
-        if violations := verify_pruned(made, pruned, progress):
+        if violations := check_pruned(made, pruned, progress):
             raise VerificationError(violations)
         with disk_errors_told(folder):
             made.chmod(0o755)

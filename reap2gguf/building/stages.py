@@ -32,7 +32,8 @@ from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.quantizing.resolve import ResolvedRecipe
-from reap2gguf.verifying.planned import verify_gguf, verify_pruned, verify_side
+from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
+from reap2gguf.verifying.hf_folder import check_pruned
 
 
 class ReadTexts(Stage[Texts]):
@@ -286,15 +287,19 @@ class Verify(Stage[list[str]]):
         """What differs from the plan, and what was checked."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
-        violations = verify_pruned(run.work.hf, pruned, progress)
+        violations = check_pruned(run.work.hf, pruned, progress)
         n_tensors = len(pruned.tensors)
         passed = [f"safetensors: {n_tensors} tensors equal the source's, byte for byte"]
         how = "tensors by name, shape, type and value"
         for path, recipe in self._export.files.items():
-            violations += verify_gguf(path, recipe, pruned, model, threads, progress)
+            expected = ExpectedGguf(
+                recipe.tensor_types(), model.facts.n_experts, recipe.llama_file_type.value
+            )
+            violations += check_gguf(path, expected, (pruned, model), threads, progress)
             passed.append(f"{path.name}: {len(recipe.table)} {how}")
         for path, side in self._export.sides.items():
-            violations += verify_side(path, side, pruned, threads, progress)
+            source = (pruned, [side])
+            violations += check_side_file(path, side.tensor_types(), source, threads, progress)
             passed.append(f"{path.name}: {len(side.tensors)} {how}")
         return violations, passed
 

@@ -18,6 +18,8 @@ from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Expert
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Progress
+from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.write import companion_files
 
 _MAX_VALUES = 2**22  # that are compared or checked at a time
 _FLOATS = ("F32", "F16", "BF16")
@@ -52,6 +54,16 @@ def check_folder(checkpoint: Checkpoint, model: MoeModel, progress: Progress) ->
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
         for name in checkpoint.tensors:
             yield from _check_tensor(checkpoint, model, name, task.advance)
+
+
+def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[str]:
+    """Violations of a folder that must hold the pruned model and its small files."""
+    checkpoint, model, violations = open_folder(folder, pruned.n_kept)
+    violations += compare_files(folder, companion_files(pruned.folder))
+    if checkpoint is not None and model is not None:
+        with checkpoint:
+            violations += compare_folder(checkpoint, pruned, model, progress)
+    return violations
 
 
 def compare_folder(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, record, stages, workdir
 from reap2gguf.building.estimate import estimate
-from reap2gguf.building.plan import make_plan, plan_as_json
+from reap2gguf.building.plan import make_plan
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import OutputError, Reap2ggufError, UsageError, VerificationError
@@ -23,6 +23,7 @@ from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.terminal.views import plan_as_json
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.conftest import Bundle
 from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, stages
 from reap2gguf.building.estimate import estimate
-from reap2gguf.building.plan import make_plan, plan_as_json
+from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import Manifest, MtpRecord
 from reap2gguf.bundle.sums import hash_folder, write_sums
@@ -26,6 +26,7 @@ from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.terminal.views import plan_as_json
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.tiny import REPOSITORY, TinyQwen35Moe
 
