@@ -208,7 +208,7 @@ def test_the_cards(kept: Built, dropped: Built) -> None:
         assert "top-1 accuracy" in card
         assert "Calibration used text only" in card
     for folder in (dropped.hf, dropped.gguf):
-        assert "| multi-token prediction | dropped |" in (folder / "README.md").read_text()
+        assert "| multi-token prediction (MTP) | dropped |" in (folder / "README.md").read_text()
     assert "`mmproj-out-F16.gguf`" in (kept.gguf / "README.md").read_text()
 
 
