@@ -126,13 +126,19 @@ class ExpertLayout:
                 _check_shape(stored, slab.stored, _matrix(projection, facts))
             return slabs
         transposed = self._is_transposed(stored, name, _matrix(fused, facts), count)
-        rows, step = None, 1
-        if fused != projection:
-            width, second = facts.expert_width, projection == "up"
-            step = 2 if self.interleaved else 1
-            first = int(second) if self.interleaved else second * width
-            rows = (first, 2 * width if self.interleaved or second else width)
+        share = self._share(projection, facts.expert_width)
+        rows = None if share is None else (share.start, share.stop)
+        step = 1 if share is None else share.step
         return tuple(Slab(name, e, rows, step, transposed) for e in range(count))
+
+    def _share(self, projection: Projection, width: int) -> range | None:
+        """The rows of a fused tensor that are a projection's; None if all are."""
+        if self.fused(projection) == projection:
+            return None
+        second = int(projection == "up")
+        if self.interleaved:
+            return range(second, 2 * width, 2)
+        return range(second * width, (second + 1) * width)
 
     def _is_transposed(
         self, stored: Mapping[str, StoredTensor], name: str, matrix: tuple[int, int], count: int
@@ -163,14 +169,8 @@ class ExpertLayout:
             fused = self.fused(projection)
             name = f"{prefix}{self.path}.{self.stored_name(fused)}_bias"
             _check_shape(stored, name, (facts.n_experts, _matrix(fused, facts)[0]))
-            chosen = None
-            if fused != projection:
-                first = int(projection == "up")
-                chosen = _columns(
-                    slice(first, None, 2)
-                    if self.interleaved
-                    else slice(first * facts.expert_width, (first + 1) * facts.expert_width)
-                )
+            share = self._share(projection, facts.expert_width)
+            chosen = None if share is None else _columns(share)
             shape = (facts.n_experts, _matrix(projection, facts)[0])
             gguf_name = f"blk.{layer}.ffn_{projection}_exps.bias"
             found.append(GgufTensor(gguf_name, shape, (Slab(name),), True, chosen))
@@ -185,9 +185,9 @@ def _matrix(projection: Projection, facts: ModelFacts) -> tuple[int, int]:
     return (2 * width if projection == "gate_up" else width), hidden
 
 
-def _columns(chosen: slice) -> Transform:
+def _columns(chosen: range) -> Transform:
     def take(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return np.ascontiguousarray(values[:, chosen])
+        return np.ascontiguousarray(values[:, chosen.start : chosen.stop : chosen.step])
 
     return take
 

@@ -43,11 +43,11 @@ class Qwen3Moe(DecoderModel):
         read.expect(
             "use_sliding_window", False, why=f"llama.cpp's {self.gguf_arch} has full attention"
         )
-        self._check_normalised()
+        self.check_routing()
         rope_metadata(self.config, self.gguf_arch, read.where)  # refuses what is not implemented
         return self.common_facts(moe_layers_by_step(read))
 
-    def _check_normalised(self) -> None:
+    def check_routing(self) -> None:
         if not self.reader.boolean("norm_topk_prob", default=False):
             raise UnsupportedModelError(
                 f"{self.reader.where}: norm_topk_prob is not true, and llama.cpp's qwen3moe always "

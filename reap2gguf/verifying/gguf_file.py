@@ -228,7 +228,8 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
                 if not np.isfinite(values).all():
                     return f"{where} holds NaN or infinite values"
                 empty = empty and not values.any()
-            if empty and len(info.shape) > 1:  # a vector may be zero, as biases often are
+            is_vector = len(info.shape) == 1 or info.name.endswith(".bias")
+            if empty and not is_vector:  # a vector may be zero, as biases often are
                 return f"{where} holds nothing but zeros"
         return None
 

@@ -15,7 +15,7 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.models.description import Expert
+from reap2gguf.models.description import Expert, Role, Router
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Progress
 from reap2gguf.pruning.view import PrunedView
@@ -143,10 +143,16 @@ def _check_tensor(
             is_empty = is_empty and not raw.view(NUMPY_TYPES[stored.dtype]).any()
             advance(raw.nbytes)
         # a vector may be zero: biases often are, and norms stored around zero
-        if is_empty and len(stored.shape) > 1:
+        if is_empty and not _is_vector(stored, role):
             which = f" for expert {matrix}" if is_fused else ""
             yield f"{checkpoint.folder.name}: {name} holds nothing but zeros{which}"
             return
+
+
+def _is_vector(stored: StoredTensor, role: Role) -> bool:
+    """Whether a tensor is a vector, or one per expert."""
+    is_bias = isinstance(role, Expert) and role.part == "bias"
+    return len(stored.shape) == 1 or is_bias or (isinstance(role, Router) and role.axis > 0)
 
 
 def _flat_parts(

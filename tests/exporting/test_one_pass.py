@@ -40,7 +40,7 @@ def test_one_thread_and_three_write_the_same(
     wide: Path, imatrix: Imatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # small pieces, so that threads take turns within one matrix
-    monkeypatch.setattr("reap2gguf.gguf_files.rows.PIECE_VALUES", 20_000)
+    monkeypatch.setattr("reap2gguf.gguf_files.rows.MAX_VALUES", 20_000)
     files = {}
     for n_threads in (1, 3):
         folder = tmp_path / str(n_threads)
@@ -64,7 +64,7 @@ def test_every_byte_is_read_once_for_all_files(
     shape: TinyQwen3Moe | TinyQwen35Moe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shape.write(tmp_path / "model")
-    monkeypatch.setattr("reap2gguf.gguf_files.rows.PIECE_VALUES", 1000)
+    monkeypatch.setattr("reap2gguf.gguf_files.rows.MAX_VALUES", 1000)
     reads: list[tuple[int, int]] = []
     preadv = os.preadv
 

@@ -21,7 +21,9 @@ from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.observing import loader
 from reap2gguf.observing.loader import WeightLoader
 from reap2gguf.observing.targets import layer_targets
+from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
+from reap2gguf.verifying.hf_folder import check_folder
 from tests.models.layouts import stored_of
 from tests.models.synthetic import RENAMED, SyntheticMoe, TinySynthetic
 
@@ -205,6 +207,21 @@ def test_biases(name: str, tmp_path: Path) -> None:
         kept = {layer: (1, 2, 4, 7) for layer in (1, 2)}
         view = PrunedView(weights, model, kept)
         np.testing.assert_array_equal(view.read_float32(bias), tensors[bias][[1, 2, 4, 7]].numpy())
+
+
+def test_biases_may_be_zero(tmp_path: Path) -> None:
+    """A pruned folder with a matrix of zeros is damaged; with a bias of zeros it is not."""
+    layout, tensors = biased(FUSED, "3D")
+    for name, tensor in tensors.items():
+        if name.endswith("down_proj_bias"):
+            tensors[name] = torch.zeros_like(tensor)
+    with opened(tmp_path / "sound", layout, tensors) as (weights, model):
+        assert list(check_folder(weights, model, Silent())) == []
+    name = f"model.layers.2.{PATH}.down_proj"
+    tensors[name][3] = 0
+    with opened(tmp_path / "damaged", layout, tensors) as (weights, model):
+        (violation,) = check_folder(weights, model, Silent())
+        assert f"{name} holds nothing but zeros for expert 3" in violation
 
 
 def test_biases_where_the_family_has_none() -> None:

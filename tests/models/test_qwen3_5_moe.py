@@ -10,10 +10,10 @@ import pytest
 import torch
 from gguf import GGUFValueType
 
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models import Carried, Dropped, GgufTensor
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
+from tests.models.layouts import stored_of
 from tests.tiny import TinyQwen35Moe
 
 BASE = TinyQwen35Moe(n_experts=4, vocab=64)
@@ -30,14 +30,7 @@ LAYOUTS = {
     "equal heads": replace(BASE, value_heads=4),
     "other layers": replace(BASE, layers="flfl"),
 }
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 MTP_NAMES = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm")
-
-
-def stored_of(tensors: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    return {
-        name: StoredTensor(name, DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()
-    }
 
 
 def model_of(tiny: TinyQwen35Moe = BASE, keep_mtp: bool = True, **changes: Any) -> Qwen35Moe:

@@ -17,6 +17,7 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models import Carried, GgufTensor, Slab
 from reap2gguf.models.qwen3_moe import Qwen3Moe, rope_metadata
+from tests.models.layouts import stored_of
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 
 REFERENCE = REPOSITORY / "tests" / "data" / "qwen3moe-reference-header.json"
@@ -29,15 +30,6 @@ LAYOUTS = {
     "3D dense": replace(BASE, fused=True, dense_layers=(2,)),
     "local experts": replace(BASE, count_key="num_local_experts"),
 }
-NAMES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-}
-
-
-def stored_of(tensors: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    return {name: StoredTensor(name, NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
 def model_of(tiny: TinyQwen3Moe = BASE, **changes: Any) -> Qwen3Moe:
