@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reap2gguf.building.checks import verify_pruned
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.verifying import hf_folder
+from reap2gguf.verifying.planned import verify_pruned
 from tests.tiny import TinyQwen3Moe
 
 FUSED = TinyQwen3Moe(fused=True)
