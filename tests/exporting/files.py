@@ -13,9 +13,10 @@ import numpy as np
 from gguf import GGUFReader
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
-from reap2gguf.models import GgufTensor, describe
+from reap2gguf.models import GgufTensor, MoeModel, describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import Recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -45,19 +46,31 @@ def export_files(
     n_threads: int = 2,
 ) -> dict[str, Path]:
     """One GGUF per recipe, written in one pass; by the recipe's name."""
-    recipes = list(recipes)
-    paths = {recipe.name: target / f"{recipe.name}.gguf" for recipe in recipes}
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
-        tensors = model.gguf_tensors(checkpoint.tensors)
-        files = {
-            paths[recipe.name]: resolve(
-                recipe, tensors, model.facts, model.facts.n_experts, imatrix is not None
-            )
-            for recipe in recipes
-        }
-        weighted_by = None if imatrix is None else WeightedBy(imatrix)
-        export_model(checkpoint, model, "Tiny", files, weighted_by, (), n_threads, Silent())
+        return export_weights(checkpoint, model, target, recipes, imatrix, n_threads)
+
+
+def export_weights(
+    weights: Weights,
+    model: MoeModel,
+    target: Path,
+    recipes: Iterable[Recipe],
+    imatrix: Imatrix | None = None,
+    n_threads: int = 2,
+) -> dict[str, Path]:
+    """The same of weights that are opened already."""
+    recipes = list(recipes)
+    paths = {recipe.name: target / f"{recipe.name}.gguf" for recipe in recipes}
+    tensors = model.gguf_tensors(weights.tensors)
+    files = {
+        paths[recipe.name]: resolve(
+            recipe, tensors, model.facts, model.facts.n_experts, imatrix is not None
+        )
+        for recipe in recipes
+    }
+    weighted_by = None if imatrix is None else WeightedBy(imatrix)
+    export_model(weights, model, "Tiny", files, weighted_by, (), n_threads, Silent())
     return paths
 
 

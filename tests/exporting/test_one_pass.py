@@ -9,13 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFReader
+from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix
-from tests.exporting.files import export_files, gguf_tensors, left, plain, random_imatrix
+from reap2gguf.models import describe
+from reap2gguf.progress import Silent
+from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.write import write_pruned
+from tests.exporting.files import (
+    export_files,
+    export_weights,
+    gguf_tensors,
+    left,
+    plain,
+    random_imatrix,
+)
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 MIXED = ("Q4_K_M", "IQ4_XS", "Q8_0", "BF16", "F32")
@@ -39,7 +52,7 @@ def test_files_of_one_pass_are_those_of_single_passes(
 def test_one_thread_and_three_write_the_same(
     wide: Path, imatrix: Imatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # small pieces, so that threads take turns within one matrix
+    # small ranges, so that threads take turns within one matrix
     monkeypatch.setattr("reap2gguf.gguf_files.rows.MAX_VALUES", 20_000)
     files = {}
     for n_threads in (1, 3):
@@ -82,6 +95,38 @@ def test_every_byte_is_read_once_for_all_files(
     # no gap and no overlap from the first tensor to the last
     assert (reads[0][0], reads[-1][1]) == (first, last)
     assert [end for _, end in reads[:-1]] == [begin for begin, _ in reads[1:]]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [TinyQwen3Moe(), TinyQwen3Moe(fused=True, dtype=torch.float32), TinyQwen35Moe()],
+    ids=["2d", "3d", "qwen3.5"],
+)
+def test_a_pruned_view_is_exported_as_the_written_folder(
+    shape: TinyQwen3Moe | TinyQwen35Moe, tmp_path: Path
+) -> None:
+    with Checkpoint.open(shape.write(tmp_path / "model")) as source:
+        model = describe(source)
+        view = PrunedView(source, model, dict.fromkeys(model.facts.moe_layers, (0, 2, 3, 7)))
+        for name in ("pruned", "view"):
+            (tmp_path / name).mkdir()
+        found = export_weights(view, view.model, tmp_path / "view", map(plain, MIXED))
+        write_pruned(view, tmp_path / "pruned", Silent())
+    expected = export_files(tmp_path / "pruned", tmp_path, map(plain, MIXED))
+    for name in MIXED:
+        assert found[name].read_bytes() == expected[name].read_bytes()
+
+
+def test_values_that_are_not_finite_are_named_as_in_the_source(tmp_path: Path) -> None:
+    folder = TinyQwen3Moe().write(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name][4, 5] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    with Checkpoint.open(folder) as source:
+        view = PrunedView(source, describe(source), {0: (0, 2, 3, 7), 1: (0, 1, 3, 7)})
+        with pytest.raises(CheckpointError, match=f"{name}' holds NaN or infinite values"):
+            export_weights(view, view.model, tmp_path, [plain("Q8_0")])
 
 
 def test_a_tensor_is_quantized_once_for_each_type(
@@ -143,7 +188,7 @@ def test_a_system_that_takes_no_advice_serves(
     assert export_files(tiny, tmp_path, [plain("Q8_0")])["Q8_0"].read_bytes() == expected
 
 
-def test_after_a_failure_no_thread_takes_another_piece(
+def test_after_a_failure_no_thread_takes_another_range(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = []

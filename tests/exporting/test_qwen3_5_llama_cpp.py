@@ -23,6 +23,7 @@ from reap2gguf.models import describe
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_files, plain, stored
 from tests.tiny import TinyQwen35Moe
@@ -80,7 +81,7 @@ def prune(folder: Path, target: Path, keep_mtp: bool = True) -> Path:
             layer: tuple(sorted({layer, 7, (layer + 3) % 7, (layer + 5) % 7}))
             for layer in model.facts.moe_layers
         }
-        write_pruned(checkpoint, model, kept, 4, target, Silent())
+        write_pruned(PrunedView(checkpoint, model, kept), target, Silent())
     return target
 
 
