@@ -205,7 +205,7 @@ def test_memory_is_what_a_container_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "_CGROUP", limit)
+    monkeypatch.setattr("reap2gguf.machine._CGROUP", tmp_path)
     assert "container" not in machine.memory().found
     limit.write_text("max\n")
     assert "container" not in machine.memory().found

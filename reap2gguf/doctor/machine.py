@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reap2gguf.doctor.finding import Finding, State
-from reap2gguf.machine import available_bytes, available_threads
-from reap2gguf.observing.deltanet import PACKAGE, REFERENCE_SPEED, installed_version
+from reap2gguf.machine import available_bytes, available_threads, container_limit, total_bytes
+from reap2gguf.observing.linear_attention import PACKAGE, REFERENCE_SPEED, installed_version
 
 _DRIVER = Path("/proc/driver/nvidia")  # there where the kernel drives an NVIDIA GPU
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
 _LITTLE_DISK = 2**30
 
 
@@ -79,20 +78,11 @@ def processors() -> Finding:
 
 def memory() -> Finding:
     """Memory that can be had, within what a container may take."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_limit()
+    total, limit = total_bytes(), container_limit()
     bounded = limit is not None and limit < total
     whose = " that this container may take" if bounded else ""
     most = min(total, limit) if limit is not None else total
     return Finding("memory", f"{_gib(available_bytes())} of {_gib(most)} free{whose}")
-
-
-def _cgroup_limit() -> int | None:
-    try:
-        text = _CGROUP.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None  # no container, or one that does not say
-    return int(text) if text.isdecimal() else None
 
 
 def disks() -> Iterator[Finding]:
