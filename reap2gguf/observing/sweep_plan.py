@@ -22,14 +22,14 @@ from reap2gguf.observing.budget import (
     size_text,
 )
 from reap2gguf.observing.compute.ranks import Ranks
-from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.linear_attention import attention_widths, linear_attention_note
-from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
     from reap2gguf.calibration.rows import Row
+    from reap2gguf.observing.decoder import StreamedDecoder
+    from reap2gguf.observing.observer import LayerObserver
 
 _MENTIONED = 2**30  # bytes of activations, at least
 
