@@ -40,9 +40,11 @@ from reap2gguf.observing import decoder as decoder_module
 from reap2gguf.observing.compute.experts import RoutedPairs
 from reap2gguf.observing.compute.ranks import join, leave
 from reap2gguf.observing.importance import ImportanceObserver
-from reap2gguf.observing.observer import LayerObserver
+from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.sweep import SweepOptions, sweep
+from reap2gguf.observing.sweep import sweep
+from reap2gguf.observing.sweep_plan import resolve_device
+from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Task
 from reap2gguf.terminal.click_options import read_size
 
@@ -62,10 +64,16 @@ class Floor(LayerObserver):
         """Nothing is seen."""
 
     def finish(self, index: int) -> None:
-        """Nothing is kept."""
+        """There are no sums."""
 
     def sums(self) -> Iterable[Tensor]:
         return ()
+
+    def finished_sums(self) -> Arrays:
+        return {}
+
+    def restore(self, arrays: Arrays) -> None:
+        """There are no sums."""
 
 
 SWEEPS: dict[str, Any] = {
@@ -99,8 +107,8 @@ def measure(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     if name == "transformers":
         decoder_module.IMPLEMENTATION = "grouped_mm"
         decoder_module.has_triton = lambda device: False
-    options = SweepOptions(
-        arguments.device, memory=arguments.memory, spool=arguments.spool, folder=arguments.folder
+    options = ComputeOptions(
+        arguments.device, memory=arguments.memory, spool=arguments.spool, scratch=arguments.folder
     )
     ranks = join()
     with Checkpoint.open(arguments.folder) as checkpoint:
@@ -119,10 +127,15 @@ def measure(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def run(
-    checkpoint: Checkpoint, model: MoeModel, rows: list[np.ndarray], name: str,
-    options: SweepOptions, parts: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    device, _ = options.resolve()
+    checkpoint: Checkpoint,
+    model: MoeModel,
+    rows: list[np.ndarray],
+    name: str,
+    options: ComputeOptions,
+    parts: bool = False,
+) -> dict[str, Any]:
+    """One sweep; its speed, memory and, with `parts`, where the time went."""
+    device, _ = resolve_device(options)
     on_gpu = device.type == "cuda"
     observer: LayerObserver = SWEEPS[name](model)
     stopwatch = Stopwatch(device)

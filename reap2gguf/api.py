@@ -372,7 +372,7 @@ def _check_same_rows(digest: str) -> None:
     if processes().size > 1:
         from reap2gguf.observing.compute.ranks import join
 
-        if join().tell(digest) != digest:
+        if join().broadcast(digest) != digest:
             raise CalibrationError(
                 "the processes of this run have read different calibration rows; pin a dataset on "
                 "the Hub as owner/name@revision, and run the command again"

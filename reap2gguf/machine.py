@@ -1,6 +1,6 @@
-"""What this machine gives the process: processors, memory, and a place among several processes.
+"""What the machine offers to this process: processors, memory, and its rank among processes.
 
-Everything is read without loading torch.
+Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def available_threads() -> int:
 
 @dataclass(frozen=True)
 class Processes:
-    """One process of `size`; the first speaks and writes."""
+    """This process among `size`; the first one reports and writes files."""
 
     rank: int = 0
-    local: int = 0  # among the processes of this machine: the number of its GPU
+    local: int = 0  # rank among the processes of this machine, and the number of its GPU
     size: int = 1
 
     @property
@@ -38,7 +38,7 @@ class Processes:
 
 
 def processes() -> Processes:
-    """From the environment that torchrun sets; alone without it."""
+    """This process among others, by the environment that torchrun sets; alone without it."""
     values = [os.environ.get(name, "") for name in _SET_BY_TORCHRUN]
     if not all(values) or not all(value.isdecimal() for value in values[:3]):
         return Processes()
@@ -47,7 +47,7 @@ def processes() -> Processes:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
-    # getrusage would count what the parent held when it started this process
+    # getrusage also counts the memory of the parent when it started this process
     if (found := _kilobytes(_STATUS, "VmHWM")) is not None:
         return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -55,7 +55,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now, in bytes; its peak where the system does not say."""
+    """Resident memory of this process now, in bytes; its peak if the system does not tell."""
     found = _kilobytes(_STATUS, "VmRSS")
     return peak_bytes() if found is None else found
 
@@ -73,19 +73,19 @@ def container_limit() -> int | None:
 
 
 def available_bytes() -> int:
-    """Host memory that can be had without swapping, in bytes: the machine's or the container's."""
+    """RAM that is free without swapping, in bytes, within what a container may take."""
     free = _kilobytes(_MEMINFO, "MemAvailable")
     if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = container_limit(), _number(_CGROUP / "memory.current")
     if limit is None or used is None:
         return free
-    cached = _file_cache(_CGROUP / "memory.stat")  # counts as used, and is given up when wanted
+    cached = _file_cache(_CGROUP / "memory.stat")  # counts as used, and is freed on demand
     return max(0, min(free, limit - used + cached))
 
 
 def _kilobytes(path: Path, key: str) -> int | None:
-    """Bytes of a line such as `VmRSS:   1234 kB`, if the file has it."""
+    """Bytes of a line such as `VmRSS:   1234 kB`; None if the file does not have it."""
     if not path.is_file():
         return None
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -95,7 +95,7 @@ def _kilobytes(path: Path, key: str) -> int | None:
 
 
 def _file_cache(path: Path) -> int:
-    """Bytes of files that a container holds in memory."""
+    """Bytes of files that a container has in memory."""
     if not path.is_file():
         return 0
     lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
@@ -103,8 +103,9 @@ def _file_cache(path: Path) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """What a control file says, if it says a number."""
-    if not path.is_file():
+    """The number in a control file; None if there is none, or the file cannot be read."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
         return None
-    text = path.read_text(encoding="ascii").strip()
     return int(text) if text.isdecimal() else None

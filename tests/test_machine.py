@@ -1,4 +1,4 @@
-"""Memory as the system tells it."""
+"""Memory and processes, as the system and the environment give them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 
 from reap2gguf import machine
-from reap2gguf.machine import available_bytes, peak_bytes, resident_bytes
+from reap2gguf.machine import (
+    Processes,
+    available_bytes,
+    container_limit,
+    peak_bytes,
+    processes,
+    resident_bytes,
+    total_bytes,
+)
 
 
 def test_amounts_are_in_order() -> None:
     assert 2**23 < resident_bytes() <= peak_bytes()
-    assert available_bytes() > 2**27
+    assert 2**27 < available_bytes() <= total_bytes()
 
 
 def test_a_container_s_file_cache_is_as_good_as_free(
@@ -27,8 +35,10 @@ def test_a_container_s_file_cache_is_as_good_as_free(
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     assert available_bytes() == 600000
+    assert container_limit() == 1000000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes() > 600000
+    assert container_limit() is None
 
 
 def test_a_child_does_not_count_what_its_parent_held() -> None:
@@ -38,3 +48,30 @@ def test_a_child_does_not_count_what_its_parent_held() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert int(done.stdout) < 2**29 < peak_bytes()
     del ballast
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Processes()),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Processes()),  # a job scheduler's, not torchrun's
+        (
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a",
+             "MASTER_PORT": "1"},
+            Processes(3, 1, 4),
+        ),
+        (
+            {"RANK": "x", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a",
+             "MASTER_PORT": "1"},
+            Processes(),
+        ),
+    ],
+)  # fmt: skip
+def test_place_among_processes(
+    environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes() == expected

@@ -13,7 +13,8 @@ from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.errors import OutputError
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models import Carried, Dropped, Expert, SideFile
-from reap2gguf.observing.sizes import ATTENTION_WIDTHS, CONTEXT_BYTES, MOST_TOKENS
+from reap2gguf.observing.budget import CONTEXT_BYTES, MOST_TOKENS
+from reap2gguf.observing.linear_attention import ATTENTION_WIDTHS
 from reap2gguf.progress import Progress
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.resources import shipped_folder

@@ -165,7 +165,7 @@ class Run:
             return decide()
         from reap2gguf.observing.compute.ranks import join
 
-        return join().tell(decide() if self.is_first else None)
+        return join().broadcast(decide() if self.is_first else None)
 
     def _is_done(self, stage: Stage[Any]) -> bool:
         if not all(path.exists() for path in stage.outputs):

@@ -12,7 +12,7 @@ from pathlib import Path
 from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.machine import available_bytes, available_threads, container_limit, total_bytes
 from reap2gguf.messages import size
-from reap2gguf.observing.deltanet import PACKAGE, REFERENCE_SPEED, installed_version
+from reap2gguf.observing.linear_attention import PACKAGE, REFERENCE_SPEED, installed_version
 
 _DRIVER = Path("/proc/driver/nvidia")  # exists if the kernel drives an NVIDIA GPU
 _LITTLE_DISK = 2**30

@@ -1,1 +1,16 @@
-"""Runs rows through a model one layer at a time and watches what its experts do."""
+"""Runs calibration rows through a model and sums what its layers compute.
+
+The words of this folder:
+
+- sweep: one pass of all rows through all decoder layers, one layer after another, so that only one
+  layer's weights are in memory. Messages to users call it a calibration pass.
+- row: one sequence of tokens. Batch: rows that are computed together. Position: one token of a
+  batch, or padding.
+- hidden states: what enters or leaves a layer, one vector per position. Messages call them
+  activations.
+- spool: where the hidden states of all rows wait between two layers: in GPU memory, RAM or a file.
+- observer: what sums the values of one layer, for REAP or for an importance matrix.
+- state: a file from which an interrupted sweep resumes.
+- probe: rows that no observer counts. They pass through the layers so that the predictions of a
+  multi-token-prediction (MTP) block can be checked on them.
+"""

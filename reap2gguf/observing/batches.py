@@ -1,28 +1,28 @@
 """Rows of tokens in batches that are computed together.
 
-Rows of equal length are batched under a token budget; the others are right-padded, which causal
-attention never looks at, and padding counts nowhere.
+Rows of similar length share a batch, up to a number of tokens. Shorter rows are padded on the
+right: causal attention does not see the padding, and no sum counts it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from reap2gguf.observing.compute.experts import RealTokens
-from reap2gguf.observing.spool import Place
+from reap2gguf.observing.spool import Span
 
-Row = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from reap2gguf.calibration.rows import Row
 
 
 @dataclass
 class Batch:
-    """Rows that are computed together; their hidden states lie in the spool from `start` on."""
+    """Rows that are computed together; in the spool their hidden states begin at `start`."""
 
     tokens: Tensor  # (B, T) int64, on the host
     lengths: Tensor  # (B,) int64, on the host
@@ -36,11 +36,12 @@ class Batch:
         return int(self.lengths.sum())
 
     @property
-    def place(self) -> Place:
+    def span(self) -> Span:
+        """Its positions in the spool."""
         return self.start, self.start + self.tokens.numel()
 
     def real(self, device: torch.device, n_ahead: int = 0) -> RealTokens | None:
-        """Where a token, and one `n_ahead` of it, is no padding; None if everywhere."""
+        """The positions where the token and the one `n_ahead` later are real; None: all of them."""
         if n_ahead not in self._real:
             self._real[n_ahead] = self._find_real(device, n_ahead)
         return self._real[n_ahead]
@@ -54,7 +55,7 @@ class Batch:
         return RealTokens(mask.to(device), mask.nonzero().squeeze(1).to(device))
 
     def keep(self, rows: Tensor) -> None:
-        """Leave out the rows that are false in `rows` (B,); the others move together."""
+        """Keep only the rows that are true in `rows` (B,)."""
         self.lengths = self.lengths[rows]
         self.tokens = self.tokens[rows]
         self._real.clear()
@@ -63,12 +64,12 @@ class Batch:
         """The same rows as two batches."""
         middle = len(self.tokens) // 2
         first = Batch(self.tokens[:middle], self.lengths[:middle], self.start, self.observed)
-        second = Batch(self.tokens[middle:], self.lengths[middle:], first.place[1], self.observed)
+        second = Batch(self.tokens[middle:], self.lengths[middle:], first.span[1], self.observed)
         return first, second
 
 
 def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
-    """Rows by falling length, in groups of at most `max_tokens` padded tokens."""
+    """Rows from the longest to the shortest, in groups of at most `max_tokens` padded tokens."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=len, reverse=True):
         # the first row of a group is its longest
@@ -80,7 +81,7 @@ def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
 
 
 def padded_batches(rows: Sequence[Row], max_tokens: int, observed: bool) -> list[Batch]:
-    """Batches of `rows`, which have no places in a spool yet."""
+    """Batches of `rows`; none has its positions in a spool yet."""
     batches: list[Batch] = []
     for chosen in group(rows, max_tokens):
         lengths = torch.tensor([len(row) for row in chosen])
@@ -91,10 +92,10 @@ def padded_batches(rows: Sequence[Row], max_tokens: int, observed: bool) -> list
     return batches
 
 
-def settle_places(batches: Sequence[Batch]) -> int:
-    """Let the places of `batches` follow one another; how many positions they have together."""
+def assign_spans(batches: Sequence[Batch]) -> int:
+    """Place `batches` one after another in a spool; the number of positions they take."""
     position = 0
     for batch in batches:
         batch.start = position
-        position = batch.place[1]
+        position = batch.span[1]
     return position

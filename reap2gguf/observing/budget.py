@@ -1,121 +1,125 @@
-"""How a sweep fits into memory: tokens a batch, where hidden states wait, whether to read ahead.
+"""How a sweep fits into memory: tokens per batch, where hidden states wait, whether to prefetch.
 
-What a batch needs is estimated from the model's dimensions; should the estimate be too low, the
+The memory of a batch is estimated from the model's dimensions. If the estimate is too low, the
 sweep halves a batch that does not fit. Weights are exact; hidden states count without padding.
+Nothing here loads torch: `plan` estimates memory with the same numbers.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-
 from reap2gguf.errors import UsageError
-from reap2gguf.machine import resident_bytes
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observing.sizes import (
-    ATTENTION_WIDTHS,
-    CONTEXT_BYTES,
-    MOST_TOKENS,
-    REFERENCE_DELTANET_WIDTHS,
-)
 
-_HOST_BYTES = 2 * 2**30  # left to the rest of the program and to the system
+# Larger batches are no faster: the tokens of each expert are enough to keep the machine busy.
+MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
+CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensors aside
+HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
 _MOVING = 4  # batches of hidden states on their way to and from the host
+_SMALLEST_RAISE = 2**26  # what a message advises to add to --memory, at least
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a sweep needs, in bytes; a position is one token or padding."""
+    """What a sweep needs, in bytes."""
 
-    layer: int  # the largest layer's weights
-    position: int  # of a batch, while it is computed
-    hidden: int  # a position's hidden state
+    layer: int  # weights of the largest layer
+    position: int  # one position of a batch, while it is computed
+    hidden: int  # hidden state of one position
     n_positions: int
-    longest_row: int
+    longest_row: int  # positions
     embedding: int = 0  # the token embedding, and the head
     has_mtp: bool = False  # an MTP block runs last, beside the embedding
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that a sweep may take; of several processes, the least that any of them has."""
+
+    free: int  # on the computing device
+    host: int  # free in RAM
+    limit: int | None = None  # what --memory allows the process to take of the device
+    allowed: int | None = None  # what the limit leaves to the sweep
+    n_sharing: int = 1  # processes that share the limit
+
+    @property
+    def usable(self) -> int:
+        """Bytes of the device that the sweep may take."""
+        return self.free if self.allowed is None else min(self.free, self.allowed)
+
+
+@dataclass(frozen=True)
 class Budget:
-    """What was decided."""
+    """How the memory is divided."""
 
     batch_tokens: int
     spool: str  # device, host or disk
-    ahead: bool  # read a layer while another computes
+    prefetch: bool  # read a layer's weights while another layer computes
 
 
-def position_bytes(
-    model: MoeModel, dtype: torch.dtype, on_gpu: bool, reference_deltanet: bool
-) -> int:
+def position_bytes(model: MoeModel, widths: int, itemsize: int, on_gpu: bool) -> int:
     """Bytes that a position of a batch takes at most in a layer, weights aside.
 
-    `reference_deltanet`: linear attention runs by transformers' own code, all in float32.
+    `widths`: what its attention takes (`attention_widths`); `itemsize`: bytes of a value.
     """
     facts = model.facts
-    widths = REFERENCE_DELTANET_WIDTHS if reference_deltanet else ATTENTION_WIDTHS
-    attention = widths * facts.hidden_size * dtype.itemsize
+    attention = widths * facts.hidden_size * itemsize
     if not on_gpu:
-        return attention  # an expert a thread at a time: its pairs are few
+        return attention  # a thread computes one expert at a time, which has few pairs
     pair = 2 * facts.hidden_size + 4 * facts.expert_width
-    experts = facts.experts_per_token * pair * dtype.itemsize
-    return max(attention, experts) + 8 * facts.hidden_size * dtype.itemsize
+    experts = facts.experts_per_token * pair * itemsize
+    return max(attention, experts) + 8 * facts.hidden_size * itemsize
 
 
-def fit(need: Need, device_type: str, room: int, host: int, spool: str) -> Budget:
-    """Divide `room` bytes of the device among weights and batches; `host` are free on the host.
+def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
+    """Divide the memory of the device among weights and batches.
 
-    The first way that leaves room for quick batches is taken, else the first that works at all.
-    Raises UsageError if not even one row fits.
+    Takes the first way that leaves room for batches of full speed, else the first that works.
+    `spool`: auto, device, host or disk. Raises UsageError if not even one row fits.
     """
     most = MOST_TOKENS[device_type]
-    ways = _ways(need, device_type, spool, host)
-    for share, must_be_ahead in ((2, True), (4, True), (most, False)):
+    ways = _ways(need, device_type, spool, memory.host)
+    for share, must_prefetch in ((2, True), (4, True), (most, False)):
         least = max(min(most // share, need.n_positions), need.longest_row)
-        for kind, ahead in ways:
-            tokens = _tokens(need, room, kind, ahead)
-            if tokens >= least and ahead >= must_be_ahead:
-                # a batch is one row at least
-                return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, ahead)
-    wanted = min(_least_bytes(need, kind, ahead) for kind, ahead in ways)
-    raise UsageError(
-        f"{room / 2**30:.1f} GiB of memory are left for a sweep, expected at least "
-        f"{wanted / 2**30:.1f} for a layer of {need.layer / 2**30:.1f} GiB and a row of "
-        f"{need.longest_row} tokens; pass a smaller --max-length, or raise --memory by "
-        f"{max(wanted - room, 2**26) / 2**30:.1f}GiB if it is what limits"
-    )
+        for kind, prefetch in ways:
+            tokens = _tokens(need, memory.usable, kind, prefetch)
+            if tokens >= least and prefetch >= must_prefetch:
+                # a batch holds at least one row
+                return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, prefetch)
+    raise _too_little(need, memory, min(_least_bytes(need, *way) for way in ways))
 
 
 def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str, bool]]:
-    """Where hidden states may wait and whether to read ahead, best first."""
+    """Where hidden states may wait and whether to prefetch, best first."""
     if spool != "auto":
         kind = "device" if spool == "host" and device_type == "cpu" else spool
         return [(kind, True), (kind, False)]
     if device_type == "cpu":
         return [("device", True), ("device", False), ("disk", True), ("disk", False)]
-    fits_host = need.n_positions * need.hidden <= host - _HOST_BYTES
+    fits_host = need.n_positions * need.hidden <= host - HOST_BYTES
     kind = "host" if fits_host else "disk"
     return [("device", True), (kind, True), (kind, False)]
 
 
-def _tokens(need: Need, room: int, spool: str, ahead: bool) -> int:
-    """Positions of a batch for which there is room."""
-    left = room * _SLACK - _fixed(need, spool, ahead)
+def _tokens(need: Need, usable: int, spool: str, prefetch: bool) -> int:
+    """Positions of a batch that fit into `usable` bytes."""
+    left = usable * _SLACK - _fixed(need, spool, prefetch)
     return max(0, int(left // _position(need, spool)))
 
 
-def _least_bytes(need: Need, spool: str, ahead: bool) -> float:
-    """Room that a batch of one row takes."""
-    return (_fixed(need, spool, ahead) + need.longest_row * _position(need, spool)) / _SLACK
+def _least_bytes(need: Need, spool: str, prefetch: bool) -> float:
+    """Bytes that a sweep takes with batches of one row."""
+    return (_fixed(need, spool, prefetch) + need.longest_row * _position(need, spool)) / _SLACK
 
 
-def _fixed(need: Need, spool: str, ahead: bool) -> int:
-    """What does not depend on the batch: weights, and hidden states on the device."""
-    # the embedding is there while the first layer is read, and with an MTP block's layer
-    beside = need.layer if ahead or need.has_mtp else 0
-    weights = max(need.layer * (2 if ahead else 1), need.embedding + beside)
+def _fixed(need: Need, spool: str, prefetch: bool) -> int:
+    """Bytes that do not depend on the batch: weights, and hidden states on the device."""
+    # the embedding is in memory while the first layer is read, and beside an MTP block's layer
+    beside = need.layer if prefetch or need.has_mtp else 0
+    weights = max(need.layer * (2 if prefetch else 1), need.embedding + beside)
     return weights + (need.n_positions * need.hidden if spool == "device" else 0)
 
 
@@ -124,30 +128,36 @@ def _position(need: Need, spool: str) -> int:
 
 
 def _rounded(tokens: int) -> int:
-    """A power of two: a little more or less free memory does not change batches, nor sums.
+    """A power of two, so that a little more or less free memory changes neither batches nor sums.
 
-    The number of threads has no part in it.
+    It does not depend on the number of threads.
     """
     return 1 << (tokens.bit_length() - 1) if tokens else 0
 
 
-def room_on(device: torch.device, host: int, limit: int | None, n_processes: int = 1) -> int:
-    """Bytes of the device that a sweep may take: what is free, or what `limit` leaves.
+def _too_little(need: Need, memory: Memory, least: float) -> UsageError:
+    """The error for a sweep that takes at least `least` bytes."""
+    what = f"a layer of {size_text(need.layer)} and a row of {need.longest_row:,} tokens"
+    if memory.limit is not None and memory.allowed is not None and least <= memory.free:
+        more = memory.n_sharing * max(least - memory.allowed, _SMALLEST_RAISE)
+        return UsageError(
+            f"--memory {size_text(memory.limit)} is too small; this model needs at least "
+            f"{_rounded_up(memory.limit + more)} for {what}; raise it, or use a smaller "
+            "--max-length"
+        )
+    return UsageError(
+        f"not enough memory: {size_text(max(0, memory.free))} free, and a calibration pass "
+        f"needs at least {_rounded_up(least)} for {what}; use a smaller --max-length"
+    )
 
-    Processes have a GPU each, and share `limit` where they share a host.
-    """
-    if device.type != "cuda":
-        free = host - _HOST_BYTES // 4
-        return free if limit is None else min(free, limit // n_processes - resident_bytes())
-    free, total = torch.cuda.mem_get_info(device)
-    # what torch holds and does not use is as good as free
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free if limit is None else min(free, min(limit, total) - CONTEXT_BYTES)
+
+def size_text(n_bytes: float) -> str:
+    """A size for a message: bytes, MiB or GiB."""
+    if n_bytes < 2**20:
+        return f"{n_bytes:,.0f} bytes"
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
-def hold_gpu_to(device: torch.device, limit: int | None) -> None:
-    """Let torch take no more than `limit` bytes of a GPU, CUDA's own included; None: all."""
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        share = 1.0 if limit is None else (limit - CONTEXT_BYTES) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
+def _rounded_up(n_bytes: float) -> str:
+    """A size in GiB, not less than `n_bytes`."""
+    return f"{math.ceil(n_bytes / 2**30 * 10) / 10:.1f} GiB"

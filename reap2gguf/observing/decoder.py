@@ -1,9 +1,9 @@
-"""A model whose weights are on disk: one decoder layer has them at a time.
+"""A model whose weights are on disk: only one decoder layer has them in memory.
 
-transformers builds the whole model on the meta device, where it weighs nothing. A layer is given
-its weights, run, and emptied again; the next one's are read meanwhile. What a layer is called with
-besides the hidden states (rotary embeddings, masks) is recorded from the model's own forward, so
-every architecture behaves as its authors wrote it.
+transformers builds the whole model on the meta device, where it takes no memory. A layer gets its
+weights, runs, and gives them up; meanwhile those of the next layer are read. What a layer is called
+with besides the hidden states (rotary embeddings, masks) is recorded from the model's own forward,
+so every architecture behaves as its authors wrote it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
-from reap2gguf.observing.compute.fused import fuse_norms
-from reap2gguf.observing.compute.kernels import has_triton
+from reap2gguf.observing.compute.kernels import fuse_norms, has_triton
 from reap2gguf.observing.loader import Target, WeightLoader, target_bytes
 from reap2gguf.observing.mtp import MtpBlock, next_tokens
 from reap2gguf.observing.targets import layer_targets, whole
@@ -33,11 +32,11 @@ Arguments = dict[str, Any]
 
 
 class _Recorded(Exception):
-    """Every recorder has been called; the rest of the forward is not needed."""
+    """The last recorder was called; the rest of the forward is not needed."""
 
 
 class _Recorder(torch.nn.Module):
-    """Stands for a decoder layer: keeps what it is called with."""
+    """Takes the place of a decoder layer and records its arguments."""
 
     def __init__(self, is_last: bool) -> None:
         super().__init__()
@@ -79,7 +78,7 @@ class StreamedDecoder:
         self._base.rotary_emb = rotary.to(device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
-        # before anything is computed: it settles how many threads torch has
+        # before anything is computed, because it sets the number of torch's threads
         self._crew = Crew(n_threads) if device.type == "cpu" else None
         self.loader = WeightLoader(weights, device, _READERS[device.type])
         if has_triton(device):
@@ -87,7 +86,17 @@ class StreamedDecoder:
                 fuse_norms(layer)
 
     @property
-    def has_deltanet(self) -> bool:
+    def device(self) -> torch.device:
+        """Where layers are computed."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the hidden states."""
+        return self._dtype
+
+    @property
+    def has_linear_attention(self) -> bool:
         """Whether any layer's attention is a Gated DeltaNet."""
         return any(hasattr(layer, "linear_attn") for layer in self._layers)
 
@@ -112,10 +121,10 @@ class StreamedDecoder:
         return self._record(tokens.to(self._device))
 
     def record(self, tokens: Tensor) -> None:
-        """Find out what layers are called with, besides hidden states, for tokens (B, T)."""
+        """Record what layers are called with, besides hidden states, for tokens (B, T)."""
         if tokens.shape[1] not in self._arguments:
-            # nothing but the length of its rows matters to what layers are called with, and a
-            # batch of one broadcasts over any other
+            # these arguments depend only on the length of the rows, and those of one row
+            # broadcast over any batch
             self._record(tokens[:1].to(self._device))
             self._arguments[tokens.shape[1]] = [r.arguments for r in self._recorders]
 
@@ -167,7 +176,7 @@ class StreamedDecoder:
 
     @torch.inference_mode()
     def run_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Layer `index` on hidden states (B, T, H), for a T that has been embedded."""
+        """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded."""
         arguments = self._arguments[hidden.shape[1]][index]
         return self._by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
 

@@ -1,8 +1,8 @@
 """The importance matrix, collected as llama-imatrix does: sums of squares of every matrix's input.
 
-Expert matrices have one sum per expert; matrices that multiply the same input share one. The token
-embedding is looked up, not multiplied, and llama-imatrix leaves the output matrix out unless asked:
-neither has an entry, there as here.
+Expert matrices have one sum per expert; matrices that multiply the same input share their sums.
+Two matrices have no entry, as in llama-imatrix: the token embedding, which is looked up and not
+multiplied, and the output matrix.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor
 
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observing.compute.crew import current_piece
+from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.observing.compute.kernels import all_square_sums, square_sums
 from reap2gguf.observing.observer import Arrays, LayerObserver
 
-Names = tuple[str, ...]  # GGUF matrices that share an input
+MatrixNames = tuple[str, ...]  # GGUF matrices that share an input
 
 
 class ImportanceObserver(LayerObserver):
-    """Sums of squares per matrix of one layer at a time; memory is one layer's, in float64."""
+    """Sums of squares per matrix of one layer at a time, in float64; finished ones in float32."""
 
     def __init__(self, model: MoeModel) -> None:
         super().__init__(model)
         self.entries: dict[str, ImatrixEntry] = {}
-        self._sums: dict[Names, Tensor] = {}  # (1 or E, columns) float64
-        self._counts: dict[Names, Tensor] = {}  # (1 or E,) int64
+        self._sums: dict[MatrixNames, Tensor] = {}  # (1 or E, columns) float64
+        self._counts: dict[MatrixNames, Tensor] = {}  # (1 or E,) int64
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._by_inputs: Names = ()
-        self._by_activations: Names = ()
+        self._by_inputs: MatrixNames = ()
+        self._by_activations: MatrixNames = ()
 
     def last_layer(self) -> int:
         return self._model.facts.n_blocks - 1
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
-        """Begin a layer: hook its matrices and its experts, their sums at zero."""
+        """Start a layer: hook into its matrices and experts, with sums of zero."""
         self._sums.clear()
         self._counts.clear()
         for path, names in self._model.matrices(index).items():
@@ -56,17 +56,19 @@ class ImportanceObserver(LayerObserver):
             self._begin(self._by_activations, facts.n_experts, facts.expert_width)
             watch(layer.get_submodule(self._model.experts_path(index)), self)
 
-    def _begin(self, names: Names, n_matrices: int, n_columns: int) -> None:
+    def _begin(self, names: MatrixNames, n_matrices: int, n_columns: int) -> None:
         shape = (n_matrices, n_columns)
         self._sums[names] = torch.zeros(shape, dtype=torch.float64, device=self._device)
         self._counts[names] = torch.zeros(n_matrices, dtype=torch.int64, device=self._device)
 
-    def _see_input(self, names: Names, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _see_input(
+        self, names: MatrixNames, module: torch.nn.Module, arguments: tuple[Any, ...]
+    ) -> None:
         values = arguments[0].reshape(-1, arguments[0].shape[-1])
         if self.real_tokens is not None:
-            piece = current_piece()
+            part = current_slice()
             real = self.real_tokens
-            values = values[real.places if piece is None else real.mask[piece.begin : piece.end]]
+            values = values[real.positions if part is None else real.mask[part.begin : part.end]]
         count = torch.full((1,), len(values), device=values.device)
         self._add(self._sums[names], all_square_sums(values))
         self._add(self._counts[names], count)
@@ -85,7 +87,7 @@ class ImportanceObserver(LayerObserver):
         return (*self._sums.values(), *self._counts.values())
 
     def finish(self, index: int) -> None:
-        """End a layer: unhook, and keep its sums as float32, which the files hold."""
+        """End a layer: remove the hooks, and keep its sums as float32, the type of the files."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -97,7 +99,7 @@ class ImportanceObserver(LayerObserver):
                 ordered = values if order is None else values[:, order]
                 self.entries[name] = ImatrixEntry(name, ordered, counts)
 
-    def kept(self) -> Arrays:
+    def finished_sums(self) -> Arrays:
         sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}
         return sums | {f"{name}.counts": entry.counts for name, entry in self.entries.items()}
 

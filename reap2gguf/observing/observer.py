@@ -1,8 +1,9 @@
-"""What every observer of a sweep is: sums of one layer at a time, on the device.
+"""What the observers of a sweep have in common: sums of one layer at a time, on the device.
 
-A batch's sums are kept aside until it is settled with a flag that lies on the device: where rows
-turn out not to be finite the batch adds nothing, and runs again without them. The host need not
-wait for the flag. What may run out of memory comes before a batch is committed.
+What a batch adds to the sums is pending until the batch is settled with a flag. If rows of the
+batch are not finite, the flag is false: the batch adds nothing, and runs again without those rows.
+The flag is on the device, so that the host does not wait for it. All steps that may run out of
+memory come before the batch is committed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observing.compute.crew import current_piece
+from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RealTokens, RoutedPairs
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
@@ -31,24 +32,24 @@ class LayerObserver(ABC):
         self._model = model
         self._device = torch.device("cpu")
         self.real_tokens: RealTokens | None = None
-        # where in the batch it comes from, a sum, and what is added to it
+        # (first position of the slice it comes from, a sum, what will be added to the sum)
         self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def use(self, device: torch.device) -> None:
-        """Sum on `device` from now on."""
+        """Keep the sums of the layers to come on `device`."""
         self._device = device
 
     @abstractmethod
     def last_layer(self) -> int:
-        """The last layer of interest."""
+        """The last layer that it wants to see."""
 
     @abstractmethod
     def attach(self, index: int, layer: torch.nn.Module) -> None:
-        """Begin a layer."""
+        """Start a layer: hook into it, with sums of zero."""
 
     @abstractmethod
     def see(self, pairs: RoutedPairs) -> None:
-        """Some experts' routed pairs of one batch."""
+        """Take in the routed pairs of some experts in one batch."""
 
     @abstractmethod
     def finish(self, index: int) -> None:
@@ -56,39 +57,39 @@ class LayerObserver(ABC):
 
     @abstractmethod
     def sums(self) -> Iterable[Tensor]:
-        """The layer's sums so far; those of several processes add."""
+        """The layer's sums so far; those of several processes are added."""
 
     @abstractmethod
-    def kept(self) -> Arrays:
-        """The sums of all finished layers, by names of its own."""
+    def finished_sums(self) -> Arrays:
+        """The sums of all finished layers, under names that the observer chooses."""
 
     @abstractmethod
     def restore(self, arrays: Arrays) -> None:
-        """Take up what `kept` gave; KeyError or ValueError if it is not that."""
+        """Take over what `finished_sums` returned. Raises KeyError or ValueError if it is not."""
 
     def peaks(self) -> Iterable[Tensor]:
         """The layer's maxima so far."""
         return ()
 
     def _add(self, total: Tensor, added: Tensor) -> None:
-        """Let what was found in a batch, or in a piece of it, count once it is settled."""
-        piece = current_piece()
-        self._pending.append((0 if piece is None else piece.begin, total, added))
+        """Add to a sum what was found in a batch, or a slice of it, once the batch is committed."""
+        part = current_slice()
+        self._pending.append((0 if part is None else part.begin, total, added))
 
     def settle(self, good: Tensor) -> None:
-        """End a batch: its sums will count where `good`, a bool on the device, is true."""
-        # pieces of a batch come in any order, and the order of additions shows
+        """End a batch: it will count if `good`, a bool on the device, is true."""
+        # slices of a batch come in any order, and the order of additions changes the last bits
         self._pending.sort(key=lambda pending: pending[0])
         self._pending = [
-            (place, total, torch.where(good, added, 0)) for place, total, added in self._pending
+            (begin, total, torch.where(good, added, 0)) for begin, total, added in self._pending
         ]
 
     def commit(self) -> None:
-        """Count a batch that was settled; takes no memory, so it cannot fail for want of any."""
+        """Count a batch that was settled. Allocates nothing, so it cannot run out of memory."""
         for _, total, added in self._pending:
             total += added
         self._pending.clear()
 
     def discard(self) -> None:
-        """Forget a batch that was not finished."""
+        """Forget a batch that did not finish."""
         self._pending.clear()

@@ -18,7 +18,7 @@ from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
-    from reap2gguf.observing.batches import Row
+    from reap2gguf.calibration.rows import Row
     from reap2gguf.observing.sweep import SweepReport
 
 _PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
@@ -36,7 +36,7 @@ def observe(
     Raises ObservationError, CheckpointError, UsageError or OutputError, as `sweep` does.
     """
     from reap2gguf.observing.saliency import SaliencyObserver
-    from reap2gguf.observing.sweep import SweepOptions, sweep
+    from reap2gguf.observing.sweep import sweep
 
     observer = SaliencyObserver(model)
     probe = mtp_probe(model, rows)
@@ -45,7 +45,7 @@ def observe(
         model,
         rows.rows,
         observer,
-        SweepOptions.of(compute),
+        compute,
         "Observing experts",
         progress,
         probe,
@@ -77,7 +77,7 @@ def compute_imatrix(
     Raises what `observe` raises.
     """
     from reap2gguf.observing.importance import ImportanceObserver
-    from reap2gguf.observing.sweep import SweepOptions, sweep
+    from reap2gguf.observing.sweep import sweep
 
     observer = ImportanceObserver(model)
     report = sweep(
@@ -85,7 +85,7 @@ def compute_imatrix(
         model,
         chunks.chunks,
         observer,
-        SweepOptions.of(compute),
+        compute,
         "Importance matrix",
         progress,
         probe,

@@ -27,7 +27,7 @@ class SaliencyObserver(LayerObserver):
         self._counts = self._sums = self._peaks = torch.empty(0)
 
     def last_layer(self) -> int:
-        """The last layer with experts: nothing after it is of interest."""
+        """The last layer with experts."""
         return self._model.facts.moe_layers[-1]
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
@@ -39,7 +39,7 @@ class SaliencyObserver(LayerObserver):
             watch(layer.get_submodule(self._model.experts_path(index)), self)
 
     def see(self, pairs: RoutedPairs) -> None:
-        """Counts, sums of reap, gate and norm, and norm maxima of the pairs' experts."""
+        """Count the pairs of each expert, sum reap, gate and norm, and find the largest norm."""
         assert pairs.norms is not None
         sums, peaks = saliency_sums(pairs.norms, pairs.gates, pairs.ends)
         experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
@@ -80,7 +80,7 @@ class SaliencyObserver(LayerObserver):
             norm_max=self._peaks.cpu().numpy(),
         )
 
-    def kept(self) -> Arrays:
+    def finished_sums(self) -> Arrays:
         return named_layers(self.layers)
 
     def restore(self, arrays: Arrays) -> None:

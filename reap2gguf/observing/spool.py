@@ -1,11 +1,12 @@
 """Where the hidden states of all rows wait between two layers.
 
 A spool is an array (positions, H) of the computing dtype: on the computing device, in pinned host
-memory, or in a file. The latter two move the next batch in and the last one out on streams and
-threads of their own, while a batch computes. The file is read and written by position and never
-mapped: a full disk is then an error that can be said, and the pages belong to no process.
+memory, or in a file. While a batch computes, the latter two load the next batch and store the
+previous one, on streams and threads of their own. The file is read and written by position and
+never mapped: a full disk is then an error that can be reported, and its pages do not count as
+memory of the process.
 
-Memory on the device besides the array: for host and file spools, four batches.
+Memory on the device, besides the array: four batches for host and file spools.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from reap2gguf.atomic import reserve
 from reap2gguf.errors import OutputError, UsageError
 
-Place = tuple[int, int]  # first position, and the one after the last
+Span = tuple[int, int]  # of positions: the first, and the one after the last
 
 
 class Spool(ABC):
@@ -34,22 +35,22 @@ class Spool(ABC):
         self.dtype = dtype
 
     @abstractmethod
-    def load(self, place: Place, following: Place | None = None) -> Tensor:
-        """Positions of a place, (n, H), on the device; `following` is asked for next."""
+    def load(self, span: Span, following: Span | None = None) -> Tensor:
+        """Hidden states (n, H) of a span, on the device; `following` will be loaded next."""
 
     @abstractmethod
-    def store(self, place: Place, hidden: Tensor) -> None:
-        """Replace positions of a place by `hidden` (n, H)."""
+    def store(self, span: Span, hidden: Tensor) -> None:
+        """Replace the hidden states of a span by `hidden` (n, H)."""
 
     def flush(self) -> None:  # noqa: B027, nothing to do where nothing moves
         """Wait until everything stored can be loaded again: between two layers."""
 
     def close(self) -> None:  # noqa: B027
-        """Give back what it holds."""
+        """Free memory, threads and files."""
 
 
 class DeviceSpool(Spool):
-    """On the computing device: nothing moves."""
+    """On the computing device: nothing is copied to or from the host."""
 
     def __init__(
         self, n_positions: int, width: int, dtype: torch.dtype, device: torch.device
@@ -57,15 +58,15 @@ class DeviceSpool(Spool):
         super().__init__(n_positions, width, dtype)
         self._held = torch.empty(self.shape, dtype=dtype, device=device)
 
-    def load(self, place: Place, following: Place | None = None) -> Tensor:
-        return self._held[place[0] : place[1]]
+    def load(self, span: Span, following: Span | None = None) -> Tensor:
+        return self._held[span[0] : span[1]]
 
-    def store(self, place: Place, hidden: Tensor) -> None:
-        self._held[place[0] : place[1]].copy_(hidden)
+    def store(self, span: Span, hidden: Tensor) -> None:
+        self._held[span[0] : span[1]].copy_(hidden)
 
 
 class PinnedSpool(Spool):
-    """In host memory that a GPU reads and writes by itself."""
+    """In pinned host memory, which a GPU reads and writes by itself."""
 
     def __init__(
         self, n_positions: int, width: int, dtype: torch.dtype, device: torch.device
@@ -73,23 +74,23 @@ class PinnedSpool(Spool):
         super().__init__(n_positions, width, dtype)
         n_bytes = n_positions * width * dtype.itemsize
         try:
-            # threads touch the pages first, which takes most of the time that pinning takes
+            # torch's threads touch the pages first: that is most of the work of pinning them
             self._held = torch.empty(self.shape, dtype=dtype).fill_(0)
             if n_bytes:
                 _call_cuda("cudaHostRegister", self._held.data_ptr(), n_bytes, 0)
         except RuntimeError as error:
             raise UsageError(
-                f"{n_bytes:,} bytes of host memory for hidden states cannot be had or pinned; pass "
-                "--spool disk, or observe fewer --samples"
+                f"cannot allocate and pin {n_bytes:,} bytes of RAM for activations; use --spool "
+                "disk, or fewer --samples"
             ) from error
         self._lane = _Lane(device)
 
-    def load(self, place: Place, following: Place | None = None) -> Tensor:
-        # the host runs a batch ahead of the GPU, so this copy is done when its turn comes
-        return self._lane.bring(self._host(place))
+    def load(self, span: Span, following: Span | None = None) -> Tensor:
+        # the host is a batch ahead of the GPU, so this copy is done when the GPU needs it
+        return self._lane.bring(self._host(span))
 
-    def store(self, place: Place, hidden: Tensor) -> None:
-        self._lane.send(hidden, self._host(place))
+    def store(self, span: Span, hidden: Tensor) -> None:
+        self._lane.send(hidden, self._host(span))
 
     def flush(self) -> None:
         self._lane.drain()
@@ -99,8 +100,8 @@ class PinnedSpool(Spool):
         if self._held.numel():
             _call_cuda("cudaHostUnregister", self._held.data_ptr())
 
-    def _host(self, place: Place) -> Tensor:
-        return self._held[place[0] : place[1]]
+    def _host(self, span: Span) -> Tensor:
+        return self._held[span[0] : span[1]]
 
 
 def _call_cuda(name: str, *arguments: int) -> None:
@@ -110,7 +111,7 @@ def _call_cuda(name: str, *arguments: int) -> None:
 
 
 class _Lane:
-    """Copies between pinned memory and a GPU beside its computing."""
+    """Copies between pinned memory and a GPU while the GPU computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -124,11 +125,11 @@ class _Lane:
             hidden = source.to(self._device, non_blocking=True)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._inward)
-        hidden.record_stream(computing)  # its memory is not given away before it was used
+        hidden.record_stream(computing)  # else its memory may be reused too early
         return hidden
 
     def send(self, hidden: Tensor, target: Tensor) -> torch.cuda.Event:
-        """Begin a copy to the host; at most two are under way, which bounds the memory."""
+        """Start a copy to the host; at most two run at a time, which limits the memory."""
         if len(self._leaving) >= 2:
             self._leaving.pop(0).synchronize()
         self._outward.wait_stream(torch.cuda.current_stream(self._device))
@@ -147,7 +148,7 @@ class _Lane:
 
 
 class FileSpool(Spool):
-    """In a nameless file of a folder; a thread reads ahead and another writes behind."""
+    """In an unnamed file of a folder; one thread prefetches, another writes."""
 
     def __init__(
         self, n_positions: int, width: int, dtype: torch.dtype, device: torch.device, folder: Path
@@ -160,33 +161,33 @@ class FileSpool(Spool):
         self._folder = folder
         self._reader = ThreadPoolExecutor(1, "spool-read")
         self._writer = ThreadPoolExecutor(1, "spool-write")
-        self._ahead: tuple[Place, Future[Tensor]] | None = None
-        self._behind: list[Future[None]] = []
+        self._prefetched: tuple[Span, Future[Tensor]] | None = None
+        self._writing: list[Future[None]] = []
 
-    def load(self, place: Place, following: Place | None = None) -> Tensor:
-        ahead, self._ahead = self._ahead, None
-        is_here = ahead is not None and ahead[0] == place
-        host = ahead[1].result() if ahead and is_here else self._read(place)
+    def load(self, span: Span, following: Span | None = None) -> Tensor:
+        ready, self._prefetched = self._prefetched, None
+        matches = ready is not None and ready[0] == span
+        host = ready[1].result() if ready and matches else self._read(span)
         if following is not None:
-            self._ahead = (following, self._reader.submit(self._read, following))
+            self._prefetched = (following, self._reader.submit(self._read, following))
         return host if self._lane is None else self._lane.bring(host)
 
-    def store(self, place: Place, hidden: Tensor) -> None:
-        while len(self._behind) >= 2:
-            self._behind.pop(0).result()
+    def store(self, span: Span, hidden: Tensor) -> None:
+        while len(self._writing) >= 2:
+            self._writing.pop(0).result()
         if self._lane is None:
-            self._behind.append(self._writer.submit(self._write, place, hidden, None))
+            self._writing.append(self._writer.submit(self._write, span, hidden, None))
             return
         host = torch.empty(hidden.shape, dtype=self.dtype, pin_memory=True)
         gone = self._lane.send(hidden, host)
-        self._behind.append(self._writer.submit(self._write, place, host, gone))
+        self._writing.append(self._writer.submit(self._write, span, host, gone))
 
     def flush(self) -> None:
-        while self._behind:
-            self._behind.pop(0).result()
-        if self._ahead is not None:
-            self._ahead[1].result()
-            self._ahead = None
+        while self._writing:
+            self._writing.pop(0).result()
+        if self._prefetched is not None:
+            self._prefetched[1].result()
+            self._prefetched = None
         if self._lane is not None:
             self._lane.drain()
 
@@ -195,18 +196,18 @@ class FileSpool(Spool):
         self._writer.shutdown(cancel_futures=True)
         self._file.close()
 
-    def _read(self, place: Place) -> Tensor:
-        n_rows = place[1] - place[0]
+    def _read(self, span: Span) -> Tensor:
+        n_rows = span[1] - span[0]
         host = torch.empty(n_rows, self.shape[1], dtype=self.dtype, pin_memory=self._pinned)
         view = host.view(torch.uint8).numpy().reshape(-1).data
-        self._move(os.preadv, view, place[0] * self._row_bytes, "read")
+        self._move(os.preadv, view, span[0] * self._row_bytes, "read")
         return host
 
-    def _write(self, place: Place, host: Tensor, gone: torch.cuda.Event | None) -> None:
+    def _write(self, span: Span, host: Tensor, gone: torch.cuda.Event | None) -> None:
         if gone is not None:
             gone.synchronize()
         view = host.contiguous().view(torch.uint8).numpy().reshape(-1).data
-        self._move(os.pwritev, view, place[0] * self._row_bytes, "written")
+        self._move(os.pwritev, view, span[0] * self._row_bytes, "written")
 
     def _move(self, call: object, view: memoryview, position: int, verb: str) -> None:
         done = 0
@@ -215,18 +216,18 @@ class FileSpool(Spool):
                 count = call(self._file.fileno(), [view[done:]], position + done)  # type: ignore[operator]
             except OSError as error:
                 raise OutputError(
-                    f"{self._folder}: hidden states cannot be {verb} ({error.strerror}); free "
-                    "space there, or pass --spool host"
+                    f"{self._folder}: activations cannot be {verb} ({error.strerror}); free some "
+                    "space there, or use --spool host"
                 ) from error
             if count == 0:
-                raise OutputError(f"{self._folder}: the file of hidden states was cut while in use")
+                raise OutputError(f"{self._folder}: the file of activations was truncated")
             done += count
 
 
 def _reserve(folder: Path, n_bytes: int) -> BinaryIO:
-    """A nameless file of this length; OutputError if there is no room."""
+    """An unnamed file of this length. Raises OutputError if the disk has no room for it."""
     try:
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with the spool
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by the spool
         try:
             reserve(file.fileno(), n_bytes)
         except OSError:
@@ -234,8 +235,8 @@ def _reserve(folder: Path, n_bytes: int) -> BinaryIO:
             raise
     except OSError as error:
         raise OutputError(
-            f"{folder}: no room for {n_bytes:,} bytes of hidden states ({error.strerror}); free "
-            "some, or observe fewer --samples"
+            f"{folder}: no room for {n_bytes:,} bytes of activations ({error.strerror}); free some "
+            "space there, or use fewer --samples"
         ) from error
     return file
 
@@ -243,9 +244,9 @@ def _reserve(folder: Path, n_bytes: int) -> BinaryIO:
 def open_spool(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, folder: Path
 ) -> Spool:
-    """A spool of (positions, H): `kind` is device, host or disk (in `folder`).
+    """A spool of `shape` (positions, H); `kind` is device, host or disk (in `folder`).
 
-    Raises OutputError if the disk is too full.
+    Raises OutputError if the disk is too full, UsageError if the host's memory is too small.
     """
     if kind == "device":
         return DeviceSpool(*shape, dtype, device)

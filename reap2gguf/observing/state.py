@@ -1,10 +1,10 @@
-"""What a sweep has done, kept between two layers, so that an interrupted one goes on from there.
+"""Saves the state of a sweep between two layers, so that an interrupted sweep can resume.
 
 A state is a safetensors file: the hidden states, tokens and lengths of every batch, and the sums of
-the finished layers. It is as large as the spool, so it is written only where that costs little
-beside the layers computed since the last one; on a GPU that passes a layer in a second, never.
-Memory: one batch on the host. Several processes keep one state each, and all go on from the same
-layer or begin anew.
+the finished layers. It is as large as the spool, so it is written only if that takes little time
+compared with the layers since the last save; on a GPU that computes a layer in a second, never.
+Memory: one batch on the host. Each of several processes saves a state of its own; all resume from
+the same layer, or all start from the first one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.spool import Spool
 from reap2gguf.options import Resume
 
-MOST_OF_TIME = 0.05  # that keeping states may take
+MOST_OF_TIME = 0.05  # share of the time that saving states may take
 _SECONDS = 0.05  # to write a state, at least
-_BYTES_A_SECOND = 5e8
+_BYTES_PER_SECOND = 5e8
 _STORED = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -57,26 +57,35 @@ class SweepState:
 
 
 class StateKeeper:
-    """Loads the state of an interrupted sweep, and keeps that of this one now and then."""
+    """Loads the state of an interrupted sweep, and saves that of this one from time to time."""
 
-    def __init__(self, resume: Resume | None, ranks: Ranks, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        resume: Resume | None,
+        observer: LayerObserver,
+        ranks: Ranks,
+        batch_tokens: int,
+        note: Callable[[str], None],
+    ) -> None:
         several = f".{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else ""
         self._path = resume.path.with_name(resume.path.name + several) if resume else None
-        self._key = resume.key if resume else ""
+        # batches of another size make other sums than a sweep that was not interrupted
+        self._identity = {
+            "key": resume.key if resume else "",
+            "batch_tokens": str(batch_tokens),
+        }
+        self._observer = observer
         self._ranks = ranks
         self._note = note
-        self._kept_at = time.monotonic()
-        self._cost: float | None = None  # seconds that the last one took
+        self._saved_at = time.monotonic()
+        self._cost: float | None = None  # seconds that the last save took
 
-    def load(
-        self, observer: LayerObserver, width: int, dtype: torch.dtype, most_tokens: int
-    ) -> SweepState | None:
-        """The state to go on from, if all processes have one of the same layer.
+    def load(self, width: int, dtype: torch.dtype) -> SweepState | None:
+        """The saved state, if all processes have one of the same layer; the caller closes it.
 
-        Batches of other sizes than `most_tokens` would make other sums than a sweep that was not
-        interrupted, so they are not gone on with. `observer` takes up the sums.
+        `width`: hidden size. The observer takes over the sums of the finished layers.
         """
-        state = self._read(observer, width, dtype, most_tokens)
+        state = self._read(width, dtype)
         layer = state.layer if state else 0
         first, last = self._ranks.least(layer), -self._ranks.least(-layer)
         if state is not None and (first != last or not layer):
@@ -84,9 +93,7 @@ class StateKeeper:
             state = None
         return state
 
-    def _read(
-        self, observer: LayerObserver, width: int, dtype: torch.dtype, most_tokens: int
-    ) -> SweepState | None:
+    def _read(self, width: int, dtype: torch.dtype) -> SweepState | None:
         if self._path is None:
             return None
         remove(part_of(self._path))
@@ -94,45 +101,43 @@ class StateKeeper:
             return None
         try:
             tensors, metadata = read_header(self._path), read_metadata(self._path)
-            if (metadata.get("key"), metadata.get("batch_tokens")) != (self._key, str(most_tokens)):
+            if {name: metadata.get(name) for name in self._identity} != self._identity:
                 return None
             file = Checkpoint(self._path.parent, {}, tensors, (self._path,))
             state = _state(file, metadata, width, dtype)
-            observer.restore(state.sums)  # a sweep that begins anew replaces them, layer by layer
+            # a sweep that starts from the first layer replaces them, layer by layer
+            self._observer.restore(state.sums)
             return state
         except (CheckpointError, KeyError, ValueError) as error:
-            self._note(f"{self._path.name}: not the state that it was ({error}); begun anew")
+            self._note(
+                f"{self._path.name}: saved state is unreadable ({error}); starting from the first "
+                "layer"
+            )
             return None
 
-    def keep(
-        self, layer: int, batches: Sequence[Batch], spool: Spool, observer: LayerObserver,
-        most_tokens: int,
-    ) -> None:  # fmt: skip
-        """Keep the sweep as it is before `layer`, if that is worth its time."""
-        n_bytes = (
-            sum(batch.tokens.numel() for batch in batches) * spool.shape[1] * spool.dtype.itemsize
-        )
-        cost = self._cost or _SECONDS + n_bytes / _BYTES_A_SECOND
-        is_due = time.monotonic() - self._kept_at >= cost / MOST_OF_TIME
+    def save(self, layer: int, batches: Sequence[Batch], spool: Spool) -> None:
+        """Save the sweep as it is before `layer`, if that takes little enough time."""
+        n_positions = sum(batch.tokens.numel() for batch in batches)
+        n_bytes = n_positions * spool.shape[1] * spool.dtype.itemsize
+        cost = self._cost or _SECONDS + n_bytes / _BYTES_PER_SECOND
+        is_due = time.monotonic() - self._saved_at >= cost / MOST_OF_TIME
         if not self._ranks.least(int(is_due and self._path is not None)):
             return
         assert self._path is not None
         with disk_errors_told(self._path):
             free = shutil.disk_usage(self._path.parent).free
         if not self._ranks.least(int(free > 1.1 * n_bytes * self._ranks.size)):
-            self._note("the disk has no room to keep what the sweep has done")
-            self._kept_at = time.monotonic()
+            self._note("not enough disk space to save progress between layers")
+            self._saved_at = time.monotonic()
             return
         begun = time.monotonic()
-        metadata = {
-            "key": self._key,
+        metadata = self._identity | {
             "layer": str(layer),
-            "batch_tokens": str(most_tokens),
             "observed": "".join(str(int(batch.observed)) for batch in batches),
         }
-        _write(self._path, batches, spool, observer.kept(), metadata)
-        self._kept_at = time.monotonic()
-        self._cost = self._kept_at - begun
+        _write(self._path, batches, spool, self._observer.finished_sums(), metadata)
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - begun
 
 
 def _write(
@@ -153,7 +158,7 @@ def _write(
         if tensor.name in arrays:
             yield array_bytes(arrays[tensor.name])
         else:
-            loaded = spool.load(hidden[tensor.name].place).cpu().contiguous()
+            loaded = spool.load(hidden[tensor.name].span).cpu().contiguous()
             yield loaded.view(torch.uint8).numpy().reshape(-1).data
 
     planned = [stored_array(name, array) for name, array in arrays.items()] + planned
@@ -163,7 +168,7 @@ def _write(
 def _state(
     file: Checkpoint, metadata: dict[str, str], width: int, dtype: torch.dtype
 ) -> SweepState:
-    """The state in a file; ValueError or KeyError if its parts do not fit one another."""
+    """The state in a file. Raises ValueError or KeyError if its parts do not fit together."""
     tensors = file.tensors
     batches: list[Batch] = []
     for index, flag in enumerate(metadata["observed"]):
@@ -172,7 +177,7 @@ def _state(
         hidden = tensors[f"batch.{index}.hidden"]
         _expect(hidden, _STORED[dtype], (tokens.numel(), width))
         if len(lengths) != len(tokens) or bool((lengths > tokens.shape[1]).any()):
-            raise ValueError(f"batch {index} of uneven parts")
+            raise ValueError(f"the tensors of batch {index} do not fit together")
         batches.append(Batch(tokens, lengths, 0, flag == "1"))
     sums = {
         name.removeprefix("sums."): file.read(name) for name in tensors if name.startswith("sums.")

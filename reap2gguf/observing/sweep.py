@@ -1,80 +1,56 @@
-"""One sweep over a checkpoint: every row through every layer, a layer in memory at a time.
+"""One sweep over a model: every row through every layer, one layer in memory at a time.
 
-While a layer computes, the next one's weights are read; between layers the hidden states of all
-rows wait in a spool. The host asks the device once a layer how it went, and otherwise runs ahead. A
-multi-token-prediction block runs as one more layer, on positions that have a next token.
-Passengers are rows that pass through unobserved: on them the MTP block's predictions are counted.
+While a layer computes, the weights of the next one are read. Between layers the hidden states of
+all rows wait in a spool. The host waits for the device once per layer, to learn which rows are
+finite. An MTP block runs as one more layer, on the positions that have a next token.
 
 Memory: the embedding or two decoder layers, the activations of one batch, and the spool, which is
-tokens x H x 2 or 4 bytes; `SweepOptions.memory` bounds the sum (`budget.py`).
+tokens x H x 2 or 4 bytes. `ComputeOptions.memory` limits the sum (`budget.py`).
 
 Bits: on one kind of machine and device the same rows, weights and dtype give the same sums, bit for
-bit, whatever the number of threads (`crew.py`) and wherever hidden states wait. They may differ in
-their last bits on another kind of processor or GPU, with other versions of torch, with another
-number of processes, and where memory is so short that batches are smaller.
+bit, for any number of threads (`compute/crew.py`) and any spool. The last bits may differ on
+another kind of processor or GPU, with other versions of torch, with another number of processes,
+and if memory is so short that batches are smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.errors import ObservationError, UsageError
-from reap2gguf.machine import available_threads
+from reap2gguf.errors import ObservationError
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.observing.batches import Row
-from reap2gguf.observing.budget import hold_gpu_to
-from reap2gguf.observing.compute.ranks import join, meet_on
+from reap2gguf.observing.batches import Batch, assign_spans
+from reap2gguf.observing.compute.ranks import connect_on, join
 from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.mtp import count_hits
 from reap2gguf.observing.observer import LayerObserver
-from reap2gguf.observing.run import SweepRun
-from reap2gguf.options import ComputeOptions, Resume
-from reap2gguf.progress import Progress
+from reap2gguf.observing.spool import Spool, open_spool
+from reap2gguf.observing.state import StateKeeper, SweepState
+from reap2gguf.observing.sweep_plan import (
+    SweepContext,
+    SweepPlan,
+    limit_gpu_memory,
+    opening_notes,
+    plan_sweep,
+    resolve_device,
+)
+from reap2gguf.options import ComputeOptions
+from reap2gguf.progress import Progress, Task
 
+if TYPE_CHECKING:
+    from reap2gguf.calibration.rows import Row
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """Where and how a sweep computes."""
-
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto, float32 or bfloat16
-    n_threads: int | None = None
-    memory: int | None = None  # bytes of the GPU, or resident ones without; None: what is free
-    spool: str = "auto"  # auto, device, host or disk
-    folder: Path = Path()  # where a spool on disk goes
-    resume: Resume | None = None  # where to keep what is done between layers
-
-    @classmethod
-    def of(cls, compute: ComputeOptions) -> SweepOptions:
-        return cls(
-            compute.device,
-            compute.dtype,
-            compute.threads,
-            compute.memory,
-            compute.spool,
-            compute.scratch,
-            compute.resume,
-        )
-
-    def resolve(self) -> tuple[torch.device, torch.dtype]:
-        """The device and dtype: a GPU in bfloat16 where there is one, else float32 on the CPU.
-
-        Raises UsageError if a GPU is asked for and there is none.
-        """
-        has_gpu = torch.cuda.is_available()
-        if self.device == "cuda" and not has_gpu:
-            raise UsageError("--device cuda: torch sees no CUDA device; `reap2gguf doctor` tells")
-        if has_gpu and self.device != "cpu":
-            device = torch.device("cuda", torch.cuda.current_device())
-        else:
-            device = torch.device("cpu")
-        if self.dtype == "auto":
-            return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-        return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+MAX_BAD_ROWS = 0.01
+_LONG_WAIT = 0.05  # share of the time
 
 
 @dataclass(frozen=True)
@@ -84,55 +60,277 @@ class SweepReport:
     n_rows: int
     n_tokens: int
     n_dropped_rows: int
-    mtp_hits: int = 0  # of the passengers' next-next tokens, those the MTP block predicted
-    mtp_tokens: int = 0
+    mtp_hits: int = 0  # next-next tokens of the probe that the MTP block predicted
+    mtp_tokens: int = 0  # next-next tokens of the probe
     seconds_waited: float = field(default=0.0, compare=False)  # of this process, for weights
 
 
 def sweep(
-    checkpoint: Weights,
+    weights: Weights,
     model: MoeModel,
     rows: Sequence[Row],
     observer: LayerObserver,
-    options: SweepOptions,
+    options: ComputeOptions,
     title: str,
     progress: Progress,
-    passengers: Sequence[Row] = (),
+    probe: Sequence[Row] = (),
 ) -> SweepReport:
     """Run all rows through the layers that `observer` wants to see.
 
     Raises ObservationError if more than 1 % of the rows are not finite, UsageError if the memory
-    is too little, OutputError if a spool on disk finds no room, PeerError if another process ended.
+    is too little, OutputError if the disk has no room for the spool, PeerError if another process
+    ended.
     """
+    started = time.monotonic()
     ranks = join()
-    device, dtype = options.resolve()
-    n_threads = max(1, (options.n_threads or available_threads()) // ranks.size)
+    device, dtype = resolve_device(options)
+    n_threads = max(1, options.threads // ranks.size)
     if device.type == "cuda":
-        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew has them
-    meet_on(ranks, device)
-    hold_gpu_to(device, options.memory)
+        torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
+    connect_on(ranks, device)
+    limit_gpu_memory(device, options.memory)
     observer.use(device)
-    decoder = StreamedDecoder(checkpoint, model, dtype, device, n_threads)
-    run = SweepRun(decoder, observer, ranks, progress, device)
-    try:
-        run.begin(
-            rows, passengers, dtype, options.memory, options.spool, options.folder, options.resume
-        )
-        with progress.task(title, run.n_layers * run.n_tokens, "tokens") as task:
-            task.advance(run.first_layer * run.n_tokens)
-            for index in range(run.first_layer, run.n_layers):
-                run.layer(index, task)
+    decoder = StreamedDecoder(weights, model, dtype, device, n_threads)
+    context = SweepContext(decoder, observer, ranks, progress)
+    with _gpu_errors(), closing(decoder):
+        plan = plan_sweep(context, rows, probe, options)
+        with _started(context, plan, options) as run:
+            run.all_layers(title)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)
-    except torch.OutOfMemoryError as error:
-        raise ObservationError(
-            "the GPU's memory is too little for the layers and hidden states of this sweep; pass "
-            "--spool host, a smaller --max-length, or --device cpu"
-        ) from error
-    finally:
-        run.close()
     n_left = sum(len(batch.lengths) for batch in run.batches if batch.observed)
     n_left, hits, tried = ranks.total([n_left, hits, tried])
     n_tokens = sum(len(row) for row in rows)
     waited = decoder.loader.seconds_waited
-    progress.note(f"{title}: {waited:.1f} s spent waiting for weights")
+    if note := _waiting_note(title, waited, time.monotonic() - started):
+        progress.note(note)
     return SweepReport(len(rows), n_tokens, len(rows) - n_left, hits, tried, waited)
+
+
+@contextmanager
+def _gpu_errors() -> Iterator[None]:
+    """Turn torch's error for a full GPU into one that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ObservationError(
+            "not enough GPU memory for the layers and activations of this calibration pass; use "
+            "--spool host, a smaller --max-length, or --device cpu"
+        ) from error
+
+
+def _waiting_note(title: str, waited: float, seconds: float) -> str | None:
+    """A line for the user if a sweep of `seconds` waited long for weights."""
+    if waited <= _LONG_WAIT * seconds:
+        return None
+    return f"{title}: {waited:.1f} of {seconds:.1f} s spent waiting for weights"
+
+
+@contextmanager
+def _started(context: SweepContext, plan: SweepPlan, options: ComputeOptions) -> Iterator[Sweep]:
+    """A sweep whose spool is open and holds the hidden states of all batches.
+
+    They come from the state of an interrupted sweep, if there is one, else from embedded rows.
+    """
+    decoder = context.decoder
+    width = decoder.model.facts.hidden_size
+    keeper = StateKeeper(
+        options.resume,
+        context.observer,
+        context.ranks,
+        plan.budget.batch_tokens,
+        context.progress.note,
+    )
+    with ExitStack() as stack:
+        state = keeper.load(width, decoder.dtype)
+        with nullcontext() if state is None else closing(state):
+            if state is not None:
+                plan = replace(plan, batches=state.batches, first_layer=state.layer)
+            shape = (assign_spans(plan.batches), width)
+            spool = open_spool(
+                plan.budget.spool, shape, decoder.dtype, decoder.device, options.scratch
+            )
+            stack.enter_context(closing(spool))
+            run = Sweep(context, plan, keeper, spool)
+            run.fill_spool(state)
+        yield run
+
+
+class Sweep:
+    """A sweep under way: its batches, and the spool where their hidden states wait."""
+
+    def __init__(
+        self, context: SweepContext, plan: SweepPlan, keeper: StateKeeper, spool: Spool
+    ) -> None:
+        self.context = context
+        self.decoder = context.decoder
+        self.observer = context.observer
+        self.ranks = context.ranks
+        self.progress = context.progress
+        self.n_layers = context.n_layers
+        self.plan = plan
+        self.keeper = keeper
+        self.spool = spool
+        self.batches = plan.batches  # of the rows that are still finite
+        self.prefetches = plan.budget.prefetch  # until the GPU's memory turns out too small
+
+    def fill_spool(self, state: SweepState | None) -> None:
+        """Put the hidden states of every batch into the spool: saved ones, or embedded rows."""
+        n_positions, width = self.spool.shape
+        spool_bytes = n_positions * width * self.spool.dtype.itemsize
+        for line in opening_notes(self.context, self.plan.budget, spool_bytes):
+            self.progress.note(line)
+        self.decoder.load_embedding()
+        self._prefetch(self.plan.first_layer)
+        self._fill_batches(state)
+        if state is not None:
+            self.progress.note(f"resuming from layer {state.layer} of {self.n_layers}")
+        self.spool.flush()
+        self.decoder.drop_embedding()
+
+    @torch.inference_mode()
+    def _fill_batches(self, state: SweepState | None) -> None:
+        for index, batch in enumerate(self.batches):
+            if state is None:
+                hidden = self.decoder.embed(batch.tokens).flatten(0, 1)
+            else:
+                self.decoder.record(batch.tokens)
+                hidden = state.hidden(index, self.decoder.dtype).to(self.decoder.device)
+            self.spool.store(batch.span, hidden)
+
+    def _prefetch(self, index: int) -> None:
+        """Begin to read a layer, if there is memory for two."""
+        if not self.prefetches:
+            return
+        try:
+            self.decoder.ask_layer(index)
+        except torch.OutOfMemoryError:
+            self.prefetches = False
+            self.progress.note("not enough GPU memory to prefetch weights")
+
+    def all_layers(self, title: str) -> None:
+        """Move every batch through all layers that are left, and report the progress."""
+        n_tokens = sum(batch.n_tokens for batch in self.batches)
+        first = self.plan.first_layer
+        with self.progress.task(title, self.n_layers * n_tokens, "tokens") as task:
+            task.advance(first * n_tokens)
+            for index in range(first, self.n_layers):
+                self.layer(index, task)
+
+    def layer(self, index: int, task: Task) -> None:
+        """Move every batch through a layer."""
+        layer = self.decoder.load_layer(index)
+        if index + 1 < self.n_layers:
+            self.decoder.fetch_layer(index + 1)
+            self._prefetch(index + 1)
+        self.observer.attach(index, layer)
+        if index == self.decoder.mtp_layer:
+            self.decoder.load_ends()
+        flags = self._all_batches(index, task)
+        self.spool.flush()
+        # the only time that the host waits for the device; a process may have no batch at all
+        finite = torch.cat(flags).cpu() if flags else torch.ones(0, dtype=torch.bool)
+        if not bool(finite.all()):
+            self._without_bad_rows(index, finite)
+        self._check_losses(index)
+        self.ranks.sum_tensors(self.observer.sums())
+        self.ranks.max_tensors(self.observer.peaks())
+        self.observer.finish(index)
+        if index != self.decoder.mtp_layer:
+            self.decoder.drop_layer(index)
+        if index + 1 < self.n_layers:
+            self.keeper.save(index + 1, self.batches, self.spool)
+
+    def _all_batches(self, index: int, task: Task) -> list[Tensor]:
+        """Per batch, which rows (B,) came out finite. A batch that does not fit is halved."""
+        waiting, done, flags = deque(self.batches), [], []
+        while waiting:
+            batch = waiting.popleft()
+            try:
+                hidden = self.spool.load(batch.span, waiting[0].span if waiting else None)
+                flags.append(self._through(index, batch, hidden))
+            except torch.OutOfMemoryError as error:
+                self.observer.discard()
+                waiting.extendleft(reversed(self._halved(batch, error)))
+                continue
+            done.append(batch)
+            task.advance(batch.n_tokens)
+        self.batches = done
+        return flags
+
+    @torch.inference_mode()
+    def _through(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """Run one batch through one layer, into the spool; which rows (B,) are finite.
+
+        If any row is not finite, nothing is counted and the spool keeps the layer's input.
+        """
+        is_mtp = index == self.decoder.mtp_layer
+        shape = (*batch.tokens.shape, hidden.shape[-1])
+        real = batch.real(self.decoder.device, n_ahead=1 if is_mtp else 0)
+        self.observer.real_tokens = real
+        if is_mtp:
+            output = self.decoder.run_mtp(hidden.view(shape), batch.tokens)
+        else:
+            output = self.decoder.run_layer(index, hidden.view(shape))
+        finite = torch.isfinite(output).all(-1)  # (B, T)
+        if real is not None:
+            finite |= ~real.mask.view_as(finite)
+        rows = finite.all(-1)
+        good = rows.all()
+        kept = torch.where(good, output.flatten(0, 1), hidden)
+        del output
+        self.observer.settle(good & batch.observed)
+        self.spool.store(batch.span, kept)
+        self.observer.commit()
+        return rows
+
+    @torch.inference_mode()
+    def _without_bad_rows(self, index: int, finite: Tensor) -> None:
+        """Drop rows that are not finite, and run their batches again without them."""
+        first = 0
+        for batch in self.batches:
+            rows = finite[first : first + len(batch.lengths)]
+            first += len(rows)
+            while not bool(rows.all()):
+                hidden = self.spool.load(batch.span).view(*batch.tokens.shape, -1)
+                hidden = hidden[rows.to(hidden.device)].flatten(0, 1)
+                batch.keep(rows)
+                if not len(batch.lengths):
+                    break
+                self.spool.store(batch.span, hidden)
+                rows = self._through(index, batch, hidden).cpu()
+                self.spool.flush()
+        self.batches = [batch for batch in self.batches if len(batch.lengths)]
+
+    def _halved(self, batch: Batch, error: torch.OutOfMemoryError) -> tuple[Batch, Batch]:
+        n_tokens = batch.tokens.numel()
+        if len(batch.lengths) == 1:
+            raise ObservationError(
+                f"not enough GPU memory for one row of {n_tokens:,} tokens; use a smaller "
+                "--max-length, or --device cpu"
+            ) from error
+        torch.cuda.empty_cache()
+        self.progress.note(
+            f"not enough GPU memory for a batch of {n_tokens:,} tokens; splitting it in half"
+        )
+        return batch.halves()
+
+    def _check_losses(self, index: int) -> None:
+        n_left = sum(len(batch.lengths) for batch in self.batches)
+        n_rows, lost = self.ranks.total([self.plan.n_rows, self.plan.n_rows - n_left])
+        if lost > MAX_BAD_ROWS * n_rows:
+            raise ObservationError(
+                f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
+                f"{MAX_BAD_ROWS:.0%}; the weights may be damaged; if values overflow in bfloat16, "
+                "use --dtype float32"
+            )
+
+    def count_mtp_hits(self) -> tuple[int, int]:
+        """How many next-next tokens of the probe the MTP block predicted, and of how many."""
+        hits = tried = 0
+        for batch in self.batches:
+            if batch.observed:
+                continue
+            hidden = self.spool.load(batch.span).view(*batch.tokens.shape, -1)
+            found = count_hits(self.decoder.mtp_best(hidden), batch.tokens, batch.lengths)
+            hits, tried = hits + found[0], tried + found[1]
+        return hits, tried

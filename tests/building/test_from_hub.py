@@ -17,7 +17,7 @@ from reap2gguf.building import pipeline
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.errors import OutputError, SourceError
 from reap2gguf.hub.source import Source
-from reap2gguf.observing.run import SweepRun
+from reap2gguf.observing.sweep import Sweep
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from tests.loopback_hub.model import layered_files, serving, shard_of, whole
@@ -105,15 +105,15 @@ def test_the_bundle_is_that_of_the_folder(
 def after_each_layer(
     monkeypatch: pytest.MonkeyPatch, look: Callable[[int], None]
 ) -> Iterator[None]:
-    real = SweepRun._all_batches
+    real = Sweep._all_batches
 
-    def wrapped(self: SweepRun, index: int, task: Any) -> Any:
+    def wrapped(self: Sweep, index: int, task: Any) -> Any:
         flags = real(self, index, task)
         look(index)
         return flags
 
     with monkeypatch.context() as patch:
-        patch.setattr(SweepRun, "_all_batches", wrapped)
+        patch.setattr(Sweep, "_all_batches", wrapped)
         yield
 
 

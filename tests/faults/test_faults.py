@@ -147,7 +147,7 @@ def test_an_interrupted_sweep_goes_on_from_its_layer(rig: Rig, operations: list[
     for at in kept:
         rig.build({"kinds": ALL, "at": at + 2})
         outcome = rig.build()
-        assert "going on from layer 1 of 2" in outcome.errors
+        assert "resuming from layer 1 of 2" in outcome.errors
         shutil.rmtree(rig.output)
 
 

@@ -16,17 +16,16 @@ from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.models import describe
+from reap2gguf.observing import budget
 from reap2gguf.observing import decoder as decoder_module
-from reap2gguf.observing import sizes
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.mtp import count_hits, next_tokens
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.sweep import SweepOptions, SweepReport, sweep
-from reap2gguf.progress import Silent
+from reap2gguf.observing.sweep import SweepReport
+from tests.observing.sweeps import rows_of, run_sweep
 from tests.tiny import TinyQwen35Moe
 
-CPU = SweepOptions(device="cpu", dtype="float32")
 BASE = TinyQwen35Moe(vision=False)
 LAYOUTS = {
     "the Hub's": TinyQwen35Moe(),
@@ -36,11 +35,6 @@ LAYOUTS = {
     "another order of layers": replace(BASE, layers="lfl"),
 }
 LENGTHS = (40, 40, 23, 7)
-
-
-def rows_of(*lengths: int, seed: int = 0) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, 4000, length) for length in lengths]
 
 
 class ByHand:
@@ -124,19 +118,13 @@ def spec(request: pytest.FixtureRequest) -> TinyQwen35Moe:
 def observe(
     folder: Path, rows: list[np.ndarray], probe: list[np.ndarray] | None = None
 ) -> tuple[dict[int, LayerObservation], SweepReport]:
-    with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        observer = SaliencyObserver(model)
-        report = sweep(checkpoint, model, rows, observer, CPU, "test", Silent(), probe or ())
-        return observer.layers, report
+    observer, report = run_sweep(SaliencyObserver, folder, rows, probe=probe or ())
+    return observer.layers, report
 
 
 def importance(folder: Path, rows: list[np.ndarray]) -> dict[str, ImatrixEntry]:
-    with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        observer = ImportanceObserver(model)
-        sweep(checkpoint, model, rows, observer, CPU, "test", Silent())
-        return observer.entries
+    observer, _ = run_sweep(ImportanceObserver, folder, rows)
+    return observer.entries
 
 
 def test_the_block_is_transformers_modules_put_together(
@@ -285,7 +273,7 @@ def test_batching_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = BASE.write(tmp_path / "model")
     rows, probe = rows_of(30, 12, 30, 5), rows_of(20, 9, seed=1)
     together, one = observe(folder, rows, probe)
-    monkeypatch.setitem(sizes.MOST_TOKENS, "cpu", 1)
+    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", 1)
     apart, other = observe(folder, rows, probe)
     assert one == other
     for layer in together:

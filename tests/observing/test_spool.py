@@ -1,4 +1,4 @@
-"""Every spool gives back what was stored, in any order of places."""
+"""Every spool returns what was stored, in any order of spans."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ KINDS = [
 @pytest.mark.parametrize(("kind", "device"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_of_batches(kind: str, device: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """What a sweep does: every place is loaded, changed and stored, layer after layer."""
-    width, places = 48, [(0, 64), (64, 70), (70, 134), (134, 135)]
+    """What a sweep does: every span is loaded, changed and stored, layer after layer."""
+    width, spans = 48, [(0, 64), (64, 70), (70, 134), (134, 135)]
     where = torch.device(device)
     spool = open_spool(kind, (135, width), dtype, where, tmp_path)
     expected = torch.randn(135, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for begin, end in places:
+    for begin, end in spans:
         spool.store((begin, end), expected[begin:end].to(where))
     spool.flush()
     for _ in range(5):
-        for index, place in enumerate(places):
-            following = places[index + 1] if index + 1 < len(places) else None
-            hidden = spool.load(place, following)
+        for index, span in enumerate(spans):
+            following = spans[index + 1] if index + 1 < len(spans) else None
+            hidden = spool.load(span, following)
             assert hidden.device.type == device
-            spool.store(place, hidden * 2 + 1)
+            spool.store(span, hidden * 2 + 1)
         spool.flush()
         expected = expected * 2 + 1
-    for begin, end in reversed(places):
+    for begin, end in reversed(spans):
         assert torch.equal(spool.load((begin, end)).cpu(), expected[begin:end])
     spool.close()
 
 
-def test_halves_of_a_place_that_was_read_ahead(tmp_path: Path) -> None:
+def test_halves_of_a_span_that_was_prefetched(tmp_path: Path) -> None:
     spool = open_spool("disk", (8, 4), torch.float32, torch.device("cpu"), tmp_path)
     expected = torch.arange(32.0).view(8, 4)
     spool.store((0, 8), expected)
@@ -63,18 +63,18 @@ def test_no_file_is_left_behind(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_a_full_disk_is_said_before_the_work(
+def test_a_full_disk_is_an_error_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, first: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"no room for 128 bytes of hidden states \(No space"):
+    with pytest.raises(OutputError, match=r"no room for 128 bytes of activations \(No space"):
         open_spool("disk", (8, 4), torch.float32, torch.device("cpu"), tmp_path)
 
 
-def test_a_write_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(descriptor: int, buffers: object, position: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -1,4 +1,4 @@
-"""Sweeps that are stopped after a layer and go on from what was kept."""
+"""Sweeps that are stopped after a layer and resume from their saved state."""
 
 from __future__ import annotations
 
@@ -14,34 +14,26 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import OutputError
 from reap2gguf.models import describe
-from reap2gguf.observing import budget, state
+from reap2gguf.observing import budget, state, sweep_plan
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.observer import LayerObserver
-from reap2gguf.observing.run import SweepRun
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.sweep import SweepOptions, SweepReport, sweep
-from reap2gguf.options import Resume
-from reap2gguf.progress import Silent
+from reap2gguf.observing.sweep import Sweep, SweepReport
+from reap2gguf.options import ComputeOptions, Resume
 from tests.observing.devices import DEVICES
+from tests.observing.sweeps import Listener, rows_of, run_sweep
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 OBSERVERS = [SaliencyObserver, ImportanceObserver]
 N_LAYERS = 4
 
 
-class Listener(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+ROWS = rows_of(40, 40, 33, 17, 64, 9)
 
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer is worth keeping."""
+    """Every layer is worth saving."""
     monkeypatch.setattr(state, "MOST_OF_TIME", 1e9)
 
 
@@ -51,62 +43,57 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return TinyQwen3Moe(n_layers=N_LAYERS).write(tmp_path_factory.mktemp("state") / "model")
 
 
-def rows() -> list[np.ndarray]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 4000, length) for length in (40, 40, 33, 17, 64, 9)]
-
-
 def run(
-    folder: Path, kind: type[LayerObserver], options: SweepOptions
+    folder: Path, kind: type[LayerObserver], options: ComputeOptions
 ) -> tuple[Any, SweepReport, list[str]]:
     listener = Listener()
     with Checkpoint.open(folder) as checkpoint:
-        model = describe(checkpoint)
-        observer = kind(model)  # type: ignore[abstract]
-        passengers = rows()[:2] if model.facts.has_mtp else ()
-        report = sweep(checkpoint, model, rows(), observer, options, "t", listener, passengers)
+        probe = ROWS[:2] if describe(checkpoint).facts.has_mtp else ()
+    observer, report = run_sweep(kind, folder, ROWS, options, probe, listener)
     return observer, report, listener.notes
 
 
-def stop_before(layer: int, folder: Path, kind: type[LayerObserver], options: SweepOptions) -> None:
+def stop_before(
+    layer: int, folder: Path, kind: type[LayerObserver], options: ComputeOptions
+) -> None:
     """A sweep that is interrupted when a layer is about to begin."""
-    begin = SweepRun.layer
+    begin = Sweep.layer
 
-    def stop(self: SweepRun, index: int, task: Any) -> None:
+    def stop(self: Sweep, index: int, task: Any) -> None:
         if index == layer:
             raise KeyboardInterrupt
         begin(self, index, task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SweepRun, "layer", stop)
+        patch.setattr(Sweep, "layer", stop)
         with pytest.raises(KeyboardInterrupt):
             run(folder, kind, options)
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether two observers have seen the same, bit for bit."""
-    first, second = one.kept(), other.kept()
+    first, second = one.finished_sums(), other.finished_sums()
     return first.keys() == second.keys() and all(
         np.array_equal(first[name], second[name]) for name in first
     )
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> SweepOptions:
-    return SweepOptions(
-        device="cpu", dtype="float32", folder=tmp_path, resume=Resume(tmp_path / "x.state", "key")
+def options(tmp_path: Path) -> ComputeOptions:
+    return ComputeOptions(
+        device="cpu", dtype="float32", scratch=tmp_path, resume=Resume(tmp_path / "x.state", "key")
     )
 
 
 @pytest.mark.parametrize("layer", range(1, N_LAYERS))
 @pytest.mark.parametrize("kind", OBSERVERS)
 def test_a_stopped_sweep_ends_as_one_that_was_not(
-    folder: Path, kind: type[LayerObserver], layer: int, options: SweepOptions
+    folder: Path, kind: type[LayerObserver], layer: int, options: ComputeOptions
 ) -> None:
     whole, report, _ = run(folder, kind, replace(options, resume=None))
     stop_before(layer, folder, kind, options)
     resumed, again, notes = run(folder, kind, options)
-    assert f"going on from layer {layer} of {N_LAYERS}" in notes
+    assert f"resuming from layer {layer} of {N_LAYERS}" in notes
     assert same(resumed, whole)
     assert again == report
 
@@ -114,8 +101,8 @@ def test_a_stopped_sweep_ends_as_one_that_was_not(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spool", ["device", "host", "disk"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_spool_can_be_kept(
-    folder: Path, options: SweepOptions, device: str, spool: str, dtype: str
+def test_every_spool_can_be_saved(
+    folder: Path, options: ComputeOptions, device: str, spool: str, dtype: str
 ) -> None:
     if device == "cpu" and spool == "host":
         spool = "device"  # they are one
@@ -123,16 +110,16 @@ def test_every_spool_can_be_kept(
     whole, _, _ = run(folder, SaliencyObserver, replace(options, resume=None))
     stop_before(2, folder, SaliencyObserver, options)
     resumed, _, notes = run(folder, SaliencyObserver, options)
-    assert f"going on from layer 2 of {N_LAYERS}" in notes
+    assert f"resuming from layer 2 of {N_LAYERS}" in notes
     if device == "cpu":
         assert same(resumed, whole)
-    for name, array in whole.kept().items():
-        np.testing.assert_allclose(resumed.kept()[name], array, rtol=1e-6)
+    for name, array in whole.finished_sums().items():
+        np.testing.assert_allclose(resumed.finished_sums()[name], array, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", OBSERVERS)
 def test_a_block_of_predictions_and_its_hits(
-    tmp_path: Path, options: SweepOptions, kind: type[LayerObserver]
+    tmp_path: Path, options: ComputeOptions, kind: type[LayerObserver]
 ) -> None:
     folder = TinyQwen35Moe().write(tmp_path / "model")
     whole, report, _ = run(folder, kind, replace(options, resume=None))
@@ -141,24 +128,24 @@ def test_a_block_of_predictions_and_its_hits(
     assert last is not None
     stop_before(last, folder, kind, options)
     resumed, again, notes = run(folder, kind, options)
-    assert f"going on from layer {last} of {last + 1}" in notes
+    assert f"resuming from layer {last} of {last + 1}" in notes
     assert same(resumed, whole)
     assert again == report
     assert again.mtp_tokens > 0
 
 
-def test_rows_that_were_dropped_stay_dropped(
-    tmp_path: Path, options: SweepOptions, monkeypatch: pytest.MonkeyPatch
+def test_dropped_rows_remain_dropped(
+    tmp_path: Path, options: ComputeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = TinyQwen3Moe(n_layers=N_LAYERS)
     folder = shape.write(tmp_path / "model")
-    spoil_token(folder, shape, int(rows()[3][5]))
-    monkeypatch.setattr("reap2gguf.observing.run.MAX_BAD_ROWS", 0.5)
+    spoil_token(folder, shape, int(ROWS[3][5]))
+    monkeypatch.setattr("reap2gguf.observing.sweep.MAX_BAD_ROWS", 0.5)
     whole, report, _ = run(folder, SaliencyObserver, replace(options, resume=None))
     assert report.n_dropped_rows == 1
     stop_before(3, folder, SaliencyObserver, options)
     resumed, again, notes = run(folder, SaliencyObserver, options)
-    assert f"going on from layer 3 of {N_LAYERS}" in notes
+    assert f"resuming from layer 3 of {N_LAYERS}" in notes
     assert same(resumed, whole)
     assert again == report
 
@@ -172,27 +159,29 @@ def spoil_token(folder: Path, shape: TinyQwen3Moe, token: int) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_a_state_of_another_sweep_is_not_gone_on_with(folder: Path, options: SweepOptions) -> None:
+def test_a_state_of_another_sweep_is_not_resumed(folder: Path, options: ComputeOptions) -> None:
     assert options.resume is not None
     other_key = replace(options, resume=Resume(options.resume.path, "another key"))
     for other in (other_key, replace(options, dtype="bfloat16")):
         stop_before(2, folder, SaliencyObserver, options)
         _, _, notes = run(folder, SaliencyObserver, other)
-        assert not [note for note in notes if note.startswith("going on")]
+        assert not [note for note in notes if note.startswith("resuming")]
 
 
-def test_a_state_of_other_batches_is_not_gone_on_with(
-    folder: Path, options: SweepOptions, monkeypatch: pytest.MonkeyPatch
+def test_a_state_of_other_batches_is_not_resumed(
+    folder: Path, options: ComputeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_before(2, folder, SaliencyObserver, options)
     fit = budget.fit
-    monkeypatch.setattr("reap2gguf.observing.run.fit", lambda *a: replace(fit(*a), batch_tokens=64))
+    monkeypatch.setattr(sweep_plan, "fit", lambda *a: replace(fit(*a), batch_tokens=64))
     _, _, notes = run(folder, SaliencyObserver, options)
-    assert not [note for note in notes if note.startswith("going on")]
+    assert not [note for note in notes if note.startswith("resuming")]
 
 
 @pytest.mark.parametrize("place", [4, 0.2, 0.9])
-def test_a_damaged_state_is_begun_anew(folder: Path, options: SweepOptions, place: float) -> None:
+def test_a_damaged_state_starts_from_the_first_layer(
+    folder: Path, options: ComputeOptions, place: float
+) -> None:
     assert options.resume is not None
     whole, _, _ = run(folder, SaliencyObserver, replace(options, resume=None))
     stop_before(2, folder, SaliencyObserver, options)
@@ -200,13 +189,13 @@ def test_a_damaged_state_is_begun_anew(folder: Path, options: SweepOptions, plac
     data = path.read_bytes()
     path.write_bytes(data[: int(place if place > 1 else place * len(data))])
     resumed, _, notes = run(folder, SaliencyObserver, options)
-    assert any("not the state that it was" in note for note in notes)
+    assert any("saved state is unreadable" in note for note in notes)
     assert same(resumed, whole)
 
 
 @pytest.mark.parametrize("kind", OBSERVERS)
-def test_a_state_without_all_its_sums_is_begun_anew(
-    folder: Path, kind: type[LayerObserver], options: SweepOptions
+def test_a_state_without_all_its_sums_starts_from_the_first_layer(
+    folder: Path, kind: type[LayerObserver], options: ComputeOptions
 ) -> None:
     assert options.resume is not None
     whole, _, _ = run(folder, kind, replace(options, resume=None))
@@ -216,12 +205,12 @@ def test_a_state_without_all_its_sums_is_begun_anew(
     del arrays[next(name for name in sorted(arrays) if name.endswith(("count", "counts")))]
     save_file(arrays, path, metadata)
     resumed, _, notes = run(folder, kind, options)
-    assert any("not the state that it was" in note for note in notes)
+    assert any("saved state is unreadable" in note for note in notes)
     assert same(resumed, whole)
 
 
-def test_what_costs_more_than_it_saves_is_not_kept(
-    folder: Path, options: SweepOptions, monkeypatch: pytest.MonkeyPatch
+def test_what_costs_more_than_it_saves_is_not_saved(
+    folder: Path, options: ComputeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert options.resume is not None
     monkeypatch.setattr(state, "MOST_OF_TIME", 1e-9)
@@ -229,19 +218,19 @@ def test_what_costs_more_than_it_saves_is_not_kept(
     assert not options.resume.path.exists()
 
 
-def test_without_room_nothing_is_kept(
-    folder: Path, options: SweepOptions, monkeypatch: pytest.MonkeyPatch
+def test_without_room_nothing_is_saved(
+    folder: Path, options: ComputeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert options.resume is not None
     usage = state.shutil.disk_usage("/")
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage._replace(free=100))
     _, _, notes = run(folder, SaliencyObserver, options)
-    assert "the disk has no room to keep what the sweep has done" in notes
+    assert "not enough disk space to save progress between layers" in notes
     assert not options.resume.path.exists()
 
 
 def test_a_disk_that_fails_meanwhile(
-    folder: Path, options: SweepOptions, monkeypatch: pytest.MonkeyPatch
+    folder: Path, options: ComputeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> int:
         raise OSError(28, "No space left on device")

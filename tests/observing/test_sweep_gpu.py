@@ -7,32 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
-from reap2gguf.models import describe
-from reap2gguf.observing import sizes
+from reap2gguf.observing import budget
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.sweep import SweepOptions, sweep
-from reap2gguf.progress import Silent
+from reap2gguf.options import ComputeOptions
 from tests.observing.devices import GPU
+from tests.observing.sweeps import rows_of, run_sweep
 from tests.tiny import TinyQwen35Moe
 
 pytestmark = GPU
 
 
-def rows() -> list[np.ndarray]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 4000, length) for length in (512, 512, 300, 512, 64)]
+ROWS = rows_of(512, 512, 300, 512, 64)
 
 
 def test_saliency(example: Path) -> None:
-    checkpoint = Checkpoint.open(example)
-    model = describe(checkpoint)
     seen = {}
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
-        observer = SaliencyObserver(model)
-        sweep(checkpoint, model, rows(), observer, SweepOptions(device, dtype), "test", Silent())
+        observer, _ = run_sweep(SaliencyObserver, example, ROWS, ComputeOptions(device, dtype))
         seen[device, dtype] = observer.layers
     for layer, exact in seen["cpu", "float32"].items():
         single = seen["cuda", "float32"][layer]
@@ -43,17 +36,14 @@ def test_saliency(example: Path) -> None:
 
 
 @pytest.mark.parametrize("spool", ["host", "disk"])
-def test_where_hidden_states_wait_changes_nothing(
+def test_every_spool_gives_the_same_bits(
     spool: str, example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sizes.MOST_TOKENS, "cuda", 1024)  # many batches, so that copies overlap
-    checkpoint = Checkpoint.open(example)
-    model = describe(checkpoint)
+    monkeypatch.setitem(budget.MOST_TOKENS, "cuda", 1024)  # many batches, so that copies overlap
     seen = {}
     for kind in ("device", spool):
-        observer = SaliencyObserver(model)
-        options = SweepOptions("cuda", spool=kind, memory=2**31, folder=tmp_path)
-        sweep(checkpoint, model, rows() * 20, observer, options, "test", Silent())
+        options = ComputeOptions("cuda", spool=kind, memory=2**31, scratch=tmp_path)
+        observer, _ = run_sweep(SaliencyObserver, example, ROWS * 20, options)
         seen[kind] = observer.layers
     for layer, here in seen["device"].items():
         there = seen[spool][layer]
@@ -62,22 +52,17 @@ def test_where_hidden_states_wait_changes_nothing(
         np.testing.assert_array_equal(there.norm_max, here.norm_max)
 
 
-def test_too_little_memory_is_said(example: Path) -> None:
-    checkpoint = Checkpoint.open(example)
-    model = describe(checkpoint)
-    options = SweepOptions("cuda", memory=2**20 * 600)
-    with pytest.raises(UsageError, match=r"expected at least .* pass a smaller --max-length"):
-        sweep(checkpoint, model, rows() * 100, SaliencyObserver(model), options, "test", Silent())
+def test_too_little_memory_is_an_error(example: Path) -> None:
+    options = ComputeOptions("cuda", memory=2**20 * 600)
+    with pytest.raises(UsageError, match=r"--memory 600 MiB is too small; .* smaller --max-length"):
+        run_sweep(SaliencyObserver, example, ROWS * 100, options)
 
 
 def test_importance(example: Path) -> None:
-    checkpoint = Checkpoint.open(example)
-    model = describe(checkpoint)
     found = {}
     for device in ("cpu", "cuda"):
-        observer = ImportanceObserver(model)
-        options = SweepOptions(device, "float32")
-        sweep(checkpoint, model, rows(), observer, options, "test", Silent())
+        options = ComputeOptions(device, "float32")
+        observer, _ = run_sweep(ImportanceObserver, example, ROWS, options)
         found[device] = observer.entries
     assert found["cpu"].keys() == found["cuda"].keys()
     for name, entry in found["cpu"].items():
@@ -89,13 +74,11 @@ def test_importance(example: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deltanet_and_the_mtp_block(dtype: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(TinyQwen35Moe().write(tmp_path / "model"))
-    model = describe(checkpoint)
+    folder = TinyQwen35Moe().write(tmp_path / "model")
     found = {}
     for device in ("cpu", "cuda"):
-        observer = SaliencyObserver(model)
-        options = SweepOptions(device, dtype if device == "cuda" else "float32")
-        report = sweep(checkpoint, model, rows(), observer, options, "test", Silent(), rows()[:1])
+        options = ComputeOptions(device, dtype if device == "cuda" else "float32")
+        observer, report = run_sweep(SaliencyObserver, folder, ROWS, options, ROWS[:1])
         assert report.mtp_tokens == 510
         found[device] = observer.layers
     assert found["cpu"].keys() == found["cuda"].keys() == set(range(5))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reap2gguf.verifying.planned import verify_pruned
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -16,7 +17,6 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.verifying import hf_folder
-from reap2gguf.verifying.planned import verify_pruned
 from tests.tiny import TinyQwen3Moe
 
 FUSED = TinyQwen3Moe(fused=True)

@@ -1,1 +1,1 @@
-"""How a layer is computed: experts, kernels, threads of a CPU, several processes."""
+"""How a layer is computed: experts, kernels, the threads of a CPU, several processes."""

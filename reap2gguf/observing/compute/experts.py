@@ -1,13 +1,13 @@
-"""One experts function for every architecture, which computes routed pairs only and shows them.
+"""One function for the experts of every architecture, which shows each routed pair to an observer.
 
-transformers dispatches each Mixture-of-Experts layer through `ALL_EXPERTS_FUNCTIONS`; the function
-here is registered there. It receives the indices and gate weights that the model's own router
-returned, so whatever the routing is (softmax, sigmoid, bias, groups), saliency uses the weights
-that the model applies.
+A routed pair is a token and one of the experts that the router chose for it. transformers calls the
+experts of each layer through `ALL_EXPERTS_FUNCTIONS`; the function here is registered there. It
+receives the indices and gate weights that the model's own router returned, so for any routing
+(softmax, sigmoid, bias, groups) saliency uses the weights that the model applies.
 
-A GPU computes all experts in two grouped matrix products and never waits for the host. A thread of
-a CPU takes one expert after another, so that the pairs of one expert are all that it holds, and the
-weights may stay in the type they are stored in.
+A GPU computes all experts in two grouped matrix products, and the host does not wait for it. A
+thread of a CPU computes one expert at a time, so that it holds the pairs of one expert only, and
+the weights may keep the type they are stored in.
 
 Letters: N tokens, K experts per token, S routed pairs, E experts, H hidden, F expert width.
 """
@@ -25,12 +25,12 @@ from torch.nn.functional import grouped_mm, linear
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.observing.compute import kernels
-from reap2gguf.observing.compute.crew import Crew, current_piece
-from reap2gguf.observing.compute.fused import is_swiglu
+from reap2gguf.observing.compute.crew import Crew, current_slice
 
 IMPLEMENTATION = "reap2gguf"
 _OBSERVER = "reap2gguf_observer"
-Each = Callable[
+# `map`, or a map that runs in several threads
+Map = Callable[
     [Callable[[int], tuple[Tensor, Tensor]], Iterable[int]], Iterable[tuple[Tensor, Tensor]]
 ]
 
@@ -40,21 +40,21 @@ class RealTokens:
     """Which of a batch's N positions are tokens and not padding."""
 
     mask: Tensor  # (N,) bool
-    places: Tensor  # the true ones' positions, int64
+    positions: Tensor  # int64, where the mask is true
 
     @property
     def count(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
 
 @dataclass(frozen=True)
 class RoutedPairs:
-    """What some experts of a layer did with a batch, sorted by expert; padding is left out."""
+    """What some experts of a layer computed in a batch, sorted by expert, without padding."""
 
-    first_expert: int  # the pairs are of this expert and those after it, as many as `ends` has
-    inputs: Tensor  # (S, H), what gate and up multiplied
-    activations: Tensor  # (S, F), what down multiplied
-    norms: Tensor | None  # (S,) float32, L2 norms of the outputs before weighting, if asked for
+    first_expert: int  # the pairs are of this expert and the next ones, as many as `ends` has
+    inputs: Tensor  # (S, H), of the gate and up matrices
+    activations: Tensor  # (S, F), inputs of the down matrix
+    norms: Tensor | None  # (S,) float32, L2 norms of the outputs before weighting, if wanted
     gates: Tensor  # (S,), the weights applied
     ends: Tensor  # int32, where each expert's pairs end
 
@@ -65,17 +65,17 @@ class RoutedPairs:
 
 
 class ExpertsObserver(Protocol):
-    """Looks at routed pairs."""
+    """Receives the routed pairs."""
 
     wants_norms: bool
-    real_tokens: RealTokens | None  # None where no token is padding
+    real_tokens: RealTokens | None  # None if no position is padding
 
     def see(self, pairs: RoutedPairs) -> None:
-        """Some experts' pairs of one batch; together the calls show every expert once."""
+        """Take in the pairs of some experts in one batch; the calls show every expert once."""
 
 
 def register() -> None:
-    """Make the function known to transformers; safe to repeat."""
+    """Register the function with transformers; it may be called again."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
@@ -83,10 +83,13 @@ def register() -> None:
 
 
 def watch(experts: torch.nn.Module, observer: ExpertsObserver) -> None:
-    """Let `observer` see everything that passes through an experts module."""
+    """Show `observer` the routed pairs of an experts module.
+
+    Raises UnsupportedModelError if the experts have biases or no gate.
+    """
     if not getattr(experts, "has_gate", False) or getattr(experts, "has_bias", True):
         raise UnsupportedModelError(
-            f"{type(experts).__name__}: experts with biases or without a gate are not implemented"
+            f"{type(experts).__name__}: experts with biases or without a gate are not supported"
         )
     setattr(experts, _OBSERVER, observer)
 
@@ -98,28 +101,26 @@ def observed_experts_forward(
 
     hidden_states: (N, H)    top_k_index, top_k_weights: (N, K)
     """
-    piece = current_piece()
-    if piece is None:
+    part = current_slice()
+    if part is None:
         return _run(self, hidden_states, top_k_index, top_k_weights, map)
-    combined: Tensor = piece.meet(
-        (hidden_states, top_k_index, top_k_weights), partial(_joint, self)
-    )
+    combined: Tensor = part.meet((hidden_states, top_k_index, top_k_weights), partial(_joint, self))
     return combined
 
 
-def _joint(self: Any, crew: Crew, brought: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """The experts over the rows of all pieces of a batch, and each piece's share."""
-    hidden, index, weights = (torch.cat(parts) for parts in zip(*brought, strict=True))
-    lengths = [len(parts[0]) for parts in brought]
+def _joint(self: Any, crew: Crew, slices: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The experts on the rows of all slices of a batch, and each slice's share of the result."""
+    hidden, index, weights = (torch.cat(parts) for parts in zip(*slices, strict=True))
+    lengths = [len(parts[0]) for parts in slices]
     return list(torch.split(_run(self, hidden, index, weights, crew.in_order), lengths))
 
 
-def _run(self: Any, hidden: Tensor, top_k_index: Tensor, weights: Tensor, each: Each) -> Tensor:
+def _run(self: Any, hidden: Tensor, top_k_index: Tensor, weights: Tensor, each: Map) -> Tensor:
     observer: ExpertsObserver | None = getattr(self, _OBSERVER, None)
     real = observer.real_tokens if observer is not None else None
     expert_ids, n_pairs = top_k_index.to(torch.int32), top_k_index.numel()
     if real is not None:
-        # padding goes to an expert that does not exist: sorted last, then cut off
+        # padding goes to an expert that does not exist: it is sorted last and cut off
         expert_ids = torch.where(real.mask[:, None], expert_ids, self.num_experts)
         n_pairs = real.count * top_k_index.shape[-1]
     ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
@@ -130,17 +131,22 @@ def _run(self: Any, hidden: Tensor, top_k_index: Tensor, weights: Tensor, each: 
 
 
 def _all_at_once(
-    self: Any, hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
-    observer: ExpertsObserver | None, each: Each,
-) -> Tensor:  # fmt: skip
-    """Two grouped matrix products over all pairs; the host never asks how many an expert has.
+    self: Any,
+    hidden: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    observer: ExpertsObserver | None,
+    each: Map,
+) -> Tensor:
+    """Two grouped matrix products over all pairs; the host does not learn how many there are.
 
-    Nothing is left for `each` to share out.
+    `each` is not used.
     """
     n_pairs, top_k = len(order), weights.shape[-1]
     inputs = hidden[order // top_k]  # (S, H)
     gate_up = grouped_mm(inputs, self.gate_up_proj.transpose(-2, -1), offs=ends)  # (S, 2F)
-    activations = kernels.swiglu(gate_up) if is_swiglu(self) else self._apply_gate(gate_up)
+    activations = kernels.swiglu(gate_up) if kernels.is_swiglu(self) else self._apply_gate(gate_up)
     del gate_up
     outputs = grouped_mm(activations, self.down_proj.transpose(-2, -1), offs=ends)  # (S, H)
     places = order.new_full((weights.numel(),), -1, dtype=torch.int32)
@@ -156,10 +162,15 @@ def _all_at_once(
 
 
 def _one_by_one(
-    self: Any, hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor,
-    observer: ExpertsObserver | None, each: Each,
-) -> Tensor:  # fmt: skip
-    """Expert after expert, by `each`; a thread widens one's weights at a time."""
+    self: Any,
+    hidden: Tensor,
+    weights: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    observer: ExpertsObserver | None,
+    each: Map,
+) -> Tensor:
+    """One expert after another, by `each`; a thread converts the weights of one at a time."""
     combined = torch.zeros_like(hidden)
     limits = [0, *ends.tolist()]
     top_k = weights.shape[-1]
@@ -174,12 +185,12 @@ def _one_by_one(
             norms = None
             if observer.wants_norms:
                 norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
-            there = torch.tensor([len(chosen)], dtype=torch.int32)
-            observer.see(RoutedPairs(expert, inputs, activations, norms, gates, there))
+            end = torch.tensor([len(chosen)], dtype=torch.int32)
+            observer.see(RoutedPairs(expert, inputs, activations, norms, gates, end))
         return tokens, (outputs * gates[:, None]).to(combined.dtype)
 
     for tokens, weighted in each(run, range(len(limits) - 1)):
-        # a token is routed to an expert once, so no row is named twice; one expert after another,
-        # since the order of additions shows
+        # no token is routed to an expert twice, so no row occurs twice; the experts are added in
+        # order, because the order of additions changes the last bits
         combined.index_add_(0, tokens, weighted)
     return combined

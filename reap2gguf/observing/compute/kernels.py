@@ -1,23 +1,29 @@
-"""The sums and products of a sweep that torch has no single operation for.
+"""The sums and products of a sweep for which torch has no single operation.
 
 Each is a few torch operations, which run anywhere, and on a CUDA device one Triton kernel
 (`triton_kernels.py`) that reads its input once. Letters as in `experts.py`.
+
+RMSNorm and SwiGLU replace code of transformers, which launches many kernels for each. Modules are
+recognized by what they compute: one module of each class is tried on random values, and a kernel
+is used only if it gives the same result. Any other norm keeps its own code.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_ROW_GROUPS = 128  # a sum over all rows is cut into so many, to fill a GPU
+_ROW_GROUPS = 128  # parts of a sum over all rows, enough to keep a GPU busy
+_PROBE_WIDTH = 64  # of the random values on which a norm is tried
 
 
 @cache
 def _triton() -> ModuleType | None:
-    """The Triton kernels; None where Triton is not installed."""
+    """The Triton kernels; None if Triton is not installed."""
     try:
         from reap2gguf.observing.compute import triton_kernels
     except ImportError:
@@ -105,3 +111,58 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return activations
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def fuse_norms(module: torch.nn.Module) -> int:
+    """Let every RMSNorm in `module` compute by one kernel; the number of them."""
+    found = 0
+    for part in module.modules():
+        recipe = _norm_recipe(type(part))  # type: ignore[arg-type]
+        eps = getattr(part, "variance_epsilon", getattr(part, "eps", None))
+        if recipe is None or not isinstance(eps, float):
+            continue
+        offset, _ = recipe
+        part.forward = partial(_norm, part, eps, offset)
+        found += 1
+    return found
+
+
+def _norm(
+    module: Any, eps: float, offset: float, hidden_states: Tensor, gate: Tensor | None = None
+) -> Tensor:
+    return rms_norm(hidden_states, module.weight, eps, offset, gate)
+
+
+@cache  # one module of each class is tried
+def _norm_recipe(kind: type[torch.nn.Module]) -> tuple[float, bool] | None:
+    """What an RMSNorm adds to its weight, and whether it takes a gate; None for other modules."""
+    if not kind.__name__.replace("Gated", "").endswith("RMSNorm"):
+        return None
+    gated = "Gated" in kind.__name__
+    generator = torch.Generator().manual_seed(0)
+    values, weight, gate = torch.randn(3, 5, _PROBE_WIDTH, generator=generator)
+    try:
+        norm: Any = kind(_PROBE_WIDTH, eps=1e-3)
+        norm.weight = torch.nn.Parameter(weight[0], requires_grad=False)
+        with torch.inference_mode():
+            expected = norm(values, gate) if gated else norm(values)
+    except (TypeError, RuntimeError, AttributeError):
+        return None  # its arguments are not those of a known norm
+    for offset in (0.0, 1.0):
+        ours = rms_norm(values, weight[0], 1e-3, offset, gate if gated else None)
+        if torch.allclose(ours, expected, rtol=1e-5, atol=1e-6):
+            return offset, gated
+    return None
+
+
+_GATES: dict[tuple[type, type], bool] = {}  # one module of each class is tried
+
+
+def is_swiglu(experts: Any) -> bool:
+    """Whether an experts module computes silu(gate) * up, with the gates first."""
+    kind = (type(experts), type(experts.act_fn))
+    if kind not in _GATES:
+        gate_up = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+        ours = swiglu(gate_up)
+        _GATES[kind] = torch.allclose(experts._apply_gate(gate_up), ours, atol=1e-6)
+    return _GATES[kind]

@@ -1,7 +1,8 @@
-"""Several processes, one GPU each, that share out the rows of a sweep.
+"""Several processes, one GPU each, that divide the rows of a sweep among themselves.
 
-Started by `torchrun --nproc-per-node N -m reap2gguf ...`: every process streams all layers over its
-batches, and after each layer the sums of all are added. The first process speaks and writes.
+`torchrun --nproc-per-node N -m reap2gguf ...` starts them. Every process runs its batches through
+all layers; after each layer the sums of all processes are added. The first process reports and
+writes files.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-# Loaded before any group exists: its functions' defaults would keep the group, and its threads,
-# alive beyond the interpreter's end, which aborts the process.
+# Loaded before any group exists: otherwise the defaults of its functions keep the group and its
+# threads alive when the interpreter ends, which aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
 
@@ -25,29 +26,29 @@ from reap2gguf.errors import PeerError, UsageError
 from reap2gguf.machine import Processes, processes
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=2)  # the others wait while the first prunes
+_TIMEOUT = timedelta(days=2)  # the others wait while the first process prunes
 
 
 @dataclass(frozen=True)
 class Ranks(Processes):
-    """This process among its peers, and what they say to one another."""
+    """This process among others, and how they exchange numbers."""
 
     def share(self, everything: Sequence[T]) -> list[T]:
-        """This process's share of all: every `size`-th."""
+        """This process's share: every `size`-th."""
         return list(everything[self.rank :: self.size])
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
+    def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the sum over all processes."""
         self._reduce(tensors, dist.ReduceOp.SUM)
 
-    def peak(self, tensors: Iterable[Tensor]) -> None:
+    def max_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the maximum over all processes."""
         self._reduce(tensors, dist.ReduceOp.MAX)
 
     def total(self, values: Sequence[int]) -> list[int]:
         """Each number summed over all processes."""
         tensor = torch.tensor(values, dtype=torch.int64)
-        self.add([tensor])
+        self.sum_tensors([tensor])
         return [int(value) for value in tensor]
 
     def least(self, value: int) -> int:
@@ -58,24 +59,24 @@ class Ranks(Processes):
 
     def _reduce(self, tensors: Iterable[Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size > 1:
-            with _peers_lost_told():
+            with _lost_peers():
                 for tensor in tensors:
                     dist.all_reduce(tensor, operation)
 
-    def tell(self, word: T | None) -> T:
-        """What the first process says, in all of them."""
-        words = [word]
+    def broadcast(self, value: T | None) -> T:
+        """The value of the first process, in all of them; the others pass None."""
+        values = [value]
         if self.size > 1:
-            with _peers_lost_told():
-                dist.broadcast_object_list(words, src=0, device=torch.device("cpu"))
-        found = words[0]
+            with _lost_peers():
+                dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        found = values[0]
         assert found is not None
         return found
 
 
 @cache
 def join() -> Ranks:
-    """This process's place; where there are others, they are met here.
+    """This process among others; the first call connects to them.
 
     Raises PeerError if they cannot be reached.
     """
@@ -87,43 +88,45 @@ def join() -> Ranks:
     if n_gpus:
         torch.cuda.set_device(min(ranks.local, n_gpus - 1))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=_TIMEOUT)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise PeerError(f"the processes of this run cannot reach one another ({reason})") from error
+        raise PeerError(
+            f"the processes of this run cannot connect to each other ({reason})"
+        ) from error
     return ranks
 
 
-def meet_on(ranks: Ranks, device: torch.device) -> None:
-    """Let processes that compute on `device` connect, which takes memory, before it is divided.
+def connect_on(ranks: Ranks, device: torch.device) -> None:
+    """Connect the GPUs of the processes now: that takes memory, which is not to be given away.
 
-    Raises UsageError if two of them would share a GPU.
+    Raises UsageError if two processes would share a GPU.
     """
     if ranks.size == 1 or device.type != "cuda":
         return
     if ranks.local >= torch.cuda.device_count():
         raise UsageError(
             f"torchrun started more processes on this machine than its {torch.cuda.device_count()} "
-            "GPUs; pass --nproc-per-node with their number, or --device cpu"
+            "GPUs; set --nproc-per-node to the number of GPUs, or use --device cpu"
         )
-    ranks.add([torch.zeros(1, device=device)])
+    ranks.sum_tensors([torch.zeros(1, device=device)])
     torch.cuda.synchronize(device)
 
 
 @contextmanager
-def _peers_lost_told() -> Iterator[None]:
-    """torch's errors of a lost connection are pages long."""
+def _lost_peers() -> Iterator[None]:
+    """Turn torch's error for a lost connection, which is pages long, into one line."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerError("another process of this run ended; its own message says why") from error
+        raise PeerError("another process of this run ended; see its own message") from error
 
 
 def leave() -> None:
-    """End what `join` began, if it began anything; all together.
+    """Disconnect what `join` connected, in all processes at the same time.
 
-    Not for a process that failed: it would wait for others, which wait for it.
+    Not for a process that failed: it would wait for the others, which wait for it.
     """
     if dist.is_available() and dist.is_initialized():
-        join().total([0])  # who ended first would close connections that others still use
+        join().total([0])  # a process that ends early would close connections that others use
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What torch's operations are too slow for on a GPU, as Triton kernels; `kernels.py` has the rest.
+"""Triton kernels for what torch's operations are too slow for on a GPU; see `kernels.py`.
 
 Each reads its large input once and writes no intermediate. Sums run over blocks of rows in order,
 without atomics, so that equal inputs give equal bits.
@@ -16,10 +16,16 @@ from torch import Tensor
 
 @triton.jit
 def _combine_kernel(
-    outputs, places, gates, combined, norms,
+    outputs,
+    places,
+    gates,
+    combined,
+    norms,
     width,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr,
-):  # fmt: skip
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMS: tl.constexpr,
+):
     """One token: its K outputs, weighted and added, and the norm of each."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -38,9 +44,7 @@ def _combine_kernel(
 
 
 @triton.jit
-def _square_sums_kernel(
-    values, ends, sums, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _square_sums_kernel(values, ends, sums, width, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One group of rows, one block of columns: the sum of squares down the rows."""
     group = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -83,10 +87,20 @@ def _saliency_kernel(norms, gates, ends, sums, peaks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rms_norm_kernel(
-    values, gate, weight, normed,
-    n_rows, width, stride, gate_stride, eps, offset,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+    values,
+    gate,
+    weight,
+    normed,
+    n_rows,
+    width,
+    stride,
+    gate_stride,
+    eps,
+    offset,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+):
     """A block of rows: each divided by its root mean square, times (offset + weight)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK)
@@ -123,9 +137,17 @@ def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None
     combined = torch.empty(n_tokens, width, dtype=outputs.dtype, device=outputs.device)
     block = triton.next_power_of_2(width)
     _combine_kernel[(n_tokens,)](
-        outputs, places, gates, combined, outputs if norms is None else norms, width,
-        TOP_K=top_k, BLOCK=block, NORMS=norms is not None, num_warps=4 if block <= 2048 else 8,
-    )  # fmt: skip
+        outputs,
+        places,
+        gates,
+        combined,
+        outputs if norms is None else norms,
+        width,
+        TOP_K=top_k,
+        BLOCK=block,
+        NORMS=norms is not None,
+        num_warps=4 if block <= 2048 else 8,
+    )
     return combined
 
 
@@ -162,9 +184,21 @@ def rms_norm(
     block = triton.next_power_of_2(width)
     block_rows = max(1, 4096 // block)
     _rms_norm_kernel[(triton.cdiv(n_rows, block_rows),)](
-        rows, gates, weight, normed, n_rows, width, rows.stride(0), gates.stride(0), eps, offset,
-        BLOCK_ROWS=block_rows, BLOCK=block, GATED=gate is not None, num_warps=4,
-    )  # fmt: skip
+        rows,
+        gates,
+        weight,
+        normed,
+        n_rows,
+        width,
+        rows.stride(0),
+        gates.stride(0),
+        eps,
+        offset,
+        BLOCK_ROWS=block_rows,
+        BLOCK=block,
+        GATED=gate is not None,
+        num_warps=4,
+    )
     return normed
 
 

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.models import describe
-from reap2gguf.observing.compute.crew import MOST_PIECES, Crew, current_piece
-from reap2gguf.observing.compute.spread import LONG, Spread
+from reap2gguf.observing.compute.crew import LONG, MOST_SLICES, Crew, Spread, current_slice
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.sweep import SweepOptions, sweep
-from reap2gguf.progress import Silent
+from reap2gguf.options import ComputeOptions
+from tests.observing.sweeps import rows_of, run_sweep
 from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -28,25 +25,22 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "qwen3": TinyQwen3Moe(n_layers=3, dense_layers=(1,)).write,
     "qwen3.5": TinyQwen35Moe().write,
 }
-# odd lengths, many rows to a piece, and one so long that its products are shared out
+# odd lengths, many rows per slice, and one so long that its products are divided
 LENGTHS = {
-    "example": [300] * 4 + [211, 47],
+    "example": [300] * 2 + [211, 47],
     "qwen3": [LONG + 77, 300, 300, 211] + [7] * 90,
     "qwen3.5": [131, 131, 131, 90, 77, 21, 5],
 }
 
 
 def bits(folder: Path, lengths: list[int], dtype: str, n_threads: int) -> dict[str, bytes]:
-    """Everything that both sweeps leave, as bytes."""
-    generator = np.random.default_rng(1)
-    rows = [generator.integers(0, 4000, length) for length in lengths]
-    checkpoint = Checkpoint.open(folder)
-    model = describe(checkpoint)
-    options = SweepOptions(device="cpu", dtype=dtype, n_threads=n_threads)
-    saliency, importance = SaliencyObserver(model), ImportanceObserver(model)
-    for observer in (saliency, importance):
-        report = sweep(checkpoint, model, rows, observer, options, "test", Silent())
-        assert report.n_dropped_rows == 0
+    """Everything that both kinds of sweeps sum, as bytes."""
+    rows = rows_of(*lengths, seed=1)
+    options = ComputeOptions(device="cpu", dtype=dtype, threads=n_threads)
+    saliency, report = run_sweep(SaliencyObserver, folder, rows, options)
+    assert report.n_dropped_rows == 0
+    importance, report = run_sweep(ImportanceObserver, folder, rows, options)
+    assert report.n_dropped_rows == 0
     found = {
         f"{layer}.{name}": np.asarray(values).tobytes()
         for layer, seen in saliency.layers.items()
@@ -63,7 +57,7 @@ def test_sweeps_give_the_same_bits(which: str, dtype: str, tmp_path: Path) -> No
     folder = WRITERS[which](tmp_path / "model")
     alone = bits(folder, LENGTHS[which], dtype, 1)
     assert alone
-    for n_threads in (2, 3, 8):
+    for n_threads in (2, 7):
         assert bits(folder, LENGTHS[which], dtype, n_threads) == alone, n_threads
 
 
@@ -84,28 +78,28 @@ def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
     crew.close()
 
 
-def test_pieces_are_all_rows_in_order(crew: Crew) -> None:
+def test_slices_are_all_rows_in_order(crew: Crew) -> None:
     for shape in [(3, 700), (70, 100), (1, 1), (2000, 3)]:
         values = torch.arange(shape[0] * shape[1]).view(*shape)
         numbers = set()
 
         def run(rows: slice, values: Tensor = values, numbers: set[int] = numbers) -> Tensor:
-            piece = current_piece()
-            assert piece is not None
-            part = values[rows]
-            assert (piece.begin, piece.end) == (part.min(), part.max() + 1)
+            part = current_slice()
+            assert part is not None
+            own = values[rows]
+            assert (part.begin, part.end) == (own.min(), own.max() + 1)
             assert torch.get_num_threads() == 1
-            numbers.add(piece.number)
-            time.sleep(0.001 * (piece.number % 3))
-            return part
+            numbers.add(part.number)
+            time.sleep(0.001 * (part.number % 3))  # slices end out of order
+            return own
 
         assert torch.equal(crew.by_rows(run, values.shape), values)
         assert numbers == set(range(len(numbers)))
-        assert len(numbers) <= MOST_PIECES
-    assert current_piece() is None
+        assert len(numbers) <= MOST_SLICES
+    assert current_slice() is None
 
 
-def test_pieces_meet_as_often_as_they_like(crew: Crew) -> None:
+def test_slices_may_meet_several_times(crew: Crew) -> None:
     values = torch.arange(4 * 600).view(4, 600)
     calls = []
 
@@ -115,11 +109,11 @@ def test_pieces_meet_as_often_as_they_like(crew: Crew) -> None:
         return [part + total for part in parts]
 
     def run(rows: slice) -> Tensor:
-        piece = current_piece()
-        assert piece is not None
-        met = piece.meet(values[rows], add_all)
+        part = current_slice()
+        assert part is not None
+        met = part.meet(values[rows], add_all)
         assert isinstance(met, Tensor)
-        again = piece.meet(met, add_all)
+        again = part.meet(met, add_all)
         assert isinstance(again, Tensor)
         return again
 
@@ -128,37 +122,37 @@ def test_pieces_meet_as_often_as_they_like(crew: Crew) -> None:
     assert calls == [4, 4]
 
 
-def test_a_piece_that_fails_lets_the_others_go(crew: Crew) -> None:
+def test_a_slice_that_fails_stops_the_others(crew: Crew) -> None:
     def run(rows: slice) -> Tensor:
-        piece = current_piece()
-        assert piece is not None
-        if piece.number == 2:
-            raise ArithmeticError("piece 2")
-        joined = piece.meet(torch.zeros(1), lambda helpers, parts: parts)
+        part = current_slice()
+        assert part is not None
+        if part.number == 2:
+            raise ArithmeticError("slice 2")
+        joined = part.meet(torch.zeros(1), lambda helpers, parts: parts)
         assert isinstance(joined, Tensor)
         return joined
 
-    with pytest.raises(ArithmeticError, match="piece 2"):
+    with pytest.raises(ArithmeticError, match="slice 2"):
         crew.by_rows(run, torch.Size((4, 600)))
     again = crew.by_rows(lambda rows: torch.ones(1), torch.Size((4, 600)))
     assert again.tolist() == [1] * 4, "the crew can be used again"
 
 
-def test_joint_work_that_fails_lets_the_pieces_go(crew: Crew) -> None:
+def test_joint_work_that_fails_stops_the_slices(crew: Crew) -> None:
     def fail(helpers: Crew, parts: list[Tensor]) -> list[Tensor]:
         raise KeyboardInterrupt
 
     def run(rows: slice) -> Tensor:
-        piece = current_piece()
-        assert piece is not None
-        piece.meet(None, fail)
-        raise AssertionError("nobody goes on")
+        part = current_slice()
+        assert part is not None
+        part.meet(None, fail)
+        raise AssertionError("no slice continues")
 
     with pytest.raises(KeyboardInterrupt):
         crew.by_rows(run, torch.Size((4, 600)))
 
 
-def test_what_is_shared_out_comes_back_in_order(crew: Crew) -> None:
+def test_shared_work_comes_back_in_order(crew: Crew) -> None:
     def slow(number: int) -> int:
         time.sleep(0.001 * (number % 3))
         return number * number
@@ -172,7 +166,7 @@ def test_what_is_shared_out_comes_back_in_order(crew: Crew) -> None:
 
 
 @pytest.mark.parametrize("item", range(3))
-def test_an_error_in_what_is_shared_out_is_told(crew: Crew, item: int) -> None:
+def test_an_error_in_shared_work_is_raised(crew: Crew, item: int) -> None:
     def run(number: int) -> int:
         if number == item:
             raise ArithmeticError(f"item {number}")
@@ -215,11 +209,11 @@ def test_a_long_attention_is_the_same_in_heads(crew: Crew, mask: str) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("can't start new thread")])
-def test_pieces_that_cannot_all_begin_do_not_wait_for_one_another(
+def test_slices_that_cannot_all_start_do_not_wait_for_one_another(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crew = Crew(2)
-    submit, begun = crew._pieces.submit, []
+    submit, begun = crew._slices.submit, []
 
     def fails_at_the_fourth(*arguments: Any) -> Any:
         begun.append(arguments)
@@ -228,16 +222,16 @@ def test_pieces_that_cannot_all_begin_do_not_wait_for_one_another(
         return submit(*arguments)
 
     def meet(rows: slice) -> torch.Tensor:
-        piece = current_piece()
-        assert piece is not None
-        share: torch.Tensor = piece.meet(values[rows], lambda crew, brought: brought)
+        part = current_slice()
+        assert part is not None
+        share: torch.Tensor = part.meet(values[rows], lambda crew, parts: parts)
         return share
 
     values = torch.ones(8, 512, 4)
-    monkeypatch.setattr(crew._pieces, "submit", fails_at_the_fourth)
+    monkeypatch.setattr(crew._slices, "submit", fails_at_the_fourth)
     with pytest.raises(type(error)):
         crew.by_rows(meet, values.shape)
     del begun[:]
-    monkeypatch.setattr(crew._pieces, "submit", submit)
+    monkeypatch.setattr(crew._slices, "submit", submit)
     assert torch.equal(crew.by_rows(meet, values.shape), values)
     crew.close()

@@ -12,7 +12,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from reap2gguf.observing.compute import kernels
-from reap2gguf.observing.compute.fused import _norm_recipe, fuse_norms
+from reap2gguf.observing.compute.kernels import _norm_recipe, fuse_norms
 from tests.observing.devices import DEVICES
 
 N_TOKENS, TOP_K, N_EXPERTS = 37, 4, 6
@@ -146,7 +146,7 @@ def test_a_norm_that_computes_something_else_keeps_its_forward() -> None:
     assert norm(torch.ones(1, 8))[0, 0] == pytest.approx(8**-0.5)
 
 
-def test_norms_are_told_apart() -> None:
+def test_norms_are_distinguished() -> None:
     assert _norm_recipe(Qwen3MoeRMSNorm) == (0.0, False)
     assert _norm_recipe(Qwen3_5MoeRMSNorm) == (1.0, False)
     assert _norm_recipe(Qwen3_5MoeRMSNormGated) == (0.0, True)

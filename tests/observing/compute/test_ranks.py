@@ -1,10 +1,11 @@
-"""Two processes that share out the rows, started by torchrun, against one process."""
+"""Two processes that divide the rows, against one process."""
 
 from __future__ import annotations
 
-import os
+import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,119 +16,122 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import PeerError
-from reap2gguf.machine import Processes, processes
+from reap2gguf.observing import budget
 from reap2gguf.observing.compute import ranks as ranks_module
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from tests.tiny import REPOSITORY
+from tests.observing.compute.ranks_child import BATCH_TOKENS, DIED, OBSERVE
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe, child_environment
 
-CALIBRATION = REPOSITORY / "calibration"
-COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """All of the embedded texts in one file: about 40,000 tokens, which make several batches."""
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(file.read_text() for file in sorted(CALIBRATION.glob("*.txt"))))
-    return path
+CHILD = "tests.observing.compute.ranks_child"
+TIMEOUT = 300
 
 
-def torchrun(
-    *arguments: object,
-    program: tuple[object, ...] = ("-m", "reap2gguf"),
-    is_whole: bool = True,
-) -> subprocess.CompletedProcess[str]:
-    """The program in two processes."""
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def two_processes(folder: Path, *arguments: str) -> list[str]:
+    """Two processes that die as planned; what they print.
+
+    torchrun would end one as soon as the other dies.
+    """
+    shared = {
+        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    running = []
+    for rank in ("0", "1"):
+        environment = child_environment({**shared, "RANK": rank, "LOCAL_RANK": rank})
+        command = [sys.executable, "-m", CHILD, *arguments]
+        with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+            running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
+    codes = [process.wait(TIMEOUT) for process in running]
+    assert codes == [DIED, DIED], [(folder / f"{rank}.err").read_text() for rank in (0, 1)]
+    return [(folder / f"{rank}.out").read_text() for rank in (0, 1)]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Two processes as users start them."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        *map(str, program), *map(str, arguments),
+        "-m", CHILD, *map(str, arguments),
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = child_environment({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
-    assert (done.returncode == 0) == is_whole, done.stderr
+    assert not done.returncode, done.stderr
     return done
 
 
-def test_nothing_outlives_the_processes_meeting(tmp_path: Path) -> None:
-    """A thread of the connections that is left at the interpreter's end may abort the process."""
-    script = tmp_path / "meet.py"
-    script.write_text(
-        "import torch\n"
-        "from pathlib import Path\n"
-        "from reap2gguf.observing.compute.ranks import join, leave\n"
-        "ranks = join()\n"
-        "import transformers.models.qwen3_moe.modeling_qwen3_moe\n"
-        "assert ranks.total([ranks.rank, 1]) == [1, 2]\n"
-        "assert ranks.least(ranks.rank + 5) == 5\n"
-        "assert ranks.tell('first' if ranks.is_first else None) == 'first'\n"
-        "peak = torch.tensor([1.0 + ranks.rank])\n"
-        "ranks.peak([peak])\n"
-        "assert float(peak) == 2\n"
-        "leave()\n"
-        "names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
-        "assert not [name for name in names if 'gloo' in name], names\n"
-    )
-    torchrun(program=(script,))
+@dataclass(frozen=True)
+class Shared:
+    """What two processes did: `ranks_child.compute`, and then a resumed `observe`."""
+
+    folder: Path
+    outputs: list[str]
+    n_states: int  # files of state after the processes died
+    resumed: subprocess.CompletedProcess[str]
 
 
-def test_a_lost_process_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*arguments: object) -> None:
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """A few thousand tokens, which make several batches, on two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text = (REPOSITORY / "calibration" / "prose.txt").read_text()
+    (folder / "text.txt").write_text(text[:20000])
+    TinyQwen3Moe().write(folder / "tiny")
+    outputs = two_processes(folder, "compute", str(folder))
+    n_states = len(list(folder.glob("resumed.safetensors.state.?-of-2")))
+    asked = ("--calibration", folder / "text.txt", *OBSERVE, "-o", folder / "resumed.safetensors")
+    return Shared(folder, outputs, n_states, torchrun("resume", "observe", EXAMPLE, *asked))
 
-    monkeypatch.setattr(ranks_module.dist, "all_reduce", lost)
-    with pytest.raises(PeerError, match="another process of this run ended"):
-        ranks_module.Ranks(0, 0, 2).total([1])
+
+def test_one_process_reports_and_writes(shared: Shared) -> None:
+    assert [text.count("experts:") for text in shared.outputs] == [1, 0]
+    assert [text.count(" rows, ") for text in shared.outputs] == [1, 0]
+    assert shared.resumed.stdout.count(" rows, ") == 1
+    assert Observations.load(shared.folder / "whole.safetensors").n_tokens == 12 * 256
+    assert [path.name for path in shared.folder.glob("*whole*")] == ["whole.safetensors"]
 
 
-def test_others_that_are_gone_at_the_end_are_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interrupted_sweep_resumes_in_all_processes(shared: Shared) -> None:
+    assert shared.n_states == 2
+    assert "resuming from layer 2 of 4" in shared.resumed.stderr
+    resumed, whole = (shared.folder / f"{name}.safetensors" for name in ("resumed", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not list(shared.folder.glob("*.state*"))
+
+
+def test_a_build_is_the_same(
+    shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone() -> None:
-        raise PeerError("another process of this run ended; its own message says why")
-
-    ended: list[int] = []
-    monkeypatch.setattr(ranks_module, "leave", gone)
-    monkeypatch.setattr(cli.os, "_exit", ended.append)
-    cli._leave_others(0)
-    assert ended == [2]
-    assert capsys.readouterr().err.startswith("Error: another process of this run ended")
-
-
-def test_observe_writes_once(tiny: Path, text: Path, tmp_path: Path) -> None:
-    path = tmp_path / "observations.safetensors"
-    asked = ("--calibration", text, "--max-length", 512, "--samples", 17, *COMPUTE)
-    done = torchrun("observe", tiny, *asked, "-o", path)
-    assert done.stdout.count(" rows, ") == 1, "one process speaks"
-    assert Observations.load(path).n_tokens == 17 * 512
-    assert list(tmp_path.glob("*observations*")) == [path]
-
-
-def test_a_build_is_the_same(tiny: Path, text: Path, tmp_path: Path) -> None:
     """Both sweeps, over three batches: one process has one more than the other."""
+    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", BATCH_TOKENS)
+    text = shared.folder / "text.txt"
     options = BuildOptions(
-        recipes=("q8_0",), model=str(tiny), name="shared", chunk=512,
-        calibration=CalibrationOptions(str(text), samples=33, max_length=512),
-        imatrix_text=text, compute=ComputeOptions("cpu", "float32", threads=1),
+        recipes=("q8_0",),
+        model=str(shared.folder / "tiny"),
+        name="shared",
+        chunk=512,
+        calibration=CalibrationOptions(str(text), samples=5, max_length=512),
+        imatrix_text=text,
+        compute=ComputeOptions("cpu", "float32", threads=1),
         output=tmp_path / "alone",
-    )  # fmt: skip
+    )
     build(make_plan(options), Silent())
-    done = torchrun(
-        "build", tiny, "--recipe", "q8_0", "--name", "shared", "--calibration", text,
-        "--max-length", 512, "--samples", 33, "--chunk", 512, "--imatrix-text", text, *COMPUTE,
-        "--output", tmp_path / "shared",
-    )  # fmt: skip
-    assert done.stdout.count("experts:") == 1, "one process speaks"
-    alone, shared = (tmp_path / name / "shared-GGUF" for name in ("alone", "shared"))
+    outputs = (tmp_path / "alone", shared.folder / "shared")
+    alone, together = (output / "shared-GGUF" for output in outputs)
     for file in ("imatrix.gguf", "imatrix.dat", "shared-Q8_0.gguf"):
-        assert (shared / file).read_bytes() == (alone / file).read_bytes(), file
+        assert (together / file).read_bytes() == (alone / file).read_bytes(), file
     seen = [
-        Observations.load(next((tmp_path / name / ".work/observations").iterdir()))
-        for name in ("alone", "shared")
+        Observations.load(next((output / ".work" / "observations").iterdir())) for output in outputs
     ]
-    assert seen[0].n_tokens == seen[1].n_tokens == 33 * 512
+    assert seen[0].n_tokens == seen[1].n_tokens == 5 * 512
     for layer, expected in seen[0].layers.items():
         found = seen[1].layers[layer]
         np.testing.assert_array_equal(found.count, expected.count)
@@ -136,56 +140,24 @@ def test_a_build_is_the_same(tiny: Path, text: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
 
 
-def test_a_stopped_sweep_goes_on_in_all_processes(
-    example: Path, text: Path, tmp_path: Path
-) -> None:
-    script = tmp_path / "stop.py"
-    script.write_text(
-        "import os\n"
-        "from reap2gguf import cli\n"
-        "from reap2gguf.observing import run, state\n"
-        "state.MOST_OF_TIME = 1e9\n"
-        "layer = run.SweepRun.layer\n"
-        "def stop(self, index, task):\n"
-        "    if index == 2:\n"
-        "        os._exit(9)\n"
-        "    layer(self, index, task)\n"
-        "run.SweepRun.layer = stop\n"
-        "cli.main()\n"
-    )
-    asked = ("--calibration", text, "--max-length", 256, "--samples", 40, *COMPUTE)
-    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
-    torchrun("observe", example, *asked, "-o", whole)
-    torchrun("observe", example, *asked, "-o", resumed, program=(script,), is_whole=False)
-    assert len(list(tmp_path.glob("resumed.safetensors.state.?-of-2"))) == 2
-    done = torchrun("observe", example, *asked, "-o", resumed)
-    assert "going on from layer 2 of 4" in done.stderr
-    assert resumed.read_bytes() == whole.read_bytes()
-    assert not list(tmp_path.glob("*.state*"))
+def test_a_lost_process_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*arguments: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(ranks_module.dist, "all_reduce", lost)
+    with pytest.raises(PeerError, match="another process of this run ended"):
+        ranks_module.Ranks(0, 0, 2).total([1])
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, Processes()),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, Processes()),  # a job scheduler's, not torchrun's
-        (
-            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a",
-             "MASTER_PORT": "1"},
-            Processes(3, 1, 4),
-        ),
-        (
-            {"RANK": "x", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a",
-             "MASTER_PORT": "1"},
-            Processes(),
-        ),
-    ],
-)  # fmt: skip
-def test_place_among_processes(
-    environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch
+def test_others_that_are_gone_at_the_end_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert processes() == expected
+    def gone() -> None:
+        raise PeerError("another process of this run ended; see its own message")
+
+    ended: list[int] = []
+    monkeypatch.setattr(ranks_module, "leave", gone)
+    monkeypatch.setattr(cli.os, "_exit", ended.append)
+    cli._leave_others(0)
+    assert ended == [2]
+    assert capsys.readouterr().err.startswith("Error: another process of this run ended")

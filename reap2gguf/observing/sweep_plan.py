@@ -1,0 +1,161 @@
+"""Decides how a sweep runs on this machine: device, dtype, memory, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reap2gguf.errors import UsageError
+from reap2gguf.machine import available_bytes, resident_bytes
+from reap2gguf.observing.batches import Batch, padded_batches
+from reap2gguf.observing.budget import (
+    CONTEXT_BYTES,
+    HOST_BYTES,
+    Budget,
+    Memory,
+    Need,
+    fit,
+    position_bytes,
+    size_text,
+)
+from reap2gguf.observing.compute.ranks import Ranks
+from reap2gguf.observing.linear_attention import attention_widths, linear_attention_note
+from reap2gguf.options import ComputeOptions
+from reap2gguf.progress import Progress
+
+if TYPE_CHECKING:
+    from reap2gguf.calibration.rows import Row
+    from reap2gguf.observing.decoder import StreamedDecoder
+    from reap2gguf.observing.observer import LayerObserver
+
+_MENTIONED = 2**30  # bytes of activations, at least
+
+
+def resolve_device(options: ComputeOptions) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype: a GPU in bfloat16 if there is one, else the CPU in float32.
+
+    Raises UsageError if the options ask for a GPU and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        raise UsageError(
+            "--device cuda: torch sees no CUDA device; run `reap2gguf doctor` for the reason"
+        )
+    if has_gpu and options.device != "cpu":
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+    if options.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+
+
+def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
+    """Let torch take at most `limit` bytes of a GPU, CUDA's own included; None: all of it."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        share = 1.0 if limit is None else (limit - CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
+
+
+@dataclass(frozen=True)
+class SweepContext:
+    """What a sweep works with from beginning to end."""
+
+    decoder: StreamedDecoder
+    observer: LayerObserver
+    ranks: Ranks
+    progress: Progress
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that the observer wants to see, and those before them."""
+        return self.observer.last_layer() + 1
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """How a sweep runs, in this process."""
+
+    budget: Budget
+    batches: list[Batch]  # they have no places in a spool yet
+    n_rows: int  # of the batches; of a resumed sweep, before any were dropped
+    first_layer: int = 0  # where a resumed sweep starts
+
+
+def plan_sweep(
+    context: SweepContext, rows: Sequence[Row], probe: Sequence[Row], options: ComputeOptions
+) -> SweepPlan:
+    """Divide memory and rows. All processes decide the same, so batches are as those of one.
+
+    Raises UsageError if the memory is too little.
+    """
+    ranks, device = context.ranks, context.decoder.device
+    need = _need(context, [*rows, *probe])
+    memory = available_memory(device, ranks, options.memory)
+    budget = fit(need, device.type, memory, options.spool)
+    batches = ranks.share(padded_batches(rows, budget.batch_tokens, observed=True))
+    batches += ranks.share(padded_batches(probe, budget.batch_tokens, observed=False))
+    return SweepPlan(budget, batches, sum(len(batch.lengths) for batch in batches))
+
+
+def _need(context: SweepContext, rows: Sequence[Row]) -> Need:
+    decoder, n_layers = context.decoder, context.n_layers
+    model, itemsize = decoder.model, decoder.dtype.itemsize
+    on_gpu = decoder.device.type == "cuda"
+    widths = attention_widths(decoder.has_linear_attention, on_gpu)
+    return Need(
+        layer=max(decoder.layer_bytes(index) for index in range(n_layers)),
+        position=position_bytes(model, widths, itemsize, on_gpu),
+        hidden=model.facts.hidden_size * itemsize,
+        n_positions=-(-sum(map(len, rows)) // context.ranks.size),
+        longest_row=max(map(len, rows), default=1),
+        embedding=decoder.embedding_bytes(),
+        has_mtp=decoder.mtp_layer is not None and decoder.mtp_layer < n_layers,
+    )
+
+
+def available_memory(device: torch.device, ranks: Ranks, limit: int | None) -> Memory:
+    """What is free, and what `limit` leaves, on the process that has the least."""
+    host = ranks.least(available_bytes() // ranks.size)
+    free = ranks.least(_free_bytes(device, host))
+    if limit is None:
+        return Memory(free, host)
+    if device.type == "cuda":  # each process has a GPU of its own
+        _, total = torch.cuda.mem_get_info(device)
+        return Memory(free, host, limit, ranks.least(min(limit, total) - CONTEXT_BYTES))
+    allowed = ranks.least(limit // ranks.size - resident_bytes())
+    return Memory(free, host, limit, allowed, ranks.size)
+
+
+def _free_bytes(device: torch.device, host: int) -> int:
+    """Bytes that are free on the device; `host` bytes are free in RAM."""
+    if device.type != "cuda":
+        return host - HOST_BYTES // 4
+    free, _ = torch.cuda.mem_get_info(device)
+    # what torch has reserved and does not use is free too
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def opening_notes(context: SweepContext, budget: Budget, spool_bytes: int) -> Iterator[str]:
+    """What the user should know before the layers are computed."""
+    decoder, n_processes = context.decoder, context.ranks.size
+    on_gpu = decoder.device.type == "cuda"
+    name = torch.cuda.get_device_name(decoder.device) if on_gpu else "the CPU"
+    several = f"{n_processes} x " if n_processes > 1 else ""
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    line = (
+        f"computing on {several}{name} in {dtype}, batches of up to {budget.batch_tokens:,} tokens"
+    )
+    if spool_bytes >= _MENTIONED:
+        on_device = "in GPU memory" if on_gpu else "in RAM"
+        where = {"device": on_device, "host": "in RAM", "disk": "on disk"}[budget.spool]
+        line += f"; keeping {size_text(spool_bytes)} of activations {where}"
+    if not budget.prefetch:
+        line += "; not enough memory to prefetch weights"
+    yield line
+    if decoder.has_linear_attention and on_gpu:
+        yield linear_attention_note()

@@ -1,0 +1,87 @@
+"""What each of two processes does for test_ranks: `compute FOLDER`, or `resume ARGUMENTS...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reap2gguf import cli
+from reap2gguf.observing import budget, state
+from reap2gguf.observing.compute.ranks import join
+from reap2gguf.observing.sweep import Sweep
+from tests.tiny import EXAMPLE
+
+COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
+OBSERVE = ("--max-length", "256", "--samples", "12", *COMPUTE)
+BUILD = ("--recipe", "q8_0", "--name", "shared", "--max-length", "512", "--samples", "5")
+BATCH_TOKENS = 1024  # so that few rows make several batches
+DIES_BEFORE = 2  # layers
+DIED = 9
+
+
+def exchange() -> None:
+    """Every way in which processes exchange numbers."""
+    ranks = join()
+    assert ranks.total([ranks.rank, 1]) == [1, 2]
+    assert ranks.least(ranks.rank + 5) == 5
+    assert ranks.broadcast("first" if ranks.is_first else None) == "first"
+    assert ranks.share([10, 11, 12]) == [[10, 12], [11]][ranks.rank]
+    sums, peak = torch.tensor([1.0 + ranks.rank]), torch.tensor([1.0 + ranks.rank])
+    ranks.sum_tensors([sums])
+    ranks.max_tensors([peak])
+    assert (float(sums), float(peak)) == (3, 2)
+
+
+def die_before(layer: int) -> None:
+    """Let sweeps save their state after every layer, and the process die before `layer`."""
+    compute = Sweep.layer
+
+    def layer_or_death(self: Sweep, index: int, task: Any) -> None:
+        if index == layer:
+            os._exit(DIED)
+        compute(self, index, task)
+
+    state.MOST_OF_TIME = 1e9
+    Sweep.layer = layer_or_death  # type: ignore[method-assign]
+
+
+def compute(folder: Path) -> None:
+    """A build, a whole `observe`, and one that dies halfway."""
+    exchange()
+    text = str(folder / "text.txt")
+    run("build", folder / "tiny", *BUILD, "--calibration", text, "--chunk", "512",
+        "--imatrix-text", text, *COMPUTE, "--output", folder / "shared")  # fmt: skip
+    observe = ("observe", EXAMPLE, "--calibration", text, *OBSERVE, "-o")
+    run(*observe, folder / "whole.safetensors")
+    die_before(DIES_BEFORE)
+    run(*observe, folder / "resumed.safetensors")
+
+
+def run(*arguments: object) -> None:
+    cli.cli([*map(str, arguments)], standalone_mode=False)
+
+
+def resume(*arguments: str) -> None:
+    """The program itself, to its end; no thread of the connections may outlive it.
+
+    One that is left when the interpreter ends may abort the process.
+    """
+    sys.argv = ["reap2gguf", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, end.code
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in names if "gloo" in name], names
+
+
+if __name__ == "__main__":
+    budget.MOST_TOKENS["cpu"] = BATCH_TOKENS
+    if sys.argv[1] == "compute":
+        compute(Path(sys.argv[2]))
+    else:
+        resume(*sys.argv[2:])
