@@ -45,7 +45,7 @@ def torchrun(
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
     assert (done.returncode == 0) == is_whole, done.stderr
     return done
