@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each processor has a worker already
 
 from reap2gguf.machine import available_threads
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
@@ -36,6 +38,11 @@ settings.register_profile(
 settings.load_profile("steady")
 
 MOST_WORKERS = 8  # each takes up to 1.5 GB
+# A file runs in one worker: what takes longest begins first, so that all end at about the same time.
+LONGEST = (
+    "test_against_llama_cpp.py", "test_faults.py", "test_hostile.py", "test_ranks.py",
+    "test_keys.py", "test_from_hub_interrupted.py", "test_template_worker.py",
+)  # fmt: skip
 
 CALIBRATION = REPOSITORY / "calibration"
 
@@ -43,6 +50,11 @@ CALIBRATION = REPOSITORY / "calibration"
 def pytest_xdist_auto_num_workers() -> int:
     """`-n auto`: one worker per processor that this process may use."""
     return min(available_threads(), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests of the LONGEST files to the front."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)

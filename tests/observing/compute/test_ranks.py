@@ -105,6 +105,7 @@ def test_observe_writes_once(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*observations*")) == [path]
 
 
+@pytest.mark.slow
 def test_a_build_is_the_same(tiny: Path, text: Path, tmp_path: Path) -> None:
     """Both sweeps, over three batches: one process has one more than the other."""
     options = BuildOptions(
@@ -136,6 +137,7 @@ def test_a_build_is_the_same(tiny: Path, text: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_in_all_processes(
     example: Path, text: Path, tmp_path: Path
 ) -> None:
