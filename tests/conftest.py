@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each processor has a worker already
 
+from reap2gguf.machine import available_threads
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
@@ -20,6 +26,9 @@ from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
 if importlib.util.find_spec("llama_cpp"):
     # before libggml-python's library of the same name; tests that need it import it themselves
     importlib.import_module("llama_cpp")
+    # it opens two files when it is imported, keeps them for its destructors and never closes them
+    for file in ("outnull_file", "errnull_file"):
+        atexit.register(getattr(importlib.import_module("llama_cpp._utils"), file).close)
 
 # a busy machine is no reason to fail: what is generated matters, not how fast; and the same
 # examples are drawn everywhere
@@ -28,7 +37,35 @@ settings.register_profile(
 )
 settings.load_profile("steady")
 
+MOST_WORKERS = 8  # each takes up to 1.5 GB
+# A file runs in one worker: what takes longest begins first, so that all end at about the same time.
+LONGEST = (
+    "test_against_llama_cpp.py", "test_faults.py", "test_hostile.py", "test_ranks.py",
+    "test_keys.py", "test_from_hub_interrupted.py", "test_template_worker.py",
+)  # fmt: skip
+
 CALIBRATION = REPOSITORY / "calibration"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: one worker per processor that this process may use."""
+    return min(available_threads(), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests of the LONGEST files to the front."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_file_is_closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the last test of a process if a test has left a file open; its path names the test."""
+    yield
+    gc.collect()  # a file that lies in a cycle of references warns here, not after the summary
+    folder, opened = str(tmp_path_factory.getbasetemp()), Path("/proc/self/fd")
+    descriptors = opened.iterdir() if opened.is_dir() else ()
+    left = [path for path in map(os.path.realpath, descriptors) if path.startswith(folder)]
+    assert not left, f"files that a test has opened and not closed: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,9 @@ OBSERVE = (
     "observe", "owner/name", "--calibration", str(PROSE), "--samples", "4", "--max-length", "64",
     "--device", "cpu", "-o", "observations.safetensors",
 )  # fmt: skip
+# A process that waited for its request, or for the next attempt, would outlast MOST_SECONDS.
+MOST_SECONDS = 120
+PATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "1000", "HF_HUB_ETAG_TIMEOUT": "1000"}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         (PLAN, ENDS, Fault(), signal.SIGINT),
         (QUANTIZE, shard_of(0), Fault(after=2_000, range_end="-"), signal.SIGINT),
         (OBSERVE, ENDS, Fault(after=2_000, range_end="-"), signal.SIGINT),
-        (OBSERVE, shard_of(1), Fault(after=2_000, range_end="-"), signal.SIGTERM),
+        pytest.param(
+            OBSERVE,
+            shard_of(1),
+            Fault(after=2_000, range_end="-"),
+            signal.SIGTERM,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["info", "config", "tokenizer", "header", "quantize", "embedding", "layer"],
 )
@@ -56,15 +65,13 @@ def test_a_fetch_is_interrupted(
     hub.faults = [fault]
     process = subprocess.Popen(
         [sys.executable, "-c", _AS_ON_A_TERMINAL, *command], cwd=tmp_path,
-        env=hub.environment(tmp_path / "home"), stderr=subprocess.PIPE, text=True,
+        env=hub.environment(tmp_path / "home") | PATIENT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        assert fault.reached.wait(20)
+        assert fault.reached.wait(MOST_SECONDS)
         time.sleep(0.3)
-        begun = time.monotonic()
         process.send_signal(number)
-        _, said = process.communicate(timeout=8)
-        seconds = time.monotonic() - begun
+        _, said = process.communicate(timeout=MOST_SECONDS)
     finally:
         held.set()
         process.kill()
@@ -72,8 +79,6 @@ def test_a_fetch_is_interrupted(
     assert said.splitlines()[-1].startswith("Interrupted. Resume with: ")
     assert "Traceback" not in said
     assert "done" not in said
-    # what a request may take, or huggingface_hub until it tries again, is 10 seconds
-    assert seconds < 8
     assert list((tmp_path / "home").rglob("*.incomplete")) == []
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,17 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.views import plan_as_json
 from reap2gguf.verifying.bundle import verify_bundle
+from tests.building.builds import (
+    PROSE,
+    build,
+    contents,
+    options,
+    refuse_at,
+    stages_reused,
+    stop_before_export,
+)
 from tests.conftest import Bundle
-from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
-
-RECIPES = REPOSITORY / "recipes"
-PROSE = REPOSITORY / "calibration" / "prose.txt"
-
-
-def options(model: Path, output: Path, **changes: Any) -> BuildOptions:
-    values: dict[str, Any] = {
-        "recipes": ("q8_0",),
-        "model": str(model),
-        "output": output,
-        "calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128),
-        "chunk": 128,
-        "compute": ComputeOptions(device="cpu"),
-    }
-    return BuildOptions(**values | changes)
-
-
-def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
-    return pipeline.build(make_plan(options(model, output, **changes)), Silent())
-
-
-def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that is interrupted when its files are to be written."""
-
-    with monkeypatch.context() as patch:
-        refuse_at(patch, stages, "export_model")
-        with pytest.raises(KeyboardInterrupt):
-            build(model, output)
-
-
-def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
-    return {stage.name: stage.reused for stage in result.stages}
+from tests.tiny import EXAMPLE, TinyQwen3Moe
 
 
 def test_what_a_build_leaves(built: Bundle) -> None:
@@ -107,12 +83,6 @@ def test_kept_experts_are_reaps_best(built: Bundle) -> None:
         assert set(kept) == set(np.argsort(scores)[-12:])
 
 
-def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
-    """Every file of a bundle."""
-    files = (*result.hf_folder.iterdir(), *result.gguf_folder.iterdir())
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
-
-
 def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> None:
     recipes = ("q4km", "bf16")
     bundles = [
@@ -129,17 +99,6 @@ def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> Non
     for name, data in bundles[0].items():
         assert bundles[1][name] == data, name
         assert bundles[2][name] == data, name
-
-
-def test_another_ratio_reuses_the_observations(tiny: Path, tmp_path: Path) -> None:
-    assert stages_reused(build(tiny, tmp_path / "out")) == dict.fromkeys(
-        ("texts", "observe", "prune", "imatrix", "export", "verify"), False
-    )
-    half = build(tiny, tmp_path / "out", compression=0.5)
-    assert stages_reused(half)["texts"]
-    assert stages_reused(half)["observe"]
-    assert half.manifest.pruning.n_kept == 4
-    assert half.hf_folder.name == "tiny-REAP-0.50"
 
 
 def test_an_interrupted_build_goes_on(
@@ -167,149 +126,6 @@ def test_a_finished_build_has_nothing_to_do(tiny: Path, tmp_path: Path) -> None:
     path.unlink()
     assert stages_reused(build(tiny, tmp_path / "out"))["texts"]
     assert path.is_file()
-
-
-def test_another_recipe_reuses_what_it_does_not_touch(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_before_export(tiny, tmp_path / "out", monkeypatch)
-    reused = stages_reused(build(tiny, tmp_path / "out", recipes=("bf16",)))
-    assert [stage for stage, is_reused in reused.items() if is_reused] == [
-        "texts", "observe", "prune", "imatrix",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "reused"),
-    [
-        ({"compression": 0.5}, ["texts", "observe"]),
-        ({"method": "frequency", "compression": 0.5}, ["texts", "observe"]),
-        ({"chunk": 64}, ["observe", "prune"]),
-        ({"calibration": CalibrationOptions(str(PROSE), samples=3, max_length=128)}, []),
-        ({"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=64)}, []),
-    ],
-)
-def test_other_arguments_redo_what_they_touch(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any, reused: list[str]
-) -> None:
-    stop_before_export(tiny, tmp_path / "out", monkeypatch)
-    again = stages_reused(build(tiny, tmp_path / "out", name="tiny-REAP-0.25", **changes))
-    assert [stage for stage, is_reused in again.items() if is_reused] == reused
-
-
-def prose(folder: Path, name: str, n_lines: int = 400) -> Path:
-    """A text of its own, in a folder of its own."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(PROSE.read_text().splitlines()[:n_lines]))
-    return path
-
-
-def change_nothing(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {}
-
-
-def rename_the_text(tiny: Path, folder: Path) -> dict[str, Any]:
-    text = prose(folder, "renamed.txt")
-    return {"calibration": CalibrationOptions(str(text), samples=4, max_length=128)}
-
-
-def read_another_text_of_that_name(tiny: Path, folder: Path) -> dict[str, Any]:
-    text = prose(folder, "other/text.txt", 300)
-    return {"calibration": CalibrationOptions(str(text), samples=4, max_length=128)}
-
-
-def read_another_imatrix_text_of_that_name(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"imatrix_text": prose(folder, "other/text.txt", 300)}
-
-
-def rename_the_imatrix_text(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"imatrix_text": prose(folder, "renamed.txt")}
-
-
-def change_the_card(tiny: Path, folder: Path) -> dict[str, Any]:
-    (tiny / "README.md").write_text("---\nlicense: mit\n---\n")
-    return {}
-
-
-def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
-    (tiny / "chat_template.jinja").write_text("another template")
-    return {}
-
-
-def change_a_named_template(tiny: Path, folder: Path) -> dict[str, Any]:
-    (tiny / "additional_chat_templates").mkdir()
-    (tiny / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    return {}
-
-
-def rename_the_recipe(tiny: Path, folder: Path) -> dict[str, Any]:
-    (folder / "mine.toml").write_text((RECIPES / "q8_0.toml").read_text())
-    return {"recipes": (str(folder / "mine.toml"),)}
-
-
-def change_the_method(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"method": "ean_sum"}
-
-
-def change_the_seed(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128, seed=7)}
-
-
-def change_the_precision(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"compute": ComputeOptions(device="cpu", dtype="bfloat16")}
-
-
-def call_the_model_otherwise(tiny: Path, folder: Path) -> dict[str, Any]:
-    tiny.rename(folder / "moved")
-    return {"model": str(folder / "moved")}
-
-
-@pytest.mark.parametrize("is_finished", [False, True], ids=["interrupted", "finished"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_nothing, rename_the_text, read_another_text_of_that_name,
-        read_another_imatrix_text_of_that_name, rename_the_imatrix_text, change_the_card,
-        change_the_template, change_a_named_template, rename_the_recipe, change_the_method,
-        change_the_seed, change_the_precision, call_the_model_otherwise,
-    ],
-)  # fmt: skip
-def test_what_was_done_before_shows_nowhere(
-    change: Callable[[Path, Path], dict[str, Any]], is_finished: bool, tiny: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A bundle made after another one is what it is on an empty disk, byte for byte."""
-    text = prose(tmp_path, "text.txt")
-    before: dict[str, Any] = {
-        "name": "name",
-        "imatrix_text": text,
-        "calibration": CalibrationOptions(str(text), samples=4, max_length=128),
-    }
-    with monkeypatch.context() as patch:
-        if is_finished:
-            build(tiny, tmp_path / "out", **before)
-        else:
-            refuse_at(patch, pipeline, "write_record")
-            with pytest.raises(KeyboardInterrupt):
-                build(tiny, tmp_path / "out", **before)
-    after = before | {"model": str(tiny)} | change(tiny, tmp_path)
-    model = Path(after.pop("model"))
-    again = build(model, tmp_path / "out", **after)
-    alone = build(model, tmp_path / "empty", **after)
-    found, expected = contents(again), contents(alone)
-    assert found.keys() == expected.keys()
-    for name, data in expected.items():
-        assert found[name] == data, name
-
-
-def test_weights_changed_where_no_sample_is_taken_are_not_done(tiny: Path, tmp_path: Path) -> None:
-    build(tiny, tmp_path / "out")
-    path = tiny / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data)
-    again = build(tiny, tmp_path / "out")
-    assert not stages_reused(again)["observe"], "the file was written since"
 
 
 def test_a_demand_to_start_over_outlives_an_interruption(
@@ -445,13 +261,6 @@ def test_an_output_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
         build(tiny, tmp_path / "file")
 
 
-def refuse_at(patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
-    def stop(*arguments: Any, **named: Any) -> None:
-        raise KeyboardInterrupt
-
-    patch.setattr(module, name, stop)
-
-
 @pytest.mark.parametrize("step", ["gguf_card", "write_sums", "hash_folder", "hf_card"])
 def test_an_interrupted_record_is_written_anew(
     step: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -498,19 +307,6 @@ def test_a_killed_export_leaves_nothing_in_the_bundle(tiny: Path, tmp_path: Path
     (work.gguf / "tiny-REAP-0.25-Q8_0.gguf.part").write_bytes(b"half")
     result = build(tiny, tmp_path / "out")
     assert not list(result.gguf_folder.glob("*.part"))
-
-
-def test_a_mended_tokenizer_is_taken_up(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        refuse_at(patch, stages, "export_model")
-        with pytest.raises(KeyboardInterrupt):
-            build(tiny, tmp_path / "out")
-    (tiny / "chat_template.jinja").write_text("another template")
-    result = build(tiny, tmp_path / "out")
-    metadata = read_gguf_header(result.gguf_folder / "tiny-REAP-0.25-Q8_0.gguf").metadata
-    assert metadata["tokenizer.chat_template"] == "another template"
 
 
 def test_a_tokenizer_llama_cpp_does_not_know_is_refused_by_the_plan(

@@ -123,7 +123,9 @@ def points(total: int, wanted: int) -> list[int]:
     """`wanted` numbers below `total`, evenly spread; all of them for 0 or too many."""
     if not 0 < wanted < total:
         return list(range(total))
-    return [round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)]
+    if wanted == 1:
+        return [total // 2]
+    return [round(i * (total - 1) / (wanted - 1)) for i in range(wanted)]
 
 
 def is_one_line(outcome: Outcome) -> bool:

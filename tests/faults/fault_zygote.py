@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.child import MOST_FORK_SECONDS, Child, end_in_time
 from tests.tiny import child_environment
 
 
@@ -40,20 +40,13 @@ class Zygote:
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.fault_zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=child_environment({"OMP_NUM_THREADS": "1"}),
-        )
+        environment = child_environment({"OMP_NUM_THREADS": "1"})
+        self._child = Child("tests.faults.fault_zygote", environment=environment)
 
     def run(
         self, *arguments: object, fault: dict[str, Any] | None = None, after: float | None = None
     ) -> Outcome:
         """Run the command line; killed `after` seconds if that is given."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         out, err, log = (self._scratch / name for name in ("stdout", "stderr", "log"))
         log.unlink(missing_ok=True)
         request = {
@@ -63,9 +56,8 @@ class Zygote:
             "files": [str(out), str(err), str(log)],
         }
         begun = time.monotonic()
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
+        self._child.send(request)
+        code = int(self._child.receive())
         operations = log.read_text().splitlines() if log.is_file() else []
         seconds = time.monotonic() - begun
         return Outcome(code, out.read_text(), err.read_text(), seconds, operations)
@@ -79,11 +71,7 @@ class Zygote:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._child.close()
 
 
 def _load() -> None:
@@ -120,9 +108,7 @@ def _child(request: dict[str, Any]) -> None:
     journal.SAVE_SECONDS = 0
     journal.MAX_TIME_SHARE = 1e9
     torch.set_num_threads(1)
-    if request["after"] is not None:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, request["after"])
+    end_in_time(MOST_FORK_SECONDS if request["after"] is None else request["after"])
     sys.argv = ["reap2gguf", *request["arguments"]]
     fault = Fault(**(request["fault"] or {"folder": "\0"}))
     try:

@@ -1,4 +1,4 @@
-"""A sample of what `fault_runs.py` does everywhere."""
+"""A sample of what `fault_runs.py` does everywhere: small, and with `-m ""` larger."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,15 +28,25 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 @pytest.fixture(scope="module")
-def bundle(rig: Rig) -> dict[str, bytes]:
-    """What an uninterrupted build leaves."""
-    return rig.reference(ALL)[0]
+def reference(rig: Rig) -> tuple[dict[str, bytes], list[str]]:
+    return rig.reference(ALL)
 
 
 @pytest.fixture(scope="module")
-def operations(rig: Rig) -> list[str]:
+def bundle(reference: tuple[dict[str, bytes], list[str]]) -> dict[str, bytes]:
+    """What an uninterrupted build leaves."""
+    return reference[0]
+
+
+@pytest.fixture(scope="module")
+def operations(reference: tuple[dict[str, bytes], list[str]]) -> list[str]:
     """Every operation of a build, in order."""
-    return rig.reference(ALL)[1]
+    return reference[1]
+
+
+def few_or(many: int, few: int = 1) -> Any:
+    """Two parameters of a test: a few points, and in the slow tests many."""
+    return [few, pytest.param(many, marks=pytest.mark.slow)]
 
 
 def renames(log: list[str], name: str) -> list[int]:
@@ -43,23 +54,48 @@ def renames(log: list[str], name: str) -> list[int]:
     return [i for i, line in enumerate(log) if line.startswith("rename") and name in line]
 
 
-def at_each_stage(log: list[str], per_stage: int) -> list[int]:
-    """Operations spread over every stage, which the marks and artefacts in the log tell apart."""
-    ends = [
-        at for name in ("/texts/", "/observations/", "stages.json") for at in renames(log, name)
-    ]
+# an operation in the middle of each stage
+IN_STAGE = {
+    "texts": "write: open /.work/model/build.json.part",
+    "observe": "write: write /.work/model/observe.state.part",
+    "prune": "write: write /.work/model/model/model.safetensors.part",
+    "imatrix": "write: write /.work/model/imatrix.state.part",
+    "export": "write: pwrite /.work/model/model-GGUF/model-Q8_0.gguf.part",
+    "verify": "read: open /.work/model/model-GGUF/model-Q4_K_M.gguf",
+    "publish": "rename: replace /.work/model/model-GGUF/SHA256SUMS.part",
+}
+
+
+def one_in_each_stage(log: list[str]) -> list[int]:
+    """One operation in each stage."""
+    found = [[i for i, line in enumerate(log) if line == piece] for piece in IN_STAGE.values()]
+    return [places[len(places) // 2] for places in found]
+
+
+def at_each_stage(log: list[str]) -> list[int]:
+    """Operations spread over every stage, three between two signs that a stage begins or ends."""
+    ends = [log.index(f"fsync: fsync /.work/{name}") for name in ("texts", "observations")]
+    ends += renames(log, "stages.json")
     chosen: set[int] = set()
     for first, last in zip([0, *ends], [*ends, len(log) - 1], strict=True):
-        chosen |= {first + at for at in points(last - first + 1, per_stage)}
+        chosen |= {first + at for at in points(last - first + 1, 3)}
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+@pytest.mark.parametrize(
+    ("power_cut", "choose"),
+    [
+        (True, one_in_each_stage),  # which is more than killed
+        pytest.param(False, at_each_stage, marks=pytest.mark.slow),
+        pytest.param(True, at_each_stage, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_anywhere_and_resumed(
-    rig: Rig, bundle: dict[str, bytes], operations: list[str], power_cut: bool
-) -> None:
+    rig: Rig, bundle: dict[str, bytes], operations: list[str], power_cut: bool,
+    choose: Callable[[list[str]], list[int]],
+) -> None:  # fmt: skip
     stopped = set()
-    for at in at_each_stage(operations, 3):
+    for at in choose(operations):
         outcome = rig.build({"kinds": ALL, "at": at, "power_cut": power_cut})
         assert outcome.code == -9, operations[at]
         reached = rig.finished_stages()
@@ -69,11 +105,17 @@ def test_killed_anywhere_and_resumed(
 
 
 @pytest.mark.parametrize(
-    "others", [("--keep-experts", "4"), ("--recipe", "bf16")], ids=["experts", "recipes"]
+    ("others", "n_points"),
+    [
+        (("--keep-experts", "4"), 1),
+        pytest.param(("--keep-experts", "4"), 3, marks=pytest.mark.slow),
+        pytest.param(("--recipe", "bf16"), 3, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_while_the_work_of_other_arguments_is_cleared_away(
-    rig: Rig, bundle: dict[str, bytes], operations: list[str], others: tuple[str, ...]
-) -> None:
+    rig: Rig, bundle: dict[str, bytes], operations: list[str], others: tuple[str, ...],
+    n_points: int,
+) -> None:  # fmt: skip
     """Neither build may take what the other left for its own."""
     before_the_record = renames(operations, "stages.json")[-1] + 3
 
@@ -89,7 +131,7 @@ def test_killed_while_the_work_of_other_arguments_is_cleared_away(
         i for i, line in enumerate(log) if line.startswith(("write: unlink", "write: rmdir"))
         and made in line and not line.endswith(".part")
     ]  # fmt: skip
-    for at in [cleared[i] for i in points(len(cleared), 3)]:
+    for at in [cleared[i] for i in points(len(cleared), n_points)]:
         for more, expected in ((), bundle), (others, other_bundle):
             interrupted()
             rig.build({"kinds": ("write", "rename"), "at": at}, more=others)
@@ -99,19 +141,23 @@ def test_killed_while_the_work_of_other_arguments_is_cleared_away(
             shutil.rmtree(rig.output)
 
 
-def test_killed_by_the_clock(rig: Rig, bundle: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("n_points", few_or(4))
+def test_killed_by_the_clock(rig: Rig, bundle: dict[str, bytes], n_points: int) -> None:
     seconds = rig.build().seconds
     shutil.rmtree(rig.output)
-    for share in (0.3, 0.5, 0.7, 0.9):
-        rig.build(after=share * seconds)
+    for number in range(n_points):
+        rig.build(after=(number + 1) / (n_points + 1) * seconds)
         assert not rig.resume(bundle)
 
 
+@pytest.mark.parametrize("n_points", few_or(14, few=3))
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_once(rig: Rig, bundle: dict[str, bytes], error: int) -> None:
+def test_a_disk_that_fails_once(
+    rig: Rig, bundle: dict[str, bytes], error: int, n_points: int
+) -> None:
     log = rig.build({"kinds": WRITING}).log
     shutil.rmtree(rig.output)
-    for at in points(len(log), 14):
+    for at in points(len(log), n_points):
         outcome = rig.build({"kinds": WRITING, "at": at, "error": error})
         assert outcome.code == 2, (log[at], outcome.errors)
         assert is_one_line(outcome), (log[at], outcome.errors)
@@ -119,10 +165,11 @@ def test_a_disk_that_fails_once(rig: Rig, bundle: dict[str, bytes], error: int) 
         assert not rig.resume(bundle), log[at]
 
 
-def test_a_disk_that_cannot_be_read_once(rig: Rig, bundle: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("n_points", few_or(10, few=3))
+def test_a_disk_that_cannot_be_read_once(rig: Rig, bundle: dict[str, bytes], n_points: int) -> None:
     log = rig.build({"kinds": ("read",)}).log
     shutil.rmtree(rig.output)
-    for at in points(len(log), 10):
+    for at in points(len(log), n_points):
         outcome = rig.build({"kinds": ("read",), "at": at, "error": errno.EIO})
         # what cannot be read back has failed its check
         assert outcome.code in (1, 2), (log[at], outcome.errors)
@@ -131,9 +178,12 @@ def test_a_disk_that_cannot_be_read_once(rig: Rig, bundle: dict[str, bytes]) -> 
         assert not rig.resume(bundle), log[at]
 
 
-def test_asked_to_end(rig: Rig, bundle: dict[str, bytes], operations: list[str]) -> None:
+@pytest.mark.parametrize("n_points", few_or(4, few=2))
+def test_asked_to_end(
+    rig: Rig, bundle: dict[str, bytes], operations: list[str], n_points: int
+) -> None:
     for number in (2, 15):
-        for at in points(len(operations) * 9 // 10, 4):
+        for at in points(len(operations) * 9 // 10, n_points):
             outcome = rig.build({"kinds": ALL, "at": at, "signal": number})
             assert outcome.code == 130, (operations[at], outcome.errors)
             assert is_one_line(outcome), (operations[at], outcome.errors)

@@ -24,6 +24,7 @@ def test_results_are_in_order() -> None:
 def test_an_error_does_not_wait_for_the_others() -> None:
     held = threading.Event()
     begun: list[int] = []
+    ended: list[int] = []
 
     def fail() -> None:
         begun.append(0)
@@ -31,12 +32,12 @@ def test_an_error_does_not_wait_for_the_others() -> None:
 
     def wait() -> None:
         begun.append(1)
-        held.wait(20)
+        held.wait(60)
+        ended.append(1)
 
-    before = time.monotonic()
     with pytest.raises(LookupError):
         side_by_side([fail, wait, wait, wait], 2)
-    assert time.monotonic() - before < 5
+    assert not ended
     assert len(begun) <= 3  # what was not begun will not be
     held.set()
 

@@ -117,7 +117,7 @@ def test_who_waits_is_let_go(hub: Hub, tmp_path: Path) -> None:
     def slow(request: Any) -> Any:
         if request.path.endswith(ENDS) and request.method == "GET":
             entered.set()
-            release.wait(10)
+            release.wait(60)
         return real(request)
 
     hub.answer = slow  # type: ignore[method-assign]
@@ -131,9 +131,9 @@ def test_who_waits_is_let_go(hub: Hub, tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert entered.wait(10)
+    assert entered.wait(60)
     checkpoint.close()
-    reader.join(10)
+    reader.join(60)
     release.set()
     assert len(errors) == 1
     # and whoever reads later fetches it

@@ -99,11 +99,13 @@ class Hub:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
 
-    def leave(self) -> None:
-        """Be gone: connections are refused from now on."""
+    def leave(self, gone: threading.Event | None = None) -> None:
+        """Be gone: connections are refused from now on, and `gone` is set."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        if gone is not None:
+            gone.set()
 
     def serve(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         """Make huggingface_hub talk to this Hub, with a cache of its own, for one test."""
@@ -206,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault(self.command, request.path, wanted)
         if fault is not None and fault.held and not fault.after:
             fault.reached.set()
-            fault.held.wait(60)
+            fault.held.wait(600)  # only guards against hanging
         if fault is not None and fault.after is None and not fault.ends_all:
             return self._send(Answer(fault.status, dict(fault.headers), fault.body), None)
         return self._send(_part(hub.answer(request), wanted), fault)
@@ -237,13 +239,13 @@ class _Handler(BaseHTTPRequestHandler):
             return  # the client has what it wanted
         if fault and fault.held:
             fault.reached.set()
-            fault.held.wait(60)
+            fault.held.wait(600)  # only guards against hanging
         if fault and fault.reset:
             now = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
         if fault and fault.ends_all:
             # beside this thread, which the end of the server waits for
-            threading.Thread(target=self.server.hub.leave).start()
+            threading.Thread(target=self.server.hub.leave, args=(fault.reached,)).start()
 
 
 def _part(answer: Answer, wanted: str) -> Answer:

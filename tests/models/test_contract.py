@@ -34,8 +34,9 @@ from reap2gguf.models import (
 )
 from reap2gguf.models.description import experts_of, is_of_experts
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.sweep import SweepOptions, sweep
+from reap2gguf.observing.sweep import sweep
 from reap2gguf.observing.targets import layer_targets
+from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
@@ -354,7 +355,7 @@ def test_what_is_observed_is_the_formula(case: Case, tmp_path: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
         observer = SaliencyObserver(model)
-        options = SweepOptions(device="cpu", dtype="float32")
+        options = ComputeOptions(device="cpu", dtype="float32")
         sweep(checkpoint, model, [row], observer, options, "test", Silent())
         for layer, module in enumerate(theirs.model.layers):
             if layer in model.facts.moe_layers:

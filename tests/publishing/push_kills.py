@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.child import MOST_SECONDS, Child, end_in_time
 from tests.loopback_hub.repository import Content
 from tests.loopback_hub.server import Hub
 from tests.loopback_hub.uploads import TOKEN, Uploads
@@ -65,10 +65,8 @@ class Runner:
     _known: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Runner:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.publishing.push_kills", "--serve"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
-        )  # fmt: skip
+        name = "tests.publishing.push_kills"
+        self._process = Child(name, "--serve", environment=self.environment)
         return self
 
     def __exit__(
@@ -77,28 +75,21 @@ class Runner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._process.close()
 
     def run(self, *arguments: str, fault: dict[str, Any] | None = None) -> tuple[int, str]:
         """Exit code, or minus the signal, and what it said."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._known.clear()
         said = self.folder / "said"
         request = {"arguments": arguments, "fault": fault, "said": str(said)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        self.pid = int(self._process.stdout.readline())
+        self._process.send(request)
+        self.pid = int(self._process.receive())
         self._known.set()
-        return int(self._process.stdout.readline()), said.read_text()
+        return int(self._process.receive()), said.read_text()
 
     def kill(self) -> None:
         """Kill the push that is under way."""
-        self._known.wait(10)
+        self._known.wait(MOST_SECONDS)
         os.kill(self.pid, signal.SIGKILL)
 
 
@@ -169,6 +160,7 @@ def _child(request: dict[str, Any]) -> None:
     from reap2gguf.publishing import upload
     from tests.faults.fault_layer import Fault
 
+    end_in_time()
     descriptor = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -156,7 +156,7 @@ def test_an_answer_that_is_lost_is_made_good(where: str, room: Room, bundle: Pat
 
 def test_a_hub_that_dies_and_comes_back(room: Room, bundle: Path) -> None:
     def come() -> None:
-        for _ in range(100):
+        for _ in range(1200):
             with suppress(OSError):  # the old one may not have left yet
                 room.hub.come()
                 return

@@ -1,0 +1,58 @@
+"""Small builds, whole and interrupted, and what they made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reap2gguf.building import pipeline, stages
+from reap2gguf.building.plan import make_plan
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
+from tests.tiny import REPOSITORY
+
+PROSE = REPOSITORY / "calibration" / "prose.txt"
+
+
+def options(model: Path, output: Path, **changes: Any) -> BuildOptions:
+    values: dict[str, Any] = {
+        "recipes": ("q8_0",),
+        "model": str(model),
+        "output": output,
+        "calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128),
+        "chunk": 128,
+        "compute": ComputeOptions(device="cpu"),
+    }
+    return BuildOptions(**values | changes)
+
+
+def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
+    return pipeline.build(make_plan(options(model, output, **changes)), Silent())
+
+
+def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that is interrupted when its files are to be written."""
+
+    with monkeypatch.context() as patch:
+        refuse_at(patch, stages, "export_model")
+        with pytest.raises(KeyboardInterrupt):
+            build(model, output)
+
+
+def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
+    return {stage.name: stage.reused for stage in result.stages}
+
+
+def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
+    """Every file of a bundle."""
+    files = (*result.hf_folder.iterdir(), *result.gguf_folder.iterdir())
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+def refuse_at(patch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+    def stop(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    patch.setattr(module, name, stop)

@@ -1,0 +1,253 @@
+"""What a stage depends on: what is reused after another build, and that nothing of it shows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reap2gguf.building import pipeline, stages
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.options import CalibrationOptions, ComputeOptions
+from tests.building.builds import PROSE, build, contents, refuse_at, stages_reused
+from tests.tiny import REPOSITORY, TinyQwen3Moe
+
+RECIPES = REPOSITORY / "recipes"
+
+
+def prose(folder: Path, name: str, n_lines: int = 400) -> Path:
+    """A text of its own, in a folder of its own."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(PROSE.read_text().splitlines()[:n_lines]))
+    return path
+
+
+class Earlier:
+    """Builds of one checkpoint that have ended in several ways, each made once.
+
+    The checkpoint, the texts and the output always lie in the same `folder`, with the same times of
+    change, as they would for somebody who builds again.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "folder"
+        self._root = root
+        self._alone: dict[str, dict[str, bytes]] = {}
+        self.model, self.output = self.folder / "tiny", self.folder / "out"
+        text = prose(self.folder, "text.txt")
+        self.arguments: dict[str, Any] = {
+            "name": "name",
+            "imatrix_text": text,
+            "calibration": CalibrationOptions(str(text), samples=4, max_length=128),
+        }
+        TinyQwen3Moe().write(self.model)
+        shutil.copytree(self.folder, root / "none")
+
+    def restore(self, end: str) -> None:
+        """Bring the folder to where a build has ended: none, exported (interrupted), finished."""
+        saved = self._root / end
+        if not saved.is_dir():
+            self.restore("none")
+            with pytest.MonkeyPatch.context() as patch:
+                if end == "finished":
+                    self.build()
+                else:
+                    places = {
+                        "pruned": (stages, "export_model"),
+                        "exported": (pipeline, "write_record"),
+                    }
+                    refuse_at(patch, *places[end])
+                    with pytest.raises(KeyboardInterrupt):
+                        self.build()
+            shutil.copytree(self.folder, saved)
+        shutil.rmtree(self.folder)
+        shutil.copytree(saved, self.folder)
+
+    def build(self, output: str = "out", **changes: Any) -> pipeline.BuildResult:
+        """Build in the folder, with changed arguments."""
+        arguments = self.arguments | {"model": str(self.model)} | changes
+        return build(Path(arguments.pop("model")), self.folder / output, **arguments)
+
+    def alone(self, name: str, changes: dict[str, Any]) -> dict[str, bytes]:
+        """The bundle of changed arguments on an empty disk; made once for each name."""
+        if name not in self._alone:
+            self._alone[name] = contents(self.build("empty", **changes))
+        return self._alone[name]
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Earlier:
+    return Earlier(tmp_path_factory.mktemp("earlier"))
+
+
+def reused(result: pipeline.BuildResult) -> list[str]:
+    return [stage for stage, is_reused in stages_reused(result).items() if is_reused]
+
+
+STAGES = ["texts", "observe", "prune", "imatrix", "export", "verify"]
+
+
+def test_another_ratio_reuses_the_observations(earlier: Earlier) -> None:
+    earlier.restore("none")
+    first = earlier.build(name=None)
+    assert stages_reused(first) == dict.fromkeys(STAGES, False)
+    half = earlier.build(name=None, compression=0.5)
+    assert reused(half) == ["texts", "observe"]
+    assert half.manifest.pruning.n_kept == 4
+    assert half.hf_folder.name == "tiny-REAP-0.50"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"recipes": ("bf16",)}, ["texts", "observe", "prune", "imatrix"]),
+        ({"compression": 0.5}, ["texts", "observe"]),
+        ({"method": "frequency", "compression": 0.5}, ["texts", "observe"]),
+        ({"chunk": 64}, ["observe", "prune"]),
+        ({"calibration": CalibrationOptions(str(PROSE), samples=3, max_length=128)}, []),
+        ({"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=64)}, []),
+    ],
+)
+def test_other_arguments_redo_what_they_touch(
+    changes: dict[str, Any], expected: list[str], earlier: Earlier
+) -> None:
+    earlier.restore("pruned")
+    assert reused(earlier.build(**changes)) == expected
+
+
+def change_nothing(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {}
+
+
+def rename_the_text(tiny: Path, folder: Path) -> dict[str, Any]:
+    text = prose(folder, "renamed.txt")
+    return {"calibration": CalibrationOptions(str(text), samples=4, max_length=128)}
+
+
+def read_another_text_of_that_name(tiny: Path, folder: Path) -> dict[str, Any]:
+    text = prose(folder, "other/text.txt", 300)
+    return {"calibration": CalibrationOptions(str(text), samples=4, max_length=128)}
+
+
+def read_another_imatrix_text_of_that_name(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"imatrix_text": prose(folder, "other/text.txt", 300)}
+
+
+def rename_the_imatrix_text(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"imatrix_text": prose(folder, "renamed.txt")}
+
+
+def change_the_card(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "README.md").write_text("---\nlicense: mit\n---\n")
+    return {}
+
+
+def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "chat_template.jinja").write_text("another template")
+    return {}
+
+
+def change_a_named_template(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "additional_chat_templates").mkdir()
+    (tiny / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    return {}
+
+
+def rename_the_recipe(tiny: Path, folder: Path) -> dict[str, Any]:
+    (folder / "mine.toml").write_text((RECIPES / "q8_0.toml").read_text())
+    return {"recipes": (str(folder / "mine.toml"),)}
+
+
+def change_the_method(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"method": "ean_sum"}
+
+
+def change_the_seed(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=128, seed=7)}
+
+
+def change_the_precision(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"compute": ComputeOptions(device="cpu", dtype="bfloat16")}
+
+
+def call_the_model_otherwise(tiny: Path, folder: Path) -> dict[str, Any]:
+    tiny.rename(folder / "moved")
+    return {"model": str(folder / "moved")}
+
+
+@pytest.mark.parametrize("end", ["exported", "finished"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_nothing, rename_the_text, read_another_text_of_that_name,
+        read_another_imatrix_text_of_that_name, rename_the_imatrix_text, change_the_card,
+        change_the_template, change_a_named_template, rename_the_recipe, change_the_method,
+        change_the_seed, change_the_precision, call_the_model_otherwise,
+    ],
+)  # fmt: skip
+def test_what_was_done_before_shows_nowhere(
+    change: Callable[[Path, Path], dict[str, Any]], end: str, earlier: Earlier
+) -> None:
+    """A bundle made after another one is what it is on an empty disk, byte for byte."""
+    earlier.restore(end)
+    changes = change(earlier.model, earlier.folder)
+    found = contents(earlier.build(**changes))
+    expected = earlier.alone(change.__name__, changes)
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        assert found[name] == data, name
+
+
+def test_what_nothing_has_changed_is_reused(earlier: Earlier) -> None:
+    """The folder that is restored is, to the program, the one in which it has built."""
+    earlier.restore("exported")
+    assert reused(earlier.build()) == STAGES
+    earlier.restore("finished")
+    assert stages_reused(earlier.build()) == {}
+
+
+def test_weights_that_are_written_again_are_observed_again(earlier: Earlier) -> None:
+    """Their time of change tells, where their bytes cannot."""
+    earlier.restore("finished")
+    path = earlier.model / "model.safetensors"
+    path.write_bytes(path.read_bytes())
+    assert reused(earlier.build()) == ["texts"]
+
+
+def test_weights_changed_where_no_sample_is_taken_are_observed_again(earlier: Earlier) -> None:
+    earlier.restore("finished")
+    path = earlier.model / "model.safetensors"
+    whole = path.read_bytes()
+
+    def fingerprint() -> str:
+        with Checkpoint.open(earlier.model) as checkpoint:
+            return checkpoint.fingerprint()
+
+    before = fingerprint()
+    with Checkpoint.open(earlier.model) as checkpoint:
+        head = checkpoint.tensors["lm_head.weight"]
+    # the lowest bit of a weight every 1000 bytes, until one is in no sample
+    for position in range(head.offset, head.offset + head.n_bytes, 1000):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        if fingerprint() == before:
+            break
+    assert fingerprint() == before
+    assert path.read_bytes() != whole
+    again = earlier.build()
+    assert reused(again) == ["texts"]
+    assert contents(again) == contents(earlier.build("empty"))
+
+
+def test_a_fixed_tokenizer_is_used(earlier: Earlier) -> None:
+    earlier.restore("pruned")
+    (earlier.model / "chat_template.jinja").write_text("another template")
+    result = earlier.build()
+    metadata = read_gguf_header(result.gguf_folder / "name-Q8_0.gguf").metadata
+    assert metadata["tokenizer.chat_template"] == "another template"
