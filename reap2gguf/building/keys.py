@@ -22,6 +22,7 @@ from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.corpus import calibration_files
 from reap2gguf.calibration.rows import Row
 from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
+from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.errors import CalibrationError, CheckpointError, Reap2ggufError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.select import Kept
@@ -43,9 +44,11 @@ class BuildKeys:
     def _companions(self) -> list[tuple[str, str]]:
         """Hashes of tokenizer, template and licence files, which a bundle contains as well."""
         folder = self.plan.source.folder
+        published = companion_files(folder)
         # not published, but the tokenizer may choose one of them for samples with tools
-        named = sorted(folder.glob("*chat_templates/*.jinja"))
-        return _hashes([*companion_files(folder), *named], CheckpointError)
+        templates = companions(folder, Purpose.TEMPLATE)
+        named = [template for template in templates if template.parent != folder]
+        return _hashes([*published, *named], CheckpointError)
 
     @property
     def _source(self) -> tuple[str, list[tuple[str, int, int | str]]]:

@@ -14,7 +14,7 @@ from reap2gguf.calibration.corpus import check_calibration, check_text
 from reap2gguf.calibration.mixes import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CalibrationError, UsageError
-from reap2gguf.hub.snapshot import Note, say_nothing
+from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models import (
     Dropped,
@@ -85,7 +85,7 @@ class Plan:
         return any(isinstance(role, Dropped) for role in roles)
 
 
-def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
+def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """Read headers, config and recipes, and decide everything that follows from them.
 
     `note` receives each failed request to the Hub.

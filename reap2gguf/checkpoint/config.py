@@ -45,17 +45,6 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     return parse_json_object(text, str(path))
 
 
-def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `tokenizer.json`; CheckpointError if it is missing or broken."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no tokenizer.json; save the tokenizer with a fast tokenizer's "
-            "save_pretrained() first"
-        )
-    return read_json(path, MAX_TOKENIZER_BYTES)
-
-
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """The JSON object in `text`.
 
