@@ -98,8 +98,8 @@ class Texts:
             )
         except (CheckpointError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise ArtifactError(
-                f"{path}: damaged, not the tokenized text that was saved ({error}); remove it and run "
-                "the same command again"
+                f"{path}: damaged, not the tokenized text that was saved ({error}); remove it and "
+                "run the same command again"
             ) from error
         return cls(rows, chunks)
 

@@ -1,4 +1,4 @@
-"""Draws the rows of a calibration from all of its components, and the text of the importance matrix.
+"""Draws the rows of a calibration from all its components, and the text of the imatrix.
 
 REAP packs samples into rows of T tokens, and so does `--pack`. Without packing, REAP skips samples
 that are longer than T; here they are cut, so that there are as many rows as were asked for, and the
@@ -140,9 +140,7 @@ def draw(
     try:
         parts = [
             drawing.draw(component, revision, records)
-            for component, (revision, records) in zip(
-                calibration.components, datasets, strict=True
-            )
+            for component, (revision, records) in zip(calibration.components, datasets, strict=True)
         ]
     finally:
         tokenizer.close()

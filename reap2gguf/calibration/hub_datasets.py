@@ -145,7 +145,9 @@ def _hub_words(cause: BaseException, component: Component) -> str | None:
         Problem.GATED: "gated on the Hub; accept its terms there and run `hf auth login`",
         Problem.NO_REPOSITORY: _MISSING,
         Problem.NO_REVISION: f"no revision {component.revision!r} on the Hub",
-        Problem.OFFLINE: f"HF_HUB_OFFLINE is set, and its records are not here; unset it, or {_SAVE}",
+        Problem.OFFLINE: (
+            f"HF_HUB_OFFLINE is set, and its records are not here; unset it, or {_SAVE}"
+        ),
         Problem.REFUSED: (
             f"the Hub refuses it (HTTP {status_of(cause)}); if it is private, run `hf auth login`"
         ),

@@ -161,7 +161,7 @@ def check_component(component: Component, number: int, total: int) -> None:
         )
     if component.is_local and (component.subset or component.split != DEFAULT_SPLIT):
         raise CalibrationError(
-            f"{where}: {component.name} is a local file or folder, without subsets or splits; "
+            f"{where}: {component.name} is not on the Hub, and has no subsets or splits; "
             f"write {shown(f'{component.name}:{component.count}')}"
         )
 

@@ -118,8 +118,8 @@ def _text(description: str, **more: Any) -> dict[str, Any]:
 
 _EDITOR_COMMANDS = ["view", "create", "str_replace", "insert", "undo_edit"]
 
-# The tools that SWE-agent had when SWE-smith's trajectories were recorded: the trajectories hold calls
-# of them and no schemas. Names and parameters are SWE-agent's, the descriptions are our own.
+# The tools that SWE-agent had when SWE-smith's trajectories were recorded: the trajectories hold
+# calls of them and no schemas. Names and parameters are SWE-agent's, the descriptions our own.
 SWE_AGENT_TOOLS: tuple[Mapping[str, Any], ...] = (
     _function(
         "str_replace_editor",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
+from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.gguf_files.imatrix import Imatrix

@@ -83,12 +83,14 @@ def _check_model(tokenizer: dict[str, Any], where: Path) -> None:
     normalizer = tokenizer.get("normalizer")
     if normalizer is not None and normalizer != {"type": "NFC"}:
         raise UnsupportedModelError(
-            f"{where}: normalizer {shown(normalizer)}, expected none or NFC; llama.cpp supports no other"
+            f"{where}: normalizer {shown(normalizer)}, expected none or NFC; llama.cpp supports no "
+            "other"
         )
     for key in _BPE_EXTRAS:
         if model.get(key):
             raise UnsupportedModelError(
-                f"{where}: {key} is {shown(model[key])}; llama.cpp's byte-level BPE does not support it"
+                f"{where}: {key} is {shown(model[key])}; llama.cpp's byte-level BPE does not "
+                "support it"
             )
     merges = model.get("merges")
     if merges == []:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.config import read_tokenizer_json
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
 from tests.tiny import TinyQwen3Moe, save_sharded
 
 FIRST = "model-00001-of-00002.safetensors"
