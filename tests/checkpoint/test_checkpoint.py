@@ -342,7 +342,7 @@ def test_index_names_the_wrong_shard(tmp_path: Path) -> None:
     wrong = SECOND if right == FIRST else FIRST
     edit_index(folder, matrix=wrong)
     message = refusal(folder)
-    assert f"'matrix' lies in {right}" in message
+    assert f"'matrix' is in {right}" in message
     assert wrong in message
 
 

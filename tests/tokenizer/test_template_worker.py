@@ -1,4 +1,7 @@
-"""Templates that a stranger wrote to do harm: each ends soon, in one line, and leaves nothing."""
+"""Hostile chat templates: each is stopped by its limit, reported in one line, and leaves nothing.
+
+Only the limit under test is small, so that no test depends on the speed of the machine.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from reap2gguf.tokenizer import templates
 from reap2gguf.tokenizer.template_worker import HEADER, Answer
 from reap2gguf.tokenizer.templates import ChatTemplate, Limits
 
-LIMITS = Limits(cpu_seconds=0.3, wall_seconds=4, memory_bytes=128 * 2**20, output_bytes=2**22)
+LIMITS = Limits(cpu_seconds=60, wall_seconds=300, memory_bytes=128 * 2**20, output_bytes=2**22)
+SHORT = replace(LIMITS, cpu_seconds=0.3)
 CHAT = [{"role": "user", "content": "hello"}]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -131,6 +135,18 @@ def is_running(process_id: int) -> bool:
     return "State:\tZ" not in status  # ended, and not yet waited for
 
 
+def seconds_of_children() -> float:
+    """The processor time of processes that have ended and were waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def seconds_of(process_id: int) -> float:
+    """The processor time of a running process."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize(
     ("template", "what"),
     [
@@ -140,13 +156,13 @@ def is_running(process_id: int) -> bool:
     ],
 )
 def test_harm_ends_soon_and_in_one_line(template: str, what: str) -> None:
-    chat = ChatTemplate(template, {}, LIMITS)
+    chat = ChatTemplate(template, {}, SHORT if "processor time" in what else LIMITS)
     chat._process = chat._start()
     worker = chat._process._process
-    began = time.monotonic()
+    before = seconds_of_children()
     with pytest.raises(CalibrationError) as caught:
         chat.render(CHAT)
-    assert time.monotonic() - began < 5
+    assert seconds_of_children() - before < 5
     message = str(caught.value)
     assert what in message
     assert message.endswith('; pass samples of plain text (a "text" field each), or another '
@@ -158,21 +174,21 @@ def test_harm_ends_soon_and_in_one_line(template: str, what: str) -> None:
 
 
 def test_the_limits_that_a_build_has() -> None:
-    began = time.monotonic()
+    assert Limits() == Limits(3.0, 10.0, 512 * 2**20, 64 * 2**20)
+    # a busy machine could need more than ten seconds for three of processor time
+    limits = replace(Limits(), wall_seconds=300)
     with pytest.raises(CalibrationError, match=r"took over 3 s of processor time"):
-        ChatTemplate(ENDLESS, {}).render(CHAT)
-    assert time.monotonic() - began < 9  # much of it is waiting, where the machine is busy
+        ChatTemplate(ENDLESS, {}, limits).render(CHAT)
 
 
 def test_the_limit_is_each_samples_own() -> None:
     work = "{% for a in range(400) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
-    with ChatTemplate(work, {}, replace(LIMITS, cpu_seconds=0.3)) as chat:
-        spent = time.process_time()
-        for _ in range(40):
+    with ChatTemplate(work, {}, replace(LIMITS, cpu_seconds=1)) as chat:
+        chat._process = chat._start()
+        worker = chat._process._process.pid
+        while seconds_of(worker) < 2:
             assert chat.render(CHAT) == ""
-        assert time.process_time() - spent < 0.3  # all of the work is the worker's
-        ended = os.times().children_user
-    assert os.times().children_user - ended > 0.3
+        assert chat._process._process.pid == worker
 
 
 def test_memory_stays_bounded() -> None:
@@ -241,7 +257,7 @@ def test_a_worker_that_is_killed_at_work() -> None:
 
 
 def test_a_worker_that_is_stopped() -> None:
-    chat = ChatTemplate("", {}, replace(LIMITS, wall_seconds=0.3))
+    chat = ChatTemplate("", {}, LIMITS)
     assert chat.render(CHAT) == ""
     assert chat._process is not None
     worker = chat._process._process
@@ -250,6 +266,7 @@ def test_a_worker_that_is_stopped() -> None:
             chat._process = chat._start()
         worker = chat._process._process
         worker.send_signal(signal.SIGSTOP)
+        chat._process._limits = replace(LIMITS, wall_seconds=0.3)
         with pytest.raises(CalibrationError, match=r"took over 0\.3 s; pass"):
             chat.render([{"content": content}])
         assert not is_running(worker.pid)
@@ -292,7 +309,7 @@ def test_no_worker_outlives_its_parent() -> None:
     for end in ("raise SystemExit", "os.kill(os.getpid(), signal.SIGKILL)"):
         ended = subprocess.run([sys.executable, "-c", program + end], capture_output=True)
         worker = int(ended.stdout)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while is_running(worker) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not is_running(worker)
