@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.atomic import output_errors, make_folder, part_of, remove, rename, write_whole
+from reap2gguf.atomic import make_folder, output_errors, part_of, remove, rename, write_whole
 from reap2gguf.bundle.layout import BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json

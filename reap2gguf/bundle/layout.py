@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from reap2gguf.atomic import output_errors, make_folder
+from reap2gguf.atomic import make_folder, output_errors
 from reap2gguf.errors import OutputError
 from reap2gguf.files import is_plain
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from reap2gguf.atomic import output_errors, make_folder, remove
+from reap2gguf.atomic import make_folder, output_errors, remove
 from reap2gguf.bundle.card import CardNames, gguf_body, hf_body, join_command
 from reap2gguf.bundle.front_matter import front_matter, with_base_model
 from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, MODELFILE, SUMS_FILE
