@@ -103,23 +103,25 @@ def observe(
     returns the sums of all; the first one writes them. Raises CalibrationError, ObservationError,
     OutputError, and what opening a model raises.
     """
-    from reap2gguf.calibration.corpus import check_calibration
-    from reap2gguf.calibration.mixes import decide
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.sources import check_calibration
+    from reap2gguf.calibration.spec import decide
 
     # what can be refused without torch is refused before it is loaded
     decided = decide(calibration or CalibrationOptions())
-    check_calibration(decided)
+    files = ScannedFiles()
+    check_calibration(decided, files)
     output, shown = _output(output), _progress(progress)
     with _open(model, shown) as opened:
         opened.check_tokenizer()
-        from reap2gguf.calibration.rows import Tokenizer
-        from reap2gguf.calibration.texts import observation_rows
+        from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
+        from reap2gguf.tokenizer.tokenizer import Tokenizer
 
         facts = opened.model.facts
         length = min(decided.max_length, facts.context_length)
         tokenizer = Tokenizer(opened.source.folder)
-        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown)
+        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
         _check_same_rows(rows.sha256)
         where = _resuming(compute or ComputeOptions(), output, opened.checkpoint, rows.sha256)
         seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
@@ -192,18 +194,19 @@ def imatrix(
     output, text, shown = _output(output), Path(text), _progress(progress)
     if output.suffix == ".dat":
         raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
-    from reap2gguf.calibration.corpus import check_text
+    from reap2gguf.calibration.scanned_files import ScannedFiles
 
-    check_text(text)
+    files = ScannedFiles()
+    files.text(text)
     with _open(model, shown) as opened:
         opened.check_tokenizer()
-        from reap2gguf.calibration.rows import Tokenizer
-        from reap2gguf.calibration.texts import imatrix_chunks
+        from reap2gguf.calibration.drawing import imatrix_chunks
         from reap2gguf.gguf_files.imatrix import save_both
         from reap2gguf.observing.passes import compute_imatrix
+        from reap2gguf.tokenizer.tokenizer import Tokenizer
 
         size = min(chunk, opened.model.facts.context_length)
-        chunks = imatrix_chunks(Tokenizer(opened.source.folder), text, size)
+        chunks = imatrix_chunks(Tokenizer(opened.source.folder), text, size, files)
         options = compute or ComputeOptions()
         where = _resuming(options, output, opened.checkpoint, chunks.tokens_sha256)
         result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)

@@ -1,4 +1,8 @@
-"""Looks at files before they are opened: what is no plain file could wait for ever or never end."""
+"""Reading files from untrusted people; `atomic.py` is the writing side.
+
+A path is checked before it is opened: reading a pipe or a device could block or never end, and a
+link could lead out of the folder.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 Advance = Callable[[float], None]
-_PIECE_BYTES = 2**22
+_BLOCK_BYTES = 2**22
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_SHARED_MARK = ".huggingface-shared-blobs"  # in the folder of what repositories of a cache share
+# a file in the folder of blobs that several repositories of the Hub's cache share
+_SHARED_MARK = ".huggingface-shared-blobs"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -24,14 +29,14 @@ _KINDS = (
 
 
 def what_it_is(path: Path) -> str:
-    """What lies at `path` if it is no plain file: "a folder", "a pipe"; empty for a plain file.
+    """What is at `path` if it is not a plain file: "a folder", "a pipe"; empty for a plain file.
 
-    Raises OSError if nothing does. A link is what it leads to.
+    Links are followed. Raises OSError if there is nothing.
     """
     try:
         return _kind(path.stat().st_mode)
     except ValueError as error:  # a name with a NUL byte or half a character
-        raise OSError(f"no name of a file ({error})") from error
+        raise OSError(f"not the name of a file ({error})") from error
 
 
 def _kind(mode: int) -> str:
@@ -39,10 +44,10 @@ def _kind(mode: int) -> str:
 
 
 def plain_size(path: Path) -> int:
-    """Bytes of a plain file.
+    """The size of a plain file in bytes.
 
-    Raises OSError if there is none, or if what is there is a folder, a pipe or a device: opening a
-    pipe would wait until someone writes to it.
+    Raises OSError if there is none, or if it is a folder, a pipe or a device: opening a pipe would
+    block until someone writes to it.
     """
     if words := what_it_is(path):
         raise OSError(f"{words}, expected a file")
@@ -50,36 +55,36 @@ def plain_size(path: Path) -> int:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A plain file, opened for reading. Raises OSError, also for what is none."""
-    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    """A plain file, opened for reading. Raises OSError, also for anything that is not one."""
+    file = open(path, "rb", opener=_without_blocking)  # noqa: SIM115
     if words := _kind(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(f"{words}, expected a file")
     return file
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    # a pipe would wait here for its writer
+def _without_blocking(path: str, flags: int) -> int:
+    # a pipe would block here until it has a writer
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a plain file lies at `path`; False too for names that no file can have."""
+    """Whether there is a plain file at `path`; False for names that no file can have."""
     # os.path answers False where Path raises: names too long, NUL bytes
     return os.path.isfile(path)
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from a file is that of an entry of a folder: no path, no NUL."""
+    """Whether an untrusted name is that of an entry in a folder: no path, no NUL."""
     return name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether `path`, an entry of `folder`, is a link to a file elsewhere.
+    """Whether `path`, an entry of `folder`, is a link that leads out of the folder.
 
-    The Hub's cache keeps its files beside its snapshots: `models--x/snapshots/REVISION/file` leads
-    to `models--x/blobs/HASH`, which is not elsewhere. Nor is `blobs/xx/HASH` beside `models--x`, to
-    which that may lead in turn: huggingface_hub keeps there what several repositories share.
+    The Hub's cache keeps files beside its snapshots: `models--x/snapshots/REVISION/file` leads to
+    `models--x/blobs/HASH`, which is allowed. So is `blobs/xx/HASH` beside `models--x`, where that
+    may lead in turn: huggingface_hub keeps there what several repositories share.
     """
     if not path.is_symlink():
         return False
@@ -90,27 +95,27 @@ def leads_out(path: Path, folder: Path) -> bool:
         allowed.append(repository / "blobs")
         if (repository.parent / "blobs" / _SHARED_MARK).is_file():
             allowed.append(repository.parent / "blobs")
-    target = Path(os.path.realpath(path))  # Path.resolve raises where links go round
+    target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
     return not any(target.is_relative_to(place) for place in allowed)
 
 
 def file_sha256(path: Path, advance: Advance | None = None) -> str:
     """SHA-256 of a plain file's bytes, in hexadecimal. Raises OSError.
 
-    `advance` is told of each piece that was read; what it raises ends the reading.
+    `advance` gets the size of each block that was read; an error that it raises ends the reading.
     """
     plain_size(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
             if advance is not None:
-                advance(len(piece))
+                advance(len(block))
     return digest.hexdigest()
 
 
 def cached_blob(path: Path) -> str | None:
-    """The hash of a file by which the Hub's cache names it; None for what lies elsewhere.
+    """The hash in a file's name in the Hub's cache; None for a file that is not in a cache.
 
     `models--x/snapshots/COMMIT/file` leads to `models--x/blobs/HASH`: SHA-256 of a large file, and
     git's hash of a small one.

@@ -80,8 +80,8 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (errno.ENOSPC, "free some space there and run the command again"),
         (errno.EDQUOT, "free some space there and run the command again"),
-        (errno.EIO, "see that the disk is there and sound, and run the command again"),
-        (errno.ENODEV, "see that the disk is there and sound, and run the command again"),
+        (errno.EIO, "check the disk and run the command again"),
+        (errno.ENODEV, "check the disk and run the command again"),
         (errno.EROFS, "pass another output, or change its permissions"),
         (errno.EACCES, "pass another output, or change its permissions"),
     ],

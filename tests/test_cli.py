@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from reap2gguf.cli import cli
-from reap2gguf.hub import snapshot as hub
+from reap2gguf.hub import retry
 from tests.conftest import CALIBRATION, Bundle
 from tests.tiny import TinyQwen3Moe
 
@@ -330,7 +330,7 @@ def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(hub, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
     for arguments in ("plan owner/name --recipe bf16", "observe owner/name -o x"):
         result = run(*arguments.split())
         assert result.exit_code == 2

@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass
 
-from reap2gguf.atomic import disk_errors_told
+from reap2gguf.atomic import output_errors
 from reap2gguf.building.plan import Plan
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
@@ -163,7 +163,7 @@ def _check_cache(plan: Plan, work: Workdir, n_bytes: int) -> None:
     unfetched, cache = plan.checkpoint.unfetched_bytes, plan.source.folder
     if not unfetched:
         return
-    with disk_errors_told(cache):
+    with output_errors(cache):
         free = shutil.disk_usage(cache).free
         is_shared = cache.stat().st_dev == work.output.stat().st_dev
     wanted = unfetched + (n_bytes - work.written_bytes() if is_shared else 0)

@@ -16,13 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from reap2gguf import __version__
+from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
 from reap2gguf.building.plan import Plan
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
-from reap2gguf.calibration.corpus import calibration_files
-from reap2gguf.calibration.rows import Row
-from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
-from reap2gguf.errors import CalibrationError, CheckpointError, Reap2ggufError
+from reap2gguf.calibration.sources import local_hashes
+from reap2gguf.checkpoint.companions import Purpose, companions
+from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.write import companion_files
@@ -43,9 +43,11 @@ class BuildKeys:
     def _companions(self) -> list[tuple[str, str]]:
         """Hashes of tokenizer, template and licence files, which a bundle contains as well."""
         folder = self.plan.source.folder
+        published = companion_files(folder)
         # not published, but the tokenizer may choose one of them for samples with tools
-        named = sorted(folder.glob("*chat_templates/*.jinja"))
-        return _hashes([*companion_files(folder), *named], CheckpointError)
+        templates = companions(folder, Purpose.TEMPLATE)
+        named = [template for template in templates if template.parent != folder]
+        return _hashes([*published, *named], CheckpointError)
 
     @property
     def _source(self) -> tuple[str, list[tuple[str, int, int | str]]]:
@@ -66,7 +68,9 @@ class BuildKeys:
         committed there later. `owner/name@revision` pins a commit; --fresh draws again.
         """
         calibration, text = self.plan.calibration, self.plan.options.imatrix_text
-        files = [*calibration_files(calibration), *([text.expanduser()] if text else [])]
+        hashes = local_hashes(calibration, self.plan.files)
+        if text is not None:
+            hashes.append((text.name, self.plan.files.text(text).sha256))
         return stage_key(
             __version__,
             version("transformers"),
@@ -75,7 +79,7 @@ class BuildKeys:
             self._companions,
             calibration.spec,
             calibration.label,
-            _hashes(files, CalibrationError),
+            hashes,
             str(text),
             calibration.samples,
             calibration.seed,

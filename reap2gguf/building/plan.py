@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.building.workdir import RESERVED_NAMES
 from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders, model_file, side_file
-from reap2gguf.calibration.corpus import check_calibration, check_text
-from reap2gguf.calibration.mixes import Calibration, decide
+from reap2gguf.calibration.scanned_files import ScannedFiles
+from reap2gguf.calibration.sources import check_calibration
+from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CalibrationError, UsageError
-from reap2gguf.hub.snapshot import Note, say_nothing
+from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models import (
     Dropped,
@@ -50,6 +51,7 @@ class Plan:
     pruned: PrunedView  # of the first experts: which ones are kept is not known yet, sizes are
     recipes: tuple[ResolvedRecipe, ...]
     side_files: tuple[SideFile, ...]
+    files: ScannedFiles  # of the calibration
 
     @property
     def hf_bytes(self) -> int:
@@ -85,7 +87,7 @@ class Plan:
         return any(isinstance(role, Dropped) for role in roles)
 
 
-def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
+def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """Read headers, config and recipes, and decide everything that follows from them.
 
     `note` receives each failed request to the Hub.
@@ -97,10 +99,11 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
     calibration = decide(options.calibration)
-    check_calibration(calibration)
+    files = ScannedFiles()
+    check_calibration(calibration, files)
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
-        check_text(options.imatrix_text)
+        files.text(options.imatrix_text)
     source = resolve_source(options.model, note)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
@@ -115,7 +118,17 @@ def make_plan(options: BuildOptions, note: Note = say_nothing) -> Plan:
     name = _bundle_name(options, source, target)
     sides = model.side_files(checkpoint.folder, checkpoint.tensors)
     return Plan(
-        options, calibration, source, checkpoint, model, target, name, pruned, resolved, sides
+        options,
+        calibration,
+        source,
+        checkpoint,
+        model,
+        target,
+        name,
+        pruned,
+        resolved,
+        sides,
+        files,
     )
 
 

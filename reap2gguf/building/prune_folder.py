@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from reap2gguf.atomic import disk_errors_told, rename, write_whole
+from reap2gguf.atomic import output_errors, rename, write_whole
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import VerificationError
 from reap2gguf.models.contract import MoeModel
@@ -31,7 +31,7 @@ def prune_to_folder(
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
     """
-    with disk_errors_told(folder):
+    with output_errors(folder):
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         pruned = PrunedView(checkpoint, model, kept)
@@ -40,7 +40,7 @@ def prune_to_folder(
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         if violations := check_pruned(made, pruned, progress):
             raise VerificationError(violations)
-        with disk_errors_told(folder):
+        with output_errors(folder):
             made.chmod(0o755)
         rename(made, folder)
     except BaseException:

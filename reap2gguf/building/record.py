@@ -11,6 +11,7 @@ from typing import Any
 
 from reap2gguf import __version__
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.artifacts.texts import ImatrixChunks, Texts
 from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.plan import Plan
 from reap2gguf.building.workdir import Workdir
@@ -28,7 +29,6 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import hash_folder, write_sums
-from reap2gguf.calibration.texts import ImatrixChunks, Texts
 from reap2gguf.ggml import load_ggml
 from reap2gguf.models import SideFile
 from reap2gguf.pruning.select import Kept

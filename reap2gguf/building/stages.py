@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.keys import stage_key
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
-from reap2gguf.calibration.rows import Row, Tokenizer
-from reap2gguf.calibration.texts import Texts, read_texts
+from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
@@ -32,6 +32,7 @@ from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.quantizing.resolve import ResolvedRecipe
+from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
 
@@ -73,6 +74,7 @@ class ReadTexts(Stage[Texts]):
             self.run.keys.chunk,
             plan.model.facts.vocab_size,
             self.run.progress,
+            plan.files,
         )
 
 

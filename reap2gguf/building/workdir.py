@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.atomic import disk_errors_told, make_folder, part_of, remove, rename, write_whole
+from reap2gguf.atomic import make_folder, output_errors, part_of, remove, rename, write_whole
 from reap2gguf.bundle.layout import BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
@@ -154,7 +154,7 @@ class Workdir:
 
     def free_bytes(self) -> int:
         """Free bytes on the disk of the output."""
-        with disk_errors_told(self.output):
+        with output_errors(self.output):
             return shutil.disk_usage(self.output).free
 
     def check_room(self, n_bytes: int) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from reap2gguf.atomic import disk_errors_told, make_folder
+from reap2gguf.atomic import make_folder, output_errors
 from reap2gguf.errors import OutputError
 from reap2gguf.files import is_plain
 
@@ -77,7 +77,7 @@ class BundleFolders:
         another process holds the lock, or if `output` cannot be written.
         """
         make_folder(self.work)
-        with disk_errors_told(self.output):
+        with output_errors(self.output):
             file = (self.work / f".{self.name}.lock").open("a+", encoding="ascii")
         with file:
             self._take(file)
@@ -93,7 +93,7 @@ class BundleFolders:
                 f"{self.work / self.name}: another build of {self.name} (or a push) is "
                 f"running (process {process}); wait for it, or pass another --name or --output"
             ) from error
-        with disk_errors_told(self.output):
+        with output_errors(self.output):
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

@@ -17,8 +17,9 @@ from typing import Any
 
 from reap2gguf.bundle.layout import MODELFILE
 from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
+from reap2gguf.tokenizer.tokenizer_files import special_tokens
 
 # name in generation_config.json -> Ollama's name, smallest and largest sensible value
 _NUMBERS = {
@@ -82,34 +83,19 @@ def _stops(values: Mapping[str, Any], source: Path) -> Iterator[str]:
     """The tokens that end an answer; only special ones, as ordinary text must not end it."""
     ids = values.get("eos_token_id")
     wanted = ids if isinstance(ids, list) else [ids]
-    special = _special_tokens(source)
+    try:
+        special = special_tokens(source)
+    except CheckpointError:
+        return  # the export has refused it already
     for token in dict.fromkeys(special.get(i, "") for i in wanted[:_MAX_STOPS] if type(i) is int):
-        if token:
+        if _fits_a_line(token):
             yield f'PARAMETER stop "{token}"'
 
 
-def _special_tokens(source: Path) -> dict[int, str]:
-    """Special tokens in `tokenizer.json` by id, if a line of a Modelfile can hold them."""
-    try:
-        added = read_json(source / "tokenizer.json", MAX_TOKENIZER_BYTES).get("added_tokens")
-    except CheckpointError:
-        return {}  # the export has reported this already
-    entries = (
-        [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    )
-    return {
-        entry["id"]: entry["content"]
-        for entry in entries
-        if type(entry.get("id")) is int
-        and entry.get("special") is True
-        and _fits_a_line(entry.get("content"))
-    }
-
-
-def _fits_a_line(text: Any) -> bool:
+def _fits_a_line(text: str) -> bool:
+    """Whether a line of a Modelfile can hold the text."""
     return (
-        isinstance(text, str)
-        and 0 < len(text) <= _MAX_STOP_LETTERS
+        0 < len(text) <= _MAX_STOP_LETTERS
         and text.isprintable()
         and '"' not in text
         and "\\" not in text

@@ -1,1 +1,16 @@
-"""Calibration text and samples become rows of tokens."""
+"""Calibration data becomes rows of token ids, in this order:
+
+    spec            the SPEC of --calibration: which components, and how many rows of each
+    scanned_files   local files, each checked and hashed once   } the records
+    hub_datasets    datasets on the Hub, streamed               }
+    layouts         records become samples (tool_calls: the tools in them)
+    sources         what a local component holds, as passages
+    rows            passages become rows and chunks of token ids
+    drawing         rows are drawn from all components
+
+A *record* is one entry of a JSONL or Parquet file, or of a dataset on the Hub, as it is stored.
+A *sample* is what a record says to the model: one text, or one conversation with its tools.
+A *passage* is a text (a sample, or a text file) and the rule by which it is cut.
+A *row* is one sequence of at most --max-length token ids, which the observation reads.
+A *chunk* is one sequence of exactly --chunk token ids, which the importance matrix reads.
+"""

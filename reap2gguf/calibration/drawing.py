@@ -1,80 +1,146 @@
-"""The rows of a calibration, component by component, and the text of the importance matrix.
+"""Draws the rows of a calibration from all its components, and the text of the imatrix.
 
-A row is one sample, cut at T tokens, or T tokens of a text. REAP packs samples into rows of T, and
-so does `--pack`; told not to, it skips those that are longer, where cutting keeps the beginning of
-each, as many rows as were asked for, and none that the model would not see alone. A composite's
-rows are shuffled by the seed, so that `--samples` takes of all components.
+REAP packs samples into rows of T tokens, and so does `--pack`. Without packing, REAP skips samples
+that are longer than T; here they are cut, so that there are as many rows as were asked for, and the
+model reads each sample alone. The rows of a composite are shuffled by the seed, so that `--samples`
+takes some of every component.
 
-The importance matrix reads the same texts. Of a composite or a dataset it reads 32 MiB at most,
-shuffled by the seed, each component with the share of its rows: no first chunks are all of one.
+The importance matrix reads the same texts. Of a composite or a dataset it reads at most 32 MiB,
+shuffled by the seed, of each component in proportion to its rows: so its first chunks are not all
+of one component.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
 
+from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts, hash_rows
 from reap2gguf.bundle.manifest import ComponentRecord
-from reap2gguf.calibration.corpus import (
-    MOST_TEXT,
+from reap2gguf.calibration.hub_datasets import open_dataset
+from reap2gguf.calibration.layouts import Record
+from reap2gguf.calibration.rows import DrawnRow, RowPacker, chunk_text, make_rows
+from reap2gguf.calibration.scanned_files import ScannedFiles, sample_text
+from reap2gguf.calibration.sources import (
+    MAX_TEXT,
     Corpus,
     Cut,
     Passage,
     iterate_corpus,
     load_corpus,
 )
-from reap2gguf.calibration.hub_datasets import open_dataset
-from reap2gguf.calibration.mixes import Calibration
-from reap2gguf.calibration.rows import Counted, Row, Tokenizer, make_packed_rows, make_rows
-from reap2gguf.calibration.samples import sample_text
-from reap2gguf.calibration.spec import Component
+from reap2gguf.calibration.spec import Calibration, Component
 from reap2gguf.errors import CalibrationError
-from reap2gguf.progress import Progress
+from reap2gguf.progress import Progress, Silent
+from reap2gguf.tokenizer.tokenizer import Tokenizer
 
-Records = Iterator[Mapping[str, Any]]
-_Dataset = tuple[str, Records]  # its commit, and its rows
-
-_MOST_SHARED_TEXT = 2**25  # characters, of all components
+_MAX_SHARED_TEXT = 2**25  # characters that the importance matrix reads, of all components
+_SILENT = Silent()
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """All rows, what each component gave of them, and the text they are from."""
+    """All rows, what each component gave to them, and the text that they come from."""
 
     rows: Sequence[Row]
     components: tuple[ComponentRecord, ...]
     text: str
-    sha256: str  # of the components' texts
+    sha256: str  # of the texts of all components
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one component gave."""
+    """What one component gives."""
 
     component: Component
-    revision: str | None
-    rows: list[Counted]
+    revision: str | None  # of a dataset on the Hub
+    rows: list[DrawnRow]
     texts: list[str]
     sha256: str
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """Reads one component after another."""
+
+    calibration: Calibration
+    tokenizer: Tokenizer
+    max_length: int
+    progress: Progress
+    files: ScannedFiles
+
+    def draw(self, component: Component, revision: str | None, records: Iterator[Record]) -> _Part:
+        """The rows and texts of one component; `records` are those of a dataset on the Hub."""
+        count, seed = self.calibration.rows_of(component), self.calibration.seed
+        if self.calibration.pack:
+            corpus, rows = self._packed(component, count, records)
+        else:
+            if component.is_local:
+                render = self.tokenizer.render_chat
+                corpus = load_corpus(component.name, render, count, seed, self.files)
+            else:
+                corpus = self._from_hub(component, count, records)
+            rows = make_rows(corpus, self.tokenizer, self.max_length, count, seed)
+        texts = [passage.text for passage in corpus.passages]
+        if _is_shared(self.calibration):
+            total = sum(self.calibration.rows_of(one) for one in self.calibration.components)
+            texts = _first_characters(texts, _MAX_SHARED_TEXT * count // total)
+        return _Part(component, revision, rows, texts, corpus.sha256)
+
+    def _from_hub(self, component: Component, count: int, records: Iterator[Record]) -> Corpus:
+        """The texts of the first `count` records of a dataset."""
+        passages: list[Passage] = []
+        with self.progress.task(_title(component), count, "samples") as task:
+            found = self._hub_passages(component, islice(records, count))
+            for passage in _bounded(component, found):
+                passages.append(passage)
+                task.advance()
+        return Corpus(component.name, tuple(passages))
+
+    def _packed(
+        self, component: Component, count: int, records: Iterator[Record]
+    ) -> tuple[Corpus, list[DrawnRow]]:
+        """`count` rows of packed samples, and the passages that were read for them, no more."""
+        if component.is_local:
+            render, seed = self.tokenizer.render_chat, self.calibration.seed
+            passages = iterate_corpus(component.name, render, count, seed, self.files)
+        else:
+            passages = self._hub_passages(component, records)
+        taken: list[Passage] = []
+        packer = RowPacker(self.tokenizer, self.max_length, self.calibration.seed)
+        with self.progress.task(_title(component), count, "rows") as task:
+            bounded = _appended(_bounded(component, passages), taken)
+            rows = packer.make(bounded, component.name, count, task.advance)
+        return Corpus(component.name, tuple(taken)), rows
+
+    def _hub_passages(self, component: Component, records: Iterator[Record]) -> Iterator[Passage]:
+        for number, record in enumerate(records, start=1):
+            where = f"calibration {component.name}: sample {number}"
+            yield Passage(sample_text(record, self.tokenizer.render_chat, where), Cut.SAMPLE)
+
+
 def draw(
-    calibration: Calibration, tokenizer: Tokenizer, max_length: int, progress: Progress
+    calibration: Calibration,
+    tokenizer: Tokenizer,
+    max_length: int,
+    progress: Progress,
+    files: ScannedFiles | None = None,
 ) -> Drawn:
-    """Read every component; a note says what it gave. Raises CalibrationError."""
+    """Read every component; one note per component reports its rows. Raises CalibrationError."""
     # a dataset that is gated, or has no such subset, is known before hours of reading others
-    opened = [
-        None if one.is_local else open_dataset(one, calibration.seed, progress.note)
+    datasets: list[tuple[str | None, Iterator[Record]]] = [
+        (None, iter(())) if one.is_local else open_dataset(one, calibration.seed, progress.note)
         for one in calibration.components
     ]
+    drawing = _Drawing(calibration, tokenizer, max_length, progress, files or ScannedFiles())
     try:
         parts = [
-            _draw_one(calibration, component, dataset, tokenizer, max_length, progress)
-            for component, dataset in zip(calibration.components, opened, strict=True)
+            drawing.draw(component, revision, records)
+            for component, (revision, records) in zip(calibration.components, datasets, strict=True)
         ]
     finally:
         tokenizer.close()
@@ -84,133 +150,62 @@ def draw(
     order = order[: calibration.samples]
     records = []
     for number, part in enumerate(parts):
-        rows = [row for owner, row in order if owner == number]
-        record = _record(part, rows)
+        record = _component_record(part, [row for owner, row in order if owner == number])
         records.append(record)
-        progress.note(_told(record, part, calibration))
+        progress.note(_summary(record, part, calibration))
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode())
-    return Drawn(
-        [one.row for _, one in order], tuple(records), _text(parts, calibration), digest.hexdigest()
-    )
-
-
-def _draw_one(
-    calibration: Calibration,
-    component: Component,
-    dataset: _Dataset | None,
-    tokenizer: Tokenizer,
-    max_length: int,
-    progress: Progress,
-) -> _Part:
-    count, seed = calibration.rows_of(component), calibration.seed
-    revision, records = (None, None) if dataset is None else dataset
-    if calibration.pack:
-        passages = _passages(component, count, records, tokenizer, seed)
-        corpus, rows = _packed(component, count, passages, tokenizer, max_length, seed, progress)
-    else:
-        if records is None:
-            corpus = load_corpus(component.name, tokenizer.render_chat, count, seed)
-        else:
-            corpus = _from_hub(component, count, records, tokenizer, progress)
-        rows = make_rows(corpus, tokenizer, max_length, count, seed)
-    texts = [passage.text for passage in corpus.passages]
-    if _is_shared(calibration):
-        total = sum(calibration.rows_of(one) for one in calibration.components)
-        texts = _begin_of(texts, _MOST_SHARED_TEXT * count // total)
-    return _Part(component, revision, rows, texts, corpus.sha256)
-
-
-def _from_hub(
-    component: Component, count: int, records: Records, tokenizer: Tokenizer, progress: Progress
-) -> Corpus:
-    """The texts of the first `count` of a dataset's rows."""
-    passages: list[Passage] = []
-    with progress.task(_reading(component), count, "samples") as task:
-        found = _hub_passages(component, islice(records, count), tokenizer)
-        for passage in _bounded(component, found):
-            passages.append(passage)
-            task.advance()
-    return Corpus(component.name, tuple(passages))
-
-
-def _packed(
-    component: Component, count: int, passages: Iterator[Passage], tokenizer: Tokenizer,
-    max_length: int, seed: int, progress: Progress,
-) -> tuple[Corpus, list[Counted]]:  # fmt: skip
-    """`count` rows of packed samples, and the texts that were read for them, no more."""
-    read: list[Passage] = []
-    taken = _kept(_bounded(component, passages), read)
-    with progress.task(_reading(component), count, "rows") as task:
-        rows = make_packed_rows(
-            taken, component.name, tokenizer, max_length, count, seed, task.advance
-        )
-    return Corpus(component.name, tuple(read)), rows
-
-
-def _passages(
-    component: Component, count: int, records: Records | None, tokenizer: Tokenizer, seed: int
-) -> Iterator[Passage]:
-    """A component's passages, one after another for as long as they are asked for."""
-    if records is None:
-        return iterate_corpus(component.name, tokenizer.render_chat, count, seed)
-    return _hub_passages(component, records, tokenizer)
-
-
-def _hub_passages(
-    component: Component, records: Records, tokenizer: Tokenizer
-) -> Iterator[Passage]:
-    for number, record in enumerate(records, start=1):
-        where = f"calibration {component.name}: sample {number}"
-        yield Passage(sample_text(record, tokenizer.render_chat, where), Cut.SAMPLE)
+    rows = [row.tokens for _, row in order]
+    return Drawn(rows, tuple(records), _joined_text(parts, calibration), digest.hexdigest())
 
 
 def _bounded(component: Component, passages: Iterable[Passage]) -> Iterator[Passage]:
-    """The passages, as long as their texts can be held."""
+    """The passages; CalibrationError where their texts would need too much memory."""
     n_letters = 0
     for number, passage in enumerate(passages, start=1):
         n_letters += len(passage.text)
-        if n_letters > MOST_TEXT:
+        if n_letters > MAX_TEXT:
             raise CalibrationError(
-                f"calibration {component.name}: sample {number}: over {MOST_TEXT:,} characters of "
+                f"calibration {component.name}: sample {number}: over {MAX_TEXT:,} characters of "
                 "text so far; ask for fewer rows"
             )
         yield passage
 
 
-def _kept(passages: Iterable[Passage], read: list[Passage]) -> Iterator[Passage]:
-    """The passages, each put into `read` as it is asked for."""
+def _appended(passages: Iterable[Passage], taken: list[Passage]) -> Iterator[Passage]:
+    """The passages; each is appended to `taken` when it is asked for."""
     for passage in passages:
-        read.append(passage)
+        taken.append(passage)
         yield passage
 
 
-def _reading(component: Component) -> str:
+def _title(component: Component) -> str:
     return f"Reading {component.name} {component.subset or ''}".rstrip()
 
 
 def _is_shared(calibration: Calibration) -> bool:
+    """Whether the text of the importance matrix is shared out among components."""
     return calibration.is_composite or not calibration.components[0].is_local
 
 
-def _begin_of(texts: Sequence[str], most: int) -> list[str]:
-    """The first texts that have `most` characters in all, the last one cut."""
-    found: list[str] = []
+def _first_characters(texts: Sequence[str], n_characters: int) -> list[str]:
+    """The first texts that have `n_characters` in total, the last one cut."""
+    chosen: list[str] = []
     for text in texts:
-        if most <= 0:
+        if n_characters <= 0:
             break
-        found.append(text[:most])
-        most -= len(text)
-    return found
+        chosen.append(text[:n_characters])
+        n_characters -= len(text)
+    return chosen
 
 
-def _text(parts: Sequence[_Part], calibration: Calibration) -> str:
+def _joined_text(parts: Sequence[_Part], calibration: Calibration) -> str:
     texts = [text for part in parts for text in part.texts]
     if calibration.is_composite:
         random.Random(calibration.seed).shuffle(texts)
     return "\n".join(texts)
 
 
-def _record(part: _Part, rows: Sequence[Counted]) -> ComponentRecord:
+def _component_record(part: _Part, rows: Sequence[DrawnRow]) -> ComponentRecord:
     component = part.component
     on_hub = part.revision is not None
     return ComponentRecord(
@@ -219,17 +214,76 @@ def _record(part: _Part, rows: Sequence[Counted]) -> ComponentRecord:
         split=component.split if on_hub else None,
         revision=part.revision,
         rows=len(rows),
-        tokens=sum(len(one.row) for one in rows),
-        samples=sum(one.n_samples for one in rows),
+        tokens=sum(len(row.tokens) for row in rows),
+        samples=sum(row.n_samples for row in rows),
     )
 
 
-def _told(record: ComponentRecord, part: _Part, calibration: Calibration) -> str:
-    """A component's note: its rows and tokens, and whether it has fewer than were asked of it."""
+def _summary(record: ComponentRecord, part: _Part, calibration: Calibration) -> str:
+    """A component's note: its rows and tokens, and whether they are fewer than asked for."""
     count = part.component.count
-    told = f"calibration: {record.title}: {record.rows:,} rows, {record.tokens:,} tokens"
+    text = f"calibration: {record.title}: {record.rows:,} rows, {record.tokens:,} tokens"
     if calibration.pack:
-        told += f" of {record.samples:,} samples"
+        text += f" of {record.samples:,} samples"
     if count is not None and len(part.rows) < count:
-        told += f"; {count:,} rows were asked for, and it has no more than {len(part.rows):,}"
-    return told
+        text += f"; {count:,} rows were asked for, and it has only {len(part.rows):,}"
+    return text
+
+
+def read_texts(
+    tokenizer: Tokenizer,
+    calibration: Calibration,
+    max_length: int,
+    imatrix_text: Path | None,
+    chunk_size: int,
+    vocab_size: int,
+    progress: Progress = _SILENT,
+    files: ScannedFiles | None = None,
+) -> Texts:
+    """Rows for the observation and chunks for the importance matrix.
+
+    Without a text of its own, the importance matrix reads the calibration texts, and no more tokens
+    than the maximum of the observation. Raises CalibrationError.
+    """
+    files = files or ScannedFiles()
+    drawn = draw(calibration, tokenizer, max_length, progress, files)
+    rows = _observation_rows(drawn, calibration, vocab_size)
+    if imatrix_text is not None:
+        return Texts(rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size, files))
+    chunks = chunk_text(drawn.text, tokenizer, chunk_size, rows.label)
+    n_chunks = -(-calibration.samples * max_length // chunk_size)
+    return Texts(rows, ImatrixChunks(rows.label, drawn.text, chunk_size, chunks[:n_chunks]))
+
+
+def observation_rows(
+    tokenizer: Tokenizer,
+    calibration: Calibration,
+    max_length: int,
+    vocab_size: int,
+    progress: Progress = _SILENT,
+    files: ScannedFiles | None = None,
+) -> ObservationRows:
+    """The rows of a calibration. Raises CalibrationError."""
+    drawn = draw(calibration, tokenizer, max_length, progress, files)
+    return _observation_rows(drawn, calibration, vocab_size)
+
+
+def imatrix_chunks(
+    tokenizer: Tokenizer, text_file: Path, chunk_size: int, files: ScannedFiles | None = None
+) -> ImatrixChunks:
+    """All chunks of a text file, cut as llama-imatrix does. Raises CalibrationError."""
+    text = (files or ScannedFiles()).text(text_file).text()
+    chunks = chunk_text(text, tokenizer, chunk_size, text_file.name)
+    return ImatrixChunks(text_file.name, text, chunk_size, chunks)
+
+
+def _observation_rows(drawn: Drawn, calibration: Calibration, vocab_size: int) -> ObservationRows:
+    highest = max(int(row.max()) for row in drawn.rows)
+    if highest >= vocab_size:
+        raise CalibrationError(
+            f"calibration {calibration.label!r}: the tokenizer gives id {highest}, and the model's "
+            f"vocab_size is {vocab_size}; they do not belong together"
+        )
+    digest = hashlib.sha256(drawn.sha256.encode())
+    hash_rows(digest, drawn.rows)  # another tokenizer, or length, makes other rows of a text
+    return ObservationRows(calibration.label, digest.hexdigest(), drawn.rows, drawn.components)

@@ -1,201 +1,176 @@
-"""Rows of a dataset on the Hub, streamed by `datasets`: nothing is kept on the disk.
+"""Records of a dataset on the Hub, streamed by `datasets`: nothing is kept on the disk.
 
-Which rows: the split's shards are shuffled by the seed, and its rows through a buffer of 10,000, of
-which as many as are wanted are read. The same dataset at the same commit with the same seed gives
-the same rows. REAP draws from all of a dataset by Python's own generator, which takes the whole of
-it first: the rows that a published model saw cannot be drawn again, only as many of the same data.
+Which records: the split's shards are shuffled by the seed, then its records within a buffer of
+10,000, and only as many as are asked for are read. The same dataset at the same commit with the
+same seed gives the same records. REAP draws from the whole dataset with Python's own generator,
+which reads all of it first. So the records of a published model cannot be drawn again, only as many
+of the same data.
 
-The commit is resolved once, at the beginning, and all is read at it. Scripts of a dataset never
-run. Networks fail now and then: what may pass is tried again, from the row that was reached.
+The commit is resolved once, at the start, and everything is read at that commit. Scripts of a
+dataset never run. A request that fails is repeated; reading resumes at the record that was reached.
 """
 
 from __future__ import annotations
 
-import errno
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any, cast
 
-from reap2gguf.calibration.layouts import columns
+from reap2gguf.calibration.layouts import Record, columns
 from reap2gguf.calibration.spec import Component
 from reap2gguf.errors import CalibrationError, OutputError, Reap2ggufError
 from reap2gguf.hub.errors import (
-    asked_wait,
+    Problem,
+    cache_refusal,
     causes,
     first_line,
-    is_busy,
+    is_transport,
+    problem_of,
+    request_errors,
     status_of,
-    trouble,
 )
-from reap2gguf.hub.snapshot import TRIES, Note, Sleep
+from reap2gguf.hub.retry import Note, Retry, Sleep
 
-BUFFER = 10_000  # rows that wait to be drawn
-_FIRST_WAIT = 1.0  # seconds; doubled at each try
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_SAVED = "save its rows as JSONL or Parquet and pass the file"
+BUFFER = 10_000  # records that wait to be drawn
+_SAVE = "save its records as JSONL or Parquet and pass the file"
+_MISSING = (
+    "no such file or folder here and no such dataset on the Hub (or it is private: run "
+    "`hf auth login`)"
+)
 
 
 def open_dataset(
     component: Component, seed: int, note: Note, sleep: Sleep = time.sleep
-) -> tuple[str, Iterator[Mapping[str, Any]]]:
-    """The commit of a dataset, and its rows in the order in which they are drawn.
+) -> tuple[str, Iterator[Record]]:
+    """The commit of a dataset, and its records in the order in which they are drawn.
 
-    No row is read before the iterator is asked for one. Raises CalibrationError in one line if
-    there is no such dataset, subset or split, it may not be read, or the Hub cannot be reached in
-    five tries; so does the iterator.
+    No record is read before the iterator is asked for one. Raises CalibrationError if there is no
+    such dataset, subset or split, it may not be read, or the Hub cannot be reached in five tries;
+    OutputError if the Hub's cache cannot be written. So does the iterator.
     """
-    tries = _Tries(component, note, sleep)
-    while True:
-        try:
-            commit = _commit(component)
-            stream = _stream(component, commit, seed)
-            break
-        except _errors() as error:
-            tries.failed(error)
-    return commit, _rows(component, commit, seed, stream, note, sleep)
+
+    def refusal(error: BaseException) -> Reap2ggufError | None:
+        return _refusal(error, component)
+
+    retry = Retry(
+        f"calibration {component.name}",
+        refusal,
+        f"check the network, or {_SAVE}",
+        note,
+        sleep,
+        error_class=CalibrationError,
+        errors=_dataset_errors,
+    )
+
+    def open_stream() -> tuple[str, Iterator[Record]]:
+        commit = _resolve_commit(component)
+        return commit, _stream(component, commit, seed)
+
+    commit, stream = retry.call(open_stream)
+    return commit, _resuming(component, commit, seed, stream, retry)
 
 
-def _commit(component: Component) -> str:
+def _resolve_commit(component: Component) -> str:
     from huggingface_hub import HfApi
 
-    found = HfApi().dataset_info(component.dataset, revision=component.revision, timeout=60)
-    if found.sha is None:
+    info = HfApi().dataset_info(component.dataset, revision=component.revision, timeout=60)
+    if info.sha is None:
         raise ValueError("the Hub names no commit")
-    return found.sha
+    return info.sha
 
 
-def _rows(
-    component: Component,
-    commit: str,
-    seed: int,
-    stream: Iterator[Mapping[str, Any]],
-    note: Note,
-    sleep: Sleep,
-) -> Iterator[Mapping[str, Any]]:
-    """The rows of `stream`; where it breaks off, those of the same stream from there on."""
-    done = 0
-    broken = False
-    tries = _Tries(component, note, sleep)
-    while True:
+def _resuming(
+    component: Component, commit: str, seed: int, first: Iterator[Record], retry: Retry
+) -> Iterator[Record]:
+    """The records of `first`; where it breaks off, those of the same stream from there on."""
+    n_done = 0
+    stream: Iterator[Record] | None = first
+
+    def next_record() -> Record | None:
+        nonlocal stream
+        if stream is None:
+            stream = islice(_stream(component, commit, seed), n_done, None)
         try:
-            if broken:
-                stream = islice(_stream(component, commit, seed), done, None)
-            for row in stream:
-                done += 1
-                tries = _Tries(component, note, sleep)
-                yield row
-            return
-        except _errors() as error:
-            tries.failed(error)
-            broken = True
+            return next(stream, None)
+        except BaseException:
+            stream = None  # a stream that has failed gives no more records
+            raise
+
+    while (record := retry.call(next_record)) is not None:
+        n_done += 1
+        yield record
 
 
-def _stream(component: Component, commit: str, seed: int) -> Iterator[Mapping[str, Any]]:
+def _stream(component: Component, commit: str, seed: int) -> Iterator[Record]:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    found = datasets.load_dataset(
+    dataset = datasets.load_dataset(
         component.dataset, component.subset, split=component.split, revision=commit, streaming=True
     )
-    if found.column_names is not None:
-        found = found.select_columns(columns(list(found.column_names)))
+    if dataset.column_names is not None:
+        dataset = dataset.select_columns(columns(list(dataset.column_names)))
     # numpy takes no negative seed
-    shuffled = found.shuffle(seed=seed % 2**32, buffer_size=BUFFER)
-    return iter(shuffled)
+    return iter(dataset.shuffle(seed=seed % 2**32, buffer_size=BUFFER))
 
 
-class _Tries:
-    """What became of one thing that is tried again and again."""
-
-    def __init__(self, component: Component, note: Note, sleep: Sleep) -> None:
-        self._component, self._note, self._sleep = component, note, sleep
-        self._failed = 0
-
-    def failed(self, error: BaseException) -> None:
-        """Wait for the next try; raises CalibrationError if there is none, or no use in one."""
-        name = self._component.name
-        if refusal := _refusal(error, self._component):
-            raise refusal from error
-        self._failed += 1
-        if self._failed == TRIES:
-            raise CalibrationError(
-                f"calibration {name}: the Hub cannot be reached in {TRIES} tries "
-                f"({trouble(error)}); check the network, or {_SAVED}"
-            ) from error
-        seconds = max(_FIRST_WAIT * 2 ** (self._failed - 1), asked_wait(error))
-        self._note(
-            f"calibration {name}: the Hub cannot be reached ({trouble(error)}); try "
-            f"{self._failed + 1} of {TRIES} in {seconds:.0f} s"
-        )
-        self._sleep(seconds)
-
-
-def _errors() -> tuple[type[Exception], ...]:
+def _dataset_errors() -> tuple[type[Exception], ...]:
     """What `datasets` and the libraries under it raise."""
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # whatever HTTP client huggingface_hub is built on, its errors are of this class
-    transport = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-    return (
-        DatasetsError, transport, OSError, ValueError, TypeError, LookupError, ArithmeticError,
-        RuntimeError, EOFError, AttributeError,
-    )  # fmt: skip
+    others = (TypeError, ArithmeticError, EOFError, AttributeError)
+    return (DatasetsError, *request_errors(), *others)
 
 
 def _refusal(error: BaseException, component: Component) -> Reap2ggufError | None:
-    """What to tell the user if another try would fail as this one did; None if it may not."""
+    """What to report if another try would fail like this one; None if it may pass."""
     where = f"calibration {component.name}"
     for cause in causes(error):
-        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
-            return OutputError(
-                f"{where}: the Hub's cache cannot be written ({cause.strerror}); make room there, "
-                "or set HF_HOME to a folder on another disk"
-            )
-        if said := _said_by_hub(cause, component):
-            return CalibrationError(f"{where}: {said}")
-    if isinstance(error, OSError) or _is_transport(error):
+        if refusal := cache_refusal(cause):
+            return OutputError(f"{where}: {refusal}")
+        words = _hub_words(cause, component) or _datasets_words(cause, component)
+        if words:
+            return CalibrationError(f"{where}: {words}")
+    if is_transport(error):
         return None
-    return CalibrationError(f"{where}: cannot be read as rows ({first_line(error)}); {_SAVED}")
+    return CalibrationError(f"{where}: cannot be read as records ({first_line(error)}); {_SAVE}")
 
 
-def _said_by_hub(cause: BaseException, component: Component) -> str | None:
-    """What one error of the Hub, or of `datasets`, means; None if it may pass, or says nothing."""
+def _hub_words(cause: BaseException, component: Component) -> str | None:
+    """What one error of the Hub means; None if it may pass, or is not the Hub's."""
+    words = {
+        Problem.INVALID_NAME: _MISSING,
+        Problem.NO_TOKEN: "not logged in to the Hub: run `hf auth login`",
+        Problem.GATED: "gated on the Hub; accept its terms there and run `hf auth login`",
+        Problem.NO_REPOSITORY: _MISSING,
+        Problem.NO_REVISION: f"no revision {component.revision!r} on the Hub",
+        Problem.OFFLINE: (
+            f"HF_HUB_OFFLINE is set, and its records are not here; unset it, or {_SAVE}"
+        ),
+        Problem.REFUSED: (
+            f"the Hub refuses it (HTTP {status_of(cause)}); if it is private, run `hf auth login`"
+        ),
+    }
+    problem = problem_of(cause)
+    if "gated dataset" in str(cause):  # the words of `datasets`
+        problem = Problem.GATED
+    return None if problem is None else words.get(problem)
+
+
+def _datasets_words(cause: BaseException, component: Component) -> str | None:
+    """What an error of `datasets` means; most are plain errors, known by their texts alone."""
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    text = str(cause)
-    if isinstance(cause, GatedRepoError) or "gated dataset" in text:
-        return "gated on the Hub; accept its terms there and run `hf auth login`"
-    if isinstance(cause, RevisionNotFoundError):
-        return f"no revision {component.revision!r} on the Hub"
-    if isinstance(cause, RepositoryNotFoundError | DatasetNotFoundError | HFValidationError):
-        return (
-            "no such file or folder here and no such dataset on the Hub (or it is private: run "
-            "`hf auth login`)"
-        )
-    if isinstance(cause, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set, and its rows are not here; unset it, or {_SAVED}"
-    if isinstance(cause, DataFilesNotFoundError) or type(cause).__name__ == "EmptyDatasetError":
-        return f"holds no files that can be read as rows; {_SAVED}"
-    return _said_by_datasets(cause, component) or _said_by_status(cause)
-
-
-def _said_by_datasets(cause: BaseException, component: Component) -> str | None:
-    """What the plain errors of `datasets` mean, which are known by their texts alone."""
     text = " ".join(str(cause).split())
+    if isinstance(cause, DatasetNotFoundError):
+        return _MISSING
+    if isinstance(cause, DataFilesNotFoundError) or type(cause).__name__ == "EmptyDatasetError":
+        return f"holds no files that can be read as records; {_SAVE}"
     if isinstance(cause, RuntimeError) and "scripts are no longer supported" in text:
         return (
-            "is made by a script, and none is run; the Hub may have its rows as Parquet, at "
-            f"{component.dataset}@refs/convert/parquet"
+            "is made by a script, and scripts are not run; the Hub may have its records as "
+            f"Parquet, at {component.dataset}@refs/convert/parquet"
         )
     if not isinstance(cause, ValueError):
         return None
@@ -208,16 +183,3 @@ def _said_by_datasets(cause: BaseException, component: Component) -> str | None:
     if "Bad split" in text or "Unknown split" in text:
         return f"no split {component.split!r}{listed}"
     return None
-
-
-def _said_by_status(cause: BaseException) -> str | None:
-    status = status_of(cause)
-    if status is None or is_busy(status):
-        return None
-    return f"the Hub refuses it (HTTP {status}); if it is private, run `hf auth login`"
-
-
-def _is_transport(error: BaseException) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(error, HfHubHTTPError.__mro__[1])

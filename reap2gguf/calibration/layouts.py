@@ -1,7 +1,7 @@
-"""What a record of a data set says: a text, or a conversation with the tools at hand.
+"""Records become samples: a text, or a conversation with its tools.
 
-Data sets name their fields each in its own way; `_LAYOUTS` is the table of those that are known, in
-the order in which they are tried. A record is recognised by its fields, wherever it lies.
+Each dataset names its fields in its own way. `_LAYOUTS` is the table of the known layouts, in the
+order in which they are tried. A record is recognised by its fields, wherever it is stored.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reap2gguf.calibration.swe_agent import SWE_AGENT_TOOLS
 from reap2gguf.calibration.tool_calls import (
+    SWE_AGENT_TOOLS,
     Message,
     Tool,
     callable_messages,
-    described,
+    function_schema,
     read_tools,
 )
 from reap2gguf.errors import CalibrationError
@@ -30,16 +30,22 @@ _EXPECTED = (
 )
 _SHAREGPT_ROLES = {
     "system": "system",
-    "human": "user", "user": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
-    "tool": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: a text as it is, or messages for the model's chat template."""
+    """A text that is used as it is, or messages for the model's chat template."""
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
@@ -48,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Layout:
-    """Fields that a record must have, fields that it may have, and how they are read."""
+    """Fields that a record must have, fields that it may have, and the function to read them."""
 
     needs: tuple[str, ...]
     read: Callable[[Record, str], Sample]
@@ -59,7 +65,7 @@ class Layout:
 
 
 def read_record(record: Any, where: str) -> Sample:
-    """The sample that a record is. Raises CalibrationError if no layout explains it."""
+    """The sample in a record. Raises CalibrationError if no layout fits it."""
     if not isinstance(record, dict):
         raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
     for layout in _LAYOUTS:
@@ -73,7 +79,7 @@ def read_record(record: Any, where: str) -> Sample:
 
 
 def columns(names: list[str]) -> list[str]:
-    """Of a data set's columns, those that its samples are made of; all if no layout fits."""
+    """The columns of a dataset that its samples are made of; all columns if no layout fits."""
     record = dict.fromkeys(names, "")
     if not any(layout.fits(record) for layout in _LAYOUTS):
         return names
@@ -85,7 +91,7 @@ def _read_text(record: Record, where: str) -> Sample:
 
 
 def _read_messages(record: Record, where: str) -> Sample:
-    """`messages` as a list, as JSON text (SWE-smith), or as one text of the user."""
+    """`messages` as a list, as JSON text (SWE-smith), or as one text by the user."""
     value = record["messages"]
     stored = _json_list(value)
     if stored is None:
@@ -99,7 +105,7 @@ def _read_messages(record: Record, where: str) -> Sample:
 
 
 def _is_trajectory(record: Record) -> bool:
-    """Whether a record is one of SWE-smith's, which name no tools."""
+    """Whether a record is one of SWE-smith's, which do not list their tools."""
     return record.get("traj_id") is not None or record.get("instance_id") is not None
 
 
@@ -132,15 +138,15 @@ def _read_conversations(record: Record, where: str) -> Sample:
     return Sample(messages=tuple(messages), tools=read_tools(record.get("tools"), where))
 
 
-def _pair(asked: str, answered: str) -> Callable[[Record, str], Sample]:
-    """A question and its answer, each a field."""
+def _pair(question_field: str, answer_field: str) -> Callable[[Record, str], Sample]:
+    """Reads a question and its answer from two fields."""
 
     def read(record: Record, where: str) -> Sample:
-        question = _string(record, asked, where)
+        question = _string(record, question_field, where)
         more = next((record[n] for n in ("input", "context") if _is_text(record.get(n))), "")
-        if asked == "instruction" and more:
+        if question_field == "instruction" and more:
             question = f"{question}\n\n{more}"
-        return _exchange(question, _string(record, answered, where))
+        return _exchange(question, _string(record, answer_field, where))
 
     return read
 
@@ -151,7 +157,7 @@ def _read_story(record: Record, where: str) -> Sample:
 
 
 def _read_choices(record: Record, where: str) -> Sample:
-    """MMLU: a question and what may be the answer; of REAP's, only the question is read."""
+    """MMLU: a question and the choices for its answer; REAP reads only the question."""
     choices = record["choices"]
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise CalibrationError(f"{where}: expected choices as a list of texts")
@@ -161,7 +167,7 @@ def _read_choices(record: Record, where: str) -> Sample:
 
 
 def _read_calls(record: Record, where: str) -> Sample:
-    """xlam: a query, and as JSON text the calls that answer it and the tools."""
+    """xlam: a query, and as JSON text the tools and the calls that answer it."""
     calls = record["answers"]
     calls = _json_list(calls) if isinstance(calls, str) else calls
     good = isinstance(calls, list) and all(
@@ -175,7 +181,7 @@ def _read_calls(record: Record, where: str) -> Sample:
     functions = [{"function": call} for call in calls]
     called = {"role": "assistant", "content": "", "tool_calls": functions}
     tools = read_tools(record.get("tools"), where)
-    schemas = tuple(described(tool) for tool in tools) if tools else None
+    schemas = tuple(function_schema(tool) for tool in tools) if tools else None
     return Sample(messages=callable_messages([asked, called]), tools=schemas)
 
 
@@ -215,7 +221,7 @@ def _string(record: Record, name: str, where: str) -> str:
 
 
 def _json_list(value: Any) -> list[Any] | None:
-    """The list that a text spells in JSON; None if it spells none."""
+    """The list in a JSON text; None if the text is not a JSON list."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
@@ -226,7 +232,7 @@ def _json_list(value: Any) -> list[Any] | None:
 
 
 def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Messages as given, or one of `role` where a plain string stands for it."""
+    """Messages as given; a plain string becomes one message of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     good = isinstance(value, list) and all(
@@ -238,14 +244,15 @@ def _messages(value: Any, role: str, where: str) -> list[Message]:
 
 
 def _flat_content(message: Message) -> Message:
-    """What SWE-smith's messages hold for the model: role, content as one text, calls."""
+    """The parts of SWE-smith's messages for the model: role, content as one text, tool calls."""
     content = message["content"]
     parts = content if isinstance(content, list) else [content]
-    texts = [
-        part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str)
-        else part if isinstance(part, str) else json.dumps(part, sort_keys=True)
-        for part in parts
-        if part is not None
-    ]  # fmt: skip
-    found = {"role": message["role"], "content": "\n".join(text for text in texts if text)}
-    return {**found, "tool_calls": message["tool_calls"]} if message.get("tool_calls") else found
+    texts = [_part_text(part) for part in parts if part is not None]
+    flat = {"role": message["role"], "content": "\n".join(text for text in texts if text)}
+    return {**flat, "tool_calls": message["tool_calls"]} if message.get("tool_calls") else flat
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    return part if isinstance(part, str) else json.dumps(part, sort_keys=True)

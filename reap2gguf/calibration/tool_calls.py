@@ -1,9 +1,10 @@
-"""Tools and calls of them, as chat templates read them.
+"""Tools and tool calls in the form that chat templates read.
 
-They become what a server would hand to the template, since some templates read no other form. Tools
-are {"type": "function", "function": {name, description, parameters}} with parameters as a JSON
-schema; calls have arguments as an object, and ids of nine letters and digits, counted, where the
-data set has none. REAP hands on xlam's tools flat as they are stored, and draws ids by lot.
+They get the form that a server passes to the template, since some templates read no other. A tool
+is {"type": "function", "function": {name, description, parameters}} with parameters as a JSON
+schema. A call has its arguments as an object and, where the dataset has no id, one of nine letters
+and digits that counts up. REAP passes xlam's tools on flat as they are stored, and draws ids
+at random.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
 _JSON_TYPES = {
-    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
-    "tuple": "array", "set": "array", "dict": "object",
-}  # fmt: skip
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "dict": "object",
+}
 
 
 def callable_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Messages whose calls of tools are as templates take them; others as they are."""
-    found: list[Message] = []
+    """Messages with their tool calls in the form of templates; other messages are unchanged."""
+    result: list[Message] = []
     count = 0
     for message in messages:
         calls = message.get("tool_calls")
@@ -33,12 +40,12 @@ def callable_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
             numbered = [_call(call, count + n) for n, call in enumerate(calls)]
             message = {**message, "tool_calls": numbered}
             count += len(calls)
-        found.append(message)
-    return tuple(found)
+        result.append(message)
+    return tuple(result)
 
 
 def _call(call: Any, number: int) -> Any:
-    """A call with arguments as an object, a type, and an id; what is no call stays."""
+    """A call with arguments as an object, a type and an id; any other value is unchanged."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
@@ -47,14 +54,17 @@ def _call(call: Any, number: int) -> Any:
         try:
             parsed = json.loads(arguments)
         except (ValueError, RecursionError):
-            parsed = None  # a model may have written no JSON; templates take the text as well
+            parsed = None  # a model may write broken JSON; templates accept text as well
         arguments = parsed if isinstance(parsed, dict) else arguments
-    said = {"name": function.get("name"), "arguments": arguments}
-    return {"id": call.get("id") or f"call{number:05d}", "type": "function", "function": said}
+    plain = {"name": function.get("name"), "arguments": arguments}
+    return {"id": call.get("id") or f"call{number:05d}", "type": "function", "function": plain}
 
 
 def read_tools(value: Any, where: str) -> tuple[Tool, ...] | None:
-    """The JSON schemas of a sample's tools, as a list or as JSON text; None where it has none."""
+    """The JSON schemas of a sample's tools, from a list or JSON text; None where it has none.
+
+    Raises CalibrationError for anything else.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value or "null")
@@ -67,8 +77,8 @@ def read_tools(value: Any, where: str) -> tuple[Tool, ...] | None:
     return tuple(value)
 
 
-def described(tool: Tool) -> Tool:
-    """One of xlam's tools, whose parameters are by name, as a function with a JSON schema."""
+def function_schema(tool: Tool) -> Tool:
+    """A tool of xlam, which lists its parameters by name, as a function with a JSON schema."""
     if "function" in tool:
         return tool
     stored = tool.get("parameters")
@@ -81,14 +91,62 @@ def described(tool: Tool) -> Tool:
 
 
 def _is_optional(parameter: Any) -> bool:
-    kind = parameter.get("type") if isinstance(parameter, dict) else None
-    return isinstance(kind, str) and "optional" in kind
+    python_type = parameter.get("type") if isinstance(parameter, dict) else None
+    return isinstance(python_type, str) and "optional" in python_type
 
 
 def _property(parameter: Any) -> Any:
-    """A parameter whose type is Python's, such as "List[int], optional", with JSON's."""
+    """A parameter with a Python type, such as "List[int], optional", with the JSON type instead."""
     if not isinstance(parameter, dict) or not isinstance(parameter.get("type"), str):
         return parameter
     word = parameter["type"].partition(",")[0].strip()
-    kind = _JSON_TYPES.get(word.partition("[")[0].lower(), word)
-    return {**parameter, "type": kind}
+    return {**parameter, "type": _JSON_TYPES.get(word.partition("[")[0].lower(), word)}
+
+
+def _function(
+    name: str, description: str, required: tuple[str, ...] = (), **properties: Any
+) -> dict[str, Any]:
+    """The schema of a tool."""
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _text(description: str, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "description": description, **more}
+
+
+_EDITOR_COMMANDS = ["view", "create", "str_replace", "insert", "undo_edit"]
+
+# The tools that SWE-agent had when SWE-smith's trajectories were recorded: the trajectories hold
+# calls of them and no schemas. Names and parameters are SWE-agent's, the descriptions our own.
+SWE_AGENT_TOOLS: tuple[Mapping[str, Any], ...] = (
+    _function(
+        "str_replace_editor",
+        "Look at files and folders, write new files, and change text in files. Edits stay from one "
+        "call to the next.",
+        ("command", "path"),
+        command=_text("What to do.", enum=_EDITOR_COMMANDS),
+        path=_text("The file or folder, as an absolute path."),
+        file_text=_text("For create: what the new file holds."),
+        old_str=_text("For str_replace: the text to replace, which occurs once in the file."),
+        new_str=_text("For str_replace and insert: the text to put there."),
+        insert_line={
+            "type": "integer",
+            "description": "For insert: the line after which the text goes.",
+        },
+        view_range={
+            "type": "array",
+            "description": "For view: the first and last line to show; -1 is the end of the file.",
+            "items": {"type": "integer"},
+        },
+    ),
+    _function("_state_anthropic", "Keep the state of the editor between calls."),
+    _function("submit", "Hand in the work as it is now."),
+    _function(
+        "bash",
+        "Run a command in a shell and get what it prints.",
+        ("command",),
+        command=_text("The command line."),
+    ),
+)

@@ -1,4 +1,4 @@
-"""Typed, bounded reads of JSON files: a value that is not implemented is refused by name."""
+"""Typed, bounded reads of JSON files; a value that is not supported is refused by name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from reap2gguf.messages import shown
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_TOKENIZER_BYTES = 48 * 2**20
 _MAX_INT = 2**31 - 1
-# Three bytes of JSON make an object of 70: what a file may take of memory is bounded by its number
-# of values. The largest tokenizers have two million.
+# Three bytes of JSON become an object of 70 bytes, so the number of values bounds the memory. The
+# largest tokenizers have two million.
 _MAX_VALUES = 3_000_000
 _MAX_DEPTH = 64
-_HALF_LETTER = re.compile(r"\\u[dD][89a-fA-F]")  # also half of each whole pair
+_HALF_LETTER = re.compile(r"\\u[dD][89a-fA-F]")  # also one half of a whole pair
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises CheckpointError if the file is missing, no plain file, larger than `max_bytes`, not
-    UTF-8, or not what `parse_json_object` takes.
+    Raises CheckpointError if the file is missing, not a plain file, larger than `max_bytes`, not
+    UTF-8, or refused by `parse_json_object`.
     """
     try:
         size = plain_size(path)
@@ -45,22 +45,11 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     return parse_json_object(text, str(path))
 
 
-def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `tokenizer.json`; CheckpointError if it is missing or broken."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no tokenizer.json; save the tokenizer with a fast tokenizer's "
-            "save_pretrained() first"
-        )
-    return read_json(path, MAX_TOKENIZER_BYTES)
-
-
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """The JSON object in `text`.
 
-    Raises CheckpointError naming `where` if it is not one, if it has NaN, Infinity, repeated keys
-    or half characters, or if it is nested deeper than 64 or has over three million values.
+    Raises CheckpointError that names `where` if it is not one, if it has NaN, Infinity, repeated
+    keys or half characters, if it is nested deeper than 64, or has over three million values.
     """
     n_values = text.count(",") + text.count("[") + text.count("{")
     if n_values > _MAX_VALUES:
@@ -92,7 +81,7 @@ def parse_json_object(text: str, where: str) -> dict[str, Any]:
 
 
 def _unwieldy(value: dict[str, Any], may_have_halves: bool) -> str | None:
-    """What later steps would stumble over: recursion, and text that UTF-8 cannot hold."""
+    """What later steps would fail on: deep nesting, and text that UTF-8 cannot hold."""
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
         inner: list[Any] = []
@@ -104,7 +93,7 @@ def _unwieldy(value: dict[str, Any], may_have_halves: bool) -> str | None:
         if not inner:
             return None
         level = inner
-    return f"nested deeper than {_MAX_DEPTH}; no such file of a model is"
+    return f"nested deeper than {_MAX_DEPTH}, expected the file of a model"
 
 
 def _has_halves(items: list[Any]) -> bool:
@@ -174,9 +163,9 @@ class ConfigReader:
         return value
 
     def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
-        """The list of integers under `key`, each within [low, high] and not more than there are.
+        """The list of integers under `key`, each within [low, high]; absent or null is empty.
 
-        Absent or null is empty.
+        A list that is longer than the range is refused.
         """
         value = self.values.get(key)
         if value is None:

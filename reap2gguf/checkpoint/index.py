@@ -1,4 +1,4 @@
-"""Which files a checkpoint's tensors lie in: its index, compared with the files themselves."""
+"""The index of a checkpoint, which says in which file each tensor is, compared with the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def find_shards(
 ) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """The shard files, and the index's map of tensor to file where there is an index.
 
-    Files whose names are in `elsewhere` can be had and need not be here yet.
+    Files whose names are in `elsewhere` need not be in the folder yet. Raises CheckpointError if
+    there are no weights, shards are missing, or the index names anything but plain files.
     """
     index_path = folder / INDEX_NAME
     if not index_path.is_file():
@@ -34,7 +35,7 @@ def find_shards(
                 f"{folder}: holds pickled weights ({pickled}), which can run code when opened; "
                 "convert them to safetensors first"
             )
-        raise CheckpointError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+        raise CheckpointError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}")
     weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: no weight_map of tensor to file")
@@ -59,7 +60,7 @@ def find_shards(
 
 
 def compare_index(folder: Path, mapped: dict[str, str], tensors: Mapping[str, FileTensor]) -> None:
-    """The index must name exactly the tensors that the shards hold, each in its file."""
+    """Raise CheckpointError unless the index names the tensors of the shards, each in its file."""
     if absent := sorted(mapped.keys() - tensors.keys()):
         raise CheckpointError(
             f"{folder}: {len(absent)} tensors of the index are in no shard, such as "
@@ -72,6 +73,6 @@ def compare_index(folder: Path, mapped: dict[str, str], tensors: Mapping[str, Fi
     for name, file_name in mapped.items():
         if tensors[name].path.name != file_name:
             raise CheckpointError(
-                f"{folder}: {shown(name)} lies in {tensors[name].path.name}, the index says "
+                f"{folder}: {shown(name)} is in {tensors[name].path.name}, the index says "
                 f"{file_name}"
             )

@@ -17,10 +17,10 @@ from reap2gguf.errors import CheckpointError
 from reap2gguf.files import open_plain
 from reap2gguf.messages import shown
 
-# A third of the reference implementation's bound, and still a quarter of a million tensors.
+# A third of the reference implementation's limit; enough for a quarter of a million tensors.
 MAX_HEADER_BYTES = 32 * 2**20
 _MAX_DIMENSIONS = 8
-_MAX_EMPTY = 2**20  # along an axis of a tensor without values, whose rows may still be counted
+_MAX_EMPTY = 2**20  # along an axis of a tensor without values
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
     "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -50,23 +50,23 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class FileTensor(StoredTensor):
-    """One tensor as it lies on disk; `offset` counts from the start of the file."""
+    """One tensor as it is stored; `offset` counts from the start of the file."""
 
     path: Path
     offset: int
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of one safetensors file by name, in file order; `parse_header` tells more."""
+    """The tensors of one safetensors file by name, in file order. Raises as `parse_header` does."""
     return _tensors(path, *_read_json(path))
 
 
 def parse_header(path: Path, beginning: bytes, size: int) -> dict[str, FileTensor]:
-    """The tensors of a file of `size` bytes that is not here yet, from its first bytes.
+    """The tensors of a file of `size` bytes that is not on this machine yet, from its first bytes.
 
-    Raises CheckpointError if a length, dtype, shape or offset cannot be true of this file: every
-    number is bounded before it is used. What it allocates stays below 40 times the bytes of the
-    header, which are at most 32 MiB and less than the file's.
+    Raises CheckpointError if a length, dtype, shape or offset is not possible in this file: every
+    number is bounded before it is used. Memory: at most 40 times the bytes of the header, which has
+    at most 32 MiB.
     """
     length = _header_length(path, size, beginning[:8])
     header = parse_json_object(_decode(path, beginning[8 : 8 + length]), f"{path}: header")
@@ -84,12 +84,12 @@ def _tensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts by name that a safetensors file's header carries. Raises CheckpointError."""
+    """The metadata in a safetensors file's header: texts by name. Raises CheckpointError."""
     return _metadata(path, _read_json(path)[0])
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header as it is written, where the tensors' bytes begin, and the file's size."""
+    """The header as it is written, the offset of the first tensor, and the file's size."""
     try:
         with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -101,13 +101,14 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
-    """Takes the metadata out of a header."""
-    found = header.pop("__metadata__", None)
-    if found is None:
+    """Remove the metadata from a header and return it."""
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
         return {}
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise CheckpointError(f"{path}: __metadata__ is {shown(found)}, expected texts by name")
-    return found
+    is_text = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not is_text:
+        raise CheckpointError(f"{path}: __metadata__ is {shown(metadata)}, expected texts by name")
+    return dict(metadata)
 
 
 def _header_length(path: Path, size: int, prefix: bytes) -> int:

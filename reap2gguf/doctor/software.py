@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from reap2gguf import __version__
-from reap2gguf.calibration.mixes import shipped_mixes
+from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.errors import CalibrationError, DependencyError, SourceError
 from reap2gguf.local.serving import missing_for_server

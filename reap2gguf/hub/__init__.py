@@ -1,1 +1,9 @@
-"""Models on the Hub: listings, weights by ranges and by files, errors and retries."""
+"""Models on the Hub: listings, weights by ranges and by whole files, errors and retries.
+
+source      what the user typed for MODEL -> a folder
+snapshot    one commit of a repository: its list of files, its small files in the cache
+shards      its weights: headers by ranged reads, whole files when they are needed
+download    progress, threads and partial files of downloads
+retry       the one loop that repeats a request, for models, datasets and pushes
+errors      what the errors of the Hub and of the network mean
+"""

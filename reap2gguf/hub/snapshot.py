@@ -1,52 +1,35 @@
 """Finds a repository on the Hub and fetches its small files into the Hub's cache.
 
-The files that a plan reads come first, the others that travel with a model when a build begins;
-weights come one by one, when they are needed (`shards.py`). Pickled weights and code are never
-fetched. Where the Hub cannot be reached, a copy that the cache holds whole serves as well.
+The files that a plan reads are fetched first; the other small files of a model when a build
+starts; weights one by one, when they are needed (`shards.py`). Pickled weights and code are never
+fetched. Where the Hub cannot be reached, a complete copy in the cache is used instead.
 """
 
 from __future__ import annotations
 
-import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING
 
+from reap2gguf.checkpoint.companions import Purpose, serves
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES
 from reap2gguf.errors import Reap2ggufError, SourceError
-from reap2gguf.hub.errors import asked_wait, is_offline, refusal, trouble
-from reap2gguf.hub.network_threads import drop_unfinished, side_by_side
+from reap2gguf.hub.download import cached_blobs, remove_partial_files, run_in_threads
+from reap2gguf.hub.errors import Problem, is_offline, problem_of, reason_of, request_errors
+from reap2gguf.hub.retry import Note, Sleep, ignore_note, model_retry
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-TRIES = 5
-_AT_ONCE = 8
-# What a plan reads. A vocab.json is what tokenizer.json holds once more.
-_PLANNED = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer*.json",
-    "special_tokens_map.json", "added_tokens.json", "*processor_config.json", "chat_template.*",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
-_LATER = ("vocab.json", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+_MAX_DOWNLOADS = 8  # at once
 _WEIGHTS = "*.safetensors"
 _COMMIT = re.compile("[0-9a-f]{40}")
-_FIRST_WAIT = 1.0  # seconds; doubled at each try
-_JITTER = random.Random()
-
-Note = Callable[[str], None]
-Sleep = Callable[[float], None]
-T = TypeVar("T")
-
-
-def say_nothing(text: str) -> None:
-    """A Note that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One commit of a repository, and the folder of the cache in which its files come to lie.
+    """One commit of a repository, and the folder of the cache for its files.
 
     `files` is empty where the Hub was not asked, since the cache holds everything.
     """
@@ -74,14 +57,14 @@ class Snapshot:
     @property
     def weights(self) -> dict[str, HubFile]:
         """The safetensors at the top of the repository, by name."""
-        return {name: file for name, file in self.files.items() if _matches(name, (_WEIGHTS,))}
+        return {name: file for name, file in self.files.items() if _is_weights(name)}
 
     def later_files(self) -> list[HubFile]:
         """Small files that a plan does not read, and which are not in the cache yet."""
-        wanted = (file for name, file in self.files.items() if _matches(name, _LATER))
+        wanted = (file for name, file in self.files.items() if serves(name, Purpose.BUILD))
         return [file for file in wanted if not (self.folder / file.name).is_file()]
 
-    def complete(self, note: Note = say_nothing, sleep: Sleep = time.sleep) -> None:
+    def complete(self, note: Note = ignore_note, sleep: Sleep = time.sleep) -> None:
         """Fetch the small files that a plan does not read.
 
         Raises SourceError if the Hub refuses or cannot be reached, OutputError if the cache cannot
@@ -92,7 +75,7 @@ class Snapshot:
 
 
 def find(
-    name: str, revision: str | None, note: Note = say_nothing, sleep: Sleep = time.sleep
+    name: str, revision: str | None, note: Note = ignore_note, sleep: Sleep = time.sleep
 ) -> Snapshot:
     """A repository at `revision`, with the files that a plan reads in the cache.
 
@@ -102,108 +85,56 @@ def find(
 
     def ask() -> tuple[str, dict[str, HubFile]] | Path:
         try:
-            return _listed(name, revision)
-        except possible_errors() as error:
-            # a copy that is whole needs no Hub, unless that says there is no such revision
-            if not _is_final(error) and (folder := _cached(name, revision)):
+            return _list_files(name, revision)
+        except request_errors() as error:
+            # a complete copy needs no Hub, unless the Hub says that there is no such revision
+            is_final = problem_of(error) in (Problem.NO_REVISION, Problem.INVALID_NAME)
+            if not is_final and (folder := _cached(name, revision)):
                 if not is_offline(error):
                     note(
-                        f"{name}: the Hub cannot be asked ({trouble(error)}); the cache's copy is "
-                        f"used, commit {folder.name[:12]}"
+                        f"{name}: the Hub cannot be asked ({reason_of(error)}); using the cached "
+                        f"copy, commit {folder.name[:12]}"
                     )
                 return folder
             raise
 
-    found = persist(name, revision, ask, note, sleep)
+    found = model_retry(name, revision, note, sleep).call(ask)
     if isinstance(found, Path):
         return Snapshot(name, found.name, found)
     commit, files = found
     if "config.json" not in files:
-        raise SourceError(f"{name}: no config.json; this is no repository of a model's safetensors")
+        raise SourceError(
+            f"{name}: no config.json; this is not a repository of a model's safetensors"
+        )
     folder = _fetch(name, revision or "main", [files["config.json"]], note, sleep)
     if folder.name != commit:
-        raise SourceError(f"{name}: changes while it is read; run it again")
-    wanted = [file for file in files.values() if _matches(file.name, _PLANNED)]
+        raise SourceError(f"{name}: changed while it was read; run the same command again")
+    wanted = [file for file in files.values() if serves(file.name, Purpose.PLAN)]
     _fetch(name, commit, wanted, note, sleep)
     return Snapshot(name, commit, folder, files)
 
 
-def persist(
-    name: str,
-    revision: str | None,
-    action: Callable[[], T],
-    note: Note = say_nothing,
-    sleep: Sleep = time.sleep,
-    tries: int = TRIES,
-    advice: str = "",
-    refuse: Callable[[BaseException], Reap2ggufError | None] | None = None,
-    kind: type[Reap2ggufError] = SourceError,
-) -> T:
-    """The result of an action on the Hub, tried again while its errors may pass.
-
-    `refuse` says what an error means that will not pass. Raises what it says, SourceError or
-    OutputError by default; `kind` where the Hub cannot be reached.
-    """
-    wait = _FIRST_WAIT
-    for attempt in range(1, tries + 1):
-        try:
-            return action()
-        except possible_errors() as error:
-            refused = refuse(error) if refuse else refusal(error, name, revision)
-            if refused:
-                raise refused from error
-            reason = trouble(error)
-            if attempt == tries:
-                raise kind(_unreachable(name, tries, reason, advice)) from error
-            seconds = max(wait * _JITTER.uniform(1, 1.25), asked_wait(error))
-            note(
-                f"{name}: the Hub cannot be reached ({reason}); try {attempt + 1} of {tries} in "
-                f"{seconds:.0f} s"
-            )
-            sleep(seconds)
-            wait *= 2
-    raise AssertionError("the last try returns or raises")
-
-
-def possible_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises when something is wrong."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # whatever HTTP client this version of huggingface_hub is built on, its errors are of this class
-    transport_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-    return (OSError, ValueError, RuntimeError, LookupError, transport_error)
-
-
-def _unreachable(name: str, tries: int, reason: str, advice: str) -> str:
-    advice = advice or (
-        "check the name (there is no such folder here) and the network, or fetch it where there is "
-        f"one (`hf download {name}`) and pass the folder, or copy the cache and set "
-        "HF_HUB_OFFLINE=1"
-    )
-    return f"{name}: the Hub cannot be reached in {tries} tries ({reason}); {advice}"
-
-
-def _listed(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
+def _list_files(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
     """The commit of a revision and its files, as the Hub lists them."""
     from huggingface_hub import HfApi, constants
 
     files: dict[str, HubFile] = {}
     try:
-        # without a limit it would wait for ever for a server that accepts and says nothing
+        # without a limit it would wait for ever for a server that accepts and does not answer
         limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
         info = HfApi().model_info(name, revision=revision, timeout=limit, files_metadata=True)
         for entry in info.siblings or ():
-            file = _described(entry)
+            file = _hub_file(entry)
             if file is not None:
                 files[file.name] = file
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no description of a model: {error}") from error
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
-        raise ValueError("it tells no commit")
+        raise ValueError("it names no commit")
     return info.sha, files
 
 
-def _described(entry: RepoSibling) -> HubFile | None:
+def _hub_file(entry: RepoSibling) -> HubFile | None:
     """A file as the Hub lists it; None where a fact is missing."""
     lfs = entry.lfs
     sha256 = lfs.sha256 if lfs else None
@@ -213,14 +144,8 @@ def _described(entry: RepoSibling) -> HubFile | None:
     return HubFile(name, size, blob, sha256) if size >= 0 else None
 
 
-def _is_final(error: Exception) -> bool:
-    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
-
-    return isinstance(error, RevisionNotFoundError | HFValidationError)
-
-
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The folder of a revision whose weights the cache holds whole."""
+    """The folder of a revision whose weights are all in the cache; None if some are missing."""
     from huggingface_hub import try_to_load_from_cache
 
     from reap2gguf.checkpoint.index import find_shards
@@ -231,48 +156,34 @@ def _cached(name: str, revision: str | None) -> Path | None:
             return None
         find_shards(Path(config).parent)
     except (Reap2ggufError, OSError, ValueError):
-        return None  # why, says the error that made us look
+        return None  # the Hub's error, which is raised, says why
     return Path(config).parent
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a file is at the top of the repository, or a template, and fits a pattern."""
-    return any(
-        name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
-    )
+def _is_weights(name: str) -> bool:
+    return "/" not in name and fnmatchcase(name, _WEIGHTS)
 
 
-def _fetch(
-    name: str, revision: str, files: Sequence[HubFile], note: Note, sleep: Sleep
-) -> Path:  # fmt: skip
+def _fetch(name: str, revision: str, files: Sequence[HubFile], note: Note, sleep: Sleep) -> Path:
     """The folder of the cache, with these small files in it."""
     for file in files:
         if file.n_bytes > MAX_TOKENIZER_BYTES:
             raise SourceError(
                 f"{name}: {shown(file.name)} has {file.n_bytes:,} bytes, expected at most "
-                f"{MAX_TOKENIZER_BYTES:,}; this is no file of a model"
+                f"{MAX_TOKENIZER_BYTES:,}; this is not a file of a model"
             )
+    retry = model_retry(name, revision, note, sleep)
 
-    def bring(file: HubFile) -> Path:
+    def fetch_one(file: HubFile) -> Path:
         from huggingface_hub import hf_hub_download
 
         def download() -> str:
             return hf_hub_download(name, file.name, revision=revision)
 
-        path = Path(persist(name, revision, download, note, sleep))
-        return path.parents[file.name.count("/")]
+        return Path(retry.call(download)).parents[file.name.count("/")]
 
     try:
-        return side_by_side([partial(bring, file) for file in files], _AT_ONCE)[0]
+        return run_in_threads([partial(fetch_one, file) for file in files], _MAX_DOWNLOADS)[0]
     except BaseException:
-        drop_unfinished(blobs_of(name))
+        remove_partial_files(cached_blobs(name))
         raise
-
-
-def blobs_of(name: str) -> Path:
-    """Where the cache keeps the contents of a repository's files."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=name, repo_type="model")
-    return Path(constants.HF_HUB_CACHE) / folder / "blobs"

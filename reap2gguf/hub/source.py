@@ -9,8 +9,9 @@ from pathlib import Path
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import SourceError
+from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.shards import HubShards
-from reap2gguf.hub.snapshot import Note, Snapshot, find, say_nothing
+from reap2gguf.hub.snapshot import Snapshot, find
 from reap2gguf.resources import example_checkpoint
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -18,26 +19,26 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """A model as named by the user and where it lies."""
+    """A model as the user named it, and its folder."""
 
     label: str  # what to call it in cards: "owner/name" or the folder's name
     folder: Path
-    revision: str | None = None  # the Hub commit, where it came from the Hub
-    snapshot: Snapshot | None = None  # the same, with what the Hub has
+    revision: str | None = None  # the commit, for a model from the Hub
+    snapshot: Snapshot | None = None  # that commit's files, for a model from the Hub
 
     @property
     def short_name(self) -> str:
         return self.label.rsplit("/", 1)[-1]
 
-    def open(self, note: Note = say_nothing) -> Checkpoint:
-        """Its checkpoint, of which weights on the Hub are fetched when they are read.
+    def open(self, note: Note = ignore_note) -> Checkpoint:
+        """Its checkpoint; weights on the Hub are fetched when they are read.
 
         Raises CheckpointError, or SourceError if the Hub cannot be reached.
         """
         hub = HubShards(self.snapshot, note) if self.snapshot and self.snapshot.weights else None
         return Checkpoint.open(self.folder, hub)
 
-    def complete(self, note: Note = say_nothing) -> None:
+    def complete(self, note: Note = ignore_note) -> None:
         """Fetch the small files that a plan does not read, such as licences.
 
         Raises SourceError or OutputError, as `resolve_source` does.
@@ -52,11 +53,11 @@ class Source:
         return sum(file.n_bytes for file in later)
 
 
-def resolve_source(model: str | None, note: Note = say_nothing) -> Source:
-    """MODEL as a folder: given, bundled, or in the Hub's cache with what a plan reads.
+def resolve_source(model: str | None, note: Note = ignore_note) -> Source:
+    """MODEL as a folder: given, bundled, or in the Hub's cache with the files that a plan reads.
 
-    `note` is told of each try at the Hub that failed. Raises SourceError if there is nothing of
-    that name or the Hub cannot be reached, OutputError if the cache cannot be written.
+    `note` gets each failed try. Raises SourceError if there is nothing of that name or the Hub
+    cannot be reached, OutputError if the cache cannot be written.
     """
     if model is None:
         folder = example_checkpoint()

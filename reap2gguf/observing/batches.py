@@ -17,7 +17,7 @@ from reap2gguf.observing.compute.experts import RealTokens
 from reap2gguf.observing.spool import Span
 
 if TYPE_CHECKING:
-    from reap2gguf.calibration.rows import Row
+    from reap2gguf.artifacts.texts import Row
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.calibration.texts import ImatrixChunks, ObservationRows
+from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.gguf_files.imatrix import Imatrix
@@ -18,7 +18,7 @@ from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
-    from reap2gguf.calibration.rows import Row
+    from reap2gguf.artifacts.texts import Row
     from reap2gguf.observing.sweep import SweepReport
 
 _PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reap2gguf.atomic import disk_errors_told, part_of, remove
+from reap2gguf.atomic import output_errors, part_of, remove
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import array_bytes, stored_array, write_safetensors
@@ -124,7 +124,7 @@ class StateKeeper:
         if not self._ranks.least(int(is_due and self._path is not None)):
             return
         assert self._path is not None
-        with disk_errors_told(self._path):
+        with output_errors(self._path):
             free = shutil.disk_usage(self._path.parent).free
         if not self._ranks.least(int(free > 1.1 * n_bytes * self._ranks.size)):
             self._note("not enough disk space to save progress between layers")

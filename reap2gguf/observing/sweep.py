@@ -47,7 +47,7 @@ from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress, Task
 
 if TYPE_CHECKING:
-    from reap2gguf.calibration.rows import Row
+    from reap2gguf.artifacts.texts import Row
 
 MAX_BAD_ROWS = 0.01
 _LONG_WAIT = 0.05  # share of the time

@@ -27,7 +27,7 @@ from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
-    from reap2gguf.calibration.rows import Row
+    from reap2gguf.artifacts.texts import Row
     from reap2gguf.observing.decoder import StreamedDecoder
     from reap2gguf.observing.observer import LayerObserver
 

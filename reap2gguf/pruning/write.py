@@ -14,6 +14,7 @@ import numpy as np
 
 from reap2gguf.atomic import copy_whole, write_whole
 from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights
@@ -21,20 +22,6 @@ from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, write_checkpoint
 from reap2gguf.progress import Progress
 
 _READ_BYTES = 2**26
-# What travels with a model besides its weights and its config.
-_COMPANIONS = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-    "generation_config.json",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 _WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 
@@ -63,8 +50,8 @@ def write_pruned(
 
 def companion_files(folder: Path) -> list[Path]:
     """Tokenizer, template, generation config and licence files of a checkpoint."""
-    found = {file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in _WRITTEN_HERE)
+    found = companions(folder, Purpose.BUNDLE)
+    return [file for file in found if file.is_file() and file.name not in _WRITTEN_HERE]
 
 
 def _contents(weights: Weights, tensor: StoredTensor) -> Iterator[memoryview]:

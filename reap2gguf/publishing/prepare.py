@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from reap2gguf.atomic import disk_errors_told, make_folder, remove
+from reap2gguf.atomic import make_folder, output_errors, remove
 from reap2gguf.bundle.card import CardNames, gguf_body, hf_body, join_command
 from reap2gguf.bundle.front_matter import front_matter, with_base_model
 from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, MODELFILE, SUMS_FILE
@@ -149,7 +149,7 @@ def _check_disk_space(sizes: Mapping[Path, int]) -> None:
     if not missing:
         return
     folder = next(iter(sizes)).parent
-    with disk_errors_told(folder):
+    with output_errors(folder):
         free = shutil.disk_usage(folder).free
     if missing > free:
         raise OutputError(

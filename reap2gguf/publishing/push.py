@@ -19,8 +19,8 @@ from reap2gguf.bundle.card import CardNames
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import PublishError
-from reap2gguf.hub.errors import trouble
-from reap2gguf.hub.snapshot import Sleep, possible_errors
+from reap2gguf.hub.errors import reason_of, request_errors
+from reap2gguf.hub.retry import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publishing.admission import (
     AcceptedRepos,
@@ -172,8 +172,8 @@ def _without_retry(call: Callable[[], T], repo: str) -> T:
     """What the Hub answers. Raises PublishError if it does not, without another try."""
     try:
         return call()
-    except possible_errors() as error:
+    except request_errors() as error:
         found = refusal(error, repo)
         raise (
-            found or PublishError(f"{repo}: the Hub cannot be reached ({trouble(error)})")
+            found or PublishError(f"{repo}: the Hub cannot be reached ({reason_of(error)})")
         ) from error

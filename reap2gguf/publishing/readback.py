@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import HUB_FILES
 from reap2gguf.errors import VerificationError
-from reap2gguf.hub.snapshot import Sleep
+from reap2gguf.hub.retry import Sleep
 from reap2gguf.progress import Progress
 from reap2gguf.publishing.contents import PreparedFile, PreparedPush, PreparedRepo
 from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look_up, patiently

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from reap2gguf.errors import PublishError
 from reap2gguf.files import open_plain
-from reap2gguf.hub.errors import causes, is_busy, status_of
-from reap2gguf.hub.snapshot import Note, Sleep, persist
+from reap2gguf.hub.errors import Problem, causes, is_busy, problem_of, status_of
+from reap2gguf.hub.retry import Note, Retry, Sleep
 from reap2gguf.messages import shown
 from reap2gguf.publishing.contents import PreparedFile
 
@@ -120,21 +120,16 @@ def patiently(call: Callable[[], T], repo: str, note: Note, sleep: Sleep = time.
     def refuse(error: BaseException) -> PublishError | None:
         return refusal(error, repo)
 
-    return persist(repo, None, call, note, sleep, advice=advice, refuse=refuse, kind=PublishError)
+    return Retry(repo, refuse, advice, note, sleep, error_class=PublishError).call(call)
 
 
 def refusal(error: BaseException, repo: str) -> PublishError | None:
     """The error for the user if every retry would fail the same way; None if one may succeed."""
-    from huggingface_hub.errors import (
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
     for cause in causes(error):
-        if isinstance(cause, LocalTokenNotFoundError):
+        problem = problem_of(cause)
+        if problem is Problem.NO_TOKEN:
             return PublishError("not logged in to the Hub: run `hf auth login`")
-        if isinstance(cause, OfflineModeIsEnabled):
+        if problem is Problem.OFFLINE:
             return PublishError(f"{repo}: HF_HUB_OFFLINE is set; unset it to publish")
         if isinstance(cause, OSError) and cause.filename is not None:
             return PublishError(
@@ -146,7 +141,7 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
         status = status_of(cause) or _status_in_text(cause)
         if status is None or status == _MOVED or (is_busy(status) and status not in _NO_SPACE):
             continue
-        if isinstance(cause, RepositoryNotFoundError) and status == 404:
+        if problem is Problem.NO_REPOSITORY and status == 404:
             return PublishError(
                 f"{repo}: the Hub has no such repository any more, or the token has no access to "
                 "it; run `hf auth login` with one that may write, or run the same command again"

@@ -30,8 +30,8 @@ import markupsafe
 
 import reap2gguf
 from reap2gguf.errors import CalibrationError, DependencyError
-from reap2gguf.tokenizer.template_files import MAX_TEMPLATE_BYTES
 from reap2gguf.tokenizer.template_worker import HEADER, Answer
+from reap2gguf.tokenizer.tokenizer_files import MAX_TEMPLATE_BYTES
 
 _MAX_REQUEST_BYTES = 2**26
 _START_SECONDS = 60.0  # of our own code alone, from a disk that may be slow

@@ -163,7 +163,7 @@ def test_a_build_goes_on_after_the_hub_was_gone(
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     chosen = plan(tmp_path / "out")
     hub.faults = [Fault(where=shard_of(2), after=2_000, ends_all=True)]
-    with pytest.raises(SourceError, match="what was fetched whole is kept") as caught:
+    with pytest.raises(SourceError, match="complete files are kept") as caught:
         pipeline.build(chosen, Silent())
     assert "\n" not in str(caught.value)
     blobs = list((tmp_path / "cache").rglob("*.incomplete"))
@@ -186,7 +186,7 @@ def test_offline_with_half_a_copy(
 ) -> None:
     plan(tmp_path / "out")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match="the cache has no whole copy"):
+    with pytest.raises(SourceError, match="the cache has no complete copy"):
         plan(tmp_path / "out")
 
 

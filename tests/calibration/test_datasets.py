@@ -84,16 +84,16 @@ import json, sys
 from pathlib import Path
 import datasets
 from click.testing import CliRunner
-from reap2gguf.calibration import hub_datasets
-from reap2gguf.calibration.mixes import decide
-from reap2gguf.calibration.rows import Tokenizer
-from reap2gguf.calibration.texts import observation_rows
+from reap2gguf.hub import retry
+from reap2gguf.calibration.spec import decide
+from reap2gguf.tokenizer.tokenizer import Tokenizer
+from reap2gguf.calibration.drawing import observation_rows
 from reap2gguf.cli import cli
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.progress import Silent
 
-hub_datasets._FIRST_WAIT = 0.01
+retry._FIRST_WAIT = 0.01
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # seconds after each Parquet file
 
 class Notes(Silent):
@@ -214,9 +214,9 @@ def test_a_composite_is_mixed(client: Client) -> None:
         (f"{EVOL}@v9:5", f"{EVOL}@v9: no revision 'v9' on the Hub"),
         ("a/gated:5", "a/gated: gated on the Hub; accept its terms there and run `hf auth login`"),
         ("a/gone:5", "a/gone: no such file or folder here and no such dataset on the Hub"),
-        ("a/script:5", "a/script: is made by a script, and none is run"),
-        ("a/picture", "a/picture: holds no files that can be read as rows"),
-        ("a/broken:5", "a/broken: cannot be read as rows ("),
+        ("a/script:5", "a/script: is made by a script, and scripts are not run"),
+        ("a/picture", "a/picture: holds no files that can be read as records"),
+        ("a/broken:5", "a/broken: cannot be read as records ("),
         ("a/odd:5", "a/odd: sample 1: has left, right, expected text, messages"),
     ],
 )
@@ -303,7 +303,9 @@ def test_a_build_goes_on_without_the_hub(client: Client, tmp_path: Path) -> None
     assert "| `mine.jsonl` | 6 |" in card
     assert str(tmp_path) not in card
     assert not reads_texts(options)
-    with pytest.raises(CalibrationError, match=r"HF_HUB_OFFLINE is set, and its rows are not here"):
+    with pytest.raises(
+        CalibrationError, match=r"HF_HUB_OFFLINE is set, and its records are not here"
+    ):
         reads_texts(replace(options, fresh=True))
 
 

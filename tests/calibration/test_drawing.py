@@ -10,22 +10,22 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from reap2gguf import api
+from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration import drawing
-from reap2gguf.calibration.corpus import load_corpus
-from reap2gguf.calibration.drawing import Drawn, draw
-from reap2gguf.calibration.mixes import decide
-from reap2gguf.calibration.rows import Tokenizer
-from reap2gguf.calibration.texts import Texts, read_texts
+from reap2gguf.calibration.drawing import Drawn, draw, read_texts
+from reap2gguf.calibration.sources import load_corpus
+from reap2gguf.calibration.spec import decide
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import ArtifactError, CalibrationError
 from reap2gguf.observing.compute import ranks
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import EXAMPLE
 
 
@@ -102,7 +102,7 @@ def test_too_few_are_said(tokenizer: Tokenizer, files: tuple[Path, Path]) -> Non
     notes = Notes()
     drawn(tokenizer, f"{files[0]}:50", notes)
     (note,) = notes.notes
-    assert note.endswith("; 50 rows were asked for, and it has no more than 40")
+    assert note.endswith("; 50 rows were asked for, and it has only 40")
 
 
 def test_a_text_gives_its_first_chunks(tokenizer: Tokenizer, files: tuple[Path, Path]) -> None:
@@ -147,7 +147,7 @@ def test_the_text_of_the_importance_matrix(
     assert len(whole.splitlines()) == 40
     for name in ("apples", "pears"):
         assert name in whole[: len(whole) // 3]
-    monkeypatch.setattr(drawing, "_MOST_SHARED_TEXT", 1000)
+    monkeypatch.setattr(drawing, "_MAX_SHARED_TEXT", 1000)
     text = drawn(tokenizer, spec).text
     assert 900 < len(text.replace("\n", "")) <= 1000
     assert 200 < sum(len(line) for line in text.splitlines() if "pears" in line) <= 250
@@ -171,7 +171,7 @@ def test_components_are_kept_with_their_texts(
     for broken in ("[1]", "{}", '[{"name": "a"}]', "[", "[" * 10**5):
         metadata = read_metadata(path) | {"components": broken}
         save_file(load_file(path), tmp_path / "broken.safetensors", metadata)
-        with pytest.raises(ArtifactError, match="is not the tokenized text that it was"):
+        with pytest.raises(ArtifactError, match="damaged, not the tokenized text that was saved"):
             Texts.load(tmp_path / "broken.safetensors")
 
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from reap2gguf.calibration import layouts
+from reap2gguf.calibration.drawing import observation_rows
 from reap2gguf.calibration.layouts import columns, read_record
-from reap2gguf.calibration.mixes import decide
-from reap2gguf.calibration.rows import Tokenizer
-from reap2gguf.calibration.swe_agent import SWE_AGENT_TOOLS
-from reap2gguf.calibration.texts import observation_rows
+from reap2gguf.calibration.spec import decide
+from reap2gguf.calibration.tool_calls import SWE_AGENT_TOOLS
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import CalibrationOptions
+from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import EXAMPLE
 
 # in the manner of Qwen3's; unlike it, it looks into schemas and arguments, as other models' do

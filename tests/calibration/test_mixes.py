@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reap2gguf.building.plan import make_plan
-from reap2gguf.calibration.mixes import decide, parse_mixes, shipped_mixes
+from reap2gguf.calibration.spec import decide, parse_mixes, shipped_mixes
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions
 from reap2gguf.terminal.click_options import calibration_options
@@ -73,8 +73,8 @@ def test_a_mix_is_read() -> None:
         ("64", '"64"', "max_length is '64'"),
         ("64", "true", "max_length is True"),
         ("[m]", "[m]\npack = 1", "pack is 1"),
-        ("64", "1", "no length that a row can have"),
-        ("a/b:1", "a/b", "no composite"),
+        ("64", "1", "its max_length is out of range"),
+        ("a/b:1", "a/b", "not a composite"),
         ("a/b:1", "a:1,b", "component 2 of 2"),
         ("[m]", "[m", "not valid TOML"),
     ],

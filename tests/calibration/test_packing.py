@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from reap2gguf.artifacts.texts import Row
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import Plan, make_plan
-from reap2gguf.calibration.corpus import Cut, Passage, iterate_corpus, load_corpus
 from reap2gguf.calibration.drawing import Drawn, draw
-from reap2gguf.calibration.mixes import decide
-from reap2gguf.calibration.rows import Row, Tokenizer, make_packed_rows, pack
+from reap2gguf.calibration.rows import RowPacker, pack
+from reap2gguf.calibration.sources import Cut, Passage, iterate_corpus, load_corpus
+from reap2gguf.calibration.spec import decide
 from reap2gguf.cli import cli
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import EXAMPLE
 
 
@@ -54,9 +56,13 @@ def sample(number: int, length: int) -> Row:
     return np.arange(length) + 1000 * number
 
 
+def packer(length: int) -> RowPacker:
+    return RowPacker(Words(), length, seed=1)  # type: ignore[arg-type]
+
+
 def packed(lengths: list[int], length: int) -> list[tuple[list[int], int]]:
     samples = (sample(number, n) for number, n in enumerate(lengths, start=1))
-    return [(one.row.tolist(), one.n_samples) for one in pack(samples, length)]
+    return [(one.tokens.tolist(), one.n_samples) for one in pack(samples, length)]
 
 
 def test_rows_are_those_of_reap() -> None:
@@ -125,31 +131,25 @@ def test_no_sample_is_asked_for_in_vain() -> None:
             asked.append(number)
             yield Passage("5 " * 6, Cut.SAMPLE)
 
-    told: list[None] = []
-    rows = make_packed_rows(
-        samples(), "s", Words(), 8, 4, seed=1, on_row=lambda: told.append(None)  # type: ignore
-    )  # fmt: skip
-    assert len(rows) == len(told) == 4
+    done: list[None] = []
+    rows = packer(8).make(samples(), "s", 4, on_row=lambda: done.append(None))
+    assert len(rows) == len(done) == 4
     assert len(asked) == sum(one.n_samples for one in rows) == 8
 
 
 @pytest.mark.parametrize("cut", [Cut.STREAM, Cut.DOCUMENT])
 def test_texts_are_cut_as_ever(cut: Cut) -> None:
     words = " ".join(map(str, range(100)))
-    rows = make_packed_rows(
-        [Passage(words, cut)], "s", Words(), 40, 9, seed=1, on_row=lambda: None  # type: ignore
-    )  # fmt: skip
+    rows = packer(40).make([Passage(words, cut)], "s", 9, on_row=lambda: None)
     lengths = [40, 40] if cut is Cut.STREAM else [20, 40, 40]
-    assert sorted(len(one.row) for one in rows) == lengths
+    assert sorted(len(one.tokens) for one in rows) == lengths
     assert all(one.n_samples == 0 for one in rows)
 
 
 def test_too_little_is_said() -> None:
     for text, count in (("7", 1), ("", 0)):
         with pytest.raises(CalibrationError, match=f"'s': {count} tokens do not fill one row of 8"):
-            make_packed_rows(
-                [Passage(text, Cut.SAMPLE)], "s", Words(), 8, 2, 1, lambda: None  # type: ignore
-            )  # fmt: skip
+            packer(8).make([Passage(text, Cut.SAMPLE)], "s", 2, lambda: None)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_composite_is_packed(files: tuple[Path, Path]) -> None:
     ]  # fmt: skip
     assert {len(row) for row in found.rows} == {24}
     assert all(len({token // 1000 for token in row}) == 1 for row in found.rows)
-    assert notes.notes[1].endswith("20 samples; 30 rows were asked for, and it has no more than 10")
+    assert notes.notes[1].endswith("20 samples; 30 rows were asked for, and it has only 10")
     few = drawn(f"{files[0]}:9,{files[1]}:9", samples=6).components
     assert sum(one.rows for one in few) == 6
     assert [one.samples for one in few] == [4 * few[0].rows, 2 * few[1].rows]

@@ -10,13 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from reap2gguf.calibration.corpus import Corpus, Cut, Passage
-from reap2gguf.calibration.mixes import Calibration, decide
-from reap2gguf.calibration.rows import Tokenizer, chunk_text, make_rows
-from reap2gguf.calibration.texts import Texts, imatrix_chunks, observation_rows, read_texts
+from reap2gguf.artifacts.texts import Texts
+from reap2gguf.calibration.drawing import imatrix_chunks, observation_rows, read_texts
+from reap2gguf.calibration.rows import chunk_text, make_rows
+from reap2gguf.calibration.sources import Corpus, Cut, Passage
+from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import ArtifactError, CalibrationError, CheckpointError
 from reap2gguf.options import CalibrationOptions
+from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import EXAMPLE
 
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
@@ -42,7 +44,7 @@ def corpus(cut: Cut, *texts: str) -> Corpus:
 
 
 def rows_of(*arguments: Any, **named: Any) -> list[Any]:
-    return [one.row for one in make_rows(*arguments, **named)]
+    return [one.tokens for one in make_rows(*arguments, **named)]
 
 
 def test_a_stream_is_cut_into_whole_rows(tokenizer: Tokenizer, ids: list[int]) -> None:
@@ -242,7 +244,7 @@ def test_damaged_texts(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     if name == "text":
         arrays[name][-1] = 0xFF
     save_file(arrays, path, metadata)
-    with pytest.raises(ArtifactError, match="is not the tokenized text that it was"):
+    with pytest.raises(ArtifactError, match="damaged, not the tokenized text that was saved"):
         Texts.load(path)
 
 

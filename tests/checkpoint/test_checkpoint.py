@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.config import read_tokenizer_json
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.errors import CheckpointError, SourceError
+from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
 from tests.tiny import TinyQwen3Moe, save_sharded
 
 FIRST = "model-00001-of-00002.safetensors"
@@ -342,7 +342,7 @@ def test_index_names_the_wrong_shard(tmp_path: Path) -> None:
     wrong = SECOND if right == FIRST else FIRST
     edit_index(folder, matrix=wrong)
     message = refusal(folder)
-    assert f"'matrix' lies in {right}" in message
+    assert f"'matrix' is in {right}" in message
     assert wrong in message
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     import reap2gguf.api
     import reap2gguf.building.plan
     import reap2gguf.building.stages
-    import reap2gguf.calibration.texts
+    import reap2gguf.calibration.drawing
     import reap2gguf.cli
     import reap2gguf.verifying.bundle  # noqa: F401
 

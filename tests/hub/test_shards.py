@@ -15,7 +15,7 @@ import pytest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.hub import shards
-from reap2gguf.hub.counted import Counted, LeavingError
+from reap2gguf.hub.download import AbandonedError, DownloadProgress
 from reap2gguf.hub.source import resolve_source
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.console import Lines
@@ -51,7 +51,7 @@ def test_a_header_longer_than_the_first_read(
 def test_a_server_that_knows_no_ranges(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hub._part", lambda answer, wanted: answer)
+    monkeypatch.setattr("tests.loopback_hub.server._part", lambda answer, wanted: answer)
     assert len(opened().shards) == 5
     monkeypatch.setattr(shards, "_FIRST_BYTES", 100)
     with pytest.raises(SourceError, match="not understood"):
@@ -156,20 +156,20 @@ def test_whatever_goes_wrong_reaches_who_waits(
 
 def test_bytes_count_once_however_often_a_download_begins() -> None:
     done: list[int] = []
-    leaving = threading.Event()
-    counted = Counted(done.append, leaving)
-    with counted.bar()(total=100, desc="first", unit="B") as bar:
+    abandoned = threading.Event()
+    progress = DownloadProgress(done.append, abandoned)
+    with progress.bar_class()(total=100, desc="first", unit="B") as bar:
         bar.update(30)
         bar.update_transfer(99)
         bar.update(-30)  # the server sent the beginning once more
         bar.update(40)
-    with counted.bar()(total=100, desc="second", initial=0) as bar:
+    with progress.bar_class()(total=100, desc="second", initial=0) as bar:
         for _ in range(10):
             bar.update(10)
     assert (sum(done), done[0]) == (100, 30)
-    leaving.set()
-    with pytest.raises(LeavingError):
-        counted.count(1)
+    abandoned.set()
+    with pytest.raises(AbandonedError):
+        progress.add(1)
 
 
 def test_a_blob_that_was_removed_is_fetched_again(hub: Hub, tmp_path: Path) -> None:

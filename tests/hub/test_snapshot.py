@@ -10,8 +10,9 @@ import huggingface_hub
 import pytest
 
 from reap2gguf.errors import OutputError, Reap2ggufError, SourceError
+from reap2gguf.hub.retry import TRIES
 from reap2gguf.hub.shards import HubShards
-from reap2gguf.hub.snapshot import TRIES, find
+from reap2gguf.hub.snapshot import find
 from tests.loopback_hub.repository import COMMIT
 from tests.loopback_hub.server import Fault, Hub
 
@@ -171,7 +172,7 @@ def test_the_cache_serves_without_the_hub(gone: bool, fetching: Fetching, hub: H
     assert fetching() == folder
     assert fetching(COMMIT) == folder
     assert len(fetching.notes) == 2
-    assert f"the cache's copy is used, commit {COMMIT[:12]}" in fetching.notes[0]
+    assert f"using the cached copy, commit {COMMIT[:12]}" in fetching.notes[0]
 
 
 def test_a_cache_that_is_not_whole_does_not_serve(fetching: Fetching, hub: Hub) -> None:
@@ -197,7 +198,7 @@ def test_a_cache_that_is_not_whole_does_not_serve(fetching: Fetching, hub: Hub) 
         (Fault(200, body=b"[]"), "is not understood"),
         (Fault(200, body=b"[" * 100_000), "is not understood"),
         (Fault(200, body=b'{"id": "a", "siblings": 5}'), "is not understood"),
-        (Fault(200, body=b'{"id": "a", "sha": "../.."}'), "it tells no commit"),
+        (Fault(200, body=b'{"id": "a", "sha": "../.."}'), "it names no commit"),
         (Fault(403, WEIGHTS, "HEAD"), "refuses it (HTTP 403)"),
         (Fault(404, WEIGHTS, "HEAD", headers={"X-Error-Code": "EntryNotFound"}), "(HTTP 404)"),
         (Fault(200, WEIGHTS, "HEAD"), "is not understood"),
@@ -226,7 +227,7 @@ def test_offline_is_not_tried_again(
     fetching: Fetching, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set, and the cache has no whole copy" in fetching.refused()
+    assert "HF_HUB_OFFLINE is set, and the cache has no complete copy" in fetching.refused()
     assert (fetching.waits, hub.requests) == ([], [])
 
 

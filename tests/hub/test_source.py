@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import errors
 
 from reap2gguf.errors import SourceError
-from reap2gguf.hub import snapshot as hub_module
+from reap2gguf.hub import retry
 from reap2gguf.hub.source import Source, resolve_source
 from tests.loopback_hub.repository import COMMIT, Repository
 from tests.loopback_hub.server import Hub
@@ -16,7 +16,7 @@ from tests.loopback_hub.server import Hub
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.0)
 
 
 def http_error(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from safetensors.torch import save_file
 
-from reap2gguf.hub import snapshot as hub_module
+from reap2gguf.hub import retry
 from tests.loopback_hub.repository import COMMIT
 from tests.loopback_hub.server import Hub
 from tests.tiny import TinyQwen3Moe
@@ -56,7 +56,7 @@ def shard_of(layer: int) -> str:
 @contextmanager
 def serving(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     """A Hub that has the model, asked again at once where that fails, for this process."""
-    monkeypatch.setattr(hub_module, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.01)
     with Hub(dict(files)) as hub:
         hub.serve(monkeypatch, cache)
         yield hub

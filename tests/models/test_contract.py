@@ -19,7 +19,6 @@ from gguf import GGUFValueType
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.config import read_tokenizer_json
 from reap2gguf.errors import CheckpointError, UnknownTensorError
 from reap2gguf.gguf_files.rows import read_rows, rows_per_matrix
 from reap2gguf.models import (
@@ -41,6 +40,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.gguf_keys import recognise_pre_tokenizer
+from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
 from tests.models.layouts import CASES, FIRST, LAYOUTS, Case, rows_of_slabs, stored_of, tensors_of
 from tests.tiny import EXAMPLE
 

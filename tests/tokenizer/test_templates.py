@@ -13,11 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from reap2gguf.calibration.rows import Tokenizer
 from reap2gguf.errors import CalibrationError
-from reap2gguf.tokenizer.template_files import MAX_TEMPLATE_BYTES
 from reap2gguf.tokenizer.template_worker import TODAY
 from reap2gguf.tokenizer.templates import ChatTemplate
+from reap2gguf.tokenizer.tokenizer import Tokenizer
+from reap2gguf.tokenizer.tokenizer_files import MAX_TEMPLATE_BYTES
 from tests.tiny import EXAMPLE
 
 # in the manner of Qwen3: tools first, reasoning only after the last question, calls as XML

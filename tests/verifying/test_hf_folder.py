@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reap2gguf.verifying.planned import verify_pruned
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.verifying import hf_folder
+from reap2gguf.verifying.hf_folder import check_pruned
 from tests.tiny import TinyQwen3Moe
 
 FUSED = TinyQwen3Moe(fused=True)
@@ -73,7 +73,7 @@ def written(tmp_path: Path, change: Callable[[Path], object], fused: bool = True
         folder.mkdir()
         write_pruned(view, folder, Silent())
         change(folder)
-        return verify_pruned(folder, view, Silent())
+        return check_pruned(folder, view, Silent())
 
 
 def changed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.hub.network_threads import drop_unfinished, side_by_side
+from reap2gguf.hub.download import remove_partial_files, run_in_threads
 
 
 def test_results_are_in_order() -> None:
@@ -17,8 +17,8 @@ def test_results_are_in_order() -> None:
         time.sleep(0.01 * (5 - number))
         return number
 
-    assert side_by_side([partial(late, number) for number in range(5)], 3) == list(range(5))
-    assert side_by_side([], 3) == []
+    assert run_in_threads([partial(late, number) for number in range(5)], 3) == list(range(5))
+    assert run_in_threads([], 3) == []
 
 
 def test_an_error_does_not_wait_for_the_others() -> None:
@@ -36,7 +36,7 @@ def test_an_error_does_not_wait_for_the_others() -> None:
         ended.append(1)
 
     with pytest.raises(LookupError):
-        side_by_side([fail, wait, wait, wait], 2)
+        run_in_threads([fail, wait, wait, wait], 2)
     assert not ended
     assert len(begun) <= 3  # what was not begun will not be
     held.set()
@@ -55,7 +55,7 @@ def test_only_what_this_process_writes_is_removed(tmp_path: Path) -> None:
     process.stdout.readline()
     ours, whole, elsewhere = blobs / "ours.incomplete", blobs / "whole", other / "x.incomplete"
     with ours.open("w"), whole.open("w"), elsewhere.open("w"):
-        drop_unfinished(blobs)
+        remove_partial_files(blobs)
     assert sorted(path.name for path in blobs.iterdir()) == ["theirs.incomplete", "whole"]
     assert elsewhere.exists()
     process.communicate(b"\n")

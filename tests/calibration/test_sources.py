@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reap2gguf.calibration.corpus import Cut, Passage, load_corpus
+from reap2gguf.calibration.sources import Cut, Passage, load_corpus
 from reap2gguf.calibration.tool_calls import Message, Tool
 from reap2gguf.errors import CalibrationError
 from reap2gguf.resources import shipped_folder

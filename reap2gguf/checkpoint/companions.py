@@ -1,0 +1,73 @@
+"""The small files beside a checkpoint's weights: which there are, and what each is for.
+
+One table for the whole program. A pattern is a shell pattern on the name inside the folder; a file
+in a subfolder matches only a pattern with that subfolder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Flag, auto
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+TEMPLATES_FOLDER = "additional_chat_templates"  # for transformers and gguf-py
+
+
+class Purpose(Flag):
+    """What a small file is for."""
+
+    PLAN = auto()  # fetched from the Hub before a plan is made
+    BUILD = auto()  # fetched from the Hub when a build starts
+    BUNDLE = auto()  # copied into the pruned checkpoint
+    ENTRY = auto()  # checked before anything is opened: a file of its own, and small
+    GGUF = auto()  # JSON that gguf-py reads for a tokenizer; it may hold a chat template
+    TEMPLATE = auto()  # holds one chat template
+
+
+_PLANNED = Purpose.PLAN | Purpose.BUNDLE | Purpose.ENTRY
+_LICENCE = Purpose.BUILD | Purpose.BUNDLE | Purpose.ENTRY
+_COMPANIONS = {
+    "config.json": Purpose.PLAN | Purpose.ENTRY,
+    "model.safetensors.index.json": Purpose.PLAN | Purpose.ENTRY,
+    "generation_config.json": _PLANNED | Purpose.GGUF,
+    "tokenizer_config.json": _PLANNED | Purpose.GGUF,
+    "special_tokens_map.json": _PLANNED | Purpose.GGUF,
+    "added_tokens.json": _PLANNED | Purpose.GGUF,
+    "tokenizer*.json": _PLANNED,
+    "*processor_config.json": _PLANNED,
+    "chat_template.json": _PLANNED | Purpose.GGUF,
+    "chat_template.jinja": _PLANNED | Purpose.TEMPLATE,
+    "chat_template.*": _PLANNED,
+    f"{TEMPLATES_FOLDER}/*.jinja": Purpose.PLAN | Purpose.TEMPLATE,
+    "*chat_templates/*.jinja": Purpose.TEMPLATE,  # other versions of transformers: other names
+    # the vocabulary once more, as slow tokenizers read it; a plan needs tokenizer.json alone
+    "vocab.json": _LICENCE,
+    "merges.txt": _LICENCE,
+    "tokenizer.model": _LICENCE,
+    "*.txt": Purpose.BUILD | Purpose.ENTRY,
+    "*.model": Purpose.BUILD | Purpose.ENTRY,
+    "README.md": Purpose.BUILD | Purpose.ENTRY,
+    "LICENSE*": _LICENCE,
+    "NOTICE*": _LICENCE,
+    # any other file that a library may open
+    "*.json": Purpose.ENTRY,
+    "*.jinja": Purpose.ENTRY,
+}
+
+
+def serves(name: str, purpose: Purpose) -> bool:
+    """Whether a file of that name is for `purpose`; the name is relative to the checkpoint."""
+    return any(
+        name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+        for pattern in _patterns(purpose)
+    )
+
+
+def companions(folder: Path, purpose: Purpose) -> list[Path]:
+    """What a folder holds for `purpose`, sorted; not only plain files."""
+    return sorted({path for pattern in _patterns(purpose) for path in folder.glob(pattern)})
+
+
+def _patterns(purpose: Purpose) -> Iterator[str]:
+    return (pattern for pattern, purposes in _COMPANIONS.items() if purpose in purposes)
