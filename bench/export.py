@@ -41,7 +41,7 @@ from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.machine import peak_bytes
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import resolve

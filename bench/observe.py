@@ -35,7 +35,8 @@ from torch import Tensor
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.machine import peak_bytes
-from reap2gguf.models import MoeModel, describe
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.table import describe
 from reap2gguf.observing import decoder as decoder_module
 from reap2gguf.observing.compute.experts import RoutedPairs
 from reap2gguf.observing.compute.ranks import join, leave

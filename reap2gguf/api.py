@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.source import Source
-    from reap2gguf.models import MoeModel
+    from reap2gguf.models.contract import MoeModel
     from reap2gguf.verifying.bundle import VerifyReport
 
 ProgressLike = Callable[[ProgressEvent], None] | Progress | None
@@ -314,7 +314,7 @@ class _Opened(AbstractContextManager["_Opened"]):
 
 def _open(name: str, progress: Progress, keep_mtp: bool = True) -> _Opened:
     from reap2gguf.hub.source import resolve_source
-    from reap2gguf.models import describe
+    from reap2gguf.models.table import describe
 
     source = resolve_source(name, progress.note)
     source.complete(progress.note)

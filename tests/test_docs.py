@@ -9,7 +9,7 @@ import pytest
 
 from reap2gguf import errors
 from reap2gguf.cli import cli
-from reap2gguf.models import ARCHITECTURES
+from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.terminal.click_options import METHODS
 from tests.tiny import REPOSITORY

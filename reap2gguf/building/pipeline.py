@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.building.estimate import check_room
-from reap2gguf.building.plan import Plan
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import Run, StageCost
 from reap2gguf.building.stages import STAGES, Export, Importance, Observe, Prune, ReadTexts, Verify
@@ -24,6 +24,9 @@ from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
+
+if TYPE_CHECKING:
+    from reap2gguf.building.plan import Plan
 
 
 @dataclass(frozen=True)

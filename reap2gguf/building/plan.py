@@ -17,12 +17,9 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
-from reap2gguf.models import (
-    Dropped,
-    MoeModel,
-    SideFile,
-    describe,
-)
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import Dropped, SideFile
+from reap2gguf.models.table import describe
 from reap2gguf.options import BuildOptions
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView

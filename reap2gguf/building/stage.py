@@ -17,17 +17,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.keys import BuildKeys, sweep_key
-from reap2gguf.building.plan import Plan
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import Progress
+
+if TYPE_CHECKING:
+    from reap2gguf.building.plan import Plan
 
 T = TypeVar("T")
 Result = TypeVar("Result")

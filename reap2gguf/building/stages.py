@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Row, Texts
@@ -29,12 +29,14 @@ from reap2gguf.exporting.model_files import (
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.models.description import SideFile
 from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.quantizing.resolve import ResolvedRecipe
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
+
+if TYPE_CHECKING:
+    from reap2gguf.pruning.view import PrunedView
 
 
 class ReadTexts(Stage[Texts]):

@@ -16,7 +16,9 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
-from reap2gguf.models import GgufTensor, MoeModel, describe
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import GgufTensor
+from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import Recipe
 from reap2gguf.quantizing.resolve import resolve

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.imatrix import Imatrix
-from reap2gguf.models import GgufTensor, ModelFacts
+from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import resolve

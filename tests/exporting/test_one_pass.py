@@ -17,7 +17,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned

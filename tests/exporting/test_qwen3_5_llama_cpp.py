@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.exporting.model_files import export_side
-from reap2gguf.models import describe
 from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.table import describe
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView

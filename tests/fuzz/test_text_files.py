@@ -34,7 +34,8 @@ from reap2gguf.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from reap2gguf.models import MoeModel, describe
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.table import describe
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
 from tests.fuzz.documents import changed

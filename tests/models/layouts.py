@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.models import ARCHITECTURES, MoeModel
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.table import ARCHITECTURES
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}

@@ -21,17 +21,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError
 from reap2gguf.gguf_files.rows import read_rows, rows_per_matrix
-from reap2gguf.models import (
-    ARCHITECTURES,
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import (
     Carried,
     Dropped,
     Expert,
     GgufTensor,
-    MoeModel,
     Router,
-    describe,
+    experts_of,
+    is_of_experts,
 )
-from reap2gguf.models.description import experts_of, is_of_experts
+from reap2gguf.models.table import ARCHITECTURES, describe
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.sweep import sweep
 from reap2gguf.observing.targets import layer_targets

@@ -16,8 +16,10 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.gguf_files import rows
 from reap2gguf.gguf_files.rows import read_rows, row_ranges
-from reap2gguf.models import ARCHITECTURES, Expert, MoeModel, describe
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import Expert
 from reap2gguf.models.experts import ExpertLayout
+from reap2gguf.models.table import ARCHITECTURES, describe
 from reap2gguf.observing import loader
 from reap2gguf.observing.loader import WeightLoader
 from reap2gguf.observing.targets import layer_targets

@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFValueType
 
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models import Carried, Dropped, GgufTensor
+from reap2gguf.models.description import Carried, Dropped, GgufTensor
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from tests.models.layouts import stored_of
 from tests.tiny import TinyQwen35Moe

@@ -15,7 +15,7 @@ from gguf import GGUFValueType, Keys
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models import Carried, GgufTensor, Slab
+from reap2gguf.models.description import Carried, GgufTensor, Slab
 from reap2gguf.models.qwen3_moe import Qwen3Moe, rope_metadata
 from tests.models.layouts import stored_of
 from tests.tiny import REPOSITORY, TinyQwen3Moe

@@ -10,7 +10,8 @@ import transformers
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.index import SINGLE_NAME
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models import ARCHITECTURES, MoeModel, describe
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.table import ARCHITECTURES, describe
 from tests.tiny import TinyQwen3Moe
 
 

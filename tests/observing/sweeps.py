@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.sweep import SweepReport, sweep
 from reap2gguf.options import ComputeOptions

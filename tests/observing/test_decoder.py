@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.observing.decoder import StreamedDecoder, transformers_config
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView

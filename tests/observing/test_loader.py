@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.observing import loader as loader_module
 from reap2gguf.observing.loader import ByteRun, WeightLoader, _buffer_sized
 from reap2gguf.observing.targets import layer_targets, whole

@@ -15,7 +15,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as theirs
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.observing import budget
 from reap2gguf.observing import decoder as decoder_module
 from reap2gguf.observing.decoder import StreamedDecoder

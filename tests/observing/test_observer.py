@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.observing.compute.experts import RoutedPairs
 from reap2gguf.observing.saliency import SaliencyObserver
 

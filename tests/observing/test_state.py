@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import OutputError
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.observing import budget, state, sweep_plan
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.observer import LayerObserver

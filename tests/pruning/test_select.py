@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.models import ModelFacts, describe
+from reap2gguf.models.description import ModelFacts
+from reap2gguf.models.table import describe
 from reap2gguf.pruning.select import (
     CRITERIA,
     Target,

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UsageError
-from reap2gguf.models import ModelFacts, MoeModel, describe
+from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.description import ModelFacts
+from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.view import PrunedView

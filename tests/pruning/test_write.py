@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnknownTensorError
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import companion_files, write_pruned

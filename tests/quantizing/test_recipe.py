@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import RecipeError
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.quantizing.recipe import (
     Recipe,
     Rule,

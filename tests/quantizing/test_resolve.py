@@ -6,7 +6,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError
-from reap2gguf.models import GgufTensor, ModelFacts
+from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from tests.tiny import REPOSITORY

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.models import describe
+from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
