@@ -1,4 +1,4 @@
-"""Panics of the tokenizers library, which is Rust, as errors of ours."""
+"""Turns panics of the tokenizers library, which is written in Rust, into our errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from reap2gguf.errors import Reap2ggufError
 
 
 @contextmanager
-def panics_as(kind: type[Reap2ggufError], where: str) -> Iterator[None]:
-    """Raise `kind` for whatever goes wrong inside, panics among it.
+def panics_as(error_class: type[Reap2ggufError], where: str) -> Iterator[None]:
+    """Raise `error_class` for any error in the block, panics too.
 
-    A panic is a BaseException, which `except Exception` lets through, and Rust writes its backtrace
-    to stderr on its own. What else the library says on stderr meanwhile is not shown either.
+    A panic is a BaseException, which `except Exception` does not catch, and Rust writes its
+    backtrace to stderr by itself. Nothing that the library writes to stderr meanwhile is shown.
     """
     try:
         with _silent_stderr():
@@ -24,19 +24,19 @@ def panics_as(kind: type[Reap2ggufError], where: str) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = " ".join(str(error).split()) or repr(error)
-        raise kind(f"{where} ({reason})") from error
+        raise error_class(f"{where} ({reason})") from error
 
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Point the descriptor of stderr elsewhere: Rust does not write through `sys.stderr`."""
+    """Redirect the descriptor of stderr: Rust does not write through `sys.stderr`."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)

@@ -1,12 +1,12 @@
-"""The process in which a stranger's chat template is rendered; `templates.py` starts it.
+"""The process that renders an untrusted chat template; `templates.py` starts it.
 
 It imports the standard library and Jinja2 and nothing else, so it starts in a fifth of a second and
-holds nothing worth stealing. Before it reads a template it gives up what a template has no need of:
-more memory, open files, further processes. Each rendering then has a limit of processor time, at
-which the system ends the process, whatever the code is doing.
+holds no secrets. Before it reads a template it gives up what a template does not need: more memory,
+open files, other processes. Each rendering has a limit of processor time, at which the system ends
+the process, whatever the code is doing.
 
-Requests and answers are frames: one byte of kind, four of length, the body. The first request holds
-the templates and the limits, each later one a conversation.
+Requests and answers are frames: one byte for the kind, four for the length, then the body. The
+first request holds the templates and the limits, each later one a conversation.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from jinja2.utils import Namespace
 
 HEADER = struct.Struct(">BI")  # kind, bytes of the body
 MAX_REASON_BYTES = 2048
-# Python and Jinja2 import these at the first use, when no file can be opened any more
+# Python and Jinja2 import these at their first use, when no file can be opened any more
 _USED_LATER = ("encodings.ascii", "encodings.unicode_escape", "html", "pprint", "textwrap")
 # A bundle must not depend on the day it is built: templates that ask for the date get this one.
 TODAY = datetime(2025, 1, 1)
 
 
 class Answer(IntEnum):
-    """What became of a request."""
+    """The kind of an answer."""
 
     READY = 0
     TEXT = 1  # rendered; the body is the text
@@ -53,7 +53,7 @@ class Answer(IntEnum):
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what the assistant says; here the marks are of no use."""
+    """`{% generation %}`, which marks the assistant's text; the marks are not needed here."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -74,7 +74,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` that takes no name with an underscore in front, as Python's own names have."""
+    """`namespace` that refuses names with a leading underscore, such as Python's own."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # a template may set `self`
         values = dict(*args[1:], **kwargs)
@@ -124,7 +124,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Worker:
-    """Answers requests from the templates and limits that the first one gave."""
+    """Answers requests with the templates and limits of the first one."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._templates: dict[str, str] = setup["templates"]
@@ -133,7 +133,7 @@ class _Worker:
         self._max_bytes: int = setup["output_bytes"]
         self._environment = environment()
         self._compiled = cache(lambda name: self._environment.from_string(self._templates[name]))
-        _give_up(setup["memory_bytes"])
+        _drop_rights(setup["memory_bytes"])
 
     def answer(self, body: bytes) -> tuple[Answer, bytes]:
         """One conversation, rendered in bounded time."""
@@ -144,13 +144,13 @@ class _Worker:
             return Answer.OUT_OF_MEMORY, b""
         except SecurityError as error:
             return Answer.FORBIDDEN, _reason(error)
-        except Exception as error:  # noqa: BLE001  a template can raise what it likes
+        except Exception as error:  # noqa: BLE001 - a template can raise any error
             return Answer.REFUSED, _reason(error)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _render(self, request: dict[str, Any]) -> tuple[Answer, bytes]:
-        # filters that draw by lot must draw the same in each build
+        # filters that use random numbers must give the same in each build
         random.seed(0)
         variables = {
             **self._special_tokens,
@@ -177,14 +177,14 @@ def _reason(error: Exception) -> bytes:
     return text[: MAX_REASON_BYTES // 4].encode("utf-8", "replace")
 
 
-def _give_up(memory_bytes: int) -> None:
-    """Limits that this process can never lift again."""
+def _drop_rights(memory_bytes: int) -> None:
+    """Set limits that this process cannot raise again."""
     for name in _USED_LATER:
         __import__(name)
     limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0)]
     limits.append((resource.RLIMIT_NOFILE, 0))
     statm = Path("/proc/self/statm")
-    # other systems do not keep to a limit of address space: there, time bounds what is taken
+    # other systems ignore a limit of address space; there, the limit of time bounds the memory
     if statm.is_file():
         in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
         limits.insert(0, (resource.RLIMIT_AS, in_use + memory_bytes))
@@ -213,7 +213,7 @@ def _write(target: BinaryIO, kind: Answer, body: bytes) -> None:
 def main() -> None:
     """Serve requests from standard input until it ends."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    # a parent that ignores the signal would pass that on
+    # a parent that ignores the signal would pass this on to its child
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     setup = _read(source)
     if setup is None:
@@ -223,5 +223,5 @@ def main() -> None:
     while (body := _read(source)) is not None:
         _write(target, *worker.answer(body))
         del body
-    # nothing is left to tidy up, and without files Python could not say what went wrong
+    # nothing is left to clean up, and without files Python could not report an error
     os._exit(0)

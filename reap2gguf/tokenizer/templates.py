@@ -1,11 +1,11 @@
-"""Renders conversations through a checkpoint's chat template, a program of a stranger's.
+"""Renders conversations through a checkpoint's chat template, which is an untrusted program.
 
-Jinja2's sandbox bounds what a template can reach, and neither its time nor its memory: a line of
-template can fill a machine or never end. So templates run in `template_worker.py`, a process of its
-own with hard limits, which is ended here if it does not answer. The text is what transformers'
-`apply_chat_template` gives, but for two things: the date that a template may ask for is always
-1 January 2025, and what it draws by lot is always the same, since a bundle must be the same bytes
-on whatever day it is built.
+Jinja2's sandbox limits what a template can reach, but not its time or memory: one line of template
+can fill the memory or never end. So templates run in `template_worker.py`, a process of its own
+with hard limits, which is killed here if it does not answer. The text is that of transformers'
+`apply_chat_template`, with two exceptions: the date that a template may ask for is always 1 January
+2025, and its random numbers are always the same, since a bundle must have the same bytes on
+whatever day it is built.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from reap2gguf.tokenizer.template_worker import HEADER, Answer
 from reap2gguf.tokenizer.tokenizer_files import MAX_TEMPLATE_BYTES
 
 _MAX_REQUEST_BYTES = 2**26
-_START_SECONDS = 60.0  # of our own code alone, from a disk that may be slow
+_START_SECONDS = 60.0  # for our own code alone, from a disk that may be slow
 _SHOWN_LETTERS = 200
 _ADVICE = 'pass samples of plain text (a "text" field each), or another --calibration'
-# The names under which data sets store what a model thought, the one that templates read first.
+# The fields in which datasets store a model's reasoning; the one that templates read comes first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _BOOT = (
     "import sys; sys.path += sys.argv[1:]; "
@@ -47,18 +47,18 @@ _BOOT = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering may take; an honest one takes milliseconds and a few megabytes."""
+    """The limits of one rendering; a normal one takes milliseconds and a few megabytes."""
 
     cpu_seconds: float = 3.0
-    wall_seconds: float = 10.0  # behind the first, for a process that is stopped or starved
-    memory_bytes: int = 512 * 2**20  # over what the process has at its start
+    wall_seconds: float = 10.0  # in addition, for a process that is stopped or gets no processor
+    memory_bytes: int = 512 * 2**20  # in addition to what the process has at its start
     output_bytes: int = 64 * 2**20
 
 
 class ChatTemplate:
-    """A checkpoint's template or templates by name, rendered in a process that starts when needed.
+    """A checkpoint's template, or templates by name, with a process that starts when it is needed.
 
-    Use it as a context, or `close` it; a closed one starts a new process at the next rendering.
+    Use it as a context manager, or `close` it; a later rendering starts a new process.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ChatTemplate:
     ) -> str:
         """A conversation as text, without a prompt for the next answer; `tools` are JSON schemas.
 
-        Raises CalibrationError if the template refuses the conversation or goes beyond a limit.
+        Raises CalibrationError if the template refuses the conversation or exceeds a limit.
         """
         request = _encoded(self._choose(tools is not None), messages, tools)
         if self._process is None:
@@ -108,7 +108,7 @@ class ChatTemplate:
         self.close()
 
     def _choose(self, has_tools: bool) -> str:
-        """The name of the template for a conversation, as transformers chooses it."""
+        """The name of the template for a conversation, chosen as transformers does."""
         name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise CalibrationError(
@@ -143,7 +143,7 @@ class ChatTemplate:
 
 
 class _EndedError(Exception):
-    """A rendering gave no text, and why; the process is of no more use."""
+    """A rendering has failed, and why; the process cannot be used any more."""
 
 
 class _Process:
@@ -152,8 +152,8 @@ class _Process:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._socket, theirs = socket.socketpair()
-        # isolated: no environment, no current folder and no packages but those it needs; and a
-        # session of its own, so that Ctrl-C reaches us alone
+        # isolated: no environment, no current folder and only the packages that it needs; and a
+        # session of its own, so that Ctrl-C reaches only this process
         keep = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
         with theirs:
             self._process = subprocess.Popen(
@@ -167,21 +167,21 @@ class _Process:
         self.close = weakref.finalize(self, _end, self._process, self._socket)
 
     def render(self, request: bytes) -> str:
-        """The text of a conversation; _EndedError if there is none."""
+        """The text of a conversation. Raises _EndedError if there is none."""
         kind, body = self.exchange(request, self._limits.wall_seconds)
-        said = _shown(body)
+        message = _shown(body)
         memory = f"{self._limits.memory_bytes / 2**20:,.0f} MiB of memory"
         output = f"{self._limits.output_bytes / 2**20:,.0f} MiB of text"
         if kind == Answer.TEXT:
             with contextlib.suppress(UnicodeDecodeError):
                 return body.decode("utf-8", "surrogatepass")
         reasons = {
-            int(Answer.REFUSED): f"the chat template refuses it ({said})",
-            int(Answer.FORBIDDEN): f"the chat template asks for what is forbidden ({said})",
+            int(Answer.REFUSED): f"the chat template refuses it ({message})",
+            int(Answer.FORBIDDEN): f"the chat template asks for what is forbidden ({message})",
             int(Answer.OUT_OF_MEMORY): f"the chat template took over {memory}",
             int(Answer.TOO_LONG): f"the chat template wrote over {output}",
         }
-        raise _EndedError(reasons.get(kind, "the chat template's process answered nonsense"))
+        raise _EndedError(reasons.get(kind, "the chat template's process gave a broken answer"))
 
     def exchange(self, request: bytes, seconds: float) -> tuple[int, bytes]:
         """Send a request and return kind and body of the answer, all within `seconds`."""
@@ -190,14 +190,14 @@ class _Process:
             self._socket.settimeout(seconds)
             self._socket.sendall(HEADER.pack(0, len(request)) + request)
             kind, length = HEADER.unpack(self._receive(HEADER.size, deadline))
-            # never more than was promised, whatever the process has become
+            # never more than the limit, whatever the process has become
             if length > max(self._limits.output_bytes, 2**16):
-                raise _EndedError("the chat template's process answered nonsense")
+                raise _EndedError("the chat template's process gave a broken answer")
             return kind, self._receive(length, deadline)
         except TimeoutError as error:
             raise _EndedError(f"the chat template took over {seconds:g} s") from error
         except ConnectionError as error:
-            raise _EndedError(self._epitaph()) from error
+            raise _EndedError(self._end_reason()) from error
 
     def _receive(self, length: int, deadline: float) -> bytes:
         """Exactly `length` bytes."""
@@ -213,33 +213,34 @@ class _Process:
             received += piece
         return bytes(received)
 
-    def _epitaph(self) -> str:
-        """How the process ended; it has closed its side."""
+    def _end_reason(self) -> str:
+        """Why the process has ended; it has closed its side of the socket."""
         try:
             status = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return "the chat template's process does not answer"
         if status == -signal.SIGPROF:
             return f"the chat template took over {self._limits.cpu_seconds:g} s of processor time"
-        how = f"killed ({signal.Signals(-status).name})" if status < 0 else f"gone (exit {status})"
-        return f"the chat template's process was {how}"
+        if status < 0:
+            return f"the chat template's process was killed ({signal.Signals(-status).name})"
+        return f"the chat template's process has ended (exit {status})"
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    """The end of a worker, in whatever state it is."""
+    """End a worker, whatever its state."""
     connection.close()
     process.kill()
     process.wait()
 
 
 def _folders() -> list[str]:
-    """Where the worker finds this package and the two that it needs."""
+    """The folders of this package and of the two that the worker needs."""
     files = [str(module.__file__) for module in (reap2gguf, jinja2, markupsafe)]
     return list(dict.fromkeys(str(Path(file).absolute().parents[1]) for file in files))
 
 
 def _shown(raw: bytes) -> str:
-    """A stranger's message, fit for one line of a terminal."""
+    """An untrusted message, fit for one line of a terminal."""
     words = " ".join(raw[: 8 * _SHOWN_LETTERS].decode("utf-8", "replace").split())
     letters = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
@@ -251,7 +252,7 @@ def _shown(raw: bytes) -> str:
 def _encoded(
     name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> bytes:
-    """A request to render `messages`; CalibrationError if they are too much for one."""
+    """A request to render `messages`. Raises CalibrationError if they are too large."""
     try:
         prepared = [_prepared(message) for message in messages]
         request = {"template": name, "messages": prepared, "tools": _plain(tools)}
@@ -266,7 +267,7 @@ def _encoded(
 
 
 def _prepared(message: Mapping[str, Any]) -> Any:
-    """A message as templates expect it: no empty fields, reasoning under each of its names."""
+    """A message as templates expect it: no empty fields, and reasoning under each of its names."""
     plain = {key: value for key, value in _plain(message).items() if value is not None}
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     if reasoning is None:
@@ -275,7 +276,7 @@ def _prepared(message: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of JSON's kinds; what is none of them, such as a date, becomes its type's name."""
+    """A value of JSON's types; any other, such as a date, becomes the name of its type."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -290,13 +290,15 @@ def test_a_worker_that_lies(answer: bytes) -> None:
     chat._process._socket.close()
     chat._process._socket = ours
     theirs.sendall(answer)
-    with theirs, ours, pytest.raises(CalibrationError, match="answered nonsense"):
+    with theirs, ours, pytest.raises(CalibrationError, match="gave a broken answer"):
         chat.render(CHAT)
 
 
 def test_a_worker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "_BOOT", "raise SystemExit(7)")
-    with pytest.raises(DependencyError, match=r"does not start \(.*gone \(exit 7\)\); reinstall"):
+    with pytest.raises(
+        DependencyError, match=r"does not start \(.*has ended \(exit 7\)\); reinstall"
+    ):
         ChatTemplate("", {}).render(CHAT)
 
 
