@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
 
 MAX_BAD_ROWS = 0.01
-_LONG_WAIT = 0.05  # share of the time
+_LONG_WAIT = 0.05  # share of the time, at least
+_LONG_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _gpu_errors() -> Iterator[None]:
 
 def _waiting_note(title: str, waited: float, seconds: float) -> str | None:
     """A line for the user if a sweep of `seconds` waited long for weights."""
-    if waited <= _LONG_WAIT * seconds:
+    if waited < _LONG_SECONDS or waited < _LONG_WAIT * seconds:
         return None
     return f"{title}: {waited:.1f} of {seconds:.1f} s spent waiting for weights"
 

@@ -220,6 +220,6 @@ def test_a_limit_that_is_too_small_is_an_error(folder: Path) -> None:
 
 def test_only_long_waits_for_weights_are_reported() -> None:
     assert _waiting_note("Observing experts", 4.9, 100.0) is None
-    assert _waiting_note("Observing experts", 0.0, 0.0) is None
+    assert _waiting_note("Observing experts", 0.9, 1.0) is None
     note = _waiting_note("Observing experts", 5.1, 100.0)
     assert note == "Observing experts: 5.1 of 100.0 s spent waiting for weights"
