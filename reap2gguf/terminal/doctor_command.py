@@ -46,7 +46,7 @@ def doctor(as_json: bool) -> None:
                 say("", "result")
             say(heading, "result")
             last = heading
-        _print(finding)
+        _say_finding(finding)
     problems = [finding for finding in findings if finding.is_problem]
     if as_json:
         entries = [
@@ -61,7 +61,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(2 if problems else 0)
 
 
-def _print(finding: Finding) -> None:
+def _say_finding(finding: Finding) -> None:
     state = finding.state.value
     mark = click.style(_MARKS[state], fg=_COLOURS[state])
     say(f"{finding.what:<24} {finding.found}", "result", prefix=f"  {mark} ")

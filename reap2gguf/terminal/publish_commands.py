@@ -62,7 +62,6 @@ def push(
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     """What a push would do, file by file."""
-
     for repo in found.prepared.repos:
         yield f"{repo.repo}  {size(repo.n_bytes)}, {_kind(found, repo.repo, private)}"
         width = max(len(file.name) for file in repo.files)
@@ -86,7 +85,7 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
 def _kind(found: Preview, repo: str, private: bool) -> str:
     if found.remote is None:
         return "private" if private else "public"
-    there = found.remote.get(repo)
-    if there is None:
+    existing = found.remote.get(repo)
+    if existing is None:
         return f"to be created, {'private' if private else 'public'}"
-    return f"exists, {'private' if there.is_private else 'public'}"
+    return f"exists, {'private' if existing.is_private else 'public'}"

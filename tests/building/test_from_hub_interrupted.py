@@ -70,7 +70,7 @@ def test_a_fetch_is_interrupted(
             held.set()
             process.kill()
     assert process.returncode == 130
-    assert printed.splitlines()[-1].startswith("Interrupted. Resume with: ")
+    assert printed.splitlines()[-1].startswith("Interrupted.")
     assert "Traceback" not in printed
     assert "done" not in printed
     assert list((tmp_path / "home").rglob("*.incomplete")) == []

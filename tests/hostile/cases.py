@@ -25,9 +25,9 @@ SOUND = [
     *[Case(f"quantize by {name}", lambda room, name=name: [
         "quantize", room.copy("qwen3"), "--imatrix", room.copy(name), *QUANTIZE,
     ], "bpw") for name in ("imatrix.gguf", "imatrix.dat")],
-    Case("verify a bundle", lambda room: ["verify", room.copy("build") / "name-GGUF"], "no viol"),
+    Case("verify a bundle", lambda room: ["verify", room.copy("build") / "name-GGUF"], "verified"),
     Case("verify a pair", lambda room: [
         "verify", room.copy("qwen3"), room.copy("build") / "name-GGUF" / "name-Q8_0.gguf",
-    ], "no violations"),
+    ], "verified"),
     Case("check a recipe", recipe(HEAD), "fits qwen3"),
 ]  # fmt: skip

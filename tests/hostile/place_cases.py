@@ -188,7 +188,7 @@ ARGUMENTS = [
         ("--max-length", 1), ("--max-length", 2**31), ("--chunk", 7), ("--chunk", 10**20),
         ("--threads", 0), ("--threads", 10**9), ("--seed", 10**30), ("--seed", "x"),
         ("--seed", "9" * 5000), ("--device", "tpu"), ("--method", "best"), ("--mtp", "keep"))],
-    *[Case(f"--name {n[:9]!r}", plan("--name", n), "will not do") for n in (
+    *[Case(f"--name {n[:9]!r}", plan("--name", n), "is not allowed") for n in (
         "a\nb", "../x", "", "a" * 97, "a/b", "\x1b[2J", "observations", "x-GGUF", "é")],
     Case("both ratios", plan("--keep-experts", 4, "--compression", 0.5), "both set the number"),
     Case("option unknown", plan("--experts", 4), "No such option"),
