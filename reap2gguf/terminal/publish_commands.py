@@ -62,7 +62,6 @@ def push(
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:
     """What a push would do, file by file."""
-
     for repo in found.prepared.repos:
         yield f"{repo.repo}  {size(repo.n_bytes)}, {_kind(found, repo.repo, private)}"
         width = max(len(file.name) for file in repo.files)
