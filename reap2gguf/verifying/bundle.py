@@ -71,7 +71,7 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> V
             report = verify_bundle(folder, n_threads, progress)
         checked += report.checked
         violations += report.violations
-    return VerifyReport(tuple(checked), tuple(violations))
+    return VerifyReport(tuple(dict.fromkeys(checked)), tuple(violations))
 
 
 def verify_pair(

@@ -187,7 +187,7 @@ def test_damage_changes_a_hash(damage: Callable[[Bundle], None], bundle: Bundle)
 def test_the_bundle_as_built_is_sound(built: Bundle) -> None:
     result = CliRunner().invoke(cli, ["verify", str(built.gguf), str(built.hf)])
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("OK: ")
+    assert result.output.endswith("OK: example-GGUF, example verified\n")
 
 
 def test_json(bundle: Bundle) -> None:
