@@ -124,21 +124,12 @@ COVERED_BY = [
     (
         "observing/test_sweep.py",
         "the parts of a sweep, whose sums are compared with transformers",
-        (
-            "observing/batches.py", "observing/deltanet.py", "observing/importance.py",
-            "observing/observer.py", "observing/passes.py", "observing/run.py",
-            "observing/saliency.py", "observing/sizes.py",
-        ),
+        ("observing/linear_attention.py", "observing/passes.py"),
     ),
     (
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
-        ("observing/compute/fused.py", "observing/compute/triton_kernels.py"),
-    ),
-    (
-        "observing/compute/test_crew.py",
-        "spreads what the crew computes",
-        ("observing/compute/spread.py",),
+        ("observing/compute/triton_kernels.py",),
     ),
     (
         "exporting/test_against_llama_cpp.py",
@@ -169,10 +160,10 @@ COVERED_BY = [
 
 # Distributions that are imported but not declared, and the reverse; each with the reason.
 NOT_DECLARED = {"triton": "a dependency of torch's CUDA builds; used only on a GPU"}
+FOR_TESTS = ("test", "fuzz")  # extras that the package itself does not need
 NOT_IMPORTED = {
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
-    "reap2gguf": "this package, with other extras",
 }
 COMMANDS = {"ruff", "mypy", "pytest-xdist"}  # of the extra `test`: run, not imported
 
@@ -333,14 +324,15 @@ def canonical(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared(*extras: str) -> set[str]:
-    """Distributions that pyproject.toml declares: those that are required, or of extras."""
+def declared(*, for_tests: bool = False) -> set[str]:
+    """Distributions that pyproject.toml declares for the package, extras included, or for tests."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    required = [] if extras else project["dependencies"]
-    optional = project["optional-dependencies"]
-    return {
-        canonical(name) for name in [*required, *(n for extra in extras for n in optional[extra])]
-    }
+    extras = project["optional-dependencies"]
+    names = [] if for_tests else list(project["dependencies"])
+    for extra in extras:
+        if (extra in FOR_TESTS) is for_tests:
+            names += extras[extra]
+    return {canonical(name) for name in names} - {"reap2gguf"}
 
 
 def used(paths: list[Path]) -> dict[str, str]:
@@ -357,22 +349,20 @@ def used(paths: list[Path]) -> dict[str, str]:
 
 def test_what_the_package_imports_is_declared() -> None:
     found = used(list(sources().values()))
-    missing = found.keys() - declared() - declared("llama", "gpu") - NOT_DECLARED.keys()
+    missing = found.keys() - declared() - NOT_DECLARED.keys()
     assert not missing, f"add to dependencies in pyproject.toml: {[(n, found[n]) for n in missing]}"
-    assert NOT_DECLARED.keys() <= found.keys()
+    assert NOT_DECLARED.keys() <= found.keys(), "remove from NOT_DECLARED what is not imported"
 
 
 def test_what_is_declared_is_imported() -> None:
-    unused = (declared() | declared("llama", "gpu")) - used(list(sources().values())).keys()
-    assert unused == NOT_IMPORTED.keys() - {"reap2gguf"}, (
-        "remove from pyproject.toml what is unused"
-    )
+    unused = declared() - used(list(sources().values())).keys()
+    assert unused == NOT_IMPORTED.keys(), "remove from pyproject.toml what is not imported"
 
 
 def test_what_the_tests_import_is_declared() -> None:
     found = used(sorted(TESTS.rglob("*.py")))
-    extras = declared("test", "fuzz", "llama")
+    extras = declared(for_tests=True)
     missing = found.keys() - declared() - extras
     assert not missing, f"add to the extra `test`: {[(n, found[n]) for n in missing]}"
-    unused = extras - found.keys() - COMMANDS - NOT_IMPORTED.keys()
-    assert not unused, f"no test imports these: {unused}"
+    unused = extras - found.keys() - COMMANDS
+    assert not unused, f"remove from the extra `test`, no test imports these: {unused}"
