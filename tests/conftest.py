@@ -38,7 +38,7 @@ settings.register_profile(
 settings.load_profile("steady")
 
 MOST_WORKERS = 8  # each takes up to 1.5 GB
-# A file runs in one worker: what takes longest begins first, so that all end together.
+# A file runs in one worker: the longest begin first, so that all workers end at about one time.
 LONGEST = (
     "test_against_llama_cpp.py", "test_faults.py", "test_hostile.py", "test_ranks.py",
     "test_keys.py", "test_from_hub_interrupted.py", "test_template_worker.py",

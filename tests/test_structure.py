@@ -14,30 +14,156 @@ from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import pytest
-
 from tests.tiny import REPOSITORY
 
 PACKAGE = REPOSITORY / "reap2gguf"
 TESTS = REPOSITORY / "tests"
 
 # Limits. Lower one when the package gets below it; do not raise one to make room.
-MOST_CHAIN = 21  # modules
+MOST_CHAIN = 17  # modules
 MOST_AT_THE_TOP = 14  # modules outside folders
 MOST_LINES = 420  # of a file
-MOST_UNFORMATTED = 86  # `# fmt: skip` in the package
+MOST_UNFORMATTED = 27  # `# fmt: skip` in the package
 
-# Modules without a test file of their own name, by the file whose tests run them.
-COVERED_BY = {
-    "artifacts/test_observations.py": (),
-}
+# Modules without a test file of their own name: the file that tests them, why there, and which.
+COVERED_BY = [
+    (
+        "test_cli.py",
+        "commands are tested as they are typed",
+        ("__main__.py", "resources.py", "terminal/build_commands.py", "terminal/stage_commands.py"),
+    ),
+    (
+        "test_docs.py",
+        "every error is drawn, every option is documented",
+        ("errors.py", "terminal/click_options.py"),
+    ),
+    (
+        "test_doctor.py",
+        "the parts of one report",
+        (
+            "doctor/finding.py", "doctor/machine.py", "doctor/software.py",
+            "terminal/doctor_command.py",
+        ),
+    ),
+    (
+        "building/test_pipeline.py",
+        "the parts of a build, which is compared byte by byte",
+        (
+            "building/estimate.py", "building/plan.py", "building/prune_folder.py",
+            "building/record.py", "building/stages.py", "options.py", "terminal/views.py",
+        ),
+    ),
+    (
+        "bundle/test_card.py",
+        "the top of a card",
+        ("bundle/front_matter.py",),
+    ),
+    (
+        "publishing/test_prepare.py",
+        "a bundle is opened in order to be pushed",
+        ("bundle/layout.py", "bundle/opening.py", "publishing/contents.py"),
+    ),
+    (
+        "publishing/test_push.py",
+        "what a push does is seen on the loopback Hub",
+        (
+            "publishing/admission.py", "publishing/readback.py", "publishing/remote.py",
+            "terminal/publish_commands.py",
+        ),
+    ),
+    (
+        "calibration/test_datasets.py",
+        "runs the real client against the loopback Hub",
+        ("calibration/hub_datasets.py", "calibration/samples.py"),
+    ),
+    (
+        "calibration/test_layouts.py",
+        "each is the reader of one layout",
+        ("calibration/swe_agent.py", "calibration/tool_calls.py"),
+    ),
+    (
+        "calibration/test_rows.py",
+        "rows as they are stored",
+        ("calibration/texts.py",),
+    ),
+    (
+        "checkpoint/test_checkpoint.py",
+        "the parts of a checkpoint's folder",
+        ("checkpoint/entries.py", "checkpoint/index.py", "checkpoint/weights.py"),
+    ),
+    (
+        "exporting/test_gguf_export.py",
+        "the parts of a GGUF file that llama.cpp compares",
+        ("exporting/header.py", "gguf_files/writer.py"),
+    ),
+    (
+        "exporting/test_qwen3_5_llama_cpp.py",
+        "a model and its projector",
+        ("exporting/model_files.py",),
+    ),
+    (
+        "hub/test_shards.py",
+        "progress and errors of a download",
+        ("hub/counted.py", "hub/errors.py"),
+    ),
+    (
+        "local/test_chat.py",
+        "both engines are run by `chat`",
+        ("local/engine.py", "local/programs.py", "terminal/local_commands.py"),
+    ),
+    (
+        "models/test_contract.py",
+        "what every architecture answers",
+        ("models/description.py", "models/rope.py", "observing/targets.py"),
+    ),
+    (
+        "models/test_shared.py",
+        "rules that architectures share",
+        ("gguf_files/rows.py", "models/rules.py"),
+    ),
+    (
+        "observing/test_sweep.py",
+        "the parts of a sweep, whose sums are compared with transformers",
+        ("observing/linear_attention.py", "observing/passes.py"),
+    ),
+    (
+        "observing/compute/test_kernels.py",
+        "ways to compute the same numbers",
+        ("observing/compute/triton_kernels.py",),
+    ),
+    (
+        "exporting/test_against_llama_cpp.py",
+        "tables and rules of llama.cpp, compared with it type by type",
+        ("quantizing/file_types.py", "quantizing/mixture.py"),
+    ),
+    (
+        "hostile/test_hostile.py",
+        "the command says whether a recipe is sound",
+        ("terminal/recipe_commands.py",),
+    ),
+    (
+        "terminal/test_console.py",
+        "bars and lines are alternatives",
+        ("terminal/bars.py",),
+    ),
+    (
+        "tokenizer/test_templates.py",
+        "where templates lie",
+        ("tokenizer/template_files.py",),
+    ),
+    (
+        "verifying/test_damage.py",
+        "each kind of damage is found in a whole bundle",
+        ("verifying/bundle.py", "verifying/gguf_file.py", "verifying/matrices.py"),
+    ),
+]  # fmt: skip
 
 # Distributions that are imported but not declared, and the reverse; each with the reason.
 NOT_DECLARED = {"triton": "a dependency of torch's CUDA builds; used only on a GPU"}
+FOR_TESTS = ("test", "fuzz")  # extras that the package itself does not need
 NOT_IMPORTED = {
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
-    "reap2gguf": "this package, with other extras",
 }
 COMMANDS = {"ruff", "mypy", "pytest-xdist"}  # of the extra `test`: run, not imported
 
@@ -85,7 +211,8 @@ def graph() -> dict[str, list[str]]:
 
 
 def longest_chain() -> list[str]:
-    """The most modules of which each imports the next; the graph has no cycle."""
+    """The most modules of which each imports the next."""
+    assert not cycle(), "see test_no_import_cycles"
     chains: dict[str, list[str]] = {}
 
     def chain(name: str) -> list[str]:
@@ -129,7 +256,6 @@ def test_the_longest_chain_of_imports() -> None:
         f"{len(chain)} modules in a chain of imports, at most {MOST_CHAIN} expected; import the "
         f"lower module directly, or pass in what it makes: {' -> '.join(chain)}"
     )
-    assert len(chain) == MOST_CHAIN, f"the chain has become shorter: set MOST_CHAIN = {len(chain)}"
 
 
 def test_few_modules_at_the_top() -> None:
@@ -137,11 +263,10 @@ def test_few_modules_at_the_top() -> None:
     assert len(found) <= MOST_AT_THE_TOP, f"move a module into the folder of its job: {found}"
 
 
-@pytest.mark.parametrize("folder", [PACKAGE, TESTS], ids=lambda folder: folder.name)
-def test_no_file_is_long(folder: Path) -> None:
+def test_no_file_is_long() -> None:
     lines = {
         str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8").count("\n")
-        for path in folder.rglob("*.py")
+        for path in sources().values()
     }
     found = {name: count for name, count in lines.items() if count > MOST_LINES}
     assert not found, f"more than {MOST_LINES} lines; divide each by what its parts do: {found}"
@@ -157,7 +282,6 @@ def test_the_formatter_formats_the_code() -> None:
     assert total <= MOST_UNFORMATTED, (
         f"let ruff format these lines, as they are or grouped: {found}"
     )
-    assert total == MOST_UNFORMATTED, f"there are fewer: set MOST_UNFORMATTED = {total}"
 
 
 def modules_to_test() -> set[str]:
@@ -176,7 +300,7 @@ def own_test(module: str) -> Path:
 
 
 def test_every_module_has_its_test_file() -> None:
-    elsewhere = {module for modules in COVERED_BY.values() for module in modules}
+    elsewhere = {module for _, _, modules in COVERED_BY for module in modules}
     missing = sorted(
         module for module in modules_to_test() - elsewhere if not own_test(module).is_file()
     )
@@ -187,15 +311,11 @@ def test_every_module_has_its_test_file() -> None:
 
 
 def test_every_exception_is_still_one() -> None:
-    for test, modules in COVERED_BY.items():
+    for test, _, modules in COVERED_BY:
         assert (TESTS / test).is_file(), f"COVERED_BY names tests/{test}, which is not there"
         for module in modules:
             assert module in modules_to_test(), f"COVERED_BY names {module}, which is not there"
             assert not own_test(module).is_file(), f"{module} has tests: remove it from COVERED_BY"
-
-
-def test_every_test_file_has_its_module() -> None:
-    """The other way round: a test file below a folder of the package is named after a module."""
 
 
 def canonical(requirement: str) -> str:
@@ -204,14 +324,15 @@ def canonical(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared(*extras: str) -> set[str]:
-    """Distributions that pyproject.toml declares: those that are required, or of extras."""
+def declared(*, for_tests: bool = False) -> set[str]:
+    """Distributions that pyproject.toml declares for the package, extras included, or for tests."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    required = [] if extras else project["dependencies"]
-    optional = project["optional-dependencies"]
-    return {
-        canonical(name) for name in [*required, *(n for extra in extras for n in optional[extra])]
-    }
+    extras = project["optional-dependencies"]
+    names = [] if for_tests else list(project["dependencies"])
+    for extra in extras:
+        if (extra in FOR_TESTS) is for_tests:
+            names += extras[extra]
+    return {canonical(name) for name in names} - {"reap2gguf"}
 
 
 def used(paths: list[Path]) -> dict[str, str]:
@@ -228,22 +349,20 @@ def used(paths: list[Path]) -> dict[str, str]:
 
 def test_what_the_package_imports_is_declared() -> None:
     found = used(list(sources().values()))
-    missing = found.keys() - declared() - declared("llama", "gpu") - NOT_DECLARED.keys()
+    missing = found.keys() - declared() - NOT_DECLARED.keys()
     assert not missing, f"add to dependencies in pyproject.toml: {[(n, found[n]) for n in missing]}"
-    assert NOT_DECLARED.keys() <= found.keys()
+    assert NOT_DECLARED.keys() <= found.keys(), "remove from NOT_DECLARED what is not imported"
 
 
 def test_what_is_declared_is_imported() -> None:
-    unused = (declared() | declared("llama", "gpu")) - used(list(sources().values())).keys()
-    assert unused == NOT_IMPORTED.keys() - {"reap2gguf"}, (
-        "remove from pyproject.toml what is unused"
-    )
+    unused = declared() - used(list(sources().values())).keys()
+    assert unused == NOT_IMPORTED.keys(), "remove from pyproject.toml what is not imported"
 
 
 def test_what_the_tests_import_is_declared() -> None:
     found = used(sorted(TESTS.rglob("*.py")))
-    extras = declared("test", "fuzz", "llama")
+    extras = declared(for_tests=True)
     missing = found.keys() - declared() - extras
     assert not missing, f"add to the extra `test`: {[(n, found[n]) for n in missing]}"
-    unused = extras - found.keys() - COMMANDS - NOT_IMPORTED.keys()
-    assert not unused, f"no test imports these: {unused}"
+    unused = extras - found.keys() - COMMANDS
+    assert not unused, f"remove from the extra `test`, no test imports these: {unused}"

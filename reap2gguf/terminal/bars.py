@@ -13,13 +13,16 @@ from rich.progress import Progress as RichBars
 
 from reap2gguf.messages import one_line, quantity
 from reap2gguf.progress import Task
-from reap2gguf.terminal.console import is_verbose
 
 
 class Bars:
-    """Live bars with the time left, one below the other where tasks run at the same time."""
+    """Live bars with the time left, one below the other where tasks run at the same time.
 
-    def __init__(self) -> None:
+    With `is_verbose` a line stays for each task.
+    """
+
+    def __init__(self, *, is_verbose: bool = False) -> None:
+        self._is_verbose = is_verbose
         self._console = Console(stderr=True)
         self._lock = threading.Lock()
         self._bars: RichBars | None = None
@@ -31,7 +34,7 @@ class Bars:
         begun = time.monotonic()
         try:
             yield _Bar(bars, bars.add_task(one_line(title), total=total, rate=""), unit)
-            if is_verbose():
+            if self._is_verbose:
                 self.note(f"{title}: {quantity(total, unit)} in {time.monotonic() - begun:.1f} s")
         finally:
             self._leave()

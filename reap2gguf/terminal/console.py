@@ -100,7 +100,7 @@ def terminal_progress() -> Progress:
         return Lines()
     from reap2gguf.terminal.bars import Bars
 
-    return Bars()
+    return Bars(is_verbose=is_verbose())
 
 
 class Lines:

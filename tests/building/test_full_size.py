@@ -85,7 +85,7 @@ def published_commands() -> list[str]:
 
 
 def planned(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `plan --json` says of a `build` command."""
+    """What `plan --json` prints for a `build` command."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "calibration_data_v5_rc.txt").write_text("the text of the card's own imatrix")
     program, _, *arguments = shlex.split(command)

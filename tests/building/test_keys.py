@@ -212,7 +212,7 @@ def test_what_nothing_has_changed_is_reused(earlier: Earlier) -> None:
 
 
 def test_weights_that_are_written_again_are_observed_again(earlier: Earlier) -> None:
-    """Their time of change tells, where their bytes cannot."""
+    """Their time of change has changed, although their bytes have not."""
     earlier.restore("finished")
     path = earlier.model / "model.safetensors"
     path.write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Builds that are killed, or whose disk fails, at one point, and then go on.
+"""Builds that are killed, or whose disk fails, at one point, and are then resumed.
 
 Run as a script to do so everywhere, from the repository's root:
 
@@ -7,7 +7,7 @@ Run as a script to do so everywhere, from the repository's root:
 kill        the process is killed
 cut         killed, and what was not flushed to the disk by then is lost
 time        killed by the clock
-interrupt   asked to end, by SIGINT or SIGTERM
+interrupt   interrupted, by SIGINT or SIGTERM
 fail        a write, rename or flush fails with ENOSPC or EIO
 read        a read fails with EIO
 """
@@ -100,7 +100,7 @@ class Rig:
             assert verify_bundle(both, 1, Silent()).violations == ()
 
     def resume(self, bundle: dict[str, bytes]) -> Counter[str]:
-        """Go on, compare, and clear away; which stages were done again that were done before."""
+        """Resume, compare and clear away; which finished stages were done again."""
         done = self.finished_stages()
         self.check_finals()
         outcome = self.build()
@@ -129,7 +129,7 @@ def points(total: int, wanted: int) -> list[int]:
 
 
 def is_one_line(outcome: Outcome) -> bool:
-    """Whether a failure was said as it should be: in one line, the last one."""
+    """Whether a failure is reported as it should be: in one line, the last one."""
     lines = outcome.errors.splitlines()
     return len(outcome.error_lines) == 1 and lines[-1].startswith("Error:")
 

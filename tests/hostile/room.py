@@ -90,7 +90,7 @@ Build = Callable[[Room], list[Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """One malformed input: how it is made, and what is said of it."""
+    """One malformed input: how it is made, and what the error says."""
 
     name: str
     build: Build  # makes the files; the arguments of the command

@@ -20,7 +20,7 @@ from tests.tiny import child_environment
 CPU_SECONDS = 20
 PEAK_BYTES = 500 * 10**6
 LETTERS = 1800  # of a line
-# what a stage that has begun says of itself, a line when it begins and a line when it ends
+# the lines that a stage prints when it begins and when it ends
 _PROGRESS = re.compile(r"(Verifying|Writing) [^:]*: (done in )?[0-9.]+ [a-zA-Z ]+")
 
 

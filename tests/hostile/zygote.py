@@ -30,8 +30,8 @@ def main() -> None:
     if "torch" in sys.modules:
         sys.exit("the light parts of the program have imported torch")
     for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps(_run(asked["arguments"], Path(asked["folder"]))), flush=True)
+        request = json.loads(line)
+        print(json.dumps(_run(request["arguments"], Path(request["folder"]))), flush=True)
 
 
 def _run(arguments: list[str], folder: Path) -> dict[str, float]:

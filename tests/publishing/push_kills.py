@@ -1,4 +1,4 @@
-"""Pushes that are killed at one point, and then go on.
+"""Pushes that are killed at one point, and are then resumed.
 
 Run as a module to do so at many points, from the repository's root:
 
@@ -78,14 +78,14 @@ class Runner:
         self._process.close()
 
     def run(self, *arguments: str, fault: dict[str, Any] | None = None) -> tuple[int, str]:
-        """Exit code, or minus the signal, and what it said."""
+        """Exit code, or minus the signal, and what it printed."""
         self._known.clear()
-        said = self.folder / "said"
-        request = {"arguments": arguments, "fault": fault, "said": str(said)}
+        path = self.folder / "printed"
+        request = {"arguments": arguments, "fault": fault, "printed": str(path)}
         self._process.send(request)
         self.pid = int(self._process.receive())
         self._known.set()
-        return int(self._process.receive()), said.read_text()
+        return int(self._process.receive()), path.read_text()
 
     def kill(self) -> None:
         """Kill the push that is under way."""
@@ -114,10 +114,10 @@ class Rig:
         return {repo.name: dict(repo.files) for repo in self.hub.repositories}
 
     def resume(self, whole: dict[str, dict[str, Content]]) -> None:
-        """Go on, and see that everything is there, once."""
+        """Resume, and see that everything is there, once."""
         self.uploads.strike_at = -1
-        code, said = self.push()
-        assert code == 0, said
+        code, printed = self.push()
+        assert code == 0, printed
         assert self.tree() == whole
         assert self.uploads.put_twice() == []
         for name in whole:
@@ -126,18 +126,18 @@ class Rig:
         assert not list((self.bundle.parent / ".work").glob(".model.push"))
 
     def killed_at_request(self, at: int, after: bool, whole: dict[str, Any]) -> None:
-        """Kill a push at one of its requests and go on."""
+        """Kill a push at one of its requests and resume it."""
         self.reset()
         self.uploads.strike_at, self.uploads.strike_after = at, after
-        code, said = self.push()
-        assert code == -signal.SIGKILL, said
+        code, printed = self.push()
+        assert code == -signal.SIGKILL, printed
         self.resume(whole)
 
     def killed_at_operation(self, at: int, whole: dict[str, Any]) -> None:
-        """Kill a push at one of its operations on files and go on."""
+        """Kill a push at one of its operations on files and resume it."""
         self.reset()
-        code, said = self.push({"folder": str(self.bundle.parent / ".work"), "at": at})
-        assert code == -signal.SIGKILL, said
+        code, printed = self.push({"folder": str(self.bundle.parent / ".work"), "at": at})
+        assert code == -signal.SIGKILL, printed
         self.resume(whole)
 
     def reference(self) -> tuple[dict[str, dict[str, Content]], int, int]:
@@ -145,8 +145,8 @@ class Rig:
         self.reset()
         log = self.runner.folder / "log"
         fault = {"folder": str(self.bundle.parent / ".work"), "log": str(log)}
-        code, said = self.push(fault)
-        assert code == 0, said
+        code, printed = self.push(fault)
+        assert code == 0, printed
         return self.tree(), self.uploads.n_asked, len(log.read_text().splitlines())
 
 
@@ -161,7 +161,7 @@ def _child(request: dict[str, Any]) -> None:
     from tests.faults.fault_layer import Fault
 
     end_in_time()
-    descriptor = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(request["printed"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     upload.LARGE_BYTES = _LARGE  # so that there are commits of one file

@@ -37,7 +37,7 @@ def test_bars_finish(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verbose_bars_leave_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with printing(Detail.VERBOSE), Bars().task("Reading", 2, "rows") as task:
+    with Bars(is_verbose=True).task("Reading", 2, "rows") as task:
         task.advance(2)
     assert "Reading: 2 rows in " in capsys.readouterr().err
 
