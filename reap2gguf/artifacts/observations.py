@@ -10,17 +10,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
-from reap2gguf.checkpoint.weights import Doubles
 from reap2gguf.checkpoint.writer import write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Doubles
 
 FORMAT_VERSION = "1"
 _MAX_EXPERTS = 2**16

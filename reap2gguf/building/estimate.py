@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import output_errors
-from reap2gguf.building.workdir import Workdir
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.errors import OutputError
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.models.description import Carried, Dropped, Expert, SideFile
 from reap2gguf.observing.budget import CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.observing.linear_attention import ATTENTION_WIDTHS
-from reap2gguf.progress import Progress
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.resources import shipped_folder
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.workdir import Workdir
+    from reap2gguf.progress import Progress
 
 # Rates behind the time estimate; bench/ measures them.
 _CPU_FLOPS = 60e9  # a core, float32

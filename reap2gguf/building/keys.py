@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf import __version__
-from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
@@ -27,6 +26,7 @@ from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.write import companion_files
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 

@@ -13,14 +13,11 @@ from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders, model_file, side
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration
 from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
-from reap2gguf.options import BuildOptions
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.recipe import load_recipe
@@ -28,6 +25,10 @@ from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.options import BuildOptions
+
     pass
 
 

@@ -6,16 +6,19 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import output_errors, rename, write_whole
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import VerificationError
-from reap2gguf.models.contract import MoeModel
-from reap2gguf.progress import Progress
-from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.progress import Progress
+    from reap2gguf.pruning.select import Kept
 
 
 def prune_to_folder(

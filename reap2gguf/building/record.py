@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
-from reap2gguf.artifacts.observations import Observations
-from reap2gguf.artifacts.texts import ImatrixChunks, Texts
 from reap2gguf.atomic import PART, remove, write_whole
-from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import CALIBRATION_FILE, CARD_FILE, MANIFEST_FILE, MODELFILE
 from reap2gguf.bundle.manifest import (
@@ -29,12 +26,15 @@ from reap2gguf.bundle.manifest import (
 from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.ggml import load_ggml
-from reap2gguf.models.description import SideFile
-from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.artifacts.texts import ImatrixChunks, Texts
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.workdir import Workdir
+    from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
 

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.keys import BuildKeys, sweep_key
-from reap2gguf.building.workdir import Workdir
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
-from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.workdir import Workdir
+    from reap2gguf.progress import Progress
 
 T = TypeVar("T")
 Result = TypeVar("Result")

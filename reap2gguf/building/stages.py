@@ -27,16 +27,16 @@ from reap2gguf.exporting.model_files import (
     pruning_values,
 )
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
-from reap2gguf.models.description import SideFile
 from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
 from reap2gguf.pruning.write import write_pruned
-from reap2gguf.quantizing.resolve import ResolvedRecipe
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
 
 if TYPE_CHECKING:
+    from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.view import PrunedView
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 class ReadTexts(Stage[Texts]):

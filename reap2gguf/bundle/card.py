@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.front_matter import new_front_matter
 from reap2gguf.bundle.layout import (
@@ -16,8 +17,10 @@ from reap2gguf.bundle.layout import (
     SUMS_FILE,
     gguf_name,
 )
-from reap2gguf.bundle.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
 from reap2gguf.messages import one_line, parameters, size
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
 
 _PACKED = """\
 Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from reap2gguf.bundle.manifest import Manifest
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
 
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
 _MAX_CARD_BYTES = 2**20  # a larger one, full of embedded pictures, is not read

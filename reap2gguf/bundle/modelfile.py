@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.bundle.layout import MODELFILE
-from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.tokenizer.tokenizer_files import special_tokens
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
 
 # name in generation_config.json -> Ollama's name, smallest and largest sensible value
 _NUMBERS = {

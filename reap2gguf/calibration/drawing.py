@@ -18,11 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts, hash_rows
 from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration.hub_datasets import open_dataset
-from reap2gguf.calibration.layouts import Record
 from reap2gguf.calibration.rows import DrawnRow, RowPacker, chunk_text, make_rows
 from reap2gguf.calibration.scanned_files import ScannedFiles, sample_text
 from reap2gguf.calibration.sources import (
@@ -33,10 +33,13 @@ from reap2gguf.calibration.sources import (
     iterate_corpus,
     load_corpus,
 )
-from reap2gguf.calibration.spec import Calibration, Component
 from reap2gguf.errors import CalibrationError
 from reap2gguf.progress import Progress, Silent
-from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from reap2gguf.calibration.layouts import Record
+    from reap2gguf.calibration.spec import Calibration, Component
+    from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 _MAX_SHARED_TEXT = 2**25  # characters that the importance matrix reads, of all components
 _SILENT = Silent()

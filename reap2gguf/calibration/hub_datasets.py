@@ -15,9 +15,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from reap2gguf.calibration.layouts import Record, columns
-from reap2gguf.calibration.spec import Component
 from reap2gguf.errors import CalibrationError, OutputError, Reap2ggufError
 from reap2gguf.hub.errors import (
     Problem,
@@ -30,6 +30,9 @@ from reap2gguf.hub.errors import (
     status_of,
 )
 from reap2gguf.hub.retry import Note, Retry, Sleep
+
+if TYPE_CHECKING:
+    from reap2gguf.calibration.spec import Component
 
 BUFFER = 10_000  # records that wait to be drawn
 _SAVE = "save its records as JSONL or Parquet and pass the file"

@@ -9,13 +9,16 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reap2gguf.artifacts.texts import Row
 from reap2gguf.calibration.sources import Corpus, Cut, Passage
 from reap2gguf.errors import CalibrationError
-from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from reap2gguf.artifacts.texts import Row
+    from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 _SHORTEST_TAIL = 16  # tokens; so short an end says nothing about the middle of a text
 _SHORTEST_SAMPLE = 2  # tokens; one token predicts nothing

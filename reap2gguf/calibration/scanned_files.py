@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from reap2gguf.calibration.layouts import columns, read_record
-from reap2gguf.calibration.tool_calls import Message, Tool
 from reap2gguf.errors import CalibrationError
 from reap2gguf.files import file_sha256, open_plain, plain_size
+
+if TYPE_CHECKING:
+    from reap2gguf.calibration.tool_calls import Message, Tool
 
 _MAX_TEXT_BYTES = 2**28
 _BLOCK_BYTES = 2**20

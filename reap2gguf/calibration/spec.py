@@ -18,12 +18,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.errors import CalibrationError
 from reap2gguf.messages import shown
-from reap2gguf.options import CalibrationOptions
 from reap2gguf.resources import shipped_folder
+
+if TYPE_CHECKING:
+    from reap2gguf.options import CalibrationOptions
 
 MIXES_FILE = "mixes.toml"
 DEFAULT_SAMPLES = 1024

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,9 @@ from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError, SourceError
 from reap2gguf.files import cached_blob
 from reap2gguf.messages import shown
-from reap2gguf.progress import Progress
+
+if TYPE_CHECKING:
+    from reap2gguf.progress import Progress
 
 _READ_BYTES = 2**30  # the kernel moves at most 2 GiB a call
 _SAMPLE_BYTES = 2**14

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
-from reap2gguf.checkpoint.safetensors_header import FileTensor
 from reap2gguf.errors import CheckpointError
 from reap2gguf.files import is_plain, is_plain_name
 from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import FileTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf import (
@@ -16,11 +17,13 @@ from gguf import (
     size_label,
 )
 
-from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import HeaderWriter
-from reap2gguf.models.description import GgufTensor, HeaderValue
 from reap2gguf.tokenizer.gguf_keys import PreTokenizers, add_tokenizer
+
+if TYPE_CHECKING:
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.models.description import GgufTensor, HeaderValue
 
 
 @dataclass(frozen=True)

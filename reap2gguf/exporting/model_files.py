@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gguf import GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__
 from reap2gguf.bundle.layout import IMATRIX_FILE
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header import HeaderFacts
-from reap2gguf.exporting.journal import ExportJournal
-from reap2gguf.gguf_files.imatrix import Imatrix
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import HeaderValue, SideFile
-from reap2gguf.progress import Progress
-from reap2gguf.pruning.select import Kept
-from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.exporting.journal import ExportJournal
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.progress import Progress
+    from reap2gguf.pruning.select import Kept
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")
 

@@ -15,18 +15,21 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from reap2gguf.atomic import whole_file
-from reap2gguf.checkpoint.weights import Floats
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
 from reap2gguf.gguf_files.reader import Cursor, GgufHeader, read_gguf_header
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Floats
 
 _MAX_ENTRIES = 2**16
 _MAX_NAME_BYTES = 2**12

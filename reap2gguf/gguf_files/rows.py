@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.models.description import GgufTensor, Slab
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.models.description import GgufTensor, Slab
 
 MAX_VALUES = 2**22  # that a range of rows has: 16 MiB as float32
 

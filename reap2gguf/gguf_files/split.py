@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,9 @@ from reap2gguf.files import is_plain, open_plain
 from reap2gguf.gguf_files.reader import KEYS_BEGIN, GgufHeader, GgufTensorInfo, read_gguf_header
 from reap2gguf.gguf_files.writer import encode_key, encode_start, encode_tensor_info, padded
 from reap2gguf.messages import shown
-from reap2gguf.progress import Task
+
+if TYPE_CHECKING:
+    from reap2gguf.progress import Task
 
 _NUMBER_KEY = Keys.Split.LLM_KV_SPLIT_NO
 _COUNT_KEY = Keys.Split.LLM_KV_SPLIT_COUNT

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reap2gguf.atomic import remove
 from reap2gguf.errors import OutputError
-from reap2gguf.hub.retry import Note
+
+if TYPE_CHECKING:
+    from reap2gguf.hub.retry import Note
 
 T = TypeVar("T")
 _DESCRIPTORS = Path("/proc/self/fd")

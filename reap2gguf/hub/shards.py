@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from reap2gguf.errors import CheckpointError, SourceError
@@ -26,8 +27,10 @@ from reap2gguf.hub.download import (
     run_in_threads,
 )
 from reap2gguf.hub.retry import Note, Sleep, model_retry
-from reap2gguf.hub.snapshot import HubFile, Snapshot
 from reap2gguf.progress import Progress, Silent, Task
+
+if TYPE_CHECKING:
+    from reap2gguf.hub.snapshot import HubFile, Snapshot
 
 _MAX_DOWNLOADS = 4  # at once
 _MAX_HEADERS = 8  # at once

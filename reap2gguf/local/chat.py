@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
-from reap2gguf.local.engine import AnswerOptions, Engine
+
+if TYPE_CHECKING:
+    from reap2gguf.local.engine import AnswerOptions, Engine
 
 HELP = "Ctrl-C stops an answer, /clear starts a new conversation, Ctrl-D or /exit quits."
 Write = Callable[[str], None]

@@ -8,12 +8,14 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from reap2gguf.bundle.pick import ModelFile
 from reap2gguf.errors import DependencyError
 from reap2gguf.local.engine import INSTALL, AnswerOptions, EngineOptions, is_installed
 from reap2gguf.vendor import VARIABLE, LlamaCpp, find_llama_cpp, requested_folder
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.pick import ModelFile
 
 # what to install to do without a llama.cpp program
 INSTALL_INSTEAD_OF = {"llama-cli": INSTALL, "llama-server": "pip install 'reap2gguf[serve]'"}

@@ -8,14 +8,16 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from reap2gguf.bundle.pick import ModelFile
 from reap2gguf.errors import DependencyError, UsageError
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.local.engine import EngineOptions, check_counts, usable_context
 from reap2gguf.local.programs import INSTALL_INSTEAD_OF, replace_process, shared_arguments
 from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.pick import ModelFile
 
 PYTHON_SERVER = "llama_cpp.server"
 # what it imports; llama-cpp-python alone installs none of them

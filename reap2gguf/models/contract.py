@@ -9,13 +9,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.config import ConfigReader
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
     MAX_EXPERTS_OF_ALL_LAYERS,
@@ -31,6 +30,9 @@ from reap2gguf.models.description import (
     Router,
     SideFile,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 
 class MoeModel(ABC):

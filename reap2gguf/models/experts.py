@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
     Expert,
@@ -23,6 +22,9 @@ from reap2gguf.models.description import (
     Transform,
     missing,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 INDEX = r"(0|[1-9][0-9]{0,5})"  # a number in a stored name, spelled in one way only
 _APART = re.compile(rf"{INDEX}\.(.+)\.weight")  # a 2D expert below the path of the experts

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from gguf import Keys
 
 from reap2gguf.checkpoint.config import ConfigReader
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.deltanet import DeltaNet
@@ -52,6 +51,9 @@ from reap2gguf.models.shared import (
     read_n_layers,
     refuse_common,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 # In every layer.
 _COMMON = (

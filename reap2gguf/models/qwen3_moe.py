@@ -7,10 +7,9 @@ one tensor per layer (3D). GGUF names, types and keys are those of llama.cpp's `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.description import ModelFacts
 from reap2gguf.models.rope import rope_metadata
 from reap2gguf.models.rules import (
     ATTENTION,
@@ -27,6 +26,9 @@ from reap2gguf.models.shared import (
     moe_layers_by_step,
     refuse_common,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.models.description import ModelFacts
 
 
 class Qwen3Moe(DecoderModel):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType, Keys, VisionProjectorType
 
 from reap2gguf.checkpoint.config import ConfigReader, read_json
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import (
@@ -25,6 +24,9 @@ from reap2gguf.models.description import (
     Slab,
     Transform,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 Floats = npt.NDArray[np.float32]
 _UINT32, _FLOAT32, _ARRAY, _BOOL = (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.models.description import GgufTensor, Slab, Transform, missing
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gguf import GGUFValueType, Keys
 
 from reap2gguf.checkpoint.config import ConfigReader
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.contract import MoeModel
@@ -42,6 +41,9 @@ from reap2gguf.models.description import (
 from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.rope import rope_metadata
 from reap2gguf.models.rules import EMBEDDING, HEAD, NORM, TensorRule, nested, single, sizes_of
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 # how configs of any architecture spell their number of routed experts
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

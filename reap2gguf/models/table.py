@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.config import ConfigReader
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 from reap2gguf.models.shared import COUNT_KEYS
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3MoeForCausalLM": Qwen3Moe,

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from reap2gguf.observing.compute.experts import RealTokens
-from reap2gguf.observing.spool import Span
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
+    from reap2gguf.observing.spool import Span
 
 
 @dataclass

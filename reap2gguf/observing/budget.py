@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
-from reap2gguf.models.contract import MoeModel
+
+if TYPE_CHECKING:
+    from reap2gguf.models.contract import MoeModel
 
 # Larger batches are no faster: the tokens of each expert are enough to keep the machine busy.
 MOST_TOKENS = {"cpu": 8192, "cuda": 32768}

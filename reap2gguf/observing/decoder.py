@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.kernels import fuse_norms, has_triton
 from reap2gguf.observing.loader import Target, WeightLoader, target_bytes
 from reap2gguf.observing.mtp import MtpBlock, next_tokens
 from reap2gguf.observing.targets import layer_targets, whole
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.models.contract import MoeModel
 
 _READERS = {"cpu": 2, "cuda": 8}
 _HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million

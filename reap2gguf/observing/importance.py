@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.observing.compute.kernels import all_square_sums, square_sums
 from reap2gguf.observing.observer import Arrays, LayerObserver
+
+if TYPE_CHECKING:
+    from reap2gguf.models.contract import MoeModel
 
 MatrixNames = tuple[str, ...]  # GGUF matrices that share an input
 

@@ -14,12 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
 
 TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _BUFFER_BYTES = 2**24

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.compute.crew import current_slice
-from reap2gguf.observing.compute.experts import RealTokens, RoutedPairs
+
+if TYPE_CHECKING:
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.observing.compute.experts import RealTokens, RoutedPairs
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 

@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows
-from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.gguf_files.imatrix import Imatrix
-from reap2gguf.models.contract import MoeModel
-from reap2gguf.options import ComputeOptions
-from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
-    from reap2gguf.artifacts.texts import Row
+    from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.models.contract import MoeModel
     from reap2gguf.observing.sweep import SweepReport
+    from reap2gguf.options import ComputeOptions
+    from reap2gguf.progress import Progress
 
 _PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reap2gguf.artifacts.observations import LayerObservation, grouped_layers, named_layers
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.observing.compute.kernels import saliency_sums
 from reap2gguf.observing.observer import Arrays, LayerObserver
+
+if TYPE_CHECKING:
+    from reap2gguf.models.contract import MoeModel
 
 
 class SaliencyObserver(LayerObserver):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +27,12 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, r
 from reap2gguf.checkpoint.writer import array_bytes, stored_array, write_safetensors
 from reap2gguf.errors import CheckpointError
 from reap2gguf.observing.batches import Batch
-from reap2gguf.observing.compute.ranks import Ranks
-from reap2gguf.observing.observer import Arrays, LayerObserver
-from reap2gguf.observing.spool import Spool
-from reap2gguf.options import Resume
+
+if TYPE_CHECKING:
+    from reap2gguf.observing.compute.ranks import Ranks
+    from reap2gguf.observing.observer import Arrays, LayerObserver
+    from reap2gguf.observing.spool import Spool
+    from reap2gguf.options import Resume
 
 MOST_OF_TIME = 0.05  # share of the time that saving states may take
 _SECONDS = 0.05  # to write a state, at least

@@ -25,14 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ObservationError
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.observing.batches import Batch, assign_spans
 from reap2gguf.observing.compute.ranks import connect_on, join
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.mtp import count_hits
-from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.spool import Spool, open_spool
 from reap2gguf.observing.state import StateKeeper, SweepState
 from reap2gguf.observing.sweep_plan import (
@@ -43,11 +40,14 @@ from reap2gguf.observing.sweep_plan import (
     plan_sweep,
     resolve_device,
 )
-from reap2gguf.options import ComputeOptions
-from reap2gguf.progress import Progress, Task
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.observing.observer import LayerObserver
+    from reap2gguf.options import ComputeOptions
+    from reap2gguf.progress import Progress, Task
 
 MAX_BAD_ROWS = 0.01
 _LONG_WAIT = 0.05  # share of the time, at least

@@ -21,15 +21,15 @@ from reap2gguf.observing.budget import (
     position_bytes,
     size_text,
 )
-from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.observing.linear_attention import attention_widths, linear_attention_note
-from reap2gguf.options import ComputeOptions
-from reap2gguf.progress import Progress
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
+    from reap2gguf.observing.compute.ranks import Ranks
     from reap2gguf.observing.decoder import StreamedDecoder
     from reap2gguf.observing.observer import LayerObserver
+    from reap2gguf.options import ComputeOptions
+    from reap2gguf.progress import Progress
 
 _MENTIONED = 2**30  # bytes of activations, at least
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
-from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Expert, GgufTensor, Projection, Slab
 from reap2gguf.observing.loader import ByteRun, Columns, Target, stored_type
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.models.contract import MoeModel
 
 
 def whole(weights: Weights, name: str, dtype: torch.dtype) -> Target:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.models.description import ModelFacts
+
+if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import LayerObservation, Observations
+    from reap2gguf.models.description import ModelFacts
 
 Scores = npt.NDArray[np.float64]
 Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the kept experts, ascending

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,12 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
 from reap2gguf.models.table import describe
-from reap2gguf.pruning.select import Kept
+
+if TYPE_CHECKING:
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.pruning.select import Kept
 
 
 @dataclass(frozen=True, slots=True)

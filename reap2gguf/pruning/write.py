@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +17,12 @@ from reap2gguf.atomic import copy_whole, write_whole
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.checkpoint.index import INDEX_NAME
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, write_checkpoint
-from reap2gguf.progress import Progress
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.progress import Progress
 
 _READ_BYTES = 2**26
 KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights

@@ -14,14 +14,15 @@ from reap2gguf.bundle.sums import parse_sums
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, PublishError
 from reap2gguf.gguf_files.split import parse_part_name
-from reap2gguf.hub.retry import Sleep
 from reap2gguf.messages import shown
-from reap2gguf.progress import Progress
-from reap2gguf.publishing.contents import PreparedRepo
 from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look_up, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from reap2gguf.hub.retry import Sleep
+    from reap2gguf.progress import Progress
+    from reap2gguf.publishing.contents import PreparedRepo
 
 _MAX_BYTES = 2**26  # of a manifest
 _STATE_FILE = "repositories.json"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.gguf_files.split import SplitPlan
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.gguf_files.split import SplitPlan
 
 # Larger files need Xet, and the Hub does not serve them over plain HTTP: see `upload_file` and
 # MAX_HTTP_DOWNLOAD_SIZE in huggingface_hub.

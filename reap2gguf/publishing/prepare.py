@@ -12,19 +12,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder, output_errors, remove
 from reap2gguf.bundle.card import CardNames, gguf_body, hf_body, join_command
 from reap2gguf.bundle.front_matter import front_matter, with_base_model
 from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, MODELFILE, SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, GgufRecord, Manifest, hash_file
-from reap2gguf.bundle.opening import OpenBundle
 from reap2gguf.bundle.sums import compose_sums, read_sums
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.split import SplitPlan, plan_split, write_part
-from reap2gguf.progress import Progress
 from reap2gguf.publishing.contents import HUB_MAX_BYTES, PreparedFile, PreparedPush, PreparedRepo
 from reap2gguf.verifying.bundle import check_experts
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.opening import OpenBundle
+    from reap2gguf.progress import Progress
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
 

@@ -20,8 +20,6 @@ from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import PublishError
 from reap2gguf.hub.errors import reason_of, request_errors
-from reap2gguf.hub.retry import Sleep
-from reap2gguf.progress import Progress
 from reap2gguf.publishing.admission import (
     AcceptedRepos,
     admit,
@@ -40,6 +38,9 @@ from reap2gguf.verifying.bundle import check_bundle
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from reap2gguf.hub.retry import Sleep
+    from reap2gguf.progress import Progress
 
 T = TypeVar("T")
 TO_UPLOAD, UNCHANGED, REPLACED = "to upload", "already there", "to be replaced"

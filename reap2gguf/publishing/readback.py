@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import HUB_FILES
 from reap2gguf.errors import VerificationError
-from reap2gguf.hub.retry import Sleep
-from reap2gguf.progress import Progress
-from reap2gguf.publishing.contents import PreparedFile, PreparedPush, PreparedRepo
 from reap2gguf.publishing.remote import RemoteRepo, fetch_small, look_up, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from reap2gguf.hub.retry import Sleep
+    from reap2gguf.progress import Progress
+    from reap2gguf.publishing.contents import PreparedFile, PreparedPush, PreparedRepo
 
 _SMALL_BYTES = 2**23
 

@@ -15,10 +15,11 @@ from reap2gguf.files import open_plain
 from reap2gguf.hub.errors import Problem, causes, is_busy, problem_of, status_of
 from reap2gguf.hub.retry import Note, Retry, Sleep
 from reap2gguf.messages import shown
-from reap2gguf.publishing.contents import PreparedFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from reap2gguf.publishing.contents import PreparedFile
 
 T = TypeVar("T")
 _MOVED = 412  # another commit came first

@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import CARD_FILE, MANIFEST_FILE, SUMS_FILE
 from reap2gguf.errors import PublishError
-from reap2gguf.hub.retry import Note, Sleep
-from reap2gguf.progress import Progress, Task
-from reap2gguf.publishing.contents import PreparedFile, PreparedRepo
 from reap2gguf.publishing.remote import RemoteRepo, look_up, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
+
+    from reap2gguf.hub.retry import Note, Sleep
+    from reap2gguf.progress import Progress, Task
+    from reap2gguf.publishing.contents import PreparedFile, PreparedRepo
 
 LAST = (CARD_FILE, SUMS_FILE, MANIFEST_FILE)
 LARGE_BYTES = 2**23

@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from reap2gguf.models.description import GgufTensor
 from reap2gguf.quantizing.file_types import Mixture, Part, Place
+
+if TYPE_CHECKING:
+    from reap2gguf.models.description import GgufTensor
 
 # what a tensor's name contains -> its part; the first that fits
 _PARTS = (

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
@@ -13,9 +14,11 @@ from gguf import GGMLQuantizationType as Type
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.reader import row_bytes
-from reap2gguf.models.description import GgufTensor, ModelFacts
 from reap2gguf.quantizing.mixture import MixtureChooser
-from reap2gguf.quantizing.recipe import Recipe, Rule
+
+if TYPE_CHECKING:
+    from reap2gguf.models.description import GgufTensor, ModelFacts
+    from reap2gguf.quantizing.recipe import Recipe, Rule
 
 _MAX_MATCHES = 4_000_000  # of a rule with a tensor: some seconds
 

@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
 
 from reap2gguf.messages import one_line, quantity
-from reap2gguf.progress import Task
+
+if TYPE_CHECKING:
+    from reap2gguf.progress import Task
 
 
 class Bars:

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import Estimate, side_bytes
-from reap2gguf.building.plan import Plan
 from reap2gguf.messages import duration, parameters, size
 from reap2gguf.pruning.select import friendly_count
-from reap2gguf.quantizing.recipe import Recipe
-from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 if TYPE_CHECKING:
     from reap2gguf.building.pipeline import BuildResult
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.quantizing.recipe import Recipe
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
 from reap2gguf.bundle.layout import MANIFEST_FILE, is_hf_folder
 from reap2gguf.bundle.manifest import GgufRecord, Manifest, SideRecord
-from reap2gguf.bundle.opening import OpenBundle
 from reap2gguf.bundle.sums import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import (
@@ -25,7 +25,6 @@ from reap2gguf.errors import (
 from reap2gguf.files import is_plain
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.progress import Progress
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
     check_gguf,
@@ -33,6 +32,10 @@ from reap2gguf.verifying.gguf_file import (
     check_side_file,
 )
 from reap2gguf.verifying.hf_folder import check_folder, open_folder
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.opening import OpenBundle
+    from reap2gguf.progress import Progress
 
 _Opened = tuple[Checkpoint, MoeModel]
 

@@ -7,21 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
-from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
 from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows, rows_per_matrix
 from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.messages import shown
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor, SideFile, experts_of, is_of_experts
-from reap2gguf.progress import Progress
 from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
 from reap2gguf.verifying.matrices import (
     ERROR_BOUNDS,
@@ -29,6 +26,12 @@ from reap2gguf.verifying.matrices import (
     likely_slab,
     matrix_error,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.progress import Progress
 
 Floats = npt.NDArray[np.float32]
 

@@ -6,20 +6,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from filecmp import cmp
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import Expert, Role, Router
 from reap2gguf.models.table import describe
-from reap2gguf.progress import Progress
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import companion_files
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.progress import Progress
+    from reap2gguf.pruning.view import PrunedView
 
 _MAX_VALUES = 2**22  # that are compared or checked at a time
 _FLOATS = ("F32", "F16", "BF16")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.ggml import Ggml
-from reap2gguf.gguf_files.reader import GgufHeader
 from reap2gguf.gguf_files.rows import read_rows, row_ranges, rows_per_matrix
-from reap2gguf.models.description import GgufTensor, Slab
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.ggml import Ggml
+    from reap2gguf.gguf_files.reader import GgufHeader
+    from reap2gguf.models.description import GgufTensor, Slab
 
 Floats = npt.NDArray[np.float32]
 
