@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,10 +107,13 @@ class StateKeeper:
             tensors, metadata = read_header(self._path), read_metadata(self._path)
             if {name: metadata.get(name) for name in self._identity} != self._identity:
                 return None
-            file = Checkpoint(self._path.parent, {}, tensors, (self._path,))
-            state = _state(file, metadata, width, dtype)
-            # a sweep that starts from the first layer replaces them, layer by layer
-            self._observer.restore(state.sums)
+            with ExitStack() as stack:
+                file = Checkpoint(self._path.parent, {}, tensors, (self._path,))
+                stack.callback(file.close)
+                state = _state(file, metadata, width, dtype)
+                # a sweep that starts from the first layer replaces them, layer by layer
+                self._observer.restore(state.sums)
+                stack.pop_all()  # the file remains open for the hidden states
             return state
         except (CheckpointError, KeyError, ValueError) as error:
             self._note(
