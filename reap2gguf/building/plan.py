@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
 
-    pass
-
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
 

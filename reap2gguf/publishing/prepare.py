@@ -23,7 +23,7 @@ from reap2gguf.bundle.sums import compose_sums, read_sums
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.split import SplitPlan, plan_split, write_part
 from reap2gguf.publishing.contents import HUB_MAX_BYTES, PreparedFile, PreparedPush, PreparedRepo
-from reap2gguf.verifying.bundle import check_experts
+from reap2gguf.verifying.gguf_file import check_experts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.opening import OpenBundle

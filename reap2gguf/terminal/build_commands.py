@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import reap2gguf
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import processes
 from reap2gguf.terminal.click_options import (
@@ -48,15 +49,14 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
-    from reap2gguf import api
     from reap2gguf.terminal.views import plan_lines, result_lines
 
     progress = terminal_progress()
-    plan = api.plan(collect(arguments, fresh, space_check), progress=progress)
+    plan = reap2gguf.plan(collect(arguments, fresh, space_check), progress=progress)
     if processes().is_first:
         say_all(plan_lines(plan, _estimate(plan)))
         click.get_current_context().meta[HAS_BEGUN] = True
-    if result := api.build(plan, progress=progress):
+    if result := reap2gguf.build(plan, progress=progress):
         say_all(result_lines(result))
 
 
@@ -73,10 +73,9 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     Example:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
-    from reap2gguf import api
     from reap2gguf.terminal.views import plan_as_json, plan_lines
 
-    plan = api.plan(collect(arguments), progress=terminal_progress())
+    plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
     needs = _estimate(plan)
     if as_json:
         say_json(plan_as_json(plan, needs))
@@ -101,9 +100,8 @@ def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
       reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF
       reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
     """
-    from reap2gguf import api
 
-    report = api.verify(*paths, threads=threads, progress=terminal_progress())
+    report = reap2gguf.verify(*paths, threads=threads, progress=terminal_progress())
     if as_json:
         say_json({"checked": report.checked, "violations": report.violations})
         sys.exit(VerificationError.exit_code if report.violations else 0)

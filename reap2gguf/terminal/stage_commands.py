@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import reap2gguf
 from reap2gguf.messages import size
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.terminal.click_options import (
@@ -55,10 +56,9 @@ def observe(
       reap2gguf observe ./Qwen3-30B-A3B --calibration seed-000 -o observations.safetensors
       torchrun --nproc-per-node 2 -m reap2gguf observe ./Qwen3-30B-A3B -o observations.safetensors
     """
-    from reap2gguf import api
 
     calibration = CalibrationOptions(spec, samples, max_length, seed, pack)
-    seen = api.observe(
+    seen = reap2gguf.observe(
         model,
         output,
         calibration=calibration,
@@ -91,10 +91,9 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --keep-experts 96 -o Qwen3-30B-A3B-REAP
     """
-    from reap2gguf import api
 
     progress = terminal_progress()
-    selection = api.prune(model, observations, output, **pruning, progress=progress).selection
+    selection = reap2gguf.prune(model, observations, output, **pruning, progress=progress).selection
     kept = f"keeps {selection.n_kept} of {selection.n_experts} experts per layer"
     say(f"{output}: {kept}", "result")
 
@@ -126,9 +125,8 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
     Example:
       reap2gguf imatrix ./Qwen3-30B-A3B-REAP --text calibration.txt -o imatrix.gguf
     """
-    from reap2gguf import api
 
-    result = api.imatrix(
+    result = reap2gguf.imatrix(
         hf_dir,
         text,
         output,
@@ -174,9 +172,8 @@ def quantize(
       reap2gguf quantize ./Qwen3-30B-A3B-REAP --recipe unsloth-iq4km \\
           --imatrix imatrix.gguf -o Qwen3-30B-A3B-REAP-IQ4_K_M.gguf
     """
-    from reap2gguf import api
 
-    result = api.quantize(
+    result = reap2gguf.quantize(
         hf_dir,
         recipe_name,
         output,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import ArtifactError, Reap2ggufError
+from reap2gguf.files import is_plain
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
 from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows, rows_per_matrix
 from reap2gguf.gguf_files.split import read_whole_header
@@ -28,6 +29,7 @@ from reap2gguf.verifying.matrices import (
 )
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import GgufRecord
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.contract import MoeModel
@@ -112,6 +114,28 @@ def check_gguf_header(path: Path, expected: ExpectedGguf) -> list[str]:
     """Violations in the header of a GGUF file, or in those of all its parts together."""
     header, problems = open_gguf(path)
     return problems if header is None else list(check_header(header, expected))
+
+
+def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
+    """Violations in the header of a GGUF file, or in those of its parts together.
+
+    Each tensor of the record must be there once with its type, and each layer must have `n_kept`
+    experts and router rows.
+    """
+    absent = [name for name in record.files if not is_plain(folder / name)]
+    if absent:
+        return [f"{folder.name}: {name} is missing" for name in absent]
+    return check_gguf_header(folder / record.first, record_expectation(record, n_kept))
+
+
+def record_expectation(record: GgufRecord, n_kept: int) -> ExpectedGguf:
+    """What a GGUF file must hold by its record in the manifest."""
+    return ExpectedGguf(tensor_types_of(record.tensors), n_kept)
+
+
+def tensor_types_of(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
+    """Tensor name to type, from the names of types that a manifest holds."""
+    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}
 
 
 def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:

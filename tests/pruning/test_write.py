@@ -20,12 +20,12 @@ KEPT = {0: (0, 2, 3, 7), 1: (1, 4, 5, 6), 2: (0, 1, 2, 3)}
 
 
 def prune(spec: TinyQwen3Moe, folder: Path, max_shard_bytes: int = 10**9) -> Path:
-    source = Checkpoint.open(spec.write(folder / "source"))
-    model = describe(source)
     pruned = folder / "pruned"
     pruned.mkdir()
-    kept = {layer: KEPT[layer] for layer in model.facts.moe_layers}
-    write_pruned(PrunedView(source, model, kept), pruned, Silent(), max_shard_bytes)
+    with Checkpoint.open(spec.write(folder / "source")) as source:
+        model = describe(source)
+        kept = {layer: KEPT[layer] for layer in model.facts.moe_layers}
+        write_pruned(PrunedView(source, model, kept), pruned, Silent(), max_shard_bytes)
     return pruned
 
 
