@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 import pytest
-from reap2gguf.calibration.mixes import shipped_mixes
 
 import reap2gguf
 from reap2gguf import errors
+from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
