@@ -89,9 +89,15 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_error_of_the_disk_says_what_to_do(
     tmp_path: Path, function: str, error: int, advice: str
 ) -> None:
-    path = tmp_path / "file"
+    path, close = tmp_path / "file", os.close
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        if function == "close":
+            close(*arguments)  # which an error of the disk does not prevent
+        raise OSError(error, os.strerror(error))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, function, failing(error))
+        patch.setattr(os, function, fail)
         with pytest.raises(OutputError) as caught:
             atomic.write_whole(path, b"data")
     assert str(caught.value) == f"{path}: cannot be written ({os.strerror(error)}); {advice}"

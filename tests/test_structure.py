@@ -20,10 +20,10 @@ PACKAGE = REPOSITORY / "reap2gguf"
 TESTS = REPOSITORY / "tests"
 
 # Limits. Lower one when the package gets below it; do not raise one to make room.
-MOST_CHAIN = 17  # modules
+MOST_CHAIN = 15  # modules
 MOST_AT_THE_TOP = 14  # modules outside folders
 MOST_LINES = 420  # of a file
-MOST_UNFORMATTED = 27  # `# fmt: skip` in the package
+MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
@@ -74,17 +74,17 @@ COVERED_BY = [
     (
         "calibration/test_datasets.py",
         "runs the real client against the loopback Hub",
-        ("calibration/hub_datasets.py", "calibration/samples.py"),
+        ("calibration/hub_datasets.py",),
     ),
     (
         "calibration/test_layouts.py",
-        "each is the reader of one layout",
-        ("calibration/swe_agent.py", "calibration/tool_calls.py"),
+        "calls are part of layouts",
+        ("calibration/tool_calls.py",),
     ),
     (
         "calibration/test_rows.py",
         "rows as they are stored",
-        ("calibration/texts.py",),
+        ("artifacts/texts.py",),
     ),
     (
         "checkpoint/test_checkpoint.py",
@@ -103,8 +103,8 @@ COVERED_BY = [
     ),
     (
         "hub/test_shards.py",
-        "progress and errors of a download",
-        ("hub/counted.py", "hub/errors.py"),
+        "errors of a download",
+        ("hub/errors.py",),
     ),
     (
         "local/test_chat.py",
@@ -148,8 +148,8 @@ COVERED_BY = [
     ),
     (
         "tokenizer/test_templates.py",
-        "where templates lie",
-        ("tokenizer/template_files.py",),
+        "the files that templates lie in",
+        ("tokenizer/tokenizer.py", "tokenizer/tokenizer_files.py"),
     ),
     (
         "verifying/test_damage.py",
@@ -160,7 +160,9 @@ COVERED_BY = [
 
 # Distributions that are imported but not declared, and the reverse; each with the reason.
 NOT_DECLARED = {"triton": "a dependency of torch's CUDA builds; used only on a GPU"}
-FOR_TESTS = ("test", "fuzz")  # extras that the package itself does not need
+# extras that the package itself does not need
+FOR_TESTS = ("test", "fuzz")
+FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
@@ -330,7 +332,7 @@ def declared(*, for_tests: bool = False) -> set[str]:
     extras = project["optional-dependencies"]
     names = [] if for_tests else list(project["dependencies"])
     for extra in extras:
-        if (extra in FOR_TESTS) is for_tests:
+        if extra not in FOR_DOCS and (extra in FOR_TESTS) is for_tests:
             names += extras[extra]
     return {canonical(name) for name in names} - {"reap2gguf"}
 
