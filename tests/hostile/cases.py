@@ -21,7 +21,7 @@ SOUND = [
     Case("plan a model of the Hub's cache", lambda room: ["plan", cache(room), *PLAN], "6 of 8"),
     Case("prune", lambda room: [
         "prune", room.copy("qwen3"), "--observations", room.copy("seen.safetensors"), "-o", "out",
-    ], "6 of 8 experts kept"),
+    ], "keeps 6 of 8 experts"),
     *[Case(f"quantize by {name}", lambda room, name=name: [
         "quantize", room.copy("qwen3"), "--imatrix", room.copy(name), *QUANTIZE,
     ], "bpw") for name in ("imatrix.gguf", "imatrix.dat")],
