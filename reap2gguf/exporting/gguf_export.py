@@ -30,7 +30,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import OutputFile, open_file, part_of, rename
-from reap2gguf.checkpoint.weights import Weights
+from reap2gguf.checkpoint.weights import Floats, Weights
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.exporting.header import GgufLayout, HeaderFacts, lay_out
 from reap2gguf.exporting.journal import ExportJournal
@@ -40,8 +40,6 @@ from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_ranges, rows_per_matrix
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.progress import Progress, Task
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

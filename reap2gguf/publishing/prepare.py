@@ -24,7 +24,7 @@ from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.split import SplitPlan, plan_split, write_part
 from reap2gguf.progress import Progress
 from reap2gguf.publishing.contents import HUB_MAX_BYTES, PreparedFile, PreparedPush, PreparedRepo
-from reap2gguf.verifying.bundle import check_experts
+from reap2gguf.verifying.gguf_file import check_experts
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
-
 from reap2gguf.bundle.layout import MANIFEST_FILE, is_hf_folder
-from reap2gguf.bundle.manifest import GgufRecord, Manifest, SideRecord
+from reap2gguf.bundle.manifest import Manifest, SideRecord
 from reap2gguf.bundle.opening import OpenBundle
 from reap2gguf.bundle.sums import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -28,9 +26,12 @@ from reap2gguf.models.contract import MoeModel
 from reap2gguf.progress import Progress
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
+    check_experts,
     check_gguf,
     check_gguf_header,
     check_side_file,
+    expected_gguf,
+    types_by_tensor,
 )
 from reap2gguf.verifying.hf_folder import check_folder, open_folder
 
@@ -139,7 +140,7 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyRep
     with _open(hf_folder) as (opened, _):
         for record in manifest.gguf:
             if not absent & set(record.files):
-                expected = _expected(record, manifest.pruning.n_kept)
+                expected = expected_gguf(record, manifest.pruning.n_kept)
                 path = folder / record.first
                 found = check_gguf(path, expected, opened, n_threads, progress)
                 violations += _with_error(found, record.first)
@@ -182,7 +183,7 @@ def _check_side(
             yield f"{checkpoint.folder.name}: {error}"
         else:
             source = (checkpoint, sides) if sides else None
-    yield from check_side_file(path, _tensor_types(record.tensors), source, n_threads, progress)
+    yield from check_side_file(path, types_by_tensor(record.tensors), source, n_threads, progress)
 
 
 def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None:
@@ -202,23 +203,3 @@ def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None
         violations += check_experts(bundle.gguf, record, n_kept)
     if violations:
         raise VerificationError(violations, "nothing was uploaded; build the bundle again")
-
-
-def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
-    """Violations in the header of a GGUF file, or in those of its parts together.
-
-    Each tensor of the record must be there once with its type, and each layer must have `n_kept`
-    experts and router rows.
-    """
-    absent = [name for name in record.files if not is_plain(folder / name)]
-    if absent:
-        return [f"{folder.name}: {name} is missing" for name in absent]
-    return check_gguf_header(folder / record.first, _expected(record, n_kept))
-
-
-def _expected(record: GgufRecord, n_kept: int) -> ExpectedGguf:
-    return ExpectedGguf(_tensor_types(record.tensors), n_kept)
-
-
-def _tensor_types(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
-    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}

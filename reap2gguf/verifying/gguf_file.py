@@ -9,11 +9,12 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from reap2gguf.bundle.manifest import GgufRecord
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, Reap2ggufError
+from reap2gguf.files import is_plain
 from reap2gguf.ggml import STORABLE, Ggml, load_ggml
 from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
 from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows, rows_per_matrix
@@ -30,8 +31,6 @@ from reap2gguf.verifying.matrices import (
     matrix_error,
 )
 
-Floats = npt.NDArray[np.float32]
-
 _MAX_ROW = 2**22  # values; a row is read at once
 
 
@@ -42,6 +41,16 @@ class ExpectedGguf:
     tensor_types: Mapping[str, GGMLQuantizationType] | None = None
     n_experts: int | None = None
     file_type: int | None = None  # general.file_type
+
+
+def expected_gguf(record: GgufRecord, n_kept: int) -> ExpectedGguf:
+    """What a GGUF file must hold by the manifest of its bundle."""
+    return ExpectedGguf(types_by_tensor(record.tensors), n_kept)
+
+
+def types_by_tensor(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
+    """The types of tensors, which a manifest records by name."""
+    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}
 
 
 def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
@@ -109,6 +118,18 @@ def check_gguf_header(path: Path, expected: ExpectedGguf) -> list[str]:
     """Violations in the header of a GGUF file, or in those of all its parts together."""
     header, problems = open_gguf(path)
     return problems if header is None else list(check_header(header, expected))
+
+
+def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
+    """Violations in the header of a GGUF file, or in those of its parts together.
+
+    Each tensor of the record must be there once with its type, and each layer must have `n_kept`
+    experts and router rows.
+    """
+    absent = [name for name in record.files if not is_plain(folder / name)]
+    if absent:
+        return [f"{folder.name}: {name} is missing" for name in absent]
+    return check_gguf_header(folder / record.first, expected_gguf(record, n_kept))
 
 
 def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:

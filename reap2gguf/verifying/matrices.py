@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from reap2gguf.checkpoint.weights import Weights
+from reap2gguf.checkpoint.weights import Floats, Weights
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.reader import GgufHeader
 from reap2gguf.gguf_files.rows import read_rows, row_ranges, rows_per_matrix
 from reap2gguf.models.description import GgufTensor, Slab
-
-Floats = npt.NDArray[np.float32]
 
 # Largest relative error |read - stored| / |stored| of a matrix, by type: about two and a half
 # times what trained weights show. Another expert's weights stand at about 1.4.
