@@ -31,6 +31,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import OutputFile, open_file, part_of, rename
+from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.exporting.header import GgufLayout, HeaderFacts, lay_out
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
@@ -38,13 +39,11 @@ from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_ranges, rows_per_matrix
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.checkpoint.weights import Floats, Weights
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
     from reap2gguf.models.description import GgufTensor, Slab
     from reap2gguf.progress import Progress, Task
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

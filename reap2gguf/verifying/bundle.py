@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE, is_hf_folder
 from reap2gguf.bundle.manifest import Manifest, SideRecord
+from reap2gguf.bundle.opening import OpenBundle
 from reap2gguf.bundle.sums import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import (
@@ -29,8 +30,8 @@ from reap2gguf.verifying.gguf_file import (
     check_gguf,
     check_gguf_header,
     check_side_file,
-    record_expectation,
-    tensor_types_of,
+    expected_gguf,
+    types_by_tensor,
 )
 from reap2gguf.verifying.hf_folder import check_folder, open_folder
 
@@ -143,7 +144,7 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyRep
     with _open(hf_folder) as (opened, _):
         for record in manifest.gguf:
             if not absent & set(record.files):
-                expected = record_expectation(record, manifest.pruning.n_kept)
+                expected = expected_gguf(record, manifest.pruning.n_kept)
                 path = folder / record.first
                 found = check_gguf(path, expected, opened, n_threads, progress)
                 violations += _with_error(found, record.first)
@@ -186,7 +187,7 @@ def _check_side(
             yield f"{checkpoint.folder.name}: {error}"
         else:
             source = (checkpoint, sides) if sides else None
-    yield from check_side_file(path, tensor_types_of(record.tensors), source, n_threads, progress)
+    yield from check_side_file(path, types_by_tensor(record.tensors), source, n_threads, progress)
 
 
 def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import ArtifactError, Reap2ggufError
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
 
-Floats = npt.NDArray[np.float32]
-
 _MAX_ROW = 2**22  # values; a row is read at once
 
 
@@ -47,6 +44,16 @@ class ExpectedGguf:
     tensor_types: Mapping[str, GGMLQuantizationType] | None = None
     n_experts: int | None = None
     file_type: int | None = None  # general.file_type
+
+
+def expected_gguf(record: GgufRecord, n_kept: int) -> ExpectedGguf:
+    """What a GGUF file must hold by the manifest of its bundle."""
+    return ExpectedGguf(types_by_tensor(record.tensors), n_kept)
+
+
+def types_by_tensor(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
+    """The types of tensors, which a manifest records by name."""
+    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}
 
 
 def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
@@ -125,17 +132,7 @@ def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
     absent = [name for name in record.files if not is_plain(folder / name)]
     if absent:
         return [f"{folder.name}: {name} is missing" for name in absent]
-    return check_gguf_header(folder / record.first, record_expectation(record, n_kept))
-
-
-def record_expectation(record: GgufRecord, n_kept: int) -> ExpectedGguf:
-    """What a GGUF file must hold by its record in the manifest."""
-    return ExpectedGguf(tensor_types_of(record.tensors), n_kept)
-
-
-def tensor_types_of(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
-    """Tensor name to type, from the names of types that a manifest holds."""
-    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}
+    return check_gguf_header(folder / record.first, expected_gguf(record, n_kept))
 
 
 def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
+from reap2gguf.checkpoint.weights import Weights
+from reap2gguf.ggml import Ggml
+from reap2gguf.gguf_files.reader import GgufHeader
 from reap2gguf.gguf_files.rows import read_rows, row_ranges, rows_per_matrix
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.checkpoint.weights import Floats, Weights
     from reap2gguf.ggml import Ggml
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.description import GgufTensor, Slab
-
-Floats = npt.NDArray[np.float32]
 
 # Largest relative error |read - stored| / |stored| of a matrix, by type: about two and a half
 # times what trained weights show. Another expert's weights stand at about 1.4.

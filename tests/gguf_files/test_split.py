@@ -29,7 +29,8 @@ from reap2gguf.gguf_files.split import (
     write_part,
 )
 from reap2gguf.progress import Silent
-from reap2gguf.verifying.bundle import check_experts, verify_paths
+from reap2gguf.verifying.bundle import verify_paths
+from reap2gguf.verifying.gguf_file import check_experts
 from tests.conftest import Bundle
 
 # SHA-256 of what llama.cpp's `gguf-split --split-max-tensors 2` makes of the file of `written`
