@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "reap2gguf"
 TESTS = REPOSITORY / "tests"
 
 # Limits. Lower one when the package gets below it; do not raise one to make room.
-MOST_CHAIN = 15  # modules
+MOST_CHAIN = 12  # modules
 MOST_AT_THE_TOP = 14  # modules outside folders
 MOST_LINES = 420  # of a file
 MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
@@ -70,11 +70,6 @@ COVERED_BY = [
             "publishing/admission.py", "publishing/readback.py", "publishing/remote.py",
             "terminal/publish_commands.py",
         ),
-    ),
-    (
-        "calibration/test_datasets.py",
-        "runs the real client against the loopback Hub",
-        ("calibration/hub_datasets.py",),
     ),
     (
         "calibration/test_layouts.py",
@@ -137,6 +132,11 @@ COVERED_BY = [
         ("quantizing/file_types.py", "quantizing/mixture.py"),
     ),
     (
+        "tokenizer/test_gguf_keys.py",
+        "the files that the keys are read from",
+        ("tokenizer/tokenizer_files.py",),
+    ),
+    (
         "hostile/test_hostile.py",
         "the command says whether a recipe is sound",
         ("terminal/recipe_commands.py",),
@@ -165,6 +165,7 @@ FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
+    "mkdocs-material": "a program, run by hand and by CI",
     "flash-linear-attention": "transformers imports it where it is installed",
 }
 COMMANDS = {"ruff", "mypy", "pytest-xdist"}  # of the extra `test`: run, not imported

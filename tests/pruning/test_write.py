@@ -81,7 +81,8 @@ def test_both_spellings_are_rewritten(tmp_path: Path) -> None:
     spec = TinyQwen3Moe()
     folder = spec.write(tmp_path / "source")
     (folder / "config.json").write_text(json.dumps(spec.config() | {"num_local_experts": 8}))
-    model = describe(Checkpoint.open(folder))
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
     assert model.pruned_config(4)["num_experts"] == 4
     assert model.pruned_config(4)["num_local_experts"] == 4
 
@@ -134,12 +135,15 @@ def test_a_tensor_no_rule_explains_is_no_skip(tmp_path: Path) -> None:
     spec = TinyQwen3Moe()
     folder = spec.write(tmp_path / "odd")
     save_file(spec.tensors() | {"model.extra": torch.zeros(2)}, folder / "model.safetensors")
-    with pytest.raises(UnknownTensorError, match=r"model\.extra"):
-        describe(Checkpoint.open(folder))
+    with (
+        Checkpoint.open(folder) as checkpoint,
+        pytest.raises(UnknownTensorError, match=r"model\.extra"),
+    ):
+        describe(checkpoint)
 
 
 def test_the_view_has_the_source_order(tmp_path: Path) -> None:
-    source = Checkpoint.open(TinyQwen3Moe().write(tmp_path / "source"))
-    view = PrunedView(source, describe(source), {0: KEPT[0], 1: KEPT[1]})
+    with Checkpoint.open(TinyQwen3Moe().write(tmp_path / "source")) as source:
+        view = PrunedView(source, describe(source), {0: KEPT[0], 1: KEPT[1]})
     origins = [view.origin(name)[0] for name in view.tensors]
     assert origins == [name for name in source.tensors if name in origins]
