@@ -165,7 +165,6 @@ FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
-    "mkdocs-material": "a program, run by hand and by CI",
     "flash-linear-attention": "transformers imports it where it is installed",
 }
 COMMANDS = {"ruff", "mypy", "pytest-xdist"}  # of the extra `test`: run, not imported
