@@ -32,7 +32,8 @@ def violations(folder: Path, name: str, change: Callable[[torch.Tensor], object]
     assert checkpoint is not None
     assert model is not None
     assert not problems
-    return list(hf_folder._check_tensor(checkpoint, model, name, lambda _: None))
+    with checkpoint:
+        return list(hf_folder._check_tensor(checkpoint, model, name, lambda _: None))
 
 
 @pytest.fixture(autouse=True)
