@@ -83,7 +83,7 @@ def kept_maps(draw: st.DrawFn, facts: ModelFacts) -> dict[int, tuple[int, ...]]:
     return {layer: draw(ids) for layer in facts.moe_layers}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @pytest.mark.parametrize("which", SPECS)
 @given(data=st.data())
 def test_every_read_is_that_of_the_written_folder(
