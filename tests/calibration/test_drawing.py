@@ -207,7 +207,7 @@ def test_an_estimate_knows_the_components(files: tuple[Path, Path], tmp_path: Pa
 def test_processes_that_read_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first process's hash is another's, as where a dataset changes while they begin."""
     monkeypatch.setattr(api, "processes", lambda: Ranks(1, 1, 2))
-    monkeypatch.setattr(Ranks, "tell", lambda here, word: "first")
+    monkeypatch.setattr(Ranks, "broadcast", lambda here, word: "first")
     monkeypatch.setattr(ranks, "join", lambda: Ranks(1, 1, 2))
     api._check_same_rows("first")
     with pytest.raises(CalibrationError, match="have read different calibration rows"):

@@ -260,9 +260,9 @@ def test_a_bundle_says_that_it_was_packed(files: tuple[Path, Path], tmp_path: Pa
     assert samples[0] >= 9 * 32 / max(len(tokenizer.encode("1000 " * 6)), 24)
     for card in tmp_path.glob("out/*/README.md"):
         text = card.read_text()
-        assert "14 rows of at most 32 tokens, samples packed, 448 in all" in text
+        assert "14 rows of at most 32 tokens, samples packed, 448 tokens in total" in text
         assert f"| `short.jsonl` | 9 | 288 | {samples[0]} |" in text
-        assert "as REAP does by default" in text
+        assert "as in REAP's default" in text
     apart = build(replace(plan_of(files, tmp_path / "out", pack=False)), Silent())
     assert not apart.manifest.calibration.packed
     assert not next(stage for stage in apart.stages if stage.name == "texts").reused
