@@ -1,7 +1,7 @@
 """What a calibration pass observed of every expert, and the file format for it.
 
 Sums are float64 and counts int64: runs over different rows can be added, and every published
-criterion is a quotient of two of them (arXiv 2510.13999).
+criterion is one of them or a quotient of two (arXiv 2510.13999).
 """
 
 from __future__ import annotations

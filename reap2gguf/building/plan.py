@@ -44,7 +44,7 @@ class Plan:
     model: MoeModel
     target: Target
     name: str
-    pruned: PrunedView  # of the first experts: which ones are kept is not known yet, sizes are
+    pruned: PrunedView  # a placeholder that keeps the first experts: only its sizes are final
     recipes: tuple[ResolvedRecipe, ...]
     side_files: tuple[SideFile, ...]
     files: ScannedFiles  # of the calibration

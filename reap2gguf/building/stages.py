@@ -146,7 +146,7 @@ class Prune(Stage[None]):
         return {}
 
     def load(self) -> None:
-        """What it wrote is read again by verification alone."""
+        """Only verification reads its files."""
 
 
 class Importance(Stage[Imatrix]):
@@ -258,7 +258,7 @@ class Export(Stage[None]):
         return ExportJournal(self.run.work.root / f"{name}.json", self.key)
 
     def load(self) -> None:
-        """What it wrote is read again by verification alone."""
+        """Only verification reads its files."""
 
 
 class Verify(Stage[list[str]]):

@@ -22,7 +22,7 @@ def rows_per_matrix(tensor: GgufTensor) -> int:
 
 
 def row_ranges(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) that cover the rows of a matrix; one if it is not stored as it is."""
+    """Ranges [first, last) that cover a matrix; a single one if it is transposed or transformed."""
     n_rows = rows_per_matrix(tensor)
     is_whole = tensor.transform is not None or any(slab.transposed for slab in tensor.slabs[:1])
     step = n_rows if is_whole else max(1, MAX_VALUES // tensor.n_columns)

@@ -1,4 +1,4 @@
-"""Repeats a request to the Hub while its errors may pass; one policy for every request.
+"""Repeats a request to the Hub while its errors may be temporary; one loop for every request.
 
 Five tries by default. The first wait is one second and doubles after each try; up to a quarter is
 added at random, so that many clients do not come back at the same moment. A server that asks for a

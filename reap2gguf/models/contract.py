@@ -164,7 +164,7 @@ class MoeModel(ABC):
         return ()
 
     def config_at_odds(self) -> str | None:
-        """What the config claims and the tensors deny, which no published folder may show."""
+        """A claim of the config that the tensors contradict; no published folder may have one."""
         return None
 
     def caveats(self) -> tuple[str, ...]:

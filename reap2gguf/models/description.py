@@ -1,7 +1,8 @@
 """The words in which an architecture describes itself: facts, roles, tensors, header values.
 
-Letters: H hidden, F expert width, E experts, K experts per token, V vocabulary. Shapes are given
-slowest dimension first (PyTorch, numpy); GGML's `ne` is the reverse.
+Letters: H hidden, F expert width, E experts, K experts per token, V vocabulary, Q query and KV
+key/value width (heads times head size), D head size, S width of a shared expert, I width of a dense
+layer. Shapes are given slowest dimension first (PyTorch, numpy); GGML's `ne` is the reverse.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def resolve(
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
-        whole = _stays_whole(tensor, recipe)
+        whole = _fixed_type(tensor, recipe)
         winner = _winner(recipe, tensor, whole)
         if winner is not None:
             winners.add(winner)
@@ -130,10 +130,10 @@ def resolve(
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
 
 
-def _winner(recipe: Recipe, tensor: GgufTensor, whole: Type | None) -> int | None:
-    """The first rule for a tensor; one that stays whole takes no rule that would cut it."""
+def _winner(recipe: Recipe, tensor: GgufTensor, fixed: Type | None) -> int | None:
+    """The first rule for a tensor; a tensor of a fixed type ignores rules for other types."""
     for position, rule in enumerate(recipe.rules):
-        if rule.fits(tensor.name) and (whole is None or rule.tensor_type is whole):
+        if rule.fits(tensor.name) and (fixed is None or rule.tensor_type is fixed):
             return position
     return None
 
@@ -149,7 +149,7 @@ def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1, tensor.name)
 
 
-def _stays_whole(tensor: GgufTensor, recipe: Recipe) -> Type | None:
+def _fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
     """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
     if tensor.always_f32:
         return Type.F32
@@ -174,7 +174,7 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
         if position in winners:
             continue
         reached = [t for t in tensors if rule.fits(t.name)]
-        if reached and all(_stays_whole(tensor, recipe) is not None for tensor in reached):
+        if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, "
                 f"but what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants "
