@@ -1,6 +1,7 @@
-"""Downloads that can be abandoned: their progress, their threads and their partial files.
+"""Downloads a file of the Hub: its retries, its progress, its threads, and its partial files.
 
-The threads wait for the network, and neither Ctrl-C nor the end of the program waits for them.
+A download can be abandoned: its thread waits for the network, and neither Ctrl-C nor the end of the
+program waits for that thread.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from reap2gguf.atomic import remove
-from reap2gguf.errors import OutputError
+from reap2gguf.errors import CheckpointError, OutputError
+from reap2gguf.files import file_sha256
+from reap2gguf.hub.retry import model_retry
 
 if TYPE_CHECKING:
-    from reap2gguf.hub.retry import Note
+    from reap2gguf.hub.retry import Note, Sleep
+    from reap2gguf.hub.snapshot import HubFile
 
 T = TypeVar("T")
+# Some minutes, since huggingface_hub repeats each try several times: hours of work would be lost.
+_TRIES = 8
 _DESCRIPTORS = Path("/proc/self/fd")
 _PARTIAL = ".incomplete"  # how huggingface_hub ends the name of a file that is not complete
 
@@ -92,6 +99,54 @@ class DownloadProgress:
         """The file of `n_bytes` is complete, though another process may have fetched it."""
         self._n_now = 0
         self.add(n_bytes)
+
+
+def download_file(
+    name: str,
+    commit: str,
+    file: HubFile,
+    progress: DownloadProgress,
+    note: Note,
+    sleep: Sleep | None = None,
+) -> None:
+    """Download one file of a repository into the Hub's cache, complete and with the Hub's hash.
+
+    Requests that fail are repeated (`retry.py`); a file that arrives damaged is downloaded once
+    more. Raises SourceError, OutputError, CheckpointError for a wrong hash, and AbandonedError.
+    """
+    retry = model_retry(
+        name,
+        commit,
+        progress.guarded(note),
+        sleep or progress.sleep,
+        _TRIES,
+        "run the same command again when there is a network: complete files are kept",
+    )
+    for is_second in (False, True):
+        path = retry.call(partial(_hf_download, name, commit, file, progress, is_second))
+        progress.finish(file.n_bytes)
+        if file.sha256 is None or file_sha256(path) == file.sha256:
+            return
+        note(f"{file.name}: arrived damaged; fetching it again")
+    raise CheckpointError(
+        f"{path}: its hash is not that of the file on the Hub, twice; the network or the disk "
+        "changes the bytes"
+    )
+
+
+def _hf_download(
+    name: str, commit: str, file: HubFile, progress: DownloadProgress, force: bool
+) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(
+        name,
+        file.name,
+        revision=commit,
+        force_download=force,
+        tqdm_class=progress.bar_class(),
+    )
+    return Path(path)
 
 
 def run_in_threads(actions: Sequence[Callable[[], T]], n_threads: int) -> list[T]:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.safetensors_header import MAX_HEADER_BYTES
-from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.files import file_sha256
+from reap2gguf.errors import SourceError
 from reap2gguf.hub.download import (
     AbandonedError,
     DownloadProgress,
     cached_blobs,
+    download_file,
     remove_partial_files,
     run_in_threads,
 )
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _MAX_DOWNLOADS = 4  # at once
 _MAX_HEADERS = 8  # at once
 _FIRST_BYTES = 2**16  # holds the header of most files
-# Some minutes, since huggingface_hub repeats each try several times: hours of work would be lost.
-_TRIES = 8
 
 
 class HubShards:
@@ -168,41 +166,8 @@ class HubShards:
         progress = DownloadProgress(self._advance, abandoned)
         progress.check()
         self._show()
-        for is_second in (False, True):
-            path = self._download(file, progress, is_second)
-            progress.finish(file.n_bytes)
-            if file.sha256 is None or file_sha256(path) == file.sha256:
-                return
-            self._note(f"{file.name}: arrived damaged; fetching it again")
-        raise CheckpointError(
-            f"{path}: its hash is not that of the file on the Hub, twice; the network or the disk "
-            "changes the bytes"
-        )
-
-    def _download(self, file: HubFile, progress: DownloadProgress, force: bool) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        name, commit = self._snapshot.name, self._snapshot.commit
-
-        def download() -> Path:
-            path = hf_hub_download(
-                name,
-                file.name,
-                revision=commit,
-                force_download=force,
-                tqdm_class=progress.bar_class(),
-            )
-            return Path(path)
-
-        retry = model_retry(
-            name,
-            commit,
-            progress.guarded(self._note),
-            self._sleep or progress.sleep,
-            _TRIES,
-            "run the same command again when there is a network: complete files are kept",
-        )
-        return retry.call(download)
+        snapshot = self._snapshot
+        download_file(snapshot.name, snapshot.commit, file, progress, self._note, self._sleep)
 
     def _show(self) -> None:
         """Open the bar, for all files that are not in the cache yet."""

@@ -14,7 +14,7 @@ import pytest
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.hub import shards
+from reap2gguf.hub import download, shards
 from reap2gguf.hub.download import AbandonedError, DownloadProgress
 from reap2gguf.hub.source import resolve_source
 from reap2gguf.progress import Silent
@@ -93,17 +93,17 @@ def test_what_comes_damaged_is_fetched_again(
     checkpoint = source.open()
     content = hub.files[ENDS]
     assert isinstance(content, bytes)
-    real = shards.file_sha256
+    real = download.file_sha256
     seen: list[Path] = []
 
     def once_wrong(path: Path) -> str:
         seen.append(path)
         return "0" * 64 if len(seen) == 1 else real(path)
 
-    monkeypatch.setattr(shards, "file_sha256", once_wrong)
+    monkeypatch.setattr(download, "file_sha256", once_wrong)
     checkpoint.read("model.norm.weight")
     assert len(whole(hub, ENDS)) == 2
-    monkeypatch.setattr(shards, "file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(download, "file_sha256", lambda path: "0" * 64)
     with pytest.raises(CheckpointError, match="its hash is not that of the file on the Hub"):
         checkpoint.read("model.layers.0.input_layernorm.weight")
     checkpoint.close()
