@@ -113,7 +113,7 @@ class Rig:
         again = {
             stage
             for stage in done
-            if f"{stage}: done before with the same inputs, reused" not in outcome.errors
+            if f"{stage}: up to date, reused" not in outcome.errors
         }
         shutil.rmtree(self.output)
         return Counter() if nothing_to_do else Counter(again)
