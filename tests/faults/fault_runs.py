@@ -109,14 +109,10 @@ class Rig:
         assert made.keys() == bundle.keys()
         for name in bundle:
             assert made[name] == bundle[name], f"{name} differs"
-        nothing_to_do = "nothing to do" in outcome.errors
-        again = {
-            stage
-            for stage in done
-            if f"{stage}: up to date, reused" not in outcome.errors
-        }
+        is_finished = f"{NAME}: up to date;" in outcome.errors
+        again = {stage for stage in done if f"{stage}: up to date, reused" not in outcome.errors}
         shutil.rmtree(self.output)
-        return Counter() if nothing_to_do else Counter(again)
+        return Counter() if is_finished else Counter(again)
 
 
 def points(total: int, wanted: int) -> list[int]:
@@ -131,7 +127,7 @@ def points(total: int, wanted: int) -> list[int]:
 def is_one_line(outcome: Outcome) -> bool:
     """Whether a failure is reported as it should be: in one line, the last one."""
     lines = outcome.errors.splitlines()
-    return len(outcome.error_lines) == 1 and lines[-1].startswith("Error:")
+    return len(outcome.error_lines) == 1 and lines[-1] in outcome.error_lines
 
 
 def main() -> None:

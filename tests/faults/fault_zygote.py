@@ -32,7 +32,9 @@ class Outcome:
 
     @property
     def error_lines(self) -> list[str]:
-        return [line for line in self.errors.splitlines() if line.startswith("Error:")]
+        return [
+            line for line in self.errors.splitlines() if line.startswith(("Error:", "Interrupted."))
+        ]
 
 
 class Zygote:
