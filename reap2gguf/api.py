@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.source import Source
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
     from reap2gguf.verifying.bundle import VerifyReport
 
 ProgressLike = Callable[[ProgressEvent], None] | Progress | None
@@ -230,43 +231,17 @@ def quantize(
     An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError,
     ArtifactError, OutputError, and what opening a model raises.
     """
-    from reap2gguf.atomic import remove
-    from reap2gguf.exporting.model_files import WeightedBy
-    from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
     from reap2gguf.quantizing.recipe import load_recipe
     from reap2gguf.quantizing.resolve import resolve
 
     asked = load_recipe(recipe)
-    weighted_by = None
-    if isinstance(imatrix, Imatrix):
-        weighted_by = WeightedBy(imatrix)
-    elif imatrix is not None:
-        weighted_by = WeightedBy(load_imatrix(Path(imatrix)), Path(imatrix).name)
+    weighted_by = _weighted_by(imatrix)
     output, shown = _output(output), _progress(progress)
     with _open(model, shown) as opened:
-        from reap2gguf.building.keys import export_key
-        from reap2gguf.exporting.journal import ExportJournal
-        from reap2gguf.exporting.model_files import export_model
-
-        checkpoint, described = opened.checkpoint, opened.model
-        tensors = described.gguf_tensors(checkpoint.tensors)
-        n_experts = described.facts.n_experts
-        resolved = resolve(asked, tensors, described.facts, n_experts, weighted_by is not None)
-        short = opened.source.short_name
-        key = export_key(checkpoint.fingerprint(), short, asked.source, *_identity(weighted_by))
-        journal = output.with_name(f"{output.name}.journal")
-        export_model(
-            checkpoint,
-            described,
-            short,
-            {output: resolved},
-            weighted_by,
-            [],
-            threads or available_threads(),
-            shown,
-            ExportJournal(journal, key),
-        )
-        remove(journal)
+        facts = opened.model.facts
+        tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
+        resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
+        _export(opened, resolved, output, weighted_by, threads or available_threads(), shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
 
@@ -282,6 +257,43 @@ def verify(
 
     given = [Path(path) for path in paths]
     return verify_paths(given, threads or available_threads(), _progress(progress))
+
+
+def _weighted_by(imatrix: Imatrix | PathLike | None) -> WeightedBy | None:
+    from reap2gguf.exporting.model_files import WeightedBy
+    from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+
+    if imatrix is None:
+        return None
+    if isinstance(imatrix, Imatrix):
+        return WeightedBy(imatrix)
+    return WeightedBy(load_imatrix(Path(imatrix)), Path(imatrix).name)
+
+
+def _export(
+    opened: _Opened,
+    recipe: ResolvedRecipe,
+    output: Path,
+    weighted_by: WeightedBy | None,
+    n_threads: int,
+    progress: Progress,
+) -> None:
+    """Write one GGUF file; its journal lies beside it until it is complete."""
+    from reap2gguf.atomic import remove
+    from reap2gguf.building.keys import export_key
+    from reap2gguf.exporting.journal import ExportJournal
+    from reap2gguf.exporting.model_files import export_model
+
+    name = opened.source.short_name
+    fingerprint = opened.checkpoint.fingerprint()
+    key = export_key(fingerprint, name, recipe.source, *_identity(weighted_by))
+    path = output.with_name(f"{output.name}.journal")
+    files = {output: recipe}
+    journal = ExportJournal(path, key)
+    export_model(
+        opened.checkpoint, opened.model, name, files, weighted_by, [], n_threads, progress, journal
+    )
+    remove(path)
 
 
 def _identity(weighted_by: WeightedBy | None) -> tuple[str, str]:
