@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,9 +151,21 @@ def program_versions() -> dict[str, str]:
             found[library] = version(library)
         except PackageNotFoundError:
             found[library] = "missing"
+    if commit := _own_commit():
+        found["reap2gguf commit"] = commit
     ggml = load_ggml()
     found["ggml"] = f"{ggml.version} of a llama.cpp build" if ggml.is_own else ggml.version
     return found
+
+
+def _own_commit() -> str | None:
+    """The commit of this program, where pip installed it from a repository (PEP 610)."""
+    try:
+        record = distribution("reap2gguf").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    commit: str | None = json.loads(record or "{}").get("vcs_info", {}).get("commit_id")
+    return commit
 
 
 def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:

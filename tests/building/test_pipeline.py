@@ -331,3 +331,23 @@ def test_a_matrix_of_zeros_in_the_source_is_the_sources(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     result = build(folder, tmp_path / "out", compression=0)
     assert result.manifest.pruning.n_kept == 8
+
+
+@pytest.mark.parametrize(
+    ("record_text", "commit"),
+    [
+        (None, None),
+        ('{"url": "file:///here", "dir_info": {"editable": true}}', None),
+        ('{"url": "https://host/x", "vcs_info": {"vcs": "git", "commit_id": "abc"}}', "abc"),
+    ],
+)
+def test_a_program_from_a_repository_records_its_commit(
+    record_text: str | None, commit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return record_text
+
+    monkeypatch.setattr(record, "distribution", lambda name: Installed())
+    assert record.program_versions().get("reap2gguf commit") == commit
