@@ -362,9 +362,14 @@ def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.is_run for block in blocks(page, "bash"))],
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.stem == "first-build" else ())
+        for page in PAGES
+        if any(block.is_run for block in blocks(page, "bash"))
+    ],
     ids=page_name,
-)  # fmt: skip
+)
 def test_commands_on_the_pages_run(page: Path, built_example: Path) -> None:
     for block in blocks(page, "bash"):
         if block.is_run:

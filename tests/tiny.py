@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLE = REPOSITORY / "examples" / "tiny-qwen3-moe"
+# for `llama_cpp.Llama`: its threads wait actively, which takes processors from the other workers
+ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

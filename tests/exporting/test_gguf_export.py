@@ -21,7 +21,7 @@ from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, shipped_recipes
 from tests.exporting.files import export_files, gguf_tensors, left, plain, random_imatrix, stored
-from tests.tiny import REPOSITORY, TinyQwen3Moe
+from tests.tiny import ONE_THREAD, REPOSITORY, TinyQwen3Moe
 
 DATA = REPOSITORY / "tests" / "data"
 CONVERTED = json.loads((DATA / "tiny-qwen3-moe.gguf.json").read_text())
@@ -71,7 +71,7 @@ def files(example: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def llama(files: dict[str, Path]) -> Iterator[llama_cpp.Llama]:
     loaded = llama_cpp.Llama(
-        str(files["BF16"]), n_ctx=256, logits_all=True, n_threads=2, verbose=False
+        str(files["BF16"]), n_ctx=256, logits_all=True, verbose=False, **ONE_THREAD
     )
     yield loaded
     loaded.close()
@@ -161,7 +161,7 @@ def test_llama_cpp_predicts_as_transformers_does(llama: llama_cpp.Llama, example
 
 @pytest.mark.parametrize("name", ["unsloth-iq4km", "IQ4_XS"])
 def test_llama_cpp_generates_from_a_quantized_file(files: dict[str, Path], name: str) -> None:
-    llama = llama_cpp.Llama(str(files[name]), n_ctx=128, n_threads=2, verbose=False)
+    llama = llama_cpp.Llama(str(files[name]), n_ctx=128, verbose=False, **ONE_THREAD)
     try:
         answer = llama("The following options are", max_tokens=12, temperature=0)
     finally:

@@ -26,7 +26,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_files, plain, stored
-from tests.tiny import TinyQwen35Moe
+from tests.tiny import ONE_THREAD, TinyQwen35Moe
 
 TOKENS = np.random.default_rng(3).integers(0, 4000, 200)
 LAYOUTS = {
@@ -57,7 +57,7 @@ def of_transformers(folder: Path) -> Computed:
 def of_llama_cpp(path: Path) -> torch.Tensor:
     """Logits (T, V)."""
     llama = llama_cpp.Llama(
-        str(path), n_ctx=256, n_batch=256, logits_all=True, n_threads=2, verbose=False
+        str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, **ONE_THREAD
     )
     llama.eval(TOKENS.tolist())
     return torch.tensor(np.array(llama.scores[: len(TOKENS)]))

@@ -32,6 +32,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import verify_paths
 from reap2gguf.verifying.gguf_file import check_experts
 from tests.conftest import Bundle
+from tests.tiny import ONE_THREAD
 
 # SHA-256 of what llama.cpp's `gguf-split --split-max-tensors 2` makes of the file of `written`
 OF_GGUF_SPLIT = {
@@ -127,7 +128,7 @@ def test_llama_cpp_computes_the_same_with_the_parts(whole: Path, parts: list[Pat
     llama_cpp = pytest.importorskip("llama_cpp")
 
     def logits(path: Path) -> np.ndarray:
-        model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
+        model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, **ONE_THREAD)
         model.eval([1, 2, 3, 4, 5, 6, 7, 8])
         found = np.array(model.scores[:8])
         model.close()

@@ -25,10 +25,10 @@ from reap2gguf.local.chat import Conversation, printable
 from reap2gguf.local.engine import AnswerOptions, Engine, EngineOptions
 from tests.conftest import Bundle
 from tests.test_vendor import VERSION, script
-from tests.tiny import REPOSITORY
+from tests.tiny import ONE_THREAD, REPOSITORY
 
 ROOT = REPOSITORY
-OPTIONS = EngineOptions(context=256, threads=2, gpu_layers=-1)
+OPTIONS = EngineOptions(context=256, threads=1, gpu_layers=-1)
 GREEDY = AnswerOptions(temperature=0.0, max_tokens=12)
 ECHO = f'case "$1" in --version) {VERSION};; *) for w in "$@"; do echo "$w"; done; exit 7;; esac'
 
@@ -50,7 +50,7 @@ def engine(model: Path) -> Iterator[Engine]:
 
 
 def directly(model: Path, messages: list[dict[str, str]]) -> str:
-    with closing(Llama(str(model), n_ctx=256, n_threads=2, verbose=False)) as llama:
+    with closing(Llama(str(model), n_ctx=256, verbose=False, **ONE_THREAD)) as llama:
         answer = llama.create_chat_completion(messages, temperature=0.0, max_tokens=12)
     return str(answer["choices"][0]["message"]["content"])
 
@@ -59,7 +59,7 @@ def run(*arguments: object, **more: str) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], **more)
 
 
-FLAGS = ("--temperature", 0, "--tokens", 12, "--context", 256, "--threads", 2)
+FLAGS = ("--temperature", 0, "--tokens", 12, "--context", 256, "--threads", 1)
 
 
 def test_an_answer_is_llama_cpps_own(built: Bundle, model: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_question_without_room_is_forgotten(engine: Engine) -> None:
 def test_a_context_that_is_no_multiple_of_llama_cpps_step_is_one(
     context: int, n_words: int, model: Path
 ) -> None:
-    with closing(Engine(model, EngineOptions(context, 2, -1))) as engine:
+    with closing(Engine(model, EngineOptions(context, 1, -1))) as engine:
         assert engine.context == -(-context // 256) * 256 == engine._llama.n_ctx()
         conversation = Conversation(engine, AnswerOptions(temperature=0.0))
         answer = conversation.ask("word " * n_words, lambda text: None)
@@ -219,7 +219,7 @@ def test_llama_cli_and_llama_server_receive_the_options(bundle: Bundle, tmp_path
     assert done.returncode == 7, "the program's own exit code"
     assert done.stdout.splitlines() == [
         "--model", str(bundle.gguf / "example-BF16.gguf"), "--jinja",
-        "--ctx-size", "256", "--threads", "2", "--temp", "0", "--system-prompt", "Be brief.",
+        "--ctx-size", "256", "--threads", "1", "--temp", "0", "--system-prompt", "Be brief.",
         "--predict", "12", "--seed", "3", "--prompt", "Why -- so?", "--single-turn",
         "--no-display-prompt",
     ]  # fmt: skip

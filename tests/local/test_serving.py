@@ -23,7 +23,7 @@ from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.local import programs, serving
 from tests.conftest import Bundle
-from tests.tiny import REPOSITORY
+from tests.tiny import ONE_THREAD, REPOSITORY
 
 HELLO = [{"role": "user", "content": "Hello"}]
 # the defaults of the server and of the library differ in `repeat_penalty`
@@ -177,9 +177,9 @@ def ask(address: str, **body: Any) -> Any:
 @needs_server
 def test_the_real_server_gives_llama_cpps_own_answer_and_ends_on_a_signal(built: Bundle) -> None:
     model = built.gguf / "example-IQ4_K_M.gguf"
-    with closing(Llama(str(model), n_ctx=256, n_threads=2, verbose=False)) as llama:
+    with closing(Llama(str(model), n_ctx=256, verbose=False, **ONE_THREAD)) as llama:
         expected = llama.create_chat_completion(HELLO, **GREEDY)
-    with running(model, "--context", 256, "--threads", 2) as (process, address):
+    with running(model, "--context", 256, "--threads", 1) as (process, address):
         with urllib.request.urlopen(f"{address}/models", timeout=60) as answer:
             assert [entry["id"] for entry in json.load(answer)["data"]] == ["example-IQ4_K_M"]
         with ask(address, logprobs=True, top_logprobs=2) as answer:

@@ -42,7 +42,7 @@ from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.gguf_keys import recognise_pre_tokenizer
 from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
 from tests.models.layouts import CASES, FIRST, LAYOUTS, Case, rows_of_slabs, stored_of, tensors_of
-from tests.tiny import EXAMPLE
+from tests.tiny import EXAMPLE, ONE_THREAD
 
 every_layout = pytest.mark.parametrize("case", CASES, ids=str)
 every_architecture = pytest.mark.parametrize("case", FIRST, ids=str)
@@ -395,7 +395,7 @@ def test_llama_cpp_computes_what_transformers_does(case: Case, tmp_path: Path) -
     tokens = np.random.default_rng(1).integers(0, 4000, 32)
     path = export_files(folder, tmp_path, [plain("F32")])["F32"]
     llama = llama_cpp.Llama(
-        str(path), n_ctx=64, n_batch=64, logits_all=True, n_threads=1, verbose=False
+        str(path), n_ctx=64, n_batch=64, logits_all=True, verbose=False, **ONE_THREAD
     )
     try:
         llama.eval(tokens.tolist())

@@ -28,6 +28,7 @@ from tests.loopback_hub.repository import Repository
 from tests.loopback_hub.server import Fault, Hub
 from tests.publishing.push_kills import Rig, Runner, environment, tiny_bundle
 from tests.publishing.push_room import GGUF_REPO, REPO, Room, close
+from tests.tiny import ONE_THREAD
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_llama_cpp_loads_the_parts_of_a_download(room: Room, bundle: Path, tmp_p
     assert first == "model-BF16-00001-of-00003.gguf"
 
     def logits(path: Path) -> Any:
-        model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1)
+        model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, **ONE_THREAD)
         model.eval([1, 2, 3, 4])
         found = np.array(model.scores[:4])
         model.close()
