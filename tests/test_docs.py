@@ -377,6 +377,7 @@ def test_commands_on_the_pages_run(page: Path, built_example: Path) -> None:
             assert done.returncode == 0, f"{block.body}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path) -> None:
     if missing := STEPS - set(getattr(reap2gguf, "__all__", ())):
         pytest.skip(f"reap2gguf has no public {', '.join(sorted(missing))}")

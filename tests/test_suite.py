@@ -52,7 +52,13 @@ def test_nothing_is_printed_after_the_summary(tmp_path: Path) -> None:
     assert re.fullmatch("=+ 1 passed in .* =+", run(SOUND, tmp_path)[-1])
 
 
-@pytest.mark.parametrize("test", [IN_A_CYCLE, FOR_EVER], ids=["in a cycle", "for ever"])
+@pytest.mark.parametrize(
+    "test",
+    [
+        pytest.param(IN_A_CYCLE, id="in a cycle"),
+        pytest.param(FOR_EVER, id="for ever", marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_that_is_left_open_is_an_error(test: str, tmp_path: Path) -> None:
     lines = run(test, tmp_path)
     assert any(re.fullmatch("=+ 1 passed, 1 error in .* =+", line) for line in lines), lines

@@ -43,7 +43,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         (PLAN, ENDS, Fault(), signal.SIGINT),
         (QUANTIZE, shard_of(0), Fault(after=2_000, range_end="-"), signal.SIGINT),
         (OBSERVE, ENDS, Fault(after=2_000, range_end="-"), signal.SIGINT),
-        (OBSERVE, shard_of(1), Fault(after=2_000, range_end="-"), signal.SIGTERM),
+        pytest.param(
+            OBSERVE,
+            shard_of(1),
+            Fault(after=2_000, range_end="-"),
+            signal.SIGTERM,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["info", "config", "tokenizer", "header", "quantize", "embedding", "layer"],
 )

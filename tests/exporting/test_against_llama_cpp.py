@@ -135,7 +135,17 @@ class Synthetic:
     importance: dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
+# of the rules for counts of layers, experts and heads, others cover these
+MORE_SHAPES = {"eight-experts-grouped", "three-experts", "rows-of-48", "tied-rows-of-64"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(shape, id=name, marks=pytest.mark.slow if name in MORE_SHAPES else ())
+        for name, shape in SHAPES.items()
+    ],
+)
 def synthetic(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Synthetic:

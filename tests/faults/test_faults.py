@@ -150,8 +150,14 @@ def test_killed_by_the_clock(rig: Rig, bundle: dict[str, bytes], n_points: int) 
         assert not rig.resume(bundle)
 
 
-@pytest.mark.parametrize("n_points", few_or(14, few=3))
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(
+    ("error", "n_points"),
+    [
+        (errno.ENOSPC, 3),
+        pytest.param(errno.ENOSPC, 14, marks=pytest.mark.slow),
+        pytest.param(errno.EIO, 14, marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fails_once(
     rig: Rig, bundle: dict[str, bytes], error: int, n_points: int
 ) -> None:

@@ -51,7 +51,7 @@ def bits(folder: Path, lengths: list[int], dtype: str, n_threads: int) -> dict[s
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", WRITERS)
 def test_sweeps_give_the_same_bits(which: str, dtype: str, tmp_path: Path) -> None:
     folder = WRITERS[which](tmp_path / "model")
