@@ -1,11 +1,11 @@
 """libggml through ctypes: quantizing and dequantizing rows. The only file that knows C.
 
-Any libggml serves: the prebuilt one of `libggml-python`, the one inside `llama-cpp-python`, or that
+Any libggml works: the prebuilt one of `libggml-python`, the one inside `llama-cpp-python`, or that
 of a llama.cpp which LLAMA_CPP_DIR or `--llama-cpp` asks for.
 ctypes releases the interpreter's lock during a call, so threads quantize side by side.
 
-A program that uses llama_cpp as well must import it first: both carry a library of one name, and
-llama_cpp needs its own.
+A program that also uses llama_cpp must import that first: both contain a library of the same name,
+and llama_cpp needs its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from reap2gguf.vendor import LIBRARIES, VARIABLE, requested_folder, requested_li
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
-# Python packages that carry a libggml, best first, and where in them it lies.
+# Python packages that contain a libggml, best first, and its folder in them.
 _CARRIERS = (("libggml", "lib64"), ("libggml", "lib"), ("llama_cpp", "lib"))
 # Types that a weight can be stored in; asking libggml for another one ends the process.
 STORABLE = frozenset(
@@ -82,11 +82,11 @@ class Ggml:
         """
         n_columns = rows.shape[1]
         if tensor_type not in STORABLE:
-            raise ValueError(f"{tensor_type.name} is no type to store weights in")
+            raise ValueError(f"{tensor_type.name} cannot hold weights")
         block = GGML_QUANT_SIZES[tensor_type][0]
         if n_columns % block:
             raise ValueError(
-                f"rows of {n_columns} are no multiple of {tensor_type.name}'s block {block}"
+                f"rows of {n_columns} are not a multiple of {tensor_type.name}'s block {block}"
             )
         if importance is not None and importance.shape != (n_columns,):
             raise ValueError(f"importance {importance.shape} for {n_columns} columns")
@@ -169,7 +169,7 @@ def _load(asked: Path | None) -> Ggml:
             tried.append(f"{path} ({error})")
     detail = f"; tried {'; '.join(tried)}" if tried else ""
     raise DependencyError(
-        "no libggml was found, which quantizes and dequantizes; run `pip install "
+        "libggml, which quantizes and dequantizes, was not found; run `pip install "
         f"libggml-python`{detail}"
     )
 
@@ -180,8 +180,8 @@ def _load_asked(path: Path) -> Ggml:
         return Ggml(path, _declare(library), library, is_own=True)
     except (OSError, AttributeError) as error:
         raise DependencyError(
-            f"{path}: is no libggml that serves here ({error}); build a newer llama.cpp, or leave "
-            f"out --llama-cpp and {VARIABLE} for the wheel's"
+            f"{path}: is not a usable libggml ({error}); build a newer llama.cpp, or use the "
+            f"wheel's libggml: leave out --llama-cpp and {VARIABLE}"
         ) from error
 
 

@@ -151,7 +151,7 @@ def test_a_type_that_needs_importance_is_refused_without(
 @pytest.mark.parametrize("name", [*SMALL_BLOCKS, *BLOCKS_OF_256])
 def test_rows_that_do_not_fill_blocks_are_refused(ggml: Ggml, name: str) -> None:
     columns = GGML_QUANT_SIZES[kind_named(name)][0] + 16
-    with pytest.raises(ValueError, match=f"rows of {columns} are no multiple of {name}'s block"):
+    with pytest.raises(ValueError, match=f"rows of {columns} are not a multiple of {name}'s block"):
         ggml.quantize(np.zeros((2, columns), np.float32), kind_named(name))
 
 

@@ -175,8 +175,8 @@ def another_library(folder: Path) -> None:
     [
         (no_folder, "no such folder"),
         (nothing_built, "holds no libggml-base.so or libggml-base.dylib (looked in build/bin"),
-        (not_a_library, "is no libggml that serves here"),
-        (another_library, "is no libggml that serves here"),
+        (not_a_library, "is not a usable libggml"),
+        (another_library, "is not a usable libggml"),
     ],
 )
 def test_a_broken_one_is_one_line_and_no_other_takes_its_place(

@@ -100,7 +100,7 @@ def find_recipe(name: str) -> Path:
         return path
     raise RecipeError(
         f"no recipe {name!r}; expected a .toml file or one of {', '.join(shipped)} "
-        "(`reap2gguf recipes list` tells what they do)"
+        "(see `reap2gguf recipes list`)"
     )
 
 
@@ -148,7 +148,10 @@ def _rule(values: Any, where: str) -> Rule:
     _refuse_unknown(values, _RULE_KEYS, where)
     match, tensor_type = _text(values, "match", where), _text(values, "type", where)
     if not _GLOB.fullmatch(match):
-        raise RecipeError(f"{where}: match {shown(match)} is no glob on a GGUF tensor name")
+        raise RecipeError(
+            f"{where}: match {shown(match)} is not a glob on "
+            "GGUF tensor names, such as blk.*.attn_v.weight"
+        )
     optional = values.get("optional", False)
     if not isinstance(optional, bool):
         raise RecipeError(f"{where}: optional is {shown(optional)}, expected true or false")
@@ -156,7 +159,7 @@ def _rule(values: Any, where: str) -> Rule:
     if tensor_type not in known:
         near = tensor_type.upper().replace("-", "_")
         hint = f"; did you mean {near}?" if near in known else _foreign_hint(tensor_type)
-        raise RecipeError(f"{where}: type {shown(tensor_type)} is no GGML tensor type{hint}")
+        raise RecipeError(f"{where}: type {shown(tensor_type)} is not a GGML tensor type{hint}")
     return Rule(match, GGMLQuantizationType[tensor_type], optional)
 
 
