@@ -191,7 +191,7 @@ RECIPES = [
     Case("recipe type unknown", recipe(HEAD + rule("*", "Q9")), "type 'Q9'"),
     Case("recipe type a list", recipe(HEAD + '[[rules]]\nmatch = "*"\ntype = [1]\n'), "type is"),
     Case("recipe match gone", recipe(HEAD + '[[rules]]\ntype = "Q8_0"\n'), "match is None"),
-    Case("recipe match long", recipe(HEAD + rule("a" * 300)), "is no glob"),
+    Case("recipe match long", recipe(HEAD + rule("a" * 300)), "is not a glob"),
     Case("recipe match a newline", recipe(HEAD + rule("a\nb")), "match 'a\\nb'"),
     Case("recipe match pathological", recipe(HEAD + rule(PATHOLOGICAL)), "matches no tensor"),
     Case("recipe match of brackets", recipe(HEAD + rule("[" * 99)), "matches no tensor"),
