@@ -27,7 +27,7 @@ _EXAMPLE = "<!-- not run: an example from the help -->"
 
 
 def escaped(text: str) -> str:
-    """Plain text for Markdown: `<`, `*` and `[` stay what they are, code stays code."""
+    """Plain text for Markdown: `<`, `*` and `[` are escaped, code is not."""
     pieces = re.split(r"(``.*?``|`[^`]*`)", text)
     return "".join(
         piece if index % 2 else re.sub(r"([*\[\]])", r"\\\1", piece.replace("<", "&lt;"))
@@ -106,7 +106,7 @@ def api_page() -> str:
         "",
         "# Python reference",
         "",
-        "These names are for your programs: `from reap2gguf import build, BuildOptions`. All else",
+        "Use these names: `from reap2gguf import build, BuildOptions`. Everything else",
         "may change without notice. [Python](python.md) has an example of all steps.",
     ]
     names = [name for name in getattr(reap2gguf, "__all__", ()) if not name.startswith("_")]

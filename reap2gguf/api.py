@@ -1,4 +1,4 @@
-"""The library: what the commands do, as functions of Python.
+"""The library: Python functions that do what the commands do.
 
 `build` does everything; the others are its stages, one at a time. Each takes a MODEL as the command
 line does: a local folder, or `owner/name[@revision]` on the Hub. Errors are Reap2ggufErrors, with

@@ -1,6 +1,6 @@
 """Writing files whole or not at all, to disks that may be full, broken or gone.
 
-Everything that the program writes goes through here; `files.py` is the reading side. A file is
+All files that remain are written through this module; `files.py` is the reading side. A file is
 written under its name with `.part` at the end, flushed to the disk, and renamed: so a file with its
 final name is complete, whatever happens in between, even a power cut. Errors of the disk become one
 OutputError that says what to do.

@@ -60,7 +60,7 @@ class _Group(click.Group):
 
 
 def _resume_advice(has_begun: bool) -> str:
-    """The command that resumes: the same one, without a --fresh that has been obeyed."""
+    """The command that resumes: the same one, without --fresh if that took effect."""
     if processes().size > 1:
         return " Resume with the same torchrun command."
     words = [word for word in sys.argv[1:] if word != "--fresh" or not has_begun]
@@ -97,7 +97,7 @@ def _fail_usage(error: click.UsageError) -> NoReturn:
 def cli() -> None:
     """Prune MoE models; write GGUF and safetensors.
 
-    Removes experts of a Mixture-of-Experts model with REAP and publishes the result as verified
+    Removes experts of a Mixture-of-Experts model with REAP and writes the result as verified
     GGUF and safetensors files.
 
     \b
@@ -119,7 +119,7 @@ def main() -> None:
     logging.lastResort = LogHandler(logging.WARNING)  # in effect without --verbose or --quiet
     logging.captureWarnings(True)  # shown with --verbose only
     signal.signal(signal.SIGTERM, _interrupt)
-    # its warnings are about requests that are tried again, which is reported here
+    # its warnings are about requests that are repeated; this program reports those itself
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if processes().size == 1:
         cli(prog_name="reap2gguf")

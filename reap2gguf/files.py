@@ -1,4 +1,4 @@
-"""Reading files from untrusted people; `atomic.py` is the writing side.
+"""Reading untrusted files; `atomic.py` is the writing side.
 
 A path is checked before it is opened: reading a pipe or a device could block or never end, and a
 link could lead out of the folder.
@@ -83,8 +83,8 @@ def leads_out(path: Path, folder: Path) -> bool:
     """Whether `path`, an entry of `folder`, is a link that leads out of the folder.
 
     The Hub's cache keeps files beside its snapshots: `models--x/snapshots/REVISION/file` leads to
-    `models--x/blobs/HASH`, which is allowed. So is `blobs/xx/HASH` beside `models--x`, where that
-    may lead in turn: huggingface_hub keeps there what several repositories share.
+    `models--x/blobs/HASH`, which is allowed. That may lead to `blobs/xx/HASH` beside `models--x`,
+    which is allowed too: huggingface_hub keeps there what several repositories share.
     """
     if not path.is_symlink():
         return False

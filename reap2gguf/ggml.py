@@ -1,7 +1,7 @@
 """libggml through ctypes: quantizing and dequantizing rows. The only file that knows C.
 
 Any libggml works: the prebuilt one of `libggml-python`, the one inside `llama-cpp-python`, or that
-of a llama.cpp which LLAMA_CPP_DIR or `--llama-cpp` asks for.
+of a llama.cpp that LLAMA_CPP_DIR or `--llama-cpp` names.
 ctypes releases the interpreter's lock during a call, so threads quantize side by side.
 
 A program that also uses llama_cpp must import that first: both contain a library of the same name,
@@ -117,7 +117,7 @@ class Ggml:
             raise DependencyError(
                 f"{self.path}: wrote {written} bytes of {tensor_type.name}, expected "
                 f"{target.nbytes}; "
-                "this libggml is of another format"
+                "this libggml has another format"
             )
         return target
 

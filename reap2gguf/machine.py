@@ -55,7 +55,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now, in bytes; its peak if the system does not tell."""
+    """Resident memory of this process now, in bytes; its peak if the system reports no other."""
     found = _kilobytes(_STATUS, "VmRSS")
     return peak_bytes() if found is None else found
 

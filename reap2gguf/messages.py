@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-_MOST_LETTERS = 1600  # per line: nobody reads a path of 255 names
+_MOST_LETTERS = 1600  # per line: a path of 255 names is too long to read
 _MOST_SHOWN = 500  # letters per value
 
 _SHORT = reprlib.Repr()

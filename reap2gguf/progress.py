@@ -87,7 +87,7 @@ class _CallbackTask:
 
 class _Nothing:
     def advance(self, amount: float = 1) -> None:
-        """Nobody watches."""
+        """Ignored."""
 
 
 class Silent:
@@ -98,4 +98,4 @@ class Silent:
         yield _Nothing()
 
     def note(self, text: str) -> None:
-        """Nobody reads."""
+        """Ignored."""

@@ -223,7 +223,7 @@ def test_the_hub_token_is_not_printed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
     assert machine.hub_endpoint().state is State.ADVICE
-    assert machine.hub_endpoint().found == "https://hub.example, offline by HF_HUB_OFFLINE"
+    assert machine.hub_endpoint().found == "https://hub.example, not used: HF_HUB_OFFLINE is set"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert machine.hub_endpoint() == Finding(
         "hub", "https://hub.example, not contacted now; HF_HUB_OFFLINE is not set"

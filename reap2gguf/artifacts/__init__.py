@@ -1,1 +1,1 @@
-"""The files that stages hand to each other: observations, importance matrices, GGUF headers."""
+"""The files that stages share: tokenized texts and observations."""

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 # Rates behind the time estimate; bench/ measures them.
-_CPU_FLOPS = 60e9  # a core, float32
+_CPU_FLOPS = 60e9  # per core, float32
 _GPU_FLOPS = 150e12
-_QUANTIZED_WEIGHTS = 11e6  # a core and second, Q4_K
+_QUANTIZED_WEIGHTS = 11e6  # per core and second, Q4_K
 _DISK_BYTES = 1e9
 _CARD_BYTES = 2**20  # cards, manifests and marks
 _UNKNOWN = 2**62
@@ -140,7 +140,7 @@ def _layer_bytes(plan: Plan) -> dict[int | None, int]:
 
 
 def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
-    """Whether the disk has space to save the progress of a sweep between layers as well.
+    """Whether the disk also has space to save the progress of a sweep between layers.
 
     Raises OutputError with the numbers if it does not even have space for the build. What an
     interrupted build left counts as written.
@@ -173,7 +173,7 @@ def _check_cache(plan: Plan, work: Workdir, n_bytes: int) -> None:
     if wanted > free:
         besides = " and the build writes its files there too" if is_shared else ""
         raise OutputError(
-            f"{cache}: {unfetched:,} bytes of weights are not fetched yet{besides}; "
-            f"{wanted:,} bytes are needed on that disk, and {free:,} are free; free some, set "
+            f"{cache}: {unfetched:,} bytes of weights are not downloaded yet{besides}; "
+            f"{wanted:,} bytes are needed on that disk, and {free:,} are free; free space, set "
             "HF_HOME to a folder on another disk, or pass --no-space-check"
         )

@@ -1,7 +1,7 @@
 """The keys of a build's stages: hashes of everything that their results depend on.
 
-A stage that was finished with the same key is reused. Threads and where activations wait are in no
-key: results do not depend on them. Neither are memory and the number of processes: they may change
+A stage that was finished with the same key is reused. Keys leave out threads and the spool: results
+do not depend on them. Keys leave out memory and the number of processes too: they may change
 last bits (`sweep.py`), which is no reason to repeat hours of work.
 """
 

@@ -93,7 +93,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     recipes = [load_recipe(name) for name in options.recipes]
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UsageError(f"two recipes have the label {twice!r}, so their files would collide")
+        raise UsageError(f"two recipes have the label {twice!r} and so the same file name")
     calibration = decide(options.calibration)
     files = ScannedFiles()
     check_calibration(calibration, files)

@@ -1,4 +1,4 @@
-"""The one way in which a build does a stage: reused, resumed, counted, followed.
+"""How a build runs a stage: reuse, resume, cost, and the other processes of torchrun.
 
 A stage is declared once, as a subclass of `Stage` in `stages.py`: its name, what it leaves on the
 disk, the key of its inputs, and the function that computes it. `Run.do` does everything else. It
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Result = TypeVar("Result")
 _NOTHING = ""  # a key that no inputs have
-_NO_KEY = "reused"  # what the other processes hear of a stage that is not computed
+_NO_KEY = "reused"  # sent to the other processes if a stage is not computed
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Run:
 
     @cached_property
     def marks(self) -> StageMarks:
-        """Which stages are done; to be asked for once the folders are prepared."""
+        """Which stages are done. Use it only after `prepare`."""
         return StageMarks(self.work.root / "stages.json")
 
     @property
@@ -177,13 +177,13 @@ class Run:
         return self.marks.is_done(stage.name, stage.key)
 
     def _begin(self, stage: Stage[Any]) -> None:
-        """Begin where it stopped, or from scratch if its inputs are others."""
+        """Resume a stage, or start from scratch if its inputs have changed."""
         if stage.is_shared:
             return
         names = [one.name for one in self.order if not one.is_shared]
         undone = names[names.index(stage.name) :]
         if not self.marks.was_begun(stage.name, stage.key):
-            # or a kill would leave half of another attempt's files as if they were this one's
+            # after a kill, files of another attempt must not look like those of this one
             self.marks.begin(stage.name, _NOTHING, undone)
             stage.clear()
         self.marks.begin(stage.name, stage.key, undone)
@@ -226,7 +226,7 @@ class StageMarks:
         return mark is not None and mark.key == key
 
     def begin(self, stage: str, key: str, undone: Sequence[str]) -> None:
-        """A stage begins; those that are `undone` by it are no longer done."""
+        """A stage begins; the stages in `undone` are no longer done."""
         kept = {name: mark for name, mark in self._marks.items() if name not in undone}
         self._write(kept | {stage: Mark(key)})
 

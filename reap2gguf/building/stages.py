@@ -284,7 +284,7 @@ class Verify(Stage[list[str]]):
     def compute(self) -> Mapping[str, Any]:
         violations, passed = self._check()
         if violations:
-            raise VerificationError(violations, "run it again, or with --fresh if it fails again")
+            raise VerificationError(violations, "run it again; if it fails again, add --fresh")
         return {"passed": passed}
 
     def _check(self) -> tuple[list[str], list[str]]:

@@ -89,7 +89,7 @@ class Workdir:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the user asked to start over, and this build has not finished since."""
+        """Whether the build was started with --fresh and has not finished since."""
         return self._identity().get("fresh") is True
 
     def _identity(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Workdir:
         if found.get("fingerprint") != identity["fingerprint"]:
             raise OutputError(
                 f"{self.root}: holds the work of another model, {str(found.get('source'))!r:.80} "
-                f"({found.get('fingerprint')!s:.12}...), and this one is "
+                f"({found.get('fingerprint')!s:.12}...), but this model is "
                 f"{identity['source']!r} ({identity['fingerprint'][:12]}...); {advice}"
             )
 
@@ -165,8 +165,8 @@ class Workdir:
         written, free = self.written_bytes(), self.free_bytes()
         if n_bytes - written > free:
             raise OutputError(
-                f"{self.output}: the build writes {n_bytes:,} bytes, of which {written:,} are "
-                f"there, and {free:,} are free on that disk; free some space, pass another "
+                f"{self.output}: the build writes {n_bytes:,} bytes ({written:,} are already "
+                f"written), and {free:,} are free on that disk; free some space, pass another "
                 "--output, or --no-space-check if that count is wrong"
             )
 

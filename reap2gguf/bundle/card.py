@@ -237,7 +237,7 @@ def _custom_labels(records: Sequence[GgufRecord]) -> str:
     """Explains labels that look like a quant type but are not one of llama.cpp's."""
     lines = [
         f"`{record.label}` is llama.cpp's file type {record.file_type} with some tensors in other "
-        "types, as its recipe says; it is not a type of its own."
+        "types, as its recipe says; it is not a separate tensor type."
         for record in records
         if record.label != record.file_type
     ]
@@ -253,7 +253,7 @@ def _method(manifest: Manifest) -> str:
 
 A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.
 {_score(pruning.method)} The experts with the lowest scores were removed from each layer. The pruned
-safetensors hold all other weights byte for byte as the source does: nothing was retrained. The
+safetensors keep all other weights of the source byte for byte: nothing was retrained. The
 importance matrix was computed on the pruned model. Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
 

@@ -38,7 +38,7 @@ class OpenBundle:
             if not is_plain(path) or path.stat().st_mtime_ns != stamp
         ]
         if violations:
-            advice = "nothing was uploaded; run the same command again when nothing writes there"
+            advice = "nothing was uploaded; run the same command again when no program writes there"
             raise VerificationError(violations, advice)
 
 
@@ -65,7 +65,7 @@ def open_bundle(path: Path) -> OpenBundle:
         raise UsageError(f"{other}: missing; both folders of a bundle are published together")
     if Manifest.load(other) != manifest:
         raise UsageError(
-            f"{folders.hf} and {folders.gguf}: their {MANIFEST_FILE} differ, so they are from "
+            f"{folders.hf} and {folders.gguf}: {MANIFEST_FILE} differs, so they are from "
             "different builds; build the bundle again"
         )
     files = (f for side in (folders.hf, folders.gguf) for f in side.iterdir() if f.is_file())

@@ -64,7 +64,7 @@ def pick(path: Path, wanted: str | None) -> ModelFile:
     if wanted is not None:
         matching = [candidate for candidate in candidates if candidate.matches(wanted)]
         if not matching:
-            raise UsageError(f"{folder}: no --file {shown(wanted)}; it has {', '.join(names)}")
+            raise UsageError(f"{folder}: no file {shown(wanted)}; it has {', '.join(names)}")
     chosen = matching[0]
     return ModelFile(
         path=chosen.path,

@@ -62,7 +62,7 @@ def folder_bytes(*folders: Path) -> int:
 
 
 def _no_progress(amount: float) -> None:
-    """Reports progress to nobody."""
+    """Ignores progress."""
 
 
 def check_hf_hashes(
@@ -99,7 +99,7 @@ def check_sums(
         return
     expected, malformed = read_sums(folder)
     if malformed:
-        more = f", nor are {len(malformed) - 1:,} more" if len(malformed) > 1 else ""
+        more = f" ({len(malformed) - 1:,} more are not)" if len(malformed) > 1 else ""
         yield f"{folder.name}: {SUMS_FILE} line {malformed[0]} is not a hash and a name{more}"
     for name in sorted(_present(folder) - expected.keys() - {SUMS_FILE}):
         yield f"{folder.name}: {name} is not in {SUMS_FILE}"

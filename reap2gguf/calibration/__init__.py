@@ -9,7 +9,7 @@
     drawing         rows are drawn from all components
 
 A *record* is one entry of a JSONL or Parquet file, or of a dataset on the Hub, as it is stored.
-A *sample* is what a record says to the model: one text, or one conversation with its tools.
+A *sample* is what the model reads of a record: one text, or one conversation with its tools.
 A *passage* is a text (a sample, or a text file) and the rule by which it is cut.
 A *row* is one sequence of at most --max-length token ids, which the observation reads.
 A *chunk* is one sequence of exactly --chunk token ids, which the importance matrix reads.

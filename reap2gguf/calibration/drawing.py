@@ -169,7 +169,7 @@ def _bounded(component: Component, passages: Iterable[Passage]) -> Iterator[Pass
         if n_letters > MAX_TEXT:
             raise CalibrationError(
                 f"calibration {component.name}: sample {number}: over {MAX_TEXT:,} characters of "
-                "text so far; ask for fewer rows"
+                "text so far; use fewer --samples"
             )
         yield passage
 
@@ -229,7 +229,7 @@ def _summary(record: ComponentRecord, part: _Part, calibration: Calibration) -> 
     if calibration.pack:
         text += f" of {record.samples:,} samples"
     if count is not None and len(part.rows) < count:
-        text += f"; {count:,} rows were asked for, and it has only {len(part.rows):,}"
+        text += f"; {count:,} rows were requested, but it has only {len(part.rows):,}"
     return text
 
 
@@ -284,8 +284,8 @@ def _observation_rows(drawn: Drawn, calibration: Calibration, vocab_size: int) -
     highest = max(int(row.max()) for row in drawn.rows)
     if highest >= vocab_size:
         raise CalibrationError(
-            f"calibration {calibration.label!r}: the tokenizer gives id {highest}, and the model's "
-            f"vocab_size is {vocab_size}; they do not belong together"
+            f"calibration {calibration.label!r}: the tokenizer gives id {highest}, but the model's "
+            f"vocab_size is {vocab_size}; use the tokenizer of this model"
         )
     digest = hashlib.sha256(drawn.sha256.encode())
     hash_rows(digest, drawn.rows)  # another tokenizer, or length, makes other rows of a text

@@ -49,7 +49,7 @@ def open_dataset(
 
     No record is read before the iterator is asked for one. Raises CalibrationError if there is no
     such dataset, subset or split, it may not be read, or the Hub cannot be reached in five tries;
-    OutputError if the Hub's cache cannot be written. So does the iterator.
+    OutputError if the Hub's cache cannot be written. The iterator raises the same errors.
     """
 
     def refusal(error: BaseException) -> Reap2ggufError | None:
@@ -149,7 +149,7 @@ def _hub_words(cause: BaseException, component: Component) -> str | None:
         Problem.NO_REPOSITORY: _MISSING,
         Problem.NO_REVISION: f"no revision {component.revision!r} on the Hub",
         Problem.OFFLINE: (
-            f"HF_HUB_OFFLINE is set, and its records are not here; unset it, or {_SAVE}"
+            f"HF_HUB_OFFLINE is set, and its records are not cached; unset it, or {_SAVE}"
         ),
         Problem.REFUSED: (
             f"the Hub refuses it (HTTP {status_of(cause)}); if it is private, run `hf auth login`"
@@ -172,7 +172,7 @@ def _datasets_words(cause: BaseException, component: Component) -> str | None:
         return f"holds no files that can be read as records; {_SAVE}"
     if isinstance(cause, RuntimeError) and "scripts are no longer supported" in text:
         return (
-            "is made by a script, and scripts are not run; the Hub may have its records as "
+            "needs a script, and scripts are not run; the Hub may have its records as "
             f"Parquet, at {component.dataset}@refs/convert/parquet"
         )
     if not isinstance(cause, ValueError):

@@ -26,7 +26,7 @@ Record = Mapping[str, Any]
 
 _EXPECTED = (
     "text, messages, prompt and completion, conversations, instruction and output or response, "
-    "query and answers, or question and choices"
+    "query and answers, answer or response, prompt and body, or question and choices"
 )
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -131,8 +131,8 @@ def _read_conversations(record: Record, where: str) -> Sample:
         role = _SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None or not isinstance(turn.get("value"), str):
             raise CalibrationError(
-                f"{where}: a turn of {shown(turn.get('from'))}, expected from (one of "
-                f"{', '.join(_SHAREGPT_ROLES)}) and value in each"
+                f"{where}: a turn from {shown(turn.get('from'))}, expected from (one of "
+                f"{', '.join(_SHAREGPT_ROLES)}) and value (text) in each turn"
             )
         messages.append({"role": role, "content": turn["value"]})
     return Sample(messages=tuple(messages), tools=read_tools(record.get("tools"), where))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
     from reap2gguf.tokenizer.tokenizer import Tokenizer
 
-_SHORTEST_TAIL = 16  # tokens; so short an end says nothing about the middle of a text
+_SHORTEST_TAIL = 16  # tokens; a shorter tail says little about the text
 _SHORTEST_SAMPLE = 2  # tokens; one token predicts nothing
 
 
@@ -104,8 +104,8 @@ def pack(samples: Iterable[Row], length: int) -> Iterator[DrawnRow]:
     The rule is that of https://github.com/CerebrasResearch/reap, `src/reap/data.py`: a row starts
     with a new sample; the sample that crosses its end is cut there, and its rest is in no row; the
     last row is kept though it is not full. Attention is not masked between samples.
-    REAP also leaves one masked position between two samples, which is no token and counts nowhere;
-    here nothing lies between them, so that a row has a few tokens more. A last row of one token,
+    REAP also leaves one masked position between two samples, which is not a token and not counted;
+    here nothing is between them, so that a row has a few more tokens. A last row of one token,
     which predicts nothing, is dropped. The next sample is taken only while a row is not full.
     """
     parts: list[Row] = []

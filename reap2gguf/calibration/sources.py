@@ -169,7 +169,7 @@ def _read_at(
             if n_letters > MAX_TEXT:
                 raise CalibrationError(
                     f"{file.path}: over {MAX_TEXT:,} characters of text in {len(places):,} "
-                    "samples; ask for fewer"
+                    "samples; use fewer --samples"
                 )
         first = end
     return [Passage(text, Cut.SAMPLE) for text in texts]

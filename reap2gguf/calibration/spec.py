@@ -88,7 +88,7 @@ def exists(name: str) -> bool:
 def parse(spec: str) -> tuple[Component, ...] | None:
     """The components of a composite; None for any other text, such as one plain name.
 
-    Raises CalibrationError for several components of which one does not have the form.
+    Raises CalibrationError if one of several components does not have the form.
     """
     if ":" not in spec:
         return None
@@ -154,7 +154,7 @@ def _written(component: Component) -> str:
 
 
 def check_component(component: Component, number: int, total: int) -> None:
-    """Raise CalibrationError for a name that is neither here nor can be on the Hub."""
+    """Raise CalibrationError for a name that no local file and no dataset can have."""
     where = f"calibration component {number} of {total}"
     if not component.is_local and not is_hub_name(component.name):
         raise CalibrationError(
@@ -163,7 +163,7 @@ def check_component(component: Component, number: int, total: int) -> None:
         )
     if component.is_local and (component.subset or component.split != DEFAULT_SPLIT):
         raise CalibrationError(
-            f"{where}: {component.name} is not on the Hub, and has no subsets or splits; "
+            f"{where}: {component.name} is not on the Hub, so it has no subsets or splits; "
             f"write {shown(f'{component.name}:{component.count}')}"
         )
 

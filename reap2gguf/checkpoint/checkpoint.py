@@ -26,7 +26,7 @@ from reap2gguf.messages import shown
 if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
-_READ_BYTES = 2**30  # the kernel moves at most 2 GiB a call
+_READ_BYTES = 2**30  # the kernel moves at most 2 GiB per call
 _SAMPLE_BYTES = 2**14
 _SAMPLES_PER_FILE = 64
 _TENSOR_SAMPLE_BYTES = 2**12

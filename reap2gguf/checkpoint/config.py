@@ -143,7 +143,7 @@ class ConfigReader:
             number = math.inf
         if not math.isfinite(number):
             raise UnsupportedModelError(
-                f"{self.where}: {key} is {shown(value)}, expected a finite one"
+                f"{self.where}: {key} is {shown(value)}, expected a finite number"
             )
         if not low <= number <= high:
             raise UnsupportedModelError(

@@ -17,8 +17,8 @@ from reap2gguf.files import leads_out, what_it_is
 
 _WEIGHTS = ".safetensors"
 _LINK_ADVICE = (
-    "a link that leads out of the checkpoint; what it leads to would be read and published with "
-    "it, so put a copy or a hard link in its place"
+    "a link that leads out of the checkpoint; its target would be read and published with the "
+    "model, so replace it with a copy or a hard link"
 )
 
 
@@ -50,7 +50,7 @@ def _check_entry(entry: Path, folder: Path, is_elsewhere: bool) -> None:
     except FileNotFoundError as error:
         if is_elsewhere:
             return
-        raise CheckpointError(f"{entry}: a link to nothing; download the file again") from error
+        raise CheckpointError(f"{entry}: a broken link; download the file again") from error
     except OSError as error:
         raise CheckpointError(f"{entry}: cannot be read ({error.strerror})") from error
     if kind and kind != "a folder":  # nothing reads a folder, such as one of licences

@@ -122,7 +122,7 @@ def hub_endpoint() -> Finding:
     if constants.HF_HUB_OFFLINE:
         return Finding(
             "hub",
-            f"{constants.ENDPOINT}, offline by HF_HUB_OFFLINE",
+            f"{constants.ENDPOINT}, not used: HF_HUB_OFFLINE is set",
             State.ADVICE,
             "only models in the cache are found; unset HF_HUB_OFFLINE to fetch others",
         )

@@ -291,6 +291,6 @@ def _check_imatrix(
                 )
         elif needy := tensor_types & NEEDS_IMPORTANCE:
             raise ArtifactError(
-                f"imatrix: no entry for {tensor.name}, and {min(needy).name} is useless without "
-                "one; compute one with `reap2gguf imatrix`"
+                f"imatrix: no entry for {tensor.name}, but {min(needy).name} needs one; compute "
+                "one with `reap2gguf imatrix`"
             )

@@ -1,7 +1,7 @@
 """Which tensors of an export are on the disk, so that an interrupted export can resume.
 
 The journal is a small JSON file beside the unfinished GGUF files. From time to time the files are
-flushed and then it is rewritten, so that it never promises what a power cut could take back.
+flushed and then it is rewritten, so that it lists only what a power cut cannot destroy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reap2gguf.atomic import OutputFile, remove, write_whole
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 
-SAVE_SECONDS = 5.0  # of work are lost at most, while flushing is quick
+SAVE_SECONDS = 5.0  # of work that is lost at most, if flushing is quick
 MAX_TIME_SHARE = 0.05  # of the export that flushing may take
 
 

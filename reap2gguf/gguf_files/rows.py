@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.description import GgufTensor, Slab
 
-MAX_VALUES = 2**22  # that a range of rows has: 16 MiB as float32
+MAX_VALUES = 2**22  # in a range of rows: 16 MiB as float32
 
 
 def rows_per_matrix(tensor: GgufTensor) -> int:

@@ -113,8 +113,8 @@ def read_whole_header(path: Path) -> GgufHeader:
     number = header.metadata.get(_NUMBER_KEY)
     if type(number) is not int or name is None or (name.number, name.count) != (number, count):
         raise ArtifactError(
-            f"{path}: its header says part {shown(number)} (from zero) of {count}, its name does "
-            f"not; expected NAME{part_name('', 0, count)}"
+            f"{path}: its header says part {shown(number)} (from zero) of {count}, but its name "
+            f"differs; expected NAME{part_name('', 0, count)}"
         )
     if number:
         first = part_name(name.stem, 0, count)

@@ -120,16 +120,16 @@ def download_file(
         progress.guarded(note),
         sleep or progress.sleep,
         _TRIES,
-        "run the same command again when there is a network: complete files are kept",
+        "run the same command again when the network is back: complete files are kept",
     )
     for is_second in (False, True):
         path = retry.call(partial(_hf_download, name, commit, file, progress, is_second))
         progress.finish(file.n_bytes)
         if file.sha256 is None or file_sha256(path) == file.sha256:
             return
-        note(f"{file.name}: arrived damaged; fetching it again")
+        note(f"{file.name}: arrived damaged; downloading it again")
     raise CheckpointError(
-        f"{path}: its hash is not that of the file on the Hub, twice; the network or the disk "
+        f"{path}: its hash differs from that of the file on the Hub, twice; the network or disk "
         "changes the bytes"
     )
 

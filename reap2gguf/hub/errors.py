@@ -57,7 +57,7 @@ def problem_of(error: BaseException) -> Problem | None:
 
 
 def model_refusal(error: BaseException, name: str, revision: str | None) -> Reap2ggufError | None:
-    """What to report if another try for a model would fail like this one; None if it may pass."""
+    """What to report if another try for a model would also fail; None if it may succeed."""
     for cause in causes(error):
         if refusal := cache_refusal(cause):
             return refusal
@@ -105,7 +105,7 @@ def cache_refusal(error: BaseException) -> OutputError | None:
     if is_disk or "No space left on device" in str(error):
         reason = getattr(error, "strerror", None) or first_line(error)
         return OutputError(
-            f"{constants.HF_HUB_CACHE}: the Hub's cache cannot be written ({reason}); make room "
+            f"{constants.HF_HUB_CACHE}: the Hub's cache cannot be written ({reason}); free space "
             "there, or set HF_HOME to a folder on another disk"
         )
     return None

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def ignore_note(text: str) -> None:
-    """A Note that nobody reads."""
+    """A Note that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def model_retry(
 ) -> Retry:
     """How requests for a model are repeated; raises SourceError or OutputError."""
     advice = advice or (
-        "check the name (there is no such folder here) and the network, or fetch it where there is "
-        f"one (`hf download {name}`) and pass the folder, or copy the cache and set "
+        "check the name (there is no such folder here) and the network, or download it on another "
+        f"machine (`hf download {name}`) and pass the folder, or copy the cache and set "
         "HF_HUB_OFFLINE=1"
     )
 

@@ -223,7 +223,7 @@ class HubShards:
         found = retry.call(read)
         if len(found) != end - begin:
             raise SourceError(
-                f"{repository}: {name} gives {len(found):,} bytes from byte {begin:,} on, expected "
+                f"{repository}: {name}: got {len(found):,} bytes from byte {begin:,} on, expected "
                 f"{end - begin:,}; try again later"
             )
         return found

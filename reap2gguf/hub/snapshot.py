@@ -92,7 +92,7 @@ def find(
             if not is_final and (folder := _cached(name, revision)):
                 if not is_offline(error):
                     note(
-                        f"{name}: the Hub cannot be asked ({reason_of(error)}); using the cached "
+                        f"{name}: the Hub cannot be reached ({reason_of(error)}); using the cached "
                         f"copy, commit {folder.name[:12]}"
                     )
                 return folder
@@ -104,7 +104,7 @@ def find(
     commit, files = found
     if "config.json" not in files:
         raise SourceError(
-            f"{name}: no config.json; this is not a repository of a model's safetensors"
+            f"{name}: no config.json; this is not a model repository with safetensors"
         )
     folder = _fetch(name, revision or "main", [files["config.json"]], note, sleep)
     if folder.name != commit:

@@ -26,7 +26,7 @@ _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to run a model, here or by another program."""
+    """How to run a model, in this process or by another program."""
 
     context: int  # tokens; the model's own context length is the limit
     threads: int

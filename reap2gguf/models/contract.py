@@ -57,7 +57,7 @@ class MoeModel(ABC):
         self._check_facts()
 
     def _check_facts(self) -> None:
-        """Refuse numbers that do not go together, before anything is counted through."""
+        """Refuse numbers that contradict each other, before any loop runs over them."""
         facts, where = self.facts, self.reader.where
         if not facts.moe_layers:
             raise UnsupportedModelError(f"{where}: every layer is dense; nothing to prune")
@@ -65,7 +65,7 @@ class MoeModel(ABC):
         if total > MAX_EXPERTS_OF_ALL_LAYERS:
             raise UnsupportedModelError(
                 f"{where}: {facts.n_experts:,} experts in each of {len(facts.moe_layers):,} "
-                f"layers, expected at most {MAX_EXPERTS_OF_ALL_LAYERS:,} in all"
+                f"layers, expected at most {MAX_EXPERTS_OF_ALL_LAYERS:,} in total"
             )
         if facts.n_heads % facts.n_kv_heads:
             raise UnsupportedModelError(
@@ -213,7 +213,7 @@ class MoeModel(ABC):
         for name in sorted(stored.keys() - used):
             if not isinstance(roles[name], Carried | Dropped):
                 raise CheckpointError(
-                    f"tensor {name!r} is stored, but another tensor stands for the same weights"
+                    f"tensor {name!r} is stored, but another tensor holds the same weights"
                 )
 
     def _refuse_quantized(self, stored: Mapping[str, StoredTensor]) -> None:

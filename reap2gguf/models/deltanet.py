@@ -39,7 +39,7 @@ class DeltaNet:
         return places.reshape(self.n_key_heads, per_key, width).swapaxes(0, 1).reshape(-1)
 
     def heads(self, values: Floats) -> Floats:
-        """Rows or values of one per head: alpha, beta, the time step's bias."""
+        """One row or value per head: alpha, beta, the time step's bias."""
         return values[self.value_order(1)]
 
     def gates(self, values: Floats) -> Floats:
@@ -47,7 +47,7 @@ class DeltaNet:
         return values[self.value_order(self.value_dim)]
 
     def mixed(self, values: Floats) -> Floats:
-        """Rows of queries, keys and values after one another: only the values move."""
+        """Rows of queries, then keys, then values; only the values are reordered."""
         keys = 2 * self.key_width
         return np.concatenate((values[:keys], self.gates(values[keys:])))
 

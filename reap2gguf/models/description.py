@@ -1,4 +1,4 @@
-"""The words in which an architecture describes itself: facts, roles, tensors, header values.
+"""The types with which an architecture describes itself: facts, roles, tensors, header keys.
 
 Letters: H hidden, F expert width, E experts, K experts per token, V vocabulary, Q query and KV
 key/value width (heads times head size), D head size, S width of a shared expert, I width of a dense
@@ -71,7 +71,7 @@ class ModelFacts:
 class Expert:
     """Stored values of one expert, or (`expert` None) of all experts of a layer on axis 0.
 
-    `part` tells the weights from their biases and from the scales of quantized weights.
+    `part` distinguishes weights, biases and the scales of quantized weights.
     """
 
     layer: int

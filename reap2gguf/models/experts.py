@@ -45,7 +45,7 @@ class ExpertLayout:
     down: str = "down_proj"
     gate_up: str = "gate_up_proj"  # fused only
     projections: tuple[Projection, ...] = ("gate", "up", "down")  # a GGUF tensor each
-    # of a fused matrix; "either" where checkpoints differ and the shape tells which
+    # of a fused matrix; "either" where checkpoints differ and the shape shows which
     orientation: Literal["out in", "in out", "either"] = "out in"
     interleaved: bool = False  # fused rows of gate and up alternate: gate 0, up 0, gate 1, up 1
     has_biases: bool = False  # fused only: `gate_up_proj_bias` (E, 2F), `down_proj_bias` (E, H)
@@ -152,8 +152,8 @@ class ExpertLayout:
             return self.orientation == "in out"
         if straight == turned:
             raise UnsupportedModelError(
-                f"tensor {name!r}: shape {list(straight)} does not tell whether its matrices are "
-                "transposed, which checkpoints of this architecture may be; store experts apart"
+                f"tensor {name!r}: shape {list(straight)} does not show whether its matrices are "
+                "transposed, which is possible in this architecture; store one tensor per expert"
             )
         if stored[name].shape == turned:
             return True

@@ -125,7 +125,7 @@ class Qwen35Moe(DecoderModel):
         has_mtp = self.keep_mtp and any(self.in_mtp(name) for name in self.names)
         if has_mtp and "full_attention" not in self.layer_types:
             raise UnsupportedModelError(
-                f"{self.text.where}: no layer is full_attention, which the MTP block's layer is"
+                f"{self.text.where}: no layer is full_attention, which the MTP block needs"
             )
         n_blocks = len(self.layer_types) + has_mtp
         return self.common_facts(range(n_blocks), self._reads_tied(), has_mtp)
@@ -261,12 +261,12 @@ class Qwen35Moe(DecoderModel):
         found = []
         if any(name.startswith(_VISION) for name in self.names):
             found.append(
-                "experts are observed on text alone; the vision tower stays as it is, but experts "
-                "that only images need may be among the removed ones"
+                "experts are observed on text alone; the vision tower is unchanged, but experts "
+                "that only images need may be removed"
             )
         claimed = self.text.values.get(_MTP_KEY) or 0
         if claimed and not any(self.in_mtp(name) for name in self.names):
-            found.append("the config names an MTP block that the checkpoint does not hold")
+            found.append("the config names an MTP block that the checkpoint does not contain")
         return tuple(found)
 
 
@@ -298,7 +298,7 @@ def _read_deltanet(read: ConfigReader) -> DeltaNet:
             f"linear_num_key_heads, {keys}"
         )
     key_dim = read.integer("linear_key_head_dim", low=1, high=MAX_WIDTH)
-    why = "linear_key_head_dim is that, and llama.cpp has one size for both"
+    why = "it must equal linear_key_head_dim, since llama.cpp has one size for both"
     read.expect("linear_value_head_dim", key_dim, why=why)
     value_dim = read.integer("linear_value_head_dim", low=1, high=MAX_WIDTH)
     return DeltaNet(keys, values, key_dim, value_dim)

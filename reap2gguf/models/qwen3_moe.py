@@ -67,7 +67,7 @@ class Qwen3Moe(DecoderModel):
         if len(self.facts.moe_layers) == self.facts.n_layers:
             return ()
         caveat = (
-            f"llama.cpp's {self.gguf_arch} wants experts in every layer, and this model has dense "
-            "ones: its GGUF files are converted by the rules but do not load there"
+            f"llama.cpp's {self.gguf_arch} needs experts in every layer, but this model has dense "
+            "layers: its GGUF files are written, but llama.cpp cannot load them"
         )
         return (caveat,)

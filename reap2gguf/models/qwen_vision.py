@@ -139,7 +139,7 @@ def _check_all_used(
     if left := sorted(stored.keys() - shapes.keys()):
         raise UnknownTensorError(
             f"tensor {left[0]!r} has no place in the projector file of a vision tower with {depth} "
-            "blocks; it must be removed or taught to models/qwen_vision.py"
+            "blocks; remove it, or add it to models/qwen_vision.py"
         )
     for name, shape in shapes.items():
         if name not in stored:

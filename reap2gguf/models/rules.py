@@ -39,7 +39,7 @@ class TensorRule:
 
     @property
     def fed_by(self) -> str | None:
-        """The linear module whose input a matrix multiplies; None for what is no matrix."""
+        """The linear module whose input a matrix multiplies; None if it is not a matrix."""
         if len(self.shape.split()) != 2 or not self.stored.endswith(".weight"):
             return None
         return self.input_of or self.in_module.removesuffix(".weight")
@@ -88,7 +88,7 @@ def single(
     transform: Transform | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> GgufTensor:
-    """A GGUF tensor that is one stored tensor; vectors, norms and what is no weight stay F32.
+    """A GGUF tensor that is one stored tensor; vectors, norms and all but weights are F32.
 
     `shape` is given where the transform changes it. Raises CheckpointError if it is not stored.
     """

@@ -28,7 +28,7 @@ _MAX_LABELS = 2**16
 def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
     """The model a checkpoint holds, its tensors checked against its config.
 
-    Without `keep_mtp`, a multi-token-prediction block is treated as not there.
+    Without `keep_mtp`, a multi-token-prediction block is ignored.
 
     Raises UnsupportedModelError if its architecture is not in the table or it has no experts,
     CheckpointError if its tensors disagree with its config.

@@ -33,8 +33,8 @@ def linear_attention_note() -> str:
     """One line for the user of a GPU: which code runs."""
     found = installed_version()
     if found is not None:
-        return f"linear attention by {PACKAGE} {found}"
+        return f"linear attention: {PACKAGE} {found}"
     return (
-        "linear attention by the reference code of transformers: same results at "
+        "linear attention: reference code of transformers, same results at "
         f"{REFERENCE_SPEED} the speed of {PACKAGE}, which `pip install 'reap2gguf[gpu]'` installs"
     )

@@ -1,4 +1,4 @@
-"""The two calibration passes over a model, each from rows of tokens to what is kept of them.
+"""The two calibration passes over a model, each from rows of tokens to its result.
 
 torch and transformers are loaded inside, so that planning and refusing are quick.
 """

@@ -209,7 +209,7 @@ class Sweep:
             self.progress.note("not enough GPU memory to prefetch weights")
 
     def all_layers(self, title: str) -> None:
-        """Move every batch through all layers that are left, and report the progress."""
+        """Move every batch through all remaining layers, and report the progress."""
         n_tokens = sum(batch.n_tokens for batch in self.batches)
         first = self.plan.first_layer
         with self.progress.task(title, self.n_layers * n_tokens, "tokens") as task:

@@ -63,7 +63,7 @@ def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What a sweep works with from beginning to end."""
+    """What a sweep uses from start to end."""
 
     decoder: StreamedDecoder
     observer: LayerObserver
@@ -81,7 +81,7 @@ class SweepPlan:
     """How a sweep runs, in this process."""
 
     budget: Budget
-    batches: list[Batch]  # they have no places in a spool yet
+    batches: list[Batch]  # not placed in a spool yet
     n_rows: int  # of the batches; of a resumed sweep, before any were dropped
     first_layer: int = 0  # where a resumed sweep starts
 

@@ -98,7 +98,7 @@ def _plan_splits(bundle: OpenBundle, max_bytes: int) -> dict[str, SplitPlan]:
         if is_whole and (n_bytes := file.stat().st_size) > HUB_MAX_BYTES:
             advice = "only a model's GGUF file can be cut into parts"
             if file.name in can_be_cut:
-                advice = f"so pass no --max-file-size, which is {max_bytes:,}"
+                advice = f"so pass a smaller --max-file-size than {max_bytes:,}"
             raise UsageError(
                 f"{file}: has {n_bytes:,} bytes, the Hub accepts files of at most "
                 f"{HUB_MAX_BYTES:,}; {advice}"
@@ -133,7 +133,7 @@ def _write_parts(
     prepared = []
     for name, plan in plans.items():
         total = sum(part.n_bytes for part in plan.parts)
-        with progress.task(f"Cutting {name}", total, "bytes") as task:
+        with progress.task(f"Splitting {name}", total, "bytes") as task:
             for part in plan.parts:
                 path, expected = write_part(plan, part, part_folders[name], task)
                 prepared.append(PreparedFile.on_disk(path, hash_file(path).sha256))
@@ -156,7 +156,7 @@ def _check_disk_space(sizes: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(folder).free
     if missing > free:
         raise OutputError(
-            f"{folder}: the parts of GGUF files take {missing:,} bytes, that disk has {free:,} "
+            f"{folder}: the parts of GGUF files need {missing:,} bytes, that disk has {free:,} "
             "free; free some space, or pass a larger --max-file-size if the Hub accepts it"
         )
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 T = TypeVar("T")
-TO_UPLOAD, UNCHANGED, REPLACED = "to upload", "already there", "to be replaced"
+TO_UPLOAD, UNCHANGED, REPLACED = "to upload", "already there", "will be replaced"
 SAME_SIZE = "already there (same size)"
 
 
@@ -149,11 +149,11 @@ def preview(options: PushOptions, progress: Progress) -> Preview:
     try:
         check_owner(_without_retry(api.whoami, names.hf), names.hf)
     except PublishError as error:
-        unchecked.append(f"the right to write ({error})")
+        unchecked.append(f"the permission to write ({error})")
     try:
         remote = {r: _without_retry(partial(look_up, api, r), r) for r in (names.hf, names.gguf)}
     except PublishError as error:
-        unchecked.append(f"what is there already ({error})")
+        unchecked.append(f"which files exist already ({error})")
         return Preview(prepared, None, {}, tuple(unchecked))
     accepted = AcceptedRepos(bundle.folders.push).names()
     outdated = {}

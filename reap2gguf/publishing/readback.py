@@ -37,7 +37,7 @@ def compare(
         repo = contents.repo
         remote = patiently(partial(look_up, api, repo), repo, progress.note, sleep)
         if remote is None:
-            violations.append(f"{repo}: the repository is not there")
+            violations.append(f"{repo}: the repository does not exist")
             continue
         violations += _compare_files(api, contents, remote, progress, sleep)
         names = remote.files.keys() - {file.name for file in contents.files} - HUB_FILES
@@ -74,5 +74,5 @@ def _compare_files(
             elif found.sha256 is None and file.n_bytes <= _SMALL_BYTES:
                 sent = file.content
                 if fetch(file) != (sent.read_bytes() if isinstance(sent, Path) else sent):
-                    yield f"{repo}: {file.name} comes back with other bytes than were sent"
+                    yield f"{repo}: {file.name} was read back with other bytes than were sent"
             task.advance()

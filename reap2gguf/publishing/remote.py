@@ -115,7 +115,7 @@ def patiently(call: Callable[[], T], repo: str, note: Note, sleep: Sleep = time.
     Raises PublishError if the Hub refuses, or does not answer in five tries.
     """
     advice = (
-        "run the same command again when the network is back: what is committed is not sent twice"
+        "run the same command again when the network is back: committed files are not sent again"
     )
 
     def refuse(error: BaseException) -> PublishError | None:
@@ -144,7 +144,7 @@ def refusal(error: BaseException, repo: str) -> PublishError | None:
             continue
         if problem is Problem.NO_REPOSITORY and status == 404:
             return PublishError(
-                f"{repo}: the Hub has no such repository any more, or the token has no access to "
+                f"{repo}: the repository no longer exists, or the token has no access to "
                 "it; run `hf auth login` with one that may write, or run the same command again"
             )
         return _status_error(repo, status, _message(cause))

@@ -133,7 +133,7 @@ def _existing(api: HfApi, repo: str) -> RemoteRepo:
     """What a repository holds that this push has created or found."""
     remote = look_up(api, repo)
     if remote is None:
-        raise PublishError(f"{repo}: was created and is gone; run the same command again")
+        raise PublishError(f"{repo}: was deleted meanwhile; run the same command again")
     return remote
 
 

@@ -17,7 +17,7 @@ from reap2gguf.errors import RecipeError
 
 
 class Part(Enum):
-    """The roles that the mixtures tell apart."""
+    """The roles that the mixtures distinguish."""
 
     OUTPUT = auto()
     TOKEN_EMBD = auto()
@@ -259,7 +259,7 @@ MIXTURES: dict[str, Mixture] = {
 
 
 def mixture_named(name: str) -> Mixture:
-    """The mixture of a file type; RecipeError names those there are."""
+    """The mixture of a file type; RecipeError lists the known ones."""
     if name not in MIXTURES:
         raise RecipeError(f"file_type {name!r}, expected one of {', '.join(MIXTURES)}")
     return MIXTURES[name]

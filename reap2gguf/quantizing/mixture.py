@@ -32,7 +32,7 @@ _PARTS = (
     ("ffn_down", Part.FFN_DOWN),
 )
 
-# A row that is no multiple of 256 takes a type with blocks of 32 in place of the one wanted.
+# If a row is not a multiple of 256, a type with blocks of 32 replaces the one wanted.
 _FALLBACK = {
     **dict.fromkeys(
         ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], Type.IQ4_NL

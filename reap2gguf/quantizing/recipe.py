@@ -1,7 +1,7 @@
 """Recipe files: a llama.cpp file type and ordered per-tensor overrides, in TOML.
 
 title = "Unsloth-style 4-bit"
-label = "IQ4_K_M"                  # ends the file name
+label = "IQ4_K_M"                  # the end of the file name
 file_type = "Q4_K_M"               # llama.cpp's mixture; also general.file_type
 [[rules]]                          # first match wins; a rule that matches nothing is an error
 match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name
@@ -91,7 +91,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by name or by path; RecipeError lists the names there are."""
+    """The file of a recipe given by name or by path; RecipeError lists the known names."""
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]

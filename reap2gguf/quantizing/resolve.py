@@ -111,7 +111,7 @@ def resolve(
     if len(recipe.rules) * len(tensors) > _MAX_MATCHES:
         raise RecipeError(
             f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors; "
-            "say it with fewer rules, a glob each"
+            "use fewer rules, with globs"
         )
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
@@ -177,7 +177,7 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
         if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, "
-                f"but what it matches, such as {reached[0].name}, stays whole, as llama.cpp wants "
+                f"but llama.cpp never quantizes what it matches, such as {reached[0].name}; remove "
                 "it"
             )
         if reached:

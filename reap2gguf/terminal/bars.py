@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Bars:
     """Live bars with the time left, one below the other where tasks run at the same time.
 
-    With `is_verbose` a line stays for each task.
+    With `is_verbose`, a line for each task remains on the screen.
     """
 
     def __init__(self, *, is_verbose: bool = False) -> None:

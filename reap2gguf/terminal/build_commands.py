@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.estimate import Estimate
     from reap2gguf.building.plan import Plan
 
-HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh is obeyed
+HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took effect
 
 
 @command()
@@ -90,7 +90,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
 @json_option
 @output_options
 def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
-    """Check a bundle, or a HF folder and its GGUFs.
+    """Check a bundle, or an HF folder with GGUFs.
 
     Reads everything back from disk and exits with 1 if anything is wrong. PATHS are the folders of
     a bundle, or a safetensors folder and GGUF files that were made from it.

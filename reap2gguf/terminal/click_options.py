@@ -52,7 +52,7 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
 
 FilePath = click.Path(path_type=Path, dir_okay=False)
 FolderPath = click.Path(path_type=Path)
-# pruning.select holds the criteria; their names stand here too, so that `--help` loads no numpy
+# the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 METHODS = ("reap", "frequency", "ean_sum", "ean_mean", "weighted_ean_sum", "weighted_frequency")
 _DEFAULTS = CalibrationOptions()
 

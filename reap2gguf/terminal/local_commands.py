@@ -130,7 +130,7 @@ def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **op
         options["temperature"], options["tokens"], options["seed"], options["system"]
     )
     if program is not None:
-        say(f"{model.path.name} by {program}")
+        say(f"running {model.path.name} with {program}")
         replace_process(program, cli_arguments(model, running, answer, prompt))
     from reap2gguf.local.chat import Conversation
 
@@ -215,7 +215,7 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
     by = program or serving.PYTHON_SERVER
     if program is None and model.mmproj is not None:
         say(f"{model.mmproj.name} is not used: images need llama-server")
-    say(f"{listening.address}  {model.name}, by {by}", "result")
+    say(f"{listening.address}  {model.name} ({by})", "result")
     if program is not None:
         serving.run_llama_server(program, model, running, listening)
     serving.run_python_server(model, running, listening, is_verbose())
@@ -244,5 +244,5 @@ def _read_stdin() -> str:
         raise UsageError(f"stdin: a prompt has at most {_MAX_PROMPT_BYTES:,} bytes")
     text = data.decode("utf-8", errors="replace").strip()
     if not text:
-        raise UsageError("stdin is not a terminal and holds no prompt; pass --prompt TEXT")
+        raise UsageError("stdin is not a terminal and is empty; pass --prompt TEXT")
     return text

@@ -37,7 +37,7 @@ def push(
 ) -> None:
     """Publish a bundle on the Hub.
 
-    BUNDLE is either folder that `build` wrote. The safetensors go to OWNER/NAME, the GGUF files to
+    BUNDLE is one of the two folders of a build. The safetensors go to OWNER/NAME, the GGUF files to
     OWNER/NAME-GGUF. Files are checked before the upload and read back after it. To resume an
     interrupted push, run the same command again: only missing files are sent. Log in with
     `hf auth login`.
@@ -70,7 +70,7 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
             yield f"  {file.name:<{width}}  {size(file.n_bytes):>12}  {state}".rstrip()
         if found.remote is not None:
             for name in found.outdated.get(repo.repo, ()):
-                yield f"  {name:<{width}}  {'':>12}  of an earlier push, to be removed"
+                yield f"  {name:<{width}}  {'':>12}  from an earlier push, will be removed"
             files = found.to_upload(repo.repo)
             count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
             yield f"  {count} to upload, {size(sum(file.n_bytes for file in files))}"
@@ -87,5 +87,5 @@ def _kind(found: Preview, repo: str, private: bool) -> str:
         return "private" if private else "public"
     existing = found.remote.get(repo)
     if existing is None:
-        return f"to be created, {'private' if private else 'public'}"
+        return f"will be created, {'private' if private else 'public'}"
     return f"exists, {'private' if existing.is_private else 'public'}"

@@ -171,9 +171,9 @@ class _Process:
                 return body.decode("utf-8", "surrogatepass")
         reasons = {
             int(Answer.REFUSED): f"the chat template refuses it ({message})",
-            int(Answer.FORBIDDEN): f"the chat template asks for what is forbidden ({message})",
-            int(Answer.OUT_OF_MEMORY): f"the chat template took over {memory}",
-            int(Answer.TOO_LONG): f"the chat template wrote over {output}",
+            int(Answer.FORBIDDEN): f"the chat template does something forbidden ({message})",
+            int(Answer.OUT_OF_MEMORY): f"the chat template used more than {memory}",
+            int(Answer.TOO_LONG): f"the chat template wrote more than {output}",
         }
         raise _EndedError(reasons.get(kind, "the chat template's process gave a broken answer"))
 
@@ -189,7 +189,7 @@ class _Process:
                 raise _EndedError("the chat template's process gave a broken answer")
             return kind, self._receive(length, deadline)
         except TimeoutError as error:
-            raise _EndedError(f"the chat template took over {seconds:g} s") from error
+            raise _EndedError(f"the chat template took more than {seconds:g} s") from error
         except ConnectionError as error:
             raise _EndedError(self._end_reason()) from error
 
@@ -214,7 +214,9 @@ class _Process:
         except subprocess.TimeoutExpired:
             return "the chat template's process does not answer"
         if status == -signal.SIGPROF:
-            return f"the chat template took over {self._limits.cpu_seconds:g} s of processor time"
+            return (
+                f"the chat template used more than {self._limits.cpu_seconds:g} s of processor time"
+            )
         if status < 0:
             return f"the chat template's process was killed ({signal.Signals(-status).name})"
         return f"the chat template's process has ended (exit {status})"

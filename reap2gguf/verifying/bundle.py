@@ -165,7 +165,7 @@ def _check_hf(
         yield str(error)
     else:
         if not same:
-            yield f"{folder.name}: {MANIFEST_FILE} is not that of the GGUF folder"
+            yield f"{folder.name}: {MANIFEST_FILE} differs from that of the GGUF folder"
     with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
         yield from check_hf_hashes(folder, manifest, n_threads, task.advance)
     with _open(folder, manifest.pruning.n_kept) as (opened, violations):

@@ -39,7 +39,7 @@ _MAX_ROW = 2**22  # values; a row is read at once
 
 @dataclass(frozen=True)
 class ExpectedGguf:
-    """What a GGUF file must hold besides what the weights say; None where anything will do."""
+    """What a GGUF file must hold besides the weights; None: not checked."""
 
     tensor_types: Mapping[str, GGMLQuantizationType] | None = None
     n_experts: int | None = None
@@ -191,7 +191,7 @@ def compare_model(
         yield f"{weights.folder.name}: {error}"
     for key, expected in tokenizer.items():
         if header.metadata.get(key) != expected:
-            yield f"{where}: {key} is not that of the tokenizer files"
+            yield f"{where}: {key} differs from the tokenizer files"
     for value in model.gguf_metadata():
         found = header.metadata.get(value.key)
         same = found == value.value or (
@@ -254,7 +254,7 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
                 empty = empty and not values.any()
             is_vector = len(info.shape) == 1 or info.name.endswith(".bias")
             if empty and not is_vector:  # a vector may be zero, as biases often are
-                return f"{where} holds nothing but zeros"
+                return f"{where} holds only zeros"
         return None
 
     yield from _each(list(header.tensors.values()), check, header, n_threads, progress)
@@ -294,7 +294,7 @@ def _compare(
         if not np.isfinite(error.distance):
             return f"{where}{which} holds NaN or infinite values"
         if error.zeros_only and error.scale and len(info.shape) > 1:
-            return f"{where}{which} holds nothing but zeros"
+            return f"{where}{which} holds only zeros"
         # written so that a NaN is a violation
         if error.relative <= bound:
             continue

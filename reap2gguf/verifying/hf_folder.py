@@ -75,7 +75,7 @@ def compare_folder(
     """Violations in an opened folder that must be `expected`: config, tensors, and every byte."""
     where = checkpoint.folder.name
     if checkpoint.config != expected.config:
-        yield f"{where}: config.json is not the planned one"
+        yield f"{where}: config.json differs from the planned one"
     for name in sorted(expected.tensors.keys() - checkpoint.tensors.keys()):
         yield f"{where}: tensor {name} is missing"
     for name in sorted(checkpoint.tensors.keys() - expected.tensors.keys()):
@@ -148,7 +148,7 @@ def _check_tensor(
         # a vector may be zero: biases often are, and norms stored around zero
         if is_empty and not _is_vector(stored, role):
             which = f" for expert {matrix}" if is_fused else ""
-            yield f"{checkpoint.folder.name}: {name} holds nothing but zeros{which}"
+            yield f"{checkpoint.folder.name}: {name} holds only zeros{which}"
             return
 
 

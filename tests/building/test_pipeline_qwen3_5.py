@@ -255,7 +255,7 @@ def test_a_lost_mtp_block_is_no_longer_claimed(lost: Built) -> None:
     assert verify_bundle(lost.gguf, 2, Silent()).violations == ()
     assert "multi-token" not in (lost.hf / "README.md").read_text()
     plan = make_plan(options(lost.source, lost.hf.parent.parent))
-    assert any("MTP block that the checkpoint does not hold" in c for c in plan.model.caveats())
+    assert any("MTP block that the checkpoint does not contain" in c for c in plan.model.caveats())
 
 
 def test_a_resaved_copy_gives_the_same_result(kept: Built, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ TOWER = "model.visual.blocks.1.attn.proj.weight"
 DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "projector: zeroed matrix": (
         lambda hf, gguf: change_gguf(gguf / MMPROJ, "mm.0.weight", lambda rows: rows.fill(0)),
-        f"{MMPROJ}: mm.0.weight holds nothing but zeros",
+        f"{MMPROJ}: mm.0.weight holds only zeros",
     ),
     "projector: NaN": (
         lambda hf, gguf: change_gguf(gguf / MMPROJ, "v.blk.0.attn_qkv.weight", nan),
@@ -418,7 +418,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "safetensors: zeroed matrix of the tower": (
         lambda hf, gguf: change_tensors(hf, lambda tensors: tensors[TOWER].zero_()),
-        f"{TOWER} holds nothing but zeros",
+        f"{TOWER} holds only zeros",
     ),
     "safetensors: matrix of the tower missing": (
         lambda hf, gguf: change_tensors(hf, lambda tensors: tensors.pop(TOWER)),

@@ -38,7 +38,7 @@ def test_work_of_another_model_is_not_touched(work: Workdir) -> None:
     with pytest.raises(OutputError) as caught:
         again.prepare(other, fresh=False)
     assert str(caught.value) == (
-        f"{work.root}: holds the work of another model, 'model' (0123456789ab...), and this one "
+        f"{work.root}: holds the work of another model, 'model' (0123456789ab...), but this model "
         "is 'owner/other' (ffffffffffff...); pass --fresh to start over in it, or another --name "
         "or --output"
     )
@@ -119,7 +119,7 @@ def test_builds_of_two_names_may_write_one_file_of_both(tmp_path: Path) -> None:
 def test_room_that_is_wanted_and_free(work: Workdir) -> None:
     free = work.free_bytes()
     work.check_room(free // 2)
-    with pytest.raises(OutputError, match=rf"writes {2 * free:,} bytes, of which 0 are there"):
+    with pytest.raises(OutputError, match=rf"writes {2 * free:,} bytes \(0 are already written\)"):
         work.check_room(2 * free)
     work.hf.mkdir()
     with (work.hf / "sparse").open("wb") as file:

@@ -30,7 +30,7 @@ def test_a_file_is_chosen_by_label_recipe_or_name(built: Bundle, wanted: str) ->
 
 
 def test_what_is_not_there_is_told(built: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no --file 'Q8_0'; it has IQ4_K_M, BF16"):
+    with pytest.raises(UsageError, match="no file 'Q8_0'; it has IQ4_K_M, BF16"):
         pick(built.gguf, "Q8_0")
     with pytest.raises(UsageError, match="no such file or folder; build one"):
         pick(tmp_path / "none", None)

@@ -102,7 +102,7 @@ def test_too_few_are_said(tokenizer: Tokenizer, files: tuple[Path, Path]) -> Non
     notes = Notes()
     drawn(tokenizer, f"{files[0]}:50", notes)
     (note,) = notes.notes
-    assert note.endswith("; 50 rows were asked for, and it has only 40")
+    assert note.endswith("; 50 rows were requested, but it has only 40")
 
 
 def test_a_text_gives_its_first_chunks(tokenizer: Tokenizer, files: tuple[Path, Path]) -> None:

@@ -173,7 +173,7 @@ def test_a_whole_subset_is_its_rows(client: Client) -> None:
     assert sorted(rows) == sorted(by_hand(chat("math", n)["messages"]) for n in range(10))
     assert label == f"{MOT}[math]:50"
     count = f"10 rows, {sum(map(len, rows)):,} tokens"
-    assert notes[0].startswith(f"calibration: {MOT}[math]: {count}; 50 rows were asked for")
+    assert notes[0].startswith(f"calibration: {MOT}[math]: {count}; 50 rows were requested")
 
 
 def test_a_split_of_a_subset(client: Client) -> None:
@@ -214,7 +214,7 @@ def test_a_composite_is_mixed(client: Client) -> None:
         (f"{EVOL}@v9:5", f"{EVOL}@v9: no revision 'v9' on the Hub"),
         ("a/gated:5", "a/gated: gated on the Hub; accept its terms there and run `hf auth login`"),
         ("a/gone:5", "a/gone: no such file or folder here and no such dataset on the Hub"),
-        ("a/script:5", "a/script: is made by a script, and scripts are not run"),
+        ("a/script:5", "a/script: needs a script, and scripts are not run"),
         ("a/picture", "a/picture: holds no files that can be read as records"),
         ("a/broken:5", "a/broken: cannot be read as records ("),
         ("a/odd:5", "a/odd: sample 1: has left, right, expected text, messages"),
@@ -273,7 +273,7 @@ def test_rows_are_packed_as_far_as_needed(client: Client) -> None:
 def test_a_subset_that_ends_leaves_its_last_row(client: Client) -> None:
     rows, _, (note,) = client.ask(f"{MOT}[math]:50", pack=True)
     assert [len(row) for row in rows if len(row) != 64] == [len(min(rows, key=len))]
-    assert f"{sum(map(len, rows))} tokens of 10 samples; 50 rows were asked for" in note
+    assert f"{sum(map(len, rows))} tokens of 10 samples; 50 rows were requested" in note
 
 
 def test_a_build_goes_on_without_the_hub(client: Client, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_build_goes_on_without_the_hub(client: Client, tmp_path: Path) -> None
     assert str(tmp_path) not in card
     assert not reads_texts(options)
     with pytest.raises(
-        CalibrationError, match=r"HF_HUB_OFFLINE is set, and its records are not here"
+        CalibrationError, match=r"HF_HUB_OFFLINE is set, and its records are not cached"
     ):
         reads_texts(replace(options, fresh=True))
 

@@ -210,7 +210,7 @@ def test_a_composite_is_packed(files: tuple[Path, Path]) -> None:
     ]  # fmt: skip
     assert {len(row) for row in found.rows} == {24}
     assert all(len({token // 1000 for token in row}) == 1 for row in found.rows)
-    assert notes.notes[1].endswith("20 samples; 30 rows were asked for, and it has only 10")
+    assert notes.notes[1].endswith("20 samples; 30 rows were requested, but it has only 10")
     few = drawn(f"{files[0]}:9,{files[1]}:9", samples=6).components
     assert sum(one.rows for one in few) == 6
     assert [one.samples for one in few] == [4 * few[0].rows, 2 * few[1].rows]

@@ -132,7 +132,7 @@ def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (tmp_path / "chat_template.jinja").write_text(attack)
     with pytest.raises(
-        CalibrationError, match=r"asks for what is forbidden \(access to attribute '__class__'"
+        CalibrationError, match=r"does something forbidden \(access to attribute '__class__'"
     ):
         Tokenizer(tmp_path).render_chat([{"role": "user", "content": "x"}])
 
@@ -251,7 +251,7 @@ def test_damaged_texts(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
 def test_a_tokenizer_beyond_the_models_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(TEXT)
-    with pytest.raises(CalibrationError, match=r"gives id \d+, and the model's vocab_size is 100"):
+    with pytest.raises(CalibrationError, match=r"gives id \d+, but the model's vocab_size is 100"):
         observation_rows(tokenizer, asked(str(path), max_length=64), 64, 100)
 
 

@@ -128,7 +128,7 @@ def test_a_file_that_is_here_is_meant(tmp_path: Path, monkeypatch: pytest.Monkey
         ("gone.txt", r"gone.txt: no such file; pass a .txt"),
         ("gone.txt:5", "component 1 of 1: gone.txt: no such file or folder"),
         ("owner/name:1,../gone:5", "component 2 of 2: ../gone: no such file or folder"),
-        ("default[x]:5", "component 1 of 1: default is not on the Hub, and has no"),
+        ("default[x]:5", "component 1 of 1: default is not on the Hub, so it has no"),
         ("owner/name:1,default(test):5", "component 2 of 2: default is not on the Hub"),
         ("a:b", "a:b: no such file"),
         ("seed-001", "no such file.*seed-000, seed-002, reap-agentic"),

@@ -233,7 +233,7 @@ def _set_mark(path: Path, key: str, value: int) -> None:
         (lambda parts: parts[1].unlink(), "part 2 of 3 is missing"),
         (lambda parts: _set_mark(parts[1], "split.no", 0), r"split\.no is 0, expected 1"),
         (lambda parts: _set_mark(parts[1], "split.count", 2), r"split\.count is 2, expected 3"),
-        (lambda parts: _set_mark(parts[0], "split.count", 4), "its name does not"),
+        (lambda parts: _set_mark(parts[0], "split.count", 4), "but its name differs"),
         (
             lambda parts: [_set_mark(part, "split.tensors.count", 6) for part in parts],
             r"split\.tensors\.count is 6, its parts hold 5",

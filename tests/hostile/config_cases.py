@@ -188,7 +188,7 @@ CONFIGS = [
            "image_mean") for mean in MEANS],
     Case("preprocessor a list", preprocessor(lambda values: [1]), "holds a list"),
     Case("preprocessor gone", no_preprocessor, "preprocessor_config.json"),
-    Case("layers times experts", config("qwen3", many_experts), "in all"),
+    Case("layers times experts", config("qwen3", many_experts), "in total"),
     Case("config empty", raw(b""), "not valid JSON"),
     Case("config a list", raw(b"[]"), "holds a list"),
     Case("config null", raw(b"null"), "holds a NoneType"),

@@ -121,7 +121,7 @@ PLACES = [
         "model-00002-of-00002.safetensors", link_out, "shards"), "a link that leads out"),
     Case("link to a device", replaced(CONFIG, link_to("/dev/zero")), "a link that leads out"),
     Case("link to a password file", replaced("LICENSE", link_to("/etc/passwd")), "leads out"),
-    Case("link to nothing", replaced(CONFIG, link_to("gone")), "a link to nothing"),
+    Case("link to nothing", replaced(CONFIG, link_to("gone")), "a broken link"),
     Case("link to itself", replaced(CONFIG, link_to(CONFIG)), "cannot be read"),
     Case("link of templates", replaced("additional_chat_templates", link_to("/etc")), "leads out"),
     Case("cache of another repository", unreadable_blob, "a link that leads out"),

@@ -104,7 +104,7 @@ def test_what_comes_damaged_is_fetched_again(
     checkpoint.read("model.norm.weight")
     assert len(whole(hub, ENDS)) == 2
     monkeypatch.setattr(download, "file_sha256", lambda path: "0" * 64)
-    with pytest.raises(CheckpointError, match="its hash is not that of the file on the Hub"):
+    with pytest.raises(CheckpointError, match="its hash differs from that of the file on the Hub"):
         checkpoint.read("model.layers.0.input_layernorm.weight")
     checkpoint.close()
 

@@ -175,7 +175,7 @@ def test_counts_at_which_llama_cpp_would_end_the_process_are_refused(
 def test_an_empty_stdin_is_reported(built: Bundle) -> None:
     result = run("chat", built.gguf, input="  \n")
     assert result.exit_code == 2
-    assert "holds no prompt; pass --prompt TEXT" in result.output
+    assert "is empty; pass --prompt TEXT" in result.output
 
 
 def test_on_a_terminal_it_answers_until_exit(model: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_llama_cli_and_llama_server_receive_the_options(bundle: Bundle, tmp_path
     )
     assert done.returncode == 7
     assert done.stdout.splitlines() == [
-        f"http://127.0.0.1:8123/v1  example-IQ4_K_M, by {tmp_path}/own/llama-server",
+        f"http://127.0.0.1:8123/v1  example-IQ4_K_M ({tmp_path}/own/llama-server)",
         "--model", str(bundle.gguf / "example-IQ4_K_M.gguf"), "--mmproj",
         str(bundle.gguf / "mmproj-example-F16.gguf"), "--alias", "example-IQ4_K_M", "--host",
         "127.0.0.1", "--port", "8123", "--jinja", "--parallel", "4", "--ctx-size", "32768",

@@ -80,7 +80,7 @@ def test_the_python_server_receives_the_options(
     assert (found.environment["HOST"], found.environment["PORT"]) == ("127.0.0.1", "8123")
     assert "CONFIG_FILE" not in found.environment
     assert found.environment["ELSE"] == "y"
-    assert result.stdout == "http://127.0.0.1:8123/v1  example-IQ4_K_M, by llama_cpp.server\n"
+    assert result.stdout == "http://127.0.0.1:8123/v1  example-IQ4_K_M (llama_cpp.server)\n"
     assert "mmproj-example-F16.gguf is not used: images need llama-server\n" in result.stderr
 
 

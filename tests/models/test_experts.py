@@ -223,7 +223,7 @@ def test_biases_may_be_zero(tmp_path: Path) -> None:
     tensors[name][3] = 0
     with opened(tmp_path / "damaged", layout, tensors) as (weights, model):
         (violation,) = check_folder(weights, model, Silent())
-        assert f"{name} holds nothing but zeros for expert 3" in violation
+        assert f"{name} holds only zeros for expert 3" in violation
 
 
 def test_biases_where_the_family_has_none() -> None:
@@ -269,5 +269,5 @@ def test_an_orientation_that_no_shape_tells() -> None:
         names |= {base + "gate_up_proj": torch.ones(8, 16, 16)}
         names |= {base + "down_proj": torch.ones(8, 16, 8)}
     model = Family(tiny.config(), "here/config.json", names.keys())
-    with pytest.raises(UnsupportedModelError, match="does not tell whether"):
+    with pytest.raises(UnsupportedModelError, match="does not show whether"):
         model.check_tensors(stored_of(names))

@@ -254,7 +254,7 @@ def test_a_claimed_mtp_block_that_is_not_there() -> None:
     model = model_of(tiny, mtp_num_hidden_layers=1)
     assert not model.facts.has_mtp
     (caveat,) = model.caveats()
-    assert "MTP block that the checkpoint does not hold" in caveat
+    assert "MTP block that the checkpoint does not contain" in caveat
     assert text_of(model.pruned_config(2))["mtp_num_hidden_layers"] == 0
     assert "nextn_predict_layers" not in header_of(model)
 
@@ -358,5 +358,5 @@ def test_unknown_tensors(name: str) -> None:
 def test_experts_stored_twice() -> None:
     tensors = BASE.tensors() | replace(BASE, fused=False).tensors()
     model = Qwen35Moe(BASE.config(), "here/config.json", tensors.keys())
-    with pytest.raises(CheckpointError, match="another tensor stands for the same weights"):
+    with pytest.raises(CheckpointError, match="another tensor holds the same weights"):
         model.check_tensors(stored_of(tensors))

@@ -121,7 +121,7 @@ def test_first_lines() -> None:
 def test_the_code_of_linear_attention_is_named_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = Budget(8192, "device", True)
     monkeypatch.setattr(linear_attention, "version", lambda package: "0.6")
-    assert notes(GPU, budget, 0, linear=True)[1] == "linear attention by flash-linear-attention 0.6"
+    assert notes(GPU, budget, 0, linear=True)[1] == "linear attention: flash-linear-attention 0.6"
     monkeypatch.setattr(linear_attention, "installed_version", lambda: None)
     assert "half the speed" in notes(GPU, budget, 0, linear=True)[1]
     assert len(notes(CPU, budget, 0, linear=True)) == 1

@@ -295,7 +295,7 @@ def test_a_byte_that_is_flipped_on_the_way_back_is_found(room: Room, bundle: Pat
     with pytest.raises(VerificationError) as caught:
         room.push(bundle)
     assert caught.value.violations == [
-        f"{REPO}: config.json comes back with other bytes than were sent"
+        f"{REPO}: config.json was read back with other bytes than were sent"
     ]
 
 
@@ -399,7 +399,7 @@ def test_a_dry_run_says_what_goes_and_what_would_be_refused(room: Room, bundle: 
     parts = [f"model-BF16-0000{number}-of-00002.gguf" for number in (1, 2)]
     done = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run"])
     for part in parts:
-        assert f"  {part}                of an earlier push, to be removed\n" in done.output
+        assert f"  {part}                from an earlier push, will be removed\n" in done.output
     assert "\n  1 file to upload" in done.output
     room.push(bundle)
     going = f"{GGUF_REPO}: removing files of an earlier push: {', '.join(parts)}"
@@ -428,12 +428,12 @@ def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     states = {file.name: again.state(GGUF_REPO, file) for file in again.prepared.gguf.files}
     assert states["imatrix.gguf"] == "already there"
     assert states["model-BF16.gguf"] == "to upload"
-    assert states["README.md"] == "to be replaced"
+    assert states["README.md"] == "will be replaced"
     room.hub.leave()
     away = preview(PushOptions(bundle, REPO), Silent())
     assert away.remote is None
     assert [reason.split(" (")[0] for reason in away.unchecked] == [
-        "the right to write", "what is there already",
+        "the permission to write", "which files exist already",
     ]  # fmt: skip
     assert all("the Hub cannot be reached" in reason for reason in away.unchecked)
     room.hub.come()

@@ -149,7 +149,7 @@ def test_a_rule_passes_by_what_stays_f32() -> None:
 
 
 def test_a_rule_for_nothing_but_what_stays_f32_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"such as output_norm\.weight, stays whole"):
+    with pytest.raises(RecipeError, match=r"what it matches, such as output_norm\.weight"):
         resolved(recipe(("*norm.weight", "Q8_0")))
 
 

@@ -119,10 +119,10 @@ REFUSED = {
     "a codec": "{{ messages[0].content.encode('punycode') }}",
 }
 WHOLE = {
-    "took over 0.3 s of processor time": TIME,
-    "took over 128 MiB of memory": MEMORY,
-    "wrote over 4 MiB": LENGTH,
-    "asks for what is forbidden": FORBIDDEN,
+    "used more than 0.3 s of processor time": TIME,
+    "used more than 128 MiB of memory": MEMORY,
+    "wrote more than 4 MiB": LENGTH,
+    "does something forbidden": FORBIDDEN,
     "refuses it": REFUSED,
 }
 
@@ -177,7 +177,7 @@ def test_the_limits_that_a_build_has() -> None:
     assert Limits() == Limits(3.0, 10.0, 512 * 2**20, 64 * 2**20)
     # a busy machine could need more than ten seconds for three of processor time
     limits = replace(Limits(), wall_seconds=300)
-    with pytest.raises(CalibrationError, match=r"took over 3 s of processor time"):
+    with pytest.raises(CalibrationError, match=r"used more than 3 s of processor time"):
         ChatTemplate(ENDLESS, {}, limits).render(CHAT)
 
 
@@ -267,7 +267,7 @@ def test_a_worker_that_is_stopped() -> None:
         worker = chat._process._process
         worker.send_signal(signal.SIGSTOP)
         chat._process._limits = replace(LIMITS, wall_seconds=0.3)
-        with pytest.raises(CalibrationError, match=r"took over 0\.3 s; pass"):
+        with pytest.raises(CalibrationError, match=r"took more than 0\.3 s; pass"):
             chat.render([{"content": content}])
         assert not is_running(worker.pid)
 

@@ -152,7 +152,7 @@ DAMAGE = [
     (a_config_count_off_by_one, "expected 13 experts on its first axis, as config.json says"),
     (two_experts_swapped_in_safetensors, "expert 2 differs from model.layers.0.mlp.experts.2."),
     (two_experts_swapped_in_gguf, "it holds the weights of expert 5"),
-    (a_tensor_zeroed, "blk.1.attn_q.weight holds nothing but zeros"),
+    (a_tensor_zeroed, "blk.1.attn_q.weight holds only zeros"),
     (a_nan, "blk.2.attn_k.weight holds NaN"),
     (a_nan_in_safetensors, "model.layers.3.self_attn.v_proj.weight holds NaN"),
     (a_truncated_shard, "model.safetensors: truncated"),
@@ -294,4 +294,4 @@ def test_a_changed_token_is_found(bundle: Bundle) -> None:
     path.write_bytes(raw.replace(b"<|im_start|>", b"<|IM_start|>"))
     fix_hashes(bundle)
     violations = verify_bundle(bundle.gguf, 1, Silent()).violations
-    assert any("tokenizer.ggml.tokens is not that of the tokenizer" in v for v in violations)
+    assert any("tokenizer.ggml.tokens differs from the tokenizer" in v for v in violations)

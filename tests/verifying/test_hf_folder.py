@@ -48,12 +48,12 @@ def test_a_padded_embedding_is_no_violation(tmp_path: Path) -> None:
 
 def test_an_empty_matrix_is_one(tmp_path: Path) -> None:
     (found,) = violations(tmp_path / "a", "model.embed_tokens.weight", lambda rows: rows.zero_())
-    assert found == "a: model.embed_tokens.weight holds nothing but zeros"
+    assert found == "a: model.embed_tokens.weight holds only zeros"
 
 
 def test_an_empty_expert_is_one(tmp_path: Path) -> None:
     (found,) = violations(tmp_path / "a", EXPERTS, lambda experts: experts[3].zero_())
-    assert found == f"a: {EXPERTS} holds nothing but zeros for expert 3"
+    assert found == f"a: {EXPERTS} holds only zeros for expert 3"
 
 
 def test_infinity_behind_padding_is_found(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_changed_config_is_found(tmp_path: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
 
-    assert written(tmp_path, change) == ["pruned: config.json is not the planned one"]
+    assert written(tmp_path, change) == ["pruned: config.json differs from the planned one"]
 
 
 def test_small_files_that_are_no_copies_are_found(tmp_path: Path) -> None:
