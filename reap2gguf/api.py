@@ -11,7 +11,6 @@ torch and transformers are loaded inside the functions that compute.
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -20,7 +19,15 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError, CalibrationError, OutputError, UsageError
 from reap2gguf.machine import available_threads, processes
-from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, Resume
+from reap2gguf.options import (
+    METHODS,
+    MTP_CHOICES,
+    BuildOptions,
+    CalibrationOptions,
+    ComputeOptions,
+    Resume,
+    check_choice,
+)
 from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent
 
 if TYPE_CHECKING:
@@ -91,7 +98,7 @@ def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> Bui
 
 
 def observe(
-    model: str,
+    model: PathLike,
     output: PathLike,
     *,
     calibration: CalibrationOptions | None = None,
@@ -133,7 +140,7 @@ def observe(
 
 
 def select(
-    model: str,
+    model: PathLike,
     observations: Observations | PathLike,
     *,
     keep_experts: int | None = None,
@@ -146,12 +153,13 @@ def select(
     Raises ArtifactError if the observations are of another model, UsageError for a number of
     experts that the model cannot run with.
     """
+    check_choice("mtp", mtp, MTP_CHOICES)
     with _open(model, Silent(), keep_mtp=mtp == "prune") as opened:
         return _select(opened, observations, keep_experts, compression, method)
 
 
 def prune(
-    model: str,
+    model: PathLike,
     observations: Observations | PathLike,
     output: PathLike,
     *,
@@ -167,6 +175,7 @@ def prune(
     VerificationError if what was written is not what was planned.
     """
     output, shown = _output(output), _progress(progress)
+    check_choice("mtp", mtp, MTP_CHOICES)
     with _open(model, shown, keep_mtp=mtp == "prune") as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
@@ -178,7 +187,7 @@ def prune(
 
 
 def imatrix(
-    model: str,
+    model: PathLike,
     text: PathLike,
     output: PathLike,
     *,
@@ -193,6 +202,8 @@ def imatrix(
     and what opening a model raises.
     """
     output, text, shown = _output(output), Path(text), _progress(progress)
+    if chunk < 8:
+        raise UsageError(f"chunk is {chunk!r}, expected at least 8 tokens")
     if output.suffix == ".dat":
         raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
     from reap2gguf.calibration.scanned_files import ScannedFiles
@@ -218,7 +229,7 @@ def imatrix(
 
 
 def quantize(
-    model: str,
+    model: PathLike,
     recipe: str,
     output: PathLike,
     *,
@@ -231,11 +242,12 @@ def quantize(
     An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError,
     ArtifactError, OutputError, and what opening a model raises.
     """
+    from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.quantizing.recipe import load_recipe
     from reap2gguf.quantizing.resolve import resolve
 
     asked = load_recipe(recipe)
-    weighted_by = _weighted_by(imatrix)
+    weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
     output, shown = _output(output), _progress(progress)
     with _open(model, shown) as opened:
         facts = opened.model.facts
@@ -259,17 +271,6 @@ def verify(
     return verify_paths(given, threads or available_threads(), _progress(progress))
 
 
-def _weighted_by(imatrix: Imatrix | PathLike | None) -> WeightedBy | None:
-    from reap2gguf.exporting.model_files import WeightedBy
-    from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
-
-    if imatrix is None:
-        return None
-    if isinstance(imatrix, Imatrix):
-        return WeightedBy(imatrix)
-    return WeightedBy(load_imatrix(Path(imatrix)), Path(imatrix).name)
-
-
 def _export(
     opened: _Opened,
     recipe: ResolvedRecipe,
@@ -286,7 +287,8 @@ def _export(
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
-    key = export_key(fingerprint, name, recipe.source, *_identity(weighted_by))
+    identity = ("", "") if weighted_by is None else (weighted_by.file, weighted_by.digest())
+    key = export_key(fingerprint, name, recipe.source, *identity)
     path = output.with_name(f"{output.name}.journal")
     files = {output: recipe}
     journal = ExportJournal(path, key)
@@ -294,16 +296,6 @@ def _export(
         opened.checkpoint, opened.model, name, files, weighted_by, [], n_threads, progress, journal
     )
     remove(path)
-
-
-def _identity(weighted_by: WeightedBy | None) -> tuple[str, str]:
-    """Name and digest of an importance matrix, for a key."""
-    if weighted_by is None:
-        return "", ""
-    digest = hashlib.sha256()
-    for name, entry in sorted(weighted_by.imatrix.entries.items()):
-        digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
-    return weighted_by.file, digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -324,11 +316,11 @@ class _Opened(AbstractContextManager["_Opened"]):
         self.checkpoint.close()
 
 
-def _open(name: str, progress: Progress, keep_mtp: bool = True) -> _Opened:
+def _open(name: PathLike, progress: Progress, keep_mtp: bool = True) -> _Opened:
     from reap2gguf.hub.source import resolve_source
     from reap2gguf.models.table import describe
 
-    source = resolve_source(name, progress.note)
+    source = resolve_source(str(name), progress.note)
     source.complete(progress.note)
     checkpoint = source.open(progress.note)
     try:
@@ -347,10 +339,9 @@ def _select(
     method: str,
 ) -> Selection:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.pruning.select import CRITERIA, choose_target, select_experts
+    from reap2gguf.pruning.select import choose_target, select_experts
 
-    if method not in CRITERIA:
-        raise UsageError(f"method {method!r}: expected one of {', '.join(CRITERIA)}")
+    check_choice("method", method, METHODS)
     target = choose_target(opened.model.facts, keep_experts, compression)
     seen = (
         observations

@@ -1,4 +1,8 @@
-"""The options of a build, each group as one value."""
+"""The options of a build, each group as one value.
+
+A value that no build can use is refused where it is made, with a UsageError. So callers from Python
+get the same checks as the command line.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,40 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
+
+METHODS = (
+    "reap",
+    "frequency",
+    "ean_sum",
+    "ean_mean",
+    "weighted_ean_sum",
+    "weighted_frequency",
+)
+MTP_CHOICES = ("prune", "drop")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
+SPOOLS = ("auto", "device", "host", "disk")
+MOST_THREADS = 1024
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise UsageError for a value that is not one of the choices."""
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _check_number(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
+    """Raise UsageError for a value that is not a whole number from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}")
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name} is {value!r}, expected a path")
+    return Path(value)
 
 
 @dataclass(frozen=True)
@@ -18,6 +55,14 @@ class CalibrationOptions:
     max_length: int | None = None  # most tokens per row; None: the mix's own, else 2048
     seed: int = 42
     pack: bool | None = None  # several samples per row; None: as the mix says, else no
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", str(self.spec))
+        if self.samples is not None:
+            _check_number("samples", self.samples, 1)
+        if self.max_length is not None:
+            _check_number("max_length", self.max_length, 2)
+        _check_number("seed", self.seed, -(2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -42,6 +87,15 @@ class ComputeOptions:
     spool: str = "auto"  # where activations wait between layers: auto, device, host or disk
     scratch: Path = Path()  # folder for a spool on disk
     resume: Resume | None = None  # None: an interrupted sweep starts from the first layer
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("spool", self.spool, SPOOLS)
+        _check_number("threads", self.threads, 1, MOST_THREADS)
+        if self.memory is not None:
+            _check_number("memory", self.memory, 1, 2**63)
+        object.__setattr__(self, "scratch", _path("scratch", self.scratch))
 
     @property
     def likely_device(self) -> str:
@@ -77,3 +131,19 @@ class BuildOptions:
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
     check_space: bool = True  # whether free disk space is checked before the work
+
+    def __post_init__(self) -> None:
+        recipes = (self.recipes,) if isinstance(self.recipes, str) else tuple(self.recipes)
+        if not recipes:
+            raise UsageError("recipes is empty, expected at least one recipe, such as q4km")
+        object.__setattr__(self, "recipes", recipes)
+        if self.model is not None:
+            object.__setattr__(self, "model", str(self.model))
+        if self.keep_experts is not None:
+            _check_number("keep_experts", self.keep_experts, 1)
+        check_choice("method", self.method, METHODS)
+        check_choice("mtp", self.mtp, MTP_CHOICES)
+        _check_number("chunk", self.chunk, 8)
+        object.__setattr__(self, "output", _path("output", self.output))
+        if self.imatrix_text is not None:
+            object.__setattr__(self, "imatrix_text", _path("imatrix_text", self.imatrix_text))

@@ -102,7 +102,7 @@ def test_observations_may_be_a_file(steps: Steps) -> None:
 
 
 def test_what_cannot_be_selected(steps: Steps, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="method 'best': expected one of reap"):
+    with pytest.raises(UsageError, match="method is 'best', expected one of reap"):
         reap2gguf.select(steps.model, steps.seen, method="best")
     with pytest.raises(UsageError, match="keep-experts 9"):
         reap2gguf.select(steps.model, steps.seen, keep_experts=9)
@@ -140,6 +140,34 @@ def test_a_plan_is_built(steps: Steps, tmp_path: Path) -> None:
     again = reap2gguf.build(options)
     assert again is not None
     assert not again.stages
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BuildOptions(recipes=()), "recipes is empty"),
+        (lambda: BuildOptions(("q8_0",), method="best"), "method is 'best', expected one of reap"),
+        (lambda: BuildOptions(("q8_0",), mtp="Prune"), "mtp is 'Prune', expected one of prune"),
+        (lambda: BuildOptions(("q8_0",), chunk=0), "chunk is 0, expected a whole number from 8"),
+        (lambda: BuildOptions(("q8_0",), output=3), "output is 3, expected a path"),  # type: ignore
+        (lambda: CalibrationOptions(samples=0), "samples is 0, expected a whole number from 1"),
+        (lambda: CalibrationOptions(max_length=1), "max_length is 1, expected a whole number"),
+        (lambda: ComputeOptions(device="gpu"), "device is 'gpu', expected one of auto, cpu"),
+        (lambda: ComputeOptions(dtype="fp16"), "dtype is 'fp16', expected one of auto, float32"),
+        (lambda: ComputeOptions(spool="ram"), "spool is 'ram', expected one of auto, device"),
+        (lambda: ComputeOptions(threads=0), "threads is 0, expected a whole number from 1"),
+    ],
+)
+def test_options_are_refused_where_they_are_made(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_options_take_text_for_paths() -> None:
+    options = BuildOptions("q8_0", model=Path("model"), output="out", imatrix_text="text.txt")  # type: ignore[arg-type]
+    assert options.recipes == ("q8_0",)
+    assert options.model == "model"
+    assert (options.output, options.imatrix_text) == (Path("out"), Path("text.txt"))
 
 
 def test_every_public_name_is_there_and_documented() -> None:

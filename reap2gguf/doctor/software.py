@@ -23,17 +23,21 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _USUAL = (
     "torch",
     "transformers",
+    "tokenizers",
     "safetensors",
     "gguf",
     "numpy",
     "datasets",
+    "pyarrow",
     "huggingface_hub",
     "jinja2",
+    "markupsafe",
+    "pyyaml",
+    "packaging",
     "click",
     "rich",
     "libggml-python",
 )
-_INDIRECT = ("tokenizers",)  # installed with another package
 _USES = {
     "llama-server": "for `serve` with several requests at a time, and with images",
     "llama-cli": "for `chat` without llama-cpp-python",
@@ -53,7 +57,7 @@ def python() -> Finding:
 
 def required_packages() -> Iterator[Finding]:
     """Each package that reap2gguf requires, and whether its version fits."""
-    for requirement in [*_requirements(), *_INDIRECT]:
+    for requirement in _requirements():
         yield _package(requirement)
 
 

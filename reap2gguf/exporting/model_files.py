@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from reap2gguf import __version__
 from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header import HeaderFacts
+from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.models.description import HeaderValue, SideFile
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.exporting.journal import ExportJournal
-    from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
@@ -33,6 +34,20 @@ class WeightedBy:
 
     imatrix: Imatrix
     file: str = IMATRIX_FILE
+
+    @classmethod
+    def of(cls, imatrix: Imatrix | Path | str) -> WeightedBy:
+        """A matrix as a value, or in a file of either format; ArtifactError if that is broken."""
+        if isinstance(imatrix, Imatrix):
+            return cls(imatrix)
+        return cls(load_imatrix(Path(imatrix)), Path(imatrix).name)
+
+    def digest(self) -> str:
+        """A hash of all its sums and counts."""
+        digest = hashlib.sha256()
+        for name, entry in sorted(self.imatrix.entries.items()):
+            digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
+        return digest.hexdigest()
 
 
 def export_model(

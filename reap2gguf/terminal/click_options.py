@@ -12,7 +12,16 @@ import click
 
 from reap2gguf.machine import available_threads
 from reap2gguf.messages import shown
-from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.options import (
+    DEVICES,
+    DTYPES,
+    METHODS,
+    MTP_CHOICES,
+    SPOOLS,
+    BuildOptions,
+    CalibrationOptions,
+    ComputeOptions,
+)
 from reap2gguf.terminal.console import Detail, printing
 from reap2gguf.terminal.help import CALIBRATION, COMPUTE, MOST, PRUNE, WRITE, F, Number, option
 
@@ -53,7 +62,6 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
 FilePath = click.Path(path_type=Path, dir_okay=False)
 FolderPath = click.Path(path_type=Path)
 # the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
-METHODS = ("reap", "frequency", "ean_sum", "ean_mean", "weighted_ean_sum", "weighted_frequency")
 _DEFAULTS = CalibrationOptions()
 
 
@@ -95,7 +103,7 @@ pruning_options = _all(
     option(
         "--mtp",
         section=PRUNE,
-        type=click.Choice(("prune", "drop")),
+        type=click.Choice(MTP_CHOICES),
         default="prune",
         help="Multi-token-prediction block: prune it like the layers, or drop it.",
     ),
@@ -150,7 +158,7 @@ compute_options = _all(
     option(
         "--device",
         section=COMPUTE,
-        type=click.Choice(("auto", "cpu", "cuda")),
+        type=click.Choice(DEVICES),
         default="auto",
         help="Processor for calibration passes: auto is a GPU if there is one.",
     ),
@@ -165,14 +173,14 @@ compute_options = _all(
     option(
         "--spool",
         section=COMPUTE,
-        type=click.Choice(("auto", "device", "host", "disk")),
+        type=click.Choice(SPOOLS),
         default="auto",
         help="Where to keep activations between layers: GPU (device), RAM (host) or disk.",
     ),
     option(
         "--dtype",
         section=COMPUTE,
-        type=click.Choice(("auto", "float32", "bfloat16")),
+        type=click.Choice(DTYPES),
         default="auto",
         help="Precision: auto is bfloat16 on a GPU, float32 on a CPU.",
     ),

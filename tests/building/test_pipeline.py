@@ -150,7 +150,7 @@ def test_a_disk_that_is_too_full_is_said_before_the_work(
     needed = estimate(make_plan(options(tiny, tmp_path / "out")), has_gpu=False).disk_bytes
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(OutputError, match=rf"writes {needed:,} bytes, .* {needed - 1:,} are free"):
+    with pytest.raises(OutputError, match=rf"writes {needed:,} bytes .* {needed - 1:,} are free"):
         build(tiny, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed))

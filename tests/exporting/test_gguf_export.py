@@ -206,7 +206,7 @@ def test_a_missing_imatrix_entry_is_refused_before_any_work(
     entries = dict(list(imatrix.entries.items())[:keep])
     part = replace(imatrix, entries=entries) if keep else None
     (tmp_path / "IQ2_XS.gguf").write_text("an earlier file")
-    with pytest.raises(ArtifactError, match=r"no entry for blk\.\d\.\w+\.weight, and IQ2"):
+    with pytest.raises(ArtifactError, match=r"no entry for blk\.\d\.\w+\.weight, but IQ2"):
         export_files(wide, tmp_path, [plain("Q8_0"), plain("IQ2_XS")], part)
     assert left(tmp_path) == ["IQ2_XS.gguf"]
     assert (tmp_path / "IQ2_XS.gguf").read_text() == "an earlier file"
