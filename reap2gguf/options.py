@@ -139,8 +139,8 @@ class BuildOptions:
         object.__setattr__(self, "recipes", recipes)
         if self.model is not None:
             object.__setattr__(self, "model", str(self.model))
-        if self.keep_experts is not None:
-            _check_number("keep_experts", self.keep_experts, 1)
+        if not isinstance(self.keep_experts, int | None):  # `choose_target` knows the bounds
+            raise UsageError(f"keep_experts is {self.keep_experts!r}, expected a whole number")
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         _check_number("chunk", self.chunk, 8)

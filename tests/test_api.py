@@ -148,6 +148,10 @@ def test_a_plan_is_built(steps: Steps, tmp_path: Path) -> None:
         (lambda: BuildOptions(recipes=()), "recipes is empty"),
         (lambda: BuildOptions(("q8_0",), method="best"), "method is 'best', expected one of reap"),
         (lambda: BuildOptions(("q8_0",), mtp="Prune"), "mtp is 'Prune', expected one of prune"),
+        (
+            lambda: BuildOptions(("q8_0",), keep_experts=1.5),
+            "keep_experts is 1.5, expected a whole",
+        ),  # type: ignore
         (lambda: BuildOptions(("q8_0",), chunk=0), "chunk is 0, expected a whole number from 8"),
         (lambda: BuildOptions(("q8_0",), output=3), "output is 3, expected a path"),  # type: ignore
         (lambda: CalibrationOptions(samples=0), "samples is 0, expected a whole number from 1"),
