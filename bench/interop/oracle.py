@@ -131,8 +131,8 @@ def _built(bundle: str, work: Path) -> Path:
     source = EXAMPLE
     if bundle == "qwen3.5":
         wide = TinyQwen35Moe(
-            hidden=256, width=256, layers="lllflllf", n_heads=4, head_dim=64, key_heads=2, value_heads=4,
-            linear_dim=128, vision_hidden=64,
+            hidden=256, width=256, layers="lllflllf", n_heads=4, head_dim=64,
+            key_heads=2, value_heads=4, linear_dim=128, vision_hidden=64,
         )  # fmt: skip
         source = wide.write(work / "source-qwen3.5")
         config = json.loads((source / "config.json").read_text())
@@ -187,7 +187,7 @@ def _compared(answer: Answer, request: Request) -> dict[str, Any]:
     if answer.continued is not None:
         # shares of each text that are equal, from its first character
         starts = [
-            len(os.path.commonprefix([a.strip(), b.strip()])) / max(1, min(len(a), len(b)))
+            _equal_start(a.strip(), b.strip())
             for a, b in zip(answer.continued, expected.continued or [], strict=True)
         ]
         equal = sum(start > 0.95 for start in starts)
@@ -196,6 +196,13 @@ def _compared(answer: Answer, request: Request) -> dict[str, Any]:
             # rounding may turn a near tie, after which the texts part
             found["agrees"] = sum(starts) / len(starts) >= (0.5 if quantized else 0.8)
     return found
+
+
+def _equal_start(one: str, other: str) -> float:
+    """The share of the shorter text that equals the beginning of the longer one."""
+    shorter = min(len(one), len(other))
+    unequal = (i for i in range(shorter) if one[i] != other[i])
+    return next(unequal, shorter) / max(1, shorter)
 
 
 def _by_transformers(request: Request) -> Answer:
