@@ -283,7 +283,7 @@ def _export(
     from reap2gguf.atomic import remove
     from reap2gguf.building.keys import export_key
     from reap2gguf.exporting.journal import ExportJournal
-    from reap2gguf.exporting.model_files import export_model
+    from reap2gguf.exporting.model_files import HeaderNames, export_model
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -292,9 +292,8 @@ def _export(
     path = output.with_name(f"{output.name}.journal")
     files = {output: recipe}
     journal = ExportJournal(path, key)
-    export_model(
-        opened.checkpoint, opened.model, name, files, weighted_by, [], n_threads, progress, journal
-    )
+    names, checkpoint = HeaderNames(name), opened.checkpoint
+    export_model(checkpoint, opened.model, names, files, weighted_by, n_threads, progress, journal)
     remove(path)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.bundle.card import CardNames
+from reap2gguf.bundle.card_files import CardNames
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import PublishError
