@@ -127,15 +127,17 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     `samples` says whether the model's generation config recommends a sampling.
     """
     calibration = manifest.calibration
-    beside = f"The safetensors are in {names.link(names.hf)}.\n\n" if names.on_hub else ""
+    files = files_section(manifest, names)
+    if names.on_hub:
+        files += f"The safetensors are in {names.link(names.hf)}.\n\n"
     return f"""# {inline(gguf_name(_last(names.hf)))}
 
 {_summary(manifest)}
 
-{files_section(manifest, names)}{beside}`{IMATRIX_FILE}` is the importance matrix of the pruned
-model, computed on {calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,}
-tokens from `{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that
-ik_llama.cpp reads. To check the files after a download: `sha256sum -c {SUMS_FILE}`.
+{files}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
+{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens from
+`{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.
+To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {use_section(manifest, names, samples)}
 

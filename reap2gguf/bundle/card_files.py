@@ -69,29 +69,39 @@ def _from_the_hub(manifest: Manifest, names: CardNames) -> str:
     """How programs load a file from its repository by its tag, and how to download it."""
     tags = tags_of(labelled_files(manifest.gguf))
     first, repo = manifest.gguf[0], names.repository
-    lines = [f"hf download {argument(repo)} {_chosen(record)}" for record in manifest.gguf]
-    lines += [f"hf download {argument(repo)} {argument(s.file)}" for s in manifest.side_files]
+    lines = []
+    if names.on_hub:
+        lines += [
+            f"hf download {argument(repo)} {_chosen(record, record is first)}"
+            for record in manifest.gguf
+        ]
+        lines += [f"hf download {argument(repo)} {_local(s.file)}" for s in manifest.side_files]
     if tag := tags[first.first].llama_cpp:
         lines.append(f"llama-server -hf {argument(f'{repo}:{tag}')}")
     if not first.parts:
         lines.append(f"ollama run {argument(f'hf.co/{repo}:{tags[first.first].hub}')}")
     commands = "\n".join(lines)
-    where = "From the Hub" if names.on_hub else "From the Hub, once `reap2gguf push` put it there"
+    where = "From the Hub" if names.on_hub else "After `reap2gguf push`, from the Hub"
     text = f"{where} (for another file, use its tag):\n\n```bash\n{commands}\n```"
     by_name = [r for r in manifest.gguf if tags[r.first].hub != tags[r.first].llama_cpp]
     if by_name:
         files = ", ".join(code(record.first) for record in by_name)
-        text += f"\n\nOllama takes the whole file name as the tag of {files}."
+        text += f"\n\nFor Ollama, the tag is the whole file name of {files}."
     if names.on_hub:
-        text += f" LM Studio finds the files under {code(repo)}."
+        text += f"\n\nLM Studio finds the files under {code(repo)}."
     return text
 
 
-def _chosen(record: GgufRecord) -> str:
-    """A file with all its parts, as `hf download` names it."""
+def _chosen(record: GgufRecord, is_first: bool) -> str:
+    """A file with all its parts, as `hf download` names it; the Modelfile is for the first file."""
     if not record.parts:
-        return f"{argument(record.file)} --local-dir ."
-    return f"--include {argument(record.file.removesuffix('.gguf') + '-*.gguf')} --local-dir ."
+        return _local(record.file, *([MODELFILE] if is_first else []))
+    patterns = [record.file.removesuffix(".gguf") + "-*.gguf", *([MODELFILE] if is_first else [])]
+    return " ".join([*(f"--include {argument(pattern)}" for pattern in patterns), "--local-dir ."])
+
+
+def _local(*files: str) -> str:
+    return " ".join([*map(argument, files), "--local-dir ."])
 
 
 def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:

@@ -20,7 +20,7 @@ _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}"
 # the end of a word or between digits, as a viewer may make a link of `name.com`. They do not begin
 # as the item of a list.
 _PLAIN = re.compile(
-    r"(?![-+]|\d+[.)])(?:[^\W_]|[ ,;%()'+/-]|:(?= )|(?<=[^\W_])_(?=[^\W_])|\.(?=[\d ]|\Z)"
+    r"(?![-+]|\d+[.)](?: |\Z))(?:[^\W_]|[ ,;%()'+/-]|:(?= )|(?<=[^\W_])_(?=[^\W_])|\.(?=[\d ]|\Z)"
     r"|(?<=\bllama)\.(?=cpp\b))+"
 )
 

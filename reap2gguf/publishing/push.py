@@ -88,6 +88,8 @@ def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) ->
         folder = bundle.folders.push
         make_folder(folder)
         prepared = prepare(bundle, names, options.max_bytes, folder, progress)
+        for warning in prepared.warnings:
+            progress.note(warning)
         accepted = AcceptedRepos(folder)
         outdated = {r.repo: admit(api, r, accepted, progress, sleep) for r in prepared.repos}
         for contents in prepared.repos:
