@@ -16,7 +16,7 @@ import yaml
 
 from reap2gguf.messages import is_visible, shown
 
-_MAX_BYTES = 2**18  # of front matter
+_MAX_BYTES = 2**17  # of front matter
 _MOST_LETTERS = 500  # of a text
 _MOST_ENTRIES = 100  # of a list
 _FENCE = re.compile(r"---[ \t]*")

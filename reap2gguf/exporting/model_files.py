@@ -88,7 +88,12 @@ def model_header(
     `weights` is the model to quantize, or the pruned view of the source; the pruned checkpoint of
     the bundle gives the same.
     """
-    general = _general(weights, model, names)
+    return _model_values(_general(weights, model, names), model, names, recipe)
+
+
+def _model_values(
+    general: General, model: MoeModel, names: HeaderNames, recipe: str
+) -> tuple[HeaderValue, ...]:
     return (*general.values, *model.gguf_metadata(), *names.own, _text("reap2gguf.recipe", recipe))
 
 
@@ -123,10 +128,11 @@ def export_model(
     """
     if weighted_by is not None:
         _report_unweighted(files.values(), weighted_by.imatrix, progress)
-    for problem in _general(weights, model, names).problems:
+    general = _general(weights, model, names)
+    for problem in general.problems:
         progress.note(problem)
     outputs = [
-        GgufOutput(path, _header(weights, model, names, recipe, weighted_by))
+        GgufOutput(path, _header(general, model, names, recipe, weighted_by))
         for path, recipe in files.items()
     ]
     imatrix = None if weighted_by is None else weighted_by.imatrix
@@ -135,7 +141,7 @@ def export_model(
 
 
 def _header(
-    weights: Weights,
+    general: General,
     model: MoeModel,
     names: HeaderNames,
     recipe: ResolvedRecipe,
@@ -144,7 +150,7 @@ def _header(
     by_imatrix = weighted_by if uses_imatrix(recipe) else None
     return HeaderFacts(
         arch=model.facts.gguf_arch,
-        values=model_header(weights, model, names, recipe.name),
+        values=_model_values(general, model, names, recipe.name),
         vocab_size=model.facts.vocab_size,
         pre_tokenizers=model.pre_tokenizers,
         file_type=recipe.llama_file_type,
