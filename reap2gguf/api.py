@@ -183,7 +183,8 @@ def prune(
         selection = _select(opened, observations, keep_experts, compression, method)
         from reap2gguf.building.prune_folder import prune_to_folder
 
-        prune_to_folder(opened.checkpoint, opened.model, selection.kept, method, output, shown)
+        checkpoint, name = opened.checkpoint, opened.source.label
+        prune_to_folder(checkpoint, opened.model, selection.kept, method, output, shown, name)
     return PruneResult(output, selection)
 
 
@@ -252,10 +253,10 @@ def quantize(
 
     (asked,) = load_recipes([recipe], check_labels(labels or {}))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
-    output, is_folder, shown = Path(output), Path(output).is_dir(), _progress(progress)
+    is_folder, shown = Path(output).is_dir(), _progress(progress)
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
-    output = output if is_folder else _output(output)
+    output = Path(output) if is_folder else _output(output)
     with _open(model, shown) as opened:
         if is_folder:
             output /= model_file(opened.source.short_name, asked.label)

@@ -100,7 +100,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     recipes = load_recipes(options.recipes, options.labels)
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UsageError(f"two recipes have the label {twice!r} and so the same file name")
+        raise UsageError(
+            f"two recipes have the label {twice!r} and so the same file name; give one of them "
+            "another with --label RECIPE=LABEL"
+        )
     calibration = decide(options.calibration)
     files = ScannedFiles()
     check_calibration(calibration, files)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.card_files import CardNames, files_section, use_section
-from reap2gguf.bundle.front_matter import new_front_matter
+from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     IMATRIX_DAT_FILE,
@@ -20,6 +20,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.markdown import argument, code, hub_link, inline, quoted, repository, table
 from reap2gguf.bundle.sampling import read_sampling
+from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
 
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ _REAP_CITATION = """\
 def local_names(manifest: Manifest) -> CardNames:
     """The names of the folders that a build makes."""
     return CardNames(manifest.name, gguf_name(manifest.name))
+
+
+def short_card(name: str, source_card: Path, pruned: PrunedFrom, kept_file: str) -> str:
+    """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence."""
+    front = as_yaml(pruned_values(read_card(source_card), pruned))
+    source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
+    return (
+        f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
+        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps.\n"
+    )
 
 
 def hf_card(manifest: Manifest, source_card: Path) -> str:

@@ -110,7 +110,7 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
         values["tags"] = [*values["tags"], *_GGUF_TAGS]
         if "base_model" in values:
             values["base_model_relation"] = "quantized"
-    return _yaml(ModelCardData(**values))
+    return as_yaml(values)
 
 
 def with_base_model(front: str, repo: str) -> str:
@@ -118,10 +118,15 @@ def with_base_model(front: str, repo: str) -> str:
     data = ModelCard(front).data
     data["base_model"], data["base_model_relation"] = repo, "quantized"
     data["quantized_by"] = repo.partition("/")[0]
-    return _yaml(data)
+    return _fenced(data)
 
 
-def _yaml(data: Any) -> str:
+def as_yaml(values: dict[str, Any]) -> str:
+    """Front matter as it stands at the top of a card."""
+    return _fenced(ModelCardData(**values))
+
+
+def _fenced(data: Any) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
