@@ -253,7 +253,7 @@ def quantize(
 
     (asked,) = load_recipes([recipe], check_labels(labels or {}))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
-    is_folder, shown = Path(output).is_dir(), _progress(progress)
+    is_folder, shown = bool(str(output)) and Path(output).is_dir(), _progress(progress)
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
     output = Path(output) if is_folder else _output(output)

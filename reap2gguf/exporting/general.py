@@ -28,6 +28,7 @@ from reap2gguf.bundle.front_matter import PrunedFrom, pruned_values
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import SourceCard, read_card
+from reap2gguf.messages import one_line
 from reap2gguf.models.description import HeaderValue
 
 _REAP = re.compile(r"(.+)-(REAP-\d+(?:\.\d+)?)")
@@ -177,4 +178,5 @@ def _array(key: str, entries: list[str]) -> Iterator[HeaderValue]:
 
 
 def _text(key: str, value: str) -> HeaderValue:
-    return HeaderValue(key, value, GGUFValueType.STRING)
+    # the name of a folder may hold bytes that are not UTF-8
+    return HeaderValue(key, one_line(value), GGUFValueType.STRING)

@@ -160,7 +160,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
     "-o",
     "--output",
     section=WRITE,
-    type=FolderPath,
+    type=click.Path(path_type=str),  # a Path of "" is the current folder
     required=True,
     help="GGUF file to write, or a folder for NAME-LABEL.gguf.",
 )
@@ -174,7 +174,7 @@ def quantize(
     imatrix_file: Path | None,
     labels: tuple[tuple[str, str], ...],
     threads: int,
-    output: Path,
+    output: str,
 ) -> None:
     """Write HF_DIR as one GGUF file.
 

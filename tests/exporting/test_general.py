@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,12 @@ def test_no_card_breaks_a_header(
         assert all(len(text) <= 600 for text in texts if isinstance(text, str))
         writer.add_key_value(value.key, value.value, value.value_type)
     assert writer.header()
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = TinyQwen3Moe().write(tmp_path / os.fsdecode(b"caf\xe9\n"))
+    path = reap2gguf.quantize(folder, "bf16", tmp_path / "out.gguf").path
+    assert general(path)["general.name"] == [["STRING"], "caf\\udce9\\n"]
 
 
 def test_quantize_names_the_file_by_its_label(tmp_path: Path) -> None:
