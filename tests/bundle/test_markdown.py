@@ -101,7 +101,7 @@ def both(manifest: Manifest, source_card: Path) -> tuple[str, str]:
     return hf_card(manifest, source_card), gguf_card(manifest, source_card)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(TEXTS)
 @example("a/b\n# c")
 @example("\ud800\\|`")
@@ -121,7 +121,7 @@ def test_a_cards_structure_is_its_own(built: Bundle, manifest: Manifest, text: s
             assert structure(body) == structure(other.removeprefix(front_matter(other)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(TEXTS.filter(lambda text: "/" not in text and "\0" not in text))
 def test_names_of_files_change_nothing_either(built: Bundle, manifest: Manifest, text: str) -> None:
     """A manifest that is not ours may hold them."""
@@ -145,7 +145,7 @@ def test_names_of_files_change_nothing_either(built: Bundle, manifest: Manifest,
     assert all(map(is_visible, lines))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS)
 @example("a" * 99 + "\\" * 300 + "|")
 def test_a_cell_holds_one_text(text: str) -> None:

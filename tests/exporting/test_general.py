@@ -264,7 +264,7 @@ JSON = st.recursive(
 SAMPLING = ["top_k", "temperature", "penalty_repeat", "repetition_penalty", "mirostat", "sequence"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(TEXTS, st.dictionaries(st.sampled_from(SAMPLING), JSON), TEXTS, st.booleans())
 def test_no_card_breaks_a_header(
     tmp_path_factory: pytest.TempPathFactory,
