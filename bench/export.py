@@ -37,7 +37,7 @@ import numpy as np
 from gguf import GGUFReader
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import WeightedBy, export_model
+from reap2gguf.exporting.model_files import HeaderNames, WeightedBy, export_model
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.machine import peak_bytes
@@ -94,7 +94,7 @@ def export(folder: Path, target: Path, recipes: Recipes, n_threads: int) -> Figu
         with measured(n_weights) as figures, clocks(figures, n_threads):
             weighted_by = None if imatrix is None else WeightedBy(imatrix)
             export_model(
-                checkpoint, model, "Synthetic", files, weighted_by, (), n_threads, Silent()
+                checkpoint, model, HeaderNames("Synthetic"), files, weighted_by, n_threads, Silent()
             )
     kept = sum(path.stat().st_size for path in files)
     # what pads tensors is never written, so the difference can be below zero

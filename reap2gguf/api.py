@@ -27,6 +27,7 @@ from reap2gguf.options import (
     ComputeOptions,
     Resume,
     check_choice,
+    check_labels,
 )
 from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent
 
@@ -182,7 +183,8 @@ def prune(
         selection = _select(opened, observations, keep_experts, compression, method)
         from reap2gguf.building.prune_folder import prune_to_folder
 
-        prune_to_folder(opened.checkpoint, opened.model, selection.kept, method, output, shown)
+        checkpoint, name = opened.checkpoint, opened.source.label
+        prune_to_folder(checkpoint, opened.model, selection.kept, method, output, shown, name)
     return PruneResult(output, selection)
 
 
@@ -234,22 +236,30 @@ def quantize(
     output: PathLike,
     *,
     imatrix: Imatrix | PathLike | None = None,
+    labels: Mapping[str, str] | None = None,
     threads: int | None = None,
     progress: ProgressLike = None,
 ) -> QuantizeResult:
     """Write MODEL as one GGUF file by a recipe: a shipped one by name, or a TOML file.
 
-    An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError,
-    ArtifactError, OutputError, and what opening a model raises.
+    If `output` is a folder, the file in it is called NAME-LABEL.gguf; `labels` may give the recipe
+    another label. An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises
+    RecipeError, ArtifactError, OutputError, UsageError, and what opening a model raises.
     """
+    from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
-    from reap2gguf.quantizing.recipe import load_recipe
+    from reap2gguf.quantizing.recipe import load_recipes
     from reap2gguf.quantizing.resolve import resolve
 
-    asked = load_recipe(recipe)
+    (asked,) = load_recipes([recipe], check_labels(labels or {}))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
-    output, shown = _output(output), _progress(progress)
+    is_folder, shown = bool(str(output)) and Path(output).is_dir(), _progress(progress)
+    if labels and not is_folder:
+        raise UsageError(f"{output}: names the file already; pass a folder, or no label")
+    output = Path(output) if is_folder else _output(output)
     with _open(model, shown) as opened:
+        if is_folder:
+            output /= model_file(opened.source.short_name, asked.label)
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
@@ -283,7 +293,7 @@ def _export(
     from reap2gguf.atomic import remove
     from reap2gguf.building.keys import export_key
     from reap2gguf.exporting.journal import ExportJournal
-    from reap2gguf.exporting.model_files import export_model
+    from reap2gguf.exporting.model_files import HeaderNames, export_model
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -292,9 +302,8 @@ def _export(
     path = output.with_name(f"{output.name}.journal")
     files = {output: recipe}
     journal = ExportJournal(path, key)
-    export_model(
-        opened.checkpoint, opened.model, name, files, weighted_by, [], n_threads, progress, journal
-    )
+    names, checkpoint = HeaderNames(name), opened.checkpoint
+    export_model(checkpoint, opened.model, names, files, weighted_by, n_threads, progress, journal)
     remove(path)
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
 _MOST_LETTERS = 1600  # per line: a path of 255 names is too long to read
 _MOST_SHOWN = 500  # letters per value
+
+# Letters and marks that show nothing, though `str.isprintable` accepts them: fillers, the combining
+# grapheme joiner, vowels of Khmer and separators of Mongolian that are not drawn, variation
+# selectors, and the empty Braille pattern.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
@@ -23,8 +32,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def one_line(text: str) -> str:
-    """`text` without line breaks and control characters; a long text loses its middle.
+def is_visible(text: str) -> bool:
+    """Whether every character of a text shows: none breaks a line, turns its direction, or hides.
+
+    Spaces count as visible.
+    """
+    return text.isprintable() and not _BLANK.search(text)
+
+
+def one_line(text: str, most: int = _MOST_LETTERS) -> str:
+    """`text` without line breaks, control and hidden characters; a long text loses its middle.
 
     Otherwise a name from a file could move the cursor, colour the terminal, or imitate a line of
     this program.
@@ -32,18 +49,18 @@ def one_line(text: str) -> str:
     >>> one_line("a\\x1b[2Jb\\nc")
     'a\\\\x1b[2Jb\\\\nc'
     """
-    if len(text) <= _MOST_LETTERS:
+    if len(text) <= most:
         return _escaped(text)
     # a message begins with what is wrong and ends with what to do
-    half = _MOST_LETTERS // 2
+    half = most // 2
     left_out = f" [... {len(text) - 2 * half:,} letters left out ...] "
     return _escaped(text[:half])[:half] + left_out + _escaped(text[-half:])[-half:]
 
 
 def _escaped(text: str) -> str:
-    if text.isprintable():
+    if is_visible(text):
         return text
-    letters = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    letters = (c if is_visible(c) else c.encode("unicode_escape").decode("ascii") for c in text)
     return "".join(letters)
 
 

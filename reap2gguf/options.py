@@ -7,6 +7,7 @@ get the same checks as the command line.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def _path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name} is {value!r}, expected a path")
     return Path(value)
+
+
+def check_labels(labels: object) -> dict[str, str]:
+    """Labels by recipe. Raise UsageError if they are not a mapping of texts."""
+    if isinstance(labels, Mapping):
+        found = dict(labels)
+        if all(isinstance(text, str) for entry in found.items() for text in entry):
+            return found
+    raise UsageError(f"labels is {labels!r}, expected a mapping from recipes to labels")
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class BuildOptions:
 
     recipes: tuple[str, ...]
     model: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
     compression: float | None = None
     output: Path = Path("build")
@@ -137,6 +148,7 @@ class BuildOptions:
         if not recipes:
             raise UsageError("recipes is empty, expected at least one recipe, such as q4km")
         object.__setattr__(self, "recipes", recipes)
+        object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
             object.__setattr__(self, "model", str(self.model))
         if not isinstance(self.keep_experts, int | None):  # `choose_target` knows the bounds

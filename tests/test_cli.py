@@ -189,7 +189,9 @@ def test_the_stages_one_by_one_make_the_same_gguf(built: Bundle, tmp_path: Path)
     for name in one.tensors:
         assert one.read(name).tobytes() == other.read(name).tobytes()
     own = {key for key in other.metadata if key.startswith("reap2gguf.")}
-    theirs = other.metadata.keys() - own
+    # a build knows the name of its source even if that is a folder
+    base = {key for key in other.metadata if key.startswith("general.base_model.")}
+    theirs = other.metadata.keys() - own - base
     assert {k: one.metadata[k] for k in theirs} == {k: other.metadata[k] for k in theirs}
     assert (tmp_path / "imatrix.dat").is_file()
     kept = json.loads((pruned / "kept_experts.json").read_text())["kept_experts"]
@@ -239,6 +241,41 @@ def test_recipes(tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text(HEAD + RULE.format(match="blk.9.*"))
     one_line(run("recipes", "check", bad), "matches no tensor")
+    checked = run("recipes", "check", "unsloth-iq4km").output
+    assert "the Hub shows files with the label IQ4_K_M as Q4_K_M; give another with" in checked
+    assert "the Hub" not in run("recipes", "check", "q4km").output
+
+
+def test_labels_that_hide_each_other(example: Path) -> None:
+    both = ("--recipe", "unsloth-iq4km", "--recipe", "q4km")
+    shown = run("plan", example, *both).output
+    assert "warning: `llama-server -hf OWNER/NAME:Q4_K_M` opens " in shown
+    way_out = ("--label", "unsloth-iq4km=Q4_K_M_MIX")
+    assert " ".join(way_out) in shown
+    values = json.loads(run("plan", example, *both, "--json").stdout)
+    assert len(values["warnings"]) == 1
+    values = json.loads(run("plan", example, *both, *way_out, "--json").stdout)
+    assert values["warnings"] == []
+    assert [file["file"] for file in values["files"]] == [
+        "tiny-qwen3-moe-REAP-0.25-Q4_K_M_MIX.gguf",
+        "tiny-qwen3-moe-REAP-0.25-Q4_K_M.gguf",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("Q4", "'Q4' is not RECIPE=LABEL"),
+        ("=Q4", "'=Q4' is not RECIPE=LABEL"),
+        ("q4km=", "'q4km=' is not RECIPE=LABEL"),
+        ("q8_0=X", "--label q8_0=X: no recipe 'q8_0' is asked for; expected one of q4km"),
+        ("q4km=a/b", "recipe 'q4km': label 'a/b', expected letters, digits"),
+        ("q4km=BF16", "two recipes have the label 'BF16'"),
+    ],
+)
+def test_a_bad_label_is_one_line(label: str, message: str, tiny: Path) -> None:
+    result = run("plan", tiny, "--recipe", "q4km", "--recipe", "bf16", "--label", label)
+    one_line(result, message)
 
 
 def test_doctor_tells_versions() -> None:

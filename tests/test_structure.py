@@ -55,8 +55,8 @@ COVERED_BY = [
     ),
     (
         "bundle/test_card.py",
-        "the top of a card",
-        ("bundle/front_matter.py",),
+        "the parts of a card",
+        ("bundle/card_files.py", "bundle/front_matter.py"),
     ),
     (
         "publishing/test_prepare.py",

@@ -58,7 +58,7 @@ class BuildKeys:
 
     @property
     def _card(self) -> list[tuple[str, str]]:
-        """The hash of the source's own card, whose front matter is used in the bundle's."""
+        """The hash of the source's own card, whose front matter cards and headers use."""
         card = self.plan.source.folder / CARD_FILE
         return _hashes([card] if card.is_file() else [], CheckpointError)
 
@@ -123,10 +123,11 @@ class BuildKeys:
             pruned, chunks.label, chunks.tokens_sha256, chunks.chunk_size, rows, *self._computing
         )
 
-    def export(self, imatrix: str) -> str:
-        """The key of the GGUF files."""
+    def export(self, imatrix: str, datasets: Sequence[str]) -> str:
+        """The key of the GGUF files; their headers name the datasets of the calibration."""
         plan = self.plan
-        return export_key(imatrix, plan.name, plan.source.label, plan.options.method, self._recipes)
+        names = (plan.name, plan.source.label, plan.options.method, datasets)
+        return export_key(imatrix, *names, self._card, self._recipes)
 
     @property
     def inputs(self) -> str:
@@ -149,8 +150,8 @@ class BuildKeys:
         )
 
     @property
-    def _recipes(self) -> list[tuple[str, str]]:
-        return [(recipe.name, recipe.source) for recipe in self.plan.recipes]
+    def _recipes(self) -> list[tuple[str, str, str]]:
+        return [(recipe.name, recipe.label, recipe.source) for recipe in self.plan.recipes]
 
     @property
     def _computing(self) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.quantizing.recipe import load_recipe
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings
+from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.gguf_keys import check_tokenizer
 
@@ -71,6 +72,12 @@ class Plan:
         return side_file(side.prefix, self.name)
 
     @property
+    def warnings(self) -> list[str]:
+        """What will mislead users of the bundle though it is right, each with a way out."""
+        files = [LabelledFile(self.gguf_name(r), r.label, r.name) for r in self.recipes]
+        return label_warnings(files)
+
+    @property
     def mtp(self) -> str:
         """What happens to a multi-token-prediction block: pruned, dropped or none."""
         if self.model.facts.has_mtp:
@@ -90,10 +97,13 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     # what is cheap to check comes first
-    recipes = [load_recipe(name) for name in options.recipes]
+    recipes = load_recipes(options.recipes, options.labels)
     labels = [recipe.label for recipe in recipes]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UsageError(f"two recipes have the label {twice!r} and so the same file name")
+        raise UsageError(
+            f"two recipes have the label {twice!r} and so the same file name; give one of them "
+            "another with --label RECIPE=LABEL"
+        )
     calibration = decide(options.calibration)
     files = ScannedFiles()
     check_calibration(calibration, files)

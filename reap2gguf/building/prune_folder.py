@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import output_errors, rename, write_whole
+from reap2gguf.bundle.card import short_card
+from reap2gguf.bundle.front_matter import PrunedFrom
+from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.errors import VerificationError
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, write_pruned
@@ -28,8 +31,11 @@ def prune_to_folder(
     method: str,
     folder: Path,
     progress: Progress,
+    source: str,
 ) -> None:
     """Write the pruned safetensors and which experts they keep, verify them, name the folder.
+
+    `source` is the name of the checkpoint; a short card says it, with the source's licence.
 
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
@@ -41,6 +47,10 @@ def prune_to_folder(
         write_pruned(pruned, made, progress)
         record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
+        has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
+        about = PrunedFrom(source, model.facts.architecture, has_vision)
+        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, KEPT_FILE)
+        write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress):
             raise VerificationError(violations)
         with output_errors(folder):

@@ -15,12 +15,14 @@ from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.keys import stage_key
 from reap2gguf.building.stage import Run, Stage
+from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
+    HeaderNames,
     WeightedBy,
     export_model,
     export_side,
@@ -161,6 +163,11 @@ class Importance(Stage[Imatrix]):
         self._texts = texts
 
     @property
+    def texts(self) -> Texts:
+        """The calibration texts."""
+        return self._texts.result
+
+    @property
     def _probe(self) -> Sequence[Row]:
         return mtp_probe(self.run.plan.model, self._texts.result.rows)
 
@@ -208,7 +215,7 @@ class Export(Stage[None]):
         self._importance = importance
 
     def make_key(self) -> str:
-        return self.run.keys.export(self._importance.key)
+        return self.run.keys.export(self._importance.key, self._datasets)
 
     @property
     def files(self) -> Mapping[Path, ResolvedRecipe]:
@@ -235,24 +242,36 @@ class Export(Stage[None]):
         export_model(
             self._pruned,
             self._pruned.model,
-            plan.name,
+            self._names(),
             self.files,
             WeightedBy(self._importance.result),
-            self._values(),
             threads,
             progress,
             self._journal("export"),
         )
         for path, side in self.sides.items():
             journal = self._journal(f"export-{side.prefix}")
-            export_side(self._pruned, plan.name, path, side, threads, progress, journal)
+            model, names = self._pruned.model, self._names()
+            export_side(self._pruned, model, names, path, side, threads, progress, journal)
         return {}
 
-    def _values(self) -> list[Any]:
+    def _names(self) -> HeaderNames:
         plan = self.run.plan
-        return pruning_values(
+        own = pruning_values(
             plan.source.label, plan.options.method, plan.target.n_experts, self._pruned.kept
         )
+        pruned = PrunedFrom(
+            plan.source.label,
+            plan.model.facts.architecture,
+            bool(plan.side_files),
+            self._datasets,
+            plan.target.n_kept < plan.target.n_experts,
+        )
+        return HeaderNames(plan.name, pruned, tuple(own))
+
+    @property
+    def _datasets(self) -> tuple[str, ...]:
+        return hub_datasets(self._importance.texts.rows.components)
 
     def _journal(self, name: str) -> ExportJournal:
         return ExportJournal(self.run.work.root / f"{name}.json", self.key)

@@ -1,26 +1,30 @@
-"""The card (README.md) of each folder: front matter, how to use the files, this build's numbers."""
+"""The card (README.md) of each folder: front matter, how to use the files, this build's numbers.
+
+Every text that comes from a file or an argument goes through `bundle/markdown.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.front_matter import new_front_matter
+from reap2gguf.bundle.card_files import CardNames, files_section, use_section
+from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     IMATRIX_DAT_FILE,
     IMATRIX_FILE,
     MANIFEST_FILE,
-    MODELFILE,
     SUMS_FILE,
     gguf_name,
 )
-from reap2gguf.messages import one_line, parameters, size
+from reap2gguf.bundle.markdown import argument, code, hub_link, inline, quoted, repository, table
+from reap2gguf.bundle.sampling import read_sampling
+from reap2gguf.bundle.source_card import read_card
+from reap2gguf.messages import parameters, size
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import ComponentRecord, GgufRecord, Manifest, MtpRecord
+    from reap2gguf.bundle.manifest import ComponentRecord, Manifest, MtpRecord
 
 _PACKED = """\
 Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row
@@ -36,22 +40,19 @@ _REAP_CITATION = """\
 }"""
 
 
-@dataclass(frozen=True)
-class CardNames:
-    """The names of both folders, or of both repositories on the Hub, as the cards print them."""
-
-    hf: str
-    gguf: str
-    on_hub: bool = False
-
-    def link(self, name: str) -> str:
-        """A name as Markdown: a link if it is a repository on the Hub."""
-        return f"[{name}](https://huggingface.co/{name})" if self.on_hub else f"`{name}`"
-
-
 def local_names(manifest: Manifest) -> CardNames:
     """The names of the folders that a build makes."""
     return CardNames(manifest.name, gguf_name(manifest.name))
+
+
+def short_card(name: str, source_card: Path, pruned: PrunedFrom, kept_file: str) -> str:
+    """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence."""
+    front = as_yaml(pruned_values(read_card(source_card), pruned))
+    source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
+    return (
+        f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
+        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps.\n"
+    )
 
 
 def hf_card(manifest: Manifest, source_card: Path) -> str:
@@ -62,8 +63,8 @@ def hf_card(manifest: Manifest, source_card: Path) -> str:
 
 def hf_body(manifest: Manifest, names: CardNames) -> str:
     """The card of the safetensors, without its front matter."""
-    folder, name = manifest.hf, names.hf
-    return f"""# {_last(name)}
+    folder = manifest.hf
+    return f"""# {inline(_last(names.hf))}
 
 {_summary(manifest)}
 
@@ -71,112 +72,100 @@ def hf_body(manifest: Manifest, names: CardNames) -> str:
 
 ## Use it
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
-```
+{_transformers(manifest, names.hf)}
 
 ```bash
-vllm serve {name}
+vllm serve {argument(names.hf)}
 ```
 
-The weights take {size(folder.n_bytes)} in {_count_shards(manifest)}. GGUF files of the same model
-are in {names.link(names.gguf)}.
+{_mtp_use(manifest, names.hf)}The weights take {size(folder.n_bytes)} in {_count_shards(manifest)}.
+GGUF files of the same model are in {names.link(names.gguf)}.
 
 {_method(manifest)}
+"""
+
+
+def _transformers(manifest: Manifest, name: str) -> str:
+    """The classes that load all that the folder holds."""
+    shown = quoted(name)
+    if not manifest.side_files:
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({shown})
+model = AutoModelForCausalLM.from_pretrained({shown}, dtype="auto", device_map="auto")
+```"""
+    return f"""```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained({shown})
+model = AutoModelForImageTextToText.from_pretrained({shown}, dtype="auto", device_map="auto")
+```
+
+For text alone, `AutoTokenizer` and `AutoModelForCausalLM` load it without the vision tower."""
+
+
+def _mtp_use(manifest: Manifest, name: str) -> str:
+    """How to use the MTP block, or what to know where it was dropped."""
+    state = manifest.pruning.mtp.state
+    if state == "dropped":
+        return (
+            "The MTP block of the source is left out. To convert this folder with llama.cpp's "
+            "`convert_hf_to_gguf.py`, add `--no-mtp`.\n\n"
+        )
+    if state != "pruned":
+        return ""
+    config = '{"method": "mtp", "num_speculative_tokens": 1}'
+    return f"""The MTP block can draft tokens (speculative decoding):
+
+```bash
+vllm serve {argument(name)} --speculative-config '{config}'
+```
+
 """
 
 
 def gguf_card(manifest: Manifest, source_card: Path) -> str:
-    """The card of the GGUF folder."""
+    """The card of the GGUF folder; the generation config lies beside the source's card."""
     front = new_front_matter(manifest, source_card, "gguf")
-    return front + gguf_body(manifest, local_names(manifest))
+    samples = read_sampling(source_card.parent).is_recommended
+    return front + gguf_body(manifest, local_names(manifest), samples)
 
 
-def gguf_body(manifest: Manifest, names: CardNames) -> str:
-    """The card of the GGUF files, without its front matter."""
+def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> str:
+    """The card of the GGUF files, without its front matter.
+
+    `samples` says whether the model's generation config recommends a sampling.
+    """
     calibration = manifest.calibration
-    rows = [_file_row(record) for record in manifest.gguf]
-    rows += [f"| `{s.file}` | {size(s.n_bytes)} | 16 | {s.title} |" for s in manifest.side_files]
-    files = "\n".join(rows)
-    first = manifest.gguf[0].first
-    name = _last(names.hf)
-    notes = _custom_labels(manifest.gguf) + _how_to_join(manifest.gguf)
+    files = files_section(manifest, names)
     if names.on_hub:
-        notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
-    return f"""# {gguf_name(name)}
+        files += f"The safetensors are in {names.link(names.hf)}.\n\n"
+    return f"""# {inline(gguf_name(_last(names.hf)))}
 
 {_summary(manifest)}
 
-## Files
-
-| file | size | bits per weight | description |
-|---|---|---|---|
-{files}
-
-{notes}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
+{files}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
 {calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens from
 `{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.
 To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
-## Use it
-
-```bash
-{_download(manifest.gguf[0], names)}llama-cli -m {first}
-llama-server -m {first}
-reap2gguf chat .
-{_join(manifest.gguf[0])}ollama create {name.lower()} -f {MODELFILE}
-```
-
-`{MODELFILE}` is for Ollama: it loads `{manifest.gguf[0].file}` with the sampling parameters of the
-model's own `generation_config.json`.
+{use_section(manifest, names, samples)}
 
 {_facts_table(manifest)}
 
 {_method(manifest)}
 """
-
-
-def _how_to_join(records: Sequence[GgufRecord]) -> str:
-    """How to use files in parts with programs that read single files only, such as Ollama."""
-    record = next((record for record in records if record.parts), None)
-    if record is None:
-        return ""
-    return (
-        "To load a file in parts, give llama.cpp the first part. For programs that cannot read "
-        f"parts, such as Ollama, join them first: `{join_command(record)}`.\n\n"
-    )
-
-
-def join_command(record: GgufRecord) -> str:
-    """The command that joins a file's parts."""
-    return f"llama-gguf-split --merge {record.first} {record.file}"
 
 
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _download(record: GgufRecord, names: CardNames) -> str:
-    """The command that downloads a file with all its parts from the Hub."""
-    if not names.on_hub:
-        return ""
-    if not record.parts:
-        return f"hf download {names.gguf} {record.file} {MODELFILE} --local-dir .\n"
-    parts = f"{record.file.removesuffix('.gguf')}-*.gguf"
-    return f'hf download {names.gguf} --include "{parts}" --include {MODELFILE} --local-dir .\n'
-
-
-def _join(record: GgufRecord) -> str:
-    return f"{join_command(record)}\n" if record.parts else ""
-
-
 def _summary(manifest: Manifest) -> str:
     pruning, source = manifest.pruning, manifest.source
     share = 1 - pruning.n_kept / pruning.n_experts
-    method = "REAP" if pruning.method == "reap" else pruning.method
+    method = "REAP" if pruning.method == "reap" else inline(pruning.method)
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
@@ -187,61 +176,45 @@ def _summary(manifest: Manifest) -> str:
 
 def _source_link(manifest: Manifest) -> str:
     label = manifest.source.label
-    return f"[{label}](https://huggingface.co/{label})" if "/" in label else f"`{label}`"
+    return hub_link(label) if repository(label) else code(label)
 
 
 def _facts_table(manifest: Manifest) -> str:
     pruning, calibration = manifest.pruning, manifest.calibration
     packed = ", samples packed" if calibration.packed else ""
     text = (
-        f"{calibration.spec}: {pruning.n_rows:,} rows of at most {calibration.max_length:,} "
-        f"tokens{packed}, {pruning.n_tokens:,} tokens in total, seed {calibration.seed}"
+        f"{inline(calibration.spec)}: {pruning.n_rows:,} rows of at most "
+        f"{calibration.max_length:,} tokens{packed}, {pruning.n_tokens:,} tokens in total, seed "
+        f"{calibration.seed}"
     )
+    label = manifest.source.label
     rows = [
-        ("source", manifest.source.label + _at(manifest.source.revision)),
-        ("architecture", manifest.source.architecture),
+        ("source", (label if repository(label) else inline(label)) + _at(manifest.source.revision)),
+        ("architecture", inline(manifest.source.architecture)),
         ("experts per layer", f"{pruning.n_kept} of {pruning.n_experts}"),
         ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.hf.n_parameters:,}"),
-        ("pruning method", pruning.method),
+        ("pruning method", inline(pruning.method)),
         ("calibration", text),
-        ("checks", str(manifest.verification.get("summary", "not run"))),
+        ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
         rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return table(("property", "value"), rows)
 
 
 def _mtp(mtp: MtpRecord) -> str:
     if not mtp.n_tokens:
-        return mtp.state
+        return inline(mtp.state)
     before, after = mtp.hits_before / mtp.n_tokens, mtp.hits_after / mtp.n_tokens
     return (
-        f"{mtp.state} like the other layers; top-1 accuracy {before:.1%} before pruning, "
+        f"{inline(mtp.state)} like the other layers; top-1 accuracy {before:.1%} before pruning, "
         f"{after:.1%} after"
     )
 
 
 def _at(revision: str | None) -> str:
-    return f" at {revision[:12]}" if revision else ""
-
-
-def _file_row(record: GgufRecord) -> str:
-    takes = size(record.n_bytes)
-    if len(record.parts) > 1:
-        takes += f" in {len(record.parts)} parts"
-    return f"| `{record.first}` | {takes} | {record.bits_per_weight:.2f} | {record.title} |"
-
-
-def _custom_labels(records: Sequence[GgufRecord]) -> str:
-    """Explains labels that look like a quant type but are not one of llama.cpp's."""
-    lines = [
-        f"`{record.label}` is llama.cpp's file type {record.file_type} with some tensors in other "
-        "types, as its recipe says; it is not a separate tensor type."
-        for record in records
-        if record.label != record.file_type
-    ]
-    return " ".join(lines) + "\n\n" if lines else ""
+    return f" at {inline(revision[:12])}" if revision else ""
 
 
 def _method(manifest: Manifest) -> str:
@@ -259,7 +232,7 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 
 {_calibration(manifest)}
 
-Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
+Made with reap2gguf {inline(str(manifest.program.get("reap2gguf", "?")))}.
 
 ```bibtex
 {_REAP_CITATION}
@@ -268,17 +241,15 @@ Made with reap2gguf {manifest.program.get("reap2gguf", "")}.
 
 def _calibration(manifest: Manifest) -> str:
     """How much of each dataset and file was used."""
-    lines = [
-        f"| {_component(record)} | {record.rows:,} | {record.tokens:,} | {_samples(record)} |"
+    rows = [
+        (_component(record), f"{record.rows:,}", f"{record.tokens:,}", _samples(record))
         for record in manifest.calibration.components
     ]
-    if not lines:
+    if not rows:
         return "The calibration data is not listed."
-    table = "\n".join(
-        ["| calibration data | rows | tokens | samples |", "|---|---|---|---|", *lines]
-    )
+    found = table(("calibration data", "rows", "tokens", "samples"), rows)
     has_samples = any(record.samples for record in manifest.calibration.components)
-    return f"{table}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else table
+    return f"{found}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else found
 
 
 def _samples(record: ComponentRecord) -> str:
@@ -287,11 +258,9 @@ def _samples(record: ComponentRecord) -> str:
 
 def _component(record: ComponentRecord) -> str:
     """A dataset with its link and commit, or the name of a file, for a table cell."""
-    title = one_line(record.title).replace("|", "\\|")
     if record.revision is None:
-        return f"`{title}`"
-    commit = one_line(record.revision)[:12]
-    return f"[{title}](https://huggingface.co/datasets/{record.name}) at {commit}"
+        return code(record.title)
+    return hub_link(record.name, "datasets/", record.title) + _at(record.revision)
 
 
 def _score(method: str) -> str:
@@ -300,7 +269,7 @@ def _score(method: str) -> str:
             "An expert's score is the mean of its gate weight times the norm of its output, over "
             "all tokens routed to it ([REAP](https://arxiv.org/abs/2510.13999))."
         )
-    return f"Experts were ranked by `{method}`, one of the methods that REAP was compared with."
+    return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
 
 
 def _count_shards(manifest: Manifest) -> str:

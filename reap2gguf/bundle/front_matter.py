@@ -1,69 +1,136 @@
-"""The front matter of a card: the YAML block at its top, which the Hub reads."""
+"""The front matter of a card: the YAML block at its top, which the Hub reads.
+
+What the source's card says is inherited where it is true of the pruned model as well. The values
+are the same whether they are made from the source's card or from the bundle's own, so that they can
+be made again from a bundle.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from reap2gguf.bundle.markdown import repository
+from reap2gguf.bundle.source_card import SourceCard, read_card
+
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.manifest import ComponentRecord, Manifest
 
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
-_MAX_CARD_BYTES = 2**20  # a larger one, full of embedded pictures, is not read
+_OWN_TAGS = ("reap", "moe", "expert-pruning", "pruned")
+_GGUF_TAGS = ("gguf", "imatrix")
+# tags that the Hub makes itself, and names of formats that a bundle does not have
+_HUB_TAG = re.compile(r"(?:base_model|license|dataset|region|doi):.*|.*_compatible|safetensors")
+_FORMAT_TAGS = re.compile(r"gguf|imatrix|mlx|gptq|awq|exl\d|fp8|nvfp4|mxfp4|int[48]", re.IGNORECASE)
+_MOST_TAGS = 100
+_FAMILY = re.compile(r"([A-Za-z0-9_]{1,64}?)For(?:CausalLM|ConditionalGeneration)")
+_WITH_IMAGES = ("image-text-to-text", "any-to-any", "visual-question-answering")
+
+
+@dataclass(frozen=True)
+class PrunedFrom:
+    """What front matter and GGUF headers say of a pruned model, beside its source's card."""
+
+    source: str  # owner/name, or the name of a folder
+    architecture: str  # the class in config.json
+    has_vision: bool = False  # the bundle has a vision projector
+    datasets: tuple[str, ...] = ()  # on the Hub, of the calibration
+    drops_experts: bool = True
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> PrunedFrom:
+        """The same from a finished bundle's manifest."""
+        return cls(
+            manifest.source.label,
+            manifest.source.architecture,
+            bool(manifest.side_files),
+            hub_datasets(manifest.calibration.components),
+            manifest.pruning.n_kept < manifest.pruning.n_experts,
+        )
+
+    @property
+    def family(self) -> str | None:
+        """The model type, such as `qwen3_moe`, from the name of the class."""
+        match = _FAMILY.fullmatch(self.architecture)
+        return None if match is None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", match[1]).lower()
+
+
+def hub_datasets(components: Sequence[ComponentRecord]) -> tuple[str, ...]:
+    """The datasets on the Hub that a calibration used, each once."""
+    names = (c.name for c in components if c.revision is not None and repository(c.name))
+    return tuple(dict.fromkeys(names))
+
+
+def pruned_values(card: SourceCard, pruned: PrunedFrom) -> dict[str, Any]:
+    """The front matter of the safetensors; `card` is the source's, or the bundle's own."""
+    values: dict[str, Any] = {}
+    for key in ("license", "language"):
+        if found := card.list(key):
+            values[key] = found[0] if len(found) == 1 and key == "license" else found
+    for key in ("license_name", "license_link"):
+        if key in card.texts:
+            values[key] = card.texts[key]
+    if repository(pruned.source):
+        values["base_model"] = pruned.source
+        values["base_model_relation"] = "finetune"  # the Hub has no word for pruning
+    values["library_name"] = "transformers"
+    values["pipeline_tag"] = _pipeline(card.texts.get("pipeline_tag"), pruned.has_vision)
+    values["tags"] = _tags(card, pruned)
+    if datasets := [*dict.fromkeys([*card.list("datasets"), *pruned.datasets])]:
+        values["datasets"] = datasets
+    return values
+
+
+def _pipeline(inherited: str | None, has_vision: bool) -> str:
+    if has_vision:
+        return inherited if inherited in _WITH_IMAGES else _WITH_IMAGES[0]
+    return "text-generation" if inherited is None or inherited in _WITH_IMAGES else inherited
+
+
+def _tags(card: SourceCard, pruned: PrunedFrom) -> list[str]:
+    own = [*(_OWN_TAGS if pruned.drops_experts else ("moe",)), pruned.family]
+    inherited = (
+        tag
+        for tag in card.list("tags")
+        if not _HUB_TAG.fullmatch(tag) and not _FORMAT_TAGS.fullmatch(tag)
+    )
+    return [*dict.fromkeys(tag for tag in (*own, *inherited) if tag)][:_MOST_TAGS]
+
+
+def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
+    """Front matter for a new card in the folder of `library`: transformers or gguf."""
+    values = pruned_values(read_card(source_card), PrunedFrom.of(manifest))
+    if library == "gguf":
+        values["library_name"] = library
+        values["tags"] = [*values["tags"], *_GGUF_TAGS]
+        if "base_model" in values:
+            values["base_model_relation"] = "quantized"
+    return as_yaml(values)
+
+
+def with_base_model(front: str, repo: str) -> str:
+    """The front matter of a GGUF card that is published beside its safetensors, `repo`."""
+    data = ModelCard(front).data
+    data["base_model"], data["base_model_relation"] = repo, "quantized"
+    data["quantized_by"] = repo.partition("/")[0]
+    return _fenced(data)
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """Front matter as it stands at the top of a card."""
+    return _fenced(ModelCardData(**values))
+
+
+def _fenced(data: Any) -> str:
+    return f"---\n{data.to_yaml()}\n---\n\n"
 
 
 def front_matter(card: str) -> str:
     """The front matter of a card that this module wrote, with the empty line after it, or ""."""
     match = _FRONT_MATTER.match(card)
     return match[0] if match else ""
-
-
-def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str:
-    """Front matter for a new card; language and licence are those of the source's card."""
-    inherited = _source_data(source_card)
-    values: dict[str, Any] = {
-        key: inherited[key]
-        for key in ("language", "license", "license_name", "license_link")
-        if inherited.get(key) is not None
-    }
-    if "/" in manifest.source.label:
-        values["base_model"] = manifest.source.label
-        values["base_model_relation"] = "quantized" if library == "gguf" else "finetune"
-    tags = ["reap", "moe", "expert-pruning", "pruned"]
-    data = ModelCardData(
-        library_name=library,
-        pipeline_tag=inherited.get("pipeline_tag") or "text-generation",
-        tags=[*tags, "gguf", "imatrix"] if library == "gguf" else tags,
-        **values,
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n"
-
-
-def with_base_model(front: str, repo: str) -> str:
-    """The front matter of a GGUF card with the repository of its safetensors as base model."""
-    data = ModelCard(front).data
-    data["base_model"], data["base_model_relation"] = repo, "quantized"
-    return f"---\n{data.to_yaml()}\n---\n\n"
-
-
-def _source_data(source_card: Path) -> dict[str, Any]:
-    if not source_card.is_file() or source_card.stat().st_size > _MAX_CARD_BYTES:
-        return {}
-    text = source_card.read_text(encoding="utf-8", errors="replace")
-    try:
-        data: Any = ModelCard(text, ignore_metadata_errors=True).data
-        found = dict(data.to_dict())
-    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        # without readable front matter there is no licence to take over
-        return {}
-    return {key: value for key, value in found.items() if _is_short_text(value)}
-
-
-def _is_short_text(value: Any) -> bool:
-    """Whether a value is a short string or a list of them, as a licence or a language is."""
-    texts = value if isinstance(value, list) else [value]
-    return len(texts) <= 100 and all(isinstance(t, str) and len(t) <= 500 for t in texts)

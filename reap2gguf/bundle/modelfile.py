@@ -15,38 +15,49 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.bundle.card_files import DRAFTED
 from reap2gguf.bundle.layout import MODELFILE
+from reap2gguf.bundle.markdown import argument
+from reap2gguf.bundle.sampling import GENERATION_FILE, read_sampling
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
+from reap2gguf.messages import is_visible, one_line
 from reap2gguf.tokenizer.tokenizer_files import special_tokens
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
 
-# name in generation_config.json -> Ollama's name, smallest and largest sensible value
-_NUMBERS = {
-    "temperature": ("temperature", 0.0, 10.0),
-    "top_p": ("top_p", 0.0, 1.0),
-    "min_p": ("min_p", 0.0, 1.0),
-    "repetition_penalty": ("repeat_penalty", 0.01, 10.0),
+# llama.cpp's names of a sampling's numbers, as Ollama calls them
+_OLLAMA = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repeat_penalty",
+    "top_k": "top_k",
 }
-_MAX_TOP_K = 10_000
 _MAX_STOPS = 16
 _MAX_STOP_LETTERS = 100
 
 
 def modelfile(manifest: Manifest, source: Path) -> str:
-    """The text of a Modelfile for a bundle's first GGUF file.
+    """The text of a Modelfile for a bundle's first GGUF file, with its vision projector.
 
-    `source` is the folder of the checkpoint that was pruned.
+    `source` is the folder of the checkpoint that was pruned, or of the pruned one.
     """
     name, others = manifest.gguf[0].file, [record.file for record in manifest.gguf[1:]]
     lines = [
-        f"# ollama create {manifest.name.lower()} -f {MODELFILE}",
-        f"FROM ./{name}",
-        *(f"# FROM ./{other}" for other in others),
+        f"# ollama create {argument(manifest.name.lower())} -f {MODELFILE}",
+        *(f"FROM ./{one_line(file)}" for file in (name, *(s.file for s in manifest.side_files))),
+        *(f"# FROM ./{one_line(other)}" for other in others),
         "",
         *_parameters(source),
+    ]
+    if manifest.pruning.mtp.state == "pruned":
+        lines += [
+            "# The file has an MTP block. If your version of Ollama can draft tokens with it:",
+            f"# PARAMETER draft_num_predict {DRAFTED}",
+        ]
+    lines += [
         "# Ollama recognizes the chat templates of common model families in the GGUF file. If",
         "# `ollama show --template` prints only {{ .Prompt }}, add a TEMPLATE in Go's syntax.",
     ]
@@ -54,7 +65,7 @@ def modelfile(manifest: Manifest, source: Path) -> str:
 
 
 def _parameters(source: Path) -> Iterator[str]:
-    path = source / "generation_config.json"
+    path = source / GENERATION_FILE
     if not path.is_file():
         return
     try:
@@ -62,23 +73,20 @@ def _parameters(source: Path) -> Iterator[str]:
     except CheckpointError:
         yield "# generation_config.json of the source cannot be read; Ollama's defaults apply"
         return
-    found = [*_sampling(values), *_stops(values, source)]
+    found = [*_sampling(source), *_stops(values, source)]
     if found:
         yield "# from the model's own generation_config.json"
         yield from found
         yield ""
 
 
-def _sampling(values: Mapping[str, Any]) -> Iterator[str]:
-    if values.get("do_sample") is False:
+def _sampling(source: Path) -> Iterator[str]:
+    sampling = read_sampling(source)
+    if not sampling.samples:
         return  # without sampling, the other values have no effect
-    for key, (name, low, high) in _NUMBERS.items():
-        value: Any = values.get(key)
-        if type(value) in (int, float) and low <= value <= high:  # false for NaN
-            yield f"PARAMETER {name} {value:g}"
-    top_k = values.get("top_k")
-    if type(top_k) is int and 0 <= top_k <= _MAX_TOP_K:
-        yield f"PARAMETER top_k {top_k}"
+    for key, name in _OLLAMA.items():
+        if key in sampling.numbers:
+            yield f"PARAMETER {name} {sampling.numbers[key]:g}"
 
 
 def _stops(values: Mapping[str, Any], source: Path) -> Iterator[str]:
@@ -98,7 +106,7 @@ def _fits_a_line(text: str) -> bool:
     """Whether a line of a Modelfile can hold the text."""
     return (
         0 < len(text) <= _MAX_STOP_LETTERS
-        and text.isprintable()
+        and is_visible(text)
         and '"' not in text
         and "\\" not in text
     )

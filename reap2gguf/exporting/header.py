@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.description import GgufTensor, HeaderValue
 
+SIZE_LABEL = "general.size_label"  # of these tensors, if the values do not hold it
+
 
 @dataclass(frozen=True)
 class GgufLayout:
@@ -39,9 +41,8 @@ class GgufLayout:
 class HeaderFacts:
     """What a header says besides the tokenizer and the tensors."""
 
-    name: str  # general.name
     arch: str  # general.architecture
-    values: Sequence[HeaderValue]  # the architecture's own keys
+    values: Sequence[HeaderValue]  # where the model comes from, and the architecture's own keys
     file_type: LlamaFileType
     tensor_types: Mapping[str, GGMLQuantizationType]
     imatrix: Imatrix | None = None
@@ -64,7 +65,8 @@ def lay_out(
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, tensor_type
         )
-    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
+    if not any(value.key == SIZE_LABEL for value in facts.values):
+        writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     header = writer.header()
     offsets: dict[str, int] = {}
     position = len(header)
@@ -76,7 +78,6 @@ def lay_out(
 
 def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) -> None:
     writer.add_type(facts.general_type)
-    writer.add_name(facts.name)
     for value in facts.values:
         writer.add_key_value(value.key, value.value, value.value_type)
     writer.add_file_type(facts.file_type)

@@ -1,23 +1,31 @@
-"""The GGUF files of a model: one for each recipe, and side files such as a vision projector."""
+"""The GGUF files of a model: one for each recipe, and side files such as a vision projector.
+
+What their headers say besides tokenizer, tensors and importance matrix is made by `model_header`
+and `side_header`, from a folder, a model and names alone, so that `verify` can make it again.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf import GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__
+from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import IMATRIX_FILE
+from reap2gguf.exporting.general import General, general_values
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
-from reap2gguf.exporting.header import HeaderFacts
+from reap2gguf.exporting.header import SIZE_LABEL, HeaderFacts
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.models.description import HeaderValue, SideFile
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.models.contract import MoeModel
@@ -50,13 +58,66 @@ class WeightedBy:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class HeaderNames:
+    """What headers say of a model that its folder does not hold."""
+
+    name: str  # general.name
+    pruned: PrunedFrom | None = None  # None: not pruned here
+    own: tuple[HeaderValue, ...] = ()  # reap2gguf.*, as `pruning_values` makes them
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> HeaderNames:
+        """The names in the headers of a finished bundle."""
+        pruning = manifest.pruning
+        own = pruning_values(
+            manifest.source.label,
+            pruning.method,
+            pruning.n_experts,
+            {layer: tuple(kept) for layer, kept in pruning.kept.items()},
+            manifest.program.get("reap2gguf", ""),
+        )
+        return cls(manifest.name, PrunedFrom.of(manifest), tuple(own))
+
+
+def model_header(
+    weights: Weights, model: MoeModel, names: HeaderNames, recipe: str
+) -> tuple[HeaderValue, ...]:
+    """All keys of a model's file but tokenizer, importance matrix, file type and computed size.
+
+    `weights` is the model to quantize, or the pruned view of the source; the pruned checkpoint of
+    the bundle gives the same.
+    """
+    return _model_values(_general(weights, model, names), model, names, recipe)
+
+
+def _model_values(
+    general: General, model: MoeModel, names: HeaderNames, recipe: str
+) -> tuple[HeaderValue, ...]:
+    return (*general.values, *model.gguf_metadata(), *names.own, _text("reap2gguf.recipe", recipe))
+
+
+def side_header(
+    weights: Weights, model: MoeModel, names: HeaderNames, side: SideFile
+) -> tuple[HeaderValue, ...]:
+    """The same for a side file, which says what the model's file says of where it comes from."""
+    values = _general(weights, model, names).values
+    # the size is that of this file's own tensors
+    return (*(value for value in values if value.key != SIZE_LABEL), *side.values)
+
+
+def _general(weights: Weights, model: MoeModel, names: HeaderNames) -> General:
+    tensors = model.gguf_tensors(weights.tensors)
+    n_parameters = sum(prod(tensor.shape) for tensor in tensors)
+    return general_values(weights.folder, names.name, n_parameters, names.pruned)
+
+
 def export_model(
     weights: Weights,
     model: MoeModel,
-    name: str,
+    names: HeaderNames,
     files: Mapping[Path, ResolvedRecipe],
     weighted_by: WeightedBy | None,
-    extra: Sequence[HeaderValue],
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
@@ -67,8 +128,11 @@ def export_model(
     """
     if weighted_by is not None:
         _report_unweighted(files.values(), weighted_by.imatrix, progress)
+    general = _general(weights, model, names)
+    for problem in general.problems:
+        progress.note(problem)
     outputs = [
-        GgufOutput(path, _header(model, name, recipe, weighted_by, extra))
+        GgufOutput(path, _header(general, model, names, recipe, weighted_by))
         for path, recipe in files.items()
     ]
     imatrix = None if weighted_by is None else weighted_by.imatrix
@@ -77,17 +141,16 @@ def export_model(
 
 
 def _header(
+    general: General,
     model: MoeModel,
-    name: str,
+    names: HeaderNames,
     recipe: ResolvedRecipe,
     weighted_by: WeightedBy | None,
-    extra: Sequence[HeaderValue],
 ) -> HeaderFacts:
     by_imatrix = weighted_by if uses_imatrix(recipe) else None
     return HeaderFacts(
-        name=name,
         arch=model.facts.gguf_arch,
-        values=(*model.gguf_metadata(), *extra, _text("reap2gguf.recipe", recipe.name)),
+        values=_model_values(general, model, names, recipe.name),
         vocab_size=model.facts.vocab_size,
         pre_tokenizers=model.pre_tokenizers,
         file_type=recipe.llama_file_type,
@@ -99,7 +162,8 @@ def _header(
 
 def export_side(
     weights: Weights,
-    name: str,
+    model: MoeModel,
+    names: HeaderNames,
     path: Path,
     side: SideFile,
     n_threads: int,
@@ -111,9 +175,8 @@ def export_side(
     Raises what `export_gguf` raises.
     """
     facts = HeaderFacts(
-        name=name,
         arch=side.arch,
-        values=side.values,
+        values=side_header(weights, model, names, side),
         general_type=side.general_type,
         file_type=LlamaFileType.MOSTLY_F16,
         tensor_types=side.tensor_types(),
@@ -146,11 +209,13 @@ def uses_imatrix(recipe: ResolvedRecipe) -> bool:
     return any(t.name not in _UNWEIGHTED_TYPES for t in recipe.tensor_types().values())
 
 
-def pruning_values(source_label: str, method: str, n_experts: int, kept: Kept) -> list[HeaderValue]:
+def pruning_values(
+    source_label: str, method: str, n_experts: int, kept: Kept, version: str = __version__
+) -> list[HeaderValue]:
     """Keys of our own, so that a GGUF file alone records where its experts come from."""
     flat = [expert for layer in sorted(kept) for expert in kept[layer]]
     return [
-        _text("reap2gguf.version", __version__),
+        _text("reap2gguf.version", version),
         _text("reap2gguf.source", source_label),
         _text("reap2gguf.method", method),
         HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),

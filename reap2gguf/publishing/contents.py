@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_files import labelled_files
+from reap2gguf.quantizing.labels import label_warnings
+
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.gguf_files.split import SplitPlan
@@ -59,6 +62,11 @@ class PreparedPush:
     hf: PreparedRepo
     gguf: PreparedRepo
     splits: tuple[SplitPlan, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What will mislead users of the repositories, each with a way out."""
+        return label_warnings(labelled_files(self.gguf.manifest.gguf))
 
     @property
     def repos(self) -> tuple[PreparedRepo, PreparedRepo]:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder, output_errors, remove
-from reap2gguf.bundle.card import CardNames, gguf_body, hf_body, join_command
+from reap2gguf.bundle.card import gguf_body, hf_body
+from reap2gguf.bundle.card_files import CardNames, join_command
 from reap2gguf.bundle.front_matter import front_matter, with_base_model
 from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, MODELFILE, SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, GgufRecord, Manifest, hash_file
+from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.sums import compose_sums, read_sums
 from reap2gguf.errors import OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.split import SplitPlan, plan_split, write_part
@@ -58,7 +60,8 @@ def prepare(
     unchanged = _unchanged_files(bundle.gguf, hashes, {CARD_FILE, MANIFEST_FILE, SUMS_FILE, *plans})
     gguf_files = [_with_join_commands(file, records) for file in unchanged] + parts
     front = with_base_model(_front_matter(bundle.gguf), names.hf)
-    gguf_files.append(PreparedFile.of_text(CARD_FILE, front + gguf_body(manifest, names)))
+    body = gguf_body(manifest, names, read_sampling(bundle.hf).is_recommended)
+    gguf_files.append(PreparedFile.of_text(CARD_FILE, front + body))
     gguf_files.append(PreparedFile.of_text(MANIFEST_FILE, manifest.text()))
     gguf_files.append(_sums(gguf_files))
     bundle.check_unchanged()  # since its hashes were compared

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.bundle.card import CardNames
+from reap2gguf.bundle.card_files import CardNames
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import PublishError
@@ -88,6 +88,8 @@ def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) ->
         folder = bundle.folders.push
         make_folder(folder)
         prepared = prepare(bundle, names, options.max_bytes, folder, progress)
+        for warning in prepared.warnings:
+            progress.note(warning)
         accepted = AcceptedRepos(folder)
         outdated = {r.repo: admit(api, r, accepted, progress, sleep) for r in prepared.repos}
         for contents in prepared.repos:

@@ -15,15 +15,15 @@ import fnmatch
 import os
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.errors import RecipeError
+from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.files import is_plain, plain_size
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
@@ -84,6 +84,11 @@ class Recipe:
     def mixture(self) -> Mixture:
         return mixture_named(self.file_type)
 
+    def with_label(self, label: str) -> Recipe:
+        """The same recipe for files of another label. Raises RecipeError if it cannot be one."""
+        _check_label(label, f"recipe {self.name!r}")
+        return replace(self, label=label)
+
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the program, by name."""
@@ -129,10 +134,7 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
     if not isinstance(rules, list) or len(rules) > _MAX_RULES:
         raise RecipeError(f"{where}: rules must be at most {_MAX_RULES} [[rules]] tables")
     label = _text(values, "label", where)
-    if not _LABEL.fullmatch(label):
-        raise RecipeError(
-            f"{where}: label {shown(label)}, expected letters, digits, '.', '_' and '-'"
-        )
+    _check_label(label, where)
     file_type = _text(values, "file_type", where)
     try:
         mixture_named(file_type)
@@ -140,6 +142,31 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
         raise RecipeError(f"{where}: {error}") from error
     parsed = tuple(_rule(rule, f"{where}: rule {i + 1}") for i, rule in enumerate(rules))
     return Recipe(name, _text(values, "title", where), label, file_type, parsed, source)
+
+
+def load_recipes(names: Sequence[str], labels: Mapping[str, str]) -> list[Recipe]:
+    """Recipes by name or path; `labels` gives some of them, by the same name, another label.
+
+    Raises RecipeError, and UsageError if `labels` names a recipe that is not among them.
+    """
+    recipes = {name: load_recipe(name) for name in names}
+    for name, label in labels.items():
+        found = [key for key, recipe in recipes.items() if name in (key, recipe.name)]
+        if not found:
+            raise UsageError(
+                f"--label {name}={label}: no recipe {name!r} is asked for; expected one of "
+                f"{', '.join(recipes)}"
+            )
+        for key in found:
+            recipes[key] = recipes[key].with_label(label)
+    return [recipes[name] for name in names]
+
+
+def _check_label(label: str, where: str) -> None:
+    if not _LABEL.fullmatch(label):
+        raise RecipeError(
+            f"{where}: label {shown(label)}, expected letters, digits, '.', '_' and '-'"
+        )
 
 
 def _rule(values: Any, where: str) -> Rule:

@@ -59,6 +59,20 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class LabelType(click.ParamType):  # type: ignore[type-arg]
+    """A recipe and the label of its file."""
+
+    name = "label"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        recipe, equals, label = str(value).rpartition("=")
+        if not equals or not recipe or not label:
+            self.fail(f"{shown(value)} is not RECIPE=LABEL", param, ctx)
+        return recipe, label
+
+
 FilePath = click.Path(path_type=Path, dir_okay=False)
 FolderPath = click.Path(path_type=Path)
 # the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
@@ -267,6 +281,17 @@ output_options = _all(
     ),
 )
 
+label_option = option(
+    "--label",
+    "labels",
+    section=WRITE,
+    type=LabelType(),
+    multiple=True,
+    metavar="RECIPE=LABEL",
+    help="Give the file of a recipe another label, which ends its name.",
+    default_text="the recipe's own",
+)
+
 build_options = _all(
     click.argument("model", required=False),
     pruning_options,
@@ -280,6 +305,7 @@ build_options = _all(
         help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file. Repeat it "
         "for several GGUF files.",
     ),
+    label_option,
     option(
         "--output",
         section=WRITE,
@@ -331,6 +357,7 @@ def collect(
     return BuildOptions(
         recipes=arguments["recipes"],
         model=arguments["model"],
+        labels=dict(arguments["labels"]),
         keep_experts=arguments["keep_experts"],
         compression=arguments["compression"],
         output=arguments["output"],

@@ -77,6 +77,8 @@ def preview_lines(found: Preview, private: bool) -> Iterator[str]:
         yield ""
     for plan in found.prepared.splits:
         yield f"{plan.header.path.name} will be split into {len(plan.parts)} parts"
+    for warning in found.prepared.warnings:
+        yield f"warning: {warning}"
     for what in found.unchecked:
         yield f"not checked: {what}"
     yield "nothing was uploaded"

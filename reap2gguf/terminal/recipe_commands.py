@@ -68,10 +68,14 @@ def recipes_check(name: str, model: str | None) -> None:
     """
     from reap2gguf.building.plan import make_plan
     from reap2gguf.options import BuildOptions
+    from reap2gguf.quantizing.labels import hub_note
 
     plan = make_plan(BuildOptions(recipes=(name,), model=model, compression=0), say)
-    bits = plan.recipes[0].bits_per_weight
+    recipe = plan.recipes[0]
+    bits = recipe.bits_per_weight
     say(f"{name}: fits {plan.source.label}, {bits:.2f} bits per weight", "result")
+    if note := hub_note(recipe.label):
+        say(f"{note}; give another with --label {recipe.name}=LABEL where that matters")
 
 
 for subcommand in (recipes_list, recipes_show, recipes_check):

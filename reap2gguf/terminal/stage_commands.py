@@ -16,6 +16,7 @@ from reap2gguf.terminal.click_options import (
     calibration_options,
     collect_compute,
     compute_options,
+    label_option,
     llama_cpp_option,
     output_options,
     pruning_options,
@@ -155,17 +156,30 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
     metavar="FILE",
     help="Importance matrix, .gguf or .dat.",
 )
-@option("-o", "--output", section=WRITE, type=FilePath, required=True, help="GGUF file to write.")
+@option(
+    "-o",
+    "--output",
+    section=WRITE,
+    type=click.Path(path_type=str),  # a Path of "" is the current folder
+    required=True,
+    help="GGUF file to write, or a folder for NAME-LABEL.gguf.",
+)
+@label_option
 @threads_option
 @llama_cpp_option
 @output_options
 def quantize(
-    hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
+    hf_dir: str,
+    recipe_name: str,
+    imatrix_file: Path | None,
+    labels: tuple[tuple[str, str], ...],
+    threads: int,
+    output: str,
 ) -> None:
     """Write HF_DIR as one GGUF file.
 
-    To resume an interrupted run, run the same command again: OUTPUT.journal lists the tensors that
-    are written.
+    If OUTPUT is a folder, the file in it is called NAME-LABEL.gguf. To resume an interrupted run,
+    run the same command again: OUTPUT.journal lists the tensors that are written.
 
     \b
     Example:
@@ -178,7 +192,8 @@ def quantize(
         recipe_name,
         output,
         imatrix=imatrix_file,
+        labels=dict(labels),
         threads=threads,
         progress=terminal_progress(),
     )
-    say(f"{output}: {size(result.n_bytes)}, {result.bits_per_weight:.2f} bpw", "result")
+    say(f"{result.path}: {size(result.n_bytes)}, {result.bits_per_weight:.2f} bpw", "result")

@@ -50,6 +50,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         yield f"  multi-token-prediction block: {plan.mtp}"
     for caveat in plan.model.caveats():
         yield f"  note: {caveat}"
+    for warning in plan.warnings:
+        yield f"  warning: {warning}"
     yield ""
     yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
     for recipe in plan.recipes:
@@ -85,6 +87,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         },
         "mtp": plan.mtp,
         "caveats": list(plan.model.caveats()),
+        "warnings": plan.warnings,
         "calibration": {
             "spec": plan.calibration.label,
             "rows": plan.calibration.samples,

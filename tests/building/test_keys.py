@@ -147,6 +147,15 @@ def change_the_card(tiny: Path, folder: Path) -> dict[str, Any]:
     return {}
 
 
+def recommend_a_sampling(tiny: Path, folder: Path) -> dict[str, Any]:
+    (tiny / "generation_config.json").write_text('{"temperature": 0.6}')
+    return {}
+
+
+def change_a_label(tiny: Path, folder: Path) -> dict[str, Any]:
+    return {"recipes": ("q8_0",), "labels": {"q8_0": "Q8_0_OWN"}}
+
+
 def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
     (tiny / "chat_template.jinja").write_text("another template")
     return {}
@@ -186,6 +195,7 @@ def call_the_model_otherwise(tiny: Path, folder: Path) -> dict[str, Any]:
     [
         change_nothing, rename_the_text, read_another_text_of_that_name,
         read_another_imatrix_text_of_that_name, rename_the_imatrix_text, change_the_card,
+        recommend_a_sampling, change_a_label,
         change_the_template, change_a_named_template, rename_the_recipe, change_the_method,
         change_the_seed, change_the_precision, call_the_model_otherwise,
     ],

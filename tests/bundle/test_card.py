@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
-from reap2gguf.bundle.card import gguf_card, hf_card
-from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.bundle.card import gguf_body, gguf_card, hf_body, hf_card
+from reap2gguf.bundle.card_files import CardNames
+from reap2gguf.bundle.front_matter import PrunedFrom, pruned_values
+from reap2gguf.bundle.manifest import ComponentRecord, Manifest, SideRecord
+from reap2gguf.bundle.source_card import SourceCard, read_card
 from tests.conftest import Bundle
 
 
@@ -59,3 +63,135 @@ def test_a_source_card_without_front_matter_is_no_obstacle(
     card = tmp_path / "README.md"
     card.write_text("---\n: not yaml [\n---\n# Model")
     assert hf_card(manifest, card).startswith("---\n")
+
+
+HUB = CardNames("me/thing", "me/thing-GGUF", on_hub=True)
+
+
+@pytest.fixture(scope="module")
+def multimodal(manifest: Manifest) -> Manifest:
+    """As of a Qwen3.5 with a tower and an MTP block."""
+    mtp = replace(manifest.pruning.mtp, state="pruned", hits_before=3, hits_after=2, n_tokens=10)
+    return replace(
+        manifest,
+        pruning=replace(manifest.pruning, mtp=mtp),
+        source=replace(manifest.source, architecture="Qwen3_5MoeForConditionalGeneration"),
+        side_files=(SideRecord("mmproj-example-F16.gguf", "vision projector", 5, {}),),
+    )
+
+
+def test_tables_have_a_header(built: Bundle) -> None:
+    for folder in (built.hf, built.gguf):
+        text = (folder / "README.md").read_text()
+        assert "| | |" not in text
+        assert "| property | value |\n| --- | --- |\n| source |" in text
+
+
+def test_text_models_are_offered_as_such(built: Bundle, manifest: Manifest) -> None:
+    one, other = ((folder / "README.md").read_text() for folder in (built.hf, built.gguf))
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in one
+    assert "AutoModelForImageTextToText" not in one
+    for text in (one, other):
+        assert "mmproj" not in text
+        assert "MTP" not in text
+        assert "ik_llama.cpp (" not in text
+
+
+def test_tower_and_mtp_block_are_offered(multimodal: Manifest, tmp_path: Path) -> None:
+    one, other = hf_body(multimodal, HUB), gguf_body(multimodal, HUB)
+    assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in one
+    config = """--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'"""
+    assert f"vllm serve me/thing {config}\n" in one
+    run = "llama-server -m example-IQ4_K_M.gguf --mmproj mmproj-example-F16.gguf"
+    assert f"\n{run}\n" in other
+    assert f"\n{run} --spec-type draft-mtp --spec-draft-n-max 2\n" in other
+    assert "PARAMETER draft_num_predict 2" in other
+    assert "it loads `example-IQ4_K_M.gguf` and the projector." in other
+    assert "ik_llama.cpp (ik-llama-cpp-python 0.1.5) computes something else" in other
+    assert "It does not load files with an MTP block." in other
+    assert "hf download me/thing-GGUF mmproj-example-F16.gguf --local-dir ." in other
+    for card in (hf_card, gguf_card):
+        data = ModelCard(card(multimodal, tmp_path / "none")).data
+        assert data.pipeline_tag == "image-text-to-text"
+        assert "qwen3_5_moe" in data.tags
+
+
+def test_a_dropped_mtp_block_needs_a_flag_of_the_converter(multimodal: Manifest) -> None:
+    mtp = replace(multimodal.pruning.mtp, state="dropped", n_tokens=0)
+    dropped = replace(multimodal, pruning=replace(multimodal.pruning, mtp=mtp))
+    assert "`convert_hf_to_gguf.py`, add `--no-mtp`" in hf_body(dropped, HUB)
+    assert "speculative" not in hf_body(dropped, HUB) + gguf_body(dropped, HUB)
+    assert "computes something else" in gguf_body(dropped, HUB)
+    assert "It does not load" not in gguf_body(dropped, HUB)
+
+
+def test_sampling_is_promised_only_where_there_is_one(
+    built: Bundle, manifest: Manifest, tmp_path: Path
+) -> None:
+    assert "sampling" not in (built.gguf / "README.md").read_text()
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    card = gguf_card(manifest, tmp_path / "README.md")
+    assert "llama.cpp takes the sampling that the model's own `generation_config.json`" in card
+    assert "it loads `example-IQ4_K_M.gguf`, with the same sampling." in card
+
+
+def test_each_file_has_a_tag_that_finds_it(manifest: Manifest) -> None:
+    first, second = manifest.gguf
+    plain = replace(second, file="example-Q4_K_M.gguf", label="Q4_K_M", title="Plain")
+    card = gguf_body(replace(manifest, gguf=(first, plain)), HUB)
+    assert re.search(r"\| `example-IQ4_K_M.gguf` \| .* \| `IQ4_K_M` \|", card)
+    assert re.search(r"\| `example-Q4_K_M.gguf` \| .* \| `example-Q4_K_M` \| Plain \|", card)
+    assert "\nllama-server -hf me/thing-GGUF:IQ4_K_M\n" in card
+    assert "\nollama run hf.co/me/thing-GGUF:example-IQ4_K_M.gguf\n" in card
+    by_name = "`example-IQ4_K_M.gguf`, `example-Q4_K_M.gguf`"
+    assert f"For Ollama, the tag is the whole file name of {by_name}." in card
+    assert "The Hub shows files with the label IQ4_K_M as Q4_K_M." in card
+    assert "\nhf download me/thing-GGUF example-Q4_K_M.gguf --local-dir .\n" in card
+    assert "LM Studio finds the files under `me/thing-GGUF`" in card
+    local = gguf_body(manifest, CardNames("example", "example-GGUF"))
+    assert "llama-server -hf OWNER/example-GGUF:IQ4_K_M" in local
+    assert "hf download" not in local
+
+
+def test_front_matter_names_what_it_is_made_of(manifest: Manifest, tmp_path: Path) -> None:
+    data = ComponentRecord("owner/data", None, "train", "abc", 1, 2, 3)
+    components = (data, data, replace(data, name="text.txt", revision=None))
+    calibration = replace(manifest.calibration, components=components)
+    made = replace(manifest, calibration=calibration)
+    card = tmp_path / "README.md"
+    card.write_text(
+        "---\nlicense: other\nlicense_name: qwen\npipeline_tag: image-text-to-text\n"
+        "datasets: [some/more]\ntags: [chat, gguf, 'base_model:a/b', moe, MLX, safetensors]\n"
+        "author: Somebody\n---\n"
+    )
+    found = ModelCard(gguf_card(made, card)).data.to_dict()
+    assert found == {
+        "library_name": "gguf",
+        "license": "other",
+        "license_name": "qwen",
+        "pipeline_tag": "text-generation",  # this bundle has no projector
+        "datasets": ["some/more", "owner/data"],
+        "tags": ["reap", "moe", "expert-pruning", "pruned", "qwen3_moe", "chat", "gguf", "imatrix"],
+    }
+
+
+def test_front_matter_can_be_made_again_from_a_bundle(tmp_path: Path) -> None:
+    pruned = PrunedFrom("Qwen/Qwen3-30B-A3B", "Qwen3MoeForCausalLM", False, ("owner/data",))
+    lists = {
+        "license": ["mit"],
+        "tags": ["chat", "pruned"],
+        "datasets": ["a/b"],
+        "language": ["no"],
+    }
+    once = pruned_values(SourceCard({"pipeline_tag": "text2text-generation"}, lists), pruned)
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{ModelCardData(**once).to_yaml()}\n---\n")
+    assert pruned_values(read_card(card), pruned) == once
+    assert once["base_model"] == "Qwen/Qwen3-30B-A3B"
+    assert once["datasets"] == ["a/b", "owner/data"]
+
+
+def test_an_unpruned_model_is_not_tagged_as_pruned() -> None:
+    whole = PrunedFrom("a/b", "Qwen3MoeForCausalLM", drops_experts=False)
+    assert pruned_values(SourceCard(), whole)["tags"] == ["moe", "qwen3_moe"]
+    assert pruned_values(SourceCard(), replace(whole, architecture="; rm"))["tags"] == ["moe"]

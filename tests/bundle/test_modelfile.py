@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.bundle.manifest import Manifest, SideRecord
 from reap2gguf.bundle.modelfile import modelfile
 from tests.conftest import Bundle
 
@@ -73,6 +74,19 @@ def test_what_means_nothing_is_left_out(
     (tmp_path / "generation_config.json").write_text(text)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": TOKENS}))
     assert lines(tmp_path, manifest) == ["FROM ./example-IQ4_K_M.gguf"]
+
+
+def test_projector_and_mtp_block_are_in_it(tmp_path: Path, manifest: Manifest) -> None:
+    mtp = replace(manifest.pruning.mtp, state="pruned")
+    side = SideRecord("mmproj-example-F16.gguf", "vision projector", 5, {})
+    made = replace(manifest, side_files=(side,), pruning=replace(manifest.pruning, mtp=mtp))
+    assert lines(tmp_path, made) == [
+        "FROM ./example-IQ4_K_M.gguf",
+        "FROM ./mmproj-example-F16.gguf",
+    ]
+    # older versions of Ollama refuse a parameter that they do not know
+    assert "\n# PARAMETER draft_num_predict 2\n" in modelfile(made, tmp_path)
+    assert "draft_num_predict" not in modelfile(manifest, tmp_path)
 
 
 def test_no_and_a_broken_generation_config(tmp_path: Path, manifest: Manifest) -> None:

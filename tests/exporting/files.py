@@ -14,7 +14,7 @@ from gguf import GGUFReader
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.exporting.model_files import WeightedBy, export_model
+from reap2gguf.exporting.model_files import HeaderNames, WeightedBy, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor
@@ -72,7 +72,7 @@ def export_weights(
         for recipe in recipes
     }
     weighted_by = None if imatrix is None else WeightedBy(imatrix)
-    export_model(weights, model, "Tiny", files, weighted_by, (), n_threads, Silent())
+    export_model(weights, model, HeaderNames("Tiny"), files, weighted_by, n_threads, Silent())
     return paths
 
 

@@ -91,7 +91,14 @@ def test_the_bf16_header_is_the_converters(files: dict[str, Path]) -> None:
     found = {key: summary(value) for key, value in metadata(files["BF16"]).items()}
     assert {key: found.get(key) for key in expected} == expected
     own = {key for key in found.keys() - expected.keys() if not key.startswith("GGUF.")}
-    assert own == {"general.name", "reap2gguf.recipe"}
+    # the converter was given no card
+    card = {"general.license", "general.languages", "general.tags"}
+    assert own == {"general.name", "reap2gguf.recipe", *card}
+    assert [found[key] for key in sorted(card)] == [
+        ["en"],
+        "apache-2.0",
+        ["moe", "tiny", "text-generation"],
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERTED if name != "BF16"])

@@ -18,7 +18,7 @@ from llama_cpp import mtmd_cpp
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import export_side
+from reap2gguf.exporting.model_files import HeaderNames, export_side
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.table import describe
 from reap2gguf.observing.decoder import StreamedDecoder
@@ -211,9 +211,10 @@ def test_the_mtp_block_predicts_what_llama_cpps_does(
 def test_the_projector_loads(tmp_path: Path) -> None:
     folder = TinyQwen35Moe(vision_hidden=64).write(tmp_path / "model")
     with Checkpoint.open(folder) as checkpoint:
-        (side,) = describe(checkpoint).side_files(folder, checkpoint.tensors)
+        model = describe(checkpoint)
+        (side,) = model.side_files(folder, checkpoint.tensors)
         path = tmp_path / "mmproj.gguf"
-        export_side(checkpoint, "tiny", path, side, 2, Silent())
+        export_side(checkpoint, model, HeaderNames("tiny"), path, side, 2, Silent())
     params = mtmd_cpp.mtmd_context_params_default()
     params.use_gpu, params.n_threads, params.warmup = False, 2, True
     with loaded(export(folder, tmp_path, "BF16")) as model:

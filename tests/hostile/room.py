@@ -22,7 +22,7 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import export_model
+from reap2gguf.exporting.model_files import HeaderNames, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
@@ -142,7 +142,7 @@ def _bundle(checkpoint: Checkpoint, folder: Path) -> None:
     tensors = model.gguf_tensors(checkpoint.tensors)
     resolved = resolve(load_recipe("q8_0"), tensors, model.facts, 8, has_imatrix=False)
     path = gguf / "name-Q8_0.gguf"
-    export_model(checkpoint, model, "name", {path: resolved}, None, [], 1, Silent())
+    export_model(checkpoint, model, HeaderNames("name"), {path: resolved}, None, 1, Silent())
     kinds = {name: kind.name for name, kind in resolved.tensor_types().items()}
     files = hash_folder(hf, 1)
     manifest = Manifest(

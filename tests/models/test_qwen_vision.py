@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.exporting.model_files import export_side
+from reap2gguf.exporting.model_files import HeaderNames, export_side
 from reap2gguf.models.description import Carried, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
@@ -120,7 +120,8 @@ def test_the_file_holds_the_towers_values(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "mmproj.gguf"
     with Checkpoint.open(folder) as checkpoint:
         side = side_of(folder)
-        export_side(checkpoint, "tiny", path, side, 2, Silent())
+        names = HeaderNames("tiny")
+        export_side(checkpoint, describe(checkpoint), names, path, side, 2, Silent())
         assert not list(
             check_side_file(path, side.tensor_types(), (checkpoint, [side]), 2, Silent())
         )

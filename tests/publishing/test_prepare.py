@@ -72,6 +72,7 @@ def test_the_cards_name_the_repositories(prepared: PreparedPush, folders: OpenBu
         if folder == folders.gguf:
             assert "base_model" not in expected, "the source is a folder of this machine"
             expected |= {"base_model": "me/thing", "base_model_relation": "quantized"}
+            expected["quantized_by"] = "me"
         assert ModelCard(card).data.to_dict() == expected
         links = set(re.findall(r"https://huggingface.co/(me/[\w-]+)", card))
         assert links == ({"me/thing-GGUF"} if folder == folders.hf else {"me/thing"})

@@ -20,9 +20,11 @@ from reap2gguf.bundle.sums import write_sums
 from reap2gguf.cli import cli
 from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
+from reap2gguf.publishing import contents
 from reap2gguf.publishing import push as push_module
 from reap2gguf.publishing.push import PushOptions, preview
 from reap2gguf.publishing.remote import refusal
+from reap2gguf.quantizing.labels import LabelledFile
 from reap2gguf.verifying.bundle import check_bundle, verify_paths
 from tests.loopback_hub.repository import Repository
 from tests.loopback_hub.server import Fault, Hub
@@ -411,6 +413,20 @@ def test_a_dry_run_says_what_goes_and_what_would_be_refused(room: Room, bundle: 
     room.files()["config.json"] = b"{}"
     with pytest.raises(PublishError, match=f"{REPO}: holds a different config.json"):
         preview(PushOptions(bundle, REPO), Silent())
+
+
+def test_labels_that_hide_each_other_are_reported(
+    room: Room, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(files: list[LabelledFile]) -> list[str]:
+        return [f"{' hides '.join(file.name for file in files)}; pass --label"]
+
+    monkeypatch.setattr(contents, "label_warnings", found)
+    warning = "model-BF16.gguf hides model-Q8_0.gguf; pass --label"
+    dry = CliRunner().invoke(cli, ["push", str(bundle), REPO, "--dry-run"])
+    assert f"\nwarning: {warning}\n" in dry.output
+    room.push(bundle)
+    assert warning in room.told.notes
 
 
 def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:

@@ -1,0 +1,187 @@
+"""The GGUF files in a card: which there are, how to get one, and how to run it in each program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import MODELFILE, gguf_name
+from reap2gguf.bundle.markdown import argument, code, hub_link, inline, table
+from reap2gguf.messages import size
+from reap2gguf.quantizing.labels import LabelledFile, hub_note, tags_of
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import GgufRecord, Manifest
+
+DRAFTED = 2  # tokens that the MTP block drafts per step, in the commands
+
+
+@dataclass(frozen=True)
+class CardNames:
+    """The names of both folders, or of both repositories on the Hub, as the cards print them."""
+
+    hf: str
+    gguf: str
+    on_hub: bool = False
+
+    def link(self, name: str) -> str:
+        """A name as Markdown: a link if it is a repository on the Hub."""
+        return hub_link(name) if self.on_hub else code(name)
+
+    @property
+    def repository(self) -> str:
+        """The repository of the GGUF files, with OWNER in place of an owner that is not known."""
+        return self.gguf if self.on_hub else f"OWNER/{self.gguf}"
+
+
+def labelled_files(records: Sequence[GgufRecord]) -> list[LabelledFile]:
+    """The files of a bundle as programs look for them by their labels."""
+    return [LabelledFile(record.first, record.label, record.recipe) for record in records]
+
+
+def join_command(record: GgufRecord) -> str:
+    """The command that joins a file's parts."""
+    return f"llama-gguf-split --merge {argument(record.first)} {argument(record.file)}"
+
+
+def files_section(manifest: Manifest, names: CardNames) -> str:
+    """The table of the files, with the tag that finds each on the Hub, and notes about them."""
+    tags = tags_of(labelled_files(manifest.gguf))
+    rows = []
+    for record in manifest.gguf:
+        tag = tags[record.first].llama_cpp
+        shown = (code(record.first), _size(record), f"{record.bits_per_weight:.2f}")
+        rows.append((*shown, code(tag) if tag else "-", inline(record.title)))
+    for side in manifest.side_files:
+        rows.append((code(side.file), size(side.n_bytes), "16", "-", inline(side.title)))
+    found = table(("file", "size", "bits per weight", "tag", "description"), rows)
+    notes = [*_labels(manifest.gguf), *_choice(manifest), *_parts(manifest.gguf)]
+    return "## Files\n\n" + "\n\n".join([found, _from_the_hub(manifest, names), *notes, ""])
+
+
+def _size(record: GgufRecord) -> str:
+    parts = f" in {len(record.parts)} parts" if len(record.parts) > 1 else ""
+    return size(record.n_bytes) + parts
+
+
+def _from_the_hub(manifest: Manifest, names: CardNames) -> str:
+    """How programs load a file from its repository by its tag, and how to download it."""
+    tags = tags_of(labelled_files(manifest.gguf))
+    first, repo = manifest.gguf[0], names.repository
+    lines = []
+    if names.on_hub:
+        lines += [
+            f"hf download {argument(repo)} {_chosen(record, record is first)}"
+            for record in manifest.gguf
+        ]
+        lines += [f"hf download {argument(repo)} {_local(s.file)}" for s in manifest.side_files]
+    if tag := tags[first.first].llama_cpp:
+        lines.append(f"llama-server -hf {argument(f'{repo}:{tag}')}")
+    if not first.parts:
+        lines.append(f"ollama run {argument(f'hf.co/{repo}:{tags[first.first].hub}')}")
+    commands = "\n".join(lines)
+    where = "From the Hub" if names.on_hub else "After `reap2gguf push`, from the Hub"
+    text = f"{where} (for another file, use its tag):\n\n```bash\n{commands}\n```"
+    by_name = [r for r in manifest.gguf if tags[r.first].hub != tags[r.first].llama_cpp]
+    if by_name:
+        files = ", ".join(code(record.first) for record in by_name)
+        text += f"\n\nFor Ollama, the tag is the whole file name of {files}."
+    if names.on_hub:
+        text += f"\n\nLM Studio finds the files under {code(repo)}."
+    return text
+
+
+def _chosen(record: GgufRecord, is_first: bool) -> str:
+    """A file with all its parts, as `hf download` names it; the Modelfile is for the first file."""
+    if not record.parts:
+        return _local(record.file, *([MODELFILE] if is_first else []))
+    patterns = [record.file.removesuffix(".gguf") + "-*.gguf", *([MODELFILE] if is_first else [])]
+    return " ".join([*(f"--include {argument(pattern)}" for pattern in patterns), "--local-dir ."])
+
+
+def _local(*files: str) -> str:
+    return " ".join([*map(argument, files), "--local-dir ."])
+
+
+def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:
+    """Explains labels that look like a quant type but are not one of llama.cpp's."""
+    for record in records:
+        if record.label != record.file_type:
+            seen = hub_note(record.label)
+            yield (
+                f"{code(record.label)} is llama.cpp's file type {inline(record.file_type)} with "
+                "some tensors in other types, as its recipe says; it is not a separate tensor type."
+                + (f" {seen[0].upper()}{seen[1:]}." if seen else "")
+            )
+
+
+def _choice(manifest: Manifest) -> Iterator[str]:
+    """Which file to choose, where there is a choice."""
+    if len(manifest.gguf) > 1:
+        yield (
+            "Which file to choose: the largest one that fits your memory and leaves room for the "
+            "context. With more bits per weight a file is closer to the unquantized model; below "
+            "4 bits the difference is often felt. The files were not compared on tasks."
+        )
+
+
+def _parts(records: Sequence[GgufRecord]) -> Iterator[str]:
+    """How to use files in parts with programs that read single files only, such as Ollama."""
+    record = next((record for record in records if record.parts), None)
+    if record is not None:
+        yield (
+            "To load a file in parts, give llama.cpp the first part. For programs that cannot read "
+            f"parts, such as Ollama, join them first: {_command(join_command(record))}."
+        )
+
+
+def _command(text: str) -> str:
+    return f"`{text}`" if "`" not in text else code(text)
+
+
+def use_section(manifest: Manifest, names: CardNames, samples: bool) -> str:
+    """How to run the first file with each program, with its projector and its MTP block."""
+    record = manifest.gguf[0]
+    model = argument(record.first)
+    projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
+    lines = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]
+    if manifest.pruning.mtp.state == "pruned":
+        draft = f"--spec-type draft-mtp --spec-draft-n-max {DRAFTED}"
+        lines.append(f"llama-server -m {model}{projector} {draft}")
+    lines.append("reap2gguf chat .")
+    if record.parts:
+        lines.append(join_command(record))
+    ollama_name = gguf_name(names.hf.rpartition("/")[2]).removesuffix("-GGUF").lower()
+    lines.append(f"ollama create {argument(ollama_name)} -f {MODELFILE}")
+    commands = "\n".join(lines)
+    return f"## Use it\n\n```bash\n{commands}\n```\n\n" + "\n\n".join(_uses(manifest, samples))
+
+
+def _uses(manifest: Manifest, samples: bool) -> Iterator[str]:
+    """What to know about projector, MTP block, sampling and other programs."""
+    if manifest.side_files:
+        yield "Images need the projector: `--mmproj`. With `-hf`, llama.cpp downloads it itself."
+    mtp = manifest.pruning.mtp.state
+    if mtp == "pruned":
+        yield (
+            "The MTP block in the files can draft tokens (speculative decoding): with "
+            "`--spec-type draft-mtp` in llama.cpp, and with "
+            f"`PARAMETER draft_num_predict {DRAFTED}` in Ollama's Modelfile, where your version "
+            "knows it."
+        )
+    sampling = ""
+    if samples:
+        yield (
+            "llama.cpp takes the sampling that the model's own `generation_config.json` "
+            "recommends from the files, unless you pass another."
+        )
+        sampling = ", with the same sampling"
+    also = " and the projector" if manifest.side_files else ""
+    yield f"`{MODELFILE}` is for Ollama: it loads {code(manifest.gguf[0].file)}{also}{sampling}."
+    if manifest.source.architecture.startswith("Qwen3_5"):
+        block = " It does not load files with an MTP block." if mtp == "pruned" else ""
+        yield (
+            "ik_llama.cpp (ik-llama-cpp-python 0.1.5) computes something else for Qwen3.5 than "
+            f"llama.cpp does.{block} Use llama.cpp."
+        )
