@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from reap2gguf import __version__
 from reap2gguf.bundle.layout import IMATRIX_FILE
@@ -68,7 +68,18 @@ def export_model(
     if weighted_by is not None:
         _report_unweighted(files.values(), weighted_by.imatrix, progress)
     outputs = [
-        GgufOutput(path, _header(model, name, recipe, weighted_by, extra))
+        GgufOutput(
+            path,
+            model_header(
+                model,
+                name,
+                recipe.name,
+                recipe.llama_file_type,
+                recipe.tensor_types(),
+                weighted_by,
+                extra,
+            ),
+        )
         for path, recipe in files.items()
     ]
     imatrix = None if weighted_by is None else weighted_by.imatrix
@@ -76,24 +87,39 @@ def export_model(
     export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal)
 
 
-def _header(
+def model_header(
     model: MoeModel,
     name: str,
-    recipe: ResolvedRecipe,
+    recipe: str,
+    file_type: LlamaFileType,
+    tensor_types: Mapping[str, GGMLQuantizationType],
     weighted_by: WeightedBy | None,
     extra: Sequence[HeaderValue],
 ) -> HeaderFacts:
-    by_imatrix = weighted_by if uses_imatrix(recipe) else None
+    """What the header of a model's file says; `recipe` is the name of its recipe."""
+    by_imatrix = weighted_by if uses_imatrix(tensor_types.values()) else None
     return HeaderFacts(
         name=name,
         arch=model.facts.gguf_arch,
-        values=(*model.gguf_metadata(), *extra, _text("reap2gguf.recipe", recipe.name)),
+        values=(*model.gguf_metadata(), *extra, recipe_value(recipe)),
         vocab_size=model.facts.vocab_size,
         pre_tokenizers=model.pre_tokenizers,
-        file_type=recipe.llama_file_type,
-        tensor_types=recipe.tensor_types(),
+        file_type=file_type,
+        tensor_types=tensor_types,
         imatrix=None if by_imatrix is None else by_imatrix.imatrix,
         imatrix_file=IMATRIX_FILE if by_imatrix is None else by_imatrix.file,
+    )
+
+
+def side_header(name: str, side: SideFile) -> HeaderFacts:
+    """What the header of a side file says."""
+    return HeaderFacts(
+        name=name,
+        arch=side.arch,
+        values=side.values,
+        general_type=side.general_type,
+        file_type=LlamaFileType.MOSTLY_F16,
+        tensor_types=side.tensor_types(),
     )
 
 
@@ -110,15 +136,7 @@ def export_side(
 
     Raises what `export_gguf` raises.
     """
-    facts = HeaderFacts(
-        name=name,
-        arch=side.arch,
-        values=side.values,
-        general_type=side.general_type,
-        file_type=LlamaFileType.MOSTLY_F16,
-        tensor_types=side.tensor_types(),
-    )
-    outputs = [GgufOutput(path, facts)]
+    outputs = [GgufOutput(path, side_header(name, side))]
     export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal)
 
 
@@ -141,22 +159,29 @@ def _report_unweighted(
             )
 
 
-def uses_imatrix(recipe: ResolvedRecipe) -> bool:
-    """Whether any tensor of a recipe is quantized with importance (Q8_0 ignores it)."""
-    return any(t.name not in _UNWEIGHTED_TYPES for t in recipe.tensor_types().values())
+def uses_imatrix(tensor_types: Iterable[GGMLQuantizationType]) -> bool:
+    """Whether any of the types is quantized with importance (Q8_0 ignores it)."""
+    return any(one.name not in _UNWEIGHTED_TYPES for one in tensor_types)
 
 
-def pruning_values(source_label: str, method: str, n_experts: int, kept: Kept) -> list[HeaderValue]:
+def pruning_values(
+    source_label: str, method: str, n_experts: int, kept: Kept, version: str = __version__
+) -> list[HeaderValue]:
     """Keys of our own, so that a GGUF file alone records where its experts come from."""
     flat = [expert for layer in sorted(kept) for expert in kept[layer]]
     return [
-        _text("reap2gguf.version", __version__),
+        _text("reap2gguf.version", version),
         _text("reap2gguf.source", source_label),
         _text("reap2gguf.method", method),
         HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
         # layer after layer, expert_count ids each
         HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
     ]
+
+
+def recipe_value(recipe: str) -> HeaderValue:
+    """The key that records the name of a file's recipe."""
+    return _text("reap2gguf.recipe", recipe)
 
 
 def _text(key: str, value: str) -> HeaderValue:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.models.description import Expert, Role, Router
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.write import companion_files
 
@@ -52,11 +51,14 @@ def open_folder(
     return checkpoint, model, []
 
 
-def check_folder(checkpoint: Checkpoint, model: MoeModel, progress: Progress) -> Iterator[str]:
-    """Violations in the values of an opened folder, where there is nothing to compare them with."""
+def check_folder(checkpoint: Checkpoint, progress: Progress) -> Iterator[str]:
+    """Violations in the values of an opened folder, where there is nothing to compare them with.
+
+    A matrix of zeros is none: a source may have one.
+    """
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
         for name in checkpoint.tensors:
-            yield from _check_tensor(checkpoint, model, name, task.advance)
+            yield from _check_tensor(checkpoint, name, task.advance)
 
 
 def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[str]:
@@ -65,13 +67,11 @@ def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[s
     violations += compare_files(folder, companion_files(pruned.folder))
     if checkpoint is not None and model is not None:
         with checkpoint:
-            violations += compare_folder(checkpoint, pruned, model, progress)
+            violations += compare_folder(checkpoint, pruned, progress)
     return violations
 
 
-def compare_folder(
-    checkpoint: Checkpoint, expected: Weights, model: MoeModel, progress: Progress
-) -> Iterator[str]:
+def compare_folder(checkpoint: Checkpoint, expected: Weights, progress: Progress) -> Iterator[str]:
     """Violations in an opened folder that must be `expected`: config, tensors, and every byte."""
     where = checkpoint.folder.name
     if checkpoint.config != expected.config:
@@ -84,7 +84,7 @@ def compare_folder(
         for name, stored in checkpoint.tensors.items():
             plan = expected.tensors.get(name)
             if plan is None:
-                yield from _check_tensor(checkpoint, model, name, task.advance)
+                yield from _check_tensor(checkpoint, name, task.advance)
             elif (stored.dtype, stored.shape) != (plan.dtype, plan.shape):
                 yield (
                     f"{where}: {name} is {stored.dtype} {list(stored.shape)}, expected "
@@ -129,33 +129,15 @@ def _compare_bytes(
 
 
 def _check_tensor(
-    checkpoint: Checkpoint, model: MoeModel, name: str, advance: Callable[[float], None]
+    checkpoint: Checkpoint, name: str, advance: Callable[[float], None]
 ) -> Iterator[str]:
-    """One violation at most: NaN or infinity, or a matrix (each expert's own) of zeros alone."""
+    """One violation at most: NaN or infinity."""
     stored = checkpoint.tensors[name]
-    role = model.role(name)
-    is_fused = isinstance(role, Expert) and role.expert is None
-    n_matrices = stored.shape[0] if is_fused else 1
-    for matrix in range(n_matrices):
-        size = stored.n_elements // n_matrices
-        is_empty = stored.dtype in _FLOATS
-        for _, raw in _flat_parts(checkpoint, stored, matrix * size, size):
-            if not _is_finite(stored, raw):
-                yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
-                return
-            is_empty = is_empty and not raw.view(NUMPY_TYPES[stored.dtype]).any()
-            advance(raw.nbytes)
-        # a vector may be zero: biases often are, and norms stored around zero
-        if is_empty and not _is_vector(stored, role):
-            which = f" for expert {matrix}" if is_fused else ""
-            yield f"{checkpoint.folder.name}: {name} holds only zeros{which}"
+    for _, raw in _flat_parts(checkpoint, stored, 0, stored.n_elements):
+        if not _is_finite(stored, raw):
+            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
             return
-
-
-def _is_vector(stored: StoredTensor, role: Role) -> bool:
-    """Whether a tensor is a vector, or one per expert."""
-    is_bias = isinstance(role, Expert) and role.part == "bias"
-    return len(stored.shape) == 1 or is_bias or (isinstance(role, Router) and role.axis > 0)
+        advance(raw.nbytes)
 
 
 def _flat_parts(

@@ -33,7 +33,7 @@ def violations(folder: Path, name: str, change: Callable[[torch.Tensor], object]
     assert model is not None
     assert not problems
     with checkpoint:
-        return list(hf_folder._check_tensor(checkpoint, model, name, lambda _: None))
+        return list(hf_folder._check_tensor(checkpoint, name, lambda _: None))
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +46,10 @@ def test_a_padded_embedding_is_no_violation(tmp_path: Path) -> None:
     assert violations(tmp_path / "a", name, lambda rows: rows[2000:].zero_()) == []
 
 
-def test_an_empty_matrix_is_one(tmp_path: Path) -> None:
-    (found,) = violations(tmp_path / "a", "model.embed_tokens.weight", lambda rows: rows.zero_())
-    assert found == "a: model.embed_tokens.weight holds only zeros"
-
-
-def test_an_empty_expert_is_one(tmp_path: Path) -> None:
-    (found,) = violations(tmp_path / "a", EXPERTS, lambda experts: experts[3].zero_())
-    assert found == f"a: {EXPERTS} holds only zeros for expert 3"
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", EXPERTS])
+def test_an_empty_matrix_is_no_violation(name: str, tmp_path: Path) -> None:
+    assert violations(tmp_path / "a", name, lambda rows: rows[:3].zero_()) == []
+    assert violations(tmp_path / "b", name, lambda rows: rows.zero_()) == []
 
 
 def test_infinity_behind_padding_is_found(tmp_path: Path) -> None:
