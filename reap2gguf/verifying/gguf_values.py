@@ -30,12 +30,14 @@ from reap2gguf.exporting.row_ranges import (
 from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE, load_ggml
 from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows
 from reap2gguf.models.description import is_rounded
+from reap2gguf.verifying.exactness import EXACT_TYPES
 from reap2gguf.verifying.matrices import (
-    EXACT_TYPES,
+    RowErrors,
     bound_of,
     errs_no_more,
+    is_beyond_its_type,
+    range_bound,
     relative_error,
-    suspicious_rows,
 )
 
 if TYPE_CHECKING:
@@ -170,10 +172,28 @@ class _Comparison:
         first = rows.first_in_tensor
         raw = self.header.read(rows.tensor.name, first, first + rows.last - rows.first)
         stored = self.blocks.read(rows)
-        if self.exactness.every_type or tensor_type in EXACT_TYPES:
-            return self._compare_bytes(rows, raw, stored, tensor_type)
         values = self.ggml.dequantize(raw, tensor_type)
-        for row in suspicious_rows(values, stored, tensor_type, self.knows_importance):
+        errors = RowErrors.of(values, stored)
+        if self.exactness.every_type or tensor_type in EXACT_TYPES:
+            violation = self._compare_bytes(rows, raw, stored, tensor_type)
+        else:
+            violation = self._compare_rows(rows, raw, stored, tensor_type, errors)
+        if violation is None and is_beyond_its_type(errors, stored, tensor_type):
+            limit = f"expected at most {range_bound(tensor_type):.1%} for {tensor_type.name}"
+            found = f"differs from {rows.slab.stored} by {errors.relative():.1%}"
+            violation = f"{self._where(rows)} {found}, {limit}"
+        return violation
+
+    def _compare_rows(
+        self,
+        rows: RowRange,
+        raw: npt.NDArray[np.uint8],
+        stored: Floats,
+        tensor_type: GGMLQuantizationType,
+        errors: RowErrors,
+    ) -> str | None:
+        """The violation of the first row that is beyond its bounds and not made by quantizing."""
+        for row in errors.suspicious(tensor_type, self.knows_importance):
             one = slice(row, row + 1)
             if not self._is_sound(rows, raw[one], stored[one], tensor_type):
                 bound = bound_of(tensor_type, self.knows_importance)
@@ -246,19 +266,23 @@ class _Comparison:
         limit: str,
     ) -> str:
         """What is wrong with a range whose row `row` is the first that is not sound."""
-        tensor = rows.tensor
-        which = f" expert {rows.matrix}" if len(tensor.shape) == 3 else ""
-        where = f"{self.header.path.name}: {tensor.name}{which}"
+        where = self._where(rows)
         values = self.ggml.dequantize(raw, tensor_type)
         if not np.isfinite(values).all():
             return f"{where} holds NaN or infinite values"
         if not values.any() and stored.any():
             return f"{where} holds only zeros, which {rows.slab.stored} does not"
         error = relative_error(values[row], stored[row])
-        place = f" in row {rows.first + row}" if len(tensor.shape) > 1 else ""
+        place = f" in row {rows.first + row}" if len(rows.tensor.shape) > 1 else ""
+        size = f"by {error:.2%}" if stored[row].any() else "where only zeros are stored"
         other = self._likely_expert(rows, values, relative_error(values, stored))
         hint = "" if other is None else f"; it holds the weights of expert {other}"
-        return f"{where} differs from {rows.slab.stored}{place} by {error:.2%}, {limit}{hint}"
+        return f"{where} differs from {rows.slab.stored}{place} {size}, {limit}{hint}"
+
+    def _where(self, rows: RowRange) -> str:
+        """The matrix that a range is of."""
+        which = f" expert {rows.matrix}" if len(rows.tensor.shape) == 3 else ""
+        return f"{self.header.path.name}: {rows.tensor.name}{which}"
 
     def _likely_expert(self, rows: RowRange, values: Floats, error: float) -> int | None:
         """Which expert's weights a range holds, when they are not those of its place."""

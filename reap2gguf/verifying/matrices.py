@@ -1,4 +1,4 @@
-"""How far rows of a GGUF file may be from the weights: bounds for each 32 values of a row.
+"""How far the rows of a GGUF file are from the weights, and how far they may be.
 
 A bound for a whole matrix, or a whole row, would let lost rows or blocks hide among the many sound
 ones. So the error of every 32 neighbouring values is compared with their own size, and with that of
@@ -7,7 +7,8 @@ the block of 256 whose scale they share:
     |read - stored| <= bound * sqrt(|stored|^2 + mean of |stored|^2 over the block)
 
 Types round well within this. A few sound rows do not: sparse ones in types that have no zeros, or
-columns that the importance matrix calls unimportant. Those are quantized again.
+columns that the importance matrix calls unimportant. Those are quantized again. What quantizing
+again cannot find is a fault of the quantizer, so whole ranges have a bound of their own as well.
 """
 
 from __future__ import annotations
@@ -21,11 +22,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Floats
-
-# Quantized as quickly as they are read, and by no importance matrix: always compared by bytes.
-EXACT_TYPES = frozenset(
-    GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "MXFP4")
-)
 
 # Largest error of 32 values, as above: about one and a half times the largest that trained weights
 # showed, with importance that spreads over four orders of magnitude. What is lost or zero has 0.7,
@@ -55,46 +51,98 @@ _MOST_UNKNOWN = 0.65  # of that, where the bound itself is not larger
 _ZEROS = 0.5  # the bound for values that are read as zeros
 _GROUP = 32
 _MEASURABLE = (1e-30, 1e30)  # sums of squares that float32 holds without loss
+_SPARSE = 0.5  # share of zeros
+
+# Largest relative error |read - stored| / |stored| of a range of rows: about two and a half times
+# what trained weights show. Another expert's weights have about 1.4.
+_RANGE_BOUNDS = {
+    "F32": 0.0,
+    "F16": 0.001,
+    "BF16": 0.004,
+    "Q8_0": 0.02,
+    "Q6_K": 0.05,
+    "Q5_K": 0.1,
+    "Q5_0": 0.12,
+    "Q5_1": 0.12,
+    "Q4_K": 0.2,
+    "Q4_0": 0.22,
+    "Q4_1": 0.22,
+    "IQ4_XS": 0.2,
+    "IQ4_NL": 0.2,
+    "Q3_K": 0.4,
+    "IQ3_S": 0.4,
+    "IQ3_XXS": 0.5,
+    "Q2_K": 0.7,
+    "IQ2_S": 0.7,
+    "IQ2_XS": 0.75,
+    "IQ2_XXS": 0.8,
+    "MXFP4": 0.3,
+    "IQ1_M": 0.9,
+    "IQ1_S": 0.9,
+}
 
 
 @dataclass(frozen=True)
 class RowErrors:
-    """Which rows of a range are beyond the bounds of their type, and how far each row is."""
+    """How far a range of rows is from what is stored, in each group of 32 neighbouring values.
 
-    suspicious: npt.NDArray[np.int64]  # numbers of rows
-    bound: float
-
-
-def measured_types() -> frozenset[str]:
-    """Names of the types that have bounds."""
-    return frozenset(_BOUNDS)
-
-
-def suspicious_rows(
-    found: Floats, stored: Floats, tensor_type: GGMLQuantizationType, knows_importance: bool
-) -> npt.NDArray[np.int64]:
-    """Numbers of the rows with values beyond the bound of their type.
-
-    `found` is overwritten. Rows so small or large that float32 cannot square them are named too,
-    if they are not equal.
+    Memory: the difference of the range, and a number for each group.
     """
-    n_rows = len(found)
-    zero = ~found.reshape(n_rows, -1, _GROUP).any(axis=2)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        found -= stored
-        size = _squares(stored)
-        error = _squares(found)
-        group = size.reshape(n_rows, -1, _groups_per_block(tensor_type))
-        scale = (group + group.mean(axis=2, keepdims=True)).reshape(n_rows, -1)
-        limit = np.float32(bound_of(tensor_type, knows_importance) ** 2)
-        limits = np.where(zero, np.minimum(limit, np.float32(_ZEROS**2)), limit)
-        sound = error <= limits * scale  # false for NaN
-        total = size.sum(axis=1)
-    low, high = _MEASURABLE
-    is_measured = (total > low) & (total < high)
-    is_equal = np.zeros(n_rows, dtype=bool)
-    is_equal[~is_measured] = ~found[~is_measured].any(axis=1)
-    return np.flatnonzero(~np.where(is_measured, sound.all(axis=1), is_equal))
+
+    difference: Floats  # (rows, columns)
+    size: Floats  # (rows, groups): sums of squares of what is stored
+    error: Floats  # (rows, groups): sums of squares of the difference
+    is_zero: npt.NDArray[np.bool_]  # (rows, groups): whether the file has zeros
+
+    @classmethod
+    def of(cls, found: Floats, stored: Floats) -> RowErrors:
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            difference = found - stored
+            is_zero: npt.NDArray[np.bool_] = np.logical_not(_groups(found).any(axis=2))
+            return cls(difference, _squares(stored), _squares(difference), is_zero)
+
+    def suspicious(
+        self, tensor_type: GGMLQuantizationType, knows_importance: bool
+    ) -> npt.NDArray[np.int64]:
+        """Numbers of the rows with values beyond the bound of their type.
+
+        Rows so small or large that float32 cannot square them are named too, if they differ.
+        """
+        n_rows = len(self.size)
+        per_block = max(1, int(GGML_QUANT_SIZES[tensor_type][0]) // _GROUP)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            block = self.size.reshape(n_rows, -1, per_block)
+            scale = (block + block.mean(axis=2, keepdims=True)).reshape(n_rows, -1)
+            limit = np.float32(bound_of(tensor_type, knows_importance) ** 2)
+            limits = np.where(self.is_zero, np.minimum(limit, np.float32(_ZEROS**2)), limit)
+            sound = (self.error <= limits * scale).all(axis=1)  # false for NaN
+            total = self.size.sum(axis=1)
+        low, high = _MEASURABLE
+        unmeasured = ~((total > low) & (total < high))
+        sound[unmeasured] = ~self.difference[unmeasured].any(axis=1)
+        return np.flatnonzero(~sound)
+
+    def relative(self) -> float:
+        """|read - stored| / |stored| of the whole range; NaN if it cannot be measured."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total, error = (float(sums.sum(dtype=np.float64)) for sums in (self.size, self.error))
+        low, high = _MEASURABLE
+        return (error / total) ** 0.5 if low < total < high else float("nan")
+
+
+def is_beyond_its_type(
+    errors: RowErrors, stored: Floats, tensor_type: GGMLQuantizationType
+) -> bool:
+    """Whether a range as a whole errs more than its type does, although its bytes can be made."""
+    if not errors.relative() > _RANGE_BOUNDS[tensor_type.name]:
+        return False
+    # types of few bits have no zeros: an identity matrix errs more, and is sound
+    return int(np.count_nonzero(stored)) > _SPARSE * stored.size
+
+
+def range_bound(tensor_type: GGMLQuantizationType) -> float:
+    """The largest relative error of a range of rows."""
+    return _RANGE_BOUNDS[tensor_type.name]
 
 
 def bound_of(tensor_type: GGMLQuantizationType, knows_importance: bool) -> float:
@@ -123,12 +171,14 @@ def relative_error(found: Floats, stored: Floats) -> float:
     return distance / scale if scale else distance
 
 
-def _groups_per_block(tensor_type: GGMLQuantizationType) -> int:
-    return max(1, int(GGML_QUANT_SIZES[tensor_type][0]) // _GROUP)
+def _groups(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Rows as groups of 32 values; whole rows where they are no multiple of that."""
+    n_rows, n_columns = values.shape
+    return values.reshape(n_rows, -1, n_columns if n_columns % _GROUP else _GROUP)
 
 
 def _squares(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-    """Sums of squares of each 32 values of rows: (rows, columns / 32)."""
-    groups = values.reshape(len(values), -1, _GROUP)
+    """Sums of squares of each group of rows: (rows, groups)."""
+    groups = _groups(values)
     sums: npt.NDArray[np.floating] = np.einsum("rgv,rgv->rg", groups, groups)
     return sums
