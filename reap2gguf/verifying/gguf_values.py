@@ -179,7 +179,10 @@ class _Comparison:
         else:
             violation = self._compare_rows(rows, raw, stored, tensor_type, errors)
         if violation is None and is_beyond_its_type(errors, stored, tensor_type):
-            limit = f"expected at most {range_bound(tensor_type):.1%} for {tensor_type.name}"
+            limit = (
+                f"expected at most {range_bound(tensor_type):.1%} for {tensor_type.name}; the type "
+                "loses these values, choose another one for this tensor"
+            )
             found = f"differs from {rows.slab.stored} by {errors.relative():.1%}"
             violation = f"{self._where(rows)} {found}, {limit}"
         return violation

@@ -47,17 +47,22 @@ _BOUNDS = {
     "IQ1_S": 0.95,
 }
 _UNKNOWN_IMPORTANCE = 4.0  # times the bound, where it cannot be known what was unimportant
-_MOST_UNKNOWN = 0.65  # of that, where the bound itself is not larger
+_MOST_UNKNOWN = 0.65  # of that
+# A vector of a codebook may have other signs than what is unimportant, or be zero. Then only a
+# change of all signs is beyond the bound, and only a whole row of zeros is suspicious.
+_CODEBOOKS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+_MOST_OF_CODEBOOKS = 1.35
 _ZEROS = 0.5  # the bound for values that are read as zeros
 _GROUP = 32
 _MEASURABLE = (1e-30, 1e30)  # sums of squares that float32 holds without loss
 _SPARSE = 0.5  # share of zeros
 
 # Largest relative error |read - stored| / |stored| of a range of rows: about two and a half times
-# what trained weights show. Another expert's weights have about 1.4.
+# what trained weights show, and for types of few bits, what a few outliers may cost. Another
+# expert's weights have about 1.4, lost ones 1.
 _RANGE_BOUNDS = {
     "F32": 0.0,
-    "F16": 0.001,
+    "F16": 0.05,  # of small values, which F16 rounds more
     "BF16": 0.004,
     "Q8_0": 0.02,
     "Q6_K": 0.05,
@@ -69,17 +74,9 @@ _RANGE_BOUNDS = {
     "Q4_1": 0.22,
     "IQ4_XS": 0.2,
     "IQ4_NL": 0.2,
-    "Q3_K": 0.4,
-    "IQ3_S": 0.4,
-    "IQ3_XXS": 0.5,
-    "Q2_K": 0.7,
-    "IQ2_S": 0.7,
-    "IQ2_XS": 0.75,
-    "IQ2_XXS": 0.8,
     "MXFP4": 0.3,
-    "IQ1_M": 0.9,
-    "IQ1_S": 0.9,
 }
+_RANGE_BOUND = 0.95  # of other types
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,10 @@ class RowErrors:
             block = self.size.reshape(n_rows, -1, per_block)
             scale = (block + block.mean(axis=2, keepdims=True)).reshape(n_rows, -1)
             limit = np.float32(bound_of(tensor_type, knows_importance) ** 2)
-            limits = np.where(self.is_zero, np.minimum(limit, np.float32(_ZEROS**2)), limit)
+            is_zero = self.is_zero
+            if tensor_type.name in _CODEBOOKS and not knows_importance:
+                is_zero = np.broadcast_to(is_zero.all(axis=1, keepdims=True), is_zero.shape)
+            limits = np.where(is_zero, np.minimum(limit, np.float32(_ZEROS**2)), limit)
             sound = (self.error <= limits * scale).all(axis=1)  # false for NaN
             total = self.size.sum(axis=1)
         low, high = _MEASURABLE
@@ -134,7 +134,7 @@ def is_beyond_its_type(
     errors: RowErrors, stored: Floats, tensor_type: GGMLQuantizationType
 ) -> bool:
     """Whether a range as a whole errs more than its type does, although its bytes can be made."""
-    if not errors.relative() > _RANGE_BOUNDS[tensor_type.name]:
+    if not errors.relative() > range_bound(tensor_type):
         return False
     # types of few bits have no zeros: an identity matrix errs more, and is sound
     return int(np.count_nonzero(stored)) > _SPARSE * stored.size
@@ -142,7 +142,7 @@ def is_beyond_its_type(
 
 def range_bound(tensor_type: GGMLQuantizationType) -> float:
     """The largest relative error of a range of rows."""
-    return _RANGE_BOUNDS[tensor_type.name]
+    return _RANGE_BOUNDS.get(tensor_type.name, _RANGE_BOUND)
 
 
 def bound_of(tensor_type: GGMLQuantizationType, knows_importance: bool) -> float:
@@ -150,7 +150,9 @@ def bound_of(tensor_type: GGMLQuantizationType, knows_importance: bool) -> float
     bound = _BOUNDS[tensor_type.name]
     if knows_importance:
         return bound
-    return max(bound, min(bound * _UNKNOWN_IMPORTANCE, _MOST_UNKNOWN))
+    if tensor_type.name in _CODEBOOKS:
+        return _MOST_OF_CODEBOOKS
+    return min(bound * _UNKNOWN_IMPORTANCE, _MOST_UNKNOWN)
 
 
 def errs_no_more(found: Floats, again: Floats, stored: Floats, slack: float) -> bool:
