@@ -70,7 +70,7 @@ def export_model(
     outputs = [
         GgufOutput(
             path,
-            model_header(
+            model_facts(
                 model,
                 name,
                 recipe.name,
@@ -87,7 +87,7 @@ def export_model(
     export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal)
 
 
-def model_header(
+def model_facts(
     model: MoeModel,
     name: str,
     recipe: str,
@@ -111,7 +111,7 @@ def model_header(
     )
 
 
-def side_header(name: str, side: SideFile) -> HeaderFacts:
+def side_facts(name: str, side: SideFile) -> HeaderFacts:
     """What the header of a side file says."""
     return HeaderFacts(
         name=name,
@@ -136,7 +136,7 @@ def export_side(
 
     Raises what `export_gguf` raises.
     """
-    outputs = [GgufOutput(path, side_header(name, side))]
+    outputs = [GgufOutput(path, side_facts(name, side))]
     export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal)
 
 

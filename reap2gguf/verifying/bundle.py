@@ -87,7 +87,7 @@ def verify_pair(
         n_experts = None
         if opened is not None:
             n_experts = opened[1].facts.n_experts
-            found = check_folder(opened[0], progress)
+            found = check_folder(*opened, progress)
             violations += _with_error(found, folder.name)
         expected = ExpectedGguf(None, n_experts)
         for path in first_parts(files):
@@ -173,7 +173,7 @@ def _check_hf(
     with _open(folder, manifest.pruning.n_kept) as (opened, violations):
         yield from violations
         if opened is not None:
-            yield from check_folder(opened[0], progress)
+            yield from check_folder(*opened, progress)
 
 
 def _check_side(

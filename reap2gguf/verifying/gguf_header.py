@@ -17,10 +17,10 @@ from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.exporting.header import lay_out
 from reap2gguf.exporting.model_files import (
     WeightedBy,
-    model_header,
+    model_facts,
     pruning_values,
     recipe_value,
-    side_header,
+    side_facts,
 )
 from reap2gguf.files import open_plain
 from reap2gguf.gguf_files.reader import parse_gguf_header
@@ -142,7 +142,7 @@ def check_model_keys(
     tokenizer's.
     """
     tensors = model.gguf_tensors(weights.tensors)
-    facts = model_header(
+    facts = model_facts(
         model,
         expected.name or "",
         expected.recipe or "",
@@ -162,7 +162,7 @@ def check_side_keys(
     header: GgufHeader, expected: ExpectedGguf, weights: Weights, side: SideFile
 ) -> Iterator[str]:
     """Violations in a side file's keys, against those that the export would write."""
-    facts = side_header(expected.name or "", side)
+    facts = side_facts(expected.name or "", side)
     expected = replace(expected, file_type=facts.file_type.value, recipe="", extra=())
     strict = expected.name is not None
     yield from _check_keys(header, weights, side.tensors, facts, expected, strict, True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
+from reap2gguf.models.description import Expert
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.write import companion_files
 
@@ -51,14 +52,14 @@ def open_folder(
     return checkpoint, model, []
 
 
-def check_folder(checkpoint: Checkpoint, progress: Progress) -> Iterator[str]:
+def check_folder(checkpoint: Checkpoint, model: MoeModel, progress: Progress) -> Iterator[str]:
     """Violations in the values of an opened folder, where there is nothing to compare them with.
 
     A matrix of zeros is none: a source may have one.
     """
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
         for name in checkpoint.tensors:
-            yield from _check_tensor(checkpoint, name, task.advance)
+            yield from _check_tensor(checkpoint, model, name, task.advance)
 
 
 def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[str]:
@@ -67,11 +68,13 @@ def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[s
     violations += compare_files(folder, companion_files(pruned.folder))
     if checkpoint is not None and model is not None:
         with checkpoint:
-            violations += compare_folder(checkpoint, pruned, progress)
+            violations += compare_folder(checkpoint, pruned, model, progress)
     return violations
 
 
-def compare_folder(checkpoint: Checkpoint, expected: Weights, progress: Progress) -> Iterator[str]:
+def compare_folder(
+    checkpoint: Checkpoint, expected: Weights, model: MoeModel, progress: Progress
+) -> Iterator[str]:
     """Violations in an opened folder that must be `expected`: config, tensors, and every byte."""
     where = checkpoint.folder.name
     if checkpoint.config != expected.config:
@@ -84,7 +87,7 @@ def compare_folder(checkpoint: Checkpoint, expected: Weights, progress: Progress
         for name, stored in checkpoint.tensors.items():
             plan = expected.tensors.get(name)
             if plan is None:
-                yield from _check_tensor(checkpoint, name, task.advance)
+                yield from _check_tensor(checkpoint, model, name, task.advance)
             elif (stored.dtype, stored.shape) != (plan.dtype, plan.shape):
                 yield (
                     f"{where}: {name} is {stored.dtype} {list(stored.shape)}, expected "
@@ -122,20 +125,26 @@ def _compare_bytes(
                 f"{source_name}"
             )
             return
-        if not _is_finite(stored, raw):
+        if not _is_finite(stored, raw).all():
             yield f"{where} holds NaN or infinite values"
             return
         advance(raw.nbytes)
 
 
 def _check_tensor(
-    checkpoint: Checkpoint, name: str, advance: Callable[[float], None]
+    checkpoint: Checkpoint, model: MoeModel, name: str, advance: Callable[[float], None]
 ) -> Iterator[str]:
-    """One violation at most: NaN or infinity."""
+    """One violation at most: NaN or infinity, with the expert that holds it."""
     stored = checkpoint.tensors[name]
-    for _, raw in _flat_parts(checkpoint, stored, 0, stored.n_elements):
-        if not _is_finite(stored, raw):
-            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
+    role = model.role(name)
+    is_fused = isinstance(role, Expert) and role.expert is None
+    for first, raw in _flat_parts(checkpoint, stored, 0, stored.n_elements):
+        finite = _is_finite(stored, raw)
+        if not finite.all():
+            value = first // stored.item_bytes + int(np.argmin(finite))
+            expert = value * stored.shape[0] // stored.n_elements if is_fused else None
+            which = "" if expert is None else f" for expert {expert}"
+            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values{which}"
             return
         advance(raw.nbytes)
 
@@ -155,8 +164,9 @@ def _flat_parts(
         yield first, raw
 
 
-def _is_finite(stored: StoredTensor, raw: _Raw) -> bool:
+def _is_finite(stored: StoredTensor, raw: _Raw) -> npt.NDArray[np.bool_]:
+    """Which values are finite; all that are no floats."""
+    bits = raw.view(NUMPY_TYPES[stored.dtype])
     if stored.dtype not in _FLOATS:
-        return True
-    values = to_float32(raw.view(NUMPY_TYPES[stored.dtype]), stored.dtype, stored.name)
-    return bool(np.isfinite(values).all())
+        return np.ones(bits.shape, dtype=bool)
+    return np.isfinite(to_float32(bits, stored.dtype, stored.name))

@@ -33,7 +33,7 @@ def violations(folder: Path, name: str, change: Callable[[torch.Tensor], object]
     assert model is not None
     assert not problems
     with checkpoint:
-        return list(hf_folder._check_tensor(checkpoint, name, lambda _: None))
+        return list(hf_folder._check_tensor(checkpoint, model, name, lambda _: None))
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,11 @@ def test_infinity_behind_padding_is_found(tmp_path: Path) -> None:
 
     (found,) = violations(tmp_path / "a", "model.embed_tokens.weight", change)
     assert "NaN or infinite" in found
+
+
+def test_the_expert_of_a_nan_is_named(tmp_path: Path) -> None:
+    (found,) = violations(tmp_path / "a", EXPERTS, lambda experts: experts[5, 3].fill_(torch.nan))
+    assert found == f"a: {EXPERTS} holds NaN or infinite values for expert 5"
 
 
 def written(tmp_path: Path, change: Callable[[Path], object], fused: bool = True) -> list[str]:
