@@ -20,12 +20,12 @@ from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.errors import VerificationError
+from reap2gguf.exporting.header import pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
     WeightedBy,
     export_model,
     export_side,
-    pruning_values,
 )
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both

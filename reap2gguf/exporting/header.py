@@ -12,18 +12,26 @@ import numpy as np
 from gguf import (
     GGML_QUANT_VERSION,
     GGMLQuantizationType,
+    GGUFValueType,
     GGUFWriter,
     LlamaFileType,
     size_label,
 )
 
+from reap2gguf import __version__
+from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import HeaderWriter
+from reap2gguf.models.description import HeaderValue
 from reap2gguf.tokenizer.gguf_keys import PreTokenizers, add_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
-    from reap2gguf.models.description import GgufTensor, HeaderValue
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.models.description import GgufTensor, SideFile
+    from reap2gguf.pruning.select import Kept
+
+UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")  # no importance matrix changes their bytes
 
 
 @dataclass(frozen=True)
@@ -88,3 +96,65 @@ def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) ->
         writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)
         writer.add_uint32("quantize.imatrix.entries_count", len(facts.imatrix.entries))
         writer.add_uint32("quantize.imatrix.chunks_count", facts.imatrix.n_chunks)
+
+
+def model_facts(
+    model: MoeModel,
+    name: str,
+    recipe: str,
+    file_type: LlamaFileType,
+    tensor_types: Mapping[str, GGMLQuantizationType],
+    extra: Sequence[HeaderValue],
+    imatrix: Imatrix | None,
+    imatrix_file: str = IMATRIX_FILE,
+) -> HeaderFacts:
+    """What the header of a model's file says; `recipe` is the name of its recipe."""
+    # Q8_0 ignores the importance of its columns
+    is_weighted = any(one.name not in UNWEIGHTED_TYPES for one in tensor_types.values())
+    return HeaderFacts(
+        name=name,
+        arch=model.facts.gguf_arch,
+        values=(*model.gguf_metadata(), *extra, recipe_value(recipe)),
+        vocab_size=model.facts.vocab_size,
+        pre_tokenizers=model.pre_tokenizers,
+        file_type=file_type,
+        tensor_types=tensor_types,
+        imatrix=imatrix if is_weighted else None,
+        imatrix_file=imatrix_file,
+    )
+
+
+def side_facts(name: str, side: SideFile) -> HeaderFacts:
+    """What the header of a side file says."""
+    return HeaderFacts(
+        name=name,
+        arch=side.arch,
+        values=side.values,
+        general_type=side.general_type,
+        file_type=LlamaFileType.MOSTLY_F16,
+        tensor_types=side.tensor_types(),
+    )
+
+
+def pruning_values(
+    source_label: str, method: str, n_experts: int, kept: Kept, version: str = __version__
+) -> list[HeaderValue]:
+    """Keys of our own, so that a GGUF file alone records where its experts come from."""
+    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
+    return [
+        _text("reap2gguf.version", version),
+        _text("reap2gguf.source", source_label),
+        _text("reap2gguf.method", method),
+        HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
+        # layer after layer, expert_count ids each
+        HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
+    ]
+
+
+def recipe_value(recipe: str) -> HeaderValue:
+    """The key that records the name of a file's recipe."""
+    return _text("reap2gguf.recipe", recipe)
+
+
+def _text(key: str, value: str) -> HeaderValue:
+    return HeaderValue(key, value, GGUFValueType.STRING)

@@ -8,24 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
-
-from reap2gguf import __version__
 from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
-from reap2gguf.exporting.header import HeaderFacts
+from reap2gguf.exporting.header import UNWEIGHTED_TYPES, model_facts, side_facts
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
-from reap2gguf.models.description import HeaderValue, SideFile
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.models.description import HeaderValue, SideFile
     from reap2gguf.progress import Progress
-    from reap2gguf.pruning.select import Kept
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-
-_UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,7 @@ def export_model(
     """
     if weighted_by is not None:
         _report_unweighted(files.values(), weighted_by.imatrix, progress)
+    imatrix = None if weighted_by is None else weighted_by.imatrix
     outputs = [
         GgufOutput(
             path,
@@ -76,51 +71,15 @@ def export_model(
                 recipe.name,
                 recipe.llama_file_type,
                 recipe.tensor_types(),
-                weighted_by,
                 extra,
+                imatrix,
+                IMATRIX_FILE if weighted_by is None else weighted_by.file,
             ),
         )
         for path, recipe in files.items()
     ]
-    imatrix = None if weighted_by is None else weighted_by.imatrix
     tensors = model.gguf_tensors(weights.tensors)
     export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal)
-
-
-def model_facts(
-    model: MoeModel,
-    name: str,
-    recipe: str,
-    file_type: LlamaFileType,
-    tensor_types: Mapping[str, GGMLQuantizationType],
-    weighted_by: WeightedBy | None,
-    extra: Sequence[HeaderValue],
-) -> HeaderFacts:
-    """What the header of a model's file says; `recipe` is the name of its recipe."""
-    by_imatrix = weighted_by if uses_imatrix(tensor_types.values()) else None
-    return HeaderFacts(
-        name=name,
-        arch=model.facts.gguf_arch,
-        values=(*model.gguf_metadata(), *extra, recipe_value(recipe)),
-        vocab_size=model.facts.vocab_size,
-        pre_tokenizers=model.pre_tokenizers,
-        file_type=file_type,
-        tensor_types=tensor_types,
-        imatrix=None if by_imatrix is None else by_imatrix.imatrix,
-        imatrix_file=IMATRIX_FILE if by_imatrix is None else by_imatrix.file,
-    )
-
-
-def side_facts(name: str, side: SideFile) -> HeaderFacts:
-    """What the header of a side file says."""
-    return HeaderFacts(
-        name=name,
-        arch=side.arch,
-        values=side.values,
-        general_type=side.general_type,
-        file_type=LlamaFileType.MOSTLY_F16,
-        tensor_types=side.tensor_types(),
-    )
 
 
 def export_side(
@@ -149,7 +108,7 @@ def _report_unweighted(
             name
             for name, tensor_type in recipe.tensor_types().items()
             if name.startswith("blk.")
-            and tensor_type.name not in _UNWEIGHTED_TYPES
+            and tensor_type.name not in UNWEIGHTED_TYPES
             and name not in imatrix.entries
         ]
         if missing:
@@ -157,32 +116,3 @@ def _report_unweighted(
                 f"{recipe.name}: the importance matrix has no entry for {len(missing)} "
                 f"tensors, such as {missing[0]}; they are quantized unweighted"
             )
-
-
-def uses_imatrix(tensor_types: Iterable[GGMLQuantizationType]) -> bool:
-    """Whether any of the types is quantized with importance (Q8_0 ignores it)."""
-    return any(one.name not in _UNWEIGHTED_TYPES for one in tensor_types)
-
-
-def pruning_values(
-    source_label: str, method: str, n_experts: int, kept: Kept, version: str = __version__
-) -> list[HeaderValue]:
-    """Keys of our own, so that a GGUF file alone records where its experts come from."""
-    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
-    return [
-        _text("reap2gguf.version", version),
-        _text("reap2gguf.source", source_label),
-        _text("reap2gguf.method", method),
-        HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
-        # layer after layer, expert_count ids each
-        HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
-    ]
-
-
-def recipe_value(recipe: str) -> HeaderValue:
-    """The key that records the name of a file's recipe."""
-    return _text("reap2gguf.recipe", recipe)
-
-
-def _text(key: str, value: str) -> HeaderValue:
-    return HeaderValue(key, value, GGUFValueType.STRING)

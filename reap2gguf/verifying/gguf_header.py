@@ -14,9 +14,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, Keys, LlamaFileType
 
 from reap2gguf import __version__
 from reap2gguf.errors import ArtifactError, Reap2ggufError
-from reap2gguf.exporting.header import lay_out
-from reap2gguf.exporting.model_files import (
-    WeightedBy,
+from reap2gguf.exporting.header import (
+    lay_out,
     model_facts,
     pruning_values,
     recipe_value,
@@ -148,8 +147,8 @@ def check_model_keys(
         expected.recipe or "",
         LlamaFileType(expected.file_type or 0),
         _types_for(header, tensors),
-        None if imatrix is None else WeightedBy(imatrix),
         expected.extra or (),
+        imatrix,
     )
     strict = expected.is_whole or any(key.startswith(_OWN) for key in header.metadata)
     if not expected.is_whole:
