@@ -37,7 +37,8 @@ import numpy as np
 from gguf import GGUFReader
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import HeaderNames, WeightedBy, export_model
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.machine import peak_bytes

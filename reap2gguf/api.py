@@ -293,7 +293,8 @@ def _export(
     from reap2gguf.atomic import remove
     from reap2gguf.building.keys import export_key
     from reap2gguf.exporting.journal import ExportJournal
-    from reap2gguf.exporting.model_files import HeaderNames, export_model
+    from reap2gguf.exporting.header_facts import HeaderNames
+    from reap2gguf.exporting.model_files import export_model
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()

@@ -71,6 +71,11 @@ class Ggml:
     _library: ctypes.CDLL
     is_own: bool = False  # of a llama.cpp that the user asked for, not of a wheel
 
+    @property
+    def label(self) -> str:
+        """The version as a manifest records it."""
+        return f"{self.version} of a llama.cpp build" if self.is_own else self.version
+
     def quantize(
         self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None = None
     ) -> Bytes:

@@ -321,6 +321,7 @@ def test_an_interrupted_quantization_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reap2gguf.exporting import gguf_export, journal
+    from reap2gguf.exporting.row_ranges import RowRange
 
     monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
     monkeypatch.setattr(journal, "MAX_TIME_SHARE", 1e9)
@@ -330,7 +331,7 @@ def test_an_interrupted_quantization_goes_on(
     stop_at: str | None = None
     write = gguf_export._Job.run
 
-    def counted(self: gguf_export._Job, rows: gguf_export._RowRange) -> None:
+    def counted(self: gguf_export._Job, rows: RowRange) -> None:
         if rows.tensor.name == stop_at:
             raise KeyboardInterrupt
         written.append(rows.tensor.name)

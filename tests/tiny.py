@@ -291,7 +291,7 @@ class TinyQwen35Moe:
             found["lm_head.weight"] = head
         for layer, kind in enumerate(self.layers):
             prefix = f"{base}layers.{layer}."
-            mixer = self._deltanet(random) if kind == "l" else self._attention(random)
+            mixer = self._deltanet(random, layer) if kind == "l" else self._attention(random)
             found |= {prefix + name: tensor for name, tensor in mixer.items()}
             found |= self._moe(prefix, random, self.fused)
         return found
@@ -318,10 +318,11 @@ class TinyQwen35Moe:
             "self_attn.k_norm.weight": random.normal(0.1, self.head_dim),
         }
 
-    def _deltanet(self, random: _Random) -> dict[str, torch.Tensor]:
+    def _deltanet(self, random: _Random, layer: int) -> dict[str, torch.Tensor]:
         values = self.value_heads * self.linear_dim
         mixed = 2 * self.key_heads * self.linear_dim + values
-        decay = torch.linspace(1, 16, self.value_heads).log().to(self.dtype)
+        # of its own in each layer, so that a layer in the place of another shows
+        decay = torch.linspace(1 + layer / 32, 16, self.value_heads).log().to(self.dtype)
         return {
             "linear_attn.in_proj_qkv.weight": random.matrix(mixed, self.hidden),
             "linear_attn.in_proj_z.weight": random.matrix(values, self.hidden),

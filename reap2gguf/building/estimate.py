@@ -16,6 +16,7 @@ from reap2gguf.observing.budget import CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.observing.linear_attention import ATTENTION_WIDTHS
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.resources import shipped_folder
+from reap2gguf.verifying.exactness import EXACT_TYPES
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -27,6 +28,9 @@ _CPU_FLOPS = 60e9  # per core, float32
 _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # per core and second, Q4_K
 _DISK_BYTES = 1e9
+_CORES_BESIDE_A_GPU = 16  # fixed: what is verified, and recorded, may not depend on the machine
+_SMALL_FILE = 2**30  # bytes; quantized again in some minutes on any machine
+_MOST_EXACT = 0.1  # of a build, for quantizing large files again
 _CARD_BYTES = 2**20  # cards, manifests and marks
 _UNKNOWN = 2**62
 _BASE_BYTES = 600 * 2**20  # Python, torch, transformers
@@ -64,6 +68,31 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     state = 2 * n_tokens * plan.model.facts.hidden_size * (2 if has_gpu else 4)
     where = "GPU memory" if has_gpu else "memory"
     return Estimate(disk, state, _memory(plan, n_tokens, has_gpu), where, seconds)
+
+
+def exact_recipes(plan: Plan, has_gpu: bool) -> frozenset[str]:
+    """Names of the recipes whose files are verified by quantizing every tensor again.
+
+    It finds every changed bit and takes as long as the export did. So it is done for every small
+    file, and for large ones if it is cheap beside the calibration passes. The answer depends on
+    the plan and the kind of device, not on a clock or the number of threads: the same inputs make
+    the same manifest.
+    """
+    large = [recipe for recipe in plan.recipes if recipe.n_bytes >= _SMALL_FILE]
+    small = {recipe.name for recipe in plan.recipes} - {recipe.name for recipe in large}
+    quantized = sum(
+        math.prod(entry.tensor.shape)
+        for recipe in large
+        for entry in recipe.table
+        if entry.tensor_type not in EXACT_TYPES
+    )
+    flops = 2 * 2 * _tokens_at_most(plan) * active_parameters(plan)
+    cores = _CORES_BESIDE_A_GPU if has_gpu else 1
+    sweeps = flops / (_GPU_FLOPS if has_gpu else _CPU_FLOPS)
+    again = quantized / (_QUANTIZED_WEIGHTS * cores)
+    if again > _MOST_EXACT * (sweeps + again):
+        return frozenset(small)
+    return frozenset(recipe.name for recipe in plan.recipes)
 
 
 def _small_bytes(plan: Plan, n_tokens: int) -> int:

@@ -153,8 +153,7 @@ def program_versions() -> dict[str, str]:
             found[library] = "missing"
     if commit := _own_commit():
         found["reap2gguf commit"] = commit
-    ggml = load_ggml()
-    found["ggml"] = f"{ggml.version} of a llama.cpp build" if ggml.is_own else ggml.version
+    found["ggml"] = load_ggml().label
     return found
 
 

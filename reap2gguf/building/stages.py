@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
+from reap2gguf.building.estimate import exact_recipes
 from reap2gguf.building.keys import stage_key
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
@@ -20,18 +21,19 @@ from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.errors import VerificationError
+from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
-    HeaderNames,
     WeightedBy,
     export_model,
     export_side,
-    pruning_values,
 )
+from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.tokenizer import Tokenizer
+from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
 
@@ -242,7 +244,7 @@ class Export(Stage[None]):
         export_model(
             self._pruned,
             self._pruned.model,
-            self._names(),
+            self.names(),
             self.files,
             WeightedBy(self._importance.result),
             threads,
@@ -251,11 +253,12 @@ class Export(Stage[None]):
         )
         for path, side in self.sides.items():
             journal = self._journal(f"export-{side.prefix}")
-            model, names = self._pruned.model, self._names()
+            model, names = self._pruned.model, self.names()
             export_side(self._pruned, model, names, path, side, threads, progress, journal)
         return {}
 
-    def _names(self) -> HeaderNames:
+    def names(self) -> HeaderNames:
+        """What the headers say of the model."""
         plan = self.run.plan
         own = pruning_values(
             plan.source.label, plan.options.method, plan.target.n_experts, self._pruned.kept
@@ -272,6 +275,20 @@ class Export(Stage[None]):
     @property
     def _datasets(self) -> tuple[str, ...]:
         return hub_datasets(self._importance.texts.rows.components)
+
+    def expected(self, recipe: ResolvedRecipe) -> ExpectedGguf:
+        """What the header of a recipe's file must say."""
+        return ExpectedGguf(
+            recipe.tensor_types(),
+            self._pruned.n_kept,
+            recipe.llama_file_type.value,
+            self.names(),
+            recipe.name,
+        )
+
+    def exactness(self, every_type: bool) -> Exactness:
+        """How to compare its files, which were made with the same libggml."""
+        return Exactness(every_type, self._importance.result, load_ggml().label)
 
     def _journal(self, name: str) -> ExportJournal:
         return ExportJournal(self.run.work.root / f"{name}.json", self.key)
@@ -313,17 +330,22 @@ class Verify(Stage[list[str]]):
         violations = check_pruned(run.work.hf, pruned, progress)
         n_tensors = len(pruned.tensors)
         passed = [f"safetensors: {n_tensors} tensors equal the source's, byte for byte"]
-        how = "tensors by name, shape, type and value"
+        exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
         for path, recipe in self._export.files.items():
-            expected = ExpectedGguf(
-                recipe.tensor_types(), model.facts.n_experts, recipe.llama_file_type.value
+            expected = self._export.expected(recipe)
+            exactness = self._export.exactness(recipe.name in exact)
+            opened = pruned, model
+            violations += check_gguf(path, expected, opened, threads, progress, exactness)
+            how = "byte for byte" if exactness.every_type else "values within bounds"
+            passed.append(
+                f"{path.name}: {len(recipe.table)} tensors by name, shape and type, {how}"
             )
-            violations += check_gguf(path, expected, (pruned, model), threads, progress)
-            passed.append(f"{path.name}: {len(recipe.table)} {how}")
         for path, side in self._export.sides.items():
-            source = (pruned, [side])
-            violations += check_side_file(path, side.tensor_types(), source, threads, progress)
-            passed.append(f"{path.name}: {len(side.tensors)} {how}")
+            expected = ExpectedGguf(side.tensor_types(), names=self._export.names())
+            source = (pruned, model, [side])
+            violations += check_side_file(path, expected, source, threads, progress)
+            checked = f"{len(side.tensors)} tensors by name, shape and type, byte for byte"
+            passed.append(f"{path.name}: {checked}")
         return violations, passed
 
     def load(self) -> list[str]:

@@ -53,10 +53,14 @@ class ImatrixEntry:
         return np.where(seen, self.sums / np.where(seen, counts, 1), np.float32(1))
 
     def importance_of(self, matrix: int, n_columns: int) -> Floats:
-        """Mean squares (n_columns,) of one matrix; a .dat file has all matrices in one row."""
+        """Mean squares (n_columns,) of one matrix; a .dat file has all matrices in one row.
+
+        Ones where no input was different from zero: by an importance of zeros alone, some types
+        would lose the whole matrix.
+        """
         row, first = divmod(matrix * n_columns, self.sums.shape[1])
         sums, count = self.sums[row, first : first + n_columns], np.float32(self.counts[row])
-        return sums / count if count > 0 else np.ones_like(sums)
+        return sums / count if count > 0 and sums.any() else np.ones_like(sums)
 
 
 @dataclass(frozen=True)

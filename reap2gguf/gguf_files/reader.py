@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,6 +61,9 @@ def row_bytes(tensor_type: GGMLQuantizationType, n_columns: int) -> int:
     return int(n_columns // block * size)
 
 
+Kind = tuple[GGUFValueType, ...]  # of a scalar, or ARRAY and the type of the items
+
+
 @dataclass(frozen=True, slots=True)
 class GgufTensorInfo:
     """One tensor of a GGUF file; `shape` is slowest first, `offset` from the file's start."""
@@ -81,8 +85,12 @@ class GgufHeader:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, GgufTensorInfo]
+    tensors: dict[str, GgufTensorInfo]  # in the order of their infos
     keys_end: int = 0  # the byte after the keys; they begin at byte KEYS_BEGIN
+    kinds: dict[str, Kind] = field(default_factory=dict)  # the type of each key's value
+    infos_end: int = 0  # the byte after the tensor infos
+    alignment: int = GGUF_DEFAULT_ALIGNMENT
+    n_bytes: int = 0  # of the file
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
         """Rows [first, last) of one tensor, as bytes (n_rows, row_bytes).
@@ -114,9 +122,10 @@ class Cursor:
     not mapped: if another process truncates it meanwhile, that is an error and not a signal.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size: int | None = None) -> None:
+        """`size` is that of the file; None for what the disk says."""
         self.path = path
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = os.fstat(file.fileno()).st_size if size is None else size
         self.position = 0
         self._file = file
 
@@ -178,9 +187,13 @@ class _HeaderCursor(Cursor):
         except ValueError as error:
             raise ArtifactError(f"{self.path}: unknown value type {raw}") from error
 
-    def value(self) -> Any:
+    def value(self) -> tuple[Any, Kind]:
+        """A value and its type."""
         value_type = self.value_type()
-        return self._array() if value_type is GGUFValueType.ARRAY else self._scalar(value_type)
+        if value_type is not GGUFValueType.ARRAY:
+            return self._scalar(value_type), (value_type,)
+        item_type = self.value_type()
+        return self._array(item_type), (value_type, item_type)
 
     def _scalar(self, value_type: GGUFValueType) -> Any:
         return (
@@ -189,8 +202,7 @@ class _HeaderCursor(Cursor):
             else self.number(SCALAR_LAYOUTS[value_type])
         )
 
-    def _array(self) -> list[Any]:
-        value_type = self.value_type()
+    def _array(self, value_type: GGUFValueType) -> list[Any]:
         if value_type is GGUFValueType.ARRAY:
             raise ArtifactError(
                 f"{self.path}: an array of arrays, which GGUF readers do not support"
@@ -222,6 +234,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise _unreadable(path, error) from error
 
 
+def parse_gguf_header(path: Path, raw: bytes, n_bytes: int) -> GgufHeader:
+    """The header that `raw` holds, of a file of `n_bytes` that is called `path`."""
+    return _read_header(_HeaderCursor(path, BytesIO(raw), n_bytes))
+
+
 def _read_header(cursor: _HeaderCursor) -> GgufHeader:
     if cursor.size == 0:
         raise ArtifactError(f"{cursor.path}: empty, expected a GGUF file")
@@ -233,11 +250,12 @@ def _read_header(cursor: _HeaderCursor) -> GgufHeader:
     n_tensors = cursor.count("tensors", _MAX_TENSORS)
     n_keys = cursor.count("keys", _MAX_KEYS)
     metadata: dict[str, Any] = {}
+    kinds: dict[str, Kind] = {}
     for _ in range(n_keys):
         key = cursor.string(_MAX_KEY_BYTES)
         if key in metadata:
             raise ArtifactError(f"{cursor.path}: the key {shown(key)} occurs twice")
-        metadata[key] = cursor.value()
+        metadata[key], kinds[key] = cursor.value()
     keys_end = cursor.position
     infos = [_tensor_info(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
@@ -246,7 +264,10 @@ def _read_header(cursor: _HeaderCursor) -> GgufHeader:
             f"{cursor.path}: general.alignment is {shown(alignment)}, expected a power of two"
         )
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(cursor.path, metadata, _placed(cursor, infos, start, alignment), keys_end)
+    placed = _placed(cursor, infos, start, alignment)
+    tensors = {info.name: placed[info.name] for info in infos}
+    end = cursor.position
+    return GgufHeader(cursor.path, metadata, tensors, keys_end, kinds, end, alignment, cursor.size)
 
 
 def _tensor_info(cursor: _HeaderCursor) -> GgufTensorInfo:

@@ -148,7 +148,17 @@ def _join(first: GgufHeader, paths: Sequence[Path]) -> SplitHeader:
             f"{first.path}: {_TENSORS_KEY} is {shown(total)}, its parts hold {len(tensors):,}"
         )
     own_keys = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-    return SplitHeader(first.path, own_keys, tensors, first.keys_end, tuple(parts))
+    return SplitHeader(
+        first.path,
+        own_keys,
+        tensors,
+        first.keys_end,
+        {key: first.kinds[key] for key in own_keys},
+        first.infos_end,
+        first.alignment,
+        sum(part.n_bytes for part in parts),
+        tuple(parts),
+    )
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,11 @@ class GgufTensor:
         return one_row or not is_weight or any(part in self.name for part in _NEVER_QUANTIZED)
 
 
+def is_rounded(name: str) -> bool:
+    """Whether a GGUF tensor holds exponentials, whose last bits depend on the processor."""
+    return name.endswith(".ssm_a")
+
+
 def experts_of(name: str, shape: tuple[int, ...]) -> int | None:
     """How many experts a GGUF tensor has entries for; None if it is not one of experts' tensors.
 

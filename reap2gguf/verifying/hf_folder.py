@@ -14,7 +14,7 @@ import numpy.typing as npt
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.models.description import Expert, Role, Router
+from reap2gguf.models.description import Expert
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.write import companion_files
 
@@ -53,7 +53,10 @@ def open_folder(
 
 
 def check_folder(checkpoint: Checkpoint, model: MoeModel, progress: Progress) -> Iterator[str]:
-    """Violations in the values of an opened folder, where there is nothing to compare them with."""
+    """Violations in the values of an opened folder, where there is nothing to compare them with.
+
+    A matrix of zeros is none: a source may have one.
+    """
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
         for name in checkpoint.tensors:
             yield from _check_tensor(checkpoint, model, name, task.advance)
@@ -122,7 +125,7 @@ def _compare_bytes(
                 f"{source_name}"
             )
             return
-        if not _is_finite(stored, raw):
+        if not _is_finite(stored, raw).all():
             yield f"{where} holds NaN or infinite values"
             return
         advance(raw.nbytes)
@@ -131,31 +134,19 @@ def _compare_bytes(
 def _check_tensor(
     checkpoint: Checkpoint, model: MoeModel, name: str, advance: Callable[[float], None]
 ) -> Iterator[str]:
-    """One violation at most: NaN or infinity, or a matrix (each expert's own) of zeros alone."""
+    """One violation at most: NaN or infinity, with the expert that holds it."""
     stored = checkpoint.tensors[name]
     role = model.role(name)
     is_fused = isinstance(role, Expert) and role.expert is None
-    n_matrices = stored.shape[0] if is_fused else 1
-    for matrix in range(n_matrices):
-        size = stored.n_elements // n_matrices
-        is_empty = stored.dtype in _FLOATS
-        for _, raw in _flat_parts(checkpoint, stored, matrix * size, size):
-            if not _is_finite(stored, raw):
-                yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values"
-                return
-            is_empty = is_empty and not raw.view(NUMPY_TYPES[stored.dtype]).any()
-            advance(raw.nbytes)
-        # a vector may be zero: biases often are, and norms stored around zero
-        if is_empty and not _is_vector(stored, role):
-            which = f" for expert {matrix}" if is_fused else ""
-            yield f"{checkpoint.folder.name}: {name} holds only zeros{which}"
+    for first, raw in _flat_parts(checkpoint, stored, 0, stored.n_elements):
+        finite = _is_finite(stored, raw)
+        if not finite.all():
+            value = first // stored.item_bytes + int(np.argmin(finite))
+            expert = value * stored.shape[0] // stored.n_elements if is_fused else None
+            which = "" if expert is None else f" for expert {expert}"
+            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values{which}"
             return
-
-
-def _is_vector(stored: StoredTensor, role: Role) -> bool:
-    """Whether a tensor is a vector, or one per expert."""
-    is_bias = isinstance(role, Expert) and role.part == "bias"
-    return len(stored.shape) == 1 or is_bias or (isinstance(role, Router) and role.axis > 0)
+        advance(raw.nbytes)
 
 
 def _flat_parts(
@@ -173,8 +164,9 @@ def _flat_parts(
         yield first, raw
 
 
-def _is_finite(stored: StoredTensor, raw: _Raw) -> bool:
+def _is_finite(stored: StoredTensor, raw: _Raw) -> npt.NDArray[np.bool_]:
+    """Which values are finite; all that are no floats."""
+    bits = raw.view(NUMPY_TYPES[stored.dtype])
     if stored.dtype not in _FLOATS:
-        return True
-    values = to_float32(raw.view(NUMPY_TYPES[stored.dtype]), stored.dtype, stored.name)
-    return bool(np.isfinite(values).all())
+        return np.ones(bits.shape, dtype=bool)
+    return np.isfinite(to_float32(bits, stored.dtype, stored.name))

@@ -1,4 +1,15 @@
-"""How far a matrix of a GGUF file is from the one that was stored, and how far it may be."""
+"""How far the rows of a GGUF file are from the weights, and how far they may be.
+
+A bound for a whole matrix, or a whole row, would let lost rows or blocks hide among the many sound
+ones. So the error of every 32 neighbouring values is compared with their own size, and with that of
+the block of 256 whose scale they share:
+
+    |read - stored| <= bound * sqrt(|stored|^2 + mean of |stored|^2 over the block)
+
+Types round well within this. A few sound rows do not: sparse ones in types that have no zeros, or
+columns that the importance matrix calls unimportant. Those are quantized again. What quantizing
+again cannot find is a fault of the quantizer, so whole ranges have a bound of their own as well.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +17,52 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from gguf import GGMLQuantizationType
-
-from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.ggml import Ggml
-from reap2gguf.gguf_files.reader import GgufHeader
-from reap2gguf.gguf_files.rows import read_rows, row_ranges, rows_per_matrix
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.weights import Floats, Weights
-    from reap2gguf.ggml import Ggml
-    from reap2gguf.gguf_files.reader import GgufHeader
-    from reap2gguf.models.description import GgufTensor, Slab
+    from reap2gguf.checkpoint.weights import Floats
 
-# Largest relative error |read - stored| / |stored| of a matrix, by type: about two and a half
-# times what trained weights show. Another expert's weights stand at about 1.4.
-ERROR_BOUNDS = {
+# Largest error of 32 values, as above: about one and a half times the largest that trained weights
+# showed, with importance that spreads over four orders of magnitude. What is lost or zero has 0.7,
+# a doubled scale 0.7, another row 1, a changed sign 1.4.
+_BOUNDS = {
+    "Q6_K": 0.04,
+    "Q5_K": 0.08,
+    "Q5_1": 0.08,
+    "Q5_0": 0.09,
+    "Q4_K": 0.14,
+    "Q4_1": 0.13,
+    "Q4_0": 0.18,
+    "IQ4_XS": 0.15,
+    "IQ4_NL": 0.15,
+    "Q3_K": 0.28,
+    "Q2_K": 0.46,
+    "IQ3_S": 0.5,
+    "IQ3_XXS": 0.5,
+    "IQ2_S": 0.65,
+    "IQ2_XS": 0.65,
+    "IQ2_XXS": 0.95,
+    "IQ1_M": 0.93,
+    "IQ1_S": 0.95,
+}
+_UNKNOWN_IMPORTANCE = 4.0  # times the bound, where it cannot be known what was unimportant
+_MOST_UNKNOWN = 0.65  # of that
+# A vector of a codebook may have other signs than what is unimportant, or be zero. Then only a
+# change of all signs is beyond the bound, and only a whole row of zeros is suspicious.
+_CODEBOOKS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+_MOST_OF_CODEBOOKS = 1.35
+_ZEROS = 0.5  # the bound for values that are read as zeros
+_GROUP = 32
+_MEASURABLE = (1e-30, 1e30)  # sums of squares that float32 holds without loss
+_SPARSE = 0.5  # share of zeros
+
+# Largest relative error |read - stored| / |stored| of a range of rows: about two and a half times
+# what trained weights show, and for types of few bits, what a few outliers may cost. Another
+# expert's weights have about 1.4, lost ones 1.
+_RANGE_BOUNDS = {
     "F32": 0.0,
-    "F16": 0.001,
+    "F16": 0.05,  # of small values, which F16 rounds more
     "BF16": 0.004,
     "Q8_0": 0.02,
     "Q6_K": 0.05,
@@ -35,88 +74,113 @@ ERROR_BOUNDS = {
     "Q4_1": 0.22,
     "IQ4_XS": 0.2,
     "IQ4_NL": 0.2,
-    "Q3_K": 0.4,
-    "IQ3_S": 0.4,
-    "IQ3_XXS": 0.5,
-    "Q2_K": 0.7,
-    "IQ2_S": 0.7,
-    "IQ2_XS": 0.75,
-    "IQ2_XXS": 0.8,
     "MXFP4": 0.3,
-    "IQ1_M": 0.9,
-    "IQ1_S": 0.9,
 }
-
-# Blocks of few bits hold no zeros: a sparse matrix beyond its type's bound is still sound if
-# quantizing it again errs nearly as much.
-_SLACK = 1.2
-_SPARSE = 0.5  # share of zeros
+_RANGE_BOUND = 0.95  # of other types
 
 
 @dataclass(frozen=True)
-class MatrixError:
-    """How far a matrix is from what is stored: norms of the difference and of the stored."""
+class RowErrors:
+    """How far a range of rows is from what is stored, in each group of 32 neighbouring values.
 
-    distance: float
-    scale: float
-    zeros_only: bool
+    Memory: the difference of the range, and a number for each group.
+    """
 
-    @property
+    difference: Floats  # (rows, columns)
+    size: Floats  # (rows, groups): sums of squares of what is stored
+    error: Floats  # (rows, groups): sums of squares of the difference
+    is_zero: npt.NDArray[np.bool_]  # (rows, groups): whether the file has zeros
+
+    @classmethod
+    def of(cls, found: Floats, stored: Floats) -> RowErrors:
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            difference = found - stored
+            is_zero: npt.NDArray[np.bool_] = np.logical_not(_groups(found).any(axis=2))
+            return cls(difference, _squares(stored), _squares(difference), is_zero)
+
+    def suspicious(
+        self, tensor_type: GGMLQuantizationType, knows_importance: bool
+    ) -> npt.NDArray[np.int64]:
+        """Numbers of the rows with values beyond the bound of their type.
+
+        Rows so small or large that float32 cannot square them are named too, if they differ.
+        """
+        n_rows = len(self.size)
+        per_block = max(1, int(GGML_QUANT_SIZES[tensor_type][0]) // _GROUP)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            block = self.size.reshape(n_rows, -1, per_block)
+            scale = (block + block.mean(axis=2, keepdims=True)).reshape(n_rows, -1)
+            limit = np.float32(bound_of(tensor_type, knows_importance) ** 2)
+            is_zero = self.is_zero
+            if tensor_type.name in _CODEBOOKS and not knows_importance:
+                is_zero = np.broadcast_to(is_zero.all(axis=1, keepdims=True), is_zero.shape)
+            limits = np.where(is_zero, np.minimum(limit, np.float32(_ZEROS**2)), limit)
+            sound = (self.error <= limits * scale).all(axis=1)  # false for NaN
+            total = self.size.sum(axis=1)
+        low, high = _MEASURABLE
+        unmeasured = ~((total > low) & (total < high))
+        sound[unmeasured] = ~self.difference[unmeasured].any(axis=1)
+        return np.flatnonzero(~sound)
+
     def relative(self) -> float:
-        return self.distance / self.scale if self.scale else self.distance
+        """|read - stored| / |stored| of the whole range; NaN if it cannot be measured."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            total, error = (float(sums.sum(dtype=np.float64)) for sums in (self.size, self.error))
+        low, high = _MEASURABLE
+        return (error / total) ** 0.5 if low < total < high else float("nan")
 
 
-def matrix_error(
-    header: GgufHeader,
-    ggml: Ggml,
-    weights: Weights,
-    tensor: GgufTensor,
-    index: int,
-    slab: Slab,
-) -> MatrixError:
-    """Compare matrix `index` of a tensor with a slab, a range of rows at a time."""
-    tensor_type = header.tensors[tensor.name].tensor_type
-    begin = index * rows_per_matrix(tensor)
-    distance = scale = 0.0
-    zeros_only = True
-    for first, last in row_ranges(tensor):
-        values = ggml.dequantize(header.read(tensor.name, begin + first, begin + last), tensor_type)
-        stored = read_rows(weights, tensor, slab, first, last)
-        zeros_only = zeros_only and not values.any()
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is a violation
-            distance += float(np.square(values - stored, dtype=np.float64).sum())
-            scale += float(np.square(stored, dtype=np.float64).sum())
-    return MatrixError(distance**0.5, scale**0.5, zeros_only)
-
-
-def errs_as_its_type(
-    ggml: Ggml, stored: Floats, tensor_type: GGMLQuantizationType, error: float
+def is_beyond_its_type(
+    errors: RowErrors, stored: Floats, tensor_type: GGMLQuantizationType
 ) -> bool:
-    """Whether a matrix is sparse, such as an identity, and the error is that of its type."""
-    if np.count_nonzero(stored) > _SPARSE * stored.size:
+    """Whether a range as a whole errs more than its type does, although its bytes can be made."""
+    if not errors.relative() > range_bound(tensor_type):
         return False
-    even = np.ones(stored.shape[-1], dtype=np.float32)
-    again = ggml.dequantize(ggml.quantize(stored, tensor_type, even), tensor_type)
-    return error <= _SLACK * relative_error(again, stored)
+    # types of few bits have no zeros: an identity matrix errs more, and is sound
+    return int(np.count_nonzero(stored)) > _SPARSE * stored.size
 
 
-def likely_slab(
-    header: GgufHeader,
-    ggml: Ggml,
-    weights: Weights,
-    tensor: GgufTensor,
-    index: int,
-    bound: float,
-) -> int | None:
-    """Which expert's weights matrix `index` holds, when they are not those of its place."""
-    for other, slab in enumerate(tensor.slabs):
-        error = matrix_error(header, ggml, weights, tensor, index, slab)
-        if other != index and error.relative <= bound:
-            return other
-    return None
+def range_bound(tensor_type: GGMLQuantizationType) -> float:
+    """The largest relative error of a range of rows."""
+    return _RANGE_BOUNDS.get(tensor_type.name, _RANGE_BOUND)
 
 
-def relative_error(values: Floats, stored: Floats) -> float:
-    scale = float(np.linalg.norm(stored))
-    distance = float(np.linalg.norm(values - stored))
+def bound_of(tensor_type: GGMLQuantizationType, knows_importance: bool) -> float:
+    """The largest error of 32 values, relative to their size and their block's."""
+    bound = _BOUNDS[tensor_type.name]
+    if knows_importance:
+        return bound
+    if tensor_type.name in _CODEBOOKS:
+        return _MOST_OF_CODEBOOKS
+    return min(bound * _UNKNOWN_IMPORTANCE, _MOST_UNKNOWN)
+
+
+def errs_no_more(found: Floats, again: Floats, stored: Floats, slack: float) -> bool:
+    """Whether each 32 values of rows err at most `slack` times as much as in another quantizing."""
+    largest = max(float(np.abs(stored).max(initial=0)), float(np.abs(found).max(initial=0)))
+    if largest == 0:
+        return True
+    unit = np.float64(largest)  # so that squares neither overflow nor vanish
+    error, other = (_squares((values - stored) / unit) for values in (found, again))
+    return bool((error <= slack**2 * other + 1e-12).all())
+
+
+def relative_error(found: Floats, stored: Floats) -> float:
+    """|found - stored| / |stored|, or |found| if nothing is stored."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = float(np.linalg.norm(stored.astype(np.float64)))
+        distance = float(np.linalg.norm(found.astype(np.float64) - stored))
     return distance / scale if scale else distance
+
+
+def _groups(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Rows as groups of 32 values; whole rows where they are no multiple of that."""
+    n_rows, n_columns = values.shape
+    return values.reshape(n_rows, -1, n_columns if n_columns % _GROUP else _GROUP)
+
+
+def _squares(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Sums of squares of each group of rows: (rows, groups)."""
+    groups = _groups(values)
+    sums: npt.NDArray[np.floating] = np.einsum("rgv,rgv->rg", groups, groups)
+    return sums

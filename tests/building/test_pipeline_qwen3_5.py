@@ -418,7 +418,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     ),
     "safetensors: zeroed matrix of the tower": (
         lambda hf, gguf: change_tensors(hf, lambda tensors: tensors[TOWER].zero_()),
-        f"{TOWER} holds only zeros",
+        f"{MMPROJ}: v.blk.1.attn_out.weight differs from {TOWER} in row 0 where only zeros are",
     ),
     "safetensors: matrix of the tower missing": (
         lambda hf, gguf: change_tensors(hf, lambda tensors: tensors.pop(TOWER)),

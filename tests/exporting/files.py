@@ -14,7 +14,8 @@ from gguf import GGUFReader
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.exporting.model_files import HeaderNames, WeightedBy, export_model
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor

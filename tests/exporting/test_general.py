@@ -19,12 +19,8 @@ from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
 from reap2gguf.exporting.general import general_values
-from reap2gguf.exporting.model_files import (
-    HeaderNames,
-    export_side,
-    model_header,
-    side_header,
-)
+from reap2gguf.exporting.header_facts import HeaderNames, model_header, side_header
+from reap2gguf.exporting.model_files import export_side
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.models.description import HeaderValue
 from reap2gguf.models.table import describe

@@ -18,7 +18,8 @@ from llama_cpp import mtmd_cpp
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import HeaderNames, export_side
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.table import describe
 from reap2gguf.observing.decoder import StreamedDecoder

@@ -229,6 +229,13 @@ def test_importance_of_a_matrix_is_its_row(matrix: int) -> None:
     assert flat.importance_of(matrix, 2).dtype == np.float32
 
 
+def test_an_importance_of_zeros_alone_is_none() -> None:
+    """The input of an expert may always be zero; its weights are kept all the same."""
+    one = entry("x", [[0, 0], [0, 4]], [8, 8])
+    np.testing.assert_array_equal(one.importance_of(0, 2), [1, 1])
+    np.testing.assert_array_equal(one.importance_of(1, 2), [0, 0.5])
+
+
 def test_uncovered() -> None:
     assert sample().uncovered() == {"blk.0.ffn_up_exps.weight": 1}
 

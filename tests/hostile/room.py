@@ -22,7 +22,8 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import HeaderNames, export_model
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent

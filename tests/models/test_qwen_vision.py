@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.exporting.model_files import HeaderNames, export_side
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models.description import Carried, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
