@@ -303,7 +303,8 @@ class Verify(Stage[list[str]]):
             passed.append(f"{path.name}: {len(recipe.table)} {how}")
         for path, side in self._export.sides.items():
             source = (pruned, [side])
-            violations += check_side_file(path, side.tensor_types(), source, threads, progress)
+            expected = ExpectedGguf(side.tensor_types())
+            violations += check_side_file(path, expected, source, threads, progress)
             passed.append(f"{path.name}: {len(side.tensors)} {how}")
         return violations, passed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE, is_hf_folder
-from reap2gguf.bundle.manifest import Manifest, SideRecord
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.opening import OpenBundle
 from reap2gguf.bundle.sums import check_hf_hashes, check_sums, folder_bytes
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from reap2gguf.verifying.gguf_file import (
     check_gguf_header,
     check_side_file,
     expected_gguf,
-    types_by_tensor,
+    expected_side,
 )
 from reap2gguf.verifying.hf_folder import check_folder, open_folder
 
@@ -144,13 +144,15 @@ def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyRep
     with _open(hf_folder) as (opened, _):
         for record in manifest.gguf:
             if not absent & set(record.files):
-                expected = expected_gguf(record, manifest.pruning.n_kept)
+                expected = expected_gguf(manifest, record)
                 path = folder / record.first
                 found = check_gguf(path, expected, opened, n_threads, progress)
                 violations += _with_error(found, record.first)
         for side in manifest.side_files:
             if side.file not in absent:
-                found = _check_side(folder / side.file, side, opened, n_threads, progress)
+                found = _check_side(
+                    folder / side.file, expected_side(manifest, side), opened, n_threads, progress
+                )
                 violations += _with_error(found, side.file)
     return VerifyReport(tuple(checked), tuple(violations))
 
@@ -175,7 +177,7 @@ def _check_hf(
 
 
 def _check_side(
-    path: Path, record: SideRecord, opened: _Opened | None, n_threads: int, progress: Progress
+    path: Path, expected: ExpectedGguf, opened: _Opened | None, n_threads: int, progress: Progress
 ) -> Iterator[str]:
     """Violations of a side file against its record, and against the safetensors if given."""
     source = None
@@ -187,7 +189,7 @@ def _check_side(
             yield f"{checkpoint.folder.name}: {error}"
         else:
             source = (checkpoint, sides) if sides else None
-    yield from check_side_file(path, types_by_tensor(record.tensors), source, n_threads, progress)
+    yield from check_side_file(path, expected, source, n_threads, progress)
 
 
 def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None:

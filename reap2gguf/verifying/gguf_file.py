@@ -20,6 +20,7 @@ from reap2gguf.gguf_files.split import read_whole_header
 from reap2gguf.messages import shown
 from reap2gguf.models.description import GgufTensor, SideFile, experts_of, is_of_experts
 from reap2gguf.tokenizer.gguf_keys import tokenizer_keys
+from reap2gguf.verifying.exactness import WITHIN_BOUNDS, Exactness
 from reap2gguf.verifying.matrices import (
     ERROR_BOUNDS,
     errs_as_its_type,
@@ -28,7 +29,7 @@ from reap2gguf.verifying.matrices import (
 )
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import GgufRecord
+    from reap2gguf.bundle.manifest import GgufRecord, Manifest, SideRecord
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.contract import MoeModel
@@ -46,9 +47,14 @@ class ExpectedGguf:
     file_type: int | None = None  # general.file_type
 
 
-def expected_gguf(record: GgufRecord, n_kept: int) -> ExpectedGguf:
+def expected_gguf(manifest: Manifest, record: GgufRecord) -> ExpectedGguf:
     """What a GGUF file must hold by the manifest of its bundle."""
-    return ExpectedGguf(types_by_tensor(record.tensors), n_kept)
+    return ExpectedGguf(types_by_tensor(record.tensors), manifest.pruning.n_kept)
+
+
+def expected_side(manifest: Manifest, record: SideRecord) -> ExpectedGguf:
+    """What a side file must hold by the manifest of its bundle."""
+    return ExpectedGguf(types_by_tensor(record.tensors))
 
 
 def types_by_tensor(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
@@ -70,6 +76,7 @@ def check_gguf(
     opened: tuple[Weights, MoeModel] | None,
     n_threads: int,
     progress: Progress,
+    exactness: Exactness = WITHIN_BOUNDS,
 ) -> Iterator[str]:
     """Violations of a model's GGUF file: its header against `expected`, then every value.
 
@@ -89,10 +96,11 @@ def check_gguf(
 
 def check_side_file(
     path: Path,
-    tensor_types: Mapping[str, GGMLQuantizationType],
+    expected: ExpectedGguf,
     source: tuple[Weights, Sequence[SideFile]] | None,
     n_threads: int,
     progress: Progress,
+    exactness: Exactness = WITHIN_BOUNDS,
 ) -> Iterator[str]:
     """Violations of a GGUF file beside the models, such as a vision projector.
 
@@ -103,7 +111,8 @@ def check_side_file(
     yield from problems
     if header is None:
         return
-    yield from check_tensor_types(header, tensor_types)
+    if expected.tensor_types is not None:
+        yield from check_tensor_types(header, expected.tensor_types)
     if source is None:
         yield from check_values(header, n_threads, progress)
         return
@@ -111,8 +120,8 @@ def check_side_file(
     general_type = header.metadata.get("general.type")
     side = next((side for side in sides if side.general_type == general_type), None)
     if side is None:
-        expected = " or ".join(side.general_type for side in sides)
-        yield f"{path.name}: general.type is {shown(general_type)}, expected {expected}"
+        types = " or ".join(side.general_type for side in sides)
+        yield f"{path.name}: general.type is {shown(general_type)}, expected {types}"
     else:
         yield from compare_tensors(header, weights, side.tensors, n_threads, progress)
 
@@ -132,7 +141,8 @@ def check_experts(folder: Path, record: GgufRecord, n_kept: int) -> list[str]:
     absent = [name for name in record.files if not is_plain(folder / name)]
     if absent:
         return [f"{folder.name}: {name} is missing" for name in absent]
-    return check_gguf_header(folder / record.first, expected_gguf(record, n_kept))
+    expected = ExpectedGguf(types_by_tensor(record.tensors), n_kept)
+    return check_gguf_header(folder / record.first, expected)
 
 
 def check_header(header: GgufHeader, expected: ExpectedGguf) -> Iterator[str]:
