@@ -27,6 +27,7 @@ from reap2gguf.bundle.manifest import (
 from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.ggml import load_ggml
+from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -54,7 +55,7 @@ class Evidence:
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
     """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
-    n_checks = len(evidence.checks)
+    passed = list(evidence.checks)
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
@@ -70,7 +71,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         ),
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
-        verification={"summary": f"{n_checks} checks passed", "passed": list(evidence.checks)},
+        verification={"summary": passed_summary(passed), "passed": passed},
     )
     return _write(plan, work, evidence.texts.chunks, manifest)
 

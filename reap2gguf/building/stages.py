@@ -32,6 +32,7 @@ from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
+from reap2gguf.verifying.report import passed_checks
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
@@ -292,21 +293,19 @@ class Verify(Stage[list[str]]):
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
         violations = check_pruned(run.work.hf, pruned, progress)
-        n_tensors = len(pruned.tensors)
-        passed = [f"safetensors: {n_tensors} tensors equal the source's, byte for byte"]
-        how = "tensors by name, shape, type and value"
+        n_tensors: dict[str, int] = {}
         for path, recipe in self._export.files.items():
             expected = ExpectedGguf(
                 recipe.tensor_types(), model.facts.n_experts, recipe.llama_file_type.value
             )
             violations += check_gguf(path, expected, (pruned, model), threads, progress)
-            passed.append(f"{path.name}: {len(recipe.table)} {how}")
+            n_tensors[path.name] = len(recipe.table)
         for path, side in self._export.sides.items():
             source = (pruned, [side])
             expected = ExpectedGguf(side.tensor_types())
             violations += check_side_file(path, expected, source, threads, progress)
-            passed.append(f"{path.name}: {len(side.tensors)} {how}")
-        return violations, passed
+            n_tensors[path.name] = len(side.tensors)
+        return violations, passed_checks(len(pruned.tensors), n_tensors)
 
     def load(self) -> list[str]:
         return list(self.facts["passed"])

@@ -11,17 +11,18 @@ raw prompt, and the user has to add a TEMPLATE. A comment in the file says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.bundle.card import join_command
 from reap2gguf.bundle.layout import MODELFILE
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.tokenizer.tokenizer_files import special_tokens
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.manifest import GgufRecord, Manifest
 
 # name in generation_config.json -> Ollama's name, smallest and largest sensible value
 _NUMBERS = {
@@ -51,6 +52,12 @@ def modelfile(manifest: Manifest, source: Path) -> str:
         "# `ollama show --template` prints only {{ .Prompt }}, add a TEMPLATE in Go's syntax.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_join_commands(text: str, records: Sequence[GgufRecord]) -> str:
+    """A Modelfile that begins with the commands that join files in parts: Ollama reads none."""
+    commands = [f"# Ollama cannot read parts: {join_command(r)}\n" for r in records if r.parts]
+    return "".join(command for command in commands if command not in text) + text
 
 
 def _parameters(source: Path) -> Iterator[str]:

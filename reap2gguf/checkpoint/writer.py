@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +71,19 @@ def write_checkpoint(
             write_safetensors(folder / name, shard, contents, {"format": "pt"}, wrote)
     if len(shards) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
-        index = {
-            "metadata": {
-                "total_parameters": sum(t.n_elements for t in tensors),
-                "total_size": sum(t.n_bytes for t in tensors),
-            },
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_whole(folder / INDEX_NAME, index_text(tensors, weight_map))
+
+
+def index_text(tensors: Collection[StoredTensor], weight_map: Mapping[str, str]) -> str:
+    """The text of the index of a checkpoint in several files; `weight_map` is tensor to file."""
+    index = {
+        "metadata": {
+            "total_parameters": sum(t.n_elements for t in tensors),
+            "total_size": sum(t.n_bytes for t in tensors),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return json.dumps(index, indent=2) + "\n"
 
 
 def write_safetensors(

@@ -1,0 +1,132 @@
+"""Compares a bundle with the model that was pruned: which one it is, and every byte that was kept.
+
+Without it, a bundle can only be compared with itself, and weights that were wrong before the first
+file was written agree everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
+from reap2gguf.files import cached_blob
+from reap2gguf.messages import shown
+from reap2gguf.models.table import describe
+from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.write import KEPT_FILE
+from reap2gguf.verifying.facts import check_source_facts
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.hub.source import Source
+    from reap2gguf.pruning.select import Kept
+
+_MAX_KEPT_LAYERS = 2**12
+_MAX_KEPT_IDS = 2**17
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """The model that was pruned, as the user named it, with its checkpoint open."""
+
+    source: Source
+    checkpoint: Checkpoint
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether its fingerprint is of the hashes on the Hub, and not of samples of the bytes."""
+        shards = self.checkpoint.shards
+        return self.source.snapshot is not None or any(map(cached_blob, shards))
+
+
+@dataclass(frozen=True)
+class PrunedSource:
+    """The pruned model as it must be; None if it cannot be made, which `violations` explain."""
+
+    view: PrunedView | None
+    violations: tuple[str, ...]
+    not_checked: tuple[str, ...] = ()
+
+
+def prune_source(opened: OpenSource, manifest: Manifest) -> PrunedSource:
+    """The model that a bundle must hold, by its manifest and the source."""
+    checkpoint, label = opened.checkpoint, opened.source.label
+    not_checked = []
+    fingerprint = checkpoint.fingerprint()
+    if fingerprint != manifest.source.fingerprint:
+        if opened.is_of_hub == (manifest.source.revision is not None):
+            violation = (
+                f"{MANIFEST_FILE}: the bundle was not made from {label}: it was made from "
+                f"{shown(manifest.source.label)} with the fingerprint "
+                f"{shown(manifest.source.fingerprint[:16])}, that of {label} is "
+                f"{fingerprint[:16]!r}; pass the model that was pruned to --source"
+            )
+            return PrunedSource(
+                None, (violation,), ("values of the source not compared: it is another model",)
+            )
+        not_checked.append(
+            "fingerprint of the source not compared: a download from the Hub and a folder have "
+            "different ones for the same model"
+        )
+    kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
+    view, violations = _prune(checkpoint, kept, manifest.pruning.mtp.state)
+    if view is not None:
+        model = describe(checkpoint, manifest.pruning.mtp.state != "dropped")
+        violations += check_source_facts(manifest, checkpoint, model)
+    return PrunedSource(view, tuple(violations), tuple(not_checked))
+
+
+def prune_by_record(opened: OpenSource, folder: Path) -> PrunedSource:
+    """The model that a folder of `prune` must hold, by its record of kept experts."""
+    try:
+        kept = _read_kept(folder)
+    except ArtifactError as error:
+        return PrunedSource(None, (str(error),))
+    view, violations = _prune(opened.checkpoint, kept, "")
+    return PrunedSource(view, tuple(violations))
+
+
+def _prune(
+    checkpoint: Checkpoint, kept: Kept, mtp_state: str
+) -> tuple[PrunedView | None, list[str]]:
+    """The view of a source; with an unknown state, its MTP block counts if experts of it do."""
+    try:
+        model = describe(checkpoint, mtp_state != "dropped")
+        if not mtp_state and model.facts.has_mtp and model.facts.mtp_layer not in kept:
+            model = describe(checkpoint, keep_mtp=False)
+        return PrunedView(checkpoint, model, kept), []
+    except Reap2ggufError as error:
+        return None, [f"{checkpoint.folder.name} (the source): {error}"]
+
+
+def _read_kept(folder: Path) -> Kept:
+    """The experts of each layer in `kept_experts.json`; ArtifactError if it is malformed."""
+    path = folder / KEPT_FILE
+    try:
+        layers = read_json(path).get("kept_experts")
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    if not isinstance(layers, dict) or not 0 < len(layers) <= _MAX_KEPT_LAYERS:
+        raise ArtifactError(f"{path}: kept_experts is {shown(layers)}, expected lists by layer")
+    return dict(_layers(path, layers))
+
+
+def _layers(path: Path, layers: dict[str, object]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    for layer, ids in layers.items():
+        is_number = layer.isascii() and layer.isdigit() and str(int(layer[:9])) == layer
+        is_list = isinstance(ids, list) and len(ids) <= _MAX_KEPT_IDS
+        if not is_number or not is_list or not all(type(one) is int for one in ids):  # type: ignore[attr-defined]
+            raise ArtifactError(
+                f"{path}: layer {shown(layer)} keeps {shown(ids)}, expected numbers of experts"
+            )
+        yield int(layer), tuple(ids)  # type: ignore[arg-type]

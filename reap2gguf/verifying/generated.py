@@ -1,0 +1,163 @@
+"""Makes the small files of a bundle again and compares them: index, cards, Modelfile, calibration.
+
+Cards and Modelfile are made from the manifest, and from files of the source. Where the source is
+not given, its licence and language are taken from the card that is checked, and the sampling from
+the safetensors folder's copy of `generation_config.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.card import CardNames, gguf_body, gguf_card, hf_body, hf_card
+from reap2gguf.bundle.front_matter import front_matter, with_base_model
+from reap2gguf.bundle.layout import CARD_FILE, gguf_name
+from reap2gguf.bundle.manifest import hash_file
+from reap2gguf.bundle.modelfile import modelfile, with_join_commands
+from reap2gguf.checkpoint.index import INDEX_NAME
+from reap2gguf.checkpoint.writer import index_text, shard_names
+from reap2gguf.files import is_own_file
+from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+
+_MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
+_NOTHING = Path("/dev/null/none")  # a source without any file
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated file, the violations in it, and whether every byte of it was compared."""
+
+    path: Path
+    violations: tuple[str, ...]
+    is_whole: bool
+
+
+def check_cards(
+    manifest: Manifest, hf: Path | None, gguf: Path | None, source: Path | None
+) -> Iterator[Generated]:
+    """Both cards against the manifest; `source` is the folder of the model that was pruned.
+
+    A card that was published names its repositories: the owner is taken from the card itself.
+    """
+    # both cards inherit from one: without the source's, the one that is there stands for it
+    inherited = next((place for place in (source, hf, gguf) if place is not None), _NOTHING)
+    if hf is not None and is_own_file(hf / CARD_FILE):
+        yield _card(manifest, hf / CARD_FILE, inherited / CARD_FILE, source is not None)
+    if gguf is not None and is_own_file(gguf / CARD_FILE):
+        yield _card(manifest, gguf / CARD_FILE, inherited / CARD_FILE, source is not None, True)
+
+
+def _card(
+    manifest: Manifest, path: Path, inherited: Path, has_source: bool, of_gguf: bool = False
+) -> Generated:
+    text = _read(path)
+    if text is None:
+        return Generated(path, (f"{_where(path)} is too large for a card",), False)
+    expected = gguf_card(manifest, inherited) if of_gguf else hf_card(manifest, inherited)
+    if text != expected and (names := _published_names(manifest, text)) is not None:
+        front = front_matter(expected)
+        if of_gguf:
+            expected = with_base_model(front, names.hf) + gguf_body(manifest, names)
+        else:
+            expected = front + hf_body(manifest, names)
+    return Generated(path, tuple(_compare(path, text, expected)), has_source)
+
+
+def _published_names(manifest: Manifest, card: str) -> CardNames | None:
+    """The repositories that a published card names; the manifest has their names, not the owner."""
+    name = manifest.hf.folder
+    found = re.search(rf"(?<![\w./-])([\w.-]{{1,96}})/{re.escape(name)}(?![\w.-])", card)
+    if found is None:
+        return None
+    repo = f"{found[1]}/{name}"
+    return CardNames(repo, gguf_name(repo), on_hub=True)
+
+
+def check_modelfile(manifest: Manifest, path: Path, source: Path | None) -> Generated:
+    """The Modelfile against the manifest and the model's `generation_config.json` in `source`.
+
+    If `source` is None, the parameters and comments are left out of the comparison.
+    """
+    text = _read(path)
+    if text is None:
+        return Generated(path, (f"{_where(path)} is too large for a Modelfile",), False)
+    expected = modelfile(manifest, _NOTHING if source is None else source)
+    joined = with_join_commands(expected, manifest.gguf)
+    if source is not None:
+        return Generated(path, tuple(_compare(path, text, joined)), True)
+    found, wanted = ("\n".join(_instructions(one)) for one in (text, expected))
+    return Generated(path, tuple(_compare(path, found, wanted)), False)
+
+
+def _instructions(text: str) -> Iterator[str]:
+    """The lines of a Modelfile that are neither parameters nor comments."""
+    for line in text.split("\n"):
+        if line and not line.startswith(("#", "PARAMETER ")):
+            yield line
+
+
+def check_calibration_text(manifest: Manifest, path: Path) -> Iterator[str]:
+    """The calibration text against the hash in the manifest."""
+    expected = manifest.calibration.imatrix_sha256
+    if hash_file(path).sha256 != expected:
+        yield (
+            f"{_where(path)} is not the text of the importance matrix: its SHA-256 differs from "
+            "imatrix_sha256 of the manifest"
+        )
+
+
+def check_index(checkpoint: Checkpoint) -> Iterator[str]:
+    """The names of the shards and the index, which follow from the shards' headers."""
+    folder = checkpoint.folder
+    names = [shard.name for shard in checkpoint.shards]
+    expected = shard_names(len(names))
+    if names != expected:
+        yield f"{folder.name}: the shards are {shown(names)}, expected {shown(expected)}"
+        return
+    path = folder / INDEX_NAME
+    if len(names) == 1:
+        if path.exists():
+            yield f"{_where(path)} is there, expected none for one file of safetensors"
+        return
+    tensors = checkpoint.tensors
+    weight_map = {name: tensor.path.name for name, tensor in tensors.items()}
+    wanted = index_text(list(tensors.values()), weight_map)
+    yield from _compare(path, path.read_bytes().decode("utf-8", "replace"), wanted)
+
+
+def _compare(path: Path, text: str, expected: str) -> Iterator[str]:
+    """A violation that names the first line that differs."""
+    if text == expected:
+        return
+    lines = zip_longest(text.split("\n"), expected.split("\n"))
+    for number, (found, wanted) in enumerate(lines, start=1):
+        if found != wanted:
+            yield (
+                f"{_where(path)} is not what the manifest gives: line {number} is {_line(found)}, "
+                f"expected {_line(wanted)}"
+            )
+            return
+
+
+def _line(text: str | None) -> str:
+    return "missing" if text is None else shown(text)
+
+
+def _read(path: Path) -> str | None:
+    """The text of a small file; None if it is not small."""
+    if path.stat().st_size > _MAX_TEXT_BYTES:
+        return None
+    return path.read_bytes().decode("utf-8", "replace")
+
+
+def _where(path: Path) -> str:
+    return f"{path.parent.name}: {path.name}"
