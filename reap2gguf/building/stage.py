@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.keys import BuildKeys, sweep_key
+from reap2gguf.building.seals import Stamps, changed, stamps
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
@@ -91,6 +92,10 @@ class Stage(ABC, Generic[Result]):
         """What `compute` returned, now or in an earlier run."""
         return self.run.marks.facts(self.name)
 
+    def is_intact(self) -> bool:
+        """Whether its outputs are as it left them, beyond their sizes and times of change."""
+        return True
+
     @property
     def compute_options(self) -> ComputeOptions:
         """Where and how to compute, and where to keep what a sweep has done between layers."""
@@ -150,13 +155,20 @@ class Run:
                 stage.compute()
             return stage
         stage.key = stage.make_key()
-        reused = self._is_done(stage)
+        is_marked = self._is_marked(stage)
+        reused = is_marked and self._is_as_left(stage)
+        if is_marked and not reused:
+            self.progress.note(f"{stage.name}: its files have changed since, done again")
+            self.marks.void(stage.name)
         if stage.is_sweep:
             self.agree(lambda: _NO_KEY if reused else stage.key)
         with self._counted(stage, reused):
             if not reused:
                 self._begin(stage)
-                self.marks.finish(stage.name, stage.key, stage.compute())
+                facts = stage.compute()
+                outputs = () if stage.is_shared else stage.outputs
+                kept = stamps(self.work.root, outputs)
+                self.marks.finish(stage.name, stage.key, facts, kept)
             for state in self.work.root.glob(f"{stage.name}.state*"):
                 remove(state)  # of a sweep whose result is there
         return stage
@@ -169,12 +181,19 @@ class Run:
 
         return join().broadcast(decide() if self.is_first else None)
 
-    def _is_done(self, stage: Stage[Any]) -> bool:
+    def _is_marked(self, stage: Stage[Any]) -> bool:
+        """Whether a stage was finished with these inputs and its outputs are there."""
         if not all(path.exists() for path in stage.outputs):
             return False
         if stage.is_shared and not self.work.is_fresh:
             return True  # whichever build made it
         return self.marks.is_done(stage.name, stage.key)
+
+    def _is_as_left(self, stage: Stage[Any]) -> bool:
+        """Whether nobody has written to a finished stage's outputs since."""
+        if stage.is_shared:
+            return True  # its file has a checksum of its own, which is compared when it is read
+        return not changed(self.work.root, self.marks.stamps(stage.name)) and stage.is_intact()
 
     def _begin(self, stage: Stage[Any]) -> None:
         """Resume a stage, or start from scratch if its inputs have changed."""
@@ -206,6 +225,7 @@ class Mark:
     key: str
     is_done: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    stamps: Stamps = field(default_factory=dict)  # of its outputs when it was finished
 
 
 class StageMarks:
@@ -230,9 +250,17 @@ class StageMarks:
         kept = {name: mark for name, mark in self._marks.items() if name not in undone}
         self._write(kept | {stage: Mark(key)})
 
-    def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, key: str, facts: Mapping[str, Any], kept: Stamps) -> None:
         """A stage is finished with these inputs; `facts` is plain JSON."""
-        self._write(self._marks | {stage: Mark(key, True, facts)})
+        self._write(self._marks | {stage: Mark(key, True, facts, kept)})
+
+    def void(self, stage: str) -> None:
+        """A stage's outputs are not what it left: it cannot be resumed either."""
+        self._write(self._marks | {stage: Mark(_NOTHING)})
+
+    def stamps(self, stage: str) -> Stamps:
+        """The stamps of a finished stage's outputs."""
+        return self._marks[stage].stamps
 
     def facts(self, stage: str) -> Mapping[str, Any]:
         """The facts of a finished stage."""
@@ -248,6 +276,13 @@ def _read_marks(path: Path) -> dict[str, Mark]:
     if not path.is_file():
         return {}
     try:
-        return {name: Mark(**values) for name, values in read_json(path).items()}
-    except (CheckpointError, TypeError):
+        return {name: _mark(**values) for name, values in read_json(path).items()}
+    except (CheckpointError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def _mark(
+    key: str, is_done: bool, facts: Mapping[str, Any], stamps: Mapping[str, Sequence[int]]
+) -> Mark:
+    kept = {name: (int(n_bytes), int(ns)) for name, (n_bytes, ns) in stamps.items()}
+    return Mark(key, is_done, facts, kept)

@@ -6,6 +6,7 @@ To add one, write its class, put it into `STAGES`, and call it in `pipeline.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.keys import stage_key
+from reap2gguf.building.seals import Seal, Stamps, is_sealed, read_seals, seal, stamps
 from reap2gguf.building.stage import Run, Stage
-from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
+from reap2gguf.bundle.layout import CARD_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE
 from reap2gguf.bundle.manifest import hash_file
+from reap2gguf.bundle.members import check_members
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.journal import ExportJournal
@@ -28,7 +31,7 @@ from reap2gguf.exporting.model_files import (
 )
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
-from reap2gguf.pruning.write import write_pruned
+from reap2gguf.pruning.write import write_pruned, written_names
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
@@ -175,7 +178,7 @@ class Importance(Stage[Imatrix]):
 
     @property
     def outputs(self) -> Sequence[Path]:
-        return (self.path,)
+        return (self.path, self.path.with_name(IMATRIX_DAT_FILE))
 
     def clear(self) -> None:
         remove(self.run.work.gguf)
@@ -189,10 +192,19 @@ class Importance(Stage[Imatrix]):
             self.run.progress,
             self._probe,
         )
-        if self.run.is_first:
-            make_folder(self.run.work.gguf)
-            save_both(imatrix, self.path)
-        return {"mtp_hits": report.mtp_hits}
+        if not self.run.is_first:
+            return {}
+        make_folder(self.run.work.gguf)
+        save_both(imatrix, self.path)
+        return {"mtp_hits": report.mtp_hits, "seals": _sealed(self.run, self.outputs)}
+
+    @property
+    def seals(self) -> Mapping[str, Seal]:
+        """Both files as they were written."""
+        return read_seals(self.facts.get("seals"))
+
+    def is_intact(self) -> bool:
+        return _is_sealed(self.run, self.seals)
 
     def load(self) -> Imatrix:
         return load_imatrix(self.path)
@@ -262,10 +274,19 @@ class Export(Stage[None]):
         """Only verification reads its files."""
 
 
-class Verify(Stage[list[str]]):
+@dataclass(frozen=True)
+class Verified:
+    """What was checked, one line each, and the files as they were then."""
+
+    passed: list[str]
+    seals: Mapping[str, Seal]  # by path below the work folder
+
+
+class Verify(Stage[Verified]):
     """Reads both formats back from the disk and compares them with the plan and the source.
 
-    Its result is what was checked, one line each. Raises VerificationError if anything differs.
+    Its result says what was checked, and seals the files, so that nothing else is published. Raises
+    VerificationError if anything differs.
     """
 
     name = "verify"
@@ -283,16 +304,24 @@ class Verify(Stage[list[str]]):
         return (self.run.work.hf, *self._export.outputs)
 
     def compute(self) -> Mapping[str, Any]:
+        for name in (CARD_FILE, MANIFEST_FILE):
+            remove(self.run.work.hf / name)  # of an interrupted record, made again after this
+        before = stamps(self.run.work.root, self.outputs)
         violations, passed = self._check()
         if violations:
             raise VerificationError(violations, "run it again; if it fails again, add --fresh")
-        return {"passed": passed}
+        # of the bytes that were verified, or it is refused
+        return {"passed": passed, "seals": _sealed(self.run, self.outputs, before)}
+
+    def is_intact(self) -> bool:
+        return _is_sealed(self.run, self.result.seals)
 
     def _check(self) -> tuple[list[str], list[str]]:
         """What differs from the plan, and what was checked."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
-        violations = check_pruned(run.work.hf, pruned, progress)
+        violations = [*check_members(run.work.hf, written_names(pruned))]
+        violations += check_pruned(run.work.hf, pruned, progress)
         n_tensors: dict[str, int] = {}
         for path, recipe in self._export.files.items():
             expected = ExpectedGguf(
@@ -307,8 +336,24 @@ class Verify(Stage[list[str]]):
             n_tensors[path.name] = len(side.tensors)
         return violations, passed_checks(len(pruned.tensors), n_tensors)
 
-    def load(self) -> list[str]:
-        return list(self.facts["passed"])
+    def load(self) -> Verified:
+        return Verified(list(self.facts["passed"]), read_seals(self.facts.get("seals")))
+
+
+def _sealed(
+    run: Run, outputs: Sequence[Path], before: Stamps | None = None
+) -> Mapping[str, Mapping[str, Any]]:
+    """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
+    kept = stamps(run.work.root, outputs) if before is None else before
+    threads = run.plan.options.compute.threads
+    sealed = seal(run.work.root, kept, threads, run.progress)
+    return {name: asdict(one) for name, one in sealed.items()}
+
+
+def _is_sealed(run: Run, seals: Mapping[str, Seal]) -> bool:
+    """Whether all files of a stage have their seals; not if there are none."""
+    threads = run.plan.options.compute.threads
+    return bool(seals) and is_sealed(run.work.root, seals, threads, run.progress)
 
 
 STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)
