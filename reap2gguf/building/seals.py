@@ -93,12 +93,15 @@ def refuse_changed(root: Path, kept: Stamps) -> None:
         )
 
 
-def is_sealed(root: Path, sealed: Mapping[str, Seal], n_threads: int, progress: Progress) -> bool:
-    """Whether every file still has the size, time and hash of its seal."""
+def unsealed(
+    root: Path, sealed: Mapping[str, Seal], n_threads: int, progress: Progress
+) -> list[str]:
+    """The files that no longer have the size, time and hash of their seals."""
     kept = {name: (one.n_bytes, one.changed_ns) for name, one in sealed.items()}
-    if changed(root, kept):
-        return False
-    return seal(root, kept, n_threads, progress) == dict(sealed)
+    if names := changed(root, kept):
+        return names
+    found = seal(root, kept, n_threads, progress)
+    return [name for name, one in sealed.items() if found[name] != one]
 
 
 def read_seals(values: Any) -> dict[str, Seal]:

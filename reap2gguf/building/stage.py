@@ -57,6 +57,7 @@ class Stage(ABC, Generic[Result]):
     name: ClassVar[str]
     is_shared: ClassVar[bool] = False  # its file is named by its key, for all builds of an output
     is_sweep: ClassVar[bool] = False  # every process of a torchrun build computes its share
+    undoes: ClassVar[bool] = True  # whether stages after it are done again where its files changed
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -93,7 +94,10 @@ class Stage(ABC, Generic[Result]):
         return self.run.marks.facts(self.name)
 
     def is_intact(self) -> bool:
-        """Whether its outputs are as it left them, beyond their sizes and times of change."""
+        """Whether its outputs are as it left them, beyond their sizes and times of change.
+
+        If not, it is done again; VerificationError if that cannot help.
+        """
         return True
 
     @property
@@ -164,7 +168,7 @@ class Run:
             self.agree(lambda: _NO_KEY if reused else stage.key)
         with self._counted(stage, reused):
             if not reused:
-                self._begin(stage)
+                self._begin(stage, undoes=stage.undoes or not is_marked)
                 facts = stage.compute()
                 outputs = () if stage.is_shared else stage.outputs
                 kept = stamps(self.work.root, outputs)
@@ -195,12 +199,12 @@ class Run:
             return True  # its file has a checksum of its own, which is compared when it is read
         return not changed(self.work.root, self.marks.stamps(stage.name)) and stage.is_intact()
 
-    def _begin(self, stage: Stage[Any]) -> None:
-        """Resume a stage, or start from scratch if its inputs have changed."""
+    def _begin(self, stage: Stage[Any], undoes: bool) -> None:
+        """Resume a stage, or start from scratch if its inputs or its files have changed."""
         if stage.is_shared:
             return
         names = [one.name for one in self.order if not one.is_shared]
-        undone = names[names.index(stage.name) :]
+        undone = names[names.index(stage.name) :] if undoes else []
         if not self.marks.was_begun(stage.name, stage.key):
             # after a kill, files of another attempt must not look like those of this one
             self.marks.begin(stage.name, _NOTHING, undone)

@@ -15,7 +15,7 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.keys import stage_key
-from reap2gguf.building.seals import Seal, Stamps, is_sealed, read_seals, seal, stamps
+from reap2gguf.building.seals import Seal, Stamps, read_seals, seal, stamps, unsealed
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.layout import CARD_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE
 from reap2gguf.bundle.manifest import hash_file
@@ -35,7 +35,7 @@ from reap2gguf.pruning.write import write_pruned, written_names
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
-from reap2gguf.verifying.report import passed_checks
+from reap2gguf.verifying.report import Level, passed_file, passed_folder
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
@@ -129,6 +129,7 @@ class Prune(Stage[None]):
     """Writes the pruned safetensors."""
 
     name = "prune"
+    undoes = False  # later stages read the source; only `verify` reads its files
 
     def __init__(self, run: Run, pruned: PrunedView) -> None:
         super().__init__(run)
@@ -204,7 +205,7 @@ class Importance(Stage[Imatrix]):
         return read_seals(self.facts.get("seals"))
 
     def is_intact(self) -> bool:
-        return _is_sealed(self.run, self.seals)
+        return bool(self.seals) and not _unsealed(self.run, self.seals)
 
     def load(self) -> Imatrix:
         return load_imatrix(self.path)
@@ -314,7 +315,19 @@ class Verify(Stage[Verified]):
         return {"passed": passed, "seals": _sealed(self.run, self.outputs, before)}
 
     def is_intact(self) -> bool:
-        return _is_sealed(self.run, self.result.seals)
+        """Raises VerificationError for a file whose bytes are not those that were verified."""
+        run = self.run
+        if not (names := _unsealed(run, self.result.seals)):
+            return bool(self.result.seals)
+        for stage in (Prune, Export, Verify):
+            run.marks.void(stage.name)
+        raise VerificationError(
+            [
+                f"{run.work.root / name}: its SHA-256 is not that of what was verified"
+                for name in names
+            ],
+            "run the same command again: these files are written and verified again",
+        )
 
     def _check(self) -> tuple[list[str], list[str]]:
         """What differs from the plan, and what was checked."""
@@ -322,19 +335,19 @@ class Verify(Stage[Verified]):
         threads, progress = run.plan.options.compute.threads, run.progress
         violations = [*check_members(run.work.hf, written_names(pruned))]
         violations += check_pruned(run.work.hf, pruned, progress)
-        n_tensors: dict[str, int] = {}
+        passed = [passed_folder(len(pruned.tensors))]
         for path, recipe in self._export.files.items():
             expected = ExpectedGguf(
                 recipe.tensor_types(), model.facts.n_experts, recipe.llama_file_type.value
             )
             violations += check_gguf(path, expected, (pruned, model), threads, progress)
-            n_tensors[path.name] = len(recipe.table)
+            passed.append(passed_file(path.name, len(recipe.table), Level.VALUES))
         for path, side in self._export.sides.items():
             source = (pruned, [side])
             expected = ExpectedGguf(side.tensor_types())
             violations += check_side_file(path, expected, source, threads, progress)
-            n_tensors[path.name] = len(side.tensors)
-        return violations, passed_checks(len(pruned.tensors), n_tensors)
+            passed.append(passed_file(path.name, len(side.tensors), Level.VALUES))
+        return violations, passed
 
     def load(self) -> Verified:
         return Verified(list(self.facts["passed"]), read_seals(self.facts.get("seals")))
@@ -350,10 +363,10 @@ def _sealed(
     return {name: asdict(one) for name, one in sealed.items()}
 
 
-def _is_sealed(run: Run, seals: Mapping[str, Seal]) -> bool:
-    """Whether all files of a stage have their seals; not if there are none."""
+def _unsealed(run: Run, seals: Mapping[str, Seal]) -> list[str]:
+    """The files of a stage that do not have their seals."""
     threads = run.plan.options.compute.threads
-    return bool(seals) and is_sealed(run.work.root, seals, threads, run.progress)
+    return unsealed(run.work.root, seals, threads, run.progress)
 
 
 STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)

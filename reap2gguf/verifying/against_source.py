@@ -7,6 +7,7 @@ file was written agree everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +16,19 @@ from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
 from reap2gguf.files import cached_blob
+from reap2gguf.hub.source import resolve_source
 from reap2gguf.messages import shown
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE
+from reap2gguf.verifying.context import PrunedSource
 from reap2gguf.verifying.facts import check_source_facts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.hub.source import Source
+    from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
 
 _MAX_KEPT_LAYERS = 2**12
@@ -39,61 +43,62 @@ class OpenSource:
     checkpoint: Checkpoint
 
     @property
-    def folder(self) -> Path:
-        return self.checkpoint.folder
-
-    @property
-    def is_of_hub(self) -> bool:
+    def _is_of_hub(self) -> bool:
         """Whether its fingerprint is of the hashes on the Hub, and not of samples of the bytes."""
         shards = self.checkpoint.shards
         return self.source.snapshot is not None or any(map(cached_blob, shards))
 
-
-@dataclass(frozen=True)
-class PrunedSource:
-    """The pruned model as it must be; None if it cannot be made, which `violations` explain."""
-
-    view: PrunedView | None
-    violations: tuple[str, ...]
-    not_checked: tuple[str, ...] = ()
-
-
-def prune_source(opened: OpenSource, manifest: Manifest) -> PrunedSource:
-    """The model that a bundle must hold, by its manifest and the source."""
-    checkpoint, label = opened.checkpoint, opened.source.label
-    not_checked = []
-    fingerprint = checkpoint.fingerprint()
-    if fingerprint != manifest.source.fingerprint:
-        if opened.is_of_hub == (manifest.source.revision is not None):
-            violation = (
-                f"{MANIFEST_FILE}: the bundle was not made from {label}: it was made from "
-                f"{shown(manifest.source.label)} with the fingerprint "
-                f"{shown(manifest.source.fingerprint[:16])}, that of {label} is "
-                f"{fingerprint[:16]!r}; pass the model that was pruned to --source"
+    def pruned(self, manifest: Manifest) -> PrunedSource:
+        """What a bundle must hold, by its manifest and this source."""
+        checkpoint, label = self.checkpoint, self.source.label
+        not_checked = []
+        fingerprint = checkpoint.fingerprint()
+        if fingerprint != manifest.source.fingerprint:
+            if self._is_of_hub == (manifest.source.revision is not None):
+                violation = (
+                    f"{MANIFEST_FILE}: the bundle was not made from {label}: it was made from "
+                    f"{shown(manifest.source.label)} with the fingerprint "
+                    f"{shown(manifest.source.fingerprint[:16])}, that of {label} is "
+                    f"{fingerprint[:16]!r}; pass the model that was pruned to --source"
+                )
+                not_compared = "values of the source not compared: it is another model"
+                return PrunedSource(None, (violation,), (not_compared,))
+            not_checked.append(
+                "fingerprint of the source not compared: a download from the Hub and a folder have "
+                "different ones for the same model"
             )
-            return PrunedSource(
-                None, (violation,), ("values of the source not compared: it is another model",)
-            )
-        not_checked.append(
-            "fingerprint of the source not compared: a download from the Hub and a folder have "
-            "different ones for the same model"
-        )
-    kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
-    view, violations = _prune(checkpoint, kept, manifest.pruning.mtp.state)
-    if view is not None:
-        model = describe(checkpoint, manifest.pruning.mtp.state != "dropped")
-        violations += check_source_facts(manifest, checkpoint, model)
-    return PrunedSource(view, tuple(violations), tuple(not_checked))
+        kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
+        state = manifest.pruning.mtp.state
+        view, violations = _prune(checkpoint, kept, state)
+        if view is not None:
+            model = describe(checkpoint, state != "dropped")
+            violations += check_source_facts(manifest, checkpoint, model)
+        return PrunedSource(view, tuple(violations), tuple(not_checked))
+
+    def pruned_by_record(self, folder: Path) -> PrunedSource:
+        """What a folder of `prune` must hold, by its record of kept experts."""
+        try:
+            kept = _read_kept(folder)
+        except ArtifactError as error:
+            return PrunedSource(None, (str(error),))
+        view, violations = _prune(self.checkpoint, kept, "")
+        return PrunedSource(view, tuple(violations))
 
 
-def prune_by_record(opened: OpenSource, folder: Path) -> PrunedSource:
-    """The model that a folder of `prune` must hold, by its record of kept experts."""
-    try:
-        kept = _read_kept(folder)
-    except ArtifactError as error:
-        return PrunedSource(None, (str(error),))
-    view, violations = _prune(opened.checkpoint, kept, "")
-    return PrunedSource(view, tuple(violations))
+@contextmanager
+def open_source(model: str | None, progress: Progress) -> Iterator[OpenSource | None]:
+    """MODEL, which is downloaded where it is compared; None without one.
+
+    Raises what opening a model raises.
+    """
+    if model is None:
+        yield None
+        return
+    source = resolve_source(model, progress.note)
+    source.complete(progress.note)
+    with source.open(progress.note) as checkpoint:
+        checkpoint.report_to(progress)
+        yield OpenSource(source, checkpoint)
 
 
 def _prune(

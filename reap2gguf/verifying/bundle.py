@@ -11,30 +11,57 @@ from typing import TYPE_CHECKING
 from reap2gguf import __version__
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
+    CARD_FILE,
     MANIFEST_FILE,
     MODELFILE,
     gguf_name,
     is_hf_folder,
 )
 from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.bundle.members import check_members, hf_members, shown_name
+from reap2gguf.bundle.sums import check_hf_hashes, folder_bytes
+from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.errors import ArtifactError, UsageError, VerificationError
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
-from reap2gguf.pruning.write import KEPT_FILE
-from reap2gguf.verifying.against_source import PrunedSource, prune_by_record, prune_source
-from reap2gguf.verifying.context import Check, Opened, Reference, Strictness, opened_folder
+from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.verifying.context import (
+    Check,
+    Opened,
+    PrunedSource,
+    Reference,
+    Strictness,
+)
 from reap2gguf.verifying.exactness import Exactness
-from reap2gguf.verifying.facts import check_recipe, check_record, check_side_records
-from reap2gguf.verifying.generated import check_calibration_text, check_cards, check_modelfile
+from reap2gguf.verifying.facts import (
+    check_hf_facts,
+    check_recipe,
+    check_record,
+    check_side_records,
+)
+from reap2gguf.verifying.generated import (
+    check_calibration_text,
+    check_cards,
+    check_index,
+    check_modelfile,
+)
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_gguf_header
 from reap2gguf.verifying.gguf_part import GgufPart, check_gguf_files
-from reap2gguf.verifying.hf_folder import check_folder, check_pruned
-from reap2gguf.verifying.hf_part import check_hf_contents, check_hf_files
+from reap2gguf.verifying.hf_folder import (
+    check_folder,
+    check_pruned,
+    compare_files,
+    compare_folder,
+    open_folder,
+)
 from reap2gguf.verifying.report import Findings, Level, VerifyReport
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.opening import OpenBundle
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.view import PrunedView
 
 _FROM_ITSELF = Strictness()
 _NO_SOURCE = "not compared with the source: pass --source MODEL"
@@ -87,7 +114,7 @@ def verify_pair(
 ) -> VerifyReport:
     """Verify a safetensors folder, and GGUF files that must hold the same values."""
     found = Findings([folder.name, *(path.name for path in files)])
-    with opened_folder(folder) as (opened, violations):
+    with _opened_folder(folder) as (opened, violations):
         found.violations += violations
         expected = ExpectedGguf()
         if opened is not None:
@@ -121,7 +148,7 @@ def _check_pruned_folder(
             f"{folder}: has neither {MANIFEST_FILE} nor {KEPT_FILE}, which say what experts of the "
             "source it keeps; leave out --source"
         )
-    pruned = prune_by_record(source, folder)
+    pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
     if pruned.view is not None:
         found.violations += check_pruned(folder, pruned.view, progress)
@@ -164,15 +191,16 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
     found = check.found
     found.checked += [folder.name for folder in (gguf, hf) if folder is not None]
     check.take(check_record(check.manifest), MANIFEST_FILE)
+    is_sound = not found.violations  # only then can anything be made from it again
     if gguf is not None:
         check.take(check_gguf_files(check, gguf), gguf.name)
     if hf is not None:
-        check.take(check_hf_files(check, hf), hf.name)
+        check.take(_check_hf_files(check, hf), hf.name)
     pruned = _pruned_source(check)
     with _opened(hf) as (opened, violations):
         found.violations += violations
         if opened is not None:
-            check.take(check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
+            check.take(_check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
         reference: Reference | None = opened
         if reference is None and pruned.view is not None:
             reference = (pruned.view, pruned.view.model)
@@ -181,8 +209,58 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
         if gguf is not None:
             GgufPart(check, gguf, reference).run()
     source = None if pruned.view is None else pruned.view.folder
-    _check_generated(check, hf, gguf, source)
+    if is_sound:
+        _check_generated(check, hf, gguf, source)
+    else:
+        found.not_checked.append("cards and Modelfile not compared: the manifest is not sound")
     _say_what_is_missing(check, hf, gguf, reference)
+
+
+def _check_hf_files(check: Check, folder: Path) -> Iterator[str]:
+    """Violations in the names and hashes of the folder's files."""
+    manifest, members = check.manifest, hf_members(check.manifest)
+    if folder.is_symlink():
+        yield f"{folder.name}: is a link, expected the folder beside {gguf_name(folder.name)}"
+    try:
+        if Manifest.load(folder) != manifest:
+            yield f"{folder.name}: {MANIFEST_FILE} differs from that of the GGUF folder"
+    except ArtifactError as error:
+        yield str(error)
+    for name in sorted(manifest.hf.files.keys() - members):
+        yield f"{MANIFEST_FILE}: hf.files names {shown_name(name)}, which no build writes"
+    yield from check_members(folder, members)
+    title = f"Verifying hashes of {folder.name}"
+    with check.progress.task(title, folder_bytes(folder), "bytes") as task:
+        yield from check_hf_hashes(folder, manifest, check.n_threads, task.advance)
+    check.found.reach(Level.HASHES, (folder / name for name in manifest.hf.files))
+
+
+def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) -> Iterator[str]:
+    """Violations in what an opened folder holds; `view` is what it must be, if that is known."""
+    checkpoint, model = opened
+    yield from check_hf_facts(check.manifest, checkpoint, model)
+    yield from check_index(checkpoint)
+    if not check.strictness.reads_values:
+        return
+    if view is None:
+        yield from check_folder(checkpoint, model, check.progress)
+    else:
+        yield from _compare_with_source(check, checkpoint, model, view)
+
+
+def _compare_with_source(
+    check: Check, checkpoint: Checkpoint, model: MoeModel, view: PrunedView
+) -> Iterator[str]:
+    """Violations against the source: config, every byte of the weights, and the copied files."""
+    folder, listed = checkpoint.folder, check.manifest.hf.files.keys()
+    yield from compare_folder(checkpoint, view, model, check.progress)
+    copies = companion_files(view.folder)
+    yield from compare_files(folder, copies)
+    names = {file.name for file in copies} | {shard.name for shard in checkpoint.shards}
+    names |= {"config.json", INDEX_NAME}
+    for name in sorted(listed - names - {CARD_FILE}):
+        yield f"{folder.name}: {shown_name(name)} is not a file of the source"
+    check.found.reach(Level.EXACT, (folder / name for name in names & listed))
 
 
 def _pruned_source(check: Check) -> PrunedSource:
@@ -190,10 +268,21 @@ def _pruned_source(check: Check) -> PrunedSource:
     source = check.strictness.source
     if source is None:
         return PrunedSource(None, ())
-    pruned = prune_source(source, check.manifest)
+    pruned = source.pruned(check.manifest)
     check.found.violations += pruned.violations
     check.found.not_checked += pruned.not_checked
     return pruned
+
+
+@contextmanager
+def _opened_folder(folder: Path) -> Iterator[tuple[Opened | None, list[str]]]:
+    """A safetensors folder with its model, None if it cannot be read; and the violations."""
+    checkpoint, model, violations = open_folder(folder)
+    if checkpoint is None:
+        yield None, violations
+        return
+    with checkpoint:
+        yield None if model is None else (checkpoint, model), violations
 
 
 @contextmanager
@@ -201,7 +290,7 @@ def _opened(hf: Path | None) -> Iterator[tuple[Opened | None, list[str]]]:
     if hf is None:
         yield None, []
         return
-    with opened_folder(hf) as opened:
+    with _opened_folder(hf) as opened:
         yield opened
 
 
@@ -220,7 +309,7 @@ def _check_generated(check: Check, hf: Path | None, gguf: Path | None, source: P
     if gguf is not None and is_own_file(gguf / CALIBRATION_FILE):
         check.take(check_calibration_text(manifest, gguf / CALIBRATION_FILE), gguf.name)
     version = manifest.program.get("reap2gguf")
-    if version != __version__ or not manifest.gguf:
+    if version != __version__:
         found.not_checked.append(
             f"cards and Modelfile not compared: made by reap2gguf {version}, this is {__version__}"
         )

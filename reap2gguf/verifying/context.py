@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.models.contract import MoeModel
-from reap2gguf.verifying.hf_folder import open_folder
 from reap2gguf.verifying.report import Findings
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.verifying.against_source import OpenSource
 
 Opened = tuple[Checkpoint, MoeModel]
@@ -32,6 +30,15 @@ class Strictness:
     reads_values: bool = True  # without it, hashes and headers are read, and no tensor
 
 
+@dataclass(frozen=True)
+class PrunedSource:
+    """The pruned model as it must be; None if it cannot be made, which `violations` explain."""
+
+    view: PrunedView | None
+    violations: tuple[str, ...]
+    not_checked: tuple[str, ...] = ()
+
+
 @dataclass
 class Check:
     """One verification of a bundle that is running."""
@@ -45,14 +52,3 @@ class Check:
     def take(self, violations: Iterator[str], where: str) -> None:
         """`Findings.take`."""
         self.found.take(violations, where)
-
-
-@contextmanager
-def opened_folder(folder: Path) -> Iterator[tuple[Opened | None, list[str]]]:
-    """A safetensors folder with its model, None if it cannot be read; and the violations."""
-    checkpoint, model, violations = open_folder(folder)
-    if checkpoint is None:
-        yield None, violations
-        return
-    with checkpoint:
-        yield None if model is None else (checkpoint, model), violations

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gguf import LlamaFileType
+from gguf import GGUF_DEFAULT_ALIGNMENT, LlamaFileType
 
 from reap2gguf.bundle.layout import (
     CARD_FILE,
@@ -28,7 +28,7 @@ from reap2gguf.options import METHODS
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
-from reap2gguf.verifying.report import passed_checks, passed_summary
+from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest, PruningRecord, SideRecord
@@ -98,7 +98,7 @@ def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
     if isinstance(recipe, str):
         yield recipe
         return
-    for what in ("title", "label", "file_type"):
+    for what in ("title", "file_type"):  # the label may be another one than the recipe's
         found = getattr(record, what)
         yield from _differs(f"{where}: {what}", found, getattr(recipe, what), "its recipe")
 
@@ -202,11 +202,20 @@ def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) 
 
 def _check_passed(manifest: Manifest, n_stored: int) -> Iterator[str]:
     """The record of what the build verified, which the card quotes."""
-    files = {record.file: len(record.tensors) for record in manifest.gguf}
-    files |= {side.file: len(side.tensors) for side in manifest.side_files}
-    passed = passed_checks(n_stored, files)
-    expected = {"summary": passed_summary(passed), "passed": passed}
-    yield from _differs("verification", dict(manifest.verification), expected, "its files")
+    found = manifest.verification.get("passed")
+    passed = found if isinstance(found, list) else []
+    lines = [[passed_folder(n_stored)]]
+    records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
+    for record in records:
+        levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file
+        lines.append([passed_file(record.file, len(record.tensors), level) for level in levels])
+    if len(passed) != len(lines) or any(
+        one not in allowed for one, allowed in zip(passed, lines, strict=True)
+    ):
+        wanted = [allowed[0] for allowed in lines]
+        yield _wrong("verification.passed", found, f"lines such as {shown(wanted)}")
+    summary = manifest.verification.get("summary")
+    yield from _differs("verification.summary", summary, passed_summary(passed), "its lines")
 
 
 def check_gguf_facts(
@@ -231,7 +240,8 @@ def check_gguf_facts(
     yield from _check_keys(header, expected)
     for key in sorted(header.metadata):
         if key.startswith("reap2gguf.") and key not in own:
-            yield f"{name}: has the unknown key {shown(key)}"
+            value = shown(header.metadata[key])
+            yield f"{name}: {shown(key)} is {value}, expected no such key"
     yield from _check_imatrix_keys(manifest, record, header, imatrix)
     yield from _check_size(header, record.n_bytes, record.file)
 
@@ -295,10 +305,9 @@ def _check_size(header: GgufHeader, n_bytes: int, file: str) -> Iterator[str]:
         size = part.path.stat().st_size
         total += size
         last = max((info.offset + info.n_bytes for info in part.tensors.values()), default=size)
-        alignment = part.metadata.get("general.alignment", 32)
-        end = -(-last // alignment) * alignment
-        if size > end:
-            yield f"{part.path.name}: has {size - end:,} bytes after its last tensor"
+        alignment = part.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        if size > -(-last // alignment) * alignment:
+            yield f"{part.path.name}: has {size - last:,} bytes after its last tensor"
     yield from _differs(f"gguf {file}: n_bytes", n_bytes, total, "the file")
 
 
@@ -306,10 +315,8 @@ def _check_keys(header: GgufHeader, expected: Mapping[str, Any]) -> Iterator[str
     for key, wanted in expected.items():
         found = header.metadata.get(key)
         if type(found) is not type(wanted) or found != wanted:
-            yield (
-                f"{header.path.name}: {key} is {shown(found)}, expected {shown(wanted)} as in "
-                f"{MANIFEST_FILE}"
-            )
+            shown_value = shown(found) if key in header.metadata else "missing"
+            yield f"{header.path.name}: {key} is {shown_value}, expected {shown(wanted)}"
 
 
 def _differs(what: str, found: Any, expected: Any, whose: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
+_AROUND = 40  # letters of a line that are shown on each side of the first that differs
 _NOTHING = Path("/dev/null/none")  # a source without any file
 
 
@@ -141,15 +142,22 @@ def _compare(path: Path, text: str, expected: str) -> Iterator[str]:
     lines = zip_longest(text.split("\n"), expected.split("\n"))
     for number, (found, wanted) in enumerate(lines, start=1):
         if found != wanted:
+            pairs = enumerate(zip_longest(found or "", wanted or ""))
+            common = next((at for at, (a, b) in pairs if a != b), 0)
             yield (
-                f"{_where(path)} is not what the manifest gives: line {number} is {_line(found)}, "
-                f"expected {_line(wanted)}"
+                f"{_where(path)} is not what the manifest gives: line {number} is "
+                f"{_line(found, common)}, expected {_line(wanted, common)}"
             )
             return
 
 
-def _line(text: str | None) -> str:
-    return "missing" if text is None else shown(text)
+def _line(text: str | None, position: int) -> str:
+    """A line around a position; "missing" if there is no such line."""
+    if text is None:
+        return "missing"
+    first = max(position - _AROUND, 0)
+    part = text[first : position + _AROUND]
+    return shown(("..." if first else "") + part)
 
 
 def _read(path: Path) -> str | None:

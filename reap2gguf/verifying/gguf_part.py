@@ -22,7 +22,6 @@ from reap2gguf.verifying.gguf_file import (
     expected_gguf,
     expected_side,
     open_gguf,
-    types_by_tensor,
 )
 from reap2gguf.verifying.imatrix_files import check_dat, check_entries, check_imatrix, open_imatrix
 from reap2gguf.verifying.report import Level
@@ -103,19 +102,19 @@ class GgufPart:
     def _check_side(self, side: SideRecord) -> Iterator[str]:
         """A side file, such as a vision projector: what its header says, then its values."""
         check, path = self.check, self.folder / side.file
+        expected = expected_side(check.manifest, side)
         header, _ = open_gguf(path)
         if header is not None:
             yield from check_side_facts(check.manifest, side, header)
         if not check.strictness.reads_values:
-            if header is not None:
-                yield from check_tensor_types(header, types_by_tensor(side.tensors))
+            if header is not None and expected.tensor_types is not None:
+                yield from check_tensor_types(header, expected.tensor_types)
             return
         source = None
         if self.reference is not None:
             weights, model = self.reference
             sides = model.side_files(weights.folder, weights.tensors)
             source = (weights, sides) if sides else None
-        expected = expected_side(check.manifest, side)
         how = check.n_threads, check.progress, self._exactness
         yield from check_side_file(path, expected, source, *how)
         self._reached(source, (side.file,), side.tensors.values())

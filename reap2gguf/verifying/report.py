@@ -6,7 +6,7 @@ it was compared with, and does not call a hash a comparison of values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -106,16 +106,17 @@ def with_error(violations: Iterator[str], where: str) -> Iterator[str]:
         yield f"{where}: cannot be read ({error.strerror or error})"
 
 
-def passed_checks(n_stored: int, n_tensors: Mapping[str, int]) -> list[str]:
-    """What a build has verified, one line each, as its manifest records it.
-
-    `n_stored` is the number of tensors in the safetensors, `n_tensors` that in each GGUF file.
-    """
-    first = f"safetensors: {n_stored} tensors equal the source's, byte for byte"
-    how = "tensors by name, shape, type and value"
-    return [first, *(f"{name}: {count} {how}" for name, count in n_tensors.items())]
+def passed_folder(n_tensors: int) -> str:
+    """What a build has verified of the safetensors, as its manifest records it."""
+    return f"safetensors: {n_tensors} tensors equal the source's, byte for byte"
 
 
-def passed_summary(passed: list[str]) -> str:
-    """The same in a few words, for the card."""
+def passed_file(name: str, n_tensors: int, level: Level) -> str:
+    """What a build has verified of a GGUF file, as its manifest records it."""
+    how = "byte for byte" if level is Level.EXACT else "values within bounds"
+    return f"{name}: {n_tensors} tensors by name, shape and type, {how}"
+
+
+def passed_summary(passed: Sequence[str]) -> str:
+    """All that a build has verified in a few words, for the card."""
     return f"{len(passed)} checks passed"
