@@ -272,13 +272,16 @@ def verify(
     report lists what is wrong, how strictly each file was compared, and what could not be checked.
     Raises UsageError if the paths are neither, and what opening a model raises for `source`.
     """
-    from reap2gguf.verifying.against_source import open_source
     from reap2gguf.verifying.bundle import verify_paths
     from reap2gguf.verifying.context import Strictness
 
     given, n_threads = [Path(path) for path in paths], threads or available_threads()
     shown = _progress(progress)
-    with open_source(None if source is None else str(source), shown) as opened:
+    if source is None:
+        return verify_paths(given, n_threads, shown, Strictness(exact))
+    from reap2gguf.verifying.against_source import open_source
+
+    with open_source(str(source), shown) as opened:
         return verify_paths(given, n_threads, shown, Strictness(exact, opened))
 
 

@@ -86,14 +86,8 @@ class OpenSource:
 
 
 @contextmanager
-def open_source(model: str | None, progress: Progress) -> Iterator[OpenSource | None]:
-    """MODEL, which is downloaded where it is compared; None without one.
-
-    Raises what opening a model raises.
-    """
-    if model is None:
-        yield None
-        return
+def open_source(model: str, progress: Progress) -> Iterator[OpenSource]:
+    """MODEL, which is downloaded where it is compared. Raises what opening a model raises."""
     source = resolve_source(model, progress.note)
     source.complete(progress.note)
     with source.open(progress.note) as checkpoint:

@@ -14,17 +14,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.card import CardNames, gguf_body, gguf_card, hf_body, hf_card
-from reap2gguf.bundle.front_matter import front_matter, with_base_model
 from reap2gguf.bundle.layout import CARD_FILE, gguf_name
 from reap2gguf.bundle.manifest import hash_file
-from reap2gguf.bundle.modelfile import modelfile, with_join_commands
 from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.checkpoint.writer import index_text, shard_names
 from reap2gguf.files import is_own_file
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.card import CardNames
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.checkpoint.checkpoint import Checkpoint
 
@@ -60,6 +58,10 @@ def check_cards(
 def _card(
     manifest: Manifest, path: Path, inherited: Path, has_source: bool, of_gguf: bool = False
 ) -> Generated:
+    # huggingface_hub, which reads front matter, takes a second to load
+    from reap2gguf.bundle.card import gguf_body, gguf_card, hf_body, hf_card
+    from reap2gguf.bundle.front_matter import front_matter, with_base_model
+
     text = _read(path)
     if text is None:
         return Generated(path, (f"{_where(path)} is too large for a card",), False)
@@ -75,6 +77,8 @@ def _card(
 
 def _published_names(manifest: Manifest, card: str) -> CardNames | None:
     """The repositories that a published card names; the manifest has their names, not the owner."""
+    from reap2gguf.bundle.card import CardNames
+
     name = manifest.hf.folder
     found = re.search(rf"(?<![\w./-])([\w.-]{{1,96}})/{re.escape(name)}(?![\w.-])", card)
     if found is None:
@@ -88,6 +92,8 @@ def check_modelfile(manifest: Manifest, path: Path, source: Path | None) -> Gene
 
     If `source` is None, the parameters and comments are left out of the comparison.
     """
+    from reap2gguf.bundle.modelfile import modelfile, with_join_commands
+
     text = _read(path)
     if text is None:
         return Generated(path, (f"{_where(path)} is too large for a Modelfile",), False)
