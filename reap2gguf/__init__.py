@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
     from reap2gguf.progress import ProgressEvent
-    from reap2gguf.verifying.bundle import VerifyReport
+    from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -83,7 +83,7 @@ _HOMES = {
     "gguf_files.imatrix": ("Imatrix",),
     "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
     "progress": ("ProgressEvent",),
-    "verifying.bundle": ("VerifyReport",),
+    "verifying.report": ("VerifyReport",),
 }
 
 

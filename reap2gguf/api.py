@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from reap2gguf.hub.source import Source
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-    from reap2gguf.verifying.bundle import VerifyReport
+    from reap2gguf.verifying.report import VerifyReport
 
 ProgressLike = Callable[[ProgressEvent], None] | Progress | None
 PathLike = Path | str
@@ -269,16 +269,30 @@ def quantize(
 
 
 def verify(
-    *paths: PathLike, threads: int | None = None, progress: ProgressLike = None
+    *paths: PathLike,
+    source: PathLike | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+    progress: ProgressLike = None,
 ) -> VerifyReport:
     """Check a bundle, or a safetensors folder and GGUF files made from it.
 
-    What is wrong is listed in the report. Raises UsageError if the paths are neither.
+    With `source`, the MODEL that was pruned, the bundle is compared with it byte for byte. `exact`
+    quantizes every tensor again and compares the bytes, which takes as long as the export did. The
+    report lists what is wrong, how strictly each file was compared, and what could not be checked.
+    Raises UsageError if the paths are neither, and what opening a model raises for `source`.
     """
     from reap2gguf.verifying.bundle import verify_paths
+    from reap2gguf.verifying.context import Strictness
 
-    given = [Path(path) for path in paths]
-    return verify_paths(given, threads or available_threads(), _progress(progress))
+    given, n_threads = [Path(path) for path in paths], threads or available_threads()
+    shown = _progress(progress)
+    if source is None:
+        return verify_paths(given, n_threads, shown, Strictness(exact))
+    from reap2gguf.verifying.against_source import open_source
+
+    with open_source(str(source), shown) as opened:
+        return verify_paths(given, n_threads, shown, Strictness(exact, opened))
 
 
 def _export(
@@ -292,8 +306,8 @@ def _export(
     """Write one GGUF file; its journal lies beside it until it is complete."""
     from reap2gguf.atomic import remove
     from reap2gguf.building.keys import export_key
-    from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.header_facts import HeaderNames
+    from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
 
     name = opened.source.short_name

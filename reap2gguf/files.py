@@ -99,6 +99,16 @@ def leads_out(path: Path, folder: Path) -> bool:
     return not any(target.is_relative_to(place) for place in allowed)
 
 
+def is_own_file(path: Path) -> bool:
+    """Whether a plain file lies in its folder itself, and not behind a link.
+
+    In the Hub's cache, every file of a snapshot is a link to its blob, which is allowed.
+    """
+    if path.is_symlink() and (cached_blob(path) is None or leads_out(path, path.parent)):
+        return False
+    return is_plain(path)
+
+
 def file_sha256(path: Path, advance: Advance | None = None) -> str:
     """SHA-256 of a plain file's bytes, in hexadecimal. Raises OSError.
 

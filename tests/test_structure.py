@@ -161,6 +161,19 @@ COVERED_BY = [
         "bounds are what they let pass and what they find",
         ("verifying/exactness.py", "verifying/matrices.py"),
     ),
+    (
+        "verifying/test_facts.py",
+        "each fact is changed in a whole bundle",
+        ("verifying/gguf_part.py", "verifying/imatrix_files.py"),
+    ),
+    (
+        "verifying/test_against_source.py",
+        "the report of a comparison with the source is the fullest",
+        (
+            "terminal/report_views.py", "verifying/context.py", "verifying/exactness.py",
+            "verifying/report.py",
+        ),
+    ),
 ]  # fmt: skip
 
 # Distributions that are imported but not declared, and the reverse; each with the reason.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
-from reap2gguf.checkpoint.writer import write_arrays
+from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
 
@@ -87,6 +87,12 @@ class Observations:
             words = {name: metadata[name] for name in _METADATA if name not in _NUMBERS}
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
+        try:
+            check_arrays(metadata, named_layers(layers))
+        except ValueError as error:
+            raise ArtifactError(
+                f"{path}: damaged ({error}); remove it and run the same command again"
+            ) from error
         return cls(layers=layers, **numbers, **words)  # type: ignore[arg-type]
 
 

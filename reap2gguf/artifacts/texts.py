@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from reap2gguf.bundle.manifest import ComponentRecord, component_records
 from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
-from reap2gguf.checkpoint.writer import write_arrays
+from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 
 Row = npt.NDArray[np.int64]  # token ids, shape (n,)
@@ -84,6 +84,7 @@ class Texts:
             read_header(path)  # every number is bounded before anything is read
             metadata = read_metadata(path)
             arrays = load_file(path)
+            check_arrays(metadata, arrays)
             rows = ObservationRows(
                 metadata["rows_label"],
                 metadata["rows_sha256"],

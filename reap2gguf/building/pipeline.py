@@ -79,7 +79,13 @@ def _run_stages(run: Run) -> BuildResult | None:
     verified = run.do(Verify(run, pruned, exported))
 
     evidence = Evidence(
-        observed.result, observed.sha256, texts.result, kept, importance.facts, verified.result
+        observed.result,
+        observed.sha256,
+        texts.result,
+        kept,
+        importance.facts,
+        verified.result.passed,
+        {**importance.seals, **verified.result.seals},
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
 from reap2gguf.atomic import PART, remove, write_whole
+from reap2gguf.building.seals import Seal, refuse_changed
 from reap2gguf.bundle.card import gguf_card, hf_card
-from reap2gguf.bundle.layout import CALIBRATION_FILE, CARD_FILE, MANIFEST_FILE, MODELFILE
+from reap2gguf.bundle.layout import (
+    CALIBRATION_FILE,
+    CARD_FILE,
+    MANIFEST_FILE,
+    MODELFILE,
+    SUMS_FILE,
+)
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
+    FileRecord,
     FolderRecord,
     GgufRecord,
     Manifest,
@@ -23,14 +31,18 @@ from reap2gguf.bundle.manifest import (
     PruningRecord,
     SideRecord,
     SourceRecord,
+    hash_file,
 )
+from reap2gguf.bundle.members import check_members, gguf_members, hf_members
 from reap2gguf.bundle.modelfile import modelfile
-from reap2gguf.bundle.sums import hash_folder, write_sums
+from reap2gguf.bundle.sums import compose_sums
+from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
+from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.artifacts.texts import ImatrixChunks, Texts
+    from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.models.description import SideFile
@@ -50,11 +62,12 @@ class Evidence:
     kept: Kept
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
+    seals: Mapping[str, Seal]  # the verified files, by path below the work folder
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
     """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
-    n_checks = len(evidence.checks)
+    passed = list(evidence.checks)
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
@@ -70,9 +83,9 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         ),
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
-        verification={"summary": f"{n_checks} checks passed", "passed": list(evidence.checks)},
+        verification={"summary": passed_summary(passed), "passed": passed},
     )
-    return _write(plan, work, evidence.texts.chunks, manifest)
+    return _write(plan, work, evidence, manifest)
 
 
 def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
@@ -124,23 +137,50 @@ def _calibration_record(plan: Plan, observations: Observations, texts: Texts) ->
     )
 
 
-def _write(plan: Plan, work: Workdir, chunks: ImatrixChunks, manifest: Manifest) -> Manifest:
+def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) -> Manifest:
+    """Write what is left of both folders; what was verified is not written and not hashed again."""
     source_card = plan.source.folder / CARD_FILE
-    threads = plan.options.compute.threads
-    # of interrupted attempts; and a manifest cannot hold its own hash
+    # of interrupted attempts
     for stale in (*work.hf.glob(f"*{PART}"), *work.gguf.glob(f"*{PART}")):
         remove(stale)
-    remove(work.hf / MANIFEST_FILE)
+    for made in (work.hf / CARD_FILE, work.hf / MANIFEST_FILE, work.gguf / SUMS_FILE):
+        remove(made)
+    files = _sealed(work, work.hf, evidence)
     write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
-    files = hash_folder(work.hf, threads)
-    manifest = replace(manifest, hf=replace(manifest.hf, files=files))
+    files[CARD_FILE] = hash_file(work.hf / CARD_FILE)
+    manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(files.items()))))
     manifest.save(work.hf)
-    write_whole(work.gguf / CALIBRATION_FILE, chunks.text)
-    write_whole(work.gguf / CARD_FILE, gguf_card(manifest, source_card))
-    write_whole(work.gguf / MODELFILE, modelfile(manifest, plan.source.folder))
-    manifest.save(work.gguf)
-    write_sums(work.gguf, threads)
+    written = {
+        CALIBRATION_FILE: evidence.texts.chunks.text,
+        CARD_FILE: gguf_card(manifest, source_card),
+        MODELFILE: modelfile(manifest, plan.source.folder),
+        MANIFEST_FILE: manifest.text(),
+    }
+    for name, text in written.items():
+        write_whole(work.gguf / name, text)
+    files = _sealed(work, work.gguf, evidence)
+    files |= {name: hash_file(work.gguf / name) for name in written}
+    sums = compose_sums({name: file.sha256 for name, file in files.items()})
+    write_whole(work.gguf / SUMS_FILE, sums)
+    _refuse_strays(work, manifest)
     return manifest
+
+
+def _sealed(work: Workdir, folder: Path, evidence: Evidence) -> dict[str, FileRecord]:
+    """The verified files of a folder, by name. Raises OutputError for one that changed since."""
+    sealed = {
+        name: one for name, one in evidence.seals.items() if (work.root / name).parent == folder
+    }
+    refuse_changed(work.root, {name: (one.n_bytes, one.changed_ns) for name, one in sealed.items()})
+    return {Path(name).name: one.record for name, one in sealed.items()}
+
+
+def _refuse_strays(work: Workdir, manifest: Manifest) -> None:
+    """Raises VerificationError for a file that another program has put into the work folder."""
+    strays = [*check_members(work.hf, hf_members(manifest))]
+    strays += check_members(work.gguf, gguf_members(manifest))
+    if strays:
+        raise VerificationError(strays, f"nothing was published; look into {work.root}")
 
 
 def program_versions() -> dict[str, str]:

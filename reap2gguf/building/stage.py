@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.keys import BuildKeys, sweep_key
+from reap2gguf.building.seals import Stamps, changed, stamps
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
@@ -56,6 +57,7 @@ class Stage(ABC, Generic[Result]):
     name: ClassVar[str]
     is_shared: ClassVar[bool] = False  # its file is named by its key, for all builds of an output
     is_sweep: ClassVar[bool] = False  # every process of a torchrun build computes its share
+    undoes: ClassVar[bool] = True  # whether stages after it are done again where its files changed
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -90,6 +92,13 @@ class Stage(ABC, Generic[Result]):
     def facts(self) -> Mapping[str, Any]:
         """What `compute` returned, now or in an earlier run."""
         return self.run.marks.facts(self.name)
+
+    def is_intact(self) -> bool:
+        """Whether its outputs are as it left them, beyond their sizes and times of change.
+
+        If not, it is done again; VerificationError if that cannot help.
+        """
+        return True
 
     @property
     def compute_options(self) -> ComputeOptions:
@@ -150,13 +159,20 @@ class Run:
                 stage.compute()
             return stage
         stage.key = stage.make_key()
-        reused = self._is_done(stage)
+        is_marked = self._is_marked(stage)
+        reused = is_marked and self._is_as_left(stage)
+        if is_marked and not reused:
+            self.progress.note(f"{stage.name}: its files have changed since, done again")
+            self.marks.void(stage.name)
         if stage.is_sweep:
             self.agree(lambda: _NO_KEY if reused else stage.key)
         with self._counted(stage, reused):
             if not reused:
-                self._begin(stage)
-                self.marks.finish(stage.name, stage.key, stage.compute())
+                self._begin(stage, undoes=stage.undoes or not is_marked)
+                facts = stage.compute()
+                outputs = () if stage.is_shared else stage.outputs
+                kept = stamps(self.work.root, outputs)
+                self.marks.finish(stage.name, stage.key, facts, kept)
             for state in self.work.root.glob(f"{stage.name}.state*"):
                 remove(state)  # of a sweep whose result is there
         return stage
@@ -169,19 +185,26 @@ class Run:
 
         return join().broadcast(decide() if self.is_first else None)
 
-    def _is_done(self, stage: Stage[Any]) -> bool:
+    def _is_marked(self, stage: Stage[Any]) -> bool:
+        """Whether a stage was finished with these inputs and its outputs are there."""
         if not all(path.exists() for path in stage.outputs):
             return False
         if stage.is_shared and not self.work.is_fresh:
             return True  # whichever build made it
         return self.marks.is_done(stage.name, stage.key)
 
-    def _begin(self, stage: Stage[Any]) -> None:
-        """Resume a stage, or start from scratch if its inputs have changed."""
+    def _is_as_left(self, stage: Stage[Any]) -> bool:
+        """Whether nobody has written to a finished stage's outputs since."""
+        if stage.is_shared:
+            return True  # its file has a checksum of its own, which is compared when it is read
+        return not changed(self.work.root, self.marks.stamps(stage.name)) and stage.is_intact()
+
+    def _begin(self, stage: Stage[Any], undoes: bool) -> None:
+        """Resume a stage, or start from scratch if its inputs or its files have changed."""
         if stage.is_shared:
             return
         names = [one.name for one in self.order if not one.is_shared]
-        undone = names[names.index(stage.name) :]
+        undone = names[names.index(stage.name) :] if undoes else []
         if not self.marks.was_begun(stage.name, stage.key):
             # after a kill, files of another attempt must not look like those of this one
             self.marks.begin(stage.name, _NOTHING, undone)
@@ -206,6 +229,7 @@ class Mark:
     key: str
     is_done: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    stamps: Stamps = field(default_factory=dict)  # of its outputs when it was finished
 
 
 class StageMarks:
@@ -230,9 +254,17 @@ class StageMarks:
         kept = {name: mark for name, mark in self._marks.items() if name not in undone}
         self._write(kept | {stage: Mark(key)})
 
-    def finish(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
+    def finish(self, stage: str, key: str, facts: Mapping[str, Any], kept: Stamps) -> None:
         """A stage is finished with these inputs; `facts` is plain JSON."""
-        self._write(self._marks | {stage: Mark(key, True, facts)})
+        self._write(self._marks | {stage: Mark(key, True, facts, kept)})
+
+    def void(self, stage: str) -> None:
+        """A stage's outputs are not what it left: it cannot be resumed either."""
+        self._write(self._marks | {stage: Mark(_NOTHING)})
+
+    def stamps(self, stage: str) -> Stamps:
+        """The stamps of a finished stage's outputs."""
+        return self._marks[stage].stamps
 
     def facts(self, stage: str) -> Mapping[str, Any]:
         """The facts of a finished stage."""
@@ -248,6 +280,13 @@ def _read_marks(path: Path) -> dict[str, Mark]:
     if not path.is_file():
         return {}
     try:
-        return {name: Mark(**values) for name, values in read_json(path).items()}
-    except (CheckpointError, TypeError):
+        return {name: _mark(**values) for name, values in read_json(path).items()}
+    except (CheckpointError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def _mark(
+    key: str, is_done: bool, facts: Mapping[str, Any], stamps: Mapping[str, Sequence[int]]
+) -> Mark:
+    kept = {name: (int(n_bytes), int(ns)) for name, (n_bytes, ns) in stamps.items()}
+    return Mark(key, is_done, facts, kept)

@@ -6,6 +6,7 @@ To add one, write its class, put it into `STAGES`, and call it in `pipeline.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,12 @@ from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.estimate import exact_recipes
 from reap2gguf.building.keys import stage_key
+from reap2gguf.building.seals import Seal, Stamps, read_seals, seal, stamps, unsealed
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
-from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
+from reap2gguf.bundle.layout import CARD_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE
 from reap2gguf.bundle.manifest import hash_file
+from reap2gguf.bundle.members import check_members
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
@@ -31,11 +34,12 @@ from reap2gguf.exporting.model_files import (
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
-from reap2gguf.pruning.write import write_pruned
+from reap2gguf.pruning.write import write_pruned, written_names
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
+from reap2gguf.verifying.report import Level, passed_file, passed_folder
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
@@ -129,6 +133,7 @@ class Prune(Stage[None]):
     """Writes the pruned safetensors."""
 
     name = "prune"
+    undoes = False  # later stages read the source; only `verify` reads its files
 
     def __init__(self, run: Run, pruned: PrunedView) -> None:
         super().__init__(run)
@@ -183,7 +188,7 @@ class Importance(Stage[Imatrix]):
 
     @property
     def outputs(self) -> Sequence[Path]:
-        return (self.path,)
+        return (self.path, self.path.with_name(IMATRIX_DAT_FILE))
 
     def clear(self) -> None:
         remove(self.run.work.gguf)
@@ -197,10 +202,19 @@ class Importance(Stage[Imatrix]):
             self.run.progress,
             self._probe,
         )
-        if self.run.is_first:
-            make_folder(self.run.work.gguf)
-            save_both(imatrix, self.path)
-        return {"mtp_hits": report.mtp_hits}
+        if not self.run.is_first:
+            return {}
+        make_folder(self.run.work.gguf)
+        save_both(imatrix, self.path)
+        return {"mtp_hits": report.mtp_hits, "seals": _sealed(self.run, self.outputs)}
+
+    @property
+    def seals(self) -> Mapping[str, Seal]:
+        """Both files as they were written."""
+        return read_seals(self.facts.get("seals"))
+
+    def is_intact(self) -> bool:
+        return bool(self.seals) and not _unsealed(self.run, self.seals)
 
     def load(self) -> Imatrix:
         return load_imatrix(self.path)
@@ -297,10 +311,19 @@ class Export(Stage[None]):
         """Only verification reads its files."""
 
 
-class Verify(Stage[list[str]]):
+@dataclass(frozen=True)
+class Verified:
+    """What was checked, one line each, and the files as they were then."""
+
+    passed: list[str]
+    seals: Mapping[str, Seal]  # by path below the work folder
+
+
+class Verify(Stage[Verified]):
     """Reads both formats back from the disk and compares them with the plan and the source.
 
-    Its result is what was checked, one line each. Raises VerificationError if anything differs.
+    Its result says what was checked, and seals the files, so that nothing else is published. Raises
+    VerificationError if anything differs.
     """
 
     name = "verify"
@@ -318,38 +341,70 @@ class Verify(Stage[list[str]]):
         return (self.run.work.hf, *self._export.outputs)
 
     def compute(self) -> Mapping[str, Any]:
+        for name in (CARD_FILE, MANIFEST_FILE):
+            remove(self.run.work.hf / name)  # of an interrupted record, made again after this
+        before = stamps(self.run.work.root, self.outputs)
         violations, passed = self._check()
         if violations:
             raise VerificationError(violations, "run it again; if it fails again, add --fresh")
-        return {"passed": passed}
+        # of the bytes that were verified, or it is refused
+        return {"passed": passed, "seals": _sealed(self.run, self.outputs, before)}
+
+    def is_intact(self) -> bool:
+        """Raises VerificationError for a file whose bytes are not those that were verified."""
+        run = self.run
+        if not (names := _unsealed(run, self.result.seals)):
+            return bool(self.result.seals)
+        for stage in (Prune, Export, Verify):
+            run.marks.void(stage.name)
+        raise VerificationError(
+            [
+                f"{run.work.root / name}: its SHA-256 is not that of what was verified"
+                for name in names
+            ],
+            "run the same command again: these files are written and verified again",
+        )
 
     def _check(self) -> tuple[list[str], list[str]]:
         """What differs from the plan, and what was checked."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
-        violations = check_pruned(run.work.hf, pruned, progress)
-        n_tensors = len(pruned.tensors)
-        passed = [f"safetensors: {n_tensors} tensors equal the source's, byte for byte"]
+        violations = [*check_members(run.work.hf, written_names(pruned))]
+        violations += check_pruned(run.work.hf, pruned, progress)
+        passed = [passed_folder(len(pruned.tensors))]
         exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
         for path, recipe in self._export.files.items():
             expected = self._export.expected(recipe)
             exactness = self._export.exactness(recipe.name in exact)
             opened = pruned, model
             violations += check_gguf(path, expected, opened, threads, progress, exactness)
-            how = "byte for byte" if exactness.every_type else "values within bounds"
-            passed.append(
-                f"{path.name}: {len(recipe.table)} tensors by name, shape and type, {how}"
-            )
+            level = Level.EXACT if exactness.every_type else Level.VALUES
+            passed.append(passed_file(path.name, len(recipe.table), level))
         for path, side in self._export.sides.items():
             expected = ExpectedGguf(side.tensor_types(), names=self._export.names())
             source = (pruned, model, [side])
             violations += check_side_file(path, expected, source, threads, progress)
-            checked = f"{len(side.tensors)} tensors by name, shape and type, byte for byte"
-            passed.append(f"{path.name}: {checked}")
+            passed.append(passed_file(path.name, len(side.tensors), Level.EXACT))
         return violations, passed
 
-    def load(self) -> list[str]:
-        return list(self.facts["passed"])
+    def load(self) -> Verified:
+        return Verified(list(self.facts["passed"]), read_seals(self.facts.get("seals")))
+
+
+def _sealed(
+    run: Run, outputs: Sequence[Path], before: Stamps | None = None
+) -> Mapping[str, Mapping[str, Any]]:
+    """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
+    kept = stamps(run.work.root, outputs) if before is None else before
+    threads = run.plan.options.compute.threads
+    sealed = seal(run.work.root, kept, threads, run.progress)
+    return {name: asdict(one) for name, one in sealed.items()}
+
+
+def _unsealed(run: Run, seals: Mapping[str, Seal]) -> list[str]:
+    """The files of a stage that do not have their seals."""
+    threads = run.plan.options.compute.threads
+    return unsealed(run.work.root, seals, threads, run.progress)
 
 
 STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)

@@ -115,7 +115,7 @@ class Workdir:
         """
         self._drop_discarded()
         if (self.root / _FINALIZING).is_file():
-            self._finalize()
+            self._resume_finalize()
         for final in (self.final_hf, self.final_gguf):
             self._check_replaceable(final)
         if fresh:
@@ -195,17 +195,24 @@ class Workdir:
 
         `inputs` is the key of everything that went in. If it is interrupted, `prepare` finishes it.
         """
-        files = {
-            f"{final.name}/{file.name}": file.stat().st_size
-            for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf))
+        stats = {
+            f"{final.name}/{file.name}": file.stat()
+            for made, final in self._places
             for file in sorted(made.iterdir())
         }
-        record = {"inputs": inputs, "files": files, "stages": costs}
+        files = {name: stat.st_size for name, stat in stats.items()}
+        times = {name: stat.st_mtime_ns for name, stat in stats.items()}
+        record = {"inputs": inputs, "files": files, "changed_ns": times, "stages": costs}
         write_whole(self.root / _FINALIZING, json.dumps(record, indent=1) + "\n")
         self._finalize()
 
+    @property
+    def _places(self) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+        """Where each folder is made, and where it belongs."""
+        return (self.hf, self.final_hf), (self.gguf, self.final_gguf)
+
     def _finalize(self) -> None:
-        for made, final in ((self.hf, self.final_hf), (self.gguf, self.final_gguf)):
+        for made, final in self._places:
             if not made.exists():
                 continue  # has its name already
             old = self.root / f"old-{final.name}"
@@ -214,6 +221,39 @@ class Workdir:
                 rename(final, old)
             rename(made, final)
         self._discard()
+
+    def _resume_finalize(self) -> None:
+        """Finish an interrupted `finalize`, unless a file has changed since it began.
+
+        Then the folders go back, and the stages find out which of them has to be done again.
+        """
+        if self._is_as_recorded():
+            self._finalize()
+            return
+        for made, final in self._places:
+            if not made.exists() and final.exists():
+                rename(final, made)
+        remove(self.root / _FINALIZING)
+
+    def _is_as_recorded(self) -> bool:
+        """Whether each file has the size and the time of change that `finalize` recorded."""
+        try:
+            record = read_json(self.root / _FINALIZING)
+        except CheckpointError:
+            return False
+        sizes, times = record.get("files"), record.get("changed_ns")
+        if not isinstance(sizes, dict) or not isinstance(times, dict):
+            return False
+        places = {final.name: made if made.exists() else final for made, final in self._places}
+        for name, n_bytes in sizes.items():
+            folder, _, file = name.partition("/")
+            path = places.get(folder, self.root) / file
+            if not path.is_file():
+                return False
+            stat = path.stat()
+            if (stat.st_size, stat.st_mtime_ns) != (n_bytes, times.get(name)):
+                return False
+        return True
 
     def is_finished(self, inputs: str) -> bool:
         """Whether the final files were made from these inputs and all have their sizes."""

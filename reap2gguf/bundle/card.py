@@ -125,10 +125,15 @@ vllm serve {argument(name)} --speculative-config '{config}'
 """
 
 
-def gguf_card(manifest: Manifest, source_card: Path) -> str:
-    """The card of the GGUF folder; the generation config lies beside the source's card."""
+def gguf_card(manifest: Manifest, source_card: Path, samples: bool | None = None) -> str:
+    """The card of the GGUF folder.
+
+    `samples` is as in `gguf_body`; if None, it is found in the generation config that lies beside
+    the source's card.
+    """
     front = new_front_matter(manifest, source_card, "gguf")
-    samples = read_sampling(source_card.parent).is_recommended
+    if samples is None:
+        samples = read_sampling(source_card.parent).is_recommended
     return front + gguf_body(manifest, local_names(manifest), samples)
 
 

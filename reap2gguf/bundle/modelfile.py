@@ -11,11 +11,11 @@ raw prompt, and the user has to add a TEMPLATE. A comment in the file says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.bundle.card_files import DRAFTED
+from reap2gguf.bundle.card_files import DRAFTED, join_command
 from reap2gguf.bundle.layout import MODELFILE
 from reap2gguf.bundle.markdown import argument
 from reap2gguf.bundle.sampling import GENERATION_FILE, read_sampling
@@ -25,7 +25,7 @@ from reap2gguf.messages import is_visible, one_line
 from reap2gguf.tokenizer.tokenizer_files import special_tokens
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.manifest import GgufRecord, Manifest
 
 # llama.cpp's names of a sampling's numbers, as Ollama calls them
 _OLLAMA = {
@@ -62,6 +62,12 @@ def modelfile(manifest: Manifest, source: Path) -> str:
         "# `ollama show --template` prints only {{ .Prompt }}, add a TEMPLATE in Go's syntax.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_join_commands(text: str, records: Sequence[GgufRecord]) -> str:
+    """A Modelfile that begins with the commands that join files in parts: Ollama reads none."""
+    commands = [f"# Ollama cannot read parts: {join_command(r)}\n" for r in records if r.parts]
+    return "".join(command for command in commands if command not in text) + text
 
 
 def _parameters(source: Path) -> Iterator[str]:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 
 from reap2gguf.atomic import remove, write_whole
-from reap2gguf.bundle.layout import HUB_FILES, MANIFEST_FILE, SUMS_FILE
+from reap2gguf.bundle.layout import SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, Manifest, hash_file
-from reap2gguf.files import Advance, is_plain, is_plain_name
+from reap2gguf.bundle.members import shown_name
+from reap2gguf.files import Advance, is_own_file, is_plain_name
 
 _MAX_SUMS_BYTES = 2**22  # some ten thousand files
-_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
+_ANY_SIZE = -1  # SHA256SUMS does not hold sizes
+_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\r\n]+)")
 
 
 def hash_folder(folder: Path, n_threads: int) -> dict[str, FileRecord]:
     """Size and hash of every file in a folder, by name."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return hash_files([file for file in folder.iterdir() if is_own_file(file)], n_threads)
+
+
+def hash_files(files: Iterable[Path], n_threads: int) -> dict[str, FileRecord]:
+    """Size and hash of some files of one folder, by name."""
+    found = sorted(files)
     with ThreadPoolExecutor(n_threads) as pool:
-        return dict(zip((f.name for f in files), pool.map(hash_file, files), strict=True))
+        return dict(zip((f.name for f in found), pool.map(hash_file, found), strict=True))
 
 
 def compose_sums(hashes: Mapping[str, str]) -> str:
@@ -29,22 +37,33 @@ def compose_sums(hashes: Mapping[str, str]) -> str:
     return "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(hashes.items()))
 
 
-def parse_sums(text: str) -> tuple[dict[str, str], list[int]]:
-    """The hashes in the text of SHA256SUMS by file name, and the numbers of malformed lines."""
+def parse_sums(text: str) -> tuple[dict[str, str], list[str]]:
+    """The hashes in the text of SHA256SUMS by file name, and what is wrong with its lines.
+
+    `sha256sum -c` checks every line. So a name has one line only, or two readers of one text could
+    expect different hashes.
+    """
     hashes: dict[str, str] = {}
-    malformed: list[int] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    problems: list[str] = []
+    previous = ""
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         match = _SUM_LINE.fullmatch(line)
         if match is None:
-            malformed.append(number)
-        else:
-            hashes[match[2]] = match[1]
-    return hashes, malformed
+            problems.append(f"line {number} is not a hash and a name")
+            continue
+        name = match[2]
+        if name in hashes:
+            problems.append(f"line {number} names {shown_name(name)} again")
+        elif name < previous:
+            problems.append(f"line {number} ({shown_name(name)}) is not in the order of names")
+        hashes[name] = match[1]
+        previous = max(previous, name)
+    return hashes, problems
 
 
-def read_sums(folder: Path) -> tuple[dict[str, str], list[int]]:
+def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """`parse_sums` of the SHA256SUMS in a folder."""
-    return parse_sums((folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace"))
+    return parse_sums((folder / SUMS_FILE).read_bytes().decode("utf-8", "replace"))
 
 
 def write_sums(folder: Path, n_threads: int) -> None:
@@ -57,7 +76,7 @@ def write_sums(folder: Path, n_threads: int) -> None:
 
 def folder_bytes(*folders: Path) -> int:
     """The size of all files in some folders: how much there is to read for their hashes."""
-    files = (file for folder in folders for file in folder.iterdir() if file.is_file())
+    files = (file for folder in folders for file in folder.iterdir() if is_own_file(file))
     return sum(file.stat().st_size for file in files)
 
 
@@ -71,39 +90,47 @@ def check_hf_hashes(
     n_threads: int = 1,
     advance: Advance = _no_progress,
 ) -> Iterator[str]:
-    """Violations in a safetensors folder: files that are missing, changed or not in the manifest.
+    """Violations in a safetensors folder: files that are missing or changed.
 
-    `advance` is called with the number of bytes of each piece read.
+    `check_members` names those that are too many. `advance` is called with the number of bytes of
+    each piece read.
     """
-    for name in sorted(_present(folder) - manifest.hf.files.keys() - {MANIFEST_FILE}):
-        yield f"{folder.name}: {name} is not in the manifest"
     yield from _compare_hashes(folder, manifest.hf.files, n_threads, advance)
 
 
 def check_sums(
     folder: Path,
+    members: Collection[str],
     n_threads: int,
     absent: Collection[str] = (),
     advance: Advance = _no_progress,
 ) -> Iterator[str]:
-    """Violations in a GGUF folder: files that are missing, changed or not in SHA256SUMS.
+    """Violations in a GGUF folder: files that are missing, changed, or not once in SHA256SUMS.
 
-    Files in `absent` have been reported as missing already. `advance` is as in `check_hf_hashes`.
+    `members` are the names that it must hold, its own name apart. Files in `absent` have been
+    reported as missing already. `advance` is as in `check_hf_hashes`.
     """
     path = folder / SUMS_FILE
-    if not path.is_file():
+    if not is_own_file(path):
         yield f"{folder.name}: {SUMS_FILE} is missing"
         return
     if (size := path.stat().st_size) > _MAX_SUMS_BYTES:
         yield f"{folder.name}: {SUMS_FILE} has {size:,} bytes, expected at most {_MAX_SUMS_BYTES:,}"
         return
-    expected, malformed = read_sums(folder)
-    if malformed:
-        more = f" ({len(malformed) - 1:,} more are not)" if len(malformed) > 1 else ""
-        yield f"{folder.name}: {SUMS_FILE} line {malformed[0]} is not a hash and a name{more}"
-    for name in sorted(_present(folder) - expected.keys() - {SUMS_FILE}):
+    expected, problems = read_sums(folder)
+    if problems:
+        more = f" ({len(problems) - 1:,} more are wrong)" if len(problems) > 1 else ""
+        yield f"{folder.name}: {SUMS_FILE} {problems[0]}{more}"
+    wanted = set(members) - {SUMS_FILE}
+    for name in sorted(wanted - expected.keys()):
         yield f"{folder.name}: {name} is not in {SUMS_FILE}"
-    records = {n: FileRecord(-1, sha256) for n, sha256 in expected.items() if n not in absent}
+    for name in sorted(expected.keys() - wanted):
+        yield f"{folder.name}: {SUMS_FILE} names {shown_name(name)}, which is no part of the bundle"
+    records = {
+        name: FileRecord(_ANY_SIZE, sha256)
+        for name, sha256 in expected.items()
+        if name in wanted and name not in absent
+    }
     yield from _compare_hashes(folder, records, n_threads, advance)
 
 
@@ -115,9 +142,9 @@ def _compare_hashes(
 ) -> Iterator[str]:
     present = []
     for name in expected:
-        if not is_plain_name(name) or not is_plain(folder / name):
+        if not is_plain_name(name) or not os.path.lexists(folder / name):
             yield f"{folder.name}: {name} is missing"
-        else:
+        elif is_own_file(folder / name):  # `check_members` has reported what is not
             present.append(name)
     lock, stopped = Lock(), Event()
 
@@ -131,11 +158,13 @@ def _compare_hashes(
         try:
             found = pool.map(lambda name: hash_file(folder / name, report), present)
             for name, record in zip(present, found, strict=True):
-                if record.sha256 != expected[name].sha256:
+                wanted = expected[name]
+                if record.sha256 != wanted.sha256:
                     yield f"{folder.name}: {name} has a different SHA-256 than the build recorded"
+                elif wanted.n_bytes not in (_ANY_SIZE, record.n_bytes):
+                    yield (
+                        f"{folder.name}: {name} has {record.n_bytes:,} bytes, the manifest says "
+                        f"{wanted.n_bytes:,}"
+                    )
         finally:
             stopped.set()
-
-
-def _present(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir() if file.is_file()} - HUB_FILES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from reap2gguf.atomic import whole_file, write_whole
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
+CHECKSUM = "sha256"  # the key in a file's metadata
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what huggingface_hub cuts at
 _FROM_NUMPY = {
     "float64": "F64",
@@ -71,14 +73,19 @@ def write_checkpoint(
             write_safetensors(folder / name, shard, contents, {"format": "pt"}, wrote)
     if len(shards) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
-        index = {
-            "metadata": {
-                "total_parameters": sum(t.n_elements for t in tensors),
-                "total_size": sum(t.n_bytes for t in tensors),
-            },
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        write_whole(folder / INDEX_NAME, index_text(tensors, weight_map))
+
+
+def index_text(tensors: Collection[StoredTensor], weight_map: Mapping[str, str]) -> str:
+    """The text of the index of a checkpoint in several files; `weight_map` is tensor to file."""
+    index = {
+        "metadata": {
+            "total_parameters": sum(t.n_elements for t in tensors),
+            "total_size": sum(t.n_bytes for t in tensors),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return json.dumps(index, indent=2) + "\n"
 
 
 def write_safetensors(
@@ -103,9 +110,36 @@ def write_safetensors(
 def write_arrays(
     path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str]
 ) -> None:
-    """Write arrays that are in memory as one safetensors file, whole or not at all."""
+    """Write arrays that are in memory as one safetensors file, whole or not at all.
+
+    A SHA-256 of all of it is in its metadata, so that a damaged file is not taken for a whole one.
+    """
     planned = [stored_array(name, array) for name, array in arrays.items()]
-    write_safetensors(path, planned, lambda tensor: [array_bytes(arrays[tensor.name])], metadata)
+    checked = {**metadata, CHECKSUM: _checksum(arrays, metadata)}
+    write_safetensors(path, planned, lambda tensor: [array_bytes(arrays[tensor.name])], checked)
+
+
+def _checksum(arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of arrays with their names, types and shapes, and of what is said of them."""
+    values = {key: text for key, text in metadata.items() if key != CHECKSUM}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        stored = stored_array(name, array)
+        digest.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
+        digest.update(array_bytes(array))
+    return digest.hexdigest()
+
+
+def check_arrays(
+    metadata: Mapping[str, str], arrays: Mapping[str, npt.NDArray[np.generic]]
+) -> None:
+    """Raises ValueError if this is not what `write_arrays` wrote into one file.
+
+    A file without a checksum was written by another program, and is accepted.
+    """
+    expected = metadata.get(CHECKSUM)
+    if expected is not None and expected != _checksum(arrays, metadata):
+        raise ValueError("what it holds does not have the SHA-256 that is recorded in it")
 
 
 def stored_array(name: str, array: npt.NDArray[np.generic]) -> StoredTensor:

@@ -133,11 +133,12 @@ def _gguf_tensors(imatrix: Imatrix) -> Iterator[tuple[str, Floats]]:
 def save_dat(imatrix: Imatrix, path: Path) -> None:
     """Write the legacy format, which ik_llama.cpp needs, whole or not at all, as `save_gguf`."""
     with whole_file(path) as file:
-        for chunk in _dat_bytes(imatrix):
+        for chunk in dat_bytes(imatrix):
             file.write(chunk)
 
 
-def _dat_bytes(imatrix: Imatrix) -> Iterator[bytes]:
+def dat_bytes(imatrix: Imatrix) -> Iterator[bytes]:
+    """The bytes of the legacy format, entry after entry."""
     # the format cannot tell an entry without data from one of zeros, so it is left out
     entries = [e for _, e in sorted(imatrix.entries.items()) if e.counts.any()]
     yield struct.pack("<i", len(entries))

@@ -405,7 +405,8 @@ def moe_layers_after_dense(read: ConfigReader, key: str) -> tuple[int, ...]:
 def _rewritten(
     config: Mapping[str, Any], sections: tuple[str, ...], changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    found = {key: changes.get(key, value) for key, value in config.items()}
+    # auto_map names Python files of the source's folder, which are neither run nor copied
+    found = {key: changes.get(key, value) for key, value in config.items() if key != "auto_map"}
     if sections and isinstance(found.get(sections[0]), Mapping):
         found[sections[0]] = _rewritten(found[sections[0]], sections[1:], changes)
     return found

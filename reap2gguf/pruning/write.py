@@ -17,7 +17,12 @@ from reap2gguf.atomic import copy_whole, write_whole
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.checkpoint.index import INDEX_NAME
-from reap2gguf.checkpoint.writer import DEFAULT_SHARD_BYTES, write_checkpoint
+from reap2gguf.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    plan_shards,
+    shard_names,
+    write_checkpoint,
+)
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -49,6 +54,13 @@ def write_pruned(
     write_whole(folder / "config.json", config + "\n")
     for file in companion_files(pruned.folder):
         copy_whole(file, folder / file.name)
+
+
+def written_names(pruned: Weights) -> set[str]:
+    """The names of the files that `write_pruned` writes with its default size of shards."""
+    n_shards = len(plan_shards(pruned.tensors.values()))
+    names = {"config.json", *shard_names(n_shards)} | ({INDEX_NAME} if n_shards > 1 else set())
+    return names | {file.name for file in companion_files(pruned.folder)}
 
 
 def companion_files(folder: Path) -> list[Path]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder, output_errors, remove
 from reap2gguf.bundle.card import gguf_body, hf_body
-from reap2gguf.bundle.card_files import CardNames, join_command
 from reap2gguf.bundle.front_matter import front_matter, with_base_model
 from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, MODELFILE, SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, GgufRecord, Manifest, hash_file
+from reap2gguf.bundle.modelfile import with_join_commands
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.sums import compose_sums, read_sums
 from reap2gguf.errors import OutputError, UsageError, VerificationError
@@ -28,6 +28,7 @@ from reap2gguf.publishing.contents import HUB_MAX_BYTES, PreparedFile, PreparedP
 from reap2gguf.verifying.gguf_file import check_experts
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.card_files import CardNames
     from reap2gguf.bundle.opening import OpenBundle
     from reap2gguf.progress import Progress
 
@@ -227,6 +228,5 @@ def _with_join_commands(file: PreparedFile, records: Sequence[GgufRecord]) -> Pr
     if file.n_bytes > _MAX_TEXT_BYTES:
         return file
     text = file.content.read_text(encoding="utf-8", errors="replace")
-    commands = [f"# Ollama cannot read parts: {join_command(r)}\n" for r in records if r.parts]
-    new = [command for command in commands if command not in text]
-    return PreparedFile.of_text(file.name, "".join(new) + text) if new else file
+    new = with_join_commands(text, records)
+    return file if new == text else PreparedFile.of_text(file.name, new)

@@ -21,7 +21,7 @@ from reap2gguf.terminal.click_options import (
     threads_option,
 )
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
-from reap2gguf.terminal.help import command, option
+from reap2gguf.terminal.help import CHECKS, command, option
 
 if TYPE_CHECKING:
     from reap2gguf.building.estimate import Estimate
@@ -85,28 +85,56 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
 
 @command()
 @click.argument("paths", nargs=-1, required=True, type=FolderPath)
+@option("--source", section=CHECKS, metavar="MODEL", help="Compare with the model that was pruned.")
+@option(
+    "--exact",
+    section=CHECKS,
+    is_flag=True,
+    help="Quantize every tensor again and compare the bytes.",
+)
+@option(
+    "--require",
+    section=CHECKS,
+    type=click.Choice(["hashes", "values", "exact"]),
+    help="Fail if a file was compared less strictly.",
+)
 @threads_option
 @llama_cpp_option
 @json_option
 @output_options
-def verify(paths: tuple[Path, ...], threads: int, as_json: bool) -> None:
+def verify(
+    paths: tuple[Path, ...],
+    source: str | None,
+    exact: bool,
+    require: str | None,
+    threads: int,
+    as_json: bool,
+) -> None:
     """Check a bundle, or an HF folder with GGUFs.
 
     Reads everything back from disk and exits with 1 if anything is wrong. PATHS are the folders of
-    a bundle, or a safetensors folder and GGUF files that were made from it.
+    a bundle, or a safetensors folder and GGUF files that were made from it. Prints how strictly
+    each file was compared (hashes, values or exact), and what could not be checked.
 
     \b
     Example:
       reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF
+      reap2gguf verify build/Qwen3-30B-A3B-REAP-0.25-GGUF --source Qwen/Qwen3-30B-A3B --exact
       reap2gguf verify ./Qwen3-30B-A3B-REAP Qwen3-30B-A3B-REAP-Q4_K_M.gguf
     """
 
-    report = reap2gguf.verify(*paths, threads=threads, progress=terminal_progress())
+    from reap2gguf.terminal.report_views import report_as_json, report_lines, too_weak
+
+    report = reap2gguf.verify(
+        *paths, source=source, exact=exact, threads=threads, progress=terminal_progress()
+    )
+    missing = too_weak(report, require)
     if as_json:
-        say_json({"checked": report.checked, "violations": report.violations})
-        sys.exit(VerificationError.exit_code if report.violations else 0)
-    if report.violations:
-        raise VerificationError(list(report.violations))
+        say_json(report_as_json(report, missing))
+        sys.exit(VerificationError.exit_code if report.violations or missing else 0)
+    say_all(report_lines(report))
+    if report.violations or missing:
+        raise VerificationError([*report.violations, *missing])
     say(f"OK: {', '.join(report.checked)} verified", "result")
 
 

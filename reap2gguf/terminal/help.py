@@ -17,9 +17,10 @@ CALIBRATION: Final = "Calibration"
 MODEL: Final = "Which model"
 ANSWER: Final = "How to answer"
 SERVER: Final = "Where to listen"
+CHECKS: Final = "What to compare"
 COMPUTE: Final = "Where to compute"
 OTHER: Final = "Other"
-SECTIONS = (PRUNE, WRITE, CALIBRATION, MODEL, ANSWER, SERVER, COMPUTE, OTHER)
+SECTIONS = (PRUNE, WRITE, CALIBRATION, MODEL, ANSWER, SERVER, CHECKS, COMPUTE, OTHER)
 MOST: Final = 2**31 - 1
 
 

@@ -1,56 +1,78 @@
-"""Verifies a finished bundle from its own files alone."""
+"""Verifies a finished bundle: from its own files, and against the source where that is given."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MANIFEST_FILE, is_hf_folder
+from reap2gguf import __version__
+from reap2gguf.bundle.layout import (
+    CALIBRATION_FILE,
+    CARD_FILE,
+    MANIFEST_FILE,
+    MODELFILE,
+    gguf_name,
+    is_hf_folder,
+)
 from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.bundle.opening import OpenBundle
-from reap2gguf.bundle.sums import check_hf_hashes, check_sums, folder_bytes
-from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.errors import (
-    ArtifactError,
-    DependencyError,
-    Reap2ggufError,
-    UsageError,
-    VerificationError,
-)
-from reap2gguf.files import is_plain
+from reap2gguf.bundle.members import check_members, hf_members, shown_name
+from reap2gguf.bundle.sums import check_hf_hashes, folder_bytes
+from reap2gguf.checkpoint.index import INDEX_NAME
+from reap2gguf.errors import ArtifactError, UsageError, VerificationError
+from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
-from reap2gguf.models.contract import MoeModel
-from reap2gguf.verifying.gguf_file import (
-    ExpectedGguf,
-    check_experts,
-    check_gguf,
-    check_gguf_header,
-    check_side_file,
-    expected_gguf,
-    expected_side,
+from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.verifying.context import (
+    Check,
+    Opened,
+    PrunedSource,
+    Reference,
+    Strictness,
 )
-from reap2gguf.verifying.hf_folder import check_folder, open_folder
+from reap2gguf.verifying.exactness import Exactness
+from reap2gguf.verifying.facts import (
+    check_hf_facts,
+    check_recipe,
+    check_record,
+    check_side_records,
+)
+from reap2gguf.verifying.generated import (
+    check_calibration_text,
+    check_cards,
+    check_index,
+    check_modelfile,
+)
+from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_gguf_header
+from reap2gguf.verifying.gguf_part import GgufPart, check_gguf_files
+from reap2gguf.verifying.hf_folder import (
+    check_folder,
+    check_pruned,
+    compare_files,
+    compare_folder,
+    open_folder,
+)
+from reap2gguf.verifying.report import Findings, Level, VerifyReport
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.opening import OpenBundle
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.view import PrunedView
 
-_Opened = tuple[Checkpoint, MoeModel]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The result of a verification."""
-
-    checked: tuple[str, ...]  # names of folders and files
-    violations: tuple[str, ...]
+_FROM_ITSELF = Strictness()
+_NO_SOURCE = "not compared with the source: pass --source MODEL"
 
 
-def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> VerifyReport:
+def verify_paths(
+    paths: Sequence[Path],
+    n_threads: int,
+    progress: Progress,
+    strictness: Strictness = _FROM_ITSELF,
+) -> VerifyReport:
     """Verify a bundle folder, or a safetensors folder with GGUF files made from it.
 
     Raises UsageError if the paths are neither.
@@ -61,48 +83,201 @@ def verify_paths(paths: Sequence[Path], n_threads: int, progress: Progress) -> V
     if missing := [path for path in files if not os.path.exists(path)]:
         raise UsageError(f"{missing[0]}: no such file or folder")
     if files and len(folders) == 1:
-        return verify_pair(folders[0], files, n_threads, progress)
+        return verify_pair(folders[0], files, n_threads, progress, strictness)
     if files or not folders:
         raise UsageError("pass a bundle folder, or a safetensors folder and its GGUF files")
-    checked: list[str] = []
-    violations: list[str] = []
+    found = Findings()
     for folder in folders:
-        is_bundle = (folder / MANIFEST_FILE).is_file() or any(folder.glob("*.gguf"))
+        is_bundle = is_own_file(folder / MANIFEST_FILE) or any(folder.glob("*.gguf"))
         if not is_bundle and not (folder / "config.json").is_file():
             raise UsageError(f"{folder}: neither a bundle nor a safetensors folder")
         if not is_bundle:
-            report = verify_pair(folder, [], n_threads, progress)
-        else:
-            report = verify_bundle(folder, n_threads, progress)
-        checked += report.checked
-        violations += report.violations
-    return VerifyReport(tuple(dict.fromkeys(checked)), tuple(violations))
+            found.add(verify_pair(folder, [], n_threads, progress, strictness))
+        elif not _is_covered(folder, folders):
+            found.add(verify_bundle(folder, n_threads, progress, strictness))
+    return found.report()
+
+
+def _is_covered(folder: Path, folders: Sequence[Path]) -> bool:
+    """Whether a safetensors folder is verified with one of the others, its GGUF folder."""
+    real = Path(os.path.realpath(folder))
+    beside = real.with_name(gguf_name(real.name))
+    return any(Path(os.path.realpath(other)) == beside for other in folders)
 
 
 def verify_pair(
-    folder: Path, files: Sequence[Path], n_threads: int, progress: Progress
+    folder: Path,
+    files: Sequence[Path],
+    n_threads: int,
+    progress: Progress,
+    strictness: Strictness = _FROM_ITSELF,
 ) -> VerifyReport:
     """Verify a safetensors folder, and GGUF files that must hold the same values."""
-    with _open(folder) as (opened, violations):
-        n_experts = None
+    found = Findings([folder.name, *(path.name for path in files)])
+    with _opened_folder(folder) as (opened, violations):
+        found.violations += violations
+        expected = ExpectedGguf()
         if opened is not None:
-            n_experts = opened[1].facts.n_experts
-            found = check_folder(*opened, progress)
-            violations += _with_error(found, folder.name)
-        expected = ExpectedGguf(None, n_experts)
+            expected = ExpectedGguf(n_experts=opened[1].facts.n_experts)
+            _check_pruned_folder(folder, opened, strictness, progress, found)
         for path in first_parts(files):
             if opened is None:
-                violations += check_gguf_header(path, expected)
-            else:
-                found = check_gguf(path, expected, opened, n_threads, progress)
-                violations += _with_error(found, path.name)
-    return VerifyReport((folder.name, *(path.name for path in files)), tuple(violations))
+                found.violations += check_gguf_header(path, expected)
+                continue
+            exactness = Exactness(strictness.is_exact)
+            values = check_gguf(path, expected, opened, n_threads, progress, exactness)
+            found.take(values, path.name)
+        if opened is not None:
+            found.reach(Level.EXACT if strictness.is_exact else Level.VALUES, files)
+    return found.report()
+
+
+def _check_pruned_folder(
+    folder: Path, opened: Opened, strictness: Strictness, progress: Progress, found: Findings
+) -> None:
+    """A safetensors folder without a manifest: with the source, if its record is there."""
+    shards = opened[0].shards
+    found.reach(Level.NOTHING, shards)
+    source = strictness.source
+    if source is None:
+        found.take(check_folder(*opened, progress), folder.name)
+        found.not_checked.append(_NO_SOURCE)
+        return
+    if not is_own_file(folder / KEPT_FILE):
+        raise UsageError(
+            f"{folder}: has neither {MANIFEST_FILE} nor {KEPT_FILE}, which say what experts of the "
+            "source it keeps; leave out --source"
+        )
+    pruned = source.pruned_by_record(folder)
+    found.violations += pruned.violations
+    if pruned.view is not None:
+        found.violations += check_pruned(folder, pruned.view, progress)
+        found.reach(Level.EXACT, shards)
+
+
+def verify_bundle(
+    folder: Path, n_threads: int, progress: Progress, strictness: Strictness = _FROM_ITSELF
+) -> VerifyReport:
+    """Verify a folder that `build` made; for a GGUF folder, also the safetensors beside it."""
+    folder = Path(os.path.realpath(folder))
+    try:
+        manifest = Manifest.load(folder)
+    except ArtifactError as error:
+        return VerifyReport((folder.name,), (str(error),))
+    check = Check(manifest, strictness, n_threads, progress)
+    if is_hf_folder(folder, manifest.hf.folder):
+        _check_both(check, folder, None)
+    else:
+        hf = folder.parent / manifest.hf.folder
+        _check_both(check, hf if hf.is_dir() else None, folder)
+    return check.found.report()
+
+
+def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None:
+    """Check before a push what `verify` checks, values apart: the build has compared those.
+
+    Raises VerificationError with all violations.
+    """
+    check = Check(bundle.manifest, Strictness(reads_values=False), n_threads, progress)
+    _check_both(check, bundle.hf, bundle.gguf)
+    if violations := check.found.report().violations:
+        raise VerificationError(
+            list(violations), "nothing was uploaded; fix that, or build the bundle again"
+        )
+
+
+def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
+    """Check the folders of a bundle that are there."""
+    found = check.found
+    found.checked += [folder.name for folder in (gguf, hf) if folder is not None]
+    check.take(check_record(check.manifest), MANIFEST_FILE)
+    is_sound = not found.violations  # only then can anything be made from it again
+    if gguf is not None:
+        check.take(check_gguf_files(check, gguf), gguf.name)
+    if hf is not None:
+        check.take(_check_hf_files(check, hf), hf.name)
+    pruned = _pruned_source(check)
+    with _opened(hf) as (opened, violations):
+        found.violations += violations
+        if opened is not None:
+            check.take(_check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
+        reference: Reference | None = opened
+        if reference is None and pruned.view is not None:
+            reference = (pruned.view, pruned.view.model)
+        if reference is not None:
+            _check_plan(check, reference)
+        if gguf is not None:
+            GgufPart(check, gguf, reference).run()
+    source = None if pruned.view is None else pruned.view.folder
+    if is_sound:
+        _check_generated(check, hf, gguf, source)
+    else:
+        found.not_checked.append("cards and Modelfile not compared: the manifest is not sound")
+    _say_what_is_missing(check, hf, gguf, reference)
+
+
+def _check_hf_files(check: Check, folder: Path) -> Iterator[str]:
+    """Violations in the names and hashes of the folder's files."""
+    manifest, members = check.manifest, hf_members(check.manifest)
+    if folder.is_symlink():
+        yield f"{folder.name}: is a link, expected the folder beside {gguf_name(folder.name)}"
+    try:
+        if Manifest.load(folder) != manifest:
+            yield f"{folder.name}: {MANIFEST_FILE} differs from that of the GGUF folder"
+    except ArtifactError as error:
+        yield str(error)
+    for name in sorted(manifest.hf.files.keys() - members):
+        yield f"{MANIFEST_FILE}: hf.files names {shown_name(name)}, which no build writes"
+    yield from check_members(folder, members)
+    title = f"Verifying hashes of {folder.name}"
+    with check.progress.task(title, folder_bytes(folder), "bytes") as task:
+        yield from check_hf_hashes(folder, manifest, check.n_threads, task.advance)
+    check.found.reach(Level.HASHES, (folder / name for name in manifest.hf.files))
+
+
+def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) -> Iterator[str]:
+    """Violations in what an opened folder holds; `view` is what it must be, if that is known."""
+    checkpoint, model = opened
+    yield from check_hf_facts(check.manifest, checkpoint, model)
+    yield from check_index(checkpoint)
+    if not check.strictness.reads_values:
+        return
+    if view is None:
+        yield from check_folder(checkpoint, model, check.progress)
+    else:
+        yield from _compare_with_source(check, checkpoint, model, view)
+
+
+def _compare_with_source(
+    check: Check, checkpoint: Checkpoint, model: MoeModel, view: PrunedView
+) -> Iterator[str]:
+    """Violations against the source: config, every byte of the weights, and the copied files."""
+    folder, listed = checkpoint.folder, check.manifest.hf.files.keys()
+    yield from compare_folder(checkpoint, view, model, check.progress)
+    copies = companion_files(view.folder)
+    yield from compare_files(folder, copies)
+    names = {file.name for file in copies} | {shard.name for shard in checkpoint.shards}
+    names |= {"config.json", INDEX_NAME}
+    for name in sorted(listed - names - {CARD_FILE}):
+        yield f"{folder.name}: {shown_name(name)} is not a file of the source"
+    check.found.reach(Level.EXACT, (folder / name for name in names & listed))
+
+
+def _pruned_source(check: Check) -> PrunedSource:
+    """What the bundle must hold, if the source is given."""
+    source = check.strictness.source
+    if source is None:
+        return PrunedSource(None, ())
+    pruned = source.pruned(check.manifest)
+    check.found.violations += pruned.violations
+    check.found.not_checked += pruned.not_checked
+    return pruned
 
 
 @contextmanager
-def _open(folder: Path, n_experts: int | None = None) -> Iterator[tuple[_Opened | None, list[str]]]:
+def _opened_folder(folder: Path) -> Iterator[tuple[Opened | None, list[str]]]:
     """A safetensors folder with its model, None if it cannot be read; and the violations."""
-    checkpoint, model, violations = open_folder(folder, n_experts)
+    checkpoint, model, violations = open_folder(folder)
     if checkpoint is None:
         yield None, violations
         return
@@ -110,102 +285,59 @@ def _open(folder: Path, n_experts: int | None = None) -> Iterator[tuple[_Opened 
         yield None if model is None else (checkpoint, model), violations
 
 
-def _with_error(violations: Iterator[str], where: str) -> Iterator[str]:
-    """Violations; an error that ends a check early becomes the last one."""
-    try:
-        yield from violations
-    except DependencyError:
-        raise
-    except Reap2ggufError as error:
-        yield f"{where}: {error}"
+@contextmanager
+def _opened(hf: Path | None) -> Iterator[tuple[Opened | None, list[str]]]:
+    if hf is None:
+        yield None, []
+        return
+    with _opened_folder(hf) as opened:
+        yield opened
 
 
-def verify_bundle(folder: Path, n_threads: int, progress: Progress) -> VerifyReport:
-    """Verify a folder that `build` made; for a GGUF folder, also the safetensors beside it."""
-    try:
-        manifest = Manifest.load(folder)
-    except ArtifactError as error:
-        return VerifyReport((folder.name,), (str(error),))
-    if is_hf_folder(folder, manifest.hf.folder):
-        found = _with_error(_check_hf(folder, manifest, n_threads, progress), folder.name)
-        return VerifyReport((folder.name,), tuple(found))
-    named = {name for record in manifest.gguf for name in record.files}
-    named |= {side.file for side in manifest.side_files}
-    absent = {name for name in named if not is_plain(folder / name)}
-    violations = [f"{folder.name}: {name} is missing" for name in sorted(absent)]
-    with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
-        violations += check_sums(folder, n_threads, absent, task.advance)
-    checked = [folder.name]
-    hf_folder = folder.resolve().parent / manifest.hf.folder
-    if hf_folder.is_dir():
-        checked.append(hf_folder.name)
-        found = _check_hf(hf_folder, manifest, n_threads, progress)
-        violations += _with_error(found, hf_folder.name)
-    with _open(hf_folder) as (opened, _):
-        for record in manifest.gguf:
-            if not absent & set(record.files):
-                expected = expected_gguf(manifest, record)
-                path = folder / record.first
-                found = check_gguf(path, expected, opened, n_threads, progress)
-                violations += _with_error(found, record.first)
-        for side in manifest.side_files:
-            if side.file not in absent:
-                found = _check_side(
-                    folder / side.file, expected_side(manifest, side), opened, n_threads, progress
-                )
-                violations += _with_error(found, side.file)
-    return VerifyReport(tuple(checked), tuple(violations))
+def _check_plan(check: Check, reference: Reference) -> None:
+    """What the plan of the build follows from: recipes, applied again, and side files."""
+    manifest, (weights, model) = check.manifest, reference
+    for record in manifest.gguf:
+        check.take(check_recipe(record, weights, model), record.file)
+    sides = check_side_records(manifest, weights.folder, weights, model)
+    check.take(sides, MANIFEST_FILE)
 
 
-def _check_hf(
-    folder: Path, manifest: Manifest, n_threads: int, progress: Progress
-) -> Iterator[str]:
-    """Violations of a bundle's safetensors folder: manifest, hashes, config, shards, values."""
-    try:
-        same = Manifest.load(folder) == manifest
-    except ArtifactError as error:
-        yield str(error)
-    else:
-        if not same:
-            yield f"{folder.name}: {MANIFEST_FILE} differs from that of the GGUF folder"
-    with progress.task(f"Verifying hashes of {folder.name}", folder_bytes(folder), "bytes") as task:
-        yield from check_hf_hashes(folder, manifest, n_threads, task.advance)
-    with _open(folder, manifest.pruning.n_kept) as (opened, violations):
-        yield from violations
-        if opened is not None:
-            yield from check_folder(*opened, progress)
+def _check_generated(check: Check, hf: Path | None, gguf: Path | None, source: Path | None) -> None:
+    """The texts that are made from the manifest, and the text whose hash it has."""
+    manifest, found = check.manifest, check.found
+    if gguf is not None and is_own_file(gguf / CALIBRATION_FILE):
+        check.take(check_calibration_text(manifest, gguf / CALIBRATION_FILE), gguf.name)
+    version = manifest.program.get("reap2gguf")
+    if version != __version__:
+        found.not_checked.append(
+            f"cards and Modelfile not compared: made by reap2gguf {version}, this is {__version__}"
+        )
+        return
+    made = list(check_cards(manifest, hf, gguf, source))
+    if gguf is not None and is_own_file(gguf / MODELFILE):
+        made.append(check_modelfile(manifest, gguf / MODELFILE, hf if source is None else source))
+    for one in made:
+        found.violations += one.violations
+        if one.is_whole and not one.violations:
+            found.reach(Level.EXACT, [one.path])
 
 
-def _check_side(
-    path: Path, expected: ExpectedGguf, opened: _Opened | None, n_threads: int, progress: Progress
-) -> Iterator[str]:
-    """Violations of a side file against its record, and against the safetensors if given."""
-    source = None
-    if opened is not None:
-        checkpoint, model = opened
-        try:
-            sides = model.side_files(checkpoint.folder, checkpoint.tensors)
-        except Reap2ggufError as error:
-            yield f"{checkpoint.folder.name}: {error}"
-        else:
-            source = (checkpoint, model, sides) if sides else None
-    yield from check_side_file(path, expected, source, n_threads, progress)
-
-
-def check_bundle(bundle: OpenBundle, n_threads: int, progress: Progress) -> None:
-    """Check before a push that every file is as built and each model has all its experts.
-
-    This reads hashes and headers, not values: the build has compared those. Raises
-    VerificationError with all violations.
-    """
-    total = folder_bytes(bundle.hf, bundle.gguf)
-    with progress.task("Checking hashes", total, "bytes") as task:
-        violations = list(check_hf_hashes(bundle.hf, bundle.manifest, n_threads, task.advance))
-        violations += check_sums(bundle.gguf, n_threads, advance=task.advance)
-    n_kept = bundle.manifest.pruning.n_kept
-    with _open(bundle.hf, n_kept) as (_, found):
-        violations += found
-    for record in bundle.manifest.gguf:
-        violations += check_experts(bundle.gguf, record, n_kept)
-    if violations:
-        raise VerificationError(violations, "nothing was uploaded; build the bundle again")
+def _say_what_is_missing(
+    check: Check, hf: Path | None, gguf: Path | None, reference: Reference | None
+) -> None:
+    """What could not be checked, and why."""
+    say, manifest = check.found.not_checked.append, check.manifest
+    if gguf is None and hf is not None:
+        say(f"GGUF files not checked: pass {gguf_name(hf.name)} to check both folders")
+    if hf is None:
+        say(f"safetensors not checked: the folder {manifest.hf.folder} is not there")
+    if reference is None and check.strictness.reads_values:
+        why = "not beside it" if hf is None else "not readable"
+        say(f"values not compared: the safetensors are {why}")
+        say(f"recipes not applied again: the safetensors are {why}")
+    if check.strictness.source is None:
+        say(_NO_SOURCE)
+        say("licence and language in the cards not compared: they are of the source's own card")
+        if hf is None and gguf is not None:
+            say(f"parameters in {MODELFILE} not compared: they are of generation_config.json")

@@ -261,7 +261,7 @@ def test_an_output_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
         build(tiny, tmp_path / "file")
 
 
-@pytest.mark.parametrize("step", ["gguf_card", "write_sums", "hash_folder", "hf_card"])
+@pytest.mark.parametrize("step", ["gguf_card", "compose_sums", "hash_file", "hf_card"])
 def test_an_interrupted_record_is_written_anew(
     step: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

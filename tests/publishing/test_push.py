@@ -309,7 +309,7 @@ def test_a_file_that_was_changed_after_the_build_is_refused(room: Room, copy: Pa
         room.push(copy)
     found = caught.value.violations
     assert "model: config.json has a different SHA-256 than the build recorded" in found
-    assert "model-GGUF: notes.txt is not in SHA256SUMS" in found
+    assert "model-GGUF: notes.txt is not part of the bundle; move it away" in found
     assert room.wrote() == []
 
 

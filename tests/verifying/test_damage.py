@@ -209,7 +209,9 @@ def test_a_gguf_folder_alone_is_checked_for_values(bundle: Bundle) -> None:
 def test_an_unknown_file_in_the_bundle_is_named(bundle: Bundle) -> None:
     (bundle.gguf / "stale.gguf").write_bytes(b"")
     violations = verify_bundle(bundle.gguf, 1, Silent()).violations
-    assert violations == (f"example-GGUF: stale.gguf is not in {SUMS_FILE}",)
+    (violation,) = violations
+    assert violation.startswith("example-GGUF: stale.gguf is not part of the bundle; move it away,")
+    assert "--recipe" in violation
 
 
 def test_a_pair_without_manifest(built: Bundle, bundle: Bundle) -> None:
@@ -252,7 +254,7 @@ def test_a_folder_with_a_broken_manifest(bundle: Bundle) -> None:
 def test_an_unknown_file_beside_the_safetensors_is_named(bundle: Bundle) -> None:
     (bundle.hf / "modeling.py").write_text("")
     violations = verify_bundle(bundle.gguf, 1, Silent()).violations
-    assert violations == ("example: modeling.py is not in the manifest",)
+    assert violations == ("example: modeling.py is not part of the bundle; move it away",)
 
 
 def test_a_changed_manifest_is_found(bundle: Bundle) -> None:

@@ -1,0 +1,329 @@
+"""What a bundle says twice: the manifest compared with itself, with headers, and with the config.
+
+Only headers are read here, no values. Each function yields violations; none raises for what a file
+says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf import GGUF_DEFAULT_ALIGNMENT, LlamaFileType
+
+from reap2gguf.bundle.layout import (
+    CARD_FILE,
+    IMATRIX_FILE,
+    MANIFEST_FILE,
+    MMPROJ_PREFIX,
+    model_file,
+    side_file,
+)
+from reap2gguf.errors import RecipeError
+from reap2gguf.gguf_files.split import SplitHeader, part_name
+from reap2gguf.messages import shown
+from reap2gguf.options import METHODS
+from reap2gguf.quantizing.file_types import mixture_named
+from reap2gguf.quantizing.recipe import Recipe, parse_recipe
+from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import GgufRecord, Manifest, PruningRecord, SideRecord
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.reader import GgufHeader
+    from reap2gguf.models.contract import MoeModel
+
+_MTP_STATES = ("none", "pruned", "dropped")
+_UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types that an importance matrix does not change
+
+
+def check_record(manifest: Manifest) -> Iterator[str]:
+    """What a manifest says twice by itself: counts, kept experts, names, recipes."""
+    pruning, calibration = manifest.pruning, manifest.calibration
+    yield from _check_kept(pruning)
+    if pruning.method not in METHODS:
+        yield _wrong("pruning.method", pruning.method, f"one of {', '.join(METHODS)}")
+    if pruning.mtp.state not in _MTP_STATES:
+        yield _wrong("pruning.mtp.state", pruning.mtp.state, f"one of {', '.join(_MTP_STATES)}")
+    if calibration.components:
+        for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
+            found = sum(getattr(part, what) for part in calibration.components)
+            yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
+    if not 0 <= pruning.n_dropped_rows <= pruning.n_rows:
+        yield _wrong("pruning.n_dropped_rows", pruning.n_dropped_rows, f"0 to {pruning.n_rows}")
+    if not manifest.gguf:
+        yield _wrong("gguf", [], "at least one file")
+    files = [record.file for record in manifest.gguf]
+    if len(set(files)) < len(files):
+        yield _wrong("gguf", files, "each file once")
+    for record in manifest.gguf:
+        yield from _check_names(manifest, record)
+    for side in manifest.side_files:
+        yield from _differs(
+            "side_files.file", side.file, side_file(MMPROJ_PREFIX, manifest.name), "its name"
+        )
+
+
+def _check_kept(pruning: PruningRecord) -> Iterator[str]:
+    n_experts, n_kept = pruning.n_experts, pruning.n_kept
+    if not 1 <= n_kept <= n_experts:
+        yield _wrong("pruning.n_kept", n_kept, f"1 to {n_experts} (n_experts)")
+    if not 1 <= pruning.experts_per_token <= n_kept:
+        yield _wrong("pruning.experts_per_token", pruning.experts_per_token, f"1 to {n_kept}")
+    if not pruning.kept:
+        yield _wrong("pruning.kept", {}, "the experts of every MoE layer")
+    for layer, ids in pruning.kept.items():
+        if len(ids) != n_kept:
+            yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
+        elif any(a >= b for a, b in pairwise(ids)):
+            yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
+        elif ids and not 0 <= ids[0] <= ids[-1] < n_experts:
+            yield _wrong(f"pruning.kept of layer {layer}", list(ids), f"0 to {n_experts - 1}")
+
+
+def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
+    """A file's name, those of its parts, and what its recipe says of it."""
+    where = f"gguf {record.file}"
+    expected = model_file(manifest.name, record.label)
+    yield from _differs("gguf.file", record.file, expected, "its name and label")
+    stem = record.file.removesuffix(".gguf")
+    parts = [part_name(stem, number, len(record.parts)) for number in range(len(record.parts))]
+    yield from _differs(f"{where}: parts", list(record.parts), parts, "its name")
+    recipe = _recipe(record)
+    if isinstance(recipe, str):
+        yield recipe
+        return
+    for what in ("title", "file_type"):  # the label may be another one than the recipe's
+        found = getattr(record, what)
+        yield from _differs(f"{where}: {what}", found, getattr(recipe, what), "its recipe")
+
+
+def _recipe(record: GgufRecord) -> Recipe | str:
+    """The recipe whose text a record holds, or the violation."""
+    try:
+        where = f"{MANIFEST_FILE}: recipe_source of {record.file}"
+        return parse_recipe(record.recipe_source, record.recipe, where)
+    except RecipeError as error:
+        return str(error)
+
+
+def check_recipe(record: GgufRecord, weights: Weights, model: MoeModel) -> Iterator[str]:
+    """A record's types against its recipe, applied to the pruned model again."""
+    where = f"gguf {record.file}"
+    recipe = _recipe(record)
+    if isinstance(recipe, str):
+        return  # `check_record` has reported it
+    facts = model.facts
+    tensors = model.gguf_tensors(weights.tensors)
+    try:
+        resolved = resolve(recipe, tensors, facts, facts.n_experts, has_imatrix=True)
+    except RecipeError as error:
+        yield f"{MANIFEST_FILE}: recipe_source of {record.file}: {error}"
+        return
+    expected = {name: tensor_type.name for name, tensor_type in resolved.tensor_types().items()}
+    if record.tensors != expected:
+        names = sorted(record.tensors.keys() ^ expected.keys()) or sorted(
+            name for name, found in record.tensors.items() if found != expected[name]
+        )
+        name = names[0]
+        yield (
+            f"{MANIFEST_FILE}: {where}: {shown(name)} is {record.tensors.get(name, 'absent')}, its "
+            f"recipe gives {expected.get(name, 'no such tensor')} ({len(names)} such tensors)"
+        )
+    bits = round(resolved.bits_per_weight, 4)
+    yield from _differs(f"{where}: bits_per_weight", record.bits_per_weight, bits, "its recipe")
+
+
+def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
+    """The manifest against the safetensors folder: its config, and the headers of its shards."""
+    facts, pruning, hf = model.facts, manifest.pruning, manifest.hf
+    yield from _of_model(manifest, model)
+    found = {
+        "n_shards": (hf.n_shards, len(checkpoint.shards)),
+        "n_parameters": (hf.n_parameters, checkpoint.n_parameters),
+        "n_bytes": (hf.n_bytes, checkpoint.n_bytes),
+    }
+    for what, (recorded, counted) in found.items():
+        yield from _differs(f"hf.{what}", recorded, counted, "the safetensors")
+    if facts.n_experts != pruning.n_kept:
+        yield (
+            f"{checkpoint.folder.name}: config.json says {facts.n_experts} experts, expected "
+            f"{pruning.n_kept}"
+        )
+    shards = sorted(shard.name for shard in checkpoint.shards)
+    listed = sorted(name for name in hf.files if name.endswith(".safetensors"))
+    yield from _differs("the safetensors in hf.files", listed, shards, "the index")
+    for name in sorted({CARD_FILE, "config.json"} - hf.files.keys()):
+        yield f"{MANIFEST_FILE}: hf.files does not name {name}"
+    if "auto_map" in checkpoint.config:
+        yield (
+            f"{checkpoint.folder.name}: config.json has auto_map, which names Python code for "
+            "transformers to run; expected none"
+        )
+    yield from _check_passed(manifest, len(checkpoint.tensors))
+
+
+def _of_model(manifest: Manifest, model: MoeModel) -> Iterator[str]:
+    """What the config of the pruned model, or of its source, says as well."""
+    facts, pruning = model.facts, manifest.pruning
+    yield from _differs(
+        "source.architecture", manifest.source.architecture, facts.architecture, "config.json"
+    )
+    yield from _differs(
+        "pruning.experts_per_token",
+        pruning.experts_per_token,
+        facts.experts_per_token,
+        "config.json",
+    )
+    layers = sorted(pruning.kept)
+    yield from _differs("the layers of pruning.kept", layers, sorted(facts.moe_layers), "the model")
+    has_mtp = pruning.mtp.state == "pruned"
+    if has_mtp != facts.has_mtp:
+        expected = "pruned" if facts.has_mtp else "none or dropped"
+        yield _wrong("pruning.mtp.state", pruning.mtp.state, f"{expected}, as the model has it")
+
+
+def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) -> Iterator[str]:
+    """The manifest against the model that was pruned: its config and its headers."""
+    yield from _of_model(manifest, model)
+    found = {
+        "pruning.n_experts": (manifest.pruning.n_experts, model.facts.n_experts),
+        "source.n_parameters": (manifest.source.n_parameters, source.n_parameters),
+        "source.n_bytes": (manifest.source.n_bytes, source.n_bytes),
+    }
+    for what, (recorded, counted) in found.items():
+        yield from _differs(what, recorded, counted, "the source")
+
+
+def _check_passed(manifest: Manifest, n_stored: int) -> Iterator[str]:
+    """The record of what the build verified, which the card quotes."""
+    found = manifest.verification.get("passed")
+    passed = found if isinstance(found, list) else []
+    lines = [[passed_folder(n_stored)]]
+    records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
+    for record in records:
+        levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file
+        lines.append([passed_file(record.file, len(record.tensors), level) for level in levels])
+    if len(passed) != len(lines) or any(
+        one not in allowed for one, allowed in zip(passed, lines, strict=True)
+    ):
+        wanted = [allowed[0] for allowed in lines]
+        yield _wrong("verification.passed", found, f"lines such as {shown(wanted)}")
+    summary = manifest.verification.get("summary")
+    yield from _differs("verification.summary", summary, passed_summary(passed), "its lines")
+
+
+def check_gguf_facts(
+    manifest: Manifest, record: GgufRecord, header: GgufHeader, imatrix: Imatrix | None
+) -> Iterator[str]:
+    """The manifest against the header of a model's GGUF file, or of its first part."""
+    pruning, name = manifest.pruning, header.path.name
+    flat = [expert for layer in sorted(pruning.kept) for expert in pruning.kept[layer]]
+    own = {
+        "reap2gguf.version": manifest.program.get("reap2gguf"),
+        "reap2gguf.source": manifest.source.label,
+        "reap2gguf.method": pruning.method,
+        "reap2gguf.source_expert_count": pruning.n_experts,
+        "reap2gguf.kept_experts": flat,
+        "reap2gguf.recipe": record.recipe,
+    }
+    expected = {"general.type": "model", "general.name": manifest.name, **own}
+    try:
+        expected["general.file_type"] = mixture_named(record.file_type).file_type.value
+    except RecipeError as error:
+        yield f"{MANIFEST_FILE}: gguf {record.file}: {error}"
+    yield from _check_keys(header, expected)
+    for key in sorted(header.metadata):
+        if key.startswith("reap2gguf.") and key not in own:
+            value = shown(header.metadata[key])
+            yield f"{name}: {shown(key)} is {value}, expected no such key"
+    yield from _check_imatrix_keys(manifest, record, header, imatrix)
+    yield from _check_size(header, record.n_bytes, record.file)
+
+
+def _check_imatrix_keys(
+    manifest: Manifest, record: GgufRecord, header: GgufHeader, imatrix: Imatrix | None
+) -> Iterator[str]:
+    """What a header says of the importance matrix, if any of its types was weighted by it."""
+    prefix = "quantize.imatrix."
+    if all(tensor_type in _UNWEIGHTED for tensor_type in record.tensors.values()):
+        if found := sorted(key for key in header.metadata if key.startswith(prefix)):
+            yield f"{header.path.name}: has {found[0]}, but no tensor that an imatrix weights"
+        return
+    calibration = manifest.calibration
+    expected: dict[str, Any] = {
+        f"{prefix}file": IMATRIX_FILE,
+        f"{prefix}dataset": calibration.imatrix_text,
+        f"{prefix}chunks_count": calibration.imatrix_chunks,
+    }
+    if imatrix is not None:
+        expected[f"{prefix}entries_count"] = len(imatrix.entries)
+    yield from _check_keys(header, expected)
+
+
+def check_side_facts(manifest: Manifest, record: SideRecord, header: GgufHeader) -> Iterator[str]:
+    """The manifest against the header of a side file, such as a vision projector."""
+    expected = {
+        "general.type": MMPROJ_PREFIX,
+        "general.name": manifest.name,
+        "general.file_type": LlamaFileType.MOSTLY_F16.value,
+    }
+    yield from _check_keys(header, expected)
+    yield from _check_size(header, record.n_bytes, record.file)
+
+
+def check_side_records(
+    manifest: Manifest, folder: Path, weights: Weights, model: MoeModel
+) -> Iterator[str]:
+    """The side files of a manifest against those that the model has; `folder` has its config."""
+    sides = {
+        side_file(side.prefix, manifest.name): side
+        for side in model.side_files(folder, weights.tensors)
+    }
+    found = [record.file for record in manifest.side_files]
+    yield from _differs("side_files", found, list(sides), "the model")
+    for record in manifest.side_files:
+        side = sides.get(record.file)
+        if side is None:
+            continue
+        yield from _differs(f"{record.file}: title", record.title, side.title, "the model")
+        types = {name: tensor_type.name for name, tensor_type in side.tensor_types().items()}
+        if record.tensors != types:
+            yield f"{MANIFEST_FILE}: {record.file}: its tensors are not those of the model"
+
+
+def _check_size(header: GgufHeader, n_bytes: int, file: str) -> Iterator[str]:
+    """A file, or all its parts together, must have its recorded size, and end after its tensors."""
+    parts: Sequence[GgufHeader] = header.parts if isinstance(header, SplitHeader) else (header,)
+    total = 0
+    for part in parts:
+        size = part.path.stat().st_size
+        total += size
+        last = max((info.offset + info.n_bytes for info in part.tensors.values()), default=size)
+        alignment = part.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        if size > -(-last // alignment) * alignment:
+            yield f"{part.path.name}: has {size - last:,} bytes after its last tensor"
+    yield from _differs(f"gguf {file}: n_bytes", n_bytes, total, "the file")
+
+
+def _check_keys(header: GgufHeader, expected: Mapping[str, Any]) -> Iterator[str]:
+    for key, wanted in expected.items():
+        found = header.metadata.get(key)
+        if type(found) is not type(wanted) or found != wanted:
+            shown_value = shown(found) if key in header.metadata else "missing"
+            yield f"{header.path.name}: {key} is {shown_value}, expected {shown(wanted)}"
+
+
+def _differs(what: str, found: Any, expected: Any, whose: str) -> Iterator[str]:
+    """A violation if the manifest's value is not that of `whose`."""
+    if found != expected:
+        yield f"{MANIFEST_FILE}: {what} is {shown(found)}, expected {shown(expected)} by {whose}"
+
+
+def _wrong(what: str, found: Any, expected: str) -> str:
+    return f"{MANIFEST_FILE}: {what} is {shown(found)}, expected {expected}"

@@ -1,0 +1,207 @@
+"""Makes the small files of a bundle again and compares them: index, cards, Modelfile, calibration.
+
+Cards and Modelfile are made from the manifest, and from files of the source. Where the source is
+not given, its licence and language are taken from the card that is checked, and the sampling from
+the safetensors folder's copy of `generation_config.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import CARD_FILE, gguf_name
+from reap2gguf.bundle.manifest import hash_file
+from reap2gguf.bundle.sampling import read_sampling
+from reap2gguf.checkpoint.index import INDEX_NAME
+from reap2gguf.checkpoint.writer import index_text, shard_names
+from reap2gguf.files import is_own_file
+from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.card_files import CardNames
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+
+_MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
+_AROUND = 40  # letters of a line that are shown on each side of the first that differs
+_NOTHING = Path("/dev/null/none")  # a source without any file
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated file, the violations in it, and whether every byte of it was compared."""
+
+    path: Path
+    violations: tuple[str, ...]
+    is_whole: bool
+
+
+def check_cards(
+    manifest: Manifest, hf: Path | None, gguf: Path | None, source: Path | None
+) -> Iterator[Generated]:
+    """Both cards against the manifest; `source` is the folder of the model that was pruned.
+
+    A card that was published names its repositories: the owner is taken from the card itself.
+    """
+    # both cards inherit from one: without the source's, the one that is there stands for it
+    inherited = next((place for place in (source, hf, gguf) if place is not None), _NOTHING)
+    card = inherited / CARD_FILE
+    if hf is not None and is_own_file(hf / CARD_FILE):
+        yield _card(hf / CARD_FILE, _hf_cards(manifest, card), source is not None)
+    if gguf is not None and is_own_file(gguf / CARD_FILE):
+        yield _card(gguf / CARD_FILE, _gguf_cards(manifest, card, hf or source), source is not None)
+
+
+def _card(path: Path, possible: Callable[[str], Iterator[str]], has_source: bool) -> Generated:
+    """A card, which must be one of the `possible` ones; those depend on the owner it names."""
+    text = _read(path)
+    if text is None:
+        return Generated(path, (f"{_where(path)} is too large for a card",), False)
+    violations: tuple[str, ...] = ()
+    for expected in possible(text):
+        violations = tuple(_compare(path, text, expected))
+        if not violations:
+            break
+    return Generated(path, violations, has_source)
+
+
+def _hf_cards(manifest: Manifest, inherited: Path) -> Callable[[str], Iterator[str]]:
+    # huggingface_hub, which reads front matter, takes a second to load
+    from reap2gguf.bundle.card import hf_body, hf_card
+    from reap2gguf.bundle.front_matter import front_matter
+
+    def possible(text: str) -> Iterator[str]:
+        local = hf_card(manifest, inherited)
+        yield local
+        if (names := _published_names(manifest, text)) is not None:
+            yield front_matter(local) + hf_body(manifest, names)
+
+    return possible
+
+
+def _gguf_cards(
+    manifest: Manifest, inherited: Path, config: Path | None
+) -> Callable[[str], Iterator[str]]:
+    """`config` holds the generation config, of which the card says whether there is one."""
+    from reap2gguf.bundle.card import gguf_body, gguf_card
+    from reap2gguf.bundle.front_matter import front_matter, with_base_model
+
+    known = None if config is None else read_sampling(config).is_recommended
+
+    def possible(text: str) -> Iterator[str]:
+        names = _published_names(manifest, text)
+        for samples in (True, False) if known is None else (known,):
+            local = gguf_card(manifest, inherited, samples)
+            yield local
+            if names is not None:
+                front = with_base_model(front_matter(local), names.hf)
+                yield front + gguf_body(manifest, names, samples)
+
+    return possible
+
+
+def _published_names(manifest: Manifest, card: str) -> CardNames | None:
+    """The repositories that a published card names; the manifest has their names, not the owner."""
+    from reap2gguf.bundle.card_files import CardNames
+
+    name = manifest.hf.folder
+    found = re.search(rf"(?<![\w./-])([\w.-]{{1,96}})/{re.escape(name)}(?![\w.-])", card)
+    if found is None:
+        return None
+    repo = f"{found[1]}/{name}"
+    return CardNames(repo, gguf_name(repo), on_hub=True)
+
+
+def check_modelfile(manifest: Manifest, path: Path, source: Path | None) -> Generated:
+    """The Modelfile against the manifest and the model's `generation_config.json` in `source`.
+
+    If `source` is None, the parameters and comments are left out of the comparison.
+    """
+    from reap2gguf.bundle.modelfile import modelfile, with_join_commands
+
+    text = _read(path)
+    if text is None:
+        return Generated(path, (f"{_where(path)} is too large for a Modelfile",), False)
+    expected = modelfile(manifest, _NOTHING if source is None else source)
+    joined = with_join_commands(expected, manifest.gguf)
+    if source is not None:
+        return Generated(path, tuple(_compare(path, text, joined)), True)
+    found, wanted = ("\n".join(_instructions(one)) for one in (text, expected))
+    return Generated(path, tuple(_compare(path, found, wanted)), False)
+
+
+def _instructions(text: str) -> Iterator[str]:
+    """The lines of a Modelfile that are neither parameters nor comments."""
+    for line in text.split("\n"):
+        if line and not line.startswith(("#", "PARAMETER ")):
+            yield line
+
+
+def check_calibration_text(manifest: Manifest, path: Path) -> Iterator[str]:
+    """The calibration text against the hash in the manifest."""
+    expected = manifest.calibration.imatrix_sha256
+    if hash_file(path).sha256 != expected:
+        yield (
+            f"{_where(path)} is not the text of the importance matrix: its SHA-256 differs from "
+            "imatrix_sha256 of the manifest"
+        )
+
+
+def check_index(checkpoint: Checkpoint) -> Iterator[str]:
+    """The names of the shards and the index, which follow from the shards' headers."""
+    folder = checkpoint.folder
+    names = [shard.name for shard in checkpoint.shards]
+    expected = shard_names(len(names))
+    if names != expected:
+        yield f"{folder.name}: the shards are {shown(names)}, expected {shown(expected)}"
+        return
+    path = folder / INDEX_NAME
+    if len(names) == 1:
+        if path.exists():
+            yield f"{_where(path)} is there, expected none for one file of safetensors"
+        return
+    tensors = checkpoint.tensors
+    weight_map = {name: tensor.path.name for name, tensor in tensors.items()}
+    wanted = index_text(list(tensors.values()), weight_map)
+    yield from _compare(path, path.read_bytes().decode("utf-8", "replace"), wanted)
+
+
+def _compare(path: Path, text: str, expected: str) -> Iterator[str]:
+    """A violation that names the first line that differs."""
+    if text == expected:
+        return
+    lines = zip_longest(text.split("\n"), expected.split("\n"))
+    for number, (found, wanted) in enumerate(lines, start=1):
+        if found != wanted:
+            pairs = enumerate(zip_longest(found or "", wanted or ""))
+            common = next((at for at, (a, b) in pairs if a != b), 0)
+            yield (
+                f"{_where(path)} is not what the manifest gives: line {number} is "
+                f"{_line(found, common)}, expected {_line(wanted, common)}"
+            )
+            return
+
+
+def _line(text: str | None, position: int) -> str:
+    """A line around a position; "missing" if there is no such line."""
+    if text is None:
+        return "missing"
+    first = max(position - _AROUND, 0)
+    part = text[first : position + _AROUND]
+    return shown(("..." if first else "") + part)
+
+
+def _read(path: Path) -> str | None:
+    """The text of a small file; None if it is not small."""
+    if path.stat().st_size > _MAX_TEXT_BYTES:
+        return None
+    return path.read_bytes().decode("utf-8", "replace")
+
+
+def _where(path: Path) -> str:
+    return f"{path.parent.name}: {path.name}"

@@ -1,0 +1,151 @@
+"""Checks the GGUF folder of a bundle: members, hashes, importance matrix, headers, and values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE, SUMS_FILE
+from reap2gguf.bundle.members import check_members, gguf_members
+from reap2gguf.bundle.sums import check_sums, folder_bytes
+from reap2gguf.files import is_own_file
+from reap2gguf.verifying.exactness import Exactness
+from reap2gguf.verifying.facts import check_gguf_facts, check_side_facts
+from reap2gguf.verifying.gguf_file import (
+    check_gguf,
+    check_header,
+    check_side_file,
+    check_tensor_types,
+    expected_gguf,
+    expected_side,
+    open_gguf,
+)
+from reap2gguf.verifying.imatrix_files import check_dat, check_entries, check_imatrix, open_imatrix
+from reap2gguf.verifying.report import Level
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import GgufRecord, SideRecord
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.verifying.context import Check, Reference
+
+# types that are made again and compared byte for byte in any case
+_ALWAYS_EXACT = frozenset(("F32", "F16", "BF16", "Q8_0"))
+
+
+@dataclass
+class GgufPart:
+    """The GGUF folder of a bundle that is being verified.
+
+    `reference` is the weights that its files were made from, None if they are not there.
+    """
+
+    check: Check
+    folder: Path
+    reference: Reference | None
+    _imatrix: Imatrix | None = field(default=None, init=False)
+
+    def run(self) -> None:
+        """Check everything in the folder, generated texts apart."""
+        check = self.check
+        check.take(self._check_imatrix(), IMATRIX_FILE)
+        for record in check.manifest.gguf:
+            if self._has(record.files):
+                check.take(self._check_model(record), record.first)
+        for side in check.manifest.side_files:
+            if self._has((side.file,)):
+                check.take(self._check_side(side), side.file)
+
+    def _has(self, names: Collection[str]) -> bool:
+        """Whether files are there; those that are not have been reported."""
+        return all(is_own_file(self.folder / name) for name in names)
+
+    def _check_imatrix(self) -> Iterator[str]:
+        """The matrix, read once for all files, and its copy in the older format."""
+        if not self._has((IMATRIX_FILE,)):
+            return
+        imatrix, problems = open_imatrix(self.folder)
+        yield from problems
+        if imatrix is None:
+            return
+        self._imatrix = imatrix
+        if self._has((IMATRIX_DAT_FILE,)):
+            violations = list(check_dat(self.folder, imatrix))
+            yield from violations
+            if not violations:
+                self.check.found.reach(Level.EXACT, [self.folder / IMATRIX_DAT_FILE])
+        manifest = self.check.manifest
+        first = next((record for record in manifest.gguf if self._has(record.files)), None)
+        header = None if first is None else open_gguf(self.folder / first.first)[0]
+        if header is not None:
+            shapes = {name: info.shape for name, info in header.tensors.items()}
+            yield from check_imatrix(imatrix, manifest.calibration, manifest.pruning, shapes)
+        if self.reference is not None:
+            yield from check_entries(imatrix, self.reference[1])
+
+    def _check_model(self, record: GgufRecord) -> Iterator[str]:
+        """A GGUF file of the model: what its header says, then its values."""
+        check, path = self.check, self.folder / record.first
+        header, _ = open_gguf(path)
+        if header is not None:
+            yield from check_gguf_facts(check.manifest, record, header, self._imatrix)
+        expected = expected_gguf(check.manifest, record)
+        if check.strictness.reads_values:
+            found = check.n_threads, check.progress, self._exactness
+            yield from check_gguf(path, expected, self.reference, *found)
+            self._reached(self.reference, record.files, record.tensors.values())
+        elif header is not None:
+            yield from check_header(header, expected)
+
+    def _check_side(self, side: SideRecord) -> Iterator[str]:
+        """A side file, such as a vision projector: what its header says, then its values."""
+        check, path = self.check, self.folder / side.file
+        expected = expected_side(check.manifest, side)
+        header, _ = open_gguf(path)
+        if header is not None:
+            yield from check_side_facts(check.manifest, side, header)
+        if not check.strictness.reads_values:
+            if header is not None and expected.tensor_types is not None:
+                yield from check_tensor_types(header, expected.tensor_types)
+            return
+        source = None
+        if self.reference is not None:
+            weights, model = self.reference
+            sides = model.side_files(weights.folder, weights.tensors)
+            source = (weights, model, sides) if sides else None
+        exactness = replace(self._exactness, imatrix=None)  # none is used for them
+        how = check.n_threads, check.progress, exactness
+        yield from check_side_file(path, expected, source, *how)
+        self._reached(source, (side.file,), side.tensors.values())
+
+    @property
+    def _exactness(self) -> Exactness:
+        check = self.check
+        ggml = check.manifest.program.get("ggml")
+        return Exactness(check.strictness.is_exact, self._imatrix, ggml)
+
+    def _reached(
+        self, compared_with: object | None, names: Collection[str], types: Collection[str]
+    ) -> None:
+        """Note how strictly the tensors of a file were compared."""
+        if compared_with is None:
+            return
+        is_exact = self.check.strictness.is_exact or _ALWAYS_EXACT.issuperset(types)
+        level = Level.EXACT if is_exact else Level.VALUES
+        self.check.found.reach(level, (self.folder / name for name in names))
+
+
+def check_gguf_files(check: Check, folder: Path) -> Iterator[str]:
+    """Violations in the names and hashes of the folder's files."""
+    members = gguf_members(check.manifest)
+    absent = {name for name in members if not os.path.lexists(folder / name)}
+    for name in sorted(absent - {SUMS_FILE}):
+        yield f"{folder.name}: {name} is missing"
+    yield from check_members(folder, members)
+    title = f"Verifying hashes of {folder.name}"
+    with check.progress.task(title, folder_bytes(folder), "bytes") as task:
+        yield from check_sums(folder, members, check.n_threads, absent, task.advance)
+    hashed = members - absent - {MANIFEST_FILE, SUMS_FILE}
+    check.found.reach(Level.HASHES, (folder / name for name in hashed))

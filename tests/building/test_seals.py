@@ -1,0 +1,245 @@
+"""What was verified is what is published: files that change between stages of a build."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building import pipeline, stages
+from reap2gguf.building.pipeline import BuildResult
+from reap2gguf.building.plan import make_plan
+from reap2gguf.building.seals import Seal, changed, read_seals, seal, stamps, unsealed
+from reap2gguf.building.workdir import Workdir
+from reap2gguf.errors import ArtifactError, OutputError, VerificationError
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
+from reap2gguf.verifying.bundle import verify_bundle
+from tests.tiny import REPOSITORY
+
+PROSE = REPOSITORY / "calibration" / "prose.txt"
+NAME = "tiny-REAP-0.25"
+
+
+def build(source: Path, output: Path) -> BuildResult:
+    options = BuildOptions(
+        recipes=("bf16", "q8_0"),
+        model=str(source),
+        output=output,
+        compression=0.25,
+        calibration=CalibrationOptions(str(PROSE), samples=4, max_length=64),
+        chunk=64,
+        compute=ComputeOptions(device="cpu"),
+    )
+    result = pipeline.build(make_plan(options), Silent())
+    assert result is not None
+    return result
+
+
+def stopped_before(
+    step: str, module: Any, source: Path, output: Path, patch: pytest.MonkeyPatch
+) -> Workdir:
+    """The work folder of a build that was interrupted at a function of a module."""
+
+    def interrupt(*arguments: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with patch.context() as patched:
+        patched.setattr(module, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, output)
+    return Workdir(output, NAME)
+
+
+def damage(path: Path, keep_time: bool) -> None:
+    """Change one byte in the middle of a file."""
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(stat.st_size * 3 // 4)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 0x55]))
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def reused(result: BuildResult) -> dict[str, bool]:
+    return {stage.name: stage.reused for stage in result.stages}
+
+
+FILES = [
+    f"{NAME}/model.safetensors",
+    f"{NAME}/tokenizer.json",
+    f"{NAME}/config.json",
+    f"{NAME}-GGUF/{NAME}-BF16.gguf",
+    f"{NAME}-GGUF/imatrix.gguf",
+    f"{NAME}-GGUF/imatrix.dat",
+]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damage_after_the_verification_is_not_published(
+    file: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a new time of change, the stage that wrote it is done again."""
+    output = tmp_path / "out"
+    work = stopped_before("write_record", pipeline, tiny, output, monkeypatch)
+    damage(work.root / file, keep_time=False)
+    result = build(tiny, output)
+    assert reused(result)["verify"] is False
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_damage_that_keeps_the_time_is_not_published(
+    file: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash differs, so it is verified again, and refused."""
+    output = tmp_path / "out"
+    work = stopped_before("write_record", pipeline, tiny, output, monkeypatch)
+    damage(work.root / file, keep_time=True)
+    if "imatrix" in file:  # an input of what follows: made again
+        result = build(tiny, output)
+        assert reused(result)["imatrix"] is False
+        assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+        return
+    with pytest.raises(VerificationError) as caught:
+        build(tiny, output)
+    (violation,) = caught.value.violations
+    assert violation == f"{work.root / file}: its SHA-256 is not that of what was verified"
+    assert not work.final_hf.exists()
+    assert not work.final_gguf.exists()
+    assert verify_bundle(build(tiny, output).gguf_folder, 1, Silent()).violations == ()
+
+
+def test_an_interrupted_build_reuses_what_is_unchanged(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    stopped_before("write_record", pipeline, tiny, output, monkeypatch)
+    assert all(reused(build(tiny, output)).values())
+
+
+def test_a_damaged_export_is_not_verified_but_made_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    work = stopped_before("check_pruned", stages, tiny, output, monkeypatch)
+    damage(work.gguf / f"{NAME}-Q8_0.gguf", keep_time=False)
+    result = build(tiny, output)
+    assert reused(result)["prune"] is True
+    assert reused(result)["imatrix"] is True
+    assert reused(result)["export"] is False
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+
+
+def test_a_file_that_changes_while_it_is_verified(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = stages.check_gguf
+
+    def then_damage(path: Path, *arguments: Any, **named: Any) -> Any:
+        yield from check(path, *arguments, **named)
+        damage(path, keep_time=False)
+
+    monkeypatch.setattr(stages, "check_gguf", then_damage)
+    with pytest.raises(OutputError, match="was changed by another program while the build"):
+        build(tiny, tmp_path / "out")
+    assert not (tmp_path / "out" / NAME).exists()
+
+
+def test_a_file_that_changes_before_the_record(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = pipeline.write_record
+
+    def after_damage(plan: Any, work: Workdir, evidence: Any) -> Any:
+        damage(work.gguf / f"{NAME}-BF16.gguf", keep_time=False)
+        return write(plan, work, evidence)
+
+    monkeypatch.setattr(pipeline, "write_record", after_damage)
+    with pytest.raises(OutputError, match="was changed by another program"):
+        build(tiny, tmp_path / "out")
+    assert not (tmp_path / "out" / NAME).exists()
+
+
+@pytest.mark.parametrize("place", ["hf", "gguf"])
+def test_a_stray_in_the_work_folder_is_not_published(
+    place: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    work = stopped_before("check_pruned", stages, tiny, output, monkeypatch)
+    (getattr(work, place) / "model-00009-of-00009.safetensors").write_bytes(b"stray")
+    with pytest.raises(VerificationError) as caught:
+        build(tiny, output)
+    assert "model-00009-of-00009.safetensors is not part of the bundle" in str(
+        caught.value.violations
+    )
+    assert not work.final_hf.exists()
+
+
+@pytest.mark.parametrize("n_renames", [0, 1])
+def test_damage_while_the_folders_get_their_names(
+    n_renames: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, replace, done = tmp_path / "out", os.replace, []
+
+    def replace_some(source: Any, target: Any) -> None:
+        if Path(target).parent == output:
+            if len(done) == n_renames:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_some)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny, output)
+    work = Workdir(output, NAME)
+    damage((work.hf if n_renames == 0 else work.final_hf) / "model.safetensors", keep_time=False)
+    result = build(tiny, output)
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+    assert reused(result)["prune"] is False
+
+
+@pytest.mark.parametrize(
+    ("folder", "load"), [("observations", Observations.load), ("texts", Texts.load)]
+)
+def test_damaged_input_of_other_builds_is_refused(
+    folder: str, load: Callable[[Path], object], tiny: Path, tmp_path: Path
+) -> None:
+    build(tiny, tmp_path / "out")
+    (path,) = (tmp_path / "out" / ".work" / folder).iterdir()
+    load(path)
+    damage(path, keep_time=True)
+    with pytest.raises(ArtifactError, match="damaged"):
+        load(path)
+
+
+def test_stamps_and_seals(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("folder/a", "b"):
+        (tmp_path / name).write_text(name)
+    kept = stamps(tmp_path, [tmp_path / "folder", tmp_path / "b", tmp_path / "gone"])
+    assert kept.keys() == {"folder/a", "b"}
+    assert changed(tmp_path, kept) == []
+    sealed = seal(tmp_path, kept, 1, Silent())
+    as_json = json.loads(json.dumps({name: vars(one) for name, one in sealed.items()}))
+    assert read_seals(as_json) == sealed
+    assert unsealed(tmp_path, sealed, 1, Silent()) == []
+    damage(tmp_path / "b", keep_time=True)
+    assert changed(tmp_path, kept) == []
+    assert unsealed(tmp_path, sealed, 1, Silent()) == ["b"]
+    (tmp_path / "b").unlink()
+    (tmp_path / "b").symlink_to("folder/a")
+    assert changed(tmp_path, kept) == ["b"]
+    with pytest.raises(OutputError, match="was changed by another program"):
+        seal(tmp_path, kept, 1, Silent())
+    assert read_seals(None) == read_seals({"b": {"sha256": 1}}) == {}
+    assert Seal(1, 2, "x").record.n_bytes == 1
