@@ -104,7 +104,8 @@ def is_own_file(path: Path) -> bool:
 
     In the Hub's cache, every file of a snapshot is a link to its blob, which is allowed.
     """
-    if path.is_symlink() and (cached_blob(path) is None or leads_out(path, path.parent)):
+    # os.path answers False where Path raises
+    if os.path.islink(path) and (cached_blob(path) is None or leads_out(path, path.parent)):
         return False
     return is_plain(path)
 

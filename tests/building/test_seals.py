@@ -75,11 +75,12 @@ def reused(result: BuildResult) -> dict[str, bool]:
 
 FILES = [
     f"{NAME}/model.safetensors",
-    f"{NAME}/tokenizer.json",
-    f"{NAME}/config.json",
     f"{NAME}-GGUF/{NAME}-BF16.gguf",
     f"{NAME}-GGUF/imatrix.gguf",
-    f"{NAME}-GGUF/imatrix.dat",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (f"{NAME}/tokenizer.json", f"{NAME}/config.json", f"{NAME}-GGUF/imatrix.dat")
+    ),
 ]
 
 
