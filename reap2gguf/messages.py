@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import reprlib
+import shlex
 from typing import Any
 
 _MOST_LETTERS = 1600  # per line: a path of 255 names is too long to read
 _MOST_SHOWN = 500  # letters per value
 
+_USER = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s@]*(?:@[^/\s@]*)*@")
+_QUERY = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s?]*)\?\S+")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 3
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
@@ -38,6 +43,27 @@ def one_line(text: str) -> str:
     half = _MOST_LETTERS // 2
     left_out = f" [... {len(text) - 2 * half:,} letters left out ...] "
     return _escaped(text[:half])[:half] + left_out + _escaped(text[-half:])[-half:]
+
+
+def without_password(text: str) -> str:
+    """`text` without the user names, passwords and queries of URLs in it.
+
+    >>> without_password("https://me:secret@example.org/model?token=x")
+    'https://...@example.org/model?...'
+    """
+    return _QUERY.sub(r"\1?...", _USER.sub(r"\1...@", text))
+
+
+def shell_word(path: os.PathLike[str] | str) -> str:
+    """A path as a word of a command that the user may copy.
+
+    >>> shell_word("my models/-x")
+    "'my models/-x'"
+    >>> shell_word("-x")
+    './-x'
+    """
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _escaped(text: str) -> str:

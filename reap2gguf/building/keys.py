@@ -22,6 +22,7 @@ from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.errors import CheckpointError, Reap2ggufError
+from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.write import companion_files
 
@@ -177,7 +178,7 @@ def export_key(*inputs: object) -> str:
     """The key of an export: it names the versions of the libraries that quantize."""
     ggml = load_ggml()
     # two builds of one version may round differently; wheels of one version are one file
-    own = [hash_file(ggml.path).sha256] if ggml.is_own else []
+    own = [file_sha256(ggml.path)] if ggml.is_own else []
     return stage_key(__version__, ggml.version, *own, version("gguf"), *inputs)
 
 

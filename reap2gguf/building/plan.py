@@ -100,7 +100,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
         files.text(options.imatrix_text)
-    source = resolve_source(options.model, note)
+    source = resolve_source(options.model, note, options.follow_links)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)

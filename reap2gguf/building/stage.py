@@ -170,7 +170,7 @@ class Run:
         return join().broadcast(decide() if self.is_first else None)
 
     def _is_done(self, stage: Stage[Any]) -> bool:
-        if not all(path.exists() for path in stage.outputs):
+        if not all(path.exists() and not path.is_symlink() for path in stage.outputs):
             return False
         if stage.is_shared and not self.work.is_fresh:
             return True  # whichever build made it

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from reap2gguf.files import read_entry
+
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
 
@@ -51,9 +53,11 @@ def with_base_model(front: str, repo: str) -> str:
 
 
 def _source_data(source_card: Path) -> dict[str, Any]:
-    if not source_card.is_file() or source_card.stat().st_size > _MAX_CARD_BYTES:
-        return {}
-    text = source_card.read_text(encoding="utf-8", errors="replace")
+    try:
+        raw = read_entry(source_card, _MAX_CARD_BYTES)
+    except OSError:
+        return {}  # it is missing, or too large
+    text = raw.decode("utf-8", errors="replace").replace("\r\n", "\n")
     try:
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         found = dict(data.to_dict())

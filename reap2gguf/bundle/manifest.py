@@ -283,6 +283,7 @@ def _expert_id(value: Any) -> int:
 def hash_file(path: Path, advance: Advance | None = None) -> FileRecord:
     """Size and SHA-256 of a file; `advance` is called with the bytes of each piece read.
 
-    Raises OSError if it cannot be read or is not a plain file.
+    Raises OSError if it cannot be read, is not a plain file, or is a link outside the Hub's cache.
     """
-    return FileRecord(plain_size(path), file_sha256(path, advance))
+    sha256 = file_sha256(path, advance, follow_links=False)
+    return FileRecord(plain_size(path), sha256)

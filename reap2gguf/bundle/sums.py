@@ -11,7 +11,7 @@ from threading import Event, Lock
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.bundle.layout import HUB_FILES, MANIFEST_FILE, SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, Manifest, hash_file
-from reap2gguf.files import Advance, is_plain, is_plain_name
+from reap2gguf.files import Advance, is_plain, is_plain_name, leads_away, read_entry
 
 _MAX_SUMS_BYTES = 2**22  # some ten thousand files
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
@@ -44,7 +44,7 @@ def parse_sums(text: str) -> tuple[dict[str, str], list[int]]:
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[int]]:
     """`parse_sums` of the SHA256SUMS in a folder."""
-    return parse_sums((folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace"))
+    return parse_sums(read_entry(folder / SUMS_FILE, _MAX_SUMS_BYTES).decode("utf-8", "replace"))
 
 
 def write_sums(folder: Path, n_threads: int) -> None:
@@ -117,6 +117,8 @@ def _compare_hashes(
     for name in expected:
         if not is_plain_name(name) or not is_plain(folder / name):
             yield f"{folder.name}: {name} is missing"
+        elif leads_away(folder / name):
+            yield f"{folder.name}: {name} is a link, expected a file of the bundle itself"
         else:
             present.append(name)
     lock, stopped = Lock(), Event()

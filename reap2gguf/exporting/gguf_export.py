@@ -15,7 +15,6 @@ whatever its size. Besides the ranges there is the imatrix: 4 bytes per column.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from reap2gguf.atomic import OutputFile, open_file, part_of, rename
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError
 from reap2gguf.exporting.header import GgufLayout, HeaderFacts, lay_out
+from reap2gguf.files import is_own_file
 from reap2gguf.ggml import NEEDS_IMPORTANCE, Ggml, load_ggml
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_ranges, rows_per_matrix
@@ -124,7 +124,7 @@ def _can_resume(
     is_whole = all(tensor.name in journal for tensor in tensors)
     for output, layout in zip(outputs, layouts, strict=True):
         part = part_of(output.path)
-        if not part.is_file() and is_whole and _has_size(output.path, layout.n_bytes):
+        if not is_own_file(part) and is_whole and _has_size(output.path, layout.n_bytes):
             rename(output.path, part)  # interrupted between two renames
         if not _has_size(part, layout.n_bytes):
             journal.clear()
@@ -133,14 +133,13 @@ def _can_resume(
 
 
 def _has_size(path: Path, n_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == n_bytes
+    return is_own_file(path) and path.stat().st_size == n_bytes
 
 
 @contextmanager
 def _opened(output: GgufOutput, layout: GgufLayout, resume: bool) -> Iterator[_OpenFile]:
     """A file of its full length, so that a full disk is found now, with its header written."""
-    flags = 0 if resume else os.O_TRUNC
-    with open_file(part_of(output.path), output.path, flags) as file:
+    with open_file(part_of(output.path), output.path, resume) as file:
         file.reserve(layout.n_bytes)
         file.write_at(layout.header, 0)
         yield _OpenFile(file, layout, output.header.tensor_types)

@@ -16,6 +16,7 @@ from reap2gguf.terminal.click_options import (
     calibration_options,
     collect_compute,
     compute_options,
+    follow_links_option,
     llama_cpp_option,
     output_options,
     pruning_options,
@@ -33,6 +34,7 @@ from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, 
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Observations to write."
 )
+@follow_links_option
 @output_options
 def observe(
     model: str,
@@ -42,6 +44,7 @@ def observe(
     seed: int,
     pack: bool | None,
     output: Path,
+    follow_links: bool,
     **compute: Any,
 ) -> None:
     """Measure the experts on calibration text.
@@ -63,6 +66,7 @@ def observe(
         output,
         calibration=calibration,
         compute=collect_compute(compute),
+        follow_links=follow_links,
         progress=terminal_progress(),
     )
     counts = f"{seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers"
@@ -80,6 +84,7 @@ def observe(
 )
 @pruning_options
 @option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
+@follow_links_option
 @output_options
 def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
     """Remove the least important experts.
@@ -114,8 +119,11 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
 )
+@follow_links_option
 @output_options
-def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -> None:
+def imatrix(
+    hf_dir: str, text: Path, chunk: int, output: Path, follow_links: bool, **compute: Any
+) -> None:
     """Compute an importance matrix for HF_DIR.
 
     Also writes the matrix in llama.cpp's older format, as a .dat file beside OUTPUT. To resume an
@@ -132,6 +140,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
         output,
         chunk=chunk,
         compute=collect_compute(compute),
+        follow_links=follow_links,
         progress=terminal_progress(),
     )
     say(f"{output}: {len(result.entries)} matrices over {result.n_chunks} chunks", "result")
@@ -157,10 +166,16 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
 )
 @option("-o", "--output", section=WRITE, type=FilePath, required=True, help="GGUF file to write.")
 @threads_option
+@follow_links_option
 @llama_cpp_option
 @output_options
 def quantize(
-    hf_dir: str, recipe_name: str, imatrix_file: Path | None, threads: int, output: Path
+    hf_dir: str,
+    recipe_name: str,
+    imatrix_file: Path | None,
+    threads: int,
+    output: Path,
+    follow_links: bool,
 ) -> None:
     """Write HF_DIR as one GGUF file.
 
@@ -179,6 +194,7 @@ def quantize(
         output,
         imatrix=imatrix_file,
         threads=threads,
+        follow_links=follow_links,
         progress=terminal_progress(),
     )
     say(f"{output}: {size(result.n_bytes)}, {result.bits_per_weight:.2f} bpw", "result")

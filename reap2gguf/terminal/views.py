@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import Estimate, side_bytes
-from reap2gguf.messages import duration, parameters, size
+from reap2gguf.messages import duration, parameters, shell_word, size
 from reap2gguf.pruning.select import friendly_count
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     for side in manifest.side_files:
         yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
-    yield f"Try it:  reap2gguf chat {result.gguf_folder}"
+    yield f"Try it:  reap2gguf chat {shell_word(result.gguf_folder)}"
 
 
 def recipe_lines(recipe: Recipe) -> Iterable[str]:
