@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
 from reap2gguf.bundle.layout import CARD_FILE
@@ -127,7 +127,9 @@ class BuildKeys:
     def export(self, imatrix: str) -> str:
         """The key of the GGUF files."""
         plan = self.plan
-        return export_key(imatrix, plan.name, plan.source.label, plan.options.method, self._recipes)
+        return export_key(
+            imatrix, plan.name, plan.source.label, plan.method, self._recipes, self._history
+        )
 
     @property
     def inputs(self) -> str:
@@ -142,12 +144,18 @@ class BuildKeys:
             plan.name,
             plan.source.label,
             plan.source.revision,
-            plan.options.method,
+            plan.method,
+            self._history,
             plan.target.n_kept,
             plan.mtp,
             self._recipes,
             *self._computing,
         )
+
+    @property
+    def _history(self) -> dict[str, Any] | None:
+        """What was pruned before, as the source's manifest says."""
+        return None if self.plan.history is None else asdict(self.plan.history)
 
     @property
     def _recipes(self) -> list[tuple[str, str]]:

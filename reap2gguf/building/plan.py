@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.workdir import RESERVED_NAMES
-from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders, model_file, side_file
+from reap2gguf.building.history import History, read_history
+from reap2gguf.building.naming import bundle_name
+from reap2gguf.bundle.layout import model_file, side_file
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration
 from reap2gguf.calibration.spec import Calibration, decide
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from reap2gguf.options import BuildOptions
 
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
-
-
 @dataclass(frozen=True)
 class Plan:
     """Everything that is decided before a build starts."""
@@ -48,6 +46,7 @@ class Plan:
     recipes: tuple[ResolvedRecipe, ...]
     side_files: tuple[SideFile, ...]
     files: ScannedFiles  # of the calibration
+    history: History | None = None  # of a source that this program has pruned before
 
     @property
     def hf_bytes(self) -> int:
@@ -71,10 +70,15 @@ class Plan:
         return side_file(side.prefix, self.name)
 
     @property
+    def method(self) -> str:
+        """How experts are ranked, or NO_METHOD where none is removed."""
+        return self.options.method if self.target.prunes else NO_METHOD
+
+    @property
     def mtp(self) -> str:
-        """What happens to a multi-token-prediction block: pruned, dropped or none."""
+        """What happens to a multi-token-prediction block: pruned, kept, dropped or none."""
         if self.model.facts.has_mtp:
-            return "pruned"
+            return "pruned" if self.target.prunes else "kept"
         return "dropped" if self.drops_mtp else "none"
 
     @property
@@ -111,7 +115,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     resolved = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
-    name = _bundle_name(options, source, target)
+    name = bundle_name(options, source, target, note)
     sides = model.side_files(checkpoint.folder, checkpoint.tensors)
     return Plan(
         options,
@@ -125,6 +129,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         resolved,
         sides,
         files,
+        read_history(checkpoint, model.facts, note),
     )
 
 
@@ -132,21 +137,3 @@ def _check_there(text: Path) -> None:
     """Refuse a missing text before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")
-
-
-def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
-    """The given name, or `<source>-REAP-<compression>` with two decimals, or more if needed."""
-    ratio = target.compression if options.compression is None else options.compression
-    shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
-    name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
-    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith(GGUF_SUFFIX):
-        raise UsageError(
-            f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and '-' "
-            f"(not ending in {GGUF_SUFFIX}), as the Hub requires"
-        )
-    folders = BundleFolders(options.output, name)
-    if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):
-        raise UsageError(
-            f"{source.folder}: the result would replace the source; pass another --name"
-        )
-    return name

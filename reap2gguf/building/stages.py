@@ -191,7 +191,7 @@ class Importance(Stage[Imatrix]):
         if self.run.is_first:
             make_folder(self.run.work.gguf)
             save_both(imatrix, self.path)
-        return {"mtp_hits": report.mtp_hits}
+        return {"mtp_hits": report.mtp_hits, "mtp_tokens": report.mtp_tokens}
 
     def load(self) -> Imatrix:
         return load_imatrix(self.path)
@@ -250,9 +250,9 @@ class Export(Stage[None]):
 
     def _values(self) -> list[Any]:
         plan = self.run.plan
-        return pruning_values(
-            plan.source.label, plan.options.method, plan.target.n_experts, self._pruned.kept
-        )
+        kept = self._pruned.kept
+        earlier = None if plan.history is None else plan.history.after(kept)
+        return pruning_values(plan.source.label, plan.method, plan.target.n_experts, kept, earlier)
 
     def _journal(self, name: str) -> ExportJournal:
         return ExportJournal(self.run.work.root / f"{name}.json", self.key)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.files import read_entry
 
 if TYPE_CHECKING:
@@ -34,8 +35,12 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
     }
     if "/" in manifest.source.label:
         values["base_model"] = manifest.source.label
-        values["base_model_relation"] = "quantized" if library == "gguf" else "finetune"
-    tags = ["reap", "moe", "expert-pruning", "pruned"]
+        if library == "gguf":
+            values["base_model_relation"] = "quantized"
+        elif manifest.pruning.method != NO_METHOD:  # else it is a copy, which has no name there
+            values["base_model_relation"] = "finetune"
+    was_pruned = manifest.pruning.method != NO_METHOD or manifest.source.earlier is not None
+    tags = ["reap", "moe", "expert-pruning", "pruned"] if was_pruned else ["moe"]
     data = ModelCardData(
         library_name=library,
         pipeline_tag=inherited.get("pipeline_tag") or "text-generation",

@@ -32,6 +32,7 @@ _LICENCE = Purpose.BUILD | Purpose.BUNDLE
 _COMPANIONS = {
     "config.json": Purpose.PLAN,
     "model.safetensors.index.json": Purpose.PLAN,
+    "reap2gguf.json": Purpose.PLAN,  # of a model that this program has pruned before
     "generation_config.json": _PLANNED | Purpose.GGUF,
     "tokenizer_config.json": _PLANNED | Purpose.GGUF,
     "special_tokens_map.json": _PLANNED | Purpose.GGUF,

@@ -18,6 +18,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.models.description import HeaderValue, SideFile
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import EarlierPruning
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.models.contract import MoeModel
@@ -146,17 +147,37 @@ def uses_imatrix(recipe: ResolvedRecipe) -> bool:
     return any(t.name not in _UNWEIGHTED_TYPES for t in recipe.tensor_types().values())
 
 
-def pruning_values(source_label: str, method: str, n_experts: int, kept: Kept) -> list[HeaderValue]:
-    """Keys of our own, so that a GGUF file alone records where its experts come from."""
-    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
-    return [
+def pruning_values(
+    source_label: str,
+    method: str,
+    n_experts: int,
+    kept: Kept,
+    earlier: EarlierPruning | None = None,
+) -> list[HeaderValue]:
+    """Keys of our own, so that a GGUF file alone records where its experts come from.
+
+    With `earlier`, also those of the original: the source was pruned before.
+    """
+    values = [
         _text("reap2gguf.version", __version__),
         _text("reap2gguf.source", source_label),
         _text("reap2gguf.method", method),
         HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
-        # layer after layer, expert_count ids each
-        HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
+        _experts("reap2gguf.kept_experts", kept),
     ]
+    if earlier is not None:
+        values += [
+            _text("reap2gguf.original.source", earlier.label),
+            HeaderValue("reap2gguf.original.expert_count", earlier.n_experts, GGUFValueType.UINT32),
+            _experts("reap2gguf.original.kept_experts", earlier.kept),
+        ]
+    return values
+
+
+def _experts(key: str, kept: Mapping[int, Sequence[int]]) -> HeaderValue:
+    """Ids of experts, layer after layer, expert_count ids each."""
+    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
+    return HeaderValue(key, flat, GGUFValueType.ARRAY)
 
 
 def _text(key: str, value: str) -> HeaderValue:

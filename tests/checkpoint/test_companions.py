@@ -21,6 +21,7 @@ from reap2gguf.pruning.write import companion_files, write_pruned
 LISTS = {
     Purpose.PLAN: (
         "config.json generation_config.json model.safetensors.index.json tokenizer*.json "
+        "reap2gguf.json "
         "special_tokens_map.json added_tokens.json *processor_config.json "
         "chat_template.jinja chat_template.json additional_chat_templates/*.jinja"
     ),
@@ -38,9 +39,10 @@ LISTS = {
     Purpose.TEMPLATE: "chat_template.jinja *chat_templates/*.jinja",
 }
 NAMES = [
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json",
-    "added_tokens.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "config.json", "reap2gguf.json", "generation_config.json", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json", "chat_template.json", "chat_template.jinja", "chat_template.txt",
     "chat_template.md", "additional_chat_templates/rag.jinja", "chat_templates/rag.jinja",
     "additional_chat_templates/rag.txt", "vocab.json", "vocab.txt", "merges.txt", "README.md",
