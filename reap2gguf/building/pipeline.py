@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.estimate import check_room
+from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import Run, StageCost
 from reap2gguf.building.stages import STAGES, Export, Importance, Observe, Prune, ReadTexts, Verify
@@ -66,6 +67,8 @@ def _run_stages(run: Run) -> BuildResult | None:
     plan = run.plan
     if run.agree(lambda: run.work.is_finished(run.keys.inputs)):
         return _up_to_date(run) if run.is_first else None
+    if run.is_first:  # the only one that writes files
+        run.plan = plan = with_all_values(plan, run.progress.note)
     run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
 
     texts = run.do(ReadTexts(run))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
+from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
@@ -116,7 +117,9 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
     name = bundle_name(options, source, target, note)
-    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
+    sides = _side_files(model, checkpoint)
+    for line in (line for side in sides for line in side.notes):
+        note(line)
     return Plan(
         options,
         calibration,
@@ -131,6 +134,41 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         files,
         read_history(checkpoint, model.facts, note),
     )
+
+
+def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
+    """The side files, with the types that their values need, as far as these are on this machine.
+
+    Values that are still on the Hub are looked at when the build starts.
+    """
+    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
+    try:
+        return tuple(
+            with_fitting_types(side, checkpoint) if _is_here(side, checkpoint) else side
+            for side in sides
+        )
+    finally:
+        if sides:
+            checkpoint.close()  # a plan holds no open files; a later read opens them again
+
+
+def _is_here(side: SideFile, checkpoint: Checkpoint) -> bool:
+    stored = (slab.stored for tensor in side.tensors for slab in tensor.slabs)
+    return not checkpoint.unfetched(stored)
+
+
+def with_all_values(plan: Plan, note: Note) -> Plan:
+    """The plan with side files whose values have all been looked at; what is missing is fetched.
+
+    Raises what `with_fitting_types` raises, and what fetching raises.
+    """
+    if all(side.is_checked for side in plan.side_files):
+        return plan
+    sides = side_files(plan.model, plan.checkpoint)
+    for line in (line for side in sides for line in side.notes):
+        if not any(line in side.notes for side in plan.side_files):
+            note(line)
+    return replace(plan, side_files=sides)
 
 
 def _check_there(text: Path) -> None:

@@ -207,6 +207,12 @@ class Checkpoint(Weights):
             return 0
         return sum(map(self._hub.size, self._hub.missing(shard.name for shard in self.shards)))
 
+    def unfetched(self, names: Iterable[str]) -> list[str]:
+        """The files of these tensors that are still to be downloaded."""
+        if self._hub is None:
+            return []
+        return self._hub.missing(sorted({self.tensors[name].path.name for name in names}))
+
     def report_to(self, progress: Progress) -> None:
         """Where downloads of shards are shown from now on."""
         if self._hub is not None:

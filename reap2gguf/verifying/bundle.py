@@ -24,6 +24,7 @@ from reap2gguf.errors import (
 from reap2gguf.files import is_plain
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.side_values import side_files
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
     check_experts,
@@ -182,7 +183,7 @@ def _check_side(
     if opened is not None:
         checkpoint, model = opened
         try:
-            sides = model.side_files(checkpoint.folder, checkpoint.tensors)
+            sides = side_files(model, checkpoint)
         except Reap2ggufError as error:
             yield f"{checkpoint.folder.name}: {error}"
         else:
