@@ -284,7 +284,11 @@ class Verify(Stage[list[str]]):
     def compute(self) -> Mapping[str, Any]:
         violations, passed = self._check()
         if violations:
-            raise VerificationError(violations, "run it again; if it fails again, add --fresh")
+            raise VerificationError(
+                violations,
+                "run it again with --fresh; if the same tensors differ again, give them a type "
+                "with more bits in the recipe",
+            )
         return {"passed": passed}
 
     def _check(self) -> tuple[list[str], list[str]]:

@@ -7,22 +7,20 @@ work, in ranges: memory is 16 MiB, and the tower of a 35B model takes about a se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reap2gguf.checkpoint.weights import values_of
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.weights import Floats, Weights
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import GgufTensor, SideFile
 
-_VALUES = 2**22  # read at a time
 F16_LIMIT = 65520.0  # what rounds to infinity
 
 
@@ -74,14 +72,3 @@ def _largest(weights: Weights, tensor: GgufTensor) -> float:
             place, _ = weights.origin(name)
             raise CheckpointError(f"{weights.folder}: {place!r} holds NaN or infinite values")
     return largest
-
-
-def values_of(weights: Weights, name: str) -> Iterator[Floats]:
-    """All values of a stored tensor, at most 16 MiB at a time, or one row."""
-    stored = weights.tensors[name]
-    if not stored.shape:
-        yield weights.read_float32(name).reshape(1)
-        return
-    step = max(1, _VALUES // max(1, prod(stored.shape[1:])))
-    for first in range(0, stored.shape[0], step):
-        yield weights.read_float32(name, first, min(first + step, stored.shape[0]))

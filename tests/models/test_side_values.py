@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.building.plan import make_plan
+from reap2gguf.checkpoint import weights
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models import side_values
 from reap2gguf.models.description import SideFile
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
@@ -119,10 +119,10 @@ def test_values_that_are_not_finite_are_refused_by_name(
 
 
 def test_values_are_read_a_part_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_values, "_VALUES", 100)
+    monkeypatch.setattr(weights, "_VALUES", 100)
     put(folder, WIDE, 1e5)
     assert checked(folder).tensor_types()["v.blk.0.ffn_down.weight"] is F32
     with Checkpoint.open(folder) as checkpoint:
-        parts = list(side_values.values_of(checkpoint, WIDE))
+        parts = list(weights.values_of(checkpoint, WIDE))
         assert len(parts) > 10
         np.testing.assert_array_equal(np.concatenate(parts), checkpoint.read_float32(WIDE))
