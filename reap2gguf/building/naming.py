@@ -25,8 +25,8 @@ _NAMELESS = "model"  # for a source without a letter that a name may have
 def bundle_name(options: BuildOptions, source: Source, target: Target, note: Note) -> str:
     """The given name, or `<source>-REAP-<compression>`, or `<source>` where nothing is pruned.
 
-    The ratio has two decimals, or more if needed. Where the source's name has letters that the Hub
-    does not allow, or too many, `note` gets the name that is used. Raises UsageError for a given
+    The ratio has two decimals, or more if needed. Where the Hub does not allow the source's name for
+    its letters or its length, `note` gets the name that is used. Raises UsageError for a given
     name that is not allowed, and if the result would replace the source.
     """
     if options.name is not None:
@@ -37,9 +37,9 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
         name = _safe(source.short_name, _MOST_LETTERS - len(GGUF_SUFFIX + ending)) + ending
         if name != source.short_name + ending:
             note(
-                f"the name of the source, {shown(source.short_name)}, has other letters than "
-                f"A-Z, a-z, 0-9, '.', '_' and '-', or is too long for the Hub (names have at most "
-                f"{_MOST_LETTERS} letters); the result is called {name}, --name chooses another"
+                f"the Hub does not allow {shown(source.short_name + ending)} (it takes letters, "
+                f"digits, '.', '_' and '-', in a bundle at most {_MOST_LETTERS - len(GGUF_SUFFIX)} "
+                f"of them); the result is called {name}; --name chooses another"
             )
     folders = BundleFolders(options.output, name)
     if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):

@@ -11,7 +11,9 @@ import pytest
 
 from reap2gguf import atomic
 from reap2gguf.building.workdir import Workdir
+from reap2gguf.bundle.layout import BundleFolders
 from reap2gguf.errors import OutputError
+from reap2gguf.publishing.admission import AcceptedRepos
 
 IDENTITY = {"source": "model", "fingerprint": "0123456789abcdef"}
 
@@ -208,3 +210,21 @@ def test_a_record_that_is_a_link_finishes_nothing(work: Workdir, tmp_path: Path)
     record.rename(tmp_path / "elsewhere.json")
     record.symlink_to(tmp_path / "elsewhere.json")
     assert not work.is_finished("inputs")
+
+
+def test_what_a_push_writes_is_not_behind_a_link(tmp_path: Path) -> None:
+    folders = BundleFolders(tmp_path, "name")
+    with folders.locked():
+        folders.push.symlink_to(tmp_path)
+        with pytest.raises(OutputError, match=r"\.name\.push: a link, which is not followed"):
+            atomic.make_folder(folders.push)
+        folders.push.unlink()
+        atomic.make_folder(folders.push)
+        victim = tmp_path / "victim"
+        victim.write_text("mine")
+        (folders.push / "repositories.json").symlink_to(victim)
+        accepted = AcceptedRepos(folders.push)
+        assert accepted.names() == []
+        accepted.add("owner/name")
+        assert accepted.names() == ["owner/name"]
+        assert victim.read_text() == "mine"
