@@ -25,8 +25,8 @@ _NAMELESS = "model"  # for a source without a letter that a name may have
 def bundle_name(options: BuildOptions, source: Source, target: Target, note: Note) -> str:
     """The given name, or `<source>-REAP-<compression>`, or `<source>` where nothing is pruned.
 
-    The ratio has two decimals, or more if needed. Where the Hub does not allow the source's name for
-    its letters or its length, `note` gets the name that is used. Raises UsageError for a given
+    The ratio has two decimals, or more if needed. Where the Hub does not allow the source's name,
+    for its letters or its length, `note` gets the name that is used. Raises UsageError for a given
     name that is not allowed, and if the result would replace the source.
     """
     if options.name is not None:
