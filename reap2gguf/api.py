@@ -1,8 +1,9 @@
 """The library: Python functions that do what the commands do.
 
 `build` does everything; the others are its stages, one at a time. Each takes a MODEL as the command
-line does: a local folder, or `owner/name[@revision]` on the Hub. Errors are Reap2ggufErrors, with
-the message that the command line would print. Long work calls `progress`, if one is given, with a
+line does: a local folder, or `owner/name[@revision]` on the Hub. With `follow_links` the weights of
+a folder (*.safetensors) may be links to any place. Errors are Reap2ggufErrors, with the message
+that the command line would print. Long work calls `progress`, if one is given, with a
 `ProgressEvent` now and then.
 
 torch and transformers are loaded inside the functions that compute.
@@ -11,6 +12,7 @@ torch and transformers are loaded inside the functions that compute.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -104,6 +106,7 @@ def observe(
     *,
     calibration: CalibrationOptions | None = None,
     compute: ComputeOptions | None = None,
+    follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> Observations:
     """Record what each expert of MODEL does on calibration text, and write it to `output`.
@@ -121,7 +124,7 @@ def observe(
     files = ScannedFiles()
     check_calibration(decided, files)
     output, shown = _output(output), _progress(progress)
-    with _open(model, shown) as opened:
+    with _open(model, shown, follow_links=follow_links) as opened:
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
@@ -148,6 +151,7 @@ def select(
     compression: float | None = None,
     method: str = "reap",
     mtp: str = "prune",
+    follow_links: bool = False,
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
@@ -155,7 +159,7 @@ def select(
     experts that the model cannot run with.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
-    with _open(model, Silent(), keep_mtp=mtp == "prune") as opened:
+    with _open(model, Silent(), mtp == "prune", follow_links) as opened:
         return _select(opened, observations, keep_experts, compression, method)
 
 
@@ -168,6 +172,7 @@ def prune(
     compression: float | None = None,
     method: str = "reap",
     mtp: str = "prune",
+    follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
@@ -177,7 +182,7 @@ def prune(
     """
     output, shown = _output(output), _progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
-    with _open(model, shown, keep_mtp=mtp == "prune") as opened:
+    with _open(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
         selection = _select(opened, observations, keep_experts, compression, method)
@@ -195,6 +200,7 @@ def imatrix(
     *,
     chunk: int = 512,
     compute: ComputeOptions | None = None,
+    follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> Imatrix:
     """Compute the importance matrix of MODEL on a text; `output` is a GGUF file.
@@ -212,7 +218,7 @@ def imatrix(
 
     files = ScannedFiles()
     files.text(text)
-    with _open(model, shown) as opened:
+    with _open(model, shown, follow_links=follow_links) as opened:
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import imatrix_chunks
         from reap2gguf.gguf_files.imatrix import save_both
@@ -238,6 +244,7 @@ def quantize(
     imatrix: Imatrix | PathLike | None = None,
     labels: Mapping[str, str] | None = None,
     threads: int | None = None,
+    follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> QuantizeResult:
     """Write MODEL as one GGUF file by a recipe: a shipped one by name, or a TOML file.
@@ -257,7 +264,7 @@ def quantize(
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
     output = Path(output) if is_folder else _output(output)
-    with _open(model, shown) as opened:
+    with _open(model, shown, follow_links=follow_links) as opened:
         if is_folder:
             output /= model_file(opened.source.short_name, asked.label)
         facts = opened.model.facts
@@ -340,11 +347,13 @@ class _Opened(AbstractContextManager["_Opened"]):
         self.checkpoint.close()
 
 
-def _open(name: PathLike, progress: Progress, keep_mtp: bool = True) -> _Opened:
+def _open(
+    name: PathLike, progress: Progress, keep_mtp: bool = True, follow_links: bool = False
+) -> _Opened:
     from reap2gguf.hub.source import resolve_source
     from reap2gguf.models.table import describe
 
-    source = resolve_source(str(name), progress.note)
+    source = resolve_source(str(name), progress.note, follow_links)
     source.complete(progress.note)
     checkpoint = source.open(progress.note)
     try:
@@ -370,7 +379,7 @@ def _select(
     seen = (
         observations
         if isinstance(observations, Observations)
-        else Observations.load(Path(observations))
+        else Observations.load(Path(os.path.realpath(observations)))  # the user named it
     )
     if seen.model_fingerprint != opened.checkpoint.fingerprint():
         raise ArtifactError(

@@ -2,8 +2,9 @@
 
 All files that remain are written through this module; `files.py` is the reading side. A file is
 written under its name with `.part` at the end, flushed to the disk, and renamed: so a file with its
-final name is complete, whatever happens in between, even a power cut. Errors of the disk become one
-OutputError that says what to do.
+final name is complete, whatever happens in between, even a power cut. Links are replaced and never
+followed, since other people may write to a shared folder. Errors of the disk become one OutputError
+that says what to do.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.errors import OutputError
+from reap2gguf.files import open_entry
 
 Bytes = bytes | bytearray | memoryview
 PART = ".part"
@@ -84,7 +87,7 @@ def whole_file(path: Path) -> Iterator[OutputFile]:
     """
     part = part_of(path)
     try:
-        with open_file(part, path, os.O_TRUNC) as file:
+        with open_file(part, path) as file:
             yield file
             file.sync()
         rename(part, path)
@@ -100,10 +103,13 @@ def part_of(path: Path) -> Path:
 
 
 @contextmanager
-def open_file(path: Path, shown: Path, flags: int = 0) -> Iterator[OutputFile]:
-    """Open a file for writing, and create it if it is missing; errors name it `shown`."""
+def open_file(path: Path, shown: Path, resume: bool = False) -> Iterator[OutputFile]:
+    """Open a new file for writing, or with `resume` the one that is there; errors name it `shown`.
+
+    Raises OutputError if it cannot be written, or if what is to be resumed is not its own file.
+    """
     with output_errors(shown):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        descriptor = open_own(path) if resume else _open_new(path)
     try:
         yield OutputFile(shown, descriptor)
     except BaseException:
@@ -114,6 +120,32 @@ def open_file(path: Path, shown: Path, flags: int = 0) -> Iterator[OutputFile]:
         os.close(descriptor)
 
 
+def _open_new(path: Path) -> int:
+    """A new file in place of any other, or of a link."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def open_own(path: Path) -> int:
+    """Open a file to read and write it, and create it if it is missing; the descriptor.
+
+    Raises OSError, also for a link, a pipe, or a file that has a second name elsewhere: writing to
+    it would change a file that is not of this program.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a link, expected a file; remove it") from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file of this program alone; remove it")
+    return descriptor
+
+
 def write_whole(path: Path, data: Bytes | str) -> None:
     """Write a small file whole or not at all; text as UTF-8."""
     with whole_file(path) as file:
@@ -121,9 +153,9 @@ def write_whole(path: Path, data: Bytes | str) -> None:
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file whole or not at all."""
+    """Copy a file of an untrusted folder whole or not at all; links as in `open_entry`."""
     read_errors = output_errors(source, "cannot be read")
-    with whole_file(path) as file, read_errors, source.open("rb") as original:
+    with whole_file(path) as file, read_errors, open_entry(source) as original:
         while block := original.read(_COPY_BYTES):
             file.write(block)
 
@@ -149,11 +181,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, where they are missing."""
+    """Create a folder and its parents, where they are missing; OutputError if it is a link."""
     with output_errors(folder):
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             sync_folder(folder.parent)
+    refuse_link(folder)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OutputError if a file or folder of this program is a link."""
+    if path.is_symlink():
+        raise OutputError(
+            f"{path}: a link, which is not followed, expected a file or folder of reap2gguf's own; "
+            "remove it, or pass another output"
+        )
 
 
 def remove(path: Path) -> None:

@@ -1,11 +1,14 @@
 """Reading untrusted files; `atomic.py` is the writing side.
 
-A path is checked before it is opened: reading a pipe or a device could block or never end, and a
-link could lead out of the folder.
+Reading a pipe or a device could block or never end, and a link could lead to any file of this
+machine. So a file is opened without waiting, and what was opened is looked at before it is read. A
+path that the user named may be a link (`open_plain`); a file in a folder may not (`open_entry`),
+except in a snapshot of the Hub's cache, whose files are links to the cache's own blobs.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -19,6 +22,10 @@ _BLOCK_BYTES = 2**22
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # a file in the folder of blobs that several repositories of the Hub's cache share
 _SHARED_MARK = ".huggingface-shared-blobs"
+LINK_ADVICE = (
+    "a link, which is not followed, since its target would be read and published with the model; "
+    "replace it with a copy or a hard link"
+)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -55,17 +62,55 @@ def plain_size(path: Path) -> int:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A plain file, opened for reading. Raises OSError, also for anything that is not one."""
-    file = open(path, "rb", opener=_without_blocking)  # noqa: SIM115
+    """A plain file, opened for reading; links are followed, so only for a path the user named.
+
+    Raises OSError, also for anything that is not a plain file.
+    """
+    return _opened(path, 0)
+
+
+def open_entry(path: Path, follow_links: bool = False) -> BinaryIO:
+    """A plain file of an untrusted folder, opened for reading.
+
+    A link is followed with `follow_links`, or from a snapshot of the Hub's cache to its blobs.
+    Raises OSError for every other link, and for anything that is not a plain file.
+    """
+    if follow_links:
+        return open_plain(path)
+    if not path.is_symlink():
+        return _opened(path, os.O_NOFOLLOW)
+    if leads_away(path):
+        raise OSError(errno.ELOOP, LINK_ADVICE, str(path))
+    # what was checked is what is opened
+    return _opened(Path(os.path.realpath(path)), os.O_NOFOLLOW)
+
+
+class TooLargeError(OSError):
+    """A file has more bytes than any file of its kind."""
+
+
+def read_entry(path: Path, max_bytes: int) -> bytes:
+    """All bytes of a small file of an untrusted folder, opened as `open_entry` does.
+
+    Raises TooLargeError if it has more than `max_bytes`, OSError if it cannot be read.
+    """
+    with open_entry(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise TooLargeError(f"{size:,} bytes, expected at most {max_bytes:,}")
+        return file.read(max_bytes)
+
+
+def _opened(path: Path, more_flags: int) -> BinaryIO:
+    def opener(name: str, flags: int) -> int:
+        # a pipe would block here until it has a writer
+        return os.open(name, flags | os.O_NONBLOCK | more_flags)
+
+    file = open(path, "rb", opener=opener)  # noqa: SIM115
     if words := _kind(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(f"{words}, expected a file")
     return file
-
-
-def _without_blocking(path: str, flags: int) -> int:
-    # a pipe would block here until it has a writer
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_plain(path: Path) -> bool:
@@ -74,50 +119,54 @@ def is_plain(path: Path) -> bool:
     return os.path.isfile(path)
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether an untrusted name is that of an entry in a folder: no path, no NUL."""
-    return name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
-
-
-def leads_out(path: Path, folder: Path) -> bool:
-    """Whether `path`, an entry of `folder`, is a link that leads out of the folder.
-
-    The Hub's cache keeps files beside its snapshots: `models--x/snapshots/REVISION/file` leads to
-    `models--x/blobs/HASH`, which is allowed. That may lead to `blobs/xx/HASH` beside `models--x`,
-    which is allowed too: huggingface_hub keeps there what several repositories share.
-    """
-    if not path.is_symlink():
-        return False
-    home = Path(os.path.realpath(folder))
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        repository = home.parent.parent
-        allowed.append(repository / "blobs")
-        if (repository.parent / "blobs" / _SHARED_MARK).is_file():
-            allowed.append(repository.parent / "blobs")
-    target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
-    return not any(target.is_relative_to(place) for place in allowed)
-
-
 def is_own_file(path: Path) -> bool:
     """Whether a plain file lies in its folder itself, and not behind a link.
 
     In the Hub's cache, every file of a snapshot is a link to its blob, which is allowed.
     """
-    # os.path answers False where Path raises
-    if os.path.islink(path) and (cached_blob(path) is None or leads_out(path, path.parent)):
+    return not leads_away(path) and is_plain(path)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether an untrusted name is that of an entry in a folder: no path, no NUL."""
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name
+
+
+def leads_away(path: Path) -> bool:
+    """Whether `path` is a link that is not followed.
+
+    The Hub's cache keeps files beside its snapshots: `models--x/snapshots/REVISION/file` leads to
+    `models--x/blobs/HASH`, which is followed. That may lead to `blobs/xx/HASH` beside `models--x`,
+    which is followed too: huggingface_hub keeps there what several repositories share.
+    """
+    if not path.is_symlink():
         return False
-    return is_plain(path)
+    target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
+    return not any(target.is_relative_to(place) for place in _blob_folders(path.parent))
 
 
-def file_sha256(path: Path, advance: Advance | None = None) -> str:
+def _blob_folders(folder: Path) -> list[Path]:
+    """Where links in a folder may lead: the blobs of the Hub's cache if it is of a snapshot."""
+    home = Path(os.path.realpath(folder))
+    # the folder of a snapshot, or one for templates inside it
+    snapshot = next((f for f in (home, home.parent) if f.parent.name == "snapshots"), None)
+    if snapshot is None:
+        return []
+    repository = snapshot.parent.parent
+    allowed = [repository / "blobs"]
+    if (repository.parent / "blobs" / _SHARED_MARK).is_file():
+        allowed.append(repository.parent / "blobs")
+    return allowed
+
+
+def file_sha256(path: Path, advance: Advance | None = None, *, follow_links: bool = True) -> str:
     """SHA-256 of a plain file's bytes, in hexadecimal. Raises OSError.
 
     `advance` gets the size of each block that was read; an error that it raises ends the reading.
+    Without `follow_links`, links are followed as in `open_entry`.
     """
-    plain_size(path)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_entry(path, follow_links) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             if advance is not None:

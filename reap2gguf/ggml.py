@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,8 @@ STORABLE = frozenset(
         "IQ1_M", "IQ1_S", "MXFP4",
     )
 )  # fmt: skip
+_TINY = 2.0**-10  # rows without a larger value are looked at for what they lose
+_MORE_ERROR = 0.05  # than twice the usual one
 # Types that libggml quantizes to garbage, or not at all, without an importance matrix.
 NEEDS_IMPORTANCE = frozenset(
     GGMLQuantizationType[name]
@@ -104,7 +107,38 @@ class Ggml:
             raise ValueError(
                 f"values up to {np.abs(rows).max():g} are beyond {tensor_type.name}'s range"
             )
+        self._check_precision(rows, target, tensor_type, importance)
         return target
+
+    def _check_precision(
+        self,
+        rows: Floats,
+        target: Bytes,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+    ) -> None:
+        """Raise ValueError if the values are so small that the type loses them.
+
+        Most types scale their blocks by numbers in F16, the smallest of which is 6e-8. So the error
+        is compared with that of the same values times a power of two, which is exact.
+        """
+        largest = float(np.abs(rows).max()) if rows.size else 0.0
+        if not 0 < largest < _TINY:
+            return
+        scaled = np.ldexp(rows.astype(np.float64), -math.frexp(largest)[1]).astype(np.float32)
+        usual = self._error(scaled, self._quantize(scaled, tensor_type, importance), tensor_type)
+        found = self._error(rows, target, tensor_type)
+        if found > 2 * usual + _MORE_ERROR:
+            raise ValueError(
+                f"values up to {largest:g} are too small for {tensor_type.name}, which would lose "
+                f"{found:.0%} of them; give this tensor the type BF16 or F32 in the recipe"
+            )
+
+    def _error(self, rows: Floats, raw: Bytes, tensor_type: GGMLQuantizationType) -> float:
+        """The relative distance of quantized rows from what they stand for."""
+        wanted = rows.astype(np.float64)
+        distance = np.linalg.norm(self.dequantize(raw, tensor_type) - wanted)
+        return float(distance / np.linalg.norm(wanted))
 
     def _quantize(
         self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
+import shlex
 from typing import Any
 
+_WORD = re.compile(r"\S+")
 _MOST_LETTERS = 1600  # per line: a path of 255 names is too long to read
 _MOST_SHOWN = 500  # letters per value
 
@@ -55,6 +58,41 @@ def one_line(text: str, most: int = _MOST_LETTERS) -> str:
     half = most // 2
     left_out = f" [... {len(text) - 2 * half:,} letters left out ...] "
     return _escaped(text[:half])[:half] + left_out + _escaped(text[-half:])[-half:]
+
+
+def without_password(text: str) -> str:
+    """`text` without the user names, passwords and queries of URLs in it.
+
+    >>> without_password("https://me:secret@example.org/model?token=x")
+    'https://...@example.org/model?...'
+    """
+    return _WORD.sub(lambda word: _without_password(word[0]), text) if "://" in text else text
+
+
+def _without_password(word: str) -> str:
+    """The same for one word: a time that grows with its length only."""
+    scheme, *rest = word.split("://")
+    if not rest:
+        return word
+    bare = [scheme]
+    for part in rest:
+        place, slash, path = part.partition("/")
+        _, at, host = place.rpartition("@")
+        bare.append(f"...@{host}{slash}{path}" if at else part)
+    url, query, _ = "://".join(bare).partition("?")
+    return f"{url}?..." if query else url
+
+
+def shell_word(path: os.PathLike[str] | str) -> str:
+    """A path as a word of a command that the user may copy.
+
+    >>> shell_word("my models/-x")
+    "'my models/-x'"
+    >>> shell_word("-x")
+    './-x'
+    """
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _escaped(text: str) -> str:

@@ -142,6 +142,7 @@ class BuildOptions:
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
     check_space: bool = True  # whether free disk space is checked before the work
+    follow_links: bool = False  # whether weights in a folder may be links to any place
 
     def __post_init__(self) -> None:
         recipes = (self.recipes,) if isinstance(self.recipes, str) else tuple(self.recipes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from reap2gguf import (
     QuantizeResult,
     Selection,
 )
-from reap2gguf.errors import ArtifactError, OutputError, UsageError
+from reap2gguf.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from tests.tiny import TinyQwen3Moe, child_environment
 
 CPU = ComputeOptions(device="cpu", threads=1)
@@ -99,6 +102,51 @@ def test_observations_may_be_a_file(steps: Steps) -> None:
         steps.model, steps.folder / "observations.safetensors", keep_experts=6
     )
     assert from_file == steps.selection
+
+
+def test_observations_may_be_a_link(steps: Steps, tmp_path: Path) -> None:
+    """The user names this file; links inside folders are another matter."""
+    (tmp_path / "link").symlink_to(steps.folder / "observations.safetensors")
+    selection = reap2gguf.select(steps.model, tmp_path / "link", keep_experts=6)
+    assert selection == steps.selection
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o022])
+def test_a_pruned_folder_obeys_the_umask(steps: Steps, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        folder = reap2gguf.prune(
+            steps.model, steps.seen, tmp_path / "pruned", keep_experts=6
+        ).folder
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+    for file in folder.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+
+
+def test_weights_may_be_links_where_that_is_asked_for(steps: Steps, tmp_path: Path) -> None:
+    model, disk = tmp_path / "model", tmp_path / "disk"
+    shutil.copytree(steps.model, model)
+    disk.mkdir()
+    for shard in model.glob("*.safetensors"):
+        shard.rename(disk / shard.name)
+        shard.symlink_to(disk / shard.name)
+    with pytest.raises(CheckpointError, match="pass --follow-links"):
+        reap2gguf.select(model, steps.seen, keep_experts=6)
+    selection = reap2gguf.select(model, steps.seen, keep_experts=6, follow_links=True)
+    assert selection == steps.selection
+    pruned = reap2gguf.prune(
+        model, steps.seen, tmp_path / "pruned", keep_experts=6, follow_links=True
+    )
+    assert not [file for file in pruned.folder.iterdir() if file.is_symlink()]
+    with pytest.raises(CheckpointError, match="pass --follow-links"):
+        reap2gguf.quantize(model, "q8_0", tmp_path / "x.gguf", threads=1)
+    reap2gguf.quantize(model, "q8_0", tmp_path / "x.gguf", threads=1, follow_links=True)
+    plan = BuildOptions(
+        recipes=("q8_0",), model=str(model), output=tmp_path / "out", follow_links=True
+    )
+    assert reap2gguf.plan(plan).target.n_kept == 6
 
 
 def test_what_cannot_be_selected(steps: Steps, tmp_path: Path) -> None:

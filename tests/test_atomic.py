@@ -156,3 +156,59 @@ def test_nothing_is_written_but_through_this_module() -> None:
         if writer in file.read_text()
     }
     assert found == set()
+
+
+def test_links_are_replaced_and_never_followed(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "out"
+    folder.mkdir()
+    victim.write_text("mine")
+    for name in ("file", "file.part"):
+        (folder / name).symlink_to(victim)
+    atomic.write_whole(folder / "file", "data")
+    assert victim.read_text() == "mine"
+    assert not (folder / "file").is_symlink()
+    assert (folder / "file").read_text() == "data"
+    assert not (folder / "file.part").exists()
+
+
+def test_an_unfinished_file_with_a_second_name_is_not_written_to(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    os.link(victim, tmp_path / "file.part")
+    atomic.write_whole(tmp_path / "file", "data")
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "second name", "pipe", "folder"])
+def test_only_a_file_of_its_own_is_resumed(tmp_path: Path, kind: str) -> None:
+    victim, part = tmp_path / "victim", tmp_path / "file.part"
+    victim.write_text("mine")
+    if kind == "second name":
+        os.link(victim, part)
+    elif kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "folder":
+        part.mkdir()
+    else:
+        part.symlink_to(victim if kind == "link" else tmp_path / "gone")
+    with (
+        pytest.raises(OutputError, match="file: cannot be written"),
+        atomic.open_file(part, tmp_path / "file", resume=True),
+    ):
+        pass
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "gone").exists()
+
+
+def test_what_is_resumed_keeps_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(b"abcd")
+    with atomic.open_file(tmp_path / "file.part", tmp_path / "file", resume=True) as file:
+        file.write_at(b"X", 1)
+    assert (tmp_path / "file.part").read_bytes() == b"aXcd"
+
+
+def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="folder: a link, which is not followed"):
+        atomic.make_folder(tmp_path / "folder")

@@ -7,12 +7,15 @@ import pytest
 from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 
 from reap2gguf.files import (
+    TooLargeError,
     cached_blob,
     is_plain,
     is_plain_name,
-    leads_out,
+    leads_away,
+    open_entry,
     open_plain,
     plain_size,
+    read_entry,
 )
 
 
@@ -61,11 +64,16 @@ def test_links(tmp_path: Path) -> None:
         "in": "own", "out": "../other", "far": "/etc/passwd", "round": "round", "chain": "out",
     }.items():  # fmt: skip
         (folder / name).symlink_to(target)
-    leading = {file.name for file in folder.iterdir() if leads_out(file, folder)}
-    assert leading == {"out", "far", "chain"}
+    leading = {file.name for file in folder.iterdir() if leads_away(file)}
+    assert leading == {"in", "out", "far", "round", "chain"}
     # a folder that is itself named through a link
     (tmp_path / "alias").symlink_to(folder)
-    assert not leads_out(tmp_path / "alias" / "in", tmp_path / "alias")
+    assert not leads_away(tmp_path / "alias" / "own")
+    for name in leading:
+        with pytest.raises(OSError, match="a link, which is not followed"):
+            open_entry(folder / name)
+    with open_entry(folder / "out", follow_links=True) as file:
+        assert file.read() == b""
 
 
 def test_the_hubs_cache(tmp_path: Path) -> None:
@@ -76,12 +84,33 @@ def test_the_hubs_cache(tmp_path: Path) -> None:
     (tmp_path / "m" / "refs").write_text("")
     (snapshot / "config.json").symlink_to("../../blobs/1")
     (snapshot / "stray.json").symlink_to("../../refs")
-    assert not leads_out(snapshot / "config.json", snapshot)
-    assert leads_out(snapshot / "stray.json", snapshot)
+    assert not leads_away(snapshot / "config.json")
+    assert leads_away(snapshot / "stray.json")
     # blobs that lie elsewhere are elsewhere
     (blobs / "2").symlink_to("../refs")
     (snapshot / "other.json").symlink_to("../../blobs/2")
-    assert leads_out(snapshot / "other.json", snapshot)
+    assert leads_away(snapshot / "other.json")
+    # templates are in a folder of the snapshot
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "a.jinja").symlink_to("../../../blobs/1")
+    assert not leads_away(snapshot / "additional_chat_templates" / "a.jinja")
+
+
+def test_a_folder_of_blobs_that_is_a_link(tmp_path: Path) -> None:
+    snapshot = tmp_path / "m" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text("secret")
+    (tmp_path / "m" / "blobs").symlink_to(tmp_path / "home")
+    (snapshot / "config.json").symlink_to("../../blobs/token")
+    assert leads_away(snapshot / "config.json")
+
+
+def test_a_small_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1234")
+    assert read_entry(tmp_path / "a", 4) == b"1234"
+    with pytest.raises(TooLargeError, match="4 bytes, expected at most 3"):
+        read_entry(tmp_path / "a", 3)
 
 
 def test_what_repositories_of_a_cache_share(tmp_path: Path) -> None:
@@ -98,7 +127,7 @@ def test_what_repositories_of_a_cache_share(tmp_path: Path) -> None:
         replace_existing=False,
     )  # fmt: skip
     assert blob.is_symlink()
-    assert not leads_out(snapshot / "model.safetensors", snapshot)
+    assert not leads_away(snapshot / "model.safetensors")
     assert cached_blob(snapshot / "model.safetensors") == blob.name
     (tmp_path / "blobs" / ".huggingface-shared-blobs").unlink()
-    assert leads_out(snapshot / "model.safetensors", snapshot)
+    assert leads_away(snapshot / "model.safetensors")

@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import shlex
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reap2gguf.messages import duration, one_line, parameters, quantity, shown, size
+from reap2gguf.messages import (
+    duration,
+    one_line,
+    parameters,
+    quantity,
+    shell_word,
+    shown,
+    size,
+    without_password,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +79,36 @@ def test_long_values_are_cut(value: Any) -> None:
 )
 def test_numbers_have_the_unit_that_fits(text: str, expected: str) -> None:
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:pw@host/a: no such folder", "https://...@host/a: no such folder"),
+        ("http://pw@host and ftp://a:b@c/d", "http://...@host and ftp://...@c/d"),
+        ("https://me:p@w@host/a", "https://...@host/a"),
+        ("https://host/a?token=pw&x=1: no", "https://host/a?... no"),
+        ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name"),
+        ("owner/name@revision, me@host", "owner/name@revision, me@host"),
+        ("is this right? /a/b@c", "is this right? /a/b@c"),
+    ],
+)
+def test_passwords_are_left_out(text: str, expected: str) -> None:
+    assert without_password(text) == expected
+
+
+@pytest.mark.parametrize("piece", ["@", "a://", "a://@", "x", "a://b@", "://", "?"])
+def test_a_hostile_line_is_searched_in_little_time(piece: str) -> None:
+    begun = time.process_time()
+    without_password("a://" + piece * 200_000)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "path", ["out/NAME-GGUF", "out dir/x", "x'y", "-lead/x", "--", "$(id)", "a;b", "模型", "", "~x"]
+)
+def test_a_path_in_a_command_is_one_word(path: str) -> None:
+    (word,) = shlex.split(shell_word(path))
+    assert word.removeprefix("./") == path
+    assert not word.startswith("-")
+    assert shell_word(Path("a b")) == "'a b'"

@@ -54,6 +54,11 @@ COVERED_BY = [
         ),
     ),
     (
+        "bundle/test_manifest.py",
+        "numbers of a manifest",
+        ("bundle/bounds.py",),
+    ),
+    (
         "bundle/test_card.py",
         "the parts of a card",
         ("bundle/card_files.py", "bundle/front_matter.py"),

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
 from reap2gguf.bundle.layout import CARD_FILE
@@ -22,6 +22,7 @@ from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.errors import CheckpointError, Reap2ggufError
+from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.write import companion_files
 
@@ -126,8 +127,8 @@ class BuildKeys:
     def export(self, imatrix: str, datasets: Sequence[str]) -> str:
         """The key of the GGUF files; their headers name the datasets of the calibration."""
         plan = self.plan
-        names = (plan.name, plan.source.label, plan.options.method, datasets)
-        return export_key(imatrix, *names, self._card, self._recipes)
+        names = (plan.name, plan.source.label, plan.method, datasets)
+        return export_key(imatrix, *names, self._card, self._recipes, self._history)
 
     @property
     def inputs(self) -> str:
@@ -142,12 +143,18 @@ class BuildKeys:
             plan.name,
             plan.source.label,
             plan.source.revision,
-            plan.options.method,
+            plan.method,
+            self._history,
             plan.target.n_kept,
             plan.mtp,
             self._recipes,
             *self._computing,
         )
+
+    @property
+    def _history(self) -> dict[str, Any] | None:
+        """What was pruned before, as the source's manifest says."""
+        return None if self.plan.history is None else asdict(self.plan.history)
 
     @property
     def _recipes(self) -> list[tuple[str, str, str]]:
@@ -178,7 +185,7 @@ def export_key(*inputs: object) -> str:
     """The key of an export: it names the versions of the libraries that quantize."""
     ggml = load_ggml()
     # two builds of one version may round differently; wheels of one version are one file
-    own = [hash_file(ggml.path).sha256] if ggml.is_own else []
+    own = [file_sha256(ggml.path)] if ggml.is_own else []
     return stage_key(__version__, ggml.version, *own, version("gguf"), *inputs)
 
 

@@ -2,6 +2,8 @@
 
     plan -> texts -> observe -> prune -> imatrix -> export -> verify -> record
 
+A build that keeps all experts has nothing to observe.
+
 `stages.py` declares each stage, `stage.py` says how one is reused and resumed. Nothing gets its
 final name before everything is verified. Started by torchrun, every process runs this list; those
 that are not the first compute their share of both sweeps and leave after the second.
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.estimate import check_room
+from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import Run, StageCost
 from reap2gguf.building.stages import STAGES, Export, Importance, Observe, Prune, ReadTexts, Verify
@@ -27,6 +30,7 @@ from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
+    from reap2gguf.pruning.select import Kept
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,13 @@ def _run_stages(run: Run) -> BuildResult | None:
     plan = run.plan
     if run.agree(lambda: run.work.is_finished(run.keys.inputs)):
         return _up_to_date(run) if run.is_first else None
+    if run.is_first:  # the only one that writes files
+        run.plan = plan = with_all_values(plan, run.progress.note)
     run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
 
     texts = run.do(ReadTexts(run))
-    observed = run.do(Observe(run, texts))
-    kept = run.agree(
-        lambda: select_experts(observed.result, plan.options.method, plan.target, plan.model.facts)
-    )
+    observed = run.do(Observe(run, texts)) if plan.target.prunes else None
+    kept = run.agree(lambda: _kept(plan, observed))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     run.do(Prune(run, pruned))
     importance = run.do(Importance(run, pruned, texts))
@@ -79,8 +83,8 @@ def _run_stages(run: Run) -> BuildResult | None:
     verified = run.do(Verify(run, pruned, exported))
 
     evidence = Evidence(
-        observed.result,
-        observed.sha256,
+        None if observed is None else observed.result,
+        "" if observed is None else observed.sha256,
         texts.result,
         kept,
         importance.facts,
@@ -90,6 +94,13 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult(run.work.final_hf, run.work.final_gguf, manifest, tuple(run.costs))
+
+
+def _kept(plan: Plan, observed: Observe | None) -> Kept:
+    """The experts that stay: the best ones, or all where nothing is pruned."""
+    if observed is None:
+        return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
+    return select_experts(observed.result, plan.method, plan.target, plan.model.facts)
 
 
 def _up_to_date(run: Run) -> BuildResult:

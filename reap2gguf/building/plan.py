@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.workdir import RESERVED_NAMES
-from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders, model_file, side_file
+from reap2gguf.building.history import History, read_history
+from reap2gguf.building.naming import bundle_name
+from reap2gguf.bundle.layout import model_file, side_file
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration
 from reap2gguf.calibration.spec import Calibration, decide
@@ -17,6 +18,7 @@ from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
+from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")  # what the Hub allows
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Plan:
     recipes: tuple[ResolvedRecipe, ...]
     side_files: tuple[SideFile, ...]
     files: ScannedFiles  # of the calibration
+    history: History | None = None  # of a source that this program has pruned before
 
     @property
     def hf_bytes(self) -> int:
@@ -78,10 +78,15 @@ class Plan:
         return label_warnings(files)
 
     @property
+    def method(self) -> str:
+        """How experts are ranked, or NO_METHOD where none is removed."""
+        return self.options.method if self.target.prunes else NO_METHOD
+
+    @property
     def mtp(self) -> str:
-        """What happens to a multi-token-prediction block: pruned, dropped or none."""
+        """What happens to a multi-token-prediction block: pruned, kept, dropped or none."""
         if self.model.facts.has_mtp:
-            return "pruned"
+            return "pruned" if self.target.prunes else "kept"
         return "dropped" if self.drops_mtp else "none"
 
     @property
@@ -110,7 +115,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
         files.text(options.imatrix_text)
-    source = resolve_source(options.model, note)
+    source = resolve_source(options.model, note, options.follow_links)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
@@ -121,8 +126,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     resolved = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
-    name = _bundle_name(options, source, target)
-    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
+    name = bundle_name(options, source, target, note)
+    sides = _side_files(model, checkpoint)
+    for line in (line for side in sides for line in side.notes):
+        note(line)
     return Plan(
         options,
         calibration,
@@ -135,28 +142,46 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         resolved,
         sides,
         files,
+        read_history(checkpoint, model.facts, note),
     )
+
+
+def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
+    """The side files, with the types that their values need, as far as these are on this machine.
+
+    Values that are still on the Hub are looked at when the build starts.
+    """
+    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
+    try:
+        return tuple(
+            with_fitting_types(side, checkpoint) if _is_here(side, checkpoint) else side
+            for side in sides
+        )
+    finally:
+        if sides:
+            checkpoint.close()  # a plan holds no open files; a later read opens them again
+
+
+def _is_here(side: SideFile, checkpoint: Checkpoint) -> bool:
+    stored = (slab.stored for tensor in side.tensors for slab in tensor.slabs)
+    return not checkpoint.unfetched(stored)
+
+
+def with_all_values(plan: Plan, note: Note) -> Plan:
+    """The plan with side files whose values have all been looked at; what is missing is fetched.
+
+    Raises what `with_fitting_types` raises, and what fetching raises.
+    """
+    if all(side.is_checked for side in plan.side_files):
+        return plan
+    sides = side_files(plan.model, plan.checkpoint)
+    for line in (line for side in sides for line in side.notes):
+        if not any(line in side.notes for side in plan.side_files):
+            note(line)
+    return replace(plan, side_files=sides)
 
 
 def _check_there(text: Path) -> None:
     """Refuse a missing text before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")
-
-
-def _bundle_name(options: BuildOptions, source: Source, target: Target) -> str:
-    """The given name, or `<source>-REAP-<compression>` with two decimals, or more if needed."""
-    ratio = target.compression if options.compression is None else options.compression
-    shown = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
-    name = f"{source.short_name}-REAP-{shown}" if options.name is None else options.name
-    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith(GGUF_SUFFIX):
-        raise UsageError(
-            f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and '-' "
-            f"(not ending in {GGUF_SUFFIX}), as the Hub requires"
-        )
-    folders = BundleFolders(options.output, name)
-    if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):
-        raise UsageError(
-            f"{source.folder}: the result would replace the source; pass another --name"
-        )
-    return name

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,9 @@ def prune_to_folder(
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
     """
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     with output_errors(folder):
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        made.mkdir()  # with the permissions that the user's umask gives to folders
     try:
         pruned = PrunedView(checkpoint, model, kept)
         write_pruned(pruned, made, progress)
@@ -53,8 +54,6 @@ def prune_to_folder(
         write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress):
             raise VerificationError(violations)
-        with output_errors(folder):
-            made.chmod(0o755)
         rename(made, folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)

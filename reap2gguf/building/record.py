@@ -56,7 +56,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenize
 class Evidence:
     """What the stages of a build found out, for its manifest and cards."""
 
-    observations: Observations
+    observations: Observations | None  # None: all experts are kept
     observations_sha256: str
     texts: Texts
     kept: Kept
@@ -71,9 +71,9 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
-        source=_source_record(plan, evidence.observations),
+        source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
-        calibration=_calibration_record(plan, evidence.observations, evidence.texts),
+        calibration=_calibration_record(plan, evidence.texts),
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
@@ -88,44 +88,48 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
     return _write(plan, work, evidence, manifest)
 
 
-def _source_record(plan: Plan, observations: Observations) -> SourceRecord:
+def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
     return SourceRecord(
         label=plan.source.label,
         revision=plan.source.revision,
-        fingerprint=observations.model_fingerprint,
+        fingerprint=plan.checkpoint.fingerprint(),
         architecture=plan.model.facts.architecture,
         n_parameters=plan.checkpoint.n_parameters,
         n_bytes=plan.checkpoint.n_bytes,
+        earlier=None if plan.history is None else plan.history.after(kept),
     )
 
 
 def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
-    observations = evidence.observations
+    seen = evidence.observations
     return PruningRecord(
-        method=plan.options.method,
+        method=plan.method,
         n_experts=plan.target.n_experts,
         n_kept=plan.target.n_kept,
         experts_per_token=plan.model.facts.experts_per_token,
         kept=evidence.kept,
         observations_sha256=evidence.observations_sha256,
-        n_rows=observations.n_rows,
-        n_tokens=observations.n_tokens,
-        n_dropped_rows=observations.n_dropped_rows,
-        mtp=_mtp_record(plan, observations, int(evidence.importance["mtp_hits"])),
+        n_rows=0 if seen is None else seen.n_rows,
+        n_tokens=0 if seen is None else seen.n_tokens,
+        n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
+        mtp=_mtp_record(plan, seen, evidence.importance),
     )
 
 
-def _mtp_record(plan: Plan, observations: Observations, mtp_hits: int) -> MtpRecord:
+def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, Any]) -> MtpRecord:
     if not plan.model.facts.has_mtp:
         return MtpRecord(plan.mtp)
-    return MtpRecord(plan.mtp, observations.n_mtp_hits, mtp_hits, observations.n_mtp_tokens)
+    hits = int(importance["mtp_hits"])
+    if seen is None:  # the same model before and after
+        return MtpRecord(plan.mtp, hits, hits, int(importance["mtp_tokens"]))
+    return MtpRecord(plan.mtp, seen.n_mtp_hits, hits, seen.n_mtp_tokens)
 
 
-def _calibration_record(plan: Plan, observations: Observations, texts: Texts) -> CalibrationRecord:
+def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
     chunks = texts.chunks
     return CalibrationRecord(
-        spec=observations.calibration,
-        sha256=observations.calibration_sha256,
+        spec=texts.rows.label,
+        sha256=texts.rows.sha256,
         max_length=plan.max_length,
         seed=plan.calibration.seed,
         packed=plan.calibration.pack,

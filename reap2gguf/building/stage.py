@@ -187,7 +187,7 @@ class Run:
 
     def _is_marked(self, stage: Stage[Any]) -> bool:
         """Whether a stage was finished with these inputs and its outputs are there."""
-        if not all(path.exists() for path in stage.outputs):
+        if not all(path.exists() and not path.is_symlink() for path in stage.outputs):
             return False
         if stage.is_shared and not self.work.is_fresh:
             return True  # whichever build made it

@@ -206,7 +206,11 @@ class Importance(Stage[Imatrix]):
             return {}
         make_folder(self.run.work.gguf)
         save_both(imatrix, self.path)
-        return {"mtp_hits": report.mtp_hits, "seals": _sealed(self.run, self.outputs)}
+        return {
+            "mtp_hits": report.mtp_hits,
+            "mtp_tokens": report.mtp_tokens,
+            "seals": _sealed(self.run, self.outputs),
+        }
 
     @property
     def seals(self) -> Mapping[str, Seal]:
@@ -274,15 +278,18 @@ class Export(Stage[None]):
     def names(self) -> HeaderNames:
         """What the headers say of the model."""
         plan = self.run.plan
+        kept = self._pruned.kept
+        earlier = None if plan.history is None else plan.history.after(kept)
         own = pruning_values(
-            plan.source.label, plan.options.method, plan.target.n_experts, self._pruned.kept
+            plan.source.label, plan.method, plan.target.n_experts, kept, earlier=earlier
         )
         pruned = PrunedFrom(
             plan.source.label,
             plan.model.facts.architecture,
             bool(plan.side_files),
             self._datasets,
-            plan.target.n_kept < plan.target.n_experts,
+            plan.target.prunes,
+            plan.history is not None,
         )
         return HeaderNames(plan.name, pruned, tuple(own))
 
@@ -346,7 +353,11 @@ class Verify(Stage[Verified]):
         before = stamps(self.run.work.root, self.outputs)
         violations, passed = self._check()
         if violations:
-            raise VerificationError(violations, "run it again; if it fails again, add --fresh")
+            raise VerificationError(
+                violations,
+                "run it again with --fresh; if the same tensors differ again, give them a type "
+                "with more bits in the recipe",
+            )
         # of the bytes that were verified, or it is refused
         return {"passed": passed, "seals": _sealed(self.run, self.outputs, before)}
 

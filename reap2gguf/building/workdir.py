@@ -25,7 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.atomic import make_folder, output_errors, part_of, remove, rename, write_whole
+from reap2gguf.atomic import (
+    make_folder,
+    output_errors,
+    part_of,
+    refuse_link,
+    remove,
+    rename,
+    write_whole,
+)
 from reap2gguf.bundle.layout import BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
@@ -113,6 +121,8 @@ class Workdir:
         cannot be written, a final name holds something that this program did not make, or the work
         folder is that of another source.
         """
+        for path in (self.shared, self.root, self.hf, self.gguf, self._discarded):
+            refuse_link(path)
         self._drop_discarded()
         if (self.root / _FINALIZING).is_file():
             self._resume_finalize()
@@ -150,7 +160,7 @@ class Workdir:
     def written_bytes(self) -> int:
         """Size of what an interrupted build left here."""
         files = (file for folder in (self.hf, self.gguf) for file in folder.glob("*"))
-        return sum(file.stat().st_size for file in files)
+        return sum(file.lstat().st_size for file in files)
 
     def free_bytes(self) -> int:
         """Free bytes on the disk of the output."""
@@ -172,6 +182,7 @@ class Workdir:
 
     def _check_replaceable(self, final: Path) -> None:
         """Only a folder of an earlier build of the same name may be replaced."""
+        refuse_link(final)
         if not os.path.lexists(final):
             return
         try:
@@ -196,7 +207,7 @@ class Workdir:
         `inputs` is the key of everything that went in. If it is interrupted, `prepare` finishes it.
         """
         stats = {
-            f"{final.name}/{file.name}": file.stat()
+            f"{final.name}/{file.name}": file.lstat()
             for made, final in self._places
             for file in sorted(made.iterdir())
         }

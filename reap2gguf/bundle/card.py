@@ -18,6 +18,7 @@ from reap2gguf.bundle.layout import (
     SUMS_FILE,
     gguf_name,
 )
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, hub_link, inline, quoted, repository, table
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
@@ -169,13 +170,32 @@ def _last(name: str) -> str:
 
 def _summary(manifest: Manifest) -> str:
     pruning, source = manifest.pruning, manifest.source
+    if pruning.method == NO_METHOD:
+        return (
+            f"{_source_link(manifest)} with all of its experts: each MoE layer has "
+            f"{pruning.n_experts}, {pruning.experts_per_token} active per token. Nothing was "
+            f"pruned.{_earlier(manifest)}"
+        )
     share = 1 - pruning.n_kept / pruning.n_experts
     method = "REAP" if pruning.method == "reap" else inline(pruning.method)
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
         f"{pruning.experts_per_token} active per token. {parameters(manifest.hf.n_parameters)} of "
-        f"{parameters(source.n_parameters)} parameters remain."
+        f"{parameters(source.n_parameters)} parameters remain.{_earlier(manifest)}"
+    )
+
+
+def _earlier(manifest: Manifest) -> str:
+    """Sentences about an earlier pruning, which the source's own manifest records."""
+    earlier, pruning = manifest.source.earlier, manifest.pruning
+    if earlier is None:
+        return ""
+    original = code(earlier.label + _at(earlier.revision))
+    return (
+        f" The source had been pruned before: its own `{MANIFEST_FILE}` names {original} with "
+        f"{earlier.n_experts} experts per layer as the original. {pruning.n_kept} of these "
+        f"{earlier.n_experts} remain."
     )
 
 
@@ -192,6 +212,9 @@ def _facts_table(manifest: Manifest) -> str:
         f"{calibration.max_length:,} tokens{packed}, {pruning.n_tokens:,} tokens in total, seed "
         f"{calibration.seed}"
     )
+    if pruning.method == NO_METHOD:
+        spec = inline(calibration.spec)
+        text = f"{spec}, for the importance matrix only, seed {calibration.seed}"
     label = manifest.source.label
     rows = [
         ("source", (label if repository(label) else inline(label)) + _at(manifest.source.revision)),
@@ -212,6 +235,8 @@ def _mtp(mtp: MtpRecord) -> str:
     if not mtp.n_tokens:
         return inline(mtp.state)
     before, after = mtp.hits_before / mtp.n_tokens, mtp.hits_after / mtp.n_tokens
+    if mtp.state == "kept":
+        return f"kept; top-1 accuracy {after:.1%}"
     return (
         f"{inline(mtp.state)} like the other layers; top-1 accuracy {before:.1%} before pruning, "
         f"{after:.1%} after"
@@ -227,6 +252,16 @@ def _method(manifest: Manifest) -> str:
     skipped = ""
     if pruning.n_dropped_rows:
         skipped = f" ({pruning.n_dropped_rows:,} rows with NaN or infinite values were skipped)"
+    if pruning.method == NO_METHOD:
+        return f"""## How it was made
+
+No expert was removed, so there was no calibration pass to rank them. The safetensors keep the
+weights of the source byte for byte: nothing was retrained. Calibration of the importance matrix
+used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
+
+{_calibration(manifest)}
+
+Made with reap2gguf {manifest.program.get("reap2gguf", "")}."""
     return f"""## How it was made
 
 A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.

@@ -41,6 +41,7 @@ class PrunedFrom:
     has_vision: bool = False  # the bundle has a vision projector
     datasets: tuple[str, ...] = ()  # on the Hub, of the calibration
     drops_experts: bool = True
+    was_pruned: bool = False  # the source was pruned before
 
     @classmethod
     def of(cls, manifest: Manifest) -> PrunedFrom:
@@ -51,6 +52,7 @@ class PrunedFrom:
             bool(manifest.side_files),
             hub_datasets(manifest.calibration.components),
             manifest.pruning.n_kept < manifest.pruning.n_experts,
+            manifest.source.earlier is not None,
         )
 
     @property
@@ -77,7 +79,8 @@ def pruned_values(card: SourceCard, pruned: PrunedFrom) -> dict[str, Any]:
             values[key] = card.texts[key]
     if repository(pruned.source):
         values["base_model"] = pruned.source
-        values["base_model_relation"] = "finetune"  # the Hub has no word for pruning
+        if pruned.drops_experts:  # else it is a copy, for which the Hub has no word
+            values["base_model_relation"] = "finetune"  # nor has it one for pruning
     values["library_name"] = "transformers"
     values["pipeline_tag"] = _pipeline(card.texts.get("pipeline_tag"), pruned.has_vision)
     values["tags"] = _tags(card, pruned)
@@ -93,7 +96,8 @@ def _pipeline(inherited: str | None, has_vision: bool) -> str:
 
 
 def _tags(card: SourceCard, pruned: PrunedFrom) -> list[str]:
-    own = [*(_OWN_TAGS if pruned.drops_experts else ("moe",)), pruned.family]
+    is_pruned = pruned.drops_experts or pruned.was_pruned
+    own = [*(_OWN_TAGS if is_pruned else ("moe",)), pruned.family]
     inherited = (
         tag
         for tag in card.list("tags")

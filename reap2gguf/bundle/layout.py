@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from reap2gguf.atomic import make_folder, output_errors
+from reap2gguf.atomic import make_folder, open_own, output_errors
 from reap2gguf.errors import OutputError
 from reap2gguf.files import is_plain
 
@@ -77,8 +77,9 @@ class BundleFolders:
         another process holds the lock, or if `output` cannot be written.
         """
         make_folder(self.work)
-        with output_errors(self.output):
-            file = (self.work / f".{self.name}.lock").open("a+", encoding="ascii")
+        lock = self.work / f".{self.name}.lock"
+        with output_errors(lock):
+            file = os.fdopen(open_own(lock), "r+", encoding="ascii", errors="replace")
         with file:
             self._take(file)
             yield
@@ -95,6 +96,7 @@ class BundleFolders:
             ) from error
         with output_errors(self.output):
             file.truncate(0)
+            file.seek(0)
             file.write(str(os.getpid()))
             file.flush()
 

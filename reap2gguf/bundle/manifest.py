@@ -12,14 +12,19 @@ from typing import Any, TypeVar
 from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import write_whole
+from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
 from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.messages import shown
 
 FORMAT = 1
+NO_METHOD = "none"  # of a bundle with all experts of its source
+_MAX_BYTES = 2**24  # a hundred layers of 512 experts in ten files take some 2 MiB
 _MAX_NUMBER = 2**63
+_MAY_BE_NEGATIVE = ("seed",)
+_MOST_METHODS = 64
 _JSON_TYPES = {
     "int": (int,),
     "float": (float, int),
@@ -28,6 +33,20 @@ _JSON_TYPES = {
     "str | None": (str, type(None)),
 }  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True)
+class EarlierPruning:
+    """What was pruned before, where the source is itself a result of this program.
+
+    The original is the checkpoint before the first pruning, as the source's own manifest names it.
+    """
+
+    label: str  # of the original
+    revision: str | None
+    n_experts: int  # per layer, in the original
+    methods: Sequence[str]  # of the earlier prunings, in order
+    kept: Mapping[int, Sequence[int]]  # layer -> the original's ids of the experts in this bundle
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class SourceRecord:
     architecture: str
     n_parameters: int
     n_bytes: int
+    earlier: EarlierPruning | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,7 @@ class MtpRecord:
     Hits are correctly predicted next-next tokens, on the same rows, before and after pruning.
     """
 
-    state: str = "none"  # none, pruned or dropped
+    state: str = "none"  # none, pruned, dropped, or kept where nothing was pruned
     hits_before: int = 0
     hits_after: int = 0
     n_tokens: int = 0
@@ -57,7 +77,10 @@ class MtpRecord:
 
 @dataclass(frozen=True)
 class PruningRecord:
-    """Which experts were kept, and the observations that decided it."""
+    """Which experts were kept, and the observations that decided it.
+
+    Where all experts were kept there are no observations, and the method is NO_METHOD.
+    """
 
     method: str
     n_experts: int
@@ -197,13 +220,15 @@ class Manifest:
         """Read the manifest of a bundle. Raises ArtifactError if it is missing or malformed."""
         path = folder / MANIFEST_FILE
         try:
-            values = read_json(path, MAX_TOKENIZER_BYTES)
+            values = read_json(path, _MAX_BYTES)
         except Reap2ggufError as error:
             raise ArtifactError(str(error)) from error
         if values.pop("format", None) != FORMAT:
             raise ArtifactError(f"{path}: not a manifest of format {FORMAT}")
         try:
+            check_sizes(values)
             manifest = _decode(values)
+            check_bounds(manifest)
             _check_names(manifest)
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ArtifactError(f"{path}: not a complete manifest ({shown(error)})") from error
@@ -226,8 +251,11 @@ def _check_names(manifest: Manifest) -> None:
 
 def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
-    pruning["kept"] = {int(k): tuple(map(_expert_id, v)) for k, v in pruning["kept"].items()}
+    pruning["kept"] = kept_layers(pruning["kept"])
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
+    source = dict(values["source"])
+    if source.get("earlier") is not None:
+        source["earlier"] = _earlier_pruning(source["earlier"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
     hf = dict(values["hf"])
@@ -237,7 +265,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
     return Manifest(
         name=values["name"],
         program=dict(values["program"]),
-        source=_record(SourceRecord, values["source"]),
+        source=_record(SourceRecord, source),
         pruning=_record(PruningRecord, pruning),
         calibration=_record(CalibrationRecord, calibration),
         hf=_record(FolderRecord, hf),
@@ -245,6 +273,15 @@ def _decode(values: dict[str, Any]) -> Manifest:
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
     )
+
+
+def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
+    methods = values["methods"]
+    if not isinstance(methods, list) or not all(isinstance(name, str) for name in methods):
+        raise TypeError(f"methods is {shown(methods)}, expected a list of names")
+    at_most("methods", methods, _MOST_METHODS)
+    kept = kept_layers(values["kept"], "kept of the original")
+    return _record(EarlierPruning, {**values, "methods": tuple(methods), "kept": kept})
 
 
 def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:
@@ -271,18 +308,15 @@ def _record(record_class: type[_Record], values: Mapping[str, Any]) -> _Record:
             raise TypeError(f"{entry.name} is {shown(value)}, expected {entry.type}")
         if isinstance(value, int | float) and not abs(value) < _MAX_NUMBER:
             raise ValueError(f"{entry.name} is {shown(value)}, expected a smaller number")
+        if isinstance(value, int) and value < 0 and entry.name not in _MAY_BE_NEGATIVE:
+            raise ValueError(f"{entry.name} is {shown(value)}, expected 0 or more")
     return record
-
-
-def _expert_id(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError(f"{shown(value)} is not an expert id")
-    return value
 
 
 def hash_file(path: Path, advance: Advance | None = None) -> FileRecord:
     """Size and SHA-256 of a file; `advance` is called with the bytes of each piece read.
 
-    Raises OSError if it cannot be read or is not a plain file.
+    Raises OSError if it cannot be read, is not a plain file, or is a link outside the Hub's cache.
     """
-    return FileRecord(plain_size(path), file_sha256(path, advance))
+    sha256 = file_sha256(path, advance, follow_links=False)
+    return FileRecord(plain_size(path), sha256)

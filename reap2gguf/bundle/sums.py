@@ -13,7 +13,7 @@ from reap2gguf.atomic import remove, write_whole
 from reap2gguf.bundle.layout import SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, Manifest, hash_file
 from reap2gguf.bundle.members import shown_name
-from reap2gguf.files import Advance, is_own_file, is_plain_name
+from reap2gguf.files import Advance, is_own_file, is_plain_name, read_entry
 
 _MAX_SUMS_BYTES = 2**22  # some ten thousand files
 _ANY_SIZE = -1  # SHA256SUMS does not hold sizes
@@ -63,7 +63,7 @@ def parse_sums(text: str) -> tuple[dict[str, str], list[str]]:
 
 def read_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """`parse_sums` of the SHA256SUMS in a folder."""
-    return parse_sums((folder / SUMS_FILE).read_bytes().decode("utf-8", "replace"))
+    return parse_sums(read_entry(folder / SUMS_FILE, _MAX_SUMS_BYTES).decode("utf-8", "replace"))
 
 
 def write_sums(folder: Path, n_threads: int) -> None:

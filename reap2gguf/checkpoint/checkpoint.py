@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.config import MAX_CONFIG_BYTES, read_json
 from reap2gguf.checkpoint.entries import check_entries
-from reap2gguf.checkpoint.index import compare_index, find_shards
+from reap2gguf.checkpoint.index import INDEX_NAME, compare_index, find_shards
+from reap2gguf.checkpoint.mistaken import what_to_pass
 from reap2gguf.checkpoint.safetensors_header import FileTensor, parse_header, read_header
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.files import cached_blob
+from reap2gguf.files import cached_blob, open_entry, read_entry
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
@@ -79,31 +80,34 @@ class Checkpoint(Weights):
     config: dict[str, Any]
     tensors: Mapping[str, FileTensor]
     shards: tuple[Path, ...]
+    notes: tuple[str, ...] = ()  # what the user should know of the folder
+    follow_links: bool = False  # whether shards may be links to any place
     _hub: RemoteShards | None = None
     _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, hub: RemoteShards | None = None) -> Checkpoint:
+    def open(
+        cls, folder: Path, hub: RemoteShards | None = None, follow_links: bool = False
+    ) -> Checkpoint:
         """Read the config, the index and every shard's header, and compare them.
 
         Of shards that `hub` has and the folder does not, only the headers are read. Raises
         SourceError if there is no such folder and CheckpointError if a file is missing, broken, a
-        link that leads out of the folder, or disagrees with another.
+        link outside the Hub's cache, or disagrees with another. With `follow_links`, weights may be
+        links to any place.
         """
         if not folder.is_dir():
             raise SourceError(
                 f"{folder}: no such folder; pass a checkpoint folder or a Hub name (owner/name)"
             )
-        check_entries(folder, hub or ())
+        check_entries(folder, hub or (), follow_links)
         config_path = folder / "config.json"
         if not config_path.is_file():
-            raise CheckpointError(
-                f"{folder}: no config.json; this is not a Hugging Face checkpoint"
-            )
+            raise CheckpointError(f"{folder}: no config.json; {what_to_pass(folder)}")
         config = read_json(config_path)
         shards, mapped = find_shards(folder, hub or ())
-        headers = _headers(shards, hub)
+        headers = _headers(shards, hub, follow_links)
         tensors: dict[str, FileTensor] = {}
         for shard, header in headers.items():
             if twice := tensors.keys() & header.keys():
@@ -111,9 +115,13 @@ class Checkpoint(Weights):
                     f"{shard}: holds {shown(min(twice))}, which another shard holds"
                 )
             tensors |= header
+        notes: tuple[str, ...] = ()
         if mapped is not None:
             compare_index(folder, mapped, tensors)
-        return cls(folder, config, tensors, shards, hub)
+        elif len(shards) > 1:
+            instead = f"the headers of its {len(shards)} shards are used instead"
+            notes = (f"{folder}: no {INDEX_NAME}; {instead}",)
+        return cls(folder, config, tensors, shards, notes, follow_links, hub)
 
     def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
         self._check_range(name, first, buffer.nbytes)
@@ -154,7 +162,7 @@ class Checkpoint(Weights):
         CheckpointError if a shard cannot be read.
         """
         digest = hashlib.sha256()
-        digest.update((self.folder / "config.json").read_bytes())
+        digest.update(self._config_bytes())
         for shard in self.shards:
             size = self._size(shard)
             digest.update(f"{shard.name} {size}\n".encode())
@@ -175,6 +183,13 @@ class Checkpoint(Weights):
                 raise CheckpointError(f"{shard}: cannot be read ({error.strerror})") from error
         return digest.hexdigest()
 
+    def _config_bytes(self) -> bytes:
+        path = self.folder / "config.json"
+        try:
+            return read_entry(path, MAX_CONFIG_BYTES)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
     def stamps(self) -> list[tuple[str, int, int | str]]:
         """Name, size and time of change of every shard: what a hash of samples may miss.
 
@@ -191,6 +206,12 @@ class Checkpoint(Weights):
         if self._hub is None:
             return 0
         return sum(map(self._hub.size, self._hub.missing(shard.name for shard in self.shards)))
+
+    def unfetched(self, names: Iterable[str]) -> list[str]:
+        """The files of these tensors that are still to be downloaded."""
+        if self._hub is None:
+            return []
+        return self._hub.missing(sorted({self.tensors[name].path.name for name in names}))
 
     def report_to(self, progress: Progress) -> None:
         """Where downloads of shards are shown from now on."""
@@ -236,14 +257,17 @@ class Checkpoint(Weights):
         with self._lock:
             if path not in self._descriptors:
                 try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY)
+                    with open_entry(path, self.follow_links) as file:
+                        self._descriptors[path] = os.dup(file.fileno())
                 except OSError as error:
-                    raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+                    raise CheckpointError(
+                        f"{path}: cannot be read ({error.strerror or error})"
+                    ) from error
             return self._descriptors[path]
 
 
 def _headers(
-    shards: tuple[Path, ...], hub: RemoteShards | None
+    shards: tuple[Path, ...], hub: RemoteShards | None, follow_links: bool
 ) -> dict[Path, dict[str, FileTensor]]:
     """The headers of all shards; those that are not downloaded come by ranged reads."""
     remote = hub.missing(shard.name for shard in shards) if hub is not None else []
@@ -254,5 +278,5 @@ def _headers(
             size = hub.size(shard.name)
             headers[shard] = parse_header(shard, beginnings[shard.name], size)
         else:
-            headers[shard] = read_header(shard)
+            headers[shard] = read_header(shard, follow_links)
     return headers

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.files import plain_size
+from reap2gguf.files import TooLargeError, read_entry
 from reap2gguf.messages import shown
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -26,16 +26,13 @@ _HALF_LETTER = re.compile(r"\\u[dD][89a-fA-F]")  # also one half of a whole pair
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises CheckpointError if the file is missing, not a plain file, larger than `max_bytes`, not
-    UTF-8, or refused by `parse_json_object`.
+    Raises CheckpointError if the file is missing, not a plain file, a link outside the Hub's cache,
+    larger than `max_bytes`, not UTF-8, or refused by `parse_json_object`.
     """
     try:
-        size = plain_size(path)
-        if size > max_bytes:
-            raise CheckpointError(
-                f"{path}: {size:,} bytes, expected at most {max_bytes:,}; is this the right file?"
-            )
-        text = path.read_text(encoding="utf-8")
+        text = read_entry(path, max_bytes).decode("utf-8")
+    except TooLargeError as error:
+        raise CheckpointError(f"{path}: {error}; is this the right file?") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:

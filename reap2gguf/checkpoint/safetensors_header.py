@@ -14,7 +14,7 @@ from typing import Any
 
 from reap2gguf.checkpoint.config import parse_json_object
 from reap2gguf.errors import CheckpointError
-from reap2gguf.files import open_plain
+from reap2gguf.files import open_entry
 from reap2gguf.messages import shown
 
 # A third of the reference implementation's limit; enough for a quarter of a million tensors.
@@ -69,9 +69,12 @@ class FileTensor(StoredTensor):
     offset: int
 
 
-def read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of one safetensors file by name, in file order. Raises as `parse_header` does."""
-    return _tensors(path, *_read_json(path))
+def read_header(path: Path, follow_links: bool = False) -> dict[str, FileTensor]:
+    """The tensors of one safetensors file by name, in file order.
+
+    Raises as `parse_header` does, and CheckpointError for a link, as `open_entry` follows them.
+    """
+    return _tensors(path, *_read_json(path, follow_links))
 
 
 def parse_header(path: Path, beginning: bytes, size: int) -> dict[str, FileTensor]:
@@ -101,10 +104,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _metadata(path, _read_json(path)[0])
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_json(path: Path, follow_links: bool = False) -> tuple[dict[str, Any], int, int]:
     """The header as it is written, the offset of the first tensor, and the file's size."""
     try:
-        with open_plain(path) as file:
+        with open_entry(path, follow_links) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, size, file.read(8))
             header = parse_json_object(_decode(path, file.read(length)), f"{path}: header")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
+FLOATS = ("F32", "F16", "BF16")
+_VALUES = 2**22  # read at a time
 # BF16 has no numpy type: its bits travel as uint16.
 NUMPY_TYPES = {
     "F64": "<f8",
@@ -137,6 +139,27 @@ class Weights(ABC):
             raise CheckpointError(
                 f"{self.folder}: tensor {name!r} has {size:,} bytes, not {first + n_bytes:,}"
             )
+
+
+def values_of(weights: Weights, name: str) -> Iterator[Floats]:
+    """All values of a stored tensor as float32, at most 16 MiB at a time, or one row."""
+    stored = weights.tensors[name]
+    if not stored.shape:
+        yield weights.read_float32(name).reshape(1)
+        return
+    step = max(1, _VALUES // max(1, math.prod(stored.shape[1:])))
+    for first in range(0, stored.shape[0], step):
+        yield weights.read_float32(name, first, min(first + step, stored.shape[0]))
+
+
+def first_not_finite(weights: Weights, names: Iterable[str]) -> str | None:
+    """The first of these tensors that holds NaN or infinite values, as the files name it."""
+    for name in names:
+        if weights.tensors[name].dtype in FLOATS and not all(
+            np.isfinite(values).all() for values in values_of(weights, name)
+        ):
+            return weights.origin(name)[0]
+    return None
 
 
 def to_float32(raw: npt.NDArray[np.generic], dtype: str, name: str) -> npt.NDArray[np.float32]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from reap2gguf.atomic import whole_file, write_whole
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.files import is_own_file
 
 CHECKSUM = "sha256"  # the key in a file's metadata
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what huggingface_hub cuts at
@@ -67,7 +68,7 @@ def write_checkpoint(
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        if (folder / name).is_file():
+        if is_own_file(folder / name):
             wrote(sum(tensor.n_bytes for tensor in shard))
         else:
             write_safetensors(folder / name, shard, contents, {"format": "pt"}, wrote)

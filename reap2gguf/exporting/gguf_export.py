@@ -11,7 +11,6 @@ Besides the ranges there is the imatrix: 4 bytes per column.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from reap2gguf.exporting.row_ranges import (
     check_imatrix,
     work_through,
 )
+from reap2gguf.files import is_own_file
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.reader import row_bytes
 
@@ -117,7 +117,7 @@ def _can_resume(
     is_whole = all(tensor.name in journal for tensor in tensors)
     for output, layout in zip(outputs, layouts, strict=True):
         part = part_of(output.path)
-        if not part.is_file() and is_whole and _has_size(output.path, layout.n_bytes):
+        if not is_own_file(part) and is_whole and _has_size(output.path, layout.n_bytes):
             rename(output.path, part)  # interrupted between two renames
         if not _has_size(part, layout.n_bytes):
             journal.clear()
@@ -126,14 +126,13 @@ def _can_resume(
 
 
 def _has_size(path: Path, n_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == n_bytes
+    return is_own_file(path) and path.stat().st_size == n_bytes
 
 
 @contextmanager
 def _opened(output: GgufOutput, layout: GgufLayout, resume: bool) -> Iterator[_OpenFile]:
     """A file of its full length, so that a full disk is found now, with its header written."""
-    flags = 0 if resume else os.O_TRUNC
-    with open_file(part_of(output.path), output.path, flags) as file:
+    with open_file(part_of(output.path), output.path, resume) as file:
         file.reserve(layout.n_bytes)
         file.write_at(layout.header, 0)
         yield _OpenFile(file, layout, output.header.tensor_types)

@@ -6,7 +6,7 @@ bytes are `header.lay_out`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -23,12 +23,11 @@ from reap2gguf.models.description import HeaderValue
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.manifest import EarlierPruning, Manifest
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
-    from reap2gguf.pruning.select import Kept
 
 UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")  # no importance matrix changes their bytes
 
@@ -49,8 +48,9 @@ class HeaderNames:
             manifest.source.label,
             pruning.method,
             pruning.n_experts,
-            {layer: tuple(kept) for layer, kept in pruning.kept.items()},
+            pruning.kept,
             manifest.program.get("reap2gguf", ""),
+            manifest.source.earlier,
         )
         return cls(manifest.name, PrunedFrom.of(manifest), tuple(own))
 
@@ -132,18 +132,37 @@ def general_of(weights: Weights, model: MoeModel, names: HeaderNames) -> General
 
 
 def pruning_values(
-    source_label: str, method: str, n_experts: int, kept: Kept, version: str = __version__
+    source_label: str,
+    method: str,
+    n_experts: int,
+    kept: Mapping[int, Sequence[int]],
+    version: str = __version__,
+    earlier: EarlierPruning | None = None,
 ) -> list[HeaderValue]:
-    """Keys of our own, so that a GGUF file alone records where its experts come from."""
-    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
-    return [
+    """Keys of our own, so that a GGUF file alone records where its experts come from.
+
+    With `earlier`, also those of the original: the source was pruned before.
+    """
+    values = [
         _text("reap2gguf.version", version),
         _text("reap2gguf.source", source_label),
         _text("reap2gguf.method", method),
         HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
-        # layer after layer, expert_count ids each
-        HeaderValue("reap2gguf.kept_experts", flat, GGUFValueType.ARRAY),
+        _experts("reap2gguf.kept_experts", kept),
     ]
+    if earlier is not None:
+        values += [
+            _text("reap2gguf.original.source", earlier.label),
+            HeaderValue("reap2gguf.original.expert_count", earlier.n_experts, GGUFValueType.UINT32),
+            _experts("reap2gguf.original.kept_experts", earlier.kept),
+        ]
+    return values
+
+
+def _experts(key: str, kept: Mapping[int, Sequence[int]]) -> HeaderValue:
+    """Ids of experts, layer after layer, expert_count ids each."""
+    flat = [expert for layer in sorted(kept) for expert in kept[layer]]
+    return HeaderValue(key, flat, GGUFValueType.ARRAY)
 
 
 def recipe_value(recipe: str) -> HeaderValue:

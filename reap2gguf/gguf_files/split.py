@@ -24,7 +24,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, Keys
 
 from reap2gguf.atomic import whole_file
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.files import is_plain, open_plain
+from reap2gguf.files import is_own_file, is_plain, open_plain
 from reap2gguf.gguf_files.reader import KEYS_BEGIN, GgufHeader, GgufTensorInfo, read_gguf_header
 from reap2gguf.gguf_files.writer import encode_key, encode_start, encode_tensor_info, padded
 from reap2gguf.messages import shown
@@ -268,7 +268,7 @@ def write_part(plan: SplitPlan, part: PlannedPart, folder: Path, task: Task) -> 
     path = folder / part.name
     digest = hashlib.sha256()
     # a final name is only given to a complete file
-    if path.is_file() and path.stat().st_size == part.n_bytes:
+    if is_own_file(path) and path.stat().st_size == part.n_bytes:
         for chunk in _contents(plan, part):
             digest.update(chunk)
             task.advance(len(chunk))

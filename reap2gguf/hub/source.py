@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.mistaken import NO_GGUF
 from reap2gguf.errors import SourceError
+from reap2gguf.files import open_plain
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.shards import HubShards
 from reap2gguf.hub.snapshot import Snapshot, find
+from reap2gguf.messages import without_password
 from reap2gguf.resources import example_checkpoint
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CACHED_NAME = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_GGUF = b"GGUF"  # how a GGUF file begins
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Source:
     folder: Path
     revision: str | None = None  # the commit, for a model from the Hub
     snapshot: Snapshot | None = None  # that commit's files, for a model from the Hub
+    follow_links: bool = False  # whether its weights may be links to any place
 
     @property
     def short_name(self) -> str:
@@ -33,10 +40,14 @@ class Source:
     def open(self, note: Note = ignore_note) -> Checkpoint:
         """Its checkpoint; weights on the Hub are fetched when they are read.
 
-        Raises CheckpointError, or SourceError if the Hub cannot be reached.
+        `note` also gets what the user should know of the folder. Raises CheckpointError, or
+        SourceError if the Hub cannot be reached.
         """
         hub = HubShards(self.snapshot, note) if self.snapshot and self.snapshot.weights else None
-        return Checkpoint.open(self.folder, hub)
+        checkpoint = Checkpoint.open(self.folder, hub, self.follow_links)
+        for line in checkpoint.notes:
+            note(line)
+        return checkpoint
 
     def complete(self, note: Note = ignore_note) -> None:
         """Fetch the small files that a plan does not read, such as licences.
@@ -53,7 +64,9 @@ class Source:
         return sum(file.n_bytes for file in later)
 
 
-def resolve_source(model: str | None, note: Note = ignore_note) -> Source:
+def resolve_source(
+    model: str | None, note: Note = ignore_note, follow_links: bool = False
+) -> Source:
     """MODEL as a folder: given, bundled, or in the Hub's cache with the files that a plan reads.
 
     `note` gets each failed try. Raises SourceError if there is nothing of that name or the Hub
@@ -65,13 +78,40 @@ def resolve_source(model: str | None, note: Note = ignore_note) -> Source:
     # os.path answers False where Path raises: names too long, users unknown
     folder = Path(os.path.expanduser(model))
     if model and os.path.isdir(folder):
-        return Source(folder.resolve().name, folder)
+        label, revision = _name_of(folder.resolve())
+        return Source(label, folder, revision, follow_links=follow_links)
     if model and os.path.exists(folder):
-        raise SourceError(f"{model}: is a file; pass the folder that holds config.json")
+        advice = NO_GGUF if _is_gguf(folder) else "pass the folder that holds config.json"
+        raise SourceError(f"{model}: is a file; {advice}")
     if not _HUB_NAME.fullmatch(model) or model.startswith((".", "/", "~")):
         raise SourceError(
-            f"{model}: no such folder, and not a Hub name (owner/name or owner/name@revision)"
+            f"{without_password(model)}: no such folder, and not a Hub name (owner/name or "
+            "owner/name@revision)"
         )
     name, _, revision = model.partition("@")
     snapshot = find(name, revision or None, note)
     return Source(name, snapshot.folder, snapshot.commit, snapshot)
+
+
+def _name_of(folder: Path) -> tuple[str, str | None]:
+    """What to call a model in a folder, and its commit if the folder is one of the Hub's cache.
+
+    That is `models--owner--name/snapshots/COMMIT`.
+    """
+    repository = _CACHED_NAME.fullmatch(folder.parents[1].name) if len(folder.parents) > 1 else None
+    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    if repository is None or not is_snapshot:
+        return folder.name, None
+    owner, name = repository.groups()
+    return f"{owner}/{name}" if owner else name, folder.name
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name or its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with open_plain(path) as file:
+            return file.read(len(_GGUF)) == _GGUF
+    except OSError:
+        return False  # a pipe, or a file that nobody may read

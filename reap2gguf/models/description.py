@@ -143,6 +143,7 @@ class GgufTensor:
     slabs: tuple[Slab, ...]
     always_f32: bool = False  # llama.cpp's converter never stores it in fewer bits
     transform: Transform | None = None  # applied to each slab's float32 values
+    needs_f16: bool = False  # llama.cpp computes with it in F16, whatever its type
 
     @property
     def n_columns(self) -> int:
@@ -207,6 +208,8 @@ class SideFile:
     title: str
     tensors: tuple[GgufTensor, ...]
     values: tuple[HeaderValue, ...]
+    notes: tuple[str, ...] = ()  # what the user should know of it
+    is_checked: bool = False  # whether the types are known to hold all values
 
     def tensor_types(self) -> dict[str, GGMLQuantizationType]:
         """F16, and F32 for the tensors that llama.cpp never stores in fewer bits."""

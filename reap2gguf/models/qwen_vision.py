@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ _UINT32, _FLOAT32, _ARRAY, _BOOL = (
 _MOST_BRIGHT = 2**16  # of a mean or deviation; most are between 0 and 1
 _MAX_PATCH = 2**12  # pixels along an edge
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # what transformers 5 writes
+_IN_PROCESSOR = "image_processor"  # its key for what PREPROCESSOR holds
+_IMAGE_KEYS = ("image_mean", "image_std")
 
 # HF name -> GGUF name, .weight and .bias alike
 _BLOCK = {
@@ -103,8 +107,10 @@ def vision_projector(
                 f"{prefix}blocks.{index}.{name}", f"v.blk.{index}.{gguf_name}", shapes[gguf_name]
             )
     _check_all_used(tensors, {n: t for n, t in stored.items() if n.startswith(prefix)}, depth)
-    values = _header(read, config, folder, text_hidden)
-    return SideFile("mmproj", "mmproj", "clip", "vision projector", tuple(tensors), values)
+    images = read_image_settings(folder)
+    values = _header(read, config, images, text_hidden)
+    title = "vision projector"
+    return SideFile("mmproj", "mmproj", "clip", title, tuple(tensors), values, images.notes)
 
 
 def _pair(stored: str, gguf_name: str, shape: tuple[int, ...]) -> list[GgufTensor]:
@@ -119,7 +125,14 @@ def _tensor(
     stored: str, gguf_name: str, shape: tuple[int, ...], transform: Transform | None = None
 ) -> GgufTensor:
     whole = len(shape) < 2 or gguf_name.startswith("v.position_embd")
-    return GgufTensor(gguf_name, shape, (Slab(stored),), always_f32=whole, transform=transform)
+    return GgufTensor(
+        gguf_name,
+        shape,
+        (Slab(stored),),
+        always_f32=whole,
+        transform=transform,
+        needs_f16=transform is not None,  # the kernel of a convolution
+    )
 
 
 def _frame(index: int) -> Transform:
@@ -159,16 +172,11 @@ def _stored_shape(tensor: GgufTensor) -> tuple[int, ...]:
 
 
 def _header(
-    read: ConfigReader, config: ConfigReader, folder: Path, text_hidden: int
+    read: ConfigReader, config: ConfigReader, images: ImageSettings, text_hidden: int
 ) -> tuple[HeaderValue, ...]:
     patch = read.integer("patch_size", low=1, high=_MAX_PATCH)
     positions = read.integer("num_position_embeddings", low=1, high=MAX_WIDTH, default=2304)
     depth = read.integer("depth", low=1, high=MAX_LAYERS)
-    if not (folder / PREPROCESSOR).is_file():
-        raise CheckpointError(
-            f"{folder}: the vision tower needs {PREPROCESSOR}, for its image mean and deviation"
-        )
-    images = read_json(folder / PREPROCESSOR)
     text = ConfigReader(config.section("text_config") or config.values, config.where)
     clip = Keys.ClipVision
     entries: list[tuple[str, Any, GGUFValueType]] = [
@@ -185,8 +193,8 @@ def _header(
         ),
         (clip.BLOCK_COUNT, depth, _UINT32),
         (clip.Attention.HEAD_COUNT, read.integer("num_heads", low=1, high=MAX_HEADS), _UINT32),
-        (clip.IMAGE_MEAN, _three(images, "image_mean", folder), _ARRAY),
-        (clip.IMAGE_STD, _three(images, "image_std", folder), _ARRAY),
+        (clip.IMAGE_MEAN, images.mean, _ARRAY),
+        (clip.IMAGE_STD, images.deviation, _ARRAY),
         (clip.USE_GELU, True, _BOOL),
         (
             clip.SPATIAL_MERGE_SIZE,
@@ -204,7 +212,54 @@ def _header(
     return tuple(HeaderValue(key, value, value_type) for key, value, value_type in entries)
 
 
-def _three(images: Mapping[str, Any], key: str, folder: Path) -> list[float]:
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are normalized before the tower sees them: one number for each colour."""
+
+    mean: list[float]
+    deviation: list[float]
+    notes: tuple[str, ...] = ()
+
+
+def read_image_settings(folder: Path) -> ImageSettings:
+    """The settings that transformers and llama.cpp's converter use, from either of two files.
+
+    Both take `image_processor` in PROCESSOR, which transformers 5 writes, before PREPROCESSOR. If
+    the two disagree, a note says so. Raises CheckpointError if there is neither, and
+    UnsupportedModelError if a value is missing or not three numbers, or if the two programs would
+    take different ones.
+    """
+    old = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else None
+    processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    new = processor.get(_IN_PROCESSOR)
+    where = f"{folder / PROCESSOR}: {_IN_PROCESSOR}"
+    if new is not None and not isinstance(new, dict):
+        raise UnsupportedModelError(f"{where} is {shown(new)}, expected an object")
+    if new is None and old is None:
+        raise CheckpointError(
+            f"{folder}: the vision tower needs {PREPROCESSOR}, or {_IN_PROCESSOR} in {PROCESSOR}, "
+            "for its image mean and deviation"
+        )
+    if new is None and (both := [key for key in _IMAGE_KEYS if key in processor]):
+        # the converter reads these, and transformers does not
+        raise UnsupportedModelError(
+            f"{folder / PROCESSOR}: has {both[0]} outside {_IN_PROCESSOR}; move it into "
+            f"{_IN_PROCESSOR}, or remove it"
+        )
+    images = old if new is None else new
+    where = str(folder / PREPROCESSOR) if new is None else where
+    mean, deviation = (_three(images or {}, key, where) for key in _IMAGE_KEYS)
+    other = old or {}
+    notes = tuple(
+        f"{folder / PREPROCESSOR}: {key} is {shown(other[key])}, but {where} has "
+        f"{shown(images[key])}, which transformers and llama.cpp prefer; it is used"
+        for key in _IMAGE_KEYS
+        if new is not None and images is not None and key in other and other[key] != images[key]
+    )
+    return ImageSettings(mean, deviation, notes)
+
+
+def _three(images: Mapping[str, Any], key: str, where: str) -> list[float]:
     values = images.get(key)
     if (
         not isinstance(values, list)
@@ -212,7 +267,5 @@ def _three(images: Mapping[str, Any], key: str, folder: Path) -> list[float]:
         or not all(isinstance(v, int | float) and abs(v) <= _MOST_BRIGHT for v in values)
         or any(isinstance(v, bool) for v in values)
     ):
-        raise UnsupportedModelError(
-            f"{folder / PREPROCESSOR}: {key} is {shown(values)}, expected three numbers"
-        )
+        raise UnsupportedModelError(f"{where}: {key} is {shown(values)}, expected three numbers")
     return [float(value) for value in values]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.observing.compute.crew import Crew
@@ -265,6 +266,19 @@ class StreamedDecoder:
     def _read(self, name: str) -> Tensor:
         self.loader.ask(name, {name: whole(self._weights, name, self._dtype)})
         return self.loader.take(name)[name]
+
+    def why_not_finite(self, index: int) -> str:
+        """Why what layer `index` computes is not finite: a weight by name, or an overflow."""
+        names = [n for n in self._weights.tensors if self.model.role(n).layer == index]
+        if index == 0:
+            names.append(self.model.embedding_name)
+        if bad := first_not_finite(self._weights, names):
+            return (
+                f"tensor {bad!r} of {self._weights.folder} holds NaN or infinite values; download "
+                "it again, or repair the checkpoint"
+            )
+        advice = "" if self._dtype is torch.float32 else "; use --dtype float32"
+        return f"all weights of the layer are finite, so values overflow in {self._dtype}{advice}"
 
     def close(self) -> None:
         """Stop reading and free what was read."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reap2gguf.errors import ObservationError
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
@@ -94,7 +95,13 @@ class ImportanceObserver(LayerObserver):
             hook.remove()
         self._hooks.clear()
         for names, sums in self._sums.items():
-            values = sums.cpu().numpy().astype(np.float32)
+            with np.errstate(over="ignore"):  # it is looked for in the next line
+                values = sums.cpu().numpy().astype(np.float32)
+            if not np.isfinite(values).all():
+                raise ObservationError(
+                    f"layer {index}: the squares of what {names[0]} multiplies overflow float32; "
+                    "weights of this layer or the one before are damaged or far too large"
+                )
             counts = self._counts[names].cpu().numpy()
             for name in names:
                 order = self._model.column_order(name)

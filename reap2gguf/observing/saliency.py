@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.artifacts.observations import LayerObservation, grouped_layers, named_layers
+from reap2gguf.errors import ObservationError
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.observing.compute.kernels import saliency_sums
 from reap2gguf.observing.observer import Arrays, LayerObserver
@@ -75,16 +76,29 @@ class SaliencyObserver(LayerObserver):
             return
         columns = self._sums.cpu().T.numpy()
         reap, gate, norm = (np.ascontiguousarray(column) for column in columns)
-        self.layers[index] = LayerObservation(
+        seen = LayerObservation(
             count=self._counts.cpu().numpy(),
             reap_sum=reap,
             gate_sum=gate,
             norm_sum=norm,
             norm_max=self._peaks.cpu().numpy(),
         )
+        _check_finite(index, seen)
+        self.layers[index] = seen
 
     def finished_sums(self) -> Arrays:
         return named_layers(self.layers)
 
     def restore(self, arrays: Arrays) -> None:
         self.layers = grouped_layers(arrays)
+
+
+def _check_finite(index: int, seen: LayerObservation) -> None:
+    """Raise ObservationError if the norm of an expert's output overflows float32."""
+    sums = np.stack([seen.reap_sum, seen.gate_sum, seen.norm_sum, seen.norm_max])
+    bad = np.flatnonzero(~np.isfinite(sums).all(axis=0))
+    if len(bad):
+        raise ObservationError(
+            f"layer {index}: the norm of the output of expert {bad[0]} overflows float32 (as do "
+            f"{len(bad)} of {len(seen.count)} experts); its weights are damaged or far too large"
+        )

@@ -321,8 +321,7 @@ class Sweep:
         if lost > MAX_BAD_ROWS * n_rows:
             raise ObservationError(
                 f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
-                f"{MAX_BAD_ROWS:.0%}; the weights may be damaged; if values overflow in bfloat16, "
-                "use --dtype float32"
+                f"{MAX_BAD_ROWS:.0%}; {self.decoder.why_not_finite(index)}"
             )
 
     def count_mtp_hits(self) -> tuple[int, int]:

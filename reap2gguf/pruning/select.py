@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +50,11 @@ class Target:
         return self.n_experts - self.n_kept
 
     @property
+    def prunes(self) -> bool:
+        """Whether any expert is removed."""
+        return self.n_dropped > 0
+
+    @property
     def compression(self) -> float:
         return self.n_dropped / self.n_experts
 
@@ -57,8 +62,8 @@ class Target:
 def choose_target(facts: ModelFacts, keep_experts: int | None, compression: float | None) -> Target:
     """The number of experts to keep, from either option; by default 25 % are dropped.
 
-    `compression` R drops floor(E * R) experts: 0.32 of 256 keeps 175. Raises UsageError if the
-    number is not one the model can run with.
+    `compression` R drops floor(E * R) experts: 0.32 of 256 keeps 175. 0 keeps all of them. Raises
+    UsageError if a larger R drops none, or if the number is not one the model can run with.
     """
     if keep_experts is not None and compression is not None:
         raise UsageError(
@@ -71,6 +76,8 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
             raise UsageError(f"--compression {ratio:g}: expected 0 or more and less than 1")
         # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
         keep_experts = total - math.floor(total * Decimal(str(ratio)))
+        if ratio > 0 and keep_experts == total:
+            raise UsageError(_drops_none(facts, ratio))
     if keep_experts > total:
         raise UsageError(f"--keep-experts {keep_experts}: the model has {total} experts per layer")
     if keep_experts < needed:
@@ -80,6 +87,21 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
         )
     _check_groups(facts, keep_experts)
     return Target(total, keep_experts)
+
+
+def _drops_none(facts: ModelFacts, ratio: float) -> str:
+    """Why a ratio is too small, and the smallest that is not."""
+    total, least = facts.n_experts, facts.n_groups
+    needed = Decimal(least) / Decimal(total)
+    digits = Context(prec=4, rounding=ROUND_CEILING)
+    smallest = f"{needed.normalize(digits):f}"
+    advice = f"--compression {smallest} drops {least}"
+    if total - least < facts.experts_per_token:
+        advice = f"this model needs {facts.experts_per_token} of them for each token"
+    return (
+        f"--compression {ratio:g} of {total} experts per layer drops none; {advice}, and "
+        "--compression 0 keeps all"
+    )
 
 
 def _check_groups(facts: ModelFacts, n_kept: int) -> None:

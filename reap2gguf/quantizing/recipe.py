@@ -33,6 +33,7 @@ from reap2gguf.resources import shipped_folder
 _MAX_RECIPE_BYTES = 2**18
 _MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_STARS = 16  # of a glob: each one is tried at every letter of a name
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
 # Strings and comments, then keys of many parts: tomllib keeps every beginning of a dotted key, so
 # that one of 40 KB would take gigabytes.
@@ -178,6 +179,10 @@ def _rule(values: Any, where: str) -> Rule:
         raise RecipeError(
             f"{where}: match {shown(match)} is not a glob on "
             "GGUF tensor names, such as blk.*.attn_v.weight"
+        )
+    if (n_stars := match.count("*")) > _MAX_STARS:
+        raise RecipeError(
+            f"{where}: match {shown(match)} has {n_stars} stars, expected at most {_MAX_STARS}"
         )
     optional = values.get("optional", False)
     if not isinstance(optional, bool):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.quantizing.recipe import Recipe, Rule
 
-_MAX_MATCHES = 4_000_000  # of a rule with a tensor: some seconds
+_MAX_STEPS = 4_000_000  # a rule and each of its stars, with a tensor: some seconds
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,11 @@ def resolve(
         gqa=facts.n_heads // facts.n_kv_heads,
         has_imatrix=has_imatrix,
     )
-    if len(recipe.rules) * len(tensors) > _MAX_MATCHES:
+    n_steps = sum(1 + rule.match.count("*") for rule in recipe.rules) * len(tensors)
+    if n_steps > _MAX_STEPS:
         raise RecipeError(
-            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors; "
-            "use fewer rules, with globs"
+            f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors, "
+            "too many to match; use fewer rules, with few stars each"
         )
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}

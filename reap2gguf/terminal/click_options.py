@@ -23,7 +23,17 @@ from reap2gguf.options import (
     ComputeOptions,
 )
 from reap2gguf.terminal.console import Detail, printing
-from reap2gguf.terminal.help import CALIBRATION, COMPUTE, MOST, PRUNE, WRITE, F, Number, option
+from reap2gguf.terminal.help import (
+    CALIBRATION,
+    COMPUTE,
+    MODEL,
+    MOST,
+    PRUNE,
+    WRITE,
+    F,
+    Number,
+    option,
+)
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _MOST_BYTES = 2**60
@@ -292,6 +302,13 @@ label_option = option(
     default_text="the recipe's own",
 )
 
+follow_links_option = option(
+    "--follow-links",
+    section=MODEL,
+    is_flag=True,
+    help="Accept *.safetensors that are links, such as to another disk.",
+)
+
 build_options = _all(
     click.argument("model", required=False),
     pruning_options,
@@ -340,6 +357,7 @@ build_options = _all(
     ),
     compute_options,
     threads_option,
+    follow_links_option,
     llama_cpp_option,
 )
 
@@ -376,4 +394,5 @@ def collect(
         compute=collect_compute(arguments),
         fresh=fresh,
         check_space=check_space,
+        follow_links=arguments["follow_links"],
     )

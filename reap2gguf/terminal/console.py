@@ -14,7 +14,7 @@ from typing import Any, Literal
 import click
 
 from reap2gguf.machine import processes
-from reap2gguf.messages import duration, one_line, quantity
+from reap2gguf.messages import duration, one_line, quantity, without_password
 from reap2gguf.progress import Progress, Silent, Task
 
 _LINE_SECONDS = 5.0  # plain lines about one task are printed at most this often
@@ -56,13 +56,15 @@ def is_verbose() -> bool:
 def say(text: str, kind: Literal["result", "note", "error"] = "note", *, prefix: str = "") -> None:
     """Print a line, made safe by `one_line`: a result on stdout, a note or an error on stderr.
 
+    Passwords in URLs are left out: an argument or an address of a proxy may hold one.
+
     `prefix` is printed as it is, colours included. --quiet drops notes. With several
     processes only the first prints results and notes; each one prints its errors.
     """
     if kind != "error" and not processes().is_first:
         return
     if kind != "note" or _detail is not Detail.QUIET:
-        click.echo(prefix + one_line(text), err=kind != "result")
+        click.echo(prefix + one_line(without_password(text)), err=kind != "result")
 
 
 def say_all(lines: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from reap2gguf.terminal.click_options import (
     calibration_options,
     collect_compute,
     compute_options,
+    follow_links_option,
     label_option,
     llama_cpp_option,
     output_options,
@@ -34,6 +35,7 @@ from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, 
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Observations to write."
 )
+@follow_links_option
 @output_options
 def observe(
     model: str,
@@ -43,6 +45,7 @@ def observe(
     seed: int,
     pack: bool | None,
     output: Path,
+    follow_links: bool,
     **compute: Any,
 ) -> None:
     """Measure the experts on calibration text.
@@ -64,6 +67,7 @@ def observe(
         output,
         calibration=calibration,
         compute=collect_compute(compute),
+        follow_links=follow_links,
         progress=terminal_progress(),
     )
     counts = f"{seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers"
@@ -81,6 +85,7 @@ def observe(
 )
 @pruning_options
 @option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
+@follow_links_option
 @output_options
 def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
     """Remove the least important experts.
@@ -115,8 +120,11 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
 )
+@follow_links_option
 @output_options
-def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -> None:
+def imatrix(
+    hf_dir: str, text: Path, chunk: int, output: Path, follow_links: bool, **compute: Any
+) -> None:
     """Compute an importance matrix for HF_DIR.
 
     Also writes the matrix in llama.cpp's older format, as a .dat file beside OUTPUT. To resume an
@@ -133,6 +141,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
         output,
         chunk=chunk,
         compute=collect_compute(compute),
+        follow_links=follow_links,
         progress=terminal_progress(),
     )
     say(f"{output}: {len(result.entries)} matrices over {result.n_chunks} chunks", "result")
@@ -166,6 +175,7 @@ def imatrix(hf_dir: str, text: Path, chunk: int, output: Path, **compute: Any) -
 )
 @label_option
 @threads_option
+@follow_links_option
 @llama_cpp_option
 @output_options
 def quantize(
@@ -175,6 +185,7 @@ def quantize(
     labels: tuple[tuple[str, str], ...],
     threads: int,
     output: str,
+    follow_links: bool,
 ) -> None:
     """Write HF_DIR as one GGUF file.
 
@@ -194,6 +205,7 @@ def quantize(
         imatrix=imatrix_file,
         labels=dict(labels),
         threads=threads,
+        follow_links=follow_links,
         progress=terminal_progress(),
     )
     say(f"{result.path}: {size(result.n_bytes)}, {result.bits_per_weight:.2f} bpw", "result")

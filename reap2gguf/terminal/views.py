@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import Estimate, side_bytes
-from reap2gguf.messages import duration, parameters, size
+from reap2gguf.messages import duration, parameters, shell_word, size
 from reap2gguf.pruning.select import friendly_count
 
 if TYPE_CHECKING:
@@ -35,8 +35,15 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token; "
         f"{parameters(plan.n_parameters)} parameters remain"
     )
+    if not target.prunes:
+        yield "  nothing is pruned, so the calibration pass that ranks experts is skipped"
+    if plan.history is not None:
+        yield (
+            f"  the source was pruned before: it has {target.n_experts} of the "
+            f"{plan.history.n_experts} experts of {plan.history.label}"
+        )
     friendly = friendly_count(target, facts.experts_per_token)
-    if friendly != target.n_kept and facts.n_experts >= 32:
+    if target.prunes and friendly != target.n_kept and facts.n_experts >= 32:
         yield (
             f"  vLLM has no fused kernels for {target.n_kept} experts; the nearest count that has "
             f"them is {friendly} (--keep-experts {friendly})"
@@ -85,6 +92,9 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "layers": len(facts.moe_layers),
             "friendly": friendly_count(plan.target, facts.experts_per_token),
         },
+        "original": None
+        if plan.history is None
+        else {"source": plan.history.label, "experts": plan.history.n_experts},
         "mtp": plan.mtp,
         "caveats": list(plan.model.caveats()),
         "warnings": plan.warnings,
@@ -143,7 +153,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         peak = size(stage.peak_bytes)
         yield f"  {stage.name:<8} {stage.seconds:>8.1f} s   peak memory so far {peak}{again}"
     mtp = manifest.pruning.mtp
-    if mtp.n_tokens:
+    if mtp.n_tokens and mtp.state == "pruned":
         yield (
             f"  MTP head top-1 accuracy: {mtp.hits_before / mtp.n_tokens:.1%} before pruning, "
             f"{mtp.hits_after / mtp.n_tokens:.1%} after"
@@ -159,7 +169,7 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     for side in manifest.side_files:
         yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
-    yield f"Try it:  reap2gguf chat {result.gguf_folder}"
+    yield f"Try it:  reap2gguf chat {shell_word(result.gguf_folder)}"
 
 
 def recipe_lines(recipe: Recipe) -> Iterable[str]:

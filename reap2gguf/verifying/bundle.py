@@ -299,7 +299,7 @@ def _check_plan(check: Check, reference: Reference) -> None:
     manifest, (weights, model) = check.manifest, reference
     for record in manifest.gguf:
         check.take(check_recipe(record, weights, model), record.file)
-    sides = check_side_records(manifest, weights.folder, weights, model)
+    sides = check_side_records(manifest, weights, model)
     check.take(sides, MANIFEST_FILE)
 
 

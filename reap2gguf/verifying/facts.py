@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, LlamaFileType
@@ -21,9 +20,11 @@ from reap2gguf.bundle.layout import (
     model_file,
     side_file,
 )
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.errors import RecipeError
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
+from reap2gguf.models.side_values import side_files
 from reap2gguf.options import METHODS
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
 
-_MTP_STATES = ("none", "pruned", "dropped")
+_MTP_STATES = ("none", "pruned", "kept", "dropped")
 _UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types that an importance matrix does not change
 
 
@@ -46,11 +47,12 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     """What a manifest says twice by itself: counts, kept experts, names, recipes."""
     pruning, calibration = manifest.pruning, manifest.calibration
     yield from _check_kept(pruning)
-    if pruning.method not in METHODS:
-        yield _wrong("pruning.method", pruning.method, f"one of {', '.join(METHODS)}")
+    methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
+    if pruning.method not in methods:
+        yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
     if pruning.mtp.state not in _MTP_STATES:
         yield _wrong("pruning.mtp.state", pruning.mtp.state, f"one of {', '.join(_MTP_STATES)}")
-    if calibration.components:
+    if calibration.components and pruning.method != NO_METHOD:  # else none was observed
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
@@ -182,9 +184,11 @@ def _of_model(manifest: Manifest, model: MoeModel) -> Iterator[str]:
     )
     layers = sorted(pruning.kept)
     yield from _differs("the layers of pruning.kept", layers, sorted(facts.moe_layers), "the model")
-    has_mtp = pruning.mtp.state == "pruned"
+    drops = pruning.n_kept < pruning.n_experts
+    has_mtp = pruning.mtp.state == ("pruned" if drops else "kept")
     if has_mtp != facts.has_mtp:
-        expected = "pruned" if facts.has_mtp else "none or dropped"
+        with_mtp = "pruned" if drops else "kept"
+        expected = with_mtp if facts.has_mtp else "none or dropped"
         yield _wrong("pruning.mtp.state", pruning.mtp.state, f"{expected}, as the model has it")
 
 
@@ -221,27 +225,14 @@ def _check_passed(manifest: Manifest, n_stored: int) -> Iterator[str]:
 def check_gguf_facts(
     manifest: Manifest, record: GgufRecord, header: GgufHeader, imatrix: Imatrix | None
 ) -> Iterator[str]:
-    """The manifest against the header of a model's GGUF file, or of its first part."""
-    pruning, name = manifest.pruning, header.path.name
-    flat = [expert for layer in sorted(pruning.kept) for expert in pruning.kept[layer]]
-    own = {
-        "reap2gguf.version": manifest.program.get("reap2gguf"),
-        "reap2gguf.source": manifest.source.label,
-        "reap2gguf.method": pruning.method,
-        "reap2gguf.source_expert_count": pruning.n_experts,
-        "reap2gguf.kept_experts": flat,
-        "reap2gguf.recipe": record.recipe,
-    }
-    expected = {"general.type": "model", "general.name": manifest.name, **own}
+    """The manifest against the header of a model's GGUF file, or of its first part.
+
+    `gguf_header` compares the keys that follow from names, kept experts and model.
+    """
     try:
-        expected["general.file_type"] = mixture_named(record.file_type).file_type.value
+        mixture_named(record.file_type)
     except RecipeError as error:
         yield f"{MANIFEST_FILE}: gguf {record.file}: {error}"
-    yield from _check_keys(header, expected)
-    for key in sorted(header.metadata):
-        if key.startswith("reap2gguf.") and key not in own:
-            value = shown(header.metadata[key])
-            yield f"{name}: {shown(key)} is {value}, expected no such key"
     yield from _check_imatrix_keys(manifest, record, header, imatrix)
     yield from _check_size(header, record.n_bytes, record.file)
 
@@ -268,23 +259,13 @@ def _check_imatrix_keys(
 
 def check_side_facts(manifest: Manifest, record: SideRecord, header: GgufHeader) -> Iterator[str]:
     """The manifest against the header of a side file, such as a vision projector."""
-    expected = {
-        "general.type": MMPROJ_PREFIX,
-        "general.name": manifest.name,
-        "general.file_type": LlamaFileType.MOSTLY_F16.value,
-    }
-    yield from _check_keys(header, expected)
+    yield from _check_keys(header, {"general.file_type": LlamaFileType.MOSTLY_F16.value})
     yield from _check_size(header, record.n_bytes, record.file)
 
 
-def check_side_records(
-    manifest: Manifest, folder: Path, weights: Weights, model: MoeModel
-) -> Iterator[str]:
-    """The side files of a manifest against those that the model has; `folder` has its config."""
-    sides = {
-        side_file(side.prefix, manifest.name): side
-        for side in model.side_files(folder, weights.tensors)
-    }
+def check_side_records(manifest: Manifest, weights: Weights, model: MoeModel) -> Iterator[str]:
+    """The side files of a manifest against those that the model has."""
+    sides = {side_file(side.prefix, manifest.name): side for side in side_files(model, weights)}
     found = [record.file for record in manifest.side_files]
     yield from _differs("side_files", found, list(sides), "the model")
     for record in manifest.side_files:

@@ -12,7 +12,8 @@ from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FIL
 from reap2gguf.bundle.members import check_members, gguf_members
 from reap2gguf.bundle.sums import check_sums, folder_bytes
 from reap2gguf.files import is_own_file
-from reap2gguf.verifying.exactness import Exactness
+from reap2gguf.models.side_values import side_files
+from reap2gguf.verifying.exactness import EXACT_TYPES, Exactness
 from reap2gguf.verifying.facts import check_gguf_facts, check_side_facts
 from reap2gguf.verifying.gguf_file import (
     check_gguf,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from reap2gguf.verifying.context import Check, Reference
 
 # types that are made again and compared byte for byte in any case
-_ALWAYS_EXACT = frozenset(("F32", "F16", "BF16", "Q8_0"))
+_ALWAYS_EXACT = frozenset(one.name for one in EXACT_TYPES)
 
 
 @dataclass
@@ -113,7 +114,7 @@ class GgufPart:
         source = None
         if self.reference is not None:
             weights, model = self.reference
-            sides = model.side_files(weights.folder, weights.tensors)
+            sides = side_files(model, weights)
             source = (weights, model, sides) if sides else None
         exactness = replace(self._exactness, imatrix=None)  # none is used for them
         how = check.n_threads, check.progress, exactness

@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from safetensors.torch import load_file, save_file
 
 from reap2gguf.building import pipeline
 from reap2gguf.building.plan import Plan, make_plan
@@ -23,7 +24,7 @@ from reap2gguf.progress import Silent
 from tests.loopback_hub.model import layered_files, serving, shard_of, whole
 from tests.loopback_hub.repository import COMMIT, OnDisk, Repository
 from tests.loopback_hub.server import Fault, Hub
-from tests.tiny import REPOSITORY
+from tests.tiny import REPOSITORY, TinyQwen3Moe, TinyQwen35Moe
 
 PROSE = REPOSITORY / "calibration" / "prose.txt"
 
@@ -99,6 +100,46 @@ def test_the_bundle_is_that_of_the_folder(
     # the header names the source: owner/name and name
     assert ours_bytes[-100_000:] == theirs_bytes[-100_000:]
     assert (ours / "imatrix.gguf").read_bytes() == (theirs / "imatrix.gguf").read_bytes()
+
+
+def test_a_tower_on_the_hub_is_looked_at_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A plan downloads no weights, so the build looks for values beyond F16, before it computes."""
+    folder = TinyQwen35Moe(mtp=False).write(tmp_path / "model")
+    name = "model.visual.blocks.0.mlp.linear_fc2.weight"
+    found = load_file(folder / "model.safetensors")
+    found[name][0, 0] = 1e5
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    notes: list[str] = []
+    with serving(files, monkeypatch, tmp_path / "cache") as hub:
+        planned = plan(tmp_path / "out")
+        assert not planned.side_files[0].is_checked
+        assert not whole(hub, "model.safetensors")
+        progress = Silent()
+        monkeypatch.setattr(progress, "note", notes.append)
+        result = pipeline.build(planned, progress)
+        assert result is not None
+        (record,) = result.manifest.side_files
+    assert record.tensors["v.blk.0.ffn_down.weight"] == "F32"
+    assert [note for note in notes if "is written as F32" in note] == [
+        f"'{name}' holds values up to 99840, beyond F16; v.blk.0.ffn_down.weight is written as F32"
+    ]
+
+
+def test_a_model_on_the_hub_that_was_pruned_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan fetches the source's manifest."""
+    original = TinyQwen3Moe().write(tmp_path / "original")
+    first = build(tmp_path / "first", model=str(original), keep_experts=6)
+    files = {file.name: file.read_bytes() for file in first.hf_folder.iterdir()}
+    with serving(files, monkeypatch, tmp_path / "cache"):
+        history = plan(tmp_path / "out", keep_experts=4).history
+    assert history is not None
+    assert (history.label, history.n_experts, history.methods) == ("original", 8, ("reap",))
+    assert history.experts == first.manifest.pruning.kept
 
 
 @contextmanager

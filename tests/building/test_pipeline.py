@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from reap2gguf.artifacts.observations import Observations
@@ -17,12 +19,18 @@ from reap2gguf.building.estimate import estimate
 from reap2gguf.building.plan import make_plan
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.errors import OutputError, Reap2ggufError, UsageError, VerificationError
+from reap2gguf.errors import (
+    CheckpointError,
+    OutputError,
+    Reap2ggufError,
+    UsageError,
+    VerificationError,
+)
 from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.views import plan_as_json
+from reap2gguf.terminal.views import plan_as_json, result_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.building.builds import (
     PROSE,
@@ -183,6 +191,28 @@ def test_a_build_that_fails_its_check_leaves_no_final_name(
         build(tiny, tmp_path / "out")
     assert any("attn_q.weight differs" in violation for violation in caught.value.violations)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".work"]
+
+
+def test_experts_that_a_type_would_lose_are_refused_with_what_helps(tmp_path: Path) -> None:
+    """Half-precision experts so small that Q8_0 would store zeros: no second run changes that."""
+    spec = TinyQwen3Moe(dtype=torch.float16)
+    folder = spec.write(tmp_path / "model")
+    tensors = {
+        name: tensor * 2.0**-14 if ".down_proj" in name else tensor
+        for name, tensor in spec.tensors().items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.*are too small for Q8_0.*give this tensor the type BF16"
+    ):
+        build(folder, tmp_path / "out")
+    build(folder, tmp_path / "out", recipes=("bf16",))
+
+
+def test_the_command_to_try_is_one_that_a_shell_reads(tiny: Path, tmp_path: Path) -> None:
+    result = build(tiny, tmp_path / "out dir; x")
+    (line,) = [line for line in result_lines(result) if line.startswith("Try it:")]
+    assert shlex.split(line)[2:] == ["reap2gguf", "chat", str(result.gguf_folder)]
 
 
 def test_a_second_build_replaces_the_first(tiny: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from reap2gguf.atomic import write_whole
 from reap2gguf.building.stage import Run, Stage, StageMarks
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.progress import Silent
@@ -161,3 +162,17 @@ def test_damaged_marks_are_none(tmp_path: Path, text: str) -> None:
     run.do(First(run))
     (run.work.root / "stages.json").write_text(text)
     assert not StageMarks(run.work.root / "stages.json").is_done("first", "key")
+
+
+def test_a_shared_file_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("theirs")
+    run = started(tmp_path / "out")
+    path = Shared(run).path
+    path.symlink_to(victim)
+    stage = Shared(run)
+    stage.compute = lambda: run.work.share(lambda own: write_whole(own, "own"), path) or {}  # type: ignore[method-assign, func-returns-value]
+    run.do(stage)
+    assert reused(run) == {"shared": False}
+    assert stage.result == "own"
+    assert victim.read_text() == "theirs"

@@ -11,7 +11,9 @@ import pytest
 
 from reap2gguf import atomic
 from reap2gguf.building.workdir import Workdir
+from reap2gguf.bundle.layout import BundleFolders
 from reap2gguf.errors import OutputError
+from reap2gguf.publishing.admission import AcceptedRepos
 
 IDENTITY = {"source": "model", "fingerprint": "0123456789abcdef"}
 
@@ -163,3 +165,66 @@ def test_the_record_tells_what_it_cost(work: Workdir) -> None:
     work.finalize("inputs", [{"name": "prune", "seconds": 1.5}])
     record = json.loads((work.shared / ".name.finished.json").read_text())
     assert record["stages"] == [{"name": "prune", "seconds": 1.5}]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "second name"])
+def test_a_lock_that_is_another_file_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    victim, lock = tmp_path / "victim", tmp_path / "out" / ".work" / ".name.lock"
+    victim.write_text("mine")
+    lock.parent.mkdir(parents=True)
+    if kind == "second name":
+        os.link(victim, lock)
+    else:
+        lock.symlink_to(victim if kind == "link" else tmp_path / "gone")
+    with (
+        pytest.raises(OutputError, match=r"\.name\.lock: cannot be written .* remove it"),
+        Workdir(tmp_path / "out", "name").locked(),
+    ):
+        pass
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [".work", ".work/name", ".work/name/name", ".work/name/name-GGUF", ".work/texts",
+     ".work/observations", ".work/.name.old", "name", "name-GGUF"],
+)  # fmt: skip
+def test_no_folder_of_a_build_may_be_a_link(tmp_path: Path, place: str) -> None:
+    victim = tmp_path / "victim"
+    (victim / "inner").mkdir(parents=True)
+    (victim / "finalizing.json").write_text("{}")
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    path.symlink_to(victim)
+    work = Workdir(tmp_path / "out", "name")
+    with pytest.raises(OutputError, match=f"{path}: a link, which is not followed"):
+        work.prepare(IDENTITY, fresh=True)
+    assert sorted(file.name for file in victim.iterdir()) == ["finalizing.json", "inner"]
+    assert path.is_symlink()
+
+
+def test_a_record_that_is_a_link_finishes_nothing(work: Workdir, tmp_path: Path) -> None:
+    finalize(work)
+    record = work.shared / ".name.finished.json"
+    record.rename(tmp_path / "elsewhere.json")
+    record.symlink_to(tmp_path / "elsewhere.json")
+    assert not work.is_finished("inputs")
+
+
+def test_what_a_push_writes_is_not_behind_a_link(tmp_path: Path) -> None:
+    folders = BundleFolders(tmp_path, "name")
+    with folders.locked():
+        folders.push.symlink_to(tmp_path)
+        with pytest.raises(OutputError, match=r"\.name\.push: a link, which is not followed"):
+            atomic.make_folder(folders.push)
+        folders.push.unlink()
+        atomic.make_folder(folders.push)
+        victim = tmp_path / "victim"
+        victim.write_text("mine")
+        (folders.push / "repositories.json").symlink_to(victim)
+        accepted = AcceptedRepos(folders.push)
+        assert accepted.names() == []
+        accepted.add("owner/name")
+        assert accepted.names() == ["owner/name"]
+        assert victim.read_text() == "mine"

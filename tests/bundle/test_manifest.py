@@ -12,6 +12,7 @@ from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
     ComponentRecord,
+    EarlierPruning,
     FileRecord,
     FolderRecord,
     GgufRecord,
@@ -230,3 +231,110 @@ def test_hash_file(tmp_path: Path, size: int) -> None:
     content = bytes(i % 251 for i in range(size))
     (tmp_path / "x").write_bytes(content)
     assert hash_file(tmp_path / "x") == FileRecord(size, hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("gguf",), [], "gguf is empty"),
+        (("pruning", "n_experts"), 0, "n_experts is 0"),
+        (("pruning", "n_experts"), 2**40, "n_experts is"),
+        (("pruning", "n_experts"), 10, "expert 15 in layer 0"),
+        (("pruning", "n_kept"), 0, "n_kept is 0"),
+        (("pruning", "n_kept"), 17, "n_kept is 17"),
+        (("pruning", "experts_per_token"), 0, "experts_per_token is 0"),
+        (("pruning", "experts_per_token"), 4, "experts_per_token is 4"),
+        (("pruning", "n_rows"), -1, "n_rows is -1"),
+        (("pruning", "n_tokens"), -1, "n_tokens is -1"),
+        (("pruning", "n_dropped_rows"), 8, "n_dropped_rows is 8"),
+        (("pruning", "mtp"), {"state": "x"}, "mtp is 'x'"),
+        (("pruning", "mtp"), {"hits_after": 2, "n_tokens": 1}, "hits_after is 2"),
+        (("hf", "n_shards"), 0, "n_shards is 0"),
+        (("hf", "n_bytes"), -5, "n_bytes is -5"),
+        (("source", "n_parameters"), -5, "n_parameters is -5"),
+        (("calibration", "imatrix_chunk_size"), -5, "imatrix_chunk_size is -5"),
+        (("gguf", 0, "bits_per_weight"), 0, "bits_per_weight is 0"),
+        (("gguf", 0, "bits_per_weight"), 1000.0, "bits_per_weight is 1000.0"),
+        (("gguf", 0, "parts"), ["x"] * 20_001, "parts holds 20,001 values"),
+        (("side_files",), [{}] * 1001, "side_files holds 1,001 values"),
+        (("calibration", "components"), [{}] * 1001, "components holds 1,001 values"),
+        (("hf", "files"), {str(n): {} for n in range(20_001)}, "files holds 20,001 values"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_bundle_has(
+    tmp_path: Path, path: tuple[str | int, ...], value: Any, words: str
+) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, *path, value=value)
+    assert words in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layer", ["-1", "1_0", "\u0661", " 1", "01", "+1", "1.0", "", "4097", "9" * 5000, "1\n"]
+)
+def test_layers_have_plain_numbers(tmp_path: Path, layer: str) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "pruning", "kept", layer, value=[1, 2, 3])
+    assert "is not the number of a layer" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("expert", [-1, 2**16, 2**63, True, 1.0, None])
+def test_experts_have_plain_numbers(tmp_path: Path, expert: Any) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "pruning", "kept", "1", value=[1, 2, expert])
+    assert "is not an expert id" in refusal(tmp_path)
+
+
+def test_many_layers_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "pruning", "kept", value={str(n): [0] for n in range(90_000)})
+    assert "kept holds 90,000 values, expected at most 4,097" in refusal(tmp_path)
+
+
+def test_a_manifest_of_many_megabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / MANIFEST_FILE).open("wb") as file:
+        file.truncate(2**24 + 1)
+    assert "16,777,217 bytes, expected at most 16,777,216" in refusal(tmp_path)
+
+
+def test_a_million_experts_are_refused(tmp_path: Path) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "pruning", "kept", value={"0": [0] * 10**6})
+    assert "kept holds 1,000,000 expert ids" in refusal(tmp_path)
+
+
+EARLIER = EarlierPruning("owner/original", None, 20, ("reap",), {0: (0, 7, 19), 1: (1, 2, 3)})
+
+
+def test_the_record_of_an_earlier_pruning(tmp_path: Path) -> None:
+    manifest = replace(sample(), source=replace(sample().source, earlier=EARLIER))
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+
+
+def test_a_manifest_from_before_there_was_such_a_record(tmp_path: Path) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "source", "earlier", remove=True)
+    assert Manifest.load(tmp_path) == sample()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label", 7), ("revision", 7), ("n_experts", 0), ("n_experts", 15), ("n_experts", "20"),
+        ("n_experts", 19), ("methods", "reap"), ("methods", [7]), ("methods", ["reap"] * 65),
+        ("kept", None), ("kept", {"-1": [0]}), ("kept", {"0": [-1]}), ("kept", {"0": [20]}),
+        ("x", 1),
+    ],
+)  # fmt: skip
+def test_a_broken_record_of_an_earlier_pruning(tmp_path: Path, key: str, value: Any) -> None:
+    replace(sample(), source=replace(sample().source, earlier=EARLIER)).save(tmp_path)
+    changed(tmp_path, "source", "earlier", key, value=value)
+    refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [7, "x", [], {}])
+def test_an_earlier_pruning_of_the_wrong_kind(tmp_path: Path, value: Any) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "source", "earlier", value=value)
+    refusal(tmp_path)

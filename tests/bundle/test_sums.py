@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -41,3 +42,29 @@ def test_an_interrupt_does_not_wait_for_the_end_of_a_file(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         list(check_sums(folder_of(tmp_path, 4096 * MIB), {"large.gguf"}, 1, advance=advance))
     assert sum(told) < 1024 * MIB
+
+
+def test_a_link_in_a_bundle_is_a_violation_and_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "x-GGUF"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("hf_token")
+    (folder / "large.gguf").symlink_to(tmp_path / "secret")
+    digest = hashlib.sha256(b"hf_token").hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  large.gguf\n")
+    told: list[float] = []
+    assert list(check_sums(folder, 1, advance=told.append)) == [
+        "x-GGUF: large.gguf is a link, expected a file of the bundle itself"
+    ]
+    assert told == []
+
+
+def test_a_bundle_in_the_hubs_cache_consists_of_links(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "m" / "snapshots" / "abc", tmp_path / "m" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (blobs / "1").write_bytes(b"weights")
+    (blobs / "2").write_text(f"{digest}  large.gguf\n")
+    (snapshot / "large.gguf").symlink_to("../../blobs/1")
+    (snapshot / "SHA256SUMS").symlink_to("../../blobs/2")
+    assert not list(check_sums(snapshot, 1))

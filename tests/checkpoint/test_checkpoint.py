@@ -379,3 +379,96 @@ def test_sharded_and_single_tell_the_same(tmp_path: Path) -> None:
         assert set(one.tensors) == set(four.tensors)
         for name in one.tensors:
             assert np.array_equal(one.read(name), four.read(name))
+
+
+def without_index(path: Path, n_shards: int = 3) -> Path:
+    folder = folder_of(path, n_shards)
+    (folder / INDEX_NAME).unlink()
+    return folder
+
+
+def test_shards_without_an_index_say_themselves_what_they_hold(tmp_path: Path) -> None:
+    indexed, bare = folder_of(tmp_path / "indexed", 3), without_index(tmp_path / "bare")
+    with Checkpoint.open(indexed) as expected, Checkpoint.open(bare) as found:
+        assert list(found.tensors) == list(expected.tensors)
+        assert found.fingerprint() == expected.fingerprint()
+        assert expected.notes == ()
+        (note,) = found.notes
+    assert note == f"{bare}: no {INDEX_NAME}; the headers of its 3 shards are used instead"
+
+
+def test_the_names_of_shards_that_qwen_uses(tmp_path: Path) -> None:
+    folder = without_index(tmp_path / "model", 2)
+    for shard in folder.glob("*.safetensors"):
+        shard.rename(folder / shard.name.replace("model-", "model.safetensors-"))
+    with Checkpoint.open(folder) as checkpoint:
+        assert set(checkpoint.tensors) == set(weights())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(), "number 2 is miss"),
+        (lambda folder: (folder / "model-00003-of-00003.safetensors").unlink(), "number 3 is miss"),
+        (lambda folder: (folder / "model-00003-of-00003.safetensors").rename(
+            folder / "model-00004-of-00003.safetensors"), "number 3 is missing"),
+        (lambda folder: save_file({"x": torch.ones(1)},
+                                  folder / "model-00000-of-00003.safetensors"), "number 0 is"),
+        (lambda folder: save_file({"x": torch.ones(1)},
+                                  folder / "model-00001-of-00002.safetensors"), "of 2 sets"),
+        (lambda folder: save_file({"x": torch.ones(1)},
+                                  folder / "other-00001-of-00003.safetensors"), "of 2 sets"),
+        (lambda folder: save_file({"matrix": torch.ones(1), "cube": torch.ones(1)},
+                                  folder / "model-00001-of-00003.safetensors"), "another shard"),
+    ],
+)  # fmt: skip
+def test_shards_with_gaps_or_doubles_are_refused(tmp_path: Path, change: Any, words: str) -> None:
+    folder = without_index(tmp_path / "model")
+    change(folder)
+    assert words in refusal(folder)
+
+
+def test_weights_of_another_name_are_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model")
+    (folder / SINGLE_NAME).rename(folder / "consolidated.safetensors")
+    assert "rename 'consolidated.safetensors' if it holds the weights" in refusal(folder)
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_weights_on_another_disk(tmp_path: Path, n_shards: int) -> None:
+    folder, disk = folder_of(tmp_path / "model", n_shards), tmp_path / "disk"
+    disk.mkdir()
+    with Checkpoint.open(folder) as checkpoint:
+        before = checkpoint.fingerprint()
+    for shard in folder.glob("*.safetensors"):
+        shard.rename(disk / shard.name)
+        shard.symlink_to(disk / shard.name)
+    assert "pass --follow-links" in refusal(folder)
+    with Checkpoint.open(folder, follow_links=True) as checkpoint:
+        assert checkpoint.fingerprint() == before
+        assert np.array_equal(checkpoint.read_float32("half"), weights()["half"].float().numpy())
+
+
+def test_only_weights_may_be_links(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model")
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="a link, which is not followed") as caught:
+        Checkpoint.open(folder, follow_links=True)
+    assert "--follow-links" not in str(caught.value)
+
+
+def test_links_of_weights_lead_to_files(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model")
+    (folder / SINGLE_NAME).unlink()
+    (folder / SINGLE_NAME).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is a device, expected a file"):
+        Checkpoint.open(folder, follow_links=True)
+
+
+def test_a_shard_that_becomes_a_link_after_opening(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shard = checkpoint.shards[0]
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="a link, which is not followed"):
+        checkpoint.read("matrix")

@@ -14,13 +14,16 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from llama_cpp import mtmd_cpp
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.progress import Silent
@@ -209,11 +212,26 @@ def test_the_mtp_block_predicts_what_llama_cpps_does(
     assert mean_kl(trunk.logits[:-1], theirs) > 0.1
 
 
-def test_the_projector_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("largest", [1.0, 1e5], ids=["F16", "beyond F16"])
+def test_the_projector_loads(tmp_path: Path, largest: float) -> None:
+    """llama.cpp also encodes an image while it loads, with every matrix."""
     folder = TinyQwen35Moe(vision_hidden=64).write(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    matrices = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("model.visual.") and tensor.ndim == 2 and "pos_embed" not in name
+    ]
+    for name in matrices:
+        tensors[name][0, 0] = largest
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
-        (side,) = model.side_files(folder, checkpoint.tensors)
+        (side,) = side_files(model, checkpoint)
+        halves = [n for n, kind in side.tensor_types().items() if kind is GGMLQuantizationType.F16]
+        frames = ["v.patch_embd.weight", "v.patch_embd.weight.1"]
+        assert len(halves) == (2 if largest > 2**16 else 2 + len(matrices))
+        assert set(halves) >= set(frames)
         path = tmp_path / "mmproj.gguf"
         export_side(checkpoint, model, HeaderNames("tiny"), path, side, 2, Silent())
     params = mtmd_cpp.mtmd_context_params_default()

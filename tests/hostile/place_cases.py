@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.hostile.room import PLAN, Build, Case, Room
 
+NO_LINK = "a link, which is not followed"
 SHARD, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
 
@@ -115,16 +116,16 @@ LINKED = (SHARD, CONFIG, TOKENIZER, "tokenizer_config.json", "generation_config.
           "chat_template.jinja", "README.md", "LICENSE", "vocab.json", "merges.txt",
           "model.safetensors.index.json")  # fmt: skip
 PLACES = [
-    *[Case(f"link out, {name}", replaced(name, link_out), "a link that leads out")
+    *[Case(f"link out, {name}", replaced(name, link_out), NO_LINK)
       for name in LINKED],
     Case("link out, a shard of two", replaced(
-        "model-00002-of-00002.safetensors", link_out, "shards"), "a link that leads out"),
-    Case("link to a device", replaced(CONFIG, link_to("/dev/zero")), "a link that leads out"),
-    Case("link to a password file", replaced("LICENSE", link_to("/etc/passwd")), "leads out"),
+        "model-00002-of-00002.safetensors", link_out, "shards"), NO_LINK),
+    Case("link to a device", replaced(CONFIG, link_to("/dev/zero")), NO_LINK),
+    Case("link to a password file", replaced("LICENSE", link_to("/etc/passwd")), NO_LINK),
     Case("link to nothing", replaced(CONFIG, link_to("gone")), "a broken link"),
     Case("link to itself", replaced(CONFIG, link_to(CONFIG)), "cannot be read"),
-    Case("link of templates", replaced("additional_chat_templates", link_to("/etc")), "leads out"),
-    Case("cache of another repository", unreadable_blob, "a link that leads out"),
+    Case("link of templates", replaced("additional_chat_templates", link_to("/etc")), NO_LINK),
+    Case("cache of another repository", unreadable_blob, NO_LINK),
     *[Case(f"pipe, {name}", replaced(name, pipe), "is a pipe, expected a file")
       for name in (SHARD, CONFIG, TOKENIZER, "README.md", "chat_template.jinja")],
     *[Case(f"folder, {name}", replaced(name, folder), words) for name, words in (
@@ -206,6 +207,9 @@ ARGUMENTS = [
     Case("model of a long name", lambda room: ["plan", "n" * 10**5, *PLAN], "no such folder"),
     Case("model of a long path", lambda room: ["plan", "/n" * 10**5, *PLAN], "no such folder"),
     Case("model of a user unknown", lambda room: ["plan", "~nobody-here/x", *PLAN], "no such fold"),
+    Case("model an address", lambda room: ["plan", "https://a:pw@x/y/z", *PLAN], "//...@x/y/z: no"),
+    Case("model a GGUF file", lambda room: ["plan", room.write("a.gguf", ""), *PLAN],
+         "a GGUF file cannot be pruned"),
     Case("model empty", lambda room: ["plan", "", *PLAN], "no such folder"),
     Case("model a file", lambda room: ["plan", room.write("a", ""), *PLAN], "is a file"),
     Case("model an empty folder", lambda room: ["plan", room.folder, *PLAN], "no config.json"),

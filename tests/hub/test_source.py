@@ -161,3 +161,45 @@ def test_each_try_that_failed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_source("owner/name", said.append)
     assert len(said) == 4
     assert said[0] == "owner/name: the Hub cannot be reached (no route); try 2 of 5 in 0 s"
+
+
+@pytest.mark.parametrize(
+    ("place", "label", "revision"),
+    [
+        (f"models--acme--Tiny-Qwen3-MoE/snapshots/{COMMIT}", "acme/Tiny-Qwen3-MoE", COMMIT),
+        (f"models--gpt2/snapshots/{COMMIT}", "gpt2", COMMIT),
+        (f"models--acme--Some.Name_1/snapshots/{COMMIT}", "acme/Some.Name_1", COMMIT),
+        # what only looks like it
+        (f"models--acme--name/other/{COMMIT}", COMMIT, None),
+        ("models--acme--name/snapshots/main", "main", None),
+        (f"datasets--acme--name/snapshots/{COMMIT}", COMMIT, None),
+        (f"models--acme--na me/snapshots/{COMMIT}", COMMIT, None),
+    ],
+)
+def test_a_snapshot_of_the_hubs_cache(
+    place: str, label: str, revision: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / place).mkdir(parents=True)
+    source = resolve_source(str(tmp_path / place))
+    assert (source.label, source.revision) == (label, revision)
+    # also by a link to it
+    (tmp_path / "alias").symlink_to(tmp_path / place)
+    assert resolve_source(str(tmp_path / "alias")).label == label
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.gguf", b""), ("model", b"GGUF\3\0\0\0")])
+def test_a_gguf_file_is_no_model_to_prune(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert "a GGUF file cannot be pruned" in refusal(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["https://me:hunter2@huggingface.co/owner/name", "https://hunter2@huggingface.co/owner/name",
+     "https://huggingface.co/owner/name?token=hunter2", "https://me:p@hunter2@host/x"],
+)  # fmt: skip
+def test_a_password_in_a_url_is_not_repeated(model: str) -> None:
+    message = refusal(model)
+    assert "hunter2" not in message
+    assert message.startswith("https://")
+    assert "not a Hub name" in message

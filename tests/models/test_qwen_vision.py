@@ -13,6 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
+from transformers.image_processing_base import ImageProcessingMixin
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
@@ -21,6 +22,7 @@ from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models.description import Carried, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.write import companion_files
 from reap2gguf.verifying.gguf_file import check_side_file
 from tests.tiny import TinyQwen35Moe
 
@@ -166,6 +168,67 @@ def test_towers_that_are_not_implemented(changes: dict[str, Any], words: str, fo
 def test_a_missing_preprocessor_config(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"needs preprocessor_config\.json"):
+        side_of(folder)
+
+
+def as_transformers_5_saves(folder: Path, keep: bool = False, **changes: Any) -> None:
+    """Image settings inside processor_config.json; with `keep`, the older file stays too."""
+    path = folder / "preprocessor_config.json"
+    images = json.loads(path.read_text())
+    values = {"processor_class": images.pop("processor_class"), "image_processor": images | changes}
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    if not keep:
+        path.unlink()
+
+
+def of_transformers(folder: Path) -> tuple[Any, Any]:
+    values, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    return values["image_mean"], values["image_std"]
+
+
+def normalization(folder: Path) -> tuple[Any, Any]:
+    values = {value.key: value.value for value in side_of(folder).values}
+    return values["clip.vision.image_mean"], values["clip.vision.image_std"]
+
+
+def test_image_settings_as_transformers_5_saves_them(folder: Path) -> None:
+    before = side_of(folder)
+    as_transformers_5_saves(folder)
+    assert side_of(folder).values == before.values
+    assert side_of(folder).notes == ()
+    assert folder / "processor_config.json" in companion_files(folder)
+    assert normalization(folder) == of_transformers(folder)
+
+
+def test_two_files_of_image_settings_that_agree(folder: Path) -> None:
+    as_transformers_5_saves(folder, keep=True)
+    assert side_of(folder).notes == ()
+
+
+def test_two_files_of_image_settings_that_disagree(folder: Path) -> None:
+    """The newer file counts, as in transformers and in llama.cpp's converter."""
+    as_transformers_5_saves(folder, keep=True, image_mean=[0.1, 0.2, 0.3])
+    assert normalization(folder) == of_transformers(folder)
+    assert normalization(folder) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
+    (note,) = side_of(folder).notes
+    assert note.startswith(f"{folder / 'preprocessor_config.json'}: image_mean is [0.5, 0.5, 0.5]")
+    assert "image_processor has [0.1, 0.2, 0.3]" in note
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"image_processor": []}, r"image_processor is \[\], expected an object"),
+        ({"image_processor": {"image_mean": [0.5] * 3}}, "image_processor: image_std is None"),
+        ({"image_processor": {}}, "image_processor: image_mean is None"),
+        ({"image_mean": [0.5] * 3}, "has image_mean outside image_processor"),
+    ],
+)
+def test_image_settings_that_programs_would_read_differently(
+    values: dict[str, Any], words: str, folder: Path
+) -> None:
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    with pytest.raises(UnsupportedModelError, match=words):
         side_of(folder)
 
 

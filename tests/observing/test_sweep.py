@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reap2gguf.artifacts.observations import LayerObservation
 from reap2gguf.errors import CheckpointError, ObservationError, UsageError
@@ -113,8 +113,44 @@ def test_a_row_that_is_not_finite_counts_nowhere(
 def test_too_many_rows_that_are_not_finite_stop_the_sweep(poisoned: Path) -> None:
     rows = [row + 10 for row in rows_of(8, 8, 8)]
     rows[1][0] = 5
-    with pytest.raises(ObservationError, match=r"layer 0: 1 of 3 rows are NaN .* --dtype float32"):
+    with pytest.raises(
+        ObservationError,
+        match=r"layer 0: 1 of 3 rows are NaN .* 'model\.embed_tokens\.weight' of .* holds NaN",
+    ):
         run_sweep(SaliencyObserver, poisoned, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", False),
+        ("model.layers.1.mlp.gate.weight", False),
+        ("model.layers.1.mlp.experts.3.up_proj.weight", False),
+        ("model.layers.1.mlp.experts.gate_up_proj", True),
+        ("model.layers.1.input_layernorm.weight", False),
+    ],
+)
+def test_the_weight_that_is_not_finite_is_named(name: str, fused: bool, tmp_path: Path) -> None:
+    folder = TinyQwen3Moe(fused=fused, top_k=8).write(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ObservationError, match=f"layer 1: .* '{name}' of {folder} holds NaN"):
+        run_sweep(SaliencyObserver, folder, rows_of(8, 8))
+
+
+def test_values_that_overflow_are_told_from_damaged_weights(tmp_path: Path) -> None:
+    folder = TinyQwen3Moe().write(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "layers.0.mlp.experts" in name:
+            tensors[name].fill_(1e30)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ObservationError,
+        match=r"layer 0: .*all weights .* finite, so values overflow",
+    ):
+        run_sweep(SaliencyObserver, folder, rows_of(8, 8))
 
 
 def test_a_layer_that_does_not_fit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,13 +41,53 @@ def observations(**arrays: list[float]) -> Observations:
 
 @pytest.mark.parametrize(
     ("experts", "ratio", "kept"),
-    [(256, 0.32, 175), (256, 0.20, 205), (128, 0.5, 64), (100, 0.29, 71), (16, 0, 16), (8, 0.1, 8)],
+    [
+        (256, 0.32, 175),
+        (256, 0.20, 205),
+        (128, 0.5, 64),
+        (100, 0.29, 71),
+        (16, 0, 16),
+        (8, 0.13, 7),
+    ],
 )
 def test_compression_drops_the_floor(
     facts: ModelFacts, experts: int, ratio: float, kept: int
 ) -> None:
     target = choose_target(replace(facts, n_experts=experts), None, ratio)
     assert target == Target(experts, kept)
+
+
+@pytest.mark.parametrize(
+    ("experts", "ratio", "smallest"),
+    [(8, 0.1, "0.125"), (16, 0.01, "0.0625"), (12, 0.08, "0.08334"), (256, 1e-9, "0.003907"),
+     (128, 0.0078, "0.007813"), (3, 0.25, "0.3334")],
+)  # fmt: skip
+def test_a_ratio_that_drops_no_expert_is_refused(
+    facts: ModelFacts, experts: int, ratio: float, smallest: str
+) -> None:
+    facts = replace(facts, n_experts=experts)
+    with pytest.raises(UsageError) as caught:
+        choose_target(facts, None, ratio)
+    assert str(caught.value) == (
+        f"--compression {ratio:g} of {experts} experts per layer drops none; --compression "
+        f"{smallest} drops 1, and --compression 0 keeps all"
+    )
+    assert choose_target(facts, None, float(smallest)) == Target(experts, experts - 1)
+
+
+def test_a_ratio_that_drops_none_where_none_can_be_dropped(facts: ModelFacts) -> None:
+    facts = replace(facts, n_experts=2, experts_per_token=2)
+    with pytest.raises(UsageError, match="drops none; this model needs 2 of them for each token"):
+        choose_target(facts, None, None)
+    assert not choose_target(facts, None, 0.0).prunes
+    assert not choose_target(facts, 2, None).prunes
+
+
+def test_a_ratio_that_drops_no_group(facts: ModelFacts) -> None:
+    facts = replace(facts, n_experts=64, n_groups=4, groups_per_token=2)
+    with pytest.raises(UsageError, match=r"--compression 0\.0625 drops 4"):
+        choose_target(facts, None, 0.01)
+    assert choose_target(facts, None, 0.0625) == Target(64, 60)
 
 
 def test_a_quarter_goes_by_default(facts: ModelFacts) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import RecipeError
+from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.table import describe
 from reap2gguf.quantizing.recipe import (
     Recipe,
@@ -157,3 +160,21 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
         assert str(error).startswith("file.toml: ")
     else:
         assert (recipe.title, recipe.label, recipe.file_type) == ("T", "L", "Q8_0")
+
+
+def test_stars_are_few(example: Path) -> None:
+    assert parse(rule(match="*a" * 16)).rules[0].match == "*a" * 16
+    with pytest.raises(RecipeError, match="has 17 stars, expected at most 16"):
+        parse(rule(match="*a" * 17))
+
+
+def test_many_rules_with_stars_are_refused_before_they_are_matched() -> None:
+    """A rule costs as much as it has stars, for each tensor."""
+    rules = tuple(
+        Rule(f"*a*b*c{number}", GGMLQuantizationType.Q8_0, optional=True) for number in range(1000)
+    )
+    recipe = Recipe("name", "T", "L", "Q4_K_M", rules, "")
+    tensors = [GgufTensor(f"blk.{n}.attn_q.weight", (32, 32), (Slab("x"),)) for n in range(1001)]
+    facts: Any = SimpleNamespace(n_heads=1, n_kv_heads=1)
+    with pytest.raises(RecipeError, match="1,000 rules for 1,001 tensors, too many to match"):
+        resolve(recipe, tensors, facts, 8, has_imatrix=True)

@@ -61,6 +61,7 @@ def test_the_options_of_build_stand_in_sections() -> None:
         "What to prune",
         "What to write",
         "Calibration",
+        "Which model",
         "Where to compute",
         "Other",
     ]

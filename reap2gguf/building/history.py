@@ -1,0 +1,108 @@
+"""What was pruned before: a source that this program has made says so in its own manifest.
+
+The manifest of a source is a stranger's file. It is compared with the source's tensors, and what
+does not fit them is not repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.manifest import EarlierPruning, Manifest
+from reap2gguf.errors import ArtifactError
+from reap2gguf.options import METHODS
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.hub.retry import Note
+    from reap2gguf.models.description import ModelFacts
+    from reap2gguf.pruning.select import Kept
+
+_LABEL = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class History:
+    """The original that a source was pruned from, and which of its experts the source has."""
+
+    label: str
+    revision: str | None
+    n_experts: int  # per layer, in the original
+    methods: tuple[str, ...]
+    experts: Mapping[int, Sequence[int]]  # layer -> the original's id of each expert of the source
+
+    def after(self, kept: Kept) -> EarlierPruning:
+        """The record for a bundle that keeps these experts of the source."""
+        originals = {
+            layer: tuple(self.experts[layer][expert] for expert in ids)
+            for layer, ids in kept.items()
+        }
+        return EarlierPruning(self.label, self.revision, self.n_experts, self.methods, originals)
+
+
+def read_history(checkpoint: Checkpoint, facts: ModelFacts, note: Note) -> History | None:
+    """What the manifest beside a checkpoint says of earlier prunings; None if nothing.
+
+    A manifest that is broken or does not fit the checkpoint is reported to `note` and ignored.
+    """
+    path = checkpoint.folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        manifest = Manifest.load(checkpoint.folder)
+        return _history(manifest, checkpoint, facts)
+    except (ArtifactError, ValueError) as error:
+        found = str(error).removeprefix(f"{path}: ")
+        note(f"{path}: does not fit this checkpoint ({found}); an earlier pruning is not recorded")
+        return None
+
+
+def _history(manifest: Manifest, checkpoint: Checkpoint, facts: ModelFacts) -> History | None:
+    """Raises ValueError if the manifest is not that of this checkpoint."""
+    pruning, source = manifest.pruning, manifest.source
+    for name, found, expected in (
+        ("architecture", source.architecture, facts.architecture),
+        ("n_kept", pruning.n_kept, facts.n_experts),
+        ("experts_per_token", pruning.experts_per_token, facts.experts_per_token),
+        ("n_parameters", manifest.hf.n_parameters, checkpoint.n_parameters),
+        ("n_bytes", manifest.hf.n_bytes, checkpoint.n_bytes),
+    ):
+        if found != expected:
+            raise ValueError(f"{name} is {found}, expected {expected}")
+    earlier = source.earlier
+    if earlier is None and pruning.n_kept == pruning.n_experts:
+        return None  # a bundle with all experts
+    history = (
+        History(source.label, source.revision, pruning.n_experts, (), pruning.kept)
+        if earlier is None
+        else History(
+            earlier.label, earlier.revision, earlier.n_experts, tuple(earlier.methods), earlier.kept
+        )
+    )
+    methods = history.methods
+    if pruning.n_kept < pruning.n_experts:
+        methods = (*methods, pruning.method)
+    _check(history, methods, facts)
+    experts = {layer: history.experts[layer] for layer in facts.moe_layers}
+    return History(history.label, history.revision, history.n_experts, methods, experts)
+
+
+def _check(history: History, methods: Sequence[str], facts: ModelFacts) -> None:
+    if not _LABEL.fullmatch(history.label):
+        raise ValueError("its source is not the name of a model")
+    if history.revision is not None and not _COMMIT.fullmatch(history.revision):
+        raise ValueError("the revision of its source is not a commit")
+    if any(method not in METHODS for method in methods):
+        raise ValueError("it names an unknown pruning method")
+    for layer in facts.moe_layers:
+        ids = list(history.experts.get(layer, ()))
+        if len(ids) != facts.n_experts or ids != sorted(set(ids)):
+            raise ValueError(
+                f"layer {layer} has {len(ids)} ids of kept experts, expected {facts.n_experts} in "
+                "ascending order"
+            )

@@ -1,0 +1,84 @@
+"""The name of a bundle: given, or made from the source's."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import TYPE_CHECKING
+
+from reap2gguf.building.workdir import RESERVED_NAMES
+from reap2gguf.bundle.layout import GGUF_SUFFIX, BundleFolders
+from reap2gguf.errors import UsageError
+from reap2gguf.messages import shown
+
+if TYPE_CHECKING:
+    from reap2gguf.hub.retry import Note
+    from reap2gguf.hub.source import Source
+    from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.select import Target
+
+_MOST_LETTERS = 96  # what the Hub allows
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_NAMELESS = "model"  # for a source without a letter that a name may have
+
+
+def bundle_name(options: BuildOptions, source: Source, target: Target, note: Note) -> str:
+    """The given name, or `<source>-REAP-<compression>`, or `<source>` where nothing is pruned.
+
+    The ratio has two decimals, or more if needed. Where the Hub does not allow the source's name,
+    for its letters or its length, `note` gets the name that is used. Raises UsageError for a given
+    name that is not allowed, and if the result would replace the source.
+    """
+    if options.name is not None:
+        name = options.name
+        _check_given(name)
+    else:
+        ending = _ending(options, target)
+        name = _safe(source.short_name, _MOST_LETTERS - len(GGUF_SUFFIX + ending)) + ending
+        if name != source.short_name + ending:
+            note(
+                f"the Hub does not allow {shown(source.short_name + ending)} (it takes letters, "
+                f"digits, '.', '_' and '-', in a bundle at most {_MOST_LETTERS - len(GGUF_SUFFIX)} "
+                f"of them); the result is called {name}; --name chooses another"
+            )
+    folders = BundleFolders(options.output, name)
+    if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):
+        raise UsageError(
+            f"{source.folder}: the result would replace the source; pass another --name"
+        )
+    return name
+
+
+def _check_given(name: str) -> None:
+    if len(name) > _MOST_LETTERS:
+        raise UsageError(
+            f"the name {shown(name)} is not allowed: it has {len(name):,} letters, and the Hub "
+            f"takes at most {_MOST_LETTERS}; pass a shorter --name"
+        )
+    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith(GGUF_SUFFIX):
+        raise UsageError(
+            f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and '-' "
+            f"(not ending in {GGUF_SUFFIX}), as the Hub requires"
+        )
+
+
+def _ending(options: BuildOptions, target: Target) -> str:
+    if not target.prunes:
+        return ""
+    ratio = target.compression if options.compression is None else options.compression
+    shown_ratio = f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.4g}"
+    return f"-REAP-{shown_ratio}"
+
+
+def _safe(name: str, most: int) -> str:
+    """A name of at most `most` letters that the Hub allows and that looks like `name`."""
+    if _NAME.fullmatch(name) and len(name) <= most and name[-1] not in "-.":
+        safe = name
+    else:
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+        words = re.sub(r"[^A-Za-z0-9._]+", "-", plain)
+        # the Hub refuses two of these in a row
+        safe = re.sub(r"[-.]{2,}", "-", words).strip("-._")[:most].rstrip("-._")
+    while safe.endswith(GGUF_SUFFIX):  # else both folders could have one name
+        safe = safe.removesuffix(GGUF_SUFFIX).rstrip("-.")
+    return _NAMELESS if not safe or safe in RESERVED_NAMES else safe

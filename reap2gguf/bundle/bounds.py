@@ -1,0 +1,119 @@
+"""Bounds on the numbers of a manifest: whoever reads one divides by them and counts up to them.
+
+Whether they are those of the files beside the manifest is the business of `verifying`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.messages import shown
+from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
+
+MOST_FILES = 20_000  # of a folder, or parts of a file
+_MOST_RECORDS = 1000
+_MOST_TENSORS = 200_000
+_MOST_BITS = 64
+MTP_STATES = ("none", "pruned", "kept", "dropped")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
+
+
+def kept_layers(values: Any, name: str = "kept") -> dict[int, tuple[int, ...]]:
+    """Expert ids by layer, from JSON. Raises ValueError or TypeError if they are malformed.
+
+    Counts are checked before any id is read.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} is {shown(values)}, expected expert ids by layer")
+    at_most(name, values, MAX_LAYERS + 1)
+    if not all(isinstance(ids, list) for ids in values.values()):
+        raise TypeError(f"{name} holds something else than lists of expert ids")
+    if (n_ids := sum(map(len, values.values()))) > MAX_EXPERTS_OF_ALL_LAYERS:
+        raise ValueError(
+            f"{name} holds {n_ids:,} expert ids, expected at most {MAX_EXPERTS_OF_ALL_LAYERS:,}"
+        )
+    return {_layer(key): tuple(map(_expert_id, ids)) for key, ids in values.items()}
+
+
+def _layer(key: str) -> int:
+    # int() also takes "-1", "1_0", " 1" and digits of other scripts
+    if not _LAYER.fullmatch(key) or int(key) > MAX_LAYERS:
+        raise ValueError(f"{shown(key)} is not the number of a layer")
+    return int(key)
+
+
+def _expert_id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < MAX_EXPERTS:
+        raise ValueError(f"{shown(value)} is not an expert id")
+    return value
+
+
+def at_most(name: str, values: Sized, most: int) -> None:
+    """Raise ValueError for more than `most` values."""
+    if len(values) > most:
+        raise ValueError(f"{name} holds {len(values):,} values, expected at most {most:,}")
+
+
+def check_bounds(manifest: Manifest) -> None:
+    """Raise ValueError for a number that no bundle can have, such as no experts or no files."""
+    pruning, mtp = manifest.pruning, manifest.pruning.mtp
+    _within("n_experts", pruning.n_experts, 1, MAX_EXPERTS)
+    _within("n_kept", pruning.n_kept, 1, pruning.n_experts)
+    _within("experts_per_token", pruning.experts_per_token, 1, pruning.n_kept)
+    _within("n_dropped_rows", pruning.n_dropped_rows, 0, pruning.n_rows)
+    for name in ("hits_before", "hits_after"):
+        _within(name, getattr(mtp, name), 0, mtp.n_tokens)
+    if mtp.state not in MTP_STATES:
+        raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
+    _check_kept("kept", pruning.kept, pruning.n_experts)
+    if (earlier := manifest.source.earlier) is not None:
+        _within("n_experts of the original", earlier.n_experts, pruning.n_experts, MAX_EXPERTS)
+        _check_kept("kept of the original", earlier.kept, earlier.n_experts)
+    if not manifest.gguf:
+        raise ValueError("gguf is empty, expected the record of at least one file")
+    for side in manifest.side_files:
+        at_most("tensors", side.tensors, _MOST_TENSORS)
+    for file in manifest.gguf:
+        at_most("tensors", file.tensors, _MOST_TENSORS)
+        at_most("parts", file.parts, MOST_FILES)
+        if not 0 < file.bits_per_weight <= _MOST_BITS:
+            raise ValueError(
+                f"bits_per_weight is {shown(file.bits_per_weight)}, expected more than 0 and at "
+                f"most {_MOST_BITS}"
+            )
+    _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a manifest, as JSON, with more records than a bundle can have.
+
+    Before any record is made: those of a million files would take minutes.
+    """
+    for name, most, found in _lists(values):
+        if isinstance(found, Sized):
+            at_most(name, found, most)
+
+
+def _lists(values: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
+    yield "gguf", _MOST_RECORDS, values["gguf"]
+    yield "side_files", _MOST_RECORDS, values["side_files"]
+    yield "files", MOST_FILES, values["hf"]["files"]
+    yield "components", _MOST_RECORDS, values["calibration"]["components"]
+
+
+def _check_kept(name: str, kept: Mapping[int, Sequence[int]], n_experts: int) -> None:
+    for layer, ids in kept.items():
+        if ids and max(ids) >= n_experts:
+            raise ValueError(
+                f"{name} has expert {max(ids)} in layer {layer}, expected numbers below {n_experts}"
+            )
+
+
+def _within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}, expected a number from {low:,} to {high:,}")
