@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gguf import TokenType
 from tokenizers import Tokenizer as Library
@@ -17,10 +18,10 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe, byte_symbols
 from reap2gguf.tokenizer.panics import panics_as
-from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled
+from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
 from reap2gguf.tokenizer.vocabulary import Vocabulary, is_nfc
 
-_HARD_CASES = (
+HARD_CASES = (
     # languages
     "The quick brown fox: naïve café, Übergröße, garçon, coöperate, Ærøskøbing, İstanbul ışık.",
     "Съешь же ещё этих мягких французских булок. Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.",
@@ -59,7 +60,7 @@ _HARD_CASES = (
     # emoji: joined, with variation selectors, skin tones, flags
     "🚀 (normal) 😶\u200d🌫️ ✅ 🦙🦙 👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 👍🏽 🇩🇪🇯🇵 ☺️ ©️ 1️⃣ ‼",
     # private use, noncharacters, format characters, the last code points
-    "\ue000\uf8ff a\ue001b \U000f0000\U0010fffd \ufdd0\uffff\U0001ffff\U0010ffff \ufeff\u00ad\u2060",
+    "\ue000\uf8ff a\ue001b \U000f0000\U0010fffd \ufdd0\uffff\U0001ffff\U0010ffff \ufeff\u2060",
     "∑∫√≠ €£¥₿ «»„“”… – — • § ¶ ℃",
     "𝔘𝔫𝔦 𝒞 ＦＵＬＬ ｶﾀ ﬁ",
     "ǅ ʰ ª º ͵",
@@ -73,44 +74,64 @@ def check_against_library(vocabulary: Vocabulary, path: Path, pre: str) -> None:
     """Refuse a tokenizer whose ids differ between the tokenizers library and llama.cpp.
 
     `path` is the `tokenizer.json` that `vocabulary` is of, `pre` llama.cpp's name of its
-    pre-tokenizer. Raises CheckpointError if the library cannot load the file, or reads another
-    vocabulary in it, and UnsupportedModelError that names the first text with other ids.
+    pre-tokenizer. Raises CheckpointError if the library cannot load the file or numbers its tokens
+    otherwise, and UnsupportedModelError that names the first text with other words or ids.
     """
     with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
         library = Library.from_file(str(path))
         library.no_padding()  # a file may ask for padding to any length, which would be allocated
         library.no_truncation()
-        in_library = library.get_vocab(with_added_tokens=True)
-    _check_ids(vocabulary, in_library, path)
+        n_tokens = library.get_vocab_size(with_added_tokens=True)
+        ids = {token.text: library.token_to_id(token.text) for token in vocabulary.added}
+    _check_ids(vocabulary, ids, n_tokens, path)
+    splits = PRE_TOKENIZERS[pre].splits
+    for text in HARD_CASES:
+        with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
+            words = _words(library, text)
+        _compare(text, words, [_as_symbols(word) for word in split_words(text, splits)], path)
     ours = LlamaBpe(vocabulary.tokens, vocabulary.types, vocabulary.merges, PRE_TOKENIZERS[pre])
-    texts = [*_HARD_CASES, *_from_vocabulary(vocabulary), *_with_added(vocabulary)]
-    texts.append("\n".join(texts))
-    with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
-        theirs = [library.encode(text, add_special_tokens=False).ids for text in texts]
-    for text, ids in zip(texts, theirs, strict=True):
-        if ids != (found := ours.encode(text)):
-            raise _differs(text, ids, found, path)
+    texts = [*HARD_CASES, *_from_vocabulary(vocabulary), *_with_added(vocabulary)]
+    for text in [*texts, "\n".join(texts)]:
+        with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
+            theirs = library.encode(text, add_special_tokens=False).ids
+        _compare(text, theirs, ours.encode(text), path)
 
 
-def _check_ids(vocabulary: Vocabulary, in_library: dict[str, int], path: Path) -> None:
-    """Compare the ids that the library gives to tokens with those of the file.
+def _check_ids(
+    vocabulary: Vocabulary, in_library: dict[str, int | None], n_tokens: int, path: Path
+) -> None:
+    """Compare the ids of added tokens with those that the library gives them.
 
-    It numbers added tokens by itself, one after another, and takes no notice of their ids.
+    It numbers them by itself, one after another, and takes no notice of their ids.
     """
-    expected = {
-        text: index
-        for index, text in enumerate(vocabulary.tokens)
-        if text in in_library or vocabulary.types[index] != TokenType.UNUSED
-    }
-    if in_library != expected:
-        differs = {text for text, _ in in_library.items() ^ expected.items()}
-        text = min(differs, key=lambda text: (expected.get(text, -1), text))
+    for token in vocabulary.added:
+        if in_library[token.text] != token.index:
+            raise CheckpointError(
+                f"{path}: token {shown(token.text)} has the id {token.index}, and the tokenizers "
+                f"library gives it {in_library[token.text]}: ids of added tokens must follow the "
+                "vocabulary without gaps, in order; load the tokenizer with transformers and save "
+                "it with save_pretrained()"
+            )
+    expected = len(vocabulary.types) - vocabulary.types.count(TokenType.UNUSED)
+    if n_tokens != expected:
         raise CheckpointError(
-            f"{path}: token {shown(text)} has the id {expected.get(text)} in the file, and the "
-            f"tokenizers library gives it {in_library.get(text)}: ids of added tokens must follow "
-            "the vocabulary without gaps, in order; load the tokenizer with transformers and save "
-            "it with save_pretrained()"
+            f"{path}: the tokenizers library finds {n_tokens:,} tokens, expected {expected:,}; "
+            "load the tokenizer with transformers and save it with save_pretrained()"
         )
+
+
+def _words(library: Library, text: str) -> list[str]:
+    """The words that the library merges each by itself, in symbols of bytes."""
+    if library.normalizer is not None:
+        text = library.normalizer.normalize_str(text)
+    if library.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _as_symbols(word: str) -> str:
+    symbols = byte_symbols()
+    return "".join(symbols[byte] for byte in word.encode())
 
 
 def _from_vocabulary(vocabulary: Vocabulary) -> Iterator[str]:
@@ -141,17 +162,14 @@ def _with_added(vocabulary: Vocabulary) -> Iterator[str]:
             yield text
 
 
-def _differs(text: str, theirs: list[int], ours: list[int], path: Path) -> UnsupportedModelError:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
-        min(len(theirs), len(ours)),
+def _compare(text: str, theirs: list[Any], ours: list[Any], path: Path) -> None:
+    """Refuse a text of which transformers and llama.cpp make other words, or other ids."""
+    if theirs == ours:
+        return
+    shared = zip(theirs, ours, strict=False)
+    at = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(theirs), len(ours)))
+    raise UnsupportedModelError(
+        f"{path}: llama.cpp would tokenize {shown(text)} as {shown(ours[at : at + 4])} where "
+        f"transformers has {shown(theirs[at : at + 4])} (position {at}), so nothing is written; "
+        "use the tokenizer.json of the model that this one was made from"
     )
-    return UnsupportedModelError(
-        f"{path}: llama.cpp would tokenize {shown(text)} as {_some(ours, at)} where transformers "
-        f"has {_some(theirs, at)} (from token {at} on), so nothing is written; use the "
-        "tokenizer.json of the model that this one was made from"
-    )
-
-
-def _some(ids: list[int], at: int) -> str:
-    return str(ids[at : at + 4])

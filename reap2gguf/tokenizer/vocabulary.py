@@ -67,15 +67,16 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
     added = _added_tokens(tokenizer, where)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
-    by_id: dict[int, str] = {}
-    pairs = [*vocab.items(), *((token.text, token.index) for token in added)]
-    for text, index in pairs:
-        _check_id(text, index, vocab_size, where)
-        other = by_id.setdefault(index, text)
-        if other != text:
+    for text, index in [*vocab.items(), *((token.text, token.index) for token in added)]:
+        if type(index) is not int or not 0 <= index < vocab_size:
             raise CheckpointError(
-                f"{where}: tokens {shown(other)} and {shown(text)} have the same id {index}, "
-                f"expected one token per id; {_RESAVE}"
+                f"{where}: token {shown(text)} has the id {shown(index)}, expected one below the "
+                f"config's vocab_size {vocab_size}; {_RESAVE}"
+            )
+        if types[index] == TokenType.NORMAL and tokens[index] != text:
+            raise CheckpointError(
+                f"{where}: tokens {shown(tokens[index])} and {shown(text)} have the same id "
+                f"{index}, expected one token per id; {_RESAVE}"
             )
         tokens[index], types[index] = text, TokenType.NORMAL
     for token in added:
@@ -90,14 +91,6 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
     _check_merges(merges, vocab, where)
     _check_order(added, where)
     return Vocabulary(tokens, types, merges, added)
-
-
-def _check_id(text: str, index: Any, vocab_size: int, where: Path) -> None:
-    if type(index) is not int or not 0 <= index < vocab_size:
-        raise CheckpointError(
-            f"{where}: token {shown(text)} has the id {shown(index)}, expected one below the "
-            f"config's vocab_size {vocab_size}; {_RESAVE}"
-        )
 
 
 def _added_tokens(tokenizer: dict[str, Any], where: Path) -> list[AddedToken]:
