@@ -106,6 +106,7 @@ def gguf_body(manifest: Manifest, names: CardNames) -> str:
     notes = _custom_labels(manifest.gguf) + _how_to_join(manifest.gguf)
     if names.on_hub:
         notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
+    notes += "".join(f"Note: {one_line(caveat)}.\n\n" for caveat in manifest.caveats)
     return f"""# {gguf_name(name)}
 
 {_summary(manifest)}

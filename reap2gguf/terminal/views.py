@@ -48,7 +48,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     )
     if plan.mtp != "none":
         yield f"  multi-token-prediction block: {plan.mtp}"
-    for caveat in plan.model.caveats():
+    for caveat in plan.caveats:
         yield f"  note: {caveat}"
     yield ""
     yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
@@ -84,7 +84,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "friendly": friendly_count(plan.target, facts.experts_per_token),
         },
         "mtp": plan.mtp,
-        "caveats": list(plan.model.caveats()),
+        "caveats": list(plan.caveats),
         "calibration": {
             "spec": plan.calibration.label,
             "rows": plan.calibration.samples,

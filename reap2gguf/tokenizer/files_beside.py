@@ -27,8 +27,8 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "fast_tokenizer_files": (None, [], ["tokenizer.json"]),  # another file would be read
 }
 _HELP = (
-    "transformers would tokenize otherwise than the GGUF file; load the tokenizer with "
-    "transformers, mend it and save it with save_pretrained()"
+    "transformers would tokenize differently from the GGUF file; load the tokenizer with "
+    "transformers, correct it and save it with save_pretrained()"
 )
 
 
@@ -111,7 +111,7 @@ def _check_same_names(config: dict[str, Any], special: dict[str, Any], folder: P
         if one is not None and other is not None and one != other:
             raise CheckpointError(
                 f"{folder / _MAP}: {key} is {shown(other)}, but {_CONFIG} has {shown(one)}; delete "
-                f"{_MAP}, which transformers 5 no longer writes, or mend it"
+                f"{_MAP}, which transformers 5 no longer writes, or correct it"
             )
 
 

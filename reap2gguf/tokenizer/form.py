@@ -13,6 +13,7 @@ from typing import Any
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from reap2gguf.tokenizer.vocabulary import NO_NORMALIZER
 
 PreTokenizers = Mapping[tuple[str, ...], str]  # split patterns -> llama.cpp's name of them
 
@@ -30,7 +31,7 @@ _MODEL = {
     "fuse_unk": (*_ANY_FLAG, None),  # without unk_token it does nothing
     "byte_fallback": (False, None),
 }
-_NORMALIZERS = (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})
+_NORMALIZERS = (*NO_NORMALIZER, {"type": "NFC"})
 _HELP = (
     "llama.cpp would tokenize differently from the model, so nothing is written; use the "
     "tokenizer.json of the model that this one was made from"

@@ -20,6 +20,7 @@ from typing import Any
 from gguf import GGUFWriter, Keys, SpecialVocab
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.tokenizer.caveats import tokenizer_caveats
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import (
     PreTokenizers,
@@ -74,11 +75,14 @@ def tokenizer_keys(folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers)
     }
 
 
-def check_tokenizer(folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers) -> None:
+def check_tokenizer(
+    folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
+) -> tuple[str, ...]:
     """Refuse a tokenizer that `add_tokenizer` would refuse later, or that does not load.
 
     Compares the token ids of a text of hard cases, too. For a vocabulary of 150,000 tokens it takes
-    about a second and 200 MB. Raises CheckpointError or UnsupportedModelError.
+    about a second and 200 MB. Returns what a user should know of it, one sentence each. Raises
+    CheckpointError or UnsupportedModelError.
     """
     logger = logging.getLogger("gguf.vocab")
     before, logger.disabled = logger.disabled, True  # writing the file logs the same lines
@@ -94,6 +98,7 @@ def check_tokenizer(folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
             "in tokenizer_config.json"
         )
     check_against_library(vocabulary, folder / "tokenizer.json", pre)
+    return tokenizer_caveats(folder, pre, vocabulary.normalizes)
 
 
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:

@@ -24,12 +24,13 @@ Merge = tuple[str, str]
 
 MOST_ADDED = 10_000  # added tokens; real models have up to about 6,500, most of them a few dozen
 _LONGEST_ADDED = 1_000  # bytes
+NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
 _FLAGS = ("lstrip", "rstrip", "single_word")
 # bytes that text in UTF-8 can have
 _UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
 _RESAVE = (
-    "load the tokenizer with transformers, mend it and save it with save_pretrained(), or use the "
-    "tokenizer.json of the model that this one was made from"
+    "load the tokenizer with transformers, correct it and save it with save_pretrained(), or use "
+    "the tokenizer.json of the model that this one was made from"
 )
 
 
@@ -51,6 +52,7 @@ class Vocabulary:
     types: list[TokenType]
     merges: list[Merge]
     added: list[AddedToken]
+    normalizes: bool  # transformers puts text into NFC first
 
 
 def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> Vocabulary:
@@ -64,7 +66,8 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
             f"{where.parent}: vocab_size {vocab_size:,} is over {MAX_VOCABULARY:,}"
         )
     vocab = tokenizer["model"]["vocab"]
-    added = _added_tokens(tokenizer, where)
+    normalizes = tokenizer.get("normalizer") not in NO_NORMALIZER
+    added = _added_tokens(tokenizer, where, normalizes)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for text, index in [*vocab.items(), *((token.text, token.index) for token in added)]:
@@ -90,10 +93,10 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
     merges = _merges(tokenizer["model"], where)
     _check_merges(merges, vocab, where)
     _check_order(added, where)
-    return Vocabulary(tokens, types, merges, added)
+    return Vocabulary(tokens, types, merges, added, normalizes)
 
 
-def _added_tokens(tokenizer: dict[str, Any], where: Path) -> list[AddedToken]:
+def _added_tokens(tokenizer: dict[str, Any], where: Path, normalizes: bool) -> list[AddedToken]:
     """The `added_tokens`, each checked by itself."""
     entries = tokenizer.get("added_tokens") or []
     if not isinstance(entries, list) or not all(
@@ -109,7 +112,7 @@ def _added_tokens(tokenizer: dict[str, Any], where: Path) -> list[AddedToken]:
         )
     found: dict[str, AddedToken] = {}
     for entry in entries:
-        token = _added_token(entry, where, composes=tokenizer.get("normalizer") is not None)
+        token = _added_token(entry, where, normalizes)
         if token.text in found:
             raise CheckpointError(
                 f"{where}: added token {shown(token.text)} is there twice, expected once; {_RESAVE}"
@@ -118,7 +121,7 @@ def _added_tokens(tokenizer: dict[str, Any], where: Path) -> list[AddedToken]:
     return list(found.values())
 
 
-def _added_token(entry: dict[str, Any], where: Path, composes: bool) -> AddedToken:
+def _added_token(entry: dict[str, Any], where: Path, normalizes: bool) -> AddedToken:
     text = entry["content"]
     if not 0 < len(text.encode()) <= _LONGEST_ADDED:
         raise UnsupportedModelError(
@@ -137,7 +140,7 @@ def _added_token(entry: dict[str, Any], where: Path, composes: bool) -> AddedTok
             f"{where}: added token {shown(text)} has special {shown(special)} and normalized "
             f"{shown(normalized)}, expected true or false; {_RESAVE}"
         )
-    if normalized and composes and not is_nfc(text):
+    if normalized and normalizes and not is_nfc(text):
         raise UnsupportedModelError(
             f"{where}: added token {shown(text)} is normalized to NFC before it is looked for, "
             f"expected a token in NFC: llama.cpp does not normalize; {_RESAVE}"
@@ -239,9 +242,16 @@ def _check_order(added: list[AddedToken], where: Path) -> None:
     by_text = {token.text: token for token in added}
     ordered = sorted(by_text)
     for left in added:
-        for right in _overlapping(left.text, ordered):
-            taken_first = left if left.normalized <= by_text[right].normalized else by_text[right]
-            if not _is_longest(taken_first.text, left.text, right):
+        for right, both in _overlapping(left.text, ordered):
+            first = left if left.normalized <= by_text[right].normalized else by_text[right]
+            if _is_longest(first.text, left.text, right):
+                continue
+            # both programs take a longer token before `left` if it begins at the same place
+            longer = (text for text in _beginning_with(left.text, ordered) if text != left.text)
+            if not any(
+                both.startswith(text) and by_text[text].normalized is left.normalized
+                for text in longer
+            ):
                 raise _overlap(where, left.text, right)
     raw = [token.text for token in added if not token.normalized]
     for outer in (token.text for token in added if token.normalized):
@@ -249,17 +259,22 @@ def _check_order(added: list[AddedToken], where: Path) -> None:
             raise _overlap(where, outer, inner)
 
 
-def _overlapping(text: str, ordered: list[str]) -> Iterator[str]:
-    """The other tokens that begin with an end of `text`."""
+def _overlapping(text: str, ordered: list[str]) -> Iterator[tuple[str, str]]:
+    """The other tokens that begin with an end of `text`, each with the text of the two."""
     for start in range(1, len(text)):
         end = text[start:]
-        for position in range(bisect_left(ordered, end), len(ordered)):
-            other = ordered[position]
-            if not other.startswith(end):
-                break
+        for other in _beginning_with(end, ordered):
             # one that is this end itself lies inside `text`, which both take first
             if other not in (text, end):
-                yield other
+                yield other, text[:start] + other
+
+
+def _beginning_with(start: str, ordered: list[str]) -> Iterator[str]:
+    """The texts of a sorted list that begin with `start`."""
+    for position in range(bisect_left(ordered, start), len(ordered)):
+        if not ordered[position].startswith(start):
+            return
+        yield ordered[position]
 
 
 def _is_longest(taken: str, left: str, right: str) -> bool:

@@ -43,6 +43,12 @@ def test_every_file_is_listed_under_an_honest_name(built: Bundle, manifest: Mani
     assert "`BF16` is llama.cpp's" not in text
 
 
+def test_what_differs_between_programs_is_said(built: Bundle, manifest: Manifest) -> None:
+    (caveat,) = manifest.caveats
+    assert "form NFC first and llama.cpp does not" in caveat
+    assert f"\nNote: {caveat}.\n" in (built.gguf / "README.md").read_text()
+
+
 def test_a_model_of_the_hub_is_named_as_base_model(manifest: Manifest, tmp_path: Path) -> None:
     source = replace(manifest.source, label="Qwen/Qwen3-30B-A3B", revision="ad44e777bcd18fa4")
     published = replace(manifest, source=source)
