@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def gguf_body(manifest: Manifest, names: CardNames) -> str:
     notes = _custom_labels(manifest.gguf) + _how_to_join(manifest.gguf)
     if names.on_hub:
         notes += f"The safetensors are in {names.link(names.hf)}.\n\n"
-    notes += "".join(f"Note: {one_line(caveat)}.\n\n" for caveat in manifest.caveats)
+    notes += "".join(f"Note: {_prose(caveat)}.\n\n" for caveat in manifest.caveats)
     return f"""# {gguf_name(name)}
 
 {_summary(manifest)}
@@ -243,6 +244,11 @@ def _custom_labels(records: Sequence[GgufRecord]) -> str:
         if record.label != record.file_type
     ]
     return " ".join(lines) + "\n\n" if lines else ""
+
+
+def _prose(text: str) -> str:
+    """Text of a manifest in which no letter means anything to Markdown or HTML."""
+    return re.sub(r"[<>&\\`*_\[\]|]", lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def _method(manifest: Manifest) -> str:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.config import read_json
+from reap2gguf.tokenizer.llama_bpe import ORDINARY_IN_QWEN
+
+if TYPE_CHECKING:
+    from reap2gguf.tokenizer.vocabulary import Vocabulary
 
 NFC_CAVEAT = (
     "transformers puts text into Unicode's form NFC first and llama.cpp does not: text in another "
     "form, such as e and U+0301 for é, gets other token ids there"
+)
+ORDINARY_CAVEAT = (
+    f"the text {ORDINARY_IN_QWEN} is one token for llama.cpp, which takes that token of the "
+    "vocabulary for a special one, and several tokens for transformers"
 )
 # transformers 5 builds these classes from the vocabulary and merges alone, and splits text in the
 # class's own way, here by llama.cpp's name of it
@@ -24,13 +32,15 @@ _ALWAYS = {
 _WITHOUT_A_NAME = "Qwen2Tokenizer"  # where neither config names a class
 
 
-def tokenizer_caveats(folder: Path, pre: str, normalizes: bool) -> tuple[str, ...]:
+def tokenizer_caveats(folder: Path, pre: str, vocabulary: Vocabulary) -> tuple[str, ...]:
     """Differences that remain, one sentence each.
 
-    `pre` is llama.cpp's name of the pre-tokenizer; `normalizes` says whether there is a normalizer.
-    Raises CheckpointError if a config cannot be read.
+    `pre` is llama.cpp's name of the pre-tokenizer, `vocabulary` that of tokenizer.json. Raises
+    CheckpointError if a config cannot be read.
     """
-    found = [NFC_CAVEAT] if normalizes else []
+    found = [NFC_CAVEAT] if vocabulary.normalizes else []
+    if vocabulary.hides_ordinary:
+        found.append(ORDINARY_CAVEAT)
     name = _class_in_transformers(_optional(folder, "config.json"), folder)
     own = _OWN_SPLITTING.get(name)
     how = f"like {own}" if own else "in a way that is not known here"

@@ -98,7 +98,7 @@ def check_tokenizer(
             "in tokenizer_config.json"
         )
     check_against_library(vocabulary, folder / "tokenizer.json", pre)
-    return tokenizer_caveats(folder, pre, vocabulary.normalizes)
+    return tokenizer_caveats(folder, pre, vocabulary)
 
 
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:

@@ -31,6 +31,9 @@ _NAMES = """
     <|channel|> <|message|> <|start|> <|constrain|>
 """
 SPECIAL_BY_NAME = frozenset(_NAMES.split())
+# All of Qwen's vocabularies have this as an ordinary token, which no text reaches in transformers:
+# it is split into `</`, `s` and `>` before. For llama.cpp it is a special one.
+ORDINARY_IN_QWEN = "</s>"
 # Where one of these is in the vocabulary, llama.cpp makes `</s>` an ordinary token.
 HIDES_S = ("<|tool_response>", "<|plamo:eos|>")
 _UNRANKED = 2**62

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.tokenizer.llama_bpe import LlamaBpe, byte_symbols
+from reap2gguf.tokenizer.llama_bpe import SPECIAL_BY_NAME, LlamaBpe, byte_symbols
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
 from reap2gguf.tokenizer.vocabulary import Vocabulary, is_nfc
@@ -145,7 +145,8 @@ def _from_vocabulary(vocabulary: Vocabulary) -> Iterator[str]:
     found = []
     for token in normal[:: len(normal) // _MOST_TOKENS + 1]:
         text = bytes(bytes_of[symbol] for symbol in token).decode(errors="replace")
-        if "\ufffd" not in text and is_nfc(text) and is_settled(text):
+        known = "\ufffd" not in text and is_nfc(text) and is_settled(text)
+        if known and text not in SPECIAL_BY_NAME:  # see ORDINARY_IN_QWEN
             found.append(text)
     yield from found
     # a space between: a mark at the beginning of one would join the end of another

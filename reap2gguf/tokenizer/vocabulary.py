@@ -18,7 +18,7 @@ from gguf import TokenType
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
-from reap2gguf.tokenizer.llama_bpe import HIDES_S, SPECIAL_BY_NAME, byte_symbols
+from reap2gguf.tokenizer.llama_bpe import HIDES_S, ORDINARY_IN_QWEN, SPECIAL_BY_NAME, byte_symbols
 
 Merge = tuple[str, str]
 
@@ -53,6 +53,12 @@ class Vocabulary:
     merges: list[Merge]
     added: list[AddedToken]
     normalizes: bool  # transformers puts text into NFC first
+
+    @property
+    def hides_ordinary(self) -> bool:
+        """Whether llama.cpp takes an ordinary token of the vocabulary for a special one."""
+        added = {token.text for token in self.added}
+        return ORDINARY_IN_QWEN in self.tokens and ORDINARY_IN_QWEN not in added
 
 
 def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> Vocabulary:
@@ -172,7 +178,7 @@ def _check_texts(tokens: list[str], types: list[TokenType], where: Path) -> None
                 f"{where}: token {shown(text)} with the id {index} has characters that stand for "
                 f"no byte, expected byte-level text; {_RESAVE}"
             )
-        if text in SPECIAL_BY_NAME:
+        if text in SPECIAL_BY_NAME and text != ORDINARY_IN_QWEN:
             raise UnsupportedModelError(
                 f"{where}: token {shown(text)} with the id {index} is an ordinary token here, and "
                 f"a special one for llama.cpp, expected it among the added_tokens; {_RESAVE}"

@@ -249,7 +249,7 @@ def special_by_name(draft: Draft, draw: Random) -> None:
     draft.model["merges"] = [
         pair for pair in draft.model["merges"] if text not in (*pair, "".join(pair))
     ]
-    vocab[draw.choice(["</s>", "<|end|>", "<PRE>"])] = index
+    vocab[draw.choice(["<|end|>", "<PRE>"])] = index
 
 
 def not_among_the_added(draft: Draft, draw: Random) -> None:

@@ -48,7 +48,7 @@ def test_a_vocabulary() -> None:
         ({"vocab": vocab(中=257)}, UnsupportedModelError, r"'中' with the id 257 .* for no byte"),
         ({"vocab": vocab(**{"": 257})}, UnsupportedModelError, r"'' with the id 257"),
         ({"vocab": vocab(Q=None)}, UnsupportedModelError, r"no token for 1 bytes, .* 0x51 \('Q'\)"),
-        ({"vocab": vocab(**{"</s>": 257})}, UnsupportedModelError, r"'</s>' .* special one for"),
+        ({"vocab": vocab(**{"<PRE>": 257})}, UnsupportedModelError, r"'<PRE>' .* special one for"),
         ({"vocab": vocab(**{"[PAD260]": 257})}, UnsupportedModelError, r"257 and 260 have both"),
         ({"merges": [["a", "q"]]}, CheckpointError, r"merge 0 joins 'a' and 'q', but 'aq' is not"),
         ({"merges": [["a", "zz"]]}, CheckpointError, r"but 'zz' is not in the vocabulary"),
