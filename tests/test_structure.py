@@ -142,6 +142,11 @@ COVERED_BY = [
         ("tokenizer/tokenizer_files.py",),
     ),
     (
+        "tokenizer/test_llama_bpe.py",
+        "words are split and then merged, which llama.cpp does in one",
+        ("tokenizer/pre_tokenizers.py",),
+    ),
+    (
         "hostile/test_hostile.py",
         "the command says whether a recipe is sound",
         ("terminal/recipe_commands.py",),

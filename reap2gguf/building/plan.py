@@ -48,6 +48,7 @@ class Plan:
     recipes: tuple[ResolvedRecipe, ...]
     side_files: tuple[SideFile, ...]
     files: ScannedFiles  # of the calibration
+    tokenizer_caveats: tuple[str, ...] = ()
     history: History | None = None  # of a source that this program has pruned before
 
     @property
@@ -59,6 +60,11 @@ class Plan:
     def n_parameters(self) -> int:
         """Parameters of the pruned model."""
         return self.pruned.n_parameters
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a user should know of the model and its tokenizer, one sentence each."""
+        return (*self.model.caveats(), *self.tokenizer_caveats)
 
     @property
     def max_length(self) -> int:
@@ -118,7 +124,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     source = resolve_source(options.model, note, options.follow_links)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
-    check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
+    of_tokenizer = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     pruned = PrunedView(checkpoint, model, first_ones)
@@ -142,6 +148,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         resolved,
         sides,
         files,
+        of_tokenizer,
         read_history(checkpoint, model.facts, note),
     )
 

@@ -84,6 +84,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
+        caveats=plan.caveats,
     )
     return _write(plan, work, evidence, manifest)
 

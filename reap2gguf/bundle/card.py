@@ -147,6 +147,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     files = files_section(manifest, names)
     if names.on_hub:
         files += f"The safetensors are in {names.link(names.hf)}.\n\n"
+    files += "".join(f"Note: {inline(caveat)}.\n\n" for caveat in manifest.caveats)
     return f"""# {inline(gguf_name(_last(names.hf)))}
 
 {_summary(manifest)}

@@ -204,6 +204,7 @@ class Manifest:
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
+    caveats: Sequence[str] = ()  # what a user should know, one sentence each
 
     def text(self) -> str:
         """What `reap2gguf.json` holds."""
@@ -272,6 +273,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         gguf=tuple(map(_gguf_record, values["gguf"])),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
+        caveats=tuple(map(str, values.get("caveats", ()))),
     )
 
 

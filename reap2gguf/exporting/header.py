@@ -19,11 +19,12 @@ from gguf import (
 
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import HeaderWriter
-from reap2gguf.tokenizer.gguf_keys import PreTokenizers, add_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.description import GgufTensor, HeaderValue
+    from reap2gguf.tokenizer.form import PreTokenizers
 
 SIZE_LABEL = "general.size_label"  # of these tensors, if the values do not hold it
 

@@ -55,7 +55,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     )
     if plan.mtp != "none":
         yield f"  multi-token-prediction block: {plan.mtp}"
-    for caveat in plan.model.caveats():
+    for caveat in plan.caveats:
         yield f"  note: {caveat}"
     for warning in plan.warnings:
         yield f"  warning: {warning}"
@@ -96,7 +96,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         if plan.history is None
         else {"source": plan.history.label, "experts": plan.history.n_experts},
         "mtp": plan.mtp,
-        "caveats": list(plan.model.caveats()),
+        "caveats": list(plan.caveats),
         "warnings": plan.warnings,
         "calibration": {
             "spec": plan.calibration.label,

@@ -1,4 +1,8 @@
-"""A checkpoint's tokenizer and chat template, loaded by transformers."""
+"""A checkpoint's tokenizer and chat template, for calibration.
+
+The chat template is what transformers loads; token ids are those of `tokenizer.json`, from which
+the GGUF file gets its tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as Encoder
 
 from reap2gguf.errors import CalibrationError, CheckpointError
 from reap2gguf.tokenizer.panics import panics_as
@@ -27,22 +32,28 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         check_template_files(folder)
+        path = folder / "tokenizer.json"
         with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            loaded: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-            # what the tokenizer puts before each text: one BOS token or nothing
-            prefix = self._tokenizer("")["input_ids"]
-        if not self._tokenizer.is_fast:
+        if not loaded.is_fast or not path.is_file():
             raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
+        with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
+            # the GGUF file is made of tokenizer.json; classes of transformers may do otherwise
+            self._encoder = Encoder.from_file(str(path))
+            self._encoder.no_padding()
+            self._encoder.no_truncation()
+            # what the tokenizer puts before each text: one BOS token or nothing
+            prefix = self._encoder.encode("").ids
         self.bos: int | None = prefix[0] if prefix else None
-        self._chat = _chat_template(self._tokenizer, folder)
+        self._chat = _chat_template(loaded, folder)
 
     def encode(self, text: str) -> TokenIds:
         """Token ids of a text, shape (n,). Special tokens in it are recognised, none is added."""
         with panics_as(CalibrationError, "the tokenizer fails on the calibration text"):
-            encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, dtype=np.int64)
+            ids = self._encoder.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, dtype=np.int64)
 
     def render_chat(
         self, messages: list[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None = None

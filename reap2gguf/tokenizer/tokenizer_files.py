@@ -11,11 +11,10 @@ from typing import Any
 
 from reap2gguf.checkpoint.companions import Purpose, companions
 from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
-from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.errors import CheckpointError
 from reap2gguf.messages import shown
 
 MAX_TEMPLATE_BYTES = 2**20  # the longest templates of real models have about 20 kB
-_BPE_EXTRAS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def read_tokenizer_json(folder: Path) -> dict[str, Any]:
@@ -57,57 +56,12 @@ def check_template_files(folder: Path) -> None:
             )
 
 
-def check_tokenizer_files(tokenizer: dict[str, Any], folder: Path) -> None:
-    """Refuse files that gguf-py would fail on, or read only in part.
-
-    `tokenizer` is what `read_tokenizer_json` returns. Raises CheckpointError for broken files and
-    UnsupportedModelError for what llama.cpp's byte-level BPE does not support.
-    """
-    _check_model(tokenizer, folder / "tokenizer.json")
-    _check_added_tokens(tokenizer, folder / "tokenizer.json")
+def check_template_texts(folder: Path) -> None:
+    """Raise CheckpointError for chat templates that gguf-py would fail on, or read in part."""
     for path in companions(folder, Purpose.GGUF):
         if path.is_file():
             _check_named_templates(path)
     check_template_files(folder)
-
-
-def _check_model(tokenizer: dict[str, Any], where: Path) -> None:
-    model = tokenizer.get("model")
-    model_type = model.get("type") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or model_type != "BPE":
-        raise UnsupportedModelError(
-            f"{where}: tokenizer model {shown(model_type)}, expected byte-level BPE"
-        )
-    if not isinstance(model.get("vocab"), dict) or not model["vocab"]:
-        raise CheckpointError(f"{where}: no vocabulary")
-    normalizer = tokenizer.get("normalizer")
-    if normalizer is not None and normalizer != {"type": "NFC"}:
-        raise UnsupportedModelError(
-            f"{where}: normalizer {shown(normalizer)}, expected none or NFC; llama.cpp supports no "
-            "other"
-        )
-    for key in _BPE_EXTRAS:
-        if model.get(key):
-            raise UnsupportedModelError(
-                f"{where}: {key} is {shown(model[key])}; llama.cpp's byte-level BPE does not "
-                "support it"
-            )
-    merges = model.get("merges")
-    if merges == []:
-        raise CheckpointError(f"{where}: no merges; llama.cpp's byte-level BPE needs them")
-    if not isinstance(merges, list) or not all(_is_merge(merge) for merge in merges):
-        raise CheckpointError(f"{where}: merges are not a list of pairs of tokens")
-    if len({type(merge) for merge in merges}) > 1:
-        raise CheckpointError(f"{where}: merges have two forms, expected one")
-
-
-def _check_added_tokens(tokenizer: dict[str, Any], where: Path) -> None:
-    added = tokenizer.get("added_tokens") or []
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token
-        for token in added
-    ):
-        raise CheckpointError(f"{where}: added_tokens are not a list of tokens with content and id")
 
 
 def _check_named_templates(path: Path) -> None:
@@ -129,10 +83,3 @@ def _is_template(value: Any) -> bool:
             for named in value
         )
     )
-
-
-def _is_merge(merge: Any) -> bool:
-    """Whether a value is `"a b"` or `["a", "b"]`."""
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    good = isinstance(parts, list) and len(parts) == 2
-    return good and all(isinstance(part, str) for part in parts)

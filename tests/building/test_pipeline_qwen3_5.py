@@ -231,8 +231,12 @@ def test_the_plan_says_it(source: Path, tmp_path: Path) -> None:
         values = plan_as_json(plan, estimate(plan, has_gpu=False))
         assert (values["mtp"], values["experts"]["layers"]) == (state, layers)
         assert values["side_files"] == ["mmproj-out-F16.gguf"]
-        (caveat,) = values["caveats"]
-        assert "text alone" in caveat
+        for words in (
+            "text alone",
+            "form NFC",
+            "as Qwen3_5Tokenizer, which splits text like qwen35",
+        ):
+            assert any(words in caveat for caveat in values["caveats"])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from reap2gguf.bundle.card import gguf_body, gguf_card, hf_body, hf_card
+from reap2gguf.bundle.card import gguf_body, gguf_card, hf_body, hf_card, local_names
 from reap2gguf.bundle.card_files import CardNames
 from reap2gguf.bundle.front_matter import PrunedFrom, pruned_values
 from reap2gguf.bundle.manifest import ComponentRecord, Manifest, SideRecord
@@ -45,6 +45,18 @@ def test_every_file_is_listed_under_an_honest_name(built: Bundle, manifest: Mani
         assert f"`{record.file}`" in text
     assert "`IQ4_K_M` is llama.cpp's file type Q4_K_M" in text
     assert "`BF16` is llama.cpp's" not in text
+
+
+def test_what_differs_between_programs_is_said(built: Bundle, manifest: Manifest) -> None:
+    (caveat,) = manifest.caveats
+    assert "form NFC first and llama.cpp does not" in caveat
+    assert f"\nNote: {caveat}.\n" in (built.gguf / "README.md").read_text()
+
+
+def test_a_caveat_is_only_text(built: Bundle, manifest: Manifest) -> None:
+    strange = replace(manifest, caveats=("the text </s> [x](y) is `one`\n# token",))
+    card = gguf_body(strange, local_names(strange))
+    assert "\nNote: the text &#60;/s&#62; &#91;x&#93;(y) is &#96;one&#96;&#92;n# token.\n" in card
 
 
 def test_a_model_of_the_hub_is_named_as_base_model(manifest: Manifest, tmp_path: Path) -> None:

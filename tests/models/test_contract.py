@@ -39,7 +39,7 @@ from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
-from reap2gguf.tokenizer.gguf_keys import recognise_pre_tokenizer
+from reap2gguf.tokenizer.form import recognise_pre_tokenizer
 from reap2gguf.tokenizer.tokenizer_files import read_tokenizer_json
 from tests.models.layouts import CASES, FIRST, LAYOUTS, Case, rows_of_slabs, stored_of, tensors_of
 from tests.tiny import EXAMPLE, ONE_THREAD

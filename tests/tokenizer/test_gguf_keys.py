@@ -8,37 +8,28 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
+from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer, check_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY
+from tests.tokenizer.small import (
+    QWEN2,
+    QWEN35,
+    SMALL_SIZE,
+    added,
+    llama_cpp_tokenizer,
+    tokenizer,
+    write,
+)
 
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN35 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
 
 
-def tokenizer(pattern: str = QWEN2, added: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    return {
-        "added_tokens": added or [],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel"}]},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
-    }
-
-
-def added(index: Any, content: str, special: bool = False) -> dict[str, Any]:
-    return {"id": index, "content": content, "special": special}
-
-
-def header(folder: Path, description: dict[str, Any], vocab_size: int = 8) -> dict[str, Any]:
+def header(
+    folder: Path, description: dict[str, Any], vocab_size: int = SMALL_SIZE + 8
+) -> dict[str, Any]:
     """The keys that a tokenizer gives, read back by gguf-py."""
     (folder / "tokenizer.json").write_text(json.dumps(description))
     writer = GGUFWriter(folder / "header.gguf", "qwen3moe")
@@ -63,12 +54,6 @@ def test_the_pre_tokenizer_is_recognised_by_its_pattern(
     assert keys["tokenizer.ggml.merges"] == ["a b"]
 
 
-def test_a_split_outside_a_sequence_is_found(tmp_path: Path) -> None:
-    description = tokenizer()
-    description["pre_tokenizer"] = description["pre_tokenizer"]["pretokenizers"][0]
-    assert header(tmp_path, description)["tokenizer.ggml.pre"] == "qwen2"
-
-
 @pytest.mark.parametrize("pattern", [LLAMA3, "", QWEN2 + " "])
 def test_an_unknown_pattern_is_refused(tmp_path: Path, pattern: str) -> None:
     message = r"splits text by .* none of the patterns known here"
@@ -91,28 +76,28 @@ def test_a_tokenizer_that_is_not_bpe_is_refused(tmp_path: Path, model: Any) -> N
 
 def test_tokens_types_and_padding(tmp_path: Path) -> None:
     extra = [
-        added(3, "<|end|>", special=True),
-        added(4, "<|looks_special|>"),
-        added(6, "<think>"),
+        added(257, "<|end|>", special=True),
+        added(258, "<|looks_special|>"),
+        added(260, "<think>"),
         added(1, "b"),
     ]
-    keys = header(tmp_path, tokenizer(added=extra))
-    pairs = zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True)
-    assert [(text, TokenType(kind).name) for text, kind in pairs] == [
-        ("a", "NORMAL"),
-        ("b", "USER_DEFINED"),
-        ("ab", "NORMAL"),
+    keys = header(tmp_path, tokenizer(added=extra), vocab_size=262)
+    texts, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    pairs = [(text, TokenType(kind).name) for text, kind in zip(texts, types, strict=True)]
+    assert pairs[:3] == [("a", "NORMAL"), ("b", "USER_DEFINED"), ("ab", "NORMAL")]
+    assert {kind for _, kind in pairs[3:257]} == {"NORMAL"}
+    assert pairs[257:] == [
         ("<|end|>", "CONTROL"),
         ("<|looks_special|>", "CONTROL"),
-        ("[PAD5]", "UNUSED"),
+        ("[PAD259]", "UNUSED"),
         ("<think>", "USER_DEFINED"),
-        ("[PAD7]", "UNUSED"),
+        ("[PAD261]", "UNUSED"),
     ]
 
 
-@pytest.mark.parametrize("index", [8, 2**31, -1, None, "3", 3.0])
+@pytest.mark.parametrize("index", [265, 2**31, -1, None, "3", 3.0, True])
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, index: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"token '<t>' has the id .* vocab_size 8"):
+    with pytest.raises(CheckpointError, match=r"token '<t>' has the id .* vocab_size 265"):
         header(tmp_path, tokenizer(added=[added(index, "<t>")]))
 
 
@@ -146,11 +131,11 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_special_ids_and_template_come_from_the_other_files(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"eos_token_id": 3, "bos_token_id": 2}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 257, "bos_token_id": 2}')
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    keys = header(tmp_path, tokenizer(added=[added(3, "<|end|>", special=True)]))
-    assert keys["tokenizer.ggml.eos_token_id"] == 3
+    keys = header(tmp_path, tokenizer(added=[added(257, "<|end|>", special=True)]))
+    assert keys["tokenizer.ggml.eos_token_id"] == 257
     assert keys["tokenizer.ggml.bos_token_id"] == 2
     assert keys["tokenizer.chat_template"] == "{{ messages }}"
 
@@ -200,3 +185,48 @@ def test_a_template_beyond_reason_is_not_copied(name: str, tmp_path: Path, examp
     path.write_text("x" * (2**20 + 1))
     with pytest.raises(CheckpointError, match=r"1,048,577 bytes, expected a chat template of at"):
         check_tokenizer(tmp_path / "model", 4096, QWEN_PRE_TOKENIZERS)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
+    """llama.cpp takes token 11 then, a comma in Qwen's vocabularies."""
+    write(tmp_path, tokenizer())
+    (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2]}')  # gguf-py reads no lists
+    with pytest.raises(CheckpointError, match=r"no eos_token .* token 11; set eos_token in"):
+        check_tokenizer(tmp_path, SMALL_SIZE, QWEN_PRE_TOKENIZERS)
+
+
+START = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+KNOWN = {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}}
+
+
+@pytest.mark.parametrize(
+    ("template", "config", "good"),
+    [
+        ([START, TEXT], {"bos_token": "<s>"}, True),
+        ([START, TEXT], {"bos_token": "<e>"}, False),
+        ([TEXT], {"bos_token": "<s>"}, True),
+        ([TEXT], {"bos_token": "<s>", "add_bos_token": True}, False),
+        ([TEXT], {"bos_token": "<s>", "add_eos_token": True}, False),
+        ([TEXT, START], {"bos_token": "<s>"}, False),
+        ([START, START, TEXT], {"bos_token": "<s>"}, False),
+        ([START], {"bos_token": "<s>"}, False),
+    ],
+)
+def test_llama_cpp_adds_the_tokens_that_the_post_processor_adds(
+    template: list[Any], config: dict[str, Any], good: bool, tmp_path: Path
+) -> None:
+    tokens = [added(257, "<s>", special=True), added(258, "<e>", special=True)]
+    processor = {"type": "TemplateProcessing", "single": template, "pair": []}
+    description = tokenizer(added=tokens)
+    description["post_processor"] = {**processor, "special_tokens": KNOWN}
+    write(tmp_path, description)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if not good:
+        with pytest.raises(UnsupportedModelError, match=r"post_processor"):
+            header(tmp_path, description)
+        return
+    header(tmp_path, description)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    with llama_cpp_tokenizer(tmp_path, SMALL_SIZE + 2, QWEN_PRE_TOKENIZERS) as llama:
+        assert llama.encode("ab", add_special=True) == library.encode("ab").ids

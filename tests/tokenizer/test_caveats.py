@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer
+
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.tokenizer.caveats import NFC_CAVEAT, ORDINARY_CAVEAT, tokenizer_caveats
+from reap2gguf.tokenizer.gguf_keys import check_tokenizer
+from reap2gguf.tokenizer.llama_bpe import byte_symbols
+from reap2gguf.tokenizer.tokenizer import Tokenizer
+from reap2gguf.tokenizer.vocabulary import Vocabulary
+from tests.tokenizer.mutations import Draft
+from tests.tokenizer.small import QWEN2, QWEN35, llama_cpp_tokenizer
+
+MARKS = "a\u0301\u0302b हिन्दी"
+PLAIN = Vocabulary([], [], [], [], normalizes=False)
+CLASSES = (
+    "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer", "TokenizersBackend",
+    "PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizerFast", None,
+)  # fmt: skip
+
+
+def words(library: Any) -> list[str]:
+    return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(MARKS)]
+
+
+@pytest.mark.parametrize("pattern", [QWEN2, QWEN35])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("tokenizer_class", CLASSES)
+def test_a_class_that_splits_in_its_own_way_is_named(
+    tokenizer_class: str | None, model_type: str, pattern: str, tmp_path: Path
+) -> None:
+    draft = Draft.of_example()
+    draft.steps[0]["pattern"]["Regex"] = pattern
+    draft.config["tokenizer_class"] = tokenizer_class
+    if tokenizer_class is None:
+        del draft.config["tokenizer_class"]
+    draft.write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    found = tokenizer_caveats(tmp_path, QWEN_PRE_TOKENIZERS[(pattern,)], PLAIN)
+    assert bool(found) is (words(loaded.backend_tokenizer) != words(library))
+    assert all(type(loaded).__name__ in caveat for caveat in found)
+
+
+def test_the_name_of_a_class_is_not_text_for_a_card(tmp_path: Path) -> None:
+    draft = Draft.of_example()
+    draft.config["tokenizer_class"] = "[x](http://example.org)"
+    draft.write(tmp_path)
+    (caveat,) = tokenizer_caveats(tmp_path, "qwen2", PLAIN)
+    assert "as another class, which splits text in a way that is not known here" in caveat
+
+
+def test_text_that_is_not_in_normal_form_gets_other_ids(tmp_path: Path) -> None:
+    draft = Draft.of_example()
+    draft.write(tmp_path)
+    assert check_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) == (NFC_CAVEAT,)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    with llama_cpp_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) as llama:
+        assert llama.encode("e\u0301") != library.encode("e\u0301").ids
+        assert llama.encode("\u00e9") == library.encode("e\u0301").ids
+
+
+def test_a_tokenizer_without_normalizer_has_no_caveat(tmp_path: Path) -> None:
+    draft = Draft.of_example()
+    draft.description["normalizer"] = None
+    draft.write(tmp_path)
+    assert check_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) == ()
+
+
+def test_an_ordinary_token_of_qwen_that_llama_cpp_takes_for_a_special_one(tmp_path: Path) -> None:
+    """All of Qwen's vocabularies have it; transformers splits its text before it is merged."""
+    draft = Draft.of_example()
+    draft.model["vocab"]["</s>"] = 4093
+    for token in draft.added:
+        token["id"] += 1
+    draft.write(tmp_path)
+    assert check_tokenizer(tmp_path, 4097, QWEN_PRE_TOKENIZERS) == (NFC_CAVEAT, ORDINARY_CAVEAT)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    with llama_cpp_tokenizer(tmp_path, 4097, QWEN_PRE_TOKENIZERS) as llama:
+        assert llama.encode("a</s>") == [*library.encode("a").ids, 4093]
+        assert len(library.encode("a</s>").ids) == 4
+        assert llama.encode("a</s b>") == library.encode("a</s b>").ids
+    draft.add("</s>")  # added as well: special for both
+    draft.added[-1]["id"] = 4093
+    draft.write(tmp_path)
+    assert check_tokenizer(tmp_path, 4097, QWEN_PRE_TOKENIZERS) == (NFC_CAVEAT,)
+
+
+def test_calibration_follows_the_file_that_the_gguf_is_made_of(tmp_path: Path) -> None:
+    """Where transformers splits by a class of its own, its ids are not those of llama.cpp."""
+    draft = Draft.of_example()
+    acute = "".join(byte_symbols()[byte] for byte in "\u0301".encode())
+    for left, right in ((acute[0], acute[1]), ("q", acute)):
+        draft.model["vocab"][left + right] = len(draft.model["vocab"])
+        draft.model["merges"].append([left, right])
+    for index, token in enumerate(draft.added):
+        token["id"] = len(draft.model["vocab"]) + index
+    draft.write(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_moe", "eos_token_id": 4095}')
+    (_, caveat) = check_tokenizer(tmp_path, 4100, QWEN_PRE_TOKENIZERS)
+    assert "loads the tokenizer as Qwen3_5Tokenizer, which splits text like qwen35" in caveat
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ids = Tokenizer(tmp_path).encode("q\u0301").tolist()
+    with llama_cpp_tokenizer(tmp_path, 4100, QWEN_PRE_TOKENIZERS) as llama:
+        assert ids == llama.encode("q\u0301")
+    assert ids != loaded("q\u0301")["input_ids"]
