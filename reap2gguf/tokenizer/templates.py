@@ -28,13 +28,14 @@ import jinja2
 import markupsafe
 
 import reap2gguf
-from reap2gguf.errors import CalibrationError, DependencyError
+from reap2gguf.errors import BadSampleError, CalibrationError, DependencyError
 from reap2gguf.tokenizer.template_worker import HEADER, Answer
 from reap2gguf.tokenizer.tokenizer_files import MAX_TEMPLATE_BYTES
 
 _MAX_REQUEST_BYTES = 2**26
 _START_SECONDS = 60.0  # for our own code alone, from a disk that may be slow
 _SHOWN_LETTERS = 200
+_PROBE = "reap2gguf"  # a text without letters that a template would escape
 _ADVICE = 'pass samples of plain text (a "text" field each), or another --calibration'
 # The fields in which datasets store a model's reasoning; the one that templates read comes first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -70,6 +71,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._limits = limits or Limits()
         self._process: _Process | None = None
+        self._reads_parts: bool | None = None
 
     def render(
         self,
@@ -78,7 +80,8 @@ class ChatTemplate:
     ) -> str:
         """A conversation as text, without a prompt for the next answer; `tools` are JSON schemas.
 
-        Raises CalibrationError if the template refuses the conversation or exceeds a limit.
+        Raises BadSampleError if the template refuses the conversation, and CalibrationError if it
+        exceeds a limit or does something forbidden.
         """
         request = _encoded(self._choose(tools is not None), messages, tools)
         if self._process is None:
@@ -88,6 +91,32 @@ class ChatTemplate:
         except _EndedError as ended:
             self.close()
             raise CalibrationError(f"{ended}; {_ADVICE}") from ended
+        except _RefusedError as refused:
+            raise BadSampleError(f"{refused}; {_ADVICE}") from refused
+
+    def reads_parts(self) -> bool:
+        """Whether the template reads content that is a list of parts, and not only text.
+
+        Tried once, with a text, the same text as a list, and the same list with an image.
+        """
+        if self._reads_parts is None:
+            text = [{"type": "text", "text": _PROBE}]
+            image = [*text, {"type": "image"}]
+            as_text, as_list, with_image = map(self._probed, (_PROBE, text, image))
+            self._reads_parts = as_text is not None and as_text == as_list and bool(with_image)
+        return self._reads_parts
+
+    def _probed(self, content: Any) -> str | None:
+        """A message as the template writes it; None if it refuses it or leaves it out."""
+        try:
+            rendered = self.render([{"role": "user", "content": content}])
+        except CalibrationError:
+            return None
+        return rendered if _PROBE in rendered else None
+
+    def names_role(self, role: str) -> bool:
+        """Whether the name of a role is in the template."""
+        return any(f"'{role}'" in t or f'"{role}"' in t for t in self._templates.values())
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -136,6 +165,10 @@ class ChatTemplate:
         return process
 
 
+class _RefusedError(Exception):
+    """The template refuses a conversation, and why; the process can be used further."""
+
+
 class _EndedError(Exception):
     """A rendering has failed, and why; the process cannot be used any more."""
 
@@ -161,7 +194,7 @@ class _Process:
         self.close = weakref.finalize(self, _end, self._process, self._socket)
 
     def render(self, request: bytes) -> str:
-        """The text of a conversation. Raises _EndedError if there is none."""
+        """The text of a conversation. Raises _RefusedError or _EndedError if there is none."""
         kind, body = self.exchange(request, self._limits.wall_seconds)
         message = _shown(body)
         memory = f"{self._limits.memory_bytes / 2**20:,.0f} MiB of memory"
@@ -169,8 +202,9 @@ class _Process:
         if kind == Answer.TEXT:
             with contextlib.suppress(UnicodeDecodeError):
                 return body.decode("utf-8", "surrogatepass")
+        if kind == Answer.REFUSED:  # the process answers the next request as before
+            raise _RefusedError(f"the chat template refuses it ({message})")
         reasons = {
-            int(Answer.REFUSED): f"the chat template refuses it ({message})",
             int(Answer.FORBIDDEN): f"the chat template does something forbidden ({message})",
             int(Answer.OUT_OF_MEMORY): f"the chat template used more than {memory}",
             int(Answer.TOO_LONG): f"the chat template wrote more than {output}",
