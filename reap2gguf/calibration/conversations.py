@@ -102,7 +102,9 @@ def _part(part: Any, where: str) -> Mapping[str, Any]:
     """A part with the type that templates know: text, or an image, video or sound as stored."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = (part.get("type") or _kind_of(part)) if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        raise BadSampleError(f"{where}: a part of content is {shown(part)}, expected an object")
+    kind = part.get("type") or _kind_of(part)
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if kind in _TEXT_PARTS:
@@ -111,7 +113,7 @@ def _part(part: Any, where: str) -> Mapping[str, Any]:
         return {**part, "type": kind}
     expected = ", ".join((*_TEXT_PARTS, *_MEDIA_PARTS))
     raise CalibrationError(
-        f"{where}: a part of content is {shown(part)}, expected a type of {expected}"
+        f"{where}: a part of content has the type {shown(kind)}, expected one of {expected}"
     )
 
 

@@ -135,7 +135,7 @@ class _Array:
                 raise self._broken("expected a comma or the end of the array after it")
             if self._next_letter() == ",":
                 self._advance(self._at + 1)
-                if self._next_letter() == "]":
+                if self._next_letter() in ("]", ""):
                     raise self._broken("expected another record after the comma")
         self._advance(self._at + 1)
         if self._next_letter():
@@ -168,8 +168,12 @@ class _Array:
             except ValueError as error:
                 raise self._broken(str(error)) from error
             else:
-                if end < len(self._text) or self._is_at_end:
-                    return value, end  # at the end of a block, a number may go on
+                if end < len(self._text):
+                    return value, end
+                n_letters = end - self._at
+                if not self._more(_BLOCK_BYTES):  # at the end of a block, a number may go on
+                    return value, n_letters
+                continue
             n_letters = len(self._text) - self._at
             if n_letters > MAX_RECORD_BYTES:
                 raise self._broken(f"{reason}, or over {MAX_RECORD_BYTES:,} bytes long")

@@ -28,7 +28,7 @@ from reap2gguf.messages import shown
 Record = Mapping[str, Any]
 
 _EXPECTED = (
-    "text, content, messages, conversations, chosen (alone or with a question), query and answers, "
+    "text, messages, conversations, chosen (alone or with a question), content, query and answers, "
     "prompt and body, question and choices, or a question (one of {questions}) and an answer (one "
     "of {answers})"
 )

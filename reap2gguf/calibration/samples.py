@@ -78,7 +78,9 @@ class Skipped:
                 f"first: {self.first})"
             )
         if self.n_empty:
-            parts.append(f"skipped {self.n_empty:,} samples of under 2 tokens")
+            parts.append(
+                f"skipped {self.n_empty:,} sample{'s' * (self.n_empty > 1)} of under 2 tokens"
+            )
         return "; ".join(parts)
 
 
