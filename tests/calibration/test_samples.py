@@ -479,7 +479,7 @@ def test_a_dataset_on_the_hub_follows_the_same_rule(
     notes = Notes()
     spec = "owner/name" if pack else f"owner/name:{2 * len(SHAPES)}"
     options = CalibrationOptions(spec, samples=None if not pack else 9999, pack=pack)
-    found = observation_rows(tokenizer, decide(options), 4096, 4096, notes)
+    found = observation_rows(tokenizer, decide(options), 2**16, 4096, notes)
     assert "(the first: calibration owner/name: sample 1: text is null)" in notes.notes[0]
     assert notes.notes[0].endswith("; skipped 1 sample of under 2 tokens")
     if pack:
