@@ -109,8 +109,8 @@ def _context_option(default: int) -> Callable[[F], F]:
 def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **options: Any) -> None:
     """Talk to a model of a bundle.
 
-    BUNDLE is a folder that `build` wrote, or a .gguf file. Ctrl-C stops an answer, /clear starts a
-    new conversation, Ctrl-D or /exit quits.
+    BUNDLE is a folder that `build` wrote, or a .gguf file. Ctrl-C stops an answer, three quotes
+    begin and end a text of several lines, /clear starts a new conversation, Ctrl-D or /exit quits.
 
     \b
     Example:
@@ -147,7 +147,7 @@ def _converse(conversation: Conversation, prompt: str | None) -> None:
         if importlib.util.find_spec("readline"):
             importlib.import_module("readline")  # gives input() a history and editing keys
         say(HELP)
-        converse(conversation, lambda: input("> "), say_piece, say)
+        converse(conversation, input, say_piece, say)
         return
     answer = conversation.ask(prompt, say_piece)
     say_piece("\n")
@@ -209,7 +209,7 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
     running = EngineOptions(options["context"], options["threads"], options["gpu_layers"])
     listening = serving.ServeOptions(options["host"], options["port"], options["parallel"])
     if program is None:
-        serving.check_python_server(listening)
+        serving.check_python_server(model.path, listening)
     port = serving.free_port(listening.host, listening.port)
     listening = replace(listening, port=port)
     by = program or serving.PYTHON_SERVER
