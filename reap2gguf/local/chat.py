@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from reap2gguf.errors import UsageError
 
 if TYPE_CHECKING:
-    from reap2gguf.local.engine import AnswerOptions, Engine
+    from reap2gguf.local.engine import Engine
+    from reap2gguf.local.running import AnswerOptions
 
 HELP = (
     'Ctrl-C stops an answer, """ begins and ends a text of several lines, /clear starts a new '

@@ -7,16 +7,14 @@ limits; whatever happens there is one line here.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import reap2gguf
 from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
@@ -24,39 +22,18 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.local.engine_process import Problem, receive, send
 from reap2gguf.local.header_check import check_header, usable_context
 from reap2gguf.local.prompts import Prompts
+from reap2gguf.local.running import INSTALL
 from reap2gguf.messages import shown
 
-INSTALL = "pip install 'reap2gguf[llama]'"
+if TYPE_CHECKING:
+    from reap2gguf.local.running import AnswerOptions, EngineOptions
+
 Message = Mapping[str, str]
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); "
     "from reap2gguf.local.engine_process import main; main()"
 )
 _LOG_BYTES = 2**16  # of the end of what llama.cpp wrote, where it says why it ended
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to run a model, here or by another program."""
-
-    context: int  # tokens; the model's own context length is the limit
-    threads: int
-    gpu_layers: int  # -1 is all of them, if llama.cpp was built for a GPU
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How to choose the tokens of an answer."""
-
-    temperature: float = 0.8
-    max_tokens: int | None = None  # None: until the context is full
-    seed: int | None = None
-    system: str | None = None  # the system prompt
-
-
-def is_installed() -> bool:
-    """Whether llama-cpp-python is installed, without loading it."""
-    return importlib.util.find_spec("llama_cpp") is not None
 
 
 class Engine:
@@ -74,7 +51,7 @@ class Engine:
         self.has_template = self._prompts.has_template
         self.context = usable_context(header, options.context)
         self.n_tokens = 0  # that the model has read so far: of the prompt and of its answer
-        self._process = _Process(path, self.context, options)
+        self._process = _Process(path, self.context, self._prompts.stop, options)
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -113,7 +90,7 @@ class Engine:
 class _Process:
     """The process that runs a model."""
 
-    def __init__(self, path: Path, context: int, options: EngineOptions) -> None:
+    def __init__(self, path: Path, context: int, stop: str, options: EngineOptions) -> None:
         """Start it and load the model. Raises as `Engine` does."""
         self._path = path
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -133,6 +110,7 @@ class _Process:
                 {
                     "path": str(path),
                     "context": context,
+                    "stop": stop,
                     "threads": options.threads,
                     "gpu_layers": options.gpu_layers,
                 }

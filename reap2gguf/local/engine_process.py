@@ -13,7 +13,7 @@ import json
 import os
 import select
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from typing import IO, Any, Protocol
 
@@ -51,6 +51,32 @@ def receive(pipe: Pipe) -> dict[str, Any] | None:
     return dict(json.loads(body)) if len(body) == length else None
 
 
+class _Uncompiled:
+    """In the place of llama-cpp-python's template, which compiles without a limit of memory."""
+
+    def __init__(self, **others: Any) -> None:
+        pass
+
+    def to_chat_handler(self) -> None:
+        return None
+
+
+def use_rendered_prompts(name: str, prompt: Callable[[], str], stop: Callable[[], str]) -> None:
+    """Let llama-cpp-python take prompts that are rendered elsewhere, as the chat format `name`.
+
+    It compiles no template any more. An answer ends at the text that `stop` gives.
+    """
+    from llama_cpp import llama_chat_format
+
+    def rendered(messages: Any, **others: Any) -> Any:
+        return llama_chat_format.ChatFormatterResponse(
+            prompt(), stop=stop() or None, added_special=True
+        )
+
+    llama_chat_format.register_chat_format(name)(rendered)
+    vars(llama_chat_format)["Jinja2ChatFormatter"] = _Uncompiled
+
+
 def main() -> None:
     """Load a model and answer messages until there are no more."""
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
@@ -79,14 +105,7 @@ class _Model:
     """A loaded model, whose prompts are rendered already."""
 
     def __init__(self, llama_class: Any, setup: Mapping[str, Any]) -> None:
-        from llama_cpp.llama_chat_format import ChatFormatterResponse, register_chat_format
-
-        def rendered(messages: Any, **others: Any) -> Any:
-            llama = self._llama
-            stop = llama._model.token_get_text(llama.token_eos())
-            return ChatFormatterResponse(self._prompt, stop=stop or None, added_special=True)
-
-        register_chat_format("rendered")(rendered)
+        use_rendered_prompts("rendered", lambda: self._prompt, lambda: str(setup["stop"]))
         self._prompt = ""
         self._llama = llama_class(
             setup["path"],

@@ -24,6 +24,7 @@ _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 # these rotate whole heads; Qwen3.5's and others rotate a part
 _WHOLE_HEADS = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe")
+_DELTANET = ("qwen35", "qwen35moe", "qwen3next")
 
 
 def check_header(path: Path, header: GgufHeader) -> None:
@@ -34,6 +35,7 @@ def check_header(path: Path, header: GgufHeader) -> None:
         checks.counts()
         checks.experts()
         checks.attention()
+        checks.recurrence()
         checks.vocabulary()
 
 
@@ -109,9 +111,24 @@ class _Checks:
         is_right: Callable[[int], bool] = lambda count: count == length  # noqa: E731
         expected = f"{length}, as many as a head has"
         if self.arch not in _WHOLE_HEADS:
-            is_right, expected = lambda n: 0 <= n <= length and n % 2 == 0, f"up to {length}, even"
+            least = 2 if self.arch in _DELTANET else 0  # at 0 its rotation never ends
+            is_right = lambda count: least <= count <= length and count % 2 == 0  # noqa: E731
+            expected = f"an even number from {least} to {length}"
         if type(rotated) is not int or type(length) is not int or not is_right(rotated):
             raise self._refuse("rope.dimension_count", expected)
+
+    def recurrence(self) -> None:
+        """Qwen3.5's linear attention, and the sections of its rotation."""
+        heads, width = self._value("ssm.time_step_rank"), self._value("ssm.state_size")
+        is_deltanet = self.arch in _DELTANET and type(heads) is type(width) is int
+        if is_deltanet and self._value("ssm.inner_size") != heads * width:
+            raise self._refuse("ssm.inner_size", f"{heads * width}, time_step_rank x state_size")
+        sections = self._value("rope.dimension_sections")
+        length = self._value("attention.key_length")
+        if isinstance(sections, list) and type(length) is int:
+            is_right = all(type(one) is int and one >= 0 for one in sections)
+            if not is_right or not 1 <= sum(sections[:3]) <= sum(sections) <= length:
+                raise self._refuse("rope.dimension_sections", f"a sum of 1 to {length}")
 
     def vocabulary(self) -> None:
         """Lists with an entry per token, and ids of tokens."""

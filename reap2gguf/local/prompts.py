@@ -33,7 +33,8 @@ class Prompts:
             for key, text in header.metadata.items()
             if (key == _KEY or key.startswith(f"{_KEY}.")) and isinstance(text, str)
         }
-        tokens = {f"{name}_token": token_text(header, name) for name in ("bos", "eos")}
+        self.stop = _token_text(header, "eos")  # the text that ends an answer; may be empty
+        tokens = {"bos_token": _token_text(header, "bos"), "eos_token": self.stop}
         self._template = ChatTemplate(templates, tokens, now=datetime.now(), advice=_ADVICE)
         try:
             self._template.check()
@@ -65,7 +66,7 @@ class Prompts:
         self._template.close()
 
 
-def token_text(header: GgufHeader, name: str) -> str:
+def _token_text(header: GgufHeader, name: str) -> str:
     """The text of a special token, such as `eos`; empty if the file names none."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     number = header.metadata.get(f"tokenizer.ggml.{name}_token_id")

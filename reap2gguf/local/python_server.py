@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from reap2gguf.errors import Reap2ggufError, UsageError
 from reap2gguf.gguf_files.reader import read_gguf_header
-from reap2gguf.local.prompts import Prompts, token_text
+from reap2gguf.local.engine_process import use_rendered_prompts
+from reap2gguf.local.prompts import Prompts
 
 _CHAT = "/v1/chat/completions"
 _FORMAT = "rendered"  # the name under which llama-cpp-python finds the prompt of a request
@@ -159,16 +160,6 @@ async def _refuse(send: Send, refused: _RefusedError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _register_format(stop: str) -> None:
-    """Let llama-cpp-python take the prompt that the guard has rendered for a request."""
-    from llama_cpp.llama_chat_format import ChatFormatterResponse, register_chat_format
-
-    def rendered(messages: Any, **others: Any) -> Any:
-        return ChatFormatterResponse(_PROMPT.get(), stop=stop or None, added_special=True)
-
-    register_chat_format(_FORMAT)(rendered)
-
-
 def main() -> None:
     """Run the server with the settings in the arguments, in the form of llama_cpp.server."""
     # none of these has types that can be checked
@@ -186,13 +177,12 @@ def main() -> None:
     model = cli.parse_model_from_args(settings.ModelSettings, arguments)
     path = Path(model.model)
     try:
-        header = read_gguf_header(path)
-        prompts = Prompts(path, header)
+        prompts = Prompts(path, read_gguf_header(path))
     except UsageError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if prompts.has_template:
-        _register_format(token_text(header, "eos"))
+        use_rendered_prompts(_FORMAT, _PROMPT.get, lambda: prompts.stop)
         model.chat_format = _FORMAT
     guarded = Guard(
         app.create_app(server_settings=listening, model_settings=[model]), prompts, listening.host

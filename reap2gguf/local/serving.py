@@ -21,7 +21,7 @@ from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.pick import ModelFile
-    from reap2gguf.local.engine import EngineOptions
+    from reap2gguf.local.running import EngineOptions
 
 PYTHON_SERVER = "llama_cpp.server"
 _BOOT = (

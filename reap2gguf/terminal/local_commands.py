@@ -117,8 +117,9 @@ def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **op
       reap2gguf chat build/Qwen3-30B-A3B-REAP-0.25-GGUF
       reap2gguf chat build/Qwen3-30B-A3B-REAP-0.25-GGUF --prompt "Why is the sky blue?"
     """
-    from reap2gguf.local.engine import AnswerOptions, Engine, EngineOptions
+    from reap2gguf.local.engine import Engine
     from reap2gguf.local.programs import choose_program, cli_arguments, replace_process
+    from reap2gguf.local.running import AnswerOptions, EngineOptions
 
     model = _pick(bundle, wanted)
     program = choose_program("llama-cli", engine, prefers_python=True)
@@ -200,8 +201,8 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
           -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     from reap2gguf.local import serving
-    from reap2gguf.local.engine import EngineOptions
     from reap2gguf.local.programs import choose_program
+    from reap2gguf.local.running import EngineOptions
 
     model = _pick(bundle, wanted)
     program = choose_program("llama-server", engine, prefers_python=False)

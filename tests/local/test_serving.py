@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,6 +24,7 @@ from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.local import programs, serving
 from tests.conftest import Bundle
+from tests.local.altered import altered
 from tests.tiny import ONE_THREAD, REPOSITORY
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -199,3 +201,42 @@ def test_the_real_server_gives_llama_cpps_own_answer_and_ends_on_a_signal(built:
         assert process.returncode in (0, -signal.SIGTERM)
         assert "Finished server process" in errors
         assert "Traceback" not in errors
+
+
+def refusal(request: urllib.request.Request) -> tuple[int, str]:
+    """Status and message of a request that is refused."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    with caught.value as answer:
+        return answer.code, str(json.load(answer)["error"]["message"])
+
+
+@pytest.mark.slow
+@needs_server
+def test_the_real_server_answers_for_a_template_that_fails(built: Bundle, tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0].content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) "
+        "%}{% endfor %}{% endfor %}{% elif messages[0].content == 'bad' %}{{ 1 + 'a' }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    model = altered(
+        built.gguf / "example-BF16.gguf", tmp_path / "x.gguf", tokenizer__chat_template=template
+    )
+    with running(model, "--context", 256, "--threads", 1) as (_, address):
+        for content, reason in (("bad", "unsupported operand"), ("loop", "more than")):
+            for stream in (False, True):
+                messages = [{"role": "user", "content": content}]
+                data = json.dumps({"messages": messages, "stream": stream}).encode()
+                request = urllib.request.Request(
+                    f"{address}/chat/completions", data, {"Content-Type": "application/json"}
+                )
+                code, message = refusal(request)
+                assert code == 400
+                assert reason in message
+        with ask(address) as answer:
+            assert json.load(answer)["usage"]["prompt_tokens"] < 6  # "Hello" alone
+        with ask(address, stream=True) as answer:
+            assert b"content" in answer.read()
+        for name, value in (("Host", "evil.example"), ("Origin", "https://evil.example")):
+            asked = urllib.request.Request(f"{address}/models", headers={name: value})
+            assert refusal(asked)[0] == 403
