@@ -36,6 +36,7 @@ _MEDIA_PARTS = (
     *("image", "image_url", "input_image", "video", "video_url", "input_video"),
     *("audio", "audio_url", "input_audio"),
 )
+_OF_PARTS = {"type", "text", *_MEDIA_PARTS}
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -90,6 +91,8 @@ def _content(content: Any, message: Message, where: str) -> str | list[Any]:
         if message["role"] != "tool" and not has_more:
             raise BadSampleError(f"{where}: a message of {shown(message['role'])} has no content")
         return ""
+    if isinstance(content, dict) and message["role"] == "tool" and not content.keys() & _OF_PARTS:
+        return json.dumps(content, ensure_ascii=False)  # what a tool returned, as servers write it
     parts = [content] if isinstance(content, dict) else content
     if not isinstance(parts, list):
         raise BadSampleError(

@@ -117,6 +117,8 @@ class SampleReader:
         if has_parts(messages):
             messages, n_dropped = joined_parts(messages, self.renderer.reads_parts())
             self.n_dropped_parts += n_dropped
+            if not any(map(_holds_text, messages)):
+                return ""
         if not self.renderer.names_role("developer"):
             messages = [_without_developer(message) for message in messages]
         tools = None if sample.tools is None else list(sample.tools)

@@ -131,6 +131,9 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "a function call of old": (
         {"messages": [user(), LEGACY, {"role": "function", "name": "look", "content": "Ice."},
                       assistant()]}, TOLD),
+    "an object that a tool returned": (
+        {"messages": [*called(RIVER)["messages"][:2], {"role": "tool", "content": {"a": ["é"]}}]},
+        printed(("user", ASKED), ("assistant", "\nlook(place=river)"), ("tool", '{"a": ["é"]}'))),
     "reasoning alone": (
         {"messages": [user(), {"role": "assistant", "reasoning_content": "Hm."}]},
         printed(("user", ASKED), ("assistant", ""))),
@@ -234,7 +237,12 @@ def texts_of(path: Path, tokenizer: Tokenizer, notes: Notes | None = None) -> li
 
 
 # a column of Parquet has one type
-MIXED = {"several parts", "a part that is no list", "a part with null fields"}
+MIXED = {
+    "an object that a tool returned",
+    "several parts",
+    "a part that is no list",
+    "a part with null fields",
+}
 
 
 @pytest.mark.parametrize(
@@ -260,9 +268,12 @@ def test_images_are_dropped_and_counted_by_a_template_of_text(
 ) -> None:
     record = {"messages": [user([IMAGE, text_part(ASKED), {"type": "image"}]), assistant()]}
     notes = Notes()
-    assert texts_of(write(tmp_path / "a.jsonl", record), tokenizer, notes) == [BOTH]
+    alone = {"messages": [user([IMAGE])]}
+    path = write(tmp_path / "a.jsonl", record, alone)
+    assert texts_of(path, tokenizer, notes) == [BOTH]
+    assert "skipped 1 sample of under 2 tokens" in notes.notes[0]
     assert notes.notes[0].endswith(
-        "; dropped 2 images, videos or sounds, which the chat template cannot show"
+        "; dropped 3 images, videos or sounds, which the chat template cannot show"
     )
 
 
