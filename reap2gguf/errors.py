@@ -7,6 +7,7 @@
     │   └── UnknownTensorError      a stored tensor matches no rule
     ├── UnsupportedModelError       a model or a config value is not implemented
     ├── CalibrationError            text or samples cannot become rows of tokens
+    │   └── BadSampleError          one sample cannot be used; a few of them are skipped
     ├── ObservationError            the results of a calibration pass are not finite
     ├── PeerError                   another process of the same run ended early
     ├── RecipeError                 a recipe is malformed or does not fit this model
@@ -48,6 +49,10 @@ class UnsupportedModelError(Reap2ggufError):
 
 class CalibrationError(Reap2ggufError):
     """Calibration text or samples cannot be read, or do not fill one row of tokens."""
+
+
+class BadSampleError(CalibrationError):
+    """One sample cannot be used. Calibration skips and counts up to a tenth of its samples."""
 
 
 class ObservationError(Reap2ggufError):

@@ -82,6 +82,11 @@ COVERED_BY = [
         ("calibration/tool_calls.py",),
     ),
     (
+        "calibration/test_samples.py",
+        "messages are seen by what the template prints of them",
+        ("calibration/conversations.py",),
+    ),
+    (
         "calibration/test_rows.py",
         "rows as they are stored",
         ("artifacts/texts.py",),
@@ -109,7 +114,10 @@ COVERED_BY = [
     (
         "local/test_chat.py",
         "both engines are run by `chat`",
-        ("local/engine.py", "local/programs.py", "terminal/local_commands.py"),
+        (
+            "local/engine.py", "local/engine_process.py", "local/programs.py", "local/running.py",
+            "terminal/local_commands.py",
+        ),
     ),
     (
         "models/test_contract.py",

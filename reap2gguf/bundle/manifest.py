@@ -105,6 +105,7 @@ class ComponentRecord:
     rows: int
     tokens: int
     samples: int  # that the rows were made of; 0 if rows were cut from one text
+    skipped: int = 0  # samples that were empty or could not be used
 
     @property
     def title(self) -> str:

@@ -24,16 +24,19 @@ from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration.hub_datasets import open_dataset
 from reap2gguf.calibration.rows import DrawnRow, RowPacker, chunk_text, make_rows
-from reap2gguf.calibration.scanned_files import ScannedFiles, sample_text
+from reap2gguf.calibration.samples import SampleReader, usable
+from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import (
     MAX_TEXT,
     Corpus,
     Cut,
     Passage,
+    ignored_files,
     iterate_corpus,
     load_corpus,
 )
 from reap2gguf.errors import CalibrationError
+from reap2gguf.messages import one_line
 from reap2gguf.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -64,6 +67,11 @@ class _Part:
     rows: list[DrawnRow]
     texts: list[str]
     sha256: str
+    reader: SampleReader
+
+    @property
+    def n_skipped(self) -> int:
+        return self.reader.skipped.n_bad + self.reader.skipped.n_empty
 
 
 @dataclass(frozen=True)
@@ -79,51 +87,60 @@ class _Drawing:
     def draw(self, component: Component, revision: str | None, records: Iterator[Record]) -> _Part:
         """The rows and texts of one component; `records` are those of a dataset on the Hub."""
         count, seed = self.calibration.rows_of(component), self.calibration.seed
+        reader = SampleReader(self.tokenizer)
         if self.calibration.pack:
-            corpus, rows = self._packed(component, count, records)
+            corpus, rows = self._packed(component, count, records, reader)
         else:
             if component.is_local:
-                render = self.tokenizer.render_chat
-                corpus = load_corpus(component.name, render, count, seed, self.files)
+                corpus = load_corpus(component.name, reader, count, seed, self.files)
             else:
-                corpus = self._from_hub(component, count, records)
-            rows = make_rows(corpus, self.tokenizer, self.max_length, count, seed)
+                corpus = self._from_hub(component, count, records, reader)
+            short = reader.skipped.add_empty
+            rows = make_rows(corpus, self.tokenizer, self.max_length, count, seed, short)
         texts = [passage.text for passage in corpus.passages]
         if _is_shared(self.calibration):
             total = sum(self.calibration.rows_of(one) for one in self.calibration.components)
             texts = _first_characters(texts, _MAX_SHARED_TEXT * count // total)
-        return _Part(component, revision, rows, texts, corpus.sha256)
+        return _Part(component, revision, rows, texts, corpus.sha256, reader)
 
-    def _from_hub(self, component: Component, count: int, records: Iterator[Record]) -> Corpus:
-        """The texts of the first `count` records of a dataset."""
+    def _from_hub(
+        self, component: Component, count: int, records: Iterator[Record], reader: SampleReader
+    ) -> Corpus:
+        """The texts of the first `count` records of a dataset that can be used."""
         passages: list[Passage] = []
         with self.progress.task(_title(component), count, "samples") as task:
-            found = self._hub_passages(component, islice(records, count))
+            found = islice(_hub_passages(component, records, reader), count)
             for passage in _bounded(component, found):
                 passages.append(passage)
                 task.advance()
+        reader.skipped.check()
+        if not passages:
+            raise CalibrationError(f"calibration {component.name}: holds no text")
         return Corpus(component.name, tuple(passages))
 
     def _packed(
-        self, component: Component, count: int, records: Iterator[Record]
+        self, component: Component, count: int, records: Iterator[Record], reader: SampleReader
     ) -> tuple[Corpus, list[DrawnRow]]:
         """`count` rows of packed samples, and the passages that were read for them, no more."""
         if component.is_local:
-            render, seed = self.tokenizer.render_chat, self.calibration.seed
-            passages = iterate_corpus(component.name, render, count, seed, self.files)
+            seed = self.calibration.seed
+            passages = iterate_corpus(component.name, reader, count, seed, self.files)
         else:
-            passages = self._hub_passages(component, records)
+            passages = _hub_passages(component, records, reader)
         taken: list[Passage] = []
         packer = RowPacker(self.tokenizer, self.max_length, self.calibration.seed)
         with self.progress.task(_title(component), count, "rows") as task:
             bounded = _appended(_bounded(component, passages), taken)
             rows = packer.make(bounded, component.name, count, task.advance)
+        reader.skipped.check()
         return Corpus(component.name, tuple(taken)), rows
 
-    def _hub_passages(self, component: Component, records: Iterator[Record]) -> Iterator[Passage]:
-        for number, record in enumerate(records, start=1):
-            where = f"calibration {component.name}: sample {number}"
-            yield Passage(sample_text(record, self.tokenizer.render_chat, where), Cut.SAMPLE)
+
+def _hub_passages(
+    component: Component, records: Iterator[Record], reader: SampleReader
+) -> Iterator[Passage]:
+    for text in usable(records, reader, f"calibration {component.name}"):
+        yield Passage(text, Cut.SAMPLE)
 
 
 def draw(
@@ -219,6 +236,7 @@ def _component_record(part: _Part, rows: Sequence[DrawnRow]) -> ComponentRecord:
         rows=len(rows),
         tokens=sum(len(row.tokens) for row in rows),
         samples=sum(row.n_samples for row in rows),
+        skipped=part.n_skipped,
     )
 
 
@@ -230,7 +248,10 @@ def _summary(record: ComponentRecord, part: _Part, calibration: Calibration) -> 
         text += f" of {record.samples:,} samples"
     if count is not None and len(part.rows) < count:
         text += f"; {count:,} rows were requested, but it has only {len(part.rows):,}"
-    return text
+    if ignored := ignored_files(part.component.name) if part.component.is_local else []:
+        more = f" and {len(ignored) - 4:,} more" if len(ignored) > 4 else ""
+        text += f"; files that are not read: {one_line(', '.join(ignored[:4]))}{more}"
+    return "; ".join(filter(None, (text, part.reader.note())))
 
 
 def read_texts(

@@ -6,11 +6,14 @@ order in which they are tried. A record is recognised by its fields, wherever it
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from reap2gguf.calibration.conversations import flat_message, json_list, read_messages
 from reap2gguf.calibration.tool_calls import (
     SWE_AGENT_TOOLS,
     Message,
@@ -19,28 +22,27 @@ from reap2gguf.calibration.tool_calls import (
     function_schema,
     read_tools,
 )
-from reap2gguf.errors import CalibrationError
+from reap2gguf.errors import BadSampleError, CalibrationError
 from reap2gguf.messages import shown
 
 Record = Mapping[str, Any]
 
 _EXPECTED = (
-    "text, messages, prompt and completion, conversations, instruction and output or response, "
-    "query and answers, answer or response, prompt and body, or question and choices"
+    "text, messages, conversations, chosen (alone or with a question), content, query and answers, "
+    "prompt and body, question and choices, or a question (one of {questions}) and an answer (one "
+    "of {answers})"
 )
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+# A question and its answer, by the names of their fields; the first that a record has is read.
+_QUESTIONS = ("query", "instruction", "question", "problem", "prompt", "human", "user", "input")
+_ANSWERS = ("answer", "output", "response", "completion", "solution", "assistant", "bot")
+# These are named apart: a full solution goes before its short answer.
+_FIRST_PAIRS = (
+    *(("prompt", "completion"), ("instruction", "output"), ("instruction", "response")),
+    *(("problem", "solution"), ("question", "solution")),
+)
+_SYSTEM = ("system", "system_prompt")
+_MORE = ("input", "context")
+_MAX_DEPTH = 64  # levels of lists and objects in a sample
 
 
 @dataclass(frozen=True)
@@ -60,48 +62,110 @@ class Layout:
     read: Callable[[Record, str], Sample]
     may_have: tuple[str, ...] = ()
 
-    def fits(self, record: Record) -> bool:
-        return all(record.get(name) is not None for name in self.needs)
-
 
 def read_record(record: Any, where: str) -> Sample:
-    """The sample in a record. Raises CalibrationError if no layout fits it."""
+    """The sample in a record, whose fields may be written in any case.
+
+    Raises BadSampleError if its values cannot be used, and CalibrationError if no layout fits it,
+    so that it is not known what it means.
+    """
     if not isinstance(record, dict):
         raise CalibrationError(f"{where}: a {type(record).__name__}, expected an object")
-    for layout in _LAYOUTS:
-        if layout.fits(record) and (layout.needs != ("text",) or isinstance(record["text"], str)):
-            try:
-                return layout.read(record, where)
-            except RecursionError as error:
-                raise CalibrationError(f"{where}: nested too deeply; flatten it") from error
-    names = ", ".join(str(name)[:80] for name in list(record)[:8]) or "no fields"
-    raise CalibrationError(f"{where}: has {names}, expected {_EXPECTED}")
+    fields = {str(name).lower(): value for name, value in record.items()} | record
+    layout = _layout_of(fields)
+    if layout is None:
+        raise CalibrationError(f"{where}: has {_listed(record)}, expected {_expected()}")
+    for name in layout.needs:
+        if fields[name] is None:
+            raise BadSampleError(f"{where}: {name} is null")
+    try:
+        sample = layout.read(fields, where)
+        _check_values([sample.text, sample.messages, sample.tools], where)
+    except RecursionError as error:
+        raise BadSampleError(f"{where}: nested too deeply; flatten it") from error
+    return sample
+
+
+def _layout_of(record: Record) -> Layout | None:
+    """The first layout whose fields all hold something; else the first whose fields are there."""
+    tests: tuple[Callable[[Any], bool], ...] = (
+        lambda value: value not in (None, "", [], {}),
+        lambda value: value is not None,
+    )
+    for is_given in tests:
+        for layout in _LAYOUTS:
+            if all(_has(record, name) and is_given(record[name]) for name in layout.needs):
+                return layout
+    return next((one for one in _LAYOUTS if record.keys() >= set(one.needs)), None)
+
+
+def _has(record: Record, name: str) -> bool:
+    """Whether a record has a field, with a value of a type that can be text."""
+    types = {"text": str, "chosen": str | list | dict}.get(name, object)
+    return name in record and isinstance(record[name], types)
+
+
+def _listed(record: Record) -> str:
+    return ", ".join(str(name)[:80] for name in list(record)[:12]) or "no fields"
+
+
+def _expected() -> str:
+    return _EXPECTED.format(questions=", ".join(_QUESTIONS), answers=", ".join(_ANSWERS))
+
+
+def _check_values(value: Any, where: str, depth: int = 0) -> None:
+    """Raise BadSampleError for text or numbers that no tokenizer or template can read."""
+    if isinstance(value, str):
+        if not value.isprintable() and (found := _UNREADABLE.search(value)):
+            what = "a NUL character" if found[0] == "\0" else "half a character (a surrogate)"
+            raise BadSampleError(
+                f"{where}: holds {what}, at letter {found.start() + 1:,} of a text"
+            )
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise BadSampleError(f"{where}: holds {value}, which is not a number of JSON")
+    elif isinstance(value, Mapping | list | tuple):
+        if depth > _MAX_DEPTH:
+            raise BadSampleError(f"{where}: nested deeper than {_MAX_DEPTH} levels; flatten it")
+        if isinstance(value, Mapping):
+            value = [*value, *value.values()]
+        for item in value:
+            _check_values(item, where, depth + 1)
 
 
 def columns(names: list[str]) -> list[str]:
     """The columns of a dataset that its samples are made of; all columns if no layout fits."""
-    record = dict.fromkeys(names, "")
-    if not any(layout.fits(record) for layout in _LAYOUTS):
+    lower = {name.lower() for name in names}
+    if not any(lower.issuperset(layout.needs) for layout in _LAYOUTS):
         return names
-    return [name for name in names if name in _ALL_FIELDS]
+    return [name for name in names if name.lower() in _ALL_FIELDS]
 
 
 def _read_text(record: Record, where: str) -> Sample:
-    return Sample(text=str(record["text"]))
+    return Sample(text=_string(record, "text", where))
+
+
+def _read_content(record: Record, where: str) -> Sample:
+    """A text, as in sets of source code; a record that has a role too is one message."""
+    if "role" in record:
+        raise CalibrationError(
+            f"{where}: one message with a role and content, expected a whole conversation "
+            "(messages) in each record"
+        )
+    return Sample(text=_string(record, "content", where))
 
 
 def _read_messages(record: Record, where: str) -> Sample:
     """`messages` as a list, as JSON text (SWE-smith), or as one text by the user."""
     value = record["messages"]
-    stored = _json_list(value)
-    if stored is None:
-        messages = _messages(value, "user", where)
-    else:
-        messages = [_flat_content(m) for m in _messages(stored, "user", where)]
+    stored = json_list(value, "messages", where)
+    messages = read_messages(value if stored is None else stored, "user", where)
+    if stored is not None:
+        messages = [flat_message(message) for message in messages]
     tools = read_tools(record.get("tools"), where)
     if tools is None and _is_trajectory(record) and any(m.get("tool_calls") for m in messages):
         tools = SWE_AGENT_TOOLS
-    return Sample(messages=callable_messages(messages), tools=tools)
+    return Sample(messages=callable_messages(messages, where), tools=tools)
 
 
 def _is_trajectory(record: Record) -> bool:
@@ -109,46 +173,89 @@ def _is_trajectory(record: Record) -> bool:
     return record.get("traj_id") is not None or record.get("instance_id") is not None
 
 
-def _read_completion(record: Record, where: str) -> Sample:
-    messages = _messages(record["prompt"], "user", where)
-    messages += _messages(record["completion"], "assistant", where)
-    return Sample(
-        messages=callable_messages(messages), tools=read_tools(record.get("tools"), where)
-    )
+def _read_conversations(name: str) -> Callable[[Record, str], Sample]:
+    """Reads ShareGPT's turns of `from` and `value`, or messages, under that name."""
 
+    def read(record: Record, where: str) -> Sample:
+        stored = json_list(record[name], name, where)
+        turns = record[name] if stored is None else stored
+        if not isinstance(turns, list):
+            raise BadSampleError(f"{where}: expected {name} as a list of turns")
+        if turns and all(isinstance(turn, str) for turn in turns):
+            messages = _in_turn(turns)
+        else:
+            messages = read_messages(turns, "user", where)
+        if messages[:1] and messages[0]["role"] != "system":
+            messages = [*_system(record), *messages]
+        if isinstance(record.get("chosen"), Mapping):  # the better of two last turns
+            messages += read_messages([record["chosen"]], "assistant", where)
+        tools = read_tools(record.get("tools"), where)
+        return Sample(messages=callable_messages(messages, where), tools=tools)
 
-def _read_conversations(record: Record, where: str) -> Sample:
-    """ShareGPT: turns of `from` and `value`; or messages under that name."""
-    turns = record["conversations"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-        raise CalibrationError(f"{where}: expected conversations as a list of turns")
-    if "role" in turns[0]:
-        return _read_messages({**record, "messages": turns}, where)
-    messages: list[Message] = []
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages.append({"role": "system", "content": record["system"]})
-    for turn in turns:
-        role = _SHAREGPT_ROLES.get(str(turn.get("from")))
-        if role is None or not isinstance(turn.get("value"), str):
-            raise CalibrationError(
-                f"{where}: a turn from {shown(turn.get('from'))}, expected from (one of "
-                f"{', '.join(_SHAREGPT_ROLES)}) and value (text) in each turn"
-            )
-        messages.append({"role": role, "content": turn["value"]})
-    return Sample(messages=tuple(messages), tools=read_tools(record.get("tools"), where))
+    return read
 
 
 def _pair(question_field: str, answer_field: str) -> Callable[[Record, str], Sample]:
-    """Reads a question and its answer from two fields."""
+    """Reads a question and its answer from two fields; each is a text or a list of messages."""
 
     def read(record: Record, where: str) -> Sample:
-        question = _string(record, question_field, where)
-        more = next((record[n] for n in ("input", "context") if _is_text(record.get(n))), "")
-        if question_field == "instruction" and more:
+        question = record[question_field]
+        more = next((record[n] for n in _MORE if _is_text(record.get(n))), "")
+        if isinstance(question, str) and question_field not in _MORE and more:
             question = f"{question}\n\n{more}"
-        return _exchange(question, _string(record, answer_field, where))
+        messages = _side(question, question_field, "user", where)
+        if not (messages and messages[0]["role"] == "system"):
+            messages = [*_system(record), *_history(record, where), *messages]
+        messages += _side(record[answer_field], answer_field, "assistant", where)
+        tools = read_tools(record.get("tools"), where)
+        return Sample(messages=callable_messages(messages, where), tools=tools)
 
     return read
+
+
+def _side(value: Any, name: str, role: str, where: str) -> list[Message]:
+    if not isinstance(value, str | list):
+        raise BadSampleError(f"{where}: {name} is {shown(value)}, expected text")
+    return read_messages(value, role, where)
+
+
+def _system(record: Record) -> list[Message]:
+    """The system prompt that a record holds beside its question or its turns."""
+    text = next((record[name] for name in _SYSTEM if _is_text(record.get(name))), None)
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _history(record: Record, where: str) -> list[Message]:
+    """Earlier questions and answers, in the layout of Alpaca as LLaMA-Factory extends it."""
+    messages: list[Message] = []
+    history = record.get("history")
+    for turns in history if isinstance(history, list) else ():
+        is_pair = isinstance(turns, list) and len(turns) == 2
+        if not is_pair or not all(isinstance(turn, str) for turn in turns):
+            raise BadSampleError(f"{where}: history has {shown(turns)}, expected pairs of texts")
+        messages += _in_turn(turns)
+    return messages
+
+
+def _in_turn(texts: Sequence[str]) -> list[Message]:
+    """Texts by the user and the assistant in turn."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def _read_chosen(record: Record, where: str) -> Sample:
+    """The better of two answers: messages, which may begin with the question, or a text."""
+    chosen = record["chosen"]
+    name = next((n for n in _QUESTIONS if record.get(n)), None)
+    if name is None and isinstance(chosen, str):
+        return Sample(text=chosen)
+    answer = _side([chosen] if isinstance(chosen, dict) else chosen, "chosen", "assistant", where)
+    asked = [] if name is None else _side(record[name], name, "user", where)
+    if any(message["role"] == "user" for message in answer):
+        asked = []  # the question is the first of these messages
+    elif not (asked and asked[0]["role"] == "system"):
+        asked = [*_system(record), *asked]
+    return Sample(messages=callable_messages([*asked, *answer], where))
 
 
 def _read_story(record: Record, where: str) -> Sample:
@@ -160,7 +267,7 @@ def _read_choices(record: Record, where: str) -> Sample:
     """MMLU: a question and the choices for its answer; REAP reads only the question."""
     choices = record["choices"]
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise CalibrationError(f"{where}: expected choices as a list of texts")
+        raise BadSampleError(f"{where}: expected choices as a list of texts")
     lines = [f"{chr(ord('A') + n % 26)}. {choice}" for n, choice in enumerate(choices)]
     question = _string(record, "question", where)
     return Sample(messages=({"role": "user", "content": "\n".join([question, *lines])},))
@@ -168,37 +275,43 @@ def _read_choices(record: Record, where: str) -> Sample:
 
 def _read_calls(record: Record, where: str) -> Sample:
     """xlam: a query, and as JSON text the tools and the calls that answer it."""
-    calls = record["answers"]
-    calls = _json_list(calls) if isinstance(calls, str) else calls
-    good = isinstance(calls, list) and all(
+    calls = json_list(record["answers"], "answers", where) or record["answers"]
+    if not isinstance(calls, list) or not all(
         isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call
         for call in calls
-    )
-    if not good:
-        raise CalibrationError(f"{where}: expected answers as a list of calls with name, arguments")
-    assert calls is not None
+    ):
+        raise BadSampleError(f"{where}: expected answers as a list of calls with name, arguments")
     asked = {"role": "user", "content": _string(record, "query", where)}
     functions = [{"function": call} for call in calls]
     called = {"role": "assistant", "content": "", "tool_calls": functions}
     tools = read_tools(record.get("tools"), where)
     schemas = tuple(function_schema(tool) for tool in tools) if tools else None
-    return Sample(messages=callable_messages([asked, called]), tools=schemas)
+    return Sample(messages=callable_messages([asked, called], where), tools=schemas)
 
 
+def _layout_of_pair(question: str, answer: str) -> Layout:
+    may_have = tuple({*_MORE, *_SYSTEM, "history", "tools"} - {question})
+    return Layout((question, answer), _pair(question, answer), may_have)
+
+
+_PAIRS = dict.fromkeys((*_FIRST_PAIRS, *product(_QUESTIONS, _ANSWERS)))
 _LAYOUTS = (
     Layout(("text",), _read_text),
     Layout(("messages",), _read_messages, ("tools", "instance_id", "traj_id")),
-    Layout(("prompt", "completion"), _read_completion, ("tools",)),
-    Layout(("conversations",), _read_conversations, ("tools", "system")),
+    _layout_of_pair("prompt", "completion"),
+    *(
+        Layout((name,), _read_conversations(name), ("tools", *_SYSTEM, "chosen"))
+        for name in ("conversations", "conversation")
+    ),
     Layout(("query", "answers"), _read_calls, ("tools",)),
-    Layout(("query", "answer"), _pair("query", "answer")),
-    Layout(("query", "response"), _pair("query", "response")),
-    Layout(("instruction", "output"), _pair("instruction", "output"), ("input", "context")),
-    Layout(("instruction", "response"), _pair("instruction", "response"), ("input", "context")),
     Layout(("prompt", "body"), _read_story),
     Layout(("question", "choices"), _read_choices),
+    Layout(("chosen",), _read_chosen, (*_QUESTIONS, *_SYSTEM)),
+    *(_layout_of_pair(*pair) for pair in _PAIRS),
+    Layout(("content",), _read_content, ("role",)),
 )
 _ALL_FIELDS = {name for layout in _LAYOUTS for name in (*layout.needs, *layout.may_have)}
+_UNREADABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def _exchange(question: str, answer: str) -> Sample:
@@ -216,43 +329,5 @@ def _is_text(value: Any) -> bool:
 
 def _string(record: Record, name: str, where: str) -> str:
     if not isinstance(record[name], str):
-        raise CalibrationError(f"{where}: {name} is {shown(record[name])}, expected text")
+        raise BadSampleError(f"{where}: {name} is {shown(record[name])}, expected text")
     return str(record[name])
-
-
-def _json_list(value: Any) -> list[Any] | None:
-    """The list in a JSON text; None if the text is not a JSON list."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return None
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) else None
-
-
-def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Messages as given; a plain string becomes one message of `role`."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    good = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
-    )
-    if not good or not value:
-        raise CalibrationError(f"{where}: expected messages with a role and content each")
-    return list(value)
-
-
-def _flat_content(message: Message) -> Message:
-    """The parts of SWE-smith's messages for the model: role, content as one text, tool calls."""
-    content = message["content"]
-    parts = content if isinstance(content, list) else [content]
-    texts = [_part_text(part) for part in parts if part is not None]
-    flat = {"role": message["role"], "content": "\n".join(text for text in texts if text)}
-    return {**flat, "tool_calls": message["tool_calls"]} if message.get("tool_calls") else flat
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    return part if isinstance(part, str) else json.dumps(part, sort_keys=True)

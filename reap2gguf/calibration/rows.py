@@ -33,12 +33,18 @@ class DrawnRow:
 
 
 def make_rows(
-    corpus: Corpus, tokenizer: Tokenizer, max_length: int, n_rows: int | None, seed: int
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    max_length: int,
+    n_rows: int | None,
+    seed: int,
+    on_short: Callable[[], None] = lambda: None,
 ) -> list[DrawnRow]:
     """At most `n_rows` rows of at most `max_length` tokens, one row per sample.
 
     The rows of a stream are its first ones, in order; documents and samples are shuffled by `seed`.
-    Raises CalibrationError if there is no row at all.
+    `on_short` is called for each sample that is too short to be a row. Raises CalibrationError if
+    there is no row at all.
     """
     rows: list[DrawnRow] = []
     n_tokens = 0
@@ -46,6 +52,8 @@ def make_rows(
         tokens = tokenizer.encode(passage.text)
         n_tokens += len(tokens)
         rows.extend(_cut(passage.cut, tokens, max_length, tokenizer.bos))
+        if passage.cut is Cut.SAMPLE and len(tokens) < _SHORTEST_SAMPLE:
+            on_short()
     if not rows:
         raise _too_short(corpus.spec, n_tokens, max_length)
     if any(passage.cut is not Cut.STREAM for passage in corpus.passages):

@@ -1,6 +1,6 @@
 """Files of texts and samples, each scanned once: checked, hashed, and its records counted.
 
-A scan reads the file once. Afterwards a text is read a second time, and of a JSONL file the records
+A scan reads the file once. Afterwards a text is read a second time, and of a JSON file the records
 that were drawn, and nothing else. A file that changes after its scan is an error.
 """
 
@@ -8,51 +8,23 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
+from reap2gguf.calibration.json_records import check_encoding, iterate_records, parse_record
 from reap2gguf.calibration.layouts import columns, read_record
-from reap2gguf.errors import CalibrationError
+from reap2gguf.calibration.samples import Skipped
+from reap2gguf.errors import BadSampleError, CalibrationError
 from reap2gguf.files import file_sha256, open_plain, plain_size
-
-if TYPE_CHECKING:
-    from reap2gguf.calibration.tool_calls import Message, Tool
 
 _MAX_TEXT_BYTES = 2**28
 _BLOCK_BYTES = 2**20
-_MAX_LINE_BYTES = 2**22
 # pyarrow raises errors of these classes, also for values that Python cannot hold
 _PARQUET_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
-
-
-class RenderChat(Protocol):
-    """Applies a model's chat template."""
-
-    def __call__(self, messages: list[Message], tools: list[Tool] | None = None, /) -> str: ...
-
-
-def sample_text(record: Any, render_chat: RenderChat, where: str) -> str:
-    """The text of the sample in a record, messages through the chat template.
-
-    Raises CalibrationError if no layout fits the record, or the template refuses it.
-    """
-    sample = read_record(record, where)
-    if sample.text is not None:
-        text = sample.text
-    else:
-        tools = None if sample.tools is None else list(sample.tools)
-        try:
-            text = render_chat(list(sample.messages), tools)
-        except CalibrationError as error:
-            raise CalibrationError(f"{where}: {error}") from error
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise CalibrationError(f"{where} holds half a character (a surrogate)")
-    return text
 
 
 class _ScannedFile:
@@ -109,8 +81,15 @@ class TextFile(_ScannedFile):
         try:
             with self.opened() as file:
                 while block := file.read(_BLOCK_BYTES):
+                    if not n_done:
+                        check_encoding(block, path)
                     digest.update(block)
                     decoder.decode(block)
+                    if (at := block.find(b"\0")) >= 0:
+                        raise CalibrationError(
+                            f"{path}: holds a NUL character (byte {n_done + at:,}); it is not "
+                            "UTF-8 text, but perhaps UTF-16 or no text at all"
+                        )
                     n_done += len(block)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
@@ -121,27 +100,32 @@ class TextFile(_ScannedFile):
         self.sha256 = digest.hexdigest()
 
     def text(self) -> str:
-        """The whole text."""
+        """The whole text, without a byte order mark."""
         with self.opened() as file:
-            return file.read().decode("utf-8")
+            return file.read().decode("utf-8-sig")
 
 
-class JsonlFile(_ScannedFile):
-    """A file with one record per line; each is checked. Memory: one line, 8 bytes per record."""
+class JsonFile(_ScannedFile):
+    """A file with one record per line, or one array of them; each record is checked.
+
+    Memory: one record, and 16 bytes for each.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        digest, position = hashlib.sha256(), 0
-        self._offsets = array("Q")  # where each record starts
+        digest = hashlib.sha256()
+        self._offsets, self._lengths = array("Q"), array("Q")
+        skipped = Skipped()
         with self.opened() as file:
-            for number, line in enumerate(self._lines(file), start=1):
-                digest.update(line)
-                if line.strip():
-                    self._offsets.append(position)
-                    record = self._parse(line, f"line {number}")
-                    where = f"{path}: sample {len(self._offsets)}"
-                    sample_text(record, lambda messages, tools=None: "", where)
-                position += len(line)
+            for place, record in iterate_records(file, path, digest.update):
+                self._offsets.append(place.offset)
+                self._lengths.append(place.length)
+                skipped.n_read += 1
+                try:
+                    read_record(record, f"{path}: sample {skipped.n_read}")
+                except BadSampleError as error:
+                    skipped.add_bad(error)
+        skipped.check()
         self.sha256 = digest.hexdigest()
 
     @property
@@ -151,34 +135,16 @@ class JsonlFile(_ScannedFile):
     def records(self) -> Iterator[Any]:
         """All records, in order."""
         with self.opened() as file:
-            for number, line in enumerate(self._lines(file), start=1):
-                if line.strip():
-                    yield self._parse(line, f"line {number}")
+            for _, record in iterate_records(file, self.path, len):
+                yield record
 
     def records_at(self, numbers: Sequence[int]) -> Iterator[Any]:
         """The records of these numbers, counted from 0, in this order."""
         with self.opened() as file:
             for number in numbers:
                 file.seek(self._offsets[number])
-                line = file.readline(_MAX_LINE_BYTES + 1)
-                yield self._parse(line, f"sample {number + 1}")
-
-    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
-        # one byte more than a line may have, never all of it: a file may be one endless line
-        lines = iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            if len(line) > _MAX_LINE_BYTES:
-                raise CalibrationError(
-                    f"{self.path}: line {number} is over {_MAX_LINE_BYTES:,} bytes, too long for "
-                    "one sample"
-                )
-            yield line
-
-    def _parse(self, line: bytes, where: str) -> Any:
-        try:
-            return json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{self.path}: {where} is not JSON ({error})") from error
+                raw = file.read(self._lengths[number])
+                yield parse_record(raw, self.path, f"sample {number + 1}")
 
 
 class ParquetFile(_ScannedFile):
@@ -236,7 +202,7 @@ class ParquetFile(_ScannedFile):
         return CalibrationError(f"{self.path}: cannot be read as Parquet ({error})")
 
 
-SampleFile = JsonlFile | ParquetFile
+SampleFile = JsonFile | ParquetFile
 
 
 class ScannedFiles:
@@ -248,11 +214,11 @@ class ScannedFiles:
 
     def file(self, path: Path) -> TextFile | SampleFile:
         """A file of samples by its suffix, else a text. Raises CalibrationError."""
-        if path.suffix not in (".jsonl", ".parquet"):
+        if path.suffix not in (".json", ".jsonl", ".parquet"):
             return self.text(path)
         known = self._samples.get(path)
         if known is None or known.stamp != _stamp(path):
-            known = JsonlFile(path) if path.suffix == ".jsonl" else ParquetFile(path)
+            known = ParquetFile(path) if path.suffix == ".parquet" else JsonFile(path)
             self._samples[path] = known
         return known
 

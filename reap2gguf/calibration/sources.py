@@ -10,15 +10,11 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 
-from reap2gguf.calibration.scanned_files import (
-    RenderChat,
-    SampleFile,
-    ScannedFiles,
-    TextFile,
-    sample_text,
-)
+from reap2gguf.calibration.samples import SampleReader, usable
+from reap2gguf.calibration.scanned_files import SampleFile, ScannedFiles, TextFile
 from reap2gguf.calibration.spec import DEFAULT_MIX, SAMPLE_SUFFIXES, Calibration
 from reap2gguf.errors import CalibrationError
 from reap2gguf.resources import shipped_folder
@@ -65,7 +61,7 @@ class Corpus:
 def check_calibration(calibration: Calibration, files: ScannedFiles) -> None:
     """Raise CalibrationError for local files that cannot be used; the Hub is not asked.
 
-    Scans JSONL and texts; of Parquet, only the footer is read.
+    Scans JSON and texts; of Parquet, only the footer is read.
     """
     for component in calibration.components:
         if component.is_local and component.name != DEFAULT_MIX:
@@ -85,22 +81,25 @@ def local_hashes(calibration: Calibration, files: ScannedFiles) -> list[tuple[st
 
 def load_corpus(
     spec: str,
-    render_chat: RenderChat,
+    reader: SampleReader,
     n_samples: int | None = None,
     seed: int = 0,
     files: ScannedFiles | None = None,
 ) -> Corpus:
-    """Read a file, a folder or the embedded mix; `render_chat` is the model's chat template.
+    """Read a file, a folder or the embedded mix.
 
-    `n_samples` samples are drawn by `seed`, and only those are rendered and held; streams and
-    documents are read whole, and so are samples beside them.
-    Raises CalibrationError if the spec names nothing, or a file cannot be read or has no samples.
+    `n_samples` samples are drawn by `seed`, and only those are rendered and held; others take the
+    places of those that are skipped. Streams and documents are read whole, and so are samples
+    beside them. Raises CalibrationError if the spec names nothing, a file cannot be read or has no
+    samples, or too many samples cannot be used.
     """
     scanned = files or ScannedFiles()
     if n_samples is None or (samples := _sample_files(spec, scanned)) is None:
-        passages = list(_all_passages(spec, render_chat, scanned))
+        passages = list(_all_passages(spec, reader, scanned))
     else:
-        passages = _read_at(samples, _order(samples, seed)[:n_samples], render_chat)
+        drawn = _drawn(samples, seed, reader, n_samples, is_growing=False)
+        passages = list(islice(drawn, n_samples))
+        reader.skipped.check()
     if not any(passage.text.strip() for passage in passages):
         raise CalibrationError(f"calibration {spec!r}: holds no text")
     return Corpus(spec, tuple(passages))
@@ -108,7 +107,7 @@ def load_corpus(
 
 def iterate_corpus(
     spec: str,
-    render_chat: RenderChat,
+    reader: SampleReader,
     n_first: int,
     seed: int,
     files: ScannedFiles | None = None,
@@ -122,17 +121,22 @@ def iterate_corpus(
     scanned = files or ScannedFiles()
     sample_files = _sample_files(spec, scanned)
     if not sample_files:
-        passages = list(load_corpus(spec, render_chat, files=scanned).passages)
+        passages = list(load_corpus(spec, reader, files=scanned).passages)
         samples = [passage for passage in passages if passage.cut is Cut.SAMPLE]
         random.Random(seed).shuffle(samples)
         yield from (passage for passage in passages if passage.cut is not Cut.SAMPLE)
         yield from samples
         return
-    order = _order(sample_files, seed)
-    done, end = 0, n_first
-    while done < len(order):
-        yield from _read_at(sample_files, order[done:end], render_chat)
-        done, end = end, 2 * end
+    yield from _drawn(sample_files, seed, reader, n_first, is_growing=True)
+
+
+def ignored_files(spec: str) -> list[str]:
+    """The names of the files in a folder that are not read."""
+    path = Path(os.path.expanduser(spec))
+    if spec == DEFAULT_MIX or not path.is_dir():
+        return []
+    names = (file.name for file in path.iterdir() if file.suffix not in SAMPLE_SUFFIXES)
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _sample_files(spec: str, scanned: ScannedFiles) -> list[SampleFile] | None:
@@ -149,13 +153,31 @@ def _order(files: Sequence[SampleFile], seed: int) -> list[int]:
     return order
 
 
+def _drawn(
+    files: Sequence[SampleFile], seed: int, reader: SampleReader, n_wanted: int, *, is_growing: bool
+) -> Iterator[Passage]:
+    """The samples that can be used, in the order in which `seed` draws them.
+
+    `n_wanted` are read at first. Afterwards as many as are still missing are read; or, if the
+    number that is needed is not known (`is_growing`), each time twice as many.
+    """
+    order = _order(files, seed)
+    reader.skipped.n_samples = len(order)
+    done, step = 0, n_wanted
+    while done < len(order) and step > 0:
+        passages = _read_at(files, order[done : done + step], reader)
+        yield from passages
+        done, step = done + step, done + step if is_growing else step - len(passages)
+    reader.skipped.check()
+
+
 def _read_at(
-    files: Sequence[SampleFile], wanted: Sequence[int], render_chat: RenderChat
+    files: Sequence[SampleFile], wanted: Sequence[int], reader: SampleReader
 ) -> list[Passage]:
-    """The samples of these numbers, in this order; each file is read in its own order."""
+    """The usable ones of these samples, in this order; each file is read in its own order."""
     places = {index: place for place, index in enumerate(wanted)}
     ascending = sorted(places)
-    texts = [""] * len(places)
+    texts: list[str | None] = [None] * len(places)
     first, n_letters = 0, 0
     for file in files:
         end = first + file.n_records
@@ -163,19 +185,19 @@ def _read_at(
         numbers = [index - first for index in inside]
         records = file.records_at(numbers) if numbers else iter(())
         for index, record in zip(inside, records, strict=True):
-            where = f"{file.path}: sample {index - first + 1}"
-            texts[places[index]] = text = sample_text(record, render_chat, where)
-            n_letters += len(text)
+            text = reader.text(record, f"{file.path}: sample {index - first + 1}")
+            texts[places[index]] = text
+            n_letters += len(text or "")
             if n_letters > MAX_TEXT:
                 raise CalibrationError(
                     f"{file.path}: over {MAX_TEXT:,} characters of text in {len(places):,} "
                     "samples; use fewer --samples"
                 )
         first = end
-    return [Passage(text, Cut.SAMPLE) for text in texts]
+    return [Passage(text, Cut.SAMPLE) for text in texts if text is not None]
 
 
-def _all_passages(spec: str, render_chat: RenderChat, scanned: ScannedFiles) -> Iterator[Passage]:
+def _all_passages(spec: str, reader: SampleReader, scanned: ScannedFiles) -> Iterator[Passage]:
     """Every passage of a spec; a text alone is one stream, in a folder it is a document."""
     is_folder = spec == DEFAULT_MIX or Path(os.path.expanduser(spec)).is_dir()
     cut = Cut.DOCUMENT if is_folder else Cut.STREAM
@@ -184,8 +206,7 @@ def _all_passages(spec: str, render_chat: RenderChat, scanned: ScannedFiles) -> 
         if isinstance(file, TextFile):
             yield Passage(file.text(), cut)
             continue
-        for number, record in enumerate(file.records(), start=1):
-            text = sample_text(record, render_chat, f"{path}: sample {number}")
+        for text in usable(file.records(), reader, str(path)):
             yield Passage(text, Cut.SAMPLE)
 
 
@@ -203,8 +224,9 @@ def _files(spec: str) -> list[Path]:
         return sorted(file for file in path.iterdir() if file.suffix in SAMPLE_SUFFIXES)
     if path.suffix not in SAMPLE_SUFFIXES:
         raise CalibrationError(
-            f"calibration {spec!r}: expected a .txt, .jsonl or .parquet file, a folder of them, or "
-            f"the embedded mix {DEFAULT_MIX!r}"
+            f"calibration {spec!r}: expected a .txt, .jsonl, .json or .parquet file, a folder of "
+            f"them, or the embedded mix {DEFAULT_MIX!r}; decompress other files, or save their "
+            "records as JSONL"
         )
     return [path]
 

@@ -32,7 +32,7 @@ DEFAULT_SAMPLES = 1024
 DEFAULT_LENGTH = 2048
 DEFAULT_MIX = "default"
 DEFAULT_SPLIT = "train"
-SAMPLE_SUFFIXES = (".jsonl", ".parquet", ".txt")
+SAMPLE_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 MAX_ROWS = 2**31 - 1  # of a component, and in total
 _MAX_COMPONENTS = 256
 _FORM = "name[subset](split):n, such as owner/dataset[code](train):250"
@@ -220,8 +220,8 @@ def decide(options: CalibrationOptions) -> Calibration:
         plain = parse_plain(spec)
         if plain is None:
             raise CalibrationError(
-                f"{spec}: no such file; pass a .txt, .jsonl or .parquet file, a folder of them, "
-                f"the embedded mix {DEFAULT_MIX!r}, a mix ({', '.join(shipped_mixes())}), or "
+                f"{spec}: no such file; pass a .txt, .jsonl, .json or .parquet file, a folder of "
+                f"them, the embedded mix {DEFAULT_MIX!r}, a mix ({', '.join(shipped_mixes())}), or "
                 "datasets on the Hub as owner/name[subset](split):n,..."
             )
         return _one(plain, options)

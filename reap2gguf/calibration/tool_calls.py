@@ -13,7 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reap2gguf.errors import CalibrationError
+from reap2gguf.errors import BadSampleError
+from reap2gguf.messages import shown
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
@@ -30,50 +31,66 @@ _JSON_TYPES = {
 }
 
 
-def callable_messages(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Messages with their tool calls in the form of templates; other messages are unchanged."""
+def callable_messages(messages: Sequence[Message], where: str) -> tuple[Message, ...]:
+    """Messages with their tool calls in the form of templates; other messages are unchanged.
+
+    Raises BadSampleError for a call without a name, or with arguments that are not an object.
+    """
     result: list[Message] = []
     count = 0
     for message in messages:
         calls = message.get("tool_calls")
-        if isinstance(calls, list) and calls:
-            numbered = [_call(call, count + n) for n, call in enumerate(calls)]
+        if isinstance(calls, str):
+            calls = _parsed(calls, f"{where}: tool_calls")
+        if calls and not isinstance(calls, list):
+            raise BadSampleError(f"{where}: tool_calls is {shown(calls)}, expected a list of calls")
+        if calls:
+            numbered = [_call(call, count + n, where) for n, call in enumerate(calls)]
             message = {**message, "tool_calls": numbered}
             count += len(calls)
         result.append(message)
     return tuple(result)
 
 
-def _call(call: Any, number: int) -> Any:
-    """A call with arguments as an object, a type and an id; any other value is unchanged."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            parsed = None  # a model may write broken JSON; templates accept text as well
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    plain = {"name": function.get("name"), "arguments": arguments}
+def _call(call: Any, number: int, where: str) -> Tool:
+    """A call with its arguments as an object, a type and an id."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadSampleError(f"{where}: a tool call is {shown(call)}, expected a function's name")
+    named = f"{where}: the arguments of {shown(function['name'])}"
+    arguments = _arguments(function.get("arguments"), named)
+    plain = {"name": function["name"], "arguments": arguments}
     return {"id": call.get("id") or f"call{number:05d}", "type": "function", "function": plain}
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    """Arguments as an object, from an object or JSON text; {} where there are none."""
+    for _ in range(2):  # some datasets store JSON text inside JSON text
+        value = _parsed(value, where) if isinstance(value, str) else value
+    if not isinstance(value, dict | None):
+        raise BadSampleError(f"{where} are {shown(value)}, expected a JSON object")
+    return value or {}
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The value of a JSON text; None for an empty one."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"{where} are not JSON ({error})") from error
 
 
 def read_tools(value: Any, where: str) -> tuple[Tool, ...] | None:
     """The JSON schemas of a sample's tools, from a list or JSON text; None where it has none.
 
-    Raises CalibrationError for anything else.
+    Raises BadSampleError for anything else.
     """
     if isinstance(value, str):
-        try:
-            value = json.loads(value or "null")
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}: tools are not JSON ({error})") from error
+        value = _parsed(value, f"{where}: tools")
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise CalibrationError(f"{where}: expected tools as a list of JSON schemas")
+        raise BadSampleError(f"{where}: expected tools as a list of JSON schemas")
     return tuple(value)
 
 

@@ -1,1 +1,1 @@
-"""Run a bundle on this machine: chat in this process, or start a server or llama.cpp's programs."""
+"""Run a bundle on this machine: chat with it, or start a server or llama.cpp's programs."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
 
 if TYPE_CHECKING:
-    from reap2gguf.local.engine import AnswerOptions, Engine
+    from reap2gguf.local.engine import Engine
+    from reap2gguf.local.running import AnswerOptions
 
-HELP = "Ctrl-C stops an answer, /clear starts a new conversation, Ctrl-D or /exit quits."
+HELP = (
+    'Ctrl-C stops an answer, """ begins and ends a text of several lines, /clear starts a new '
+    "conversation, Ctrl-D or /exit quits."
+)
+_FENCE = '"""'
+Read = Callable[[str], str]  # of a prompt, such as input()
 Write = Callable[[str], None]
 
 
@@ -64,7 +70,7 @@ class Conversation:
         parts: list[str] = []
         read_before, begun = 0, time.monotonic()
         pieces = self.engine.pieces(messages, self.options)
-        with _deferred_interrupt() as is_interrupted:
+        with _deferred_interrupt() as is_interrupted, closing(pieces):
             for number, piece in enumerate(pieces):
                 if number == 0:  # the prompt has been read, the first token is chosen
                     read_before, begun = self.engine.n_tokens, time.monotonic()
@@ -102,28 +108,44 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def converse(
-    conversation: Conversation, read: Callable[[], str], write: Write, note: Write
-) -> None:
-    """Answer questions from `read` until it raises EOFError or returns /exit."""
+def converse(conversation: Conversation, read: Read, write: Write, note: Write) -> None:
+    """Answer questions from `read` until it raises EOFError or returns /exit.
+
+    Ctrl-C while `read` waits drops what was typed.
+    """
     while True:
         try:
-            line = read().strip()
+            text = _question(read)
         except EOFError:
             note("")
             return
-        if line in ("/exit", "/quit", "/bye"):
+        except KeyboardInterrupt:
+            note("\nCtrl-D or /exit quits")
+            continue
+        if text in ("/exit", "/quit", "/bye"):
             return
-        if line == "/clear":
+        if text == "/clear":
             conversation.clear()
             note("new conversation")
-        elif line.startswith("/") and line[1:].isalpha():
+        elif text.startswith("/") and text[1:].isalpha():
             note(HELP)
-        elif line:
+        elif text:
             try:
-                answer = conversation.ask(line, write)
+                answer = conversation.ask(text, write)
             except UsageError as error:
                 note(f"{error}; /clear starts a new conversation")
                 continue
             write("\n")
             note(f"({answer.figures()})")
+
+
+def _question(read: Read) -> str:
+    """One line, or the lines between two times three quotes."""
+    line = read("> ").strip()
+    if not line.startswith(_FENCE):
+        return line
+    lines = [line.removeprefix(_FENCE)]
+    while not lines[-1].rstrip().endswith(_FENCE):
+        lines.append(read("... "))
+    lines[-1] = lines[-1].rstrip().removesuffix(_FENCE)
+    return "\n".join(lines).strip()

@@ -1,51 +1,39 @@
-"""Run a GGUF file in this process with llama-cpp-python.
+"""Run a GGUF file with llama-cpp-python, in a process of its own.
 
-Nothing here may load the package's own libggml: llama_cpp contains one of the same name and fails
-if the other was loaded first.
+llama.cpp ends its process where a file contradicts itself, and a chat template may never end. So
+`engine_process.py` runs the model, and the template is rendered by `tokenizer.templates` with its
+limits; whatever happens there is one line here.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reap2gguf.errors import ArtifactError, DependencyError, UsageError
-from reap2gguf.gguf_files.reader import GgufHeader, read_gguf_header
+import reap2gguf
+from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
+from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.local.engine_process import Problem, receive, send
+from reap2gguf.local.header_check import check_header, usable_context
+from reap2gguf.local.prompts import Prompts
+from reap2gguf.local.running import INSTALL
 from reap2gguf.messages import shown
-from reap2gguf.models.description import is_of_experts
 
-INSTALL = "pip install 'reap2gguf[llama]'"
+if TYPE_CHECKING:
+    from reap2gguf.local.running import AnswerOptions, EngineOptions
+
 Message = Mapping[str, str]
-_CONTEXT_STEP = 256
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to run a model, in this process or by another program."""
-
-    context: int  # tokens; the model's own context length is the limit
-    threads: int
-    gpu_layers: int  # -1 is all of them, if llama.cpp was built for a GPU
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How to choose the tokens of an answer."""
-
-    temperature: float = 0.8
-    max_tokens: int | None = None  # None: until the context is full
-    seed: int | None = None
-    system: str | None = None  # the system prompt
-
-
-def is_installed() -> bool:
-    """Whether llama-cpp-python is installed, without loading it."""
-    return importlib.util.find_spec("llama_cpp") is not None
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); "
+    "from reap2gguf.local.engine_process import main; main()"
+)
+_LOG_BYTES = 2**16  # of the end of what llama.cpp wrote, where it says why it ended
 
 
 class Engine:
@@ -54,119 +42,136 @@ class Engine:
     def __init__(self, path: Path, options: EngineOptions) -> None:
         """Load a model.
 
-        Raises ArtifactError if the file is broken or llama.cpp refuses it, and DependencyError if
-        llama-cpp-python does not load.
+        Raises ArtifactError if the file is broken or llama.cpp refuses it, UsageError if its chat
+        template is broken, and DependencyError if llama-cpp-python does not load.
         """
         header = read_gguf_header(path)
-        check_counts(path, header)
-        self.has_template = isinstance(header.metadata.get("tokenizer.chat_template"), str)
+        check_header(path, header)
+        self._prompts = Prompts(path, header)
+        self.has_template = self._prompts.has_template
         self.context = usable_context(header, options.context)
-        self._llama = _load(path, self.context, options)
+        self.n_tokens = 0  # that the model has read so far: of the prompt and of its answer
+        self._process = _Process(path, self.context, self._prompts.stop, options)
 
     def close(self) -> None:
         """Free the model's memory."""
-        self._llama.close()
+        self._process.close()
+        self._prompts.close()
 
-    def pieces(self, messages: Sequence[Message], options: AnswerOptions) -> Iterator[str]:
+    def pieces(self, messages: Sequence[Message], options: AnswerOptions) -> Generator[str]:
         """An answer piece by piece; a model without a chat template continues the text.
 
-        Raises UsageError if the messages and the answer do not fit the context, or if the template
-        refuses the messages.
+        Close the iterator to stop the answer. Raises UsageError if the messages and the answer do
+        not fit the context, or if the template refuses the messages, and ArtifactError if
+        llama.cpp ends.
         """
-        settings: dict[str, Any] = {
+        request = {
+            "prompt": self._prompts.render(messages),
+            "is_chat": self.has_template,
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "seed": options.seed,
-            "stream": True,
         }
-        with _refusals():
-            if self.has_template:
-                chunks = self._llama.create_chat_completion(list(messages), **settings)
-                for chunk in chunks:
-                    yield chunk["choices"][0]["delta"].get("content") or ""
-            else:
-                text = "\n".join(message["content"] for message in messages)
-                for chunk in self._llama.create_completion(text, **settings):
-                    yield chunk["choices"][0]["text"]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that the model has read so far: of the prompt and of its answer."""
-        return int(self._llama.n_tokens)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Report what llama-cpp-python or a chat template refuses as a UsageError."""
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except (ValueError, TemplateError) as error:
-        # "Requested tokens (900) exceed context window of 512"
-        hint = "; pass a larger --context" if "context window" in str(error) else ""
-        raise UsageError(f"llama-cpp-python: {str(error).rstrip('.')}{hint}") from error
+        self._process.send(request)
+        while "piece" in (answer := self._process.receive()):
+            self.n_tokens = answer["n_tokens"]
+            try:
+                yield answer["piece"]
+            except GeneratorExit:
+                self._process.send({})  # stop
+                while "piece" in self._process.receive():
+                    pass
+                raise
+        if "problem" in answer:
+            raise self._process.error(answer)
+        self.n_tokens = answer["n_tokens"]
 
 
-def check_counts(path: Path, header: GgufHeader) -> None:
-    """Refuse counts at which llama.cpp aborts the whole process.
+class _Process:
+    """The process that runs a model."""
 
-    See load_hparams in llama.cpp's src/llama-model.cpp. Raises ArtifactError.
-    """
-    arch = header.metadata.get("general.architecture")
-    if not isinstance(arch, str):
-        return  # llama.cpp reports it
-
-    def bounded(key: str, most: int) -> int:
-        value = header.metadata.get(f"{arch}.{key}", 0)
-        highest = max(value, default=0) if isinstance(value, Sequence) else value
-        if type(highest) is not int or not 0 <= highest <= most:
-            raise ArtifactError(f"{path}: {arch}.{key} is {shown(value)}, expected 0 to {most:,}")
-        return highest
-
-    n_layers = bounded("block_count", _MAX_LAYERS)
-    bounded("nextn_predict_layers", n_layers)
-    n_experts = bounded("expert_count", _MAX_EXPERTS)
-    n_used = bounded("expert_used_count", n_experts)
-    if n_experts and not n_used:
-        raise ArtifactError(f"{path}: {arch}.expert_used_count is 0, expected 1 to {n_experts}")
-    for name in header.tensors:
-        if is_of_experts(name) and not n_experts:
-            raise ArtifactError(
-                f"{path}: {shown(name)} holds experts, but {arch}.expert_count is 0"
-            )
-
-
-def usable_context(header: GgufHeader, wanted: int) -> int:
-    """The wanted context in tokens, limited to the model's own and rounded up to llama.cpp's step.
-
-    llama.cpp rounds up by itself; llama-cpp-python then fills arrays of the number before.
-    """
-    metadata = header.metadata
-    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    most = min(wanted, trained) if isinstance(trained, int) and trained > 0 else wanted
-    return -(-most // _CONTEXT_STEP) * _CONTEXT_STEP
-
-
-def _load(path: Path, context: int, options: EngineOptions) -> Any:
-    try:
-        from llama_cpp import Llama
-    except (ImportError, OSError, RuntimeError) as error:
-        raise DependencyError(
-            f"llama-cpp-python does not load ({error}); run `{INSTALL}`, or build llama.cpp and "
-            "pass --llama-cpp DIR"
-        ) from error
-    try:
-        return Llama(
-            str(path),
-            n_ctx=context,
-            n_threads=options.threads,
-            n_threads_batch=options.threads,
-            n_gpu_layers=options.gpu_layers,
-            verbose=False,
+    def __init__(self, path: Path, context: int, stop: str, options: EngineOptions) -> None:
+        """Start it and load the model. Raises as `Engine` does."""
+        self._path = path
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        folder = Path(str(reap2gguf.__file__)).absolute().parents[1]
+        # a session of its own, so that Ctrl-C reaches only this process; without a debugger that
+        # prints where llama.cpp was when it ended
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _BOOT, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+            start_new_session=True,
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ArtifactError(
-            f"{path}: llama.cpp cannot run it ({shown(str(error))}); check the file with "
-            "`reap2gguf verify`; if memory is too small, pass a smaller --context or --gpu-layers 0"
-        ) from error
+        try:
+            self.send(
+                {
+                    "path": str(path),
+                    "context": context,
+                    "stop": stop,
+                    "threads": options.threads,
+                    "gpu_layers": options.gpu_layers,
+                }
+            )
+            if "problem" in (answer := self.receive()):
+                raise self.error(answer)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            send(self._process.stdin, message)
+        except BrokenPipeError as error:
+            raise self._ended() from error
+
+    def receive(self) -> dict[str, Any]:
+        """The next answer. Raises ArtifactError if the process has ended."""
+        assert self._process.stdout is not None
+        answer = receive(self._process.stdout)
+        if answer is None:
+            raise self._ended()
+        return answer
+
+    def error(self, answer: Mapping[str, Any]) -> Reap2ggufError:
+        """The error of an answer that reports one."""
+        reason = shown(answer["problem"])[1:-1].rstrip(".")
+        if answer["kind"] == Problem.IMPORT:
+            return DependencyError(
+                f"llama-cpp-python does not load ({reason}); run `{INSTALL}`, or build llama.cpp "
+                "and pass --llama-cpp DIR"
+            )
+        if answer["kind"] == Problem.LOAD:
+            return ArtifactError(
+                f"{self._path}: llama.cpp cannot run it ({reason}); check the file with "
+                "`reap2gguf verify`; if memory is too small, pass a smaller --context or "
+                "--gpu-layers 0"
+            )
+        # "Requested tokens (900) exceed context window of 512"
+        hint = "; pass a larger --context" if "context window" in reason else ""
+        return UsageError(f"llama-cpp-python: {reason}{hint}")
+
+    def _ended(self) -> ArtifactError:
+        """The error for a process that has ended by itself."""
+        status = self._process.wait()
+        how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        lines = self._log.read().decode("utf-8", "replace").splitlines()
+        said = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
+        reason = f": {shown(said[-1].strip())[1:-1]}" if said else ""
+        return ArtifactError(
+            f"{self._path}: llama.cpp ended while it ran this file ({how}{reason}); check the file "
+            "with `reap2gguf verify`; if memory is too small, pass a smaller --context"
+        )
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._log.close()

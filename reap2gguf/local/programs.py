@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from reap2gguf.errors import DependencyError
-from reap2gguf.local.engine import INSTALL, AnswerOptions, EngineOptions, is_installed
+from reap2gguf.local.running import INSTALL, AnswerOptions, EngineOptions, is_installed
 from reap2gguf.vendor import VARIABLE, LlamaCpp, find_llama_cpp, requested_folder
 
 if TYPE_CHECKING:

@@ -10,16 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import reap2gguf
 from reap2gguf.errors import DependencyError, UsageError
 from reap2gguf.gguf_files.reader import read_gguf_header
-from reap2gguf.local.engine import EngineOptions, check_counts, usable_context
+from reap2gguf.local.header_check import check_header, usable_context
 from reap2gguf.local.programs import INSTALL_INSTEAD_OF, replace_process, shared_arguments
+from reap2gguf.local.prompts import Prompts
+from reap2gguf.local.python_server import is_loopback
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.pick import ModelFile
+    from reap2gguf.local.running import EngineOptions
 
 PYTHON_SERVER = "llama_cpp.server"
+_BOOT = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from reap2gguf.local.python_server import main; main()"
+)
+# llama-server reads it: a page of another site may not read its answers. Older ones ignore it.
+_CORS = "LLAMA_ARG_CORS_ORIGINS"
 # what it imports; llama-cpp-python alone installs none of them
 _REQUIRED = (
     "uvicorn",
@@ -74,10 +84,11 @@ def missing_for_server() -> list[str]:
     return [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
 
 
-def check_python_server(options: ServeOptions) -> None:
+def check_python_server(model: Path, options: ServeOptions) -> None:
     """Refuse what llama-cpp-python's server cannot do.
 
-    Raises DependencyError if it is not installed, and UsageError for several requests at a time.
+    Raises DependencyError if it is not installed, UsageError for several requests at a time or a
+    broken chat template, and ArtifactError for a file on which llama.cpp would abort.
     """
     if missing := missing_for_server():
         raise DependencyError(
@@ -89,6 +100,9 @@ def check_python_server(options: ServeOptions) -> None:
             f"--parallel {options.parallel}: llama-cpp-python's server answers one request at a "
             "time; build llama.cpp and pass --llama-cpp DIR, or leave --parallel out"
         )
+    header = read_gguf_header(model)
+    check_header(model, header)
+    Prompts(model, header).close()
 
 
 def run_llama_server(
@@ -100,18 +114,18 @@ def run_llama_server(
     arguments += ["--host", options.host, "--port", str(options.port)]
     arguments += ["--jinja", "--parallel", str(options.parallel)]
     context = running.context * options.parallel
-    replace_process(program, [*arguments, *shared_arguments(running, context)])
+    environment = {_CORS: "localhost", **os.environ} if is_loopback(options.host) else None
+    replace_process(program, [*arguments, *shared_arguments(running, context)], environment)
 
 
 def run_python_server(
     model: ModelFile, running: EngineOptions, options: ServeOptions, is_verbose: bool
 ) -> NoReturn:
-    """Run llama-cpp-python's server in place of this process.
+    """Run llama-cpp-python's server in place of this process, behind the guard of `python_server`.
 
-    Raises ArtifactError if llama.cpp would abort on the file.
+    Call `check_python_server` before.
     """
     header = read_gguf_header(model.path)
-    check_counts(model.path, header)
     settings = {
         "model": model.path,
         "model_alias": model.name,
@@ -127,5 +141,6 @@ def run_python_server(
     # the server prefers these variables to its arguments
     environment = {key: value for key, value in os.environ.items() if key != "CONFIG_FILE"}
     environment |= {"HOST": options.host, "PORT": str(options.port)}
+    folder = str(Path(str(reap2gguf.__file__)).absolute().parents[1])
     # -P: modules are not looked for in the current folder
-    replace_process(Path(sys.executable), ["-P", "-m", PYTHON_SERVER, *arguments], environment)
+    replace_process(Path(sys.executable), ["-P", "-c", _BOOT, folder, *arguments], environment)

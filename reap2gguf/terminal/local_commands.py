@@ -109,16 +109,17 @@ def _context_option(default: int) -> Callable[[F], F]:
 def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **options: Any) -> None:
     """Talk to a model of a bundle.
 
-    BUNDLE is a folder that `build` wrote, or a .gguf file. Ctrl-C stops an answer, /clear starts a
-    new conversation, Ctrl-D or /exit quits.
+    BUNDLE is a folder that `build` wrote, or a .gguf file. Ctrl-C stops an answer, three quotes
+    begin and end a text of several lines, /clear starts a new conversation, Ctrl-D or /exit quits.
 
     \b
     Example:
       reap2gguf chat build/Qwen3-30B-A3B-REAP-0.25-GGUF
       reap2gguf chat build/Qwen3-30B-A3B-REAP-0.25-GGUF --prompt "Why is the sky blue?"
     """
-    from reap2gguf.local.engine import AnswerOptions, Engine, EngineOptions
+    from reap2gguf.local.engine import Engine
     from reap2gguf.local.programs import choose_program, cli_arguments, replace_process
+    from reap2gguf.local.running import AnswerOptions, EngineOptions
 
     model = _pick(bundle, wanted)
     program = choose_program("llama-cli", engine, prefers_python=True)
@@ -147,7 +148,7 @@ def _converse(conversation: Conversation, prompt: str | None) -> None:
         if importlib.util.find_spec("readline"):
             importlib.import_module("readline")  # gives input() a history and editing keys
         say(HELP)
-        converse(conversation, lambda: input("> "), say_piece, say)
+        converse(conversation, input, say_piece, say)
         return
     answer = conversation.ask(prompt, say_piece)
     say_piece("\n")
@@ -200,8 +201,8 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
           -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     from reap2gguf.local import serving
-    from reap2gguf.local.engine import EngineOptions
     from reap2gguf.local.programs import choose_program
+    from reap2gguf.local.running import EngineOptions
 
     model = _pick(bundle, wanted)
     program = choose_program("llama-server", engine, prefers_python=False)
@@ -209,7 +210,7 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
     running = EngineOptions(options["context"], options["threads"], options["gpu_layers"])
     listening = serving.ServeOptions(options["host"], options["port"], options["parallel"])
     if program is None:
-        serving.check_python_server(listening)
+        serving.check_python_server(model.path, listening)
     port = serving.free_port(listening.host, listening.port)
     listening = replace(listening, port=port)
     by = program or serving.PYTHON_SERVER

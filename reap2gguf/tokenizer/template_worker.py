@@ -37,7 +37,7 @@ HEADER = struct.Struct(">BI")  # kind, bytes of the body
 MAX_REASON_BYTES = 2048
 # Python and Jinja2 import these at their first use, when no file can be opened any more
 _USED_LATER = ("encodings.ascii", "encodings.unicode_escape", "html", "pprint", "textwrap")
-# A bundle must not depend on the day it is built: templates that ask for the date get this one.
+# A bundle must not depend on the day it is built: for it, templates get this date.
 TODAY = datetime(2025, 1, 1)
 
 
@@ -108,15 +108,15 @@ def _tojson(
     )
 
 
-def environment() -> ImmutableSandboxedEnvironment:
-    """Jinja2 as transformers sets it up for chat templates, with a fixed date."""
+def environment(now: datetime = TODAY) -> ImmutableSandboxedEnvironment:
+    """Jinja2 as transformers sets it up for chat templates, at a given time."""
     result = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     result.filters["tojson"] = _tojson
     result.globals.update(
         raise_exception=_raise_exception,
-        strftime_now=TODAY.strftime,
+        strftime_now=now.strftime,
         dict=_Dict(),
         namespace=_Namespace,
     )
@@ -131,7 +131,7 @@ class _Worker:
         self._special_tokens: dict[str, str] = setup["special_tokens"]
         self._seconds: float = setup["cpu_seconds"]
         self._max_bytes: int = setup["output_bytes"]
-        self._environment = environment()
+        self._environment = environment(datetime.fromisoformat(setup["now"]))
         self._compiled = cache(lambda name: self._environment.from_string(self._templates[name]))
         _drop_rights(setup["memory_bytes"])
 
@@ -150,17 +150,20 @@ class _Worker:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def _render(self, request: dict[str, Any]) -> tuple[Answer, bytes]:
+        template = self._compiled(request["template"])
+        if request["messages"] is None:  # whether it is a template is all that is asked
+            return Answer.TEXT, b""
         # filters that use random numbers must give the same in each build
         random.seed(0)
         variables = {
             **self._special_tokens,
+            **request["variables"],
             "messages": request["messages"],
             "tools": request["tools"],
             "documents": None,
-            "add_generation_prompt": False,
         }
         pieces, length = [], 0
-        for piece in self._compiled(request["template"]).generate(variables):
+        for piece in template.generate(variables):
             pieces.append(piece)
             length += len(piece)
             if length > self._max_bytes:

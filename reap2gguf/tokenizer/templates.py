@@ -3,9 +3,9 @@
 Jinja2's sandbox limits what a template can reach, but not its time or memory: one line of template
 can fill the memory or never end. So templates run in `template_worker.py`, a process of its own
 with hard limits, which is killed here if it does not answer. The text is that of transformers'
-`apply_chat_template`, with two exceptions: the date that a template may ask for is always 1 January
-2025, and its random numbers are always the same, since a bundle must have the same bytes on
-whatever day it is built.
+`apply_chat_template`, with two exceptions: for calibration the date that a template may ask for is
+always 1 January 2025, and its random numbers are always the same, since a bundle must have the same
+bytes on whatever day it is built.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ import jinja2
 import markupsafe
 
 import reap2gguf
-from reap2gguf.errors import CalibrationError, DependencyError
-from reap2gguf.tokenizer.template_worker import HEADER, Answer
+from reap2gguf.errors import BadSampleError, CalibrationError, DependencyError
+from reap2gguf.tokenizer.template_worker import HEADER, TODAY, Answer
 from reap2gguf.tokenizer.tokenizer_files import MAX_TEMPLATE_BYTES
 
 _MAX_REQUEST_BYTES = 2**26
 _START_SECONDS = 60.0  # for our own code alone, from a disk that may be slow
 _SHOWN_LETTERS = 200
+_PROBE = "reap2gguf"  # a text without letters that a template would escape
 _ADVICE = 'pass samples of plain text (a "text" field each), or another --calibration'
 # The fields in which datasets store a model's reasoning; the one that templates read comes first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -65,29 +67,80 @@ class ChatTemplate:
         templates: str | Mapping[str, str],
         special_tokens: Mapping[str, str],
         limits: Limits | None = None,
+        now: datetime = TODAY,
+        advice: str = _ADVICE,
     ) -> None:
         self._templates = {"default": templates} if isinstance(templates, str) else dict(templates)
         self._special_tokens = dict(special_tokens)
         self._limits = limits or Limits()
+        self._now = now
+        self._advice = advice
         self._process: _Process | None = None
+        self._reads_parts: bool | None = None
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as text, without a prompt for the next answer; `tools` are JSON schemas.
+        """A conversation as text; `tools` are JSON schemas.
 
-        Raises CalibrationError if the template refuses the conversation or exceeds a limit.
+        `add_generation_prompt` adds the beginning of an answer; `variables` are others that the
+        template may read, such as `enable_thinking`.
+        Raises BadSampleError if the template refuses the conversation, and CalibrationError if it
+        exceeds a limit or does something forbidden.
         """
-        request = _encoded(self._choose(tools is not None), messages, tools)
+        name = self._choose(tools is not None)
+        more = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
+        return self._answer(_encoded(name, messages, tools, more))
+
+    def check(self) -> None:
+        """Compile all templates.
+
+        Raises CalibrationError for one that is not a template, or exceeds a limit: Jinja2 computes
+        constant expressions when it compiles.
+        """
+        for name in self._templates:
+            self._check_size(name)
+            self._answer(json.dumps({"template": name, "messages": None}).encode())
+
+    def _answer(self, request: bytes) -> str:
         if self._process is None:
             self._process = self._start()
         try:
             return self._process.render(request)
         except _EndedError as ended:
             self.close()
-            raise CalibrationError(f"{ended}; {_ADVICE}") from ended
+            raise CalibrationError(f"{ended}; {self._advice}") from ended
+        except _RefusedError as refused:
+            raise BadSampleError(f"{refused}; {self._advice}") from refused
+
+    def reads_parts(self) -> bool:
+        """Whether the template reads content that is a list of parts, and not only text.
+
+        Tried once, with a text, the same text as a list, and the same list with an image.
+        """
+        if self._reads_parts is None:
+            text = [{"type": "text", "text": _PROBE}]
+            image = [*text, {"type": "image"}]
+            as_text, as_list, with_image = map(self._probed, (_PROBE, text, image))
+            self._reads_parts = as_text is not None and as_text == as_list and bool(with_image)
+        return self._reads_parts
+
+    def _probed(self, content: Any) -> str | None:
+        """A message as the template writes it; None if it refuses it or leaves it out."""
+        try:
+            rendered = self.render([{"role": "user", "content": content}])
+        except CalibrationError:
+            return None
+        return rendered if _PROBE in rendered else None
+
+    def names_role(self, role: str) -> bool:
+        """Whether the name of a role is in the template."""
+        return any(f"'{role}'" in t or f'"{role}"' in t for t in self._templates.values())
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -107,21 +160,25 @@ class ChatTemplate:
         if name not in self._templates:
             raise CalibrationError(
                 f"the model has chat templates named {', '.join(map(repr, self._templates))} and "
-                f"none named 'default'; {_ADVICE}"
+                f"none named 'default'; {self._advice}"
             )
-        size = len(self._templates[name].encode("utf-8", "surrogatepass"))
-        if size > MAX_TEMPLATE_BYTES:
-            raise CalibrationError(
-                f"the chat template has {size:,} bytes, expected at most {MAX_TEMPLATE_BYTES:,}; "
-                f"{_ADVICE}"
-            )
+        self._check_size(name)
         return name
 
+    def _check_size(self, name: str) -> None:
+        if (size := _size(self._templates[name])) > MAX_TEMPLATE_BYTES:
+            raise CalibrationError(
+                f"the chat template has {size:,} bytes, expected at most {MAX_TEMPLATE_BYTES:,}; "
+                f"{self._advice}"
+            )
+
     def _start(self) -> _Process:
-        used = {"default", "tool_use"} & set(self._templates)
         setup = {
-            "templates": {name: self._templates[name] for name in used},
+            "templates": {
+                name: t for name, t in self._templates.items() if _size(t) <= MAX_TEMPLATE_BYTES
+            },
             "special_tokens": self._special_tokens,
+            "now": self._now.isoformat(),
             **asdict(self._limits),
         }
         process = _Process(self._limits)
@@ -134,6 +191,10 @@ class ChatTemplate:
                 "reap2gguf and jinja2"
             ) from ended
         return process
+
+
+class _RefusedError(Exception):
+    """The template refuses a conversation, and why; the process can be used further."""
 
 
 class _EndedError(Exception):
@@ -161,7 +222,7 @@ class _Process:
         self.close = weakref.finalize(self, _end, self._process, self._socket)
 
     def render(self, request: bytes) -> str:
-        """The text of a conversation. Raises _EndedError if there is none."""
+        """The text of a conversation. Raises _RefusedError or _EndedError if there is none."""
         kind, body = self.exchange(request, self._limits.wall_seconds)
         message = _shown(body)
         memory = f"{self._limits.memory_bytes / 2**20:,.0f} MiB of memory"
@@ -169,8 +230,9 @@ class _Process:
         if kind == Answer.TEXT:
             with contextlib.suppress(UnicodeDecodeError):
                 return body.decode("utf-8", "surrogatepass")
+        if kind == Answer.REFUSED:  # the process answers the next request as before
+            raise _RefusedError(f"the chat template refuses it ({message})")
         reasons = {
-            int(Answer.REFUSED): f"the chat template refuses it ({message})",
             int(Answer.FORBIDDEN): f"the chat template does something forbidden ({message})",
             int(Answer.OUT_OF_MEMORY): f"the chat template used more than {memory}",
             int(Answer.TOO_LONG): f"the chat template wrote more than {output}",
@@ -229,6 +291,10 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
     process.wait()
 
 
+def _size(template: str) -> int:
+    return len(template.encode("utf-8", "surrogatepass"))
+
+
 def _folders() -> list[str]:
     """The folders of this package and of the two that the worker needs."""
     files = [str(module.__file__) for module in (reap2gguf, jinja2, markupsafe)]
@@ -246,12 +312,20 @@ def _shown(raw: bytes) -> str:
 
 
 def _encoded(
-    name: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    name: str,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
 ) -> bytes:
     """A request to render `messages`. Raises CalibrationError if they are too large."""
     try:
         prepared = [_prepared(message) for message in messages]
-        request = {"template": name, "messages": prepared, "tools": _plain(tools)}
+        request = {
+            "template": name,
+            "messages": prepared,
+            "tools": _plain(tools),
+            "variables": _plain(variables),
+        }
         body = json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except RecursionError as error:
         raise CalibrationError("messages are nested too deeply; flatten them") from error

@@ -67,6 +67,14 @@ class Tokenizer:
             return "\n".join(_text_of(message["content"]) for message in messages)
         return self._chat.render(messages, tools)
 
+    def reads_parts(self) -> bool:
+        """Whether the template reads content that is a list of parts, such as text and images."""
+        return self._chat is not None and self._chat.reads_parts()
+
+    def names_role(self, role: str) -> bool:
+        """Whether the template knows a role by its name; without a template, all are the same."""
+        return self._chat is None or self._chat.names_role(role)
+
     def close(self) -> None:
         """End the process that renders; a later rendering starts another."""
         if self._chat is not None:

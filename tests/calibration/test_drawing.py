@@ -26,6 +26,7 @@ from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.tokenizer.tokenizer import Tokenizer
+from tests.calibration.reading import reading
 from tests.tiny import EXAMPLE
 
 
@@ -130,11 +131,11 @@ def test_only_what_is_drawn_is_rendered(files: tuple[Path, Path]) -> None:
         rendered.append(messages[0]["content"])
         return str(messages[0]["content"])
 
-    few = load_corpus(str(chats), render, 4, 42).passages
+    few = load_corpus(str(chats), reading(render), 4, 42).passages
     assert len(rendered) == 4
-    everything = load_corpus(str(chats), render).passages
+    everything = load_corpus(str(chats), reading(render)).passages
     assert [one.text for one in everything] == [str(n) for n in range(50)]
-    more = load_corpus(str(chats), render, 9, 42).passages
+    more = load_corpus(str(chats), reading(render), 9, 42).passages
     assert more[:4] == few, "a larger draw begins with the smaller one"
 
 

@@ -18,12 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from reap2gguf.calibration import layouts
 from reap2gguf.calibration.drawing import observation_rows
 from reap2gguf.calibration.layouts import columns, read_record
 from reap2gguf.calibration.spec import decide
 from reap2gguf.calibration.tool_calls import SWE_AGENT_TOOLS
-from reap2gguf.errors import CalibrationError
+from reap2gguf.errors import BadSampleError, CalibrationError
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from tests.tiny import EXAMPLE
@@ -217,22 +216,16 @@ def test_trajectories_without_calls_have_no_tools() -> None:
     assert read_record({"messages": messages, "traj_id": "t"}, "x").tools is None
 
 
-def test_arguments_that_are_no_json_stay() -> None:
-    call = {"id": "a", "function": {"name": "f", "arguments": "not json"}}
-    sample = read_record({"messages": [{**assistant(""), "tool_calls": [call]}]}, "x")
-    assert sample.messages[0]["tool_calls"][0]["function"]["arguments"] == "not json"
-
-
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"a": 1, "b": 2}, r"x: has a, b, expected text, messages, prompt and completion"),
+        ({"a": 1, "b": 2}, r"x: has a, b, expected text, messages, conversations"),
         ({"query": "a", "answers": "{"}, "x: expected answers as a list of calls"),
         ({"query": "a", "answers": [1]}, "x: expected answers as a list of calls"),
         ({"query": 5, "answers": []}, "x: query is 5, expected text"),
         ({"query": "a", "answers": [], "tools": "["}, "x: tools are not JSON"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "x: a turn from 'alien'"),
-        ({"conversations": [{"from": "gpt", "value": 5}]}, "x: a turn from 'gpt'"),
+        ({"conversations": [{"from": "gpt", "value": 5}]}, "x: content is 5, expected text"),
         ({"conversations": "a"}, "expected conversations as a list of turns"),
         ({"instruction": "a", "output": 5}, "x: output is 5, expected text"),
         ({"question": "a", "choices": [1]}, "x: expected choices as a list of texts"),
@@ -276,14 +269,14 @@ def test_any_record_is_read_or_refused(record: dict[str, Any]) -> None:
     json.dumps([list(sample.messages), sample.tools])
 
 
-def test_what_is_nested_deeper_than_python_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after JSON text that the reader of JSON just bears, and its writer does not."""
+def test_what_is_nested_deeper_than_python_goes() -> None:
     deep: Any = "x"
     for _ in range(10**5):
         deep = [deep]
-    monkeypatch.setattr(layouts, "_json_list", lambda value: value)
-    with pytest.raises(CalibrationError, match="x: nested too deeply"):
-        read_record({"messages": [{"role": "user", "content": [{"what": deep}]}]}, "x")
+    function = {"name": "f", "arguments": {"what": deep}}
+    called = {"role": "assistant", "tool_calls": [{"function": function}]}
+    with pytest.raises(BadSampleError, match="x: nested deeper than 64 levels"):
+        read_record({"messages": [called]}, "x")
     while isinstance(deep, list):  # an end of it all at once would go as deep
         (deep,) = deep
 

@@ -25,6 +25,7 @@ from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.tokenizer.tokenizer import Tokenizer
+from tests.calibration.reading import reading
 from tests.tiny import EXAMPLE
 
 
@@ -171,7 +172,7 @@ def test_a_files_samples_are_drawn_as_far_as_needed(files: tuple[Path, Path]) ->
     """Rows of 24 are 4 samples of 6: 5 rows draw 20, in the order in which 20 are drawn apart."""
     notes = Notes()
     found = drawn(f"{files[0]}:5", notes)
-    apart = load_corpus(str(files[0]), Words().render_chat, 20, 42)
+    apart = load_corpus(str(files[0]), reading(Words().render_chat), 20, 42)
     expected = [token for one in apart.passages for token in Words().encode(one.text)]
     rows = sorted(tuple(row) for row in found.rows)
     assert rows == sorted(tuple(expected[i : i + 24]) for i in range(0, 120, 24))
@@ -190,14 +191,14 @@ def test_files_are_read_in_steps(files: tuple[Path, Path]) -> None:
         rendered.append(messages[0]["content"])
         return rendered[-1]
 
-    stream = iterate_corpus(str(chats), render, 3, 42)
+    stream = iterate_corpus(str(chats), reading(render), 3, 42)
     sizes = []
     for _ in range(7):
         next(stream)
         sizes.append(len(rendered))
     assert sizes == [3, 3, 3, 6, 6, 6, 12]
-    everything = [one.text for one in iterate_corpus(str(chats), render, 3, 42)]
-    apart = load_corpus(str(chats), render, 50, 42)
+    everything = [one.text for one in iterate_corpus(str(chats), reading(render), 3, 42)]
+    apart = load_corpus(str(chats), reading(render), 50, 42)
     assert everything == [one.text for one in apart.passages]
 
 

@@ -17,11 +17,12 @@ from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.plan import make_plan
 from reap2gguf.calibration import scanned_files
 from reap2gguf.calibration.drawing import read_texts
-from reap2gguf.calibration.scanned_files import JsonlFile, ParquetFile, ScannedFiles, TextFile
+from reap2gguf.calibration.scanned_files import JsonFile, ParquetFile, ScannedFiles, TextFile
 from reap2gguf.calibration.sources import load_corpus
 from reap2gguf.errors import CalibrationError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.tokenizer.tokenizer import Tokenizer
+from tests.calibration.reading import reading
 from tests.tiny import EXAMPLE
 
 WORDS = "one two three four five six seven eight nine ten "
@@ -106,7 +107,7 @@ def test_a_text_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     reads = Reads(monkeypatch)
     plan = make_plan(options(path, tmp_path))
     assert BuildKeys(plan).texts
-    load_corpus(str(path), lambda messages, tools=None: "", 5, 42, plan.files)
+    load_corpus(str(path), reading(lambda messages, tools=None: ""), 5, 42, plan.files)
     assert reads.sizes == [path.stat().st_size] * 2
 
 
@@ -114,12 +115,12 @@ def test_the_hash_is_that_of_the_bytes(samples: Path, tmp_path: Path) -> None:
     text, table = tmp_path / "a.txt", tmp_path / "a.parquet"
     text.write_bytes("wörter\r\n".encode())
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a"}]), table)
-    for file in (JsonlFile(samples), TextFile(text), ParquetFile(table)):
+    for file in (JsonFile(samples), TextFile(text), ParquetFile(table)):
         assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
 
 
 def test_records_are_found_where_they_are(samples: Path) -> None:
-    file = JsonlFile(samples)
+    file = JsonFile(samples)
     records = list(file.records())
     assert file.n_records == len(records) == 50
     wanted = [49, 0, 7, 7]
@@ -150,13 +151,13 @@ def test_a_change_makes_another_key(samples: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_after_its_scan_is_refused(samples: Path) -> None:
-    file = JsonlFile(samples)
+    file = JsonFile(samples)
     for _ in changes(samples):
         with pytest.raises(CalibrationError, match="changed while it was read; run the same"):
             list(file.records())
         with pytest.raises(CalibrationError, match="changed while it was read"):
             list(file.records_at([1]))
-        file = JsonlFile(samples)
+        file = JsonFile(samples)
 
 
 def test_a_changed_file_is_scanned_again(samples: Path) -> None:
@@ -174,5 +175,5 @@ def test_a_text_has_any_suffix(samples: Path) -> None:
     files = ScannedFiles()
     text = files.text(samples)
     assert text.text() == samples.read_text()
-    assert isinstance(files.file(samples), JsonlFile)
+    assert isinstance(files.file(samples), JsonFile)
     assert files.text(samples) is text

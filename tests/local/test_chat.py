@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -20,10 +21,13 @@ from llama_cpp import Llama
 from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.local import engine as engine_module
 from reap2gguf.local import programs
-from reap2gguf.local.chat import Conversation, printable
-from reap2gguf.local.engine import AnswerOptions, Engine, EngineOptions
+from reap2gguf.local.chat import Answer, Conversation, converse, printable
+from reap2gguf.local.engine import Engine
+from reap2gguf.local.running import AnswerOptions, EngineOptions
 from tests.conftest import Bundle
+from tests.local.altered import altered
 from tests.test_vendor import VERSION, script
 from tests.tiny import ONE_THREAD, REPOSITORY
 
@@ -128,7 +132,7 @@ def test_a_context_that_is_no_multiple_of_llama_cpps_step_is_one(
     context: int, n_words: int, model: Path
 ) -> None:
     with closing(Engine(model, EngineOptions(context, 1, -1))) as engine:
-        assert engine.context == -(-context // 256) * 256 == engine._llama.n_ctx()
+        assert engine.context == -(-context // 256) * 256
         conversation = Conversation(engine, AnswerOptions(temperature=0.0))
         answer = conversation.ask("word " * n_words, lambda text: None)
         assert answer.n_tokens
@@ -170,6 +174,79 @@ def test_counts_at_which_llama_cpp_would_end_the_process_are_refused(
     broken.write_bytes(raw[:at] + value.to_bytes(4, "little") + raw[at + 4 :])
     with pytest.raises(ArtifactError, match=f"broken.gguf: qwen3moe.expert_used|{key} is {value}"):
         Engine(broken, OPTIONS)
+
+
+@pytest.mark.parametrize("when", ["load", "answer"])
+def test_a_process_that_llama_cpp_ends_is_one_line(
+    when: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it: the header is checked before, here it is not."""
+    monkeypatch.setattr(engine_module, "check_header", lambda path, header: None)
+    values = {
+        "load": {"arch__expert_used_count": 99},
+        "answer": {"arch__attention__layer_norm_rms_epsilon": -1.0},
+    }
+    path = altered(model, tmp_path / "x.gguf", **values[when])
+    result = run("chat", path, "--prompt", "x", "--engine", "python", "--context", 256)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Error: {path}: llama.cpp ended while it ran this file (SIGABRT: ")
+    assert "GGML_ASSERT(" in line
+
+
+def test_a_process_that_is_killed_is_one_line(model: Path) -> None:
+    with closing(Engine(model, OPTIONS)) as engine:
+        pieces = engine.pieces([{"role": "user", "content": "Hello"}], GREEDY)
+        next(pieces)
+        os.kill(engine._process._process.pid, signal.SIGKILL)
+        with pytest.raises(ArtifactError, match=r"llama\.cpp ended .* \(SIGKILL\)"):
+            list(pieces)
+
+
+class Scripted:
+    """What a user types, and what is shown."""
+
+    def __init__(self, *typed: str | type[BaseException]) -> None:
+        self.typed = list(typed)
+        self.shown: list[str] = []
+        self.asked: list[str] = []
+
+    def read(self, prompt: str) -> str:
+        self.shown.append(prompt)
+        line = self.typed.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def ask(self, text: str, write: Any) -> Answer:
+        self.asked.append(text)
+        return Answer("yes", 1, 0.0)
+
+    def clear(self) -> None:
+        self.asked.append("cleared")
+
+    def run(self) -> list[str]:
+        converse(self, self.read, lambda text: None, self.shown.append)  # type: ignore[arg-type]
+        assert not self.typed
+        return self.asked
+
+
+def test_ctrl_c_at_the_prompt_stays_and_names_the_way_out() -> None:
+    scripted = Scripted(KeyboardInterrupt, "Hello", KeyboardInterrupt, EOFError)
+    assert scripted.run() == ["Hello"]
+    assert scripted.shown.count("\nCtrl-D or /exit quits") == 2
+
+
+def test_a_text_of_several_lines_is_one_question() -> None:
+    scripted = Scripted(
+        '"""', "def f():", "    return 1", "", '"""', '"""one line"""', '  """two', 'lines"""  ',
+        '"""dropped', KeyboardInterrupt, "/clear", '"""/exit', 'now"""', "/exit",
+    )  # fmt: skip
+    assert scripted.run() == [
+        "def f():\n    return 1", "one line", "two\nlines", "cleared", "/exit\nnow",
+    ]  # fmt: skip
+    assert scripted.shown[:5] == ["> ", "... ", "... ", "... ", "... "]
+    assert Scripted('"""open', EOFError).run() == []
 
 
 def test_an_empty_stdin_is_reported(built: Bundle) -> None:

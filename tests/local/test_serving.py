@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,6 +24,7 @@ from reap2gguf import vendor
 from reap2gguf.cli import cli
 from reap2gguf.local import programs, serving
 from tests.conftest import Bundle
+from tests.local.altered import altered
 from tests.tiny import ONE_THREAD, REPOSITORY
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -71,7 +73,7 @@ def test_the_python_server_receives_the_options(
     assert found.program == Path(sys.executable)
     assert found.command == [
         sys.executable,
-        *("-P", "-m", "llama_cpp.server"),
+        *("-P", "-c", serving._BOOT, str(REPOSITORY)),
         f"--model={bundle.gguf / 'example-IQ4_K_M.gguf'}",
         "--model_alias=example-IQ4_K_M",
         *("--host=127.0.0.1", "--port=8123", "--n_ctx=1024", "--n_threads=3"),
@@ -89,7 +91,7 @@ def test_verbose_prints_the_command(built: Bundle) -> None:
     result = serve(built.gguf, "--file", "BF16", "--port", 0, "-v")
     assert isinstance(result.exception, Started)
     assert "--verbose=True" in result.exception.command
-    assert f"running {sys.executable} -P -m llama_cpp.server --model=" in result.stderr
+    assert f"running {sys.executable} -P -c " in result.stderr
 
 
 @pytest.mark.usefixtures("started")
@@ -126,7 +128,8 @@ def test_a_file_at_which_llama_cpp_would_abort_is_refused(built: Bundle, tmp_pat
     broken.write_bytes(raw[:at] + (9999).to_bytes(4, "little") + raw[at + 4 :])
     result = serve(broken, "--port", 0)
     assert result.exit_code == 2
-    assert "block_count is 9999, expected 0 to 512" in result.output
+    assert result.stdout == ""
+    assert "block_count is 9999, expected 1 to 512" in result.output
 
 
 def test_without_its_packages_the_error_says_what_to_install(
@@ -198,3 +201,42 @@ def test_the_real_server_gives_llama_cpps_own_answer_and_ends_on_a_signal(built:
         assert process.returncode in (0, -signal.SIGTERM)
         assert "Finished server process" in errors
         assert "Traceback" not in errors
+
+
+def refusal(request: urllib.request.Request) -> tuple[int, str]:
+    """Status and message of a request that is refused."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    with caught.value as answer:
+        return answer.code, str(json.load(answer)["error"]["message"])
+
+
+@pytest.mark.slow
+@needs_server
+def test_the_real_server_answers_for_a_template_that_fails(built: Bundle, tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0].content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) "
+        "%}{% endfor %}{% endfor %}{% elif messages[0].content == 'bad' %}{{ 1 + 'a' }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    model = altered(
+        built.gguf / "example-BF16.gguf", tmp_path / "x.gguf", tokenizer__chat_template=template
+    )
+    with running(model, "--context", 256, "--threads", 1) as (_, address):
+        for content, reason in (("bad", "unsupported operand"), ("loop", "more than")):
+            for stream in (False, True):
+                messages = [{"role": "user", "content": content}]
+                data = json.dumps({"messages": messages, "stream": stream}).encode()
+                request = urllib.request.Request(
+                    f"{address}/chat/completions", data, {"Content-Type": "application/json"}
+                )
+                code, message = refusal(request)
+                assert code == 400
+                assert reason in message
+        with ask(address) as answer:
+            assert json.load(answer)["usage"]["prompt_tokens"] < 6  # "Hello" alone
+        with ask(address, stream=True) as answer:
+            assert b"content" in answer.read()
+        for name, value in (("Host", "evil.example"), ("Origin", "https://evil.example")):
+            asked = urllib.request.Request(f"{address}/models", headers={name: value})
+            assert refusal(asked)[0] == 403
