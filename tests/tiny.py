@@ -206,7 +206,7 @@ class TinyQwen35Moe:
             "bos_token_id": 4093,
             "eos_token_id": 4093,
             "pad_token_id": 4093,
-            "full_attention_interval": 4,
+            **self._interval(),
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden,
@@ -253,6 +253,11 @@ class TinyQwen35Moe:
             "text_config": text,
         }
         return outer | ({"vision_config": self._vision_config()} if self.has_tower else {})
+
+    def _interval(self) -> dict[str, int]:
+        """As in published configs; absent where no interval describes the layers."""
+        types = "".join("f" if i % 4 == 3 else "l" for i in range(len(self.layers)))
+        return {"full_attention_interval": 4} if self.layers == types else {}
 
     def _vision_config(self) -> dict[str, Any]:
         return {
