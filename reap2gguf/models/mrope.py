@@ -19,24 +19,25 @@ _DEFAULT = (11, 11, 10)  # transformers' default where the config has none
 def read_sections(rotary: ConfigReader, width: int, head_dim: int) -> tuple[int, int, int, int]:
     """The four numbers of `rope.dimension_sections`, for heads with `width` rotated dimensions.
 
-    Raises UnsupportedModelError unless transformers and llama.cpp give every dimension the same
-    axis. For another one, llama.cpp would take a position that text does not have.
+    They are the config's where llama.cpp gives every pair of dimensions the axis that transformers
+    gives it, else others with which it does. Where llama.cpp finds no axis, it takes a position
+    that is 0 in text. Raises UnsupportedModelError if no numbers express the config's.
     """
     found = rotary.integers(_KEY, 0, MAX_WIDTH) if rotary.values.get(_KEY) is not None else _DEFAULT
-    sections = (*found, 0)[:4]
     pairs = range(width // 2)
-    if (
-        len(found) not in (3, 4)
-        or sum(sections) > head_dim
-        or not sum(sections)
-        or any(_of_transformers(pair, sections) != _of_llama_cpp(pair, sections) for pair in pairs)
-    ):
-        raise UnsupportedModelError(
-            f"{rotary.where}: {_KEY} is {shown(list(found))}, expected three numbers of which "
-            f"each is about a third of {len(pairs)}, the rotated pairs of a head"
-        )
-    time, height, channels, other = sections
-    return time, height, channels, other
+    if len(found) in (3, 4):
+        axes = [_of_transformers(pair, found) for pair in pairs]
+        height, channels = axes.count(1), axes.count(2)
+        others = ((time, height, channels, 0) for time in range(head_dim - height - channels + 1))
+        own = (found[0], found[1], found[2], (*found, 0)[3])
+        for sections in (own, *others):
+            fits = 0 < sum(sections) <= head_dim
+            if fits and axes == [_of_llama_cpp(pair, sections) for pair in pairs]:
+                return sections
+    raise UnsupportedModelError(
+        f"{rotary.where}: {_KEY} is {shown(list(found))}, expected three numbers of which each is "
+        f"about a third of {len(pairs)}, the rotated pairs of a head: llama.cpp cannot express it"
+    )
 
 
 def _of_transformers(pair: int, sections: Sequence[int]) -> int:

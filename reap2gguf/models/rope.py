@@ -55,6 +55,13 @@ class Rope:
         """The attention factor that llama.cpp has for yarn if no key says otherwise."""
         return _magnitude(self.factor, 1.0) if self.kind == "yarn" else 1.0
 
+    def config_values(self) -> dict[str, Any]:
+        """All settings, as transformers keeps them in `rope_parameters`."""
+        found = {**self.values.values, "rope_type": self.kind}
+        if self.kind == "yarn":
+            found[_ORIGINAL] = self.original_length
+        return found
+
     def metadata(self) -> list[tuple[str, Any, GGUFValueType]]:
         """Keys of a GGUF header, their values and types, in the order of llama.cpp's converter."""
         keys = Keys.Rope

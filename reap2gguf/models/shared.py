@@ -159,13 +159,11 @@ class DecoderModel(MoeModel):
         )
 
     def config_values(self) -> dict[str, Any]:
-        rope = dict(self.rope.values.values)
-        rope.pop("type", None)
         return {
             **config_values(self.facts),
             self.count_keys[0]: self.facts.n_experts,
             "rms_norm_eps": read_epsilon(self.text),
-            "rope_parameters": rope | {"rope_type": self.rope.kind},
+            "rope_parameters": self.rope.config_values(),
         }
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
