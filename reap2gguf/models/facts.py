@@ -109,6 +109,17 @@ def refuse_contradictions(
         )
 
 
+def refuse_hidden_effects(read: ConfigReader) -> None:
+    """Refuse keys by which transformers changes any model, whatever its architecture."""
+    read.expect("is_causal", True, why="every token attends to those before it")
+    read.expect("per_layer_config", {}, why="all layers have the same sizes")
+    read.expect("attention_chunk_size", why="every token attends to all before it")
+    read.expect("transformers_weights", why="transformers would load weights from that file")
+    read.expect("fusion_config", why="transformers would load another module for it")
+    for key in ("output_hidden_states", "output_attentions", "return_dict"):
+        read.boolean(key, default=False)
+
+
 def rewritten(
     config: Mapping[str, Any], sections: tuple[str, ...], changes: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def read_layer_types(read: ConfigReader) -> tuple[tuple[str, ...], int | None]:
     """The type of every layer of the trunk, and the interval of full attention.
 
     The interval is None if the layers with full attention are not every n-th one. Raises
-    UnsupportedModelError for unknown types, for a model without full attention, and if
+    UnsupportedModelError for unknown types, for a model without one of them, and if
     `layer_types` and `full_attention_interval` contradict each other.
     """
     n_layers = read_n_layers(read)
@@ -43,10 +43,12 @@ def read_layer_types(read: ConfigReader) -> tuple[tuple[str, ...], int | None]:
             f"{read.where}: {_INTERVAL} is {step}, but layer_types, which transformers reads, is "
             f"{shown(types)}; correct or delete one of them"
         )
-    if FULL not in types:
-        raise UnsupportedModelError(
-            f"{read.where}: no layer of layer_types is {FULL}, expected at least one"
-        )
+    for one in (FULL, LINEAR):
+        if one not in types:
+            raise UnsupportedModelError(
+                f"{read.where}: no layer of layer_types is {one}, expected layers of both kinds, "
+                "as llama.cpp does"
+            )
     interval = types.index(FULL) + 1
     is_regular = types == _regular(n_layers, interval)
     return tuple(types), interval if is_regular else None

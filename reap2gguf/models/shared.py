@@ -18,6 +18,7 @@ from gguf import GGUFValueType, Keys
 from reap2gguf.errors import UnknownTensorError
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import (
+    MAX_VOCABULARY,
     MAX_WIDTH,
     Carried,
     Dropped,
@@ -41,6 +42,7 @@ from reap2gguf.models.facts import (
     read_facts,
     read_n_layers,
     refuse_contradictions,
+    refuse_hidden_effects,
     rewritten,
 )
 from reap2gguf.models.quantized import leftover_caveats, without_quantization
@@ -142,8 +144,12 @@ class DecoderModel(MoeModel):
         refuse_contradictions(self.reader, read, section, self.fact_keys)
         read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
         read.expect("attention_bias", False, why="attention biases are not implemented")
+        if read.values.get("pad_token_id") is not None:
+            # transformers builds no embedding with a padding token outside of it
+            vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
+            read.integer("pad_token_id", low=-vocab, high=vocab - 1)
         for reader in (self.reader, read):
-            reader.expect("per_layer_config", why="all layers must have the same sizes")
+            refuse_hidden_effects(reader)
 
     def common_facts(self, moe_layers: Sequence[int], has_mtp: bool = False) -> ModelFacts:
         """The facts, read from the keys under which most configs have them."""
