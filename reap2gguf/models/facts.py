@@ -23,15 +23,29 @@ COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_e
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # what decides weights or logits in every family, and may not be null
 FACT_KEYS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "attention_bias",
-    "moe_intermediate_size", "num_experts_per_tok",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+)
 # the same, where null is the same as absent
 OPTIONAL_KEYS = (
-    *COUNT_KEYS, "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor",
-    "layer_types", "mlp_only_layers",
-)  # fmt: skip
+    *COUNT_KEYS,
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "layer_types",
+    "mlp_only_layers",
+)
 
 
 def read_n_layers(read: ConfigReader) -> int:

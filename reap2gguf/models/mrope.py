@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_WIDTH
+from reap2gguf.models.rope import DEFAULT_SECTIONS
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
 
 _KEY = "mrope_section"
-_DEFAULT = (11, 11, 10)  # transformers' default where the config has none
 
 
 def read_sections(rotary: ConfigReader, width: int, head_dim: int) -> tuple[int, int, int, int]:
@@ -23,7 +23,9 @@ def read_sections(rotary: ConfigReader, width: int, head_dim: int) -> tuple[int,
     gives it, else others with which it does. Where llama.cpp finds no axis, it takes a position
     that is 0 in text. Raises UnsupportedModelError if no numbers express the config's.
     """
-    found = rotary.integers(_KEY, 0, MAX_WIDTH) if rotary.values.get(_KEY) is not None else _DEFAULT
+    found: Sequence[int] = DEFAULT_SECTIONS
+    if rotary.values.get(_KEY) is not None:
+        found = rotary.integers(_KEY, 0, MAX_WIDTH)
     pairs = range(width // 2)
     if len(found) in (3, 4):
         axes = [_of_transformers(pair, found) for pair in pairs]

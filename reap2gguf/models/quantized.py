@@ -16,11 +16,29 @@ FLOATS = ("F32", "F16", "BF16")  # what weights may be stored as
 # what the tensors beside a quantized weight are called: by FP8, compressed-tensors, GPTQ, AWQ,
 # bitsandbytes and MLX
 _COMPANIONS = (
-    ".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".weight_packed",
-    ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qweight", ".qzeros", ".scales",
-    ".g_idx", ".SCB", ".weight_format", ".absmax", ".quant_map", ".nested_absmax", ".biases",
-    "_scale_inv", "_scales", "_blocks", "_packed",
-)  # fmt: skip
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_scale_2",
+    ".input_scale",
+    ".weight_packed",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".weight_g_idx",
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    ".SCB",
+    ".weight_format",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".biases",
+    "_scale_inv",
+    "_scales",
+    "_blocks",
+    "_packed",
+)
 _COMPANION_PARTS = (".quant_state.",)
 
 

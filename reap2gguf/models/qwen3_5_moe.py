@@ -107,9 +107,12 @@ _MTP_KEY = "mtp_num_hidden_layers"
 _VISION = ("model.visual.", "visual.")
 _RECURRENT = "{arch}.attention.recurrent_layers"  # newer than gguf-py 0.19's constants
 _LINEAR_KEYS = (
-    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
-    "linear_num_key_heads", "linear_num_value_heads",
-)  # fmt: skip
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
 
 
 class Qwen35Moe(DecoderModel):
@@ -160,7 +163,8 @@ class Qwen35Moe(DecoderModel):
         found = self.config.get("model_type")
         if found not in (flat, nested):
             raise UnsupportedModelError(
-                f"{self.reader.where}: model_type is {shown(found)}, expected '{nested}' or '{flat}'"
+                f"{self.reader.where}: model_type is {shown(found)}, expected '{nested}' or "
+                f"'{flat}'"
             )
         if self.is_nested is not (found == nested):
             has = "has a" if self.is_nested else "has no"
@@ -298,7 +302,22 @@ class Qwen35Moe(DecoderModel):
     def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
         if not any(name.startswith(_VISION) for name in self.names):
             return ()
+        self._refuse_tower()
         return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
+
+    def _refuse_tower(self) -> None:
+        """Refuse a tower that does not fit the text model, or that llama.cpp computes otherwise."""
+        read = self.reader.with_values(self.reader.section("vision_config"))
+        hidden = self.facts.hidden_size
+        if (found := read.integer("out_hidden_size", default=3584)) != hidden:
+            raise UnsupportedModelError(
+                f"{read.where}: vision_config.out_hidden_size is {found}, expected {hidden}, the "
+                "text model's hidden_size"
+            )
+        rotary = read.with_values(read.section("rope_parameters"))
+        why = "llama.cpp rotates the tower's heads in one way"
+        rotary.expect("rope_theta", 10_000, why=why)
+        rotary.expect("rope_type", "default", "axial", why=why)
 
     def config_at_odds(self) -> str | None:
         claimed = self.text.values.get(_MTP_KEY) or 0

@@ -37,9 +37,12 @@ class Qwen3Moe(DecoderModel):
     gguf_arch: ClassVar[str] = "qwen3moe"
     pre_tokenizers = QWEN_PRE_TOKENIZERS
     fact_keys = (
-        *FACT_KEYS, "intermediate_size", "decoder_sparse_step", "norm_topk_prob",
+        *FACT_KEYS,
+        "intermediate_size",
+        "decoder_sparse_step",
+        "norm_topk_prob",
         "use_sliding_window",
-    )  # fmt: skip
+    )
     defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 4}
 
     def read_facts(self) -> ModelFacts:

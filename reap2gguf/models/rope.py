@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 _DEFAULT_THETA = 10_000.0  # transformers', of a config without one
 _ORIGINAL = "original_max_position_embeddings"
+DEFAULT_SECTIONS = (11, 11, 10)  # transformers' `mrope_section` where the config has none
 # what llama.cpp computes YaRN with in these architectures, which read no key for it
 _FIXED = {
     "extrapolation_factor": (1.0, Keys.Rope.SCALING_YARN_EXT_FACTOR),
@@ -31,12 +32,30 @@ _FIXED = {
 }
 # transformers' names (RopeParameters), the older spelling `type`, and Qwen's own; those of another
 # type of scaling have no effect anywhere
-_KNOWN = frozenset({
-    "rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", _ORIGINAL,
-    "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor",
-    "high_freq_factor", "mscale", "mscale_all_dim", "truncate", "mrope_section",
-    "mrope_interleaved", "extrapolation_factor", "finetuned",
-})  # fmt: skip
+_KNOWN = frozenset(
+    {
+        "rope_theta",
+        "rope_type",
+        "type",
+        "partial_rotary_factor",
+        "factor",
+        _ORIGINAL,
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "short_factor",
+        "long_factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "mrope_section",
+        "mrope_interleaved",
+        "extrapolation_factor",
+        "finetuned",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,9 @@ def _settings(read: ConfigReader, default_share: float | None) -> ConfigReader:
     defaults = {"rope_theta": _DEFAULT_THETA}
     if default_share is not None:
         defaults["partial_rotary_factor"] = default_share
-    for key in ("rope_theta", "partial_rotary_factor", _ORIGINAL):
+    # transformers moves the original length for the types that use it
+    is_yarn = found.get("rope_type", found.get("type")) == "yarn"
+    for key in ("rope_theta", "partial_rotary_factor", *([_ORIGINAL] if is_yarn else [])):
         read.refuse_difference(f"{name}.{key}", found.get(key), key, read.values.get(key))
         if key in found or key in read.values or key in defaults:
             found.setdefault(key, read.values.get(key, defaults.get(key)))
@@ -185,9 +206,12 @@ def _refuse_lost(
     """Refuse `rope_parameters` that `rope_scaling` does not only complete."""
     for key, value in parameters.items():
         is_kind = key in ("rope_type", "type")
-        if value is None or (is_kind and value == "default"):
+        # sections are always interleaved, whatever the last of these says
+        if value is None or (is_kind and value == "default") or key == "mrope_interleaved":
             continue
         now = found.get("rope_type", found.get("type")) if is_kind else found.get(key)
+        if key == "mrope_section" and now is None:
+            now = list(DEFAULT_SECTIONS)
         if now != value:
             raise UnsupportedModelError(
                 f"{read.where}: rope_parameters.{key} is {shown(value)}, but with rope_scaling "

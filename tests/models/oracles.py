@@ -23,6 +23,7 @@ from tests.exporting.files import export_files, plain
 from tests.tiny import ONE_THREAD
 
 N_TOKENS = 48
+SMALL_VOCAB = 291  # of `write_small_tokenizer`
 
 
 def planned(folder: Path) -> MoeModel:

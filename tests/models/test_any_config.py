@@ -1,4 +1,4 @@
-"""Any config: it is refused in the plan, or llama.cpp computes from our file what transformers does.
+"""Any config is refused in the plan, or llama.cpp computes what transformers does.
 
 Configs are drawn with every field inside and outside of its range, in every spelling and layout.
 """
@@ -18,12 +18,20 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from reap2gguf.errors import Reap2ggufError
+from reap2gguf.models.rope import Rope
 from tests.exporting.files import write_small_tokenizer
-from tests.models.oracles import mean_kl, of_llama_cpp, of_transformers, planned, pruned
+from tests.models.oracles import (
+    SMALL_VOCAB,
+    mean_kl,
+    of_llama_cpp,
+    of_transformers,
+    planned,
+    pruned,
+)
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, save_sharded
 
 MOST_KL = 1e-4
-TOKENIZER_VOCAB = 291  # of the small tokenizer
+VISION_CONFIG = TinyQwen35Moe().config()["vision_config"]
 ABSENT = object()
 
 
@@ -38,12 +46,14 @@ class Drawn:
 
     def write(self, folder: Path) -> None:
         self.tiny.write(folder)
-        assert write_small_tokenizer(folder) <= TOKENIZER_VOCAB
+        assert write_small_tokenizer(folder) <= SMALL_VOCAB
         config = self.tiny.config()
         text = config.get("text_config", config)
         for level in (config, text):
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 level.pop(key, None)
+        if "text_config" in config:  # else transformers makes a large tower
+            config.setdefault("vision_config", VISION_CONFIG)
         for level, changes in ((text, self.text), (config, self.outer)):
             for key, value in changes:
                 level.pop(key, None)
@@ -188,8 +198,8 @@ def qwen3(draw: st.DrawFn) -> Drawn:
         top_k=draw(st.integers(1, n_experts)),
         n_heads=n_kv_heads * draw(st.sampled_from([1, 2])),
         n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([8, 16, 16, 32, 10, 7])),
-        vocab=draw(st.sampled_from([291, 320])),
+        head_dim=draw(st.sampled_from([8, 16, 16, 32, 10, 24])),
+        vocab=draw(st.sampled_from([SMALL_VOCAB, 320])),
         fused=draw(st.booleans()),
         tied=draw(st.booleans()),
         count_key=draw(st.sampled_from(["num_experts", "num_local_experts"])),
@@ -212,14 +222,14 @@ def qwen35(draw: st.DrawFn) -> Drawn:
         width=draw(st.sampled_from([16, 32])),
         n_experts=n_experts,
         top_k=draw(st.integers(1, n_experts)),
-        layers=draw(st.sampled_from(["lf", "lf", "f", "l", "fl", "llf", "lllf", "lffl"])),
+        layers=draw(st.sampled_from(["lf", "lf", "lf", "fl", "fll", "llf", "lllf", "lffl"])),
         n_heads=n_kv_heads * draw(st.sampled_from([1, 2])),
         n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([16, 32, 32, 64, 8, 36])),
+        head_dim=draw(st.sampled_from([16, 32, 32, 64, 8, 48])),
         key_heads=key_heads,
         value_heads=key_heads * draw(st.sampled_from([1, 2, 3])),
         linear_dim=draw(st.sampled_from([16, 32])),
-        vocab=291,
+        vocab=SMALL_VOCAB,
         nested=draw(st.booleans()),
         fused=draw(st.booleans()),
         fused_mtp=draw(st.booleans()),
@@ -277,8 +287,51 @@ def compared(drawn: Drawn) -> str:
         shutil.rmtree(folder)
 
 
+ANY = st.one_of(qwen3(), qwen35())
+PLAIN = TinyQwen3Moe(
+    n_layers=2, hidden=64, n_experts=4, n_heads=4, n_kv_heads=2, head_dim=16, vocab=SMALL_VOCAB
+)
+
+
+@given(drawn=ANY)
+@settings(max_examples=8, phases=[Phase.generate])
+def test_a_few_configs(drawn: Drawn) -> None:
+    check(drawn)
+
+
 @pytest.mark.slow
-@given(drawn=st.one_of(qwen3(), qwen35()))
+@given(drawn=ANY)
 @settings(max_examples=200, phases=[Phase.generate, Phase.shrink])
 def test_a_config_is_refused_or_means_the_same_everywhere(drawn: Drawn) -> None:
     check(drawn)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {"rope_type": "yarn", "factor": 0.5},
+    ],
+    ids=str,
+)
+def test_scaled_rotary_embeddings(rope: dict[str, Any]) -> None:
+    text = (("rope_scaling", rope), ("rope_theta", 1000.0))
+    assert check(Drawn(PLAIN, "as configured", text, ())) == "the same"
+
+
+@pytest.mark.parametrize("key", ["rope.freq_base", "rope.scaling.attn_factor"])
+def test_a_wrong_key_is_seen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other tests rest on: that the logits hang on every key."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}
+    drawn = Drawn(PLAIN, "as configured", (("rope_scaling", yarn),), ())
+    right = Rope.metadata
+
+    def without(self: Rope) -> list[Any]:
+        return [e if not e[0].endswith(key) else (e[0], e[1] * 1.5, e[2]) for e in right(self)]
+
+    monkeypatch.setattr(Rope, "metadata", without)
+    with pytest.raises(Different):
+        check(drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from gguf import GGUFValueType, Keys
 
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.rope import read_rope
+from reap2gguf.models.rope import check_rotary_width, read_rope
 
 
 def reader(config: dict[str, Any]) -> ConfigReader:
@@ -132,3 +133,140 @@ def test_yarn_without_its_original_length() -> None:
     }
     expected = Qwen3MoeConfig(**config).rope_parameters["original_max_position_embeddings"]
     assert keys_of(config)["scaling.original_context_length"] == expected == 512
+
+
+SETTINGS = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+OTHER_THETA = {"rope_theta": 1e6, "rope_scaling": SETTINGS | {"rope_theta": 5e6}}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (OTHER_THETA, "rope_scaling.rope_theta is 5000000.0, but rope_theta is 1000000.0"),
+        (
+            {"rope_parameters": SETTINGS | {"partial_rotary_factor": 0.5},
+             "partial_rotary_factor": 0.25},
+            "rope_parameters.partial_rotary_factor is 0.5, but partial_rotary_factor is 0.25",
+        ),
+        (
+            {"rope_scaling": SETTINGS, "original_max_position_embeddings": 256},
+            "original_max_position_embeddings is 512, but original_max_position_embeddings is 256",
+        ),
+        ({"rope_scaling": SETTINGS | {"type": "linear"}}, "rope_type is 'yarn', but type is"),
+        (
+            {"rope_scaling": SETTINGS, "rope_parameters": SETTINGS | {"factor": 2.0}},
+            "rope_parameters.factor is 2.0, but with rope_scaling beside it transformers reads 4.0",
+        ),
+        (
+            {"rope_scaling": SETTINGS, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "rope_parameters.rope_type is 'linear', but with rope_scaling",
+        ),
+        (
+            # what becomes of a published config with rope_scaling added by hand
+            {"rope_scaling": SETTINGS, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_parameters.rope_theta is 1000000.0, but with rope_scaling",
+        ),
+        (
+            {"rope_parameters": {"full_attention": SETTINGS, "linear_attention": None}},
+            "settings of their own for 'full_attention'",
+        ),
+        ({"rope_parameters": SETTINGS | {"short_mscale": 1.0}}, "'short_mscale'"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other(config: dict[str, Any], words: str) -> None:
+    assert words in refusal(config)
+
+
+def test_rope_scaling_completes_rope_parameters() -> None:
+    """As transformers: it takes `rope_scaling` alone, which loses nothing here."""
+    default = {"rope_type": "default", "rope_theta": 10_000.0}
+    found = read_rope(reader({"rope_scaling": SETTINGS, "rope_parameters": default}))
+    assert (found.kind, found.theta, found.factor) == ("yarn", 10_000.0, 4.0)
+    both = {"rope_theta": 1e6, "rope_parameters": default | {"rope_theta": 1e6}}
+    assert read_rope(reader(both | {"rope_scaling": SETTINGS})).theta == 1e6
+    assert read_rope(reader({"rope_scaling": {}, "rope_parameters": SETTINGS})).kind == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"beta_fast": 16.0}, "beta_fast is 16.0, expected 32"),
+        ({"beta_slow": 2}, "beta_slow is 2, expected 1"),
+        ({"extrapolation_factor": 0.5}, "extrapolation_factor is 0.5, expected 1"),
+        ({"extrapolation_factor": 0}, "extrapolation_factor is 0, expected 1"),
+        ({"truncate": False}, "truncate is False, expected true"),
+        ({"truncate": None}, "truncate is None, expected true"),  # not true for transformers
+        ({"attention_factor": 0.0}, "attention_factor is 0, expected a positive number"),
+        ({"attention_factor": -1.0}, "attention_factor is -1.0"),
+        ({"mscale": -1.0, "mscale_all_dim": 1.0}, "mscale is -1.0"),
+        ({"factor": None}, "factor is missing"),
+        ({"original_max_position_embeddings": None}, "original_max_position_embeddings is missing"),
+        ({"original_max_position_embeddings": 128.0}, "original_max_position_embeddings is 128.0"),
+        ({"rope_theta": 1.0}, "expected a positive number above 1"),
+    ],
+)
+def test_yarn_that_llama_cpp_cannot_express(changes: dict[str, Any], words: str) -> None:
+    assert words in refusal({"rope_parameters": SETTINGS | changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_factor": 1.0},
+        {"attention_factor": 1.5},
+        {"attention_factor": None},
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+        {"mscale": 1.0, "mscale_all_dim": 1.0},
+        {"mscale": 0.7},
+        {"mscale": 0, "mscale_all_dim": 1.0},
+        {"mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": 1.25},
+        {"factor": 0.5},
+        {"factor": 1.0, "attention_factor": 2.0},
+    ],
+    ids=str,
+)
+def test_the_attention_factor_is_transformers(changes: dict[str, Any]) -> None:
+    from transformers import Qwen3MoeConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = {"rope_theta": 1e6, "rope_scaling": SETTINGS | changes}
+    theirs = Qwen3MoeConfig(max_position_embeddings=2048, **config)
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    found = read_rope(reader(config))
+    assert math.isclose(found.attention_factor, expected)
+    # what llama.cpp multiplies: its own factor, and the key
+    factor = (SETTINGS | changes)["factor"]
+    implied = 0.1 * math.log(factor) + 1 if factor > 1 else 1
+    assert math.isclose(implied * keys_of(config).get("scaling.attn_factor", 1.0), expected)
+    assert ("scaling.attn_factor" in keys_of(config)) is not math.isclose(implied, expected)
+
+
+def test_yarns_settings_that_are_llama_cpps_own() -> None:
+    own = {"beta_fast": 32.0, "beta_slow": 1.0, "extrapolation_factor": 1.0, "truncate": True}
+    keys = keys_of({"rope_parameters": SETTINGS | own})
+    assert keys["scaling.yarn_beta_fast"] == 32.0
+    assert keys["scaling.yarn_beta_slow"] == keys["scaling.yarn_ext_factor"] == 1.0
+    assert keys_of({"rope_parameters": SETTINGS | {"beta_fast": 0, "beta_slow": None}}) == keys_of(
+        {"rope_parameters": SETTINGS}
+    )
+
+
+def test_settings_of_another_type_have_no_effect() -> None:
+    config = {"rope_parameters": {"rope_type": "default", "factor": 4.0, "attention_factor": 2.0}}
+    assert keys_of(config) == {"freq_base": 10_000.0}
+
+
+@pytest.mark.parametrize(("width", "head_dim"), [(7, 7), (9, 36), (0, 8), (16, 8)])
+def test_widths_that_cannot_be_rotated(width: int, head_dim: int) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{width} of the {head_dim} dimensions"):
+        check_rotary_width(read_rope(reader({})), width, head_dim)
+
+
+def test_an_original_context_too_short_for_yarn() -> None:
+    rope = read_rope(
+        reader({"rope_parameters": SETTINGS | {"original_max_position_embeddings": 1}})
+    )
+    with pytest.raises(UnsupportedModelError, match="no dimension between its betas"):
+        check_rotary_width(rope, 16, 16)
+    check_rotary_width(read_rope(reader({"rope_parameters": SETTINGS})), 16, 16)
