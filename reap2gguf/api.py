@@ -352,13 +352,16 @@ def _open(
 ) -> _Opened:
     from reap2gguf.hub.source import resolve_source
     from reap2gguf.models.table import describe
+    from reap2gguf.models.transformers_config import check_with_transformers
 
     source = resolve_source(str(name), progress.note, follow_links)
     source.complete(progress.note)
     checkpoint = source.open(progress.note)
     try:
         checkpoint.report_to(progress)
-        return _Opened(source, checkpoint, describe(checkpoint, keep_mtp))
+        model = describe(checkpoint, keep_mtp)
+        check_with_transformers(model)
+        return _Opened(source, checkpoint, model)
     except BaseException:
         checkpoint.close()
         raise

@@ -26,6 +26,12 @@ def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **more, "PYTHONPATH": path}
 
 
+def special_tokens(vocab: int) -> dict[str, int]:
+    """Those of the example's tokenizer; none for a vocabulary that does not have them."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return dict.fromkeys(keys, 4093) if vocab > 4093 else {}
+
+
 @dataclass(frozen=True)
 class TinyQwen3Moe:
     """A Qwen3-MoE of a few hundred thousand parameters, in any layout the architecture has."""
@@ -53,9 +59,7 @@ class TinyQwen3Moe:
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",
             "attention_bias": False,
-            "bos_token_id": 4093,
-            "eos_token_id": 4093,
-            "pad_token_id": 4093,
+            **special_tokens(self.vocab),
             "decoder_sparse_step": 1,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
@@ -203,10 +207,8 @@ class TinyQwen35Moe:
         kinds = {"l": "linear_attention", "f": "full_attention"}
         text = {
             "attention_bias": False,
-            "bos_token_id": 4093,
-            "eos_token_id": 4093,
-            "pad_token_id": 4093,
-            "full_attention_interval": 4,
+            **special_tokens(self.vocab),
+            **self._interval(),
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden,
@@ -253,6 +255,11 @@ class TinyQwen35Moe:
             "text_config": text,
         }
         return outer | ({"vision_config": self._vision_config()} if self.has_tower else {})
+
+    def _interval(self) -> dict[str, int]:
+        """As in published configs; absent where no interval describes the layers."""
+        types = "".join("f" if i % 4 == 3 else "l" for i in range(len(self.layers)))
+        return {"full_attention_interval": 4} if self.layers == types else {}
 
     def _vision_config(self) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
+from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
@@ -124,6 +125,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     source = resolve_source(options.model, note, options.follow_links)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
+    check_with_transformers(model)
     of_tokenizer = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,6 +99,17 @@ def _has_halves(items: list[Any]) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are the same: 1 and 1.0 are, 1 and true are not.
+
+    >>> same_value(1, 1.0), same_value(1, True)
+    (True, False)
+    """
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return bool(one == other)
 
 
 class ConfigReader:
@@ -196,11 +207,39 @@ class ConfigReader:
     def expect(self, key: str, *allowed: Any, why: str) -> None:
         """Refuse the model unless `key` is absent or holds one of `allowed`."""
         value = self.values.get(key)
-        if value is not None and value not in allowed:
+        if value is not None and not any(same_value(value, item) for item in allowed):
             wanted = " or ".join(repr(item) for item in allowed) or "no such key"
             raise UnsupportedModelError(
                 f"{self.where}: {key} is {shown(value)}, expected {wanted}: {why}"
             )
+
+    def refuse_nulls(self, keys: Iterable[str]) -> None:
+        """Refuse keys that are there and null, where transformers does not take that for absent."""
+        for key in keys:
+            if key in self.values and self.values[key] is None:
+                raise UnsupportedModelError(
+                    f"{self.where}: {key} is null, which transformers refuses; set its value, or "
+                    "delete the key to get transformers' default"
+                )
+
+    def refuse_spellings(self, keys: Iterable[str]) -> None:
+        """Refuse several keys that state one fact with different values; null states nothing."""
+        present = [key for key in keys if self.values.get(key) is not None]
+        for key in present[1:]:
+            self.refuse_difference(present[0], self.values[present[0]], key, self.values[key])
+
+    def refuse_difference(self, key: str, value: Any, other_key: str, other: Any) -> None:
+        """Refuse two keys that state the same fact with different values; null states nothing."""
+        if value is None or other is None or same_value(value, other):
+            return
+        raise UnsupportedModelError(
+            f"{self.where}: {key} is {shown(value)}, but {other_key} is {shown(other)}; both state "
+            "the same fact, so correct one of them"
+        )
+
+    def with_values(self, values: Mapping[str, Any]) -> ConfigReader:
+        """A reader of other values of the same file."""
+        return ConfigReader(values, self.where)
 
     def _first(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
         for key in keys:

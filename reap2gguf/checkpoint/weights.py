@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ Doubles = npt.NDArray[np.float64]
 
 FLOATS = ("F32", "F16", "BF16")
 _VALUES = 2**22  # read at a time
+_COMPARED_BYTES = 2**24  # of each tensor, at a time
 # BF16 has no numpy type: its bits travel as uint16.
 NUMPY_TYPES = {
     "F64": "<f8",
@@ -76,6 +78,36 @@ class Weights(ABC):
     def origin(self, name: str, entry: int = 0) -> tuple[str, int]:
         """The name in the files of `folder`, and the entry on axis 0, of a tensor's entry."""
         return name, entry
+
+    def have_same_values(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values; both are read, once.
+
+        Memory: 80 MiB at most. Raises CheckpointError as `read_bytes` does, or if the values are
+        no floats.
+        """
+        key = (one, other)
+        if key not in self._compared:
+            first, second = self._tensor(one), self._tensor(other)
+            self._compared[key] = first.shape == second.shape and self._have_equal_parts(*key)
+        return self._compared[key]
+
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str], bool]:
+        return {}
+
+    def _have_equal_parts(self, one: str, other: str) -> bool:
+        step = _COMPARED_BYTES // 4
+        for first in range(0, self.tensors[one].n_elements, step):
+            parts: list[Floats] = []
+            for name in (one, other):
+                tensor = self.tensors[name]
+                count = min(step, tensor.n_elements - first)
+                raw = np.empty(count * tensor.item_bytes, dtype=np.uint8)
+                self.read_bytes(name, first * tensor.item_bytes, raw)
+                parts.append(to_float32(raw.view(NUMPY_TYPES[tensor.dtype]), tensor.dtype, name))
+            if not np.array_equal(parts[0], parts[1]):
+                return False
+        return True
 
     @property
     def n_bytes(self) -> int:

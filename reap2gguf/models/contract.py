@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.checkpoint.config import ConfigReader
-from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models.description import (
     MAX_EXPERTS_OF_ALL_LAYERS,
     Carried,
@@ -30,9 +30,13 @@ from reap2gguf.models.description import (
     Router,
     SideFile,
 )
+from reap2gguf.models.foreign import foreign_layout
+from reap2gguf.models.quantized import refuse_quantized
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
+
+SameValues = Callable[[str, str], bool]
 
 
 class MoeModel(ABC):
@@ -48,10 +52,13 @@ class MoeModel(ABC):
         where: str,
         names: Collection[str] = (),
         keep_mtp: bool = True,
+        have_same_values: SameValues | None = None,
     ) -> None:
+        """`names` are the stored tensors; without `have_same_values`, a tied head is a copy."""
         self.config = config
         self.reader = ConfigReader(config, where)
         self.names = frozenset(names)  # of the stored tensors: some prefixes vary
+        self.have_same_values = have_same_values  # of two stored tensors
         self.keep_mtp = keep_mtp  # false: a multi-token-prediction block is Dropped
         self.facts = self.read_facts()
         self._check_facts()
@@ -93,6 +100,10 @@ class MoeModel(ABC):
     @abstractmethod
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
         """The architecture's own keys of the GGUF header."""
+
+    def config_values(self) -> dict[str, Any]:
+        """What was read from the config, under transformers' names of it."""
+        return {}
 
     @abstractmethod
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
@@ -199,8 +210,10 @@ class MoeModel(ABC):
         UnsupportedModelError for one of a quantized weight.
         """
         self.gguf_metadata()  # refuses values that could not be written later
-        roles = {name: self.role(name) for name in stored}
+        if foreign := foreign_layout(stored):
+            raise UnknownTensorError(foreign)
         self._refuse_quantized(stored)
+        roles = {name: self.role(name) for name in stored}
         self._check_expert_axes(stored, roles)
         _check_experts_present(roles, self.facts.n_experts)
         for name, shape in self.shapes().items():
@@ -224,6 +237,7 @@ class MoeModel(ABC):
                     f"tensor {name!r} is part of the quantized weight {weight!r}; dequantize the "
                     "checkpoint to BF16 first"
                 )
+        refuse_quantized(stored, self.reader.where, self.config)
 
     def _check_expert_axes(
         self, stored: Mapping[str, StoredTensor], roles: Mapping[str, Role]
@@ -253,6 +267,12 @@ def _check_experts_present(roles: Mapping[str, Role], n_experts: int) -> None:
     everyone = set(range(n_experts))
     for (layer, projection, _), found in seen.items():
         if found != everyone:
+            if len(found) == n_experts:
+                raise CheckpointError(
+                    f"layer {layer}: {projection} of {n_experts} experts are numbered "
+                    f"{min(found)} to {max(found)} with gaps, expected 0 to {n_experts - 1}; "
+                    "renumber the experts in the order of the router's rows"
+                )
             odd = min(found ^ everyone)
             problem = "missing" if odd in everyone else "beyond the config's count"
             raise CheckpointError(

@@ -19,13 +19,19 @@ import numpy as np
 import numpy.typing as npt
 from gguf import Keys
 
-from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.deltanet import DeltaNet
 from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH, ModelFacts, SideFile, Transform
+from reap2gguf.models.facts import (
+    FACT_KEYS,
+    read_epsilon,
+)
+from reap2gguf.models.layer_types import read_layer_types
+from reap2gguf.models.mrope import read_sections
+from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
 from reap2gguf.models.qwen_vision import vision_projector
-from reap2gguf.models.rope import rope_parameters
+from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
 from reap2gguf.models.rules import (
     ATTENTION,
     ATTN_NORM,
@@ -35,24 +41,20 @@ from reap2gguf.models.rules import (
     QK_NORMS,
     ROUTER,
     SHARED_EXPERT,
+    MtpLayout,
     TensorRule,
     add_one,
 )
 from reap2gguf.models.shared import (
     ARRAY,
-    COUNT_KEYS,
     FLOAT32,
-    QWEN_PRE_TOKENIZERS,
     UINT32,
     DecoderModel,
     Entry,
-    MtpLayout,
-    read_epsilon,
-    read_n_layers,
-    refuse_common,
 )
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.config import ConfigReader
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
 # In every layer.
@@ -104,7 +106,13 @@ _MTP = MtpLayout(
 _MTP_KEY = "mtp_num_hidden_layers"
 _VISION = ("model.visual.", "visual.")
 _RECURRENT = "{arch}.attention.recurrent_layers"  # newer than gguf-py 0.19's constants
-_DEFAULT_SECTIONS = (11, 11, 10)  # transformers' default where the config has none
+_LINEAR_KEYS = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
 
 
 class Qwen35Moe(DecoderModel):
@@ -115,12 +123,15 @@ class Qwen35Moe(DecoderModel):
     pre_tokenizers = QWEN_PRE_TOKENIZERS
     outer = (HEAD, EMBEDDING, NORM)
     mtp = _MTP
+    count_keys = ("num_experts",)  # transformers has no other spelling for this family
     text_sections = ("text_config",)
     carried_prefixes = _VISION
+    fact_keys = (*FACT_KEYS, *_LINEAR_KEYS, "shared_expert_intermediate_size")
+    defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 2, "head_dim": 256}
 
     def read_facts(self) -> ModelFacts:
         self._refuse()
-        self.layer_types = _read_layer_types(self.text)
+        self.layer_types, self.interval = read_layer_types(self.text)
         self.deltanet = _read_deltanet(self.text)
         has_mtp = self.keep_mtp and any(self.in_mtp(name) for name in self.names)
         if has_mtp and "full_attention" not in self.layer_types:
@@ -128,23 +139,55 @@ class Qwen35Moe(DecoderModel):
                 f"{self.text.where}: no layer is full_attention, which the MTP block needs"
             )
         n_blocks = len(self.layer_types) + has_mtp
-        return self.common_facts(range(n_blocks), self._reads_tied(), has_mtp)
+        facts = self.common_facts(range(n_blocks), has_mtp)
+        self.rotary_width = self._read_rotary_width(facts.head_dim)
+        self.sections = read_sections(self.rope.values, self.rotary_width, facts.head_dim)
+        return facts
 
     def _refuse(self) -> None:
         """Refuse, by name, what llama.cpp's qwen35moe or this program does not do."""
         read = self.text
-        refuse_common(read, self.gguf_arch)
+        self._refuse_model_types()
+        self.refuse_common()
         read.expect("attn_output_gate", True, why="llama.cpp's qwen35moe gates its attention")
         read.expect("mlp_only_layers", [], why="llama.cpp's qwen35moe has experts in every layer")
         read.expect(_MTP_KEY, 0, 1, why="llama.cpp's qwen35moe has one MTP block")
         read.expect("mtp_use_dedicated_embeddings", False, why="the MTP block shares embeddings")
-        why = "dequantize the checkpoint to BF16 first"
-        self.reader.expect("quantization_config", why=why)
+        read.expect("norm_topk_prob", True, why="llama.cpp's qwen35moe normalises experts' weights")
+        read.expect("decoder_sparse_step", 1, why="every layer of a Qwen3.5-MoE has experts")
+        read.expect("use_sliding_window", False, why="llama.cpp's qwen35moe has full attention")
 
-    def _reads_tied(self) -> bool:
-        outer = self.reader.boolean("tie_word_embeddings", default=False)
-        inner = self.text.boolean("tie_word_embeddings", default=outer)
-        return outer if "tie_word_embeddings" in self.config else inner
+    def _refuse_model_types(self) -> None:
+        """Refuse a config whose model type and nesting disagree: transformers goes by the type."""
+        flat, nested = f"{self.model_type}_text", self.model_type
+        found = self.config.get("model_type")
+        if found not in (flat, nested):
+            raise UnsupportedModelError(
+                f"{self.reader.where}: model_type is {shown(found)}, expected '{nested}' or "
+                f"'{flat}'"
+            )
+        if self.is_nested is not (found == nested):
+            has = "has a" if self.is_nested else "has no"
+            raise UnsupportedModelError(
+                f"{self.reader.where}: model_type is {found}, but the config {has} text_config; "
+                f"expected {nested} with one, or {flat} without"
+            )
+        if self.is_nested:
+            why = "it is the type of the text model"
+            self.text.expect("model_type", flat, why=why)
+
+    @cached_property
+    def rope(self) -> Rope:
+        return read_rope(self.text, default_share=0.25)
+
+    def _read_rotary_width(self, head_dim: int) -> int:
+        share = self.rope.values.number("partial_rotary_factor", low=0, high=1)
+        width = int(head_dim * share)
+        check_rotary_width(self.rope, width, head_dim)
+        self.rope.values.expect(
+            "mrope_interleaved", True, why="transformers and llama.cpp interleave the sections"
+        )
+        return width
 
     @cached_property
     def text_prefix(self) -> str:
@@ -158,6 +201,19 @@ class Qwen35Moe(DecoderModel):
 
     def in_mtp(self, name: str) -> bool:
         return name.startswith(("mtp.", "model.mtp."))
+
+    def config_values(self) -> dict[str, Any]:
+        sizes = self.sizes()
+        return {
+            **super().config_values(),
+            "layer_types": list(self.layer_types),
+            "shared_expert_intermediate_size": sizes["S"],
+            "linear_conv_kernel_dim": sizes["kernel"],
+            "linear_num_key_heads": self.deltanet.n_key_heads,
+            "linear_num_value_heads": self.deltanet.n_value_heads,
+            "linear_key_head_dim": self.deltanet.key_dim,
+            "linear_value_head_dim": self.deltanet.value_dim,
+        }
 
     def mtp_template(self) -> int:
         return self.layer_types.index("full_attention")
@@ -196,14 +252,9 @@ class Qwen35Moe(DecoderModel):
 
     def header(self) -> list[Entry]:
         facts, net, read = self.facts, self.deltanet, self.text
-        rotary = ConfigReader(
-            {**read.values, **rope_parameters(read.values, read.where)}, read.where
-        )
-        share = rotary.number("partial_rotary_factor", low=0, high=1, default=0.25)
         recurrent = [one == "linear_attention" for one in self.layer_types] + [
             False
         ] * facts.has_mtp
-        interval = read.integer("full_attention_interval", low=1, default=4)
         llm, attention, ssm = Keys.LLM, Keys.Attention, Keys.SSM
         entries: list[Entry] = [
             (llm.BLOCK_COUNT, facts.n_blocks, UINT32),
@@ -211,7 +262,7 @@ class Qwen35Moe(DecoderModel):
             (llm.EMBEDDING_LENGTH, facts.hidden_size, UINT32),
             (attention.HEAD_COUNT, facts.n_heads, UINT32),
             (attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Rope.DIMENSION_SECTIONS, _read_sections(rotary), ARRAY),
+            (Keys.Rope.DIMENSION_SECTIONS, [*self.sections], ARRAY),
             (attention.LAYERNORM_RMS_EPS, read_epsilon(read), FLOAT32),
             (llm.EXPERT_COUNT, facts.n_experts, UINT32),
             (llm.EXPERT_USED_COUNT, facts.experts_per_token, UINT32),
@@ -225,8 +276,8 @@ class Qwen35Moe(DecoderModel):
             (ssm.TIME_STEP_RANK, net.n_value_heads, UINT32),
             (ssm.INNER_SIZE, net.value_width, UINT32),
             (_RECURRENT, recurrent, ARRAY),
-            (llm.FULL_ATTENTION_INTERVAL, interval, UINT32),
-            (Keys.Rope.DIMENSION_COUNT, int(facts.head_dim * share), UINT32),
+            (llm.FULL_ATTENTION_INTERVAL, self.interval, UINT32),
+            (Keys.Rope.DIMENSION_COUNT, self.rotary_width, UINT32),
         ]
         if facts.has_mtp:
             entries.append((llm.NEXTN_PREDICT_LAYERS, 1, UINT32))
@@ -234,10 +285,13 @@ class Qwen35Moe(DecoderModel):
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         # the key must agree with the tensors, which some re-saved sources have lost
+        config = super().pruned_config(n_experts)
         has_mtp = int(self.facts.has_mtp)
-        config = self.rewritten_config({**dict.fromkeys(COUNT_KEYS, n_experts), _MTP_KEY: has_mtp})
-        if has_mtp:
-            (config.get("text_config") or config)[_MTP_KEY] = 1
+        if _MTP_KEY in config:
+            config[_MTP_KEY] = has_mtp
+        text = config.get("text_config") or config
+        if has_mtp or _MTP_KEY in text:
+            text[_MTP_KEY] = has_mtp
         return config
 
     def column_order(self, name: str) -> npt.NDArray[np.int64] | None:
@@ -248,7 +302,22 @@ class Qwen35Moe(DecoderModel):
     def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
         if not any(name.startswith(_VISION) for name in self.names):
             return ()
+        self._refuse_tower()
         return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
+
+    def _refuse_tower(self) -> None:
+        """Refuse a tower that does not fit the text model, or that llama.cpp computes otherwise."""
+        read = self.reader.with_values(self.reader.section("vision_config"))
+        hidden = self.facts.hidden_size
+        if (found := read.integer("out_hidden_size", default=3584)) != hidden:
+            raise UnsupportedModelError(
+                f"{read.where}: vision_config.out_hidden_size is {found}, expected {hidden}, the "
+                "text model's hidden_size"
+            )
+        rotary = read.with_values(read.section("rope_parameters"))
+        why = "llama.cpp rotates the tower's heads in one way"
+        rotary.expect("rope_theta", 10_000, why=why)
+        rotary.expect("rope_type", "default", "axial", why=why)
 
     def config_at_odds(self) -> str | None:
         claimed = self.text.values.get(_MTP_KEY) or 0
@@ -258,8 +327,9 @@ class Qwen35Moe(DecoderModel):
         return f"config.json says {_MTP_KEY} {claimed}, but the checkpoint has {found} MTP block"
 
     def caveats(self) -> tuple[str, ...]:
-        found = []
-        if any(name.startswith(_VISION) for name in self.names):
+        found = [*super().caveats()]
+        has_tower = any(name.startswith(_VISION) for name in self.names)
+        if has_tower:
             found.append(
                 "experts are observed on text alone; the vision tower is unchanged, but experts "
                 "that only images need may be removed"
@@ -267,25 +337,18 @@ class Qwen35Moe(DecoderModel):
         claimed = self.text.values.get(_MTP_KEY) or 0
         if claimed and not any(self.in_mtp(name) for name in self.names):
             found.append("the config names an MTP block that the checkpoint does not contain")
+        if not has_tower and self.config.get("vision_config"):
+            found.append(
+                "the config names a vision tower that the checkpoint does not contain: in "
+                "transformers it has random weights, so use the model for text alone"
+            )
+        if self.interval is None:
+            found.append(
+                "layers with full attention are not evenly spaced: GGUF files need a llama.cpp "
+                "that reads attention.recurrent_layers (of September 2026, or newer); older ones "
+                "do not load them"
+            )
         return tuple(found)
-
-
-def _read_layer_types(read: ConfigReader) -> tuple[str, ...]:
-    """`full_attention` or `linear_attention` for every layer of the trunk."""
-    n_layers = read_n_layers(read)
-    types = read.values.get("layer_types")
-    if types is None:
-        step = read.integer("full_attention_interval", low=1, default=4)
-        types = [
-            "linear_attention" if (i + 1) % step else "full_attention" for i in range(n_layers)
-        ]
-    known = ("full_attention", "linear_attention")
-    if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
-        raise UnsupportedModelError(
-            f"{read.where}: layer_types is {shown(types)}, expected {n_layers} of "
-            f"{' and '.join(known)}"
-        )
-    return tuple(types)
 
 
 def _read_deltanet(read: ConfigReader) -> DeltaNet:
@@ -302,13 +365,3 @@ def _read_deltanet(read: ConfigReader) -> DeltaNet:
     read.expect("linear_value_head_dim", key_dim, why=why)
     value_dim = read.integer("linear_value_head_dim", low=1, high=MAX_WIDTH)
     return DeltaNet(keys, values, key_dim, value_dim)
-
-
-def _read_sections(rotary: ConfigReader) -> list[int]:
-    """How the rotary dimensions are shared out to time, height and width; four numbers."""
-    sections = rotary.integers("mrope_section", 0, MAX_WIDTH) or _DEFAULT_SECTIONS
-    if len(sections) > 4:
-        raise UnsupportedModelError(
-            f"{rotary.where}: mrope_section is {shown(sections)}, expected at most four numbers"
-        )
-    return [*sections, 0, 0, 0][:4]

@@ -7,10 +7,14 @@ one tensor per layer (3D). GGUF names, types and keys are those of llama.cpp's `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.rope import rope_metadata
+from reap2gguf.messages import shown
+from reap2gguf.models.facts import FACT_KEYS
+from reap2gguf.models.layer_types import moe_layers_by_step
+from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.rope import check_rotary_width
 from reap2gguf.models.rules import (
     ATTENTION,
     ATTN_NORM,
@@ -20,12 +24,7 @@ from reap2gguf.models.rules import (
     ROUTER,
     TensorRule,
 )
-from reap2gguf.models.shared import (
-    QWEN_PRE_TOKENIZERS,
-    DecoderModel,
-    moe_layers_by_step,
-    refuse_common,
-)
+from reap2gguf.models.shared import DecoderModel
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
@@ -37,27 +36,56 @@ class Qwen3Moe(DecoderModel):
     model_type: ClassVar[str] = "qwen3_moe"
     gguf_arch: ClassVar[str] = "qwen3moe"
     pre_tokenizers = QWEN_PRE_TOKENIZERS
+    fact_keys = (
+        *FACT_KEYS,
+        "intermediate_size",
+        "decoder_sparse_step",
+        "norm_topk_prob",
+        "use_sliding_window",
+    )
+    defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 4}
 
     def read_facts(self) -> ModelFacts:
         read = self.reader
-        read.expect("model_type", self.model_type, why="the config is of another architecture")
-        refuse_common(read, self.gguf_arch)
-        read.expect(
-            "use_sliding_window", False, why=f"llama.cpp's {self.gguf_arch} has full attention"
-        )
+        if (found := self.config.get("model_type")) != self.model_type:
+            raise UnsupportedModelError(
+                f"{read.where}: model_type is {shown(found)}, expected '{self.model_type}': "
+                "transformers chooses the architecture by it"
+            )
+        self.refuse_common()
+        why = f"llama.cpp's {self.gguf_arch} has full attention"
+        read.expect("use_sliding_window", False, why=why)
         self.check_routing()
-        rope_metadata(self.config, self.gguf_arch, read.where)  # refuses what is not implemented
-        return self.common_facts(moe_layers_by_step(read))
+        facts = self.common_facts(moe_layers_by_step(read))
+        full = ["full_attention"] * facts.n_layers
+        read.expect("layer_types", full, why=why)
+        why = f"llama.cpp's {self.gguf_arch} rotates whole heads"
+        self.rope.values.expect("partial_rotary_factor", 1, why=why)
+        check_rotary_width(self.rope, facts.head_dim, facts.head_dim)
+        return facts
 
     def check_routing(self) -> None:
-        if not self.reader.boolean("norm_topk_prob", default=False):
-            raise UnsupportedModelError(
-                f"{self.reader.where}: norm_topk_prob is not true, and llama.cpp's qwen3moe always "
-                "normalises the chosen experts' weights"
-            )
+        key = "norm_topk_prob"
+        if self.reader.boolean(key, default=False):
+            return
+        found = "false" if key in self.config else "absent, which transformers reads as false"
+        raise UnsupportedModelError(
+            f"{self.reader.where}: {key} is {found}, and llama.cpp's qwen3moe always normalises "
+            "the chosen experts' weights; published Qwen3-MoE models have it true, so set it if "
+            "yours was trained so"
+        )
+
+    def config_values(self) -> dict[str, Any]:
+        return {**super().config_values(), "norm_topk_prob": True, "sliding_window": None}
 
     def sizes(self) -> Mapping[str, int]:
-        return {**super().sizes(), "I": self.dense_width() or 0}
+        width = self.dense_width()
+        if width is None and len(self.facts.moe_layers) < self.facts.n_layers:
+            raise UnsupportedModelError(
+                f"{self.reader.where}: intermediate_size is missing, expected the width of the "
+                "dense layers"
+            )
+        return {**super().sizes(), "I": width or 0}
 
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
         ffn = (ROUTER,) if layer in self.sparse_layers else DENSE_FFN
@@ -65,9 +93,9 @@ class Qwen3Moe(DecoderModel):
 
     def caveats(self) -> tuple[str, ...]:
         if len(self.facts.moe_layers) == self.facts.n_layers:
-            return ()
+            return super().caveats()
         caveat = (
             f"llama.cpp's {self.gguf_arch} needs experts in every layer, but this model has dense "
             "layers: its GGUF files are written, but llama.cpp cannot load them"
         )
-        return (caveat,)
+        return (*super().caveats(), caveat)

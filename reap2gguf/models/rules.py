@@ -50,6 +50,15 @@ class TensorRule:
         return self.parameter or self.stored
 
 
+@dataclass(frozen=True)
+class MtpLayout:
+    """How a family stores its multi-token-prediction block, below the block's prefix."""
+
+    layer: str  # what the names of its decoder layer begin with; "" where they stand beside `rules`
+    # `parameter` of each is one of observing.mtp.MtpBlock: fc, embedding_norm, hidden_norm, norm
+    rules: tuple[TensorRule, ...]
+
+
 def nested(
     rules: tuple[TensorRule, ...], stored_prefix: str, module_prefix: str
 ) -> tuple[TensorRule, ...]:

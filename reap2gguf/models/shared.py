@@ -1,4 +1,4 @@
-"""What families share: a decoder described by tables of rules, and the common reading of configs.
+"""What families share: a decoder described by tables of rules.
 
 A family names its rules per layer, its experts' layout and its own header keys; a near-copy of
 another family changes some of these.
@@ -9,20 +9,15 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gguf import GGUFValueType, Keys
 
-from reap2gguf.checkpoint.config import ConfigReader
-from reap2gguf.errors import UnknownTensorError, UnsupportedModelError
-from reap2gguf.messages import shown
+from reap2gguf.errors import UnknownTensorError
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import (
-    MAX_EXPERTS,
-    MAX_HEADS,
-    MAX_LAYERS,
     MAX_VOCABULARY,
     MAX_WIDTH,
     Carried,
@@ -39,39 +34,37 @@ from reap2gguf.models.description import (
     Transform,
 )
 from reap2gguf.models.experts import INDEX, ExpertLayout
-from reap2gguf.models.rope import rope_metadata
-from reap2gguf.models.rules import EMBEDDING, HEAD, NORM, TensorRule, nested, single, sizes_of
+from reap2gguf.models.facts import (
+    COUNT_KEYS,
+    FACT_KEYS,
+    config_values,
+    read_epsilon,
+    read_facts,
+    read_n_layers,
+    refuse_contradictions,
+    refuse_hidden_effects,
+    rewritten,
+)
+from reap2gguf.models.quantized import leftover_caveats, without_quantization
+from reap2gguf.models.rope import Rope, read_rope
+from reap2gguf.models.rules import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    MtpLayout,
+    TensorRule,
+    nested,
+    single,
+    sizes_of,
+)
+from reap2gguf.models.tying import Tying, read_tying, with_tying
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.config import ConfigReader
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
-
-# how configs of any architecture spell their number of routed experts
-COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# the two patterns of Qwen's tokenizers differ only in how they treat marks (\p{M})
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN35_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
-    (_QWEN2_PATTERN,): "qwen2",
-    (_QWEN35_PATTERN,): "qwen35",
-}
 
 Entry = tuple[str, Any, GGUFValueType]  # of a header; the value None is left out
 UINT32, FLOAT32, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
-
-
-@dataclass(frozen=True)
-class MtpLayout:
-    """How a family stores its multi-token-prediction block, below the block's prefix."""
-
-    layer: str  # what the names of its decoder layer begin with; "" where they stand beside `rules`
-    # `parameter` of each is one of observing.mtp.MtpBlock: fc, embedding_norm, hidden_norm, norm
-    rules: tuple[TensorRule, ...]
 
 
 class DecoderModel(MoeModel):
@@ -82,6 +75,9 @@ class DecoderModel(MoeModel):
     experts: ClassVar[ExpertLayout] = ExpertLayout()
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
+    fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
+    # transformers' values of absent keys, where they are not those of most families
+    defaults: ClassVar[Mapping[str, int]] = {}
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
@@ -117,43 +113,77 @@ class DecoderModel(MoeModel):
         for key in self.text_sections:
             if not (section := found.section(key)):
                 break
-            found = ConfigReader(section, self.reader.where)
+            found = found.with_values(section)
         return found
 
-    def common_facts(
-        self, moe_layers: Sequence[int], tied: bool | None = None, has_mtp: bool = False
-    ) -> ModelFacts:
+    @property
+    def is_nested(self) -> bool:
+        """Whether the text model's config is a section of the config."""
+        return self.text is not self.reader
+
+    @cached_property
+    def rope(self) -> Rope:
+        """The rotary embedding."""
+        return read_rope(self.text)
+
+    @cached_property
+    def tying(self) -> Tying:
+        """Whether the output matrix is the token embedding."""
+        embedding, head = self.embedding_name, HEAD.stored
+
+        def head_is_copy() -> bool:
+            if self.have_same_values is None or embedding not in self.names:
+                return True
+            return self.have_same_values(embedding, head)
+
+        return read_tying(self.reader, self.text, head in self.names, head_is_copy)
+
+    def refuse_common(self) -> None:
+        """Refuse, by name, what no family here does, and a fact with two values."""
+        read, section = self.text, ".".join(self.text_sections) if self.is_nested else ""
+        refuse_contradictions(self.reader, read, section, self.fact_keys)
+        read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
+        read.expect("attention_bias", False, why="attention biases are not implemented")
+        if read.values.get("pad_token_id") is not None:
+            # transformers builds no embedding with a padding token outside of it
+            vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
+            read.integer("pad_token_id", low=-vocab, high=vocab - 1)
+        for reader in (self.reader, read):
+            refuse_hidden_effects(reader)
+
+    def common_facts(self, moe_layers: Sequence[int], has_mtp: bool = False) -> ModelFacts:
         """The facts, read from the keys under which most configs have them."""
-        read = self.text
-        n_experts = read.integer(*self.count_keys, low=2, high=MAX_EXPERTS)
-        hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
-        n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
-        if tied is None:
-            tied = read.boolean("tie_word_embeddings", default=False)
-        return ModelFacts(
+        return read_facts(
+            self.text,
+            self.count_keys,
+            self.defaults,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
-            n_layers=read_n_layers(read),
             moe_layers=tuple(moe_layers),
-            hidden_size=hidden,
-            expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
-            n_experts=n_experts,
-            experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
-            n_heads=n_heads,
-            n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_heads),
-            head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=hidden // n_heads),
-            vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
-            context_length=read.integer("max_position_embeddings", low=1),
-            tied_embeddings=tied,
+            tied_embeddings=self.tying.tied,
             has_mtp=has_mtp,
         )
 
+    def config_values(self) -> dict[str, Any]:
+        return {
+            **config_values(self.facts),
+            self.count_keys[0]: self.facts.n_experts,
+            "rms_norm_eps": read_epsilon(self.text),
+            "rope_parameters": self.rope.config_values(),
+        }
+
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
-        return self.rewritten_config(dict.fromkeys(COUNT_KEYS, n_experts))
+        config = self.rewritten_config(dict.fromkeys(COUNT_KEYS, n_experts))
+        sections = self.text_sections if self.is_nested else ()
+        return without_quantization(with_tying(config, sections, self.facts.tied_embeddings))
 
     def rewritten_config(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The config with other values under the keys that it has, the text model's included."""
-        return _rewritten(self.config, self.text_sections, changes)
+        return rewritten(self.config, self.text_sections, changes)
+
+    def caveats(self) -> tuple[str, ...]:
+        tying = self.tying.caveat
+        return (*((tying,) if tying else ()), *leftover_caveats(self.config))
 
     # the header
 
@@ -189,12 +219,11 @@ class DecoderModel(MoeModel):
         return self.text.integer("intermediate_size", low=1, high=MAX_WIDTH)
 
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
-        own = tuple(
+        return tuple(
             HeaderValue(key.format(arch=self.gguf_arch), value, value_type)
-            for key, value, value_type in self.header()
+            for key, value, value_type in (*self.header(), *self.rope.metadata())
             if value is not None
         )
-        return own + rope_metadata(self.text.values, self.gguf_arch, self.text.where)
 
     # the tensors
 
@@ -359,54 +388,3 @@ class DecoderModel(MoeModel):
             f"{blk}{projection}_exps.weight" for projection in self.experts.inputs
         )
         return fed_by_inputs, (f"{blk}down_exps.weight",)
-
-
-def read_n_layers(read: ConfigReader) -> int:
-    return read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
-
-
-def read_epsilon(read: ConfigReader) -> float:
-    return read.number("rms_norm_eps", low=0, high=1)
-
-
-def refuse_common(read: ConfigReader, arch: str) -> None:
-    """Refuse, by name, what no family here does."""
-    read.expect("hidden_act", "silu", why=f"llama.cpp's {arch} computes SwiGLU")
-    read.expect("attention_bias", False, why="attention biases are not implemented")
-    read.expect("quantization_config", why="dequantize the checkpoint to BF16 first")
-
-
-def moe_layers_by_step(read: ConfigReader) -> tuple[int, ...]:
-    """Every `decoder_sparse_step`-th layer, `mlp_only_layers` left out."""
-    n_layers = read_n_layers(read)
-    dense = set(read.integers("mlp_only_layers", 0, n_layers - 1))
-    step = read.integer("decoder_sparse_step", low=1, default=1)
-    return tuple(i for i in range(n_layers) if i not in dense and (i + 1) % step == 0)
-
-
-def moe_layers_after_dense(read: ConfigReader, key: str) -> tuple[int, ...]:
-    """All layers after the first dense ones: `mlp_layer_types` names each, or `key` counts those.
-
-    Raises UnsupportedModelError if neither is there, or a layer is neither dense nor sparse.
-    """
-    n_layers = read_n_layers(read)
-    types = read.values.get("mlp_layer_types")
-    if types is None:
-        return tuple(range(read.integer(key, high=n_layers), n_layers))
-    known = ("dense", "sparse")
-    if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
-        raise UnsupportedModelError(
-            f"{read.where}: mlp_layer_types is {shown(types)}, expected {n_layers} of dense and "
-            "sparse"
-        )
-    return tuple(layer for layer, one in enumerate(types) if one == "sparse")
-
-
-def _rewritten(
-    config: Mapping[str, Any], sections: tuple[str, ...], changes: Mapping[str, Any]
-) -> dict[str, Any]:
-    # auto_map names Python files of the source's folder, which are neither run nor copied
-    found = {key: changes.get(key, value) for key, value in config.items() if key != "auto_map"}
-    if sections and isinstance(found.get(sections[0]), Mapping):
-        found[sections[0]] = _rewritten(found[sections[0]], sections[1:], changes)
-    return found

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
-from reap2gguf.models.shared import COUNT_KEYS
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -49,7 +49,13 @@ def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
             f"of {', '.join(ARCHITECTURES)}"
         )
     _refuse_labels(checkpoint.config, where)
-    model = ARCHITECTURES[name](checkpoint.config, where, checkpoint.tensors.keys(), keep_mtp)
+    model = ARCHITECTURES[name](
+        checkpoint.config,
+        where,
+        checkpoint.tensors.keys(),
+        keep_mtp,
+        checkpoint.have_same_values,
+    )
     model.check_tensors(checkpoint.tensors)
     return model
 

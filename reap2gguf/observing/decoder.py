@@ -8,8 +8,7 @@ so every architecture behaves as its authors wrote it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.messages import shown
+from reap2gguf.models.transformers_config import transformers_config
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.kernels import fuse_norms, has_triton
@@ -306,18 +305,3 @@ def _build(weights: Weights, dtype: torch.dtype) -> Any:
         ) from error
     model.set_experts_implementation(IMPLEMENTATION)
     return model.eval().base_model
-
-
-def transformers_config(values: Mapping[str, Any]) -> Any:
-    """What `AutoConfig.from_pretrained` makes of a folder whose config.json holds `values`.
-
-    No code that comes with a model is run. Raises ValueError for a model type that is unknown to
-    transformers, and whatever its config classes raise.
-    """
-    from transformers import CONFIG_MAPPING
-
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type is {shown(model_type)}, expected one that transformers knows")
-    # config classes change the values that they are given
-    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))

@@ -90,6 +90,12 @@ class PrunedView(Weights):
         for source_byte, count in self._source_runs(name, first, n_bytes):
             self._source.expect_bytes(source_name, source_byte, count)
 
+    def have_same_values(self, one: str, other: str) -> bool:
+        origins = [self._origins[name] for name in (one, other)]
+        if any(origin.entries is not None for origin in origins):
+            return super().have_same_values(one, other)
+        return self._source.have_same_values(*(origin.name for origin in origins))
+
     def fetch_ahead(self, names: Iterable[str]) -> None:
         self._source.fetch_ahead({self._origins[name].name for name in names})
 

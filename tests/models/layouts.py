@@ -14,7 +14,13 @@ from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.table import ARCHITECTURES
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 
 class Tiny(Protocol):

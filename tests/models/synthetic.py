@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.models.experts import ExpertLayout
+from reap2gguf.models.layer_types import moe_layers_after_dense
 from reap2gguf.models.rules import (
     ATTENTION,
     ATTN_NORM,
     DENSE_FFN,
     FFN_NORM,
+    MtpLayout,
     TensorRule,
 )
-from reap2gguf.models.shared import DecoderModel, MtpLayout, moe_layers_after_dense, refuse_common
+from reap2gguf.models.shared import DecoderModel
 
 ROUTER = TensorRule(
     "block_sparse_moe.gate.weight",
@@ -67,7 +69,7 @@ class SyntheticMoe(DecoderModel):
 
     def read_facts(self) -> ModelFacts:
         read = self.text
-        refuse_common(read, self.gguf_arch)
+        self.refuse_common()
         moe = moe_layers_after_dense(read, "first_k_dense_replace")
         has_mtp = self.keep_mtp and any(self.in_mtp(name) for name in self.names)
         n_layers = read.integer("num_hidden_layers")

@@ -102,7 +102,6 @@ def test_a_tensor_that_no_rule_explains_is_refused(case: Case) -> None:
         prefix + "extra.weight",
         prefix + "self_attn.rotary_emb.inv_freq",
         prefix + "mlp.experts.0.gate_up_proj.weight",
-        prefix + "mlp.experts.0.up_proj.weight_scale_inv",
         prefix + "mlp.experts.01.up_proj.weight",
         last + "input_layernorm.weight",
     ):

@@ -16,8 +16,9 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
 from reap2gguf.models.description import Dropped, Expert, Part, Plain, Router, experts_of
+from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.layer_types import moe_layers_after_dense, moe_layers_by_step
 from reap2gguf.models.rules import TensorRule, sizes_of
-from reap2gguf.models.shared import COUNT_KEYS, moe_layers_after_dense, moe_layers_by_step
 from reap2gguf.models.table import ARCHITECTURES, describe
 from reap2gguf.observing.mtp import MtpBlock
 from reap2gguf.observing.targets import layer_targets

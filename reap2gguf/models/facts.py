@@ -1,0 +1,145 @@
+"""The facts of a model, in the keys that most configs have them under."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.models.description import (
+    MAX_EXPERTS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    ModelFacts,
+)
+from reap2gguf.models.tying import KEY as TIE_KEY
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.config import ConfigReader
+
+# how configs of any architecture spell their number of routed experts
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+# what decides weights or logits in every family, and may not be null
+FACT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "attention_bias",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+)
+# the same, where null is the same as absent
+OPTIONAL_KEYS = (
+    *COUNT_KEYS,
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "layer_types",
+    "mlp_only_layers",
+)
+
+
+def read_n_layers(read: ConfigReader) -> int:
+    return read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
+
+
+def read_epsilon(read: ConfigReader) -> float:
+    return read.number("rms_norm_eps", low=0, high=1)
+
+
+def read_facts(
+    read: ConfigReader,
+    count_keys: Sequence[str],
+    defaults: Mapping[str, int],
+    **decided: Any,
+) -> ModelFacts:
+    """The facts that a text model's config states, and those that are `decided` elsewhere.
+
+    `count_keys` are spellings of the number of experts, `defaults` transformers' values of absent
+    keys. Raises UnsupportedModelError for numbers out of range.
+    """
+    n_experts = read.integer(*count_keys, low=2, high=MAX_EXPERTS)
+    hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
+    n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
+    n_kv_heads = defaults.get("num_key_value_heads", n_heads)
+    head_dim = defaults.get("head_dim", hidden // n_heads)
+    return ModelFacts(
+        n_layers=read_n_layers(read),
+        hidden_size=hidden,
+        expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
+        n_experts=n_experts,
+        experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
+        n_heads=n_heads,
+        n_kv_heads=read.integer("num_key_value_heads", low=1, high=MAX_HEADS, default=n_kv_heads),
+        head_dim=read.integer("head_dim", low=1, high=MAX_WIDTH, default=head_dim),
+        vocab_size=read.integer("vocab_size", low=1, high=MAX_VOCABULARY),
+        context_length=read.integer("max_position_embeddings", low=1),
+        **decided,
+    )
+
+
+def config_values(facts: ModelFacts) -> dict[str, Any]:
+    """Facts under transformers' names of them, the number of experts left out."""
+    return {
+        "num_hidden_layers": facts.n_layers,
+        "hidden_size": facts.hidden_size,
+        "moe_intermediate_size": facts.expert_width,
+        "num_experts_per_tok": facts.experts_per_token,
+        "num_attention_heads": facts.n_heads,
+        "num_key_value_heads": facts.n_kv_heads,
+        "head_dim": facts.head_dim,
+        "vocab_size": facts.vocab_size,
+        "max_position_embeddings": facts.context_length,
+    }
+
+
+def refuse_contradictions(
+    outer: ConfigReader, text: ConfigReader, section: str, fact_keys: Sequence[str]
+) -> None:
+    """Refuse a config that states a fact twice with different values, or as null.
+
+    `section` is the name of the text model's section, empty where the config is flat. Raises
+    UnsupportedModelError that names the keys.
+    """
+    text.refuse_nulls((*fact_keys, TIE_KEY))
+    for reader in (outer, text):
+        reader.refuse_spellings(COUNT_KEYS)
+        reader.refuse_spellings(DTYPE_KEYS)
+    if not section:
+        return
+    outer.refuse_nulls((TIE_KEY,))
+    for key in (*fact_keys, *OPTIONAL_KEYS):
+        text.refuse_difference(
+            f"{section}.{key}", text.values.get(key), f"{key} beside it", outer.values.get(key)
+        )
+
+
+def refuse_hidden_effects(read: ConfigReader) -> None:
+    """Refuse keys by which transformers changes any model, whatever its architecture."""
+    read.expect("is_causal", True, why="every token attends to those before it")
+    read.expect("per_layer_config", {}, why="all layers have the same sizes")
+    read.expect("attention_chunk_size", why="every token attends to all before it")
+    read.expect("transformers_weights", why="transformers would load weights from that file")
+    read.expect("fusion_config", why="transformers would load another module for it")
+    for key in ("output_hidden_states", "output_attentions", "return_dict"):
+        read.boolean(key, default=False)
+
+
+def rewritten(
+    config: Mapping[str, Any], sections: tuple[str, ...], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config with other values under the keys that it has, those of its sections included."""
+    # auto_map names Python files of the source's folder, which are neither run nor copied
+    found = {key: changes.get(key, value) for key, value in config.items() if key != "auto_map"}
+    if sections and isinstance(found.get(sections[0]), Mapping):
+        found[sections[0]] = rewritten(found[sections[0]], sections[1:], changes)
+    return found

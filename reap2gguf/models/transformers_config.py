@@ -1,0 +1,68 @@
+"""transformers' own reading of a config, and whether it is the one that this program has."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.messages import shown
+from reap2gguf.models.quantized import without_quantization
+
+if TYPE_CHECKING:
+    from reap2gguf.models.contract import MoeModel
+
+
+def transformers_config(values: Mapping[str, Any]) -> Any:
+    """What `AutoConfig.from_pretrained` makes of a folder whose config.json holds `values`.
+
+    A leftover of quantization is left out. No code that comes with a model is run. Raises
+    ValueError for a model type that is unknown to transformers, and whatever its config classes
+    raise.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {shown(model_type)}, expected one that transformers knows")
+    # config classes change the values that they are given
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class.from_dict(copy.deepcopy(without_quantization(values)))
+
+
+def check_with_transformers(model: MoeModel) -> None:
+    """Refuse a config that transformers refuses, or reads in another way than `model` does.
+
+    transformers is imported. Raises UnsupportedModelError that names the key.
+    """
+    try:
+        with _silenced():
+            config = transformers_config(model.config).get_text_config()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{model.reader.where}: transformers cannot read the config ({reason}); correct it"
+        ) from error
+    for key, ours in model.config_values().items():
+        theirs = getattr(config, key, ours)
+        if theirs != ours:
+            raise UnsupportedModelError(
+                f"{model.reader.where}: {key} is read as {shown(ours)} here and as {shown(theirs)} "
+                "by transformers; state it in config.json where this version of transformers "
+                "looks for it"
+            )
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without transformers' warnings about keys: what matters of them is refused by name."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
