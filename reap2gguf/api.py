@@ -14,7 +14,6 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
-    from reap2gguf.hub.source import Source
-    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.hub.opened import OpenModel
     from reap2gguf.quantizing.resolve import ResolvedRecipe
     from reap2gguf.verifying.report import VerifyReport
 
@@ -303,7 +301,7 @@ def verify(
 
 
 def _export(
-    opened: _Opened,
+    opened: OpenModel,
     recipe: ResolvedRecipe,
     output: Path,
     weighted_by: WeightedBy | None,
@@ -329,46 +327,16 @@ def _export(
     remove(path)
 
 
-@dataclass(frozen=True)
-class _Opened(AbstractContextManager["_Opened"]):
-    """A model and what it is, from its headers; closes its files."""
-
-    source: Source
-    checkpoint: Checkpoint
-    model: MoeModel
-
-    def check_tokenizer(self) -> None:
-        """Refuse a tokenizer that could not be written later."""
-        from reap2gguf.tokenizer.gguf_keys import check_tokenizer
-
-        check_tokenizer(self.source.folder, self.model.facts.vocab_size, self.model.pre_tokenizers)
-
-    def __exit__(self, *error: object) -> None:
-        self.checkpoint.close()
-
-
 def _open(
     name: PathLike, progress: Progress, keep_mtp: bool = True, follow_links: bool = False
-) -> _Opened:
-    from reap2gguf.hub.source import resolve_source
-    from reap2gguf.models.table import describe
-    from reap2gguf.models.transformers_config import check_with_transformers
+) -> OpenModel:
+    from reap2gguf.hub.opened import open_model
 
-    source = resolve_source(str(name), progress.note, follow_links)
-    source.complete(progress.note)
-    checkpoint = source.open(progress.note)
-    try:
-        checkpoint.report_to(progress)
-        model = describe(checkpoint, keep_mtp)
-        check_with_transformers(model)
-        return _Opened(source, checkpoint, model)
-    except BaseException:
-        checkpoint.close()
-        raise
+    return open_model(str(name), progress, keep_mtp, follow_links)
 
 
 def _select(
-    opened: _Opened,
+    opened: OpenModel,
     observations: Observations | PathLike,
     keep_experts: int | None,
     compression: float | None,

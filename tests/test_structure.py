@@ -107,6 +107,21 @@ COVERED_BY = [
         ("exporting/model_files.py",),
     ),
     (
+        "exporting/test_general.py",
+        "whole headers, as verification makes them again",
+        ("exporting/header_facts.py",),
+    ),
+    (
+        "tokenizer/test_gguf_keys.py",
+        "what is written is what was checked",
+        ("tokenizer/check.py",),
+    ),
+    (
+        "test_api.py",
+        "every function opens a model",
+        ("hub/opened.py",),
+    ),
+    (
         "hub/test_shards.py",
         "errors of a download",
         ("hub/errors.py",),

@@ -4,9 +4,10 @@
 
 A build that keeps all experts has nothing to observe.
 
-`stages.py` declares each stage, `stage.py` says how one is reused and resumed. Nothing gets its
-final name before everything is verified. Started by torchrun, every process runs this list; those
-that are not the first compute their share of both sweeps and leave after the second.
+`stages.py` and `verify_stage.py` declare each stage, `stage.py` says how one is reused and resumed.
+Nothing gets its final name before everything is verified. Started by torchrun, every process runs
+this list; those that are not the first compute their share of both sweeps and leave after the
+second.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import check_room
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
-from reap2gguf.building.stage import Run, StageCost
-from reap2gguf.building.stages import STAGES, Export, Importance, Observe, Prune, ReadTexts, Verify
+from reap2gguf.building.stage import Run, Stage, StageCost
+from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
+from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.machine import processes
@@ -31,6 +33,8 @@ from reap2gguf.pruning.view import PrunedView
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+
+STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)
 
 
 @dataclass(frozen=True)

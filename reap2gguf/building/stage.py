@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.keys import BuildKeys, sweep_key
-from reap2gguf.building.seals import Stamps, changed, stamps
+from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
@@ -150,6 +150,20 @@ class Run:
         source, fingerprint = self.plan.source.label, self.keys.fingerprint
         identity = {"source": source, "fingerprint": fingerprint}
         self.work.prepare(identity, self.plan.options.fresh)
+
+    def seal(
+        self, outputs: Sequence[Path], before: Stamps | None = None
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
+        kept = stamps(self.work.root, outputs) if before is None else before
+        threads = self.plan.options.compute.threads
+        sealed = seal(self.work.root, kept, threads, self.progress)
+        return {name: asdict(one) for name, one in sealed.items()}
+
+    def unsealed(self, seals: Mapping[str, Seal]) -> list[str]:
+        """The files of a stage that do not have their seals."""
+        threads = self.plan.options.compute.threads
+        return unsealed(self.work.root, seals, threads, self.progress)
 
     def do(self, stage: AnyStage) -> AnyStage:
         """Compute a stage, or find it done; its result is loaded when it is asked for."""

@@ -1,12 +1,12 @@
-"""The stages of a build, each declared once: name, outputs, key, function.
+"""The stages of a build up to the export, each declared once: name, outputs, key, function.
 
-To add one, write its class, put it into `STAGES`, and call it in `pipeline.py`.
+`verify_stage.py` has the last one. To add a stage, write its class, put it into `STAGES` and call
+it in `pipeline.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,12 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.building.estimate import exact_recipes
-from reap2gguf.building.keys import stage_key
-from reap2gguf.building.seals import Seal, Stamps, read_seals, seal, stamps, unsealed
+from reap2gguf.building.seals import Seal, read_seals
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
-from reap2gguf.bundle.layout import CARD_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE
+from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
-from reap2gguf.bundle.members import check_members
 from reap2gguf.calibration.drawing import read_texts
-from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
@@ -34,12 +30,10 @@ from reap2gguf.exporting.model_files import (
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
-from reap2gguf.pruning.write import write_pruned, written_names
+from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
-from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
-from reap2gguf.verifying.hf_folder import check_pruned
-from reap2gguf.verifying.report import Level, passed_file, passed_folder
+from reap2gguf.verifying.gguf_file import ExpectedGguf
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
@@ -209,7 +203,7 @@ class Importance(Stage[Imatrix]):
         return {
             "mtp_hits": report.mtp_hits,
             "mtp_tokens": report.mtp_tokens,
-            "seals": _sealed(self.run, self.outputs),
+            "seals": self.run.seal(self.outputs),
         }
 
     @property
@@ -218,7 +212,7 @@ class Importance(Stage[Imatrix]):
         return read_seals(self.facts.get("seals"))
 
     def is_intact(self) -> bool:
-        return bool(self.seals) and not _unsealed(self.run, self.seals)
+        return bool(self.seals) and not self.run.unsealed(self.seals)
 
     def load(self) -> Imatrix:
         return load_imatrix(self.path)
@@ -316,106 +310,3 @@ class Export(Stage[None]):
 
     def load(self) -> None:
         """Only verification reads its files."""
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What was checked, one line each, and the files as they were then."""
-
-    passed: list[str]
-    seals: Mapping[str, Seal]  # by path below the work folder
-
-
-class Verify(Stage[Verified]):
-    """Reads both formats back from the disk and compares them with the plan and the source.
-
-    Its result says what was checked, and seals the files, so that nothing else is published. Raises
-    VerificationError if anything differs.
-    """
-
-    name = "verify"
-
-    def __init__(self, run: Run, pruned: PrunedView, export: Export) -> None:
-        super().__init__(run)
-        self._pruned = pruned
-        self._export = export
-
-    def make_key(self) -> str:
-        return stage_key("verify", self._export.key)
-
-    @property
-    def outputs(self) -> Sequence[Path]:
-        return (self.run.work.hf, *self._export.outputs)
-
-    def compute(self) -> Mapping[str, Any]:
-        for name in (CARD_FILE, MANIFEST_FILE):
-            remove(self.run.work.hf / name)  # of an interrupted record, made again after this
-        before = stamps(self.run.work.root, self.outputs)
-        violations, passed = self._check()
-        if violations:
-            raise VerificationError(
-                violations,
-                "run it again with --fresh; if the same tensors differ again, give them a type "
-                "with more bits in the recipe",
-            )
-        # of the bytes that were verified, or it is refused
-        return {"passed": passed, "seals": _sealed(self.run, self.outputs, before)}
-
-    def is_intact(self) -> bool:
-        """Raises VerificationError for a file whose bytes are not those that were verified."""
-        run = self.run
-        if not (names := _unsealed(run, self.result.seals)):
-            return bool(self.result.seals)
-        for stage in (Prune, Export, Verify):
-            run.marks.void(stage.name)
-        raise VerificationError(
-            [
-                f"{run.work.root / name}: its SHA-256 is not that of what was verified"
-                for name in names
-            ],
-            "run the same command again: these files are written and verified again",
-        )
-
-    def _check(self) -> tuple[list[str], list[str]]:
-        """What differs from the plan, and what was checked."""
-        run, pruned, model = self.run, self._pruned, self._pruned.model
-        threads, progress = run.plan.options.compute.threads, run.progress
-        violations = [*check_members(run.work.hf, written_names(pruned))]
-        violations += check_pruned(run.work.hf, pruned, progress)
-        passed = [passed_folder(len(pruned.tensors))]
-        exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
-        for path, recipe in self._export.files.items():
-            expected = self._export.expected(recipe)
-            exactness = self._export.exactness(recipe.name in exact)
-            opened = pruned, model
-            violations += check_gguf(path, expected, opened, threads, progress, exactness)
-            level = Level.EXACT if exactness.every_type else Level.VALUES
-            passed.append(passed_file(path.name, len(recipe.table), level))
-        for path, side in self._export.sides.items():
-            expected = ExpectedGguf(side.tensor_types(), names=self._export.names())
-            source = (pruned, model, [side])
-            violations += check_side_file(path, expected, source, threads, progress)
-            passed.append(passed_file(path.name, len(side.tensors), Level.EXACT))
-        return violations, passed
-
-    def load(self) -> Verified:
-        return Verified(list(self.facts["passed"]), read_seals(self.facts.get("seals")))
-
-
-def _sealed(
-    run: Run, outputs: Sequence[Path], before: Stamps | None = None
-) -> Mapping[str, Mapping[str, Any]]:
-    """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
-    kept = stamps(run.work.root, outputs) if before is None else before
-    threads = run.plan.options.compute.threads
-    sealed = seal(run.work.root, kept, threads, run.progress)
-    return {name: asdict(one) for name, one in sealed.items()}
-
-
-def _unsealed(run: Run, seals: Mapping[str, Seal]) -> list[str]:
-    """The files of a stage that do not have their seals."""
-    threads = run.plan.options.compute.threads
-    return unsealed(run.work.root, seals, threads, run.progress)
-
-
-STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)

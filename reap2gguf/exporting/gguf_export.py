@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import OutputError
-from reap2gguf.exporting.header import GgufLayout, HeaderFacts, lay_out
+from reap2gguf.exporting.header import GgufLayout, lay_out
 from reap2gguf.exporting.row_ranges import (
     BlockMaker,
     RowRange,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.exporting.header_facts import HeaderFacts
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.description import GgufTensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gguf import (
     GGML_QUANT_VERSION,
-    GGMLQuantizationType,
     GGUFWriter,
-    LlamaFileType,
+    Keys,
     size_label,
 )
 
@@ -22,11 +21,8 @@ from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 
 if TYPE_CHECKING:
-    from reap2gguf.gguf_files.imatrix import Imatrix
-    from reap2gguf.models.description import GgufTensor, HeaderValue
-    from reap2gguf.tokenizer.form import PreTokenizers
-
-SIZE_LABEL = "general.size_label"  # of these tensors, if the values do not hold it
+    from reap2gguf.exporting.header_facts import HeaderFacts
+    from reap2gguf.models.description import GgufTensor
 
 
 @dataclass(frozen=True)
@@ -36,21 +32,6 @@ class GgufLayout:
     header: bytes
     offsets: Mapping[str, int]
     n_bytes: int
-
-
-@dataclass(frozen=True)
-class HeaderFacts:
-    """What a header says besides the tokenizer and the tensors."""
-
-    arch: str  # general.architecture
-    values: Sequence[HeaderValue]  # where the model comes from, and the architecture's own keys
-    file_type: LlamaFileType
-    tensor_types: Mapping[str, GGMLQuantizationType]
-    imatrix: Imatrix | None = None
-    imatrix_file: str = ""
-    general_type: str = "model"  # general.type
-    vocab_size: int | None = None  # None: the file has no tokenizer
-    pre_tokenizers: PreTokenizers = field(default_factory=dict)  # which the model may have
 
 
 def lay_out(
@@ -66,7 +47,7 @@ def lay_out(
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, tensor_type
         )
-    if not any(value.key == SIZE_LABEL for value in facts.values):
+    if not any(value.key == Keys.General.SIZE_LABEL for value in facts.values):
         writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     header = writer.header()
     offsets: dict[str, int] = {}

@@ -7,17 +7,16 @@ bytes are `header.lay_out`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGUFValueType, Keys, LlamaFileType
 
 from reap2gguf import __version__
 from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.exporting.general import General, general_values
-from reap2gguf.exporting.header import SIZE_LABEL, HeaderFacts
 from reap2gguf.models.description import HeaderValue
 
 if TYPE_CHECKING:
@@ -28,8 +27,24 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
+    from reap2gguf.tokenizer.form import PreTokenizers
 
 UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")  # no importance matrix changes their bytes
+
+
+@dataclass(frozen=True)
+class HeaderFacts:
+    """What a header says besides the tokenizer and the tensors."""
+
+    arch: str  # general.architecture
+    values: Sequence[HeaderValue]  # where the model comes from, and the architecture's own keys
+    file_type: LlamaFileType
+    tensor_types: Mapping[str, GGMLQuantizationType]
+    imatrix: Imatrix | None = None
+    imatrix_file: str = ""
+    general_type: str = "model"  # general.type
+    vocab_size: int | None = None  # None: the file has no tokenizer
+    pre_tokenizers: PreTokenizers = field(default_factory=dict)  # which the model may have
 
 
 @dataclass(frozen=True)
@@ -121,7 +136,7 @@ def side_header(
     """The same for a side file, which says what the model's file says of where it comes from."""
     values = general_of(weights, model, names).values
     # the size is that of this file's own tensors
-    return (*(value for value in values if value.key != SIZE_LABEL), *side.values)
+    return (*(value for value in values if value.key != Keys.General.SIZE_LABEL), *side.values)
 
 
 def general_of(weights: Weights, model: MoeModel, names: HeaderNames) -> General:

@@ -34,15 +34,17 @@ from reap2gguf.publishing.prepare import prepare
 from reap2gguf.publishing.readback import compare
 from reap2gguf.publishing.remote import RemoteRepo, check_name, fetch_small, look_up, refusal
 from reap2gguf.publishing.upload import make_repo, upload
-from reap2gguf.verifying.bundle import check_bundle
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+    from reap2gguf.bundle.opening import OpenBundle
     from reap2gguf.hub.retry import Sleep
     from reap2gguf.progress import Progress
 
 T = TypeVar("T")
+# compares the files of a bundle with their record; raises VerificationError
+CheckBundle = Callable[["OpenBundle", int, "Progress"], None]
 TO_UPLOAD, UNCHANGED, REPLACED = "to upload", "already there", "will be replaced"
 SAME_SIZE = "already there (same size)"
 
@@ -66,8 +68,10 @@ class Published:
     others: tuple[str, ...]
 
 
-def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) -> Published:
-    """Publish a bundle. To resume an interrupted push, make the same call again.
+def push(
+    options: PushOptions, check: CheckBundle, progress: Progress, sleep: Sleep = time.sleep
+) -> Published:
+    """Publish a bundle that `check` accepts. To resume a push, make the same call again.
 
     Raises UsageError if it is not a bundle, VerificationError if a file is not as it was built or
     the Hub holds other bytes than were sent, PublishError if the Hub refuses, OutputError if parts
@@ -84,7 +88,7 @@ def push(options: PushOptions, progress: Progress, sleep: Sleep = time.sleep) ->
     for repo in (names.hf, names.gguf):
         check_visibility(api, repo, options.private, progress, sleep)
     with bundle.folders.locked():
-        check_bundle(bundle, options.threads, progress)
+        check(bundle, options.threads, progress)
         folder = bundle.folders.push
         make_folder(folder)
         prepared = prepare(bundle, names, options.max_bytes, folder, progress)
@@ -134,7 +138,7 @@ class Preview:
         return [f for f in contents.files if self.state(repo, f) in (TO_UPLOAD, REPLACED)]
 
 
-def preview(options: PushOptions, progress: Progress) -> Preview:
+def preview(options: PushOptions, check: CheckBundle, progress: Progress) -> Preview:
     """A dry run of `push`: read the bundle and, if it answers, the Hub; write nothing.
 
     Raises UsageError, VerificationError and PublishError as `push` does, except if the Hub does not
@@ -144,7 +148,7 @@ def preview(options: PushOptions, progress: Progress) -> Preview:
 
     names = repo_names(options.repo)
     bundle = open_bundle(options.bundle)
-    check_bundle(bundle, options.threads, progress)
+    check(bundle, options.threads, progress)
     prepared = prepare(bundle, names, options.max_bytes, None, progress)
     api = HfApi()
     unchecked = []

@@ -49,12 +49,13 @@ def push(
     """
     from reap2gguf.publishing.push import PushOptions, preview
     from reap2gguf.publishing.push import push as publish
+    from reap2gguf.verifying.bundle import check_bundle
 
     options = PushOptions(bundle, repo, private, max_bytes, threads)
     if dry_run:
-        say_all(preview_lines(preview(options, terminal_progress()), private))
+        say_all(preview_lines(preview(options, check_bundle, terminal_progress()), private))
         return
-    published = publish(options, terminal_progress())
+    published = publish(options, check_bundle, terminal_progress())
     for other in published.others:
         say(f"{other} is not part of this bundle; it remains in the repository")
     say_all(published.urls)

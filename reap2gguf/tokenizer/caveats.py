@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.tokenizer.llama_bpe import ORDINARY_IN_QWEN
+from reap2gguf.tokenizer.vocabulary import ORDINARY_IN_QWEN
 
 if TYPE_CHECKING:
     from reap2gguf.tokenizer.vocabulary import Vocabulary

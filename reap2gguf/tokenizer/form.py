@@ -12,8 +12,7 @@ from typing import Any
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.vocabulary import NO_NORMALIZER
+from reap2gguf.tokenizer.pre_tokenizers import NO_NORMALIZER, PRE_TOKENIZERS
 
 PreTokenizers = Mapping[tuple[str, ...], str]  # split patterns -> llama.cpp's name of them
 

@@ -13,14 +13,12 @@ also the ids of a text (probe).
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, Keys, SpecialVocab
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.tokenizer.caveats import tokenizer_caveats
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import (
     PreTokenizers,
@@ -28,7 +26,6 @@ from reap2gguf.tokenizer.form import (
     check_form,
 )
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.probe import check_against_library
 from reap2gguf.tokenizer.tokenizer_files import check_template_texts, read_tokenizer_json
 from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
@@ -66,56 +63,22 @@ def add_tokenizer(
     return pre, vocabulary
 
 
-def tokenizer_keys(folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers) -> dict[str, Any]:
-    """The tokenizer keys that a GGUF file of the checkpoint in `folder` must have."""
-    writer = GGUFWriter(None, "none")
-    add_tokenizer(writer, folder, vocab_size, pre_tokenizers)
-    return {
-        key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")
-    }
-
-
-def check_tokenizer(
-    folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
-) -> tuple[str, ...]:
-    """Refuse a tokenizer that `add_tokenizer` would refuse later, or that does not load.
-
-    Compares the token ids of a text of hard cases, too. For a vocabulary of 150,000 tokens it takes
-    about a second and 200 MB. Returns what a user should know of it, one sentence each. Raises
-    CheckpointError or UnsupportedModelError.
-    """
-    logger = logging.getLogger("gguf.vocab")
-    before, logger.disabled = logger.disabled, True  # writing the file logs the same lines
-    writer = GGUFWriter(None, "none")
-    try:
-        pre, vocabulary = add_tokenizer(writer, folder, vocab_size, pre_tokenizers)
-    finally:
-        logger.disabled = before
-    if _value(writer, Keys.Tokenizer.EOS_ID) is None:
-        raise CheckpointError(
-            f"{folder}: no eos_token among the added tokens and no single eos_token_id in "
-            "config.json, expected one: llama.cpp would end each answer at token 11; set eos_token "
-            "in tokenizer_config.json"
-        )
-    check_against_library(vocabulary, folder / "tokenizer.json", pre)
-    return tokenizer_caveats(folder, pre, vocabulary)
-
-
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:
     """Refuse a header by which llama.cpp would add other ids to a text than the post-processor."""
-    adds_bos = _value(writer, Keys.Tokenizer.ADD_BOS, PRE_TOKENIZERS[pre].adds_bos)
-    bos = [_value(writer, Keys.Tokenizer.BOS_ID)] if adds_bos else []
-    if bos != before or _value(writer, Keys.Tokenizer.ADD_EOS, False):
+    adds_bos = header_value(writer, Keys.Tokenizer.ADD_BOS, PRE_TOKENIZERS[pre].adds_bos)
+    bos = [header_value(writer, Keys.Tokenizer.BOS_ID)] if adds_bos else []
+    adds_eos = header_value(writer, Keys.Tokenizer.ADD_EOS, False)
+    if bos != before or adds_eos:
         raise UnsupportedModelError(
             f"{folder}: the post_processor of tokenizer.json puts the ids {before} before a text, "
             f"and by bos_token, add_bos_token and add_eos_token llama.cpp would put {bos} before it"
-            f"{' and EOS after it' if _value(writer, Keys.Tokenizer.ADD_EOS, False) else ''}, "
+            f"{' and EOS after it' if adds_eos else ''}, "
             "expected the same; correct tokenizer_config.json, or save the tokenizer with "
             "transformers' save_pretrained()"
         )
 
 
-def _value(writer: GGUFWriter, key: str, default: Any = None) -> Any:
+def header_value(writer: GGUFWriter, key: str, default: Any = None) -> Any:
     """The value of a key in a header that is being written."""
     entry = writer.kv_data[0].get(key)
     return default if entry is None else entry.value

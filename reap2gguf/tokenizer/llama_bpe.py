@@ -10,46 +10,15 @@ Source: `llama_vocab::impl` in src/llama-vocab.cpp. Written from its behaviour, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from itertools import pairwise
 
 from gguf import TokenType
 
 from reap2gguf.tokenizer.pre_tokenizers import PreTokenizer, split_words
+from reap2gguf.tokenizer.vocabulary import HIDES_S, SPECIAL_BY_NAME, byte_symbols
 
-# Texts that llama.cpp makes special tokens of, whatever their type in the header: ends of turns
-# and of texts, fill-in-the-middle, and gpt-oss's channels.
-_NAMES = """
-    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
-    <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance>
-    <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
-    <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>
-    <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>
-    <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>
-    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]
-    <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
-    <|channel|> <|message|> <|start|> <|constrain|>
-"""
-SPECIAL_BY_NAME = frozenset(_NAMES.split())
-# All of Qwen's vocabularies have this as an ordinary token, which no text reaches in transformers:
-# it is split into `</`, `s` and `>` before. For llama.cpp it is a special one.
-ORDINARY_IN_QWEN = "</s>"
-# Where one of these is in the vocabulary, llama.cpp makes `</s>` an ordinary token.
-HIDES_S = ("<|tool_response>", "<|plamo:eos|>")
 _UNRANKED = 2**62
 _SPECIAL_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-
-
-@cache
-def byte_symbols() -> tuple[str, ...]:
-    """The character that stands for each byte, as in GPT-2: 256 characters, none of them a space.
-
-    >>> byte_symbols()[0x41], byte_symbols()[0x20]
-    ('A', 'Ġ')
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (chr(0x100 + position) for position in range(256))
-    return tuple(chr(byte) if byte in printable else next(others) for byte in range(256))
 
 
 class LlamaBpe:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+# what a tokenizer.json has that changes no text before it is split
+NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = (

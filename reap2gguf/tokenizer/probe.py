@@ -16,10 +16,10 @@ from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.tokenizer.llama_bpe import SPECIAL_BY_NAME, LlamaBpe, byte_symbols
+from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.vocabulary import Vocabulary, is_nfc
+from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, Vocabulary, byte_symbols, is_nfc
 
 HARD_CASES = (
     # languages

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from gguf import TokenType
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
-from reap2gguf.tokenizer.llama_bpe import HIDES_S, ORDINARY_IN_QWEN, SPECIAL_BY_NAME, byte_symbols
+from reap2gguf.tokenizer.pre_tokenizers import NO_NORMALIZER
 
 Merge = tuple[str, str]
 
 MOST_ADDED = 10_000  # added tokens; real models have up to about 6,500, most of them a few dozen
 _LONGEST_ADDED = 1_000  # bytes
-NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
 _FLAGS = ("lstrip", "rstrip", "single_word")
 # bytes that text in UTF-8 can have
 _UTF8_BYTES = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
@@ -32,6 +32,38 @@ _RESAVE = (
     "load the tokenizer with transformers, correct it and save it with save_pretrained(), or use "
     "the tokenizer.json of the model that this one was made from"
 )
+
+# Texts that llama.cpp makes special tokens of, whatever their type in the header: ends of turns
+# and of texts, fill-in-the-middle, and gpt-oss's channels.
+_NAMES = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
+    <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance>
+    <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+    <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>
+    <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>
+    <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]
+    <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+    <|channel|> <|message|> <|start|> <|constrain|>
+"""
+SPECIAL_BY_NAME = frozenset(_NAMES.split())
+# All of Qwen's vocabularies have this as an ordinary token, which no text reaches in transformers:
+# it is split into `</`, `s` and `>` before. For llama.cpp it is a special one.
+ORDINARY_IN_QWEN = "</s>"
+# Where one of these is in the vocabulary, llama.cpp makes `</s>` an ordinary token.
+HIDES_S = ("<|tool_response>", "<|plamo:eos|>")
+
+
+@cache
+def byte_symbols() -> tuple[str, ...]:
+    """The character that stands for each byte, as in GPT-2: 256 characters, none of them a space.
+
+    >>> byte_symbols()[0x41], byte_symbols()[0x20]
+    ('A', 'Ġ')
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (chr(0x100 + position) for position in range(256))
+    return tuple(chr(byte) if byte in printable else next(others) for byte in range(256))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from reap2gguf.quantizing.file_types import MIXTURES
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest, SideRecord
     from reap2gguf.checkpoint.weights import Weights
-    from reap2gguf.exporting.header import HeaderFacts
+    from reap2gguf.exporting.header_facts import HeaderFacts
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.reader import GgufHeader, Kind
     from reap2gguf.models.contract import MoeModel
@@ -230,9 +230,12 @@ def _compare_keys(
     exact = {Keys.General.ARCHITECTURE, Keys.General.TYPE}
     of_names = expected.names is None
     for key in wanted.metadata:
-        if key in free or (of_names and _is_of_names(key)):
+        if key in free:
             continue
-        if strict or key.startswith(prefixes) or key in exact:
+        if of_names and _is_of_names(key):
+            if header.kinds.get(key, wanted.kinds[key]) != wanted.kinds[key]:
+                yield f"{where}: {_of_type(header, key)}, expected {_type_name(wanted.kinds[key])}"
+        elif strict or key.startswith(prefixes) or key in exact:
             # another version may describe a model by other keys
             if key in header.metadata or key.startswith(prefixes) or _is_current(expected):
                 yield from _compare_key(header, wanted, key)

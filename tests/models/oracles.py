@@ -18,7 +18,7 @@ from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
-from reap2gguf.tokenizer.gguf_keys import check_tokenizer
+from reap2gguf.tokenizer.check import check_tokenizer
 from tests.exporting.files import export_files, plain
 from tests.tiny import ONE_THREAD
 

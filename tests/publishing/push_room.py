@@ -12,6 +12,7 @@ import pytest
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.progress import Silent
 from reap2gguf.publishing.push import Published, PushOptions, push
+from reap2gguf.verifying.bundle import check_bundle
 from tests.loopback_hub.server import Hub
 from tests.loopback_hub.uploads import TOKEN, Uploads
 
@@ -40,13 +41,14 @@ class Room:
         self.told = Told()
         self.waits: list[float] = []
         self.waiting: Callable[[], None] = lambda: None
+        self.check_bundle: Callable[..., None] = check_bundle
 
     def push(self, bundle: Path, repo: str = REPO, **options: Any) -> Published:
         def sleep(seconds: float) -> None:
             self.waits.append(seconds)
             self.waiting()
 
-        return push(PushOptions(bundle, repo, **options), self.told, sleep)
+        return push(PushOptions(bundle, repo, **options), self.check_bundle, self.told, sleep)
 
     def refused(self, kind: type[Reap2ggufError], *arguments: Any, **options: Any) -> str:
         with pytest.raises(kind) as caught:

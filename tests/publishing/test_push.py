@@ -21,7 +21,6 @@ from reap2gguf.cli import cli
 from reap2gguf.errors import PublishError, UsageError, VerificationError
 from reap2gguf.progress import Silent
 from reap2gguf.publishing import contents
-from reap2gguf.publishing import push as push_module
 from reap2gguf.publishing.push import PushOptions, preview
 from reap2gguf.publishing.remote import refusal
 from reap2gguf.quantizing.labels import LabelledFile
@@ -315,13 +314,13 @@ def test_a_file_that_was_changed_after_the_build_is_refused(room: Room, copy: Pa
 
 @pytest.mark.parametrize("name", ["config.json", "../model-GGUF/model-BF16.gguf"])
 def test_a_file_that_changes_after_its_hash_was_compared_is_refused(
-    name: str, room: Room, copy: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, room: Room, copy: Path
 ) -> None:
     def check_and_change(*arguments: Any) -> None:
         check_bundle(*arguments)
         (copy / name).write_bytes((copy / name).read_bytes()[:-1] + b" ")
 
-    monkeypatch.setattr(push_module, "check_bundle", check_and_change)
+    room.check_bundle = check_and_change
     with pytest.raises(VerificationError, match="nothing was uploaded") as caught:
         room.push(copy, max_bytes=900_000)
     assert caught.value.violations == [f"{(copy / name).resolve()}: changed while it was read"]
@@ -412,7 +411,7 @@ def test_a_dry_run_says_what_goes_and_what_would_be_refused(room: Room, bundle: 
     del room.files()["reap2gguf.json"]
     room.files()["config.json"] = b"{}"
     with pytest.raises(PublishError, match=f"{REPO}: holds a different config.json"):
-        preview(PushOptions(bundle, REPO), Silent())
+        preview(PushOptions(bundle, REPO), check_bundle, Silent())
 
 
 def test_labels_that_hide_each_other_are_reported(
@@ -431,7 +430,7 @@ def test_labels_that_hide_each_other_are_reported(
 
 def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.parent.rglob("*")}
-    found = preview(PushOptions(bundle, REPO, max_bytes=900_000), Silent())
+    found = preview(PushOptions(bundle, REPO, max_bytes=900_000), check_bundle, Silent())
     assert found.remote == {REPO: None, GGUF_REPO: None}
     assert found.unchecked == ()
     assert len(found.prepared.splits) == 1
@@ -440,13 +439,13 @@ def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
     foreseen = {file.name: file.n_bytes for file in found.prepared.gguf.files}
     assert sizes == {**foreseen, ".gitattributes": sizes[".gitattributes"]}
     sent = len(room.wrote())
-    again = preview(PushOptions(bundle, REPO), Silent())
+    again = preview(PushOptions(bundle, REPO), check_bundle, Silent())
     states = {file.name: again.state(GGUF_REPO, file) for file in again.prepared.gguf.files}
     assert states["imatrix.gguf"] == "already there"
     assert states["model-BF16.gguf"] == "to upload"
     assert states["README.md"] == "will be replaced"
     room.hub.leave()
-    away = preview(PushOptions(bundle, REPO), Silent())
+    away = preview(PushOptions(bundle, REPO), check_bundle, Silent())
     assert away.remote is None
     assert [reason.split(" (")[0] for reason in away.unchecked] == [
         "the permission to write", "which files exist already",

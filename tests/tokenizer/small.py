@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 
 from reap2gguf.tokenizer.form import PreTokenizers
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
-from reap2gguf.tokenizer.llama_bpe import byte_symbols
+from reap2gguf.tokenizer.vocabulary import byte_symbols
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

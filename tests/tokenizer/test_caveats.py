@@ -8,12 +8,11 @@ import pytest
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.caveats import NFC_CAVEAT, ORDINARY_CAVEAT, tokenizer_caveats
-from reap2gguf.tokenizer.gguf_keys import check_tokenizer
-from reap2gguf.tokenizer.llama_bpe import byte_symbols
+from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-from reap2gguf.tokenizer.vocabulary import Vocabulary
+from reap2gguf.tokenizer.vocabulary import Vocabulary, byte_symbols
 from tests.tokenizer.mutations import Draft
 from tests.tokenizer.small import QWEN2, QWEN35, llama_cpp_tokenizer
 

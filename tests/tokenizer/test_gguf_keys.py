@@ -11,8 +11,9 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
-from reap2gguf.tokenizer.gguf_keys import add_tokenizer, check_tokenizer
+from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
+from reap2gguf.tokenizer.check import check_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY
 from tests.tokenizer.small import (
     QWEN2,

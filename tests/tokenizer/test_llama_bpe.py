@@ -8,9 +8,9 @@ import pytest
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer as Library
 
-from reap2gguf.tokenizer.llama_bpe import SPECIAL_BY_NAME, LlamaBpe, byte_symbols
+from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.vocabulary import read_vocabulary
+from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, byte_symbols, read_vocabulary
 from tests.tiny import EXAMPLE
 from tests.tokenizer.small import (
     QWEN2,

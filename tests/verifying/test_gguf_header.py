@@ -263,7 +263,7 @@ def of_projector(pictured: tuple[Path, Path, Manifest], path: Path) -> list[str]
     with opened(folder) as (checkpoint, model):
         sides = model.side_files(folder, checkpoint.tensors)
         expected = expected_side(manifest, manifest.side_files[0])
-        return list(check_side_file(path, expected, (checkpoint, sides), 1, Silent()))
+        return list(check_side_file(path, expected, (checkpoint, model, sides), 1, Silent()))
 
 
 def test_every_key_of_a_projector(pictured: tuple[Path, Path, Manifest], tmp_path: Path) -> None:
