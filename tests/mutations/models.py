@@ -1,0 +1,204 @@
+"""The sound bundles that are damaged, made once per process.
+
+Two models: two layers of the bundled, trained example, in several shards; and a Qwen3.5-MoE with a
+vision tower and an MTP block, whose norms and head all differ. REAP2GGUF_MUTATION_MODELS names the
+folders of further checkpoints, separated as in PATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from safetensors.torch import load_file
+
+from reap2gguf.building import pipeline, stages
+from reap2gguf.building.plan import make_plan
+from reap2gguf.bundle.layout import gguf_name
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.models.table import describe
+from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
+from reap2gguf.pruning.write import write_pruned
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen35Moe, save_sharded
+
+NAME = "sound"
+FULL_VOCAB = 4096  # of the example
+VOCAB = 512
+FAMILIES = ("qwen3", "qwen3.5")
+VARIABLE = "REAP2GGUF_MUTATION_MODELS"
+_CARD = """\
+---
+license: apache-2.0
+base_model: example/base
+tags:
+- example
+---
+
+# A model
+
+What its makers say of it.
+"""
+_SAMPLING = {
+    "bos_token_id": 4093,
+    "do_sample": True,
+    "eos_token_id": [4093, 4095],
+    "pad_token_id": 4093,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+}
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A finished build, the same build stopped before it verifies, and its source."""
+
+    family: str
+    source: Path
+    output: Path
+    stopped: Path
+    recipes: tuple[str, ...]
+    exact: str
+    quantized: str
+    projector: str | None
+
+    @property
+    def hf(self) -> Path:
+        return self.output / NAME
+
+    @property
+    def gguf(self) -> Path:
+        return self.output / gguf_name(NAME)
+
+
+def more_models() -> list[Path]:
+    """The folders that the environment names."""
+    return [Path(name) for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+
+
+def make(model: str | Path, folder: Path) -> Sound:
+    """Build the bundle of one of FAMILIES, or of a checkpoint in a folder."""
+    if model == "qwen3":
+        source = _part_of_example(folder / "tiny-qwen3")
+        return _build(model, source, folder, ("bf16", "unsloth-iq4km"), 3)
+    if model == "qwen3.5":
+        source = _qwen35(folder / "tiny-qwen3.5")
+        return _build(model, source, folder, ("bf16", "q8_0"), 1)
+    with Checkpoint.open(Path(model)) as checkpoint:
+        fits = describe(checkpoint).facts.hidden_size % 256 == 0
+    return _build(
+        Path(model).name, Path(model), folder, ("bf16", "unsloth-iq4km" if fits else "q8_0"), 2
+    )
+
+
+def _part_of_example(folder: Path) -> Path:
+    """Two layers, half of the experts and the first tokens of the example, all values its own."""
+    folder.mkdir()
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    config = json.loads((EXAMPLE / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "num_experts": 8}
+    _write_small_files(folder, config)
+    tensors = {}
+    for shard in sorted(EXAMPLE.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            if re.search(r"layers\.[^01]\.|experts\.([89]|\d\d)\.", name):
+                continue
+            if name.endswith("embed_tokens.weight"):
+                tensor = tensor[:VOCAB].clone()
+            tensors[name] = tensor[:8].clone() if name.endswith("mlp.gate.weight") else tensor
+    save_sharded(tensors, folder, 2)
+    return folder
+
+
+def _qwen35(folder: Path) -> Path:
+    TinyQwen35Moe(layers="lf", vocab=VOCAB, n_shards=2).write(folder)
+    _write_small_files(folder, json.loads((folder / "config.json").read_text()))
+    (folder / "LICENSE").write_text("Use it as you like.\n")
+    return folder
+
+
+def _write_small_files(folder: Path, config: dict[str, Any]) -> None:
+    """Config, tokenizer, sampling and card, for a vocabulary that is quick to read."""
+    config = _renumbered(config)
+    config.get("text_config", config)["vocab_size"] = VOCAB
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    sampling = json.dumps(_renumbered(_SAMPLING), indent=2)
+    (folder / "generation_config.json").write_text(sampling)
+    (folder / "README.md").write_text(_CARD)
+    tokenizer = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
+    first = VOCAB - len(added)
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < first}
+    model["merges"] = [m for m in model["merges"] if "".join(m) in model["vocab"]]
+    for token in added:
+        token["id"] += VOCAB - FULL_VOCAB
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
+
+
+def _renumbered(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON in which the ids of the added tokens are those of the small vocabulary."""
+    text = json.dumps(values)
+    for token in range(FULL_VOCAB - 3, FULL_VOCAB):
+        text = re.sub(rf"\b{token}\b", str(token + VOCAB - FULL_VOCAB), text)
+    return dict(json.loads(text))
+
+
+def options(source: Path, output: Path, recipes: tuple[str, ...]) -> BuildOptions:
+    """What every build here is asked for."""
+    return BuildOptions(
+        recipes=recipes,
+        model=str(source),
+        output=output,
+        name=NAME,
+        compression=0.25,
+        calibration=CalibrationOptions(
+            str(REPOSITORY / "calibration" / "prose.txt"), samples=8, max_length=128
+        ),
+        chunk=128,
+        compute=ComputeOptions(device="cpu", threads=1),
+    )
+
+
+@contextmanager
+def stopped_before_verifying() -> Iterator[None]:
+    """Interrupt a build between its export and its verification."""
+
+    def stop(stage: stages.Verify) -> None:
+        raise KeyboardInterrupt
+
+    with patch.object(stages.Verify, "compute", stop):
+        yield
+
+
+def _build(
+    family: str, source: Path, folder: Path, recipes: tuple[str, ...], n_shards: int
+) -> Sound:
+    """Build up to the verification, keep that, and finish a copy."""
+    stopped, output = folder / "stopped", folder / "output"
+    stopped.mkdir()
+    n_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    shard = partial(write_pruned, max_shard_bytes=n_bytes // n_shards)
+    with patch.object(stages, "write_pruned", shard), stopped_before_verifying():
+        try:
+            pipeline.build(make_plan(options(source, stopped, recipes)), Silent())
+        except KeyboardInterrupt:
+            pass
+    shutil.copytree(stopped, output)
+    result = pipeline.build(make_plan(options(source, output, recipes)), Silent())
+    assert result is not None
+    exact, quantized = (record.file for record in result.manifest.gguf)
+    sides = [side.file for side in result.manifest.side_files]
+    return Sound(
+        family, source, output, stopped, recipes, exact, quantized, sides[0] if sides else None
+    )
