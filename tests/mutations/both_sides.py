@@ -24,14 +24,14 @@ from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import parse_recipe
 from reap2gguf.quantizing.resolve import resolve
 from tests.mutations.damage import Absent, Copy, Damage, Sight
-from tests.mutations.hf_files import _rename_token, _swap_tokens, _text
+from tests.mutations.hf_files import in_text, rename_token, swap_tokens
 from tests.mutations.hf_tensors import (
     Tensors,
-    _halves,
-    _mtp_swap,
     duplicate,
     expert,
+    halves,
     in_tensors,
+    mtp_swap,
     of,
     on,
     rotate_experts,
@@ -125,19 +125,34 @@ _DAMAGES: list[tuple[str, Apply]] = [
     ("router times 1.01", in_tensors(on("mlp.gate.weight", values(lambda v: v * 1.01)))),
     ("embedding: a row zero", in_tensors(on("embed_tokens.weight", zero_row))),
     ("embedding: two rows swapped", in_tensors(on("embed_tokens.weight", swap_rows))),
-    ("k_proj and v_proj exchanged", in_tensors(swap(whole("k_proj.weight"), whole("v_proj.weight")))),
-    ("norms of a layer exchanged", in_tensors(swap(whole("input_layernorm.weight"), whole("post_attention_layernorm.weight")))),
+    (
+        "k_proj and v_proj exchanged",
+        in_tensors(swap(whole("k_proj.weight"), whole("v_proj.weight"))),
+    ),
+    (
+        "norms of a layer exchanged",
+        in_tensors(swap(whole("input_layernorm.weight"), whole("post_attention_layernorm.weight"))),
+    ),
     ("the last norm plus one", in_tensors(on("model.norm.weight", values(lambda v: v + 1)))),
     ("A_log plus one", in_tensors(on("A_log", values(lambda v: v + 1)))),
-    ("MTP: both norms exchanged", in_tensors(_mtp_swap("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"))),
-    ("tower: qkv rotated", in_tensors(on("attn.qkv.weight", values(lambda v: np.roll(v, len(v) // 3, axis=0))))),
-    ("out_proj: columns exchanged", in_tensors(on("linear_attn.out_proj.weight", values(_halves)))),
+    (
+        "MTP: both norms exchanged",
+        in_tensors(mtp_swap("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight")),
+    ),
+    (
+        "tower: qkv rotated",
+        in_tensors(on("attn.qkv.weight", values(lambda v: np.roll(v, len(v) // 3, axis=0)))),
+    ),
+    ("out_proj: columns exchanged", in_tensors(on("linear_attn.out_proj.weight", values(halves)))),
     ("config: another rope_theta", _config(rope_theta=20000.0)),
     ("config: another epsilon", _config(rms_norm_eps=1e-5)),
     ("config: an expert per token fewer", _config(num_experts_per_tok=1)),
     ("config: a shorter context", _config(max_position_embeddings=256)),
     ("config: another number of heads in the tower", _vision(num_heads=4)),
-    ("tokenizer: two tokens swapped", _tokenizer(_swap_tokens)),
-    ("tokenizer: a token renamed", _tokenizer(_rename_token)),
-    ("chat template: another text", _text("chat_template.jinja", lambda t: t.replace("im_end", "im_stop"))),
-]  # fmt: skip
+    ("tokenizer: two tokens swapped", _tokenizer(swap_tokens)),
+    ("tokenizer: a token renamed", _tokenizer(rename_token)),
+    (
+        "chat template: another text",
+        in_text("chat_template.jinja", lambda t: t.replace("im_end", "im_stop")),
+    ),
+]

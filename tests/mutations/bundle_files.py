@@ -160,18 +160,24 @@ _IMATRIX: list[tuple[str, Apply]] = [
     ("imatrix: four bytes", _put("imatrix.gguf", b"GGUF")),
     ("imatrix: no bytes", _put("imatrix.gguf", b"")),
     ("imatrix: cut off", _bytes("imatrix.gguf", lambda raw: raw[:-64])),
-    ("imatrix: the model's file", lambda copy: copy.put(copy.gguf / "imatrix.gguf", copy.exact.read_bytes())),
+    (
+        "imatrix: the model's file",
+        lambda copy: copy.put(copy.gguf / "imatrix.gguf", copy.exact.read_bytes()),
+    ),
     ("imatrix.gguf lost", _lose("imatrix.gguf")),
     ("imatrix.gguf and .dat lost", _lose("imatrix.gguf", "imatrix.dat")),
-]  # fmt: skip
+]
 _DAT: list[tuple[str, Apply]] = [
     ("imatrix.dat lost", _lose("imatrix.dat")),
     ("imatrix.dat: garbage", _put("imatrix.dat", b"\x07" * 5000)),
     ("imatrix.dat: no bytes", _put("imatrix.dat", b"")),
     ("imatrix.dat: cut off", _bytes("imatrix.dat", lambda raw: raw[:-100])),
-    ("imatrix.dat: a value changed", _bytes("imatrix.dat", lambda raw: raw[:600] + bytes([raw[600] ^ 0x40]) + raw[601:])),
+    (
+        "imatrix.dat: a value changed",
+        _bytes("imatrix.dat", lambda raw: raw[:600] + bytes([raw[600] ^ 0x40]) + raw[601:]),
+    ),
     ("imatrix.dat: another text", _bytes("imatrix.dat", lambda raw: raw[:-1] + b"x")),
-]  # fmt: skip
+]
 _TEXTS: list[tuple[str, Apply]] = [
     ("calibration.txt: another text", _put("calibration.txt", b"Another text.\n" * 400)),
     ("calibration.txt: a line more", _append("calibration.txt", "\n")),

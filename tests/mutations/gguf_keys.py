@@ -21,9 +21,14 @@ _FLOAT32, _FLOAT64 = GGUFValueType.FLOAT32, GGUFValueType.FLOAT64
 _INT64, _BOOL = GGUFValueType.INT64, GGUFValueType.BOOL
 # what a type becomes, where every value still fits
 _OTHER_NUMBER = {
-    _UINT32: _INT64, _INT32: _INT64, _FLOAT32: _FLOAT64, _BOOL: _UINT8, _INT64: _INT32,
-    _UINT8: _UINT32, _FLOAT64: _FLOAT32,
-}  # fmt: skip
+    _UINT32: _INT64,
+    _INT32: _INT64,
+    _FLOAT32: _FLOAT64,
+    _BOOL: _UINT8,
+    _INT64: _INT32,
+    _UINT8: _UINT32,
+    _FLOAT64: _FLOAT32,
+}
 
 
 def damages(sound: Sound) -> Iterator[Damage]:
@@ -35,8 +40,6 @@ def damages(sound: Sound) -> Iterator[Damage]:
         yield _in(name, "another value", sound.quantized, _alter(name))
     for title, edit in (*_VALUES, *_UNEXPECTED):
         yield Damage("K", title, _apply(sound.quantized, edit))
-    for title, reason, edit in _HARMLESS:
-        yield Damage("K", title, _apply(sound.quantized, edit), harmless=reason)
 
 
 def _in(name: str, what: str, file: str, edit: Edit) -> Damage:
@@ -112,7 +115,7 @@ def _change(suffix: str, change: Callable[[Any], Any]) -> Edit:
     return edit
 
 
-def _add(*keys: tuple[str, Key]) -> Edit:
+def add_keys(*keys: tuple[str, Key]) -> Edit:
     """Add keys; `ARCH` stands for the architecture. A key that is there already is Absent."""
 
     def edit(gguf: GgufEdit) -> None:
@@ -126,7 +129,7 @@ def _add(*keys: tuple[str, Key]) -> Edit:
     return edit
 
 
-def _uint(value: int) -> Key:
+def uint(value: int) -> Key:
     return Key(_UINT32, value)
 
 
@@ -134,11 +137,11 @@ def _float(value: float) -> Key:
     return Key(_FLOAT32, value)
 
 
-def _text(value: str) -> Key:
+def text(value: str) -> Key:
     return Key(STRING, value)
 
 
-def _flag(value: bool) -> Key:
+def flag(value: bool) -> Key:
     return Key(_BOOL, value)
 
 
@@ -148,7 +151,7 @@ def _one_more(items: list[Any]) -> list[Any]:
 
 def _twice(gguf: GgufEdit) -> None:
     name = next(name for name in gguf.keys if name.endswith(".expert_used_count"))
-    gguf.extra_keys.append((name, _uint(1)))
+    gguf.extra_keys.append((name, uint(1)))
 
 
 def _with_alias(gguf: GgufEdit) -> None:
@@ -203,14 +206,20 @@ _VALUES: list[tuple[str, Edit]] = [
     ("epsilon by its last digit", _change(".layer_norm_rms_epsilon", lambda x: x * 1.0000002)),
     ("context_length doubled", _change(".context_length", lambda n: n * 2)),
     ("head counts per layer", _change(".attention.key_length", lambda n: n // 2)),
-    ("a token spelled otherwise", _change("ggml.tokens", lambda t: [*t[:400], "x" + t[400], *t[401:]])),
+    (
+        "a token spelled otherwise",
+        _change("ggml.tokens", lambda t: [*t[:400], "x" + t[400], *t[401:]]),
+    ),
     ("a token spelled as another", _with_alias),
     ("tokens: one fewer", _change("ggml.tokens", lambda t: t[:-1])),
     ("tokens: one more", _change("ggml.tokens", _one_more)),
     ("tokens rotated", _change("ggml.tokens", lambda t: [*t[1:], t[0]])),
     ("merges: the last lost", _change("ggml.merges", lambda t: t[:-1])),
     ("merges reversed", _change("ggml.merges", lambda t: t[::-1])),
-    ("merges: two in the middle swapped", _change("ggml.merges", lambda t: [*t[:99], t[100], t[99], *t[101:]])),
+    (
+        "merges: two in the middle swapped",
+        _change("ggml.merges", lambda t: [*t[:99], t[100], t[99], *t[101:]]),
+    ),
     ("token_type: control tokens as normal", _change("token_type", lambda t: [1] * len(t))),
     ("token_type: one fewer", _change("token_type", lambda t: t[:-1])),
     ("pre of another model", _change("tokenizer.ggml.pre", lambda t: "llama-bpe")),
@@ -223,41 +232,62 @@ _VALUES: list[tuple[str, Edit]] = [
     ("general.type is adapter", _change("general.type", lambda t: "adapter")),
     ("file_type of another mixture", _change("general.file_type", lambda n: 2)),
     ("a key twice", _twice),
+    ("keys in another order", _reorder),
     ("a key renamed", _rename("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eos_token_ids")),
-]  # fmt: skip
+]
 _UNEXPECTED: list[tuple[str, Edit]] = [
-    ("added: linear RoPE scaling", _add(("ARCH.rope.scaling.type", _text("linear")), ("ARCH.rope.scaling.factor", _float(4)))),
-    ("added: YaRN", _add(("ARCH.rope.scaling.type", _text("yarn")), ("ARCH.rope.scaling.factor", _float(2)))),
-    ("added: a RoPE factor of old files", _add(("ARCH.rope.scale_linear", _float(4)))),
-    ("added: rope.dimension_count", _add(("ARCH.rope.dimension_count", _uint(32)))),
-    ("added: rope.dimension_sections", _add(("ARCH.rope.dimension_sections", Key(ARRAY, [8, 8, 8, 8], _INT32)))),
-    ("added: a sliding window", _add(("ARCH.attention.sliding_window", _uint(4)))),
-    ("added: attention.scale", _add(("ARCH.attention.scale", _float(0.5)))),
-    ("added: logit_scale", _add(("ARCH.logit_scale", _float(0.5)))),
-    ("added: final_logit_softcapping", _add(("ARCH.final_logit_softcapping", _float(5)))),
-    ("added: expert_weights_norm", _add(("ARCH.expert_weights_norm", _flag(False)))),
-    ("added: expert_weights_scale", _add(("ARCH.expert_weights_scale", _float(2.5)))),
-    ("added: expert_gating_func", _add(("ARCH.expert_gating_func", _uint(2)))),
-    ("added: expert_group_count", _add(("ARCH.expert_group_count", _uint(2)))),
-    ("added: leading_dense_block_count", _add(("ARCH.leading_dense_block_count", _uint(1)))),
-    ("added: attention.causal", _add(("ARCH.attention.causal", _flag(False)))),
-    ("added: pooling_type", _add(("ARCH.pooling_type", _uint(1)))),
-    ("added: vocab_size", _add(("ARCH.vocab_size", _uint(500)))),
-    ("added: nextn_predict_layers", _add(("ARCH.nextn_predict_layers", _uint(1)))),
-    ("added: add_bos_token", _add(("tokenizer.ggml.add_bos_token", _flag(True)))),
-    ("added: add_eos_token", _add(("tokenizer.ggml.add_eos_token", _flag(True)))),
-    ("added: add_space_prefix", _add(("tokenizer.ggml.add_space_prefix", _flag(True)))),
-    ("added: eot_token_id", _add(("tokenizer.ggml.eot_token_id", _uint(10)))),
-    ("added: unknown_token_id", _add(("tokenizer.ggml.unknown_token_id", _uint(10)))),
-    ("added: precompiled_charsmap", _add(("tokenizer.ggml.precompiled_charsmap", Key(ARRAY, [1, 2], _UINT8)))),
-    ("added: scores", _add(("tokenizer.ggml.scores", Key(ARRAY, [0.0, 1.0], _FLOAT32)))),
-    ("added: a second chat template", _add(("tokenizer.chat_template.tool_use", _text("{{ messages }}")), ("tokenizer.chat_templates", Key(ARRAY, ["tool_use"], STRING)))),
-    ("added: a tokenizer of transformers", _add(("tokenizer.huggingface.json", _text("{}")))),
-    ("added: default sampling", _add(("general.sampling.temp", _float(5)))),
-    ("added: split keys", _add(*_SPLIT)),
-    ("added: a LoRA's alpha", _add(("adapter.lora.alpha", _float(16)), ("adapter.type", _text("lora")))),
-    ("added: a control vector", _add(("controlvector.model_hint", _text("x")))),
-]  # fmt: skip
-_HARMLESS: list[tuple[str, str, Edit]] = [
-    ("keys in another order", "programs find keys by name", _reorder),
+    (
+        "added: linear RoPE scaling",
+        add_keys(
+            ("ARCH.rope.scaling.type", text("linear")), ("ARCH.rope.scaling.factor", _float(4))
+        ),
+    ),
+    (
+        "added: YaRN",
+        add_keys(("ARCH.rope.scaling.type", text("yarn")), ("ARCH.rope.scaling.factor", _float(2))),
+    ),
+    ("added: a RoPE factor of old files", add_keys(("ARCH.rope.scale_linear", _float(4)))),
+    ("added: rope.dimension_count", add_keys(("ARCH.rope.dimension_count", uint(32)))),
+    (
+        "added: rope.dimension_sections",
+        add_keys(("ARCH.rope.dimension_sections", Key(ARRAY, [8, 8, 8, 8], _INT32))),
+    ),
+    ("added: a sliding window", add_keys(("ARCH.attention.sliding_window", uint(4)))),
+    ("added: attention.scale", add_keys(("ARCH.attention.scale", _float(0.5)))),
+    ("added: logit_scale", add_keys(("ARCH.logit_scale", _float(0.5)))),
+    ("added: final_logit_softcapping", add_keys(("ARCH.final_logit_softcapping", _float(5)))),
+    ("added: expert_weights_norm", add_keys(("ARCH.expert_weights_norm", flag(False)))),
+    ("added: expert_weights_scale", add_keys(("ARCH.expert_weights_scale", _float(2.5)))),
+    ("added: expert_gating_func", add_keys(("ARCH.expert_gating_func", uint(2)))),
+    ("added: expert_group_count", add_keys(("ARCH.expert_group_count", uint(2)))),
+    ("added: leading_dense_block_count", add_keys(("ARCH.leading_dense_block_count", uint(1)))),
+    ("added: attention.causal", add_keys(("ARCH.attention.causal", flag(False)))),
+    ("added: pooling_type", add_keys(("ARCH.pooling_type", uint(1)))),
+    ("added: vocab_size", add_keys(("ARCH.vocab_size", uint(500)))),
+    ("added: nextn_predict_layers", add_keys(("ARCH.nextn_predict_layers", uint(1)))),
+    ("added: add_bos_token", add_keys(("tokenizer.ggml.add_bos_token", flag(True)))),
+    ("added: add_eos_token", add_keys(("tokenizer.ggml.add_eos_token", flag(True)))),
+    ("added: add_space_prefix", add_keys(("tokenizer.ggml.add_space_prefix", flag(True)))),
+    ("added: eot_token_id", add_keys(("tokenizer.ggml.eot_token_id", uint(10)))),
+    ("added: unknown_token_id", add_keys(("tokenizer.ggml.unknown_token_id", uint(10)))),
+    (
+        "added: precompiled_charsmap",
+        add_keys(("tokenizer.ggml.precompiled_charsmap", Key(ARRAY, [1, 2], _UINT8))),
+    ),
+    ("added: scores", add_keys(("tokenizer.ggml.scores", Key(ARRAY, [0.0, 1.0], _FLOAT32)))),
+    (
+        "added: a second chat template",
+        add_keys(
+            ("tokenizer.chat_template.tool_use", text("{{ messages }}")),
+            ("tokenizer.chat_templates", Key(ARRAY, ["tool_use"], STRING)),
+        ),
+    ),
+    ("added: a tokenizer of transformers", add_keys(("tokenizer.huggingface.json", text("{}")))),
+    ("added: default sampling", add_keys(("general.sampling.temp", _float(5)))),
+    ("added: split keys", add_keys(*_SPLIT)),
+    (
+        "added: a LoRA's alpha",
+        add_keys(("adapter.lora.alpha", _float(16)), ("adapter.type", text("lora"))),
+    ),
+    ("added: a control vector", add_keys(("controlvector.model_hint", text("x")))),
 ]

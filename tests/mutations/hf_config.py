@@ -14,10 +14,19 @@ Path_ = tuple[str, ...]
 # Fields that only config.json holds: nothing else in a bundle says what they were. A test of the
 # source sees them.
 _ALONE = {
-    "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef",
-    "transformers_version", "use_cache", "deepstack_visual_indexes", "image_token_id",
-    "video_token_id", "vision_start_token_id", "vision_end_token_id", "in_channels",
-}  # fmt: skip
+    "attention_dropout",
+    "initializer_range",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "transformers_version",
+    "use_cache",
+    "deepstack_visual_indexes",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "in_channels",
+}
 
 
 def damages(sound: Sound) -> Iterator[Damage]:
@@ -89,12 +98,36 @@ _MORE: list[tuple[str, Sight, Callable[[dict[str, Any]], object]]] = [
     ("added: rope_parameters", Sight.BESIDE, lambda c: _text(c).update(rope_parameters=_YARN)),
     ("added: quantization_config", Sight.BESIDE, lambda c: c.update(quantization_config=_FP8)),
     ("added: auto_map", Sight.BESIDE, lambda c: c.update(auto_map={"AutoModel": "modeling_x.X"})),
-    ("added: a second count of experts", Sight.BESIDE, lambda c: _text(c).update(num_local_experts=8)),
+    (
+        "added: a second count of experts",
+        Sight.BESIDE,
+        lambda c: _text(c).update(num_local_experts=8),
+    ),
     ("added: an unknown field", Sight.SOURCE, lambda c: c.update(unknown_field=1)),
-    ("added: final_logit_softcapping", Sight.SOURCE, lambda c: _text(c).update(final_logit_softcapping=5.0)),
+    (
+        "added: final_logit_softcapping",
+        Sight.SOURCE,
+        lambda c: _text(c).update(final_logit_softcapping=5.0),
+    ),
     ("the number of experts as text", Sight.BESIDE, lambda c: _text(c).update(num_experts="6")),
-    ("experts per token above the number of experts", Sight.BESIDE, lambda c: _text(c).update(num_experts_per_tok=7)),
-    ("layers left out of the experts", Sight.BESIDE, lambda c: _text(c).update(mlp_only_layers=[1])),
-    ("vision_config removed", Sight.BESIDE, lambda c: _part("vision_config")(c) and c.pop("vision_config")),
-    ("text_config removed", Sight.BESIDE, lambda c: _part("text_config")(c) and c.pop("text_config")),
-]  # fmt: skip
+    (
+        "experts per token above the number of experts",
+        Sight.BESIDE,
+        lambda c: _text(c).update(num_experts_per_tok=7),
+    ),
+    (
+        "layers left out of the experts",
+        Sight.BESIDE,
+        lambda c: _text(c).update(mlp_only_layers=[1]),
+    ),
+    (
+        "vision_config removed",
+        Sight.BESIDE,
+        lambda c: _part("vision_config")(c) and c.pop("vision_config"),
+    ),
+    (
+        "text_config removed",
+        Sight.BESIDE,
+        lambda c: _part("text_config")(c) and c.pop("text_config"),
+    ),
+]

@@ -1,11 +1,10 @@
-"""Group F: the other files of both folders: tokenizer, template, cards' neighbours, strays."""
+"""Group F: the other files of the safetensors folder: tokenizer, template, card, index."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from reap2gguf.checkpoint.index import INDEX_NAME
@@ -20,8 +19,6 @@ def damages(sound: Sound) -> Iterator[Damage]:
         yield Damage("F", title, apply, sight)
     for name, sight in _LOST.items():
         yield Damage("F", f"{name} lost", _lose(name), sight)
-    for title, apply in _STRAYS:
-        yield Damage("F", title, apply)
 
 
 def _json(name: str, change: Callable[[Any], object]) -> Apply:
@@ -41,7 +38,7 @@ def _lose(name: str) -> Apply:
     return apply
 
 
-def _text(name: str, change: Callable[[str], str]) -> Apply:
+def in_text(name: str, change: Callable[[str], str]) -> Apply:
     def apply(copy: Copy) -> None:
         path = copy.hf / name
         if not path.is_file():
@@ -51,7 +48,7 @@ def _text(name: str, change: Callable[[str], str]) -> Apply:
     return apply
 
 
-def _add(name: str, contents: str | bytes, to_gguf: bool = False) -> Apply:
+def add_file(name: str, contents: str | bytes, to_gguf: bool = False) -> Apply:
     def apply(copy: Copy) -> None:
         path = (copy.gguf if to_gguf else copy.hf) / name
         assert not path.exists(), path
@@ -61,13 +58,13 @@ def _add(name: str, contents: str | bytes, to_gguf: bool = False) -> Apply:
     return apply
 
 
-def _swap_tokens(values: Any) -> None:
+def swap_tokens(values: Any) -> None:
     vocab = values["model"]["vocab"]
     first, second = (token for token, number in vocab.items() if number in (400, 401))
     vocab[first], vocab[second] = vocab[second], vocab[first]
 
 
-def _rename_token(values: Any) -> None:
+def rename_token(values: Any) -> None:
     """The last token, of which no merge makes another."""
     vocab = values["model"]["vocab"]
     added = {token["id"] for token in values["added_tokens"]}
@@ -89,68 +86,234 @@ def _pattern(values: Any) -> None:
 
 _BOS = {
     "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "single": [
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-    "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [509], "tokens": ["<|endoftext|>"]}},
-}  # fmt: skip
+    "special_tokens": {
+        "<|endoftext|>": {"id": "<|endoftext|>", "ids": [509], "tokens": ["<|endoftext|>"]}
+    },
+}
 _TRUNCATION = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
 _BESIDE, _SOURCE = Sight.BESIDE, Sight.SOURCE
 _TOKENIZER: list[tuple[str, Sight, Apply]] = [
-    ("tokenizer.json: two tokens swapped", _BESIDE, _json("tokenizer.json", _swap_tokens)),
-    ("tokenizer.json: a token renamed", _BESIDE, _json("tokenizer.json", _rename_token)),
-    ("tokenizer.json: a merge lost", _BESIDE, _json("tokenizer.json", lambda v: v["model"]["merges"].pop())),
-    ("tokenizer.json: merges swapped", _BESIDE, _json("tokenizer.json", lambda v: v["model"]["merges"].reverse())),
-    ("tokenizer.json: an added token not special", _BESIDE, _json("tokenizer.json", lambda v: v["added_tokens"][0].update(special=False))),
-    ("tokenizer.json: an added token lost", _BESIDE, _json("tokenizer.json", lambda v: v["added_tokens"].pop())),
-    ("tokenizer.json: an added token spelled otherwise", _BESIDE, _json("tokenizer.json", lambda v: v["added_tokens"][0].update(content="<|other|>"))),
-    ("tokenizer.json: an added token takes spaces", _SOURCE, _json("tokenizer.json", lambda v: v["added_tokens"][0].update(lstrip=True))),
+    ("tokenizer.json: two tokens swapped", _BESIDE, _json("tokenizer.json", swap_tokens)),
+    ("tokenizer.json: a token renamed", _BESIDE, _json("tokenizer.json", rename_token)),
+    (
+        "tokenizer.json: a merge lost",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["model"]["merges"].pop()),
+    ),
+    (
+        "tokenizer.json: merges swapped",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["model"]["merges"].reverse()),
+    ),
+    (
+        "tokenizer.json: an added token not special",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["added_tokens"][0].update(special=False)),
+    ),
+    (
+        "tokenizer.json: an added token lost",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["added_tokens"].pop()),
+    ),
+    (
+        "tokenizer.json: an added token spelled otherwise",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["added_tokens"][0].update(content="<|other|>")),
+    ),
+    (
+        "tokenizer.json: an added token takes spaces",
+        _SOURCE,
+        _json("tokenizer.json", lambda v: v["added_tokens"][0].update(lstrip=True)),
+    ),
     ("tokenizer.json: another regex", _BESIDE, _json("tokenizer.json", _pattern)),
-    ("tokenizer.json: no pre-tokenizer", _BESIDE, _json("tokenizer.json", lambda v: v.update(pre_tokenizer=None))),
-    ("tokenizer.json: NFKC", _BESIDE, _json("tokenizer.json", lambda v: v.update(normalizer={"type": "NFKC"}))),
-    ("tokenizer.json: lower case", _BESIDE, _json("tokenizer.json", lambda v: v.update(normalizer={"type": "Lowercase"}))),
-    ("tokenizer.json: truncation", _SOURCE, _json("tokenizer.json", lambda v: v.update(truncation=_TRUNCATION))),
-    ("tokenizer.json: a first token added", _BESIDE, _json("tokenizer.json", lambda v: v.update(post_processor=_BOS))),
-    ("tokenizer.json: another decoder", _SOURCE, _json("tokenizer.json", lambda v: v.update(decoder={"type": "Fuse"}))),
-    ("tokenizer.json: dropout", _BESIDE, _json("tokenizer.json", lambda v: v["model"].update(dropout=0.5))),
-    ("tokenizer.json: ignore_merges", _SOURCE, _json("tokenizer.json", lambda v: v["model"].update(ignore_merges=True))),
-    ("tokenizer.json: another model", _BESIDE, _json("tokenizer.json", lambda v: v["model"].update(type="WordPiece"))),
-    ("tokenizer.json: cut off", _BESIDE, _text("tokenizer.json", lambda t: t[:-1000])),
-]  # fmt: skip
+    (
+        "tokenizer.json: no pre-tokenizer",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v.update(pre_tokenizer=None)),
+    ),
+    (
+        "tokenizer.json: NFKC",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v.update(normalizer={"type": "NFKC"})),
+    ),
+    (
+        "tokenizer.json: lower case",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v.update(normalizer={"type": "Lowercase"})),
+    ),
+    (
+        "tokenizer.json: truncation",
+        _SOURCE,
+        _json("tokenizer.json", lambda v: v.update(truncation=_TRUNCATION)),
+    ),
+    (
+        "tokenizer.json: a first token added",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v.update(post_processor=_BOS)),
+    ),
+    (
+        "tokenizer.json: another decoder",
+        _SOURCE,
+        _json("tokenizer.json", lambda v: v.update(decoder={"type": "Fuse"})),
+    ),
+    (
+        "tokenizer.json: dropout",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["model"].update(dropout=0.5)),
+    ),
+    (
+        "tokenizer.json: ignore_merges",
+        _SOURCE,
+        _json("tokenizer.json", lambda v: v["model"].update(ignore_merges=True)),
+    ),
+    (
+        "tokenizer.json: another model",
+        _BESIDE,
+        _json("tokenizer.json", lambda v: v["model"].update(type="WordPiece")),
+    ),
+    ("tokenizer.json: cut off", _BESIDE, in_text("tokenizer.json", lambda t: t[:-1000])),
+]
 _CONFIGS: list[tuple[str, Sight, Apply]] = [
-    ("tokenizer_config: another eos_token", _BESIDE, _json("tokenizer_config.json", lambda v: v.update(eos_token="<|im_end|>"))),
-    ("tokenizer_config: eos_token lost", _BESIDE, _json("tokenizer_config.json", lambda v: v.pop("eos_token"))),
-    ("tokenizer_config: another pad_token", _BESIDE, _json("tokenizer_config.json", lambda v: v.update(pad_token="<|im_end|>"))),
-    ("tokenizer_config: a bos_token", _BESIDE, _json("tokenizer_config.json", lambda v: v.update(bos_token="<|im_start|>"))),
-    ("tokenizer_config: add_bos_token", _BESIDE, _json("tokenizer_config.json", lambda v: v.update(add_bos_token=True))),
-    ("tokenizer_config: a chat template too", _BESIDE, _json("tokenizer_config.json", lambda v: v.update(chat_template="{{ messages }}"))),
-    ("tokenizer_config: auto_map", _BESIDE, _json("tokenizer_config.json", lambda v: v.update(auto_map={"AutoTokenizer": ["x.X", None]}))),
-    ("tokenizer_config: another class", _SOURCE, _json("tokenizer_config.json", lambda v: v.update(tokenizer_class="LlamaTokenizer"))),
-    ("tokenizer_config: another length", _SOURCE, _json("tokenizer_config.json", lambda v: v.update(model_max_length=16))),
-    ("tokenizer_config: another file of tokens", _SOURCE, _json("tokenizer_config.json", lambda v: v.update(fast_tokenizer_files=["tokenizer.other.json"]))),
-    ("generation_config: another eos_token_id", _BESIDE, _json("generation_config.json", lambda v: v.update(eos_token_id=[5]))),
-    ("generation_config: another temperature", _BESIDE, _json("generation_config.json", lambda v: v.update(temperature=1.9))),
-    ("generation_config: a length", _SOURCE, _json("generation_config.json", lambda v: v.update(max_new_tokens=3))),
-    ("preprocessor: another image_mean", _BESIDE, _json("preprocessor_config.json", lambda v: v.update(image_mean=[0.1, 0.2, 0.3]))),
-    ("preprocessor: another image_std", _BESIDE, _json("preprocessor_config.json", lambda v: v.update(image_std=[0.1, 0.2, 0.3]))),
-    ("preprocessor: another patch_size", _SOURCE, _json("preprocessor_config.json", lambda v: v.update(patch_size=14))),
-    ("preprocessor: another class", _SOURCE, _json("preprocessor_config.json", lambda v: v.update(image_processor_type="X"))),
-    ("added: special_tokens_map.json", _BESIDE, _add("special_tokens_map.json", '{"eos_token": "<|im_end|>"}')),
-    ("added: added_tokens.json", _BESIDE, _add("added_tokens.json", '{"<|more|>": 512}')),
-    ("added: vocab.json", _SOURCE, _add("vocab.json", "{}")),
-]  # fmt: skip
+    (
+        "tokenizer_config: another eos_token",
+        _BESIDE,
+        _json("tokenizer_config.json", lambda v: v.update(eos_token="<|im_end|>")),
+    ),
+    (
+        "tokenizer_config: eos_token lost",
+        _BESIDE,
+        _json("tokenizer_config.json", lambda v: v.pop("eos_token")),
+    ),
+    (
+        "tokenizer_config: another pad_token",
+        _BESIDE,
+        _json("tokenizer_config.json", lambda v: v.update(pad_token="<|im_end|>")),
+    ),
+    (
+        "tokenizer_config: a bos_token",
+        _BESIDE,
+        _json("tokenizer_config.json", lambda v: v.update(bos_token="<|im_start|>")),
+    ),
+    (
+        "tokenizer_config: add_bos_token",
+        _BESIDE,
+        _json("tokenizer_config.json", lambda v: v.update(add_bos_token=True)),
+    ),
+    (
+        "tokenizer_config: a chat template too",
+        _BESIDE,
+        _json("tokenizer_config.json", lambda v: v.update(chat_template="{{ messages }}")),
+    ),
+    (
+        "tokenizer_config: auto_map",
+        _BESIDE,
+        _json(
+            "tokenizer_config.json", lambda v: v.update(auto_map={"AutoTokenizer": ["x.X", None]})
+        ),
+    ),
+    (
+        "tokenizer_config: another class",
+        _SOURCE,
+        _json("tokenizer_config.json", lambda v: v.update(tokenizer_class="LlamaTokenizer")),
+    ),
+    (
+        "tokenizer_config: another length",
+        _SOURCE,
+        _json("tokenizer_config.json", lambda v: v.update(model_max_length=16)),
+    ),
+    (
+        "tokenizer_config: another file of tokens",
+        _SOURCE,
+        _json(
+            "tokenizer_config.json",
+            lambda v: v.update(fast_tokenizer_files=["tokenizer.other.json"]),
+        ),
+    ),
+    (
+        "generation_config: another eos_token_id",
+        _BESIDE,
+        _json("generation_config.json", lambda v: v.update(eos_token_id=[5])),
+    ),
+    (
+        "generation_config: another temperature",
+        _BESIDE,
+        _json("generation_config.json", lambda v: v.update(temperature=1.9)),
+    ),
+    (
+        "generation_config: a length",
+        _SOURCE,
+        _json("generation_config.json", lambda v: v.update(max_new_tokens=3)),
+    ),
+    (
+        "preprocessor: another image_mean",
+        _BESIDE,
+        _json("preprocessor_config.json", lambda v: v.update(image_mean=[0.1, 0.2, 0.3])),
+    ),
+    (
+        "preprocessor: another image_std",
+        _BESIDE,
+        _json("preprocessor_config.json", lambda v: v.update(image_std=[0.1, 0.2, 0.3])),
+    ),
+    (
+        "preprocessor: another patch_size",
+        _SOURCE,
+        _json("preprocessor_config.json", lambda v: v.update(patch_size=14)),
+    ),
+    (
+        "preprocessor: another class",
+        _SOURCE,
+        _json("preprocessor_config.json", lambda v: v.update(image_processor_type="X")),
+    ),
+    (
+        "added: special_tokens_map.json",
+        _BESIDE,
+        add_file("special_tokens_map.json", '{"eos_token": "<|im_end|>"}'),
+    ),
+    ("added: added_tokens.json", _BESIDE, add_file("added_tokens.json", '{"<|more|>": 512}')),
+    ("added: vocab.json", _SOURCE, add_file("vocab.json", "{}")),
+]
 _TEMPLATES: list[tuple[str, Sight, Apply]] = [
-    ("chat template: another text", _BESIDE, _text("chat_template.jinja", lambda t: t.replace("im_end", "im_stop"))),
-    ("chat template: a line more", _BESIDE, _text("chat_template.jinja", lambda t: t + "\n")),
-    ("chat template: cut off", _BESIDE, _text("chat_template.jinja", lambda t: t[:-9])),
-    ("chat template: empty", _BESIDE, _text("chat_template.jinja", lambda t: "")),
-    ("added: chat_template.json", _BESIDE, _add("chat_template.json", '{"chat_template": "{{ messages }}"}')),
-    ("added: a template for tools", _BESIDE, _add("additional_chat_templates/tool_use.jinja", "{{ messages }}")),
-    ("the safetensors' card: another licence", _SOURCE, _text("README.md", lambda t: t.replace("apache-2.0", "mit"))),
-    ("the safetensors' card: another count", _BESIDE, _text("README.md", lambda t: t.replace("6 of 8", "7 of 8"))),
-    ("the safetensors' card: a link more", _BESIDE, _text("README.md", lambda t: t + "\n[more](http://example.com)\n")),
-    ("the safetensors' card: empty", _BESIDE, _text("README.md", lambda t: "")),
-    ("LICENSE: another text", _SOURCE, _text("LICENSE", lambda t: "All rights reserved.\n")),
-]  # fmt: skip
+    (
+        "chat template: another text",
+        _BESIDE,
+        in_text("chat_template.jinja", lambda t: t.replace("im_end", "im_stop")),
+    ),
+    ("chat template: a line more", _BESIDE, in_text("chat_template.jinja", lambda t: t + "\n")),
+    ("chat template: cut off", _BESIDE, in_text("chat_template.jinja", lambda t: t[:-9])),
+    ("chat template: empty", _BESIDE, in_text("chat_template.jinja", lambda t: "")),
+    (
+        "added: chat_template.json",
+        _BESIDE,
+        add_file("chat_template.json", '{"chat_template": "{{ messages }}"}'),
+    ),
+    (
+        "added: a template for tools",
+        _BESIDE,
+        add_file("additional_chat_templates/tool_use.jinja", "{{ messages }}"),
+    ),
+    (
+        "the safetensors' card: another licence",
+        _SOURCE,
+        in_text("README.md", lambda t: t.replace("apache-2.0", "mit")),
+    ),
+    (
+        "the safetensors' card: another count",
+        _BESIDE,
+        in_text("README.md", lambda t: t.replace("6 of 8", "7 of 8")),
+    ),
+    (
+        "the safetensors' card: a link more",
+        _BESIDE,
+        in_text("README.md", lambda t: t + "\n[more](http://example.com)\n"),
+    ),
+    ("the safetensors' card: empty", _BESIDE, in_text("README.md", lambda t: "")),
+    ("LICENSE: another text", _SOURCE, in_text("LICENSE", lambda t: "All rights reserved.\n")),
+]
 
 
 def _index(change: Callable[[Any], object]) -> Apply:
@@ -196,17 +359,39 @@ def _index_for_one(copy: Copy) -> None:
 _INDEX: list[tuple[str, Sight, Apply]] = [
     ("index: a tensor in another shard", _BESIDE, _index(_to_another_shard)),
     ("index: a tensor lost", _BESIDE, _index(lambda v: v["weight_map"].pop("model.norm.weight"))),
-    ("index: a tensor too many", _BESIDE, _index(lambda v: v["weight_map"].update({"model.x.weight": "model-00001-of-00003.safetensors"}))),
-    ("index: a shard that is not there", _BESIDE, _index(lambda v: v["weight_map"].update({"model.norm.weight": "model-00009-of-00009.safetensors"}))),
-    ("index: a path", _BESIDE, _index(lambda v: v["weight_map"].update({"model.norm.weight": "../x.safetensors"}))),
+    (
+        "index: a tensor too many",
+        _BESIDE,
+        _index(
+            lambda v: v["weight_map"].update({"model.x.weight": "model-00001-of-00003.safetensors"})
+        ),
+    ),
+    (
+        "index: a shard that is not there",
+        _BESIDE,
+        _index(
+            lambda v: v["weight_map"].update(
+                {"model.norm.weight": "model-00009-of-00009.safetensors"}
+            )
+        ),
+    ),
+    (
+        "index: a path",
+        _BESIDE,
+        _index(lambda v: v["weight_map"].update({"model.norm.weight": "../x.safetensors"})),
+    ),
     ("index: another total_size", _BESIDE, _index(lambda v: v["metadata"].update(total_size=1))),
-    ("index: another total_parameters", _BESIDE, _index(lambda v: v["metadata"].update(total_parameters=1))),
+    (
+        "index: another total_parameters",
+        _BESIDE,
+        _index(lambda v: v["metadata"].update(total_parameters=1)),
+    ),
     ("index: no metadata", _BESIDE, _index(lambda v: v.pop("metadata"))),
     ("index added to a single file", _BESIDE, _index_for_one),
     ("shards exchanged", _BESIDE, _exchange_shards),
     ("shards renamed", _BESIDE, _rename_shards),
     ("a shard lost", _BESIDE, _lose_shard),
-]  # fmt: skip
+]
 _LOST = {
     "config.json": _BESIDE,
     "tokenizer.json": _BESIDE,
@@ -218,89 +403,3 @@ _LOST = {
     "LICENSE": _SOURCE,
     INDEX_NAME: _BESIDE,
 }
-
-
-def _link(name: str, to_gguf: bool = False) -> Apply:
-    """A file of the bundle becomes a link to the same bytes outside."""
-
-    def apply(copy: Copy) -> None:
-        path = (copy.gguf if to_gguf else copy.hf) / name
-        if not path.is_file():
-            raise Absent(f"no {name}")
-        outside = copy.hf.parent / f"outside-{name}"
-        outside.write_bytes(path.read_bytes())
-        path.unlink()
-        path.symlink_to(outside)
-
-    return apply
-
-
-def _link_model(copy: Copy) -> None:
-    _link(copy.quantized.name, to_gguf=True)(copy)
-
-
-def _stray_link(to_gguf: bool) -> Apply:
-    def apply(copy: Copy) -> None:
-        ((copy.gguf if to_gguf else copy.hf) / "stray").symlink_to("/etc/hostname")
-
-    return apply
-
-
-def _dangling(copy: Copy) -> None:
-    (copy.gguf / "dangling").symlink_to("nowhere")
-
-
-def _pipe(copy: Copy) -> None:
-    os.mkfifo(copy.gguf / "pipe")
-
-
-def _folder(path: Callable[[Copy], Path]) -> Apply:
-    def apply(copy: Copy) -> None:
-        path(copy).mkdir()
-        (path(copy) / "file").write_text("x")
-
-    return apply
-
-
-def _copy_of_shard(name: str) -> Apply:
-    def apply(copy: Copy) -> None:
-        first = sorted(copy.hf.glob("*.safetensors"))[0]
-        if (copy.hf / name).exists():
-            raise Absent(f"has {name}")
-        copy.put(copy.hf / name, first.read_bytes())
-
-    return apply
-
-
-def _other_model(copy: Copy) -> None:
-    copy.put(copy.gguf / "other.gguf", copy.exact.read_bytes())
-
-
-_STRAYS: list[tuple[str, Apply]] = [
-    ("stray: a shard that no index names", _copy_of_shard("model-00004-of-00004.safetensors")),
-    ("stray: model.safetensors beside shards", _copy_of_shard("model.safetensors")),
-    ("stray: consolidated.safetensors", _copy_of_shard("consolidated.safetensors")),
-    ("stray: an adapter", _add("adapter_config.json", '{"peft_type": "LORA"}')),
-    ("stray: adapter_model.safetensors", _copy_of_shard("adapter_model.safetensors")),
-    ("stray: pytorch_model.bin", _add("pytorch_model.bin", b"\x80\x02}.")),
-    ("stray: Python code", _add("modeling_x.py", "print(1)\n")),
-    ("stray: config.json.bak", _add("config.json.bak", "{}")),
-    ("stray: a hidden file", _add(".hidden", "x")),
-    ("stray: a hidden file by the GGUFs", _add(".hidden", "x", to_gguf=True)),
-    ("stray: kept_experts.json", _add("kept_experts.json", "{}")),
-    ("stray: another GGUF", _other_model),
-    ("stray: an empty GGUF", _add("empty.gguf", b"", to_gguf=True)),
-    ("stray: a script by the GGUFs", _add("run.sh", "echo\n", to_gguf=True)),
-    ("stray: a template by the GGUFs", _add("template", "x", to_gguf=True)),
-    ("stray: a folder by the safetensors", _folder(lambda copy: copy.hf / "more")),
-    ("stray: a folder by the GGUFs", _folder(lambda copy: copy.gguf / "more")),
-    ("stray: a .git folder", _folder(lambda copy: copy.hf / ".git")),
-    ("stray: a link", _stray_link(False)),
-    ("stray: a link by the GGUFs", _stray_link(True)),
-    ("stray: a link to nothing", _dangling),
-    ("stray: a pipe", _pipe),
-    ("config.json is a link out", _link("config.json")),
-    ("tokenizer.json is a link out", _link("tokenizer.json")),
-    ("the quantized file is a link out", _link_model),
-    ("calibration.txt is a link out", _link("calibration.txt", to_gguf=True)),
-]

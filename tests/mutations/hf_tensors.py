@@ -225,7 +225,7 @@ def _mtp_on(ending: str, change: Change) -> Edit:
     return edit
 
 
-def _mtp_swap(first: str, second: str) -> Edit:
+def mtp_swap(first: str, second: str) -> Edit:
     def edit(tensors: Tensors) -> None:
         if first not in tensors:
             raise Absent("no MTP block")
@@ -235,7 +235,7 @@ def _mtp_swap(first: str, second: str) -> Edit:
     return edit
 
 
-def _halves(values: np.ndarray) -> np.ndarray:
+def halves(values: np.ndarray) -> np.ndarray:
     return np.roll(values, values.shape[-1] // 2, axis=-1)
 
 
@@ -273,18 +273,39 @@ _MATRICES: list[tuple[str, Edit]] = [
     ("q_proj as F32", on("q_proj.weight", cast("F32"))),
     ("a norm as F32", on("input_layernorm.weight", cast("F32"))),
     ("in_proj_qkv: rows rotated", on("in_proj_qkv.weight", rotate_rows)),
-    ("in_proj_a and in_proj_b exchanged", swap(whole("in_proj_a.weight"), whole("in_proj_b.weight"))),
-    ("out_proj: columns exchanged", on("linear_attn.out_proj.weight", values(_halves))),
+    (
+        "in_proj_a and in_proj_b exchanged",
+        swap(whole("in_proj_a.weight"), whole("in_proj_b.weight")),
+    ),
+    ("out_proj: columns exchanged", on("linear_attn.out_proj.weight", values(halves))),
     ("conv1d backwards", on("conv1d.weight", values(lambda v: v[..., ::-1]))),
-    ("shared expert: gate and up exchanged", swap(whole("shared_expert.gate_proj.weight"), whole("shared_expert.up_proj.weight"))),
-    ("MTP: halves of fc exchanged", _mtp_on("mtp.fc.weight", values(_halves))),
+    (
+        "shared expert: gate and up exchanged",
+        swap(whole("shared_expert.gate_proj.weight"), whole("shared_expert.up_proj.weight")),
+    ),
+    ("MTP: halves of fc exchanged", _mtp_on("mtp.fc.weight", values(halves))),
     ("MTP: router rotated", _mtp_on("mlp.gate.weight", rotate_rows)),
-    ("MTP: both norms exchanged", _mtp_swap("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight")),
-    ("MTP: two experts swapped", _mtp_swap("mtp.layers.0.mlp.experts.1.down_proj.weight", "mtp.layers.0.mlp.experts.3.down_proj.weight")),
-]  # fmt: skip
+    (
+        "MTP: both norms exchanged",
+        mtp_swap("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"),
+    ),
+    (
+        "MTP: two experts swapped",
+        mtp_swap(
+            "mtp.layers.0.mlp.experts.1.down_proj.weight",
+            "mtp.layers.0.mlp.experts.3.down_proj.weight",
+        ),
+    ),
+]
 _VECTORS: list[tuple[str, Edit]] = [
-    ("norms of a layer exchanged", swap(whole("input_layernorm.weight"), whole("post_attention_layernorm.weight"))),
-    ("norms of two layers exchanged", swap(whole("input_layernorm.weight", 0), whole("input_layernorm.weight", 1))),
+    (
+        "norms of a layer exchanged",
+        swap(whole("input_layernorm.weight"), whole("post_attention_layernorm.weight")),
+    ),
+    (
+        "norms of two layers exchanged",
+        swap(whole("input_layernorm.weight", 0), whole("input_layernorm.weight", 1)),
+    ),
     ("q_norm and k_norm exchanged", swap(whole("q_norm.weight"), whole("k_norm.weight"))),
     ("the last norm plus one", on("model.norm.weight", values(lambda v: v + 1))),
     ("the last norm zero", on("input_layernorm.weight", values(np.zeros_like))),
@@ -292,7 +313,7 @@ _VECTORS: list[tuple[str, Edit]] = [
     ("A_log reversed", on("A_log", values(lambda v: v[::-1]))),
     ("A_log plus one", on("A_log", values(lambda v: v + 1))),
     ("dt_bias zero", on("dt_bias", values(np.zeros_like))),
-]  # fmt: skip
+]
 _LISTS: list[tuple[str, Edit]] = [
     ("v_proj lost", _remove("v_proj.weight")),
     ("an expert lost", _remove("down_proj.weight")),
@@ -300,23 +321,44 @@ _LISTS: list[tuple[str, Edit]] = [
     ("a head added", _add_head),
     ("q_norm renamed", _rename("q_norm.weight", "qq_norm.weight")),
     ("a bias added", _add("q_norm.weight", lambda n: n.replace("q_norm.weight", "o_proj.bias"))),
-    ("a layer too many", _add("input_layernorm.weight", lambda n: re.sub(r"layers\.\d", "layers.7", n))),
-    ("an expert too many", _add("experts.0.down_proj.weight", lambda n: n.replace("experts.0", "experts.6"))),
+    (
+        "a layer too many",
+        _add("input_layernorm.weight", lambda n: re.sub(r"layers\.\d", "layers.7", n)),
+    ),
+    (
+        "an expert too many",
+        _add("experts.0.down_proj.weight", lambda n: n.replace("experts.0", "experts.6")),
+    ),
     ("an unknown tensor", _add("norm.weight", lambda n: n + ".unknown")),
-    ("a LoRA's matrix", _add("v_proj.weight", lambda n: n.replace("v_proj.weight", "v_proj.lora_A.weight"))),
-    ("a scale of FP8", _add("q_norm.weight", lambda n: n.replace("q_norm.weight", "q_proj.weight_scale_inv"))),
+    (
+        "a LoRA's matrix",
+        _add("v_proj.weight", lambda n: n.replace("v_proj.weight", "v_proj.lora_A.weight")),
+    ),
+    (
+        "a scale of FP8",
+        _add("q_norm.weight", lambda n: n.replace("q_norm.weight", "q_proj.weight_scale_inv")),
+    ),
     ("router: a row fewer", on("mlp.gate.weight", _fewer_rows)),
     ("embedding: a row fewer", on("embed_tokens.weight", _fewer_rows)),
     ("k_proj turned", on("k_proj.weight", _turned)),
-]  # fmt: skip
+]
 _TOWER: list[tuple[str, Edit]] = [
-    ("tower: qkv rotated", on("attn.qkv.weight", values(lambda v: np.roll(v, len(v) // 3, axis=0)))),
+    (
+        "tower: qkv rotated",
+        on("attn.qkv.weight", values(lambda v: np.roll(v, len(v) // 3, axis=0))),
+    ),
     ("tower: position embedding rotated", on("pos_embed.weight", rotate_rows)),
-    ("tower: blocks exchanged", swap(whole("blocks.0.attn.proj.weight"), whole("blocks.1.attn.proj.weight"))),
+    (
+        "tower: blocks exchanged",
+        swap(whole("blocks.0.attn.proj.weight"), whole("blocks.1.attn.proj.weight")),
+    ),
     ("tower: a low bit flipped", on("merger.linear_fc1.weight", _one_ulp)),
     ("tower: a bias lost", _remove("blocks.0.norm1.bias")),
-    ("tower: patches of time exchanged", on("patch_embed.proj.weight", values(lambda v: v[:, :, ::-1]))),
-]  # fmt: skip
+    (
+        "tower: patches of time exchanged",
+        on("patch_embed.proj.weight", values(lambda v: v[:, :, ::-1])),
+    ),
+]
 
 
 def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Shard], None]:
@@ -366,13 +408,21 @@ _HEADERS: list[tuple[str, Sight, Callable[[Shard], object]]] = [
     ("header: another dtype", _BESIDE, _header(lambda h: _first_info(h).update(dtype="F16"))),
     ("header: integers", _BESIDE, _header(lambda h: _first_info(h).update(dtype="I16"))),
     ("header: an unknown dtype", _BESIDE, _header(lambda h: _first_info(h).update(dtype="X16"))),
-    ("header: the shape turned", _BESIDE, _header(lambda h: _first_info(h)["shape"].reverse() or _first_info(h)["shape"].append(1))),
-    ("header: offsets beyond the end", _BESIDE, _header(lambda h: _first_info(h).update(data_offsets=[0, 2**40]))),
+    (
+        "header: the shape turned",
+        _BESIDE,
+        _header(lambda h: _first_info(h)["shape"].reverse() or _first_info(h)["shape"].append(1)),
+    ),
+    (
+        "header: offsets beyond the end",
+        _BESIDE,
+        _header(lambda h: _first_info(h).update(data_offsets=[0, 2**40])),
+    ),
     ("header: metadata of numpy", _BESIDE, _metadata({"format": "np"})),
     ("header: no metadata", _BESIDE, _metadata(None)),
     ("a gap before the first tensor", _BESIDE, _gap),
     ("bytes after the last tensor", _BESIDE, _tail),
-]  # fmt: skip
+]
 
 
 def _reorder(shard: Shard) -> None:
@@ -381,8 +431,12 @@ def _reorder(shard: Shard) -> None:
 
 _HARMLESS: list[tuple[str, str, Callable[[Shard], object]]] = [
     ("tensors in another order", "programs find tensors by name", _reorder),
-    ("metadata: a comment", "programs read its format alone", _metadata({"format": "pt", "comment": "x"})),
-]  # fmt: skip
+    (
+        "metadata: a comment",
+        "programs read its format alone",
+        _metadata({"format": "pt", "comment": "x"}),
+    ),
+]
 
 
 def _cut(copy: Copy) -> None:

@@ -19,11 +19,18 @@ _OF_SOURCE = {"fingerprint"}
 # Records of how the bundle was made: no file depends on them, and the source cannot tell them.
 _RECORDED_ALONE = "only a record of the build: nothing else in a bundle or its source tells it"
 _RECORDS = {
-    ("program", "python"), ("program", "torch"), ("program", "transformers"),
-    ("program", "safetensors"), ("program", "gguf"), ("program", "numpy"),
-    ("program", "tokenizers"), ("program", "ggml"), ("source", "revision"),
-    ("pruning", "observations_sha256"), ("calibration", "sha256"),
-}  # fmt: skip
+    ("program", "python"),
+    ("program", "torch"),
+    ("program", "transformers"),
+    ("program", "safetensors"),
+    ("program", "gguf"),
+    ("program", "numpy"),
+    ("program", "tokenizers"),
+    ("program", "ggml"),
+    ("source", "revision"),
+    ("pruning", "observations_sha256"),
+    ("calibration", "sha256"),
+}
 
 
 def damages(sound: Sound) -> Iterator[Damage]:
@@ -114,7 +121,10 @@ _MORE: list[tuple[str, Change]] = [
     ("kept: not sorted", _kept(lambda kept: kept["1"].reverse())),
     ("kept: beyond the last expert", _kept(lambda kept: kept["0"].__setitem__(-1, 8))),
     ("kept: far beyond", _kept(lambda kept: kept["1"].__setitem__(-1, 2**31 - 1))),
-    ("kept: another expert", _kept(lambda k: k.update({"0": sorted([*k["0"][1:], _dropped(k["0"])])}))),
+    (
+        "kept: another expert",
+        _kept(lambda k: k.update({"0": sorted([*k["0"][1:], _dropped(k["0"])])})),
+    ),
     ("kept: a layer lost", _kept(lambda kept: kept.pop("1"))),
     ("kept: a layer too many", _kept(lambda kept: kept.update({"7": kept["1"]}))),
     ("kept: layers exchanged", _kept(lambda k: k.update({"0": k["1"], "1": k["0"]}))),
@@ -135,7 +145,7 @@ _MORE: list[tuple[str, Change]] = [
     ("a count as a float", lambda m: m["pruning"].update(n_kept=float(m["pruning"]["n_kept"]))),
     ("source removed", lambda m: m.pop("source")),
     ("verification emptied", lambda m: m.update(verification={})),
-]  # fmt: skip
+]
 
 
 def _sums(change: Callable[[list[str]], object]) -> Callable[[Copy], None]:
@@ -152,16 +162,25 @@ def _wrong(line: str) -> str:
 
 _FILES: list[tuple[str, Callable[[Copy], None]]] = [
     ("SHA256SUMS: a wrong hash", _sums(lambda lines: lines.__setitem__(2, _wrong(lines[2])))),
-    ("SHA256SUMS: a name twice, the first wrong", _sums(lambda lines: lines.insert(0, _wrong(lines[0])))),
-    ("SHA256SUMS: a name twice, the last wrong", _sums(lambda lines: lines.append(_wrong(lines[0])))),
+    (
+        "SHA256SUMS: a name twice, the first wrong",
+        _sums(lambda lines: lines.insert(0, _wrong(lines[0]))),
+    ),
+    (
+        "SHA256SUMS: a name twice, the last wrong",
+        _sums(lambda lines: lines.append(_wrong(lines[0]))),
+    ),
     ("SHA256SUMS: a line lost", _sums(lambda lines: lines.pop(0))),
-    ("SHA256SUMS: a file that is not there", _sums(lambda lines: lines.append("0" * 64 + "  gone.gguf\n"))),
+    (
+        "SHA256SUMS: a file that is not there",
+        _sums(lambda lines: lines.append("0" * 64 + "  gone.gguf\n")),
+    ),
     ("SHA256SUMS: a path", _sums(lambda lines: lines.append("0" * 64 + "  ../x\n"))),
     ("SHA256SUMS: not a line", _sums(lambda lines: lines.append("hello\n"))),
     ("SHA256SUMS: empty", _sums(lambda lines: lines.clear())),
     ("SHA256SUMS lost", lambda copy: _lose(copy, SUMS_FILE)),
     ("manifest of the GGUF folder lost", lambda copy: _lose(copy, MANIFEST_FILE)),
-]  # fmt: skip
+]
 
 
 def _lose(copy: Copy, name: str) -> None:

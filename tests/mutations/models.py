@@ -7,14 +7,12 @@ folders of further checkpoints, separated as in PATH.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +23,7 @@ from reap2gguf.building import pipeline, stages
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.writer import plan_shards
 from reap2gguf.models.table import describe
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
@@ -71,6 +70,11 @@ class Sound:
     exact: str
     quantized: str
     projector: str | None
+    shard_bytes: int  # of the pruned safetensors
+
+    def build(self, output: Path) -> pipeline.BuildResult:
+        """Resume or repeat the build of this bundle in a folder."""
+        return _build(self.source, output, self.recipes, self.shard_bytes)
 
     @property
     def hf(self) -> Path:
@@ -90,13 +94,13 @@ def make(model: str | Path, folder: Path) -> Sound:
     """Build the bundle of one of FAMILIES, or of a checkpoint in a folder."""
     if model == "qwen3":
         source = _part_of_example(folder / "tiny-qwen3")
-        return _build(model, source, folder, ("bf16", "unsloth-iq4km"), 3)
+        return _make(model, source, folder, ("bf16", "unsloth-iq4km"), 3)
     if model == "qwen3.5":
         source = _qwen35(folder / "tiny-qwen3.5")
-        return _build(model, source, folder, ("bf16", "q8_0"), 1)
+        return _make(model, source, folder, ("bf16", "q8_0"), 1)
     with Checkpoint.open(Path(model)) as checkpoint:
         fits = describe(checkpoint).facts.hidden_size % 256 == 0
-    return _build(
+    return _make(
         Path(model).name, Path(model), folder, ("bf16", "unsloth-iq4km" if fits else "q8_0"), 2
     )
 
@@ -154,9 +158,11 @@ def _renumbered(values: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def options(source: Path, output: Path, recipes: tuple[str, ...]) -> BuildOptions:
-    """What every build here is asked for."""
-    return BuildOptions(
+def _build(
+    source: Path, output: Path, recipes: tuple[str, ...], shard_bytes: int
+) -> pipeline.BuildResult:
+    """A whole build, whose safetensors have shards of another size than usual."""
+    options = BuildOptions(
         recipes=recipes,
         model=str(source),
         output=output,
@@ -168,37 +174,35 @@ def options(source: Path, output: Path, recipes: tuple[str, ...]) -> BuildOption
         chunk=128,
         compute=ComputeOptions(device="cpu", threads=1),
     )
+    with (
+        patch.object(write_pruned, "__defaults__", (shard_bytes,)),
+        patch.object(plan_shards, "__defaults__", (shard_bytes,)),
+    ):
+        result = pipeline.build(make_plan(options), Silent())
+    assert result is not None
+    return result
 
 
-@contextmanager
-def stopped_before_verifying() -> Iterator[None]:
-    """Interrupt a build between its export and its verification."""
-
-    def stop(stage: stages.Verify) -> None:
-        raise KeyboardInterrupt
-
-    with patch.object(stages.Verify, "compute", stop):
-        yield
+def _stop(stage: stages.Verify) -> None:
+    raise KeyboardInterrupt
 
 
-def _build(
+def _make(
     family: str, source: Path, folder: Path, recipes: tuple[str, ...], n_shards: int
 ) -> Sound:
     """Build up to the verification, keep that, and finish a copy."""
     stopped, output = folder / "stopped", folder / "output"
     stopped.mkdir()
     n_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    shard = partial(write_pruned, max_shard_bytes=n_bytes // n_shards)
-    with patch.object(stages, "write_pruned", shard), stopped_before_verifying():
-        try:
-            pipeline.build(make_plan(options(source, stopped, recipes)), Silent())
-        except KeyboardInterrupt:
-            pass
+    with (
+        patch.object(stages.Verify, "compute", _stop),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        _build(source, stopped, recipes, n_bytes // n_shards)
     shutil.copytree(stopped, output)
-    result = pipeline.build(make_plan(options(source, output, recipes)), Silent())
-    assert result is not None
-    exact, quantized = (record.file for record in result.manifest.gguf)
-    sides = [side.file for side in result.manifest.side_files]
+    manifest = _build(source, output, recipes, n_bytes // n_shards).manifest
+    exact, quantized = (record.file for record in manifest.gguf)
+    projector = next((side.file for side in manifest.side_files), None)
     return Sound(
-        family, source, output, stopped, recipes, exact, quantized, sides[0] if sides else None
+        family, source, output, stopped, recipes, exact, quantized, projector, n_bytes // n_shards
     )

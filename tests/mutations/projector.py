@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from tests.mutations.damage import Absent, Copy, Damage
-from tests.mutations.gguf_edit import GgufEdit, Tensor, read_gguf
-from tests.mutations.gguf_keys import Edit, _add, _flag, _text, _uint, altered, retyped
-from tests.mutations.gguf_tensors import (
+from tests.mutations.gguf_changes import (
     exchange,
     last_bit,
     on,
@@ -28,6 +26,8 @@ from tests.mutations.gguf_tensors import (
     zero_row,
     zero_sector,
 )
+from tests.mutations.gguf_edit import GgufEdit, Tensor, read_gguf
+from tests.mutations.gguf_keys import Edit, add_keys, altered, flag, retyped, text, uint
 from tests.mutations.models import Sound
 
 
@@ -88,7 +88,10 @@ def _swap_slices(gguf: GgufEdit) -> None:
 _TENSORS: list[tuple[str, Edit]] = [
     ("blocks exchanged", exchange("attn_out", "attn_out", (0, 1))),
     ("queries, keys and values rotated", on("attn_qkv", _rotate_thirds)),
-    ("bias of queries, keys and values rotated", on("blk.0.attn_qkv.bias", vector(lambda v: np.roll(v, 32)))),
+    (
+        "bias of queries, keys and values rotated",
+        on("blk.0.attn_qkv.bias", vector(lambda v: np.roll(v, 32))),
+    ),
     ("ln1 and ln2 exchanged", exchange("ln1", "ln2")),
     ("biases of ln1 and ln2 exchanged", exchange("blk.0.ln1.bias", "blk.0.ln2.bias")),
     ("slices of the patch embedding exchanged", _swap_slices),
@@ -112,14 +115,14 @@ _TENSORS: list[tuple[str, Edit]] = [
     ("a tensor renamed", rename("v.post_ln", "v.pre_ln")),
     ("sizes of attn_out changed", on("attn_out", turn)),
     ("bytes after the last tensor", trailing),
-]  # fmt: skip
+]
 _KEYS: list[tuple[str, Edit]] = [
-    ("added: an audio encoder", _add(("clip.has_audio_encoder", _flag(True)))),
-    ("added: use_silu", _add(("clip.use_silu", _flag(True)))),
-    ("added: a feature layer", _add(("clip.vision.feature_layer", _uint(1)))),
-    ("added: window attention", _add(("clip.vision.n_wa_pattern", _uint(8)))),
-    ("added: image_min_pixels", _add(("clip.vision.image_min_pixels", _uint(8)))),
-    ("added: a projector type for images", _add(("clip.vision.projector_type", _text("mlp")))),
+    ("added: an audio encoder", add_keys(("clip.has_audio_encoder", flag(True)))),
+    ("added: use_silu", add_keys(("clip.use_silu", flag(True)))),
+    ("added: a feature layer", add_keys(("clip.vision.feature_layer", uint(1)))),
+    ("added: window attention", add_keys(("clip.vision.n_wa_pattern", uint(8)))),
+    ("added: image_min_pixels", add_keys(("clip.vision.image_min_pixels", uint(8)))),
+    ("added: a projector type for images", add_keys(("clip.vision.projector_type", text("mlp")))),
 ]
 
 
