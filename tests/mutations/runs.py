@@ -46,8 +46,8 @@ from tests.mutations.damage import Absent, Copy, Damage, Sight, same_file
 from tests.mutations.models import FAMILIES, NAME, Sound, make, more_models
 
 _GROUPS = (
-    gguf_tensors, gguf_keys, hf_config, hf_files, strays, hf_tensors, projector, bundle_files, manifest,
-    both_sides,
+    gguf_tensors, gguf_keys, hf_config, hf_files, strays, hf_tensors, projector, bundle_files,
+    manifest, both_sides,
 )  # fmt: skip
 
 # what a user would see as a traceback
