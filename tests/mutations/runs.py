@@ -1,8 +1,8 @@
 """Does each damage to a copy of a sound bundle, and says whether the program noticed.
 
-Three ways to notice: BESIDE, `verify` with the safetensors beside the GGUF files; SOURCE, the same
+Four ways to notice: BESIDE, `verify` with the safetensors beside the GGUF files; SOURCE, the same
 with the model that was pruned; BUILD, the build itself, whose files are damaged after they were
-written and before they are verified.
+written and before they are verified; PUBLISH, the same build when the damage is done after that.
 
 `python -m tests.mutations.runs [--run NAME] [--group G] [--name TEXT] [MODEL ...]` prints a table
 and what was missed. A model is one of FAMILIES or the folder of a checkpoint.
@@ -27,7 +27,8 @@ from typing import Any
 from unittest.mock import patch
 
 from reap2gguf import api
-from reap2gguf.building import stages
+from reap2gguf.building import pipeline, stages
+from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.errors import Reap2ggufError
 from tests.mutations import (
@@ -68,6 +69,7 @@ class Run(Enum):
     BESIDE = "beside"
     SOURCE = "source"
     BUILD = "build"
+    PUBLISH = "publish"
 
     def must_catch(self, damage: Damage) -> bool:
         """Whether it has what it needs to notice."""
@@ -134,7 +136,7 @@ def run_all(run: Run, sound: Sound, damages: Iterable[Damage], scratch: Path) ->
 
     Before that, a copy without damage must pass: else everything would seem to be caught.
     """
-    if run is not Run.BUILD:
+    if run in (Run.BESIDE, Run.SOURCE):
         violations = _verify(run, sound, None, scratch / "copy")
         assert not violations, violations
     outcomes = (_apply(run, sound, damage, scratch / "copy") for damage in damages)
@@ -144,11 +146,10 @@ def run_all(run: Run, sound: Sound, damages: Iterable[Damage], scratch: Path) ->
 def _apply(run: Run, sound: Sound, damage: Damage, folder: Path) -> Outcome | None:
     start = time.monotonic()
     try:
-        words = (
-            _build(sound, damage, folder)
-            if run is Run.BUILD
-            else _verify(run, sound, damage, folder)
-        )
+        if run in (Run.BUILD, Run.PUBLISH):
+            words = _build(run, sound, damage, folder)
+        else:
+            words = _verify(run, sound, damage, folder)
     except Absent:
         return None
     except Reap2ggufError as error:
@@ -198,26 +199,34 @@ def _same_entry(one: Path, other: Path) -> bool:
     return same_file(one, other) or filecmp.cmp(one, other, shallow=False)
 
 
-def _build(sound: Sound, damage: Damage, folder: Path) -> tuple[str, ...]:
+def _build(run: Run, sound: Sound, damage: Damage, folder: Path) -> tuple[str, ...]:
     """Finish the stopped build on damaged files; nothing if the bundle came out sound."""
     shutil.rmtree(folder, ignore_errors=True)
     _link_tree(sound.stopped, folder)
-    verify = stages.Verify.compute
+    verify, write_record = stages.Verify.compute, pipeline.write_record
 
-    def damaged(stage: stages.Verify) -> Any:
-        work = stage.run.work
+    def do_damage(work: Workdir) -> None:
         copy = Copy(work.hf, work.gguf, sound)
         damage.apply(copy)
         before = sound.stopped / ".work" / NAME
         _check_changed(copy, before / NAME, before / gguf_name(NAME), damage)
+
+    def damaged_before(stage: stages.Verify) -> Any:
+        do_damage(stage.run.work)
         return verify(stage)
 
-    with patch.object(stages.Verify, "compute", damaged):
-        result = sound.build(folder)
-    same = all(
-        _same(made, sound_one)
-        for made, sound_one in ((result.hf_folder, sound.hf), (result.gguf_folder, sound.gguf))
+    def damaged_after(plan: Any, work: Workdir, *more: Any) -> Any:
+        do_damage(work)
+        return write_record(plan, work, *more)
+
+    hook = (
+        patch.object(stages.Verify, "compute", damaged_before)
+        if run is Run.BUILD
+        else patch.object(pipeline, "write_record", damaged_after)
     )
+    with hook:
+        result = sound.build(folder)
+    same = _same(result.hf_folder, sound.hf) and _same(result.gguf_folder, sound.gguf)
     return ("the build undid it",) if same else ()
 
 
@@ -229,7 +238,7 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument("--all", action="store_true", help="print what was caught, too")
     parser.add_argument("models", nargs="*", default=[*FAMILIES, *more_models()])
     asked = parser.parse_args(arguments)
-    runs = [Run(name) for name in asked.run] if asked.run else list(Run)
+    runs = [Run(name) for name in asked.run or ("beside", "source", "build")]
     n_missed = 0
     with tempfile.TemporaryDirectory() as folder:
         for number, model in enumerate(asked.models):

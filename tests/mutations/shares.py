@@ -1,0 +1,59 @@
+"""What the long tests ask of each way to notice damage."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from tests.mutations.damage import Damage
+from tests.mutations.models import FAMILIES, Sound, make, more_models
+from tests.mutations.runs import Report, Run, catalog, run_all
+
+MODELS = (*FAMILIES, *map(str, more_models()))
+# In these groups, what was done to the first model is not done to the second once more: the files
+# are alike. Models that the environment names get everything.
+_ALIKE = frozenset("KCFIM")
+_FEWEST = 250
+
+
+def check(run: Run, model: str, folder: Path, least: float) -> None:
+    """Do every damage to a model; at least this share must be caught, and nothing sound refused."""
+    report = run_all(run, made(model, folder), chosen(model, folder), folder)
+    assert len(report.outcomes) >= _FEWEST, len(report.outcomes)
+    crashed = [str(outcome) for outcome in report.outcomes if outcome.crashed]
+    assert not crashed, "\n".join(["ended with a traceback:", *crashed])
+    alarms = list(map(str, report.false_alarms))
+    assert not alarms, "\n".join(["harmless, and not passed:", *alarms])
+    assert report.share >= least, _words(report, least)
+
+
+def chosen(model: str, folder: Path) -> list[Damage]:
+    """The damages that a model gets."""
+    sound = made(model, folder)
+    if model != FAMILIES[1]:
+        return catalog(sound)
+    done = set(map(_bare, catalog(made(FAMILIES[0], folder))))
+    return [one for one in catalog(sound) if one.group not in _ALIKE or _bare(one) not in done]
+
+
+def _bare(damage: Damage) -> str:
+    """The name of a damage, whatever the architecture is called."""
+    return (
+        str(damage).replace("qwen35moe.", "").replace("qwen3moe.", "").replace("text_config.", "")
+    )
+
+
+@cache
+def made(model: str, folder: Path) -> Sound:
+    """The sound bundle of a model, made once per folder."""
+    place = folder / Path(model).name
+    place.mkdir()
+    return make(model, place)
+
+
+def _words(report: Report, least: float) -> str:
+    missed = "\n".join(f"  {outcome.damage}" for outcome in report.missed)
+    return (
+        f"{report.share:.1%} of {len(report.required)} damages were caught, expected at least "
+        f"{least:.0%}; missed:\n{missed}"
+    )
