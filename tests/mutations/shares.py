@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -38,9 +39,7 @@ def chosen(model: str, folder: Path) -> list[Damage]:
 
 def _bare(damage: Damage) -> str:
     """The name of a damage, whatever the architecture is called."""
-    return (
-        str(damage).replace("qwen35moe.", "").replace("qwen3moe.", "").replace("text_config.", "")
-    )
+    return re.sub(r"qwen35?moe\.|text_config\.", "", str(damage))
 
 
 @cache
