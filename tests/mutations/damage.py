@@ -36,6 +36,7 @@ class Sight(IntEnum):
 
     BESIDE = 1  # the two folders of the bundle: something in them disagrees
     SOURCE = 2  # the model that was pruned: the bundle agrees with itself
+    RECORD = 3  # nothing tells: a record of how the bundle was made, which no file depends on
 
 
 class Fix(IntEnum):

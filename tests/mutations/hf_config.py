@@ -11,30 +11,35 @@ from tests.mutations.gguf_keys import another
 from tests.mutations.models import Sound
 
 Path_ = tuple[str, ...]
-# Fields that only config.json holds: nothing else in a bundle says what they were. A test of the
-# source sees them.
+# Fields that nothing else in a bundle tells: training's, a processor's, ids that a tokenizer may
+# contradict, what has no effect beside another field, and names that transformers overrides.
 _ALONE = {
-    "attention_dropout",
-    "initializer_range",
-    "output_router_logits",
-    "router_aux_loss_coef",
-    "transformers_version",
-    "use_cache",
-    "deepstack_visual_indexes",
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "in_channels",
-}
+    "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef",
+    "transformers_version", "use_cache", "deepstack_visual_indexes", "image_token_id",
+    "video_token_id", "vision_start_token_id", "vision_end_token_id", "in_channels",
+    "eos_token_id", "pad_token_id", "sliding_window", "mrope_interleaved",
+    "text_config.model_type", "vision_config.model_type",
+}  # fmt: skip
+# Fields whose default is the value that they have here, or that another field repeats: removed,
+# they change nothing.
+_AS_DEFAULT = {
+    "attention_bias", "decoder_sparse_step", "hidden_act", "mlp_only_layers", "use_sliding_window",
+    "full_attention_interval", "mtp_use_dedicated_embeddings", "rope_type", "temporal_patch_size",
+    "partial_rotary_factor", "tie_word_embeddings",
+}  # fmt: skip
 
 
 def damages(sound: Sound) -> Iterator[Damage]:
     config = json.loads((sound.hf / "config.json").read_text())
     for path, value in _leaves(config):
         title = ".".join(path)
-        sight = Sight.SOURCE if path[-1] in _ALONE else Sight.BESIDE
+        alone = title in _ALONE or path[-1] in _ALONE
+        sight = Sight.SOURCE if alone else Sight.BESIDE
         yield Damage("C", f"{title}: another value", _set(path, _another(value)), sight)
+        if path[-1] in _AS_DEFAULT and _is_default(path[-1], value):
+            sight = Sight.SOURCE
+        if title == "head_dim":  # transformers divides the hidden size, as the source did
+            sight = Sight.SOURCE
         yield Damage("C", f"{title}: removed", _drop(path), sight)
     for title, sight, change in _MORE:
         yield Damage("C", title, _change(change), sight)
@@ -46,6 +51,11 @@ def _leaves(values: dict[str, Any], above: Path_ = ()) -> Iterator[tuple[Path_, 
             yield from _leaves(value, (*above, name))
         else:
             yield (*above, name), value
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Embeddings are not tied by default."""
+    return name != "tie_word_embeddings" or value is False
 
 
 def _another(value: Any) -> Any:

@@ -24,6 +24,7 @@ def damages(sound: Sound) -> Iterator[Damage]:
         yield Damage("S", title, _in_shard(change), sight)
     for title, reason, change in _HARMLESS:
         yield Damage("S", title, _in_shard(change), harmless=reason)
+    yield Damage("S", "q_proj as F16", in_tensors(on("q_proj.weight", cast("F16"))), Sight.SOURCE)
     yield Damage("S", "the first shard cut off", _cut)
     yield Damage("S", "the first shard empty", _empty)
 
@@ -269,7 +270,6 @@ _MATRICES: list[tuple[str, Edit]] = [
     ("k_proj and v_proj exchanged", swap(whole("k_proj.weight"), whole("v_proj.weight"))),
     ("o_proj: columns rotated", on("o_proj.weight", values(lambda v: np.roll(v, 1, axis=1)))),
     ("v_proj zero", on("v_proj.weight", values(np.zeros_like))),
-    ("q_proj as F16", on("q_proj.weight", cast("F16"))),
     ("q_proj as F32", on("q_proj.weight", cast("F32"))),
     ("a norm as F32", on("input_layernorm.weight", cast("F32"))),
     ("in_proj_qkv: rows rotated", on("in_proj_qkv.weight", rotate_rows)),

@@ -14,23 +14,17 @@ from tests.mutations.models import Sound
 
 Step = str | int
 Change = Callable[[dict[str, Any]], object]
-# Fields that nothing else in a bundle holds, but the source can tell.
-_OF_SOURCE = {"fingerprint"}
-# Records of how the bundle was made: no file depends on them, and the source cannot tell them.
-_RECORDED_ALONE = "only a record of the build: nothing else in a bundle or its source tells it"
+# What the source can tell and nothing else.
+_OF_SOURCE = {("source", "fingerprint"), ("source", "n_parameters"), ("source", "n_bytes")}
+# Records of how the bundle was made: no file depends on them, and the source does not tell them.
+# A card may show some, in other words.
 _RECORDS = {
-    ("program", "python"),
-    ("program", "torch"),
-    ("program", "transformers"),
-    ("program", "safetensors"),
-    ("program", "gguf"),
-    ("program", "numpy"),
-    ("program", "tokenizers"),
-    ("program", "ggml"),
-    ("source", "revision"),
-    ("pruning", "observations_sha256"),
-    ("calibration", "sha256"),
-}
+    ("program", "python"), ("program", "torch"), ("program", "transformers"),
+    ("program", "safetensors"), ("program", "gguf"), ("program", "numpy"),
+    ("program", "tokenizers"), ("program", "ggml"), ("pruning", "observations_sha256"),
+    ("calibration", "sha256"), ("pruning", "mtp", "hits_before"), ("pruning", "mtp", "hits_after"),
+    ("pruning", "mtp", "n_tokens"),
+}  # fmt: skip
 
 
 def damages(sound: Sound) -> Iterator[Damage]:
@@ -38,11 +32,12 @@ def damages(sound: Sound) -> Iterator[Damage]:
     manifest = json.loads((sound.gguf / MANIFEST_FILE).read_text())
     for path, value in _leaves(manifest):
         fix = Fix.SUMS if path[:2] == ("hf", "files") else Fix.ALL
-        sight = Sight.SOURCE if path[-1] in _OF_SOURCE else Sight.BESIDE
-        harmless = _RECORDED_ALONE if path[:2] in _RECORDS else ""
+        sight = Sight.SOURCE if path in _OF_SOURCE else Sight.BESIDE
+        if path in _RECORDS:
+            sight = Sight.RECORD
         title = ".".join(map(str, path))
         apply = _manifest(_set(path, _another(value)))
-        yield Damage("M", f"{title}: another value", apply, sight, harmless, fix)
+        yield Damage("M", f"{title}: another value", apply, sight, fix=fix)
     for title, change in _MORE:
         yield Damage("M", title, _manifest(change))
     for title, apply in _FILES:

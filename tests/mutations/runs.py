@@ -73,7 +73,7 @@ class Run(Enum):
 
     def must_catch(self, damage: Damage) -> bool:
         """Whether it has what it needs to notice."""
-        if damage.harmless:
+        if damage.harmless or damage.sight is Sight.RECORD:
             return False
         return self is not Run.BESIDE or damage.sight is Sight.BESIDE
 

@@ -14,6 +14,8 @@ from tests.mutations.models import Sound
 def damages(sound: Sound) -> Iterator[Damage]:
     for title, apply in _STRAYS:
         yield Damage("F", title, apply)
+    reason = "a clone of a repository has one, and it is not published"
+    yield Damage("F", "a .git folder", _folder(lambda copy: copy.hf / ".git"), harmless=reason)
 
 
 def _link(name: str, to_gguf: bool = False) -> Apply:
@@ -90,7 +92,6 @@ _STRAYS: list[tuple[str, Apply]] = [
     ("stray: a template by the GGUFs", add_file("template", "x", to_gguf=True)),
     ("stray: a folder by the safetensors", _folder(lambda copy: copy.hf / "more")),
     ("stray: a folder by the GGUFs", _folder(lambda copy: copy.gguf / "more")),
-    ("stray: a .git folder", _folder(lambda copy: copy.hf / ".git")),
     ("stray: a link", _stray_link(False)),
     ("stray: a link by the GGUFs", _stray_link(True)),
     ("stray: a link to nothing", _dangling),
