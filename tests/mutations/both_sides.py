@@ -17,13 +17,13 @@ from reap2gguf.exporting.model_files import (
     WeightedBy,
     export_model,
     export_side,
-    pruning_values,
 )
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import parse_recipe
 from reap2gguf.quantizing.resolve import resolve
 from tests.mutations.damage import Absent, Copy, Damage, Sight
+from tests.mutations.gguf_edit import read_gguf
 from tests.mutations.hf_files import in_text, rename_token, swap_tokens
 from tests.mutations.hf_tensors import (
     Tensors,
@@ -61,24 +61,30 @@ def _and_again(apply: Apply) -> Apply:
 
 
 def make_again(copy: Copy) -> None:
-    """Write all GGUF files from the safetensors as they are now, as the build did."""
+    """Write all GGUF files from the safetensors as they are now, as the build did.
+
+    Keys that do not come from the model, such as those about the pruning, are as before.
+    """
     manifest = Manifest.load(copy.sound.gguf)
-    kept, source = manifest.pruning.kept, manifest.source.label
+    files = [copy.gguf / record.file for record in (*manifest.gguf, *manifest.side_files)]
+    before = {path: read_gguf(path).keys for path in files}
+    for path in files:
+        path.unlink()
     with Checkpoint.open(copy.hf) as checkpoint:
         model = describe(checkpoint)
         tensors, facts = model.gguf_tensors(checkpoint.tensors), model.facts
-        files = {}
+        resolved = {}
         for record in manifest.gguf:
             recipe = parse_recipe(record.recipe_source, record.recipe, record.recipe)
             path = copy.gguf / record.file
-            path.unlink()
-            files[path] = resolve(recipe, tensors, facts, facts.n_experts, True)
-        keys = pruning_values(source, manifest.pruning.method, manifest.pruning.n_experts, kept)
+            resolved[path] = resolve(recipe, tensors, facts, facts.n_experts, True)
         weighted = WeightedBy.of(copy.gguf / "imatrix.gguf")
-        export_model(checkpoint, model, NAME, files, weighted, keys, 1, Silent())
+        export_model(checkpoint, model, NAME, resolved, weighted, [], 1, Silent())
         for side in model.side_files(checkpoint.folder, checkpoint.tensors):
-            copy.projector.unlink()
             export_side(checkpoint, NAME, copy.projector, side, 1, Silent())
+    for path in files:
+        with copy.edit_gguf(path) as gguf:
+            gguf.keys = {name: gguf.keys.get(name, key) for name, key in before[path].items()}
 
 
 def _config(**changes: Any) -> Apply:
