@@ -25,7 +25,7 @@ _ALONE = {
 _AS_DEFAULT = {
     "attention_bias", "decoder_sparse_step", "hidden_act", "mlp_only_layers", "use_sliding_window",
     "full_attention_interval", "mtp_use_dedicated_embeddings", "rope_type", "temporal_patch_size",
-    "partial_rotary_factor", "tie_word_embeddings",
+    "partial_rotary_factor", "tie_word_embeddings", "rope_theta",
 }  # fmt: skip
 
 
@@ -54,8 +54,8 @@ def _leaves(values: dict[str, Any], above: Path_ = ()) -> Iterator[tuple[Path_, 
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Embeddings are not tied by default."""
-    return name != "tie_word_embeddings" or value is False
+    """Whether a value is transformers' own, for the fields of which models have others."""
+    return value == {"tie_word_embeddings": False, "rope_theta": 10000.0}.get(name, value)
 
 
 def _another(value: Any) -> Any:
