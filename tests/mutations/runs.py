@@ -93,8 +93,9 @@ class Outcome:
         return bool(self.words) and not self.crashed
 
     def __str__(self) -> str:
-        said = self.words[0] if self.words else "nothing was said"
-        return f"{self.damage}: {'CRASHED: ' if self.crashed else ''}{said}"
+        if self.crashed:
+            return f"{self.damage}: a traceback that ends in {self.words[0].splitlines()[-1]}"
+        return f"{self.damage}: {self.words[0] if self.words else 'nothing was said'}"
 
 
 @dataclass(frozen=True)
