@@ -187,8 +187,13 @@ def _verify(run: Run, sound: Sound, damage: Damage | None, folder: Path) -> tupl
 
 
 def _check_changed(copy: Copy, hf: Path, gguf: Path, damage: Damage) -> None:
-    """A damage that changes no byte would be one that nobody can find."""
-    assert not (_same(copy.hf, hf) and _same(copy.gguf, gguf)), damage
+    """A damage that changes no byte would be one that nobody can find.
+
+    The models here have no equal tensors; others may.
+    """
+    if _same(copy.hf, hf) and _same(copy.gguf, gguf):
+        assert copy.sound.family not in FAMILIES, f"{damage} changes nothing"
+        raise Absent("what it exchanges is equal")
 
 
 def _same(folder: Path, other: Path) -> bool:
