@@ -76,7 +76,10 @@ class QuantizeResult:
 
 
 def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
-    """Decide what `build` will do, from headers alone; no weights are read.
+    """Decide what `build` will do, from headers alone.
+
+    Weights are read only where the config says that the output matrix is the embedding and
+    `lm_head.weight` is stored as well: the two are compared.
 
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError, CalibrationError or
     UsageError.

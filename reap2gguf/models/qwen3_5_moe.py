@@ -29,7 +29,6 @@ from reap2gguf.models.facts import (
 )
 from reap2gguf.models.layer_types import read_layer_types
 from reap2gguf.models.mrope import read_sections
-from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
 from reap2gguf.models.qwen_vision import vision_projector
 from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
 from reap2gguf.models.rules import (
@@ -48,6 +47,7 @@ from reap2gguf.models.rules import (
 from reap2gguf.models.shared import (
     ARRAY,
     FLOAT32,
+    QWEN_PRE_TOKENIZERS,
     UINT32,
     DecoderModel,
     Entry,

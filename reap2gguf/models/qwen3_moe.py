@@ -13,7 +13,6 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.facts import FACT_KEYS
 from reap2gguf.models.layer_types import moe_layers_by_step
-from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
 from reap2gguf.models.rope import check_rotary_width
 from reap2gguf.models.rules import (
     ATTENTION,
@@ -24,7 +23,7 @@ from reap2gguf.models.rules import (
     ROUTER,
     TensorRule,
 )
-from reap2gguf.models.shared import DecoderModel
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS, DecoderModel
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
