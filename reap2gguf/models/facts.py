@@ -130,7 +130,9 @@ def refuse_hidden_effects(read: ConfigReader) -> None:
     read.expect("attention_chunk_size", why="every token attends to all before it")
     read.expect("transformers_weights", why="transformers would load weights from that file")
     read.expect("fusion_config", why="transformers would load another module for it")
-    for key in ("output_hidden_states", "output_attentions", "return_dict"):
+    read.refuse_nulls(("return_dict",))
+    read.expect("return_dict", True, why="transformers' classes do not run without")
+    for key in ("output_hidden_states", "output_attentions"):
         read.boolean(key, default=False)
 
 

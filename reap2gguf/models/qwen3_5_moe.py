@@ -175,6 +175,9 @@ class Qwen35Moe(DecoderModel):
         if self.is_nested:
             why = "it is the type of the text model"
             self.text.expect("model_type", flat, why=why)
+        # with null, transformers does not find the names of the weights
+        for section in ("text_config", "vision_config"):
+            self.reader.with_values(self.reader.section(section)).refuse_nulls(("model_type",))
 
     @cached_property
     def rope(self) -> Rope:
