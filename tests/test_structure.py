@@ -190,6 +190,11 @@ COVERED_BY = [
         ("tokenizer/tokenizer.py", "tokenizer/tokenizer_files.py"),
     ),
     (
+        "verifying/test_generated.py",
+        "what is made again is compared line by line",
+        ("verifying/differences.py", "verifying/shards.py"),
+    ),
+    (
         "verifying/test_damage.py",
         "each kind of damage is found in a whole bundle",
         ("verifying/bundle.py", "verifying/gguf_file.py"),

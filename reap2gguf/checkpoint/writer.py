@@ -15,6 +15,7 @@ from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.files import is_own_file
 
+SHARD_METADATA = {"format": "pt"}  # transformers refuses a shard without it
 CHECKSUM = "sha256"  # the key in a file's metadata
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what huggingface_hub cuts at
 _FROM_NUMPY = {
@@ -71,7 +72,7 @@ def write_checkpoint(
         if is_own_file(folder / name):
             wrote(sum(tensor.n_bytes for tensor in shard))
         else:
-            write_safetensors(folder / name, shard, contents, {"format": "pt"}, wrote)
+            write_safetensors(folder / name, shard, contents, SHARD_METADATA, wrote)
     if len(shards) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
         write_whole(folder / INDEX_NAME, index_text(tensors, weight_map))
@@ -98,7 +99,7 @@ def write_safetensors(
 ) -> None:
     """Write one safetensors file, whole or not at all, tensor after tensor."""
     with whole_file(path) as file:
-        file.write(_header(tensors, metadata))
+        file.write(header_bytes(tensors, metadata))
         for tensor in tensors:
             written = 0
             for part in contents(tensor):
@@ -153,7 +154,8 @@ def array_bytes(array: npt.NDArray[np.generic]) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _header(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
+    """Everything before the first tensor of a safetensors file."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for tensor in tensors:

@@ -42,7 +42,6 @@ from reap2gguf.verifying.facts import (
 from reap2gguf.verifying.generated import (
     check_calibration_text,
     check_cards,
-    check_index,
     check_modelfile,
 )
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_gguf_header
@@ -55,6 +54,7 @@ from reap2gguf.verifying.hf_folder import (
     open_folder,
 )
 from reap2gguf.verifying.report import Findings, Level, VerifyReport
+from reap2gguf.verifying.shards import check_shards
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.opening import OpenBundle
@@ -169,6 +169,13 @@ def verify_bundle(
         _check_both(check, folder, None)
     else:
         hf = folder.parent / manifest.hf.folder
+        beside = folder.with_name(folder.name.removesuffix(gguf_name("")))
+        if not hf.is_dir() and beside != folder and is_own_file(beside / MANIFEST_FILE):
+            check.found.violations.append(
+                f"{MANIFEST_FILE}: hf.folder is {shown_name(hf.name)}, expected {beside.name}, "
+                "which lies beside the GGUF folder"
+            )
+            hf = beside
         _check_both(check, hf if hf.is_dir() else None, folder)
     return check.found.report()
 
@@ -207,7 +214,7 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
         if reference is not None:
             _check_plan(check, reference)
         if gguf is not None:
-            GgufPart(check, gguf, reference).run()
+            GgufPart(check, gguf, reference, is_sound).run()
     source = None if pruned.view is None else pruned.view.folder
     if is_sound:
         _check_generated(check, hf, gguf, source)
@@ -239,7 +246,7 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     """Violations in what an opened folder holds; `view` is what it must be, if that is known."""
     checkpoint, model = opened
     yield from check_hf_facts(check.manifest, checkpoint, model)
-    yield from check_index(checkpoint)
+    yield from check_shards(checkpoint)
     if not check.strictness.reads_values:
         return
     if view is None:

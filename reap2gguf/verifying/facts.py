@@ -162,12 +162,31 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     yield from _differs("the safetensors in hf.files", listed, shards, "the index")
     for name in sorted({CARD_FILE, "config.json"} - hf.files.keys()):
         yield f"{MANIFEST_FILE}: hf.files does not name {name}"
-    if "auto_map" in checkpoint.config:
-        yield (
-            f"{checkpoint.folder.name}: config.json has auto_map, which names Python code for "
-            "transformers to run; expected none"
-        )
+    yield from _check_config(checkpoint, model)
     yield from _check_passed(manifest, len(checkpoint.tensors))
+
+
+def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
+    """The config must be one that pruning writes: to prune it to the same count changes nothing."""
+    found, written = checkpoint.config, model.pruned_config(model.facts.n_experts)
+    if found == written:
+        return
+    sections = [(found, written)]
+    text, written_text = found.get("text_config"), written.get("text_config")
+    if isinstance(text, dict) and isinstance(written_text, dict):
+        sections.append((text, written_text))
+    keys = sorted(
+        {
+            key
+            for one, other in sections
+            for key in one.keys() | other.keys()
+            if key != "text_config" and (key in one, one.get(key)) != (key in other, other.get(key))
+        }
+    )
+    yield (
+        f"{checkpoint.folder.name}: config.json is not one that pruning writes, by "
+        f"{', '.join(map(shown, keys))}"
+    )
 
 
 def _of_model(manifest: Manifest, model: MoeModel) -> Iterator[str]:

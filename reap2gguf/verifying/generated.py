@@ -1,4 +1,4 @@
-"""Makes the small files of a bundle again and compares them: index, cards, Modelfile, calibration.
+"""Makes the small files of a bundle again and compares them: cards, Modelfile, calibration text.
 
 Cards and Modelfile are made from the manifest, and from files of the source. Where the source is
 not given, its licence and language are taken from the card that is checked, and the sampling from
@@ -10,25 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import CARD_FILE, gguf_name
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.bundle.sampling import read_sampling
-from reap2gguf.checkpoint.index import INDEX_NAME
-from reap2gguf.checkpoint.writer import index_text, shard_names
 from reap2gguf.files import is_own_file
-from reap2gguf.messages import shown
+from reap2gguf.verifying.differences import compare_text, where_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.card_files import CardNames
     from reap2gguf.bundle.manifest import Manifest
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
-_AROUND = 40  # letters of a line that are shown on each side of the first that differs
 _NOTHING = Path("/dev/null/none")  # a source without any file
 
 
@@ -61,10 +56,10 @@ def _card(path: Path, possible: Callable[[str], Iterator[str]], has_source: bool
     """A card, which must be one of the `possible` ones; those depend on the owner it names."""
     text = _read(path)
     if text is None:
-        return Generated(path, (f"{_where(path)} is too large for a card",), False)
+        return Generated(path, (f"{where_of(path)} is too large for a card",), False)
     violations: tuple[str, ...] = ()
     for expected in possible(text):
-        violations = tuple(_compare(path, text, expected))
+        violations = tuple(compare_text(path, text, expected))
         if not violations:
             break
     return Generated(path, violations, has_source)
@@ -126,13 +121,13 @@ def check_modelfile(manifest: Manifest, path: Path, source: Path | None) -> Gene
 
     text = _read(path)
     if text is None:
-        return Generated(path, (f"{_where(path)} is too large for a Modelfile",), False)
+        return Generated(path, (f"{where_of(path)} is too large for a Modelfile",), False)
     expected = modelfile(manifest, _NOTHING if source is None else source)
     joined = with_join_commands(expected, manifest.gguf)
     if source is not None:
-        return Generated(path, tuple(_compare(path, text, joined)), True)
+        return Generated(path, tuple(compare_text(path, text, joined)), True)
     found, wanted = ("\n".join(_instructions(one)) for one in (text, expected))
-    return Generated(path, tuple(_compare(path, found, wanted)), False)
+    return Generated(path, tuple(compare_text(path, found, wanted)), False)
 
 
 def _instructions(text: str) -> Iterator[str]:
@@ -147,53 +142,9 @@ def check_calibration_text(manifest: Manifest, path: Path) -> Iterator[str]:
     expected = manifest.calibration.imatrix_sha256
     if hash_file(path).sha256 != expected:
         yield (
-            f"{_where(path)} is not the text of the importance matrix: its SHA-256 differs from "
+            f"{where_of(path)} is not the text of the importance matrix: its SHA-256 differs from "
             "imatrix_sha256 of the manifest"
         )
-
-
-def check_index(checkpoint: Checkpoint) -> Iterator[str]:
-    """The names of the shards and the index, which follow from the shards' headers."""
-    folder = checkpoint.folder
-    names = [shard.name for shard in checkpoint.shards]
-    expected = shard_names(len(names))
-    if names != expected:
-        yield f"{folder.name}: the shards are {shown(names)}, expected {shown(expected)}"
-        return
-    path = folder / INDEX_NAME
-    if len(names) == 1:
-        if path.exists():
-            yield f"{_where(path)} is there, expected none for one file of safetensors"
-        return
-    tensors = checkpoint.tensors
-    weight_map = {name: tensor.path.name for name, tensor in tensors.items()}
-    wanted = index_text(list(tensors.values()), weight_map)
-    yield from _compare(path, path.read_bytes().decode("utf-8", "replace"), wanted)
-
-
-def _compare(path: Path, text: str, expected: str) -> Iterator[str]:
-    """A violation that names the first line that differs."""
-    if text == expected:
-        return
-    lines = zip_longest(text.split("\n"), expected.split("\n"))
-    for number, (found, wanted) in enumerate(lines, start=1):
-        if found != wanted:
-            pairs = enumerate(zip_longest(found or "", wanted or ""))
-            common = next((at for at, (a, b) in pairs if a != b), 0)
-            yield (
-                f"{_where(path)} is not what the manifest gives: line {number} is "
-                f"{_line(found, common)}, expected {_line(wanted, common)}"
-            )
-            return
-
-
-def _line(text: str | None, position: int) -> str:
-    """A line around a position; "missing" if there is no such line."""
-    if text is None:
-        return "missing"
-    first = max(position - _AROUND, 0)
-    part = text[first : position + _AROUND]
-    return shown(("..." if first else "") + part)
 
 
 def _read(path: Path) -> str | None:
@@ -201,7 +152,3 @@ def _read(path: Path) -> str | None:
     if path.stat().st_size > _MAX_TEXT_BYTES:
         return None
     return path.read_bytes().decode("utf-8", "replace")
-
-
-def _where(path: Path) -> str:
-    return f"{path.parent.name}: {path.name}"

@@ -16,6 +16,7 @@ from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models.description import Expert
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.write import companion_files
+from reap2gguf.verifying.shards import check_shards
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -68,6 +69,7 @@ def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[s
     violations += compare_files(folder, companion_files(pruned.folder))
     if checkpoint is not None and model is not None:
         with checkpoint:
+            violations += check_shards(checkpoint)
             violations += compare_folder(checkpoint, pruned, model, progress)
     return violations
 
