@@ -14,7 +14,7 @@ from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration
 from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.errors import CalibrationError, UsageError
+from reap2gguf.errors import CalibrationError, RecipeError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
@@ -134,6 +134,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     resolved = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
+    for recipe in resolved:
+        _check_importance(recipe, pruned.model)
     name = bundle_name(options, source, target, note)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
@@ -153,6 +155,17 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         of_tokenizer,
         read_history(checkpoint, model.facts, note),
     )
+
+
+def _check_importance(recipe: ResolvedRecipe, model: MoeModel) -> None:
+    """Refuse a type that needs an importance where the importance matrix will have none."""
+    if unweighted := sorted({*recipe.needs_importance()} - model.weighted_matrices()):
+        name = unweighted[0]
+        raise RecipeError(
+            f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "
+            "importance matrix, and none is computed for it; give it a type of more bits, such as "
+            "Q4_K, in a rule"
+        )
 
 
 def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:

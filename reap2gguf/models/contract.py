@@ -144,6 +144,20 @@ class MoeModel(ABC):
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """GGUF names of the matrices fed by the experts' inputs and by their activations."""
 
+    def weighted_matrices(self) -> set[str]:
+        """GGUF names of all matrices that an importance matrix has entries for.
+
+        Those are the layers' own: embeddings and head have none, as in llama.cpp.
+        """
+        found: set[str] = set()
+        for block in range(self.facts.n_blocks):
+            for names in self.matrices(block).values():
+                found.update(names)
+            if block in self.facts.moe_layers:
+                for names in self.expert_matrices(block):
+                    found.update(names)
+        return found
+
     @abstractmethod
     def expert_tensors(
         self, layer: int, stored: Mapping[str, StoredTensor]

@@ -7,9 +7,9 @@ kept experts get new numbers. Memory: at most 64 MiB of one tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,10 +50,14 @@ def write_pruned(
             max_shard_bytes,
             wrote=task.advance,
         )
-    config = json.dumps(pruned.config, indent=2, ensure_ascii=False)
-    write_whole(folder / "config.json", config + "\n")
+    write_whole(folder / "config.json", config_text(pruned.config))
     for file in companion_files(pruned.folder):
         copy_whole(file, folder / file.name)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """What `config.json` holds."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def written_names(pruned: Weights) -> set[str]:

@@ -54,7 +54,7 @@ from reap2gguf.verifying.hf_folder import (
     open_folder,
 )
 from reap2gguf.verifying.report import Findings, Level, VerifyReport
-from reap2gguf.verifying.shards import check_shards
+from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.opening import OpenBundle
@@ -247,6 +247,7 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     checkpoint, model = opened
     yield from check_hf_facts(check.manifest, checkpoint, model)
     yield from check_shards(checkpoint)
+    yield from check_config_text(checkpoint)
     if not check.strictness.reads_values:
         return
     if view is None:

@@ -15,8 +15,8 @@ from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models.description import Expert
 from reap2gguf.models.table import describe
-from reap2gguf.pruning.write import companion_files
-from reap2gguf.verifying.shards import check_shards
+from reap2gguf.pruning.write import companion_files, config_text
+from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -69,7 +69,7 @@ def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[s
     violations += compare_files(folder, companion_files(pruned.folder))
     if checkpoint is not None and model is not None:
         with checkpoint:
-            violations += check_shards(checkpoint)
+            violations += [*check_shards(checkpoint), *check_config_text(checkpoint)]
             violations += compare_folder(checkpoint, pruned, model, progress)
     return violations
 
@@ -81,6 +81,8 @@ def compare_folder(
     where = checkpoint.folder.name
     if checkpoint.config != expected.config:
         yield f"{where}: config.json differs from the planned one"
+    elif config_text(checkpoint.config) != config_text(expected.config):
+        yield f"{where}: config.json has its keys in another order than the planned one"
     for name in sorted(expected.tensors.keys() - checkpoint.tensors.keys()):
         yield f"{where}: tensor {name} is missing"
     for name in sorted(checkpoint.tensors.keys() - expected.tensors.keys()):

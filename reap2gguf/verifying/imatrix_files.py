@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE
 from reap2gguf.errors import ArtifactError
 from reap2gguf.gguf_files.imatrix import Imatrix, dat_bytes, load_imatrix
+from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.messages import shown
+from reap2gguf.verifying.gguf_layout import check_layout
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import CalibrationRecord, PruningRecord
@@ -24,9 +26,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_imatrix(folder: Path) -> tuple[Imatrix | None, list[str]]:
-    """The importance matrix of a GGUF folder; or the violation."""
+    """The importance matrix of a GGUF folder, and the violations in its file."""
+    path = folder / IMATRIX_FILE
     try:
-        return load_imatrix(folder / IMATRIX_FILE), []
+        return load_imatrix(path), list(check_layout(read_gguf_header(path)))
     except ArtifactError as error:
         return None, [str(error)]
 
@@ -58,7 +61,7 @@ def check_imatrix(
                 f"{IMATRIX_FILE}: {what} is {shown(found)}, expected {shown(expected)} as in "
                 f"{MANIFEST_FILE}"
             )
-    mtp_block = max(pruning.kept, default=0) if pruning.mtp.state == "pruned" else None
+    mtp_block = max(pruning.kept, default=0) if pruning.mtp.state in ("pruned", "kept") else None
     for name, entry in imatrix.entries.items():
         shape = shapes.get(name)
         if shape is None or len(shape) < 2:
@@ -97,13 +100,7 @@ def _check_counts(
 
 def check_entries(imatrix: Imatrix, model: MoeModel) -> Iterator[str]:
     """A matrix must have an entry for every matrix that the model multiplies, and no other."""
-    expected: set[str] = set()
-    for block in range(model.facts.n_blocks):
-        for names in model.matrices(block).values():
-            expected.update(names)
-        if block in model.facts.moe_layers:
-            for names in model.expert_matrices(block):
-                expected.update(names)
+    expected = model.weighted_matrices()
     for name in sorted(expected - imatrix.entries.keys()):
         yield f"{IMATRIX_FILE}: has no entry for {name}"
     for name in sorted(imatrix.entries.keys() - expected):

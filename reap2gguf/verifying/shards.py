@@ -1,4 +1,4 @@
-"""Checks how a safetensors folder is cut into files: their names, their headers, and the index."""
+"""Checks how a safetensors folder is written: names of shards, their headers, index and config."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from reap2gguf.checkpoint.writer import (
 )
 from reap2gguf.files import open_entry
 from reap2gguf.messages import shown
+from reap2gguf.pruning.write import config_text
 from reap2gguf.verifying.differences import compare_text, where_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.safetensors_header import FileTensor
+
+
+def check_config_text(checkpoint: Checkpoint) -> Iterator[str]:
+    """Violations in the text of config.json: its spaces, and the order of its keys."""
+    path = checkpoint.folder / "config.json"
+    text = path.read_bytes().decode("utf-8", "replace")
+    yield from compare_text(path, text, config_text(checkpoint.config))
 
 
 def check_shards(checkpoint: Checkpoint) -> Iterator[str]:
