@@ -192,7 +192,7 @@ COVERED_BY = [
     (
         "verifying/test_generated.py",
         "what is made again is compared line by line",
-        ("verifying/differences.py", "verifying/shards.py"),
+        ("verifying/differences.py",),
     ),
     (
         "verifying/test_damage.py",

@@ -171,11 +171,7 @@ def verify_bundle(
         hf = folder.parent / manifest.hf.folder
         beside = folder.with_name(folder.name.removesuffix(gguf_name("")))
         if not hf.is_dir() and beside != folder and is_own_file(beside / MANIFEST_FILE):
-            check.found.violations.append(
-                f"{MANIFEST_FILE}: hf.folder is {shown_name(hf.name)}, expected {beside.name}, "
-                "which lies beside the GGUF folder"
-            )
-            hf = beside
+            hf = beside  # both folders were renamed
         _check_both(check, hf if hf.is_dir() else None, folder)
     return check.found.report()
 

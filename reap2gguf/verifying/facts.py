@@ -171,6 +171,7 @@ def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
     found, written = checkpoint.config, model.pruned_config(model.facts.n_experts)
     if found == written:
         return
+    where = f"{checkpoint.folder.name}: config.json is not one that pruning writes, by "
     sections = [(found, written)]
     text, written_text = found.get("text_config"), written.get("text_config")
     if isinstance(text, dict) and isinstance(written_text, dict):
@@ -183,10 +184,7 @@ def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
             if key != "text_config" and (key in one, one.get(key)) != (key in other, other.get(key))
         }
     )
-    yield (
-        f"{checkpoint.folder.name}: config.json is not one that pruning writes, by "
-        f"{', '.join(map(shown, keys))}"
-    )
+    yield where + ", ".join(map(shown, keys))
 
 
 def _of_model(manifest: Manifest, model: MoeModel) -> Iterator[str]:
