@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.building.record import program_versions
+from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.manifest import (
+    NO_METHOD,
     CalibrationRecord,
     FolderRecord,
     GgufRecord,
@@ -20,6 +24,7 @@ from reap2gguf.bundle.manifest import (
     PruningRecord,
     SourceRecord,
 )
+from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import hash_folder, write_sums
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.exporting.header_facts import HeaderNames
@@ -27,8 +32,10 @@ from reap2gguf.exporting.model_files import export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, save_dat, save_gguf
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.write import config_text
 from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 PLAN = ("--recipe", "q8_0")
@@ -125,11 +132,14 @@ def _observations(checkpoint: Checkpoint) -> Observations:
 
 
 def _imatrix(checkpoint: Checkpoint) -> Imatrix:
+    """A matrix as of 4 chunks of 64 tokens, routed evenly."""
     entries = {}
-    for tensor in describe(checkpoint).gguf_tensors(checkpoint.tensors):
+    model = describe(checkpoint)
+    for tensor in model.gguf_tensors(checkpoint.tensors):
         if len(tensor.shape) > 1 and tensor.name.startswith("blk."):
             sums = np.ones((tensor.n_matrices, tensor.n_columns), dtype=np.float32)
-            counts = np.ones(tensor.n_matrices, dtype=np.int64)
+            each = 256 if tensor.n_matrices == 1 else 256 * model.facts.experts_per_token // 8
+            counts = np.full(tensor.n_matrices, each, dtype=np.int64)
             entries[tensor.name] = ImatrixEntry(tensor.name, sums, counts)
     return Imatrix(entries, "text.txt", 4, 64)
 
@@ -139,22 +149,62 @@ def _bundle(checkpoint: Checkpoint, folder: Path) -> None:
     model = describe(checkpoint)
     hf, gguf = folder / "build" / "name", folder / "build" / "name-GGUF"
     shutil.copytree(checkpoint.folder, hf)
+    (hf / "config.json").write_text(config_text(checkpoint.config))
     gguf.mkdir()
+    for name in ("imatrix.gguf", "imatrix.dat"):
+        shutil.copyfile(folder / name, gguf / name)
+    recipe = load_recipe("q8_0")
     tensors = model.gguf_tensors(checkpoint.tensors)
-    resolved = resolve(load_recipe("q8_0"), tensors, model.facts, 8, has_imatrix=False)
+    resolved = resolve(recipe, tensors, model.facts, 8, has_imatrix=True)
     path = gguf / "name-Q8_0.gguf"
-    export_model(checkpoint, model, HeaderNames("name"), {path: resolved}, None, 1, Silent())
+    kept = dict.fromkeys((0, 1), tuple(range(8)))
     kinds = {name: kind.name for name, kind in resolved.tensor_types().items()}
-    files = hash_folder(hf, 1)
+    sizes = checkpoint.n_parameters, checkpoint.n_bytes
+    passed = [
+        passed_folder(len(checkpoint.tensors)),
+        passed_file(path.name, len(kinds), Level.VALUES),
+    ]
+    text = "text"
     manifest = Manifest(
         name="name",
-        program={},
-        source=SourceRecord("name", None, "", model.facts.architecture, 1, 1),
-        pruning=PruningRecord("reap", 8, 8, 2, dict.fromkeys((0, 1), tuple(range(8))), "", 1, 1, 0),
-        calibration=CalibrationRecord("text.txt", "", 64, 42, False, "text.txt", "", 1, 64),
-        hf=FolderRecord("name", 1, 1, 1, files),
-        gguf=(GgufRecord(path.name, "q8_0", "", "Q8_0", "Q8_0", "", 1, 8.5, kinds),),
+        program=program_versions(),
+        source=SourceRecord("name", None, "", model.facts.architecture, *sizes),
+        pruning=PruningRecord(NO_METHOD, 8, 8, 2, kept, "", 0, 0, 0),
+        calibration=CalibrationRecord(
+            "text.txt",
+            "",
+            64,
+            42,
+            False,
+            "text.txt",
+            hashlib.sha256(text.encode()).hexdigest(),
+            4,
+            64,
+        ),
+        hf=FolderRecord("name", 1, *sizes, {}),
+        gguf=(
+            GgufRecord(
+                path.name,
+                recipe.name,
+                recipe.title,
+                recipe.label,
+                recipe.file_type,
+                recipe.source,
+                0,
+                round(resolved.bits_per_weight, 4),
+                kinds,
+            ),
+        ),
+        verification={"summary": passed_summary(passed), "passed": passed},
     )
+    export_model(checkpoint, model, HeaderNames.of(manifest), {path: resolved}, None, 1, Silent())
+    (record,) = manifest.gguf
+    manifest = replace(manifest, gguf=(replace(record, n_bytes=path.stat().st_size),))
+    (hf / "README.md").write_text(hf_card(manifest, checkpoint.folder / "README.md"))
+    manifest = replace(manifest, hf=replace(manifest.hf, files=hash_folder(hf, 1)))
+    (gguf / "README.md").write_text(gguf_card(manifest, checkpoint.folder / "README.md"))
+    (gguf / "Modelfile").write_text(modelfile(manifest, checkpoint.folder))
+    (gguf / "calibration.txt").write_text(text)
     manifest.save(hf)
     manifest.save(gguf)
     write_sums(gguf, 1)
