@@ -19,7 +19,16 @@ from reap2gguf.bundle.layout import (
     gguf_name,
 )
 from reap2gguf.bundle.manifest import NO_METHOD
-from reap2gguf.bundle.markdown import argument, code, hub_link, inline, quoted, repository, table
+from reap2gguf.bundle.markdown import (
+    argument,
+    code,
+    hub_link,
+    inline,
+    prose,
+    quoted,
+    repository,
+    table,
+)
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
@@ -147,7 +156,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     files = files_section(manifest, names)
     if names.on_hub:
         files += f"The safetensors are in {names.link(names.hf)}.\n\n"
-    files += "".join(f"Note: {inline(caveat)}.\n\n" for caveat in manifest.caveats)
+    files += "".join(f"Note: {prose(caveat)}.\n\n" for caveat in manifest.caveats)
     return f"""# {inline(gguf_name(_last(names.hf)))}
 
 {_summary(manifest)}

@@ -47,6 +47,11 @@ def code(text: str) -> str:
     return f"{fence}{edge}{safe}{edge}{fence}"
 
 
+def prose(text: str) -> str:
+    """A sentence in which no letter means anything to Markdown or HTML."""
+    return re.sub(r"[<>&\\`*_\[\]|]", lambda found: f"&#{ord(found[0])};", one_line(text))
+
+
 def repository(name: str) -> str | None:
     """The name if it may be that of a repository, `owner/name`; else None."""
     return name if "/" in name and _REPOSITORY.fullmatch(name) else None

@@ -12,7 +12,7 @@ import pytest
 
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building import pipeline, stages
+from reap2gguf.building import pipeline, verify_stage
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
 from reap2gguf.building.seals import Seal, changed, read_seals, seal, stamps, unsealed
@@ -131,7 +131,7 @@ def test_a_damaged_export_is_not_verified_but_made_again(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    work = stopped_before("check_pruned", stages, tiny, output, monkeypatch)
+    work = stopped_before("check_pruned", verify_stage, tiny, output, monkeypatch)
     damage(work.gguf / f"{NAME}-Q8_0.gguf", keep_time=False)
     result = build(tiny, output)
     assert reused(result)["prune"] is True
@@ -143,13 +143,13 @@ def test_a_damaged_export_is_not_verified_but_made_again(
 def test_a_file_that_changes_while_it_is_verified(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = stages.check_gguf
+    check = verify_stage.check_gguf
 
     def then_damage(path: Path, *arguments: Any, **named: Any) -> Any:
         yield from check(path, *arguments, **named)
         damage(path, keep_time=False)
 
-    monkeypatch.setattr(stages, "check_gguf", then_damage)
+    monkeypatch.setattr(verify_stage, "check_gguf", then_damage)
     with pytest.raises(OutputError, match="was changed by another program while the build"):
         build(tiny, tmp_path / "out")
     assert not (tmp_path / "out" / NAME).exists()
@@ -175,7 +175,7 @@ def test_a_stray_in_the_work_folder_is_not_published(
     place: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    work = stopped_before("check_pruned", stages, tiny, output, monkeypatch)
+    work = stopped_before("check_pruned", verify_stage, tiny, output, monkeypatch)
     (getattr(work, place) / "model-00009-of-00009.safetensors").write_bytes(b"stray")
     with pytest.raises(VerificationError) as caught:
         build(tiny, output)

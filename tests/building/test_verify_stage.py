@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reap2gguf.building import estimate, stages
+from reap2gguf.building import estimate, verify_stage
 from reap2gguf.building.estimate import exact_recipes
 from reap2gguf.building.plan import make_plan
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -26,18 +26,18 @@ WIDE = TinyQwen3Moe(n_layers=1, hidden=256, width=256, n_experts=4, head_dim=64)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stages.Verify]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[verify_stage.Verify]:
     """The verification of a build whose files are written."""
     root = tmp_path_factory.mktemp("written")
-    found: list[stages.Verify] = []
+    found: list[verify_stage.Verify] = []
 
-    def stop(self: stages.Verify) -> Any:
+    def stop(self: verify_stage.Verify) -> Any:
         found.append(self)
         raise KeyboardInterrupt
 
     source = WIDE.write(root / "tiny")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages.Verify, "compute", stop)
+        patch.setattr(verify_stage.Verify, "compute", stop)
         with pytest.raises(KeyboardInterrupt):
             build(source, root / "out", recipes=("q4km", "q8_0"))
     (verify,) = found
@@ -46,7 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stages.Verify]
 
 
 @pytest.mark.parametrize("label", ["Q4_K_M", "Q8_0"])
-def test_every_changed_bit_of_a_gguf_is_found(label: str, written: stages.Verify) -> None:
+def test_every_changed_bit_of_a_gguf_is_found(label: str, written: verify_stage.Verify) -> None:
     assert written._check()[0] == []
     path = next(path for path in written.outputs if path.name.endswith(f"{label}.gguf"))
     raw = path.read_bytes()
@@ -63,7 +63,7 @@ def test_every_changed_bit_of_a_gguf_is_found(label: str, written: stages.Verify
         assert all(path.name in violation for violation in violations)
 
 
-def test_every_changed_bit_of_the_safetensors_is_found(written: stages.Verify) -> None:
+def test_every_changed_bit_of_the_safetensors_is_found(written: verify_stage.Verify) -> None:
     (path,) = written.outputs[0].glob("*.safetensors")
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -77,7 +77,7 @@ def test_every_changed_bit_of_the_safetensors_is_found(written: stages.Verify) -
         assert violations, place
 
 
-def test_what_was_compared_is_recorded(written: stages.Verify) -> None:
+def test_what_was_compared_is_recorded(written: verify_stage.Verify) -> None:
     _, passed = written._check()
     assert passed[0].endswith("byte for byte")
     assert len(passed) == 3
@@ -86,9 +86,9 @@ def test_what_was_compared_is_recorded(written: stages.Verify) -> None:
 
 
 def test_large_files_are_compared_within_bounds(
-    written: stages.Verify, monkeypatch: pytest.MonkeyPatch
+    written: verify_stage.Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "exact_recipes", lambda plan, has_gpu: frozenset({"q8_0"}))
+    monkeypatch.setattr(verify_stage, "exact_recipes", lambda plan, has_gpu: frozenset({"q8_0"}))
     violations, passed = written._check()
     assert violations == []
     assert sorted(line.rpartition(", ")[2] for line in passed[1:]) == [

@@ -124,7 +124,10 @@ def test_a_record_or_a_shard_behind_a_link(name: str, light: Bundle, tmp_path: P
     place = light.hf if name == "model.safetensors" else light.gguf
     link_out(place / name, tmp_path / "outside")
     found = verify_bundle(light.gguf, 1, Silent(), HEADERS_ONLY).violations
-    assert f"{place.name}: {name} is a link, expected a file of the folder itself" in found
+    if name == "reap2gguf.json":  # nothing is known without it
+        assert "reap2gguf.json: cannot be read (a link, which is not followed" in found[0]
+    else:
+        assert f"{place.name}: {name} is a link, expected a file of the folder itself" in found
 
 
 def test_a_bundle_in_the_cache_of_the_hub_is_sound(built: Bundle, tmp_path: Path) -> None:

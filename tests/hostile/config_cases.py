@@ -177,7 +177,7 @@ CONFIGS = [
     *cases("qwen35", "text_config", TEXT35),
     *cases("qwen35", "vision_config", VISION),
     *cases("qwen35", None, [("text_config", [5, [], "x", True], "text_config"),
-                            ("text_config", [{}, None], "missing"),
+                            ("text_config", [{}, None], "text_config"),
                             ("vision_config", [5, [1], "x"], "vision_config"),
                             ("anything", [{"num_labels": 2**31 - 1}], "num_labels"),
                             ("vision_config", [{}, None, GONE], "out_hidden_size"),

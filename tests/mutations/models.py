@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from safetensors.torch import load_file
 
-from reap2gguf.building import pipeline, stages
+from reap2gguf.building import pipeline, verify_stage
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -183,7 +183,7 @@ def _build(
     return result
 
 
-def _stop(stage: stages.Verify) -> None:
+def _stop(stage: verify_stage.Verify) -> None:
     raise KeyboardInterrupt
 
 
@@ -195,7 +195,7 @@ def _make(
     stopped.mkdir()
     n_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     with (
-        patch.object(stages.Verify, "compute", _stop),
+        patch.object(verify_stage.Verify, "compute", _stop),
         contextlib.suppress(KeyboardInterrupt),
     ):
         _build(source, stopped, recipes, n_bytes // n_shards)

@@ -27,7 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 from reap2gguf import api
-from reap2gguf.building import pipeline, stages
+from reap2gguf.building import pipeline, verify_stage
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.layout import gguf_name
 from reap2gguf.errors import Reap2ggufError
@@ -214,7 +214,7 @@ def _build(run: Run, sound: Sound, damage: Damage, folder: Path) -> tuple[str, .
     """Finish the stopped build on damaged files; nothing if the bundle came out sound."""
     shutil.rmtree(folder, ignore_errors=True)
     _link_tree(sound.stopped, folder)
-    verify, write_record = stages.Verify.compute, pipeline.write_record
+    verify, write_record = verify_stage.Verify.compute, pipeline.write_record
 
     def do_damage(work: Workdir) -> None:
         copy = Copy(work.hf, work.gguf, sound)
@@ -222,7 +222,7 @@ def _build(run: Run, sound: Sound, damage: Damage, folder: Path) -> tuple[str, .
         before = sound.stopped / ".work" / NAME
         _check_changed(copy, before / NAME, before / gguf_name(NAME), damage)
 
-    def damaged_before(stage: stages.Verify) -> Any:
+    def damaged_before(stage: verify_stage.Verify) -> Any:
         do_damage(stage.run.work)
         return verify(stage)
 
@@ -231,7 +231,7 @@ def _build(run: Run, sound: Sound, damage: Damage, folder: Path) -> tuple[str, .
         return write_record(plan, work, *more)
 
     hook = (
-        patch.object(stages.Verify, "compute", damaged_before)
+        patch.object(verify_stage.Verify, "compute", damaged_before)
         if run is Run.BUILD
         else patch.object(pipeline, "write_record", damaged_after)
     )
