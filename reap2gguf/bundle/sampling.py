@@ -63,7 +63,8 @@ class Sampling:
 def read_sampling(folder: Path) -> Sampling:
     """What `generation_config.json` in a checkpoint's folder recommends.
 
-    Values of a wrong type or range are ignored, and listed in `problems`.
+    Values of a wrong type or range are ignored, and listed in `problems`. So is a whole file that
+    cannot be read; a plan and an export refuse such a file before.
     """
     path = folder / GENERATION_FILE
     if not path.is_file():

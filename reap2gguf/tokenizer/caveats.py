@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.config import read_json
-from reap2gguf.tokenizer.vocabulary import ORDINARY_IN_QWEN
+from reap2gguf.messages import shown
+from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from reap2gguf.tokenizer.vocabulary import Vocabulary
 
 NFC_CAVEAT = (
@@ -29,14 +32,20 @@ _ALWAYS = {
     "qwen3_5_moe": "Qwen3_5Tokenizer",
     "qwen3_5_moe_text": "Qwen3_5Tokenizer",
 }
+# keys of llama.cpp by which a user can give it two more tokens that end an answer
+_END_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_MOST_NAMED = 4
+_ENDS_A_MESSAGE = "<|end|>"  # and not the answer, in the vocabularies of gpt-oss and Solar
 _WITHOUT_A_NAME = "Qwen2Tokenizer"  # where neither config names a class
 
 
-def tokenizer_caveats(folder: Path, pre: str, vocabulary: Vocabulary) -> tuple[str, ...]:
+def tokenizer_caveats(
+    folder: Path, pre: str, vocabulary: Vocabulary, eos: int | None = None
+) -> tuple[str, ...]:
     """Differences that remain, one sentence each.
 
-    `pre` is llama.cpp's name of the pre-tokenizer, `vocabulary` that of tokenizer.json. Raises
-    CheckpointError if a config cannot be read.
+    `pre` is llama.cpp's name of the pre-tokenizer, `vocabulary` that of tokenizer.json, `eos` the
+    header's end of text. Raises CheckpointError if a config cannot be read.
     """
     found = [NFC_CAVEAT] if vocabulary.normalizes else []
     if vocabulary.hides_ordinary:
@@ -50,7 +59,57 @@ def tokenizer_caveats(folder: Path, pre: str, vocabulary: Vocabulary) -> tuple[s
             f"tokenizer.json splits it like {pre}; calibration and GGUF follow tokenizer.json; if "
             "that was saved by mistake, use the one of the base model"
         )
-    return tuple(found)
+    return (*found, *_end_caveats(folder, vocabulary, eos))
+
+
+def _end_caveats(folder: Path, vocabulary: Vocabulary, eos: int | None) -> Iterator[str]:
+    """The tokens at which transformers ends an answer, and llama.cpp does not."""
+    name, wanted = _ends_in_transformers(folder)
+    tokens = vocabulary.tokens
+    ends = _ends_in_llama_cpp(tokens) | {eos}
+    more = [i for i in dict.fromkeys(wanted) if 0 <= i < len(tokens) and i not in ends]
+    if not more:
+        return
+    named = ", ".join(f"{shown(tokens[index])} (id {index})" for index in more[:_MOST_NAMED])
+    others = f" and {len(more) - _MOST_NAMED} more" if len(more) > _MOST_NAMED else ""
+    # llama.cpp takes this one out again, whatever its keys say
+    helped = [index for index in more if tokens[index] != _ENDS_A_MESSAGE][: len(_END_KEYS)]
+    flag = ",".join(f"{key}=int:{i}" for key, i in zip(_END_KEYS, helped, strict=False))
+    help_ = f"start its programs with --override-kv {flag}" if flag else "no flag changes that"
+    if flag and len(helped) < len(more):
+        ids = " and ".join(map(str, helped))
+        help_ += f" to end it at {ids}; no flag does so for the others"
+    yield (
+        f"by the eos_token_id of {name}, transformers ends an answer also at {named}{others}, and "
+        f"llama.cpp does not: {help_}"
+    )
+
+
+def _ends_in_transformers(folder: Path) -> tuple[str, list[int]]:
+    """The file that says where transformers ends an answer, and the ids."""
+    name = "generation_config.json"
+    if (folder / name).is_file():
+        ids = read_json(folder / name).get("eos_token_id")
+    else:  # transformers makes one of the model's config then
+        name = "config.json"
+        config = _optional(folder, name)
+        text, ids = config.get("text_config"), config.get("eos_token_id")
+        if ids is None and isinstance(text, dict):
+            ids = text.get("eos_token_id")
+    return name, [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
+
+
+def _ends_in_llama_cpp(tokens: list[str]) -> set[int | None]:
+    """The ids at which llama.cpp ends an answer by their texts alone."""
+    by_text = {text: index for index, text in enumerate(tokens)}
+    names = ENDS_BY_NAME & by_text.keys()
+    if names & {"<|call|>", "<|calls|>"} and names & {"<|return|>", "<|flush|>"}:
+        names -= {_ENDS_A_MESSAGE}
+    for group in ENDS_BY_GROUP:
+        there = [text for text in group if text in by_text]
+        if len(there) == 1:  # of several llama.cpp takes the one that it happens to meet first
+            names |= set(there)
+    return {by_text[text] for text in names}
 
 
 def _class_in_transformers(config: dict[str, Any], folder: Path) -> str:

@@ -34,11 +34,12 @@ def check_tokenizer(
         pre, vocabulary = add_tokenizer(writer, folder, vocab_size, pre_tokenizers)
     finally:
         logger.disabled = before
-    if header_value(writer, Keys.Tokenizer.EOS_ID) is None:
+    eos = header_value(writer, Keys.Tokenizer.EOS_ID)
+    if eos is None:
         raise CheckpointError(
             f"{folder}: no eos_token among the added tokens and no single eos_token_id in "
             "config.json, expected one: llama.cpp would end each answer at token 11; set eos_token "
             "in tokenizer_config.json"
         )
     check_against_library(vocabulary, folder / "tokenizer.json", pre)
-    return tokenizer_caveats(folder, pre, vocabulary)
+    return tokenizer_caveats(folder, pre, vocabulary, eos)

@@ -18,7 +18,9 @@ from typing import Any
 
 from gguf import GGUFWriter, Keys, SpecialVocab
 
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.messages import shown
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import (
     PreTokenizers,
@@ -26,8 +28,10 @@ from reap2gguf.tokenizer.form import (
     check_form,
 )
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.tokenizer_files import check_template_texts, read_tokenizer_json
+from reap2gguf.tokenizer.tokenizer_files import loaded_templates, read_tokenizer_json
 from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
+
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
 
 
 def add_tokenizer(
@@ -43,17 +47,21 @@ def add_tokenizer(
     pre = check_form(tokenizer, path, pre_tokenizers)
     vocabulary = read_vocabulary(tokenizer, vocab_size, path)
     check_files_beside(folder, vocabulary.added)
-    check_template_texts(folder)
+    templates = loaded_templates(folder)
+    _check_config_ids(folder / "config.json")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     try:
-        # gguf-py knows where merges, special ids and chat templates are stored
+        # gguf-py knows where merges and special ids are stored; it prefers other chat templates
         special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-        if isinstance(special.chat_template, list):
-            # gguf-py takes them in the order of the folder and of a set, which is no fixed order
-            special.chat_template.sort(key=lambda template: template["name"])
+        special.chat_template = templates if isinstance(templates, str) else None
+        if isinstance(templates, dict):
+            # sorted, as gguf-py takes the names in the order of a set, which is no fixed order
+            special.chat_template = [
+                {"name": name, "template": text} for name, text in sorted(templates.items())
+            ]
         special.add_to_gguf(writer, quiet=True)
         if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
             named.value.sort()
@@ -61,6 +69,20 @@ def add_tokenizer(
         raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
     _check_added_ids(writer, added_by_post_processor(tokenizer, path), pre, folder)
     return pre, vocabulary
+
+
+def _check_config_ids(path: Path) -> None:
+    """Refuse ids of special tokens that gguf-py and llama.cpp's converter stop at."""
+    config = read_json(path) if path.is_file() else {}
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, dict) else {}):
+        for key in (f"{name}_token_id" for name in _SPECIAL):
+            index = values.get(key)
+            if isinstance(index, bool) or (isinstance(index, int) and index < 0):
+                raise CheckpointError(
+                    f"{path}: {key} is {shown(index)}, expected the id of a token; llama.cpp has "
+                    "no such id; delete the key"
+                )
 
 
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,8 +163,10 @@ def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
 
 
 def change_a_named_template(tiny: Path, folder: Path) -> dict[str, Any]:
-    (tiny / "additional_chat_templates").mkdir()
-    (tiny / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    path = tiny / "tokenizer_config.json"
+    named = [{"name": name, "template": "{{ messages }}"} for name in ("default", "tool_use")]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": named}))
+    (tiny / "chat_template.jinja").unlink()
     return {}
 
 

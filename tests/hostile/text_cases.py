@@ -129,7 +129,7 @@ TOKENIZERS = [
     Case("added map a list", raw("added_tokens.json", b"[]"), "holds a list"),
     Case("generation config broken", raw("generation_config.json", b"{'a': 1}"), "not valid JSON"),
     Case("generation config deep", raw("generation_config.json", b"[" * 10**5), "not valid JSON"),
-    Case("chat template not UTF-8", raw("chat_template.jinja", b"\xff"), "files are broken"),
+    Case("chat template not UTF-8", raw("chat_template.jinja", b"\xff"), "not UTF-8"),
     Case("chat template JSON broken", raw("chat_template.json", b"[]"), "holds a list"),
     Case("tokenizer empty", raw("tokenizer.json", b""), "not valid JSON"),
     Case("tokenizer not UTF-8", raw("tokenizer.json", b'{"\xff": 1}'), "not UTF-8"),

@@ -103,6 +103,10 @@ class LlamaCpp:
         assert n >= 0
         return list(ids[:n])
 
+    def ends_at(self, index: int) -> bool:
+        """Whether an answer ends at that token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, index))
+
 
 @contextmanager
 def llama_cpp_tokenizer(

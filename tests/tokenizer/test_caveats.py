@@ -1,20 +1,32 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
-from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.caveats import NFC_CAVEAT, ORDINARY_CAVEAT, tokenizer_caveats
 from reap2gguf.tokenizer.check import check_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-from reap2gguf.tokenizer.vocabulary import Vocabulary, byte_symbols
+from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, Vocabulary, byte_symbols
 from tests.tokenizer.mutations import Draft
-from tests.tokenizer.small import QWEN2, QWEN35, llama_cpp_tokenizer
+from tests.tokenizer.small import (
+    QWEN2,
+    QWEN35,
+    SMALL_SIZE,
+    added,
+    llama_cpp_tokenizer,
+    loaded_by_llama_cpp,
+    tokenizer,
+    write,
+)
 
 MARKS = "a\u0301\u0302b हिन्दी"
 PLAIN = Vocabulary([], [], [], [], normalizes=False)
@@ -110,3 +122,64 @@ def test_calibration_follows_the_file_that_the_gguf_is_made_of(tmp_path: Path) -
     with llama_cpp_tokenizer(tmp_path, 4100, QWEN_PRE_TOKENIZERS) as llama:
         assert ids == llama.encode("q\u0301")
     assert ids != loaded("q\u0301")["input_ids"]
+
+
+ENDS = (
+    *ENDS_BY_NAME, *(text for group in ENDS_BY_GROUP for text in group), "<|im_start|>", "<x>",
+    "<|fim_prefix|>", "<|start|>",
+)  # fmt: skip
+
+
+def ends_in_llama_cpp(writer: GGUFWriter, path: Path) -> set[int]:
+    with loaded_by_llama_cpp(writer, path) as llama:
+        return {i for i in range(llama.n_tokens) if llama.ends_at(i)}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        *((text,) for text in sorted(ENDS)), ("<|end|>", "<|return|>", "<|call|>"),
+        ("<|end|>", "<|flush|>", "<|calls|>"), ("<|end|>", "<|call|>"), ("<|end|>", "<|return|>"),
+        ("<|im_start|>", "<x>", "<|im_end|>"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_llama_cpp_does_not_know_is_named_with_a_flag_that_helps(
+    name: str, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    ids = {text: SMALL_SIZE + 1 + i for i, text in enumerate(texts)}
+    eos = added(SMALL_SIZE, "<e>", special=True)
+    size = SMALL_SIZE + 1 + len(ids)
+    write(tmp_path, tokenizer(added=[eos, *(added(i, t, special=True) for t, i in ids.items())]))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": "<e>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    (tmp_path / "config.json").write_text("{}")
+    wanted = [SMALL_SIZE, *ids.values(), 10**6, -1, None, True]
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": wanted}))
+    found = check_tokenizer(tmp_path, size, QWEN_PRE_TOKENIZERS)
+    caveat = next((text for text in found if "eos_token_id" in text), "")
+    writer = GGUFWriter(tmp_path / "v.gguf", "qwen3moe")
+    add_tokenizer(writer, tmp_path, size, QWEN_PRE_TOKENIZERS)
+    missed = set(ids.values()) - ends_in_llama_cpp(writer, tmp_path / "v.gguf")
+    assert {i for i in ids.values() if f"(id {i})" in caveat} == missed
+    assert bool(caveat) is bool(missed)
+    if missed:
+        assert f"by the eos_token_id of {name}, transformers" in caveat
+        again = GGUFWriter(tmp_path / "v.gguf", "qwen3moe")
+        add_tokenizer(again, tmp_path, size, QWEN_PRE_TOKENIZERS)
+        without = {i for text, i in ids.items() if text == "<|end|>"}  # nothing helps there
+        assert ("--override-kv" in caveat) is bool(missed - without)
+        for change in re.findall(r"[a-z._]+=int:\d+", caveat):
+            key, _, index = change.partition("=int:")
+            again.add_uint32(key, int(index))
+        assert missed - without <= ends_in_llama_cpp(again, tmp_path / "v.gguf")
+
+
+def test_many_ends_are_counted(tmp_path: Path) -> None:
+    draft = Draft.of_example()
+    draft.write(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(9)]}))
+    (_, caveat) = check_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS)
+    assert "(id 3) and 5 more, and llama.cpp does not" in caveat
+    assert caveat.endswith("=int:1 to end it at 0 and 1; no flag does so for the others")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY
@@ -231,3 +232,96 @@ def test_llama_cpp_adds_the_tokens_that_the_post_processor_adds(
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
     with llama_cpp_tokenizer(tmp_path, SMALL_SIZE + 2, QWEN_PRE_TOKENIZERS) as llama:
         assert llama.encode("ab", add_special=True) == library.encode("ab").ids
+
+
+ONE, TWO, THREE = "{{ 1 }}", "{{ 2 }}", "{{ 3 }}"
+NAMED = [{"name": "rag", "template": TWO}, {"name": "default", "template": THREE}]
+
+
+def templates_in(keys: dict[str, Any]) -> Any:
+    """The templates of a header, as transformers' tokenizers have them."""
+    start = "tokenizer.chat_template"
+    found = {key[len(start) + 1 :]: text for key, text in keys.items() if key.startswith(start)}
+    found.pop("", None)
+    found = {key: text for key, text in found.items() if isinstance(text, str)}
+    default = keys.get(start)
+    found.pop("s", None)
+    if not found:
+        return default
+    return found if default is None else {**found, "default": default}
+
+
+@pytest.mark.parametrize(
+    ("config", "jinja", "legacy"),
+    [
+        ({"chat_template": TWO}, ONE, None),
+        ({"chat_template": NAMED}, ONE, None),
+        ({"chat_template": None}, ONE, None),
+        ({"chat_template": ""}, ONE, None),
+        ({}, ONE + "\r\n", ONE + "\n"),
+        (None, ONE, None),
+        (None, None, None),
+        ({"chat_template": TWO}, None, TWO),
+        ({"chat_template": NAMED}, None, THREE),
+        ({"chat_template": NAMED[:1]}, None, None),
+        ({"chat_template": [*NAMED, {"name": "rag", "template": ONE}]}, None, None),
+    ],
+)
+def test_the_template_is_the_one_that_transformers_loads(
+    config: dict[str, Any] | None, jinja: str | None, legacy: str | None, tmp_path: Path
+) -> None:
+    write(tmp_path, tokenizer(added=[added(257, "<e>", special=True)]))
+    if config is not None:
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (tmp_path / "chat_template.jinja").write_bytes(jinja.encode())
+    if legacy is not None:
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": legacy}))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 257, "model_type": "qwen3_moe"}')
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True).chat_template
+    assert templates_in(
+        header(tmp_path, json.loads((tmp_path / "tokenizer.json").read_text()))
+    ) == (loaded)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"chat_template.json": {"chat_template": ONE}}, r"and load no template, .* remove it"),
+        (
+            {"chat_template.json": {"chat_template": ONE}, "chat_template.jinja": TWO},
+            r"chat_template\.json: .* and load another one",
+        ),
+        ({"additional_chat_templates/rag.jinja": ONE}, r"rag\.jinja: .* save_jinja_files=False"),
+        ({"chat_template.jinja": ""}, r"chat_template\.jinja: the chat template is empty"),
+        ({"tokenizer_config.json": {"chat_template": ""}}, r"config\.json: .* is empty"),
+        (
+            {
+                "tokenizer_config.json": {
+                    "chat_template": [{"name": n, "template": ONE} for n in ("a-b", "a_b")]
+                }
+            },
+            r"the name 'a_b', expected names that differ",
+        ),
+        ({"chat_template.jinja": b"\xff"}, r"chat_template\.jinja: not UTF-8"),
+    ],
+)
+def test_templates_that_programs_read_differently_are_refused(
+    files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = json.dumps(content) if isinstance(content, dict) else content
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(CheckpointError, match=message):
+        header(tmp_path, tokenizer())
+
+
+@pytest.mark.parametrize("config", [{"pad_token_id": -1}, {"text_config": {"bos_token_id": -1}}])
+def test_an_id_that_no_token_has_is_named_with_its_file(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: (pad|bos)_token_id is -1, expected"):
+        header(tmp_path, tokenizer())
