@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -142,10 +142,15 @@ def _check_values(value: Any, where: str, depth: int = 0) -> None:
             _check_values(item, where, depth + 1)
 
 
+def is_record(names: Iterable[str]) -> bool:
+    """Whether an object with these fields, in any case of letters, is one record."""
+    lower = {name.lower() for name in names}
+    return any(lower.issuperset(layout.needs) for layout in _LAYOUTS)
+
+
 def columns(names: list[str]) -> list[str]:
     """The columns of a dataset that its samples are made of; all columns if no layout fits."""
-    lower = {name.lower() for name in names}
-    if not any(lower.issuperset(layout.needs) for layout in _LAYOUTS):
+    if not is_record(names):
         return names
     return [name for name in names if name.lower() in _ALL_FIELDS]
 
