@@ -38,6 +38,7 @@ from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Evidence:
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
     """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
     passed = list(evidence.checks)
+    # the plan counts with any experts, and experts may differ in their types
+    written = PrunedView(plan.checkpoint, plan.model, evidence.kept)
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
@@ -77,8 +80,8 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
-            n_parameters=plan.n_parameters,
-            n_bytes=plan.hf_bytes,
+            n_parameters=written.n_parameters,
+            n_bytes=written.n_bytes,
             files={},
         ),
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),

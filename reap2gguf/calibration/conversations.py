@@ -18,15 +18,18 @@ from reap2gguf.messages import shown
 if TYPE_CHECKING:
     from reap2gguf.calibration.tool_calls import Message
 
+# turns of the assistant whose text is calls as JSON: LLaMA-Factory's name and ms-swift's
+_CALLING = ("function_call", "tool_call")
 # the names of roles in published datasets, in small letters
 _ROLES = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("developer",), "developer"),
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(
-        ("gpt", "assistant", "chatgpt", "bot", "model", "ai", "bing", "bard", "function_call"),
+        ("gpt", "assistant", "chatgpt", "bot", "model", "ai", "bing", "bard"),
         "assistant",
     ),
+    **dict.fromkeys(_CALLING, "assistant"),
     **dict.fromkeys(
         ("tool", "observation", "function", "function_response", "tool_response"), "tool"
     ),
@@ -37,13 +40,15 @@ _MEDIA_PARTS = (
     *("audio", "audio_url", "input_audio"),
 )
 _OF_PARTS = {"type", "text", *_MEDIA_PARTS}
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_OF_TURNS = (*REASONING, "tool_calls", "function_call")
 
 
 def read_messages(value: Any, role: str, where: str) -> list[Message]:
     """Messages in the form of templates; a text becomes one message of `role`.
 
-    `value` is a text or a list of messages: `role` and `content`, or ShareGPT's `from` and `value`.
+    `value` is a text or a list of messages: `role` and `content`, or ShareGPT's `from` and `value`,
+    or one name of each. A turn of LLaMA-Factory's `function_call` becomes tool calls.
     Raises BadSampleError for a message without content, and CalibrationError for a role or a kind
     of content that is not known.
     """
@@ -59,7 +64,7 @@ def read_messages(value: Any, role: str, where: str) -> list[Message]:
 
 def _message(turn: Any, where: str) -> Message | None:
     """One message; None for a system message without content."""
-    is_turn = isinstance(turn, dict) and "role" not in turn and "from" in turn
+    is_turn = isinstance(turn, dict) and turn.get("role") is None and "from" in turn
     given = turn.get("from" if is_turn else "role") if isinstance(turn, dict) else None
     if not isinstance(given, str):
         raise BadSampleError(
@@ -70,16 +75,58 @@ def _message(turn: Any, where: str) -> Message | None:
         raise CalibrationError(
             f"{where}: a turn from {shown(given)}, expected one of {', '.join(_ROLES)}"
         )
-    message = {"role": role, "content": turn.get("value")} if is_turn else {**turn}
+    message = {key: turn[key] for key in _OF_TURNS if turn.get(key)} if is_turn else {**turn}
     # templates may know roles of their own, so others are left as they are
     message["role"] = role or given
-    if isinstance(message.get("function_call"), Mapping) and not message.get("tool_calls"):
-        message["tool_calls"] = [{"function": message.pop("function_call")}]
-    content = message.get("content")
+    names = ("value", "content") if is_turn else ("content", "value")
+    content = next((turn[name] for name in names if turn.get(name) is not None), None)
+    message["content"] = content
+    if not message.get("tool_calls"):
+        _move_calls(message, given.strip().lower() in _CALLING, where)
+        content = message["content"]
+    if role == "assistant":
+        _name_reasoning(message)
     if content is None and role in ("system", "developer"):
         return None
     message["content"] = _content(content, message, where)
     return message
+
+
+def _move_calls(message: dict[str, Any], is_calling: bool, where: str) -> None:
+    """Write calls that are in `function_call`, or are the text of the turn, as tool calls."""
+    call = message.get("function_call")
+    if isinstance(call, str) and call.strip():
+        call = _json_of(call, f"{where}: function_call")
+    if call:
+        message.pop("function_call")
+        message["tool_calls"] = [{"function": call}]
+        return
+    content = message["content"]
+    if not is_calling or not content:
+        return
+    if isinstance(content, str) and content.lstrip().startswith(("{", "[")):
+        content = _json_of(content, f"{where}: a turn of calls")
+    if isinstance(content, dict) and "type" not in content:
+        content = [content]
+    # another text is in a form of the model's own, and stays as it is
+    if isinstance(content, list) and all(isinstance(c, dict) and "type" not in c for c in content):
+        message["tool_calls"] = [{"function": call} for call in content]
+        message["content"] = ""
+
+
+def _json_of(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"{where} is not JSON ({error})") from error
+
+
+def _name_reasoning(message: dict[str, Any]) -> None:
+    """Give reasoning the name that templates of Qwen read, beside its own."""
+    texts = (message.get(key) for key in REASONING)
+    text = next((text for text in texts if isinstance(text, str) and text.strip()), None)
+    if text is not None:
+        message["reasoning_content"] = text
 
 
 def _content(content: Any, message: Message, where: str) -> str | list[Any]:
@@ -87,7 +134,7 @@ def _content(content: Any, message: Message, where: str) -> str | list[Any]:
     if isinstance(content, str):
         return content
     if content is None:
-        has_more = message.get("tool_calls") or any(message.get(key) for key in _REASONING)
+        has_more = message.get("tool_calls") or any(message.get(key) for key in REASONING)
         if message["role"] != "tool" and not has_more:
             raise BadSampleError(f"{where}: a message of {shown(message['role'])} has no content")
         return ""

@@ -1,4 +1,6 @@
-"""Records of a JSON file: one per line, or the entries of one array; memory: one record.
+"""Records of a JSON file: one per line, of one array, or one object; memory: one record.
+
+An object that is the whole file is a record, or holds the list of the records.
 
 The form is known by the first letter, whatever the file's suffix: `.json` files often hold lines,
 and `.jsonl` files one array.
@@ -8,12 +10,15 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from reap2gguf.calibration.layouts import is_record
 from reap2gguf.errors import CalibrationError
+from reap2gguf.messages import shown
 
 MAX_RECORD_BYTES = 2**22
 _BLOCK_BYTES = 2**20
@@ -78,7 +83,63 @@ def iterate_records(
         file.seek(0)
         yield from _Array(file, path, on_bytes).entries()
         return
+    is_object = text.lstrip().startswith(b"{")
+    if is_object and (names := _whole_object(file, path, text, seen)) is not None:
+        yield from _object(file, path, on_bytes, names)
+        return
     yield from _lines(file, path, on_bytes, seen)
+
+
+def _whole_object(file: BinaryIO, path: Path, line: bytes, seen: list[bytes]) -> _Names | None:
+    """The fields of the object that a file is; None for one record per line, and for no JSON.
+
+    `line` is the first line with text, the last of those that were read. More may be put there.
+    """
+    try:
+        is_one_line = isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        is_one_line = False  # an object for people, a line over the limit, or broken
+    while is_one_line and (more := file.readline(MAX_RECORD_BYTES + 1)):
+        seen.append(more)
+        if more.strip():
+            return None
+    file.seek(0)
+    reader = _Array(file, path, len)
+    try:
+        deque(reader.entries_of(None), maxlen=0)
+        names = reader.names
+        is_whole = not is_one_line or (bool(names.lists) and not is_record(names.all))
+    except CalibrationError:
+        is_whole = False  # the reader of lines says what is wrong
+    if is_whole:
+        return names
+    file.seek(sum(map(len, seen)))
+    return None
+
+
+def _object(
+    file: BinaryIO, path: Path, on_bytes: Callable[[bytes], object], names: _Names
+) -> Iterator[tuple[Place, Any]]:
+    """The records in the one object of a file: itself, or those of its only list of objects."""
+    file.seek(0)
+    if not is_record(names.all) and len(names.lists) == 1:
+        yield from _Array(file, path, on_bytes).entries_of(names.lists[0])
+        return
+    found = ", ".join(shown(name) for name in names.all[:12]) or "nothing"
+    if not is_record(names.all):
+        raise CalibrationError(
+            f"{path}: one object with {found}, expected a record, or one list of records "
+            f"({len(names.lists)} found); save the records as JSONL, one per line"
+        )
+    raw = file.read(MAX_RECORD_BYTES + 1)
+    if len(raw) > MAX_RECORD_BYTES:
+        raise CalibrationError(
+            f"{path}: one record with {found}, over {MAX_RECORD_BYTES:,} bytes, too long for one "
+            "sample"
+        )
+    on_bytes(raw)
+    mark = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+    yield Place(mark, len(raw) - mark), parse_record(raw[mark:], path, "the object")
 
 
 def _lines(
@@ -104,15 +165,23 @@ def _line(line: bytes, path: Path, number: int) -> Any:
     try:
         return parse_record(line, path, f"line {number}")
     except CalibrationError as error:
-        if path.suffix != ".json":
+        if path.suffix.lower() != ".json":
             raise
         raise CalibrationError(
             f"{error}; a .json file holds one array of records, or one record per line"
         ) from error
 
 
+@dataclass(frozen=True)
+class _Names:
+    """The fields of an object, and which of them are lists of objects."""
+
+    all: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
+
+
 class _Array:
-    """Reads the entries of one JSON array. Memory: twice the largest entry."""
+    """Reads the entries of one JSON array, alone or in an object. Memory: twice the largest."""
 
     def __init__(self, file: BinaryIO, path: Path, on_bytes: Callable[[bytes], object]) -> None:
         self._file, self._path, self._on_bytes = file, path, on_bytes
@@ -120,10 +189,48 @@ class _Array:
         self._text, self._at = "", 0  # what was read and not used yet begins at _at
         self._position = 0  # of the byte at _at
         self._number, self._is_at_end = 0, False
+        self.names = _Names()  # of an object, as far as it was read
 
     def entries(self) -> Iterator[tuple[Place, Any]]:
         self._more(_BLOCK_BYTES)
         self._next_letter()
+        yield from self._list()
+        if self._next_letter():
+            raise self._broken("text after the array; expected one array, or one object per line")
+
+    def entries_of(self, wanted: str | None) -> Iterator[tuple[Place, Any]]:
+        """The entries of the list of that name in the object that is the file."""
+        self._more(_BLOCK_BYTES)
+        self._next_letter()
+        self._advance(self._at + 1)  # the brace
+        while self._next_letter() != "}":
+            name, end = self._value()
+            self._advance(end)
+            if not isinstance(name, str) or self._next_letter() != ":":
+                raise self._broken("expected a name and a colon")
+            self._advance(self._at + 1)
+            self.names.all.append(name)
+            if self._next_letter() == "[":
+                self._number, n_objects = 0, 0
+                for place, value in self._list():
+                    n_objects += isinstance(value, dict)
+                    if name == wanted:
+                        yield place, value
+                if 0 < n_objects == self._number:
+                    self.names.lists.append(name)
+            else:
+                self._advance(self._value()[1])
+            if self._next_letter() == ",":
+                self._advance(self._at + 1)
+                if self._next_letter() == "}":
+                    raise self._broken("expected another name after the comma")
+            elif self._next_letter() != "}":
+                raise self._broken("expected a comma or the end of the object")
+        self._advance(self._at + 1)
+        if self._next_letter():
+            raise self._broken("text after the object")
+
+    def _list(self) -> Iterator[tuple[Place, Any]]:
         self._advance(self._at + 1)  # the bracket
         while self._next_letter() != "]":
             self._number += 1
@@ -138,8 +245,6 @@ class _Array:
                 if self._next_letter() in ("]", ""):
                     raise self._broken("expected another record after the comma")
         self._advance(self._at + 1)
-        if self._next_letter():
-            raise self._broken("text after the array; expected one array, or one object per line")
 
     def _next_letter(self) -> str:
         """The next letter that is not a space; an empty text at the end of the file."""

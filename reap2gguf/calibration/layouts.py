@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from reap2gguf.calibration.conversations import flat_message, json_list, read_messages
+from reap2gguf.calibration.conversations import (
+    REASONING,
+    flat_message,
+    json_list,
+    read_messages,
+    text_of,
+)
 from reap2gguf.calibration.tool_calls import (
     SWE_AGENT_TOOLS,
     Message,
@@ -42,6 +48,9 @@ _FIRST_PAIRS = (
 )
 _SYSTEM = ("system", "system_prompt")
 _MORE = ("input", "context")
+_TOOLS = ("tools", "functions")
+_THOUGHTS = (*REASONING, "complex_cot")  # reasoning beside an answer, the last as in medical sets
+_REASONING_END = "</think>"
 _MAX_DEPTH = 64  # levels of lists and objects in a sample
 
 
@@ -133,10 +142,15 @@ def _check_values(value: Any, where: str, depth: int = 0) -> None:
             _check_values(item, where, depth + 1)
 
 
+def is_record(names: Iterable[str]) -> bool:
+    """Whether an object with these fields, in any case of letters, is one record."""
+    lower = {name.lower() for name in names}
+    return any(lower.issuperset(layout.needs) for layout in _LAYOUTS)
+
+
 def columns(names: list[str]) -> list[str]:
     """The columns of a dataset that its samples are made of; all columns if no layout fits."""
-    lower = {name.lower() for name in names}
-    if not any(lower.issuperset(layout.needs) for layout in _LAYOUTS):
+    if not is_record(names):
         return names
     return [name for name in names if name.lower() in _ALL_FIELDS]
 
@@ -162,7 +176,9 @@ def _read_messages(record: Record, where: str) -> Sample:
     messages = read_messages(value if stored is None else stored, "user", where)
     if stored is not None:
         messages = [flat_message(message) for message in messages]
-    tools = read_tools(record.get("tools"), where)
+    if messages[:1] and messages[0]["role"] not in ("system", "developer"):
+        messages = [*_system(record), *messages]
+    tools = read_tools(_tools(record), where)
     if tools is None and _is_trajectory(record) and any(m.get("tool_calls") for m in messages):
         tools = SWE_AGENT_TOOLS
     return Sample(messages=callable_messages(messages, where), tools=tools)
@@ -185,11 +201,11 @@ def _read_conversations(name: str) -> Callable[[Record, str], Sample]:
             messages = _in_turn(turns)
         else:
             messages = read_messages(turns, "user", where)
-        if messages[:1] and messages[0]["role"] != "system":
+        if messages[:1] and messages[0]["role"] not in ("system", "developer"):
             messages = [*_system(record), *messages]
         if isinstance(record.get("chosen"), Mapping):  # the better of two last turns
             messages += read_messages([record["chosen"]], "assistant", where)
-        tools = read_tools(record.get("tools"), where)
+        tools = read_tools(_tools(record), where)
         return Sample(messages=callable_messages(messages, where), tools=tools)
 
     return read
@@ -206,8 +222,9 @@ def _pair(question_field: str, answer_field: str) -> Callable[[Record, str], Sam
         messages = _side(question, question_field, "user", where)
         if not (messages and messages[0]["role"] == "system"):
             messages = [*_system(record), *_history(record, where), *messages]
-        messages += _side(record[answer_field], answer_field, "assistant", where)
-        tools = read_tools(record.get("tools"), where)
+        answer = _side(record[answer_field], answer_field, "assistant", where)
+        messages += _with_reasoning(answer, record)
+        tools = read_tools(_tools(record), where)
         return Sample(messages=callable_messages(messages, where), tools=tools)
 
     return read
@@ -223,6 +240,22 @@ def _system(record: Record) -> list[Message]:
     """The system prompt that a record holds beside its question or its turns."""
     text = next((record[name] for name in _SYSTEM if _is_text(record.get(name))), None)
     return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _tools(record: Record) -> Any:
+    """The tools of a record, by today's name or by the one that OpenAI used first."""
+    return record.get("tools") or record.get("functions")
+
+
+def _with_reasoning(answer: list[Message], record: Record) -> list[Message]:
+    """An answer with the reasoning that a record holds beside it, unless it has its own."""
+    text = next((record[name] for name in _THOUGHTS if _is_text(record.get(name))), None)
+    if text is None or not answer or answer[-1]["role"] != "assistant":
+        return answer
+    last = answer[-1]
+    if last.get("reasoning_content") or _REASONING_END in text_of(last["content"]):
+        return answer
+    return [*answer[:-1], {**last, "reasoning_content": text}]
 
 
 def _history(record: Record, where: str) -> list[Message]:
@@ -284,26 +317,26 @@ def _read_calls(record: Record, where: str) -> Sample:
     asked = {"role": "user", "content": _string(record, "query", where)}
     functions = [{"function": call} for call in calls]
     called = {"role": "assistant", "content": "", "tool_calls": functions}
-    tools = read_tools(record.get("tools"), where)
+    tools = read_tools(_tools(record), where)
     schemas = tuple(function_schema(tool) for tool in tools) if tools else None
     return Sample(messages=callable_messages([asked, called], where), tools=schemas)
 
 
 def _layout_of_pair(question: str, answer: str) -> Layout:
-    may_have = tuple({*_MORE, *_SYSTEM, "history", "tools"} - {question})
+    may_have = tuple({*_MORE, *_SYSTEM, *_TOOLS, *_THOUGHTS, "history"} - {question})
     return Layout((question, answer), _pair(question, answer), may_have)
 
 
 _PAIRS = dict.fromkeys((*_FIRST_PAIRS, *product(_QUESTIONS, _ANSWERS)))
 _LAYOUTS = (
     Layout(("text",), _read_text),
-    Layout(("messages",), _read_messages, ("tools", "instance_id", "traj_id")),
+    Layout(("messages",), _read_messages, (*_TOOLS, *_SYSTEM, "instance_id", "traj_id")),
     _layout_of_pair("prompt", "completion"),
     *(
-        Layout((name,), _read_conversations(name), ("tools", *_SYSTEM, "chosen"))
+        Layout((name,), _read_conversations(name), (*_TOOLS, *_SYSTEM, "chosen"))
         for name in ("conversations", "conversation")
     ),
-    Layout(("query", "answers"), _read_calls, ("tools",)),
+    Layout(("query", "answers"), _read_calls, _TOOLS),
     Layout(("prompt", "body"), _read_story),
     Layout(("question", "choices"), _read_choices),
     Layout(("chosen",), _read_chosen, (*_QUESTIONS, *_SYSTEM)),

@@ -91,6 +91,7 @@ class SampleReader:
     renderer: Renderer
     skipped: Skipped = field(default_factory=Skipped)
     n_dropped_parts: int = 0  # images and the like, which the template cannot show
+    n_dropped_reasoning: int = 0  # last answers whose reasoning the template does not print
 
     def text(self, record: Any, where: str) -> str | None:
         """The text of the sample in a record; None if it is skipped.
@@ -127,6 +128,9 @@ class SampleReader:
         except CalibrationError as error:
             raise type(error)(f"{where}: {error}") from error
         _check_shown(messages, text, where)
+        thought = messages[-1].get("reasoning_content")
+        if isinstance(thought, str) and not _n_shown(thought.strip(), text):
+            self.n_dropped_reasoning += 1
         return text
 
     def note(self) -> str:
@@ -136,6 +140,11 @@ class SampleReader:
             notes.append(
                 f"dropped {self.n_dropped_parts:,} images, videos or sounds, which the chat "
                 "template cannot show"
+            )
+        if self.n_dropped_reasoning:
+            notes.append(
+                f"the chat template does not print the reasoning in {self.n_dropped_reasoning:,} "
+                "of the samples"
             )
         return "; ".join(note for note in notes if note)
 

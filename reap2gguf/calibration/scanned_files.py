@@ -214,11 +214,12 @@ class ScannedFiles:
 
     def file(self, path: Path) -> TextFile | SampleFile:
         """A file of samples by its suffix, else a text. Raises CalibrationError."""
-        if path.suffix not in (".json", ".jsonl", ".parquet"):
+        suffix = path.suffix.lower()
+        if suffix not in (".json", ".jsonl", ".ndjson", ".parquet"):
             return self.text(path)
         known = self._samples.get(path)
         if known is None or known.stamp != _stamp(path):
-            known = ParquetFile(path) if path.suffix == ".parquet" else JsonFile(path)
+            known = ParquetFile(path) if suffix == ".parquet" else JsonFile(path)
             self._samples[path] = known
         return known
 

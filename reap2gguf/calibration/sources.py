@@ -135,7 +135,7 @@ def ignored_files(spec: str) -> list[str]:
     path = Path(os.path.expanduser(spec))
     if spec == DEFAULT_MIX or not path.is_dir():
         return []
-    names = (file.name for file in path.iterdir() if file.suffix not in SAMPLE_SUFFIXES)
+    names = (file.name for file in path.iterdir() if file.suffix.lower() not in SAMPLE_SUFFIXES)
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -221,8 +221,8 @@ def _files(spec: str) -> list[Path]:
     """The files that a spec names. Raises CalibrationError for a file of another kind."""
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix in SAMPLE_SUFFIXES)
-    if path.suffix not in SAMPLE_SUFFIXES:
+        return sorted(file for file in path.iterdir() if file.suffix.lower() in SAMPLE_SUFFIXES)
+    if path.suffix.lower() not in SAMPLE_SUFFIXES:
         raise CalibrationError(
             f"calibration {spec!r}: expected a .txt, .jsonl, .json or .parquet file, a folder of "
             f"them, or the embedded mix {DEFAULT_MIX!r}; decompress other files, or save their "

@@ -32,7 +32,7 @@ DEFAULT_SAMPLES = 1024
 DEFAULT_LENGTH = 2048
 DEFAULT_MIX = "default"
 DEFAULT_SPLIT = "train"
-SAMPLE_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+SAMPLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".txt")  # in any case of letters
 MAX_ROWS = 2**31 - 1  # of a component, and in total
 _MAX_COMPONENTS = 256
 _FORM = "name[subset](split):n, such as owner/dataset[code](train):250"
@@ -134,7 +134,7 @@ def parse_plain(spec: str) -> Component | None:
 
 def is_hub_name(name: str) -> bool:
     """Whether this can be the name of a dataset on the Hub, and is not that of a missing file."""
-    return _HUB_NAME.fullmatch(name) is not None and not name.endswith(SAMPLE_SUFFIXES)
+    return _HUB_NAME.fullmatch(name) is not None and not name.lower().endswith(SAMPLE_SUFFIXES)
 
 
 def write(components: Sequence[Component]) -> str:

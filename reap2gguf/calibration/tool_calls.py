@@ -83,6 +83,7 @@ def _parsed(text: str, where: str) -> Any:
 def read_tools(value: Any, where: str) -> tuple[Tool, ...] | None:
     """The JSON schemas of a sample's tools, from a list or JSON text; None where it has none.
 
+    A function that is listed bare, as LLaMA-Factory and OpenAI's old `functions` do, is wrapped.
     Raises BadSampleError for anything else.
     """
     if isinstance(value, str):
@@ -91,16 +92,28 @@ def read_tools(value: Any, where: str) -> tuple[Tool, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadSampleError(f"{where}: expected tools as a list of JSON schemas")
-    return tuple(value)
+    return tuple(function_schema(tool) if _is_bare(tool) else tool for tool in value)
+
+
+def _is_bare(tool: Tool) -> bool:
+    """Whether a tool is a function without {"type": "function", "function": ...} around it."""
+    return isinstance(tool.get("name"), str) and not isinstance(tool.get("function"), Mapping)
 
 
 def function_schema(tool: Tool) -> Tool:
     """A tool of xlam, which lists its parameters by name, as a function with a JSON schema."""
-    if "function" in tool:
+    if tool.get("function"):
         return tool
+    # OpenAI's newer form has the type beside the name; stored tables fill absent fields with null
+    tool = {k: v for k, v in tool.items() if k != "function" and (k, v) != ("type", "function")}
+    if "input_schema" in tool and not tool.get("parameters"):  # Anthropic's name
+        tool["parameters"] = tool.pop("input_schema")
     stored = tool.get("parameters")
-    if not isinstance(stored, dict) or isinstance(stored.get("properties"), dict):
-        return {"type": "function", "function": dict(tool)}
+    is_schema = isinstance(stored, dict) and (
+        isinstance(stored.get("properties"), dict) or stored.get("type") == "object" or not stored
+    )
+    if not isinstance(stored, dict) or is_schema:
+        return {"type": "function", "function": tool}
     properties = {name: _property(value) for name, value in stored.items()}
     required = [name for name, value in stored.items() if not _is_optional(value)]
     schema = {"type": "object", "properties": properties, "required": required}

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.config import MAX_CONFIG_BYTES, read_json
 from reap2gguf.checkpoint.entries import check_entries
-from reap2gguf.checkpoint.index import INDEX_NAME, compare_index, find_shards
-from reap2gguf.checkpoint.mistaken import what_to_pass
+from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME, compare_index, find_shards
+from reap2gguf.checkpoint.mistaken import ADAPTER_CONFIG, what_to_pass
 from reap2gguf.checkpoint.safetensors_header import FileTensor, parse_header, read_header
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError, SourceError
@@ -121,6 +121,12 @@ class Checkpoint(Weights):
         elif len(shards) > 1:
             instead = f"the headers of its {len(shards)} shards are used instead"
             notes = (f"{folder}: no {INDEX_NAME}; {instead}",)
+        elif shards[0].name == SINGLE_NAME and (folder / INDEX_NAME).is_file():
+            unread = f"{INDEX_NAME} and the shards that it names are not"
+            notes = (f"{folder}: {SINGLE_NAME} is used, as in transformers, and {unread}",)
+        if (folder / ADAPTER_CONFIG).is_file():
+            beside = f"an adapter ({ADAPTER_CONFIG}) lies beside the weights and is not applied"
+            notes += (f"{folder}: {beside}",)
         return cls(folder, config, tensors, shards, notes, follow_links, hub)
 
     def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:

@@ -32,6 +32,7 @@ _LICENCE = Purpose.BUILD | Purpose.BUNDLE
 _COMPANIONS = {
     "config.json": Purpose.PLAN,
     "model.safetensors.index.json": Purpose.PLAN,
+    "adapter_config.json": Purpose.PLAN,  # to say that it is there; never in the bundle
     "reap2gguf.json": Purpose.PLAN,  # of a model that this program has pruned before
     "generation_config.json": _PLANNED | Purpose.GGUF,
     "tokenizer_config.json": _PLANNED | Purpose.GGUF,

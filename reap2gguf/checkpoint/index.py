@@ -28,15 +28,16 @@ def find_shards(
     """The shard files, and the index's map of tensor to file where there is an index.
 
     Without an index, shards that are numbered without a gap are enough: their headers say which
-    tensors they hold. Files whose names are in `elsewhere` need not be in the folder yet. Raises
+    tensors they hold. Where there is `model.safetensors`, transformers reads no index, and so it
+    is here. Files whose names are in `elsewhere` need not be in the folder yet. Raises
     CheckpointError if there are no weights, shards are missing, or the index names anything but
     plain files.
     """
+    single = folder / SINGLE_NAME
+    if single.is_file() or SINGLE_NAME in elsewhere:
+        return (single,), None
     index_path = folder / INDEX_NAME
     if not index_path.is_file():
-        single = folder / SINGLE_NAME
-        if single.is_file() or SINGLE_NAME in elsewhere:
-            return (single,), None
         return _numbered_shards(folder), None
     weight_map = read_json(index_path, MAX_TOKENIZER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

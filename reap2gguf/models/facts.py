@@ -53,7 +53,8 @@ def read_n_layers(read: ConfigReader) -> int:
 
 
 def read_epsilon(read: ConfigReader) -> float:
-    return read.number("rms_norm_eps", low=0, high=1)
+    # transformers' value of an absent key, in Qwen3MoeConfig and Qwen3_5MoeTextConfig
+    return read.number("rms_norm_eps", low=0, high=1, default=1e-6)
 
 
 def read_facts(

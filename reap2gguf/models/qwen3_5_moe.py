@@ -226,7 +226,8 @@ class Qwen35Moe(DecoderModel):
         return {
             **super().sizes(),
             "S": read.integer("shared_expert_intermediate_size", low=1, high=MAX_WIDTH),
-            "kernel": read.integer("linear_conv_kernel_dim", low=1, high=MAX_WIDTH),
+            # transformers' value of an absent key, in Qwen3_5MoeTextConfig
+            "kernel": read.integer("linear_conv_kernel_dim", low=1, high=MAX_WIDTH, default=4),
             "mixed": 2 * net.key_width + net.value_width,
             "values": net.value_width,
             "heads": net.n_value_heads,

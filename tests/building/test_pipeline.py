@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, record, stages, workdir
@@ -247,6 +247,18 @@ def test_a_layout_changes_nothing_but_the_storage(tmp_path: Path) -> None:
     other = read_gguf_header(fused.gguf_folder / "b-BF16.gguf")
     for name in one.tensors:
         np.testing.assert_array_equal(one.read(name), other.read(name))
+
+
+def test_the_record_counts_the_experts_that_are_kept(tmp_path: Path) -> None:
+    folder = TinyQwen3Moe().write(tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    wide = {name: t.float() if ".experts.3." in name else t for name, t in tensors.items()}
+    save_file(wide, file, {"format": "pt"})
+    result = build(folder, tmp_path / "out", compression=0.5)
+    sizes = [t.nbytes for t in load_file(result.hf_folder / file.name).values()]
+    assert result.manifest.hf.n_bytes == sum(sizes)
+    assert not verify_bundle(result.gguf_folder, 2, Silent()).violations
 
 
 def test_a_text_too_short_is_known_before_the_work(tiny: Path, tmp_path: Path) -> None:

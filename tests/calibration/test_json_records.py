@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -19,13 +20,17 @@ from hypothesis import strategies as st
 from reap2gguf.calibration import json_records
 from reap2gguf.calibration.json_records import MAX_RECORD_BYTES, iterate_records
 from reap2gguf.calibration.scanned_files import JsonFile, TextFile
+from reap2gguf.calibration.sources import ignored_files, load_corpus
 from reap2gguf.errors import CalibrationError
+from tests.calibration.reading import reading
 
 RECORDS = [{"text": "wörter 😀"}, {"text": "two\n]", "n": [1, {"x": "}"}]}, {"text": "three"}]
 FORMS = {
     "lines": "\n".join(json.dumps(record) for record in RECORDS),
     "lines with spaces": "\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in RECORDS) + "\n ",
     "an array": json.dumps(RECORDS),
+    "an object with a list": json.dumps({"version": [1], "data": RECORDS, "n": {"a": [{}]}}),
+    "an object for people": json.dumps({"train": RECORDS, "test": []}, indent=2) + "\n",
     "an array for people": "\n " + json.dumps(RECORDS, indent=4, ensure_ascii=False) + "\n\n",
 }
 
@@ -58,7 +63,8 @@ def test_each_form_has_the_same_records(
         ('[{"text": "a"} {"text": "b"}]', "sample 1 is not JSON (expected a comma"),
         ('[{"text": "a"}, {"text": ]', "sample 2 is not JSON (Expecting value)"),
         ('[{"text": "a"}]\n[{"text": "b"}]', "sample 1 is not JSON (text after the array"),
-        ('{\n  "text": "a"\n}', "line 1 is not JSON ("),
+        ('{\n  "text": "a"\n}\n{\n  "text": "b"\n}', "line 1 is not JSON ("),
+        ('{\n  "text": "a",\n}', "line 1 is not JSON ("),
         ('{"text": 1' + "0" * 5000 + "}", "line 1 is not JSON (Exceeds the limit (4300 digits)"),
         ('[{"text": 1' + "0" * 5000 + "}]", "sample 1 is not JSON (Exceeds the limit (4300"),
         ('{"text": ' + "[" * 10**5, "line 1 is nested too deeply"),
@@ -84,6 +90,8 @@ def test_an_array_that_breaks_off_is_refused(raw: bytes) -> None:
 def test_no_record_is_longer_than_the_limit() -> None:
     long = json.dumps({"text": "a" * (MAX_RECORD_BYTES + 1)})
     with pytest.raises(CalibrationError, match=r"line 1 is over 4,194,304 bytes"):
+        records_of(f"{long}\n{long}".encode())
+    with pytest.raises(CalibrationError, match=r"'text', over 4,194,304 bytes, too long"):
         records_of(long.encode())
     with pytest.raises(CalibrationError, match=r"sample 1 is not JSON .*over 4,194,304 bytes long"):
         records_of(b'[{"text": "' + b"a" * 3 * MAX_RECORD_BYTES)
@@ -150,3 +158,41 @@ def test_any_array_is_read_as_python_reads_it(
     assert [value for _, value in found] == values
     pieces = [raw[place.offset : place.offset + place.length] for place, _ in found]
     assert [json.loads(piece) for piece in pieces] == values
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize(
+    "record", [{"text": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+)
+def test_an_object_for_people_is_one_record(record: Any, mark: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(mark + json.dumps(record, indent=2).encode())
+    file = JsonFile(path)
+    assert list(file.records()) == list(file.records_at([0])) == [record]
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_with_two_lists_is_refused_with_its_keys(indent: int | None) -> None:
+    raw = json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]}, indent=indent).encode()
+    with pytest.raises(CalibrationError) as caught:
+        records_of(raw, Path("a.json"))
+    assert str(caught.value).startswith("a.json: one object with 'train', 'test', expected")
+    assert "(2 found)" in str(caught.value)
+
+
+def test_a_list_in_an_object_may_be_long_and_a_record_may_not() -> None:
+    records = [{"text": "a" * 10**6}] * 5
+    assert records_of(json.dumps({"data": records}).encode()) == records
+    with pytest.raises(CalibrationError, match="over 4,194,304 bytes, too long"):
+        records_of(json.dumps({"messages": records}, indent=1).encode())
+
+
+@pytest.mark.parametrize("suffix", ["ndjson", "JSONL", "Json", "NDJSON"])
+def test_suffixes_in_any_case_of_letters(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(FORMS["lines"])
+    for spec in (path, tmp_path):
+        passages = load_corpus(str(spec), reading(lambda messages, tools: "")).passages
+        assert len(passages) == 3
+    assert not ignored_files(str(tmp_path))

@@ -285,3 +285,84 @@ def test_only_the_columns_that_are_read() -> None:
     assert columns(list(SWE_SMITH)) == ["messages", "instance_id", "traj_id"]
     assert columns(["messages", "num_tokens", "source"]) == ["messages"]
     assert columns(["a", "b"]) == ["a", "b"], "so that an error can name them"
+
+
+FLAT = {"name": "f", "parameters": {}}
+WRAPPED = {"type": "function", "function": FLAT}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_prompt_beside_messages(name: str) -> None:
+    asked = [user("hi"), assistant("yo")]
+    found = read_record({name: "S", "messages": asked}, "x").messages
+    assert found == ({"role": "system", "content": "S"}, *asked)
+    own = [{"role": "system", "content": "T"}, *asked]
+    assert read_record({name: "S", "messages": own}, "x").messages == tuple(own)
+    assert name in columns(["messages", name, "other"])
+
+
+CALL = {"name": "f", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [json.dumps(CALL), json.dumps([CALL]), CALL, json.dumps({**CALL, "arguments": '{"a": 1}'})],
+)
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_turns_of_calls_become_tool_calls(value: Any, keys: tuple[str, str]) -> None:
+    turns = [("human", "hi"), ("function_call", value), ("observation", "42"), ("gpt", "yo")]
+    record = {
+        "conversations": [dict(zip(keys, turn, strict=True)) for turn in turns],
+        "tools": json.dumps([FLAT]),
+    }
+    sample = read_record(record, "x")
+    called = assistant("", ("call00000", "f", {"a": 1}))
+    tool = {"role": "tool", "content": "42"}
+    assert sample.messages == (user("hi"), called, tool, assistant("yo"))
+    assert sample.tools == (WRAPPED,)
+
+
+def test_a_turn_of_calls_that_is_broken_or_in_another_form() -> None:
+    def read(text: str) -> Any:
+        turns = [{"from": "human", "value": "hi"}, {"from": "function_call", "value": text}]
+        return read_record({"conversations": turns}, "x").messages[1]
+
+    assert read("<call>f</call>") == assistant("<call>f</call>")
+    with pytest.raises(BadSampleError, match="a turn of calls is not JSON"):
+        read('{"name": ')
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [FLAT, {"type": "function", **FLAT}, {"name": "f", "input_schema": {}}, WRAPPED],
+)
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_are_wrapped_as_servers_do(tool: dict[str, Any], name: str) -> None:
+    record = {"messages": [user("hi"), assistant("yo")], name: [tool]}
+    assert read_record(record, "x").tools == (WRAPPED,)
+    assert columns(["messages", name]) == ["messages", name]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning", "Complex_CoT"])
+def test_reasoning_beside_an_answer(name: str) -> None:
+    record = {"Question": "q", name: "because", "Response": "a"}
+    answer = {**assistant("a"), "reasoning_content": "because"}
+    assert read_record(record, "x").messages == (user("q"), answer)
+    assert columns([*record, "id"]) == list(record)
+    thought = assistant("<think>\nso\n</think>\na")
+    own = read_record({**record, "Response": thought["content"]}, "x")
+    assert own.messages == (user("q"), thought)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_in_a_turn_has_the_name_that_templates_read(name: str) -> None:
+    for turn in ({"role": "assistant", "content": "a"}, {"from": "gpt", "value": "a"}):
+        record = {"messages": [user("q"), {**turn, name: "because"}]}
+        assert read_record(record, "x").messages[1]["reasoning_content"] == "because"
+
+
+@pytest.mark.parametrize("keys", [("role", "value"), ("from", "content")])
+def test_turns_with_one_name_of_each_form(keys: tuple[str, str]) -> None:
+    turns = [dict(zip(keys, turn, strict=True)) for turn in (("user", "q"), ("assistant", "a"))]
+    found = read_record({"conversations": turns}, "x").messages
+    assert [(m["role"], m["content"]) for m in found] == [("user", "q"), ("assistant", "a")]

@@ -500,3 +500,13 @@ def test_a_dataset_on_the_hub_follows_the_same_rule(
         expected = [text for _, text in SHAPES.values()] * 2
         assert sorted(map(decoded, found.rows)) == sorted(expected)
         assert next(stream) == {"text": "never read"}
+
+
+def test_reasoning_that_the_template_does_not_print_is_said() -> None:
+    record = {"question": ASKED, "reasoning": "Rivers need rain.", "answer": SAID}
+    reader = reading(lambda messages, tools: ASKED + SAID)
+    assert reader.text(record, "x") == ASKED + SAID
+    assert reader.note() == "the chat template does not print the reasoning in 1 of the samples"
+    whole = reading(lambda messages, tools: f"{ASKED}{messages[1]['reasoning_content']}{SAID}")
+    assert whole.text(record, "x") == f"{ASKED}Rivers need rain.{SAID}"
+    assert not whole.note()

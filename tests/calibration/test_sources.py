@@ -19,7 +19,7 @@ from tests.calibration.reading import reading
 
 
 def render(messages: list[Message], tools: list[Tool] | None = None) -> str:
-    names = "".join(f"<{tool['name']}>" for tool in tools or ())
+    names = "".join(f"<{tool['function']['name']}>" for tool in tools or ())
     return names + "".join(f"[{message['role']}] {message['content']}\n" for message in messages)
 
 

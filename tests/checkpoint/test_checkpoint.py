@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
@@ -379,6 +380,38 @@ def test_sharded_and_single_tell_the_same(tmp_path: Path) -> None:
         assert set(one.tensors) == set(four.tensors)
         for name in one.tensors:
             assert np.array_equal(one.read(name), four.read(name))
+
+
+@pytest.mark.parametrize("has_shards", [True, False])
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path: Path, has_shards: bool) -> None:
+    folder = folder_of(tmp_path / "model", 2)
+    save_file({"other": torch.arange(3)}, folder / SINGLE_NAME)
+    if not has_shards:
+        (folder / FIRST).unlink()
+        (folder / SECOND).unlink()
+    with Checkpoint.open(folder) as opened:
+        assert list(opened.tensors) == ["other"]
+        assert [shard.name for shard in opened.shards] == [SINGLE_NAME]
+        (note,) = opened.notes
+    assert f"{SINGLE_NAME} is used, as in transformers, and {INDEX_NAME}" in note
+
+
+def test_transformers_loads_one_file_and_not_the_index(tmp_path: Path) -> None:
+    TinyQwen3Moe(n_shards=2, seed=0).write(tmp_path)
+    name = "model.layers.0.mlp.gate.weight"
+    tensors = TinyQwen3Moe(seed=5).tensors()
+    save_file(tensors, tmp_path / SINGLE_NAME, {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()[name]
+    assert torch.equal(loaded, tensors[name])
+    with Checkpoint.open(tmp_path) as opened:
+        np.testing.assert_array_equal(opened.read_float32(name), loaded.float().numpy())
+
+
+def test_an_adapter_beside_the_weights_is_said(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with Checkpoint.open(folder) as opened:
+        assert "an adapter (adapter_config.json) lies beside the weights" in opened.notes[0]
 
 
 def without_index(path: Path, n_shards: int = 3) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from safetensors.torch import save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, SourceError
@@ -19,7 +20,7 @@ from reap2gguf.hub.download import AbandonedError, DownloadProgress
 from reap2gguf.hub.source import resolve_source
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.console import Lines
-from tests.loopback_hub.model import ENDS, layered_files, serving, whole
+from tests.loopback_hub.model import ENDS, MODEL, layered_files, serving, whole
 from tests.loopback_hub.server import Fault, Hub
 
 
@@ -259,3 +260,16 @@ def test_a_server_that_says_nothing_is_asked_again(
         held.set()
     assert len(told) == 1
     assert "try 2 of 5" in told[0]
+
+
+def test_one_file_goes_before_an_index_on_the_hub_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]
+) -> None:
+    single = tmp_path / "model.safetensors"
+    save_file(MODEL.tensors(), single, {"format": "pt"})
+    more = {single.name: single.read_bytes(), "adapter_config.json": b"{}"}
+    with serving(files | more, monkeypatch, tmp_path / "cache"), opened() as checkpoint:
+        assert [shard.name for shard in checkpoint.shards] == [single.name]
+        used, adapter = checkpoint.notes
+    assert "model.safetensors is used, as in transformers" in used
+    assert "an adapter (adapter_config.json) lies beside the weights" in adapter

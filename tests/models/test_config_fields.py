@@ -216,6 +216,16 @@ def test_an_absent_field_has_transformers_default_or_is_refused(cls: Any, name: 
     assert found.get(name) in (None, getattr(transformers_config(config), name))
 
 
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(Qwen3MoeConfig, "rms_norm_eps"), (Qwen3_5MoeTextConfig, "rms_norm_eps"),
+     (Qwen3_5MoeTextConfig, "linear_conv_kernel_dim")],
+)  # fmt: skip
+def test_an_absent_field_is_not_refused(cls: Any, name: str) -> None:
+    config = changed(cls, name, "absent")
+    assert model_of(cls, config).config_values()[name] == getattr(cls(), name)
+
+
 def test_the_head_size_that_transformers_derives() -> None:
     config = changed(Qwen3MoeConfig, "head_dim", "absent")
     assert model_of(Qwen3MoeConfig, config).facts.head_dim == 64 // 4
