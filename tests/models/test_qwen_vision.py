@@ -23,7 +23,7 @@ from reap2gguf.models.description import Carried, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.write import companion_files
-from reap2gguf.verifying.gguf_file import check_side_file
+from reap2gguf.verifying.gguf_file import ExpectedGguf, check_side_file
 from tests.tiny import TinyQwen35Moe
 
 BASE = TinyQwen35Moe(n_experts=4, vocab=64)
@@ -124,10 +124,10 @@ def test_the_file_holds_the_towers_values(folder: Path, tmp_path: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
         side = side_of(folder)
         names = HeaderNames("tiny")
-        export_side(checkpoint, describe(checkpoint), names, path, side, 2, Silent())
-        assert not list(
-            check_side_file(path, side.tensor_types(), (checkpoint, [side]), 2, Silent())
-        )
+        model = describe(checkpoint)
+        export_side(checkpoint, model, names, path, side, 2, Silent())
+        expected = ExpectedGguf(side.tensor_types(), names=names)
+        assert not list(check_side_file(path, expected, (checkpoint, model, [side]), 2, Silent()))
     stored = load_file(folder / "model.safetensors")
     written = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
     patches = stored[TOWER + "patch_embed.proj.weight"].float().numpy()
