@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
-from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY

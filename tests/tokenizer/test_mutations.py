@@ -8,10 +8,10 @@ from random import Random
 from unicodedata import normalize
 
 import pytest
-from reap2gguf.models.pre_tokenizers import QWEN_PRE_TOKENIZERS
 from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.check import check_tokenizer
 from tests.tokenizer.mutations import HARMFUL, HARMLESS, Draft
 from tests.tokenizer.small import llama_cpp_tokenizer, mixed_text
