@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from reap2gguf.bundle.markdown import repository
 from reap2gguf.bundle.source_card import SourceCard, read_card
 
@@ -119,6 +117,8 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
 
 def with_base_model(front: str, repo: str) -> str:
     """The front matter of a GGUF card that is published beside its safetensors, `repo`."""
+    from huggingface_hub import ModelCard
+
     data = ModelCard(front).data
     data["base_model"], data["base_model_relation"] = repo, "quantized"
     data["quantized_by"] = repo.partition("/")[0]
@@ -127,6 +127,8 @@ def with_base_model(front: str, repo: str) -> str:
 
 def as_yaml(values: dict[str, Any]) -> str:
     """Front matter as it stands at the top of a card."""
+    from huggingface_hub import ModelCardData
+
     return _fenced(ModelCardData(**values))
 
 
