@@ -11,15 +11,14 @@ torch and transformers are loaded inside the functions that compute.
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError, CalibrationError, OutputError, UsageError
-from reap2gguf.machine import available_threads, processes
+from reap2gguf.machine import processes
 from reap2gguf.options import (
     METHODS,
     MTP_CHOICES,
@@ -27,9 +26,16 @@ from reap2gguf.options import (
     CalibrationOptions,
     ComputeOptions,
     Resume,
+    check_bool,
     check_choice,
     check_labels,
+    check_number,
+    check_path,
+    check_recipe,
+    check_threads,
+    given_or_new,
 )
+from reap2gguf.outputs import drop_states, keep_inputs, output_file, output_path
 from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent
 
 if TYPE_CHECKING:
@@ -121,11 +127,13 @@ def observe(
     from reap2gguf.calibration.spec import decide
 
     # what can be refused without torch is refused before it is loaded
-    decided = decide(calibration or CalibrationOptions())
+    compute = given_or_new("compute", compute, ComputeOptions)
+    decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
     files = ScannedFiles()
     check_calibration(decided, files)
-    output, shown = _output(output), _progress(progress)
+    output, shown = output_file(output), _progress(progress)
     with _open(model, shown, follow_links=follow_links) as opened:
+        _keep_inputs(opened, [output], files.paths)
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
@@ -136,11 +144,11 @@ def observe(
         tokenizer = Tokenizer(opened.source.folder)
         rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
         _check_same_rows(rows.sha256)
-        where = _resuming(compute or ComputeOptions(), output, opened.checkpoint, rows.sha256)
+        where = _resuming(compute, output, opened.checkpoint, rows.sha256)
         seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
     if processes().is_first:
         seen.save(output)
-        _drop_states(output)
+        drop_states(output)
     return seen
 
 
@@ -181,7 +189,7 @@ def prune(
     Raises what `select` raises, OutputError if the folder exists or cannot be written, and
     VerificationError if what was written is not what was planned.
     """
-    output, shown = _output(output), _progress(progress)
+    output, shown = output_path(output), _progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
     with _open(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
@@ -210,16 +218,18 @@ def imatrix(
     that `OUTPUT.state` holds. Raises CalibrationError, ObservationError, OutputError, UsageError,
     and what opening a model raises.
     """
-    output, text, shown = _output(output), Path(text), _progress(progress)
-    if chunk < 8:
-        raise UsageError(f"chunk is {chunk!r}, expected at least 8 tokens")
+    output, text, shown = output_file(output), check_path("text", text), _progress(progress)
+    check_number("chunk", chunk, 8)
+    compute = given_or_new("compute", compute, ComputeOptions)
     if output.suffix == ".dat":
         raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
+    dat = output_file(output.with_suffix(".dat"))
     from reap2gguf.calibration.scanned_files import ScannedFiles
 
     files = ScannedFiles()
     files.text(text)
     with _open(model, shown, follow_links=follow_links) as opened:
+        _keep_inputs(opened, [output, dat], [text])
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import imatrix_chunks
         from reap2gguf.gguf_files.imatrix import save_both
@@ -228,12 +238,11 @@ def imatrix(
 
         size = min(chunk, opened.model.facts.context_length)
         chunks = imatrix_chunks(Tokenizer(opened.source.folder), text, size, files)
-        options = compute or ComputeOptions()
-        where = _resuming(options, output, opened.checkpoint, chunks.tokens_sha256)
+        where = _resuming(compute, output, opened.checkpoint, chunks.tokens_sha256)
         result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
     if processes().is_first:
         save_both(result, output)
-        _drop_states(output)
+        drop_states(output)
     return result
 
 
@@ -256,22 +265,29 @@ def quantize(
     """
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
-    from reap2gguf.quantizing.recipe import load_recipes
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
 
+    recipe, n_threads = check_recipe(recipe), check_threads(threads)
     (asked,) = load_recipes([recipe], check_labels(labels or {}))
+    inputs = [find_recipe(recipe)]
+    if not isinstance(imatrix, Imatrix | None):
+        inputs.append(imatrix := check_path("imatrix", imatrix))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
-    is_folder, shown = bool(str(output)) and Path(output).is_dir(), _progress(progress)
+    is_folder, shown = bool(str(output)) and os.path.isdir(str(output)), _progress(progress)
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
-    output = Path(output) if is_folder else _output(output)
+    output = Path(output) if is_folder else output_file(output)
     with _open(model, shown, follow_links=follow_links) as opened:
         if is_folder:
             output /= model_file(opened.source.short_name, asked.label)
+            output = output_file(output)
+        _keep_inputs(opened, [output], inputs)
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
-        _export(opened, resolved, output, weighted_by, threads or available_threads(), shown)
+        _export(opened, resolved, output, weighted_by, n_threads, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
 
@@ -293,7 +309,8 @@ def verify(
     from reap2gguf.verifying.bundle import verify_paths
     from reap2gguf.verifying.context import Strictness
 
-    given, n_threads = [Path(path) for path in paths], threads or available_threads()
+    check_bool("exact", exact)
+    given, n_threads = [check_path("path", path) for path in paths], check_threads(threads)
     shown = _progress(progress)
     if source is None:
         return verify_paths(given, n_threads, shown, Strictness(exact))
@@ -335,7 +352,12 @@ def _open(
 ) -> OpenModel:
     from reap2gguf.hub.opened import open_model
 
+    check_bool("follow_links", follow_links)
     return open_model(str(name), progress, keep_mtp, follow_links)
+
+
+def _keep_inputs(opened: OpenModel, outputs: list[Path], inputs: Iterable[Path]) -> None:
+    keep_inputs(outputs, [*inputs, *opened.checkpoint.shards], opened.source.folder)
 
 
 def _select(
@@ -367,17 +389,9 @@ def _select(
 def _progress(given: ProgressLike) -> Progress:
     if given is None:
         return Silent()
+    if not callable(given) and not hasattr(given, "task"):
+        raise UsageError(f"progress is {given!r}, expected a function or a Progress")
     return CallbackProgress(given) if callable(given) else given
-
-
-def _output(path: PathLike) -> Path:
-    """Refuse an output that cannot be written, before the work."""
-    output = Path(path)
-    if not output.name:
-        raise UsageError(f"output {str(path)!r}: expected the name of a file or folder")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: the folder {output.parent} does not exist; create it first")
-    return output
 
 
 def _check_same_rows(digest: str) -> None:
@@ -402,11 +416,3 @@ def _resuming(
     source = (checkpoint.fingerprint(), checkpoint.stamps())
     key = sweep_key(source, rows, compute.likely_device, compute.likely_dtype)
     return replace(compute, scratch=output.parent, resume=Resume(path, key))
-
-
-def _drop_states(output: Path) -> None:
-    """Remove the saved progress, now that the result is written."""
-    from reap2gguf.atomic import remove
-
-    for file in output.parent.glob(f"{glob.escape(output.name)}.state*"):
-        remove(file)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reap2gguf.errors import OutputError
-from reap2gguf.files import open_entry
+from reap2gguf.files import open_entry, what_it_is
 
 Bytes = bytes | bytearray | memoryview
 PART = ".part"
@@ -86,6 +86,7 @@ def whole_file(path: Path) -> Iterator[OutputFile]:
     Raises OutputError if it cannot be written; nothing is left behind then.
     """
     part = part_of(path)
+    check_replaceable(path)
     try:
         with open_file(part, path) as file:
             yield file
@@ -122,6 +123,7 @@ def open_file(path: Path, shown: Path, resume: bool = False) -> Iterator[OutputF
 
 def _open_new(path: Path) -> int:
     """A new file in place of any other, or of a link."""
+    check_replaceable(path)
     path.unlink(missing_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
@@ -163,6 +165,8 @@ def copy_whole(source: Path, path: Path) -> None:
 def rename(old: Path, new: Path) -> None:
     """Rename a file or folder, and flush the change to the disk."""
     with output_errors(new):
+        if not old.is_dir():
+            check_replaceable(new)
         os.replace(old, new)
         for folder in {old.parent, new.parent}:
             sync_folder(folder)
@@ -184,9 +188,42 @@ def make_folder(folder: Path) -> None:
     """Create a folder and its parents, where they are missing; OutputError if it is a link."""
     with output_errors(folder):
         if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
+            missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
+            for place in reversed(missing):  # Path.mkdir would call itself for each
+                place.mkdir(exist_ok=True)
             sync_folder(folder.parent)
     refuse_link(folder)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise OutputError if anything but a file or link lies at `path`: it would be destroyed.
+
+    A link to a pipe, socket or device, such as /dev/stdout, is refused as well.
+    """
+    with output_errors(path):
+        words = entry_kind(path)
+        is_link = path.is_symlink()
+    if words and not (is_link and words == "a folder"):
+        link = "a link to " if is_link else ""
+        raise OutputError(
+            f"{path}: {link}{words}, which is not replaced, expected a file or a new name; pass "
+            "another output"
+        )
+
+
+def entry_kind(path: Path) -> str:
+    """What lies at a name, links followed, as `what_it_is` says; empty if there is nothing.
+
+    Raises OSError for a name that no file can have.
+    """
+    try:
+        return what_it_is(path)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link in a circle is replaced as any other
+            return ""
+        raise
 
 
 def refuse_link(path: Path) -> None:

@@ -7,9 +7,10 @@ get the same checks as the command line.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
@@ -27,6 +28,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 SPOOLS = ("auto", "device", "host", "disk")
 MOST_THREADS = 1024
+_Kind = TypeVar("_Kind")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -35,16 +37,46 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise UsageError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
 
 
-def _check_number(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
-    """Raise UsageError for a value that is not a whole number from `low` to `high`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}")
+def check_number(name: str, value: object, low: int, high: int = 2**31 - 1) -> int:
+    """The same number. Raise UsageError if it is not a whole number from `low` to `high`."""
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        return value
+    raise UsageError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}")
 
 
-def _path(name: str, value: object) -> Path:
-    if not isinstance(value, str | os.PathLike):
+def check_bool(name: str, value: object) -> None:
+    """Raise UsageError for a value that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}, expected True or False")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise UsageError for a value that is not of a class."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} is {value!r}, expected a value of {kind.__name__}")
+
+
+def given_or_new(name: str, value: _Kind | None, kind: type[_Kind]) -> _Kind:
+    """Options, or their defaults for None. Raise UsageError for a value of another class."""
+    if value is None:
+        return kind()
+    check_kind(name, value, kind)
+    return value
+
+
+def check_threads(threads: object) -> int:
+    """A number of threads, or all that are available for None. Raise UsageError for others."""
+    if threads is None:
+        return available_threads()
+    return check_number("threads", threads, 1, MOST_THREADS)
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path from a text or a path. Raise UsageError for anything else, and for NUL characters."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
         raise UsageError(f"{name} is {value!r}, expected a path")
-    return Path(value)
+    return Path(text)
 
 
 def check_labels(labels: object) -> dict[str, str]:
@@ -54,6 +86,34 @@ def check_labels(labels: object) -> dict[str, str]:
         if all(isinstance(text, str) for entry in found.items() for text in entry):
             return found
     raise UsageError(f"labels is {labels!r}, expected a mapping from recipes to labels")
+
+
+def check_counts(keep_experts: object, compression: object) -> None:
+    """Raise UsageError for values that are no numbers; `choose_target` knows the bounds."""
+    if keep_experts is not None and type(keep_experts) is not int:
+        raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
+    is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
+    if compression is not None and not is_number:
+        raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
+
+
+def _recipes(given: object) -> tuple[str, ...]:
+    """Recipes by name or path. Raise UsageError if they are none."""
+    if isinstance(given, str | os.PathLike):
+        given = (given,)
+    if not isinstance(given, Iterable) or isinstance(given, bytes):
+        raise UsageError(f"recipes is {given!r}, expected names or paths of recipes")
+    recipes = tuple(given)
+    if not recipes:
+        raise UsageError("recipes is empty, expected at least one recipe, such as q4km")
+    return tuple(check_recipe(recipe) for recipe in recipes)
+
+
+def check_recipe(recipe: object) -> str:
+    """A recipe's name or path as text. Raise UsageError if it is neither."""
+    if not isinstance(recipe, str | os.PathLike):
+        raise UsageError(f"recipe is {recipe!r}, expected the name or path of a recipe")
+    return str(recipe)
 
 
 @dataclass(frozen=True)
@@ -67,12 +127,16 @@ class CalibrationOptions:
     pack: bool | None = None  # several samples per row; None: as the mix says, else no
 
     def __post_init__(self) -> None:
+        if not isinstance(self.spec, str | os.PathLike):
+            raise UsageError(f"spec is {self.spec!r}, expected a mix, a dataset or a path")
         object.__setattr__(self, "spec", str(self.spec))
         if self.samples is not None:
-            _check_number("samples", self.samples, 1)
+            check_number("samples", self.samples, 1)
         if self.max_length is not None:
-            _check_number("max_length", self.max_length, 2)
-        _check_number("seed", self.seed, -(2**31 - 1))
+            check_number("max_length", self.max_length, 2)
+        check_number("seed", self.seed, -(2**31 - 1))
+        if self.pack is not None:
+            check_bool("pack", self.pack)
 
 
 @dataclass(frozen=True)
@@ -102,10 +166,10 @@ class ComputeOptions:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("spool", self.spool, SPOOLS)
-        _check_number("threads", self.threads, 1, MOST_THREADS)
+        check_number("threads", self.threads, 1, MOST_THREADS)
         if self.memory is not None:
-            _check_number("memory", self.memory, 1, 2**63)
-        object.__setattr__(self, "scratch", _path("scratch", self.scratch))
+            check_number("memory", self.memory, 1, 2**63)
+        object.__setattr__(self, "scratch", check_path("scratch", self.scratch))
 
     @property
     def likely_device(self) -> str:
@@ -145,18 +209,20 @@ class BuildOptions:
     follow_links: bool = False  # whether weights in a folder may be links to any place
 
     def __post_init__(self) -> None:
-        recipes = (self.recipes,) if isinstance(self.recipes, str) else tuple(self.recipes)
-        if not recipes:
-            raise UsageError("recipes is empty, expected at least one recipe, such as q4km")
-        object.__setattr__(self, "recipes", recipes)
+        object.__setattr__(self, "recipes", _recipes(self.recipes))
         object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
             object.__setattr__(self, "model", str(self.model))
-        if not isinstance(self.keep_experts, int | None):  # `choose_target` knows the bounds
-            raise UsageError(f"keep_experts is {self.keep_experts!r}, expected a whole number")
+        if self.name is not None:
+            check_kind("name", self.name, str)
+        check_counts(self.keep_experts, self.compression)
+        check_kind("calibration", self.calibration, CalibrationOptions)
+        check_kind("compute", self.compute, ComputeOptions)
+        for name in ("fresh", "check_space", "follow_links"):
+            check_bool(name, getattr(self, name))
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
-        _check_number("chunk", self.chunk, 8)
-        object.__setattr__(self, "output", _path("output", self.output))
+        check_number("chunk", self.chunk, 8)
+        object.__setattr__(self, "output", check_path("output", self.output))
         if self.imatrix_text is not None:
-            object.__setattr__(self, "imatrix_text", _path("imatrix_text", self.imatrix_text))
+            object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))

@@ -213,3 +213,28 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="folder: a link, which is not followed"):
         atomic.make_folder(tmp_path / "folder")
+
+
+def test_a_deep_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    atomic.make_folder(Path(*["a"] * 1500))
+    assert Path(*["a"] * 1500).is_dir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        atomic.make_folder(Path(*["a"] * 3000))
+    for _ in range(1500):  # pytest removes folders by recursion
+        os.chdir("a")
+    for _ in range(1500):
+        os.chdir("..")
+        os.rmdir("a")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_only_files_and_links_are_replaced(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "file"
+    os.mkfifo(output) if kind == "pipe" else output.mkdir()
+    with pytest.raises(OutputError, match=f"file: a {kind}, which is not replaced"):
+        atomic.write_whole(output, "data")
+    (tmp_path / "old").write_text("data")
+    with pytest.raises(OutputError, match=f"file: a {kind}, which is not replaced"):
+        atomic.rename(tmp_path / "old", output)
+    assert not output.is_file()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.select import Target
 
 _MOST_LETTERS = 96  # what the Hub allows
+_MOST_GIVEN = _MOST_LETTERS - len(GGUF_SUFFIX)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _NAMELESS = "model"  # for a source without a letter that a name may have
 
@@ -50,16 +51,29 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
 
 
 def _check_given(name: str) -> None:
-    if len(name) > _MOST_LETTERS:
+    if len(name) > _MOST_GIVEN:
         raise UsageError(
-            f"the name {shown(name)} is not allowed: it has {len(name):,} letters, and the Hub "
-            f"takes at most {_MOST_LETTERS}; pass a shorter --name"
+            f"the name {shown(name)} is not allowed: it has {len(name):,} letters, expected at "
+            f"most {_MOST_GIVEN}, as the Hub takes {_MOST_LETTERS} and the bundle adds "
+            f"{GGUF_SUFFIX}; pass a shorter --name"
         )
-    if not _NAME.fullmatch(name) or name in RESERVED_NAMES or name.endswith(GGUF_SUFFIX):
+    if name in RESERVED_NAMES or name.endswith(GGUF_SUFFIX):
         raise UsageError(
-            f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and '-' "
-            f"(not ending in {GGUF_SUFFIX}), as the Hub requires"
+            f"the name {name!r} is not allowed: the build needs names in {GGUF_SUFFIX}, and "
+            f"{', '.join(sorted(RESERVED_NAMES))}, for itself; pass another --name"
         )
+    if not _hub_allows(name):
+        raise UsageError(
+            f"the name {name!r} is not allowed; pass --name with letters, digits, '.', '_' and "
+            "'-', that begins with a letter or digit, does not end with '-', '.' or '.git', and "
+            "has no '--' or '..', as the Hub requires"
+        )
+
+
+def _hub_allows(name: str) -> bool:
+    """Whether a repository may have this name, by huggingface_hub's validate_repo_id."""
+    is_plain = _NAME.fullmatch(name) is not None and not name.endswith(("-", ".", ".git"))
+    return is_plain and "--" not in name and ".." not in name
 
 
 def _ending(options: BuildOptions, target: Target) -> str:
@@ -72,13 +86,13 @@ def _ending(options: BuildOptions, target: Target) -> str:
 
 def _safe(name: str, most: int) -> str:
     """A name of at most `most` letters that the Hub allows and that looks like `name`."""
-    if _NAME.fullmatch(name) and len(name) <= most and name[-1] not in "-.":
+    if _hub_allows(name) and len(name) <= most:
         safe = name
     else:
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
         words = re.sub(r"[^A-Za-z0-9._]+", "-", plain)
         # the Hub refuses two of these in a row
         safe = re.sub(r"[-.]{2,}", "-", words).strip("-._")[:most].rstrip("-._")
-    while safe.endswith(GGUF_SUFFIX):  # else both folders could have one name
-        safe = safe.removesuffix(GGUF_SUFFIX).rstrip("-.")
+    while safe.endswith((GGUF_SUFFIX, ".git")):  # else both folders could have one name
+        safe = safe.removesuffix(GGUF_SUFFIX).removesuffix(".git").rstrip("-.")
     return _NAMELESS if not safe or safe in RESERVED_NAMES else safe

@@ -23,7 +23,7 @@ from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
@@ -110,11 +110,11 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """
     # what is cheap to check comes first
     recipes = load_recipes(options.recipes, options.labels)
-    labels = [recipe.label for recipe in recipes]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
+    if same := twice([recipe.label for recipe in recipes]):
+        labels = " and ".join(map(repr, dict.fromkeys(same)))
         raise UsageError(
-            f"two recipes have the label {twice!r} and so the same file name; give one of them "
-            "another with --label RECIPE=LABEL"
+            f"two recipes have the label {labels} and so the same file name (where capitals do "
+            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
         )
     calibration = decide(options.calibration)
     files = ScannedFiles()

@@ -212,6 +212,11 @@ class ScannedFiles:
         self._samples: dict[Path, SampleFile] = {}
         self._texts: dict[Path, TextFile] = {}
 
+    @property
+    def paths(self) -> list[Path]:
+        """Every file that was scanned."""
+        return [*self._samples, *self._texts]
+
     def file(self, path: Path) -> TextFile | SampleFile:
         """A file of samples by its suffix, else a text. Raises CalibrationError."""
         suffix = path.suffix.lower()

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.options import check_counts
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import LayerObservation, Observations
@@ -65,6 +66,7 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
     `compression` R drops floor(E * R) experts: 0.32 of 256 keeps 175. 0 keeps all of them. Raises
     UsageError if a larger R drops none, or if the number is not one the model can run with.
     """
+    check_counts(keep_experts, compression)
     if keep_experts is not None and compression is not None:
         raise UsageError(
             "--keep-experts and --compression both set the number of experts; pass one of them"

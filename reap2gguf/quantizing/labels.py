@@ -32,6 +32,30 @@ _HUB_LABEL = re.compile(rf"(?:UD-)?(?:{'|'.join(_HUB_TYPES.split())})(?:_[A-Z]+)
 _OTHER_ENDINGS = ("MIX", "MIXED", "CUSTOM", "OWN")  # for labels that both rules tell apart
 
 
+_PART_NUMBER = re.compile(r"(?:.*-)?\d+-of-\d+", re.ASCII)
+
+
+def label_fault(label: str) -> str | None:
+    """Why programs would take NAME-LABEL.gguf for another kind of file; None if they do not."""
+    if _PART_NUMBER.fullmatch(label):
+        return "ends like the number of a part of a split file"
+    small = f"{label}.gguf".lower()
+    if word := next((word for word in _NOT_MODELS if word in small), None):
+        return f"holds {word!r}, by which llama.cpp knows files that are no models"
+    if small.count(".gguf") > 1:
+        return "holds the ending '.gguf', which the program adds"
+    return None
+
+
+def twice(labels: Sequence[str]) -> tuple[str, str] | None:
+    """Two labels that are the same, or differ in capitals alone; None if there are none."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        if (first := seen.setdefault(label.lower(), label)) != label or labels.count(label) > 1:
+            return first, label
+    return None
+
+
 def llama_cpp_finds(files: Iterable[str], tag: str) -> str | None:
     """The file of a repository that llama.cpp opens for `-hf REPO:TAG`; None if it finds none."""
     pattern = _llama_cpp_pattern(tag)

@@ -28,6 +28,7 @@ from reap2gguf.files import is_plain, plain_size
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
 from reap2gguf.quantizing.file_types import Mixture, mixture_named
+from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.resources import shipped_folder
 
 _MAX_RECIPE_BYTES = 2**18
@@ -167,6 +168,10 @@ def _check_label(label: str, where: str) -> None:
     if not _LABEL.fullmatch(label):
         raise RecipeError(
             f"{where}: label {shown(label)}, expected letters, digits, '.', '_' and '-'"
+        )
+    if fault := label_fault(label):
+        raise RecipeError(
+            f"{where}: label {label!r} {fault}, expected one such as Q4_K_M; choose another"
         )
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from reap2gguf.errors import RecipeError
 from reap2gguf.quantizing.labels import (
     LabelledFile,
     hub_label,
     hub_note,
+    label_fault,
     label_warnings,
     llama_cpp_finds,
     tags_of,
+    twice,
 )
-from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+from reap2gguf.quantizing.recipe import load_recipe, load_recipes, shipped_recipes
 
 
 def files(*labels: str, name: str = "M-REAP-0.25") -> list[LabelledFile]:
@@ -135,3 +138,34 @@ def test_what_the_hub_shows_for_a_label() -> None:
     assert hub_note("IQ4_K_M") == "the Hub shows files with the label IQ4_K_M as Q4_K_M"
     assert hub_note("Q4_K_M") is None
     assert hub_note("own") is None
+
+
+@pytest.mark.parametrize(
+    ("label", "fault"),
+    [
+        ("00001-of-00002", "number of a part"),
+        ("Q8_0-00002-of-00003", "number of a part"),
+        ("1-of-2", "number of a part"),
+        ("mmproj-F16", "'mmproj'"),
+        ("MMPROJ", "'mmproj'"),
+        ("imatrix", "'imatrix'"),
+        ("mtp-Q8_0", "'mtp-'"),
+        ("x.gguf", "ending '.gguf'"),
+        ("x.GGUF.y", "ending '.gguf'"),
+    ],
+)
+def test_labels_that_programs_take_for_something_else_are_refused(label: str, fault: str) -> None:
+    with pytest.raises(RecipeError, match=f"label '{label}' .*{fault}"):
+        load_recipes(["q8_0"], {"q8_0": label})
+
+
+@pytest.mark.parametrize("label", ["Q8_0", "Q4_K_M-of-mine", "1.5bit", "v2-of-3x", "GGUF"])
+def test_other_labels_are_taken(label: str) -> None:
+    assert label_fault(label) is None
+    assert load_recipes(["q8_0"], {"q8_0": label})[0].label == label
+
+
+def test_labels_that_differ_in_capitals_alone_are_the_same() -> None:
+    assert twice(["Q8_0", "BF16", "q8_0"]) == ("Q8_0", "q8_0")
+    assert twice(["Q8_0", "Q8_0"]) == ("Q8_0", "Q8_0")
+    assert twice(["Q8_0", "BF16"]) is None

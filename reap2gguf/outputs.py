@@ -1,0 +1,102 @@
+"""What a command may write to, checked before the work.
+
+A file is written under a name of its own and then replaces what lies at the output. So an output
+that is also an input would destroy that input, and a mistyped one could replace a file of the model
+itself.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from reap2gguf.atomic import check_replaceable, entry_kind, output_errors, part_of, remove
+from reap2gguf.errors import OutputError, UsageError
+from reap2gguf.options import check_path
+
+_JOURNAL, _STATE = ".journal", ".state"  # progress, beside the output
+_OUTPUT_ENDINGS = (".gguf", ".dat", ".safetensors")  # of the files that commands write
+
+
+def output_path(path: object) -> Path:
+    """A new file or folder; UsageError or OutputError for one that cannot be written."""
+    output = check_path("output", path)
+    if not output.name:
+        raise UsageError(f"output {str(path)!r}: expected the name of a file or folder")
+    with output_errors(output):
+        is_there = output.parent.is_dir()
+        if is_there:
+            entry_kind(output)
+    if not is_there:
+        raise OutputError(f"{output}: the folder {output.parent} does not exist; create it first")
+    return output
+
+
+def output_file(path: object) -> Path:
+    """A file that is new, or replaces a file or link; OutputError if anything else lies there."""
+    output = output_path(path)
+    check_replaceable(output)
+    return output
+
+
+def keep_inputs(outputs: Iterable[Path], inputs: Sequence[Path], folder: Path) -> None:
+    """Raise UsageError if writing the outputs would replace an input, or a file of the model.
+
+    `folder` is the model's; its weights are among the inputs. The files of progress beside an
+    output count as well.
+    """
+    own = _places(folder)
+    for output in outputs:
+        for file in inputs:
+            if _is_replaced(file, output):
+                raise UsageError(
+                    f"output {output}: writing it would replace the input {file}; pass another "
+                    "output"
+                )
+        is_inside = any(os.path.realpath(parent) in own for parent in _real(output).parents)
+        if is_inside and os.path.lexists(output) and output.suffix not in _OUTPUT_ENDINGS:
+            raise UsageError(
+                f"output {output}: writing it would replace a file of the model {folder}; pass "
+                "another output"
+            )
+
+
+def _real(path: Path) -> Path:
+    """Where a name lies: links to its folder are followed, and the name itself is not."""
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def _places(path: Path) -> set[str]:
+    return {str(_real(path)), os.path.realpath(path)}
+
+
+def _is_replaced(file: Path, output: Path) -> bool:
+    """Whether a file lies at an output, or at a name beside it that is written or removed."""
+    for written in _written(output):
+        if str(_real(written)) in _places(file) or _is_same(written, file):
+            return True
+    state = f"{_real(output)}{_STATE}"
+    return any(
+        place.startswith(state) and "/" not in place[len(state) :] for place in _places(file)
+    )
+
+
+def _written(output: Path) -> Iterator[Path]:
+    yield output
+    yield part_of(output)
+    yield output.with_name(f"{output.name}{_JOURNAL}")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False  # one of them is missing
+
+
+def drop_states(output: Path) -> None:
+    """Remove the saved progress of a sweep, now that its result is written."""
+    for file in output.parent.glob(f"{glob.escape(output.name)}{_STATE}*"):
+        remove(file)
