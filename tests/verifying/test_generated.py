@@ -73,7 +73,7 @@ def test_a_published_text_that_was_changed(
     rewrite(path, lambda raw: raw.replace(old, new))
     fix_hashes(published)
     found = verify_bundle(published.gguf, 1, Silent(), HEADERS_ONLY).violations
-    assert any("is not what the manifest gives" in one for one in found), found
+    assert any("is not what this program writes" in one for one in found), found
 
 
 @pytest.fixture
