@@ -139,7 +139,7 @@ def leads_away(path: Path) -> bool:
     `models--x/blobs/HASH`, which is followed. That may lead to `blobs/xx/HASH` beside `models--x`,
     which is followed too: huggingface_hub keeps there what several repositories share.
     """
-    if not path.is_symlink():
+    if not os.path.islink(path):  # Path raises for a name that is too long
         return False
     target = Path(os.path.realpath(path))  # Path.resolve raises for links in a circle
     return not any(target.is_relative_to(place) for place in _blob_folders(path.parent))

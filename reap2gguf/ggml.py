@@ -107,17 +107,16 @@ class Ggml:
             raise ValueError(
                 f"values up to {np.abs(rows).max():g} are beyond {tensor_type.name}'s range"
             )
-        self._check_precision(rows, target, tensor_type, importance)
         return target
 
-    def _check_precision(
+    def check_precision(
         self,
         rows: Floats,
         target: Bytes,
         tensor_type: GGMLQuantizationType,
-        importance: Floats | None,
+        importance: Floats | None = None,
     ) -> None:
-        """Raise ValueError if the values are so small that the type loses them.
+        """Raise ValueError if rows are so small that the type loses them; `target` is their bytes.
 
         Most types scale their blocks by numbers in F16, the smallest of which is 6e-8. So the error
         is compared with that of the same values times a power of two, which is exact.

@@ -124,21 +124,26 @@ def test_float_types_round_as_torch_does(ggml: Ggml, name: str, dtype: torch.dty
     np.testing.assert_array_equal(back, expected.to(torch.float32).numpy())
 
 
+def checked(ggml: Ggml, rows: np.ndarray, name: str) -> None:
+    kind = kind_named(name)
+    ggml.check_precision(rows, ggml.quantize(rows, kind), kind)
+
+
 @pytest.mark.parametrize("name", ["F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"])
 def test_values_that_a_type_would_lose_are_refused(ggml: Ggml, rows: np.ndarray, name: str) -> None:
     """Scales are stored in F16: below its smallest numbers every value becomes zero."""
     with pytest.raises(ValueError, match=rf"values up to .* are too small for {name}, which would"):
-        ggml.quantize(rows * np.float32(2.0**-40), kind_named(name))
+        checked(ggml, rows * np.float32(2.0**-40), name)
 
 
 @pytest.mark.parametrize("name", ["F32", "BF16", "F16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"])
 def test_small_values_that_a_type_can_hold(ggml: Ggml, rows: np.ndarray, name: str) -> None:
     small = rows * np.float32(2.0**-8)
-    ggml.quantize(small, kind_named(name))
-    ggml.quantize(np.zeros_like(rows), kind_named(name))
+    checked(ggml, small, name)
+    checked(ggml, np.zeros_like(rows), name)
     mixed = rows.copy()
     mixed[1:] *= np.float32(2.0**-60)  # such as the embeddings of tokens that are never used
-    ggml.quantize(mixed, kind_named(name))
+    checked(ggml, mixed, name)
     if name in ("F32", "BF16"):
         ggml.quantize(rows * np.float32(2.0**-120), kind_named(name))
 

@@ -184,8 +184,10 @@ class _Job:
         for file in self.files:
             tensor_type = file.tensor_types[tensor.name]
             if tensor_type not in done:
-                done[tensor_type] = self.blocks.quantize(rows, values, tensor_type)
+                data = self.blocks.quantize(rows, values, tensor_type)
+                self.blocks.check_precision(rows, values, tensor_type, data)
+                done[tensor_type] = data
             position = rows.first_in_tensor * row_bytes(tensor_type, tensor.n_columns)
-            data = done[tensor_type].reshape(-1).data
-            file.file.write_at(data, file.layout.offsets[tensor.name] + position)
+            flat = done[tensor_type].reshape(-1).data
+            file.file.write_at(flat, file.layout.offsets[tensor.name] + position)
             self.task.advance(values.size)

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,10 +74,29 @@ class BlockMaker:
 
         Raises CheckpointError for a value beyond the type's range.
         """
+        with self._named(rows):
+            return self.ggml.quantize(values, tensor_type, self._importance(rows))
+
+    def check_precision(
+        self,
+        rows: RowRange,
+        values: Floats,
+        tensor_type: GGMLQuantizationType,
+        data: npt.NDArray[np.uint8],
+    ) -> None:
+        """Raise CheckpointError if values are so small that the type loses them."""
+        with self._named(rows):
+            self.ggml.check_precision(values, data, tensor_type, self._importance(rows))
+
+    def _importance(self, rows: RowRange) -> Floats | None:
         entry = self.importance.get(rows.tensor.name)
-        importance = entry.importance_of(rows.matrix, rows.tensor.n_columns) if entry else None
+        return entry.importance_of(rows.matrix, rows.tensor.n_columns) if entry else None
+
+    @contextmanager
+    def _named(self, rows: RowRange) -> Iterator[None]:
+        """Name the stored tensor in an error of libggml."""
         try:
-            return self.ggml.quantize(values, tensor_type, importance)
+            yield
         except ValueError as error:
             raise CheckpointError(f"{self._where(rows)} as {rows.tensor.name}: {error}") from error
 

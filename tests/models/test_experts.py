@@ -212,18 +212,13 @@ def test_biases(name: str, tmp_path: Path) -> None:
 
 
 def test_biases_may_be_zero(tmp_path: Path) -> None:
-    """A pruned folder with a matrix of zeros is damaged; with a bias of zeros it is not."""
+    """Zeros are no damage: a source may have them."""
     layout, tensors = biased(FUSED, "3D")
     for name, tensor in tensors.items():
         if name.endswith("down_proj_bias"):
             tensors[name] = torch.zeros_like(tensor)
     with opened(tmp_path / "sound", layout, tensors) as (weights, model):
         assert list(check_folder(weights, model, Silent())) == []
-    name = f"model.layers.2.{PATH}.down_proj"
-    tensors[name][3] = 0
-    with opened(tmp_path / "damaged", layout, tensors) as (weights, model):
-        (violation,) = check_folder(weights, model, Silent())
-        assert f"{name} holds only zeros for expert 3" in violation
 
 
 def test_biases_where_the_family_has_none() -> None:
