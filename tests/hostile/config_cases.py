@@ -94,7 +94,7 @@ QWEN3 = [
     ("attention_bias", [True, "no", []], "attention_bias"),
     ("use_sliding_window", [True, {}], "use_sliding_window"),
     ("num_labels", [10**9, -1, "2"], "num_labels"),
-    ("pad_token_id", [-5], "tokenizer files are broken"),
+    ("pad_token_id", [-5], "pad_token_id is"),
     ("model_type", ["llama", 5, []], "model_type"),
     ("architectures", [[], None, "Qwen3MoeForCausalLM", ["Other"], [5], [["a"]], {}, [None],
                        ["a\nb" * 10**5]], "architecture"),
