@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 CACHE = Path.home() / ".cache" / "reap2gguf-interop"
 
 
@@ -37,7 +39,8 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
 def dependencies_of(requirement: str, without: Sequence[str]) -> list[str]:
     """What a package of this requirement needs on this machine, `without` some packages.
 
-    For packages whose other dependencies cannot be installed here and are not used.
+    For packages whose other dependencies cannot be installed here and are not used. Extras of
+    dependencies are left out.
     """
     folder = CACHE / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +51,9 @@ def dependencies_of(requirement: str, without: Sequence[str]) -> list[str]:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
     needed = HeaderParser().parsestr(text).get_all("Requires-Dist") or []
-    plain = [one for one in needed if "extra ==" not in one and "platform_machine" not in one]
-    return [one for one in plain if re.split("[^A-Za-z0-9_.-]", one)[0].lower() not in without]
+    found = [Requirement(one) for one in needed]
+    wanted = [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [f"{one.name}{one.specifier}" for one in wanted if one.name.lower() not in without]
 
 
 def _pip(python: Path, *arguments: str) -> None:

@@ -43,6 +43,6 @@ def answer(request: Request) -> Answer:
 
 if __name__ == "__main__":
     # torch's audio and video packages are not used, and exist for few builds of torch
-    unused = ("torchvision", "torchaudio", "torchcodec")
+    unused = ("torch", "torchvision", "torchaudio", "torchcodec")
     packages = ["torch==2.13.0", " ".join(dependencies_of(VLLM, unused)), f"--no-deps {VLLM}"]
     compare("vllm", packages, answer)
