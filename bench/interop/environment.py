@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from email.parser import HeaderParser
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 CACHE = Path.home() / ".cache" / "reap2gguf-interop"
 
 
@@ -42,6 +40,8 @@ def dependencies_of(requirement: str, without: Sequence[str]) -> list[str]:
     For packages whose other dependencies cannot be installed here and are not used. Extras of
     dependencies are left out.
     """
+    from packaging.requirements import Requirement  # inside an environment there may be none
+
     folder = CACHE / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
     _pip(Path(sys.executable), "download", "--no-deps", "--dest", str(folder), requirement)
