@@ -246,7 +246,8 @@ def _compare_keys(
             if header.kinds[key] != _FREE[key]:
                 yield f"{where}: {_of_type(header, key)}, expected {_type_name(_FREE[key])}"
         elif of_names and _is_of_names(key):
-            continue
+            if key.endswith(".count") and header.kinds[key] != _UINT32:
+                yield f"{where}: {_of_type(header, key)}, expected {_type_name(_UINT32)}"
         elif key not in wanted.metadata and (strict or key.startswith(prefixes)):
             yield _unexpected(header, key)
 

@@ -13,11 +13,9 @@ import numpy as np
 
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.model_files import (
-    WeightedBy,
-    export_model,
-    export_side,
-)
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import WeightedBy, export_model, export_side
+from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import parse_recipe
@@ -42,7 +40,7 @@ from tests.mutations.hf_tensors import (
     whole,
     zero_row,
 )
-from tests.mutations.models import NAME, Sound
+from tests.mutations.models import Sound
 
 Apply = Callable[[Copy], None]
 
@@ -78,10 +76,11 @@ def make_again(copy: Copy) -> None:
             recipe = parse_recipe(record.recipe_source, record.recipe, record.recipe)
             path = copy.gguf / record.file
             resolved[path] = resolve(recipe, tensors, facts, facts.n_experts, True)
+        names = HeaderNames.of(manifest)
         weighted = WeightedBy.of(copy.gguf / "imatrix.gguf")
-        export_model(checkpoint, model, NAME, resolved, weighted, [], 1, Silent())
-        for side in model.side_files(checkpoint.folder, checkpoint.tensors):
-            export_side(checkpoint, NAME, copy.projector, side, 1, Silent())
+        export_model(checkpoint, model, names, resolved, weighted, 1, Silent())
+        for side in side_files(model, checkpoint):
+            export_side(checkpoint, model, names, copy.projector, side, 1, Silent())
     for path in files:
         with copy.edit_gguf(path) as gguf:
             gguf.keys = {name: gguf.keys.get(name, key) for name, key in before[path].items()}

@@ -214,6 +214,8 @@ def _build(run: Run, sound: Sound, damage: Damage, folder: Path) -> tuple[str, .
     """Finish the stopped build on damaged files; nothing if the bundle came out sound."""
     shutil.rmtree(folder, ignore_errors=True)
     _link_tree(sound.stopped, folder)
+    for lock in (folder / ".work").glob(".*.lock"):
+        lock.unlink()  # a build refuses one that has another name as well
     verify, write_record = verify_stage.Verify.compute, pipeline.write_record
 
     def do_damage(work: Workdir) -> None:
