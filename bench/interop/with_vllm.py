@@ -42,7 +42,13 @@ def answer(request: Request) -> Answer:
 
 
 if __name__ == "__main__":
-    # torch's audio and video packages are not used, and exist for few builds of torch
+    # torch's audio and video packages are not used, and exist for few builds of torch; Qwen3.5's
+    # module imports torchvision, which must be of the same build
     unused = ("torch", "torchvision", "torchaudio", "torchcodec")
-    packages = ["torch==2.13.0", " ".join(dependencies_of(VLLM, unused)), f"--no-deps {VLLM}"]
+    packages = [
+        "torch==2.13.0",
+        "--no-deps torchvision==0.28.0",
+        " ".join(dependencies_of(VLLM, unused)),
+        f"--no-deps {VLLM}",
+    ]
     compare("vllm", packages, answer)
