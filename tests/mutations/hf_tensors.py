@@ -420,6 +420,7 @@ _HEADERS: list[tuple[str, Sight, Callable[[Shard], object]]] = [
     ),
     ("header: metadata of numpy", _BESIDE, _metadata({"format": "np"})),
     ("header: no metadata", _BESIDE, _metadata(None)),
+    ("header: more metadata", _BESIDE, _metadata({"format": "pt", "comment": "x"})),
     ("a gap before the first tensor", _BESIDE, _gap),
     ("bytes after the last tensor", _BESIDE, _tail),
 ]
@@ -431,11 +432,6 @@ def _reorder(shard: Shard) -> None:
 
 _HARMLESS: list[tuple[str, str, Callable[[Shard], object]]] = [
     ("tensors in another order", "programs find tensors by name", _reorder),
-    (
-        "metadata: a comment",
-        "programs read its format alone",
-        _metadata({"format": "pt", "comment": "x"}),
-    ),
 ]
 
 
