@@ -12,7 +12,7 @@ from reap2gguf.checkpoint.writer import (
     index_text,
     shard_names,
 )
-from reap2gguf.files import open_entry
+from reap2gguf.files import is_own_file, open_entry
 from reap2gguf.messages import shown
 from reap2gguf.pruning.write import config_text
 from reap2gguf.verifying.differences import compare_text, where_of
@@ -46,6 +46,9 @@ def check_shards(checkpoint: Checkpoint) -> Iterator[str]:
     if len(names) == 1:
         if path.exists():
             yield f"{where_of(path)} is there, expected none for one file of safetensors"
+        return
+    if not is_own_file(path):
+        yield f"{folder.name}: {path.name} is missing"
         return
     weight_map = {name: tensor.path.name for name, tensor in tensors.items()}
     wanted = index_text(list(tensors.values()), weight_map)
