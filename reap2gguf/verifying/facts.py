@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from gguf import GGUF_DEFAULT_ALIGNMENT, LlamaFileType
+from gguf import LlamaFileType
 
 from reap2gguf.bundle.layout import (
     CARD_FILE,
@@ -22,6 +22,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.errors import RecipeError
+from reap2gguf.exporting.header_facts import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
@@ -39,27 +40,21 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
 
-_MTP_STATES = ("none", "pruned", "kept", "dropped")
-_UNWEIGHTED = ("F32", "F16", "BF16", "Q8_0")  # types that an importance matrix does not change
-
 
 def check_record(manifest: Manifest) -> Iterator[str]:
-    """What a manifest says twice by itself: counts, kept experts, names, recipes."""
+    """What a manifest says twice by itself: counts, kept experts, names, recipes.
+
+    Its numbers are within their bounds: `bundle.bounds` has checked them when it was read.
+    """
     pruning, calibration = manifest.pruning, manifest.calibration
     yield from _check_kept(pruning)
     methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    if pruning.mtp.state not in _MTP_STATES:
-        yield _wrong("pruning.mtp.state", pruning.mtp.state, f"one of {', '.join(_MTP_STATES)}")
     if calibration.components and pruning.method != NO_METHOD:  # else none was observed
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
-    if not 0 <= pruning.n_dropped_rows <= pruning.n_rows:
-        yield _wrong("pruning.n_dropped_rows", pruning.n_dropped_rows, f"0 to {pruning.n_rows}")
-    if not manifest.gguf:
-        yield _wrong("gguf", [], "at least one file")
     files = [record.file for record in manifest.gguf]
     if len(set(files)) < len(files):
         yield _wrong("gguf", files, "each file once")
@@ -72,11 +67,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:
-    n_experts, n_kept = pruning.n_experts, pruning.n_kept
-    if not 1 <= n_kept <= n_experts:
-        yield _wrong("pruning.n_kept", n_kept, f"1 to {n_experts} (n_experts)")
-    if not 1 <= pruning.experts_per_token <= n_kept:
-        yield _wrong("pruning.experts_per_token", pruning.experts_per_token, f"1 to {n_kept}")
+    n_kept = pruning.n_kept
     if not pruning.kept:
         yield _wrong("pruning.kept", {}, "the experts of every MoE layer")
     for layer, ids in pruning.kept.items():
@@ -84,8 +75,6 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
-        elif ids and not 0 <= ids[0] <= ids[-1] < n_experts:
-            yield _wrong(f"pruning.kept of layer {layer}", list(ids), f"0 to {n_experts - 1}")
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
@@ -201,10 +190,8 @@ def _of_model(manifest: Manifest, model: MoeModel) -> Iterator[str]:
     )
     layers = sorted(pruning.kept)
     yield from _differs("the layers of pruning.kept", layers, sorted(facts.moe_layers), "the model")
-    drops = pruning.n_kept < pruning.n_experts
-    has_mtp = pruning.mtp.state == ("pruned" if drops else "kept")
-    if has_mtp != facts.has_mtp:
-        with_mtp = "pruned" if drops else "kept"
+    with_mtp = "pruned" if pruning.n_kept < pruning.n_experts else "kept"
+    if (pruning.mtp.state == with_mtp) != facts.has_mtp:
         expected = with_mtp if facts.has_mtp else "none or dropped"
         yield _wrong("pruning.mtp.state", pruning.mtp.state, f"{expected}, as the model has it")
 
@@ -259,7 +246,7 @@ def _check_imatrix_keys(
 ) -> Iterator[str]:
     """What a header says of the importance matrix, if any of its types was weighted by it."""
     prefix = "quantize.imatrix."
-    if all(tensor_type in _UNWEIGHTED for tensor_type in record.tensors.values()):
+    if all(tensor_type in UNWEIGHTED_TYPES for tensor_type in record.tensors.values()):
         if found := sorted(key for key in header.metadata if key.startswith(prefix)):
             yield f"{header.path.name}: has {found[0]}, but no tensor that an imatrix weights"
         return
@@ -296,16 +283,9 @@ def check_side_records(manifest: Manifest, weights: Weights, model: MoeModel) ->
 
 
 def _check_size(header: GgufHeader, n_bytes: int, file: str) -> Iterator[str]:
-    """A file, or all its parts together, must have its recorded size, and end after its tensors."""
+    """A file, or all its parts together, must have its recorded size."""
     parts: Sequence[GgufHeader] = header.parts if isinstance(header, SplitHeader) else (header,)
-    total = 0
-    for part in parts:
-        size = part.path.stat().st_size
-        total += size
-        last = max((info.offset + info.n_bytes for info in part.tensors.values()), default=size)
-        alignment = part.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        if size > -(-last // alignment) * alignment:
-            yield f"{part.path.name}: has {size - last:,} bytes after its last tensor"
+    total = sum(part.n_bytes for part in parts)
     yield from _differs(f"gguf {file}: n_bytes", n_bytes, total, "the file")
 
 

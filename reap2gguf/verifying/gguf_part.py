@@ -24,6 +24,7 @@ from reap2gguf.verifying.gguf_file import (
     expected_side,
     open_gguf,
 )
+from reap2gguf.verifying.gguf_layout import check_layout
 from reap2gguf.verifying.imatrix_files import check_dat, check_entries, check_imatrix, open_imatrix
 from reap2gguf.verifying.report import Level
 
@@ -114,6 +115,7 @@ class GgufPart:
             yield from check_side_facts(check.manifest, side, header)
         if not check.strictness.reads_values:
             if header is not None and expected.tensor_types is not None:
+                yield from check_layout(header)
                 yield from check_tensor_types(header, expected.tensor_types)
             return
         source = None
