@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatc
         refuse_at(patch, stages, "export_model")
         with pytest.raises(KeyboardInterrupt):
             build(model, output)
+
+
+def stop_while_naming(
+    n_renames: int, model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> None:
+    """A build that is interrupted when some of its folders have their final names."""
+    replace, done = os.replace, []
+
+    def replace_some(source: Any, target: Any) -> None:
+        if Path(target).parent == output:
+            if len(done) == n_renames:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_some)
+        with pytest.raises(KeyboardInterrupt):
+            build(model, output, **changes)
 
 
 def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:

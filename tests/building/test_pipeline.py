@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -40,6 +39,7 @@ from tests.building.builds import (
     refuse_at,
     stages_reused,
     stop_before_export,
+    stop_while_naming,
 )
 from tests.conftest import Bundle
 from tests.tiny import EXAMPLE, TinyQwen3Moe
@@ -319,19 +319,7 @@ def test_an_interrupted_record_is_written_anew(
 def test_an_interrupted_publication_is_carried_through(
     n_renames: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace, done = os.replace, []
-
-    def replace_some(source: Any, target: Any) -> None:
-        if Path(target).parent == tmp_path / "out":
-            if len(done) == n_renames:
-                raise KeyboardInterrupt
-            done.append(target)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace_some)
-        with pytest.raises(KeyboardInterrupt):
-            build(tiny, tmp_path / "out")
+    stop_while_naming(n_renames, tiny, tmp_path / "out", monkeypatch)
     result = build(tiny, tmp_path / "out")
     assert stages_reused(result) == {}, "nothing was left to do but to give names"
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()

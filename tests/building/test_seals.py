@@ -14,44 +14,27 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building import pipeline, verify_stage
 from reap2gguf.building.pipeline import BuildResult
-from reap2gguf.building.plan import make_plan
 from reap2gguf.building.seals import Seal, changed, read_seals, seal, stamps, unsealed
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import ArtifactError, OutputError, VerificationError
-from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import verify_bundle
-from tests.tiny import REPOSITORY
+from tests.building import builds
 
-PROSE = REPOSITORY / "calibration" / "prose.txt"
+RECIPES = ("bf16", "q8_0")
 NAME = "tiny-REAP-0.25"
 
 
 def build(source: Path, output: Path) -> BuildResult:
-    options = BuildOptions(
-        recipes=("bf16", "q8_0"),
-        model=str(source),
-        output=output,
-        compression=0.25,
-        calibration=CalibrationOptions(str(PROSE), samples=4, max_length=64),
-        chunk=64,
-        compute=ComputeOptions(device="cpu"),
-    )
-    result = pipeline.build(make_plan(options), Silent())
-    assert result is not None
-    return result
+    return builds.build(source, output, recipes=RECIPES)
 
 
 def stopped_before(
     step: str, module: Any, source: Path, output: Path, patch: pytest.MonkeyPatch
 ) -> Workdir:
     """The work folder of a build that was interrupted at a function of a module."""
-
-    def interrupt(*arguments: Any, **named: Any) -> None:
-        raise KeyboardInterrupt
-
     with patch.context() as patched:
-        patched.setattr(module, step, interrupt)
+        builds.refuse_at(patched, module, step)
         with pytest.raises(KeyboardInterrupt):
             build(source, output)
     return Workdir(output, NAME)
@@ -67,10 +50,6 @@ def damage(path: Path, keep_time: bool) -> None:
         file.write(bytes([byte[0] ^ 0x55]))
     if keep_time:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-
-def reused(result: BuildResult) -> dict[str, bool]:
-    return {stage.name: stage.reused for stage in result.stages}
 
 
 FILES = [
@@ -93,7 +72,7 @@ def test_damage_after_the_verification_is_not_published(
     work = stopped_before("write_record", pipeline, tiny, output, monkeypatch)
     damage(work.root / file, keep_time=False)
     result = build(tiny, output)
-    assert reused(result)["verify"] is False
+    assert builds.stages_reused(result)["verify"] is False
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
 
 
@@ -107,7 +86,7 @@ def test_damage_that_keeps_the_time_is_not_published(
     damage(work.root / file, keep_time=True)
     if "imatrix" in file:  # an input of what follows: made again
         result = build(tiny, output)
-        assert reused(result)["imatrix"] is False
+        assert builds.stages_reused(result)["imatrix"] is False
         assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
         return
     with pytest.raises(VerificationError) as caught:
@@ -124,7 +103,7 @@ def test_an_interrupted_build_reuses_what_is_unchanged(
 ) -> None:
     output = tmp_path / "out"
     stopped_before("write_record", pipeline, tiny, output, monkeypatch)
-    assert all(reused(build(tiny, output)).values())
+    assert all(builds.stages_reused(build(tiny, output)).values())
 
 
 def test_a_damaged_export_is_not_verified_but_made_again(
@@ -134,9 +113,9 @@ def test_a_damaged_export_is_not_verified_but_made_again(
     work = stopped_before("check_pruned", verify_stage, tiny, output, monkeypatch)
     damage(work.gguf / f"{NAME}-Q8_0.gguf", keep_time=False)
     result = build(tiny, output)
-    assert reused(result)["prune"] is True
-    assert reused(result)["imatrix"] is True
-    assert reused(result)["export"] is False
+    assert builds.stages_reused(result)["prune"] is True
+    assert builds.stages_reused(result)["imatrix"] is True
+    assert builds.stages_reused(result)["export"] is False
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
 
 
@@ -189,24 +168,13 @@ def test_a_stray_in_the_work_folder_is_not_published(
 def test_damage_while_the_folders_get_their_names(
     n_renames: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, replace, done = tmp_path / "out", os.replace, []
-
-    def replace_some(source: Any, target: Any) -> None:
-        if Path(target).parent == output:
-            if len(done) == n_renames:
-                raise KeyboardInterrupt
-            done.append(target)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace_some)
-        with pytest.raises(KeyboardInterrupt):
-            build(tiny, output)
+    output = tmp_path / "out"
+    builds.stop_while_naming(n_renames, tiny, output, monkeypatch, recipes=RECIPES)
     work = Workdir(output, NAME)
     damage((work.hf if n_renames == 0 else work.final_hf) / "model.safetensors", keep_time=False)
     result = build(tiny, output)
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
-    assert reused(result)["prune"] is False
+    assert builds.stages_reused(result)["prune"] is False
 
 
 @pytest.mark.parametrize(
