@@ -47,7 +47,7 @@ from reap2gguf.observing.sweep import sweep
 from reap2gguf.observing.sweep_plan import resolve_device
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import Task
-from reap2gguf.terminal.click_options import read_size
+from reap2gguf.terminal.option_types import read_size
 
 PEERS = {"llm-compressor": Path(__file__).with_name("peer_llm_compressor.py")}
 

@@ -15,18 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api import (
+    from reap2gguf.api.builds import build, plan, verify
+    from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
         Selection,
-        build,
         imatrix,
         observe,
-        plan,
         prune,
         quantize,
         select,
-        verify,
     )
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.pipeline import BuildResult
@@ -63,18 +61,16 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api": (
+    "api.builds": ("build", "plan", "verify"),
+    "api.stages": (
         "PruneResult",
         "QuantizeResult",
         "Selection",
-        "build",
         "imatrix",
         "observe",
-        "plan",
         "prune",
         "quantize",
         "select",
-        "verify",
     ),
     "artifacts.observations": ("Observations",),
     "building.pipeline": ("BuildResult",),

@@ -12,7 +12,6 @@ import reap2gguf
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import processes
 from reap2gguf.terminal.click_options import (
-    FolderPath,
     build_options,
     collect,
     json_option,
@@ -22,6 +21,7 @@ from reap2gguf.terminal.click_options import (
 )
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, command, option
+from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
     from reap2gguf.building.estimate import Estimate

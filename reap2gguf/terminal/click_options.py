@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import click
 
 from reap2gguf.machine import available_threads
-from reap2gguf.messages import shown
 from reap2gguf.options import (
     DEVICES,
     DTYPES,
@@ -34,57 +32,8 @@ from reap2gguf.terminal.help import (
     Number,
     option,
 )
+from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType, SizeType
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_MOST_BYTES = 2**60
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
-
-
-def read_size(text: str) -> int:
-    """Bytes of "12GiB", "12G" (the same) or "12GB" (powers of 1000).
-
-    Raises ValueError if `text` is not a size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{shown(text)} is not a size such as 12GiB")
-    letter = match[2].upper()
-    decimal = bool(letter) and not match[3] and text.strip().upper().endswith("B")
-    unit = 1000 ** "KMGT".index(letter) * 1000 if decimal else _UNITS[letter]
-    amount = float(match[1]) * unit
-    if amount > _MOST_BYTES:
-        raise ValueError(f"{shown(text)} is too large, expected at most 1024 PiB")
-    return int(amount)
-
-
-class SizeType(click.ParamType):  # type: ignore[type-arg]
-    """An amount of memory."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return read_size(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class LabelType(click.ParamType):  # type: ignore[type-arg]
-    """A recipe and the label of its file."""
-
-    name = "label"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
-        recipe, equals, label = str(value).rpartition("=")
-        if not equals or not recipe or not label:
-            self.fail(f"{shown(value)} is not RECIPE=LABEL", param, ctx)
-        return recipe, label
-
-
-FilePath = click.Path(path_type=Path, dir_okay=False)
-FolderPath = click.Path(path_type=Path)
 # the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
 

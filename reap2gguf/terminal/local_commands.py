@@ -15,13 +15,13 @@ import click
 
 from reap2gguf.errors import UsageError
 from reap2gguf.terminal.click_options import (
-    FolderPath,
     llama_cpp_option,
     output_options,
     threads_option,
 )
 from reap2gguf.terminal.console import is_verbose, say, say_piece
 from reap2gguf.terminal.help import ANSWER, COMPUTE, MODEL, SERVER, F, Number, command, option
+from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.pick import ModelFile

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from reap2gguf.messages import size
-from reap2gguf.terminal.click_options import FolderPath, SizeType, output_options, threads_option
+from reap2gguf.terminal.click_options import (
+    output_options,
+    threads_option,
+)
 from reap2gguf.terminal.console import say, say_all, terminal_progress
 from reap2gguf.terminal.help import command, option
+from reap2gguf.terminal.option_types import FolderPath, SizeType
 
 if TYPE_CHECKING:
     from reap2gguf.publishing.push import Preview

@@ -11,8 +11,6 @@ import reap2gguf
 from reap2gguf.messages import size
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.terminal.click_options import (
-    FilePath,
-    FolderPath,
     calibration_options,
     collect_compute,
     compute_options,
@@ -25,6 +23,7 @@ from reap2gguf.terminal.click_options import (
 )
 from reap2gguf.terminal.console import say, terminal_progress
 from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
+from reap2gguf.terminal.option_types import FilePath, FolderPath
 
 
 @command()

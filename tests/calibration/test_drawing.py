@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from reap2gguf import api
+from reap2gguf.api import stages
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.pipeline import build
@@ -207,12 +207,12 @@ def test_an_estimate_knows_the_components(files: tuple[Path, Path], tmp_path: Pa
 
 def test_processes_that_read_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first process's hash is another's, as where a dataset changes while they begin."""
-    monkeypatch.setattr(api, "processes", lambda: Ranks(1, 1, 2))
+    monkeypatch.setattr(stages, "processes", lambda: Ranks(1, 1, 2))
     monkeypatch.setattr(Ranks, "broadcast", lambda here, word: "first")
     monkeypatch.setattr(ranks, "join", lambda: Ranks(1, 1, 2))
-    api._check_same_rows("first")
+    stages._check_same_rows("first")
     with pytest.raises(CalibrationError, match="have read different calibration rows"):
-        api._check_same_rows("other")
+        stages._check_same_rows("other")
 
 
 @pytest.mark.parametrize(

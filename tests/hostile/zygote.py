@@ -20,7 +20,8 @@ from tests.child import end_in_time
 
 
 def main() -> None:
-    import reap2gguf.api
+    import reap2gguf.api.builds
+    import reap2gguf.api.stages
     import reap2gguf.building.plan
     import reap2gguf.building.stages
     import reap2gguf.calibration.drawing

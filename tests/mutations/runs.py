@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from reap2gguf import api
+from reap2gguf.api import builds
 from reap2gguf.building import pipeline, verify_stage
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.layout import gguf_name
@@ -178,12 +178,12 @@ def _verify(run: Run, sound: Sound, damage: Damage | None, folder: Path) -> tupl
         copy.fix_hashes(damage.fix)
     more: dict[str, Any] = {}
     if run is Run.SOURCE:
-        offered = signature(api.verify).parameters
+        offered = signature(builds.verify).parameters
         # to quantize again takes the longest, and shows damage to values alone
         is_exact = damage is None or damage.group in _OF_VALUES
         wanted = {"source": sound.source, "exact": is_exact}
         more = {name: value for name, value in wanted.items() if name in offered}
-    return api.verify(copy.gguf, threads=1, **more).violations
+    return builds.verify(copy.gguf, threads=1, **more).violations
 
 
 def _check_changed(copy: Copy, hf: Path, gguf: Path, damage: Damage) -> None:

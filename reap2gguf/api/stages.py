@@ -1,32 +1,22 @@
-"""The library: Python functions that do what the commands do.
-
-`build` does everything; the others are its stages, one at a time. Each takes a MODEL as the command
-line does: a local folder, or `owner/name[@revision]` on the Hub. With `follow_links` the weights of
-a folder (*.safetensors) may be links to any place. Errors are Reap2ggufErrors, with the message
-that the command line would print. Long work calls `progress`, if one is given, with a
-`ProgressEvent` now and then.
-
-torch and transformers are loaded inside the functions that compute.
-"""
+"""The stages of a build, one at a time: observe, select, prune, imatrix and quantize."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.errors import ArtifactError, CalibrationError, OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     METHODS,
     MTP_CHOICES,
-    BuildOptions,
     CalibrationOptions,
     ComputeOptions,
     Resume,
-    check_bool,
     check_choice,
     check_labels,
     check_number,
@@ -35,22 +25,16 @@ from reap2gguf.options import (
     check_threads,
     given_or_new,
 )
-from reap2gguf.outputs import drop_states, keep_inputs, output_file, output_path
-from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent
+from reap2gguf.outputs import drop_states, output_file, output_path
+from reap2gguf.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.pipeline import BuildResult
-    from reap2gguf.building.plan import Plan
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-    from reap2gguf.verifying.report import VerifyReport
-
-ProgressLike = Callable[[ProgressEvent], None] | Progress | None
-PathLike = Path | str
 
 
 @dataclass(frozen=True)
@@ -81,32 +65,6 @@ class QuantizeResult:
     tensor_types: Mapping[str, str]  # GGUF tensor name -> GGML type, such as Q4_K
 
 
-def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
-    """Decide what `build` will do, from headers alone.
-
-    Weights are read only where the config says that the output matrix is the embedding and
-    `lm_head.weight` is stored as well: the two are compared.
-
-    Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError, CalibrationError or
-    UsageError.
-    """
-    from reap2gguf.building.plan import make_plan
-
-    return make_plan(options, _progress(progress).note)
-
-
-def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> BuildResult | None:
-    """Prune, quantize, verify and bundle a model; an interrupted build is resumed.
-
-    Returns None in a process of torchrun that is not the first. Raises what `plan` raises,
-    OutputError, ObservationError, and VerificationError if what was written differs from the plan.
-    """
-    from reap2gguf.building.pipeline import build as run
-
-    decided = plan(options, progress=progress) if isinstance(options, BuildOptions) else options
-    return run(decided, _progress(progress))
-
-
 def observe(
     model: PathLike,
     output: PathLike,
@@ -131,9 +89,9 @@ def observe(
     decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
     files = ScannedFiles()
     check_calibration(decided, files)
-    output, shown = output_file(output), _progress(progress)
-    with _open(model, shown, follow_links=follow_links) as opened:
-        _keep_inputs(opened, [output], files.paths)
+    output, shown = output_file(output), to_progress(progress)
+    with open_named(model, shown, follow_links=follow_links) as opened:
+        keep_files(opened, [output], files.paths)
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
@@ -168,7 +126,7 @@ def select(
     experts that the model cannot run with.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
-    with _open(model, Silent(), mtp == "prune", follow_links) as opened:
+    with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
         return _select(opened, observations, keep_experts, compression, method)
 
 
@@ -189,9 +147,9 @@ def prune(
     Raises what `select` raises, OutputError if the folder exists or cannot be written, and
     VerificationError if what was written is not what was planned.
     """
-    output, shown = output_path(output), _progress(progress)
+    output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
-    with _open(model, shown, mtp == "prune", follow_links) as opened:
+    with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
         selection = _select(opened, observations, keep_experts, compression, method)
@@ -218,7 +176,7 @@ def imatrix(
     that `OUTPUT.state` holds. Raises CalibrationError, ObservationError, OutputError, UsageError,
     and what opening a model raises.
     """
-    output, text, shown = output_file(output), check_path("text", text), _progress(progress)
+    output, text, shown = output_file(output), check_path("text", text), to_progress(progress)
     check_number("chunk", chunk, 8)
     compute = given_or_new("compute", compute, ComputeOptions)
     if output.suffix == ".dat":
@@ -228,8 +186,8 @@ def imatrix(
 
     files = ScannedFiles()
     files.text(text)
-    with _open(model, shown, follow_links=follow_links) as opened:
-        _keep_inputs(opened, [output, dat], [text])
+    with open_named(model, shown, follow_links=follow_links) as opened:
+        keep_files(opened, [output, dat], [text])
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import imatrix_chunks
         from reap2gguf.gguf_files.imatrix import save_both
@@ -275,49 +233,21 @@ def quantize(
     if not isinstance(imatrix, Imatrix | None):
         inputs.append(imatrix := check_path("imatrix", imatrix))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
-    is_folder, shown = bool(str(output)) and os.path.isdir(str(output)), _progress(progress)
+    is_folder, shown = bool(str(output)) and os.path.isdir(str(output)), to_progress(progress)
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
     output = Path(output) if is_folder else output_file(output)
-    with _open(model, shown, follow_links=follow_links) as opened:
+    with open_named(model, shown, follow_links=follow_links) as opened:
         if is_folder:
             output /= model_file(opened.source.short_name, asked.label)
             output = output_file(output)
-        _keep_inputs(opened, [output], inputs)
+        keep_files(opened, [output], inputs)
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
         _export(opened, resolved, output, weighted_by, n_threads, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
-
-
-def verify(
-    *paths: PathLike,
-    source: PathLike | None = None,
-    exact: bool = False,
-    threads: int | None = None,
-    progress: ProgressLike = None,
-) -> VerifyReport:
-    """Check a bundle, or a safetensors folder and GGUF files made from it.
-
-    With `source`, the MODEL that was pruned, the bundle is compared with it byte for byte. `exact`
-    quantizes every tensor again and compares the bytes, which takes as long as the export did. The
-    report lists what is wrong, how strictly each file was compared, and what could not be checked.
-    Raises UsageError if the paths are neither, and what opening a model raises for `source`.
-    """
-    from reap2gguf.verifying.bundle import verify_paths
-    from reap2gguf.verifying.context import Strictness
-
-    check_bool("exact", exact)
-    given, n_threads = [check_path("path", path) for path in paths], check_threads(threads)
-    shown = _progress(progress)
-    if source is None:
-        return verify_paths(given, n_threads, shown, Strictness(exact))
-    from reap2gguf.verifying.against_source import open_source
-
-    with open_source(str(source), shown) as opened:
-        return verify_paths(given, n_threads, shown, Strictness(exact, opened))
 
 
 def _export(
@@ -347,19 +277,6 @@ def _export(
     remove(path)
 
 
-def _open(
-    name: PathLike, progress: Progress, keep_mtp: bool = True, follow_links: bool = False
-) -> OpenModel:
-    from reap2gguf.hub.opened import open_model
-
-    check_bool("follow_links", follow_links)
-    return open_model(str(name), progress, keep_mtp, follow_links)
-
-
-def _keep_inputs(opened: OpenModel, outputs: list[Path], inputs: Iterable[Path]) -> None:
-    keep_inputs(outputs, [*inputs, *opened.checkpoint.shards], opened.source.folder)
-
-
 def _select(
     opened: OpenModel,
     observations: Observations | PathLike,
@@ -384,14 +301,6 @@ def _select(
         )
     kept = select_experts(seen, method, target, opened.model.facts)
     return Selection(method, target.n_experts, target.n_kept, kept)
-
-
-def _progress(given: ProgressLike) -> Progress:
-    if given is None:
-        return Silent()
-    if not callable(given) and not hasattr(given, "task"):
-        raise UsageError(f"progress is {given!r}, expected a function or a Progress")
-    return CallbackProgress(given) if callable(given) else given
 
 
 def _check_same_rows(digest: str) -> None:
