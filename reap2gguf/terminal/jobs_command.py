@@ -1,0 +1,438 @@
+"""`reap2gguf jobs`: builds on rented machines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import reap2gguf
+from reap2gguf.errors import JobError, SourceError, UsageError
+from reap2gguf.terminal.build_commands import build
+from reap2gguf.terminal.click_options import collect, json_option, output_options
+from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.terminal.help import Number, command, option
+from reap2gguf.terminal.option_types import FolderPath
+
+if TYPE_CHECKING:
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.jobs.hub_jobs import HubJobs, Job
+    from reap2gguf.jobs.order import JobOptions, Order
+
+_ONLY_THERE = "the job chooses its own"
+_words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="build ...")
+_job_id = click.argument("job_id", metavar="ID")
+_namespace_option = option(
+    "--namespace",
+    metavar="OWNER",
+    help="Account or organization of the job.",
+    default_text="your account",
+)
+_push_kind = option("--private/--public", default=True, help="Kind of repositories to create.")
+
+
+@click.group()
+def jobs() -> None:
+    """Build on rented machines.
+
+    `run` starts a job of Hugging Face Jobs that builds and pushes. `here` is what runs on the
+    machine, there or on any other: it saves the work of a build and resumes it elsewhere.
+
+    \b
+    Example:
+      reap2gguf jobs run --dry-run -- build Qwen/Qwen3-30B-A3B --recipe q4km
+      reap2gguf jobs run -- build Qwen/Qwen3-30B-A3B --recipe q4km
+    """
+
+
+@command("run")
+@option("--flavor", metavar="NAME", help="Machine.", default_text="the cheapest that fits")
+@option("--timeout", metavar="TIME", help="Time limit, e.g. 3h.", default_text="3 x the estimate")
+@option(
+    "--push",
+    "target",
+    metavar="OWNER/NAME",
+    help="Repositories for the results.",
+    default_text="your account, and the bundle's name",
+)
+@_push_kind
+@option(
+    "--storage",
+    metavar="OWNER/BUCKET",
+    help="Bucket for unfinished work; it is created private.",
+    default_text="reap2gguf-work of your account",
+)
+@option("--no-storage", is_flag=True, help="Save no unfinished work: nothing can be resumed.")
+@_namespace_option
+@option(
+    "--ref",
+    metavar="REF",
+    help="Tag, branch or commit of reap2gguf to install.",
+    default_text="that of this version",
+)
+@option("--package", metavar="URL", help="Install this instead, such as a wheel's URL.")
+@option("--image", metavar="IMAGE", help="Docker image with uv and a C compiler.")
+@option(
+    "--attempts",
+    type=Number(1, 10),
+    default=1,
+    metavar="N",
+    help="Times that a failed job is started in all; each resumes the one before.",
+)
+@option("--detach", is_flag=True, help="Do not follow the log.")
+@option("--dry-run", is_flag=True, help="Show what would be sent, without a network.")
+@json_option
+@output_options
+@_words
+def jobs_run(
+    words: tuple[str, ...],
+    namespace: str | None,
+    detach: bool,
+    dry_run: bool,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Build on Hugging Face Jobs, and push.
+
+    The machine is the one on which the job costs least. The results go to private repositories.
+    Your token travels as a secret. Unfinished work is saved in a private bucket: run the same
+    command again to resume a job that was interrupted. Ctrl-C stops following the log, not the job.
+
+    \b
+    Example:
+      reap2gguf jobs run --dry-run -- build Qwen/Qwen3-30B-A3B --recipe q4km
+      reap2gguf jobs run --timeout 3h -- build Qwen/Qwen3-30B-A3B --recipe q4km --recipe q8_0
+    """
+    from reap2gguf.jobs.hub_jobs import HubJobs
+
+    options = _job_options(arguments)
+    hub = None if dry_run else HubJobs(namespace, say)
+    order = _order(options, words, hub, namespace)
+    if hub is None:
+        if as_json:
+            say_json(order.as_json())
+        else:
+            say_all([*order.lines(), *_command_lines(order)])
+        return
+    if order.request.storage:
+        hub.make_bucket(order.request.storage)
+    if not as_json:
+        say_all(order.lines())
+    job = hub.start(order.request)
+    if as_json:
+        say_json({**order.as_json(), "job": job.as_json()})
+    else:
+        say(f"started {job.id}  {job.url}", "result")
+    if detach or as_json:
+        say(f"follow it with: reap2gguf jobs logs {job.id}")
+        return
+    _follow(hub, job.id)
+    say_all(f"{hub.endpoint}/{repo}" for repo in order.repos)
+
+
+def _job_options(arguments: dict[str, Any]) -> JobOptions:
+    """The options of `jobs run` as one value, checked before anything is planned."""
+    from reap2gguf.jobs.hub_jobs import checked_bucket
+    from reap2gguf.jobs.order import JobOptions, read_timeout
+
+    timeout, storage = arguments["timeout"], arguments["storage"]
+    _check_target(arguments["target"])
+    return JobOptions(
+        arguments["flavor"],
+        None if timeout is None else read_timeout(timeout),
+        arguments["target"],
+        arguments["private"],
+        None if storage is None else checked_bucket(storage),
+        not arguments["no_storage"],
+        arguments["ref"],
+        arguments["package"],
+        arguments["image"],
+        arguments["attempts"],
+    )
+
+
+def _check_target(target: str | None) -> None:
+    from reap2gguf.publishing.remote import check_name
+
+    if target is not None:
+        check_name(target)
+
+
+def _order(
+    options: JobOptions, words: tuple[str, ...], hub: HubJobs | None, namespace: str | None
+) -> Order:
+    """Plan the build, and choose the machine."""
+    from reap2gguf.jobs.flavors import TABLE
+    from reap2gguf.jobs.hub_jobs import no_network
+    from reap2gguf.jobs.needs import needs_of
+    from reap2gguf.jobs.order import make_order
+    from reap2gguf.jobs.request import with_files
+
+    arguments = _build_arguments(words, for_elsewhere=True)
+    if arguments["model"] is None:
+        raise UsageError("MODEL is missing: name one on the Hub, such as Qwen/Qwen3-30B-A3B")
+    if hub is not None:
+        plan = _plan(arguments)
+    else:
+        with no_network():
+            plan = _plan_from_cache(arguments)
+    sent, files = with_files(words[1:], arguments["recipes"])
+    say(f"{plan.source.label} -> {plan.name}")
+    listed = hub.flavors() if hub is not None else None
+    owner = namespace if hub is None else hub.namespace
+    return make_order(
+        options,
+        sent,
+        files,
+        plan.name,
+        needs_of(plan),
+        listed or TABLE,
+        owner,
+        is_listed=listed is not None,
+    )
+
+
+def _build_arguments(words: tuple[str, ...], *, for_elsewhere: bool) -> dict[str, Any]:
+    """The arguments of the `build` command in `words`, checked as `build` checks them.
+
+    Raises UsageError for anything else; with `for_elsewhere` also for files of this machine.
+    """
+    if words[:1] != ("build",):
+        raise UsageError("expected a build after --: reap2gguf jobs run -- build MODEL --recipe R")
+    with build.make_context("reap2gguf build", list(words[1:])) as context:
+        given = context.get_parameter_source
+        for parameter in build.params:
+            name, value = parameter.name or "", context.params.get(parameter.name or "")
+            is_given = given(name) is not click.core.ParameterSource.DEFAULT
+            if name == "output" and is_given:
+                raise UsageError(f"--output: {_ONLY_THERE}; leave it out")
+            if for_elsewhere and is_given and value is not None:
+                _check_not_local(parameter, value)
+        return dict(context.params)
+
+
+def _check_not_local(parameter: click.Parameter, value: Any) -> None:
+    """Refuse a file or folder of this machine, which the other one does not have."""
+    option_name = parameter.opts[0]
+    is_path = isinstance(parameter.type, click.Path)
+    is_model = parameter.name == "model"
+    is_text = parameter.name == "spec"
+    if is_path or ((is_model or is_text) and Path(str(value)).expanduser().exists()):
+        what = "MODEL" if is_model else option_name
+        advice = "use a repository on the Hub (owner/name)"
+        raise UsageError(f"{what} {value}: a file or folder of this machine, not there; {advice}")
+
+
+def _plan(arguments: dict[str, Any]) -> Plan:
+    fresh, space_check = arguments.pop("fresh"), arguments.pop("space_check")
+    options = collect(arguments, fresh, space_check)
+    return reap2gguf.plan(options, progress=terminal_progress())
+
+
+def _plan_from_cache(arguments: dict[str, Any]) -> Plan:
+    try:
+        return _plan(arguments)
+    except SourceError as error:
+        raise SourceError(
+            f"{arguments['model']}: its config and headers are not in the cache, and --dry-run "
+            f"uses no network; run `reap2gguf plan {arguments['model']} ...` first, or drop "
+            "--dry-run"
+        ) from error
+
+
+def _command_lines(order: Order) -> Iterable[str]:
+    yield "  command:"
+    for line in order.request.script.splitlines():
+        yield f"    {line}"
+    yield "nothing was sent"
+
+
+@command("needs")
+@option("--sky", is_flag=True, help="Print options for `sky launch`.")
+@output_options
+@_words
+def jobs_needs(words: tuple[str, ...], sky: bool) -> None:
+    """Show what a build needs of a machine.
+
+    Prints JSON: GPU memory, memory, disk and time of a plan, for a machine that has nothing yet.
+
+    \b
+    Example:
+      reap2gguf jobs needs -- build Qwen/Qwen3-30B-A3B --recipe q4km
+      reap2gguf jobs needs --sky -- build Qwen/Qwen3-30B-A3B --recipe q4km
+    """
+    from reap2gguf.jobs.needs import needs_of, sky_options
+
+    arguments = _build_arguments(words, for_elsewhere=False)
+    needs = needs_of(_plan(arguments))
+    if sky:
+        say(sky_options(needs), "result")
+    else:
+        say_json(needs.as_json())
+
+
+@command("here")
+@option(
+    "--output",
+    type=FolderPath,
+    default=Path("build"),
+    metavar="DIR",
+    help="Folder on a local disk.",
+)
+@option("--storage", type=FolderPath, metavar="DIR", help="Mounted bucket or volume for the work.")
+@option("--push", "target", metavar="OWNER/NAME", help="Publish the finished bundle.")
+@_push_kind
+@option(
+    "--save-seconds",
+    type=Number(1, 86400),
+    default=60,
+    metavar="S",
+    help="Time between two saved states, at least.",
+)
+@output_options
+@_words
+def jobs_here(
+    words: tuple[str, ...],
+    output: Path,
+    storage: Path | None,
+    target: str | None,
+    private: bool,
+    save_seconds: int,
+) -> None:
+    """Build on this machine, saved elsewhere.
+
+    Restores the work in --storage, builds, saves the work while it runs, and pushes the bundle. For
+    machines that may be taken away: the same command on another machine resumes. The build works
+    in --output, on a local disk; --storage needs neither locks nor renames.
+
+    \b
+    Example:
+      reap2gguf jobs here --storage /mnt/qwen -- build Qwen/Qwen3-30B-A3B --recipe q4km
+    """
+    from reap2gguf.jobs.here import HereOptions, work_here
+
+    _build_arguments(words, for_elsewhere=False)
+    _check_target(target)
+    options = HereOptions(words[1:], output, storage, target, private, save_seconds)
+    if code := work_here(options, say):
+        sys.exit(code)
+
+
+@command("list")
+@_namespace_option
+@json_option
+@output_options
+def jobs_list(namespace: str | None, as_json: bool) -> None:
+    """List jobs of reap2gguf.
+
+    \b
+    Example:
+      reap2gguf jobs list
+    """
+    from reap2gguf.jobs.hub_jobs import HubJobs
+
+    found = HubJobs(namespace, say).all()
+    if as_json:
+        say_json([job.as_json() for job in found])
+    elif found:
+        say_all(map(_job_line, found))
+    else:
+        say("no jobs of reap2gguf", "result")
+
+
+@command("status")
+@_job_id
+@_namespace_option
+@json_option
+@output_options
+def jobs_status(job_id: str, namespace: str | None, as_json: bool) -> None:
+    """Show what a job is doing.
+
+    \b
+    Example:
+      reap2gguf jobs status 687fb701029421ae5549d998
+    """
+    from reap2gguf.jobs.hub_jobs import HubJobs
+
+    job = HubJobs(namespace, say).look(job_id)
+    if as_json:
+        say_json(job.as_json())
+    else:
+        say(_job_line(job), "result")
+
+
+@command("logs")
+@_job_id
+@option("--follow/--no-follow", default=True, help="Wait for more until the job ends.")
+@_namespace_option
+@output_options
+def jobs_logs(job_id: str, follow: bool, namespace: str | None) -> None:
+    """Print and follow a job's log.
+
+    Exits with 2 if the job failed. Ctrl-C stops following, not the job.
+
+    \b
+    Example:
+      reap2gguf jobs logs 687fb701029421ae5549d998
+    """
+    from reap2gguf.jobs.hub_jobs import HubJobs
+
+    hub = HubJobs(namespace, say)
+    if follow:
+        _follow(hub, job_id)
+    else:
+        say_all(hub.logs(job_id, follow=False))
+
+
+@command("cancel")
+@_job_id
+@_namespace_option
+@output_options
+def jobs_cancel(job_id: str, namespace: str | None) -> None:
+    """End a job. Its saved work remains.
+
+    \b
+    Example:
+      reap2gguf jobs cancel 687fb701029421ae5549d998
+    """
+    from reap2gguf.jobs.hub_jobs import HubJobs
+
+    HubJobs(namespace, say).cancel(job_id)
+    say(f"{job_id}: canceled", "result")
+
+
+def _follow(hub: HubJobs, job_id: str) -> None:
+    """Print a job's log until it ends. Raises JobError if it failed."""
+    try:
+        say_all(hub.logs(job_id, follow=True))
+        job = hub.wait(job_id)
+    except KeyboardInterrupt:
+        say(
+            f"Stopped following; the job goes on. Follow: reap2gguf jobs logs {job_id}; end it: "
+            f"reap2gguf jobs cancel {job_id}",
+            "error",
+        )
+        sys.exit(130)
+    if job.stage != "COMPLETED":
+        reason = f" ({job.message})" if job.message else ""
+        advice = "run the same `jobs run` again to resume" if job.has_ended else "look again later"
+        raise JobError(f"{job_id}: {job.stage.lower()}{reason}; {advice}")
+    say(_job_line(job), "result")
+
+
+def _job_line(job: Job) -> str:
+    from reap2gguf.messages import duration
+
+    ran = f", {duration(job.seconds)}" if job.seconds is not None else ""
+    reason = f", {job.message}" if job.message else ""
+    return f"{job.id}  {job.stage.lower()}{reason}{ran}, {job.flavor}  {job.name}  {job.url}"
+
+
+for _command in (
+    *(jobs_run, jobs_here, jobs_needs, jobs_list, jobs_status, jobs_logs, jobs_cancel),
+):
+    _command.allow_interspersed_args = False  # the options of `build` are not its own
+    jobs.add_command(_command)
