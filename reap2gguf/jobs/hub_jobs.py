@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -250,16 +249,3 @@ def checked_bucket(text: str) -> str:
     if not (owner and slash and name) or "/" in name or not text.isprintable():
         raise JobError(f"--storage {shown(text)}: expected a bucket, such as owner/name")
     return f"{owner}/{name}"
-
-
-@contextmanager
-def no_network() -> Iterator[None]:
-    """Let huggingface_hub read its cache alone while the context is open."""
-    from huggingface_hub import constants
-
-    earlier = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = earlier

@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import reap2gguf
-from reap2gguf.errors import JobError, SourceError, UsageError
-from reap2gguf.terminal.build_commands import build
-from reap2gguf.terminal.click_options import collect, json_option, output_options
-from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.errors import JobError, UsageError
+from reap2gguf.terminal.build_words import build_arguments, plan_of
+from reap2gguf.terminal.click_options import json_option, output_options
+from reap2gguf.terminal.console import say, say_all, say_json
 from reap2gguf.terminal.help import Number, command, option
 from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
-    from reap2gguf.building.plan import Plan
     from reap2gguf.jobs.hub_jobs import HubJobs, Job
     from reap2gguf.jobs.order import JobOptions, Order
 
-_ONLY_THERE = "the job chooses its own"
 _words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="build ...")
 _job_id = click.argument("job_id", metavar="ID")
 _namespace_option = option(
@@ -83,7 +80,7 @@ def jobs() -> None:
     help="Times that a failed job is started in all; each resumes the one before.",
 )
 @option("--detach", is_flag=True, help="Do not follow the log.")
-@option("--dry-run", is_flag=True, help="Show what would be sent, without a network.")
+@option("--dry-run", is_flag=True, help="Show what would be sent; send nothing.")
 @json_option
 @output_options
 @_words
@@ -166,19 +163,14 @@ def _order(
 ) -> Order:
     """Plan the build, and choose the machine."""
     from reap2gguf.jobs.flavors import TABLE
-    from reap2gguf.jobs.hub_jobs import no_network
     from reap2gguf.jobs.needs import needs_of
     from reap2gguf.jobs.order import make_order
     from reap2gguf.jobs.request import with_files
 
-    arguments = _build_arguments(words, for_elsewhere=True)
+    arguments = build_arguments(words, for_elsewhere=True)
     if arguments["model"] is None:
         raise UsageError("MODEL is missing: name one on the Hub, such as Qwen/Qwen3-30B-A3B")
-    if hub is not None:
-        plan = _plan(arguments)
-    else:
-        with no_network():
-            plan = _plan_from_cache(arguments)
+    plan = plan_of(arguments)
     sent, files = with_files(words[1:], arguments["recipes"])
     say(f"{plan.source.label} -> {plan.name}")
     listed = hub.flavors() if hub is not None else None
@@ -193,54 +185,6 @@ def _order(
         owner,
         is_listed=listed is not None,
     )
-
-
-def _build_arguments(words: tuple[str, ...], *, for_elsewhere: bool) -> dict[str, Any]:
-    """The arguments of the `build` command in `words`, checked as `build` checks them.
-
-    Raises UsageError for anything else; with `for_elsewhere` also for files of this machine.
-    """
-    if words[:1] != ("build",):
-        raise UsageError("expected a build after --: reap2gguf jobs run -- build MODEL --recipe R")
-    with build.make_context("reap2gguf build", list(words[1:])) as context:
-        given = context.get_parameter_source
-        for parameter in build.params:
-            name, value = parameter.name or "", context.params.get(parameter.name or "")
-            is_given = given(name) is not click.core.ParameterSource.DEFAULT
-            if name == "output" and is_given:
-                raise UsageError(f"--output: {_ONLY_THERE}; leave it out")
-            if for_elsewhere and is_given and value is not None:
-                _check_not_local(parameter, value)
-        return dict(context.params)
-
-
-def _check_not_local(parameter: click.Parameter, value: Any) -> None:
-    """Refuse a file or folder of this machine, which the other one does not have."""
-    option_name = parameter.opts[0]
-    is_path = isinstance(parameter.type, click.Path)
-    is_model = parameter.name == "model"
-    is_text = parameter.name == "spec"
-    if is_path or ((is_model or is_text) and Path(str(value)).expanduser().exists()):
-        what = "MODEL" if is_model else option_name
-        advice = "use a repository on the Hub (owner/name)"
-        raise UsageError(f"{what} {value}: a file or folder of this machine, not there; {advice}")
-
-
-def _plan(arguments: dict[str, Any]) -> Plan:
-    fresh, space_check = arguments.pop("fresh"), arguments.pop("space_check")
-    options = collect(arguments, fresh, space_check)
-    return reap2gguf.plan(options, progress=terminal_progress())
-
-
-def _plan_from_cache(arguments: dict[str, Any]) -> Plan:
-    try:
-        return _plan(arguments)
-    except SourceError as error:
-        raise SourceError(
-            f"{arguments['model']}: its config and headers are not in the cache, and --dry-run "
-            f"uses no network; run `reap2gguf plan {arguments['model']} ...` first, or drop "
-            "--dry-run"
-        ) from error
 
 
 def _command_lines(order: Order) -> Iterable[str]:
@@ -266,8 +210,8 @@ def jobs_needs(words: tuple[str, ...], sky: bool) -> None:
     """
     from reap2gguf.jobs.needs import needs_of, sky_options
 
-    arguments = _build_arguments(words, for_elsewhere=False)
-    needs = needs_of(_plan(arguments))
+    arguments = build_arguments(words, for_elsewhere=False)
+    needs = needs_of(plan_of(arguments))
     if sky:
         say(sky_options(needs), "result")
     else:
@@ -314,7 +258,7 @@ def jobs_here(
     """
     from reap2gguf.jobs.here import HereOptions, work_here
 
-    _build_arguments(words, for_elsewhere=False)
+    build_arguments(words, for_elsewhere=False)
     _check_target(target)
     options = HereOptions(words[1:], output, storage, target, private, save_seconds)
     if code := work_here(options, say):
@@ -431,8 +375,7 @@ def _job_line(job: Job) -> str:
     return f"{job.id}  {job.stage.lower()}{reason}{ran}, {job.flavor}  {job.name}  {job.url}"
 
 
-for _command in (
-    *(jobs_run, jobs_here, jobs_needs, jobs_list, jobs_status, jobs_logs, jobs_cancel),
-):
-    _command.allow_interspersed_args = False  # the options of `build` are not its own
+for _command in (jobs_run, jobs_here, jobs_needs):
+    _command.allow_interspersed_args = False  # the options of `build` are not theirs
+for _command in (jobs_run, jobs_here, jobs_needs, jobs_list, jobs_status, jobs_logs, jobs_cancel):
     jobs.add_command(_command)
