@@ -49,7 +49,8 @@ class _Group(click.Group):
             _fail(error, error.exit_code)
         except KeyboardInterrupt:
             if processes().is_first:  # one message for all processes
-                is_resumable = ctx.invoked_subcommand in _RESUMABLE
+                is_here = sys.argv[1:3] == ["jobs", "here"]
+                is_resumable = is_here or ctx.invoked_subcommand in _RESUMABLE
                 advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if is_resumable else ""
                 say(f"Interrupted.{advice}", "error")
             sys.exit(130)

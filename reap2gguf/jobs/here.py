@@ -6,13 +6,14 @@ storage, the group is stopped (SIGSTOP): so what is saved is what a kill would l
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ SAVE_SECONDS = 60  # between two saved states, at least
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 20.0  # for a build to end in order before its machine is taken away
 _PROGRAM = (sys.executable, "-m", "reap2gguf")
+_SET_PDEATHSIG = 1  # of prctl(2)
 SHARED = (".work/observations/", ".work/texts/")  # what builds of one output share
 
 
@@ -95,7 +97,9 @@ def _run_saving(
 ) -> int:
     """Run a command of this program, and save its work while it runs and when it ends."""
     # a session of its own: Ctrl-C reaches this process alone, and a stop only the build
-    process = subprocess.Popen([*_PROGRAM, *words], start_new_session=True)
+    process = subprocess.Popen(
+        [*_PROGRAM, *words], start_new_session=True, preexec_fn=_end_with(os.getpid())
+    )
     try:
         _watch(process, storage, save_seconds, note)
     except KeyboardInterrupt:
@@ -110,6 +114,23 @@ def _run_saving(
     if storage is not None:
         _save(storage, None, note)
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _end_with(parent: int) -> Callable[[], None] | None:
+    """What a new process calls so that it is killed with this one; None where that cannot be.
+
+    A build that this process has stopped would otherwise wait, and keep its lock, for ever.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def set_signal() -> None:
+        prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGKILL)
+
+    return set_signal
 
 
 def _watch(

@@ -8,8 +8,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import estimate
-from reap2gguf.errors import JobError
-from reap2gguf.messages import size
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -65,8 +63,9 @@ class Needs:
         return self.gpu_memory_bytes > 0
 
     def as_json(self) -> dict[str, Any]:
-        """The numbers for programs, with the time limit for an H100."""
-        return {**asdict(self), "timeout_seconds": self.timeout("H100")}
+        """The numbers for programs, with the time limit for each GPU model."""
+        limits = {gpu: self.timeout(gpu) for gpu in GPU_SPEEDS}
+        return {**asdict(self), "timeout_seconds": limits}
 
 
 def needs_of(plan: Plan) -> Needs:
@@ -84,27 +83,4 @@ def needs_of(plan: Plan) -> Needs:
         int(_SPARE * (source + needed.disk_bytes + needed.state_bytes)) + _SYSTEM_DISK,
         needed.seconds,
         _SETUP_SECONDS + transfers,
-    )
-
-
-def sky_options(needs: Needs) -> str:
-    """Options of `sky launch` and `sky jobs launch` for these needs.
-
-    SkyPilot takes the cheapest of the GPUs that are named.
-    """
-    sizes = {"A10G": 24, "L4": 24, "L40S": 48, "A100-80GB": 80, "H100": 80, "H200": 141}
-    gpus = [
-        name for name, gigabytes in sizes.items() if gigabytes * 10**9 >= needs.gpu_memory_bytes
-    ]
-    if not gpus:
-        raise JobError(
-            f"no GPU has {size(needs.gpu_memory_bytes)}; pass --memory, fewer --samples or a "
-            "smaller --max-length"
-        )
-    names = ",".join(f"{name}:1" for name in gpus) if needs.needs_gpu else "none"
-    memory, disk = ceil(needs.memory_bytes / 1e9), ceil(needs.disk_bytes / 1e9)
-    slowest = gpus[0].removesuffix("-80GB") if needs.needs_gpu else None
-    return (
-        f"--gpus {names} --memory {memory}+ --disk-size {disk} "
-        f"--env TIMEOUT={needs.timeout(slowest)}"
     )

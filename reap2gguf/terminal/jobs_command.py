@@ -12,9 +12,9 @@ import click
 from reap2gguf.errors import JobError, UsageError
 from reap2gguf.terminal.build_words import build_arguments, plan_of
 from reap2gguf.terminal.click_options import json_option, output_options
-from reap2gguf.terminal.console import say, say_all, say_json
+from reap2gguf.terminal.console import say, say_all, say_json, say_piece
 from reap2gguf.terminal.help import Number, command, option
-from reap2gguf.terminal.option_types import FolderPath
+from reap2gguf.terminal.option_types import FilePath, FolderPath
 
 if TYPE_CHECKING:
     from reap2gguf.jobs.hub_jobs import HubJobs, Job
@@ -195,10 +195,16 @@ def _command_lines(order: Order) -> Iterable[str]:
 
 
 @command("needs")
-@option("--sky", is_flag=True, help="Print options for `sky launch`.")
+@option(
+    "--sky",
+    type=FilePath,
+    metavar="FILE",
+    help="Print a task for SkyPilot instead, made from deploy/skypilot.yaml.",
+)
+@option("--push", "target", metavar="OWNER/NAME", help="Repositories for the task's results.")
 @output_options
 @_words
-def jobs_needs(words: tuple[str, ...], sky: bool) -> None:
+def jobs_needs(words: tuple[str, ...], sky: Path | None, target: str | None) -> None:
     """Show what a build needs of a machine.
 
     Prints JSON: GPU memory, memory, disk and time of a plan, for a machine that has nothing yet.
@@ -206,16 +212,22 @@ def jobs_needs(words: tuple[str, ...], sky: bool) -> None:
     \b
     Example:
       reap2gguf jobs needs -- build Qwen/Qwen3-30B-A3B --recipe q4km
-      reap2gguf jobs needs --sky -- build Qwen/Qwen3-30B-A3B --recipe q4km
+      reap2gguf jobs needs --sky deploy/skypilot.yaml --push owner/name -- build owner/model \\
+        --recipe q4km > task.yaml
     """
-    from reap2gguf.jobs.needs import needs_of, sky_options
+    from reap2gguf.jobs.needs import needs_of
 
-    arguments = build_arguments(words, for_elsewhere=False)
+    _check_target(target)
+    arguments = build_arguments(words, for_elsewhere=sky is not None)
+    if sky is not None and any(Path(recipe).is_file() for recipe in arguments["recipes"]):
+        raise UsageError("--recipe names a file, which this task does not send; name a recipe")
     needs = needs_of(plan_of(arguments))
-    if sky:
-        say(sky_options(needs), "result")
-    else:
+    if sky is None:
         say_json(needs.as_json())
+        return
+    from reap2gguf.jobs.sky import sky_task
+
+    say_piece(sky_task(sky, needs, words[1:], target))
 
 
 @command("here")

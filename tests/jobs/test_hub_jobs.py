@@ -135,7 +135,7 @@ def test_a_dry_run_asks_nobody_about_jobs(
 def test_a_recipe_file_travels_with_the_command(hub: Hub, jobs: Jobs, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     assert run("run", "--detach", *BUILD, "--recipe", str(recipe)).exit_code == 2  # not there
-    recipe.write_text('label = "Mine"\nfile_type = "Q8_0"\n')
+    recipe.write_text('title = "Mine"\nlabel = "Mine"\nfile_type = "Q8_0"\n')
     found = run("run", "--detach", "--dry-run", *BUILD, f"--recipe={recipe}")
     assert found.exit_code == 0, found.output
     assert "base64 -d > /work/files/mine.toml" in found.stdout
@@ -220,8 +220,8 @@ def test_refused_jobs(hub: Hub, jobs: Jobs, status: int, words: str) -> None:
 def test_an_answer_that_does_not_come_starts_no_second_job(hub: Hub, jobs: Jobs) -> None:
     hub.faults.append(Fault(503, "/api/jobs/me", "POST", times=9))
     assert error("run", *BUILD) == (
-        "reap2gguf-name-REAP-0.50: the Hub did not answer (HTTP 503); the job may have started: see "
-        "`reap2gguf jobs list` before you run it again"
+        "reap2gguf-name-REAP-0.50: the Hub did not answer (HTTP 503); the job may have started: "
+        "see `reap2gguf jobs list` before you run it again"
     )
     assert len(hub.asked("POST /api/jobs/me")) == 1
 
