@@ -77,6 +77,19 @@ COVERED_BY = [
         ),
     ),
     (
+        "jobs/test_hub_jobs.py",
+        "a job is what is posted to the loopback Hub",
+        (
+            "jobs/flavors.py", "jobs/order.py", "jobs/request.py", "terminal/build_words.py",
+            "terminal/jobs_command.py",
+        ),
+    ),
+    (
+        "jobs/test_deploy.py",
+        "machines are ordered by the files in deploy/",
+        ("jobs/needs.py", "jobs/sky.py"),
+    ),
+    (
         "calibration/test_layouts.py",
         "calls are part of layouts",
         ("calibration/tool_calls.py",),
