@@ -119,7 +119,8 @@ def extend(
     """
     work, manifest = addition.work, addition.manifest
     run = _Run(addition, reference, threads, progress)
-    check_bundle_files(work, manifest, [one.path for one in addition.adopted], threads, progress)
+    adopted = [one.path for one in addition.adopted]
+    check_bundle_files(work, manifest, addition.stay, adopted, threads, progress)
     work.prepare_addition({"bundle": _digest(manifest.text())})
     _check_room(addition)
     files = {work.gguf / record_name(manifest, recipe): recipe for recipe in addition.recipes}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MANIFEST_FILE, gguf_name
+from reap2gguf.bundle.layout import IMATRIX_FILE, MANIFEST_FILE, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.errors import ArtifactError, OutputError
 from reap2gguf.messages import size
@@ -73,11 +73,11 @@ def dropped_files(plan: Plan, work: Workdir) -> list[tuple[str, int]]:
     """GGUF files of the finished bundle, with sizes, that a plan does not name."""
     if not (work.final_gguf / MANIFEST_FILE).is_file():
         return []
-    named = {plan.gguf_name(recipe) for recipe in plan.recipes}
+    named = {plan.gguf_name(recipe) for recipe in plan.recipes} | {IMATRIX_FILE}
     named |= {plan.side_name(side) for side in plan.side_files}
     files = (
         file
-        for file in sorted(work.final_gguf.glob(f"*{work.name}-*.gguf"))
+        for file in sorted(work.final_gguf.glob("*.gguf"))
         if file.name not in named and file.is_file()
     )
     return [(file.name, file.stat().st_size) for file in files]
