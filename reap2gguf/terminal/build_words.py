@@ -53,6 +53,6 @@ def _check_not_local(parameter: click.Parameter, value: Any) -> None:
 
 def plan_of(arguments: dict[str, Any]) -> Plan:
     """The plan of a build with these arguments."""
-    fresh, space_check = arguments.pop("fresh"), arguments.pop("space_check")
-    options = collect(arguments, fresh, space_check)
+    flags = (arguments[name] for name in ("fresh", "replace", "space_check"))
+    options = collect(arguments, *flags)
     return reap2gguf.plan(options, progress=terminal_progress())
