@@ -80,15 +80,16 @@ def work_here(options: HereOptions, note: Note) -> int:
 
 
 def _bundle_name(options: HereOptions) -> tuple[int, str | None]:
-    """The exit code of `plan`, and the name of the bundle that `build` will make."""
-    words = ["plan", *options.words, "--output", str(options.output), "--json"]
+    """The exit code of planning, and the name of the bundle that `build` will make."""
+    # in a process of its own: what a plan loads is not needed again
+    words = ["jobs", "needs", "--", "build", *options.words]
     found = subprocess.run([*_PROGRAM, *words], stdout=subprocess.PIPE, check=False)
     if found.returncode:
         return found.returncode, None
     try:
         name = json.loads(found.stdout)["name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise JobError("plan --json did not print the bundle's name; this is a bug") from error
+        raise JobError("`jobs needs` did not print the bundle's name; this is a bug") from error
     return 0, str(name)
 
 
@@ -98,7 +99,10 @@ def _run_saving(
     """Run a command of this program, and save its work while it runs and when it ends."""
     # a session of its own: Ctrl-C reaches this process alone, and a stop only the build
     process = subprocess.Popen(
-        [*_PROGRAM, *words], start_new_session=True, preexec_fn=_end_with(os.getpid())
+        [*_PROGRAM, *words],
+        stdin=subprocess.DEVNULL,  # nobody is there to answer
+        start_new_session=True,
+        preexec_fn=_end_with(os.getpid()),
     )
     try:
         _watch(process, storage, save_seconds, note)

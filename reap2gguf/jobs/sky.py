@@ -51,7 +51,7 @@ def sky_task(template: Path, needs: Needs, words: Sequence[str], push: str | Non
     envs["BUILD"] = shlex.join(words)
     if push is not None:
         envs["PUSH"] = push
-    return yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=100)
+    return str(yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=100))
 
 
 def _read(template: Path) -> dict[str, Any]:
@@ -70,11 +70,11 @@ def _read(template: Path) -> dict[str, Any]:
     return task
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Scripts as blocks, which people read."""
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _text(dumper: Any, text: str) -> Any:
     style = "|" if "\n" in text else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

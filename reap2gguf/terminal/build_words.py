@@ -35,6 +35,11 @@ def build_arguments(words: tuple[str, ...], *, for_elsewhere: bool) -> dict[str,
                 raise UsageError(f"--output: {_ONLY_THERE}; leave it out")
             if for_elsewhere and is_given and (value is not None or not parameter.expose_value):
                 _check_not_local(parameter, value)
+        if context.params["fresh"]:
+            raise UsageError(
+                "--fresh: a job that resumes would start over each time; leave it out, and remove "
+                "the job's folder in the storage instead"
+            )
         return dict(context.params)
 
 

@@ -221,9 +221,10 @@ def jobs_needs(words: tuple[str, ...], sky: Path | None, target: str | None) -> 
     arguments = build_arguments(words, for_elsewhere=sky is not None)
     if sky is not None and any(Path(recipe).is_file() for recipe in arguments["recipes"]):
         raise UsageError("--recipe names a file, which this task does not send; name a recipe")
-    needs = needs_of(plan_of(arguments))
+    plan = plan_of(arguments)
+    needs = needs_of(plan)
     if sky is None:
-        say_json(needs.as_json())
+        say_json({"name": plan.name, **needs.as_json()})
         return
     from reap2gguf.jobs.sky import sky_task
 

@@ -32,7 +32,7 @@ out = pathlib.Path(words[words.index("--output") + 1]) if "--output" in words el
 log = pathlib.Path(__file__).with_name("log")
 with log.open("a") as file:
     print(*sys.argv[1:], file=file)
-if command == "plan":
+if command == "jobs":
     print(json.dumps({"name": "thing"}) if "--bad" not in words else "no JSON")
     sys.exit(2 if "--refused" in words else 0)
 if command == "push":
@@ -103,7 +103,7 @@ def test_build_save_push(tmp_path: Path) -> None:
     assert work_here(options(tmp_path, "model", push="me/thing"), notes.append) == 0
     out = tmp_path / "out"
     assert log(tmp_path) == [
-        f"plan model --output {out} --json",
+        "jobs needs -- build model",
         f"build model --output {out}",
         f"push {out / 'thing'} me/thing --private",
     ]
@@ -248,6 +248,9 @@ def test_the_command_checks_its_arguments_first(tmp_path: Path) -> None:
 
     assert "expected a build after --" in error("--", "push")
     assert "No such option" in error("--", "build", "--recip", "x")
+    assert "--fresh: a job that resumes would start over" in error(
+        "--", "build", "--recipe", "q8_0", "--fresh"
+    )
     assert "--output: the job chooses its own" in error(
         "--", "build", "--recipe", "q8_0", "--output", "x"
     )
