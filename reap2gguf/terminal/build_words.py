@@ -26,7 +26,8 @@ def build_arguments(words: tuple[str, ...], *, for_elsewhere: bool) -> dict[str,
     """
     if words[:1] != ("build",):
         raise UsageError("expected a build after --: reap2gguf jobs run -- build MODEL --recipe R")
-    with build.make_context("reap2gguf build", list(words[1:])) as context:
+    root = click.get_current_context().find_root()  # its settings are in effect for every command
+    with build.make_context("build", list(words[1:]), parent=root) as context:
         given = context.get_parameter_source
         for parameter in build.params:
             name, value = parameter.name or "", context.params.get(parameter.name or "")
