@@ -399,7 +399,7 @@ def test_the_ci_runs_the_readmes_test_command() -> None:
     assert "run: .ci/run" in (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
 
 
-@pytest.mark.parametrize("folder", ["recipes", "calibration"])
+@pytest.mark.parametrize("folder", ["recipes", "calibration", "examples/tiny-qwen3-moe"])
 def test_shipped_folders_travel_in_the_wheel(folder: str) -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     included = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
