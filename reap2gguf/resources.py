@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,12 @@ beef349a84cc53ea48339b465e8e2c5e9a629d7c7ee68bd34f1208155987b743  tokenizer_conf
 """
 EXAMPLE_FILES = {name: digest for digest, name in map(str.split, _SUMS.strip().splitlines())}
 _REINSTALL = "reinstall reap2gguf"
+# the package of each extra that a user may miss later
+EXTRAS = {
+    "llama": "llama-cpp-python>=0.3.30",
+    "serve": "llama-cpp-python[server]>=0.3.30",
+    "gpu": "flash-linear-attention>=0.4",
+}
 
 
 def shipped_folder(name: str) -> Path:
@@ -43,6 +51,20 @@ def shipped_folder(name: str) -> Path:
     raise SourceError(
         f"the folder {name!r} is missing from this installation ({_PACKAGE}); {_REINSTALL}"
     )
+
+
+def install_command(extra: str) -> str:
+    """The command that adds what an extra needs to the environment of this program.
+
+    It names the package itself, so it is right wherever reap2gguf came from: a checkout, a git URL,
+    a wheel or a registry. pipx and uv keep tools in environments without pip.
+    """
+    package, environment = shlex.quote(EXTRAS[extra]), Path(sys.prefix)
+    if (environment / "pipx_metadata.json").is_file():
+        return f"pipx inject reap2gguf {package}"
+    if (environment / "uv-receipt.toml").is_file():
+        return f"uv pip install --python {shlex.quote(sys.executable)} {package}"
+    return f"pip install {package}"
 
 
 def example_checkpoint() -> Path:

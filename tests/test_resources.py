@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,13 @@ from reap2gguf import resources
 from reap2gguf.cli import cli
 from reap2gguf.errors import OutputError, SourceError
 from reap2gguf.hub.source import resolve_source
-from reap2gguf.resources import EXAMPLE_FILES, example_checkpoint, write_example
+from reap2gguf.resources import (
+    EXAMPLE_FILES,
+    EXTRAS,
+    example_checkpoint,
+    install_command,
+    write_example,
+)
 from tests.tiny import EXAMPLE, REPOSITORY
 
 
@@ -138,6 +146,38 @@ def test_a_missing_folder_says_what_to_do(name: str, installed: Path) -> None:
     shutil.rmtree(installed.parents[1] / name)
     with pytest.raises(SourceError, match=f"the folder '{name}' is missing .*reinstall reap2gguf"):
         resources.shipped_folder(name)
+
+
+# ------------------------------------------------------------------------------------- the extras
+
+
+def test_packages_of_extras_are_those_of_the_project() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for extra, package in EXTRAS.items():
+        assert project["optional-dependencies"][extra] == [package]
+
+
+@pytest.mark.parametrize(
+    ("mark", "command"),
+    [
+        (None, "pip install 'llama-cpp-python[server]>=0.3.30'"),
+        ("pipx_metadata.json", "pipx inject reap2gguf 'llama-cpp-python[server]>=0.3.30'"),
+        ("uv-receipt.toml", "uv pip install --python '{prefix}/my bin/python' 'llama-cpp-python"),
+    ],
+)
+def test_an_extra_is_added_as_the_program_was_installed(
+    mark: str | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mark is not None:
+        (tmp_path / mark).write_text("")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/my bin/python")
+    assert install_command("serve").startswith(command.format(prefix=tmp_path))
+
+
+def test_installing_from_git_fetches_no_submodule() -> None:
+    settings = (REPOSITORY / ".gitmodules").read_text()
+    assert settings.count("[submodule ") == len(re.findall(r"^\tupdate = none", settings, re.M))
 
 
 # -------------------------------------------------------------------------- systems without POSIX
