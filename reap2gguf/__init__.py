@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import build, plan, verify
+    from reap2gguf.api.builds import add, build, plan, verify
     from reap2gguf.api.example import example
     from reap2gguf.api.stages import (
         PruneResult,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
         select,
     )
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
@@ -53,6 +53,7 @@ __all__ = [
     "Selection",
     "VerificationError",
     "VerifyReport",
+    "add",
     "build",
     "example",
     "imatrix",
@@ -64,7 +65,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("build", "plan", "verify"),
+    "api.builds": ("add", "build", "plan", "verify"),
     "api.example": ("example",),
     "api.stages": (
         "PruneResult",
@@ -77,7 +78,7 @@ _HOMES = {
         "select",
     ),
     "artifacts.observations": ("Observations",),
-    "building.pipeline": ("BuildResult",),
+    "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),

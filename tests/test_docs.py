@@ -39,7 +39,15 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
 ]
 FIRST = DOCS / "first-build.md"
-FIRST_HOUR = ("example", "plan", "build", "verify", "chat", "push")  # commands in their order
+FIRST_HOUR = (
+    "example",
+    "plan",
+    "build",
+    "add",
+    "verify",
+    "chat",
+    "push",
+)  # commands in their order
 DOWNLOAD = "needs a download"
 NOT_RUN = "not run: "
 STEPS = {"plan", "build", "observe", "select", "prune", "imatrix", "quantize", "verify"}
