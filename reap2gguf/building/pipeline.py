@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.artifacts.made_with import other_versions
 from reap2gguf.building.estimate import check_room
 from reap2gguf.building.plan import with_all_values
-from reap2gguf.building.record import Evidence, write_record
+from reap2gguf.building.record import Evidence, program_versions, write_record
 from reap2gguf.building.stage import Run, Stage, StageCost
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
 from reap2gguf.building.verify_stage import Verify
@@ -27,6 +28,7 @@ from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
+from reap2gguf.pruning.coverage import selection_notes
 from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
@@ -78,6 +80,9 @@ def _run_stages(run: Run) -> BuildResult | None:
     texts = run.do(ReadTexts(run))
     observed = run.do(Observe(run, texts)) if plan.target.prunes else None
     kept = run.agree(lambda: _kept(plan, observed))
+    if observed is not None and run.is_first:
+        for line in selection_notes(observed.result, kept):
+            run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     run.do(Prune(run, pruned))
     importance = run.do(Importance(run, pruned, texts))
@@ -94,6 +99,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         importance.facts,
         verified.result.passed,
         {**importance.seals, **verified.result.seals},
+        {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
@@ -110,7 +116,10 @@ def _kept(plan: Plan, observed: Observe | None) -> Kept:
 def _up_to_date(run: Run) -> BuildResult:
     """The bundle is there already."""
     work = run.work
+    manifest = Manifest.load(work.final_gguf)
+    others = other_versions(manifest.program, program_versions())
     run.progress.note(
-        f"{work.name}: up to date; `reap2gguf verify` checks it, --fresh builds it from scratch"
+        f"{work.name}: up to date{f', {others}' if others else ''}; `reap2gguf verify` checks it, "
+        "--fresh builds it from scratch"
     )
-    return BuildResult(work.final_hf, work.final_gguf, Manifest.load(work.final_gguf), ())
+    return BuildResult(work.final_hf, work.final_gguf, manifest, ())
