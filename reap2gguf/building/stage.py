@@ -300,7 +300,7 @@ class StageMarks:
 
     def made_with(self, stage: str) -> Mapping[str, str]:
         """The versions of the libraries that made a finished stage."""
-        return self._marks[stage].made_with
+        return self._marks[stage].made_with if stage in self._marks else {}
 
     def facts(self, stage: str) -> Mapping[str, Any]:
         """The facts of a finished stage."""

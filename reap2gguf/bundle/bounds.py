@@ -13,7 +13,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import CoverageRecord, Manifest, PruningRecord
+    from reap2gguf.bundle.manifest import CoverageRecord, Manifest
 
 MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
@@ -69,12 +69,11 @@ def check_bounds(manifest: Manifest) -> None:
     for name in ("hits_before", "hits_after"):
         _within(name, getattr(mtp, name), 0, mtp.n_tokens)
     if pruning.coverage is not None:
-        _check_coverage(pruning.coverage, pruning)
+        _check_coverage(pruning.coverage)
     calibration = manifest.calibration
     if calibration.imatrix_text_chunks:
         _within("imatrix_chunks", calibration.imatrix_chunks, 0, calibration.imatrix_text_chunks)
-    n_experts = pruning.n_kept * len(pruning.kept)
-    _within("imatrix_unseen", calibration.imatrix_unseen, 0, n_experts)
+    _within("imatrix_unseen", calibration.imatrix_unseen, 0, MAX_EXPERTS_OF_ALL_LAYERS)
     if mtp.state not in MTP_STATES:
         raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
     _check_kept("kept", pruning.kept, pruning.n_experts)
@@ -96,15 +95,12 @@ def check_bounds(manifest: Manifest) -> None:
     _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
 
 
-def _check_coverage(coverage: CoverageRecord, pruning: PruningRecord) -> None:
-    n_layers = len(pruning.kept)
-    n_experts = pruning.n_experts * n_layers
-    _within("n_experts of coverage", coverage.n_experts, n_experts, n_experts)
+def _check_coverage(coverage: CoverageRecord) -> None:
     _within("fewest", coverage.fewest, 0, coverage.median)
-    for name, most in (("unseen", "thin"), ("thin", "experts")):
-        total = getattr(coverage, f"n_{name}")
-        _within(f"n_{name}", total, 0, getattr(coverage, f"n_{most}"))
-        _within(f"n_{name}_kept", getattr(coverage, f"n_{name}_kept"), 0, total)
+    _within("n_thin", coverage.n_thin, 0, MAX_EXPERTS_OF_ALL_LAYERS)
+    _within("n_unseen", coverage.n_unseen, 0, coverage.n_thin)
+    _within("n_thin_kept", coverage.n_thin_kept, 0, coverage.n_thin)
+    _within("n_unseen_kept", coverage.n_unseen_kept, 0, coverage.n_unseen)
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
         CalibrationRecord,
         ComponentRecord,
-        CoverageRecord,
         Manifest,
         MtpRecord,
+        PruningRecord,
     )
 
 _PACKED = """\
@@ -250,7 +250,7 @@ def _facts_table(manifest: Manifest) -> str:
         ("parameters", f"{manifest.hf.n_parameters:,}"),
         ("pruning method", inline(pruning.method)),
         ("calibration", text),
-        *_coverage(pruning.coverage),
+        *_coverage(pruning),
         ("importance matrix", _importance(manifest)),
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
@@ -259,10 +259,11 @@ def _facts_table(manifest: Manifest) -> str:
     return table(("property", "value"), rows)
 
 
-def _coverage(coverage: CoverageRecord | None) -> list[tuple[str, str]]:
+def _coverage(pruning: PruningRecord) -> list[tuple[str, str]]:
     """A row that says how many tokens the experts were ranked by."""
-    if coverage is None:
+    if (coverage := pruning.coverage) is None:
         return []
+    n_experts = pruning.n_experts * len(pruning.kept)
     text = f"median {coverage.median:,} tokens per expert, fewest {coverage.fewest:,}"
     parts = (
         ("never seen", coverage.n_unseen, coverage.n_unseen_kept),
@@ -270,9 +271,7 @@ def _coverage(coverage: CoverageRecord | None) -> list[tuple[str, str]]:
     )
     for what, count, n_kept in parts:
         if count:
-            text += (
-                f"; {what}: {count:,} of {coverage.n_experts:,} experts, {n_kept:,} of them kept"
-            )
+            text += f"; {what}: {count:,} of {n_experts:,} experts, {n_kept:,} of them kept"
     return [("calibration coverage", text)]
 
 

@@ -80,7 +80,6 @@ class MtpRecord:
 class CoverageRecord:
     """How many tokens the calibration pass sent to the experts of all pruned layers together."""
 
-    n_experts: int
     fewest: int  # tokens of the expert with the fewest
     median: int  # tokens
     n_unseen: int  # experts that no token reached

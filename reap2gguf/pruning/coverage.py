@@ -65,7 +65,6 @@ def coverage_record(observations: Observations, kept: Kept) -> CoverageRecord:
     """The coverage of a pruning, for its manifest."""
     every, stay = coverage(observations, kept), coverage_of_kept(observations, kept)
     return CoverageRecord(
-        n_experts=every.n_experts,
         fewest=every.fewest,
         median=every.median,
         n_unseen=every.n_unseen,
