@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import build, plan, verify
+    from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -31,18 +32,23 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
     from reap2gguf.progress import ProgressEvent
+    from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildOptions",
     "BuildResult",
+    "BundleInspection",
     "CalibrationOptions",
     "ComputeOptions",
     "Imatrix",
+    "ImatrixInspection",
     "Observations",
+    "ObservationsInspection",
     "Plan",
     "ProgressEvent",
     "PruneResult",
@@ -53,6 +59,7 @@ __all__ = [
     "VerifyReport",
     "build",
     "imatrix",
+    "inspect",
     "observe",
     "plan",
     "prune",
@@ -62,6 +69,7 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("build", "plan", "verify"),
+    "api.inspecting": ("inspect",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -77,8 +85,10 @@ _HOMES = {
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
+    "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
     "progress": ("ProgressEvent",),
+    "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
     "verifying.report": ("VerifyReport",),
 }
 

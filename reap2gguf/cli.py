@@ -18,6 +18,7 @@ from reap2gguf.machine import processes
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.console import LogHandler, is_verbose, say
 from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.inspect_command import inspect_command
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
@@ -109,7 +110,7 @@ def cli() -> None:
 
 for command in (
     *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(chat, serve, push),
+    *(inspect_command, chat, serve, push),
 ):
     cli.add_command(command)
 

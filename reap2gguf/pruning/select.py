@@ -76,8 +76,7 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
         ratio = DEFAULT_COMPRESSION if compression is None else compression
         if not 0 <= ratio < 1:
             raise UsageError(f"--compression {ratio:g}: expected 0 or more and less than 1")
-        # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
-        keep_experts = total - math.floor(total * Decimal(str(ratio)))
+        keep_experts = kept_at(ratio, total)
         if ratio > 0 and keep_experts == total:
             raise UsageError(_drops_none(facts, ratio))
     if keep_experts > total:
@@ -89,6 +88,12 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
         )
     _check_groups(facts, keep_experts)
     return Target(total, keep_experts)
+
+
+def kept_at(ratio: float, total: int) -> int:
+    """How many of `total` experts stay where floor(total x ratio) are removed."""
+    # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
+    return total - math.floor(total * Decimal(str(ratio)))
 
 
 def _drops_none(facts: ModelFacts, ratio: float) -> str:
