@@ -74,8 +74,12 @@ class Imatrix:
     chunk_size: int
 
     def expert_entries(self) -> Iterator[ImatrixEntry]:
-        """One entry per layer of experts: all matrices of an expert see the same tokens."""
-        return (one for name, one in self.entries.items() if name.endswith(_OF_EXPERTS))
+        """One entry per layer of experts: all matrices of an expert see the same tokens.
+
+        None for a `.dat` file, which does not say how often each expert was used.
+        """
+        found = (one for name, one in self.entries.items() if name.endswith(_OF_EXPERTS))
+        return (one for one in found if len(one.counts) > 1)
 
     def unseen_experts(self) -> dict[str, int]:
         """How many experts saw no token, by the matrix that stands for their layer."""

@@ -79,8 +79,10 @@ def coverage_line(found: Coverage) -> str:
     """The coverage in one line."""
     unseen = ""
     if found.n_unseen:
-        were = "was" if found.n_unseen == 1 else "were"
-        unseen = f" ({found.n_unseen:,} of {found.n_experts:,} experts {were} never seen)"
+        unseen = (
+            f" ({found.n_unseen:,} of {found.n_experts:,} experts {_were(found.n_unseen)} never "
+            "seen)"
+        )
     return (
         f"experts: fewest tokens {found.fewest:,}{unseen}, median {found.median:,} tokens per "
         "expert"
@@ -119,12 +121,21 @@ def _of_unseen(n_kept: int, n_removed: int) -> str:
     """What became of experts that all have the lowest score, 0."""
     total = n_kept + n_removed
     if not n_kept:
-        return f"warning: all {total:,} experts that were never seen are removed; their score is 0"
+        which = f"{_of(total)} that {_were(total)} never seen {'is' if total == 1 else 'are'}"
+        return f"warning: {which} removed; a score without tokens is 0"
     return (
-        f"warning: of {total:,} experts that were never seen, {n_kept:,} are kept and "
-        f"{n_removed:,} removed by their number alone: their scores are equal (0), and then the "
-        "lower number stays"
+        f"warning: of {_of(total)} that {_were(total)} never seen, {n_kept:,} stay and "
+        f"{n_removed:,} go. Their scores are equal (0), so their numbers decided: the lower ones "
+        "stay"
     )
+
+
+def _of(count: int) -> str:
+    return f"{count:,} {'expert' if count == 1 else 'experts'}"
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 def _experts(count: int, total: int) -> str:

@@ -14,7 +14,7 @@ from reap2gguf.options import METHODS
 from reap2gguf.terminal.click_options import json_option, output_options
 from reap2gguf.terminal.console import say_all, say_json
 from reap2gguf.terminal.help import PRUNE, command, option
-from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.option_types import FolderPath
 
 
 class _Ratios(click.ParamType):  # type: ignore[type-arg]
@@ -36,7 +36,7 @@ class _Ratios(click.ParamType):  # type: ignore[type-arg]
 
 
 @command("inspect")
-@click.argument("path", type=FilePath)
+@click.argument("path", type=FolderPath)
 @option(
     "--ratios",
     section=PRUNE,

@@ -54,10 +54,10 @@ def _observations_lines(found: ObservationsInspection, title: str) -> Iterator[s
     yield ""
     yield from observed_notes(seen)
     total = found.layers[0].coverage.n_experts
-    for one in found.enough:
+    for enough in found.enough:
         yield (
-            f"{one.share:.0%} of the scores stay with {one.n_kept} of {total} experts or more "
-            f"(--keep-experts {one.n_kept}: {one.ratio:.1%} less)"
+            f"{enough.share:.0%} of the scores stay with {enough.n_kept} of {total} experts per "
+            f"layer or more (ratio {enough.ratio:.3g})"
         )
 
 
