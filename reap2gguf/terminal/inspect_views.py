@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,10 +24,14 @@ _BLOCKS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"  # eighths of a le
 def as_lines(found: Inspection, title: str) -> Iterable[str]:
     """An inspection for people; `title` names what was inspected."""
     if isinstance(found, ObservationsInspection):
-        return _observations_lines(found, title)
-    if isinstance(found, BundleInspection):
-        return _bundle_lines(found)
-    return _imatrix_lines(found, title)
+        lines = _observations_lines(found, title)
+    elif isinstance(found, BundleInspection):
+        lines = _bundle_lines(found)
+    else:
+        lines = _imatrix_lines(found, title)
+    for line in lines:
+        # rows of tables are never longer, unless more ratios were asked for than fit
+        yield from [line] if line.startswith(" ") else textwrap.wrap(line, _COLUMNS) or [""]
 
 
 def _observations_lines(found: ObservationsInspection, title: str) -> Iterator[str]:
