@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
+from reap2gguf.building.finished import Inputs
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
@@ -41,10 +42,6 @@ PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as sa
 IMATRIX_FORMAT = 1  # what is summed per matrix
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
-_FORMATS = (
-    *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT),
-    *(IMATRIX_FORMAT, EXPORT_FORMAT, VERIFY_FORMAT),
-)
 
 
 @dataclass(frozen=True)
@@ -144,12 +141,20 @@ class BuildKeys:
         return export_key(imatrix, *names, self._card, self._recipes, self._history)
 
     @property
-    def inputs(self) -> str:
-        """The key of everything that a bundle depends on."""
+    def inputs(self) -> Inputs:
+        """The keys of everything that a bundle depends on."""
+        plan = self.plan
+        recipes = {
+            plan.gguf_name(recipe): recipe_key(recipe.name, recipe.label, recipe.source)
+            for recipe in plan.recipes
+        }
+        return Inputs(self._base, recipes)
+
+    @property
+    def _base(self) -> str:
         plan = self.plan
         return stage_key(
-            _FORMATS,
-            ggml_identity(),
+            *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT, IMATRIX_FORMAT),
             self._source,
             self.texts,
             self._card,
@@ -160,7 +165,6 @@ class BuildKeys:
             self._history,
             plan.target.n_kept,
             plan.mtp,
-            self._recipes,
             *self._computing,
         )
 
@@ -196,6 +200,12 @@ def ggml_identity() -> tuple[str, ...]:
     ggml = load_ggml()
     # two builds of one version may round differently; wheels of one version are one file
     return (ggml.version, file_sha256(ggml.path)) if ggml.is_own else (ggml.version,)
+
+
+def recipe_key(name: str, label: str, source: str) -> str:
+    """The key of a recipe's GGUF file, among files of the same model and importance matrix."""
+    # not of this program: each record in a manifest has the version that its header has
+    return stage_key(EXPORT_FORMAT, ggml_identity(), name, label, source)
 
 
 def _hashes(files: Iterable[Path], error_type: type[Reap2ggufError]) -> list[tuple[str, str]]:
