@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, plan, verify
     from reap2gguf.api.example import example
+    from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -33,18 +34,23 @@ if TYPE_CHECKING:
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
     from reap2gguf.progress import ProgressEvent
+    from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildOptions",
     "BuildResult",
+    "BundleInspection",
     "CalibrationOptions",
     "ComputeOptions",
     "Imatrix",
+    "ImatrixInspection",
     "Observations",
+    "ObservationsInspection",
     "Plan",
     "ProgressEvent",
     "PruneResult",
@@ -57,6 +63,7 @@ __all__ = [
     "build",
     "example",
     "imatrix",
+    "inspect",
     "observe",
     "plan",
     "prune",
@@ -67,6 +74,7 @@ __all__ = [
 _HOMES = {
     "api.builds": ("add", "build", "plan", "verify"),
     "api.example": ("example",),
+    "api.inspecting": ("inspect",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -82,8 +90,10 @@ _HOMES = {
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
+    "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
     "progress": ("ProgressEvent",),
+    "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
     "verifying.report": ("VerifyReport",),
 }
 
