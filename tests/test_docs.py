@@ -43,6 +43,7 @@ FIRST_HOUR = (
     "example",
     "plan",
     "build",
+    "inspect",
     "add",
     "verify",
     "chat",
