@@ -31,9 +31,10 @@ def inspect(
 
     Observations: the share of the scores that each layer keeps if `ratios` of its experts are
     removed, and the tokens per expert. A bundle, by either of its folders: what was kept, with its
-    share of the scores if the observations are still in the output folder. `method` is the
-    criterion: by default `reap`, or the bundle's own. Raises ArtifactError for a file that is none
-    of these, UsageError for a ratio that is not from 0 to 1.
+    share of the scores if the observations are still in the output folder; with `ratios`, what
+    other ratios would keep. `method` is the criterion: by default `reap`, or the bundle's own.
+    Raises ArtifactError for a file that is none of these, UsageError for a ratio that is not from 0
+    to 1, or ratios of a bundle whose observations are gone.
     """
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
@@ -50,7 +51,15 @@ def inspect(
     path = Path(os.path.realpath(check_path("path", what)))  # the user named it
     if path.is_dir():
         manifest = _manifest(path)
-        return inspect_bundle(manifest, _observations_of(manifest, path), method)
+        seen = _observations_of(manifest, path)
+        if ratios is None:
+            return inspect_bundle(manifest, seen, method)
+        if seen is None:
+            raise UsageError(
+                f"{path}: the observations are no longer in .work/observations beside the bundle, "
+                "so other ratios cannot be shown; leave out --ratios"
+            )
+        return inspect_observations(seen, method or manifest.pruning.method, chosen)
     if _is_imatrix(path):
         return inspect_imatrix(load_imatrix(path))
     return inspect_observations(Observations.load(path), method or "reap", chosen)

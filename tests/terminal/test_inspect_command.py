@@ -103,6 +103,15 @@ def test_a_bundle(built: Bundle, side: str) -> None:
     assert [int(row["n_kept"]) for row in rows] == [12] * 4
 
 
+def test_other_ratios_of_a_bundle(built: Bundle, observations: Path, tmp_path: Path) -> None:
+    of_bundle = run("inspect", built.hf, "--ratios", "0.125,50%", "--csv").output
+    assert of_bundle == run("inspect", observations, "--ratios", "0.125,50%", "--csv").output
+    shutil.copytree(built.gguf, tmp_path / "alone-GGUF")
+    result = run("inspect", tmp_path / "alone-GGUF", "--ratios", "0.5")
+    assert result.exit_code == 2
+    assert "the observations are no longer in .work/observations" in result.output
+
+
 def test_a_bundle_without_its_observations(built: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / built.gguf.name
     folder.mkdir()
