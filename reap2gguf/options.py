@@ -201,6 +201,8 @@ class BuildOptions:
     method: str = "reap"
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
+    observations: Path | None = None  # that `observe` wrote: they take the place of that stage
+    imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
     compute: ComputeOptions = field(default_factory=ComputeOptions)
@@ -224,5 +226,11 @@ class BuildOptions:
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_number("chunk", self.chunk, 8)
         object.__setattr__(self, "output", check_path("output", self.output))
-        if self.imatrix_text is not None:
-            object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))
+        for name in ("observations", "imatrix", "imatrix_text"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_path(name, path))
+        if self.imatrix is not None and self.imatrix_text is not None:
+            raise UsageError(
+                "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
+                "there is not computed; pass one of them"
+            )

@@ -72,7 +72,8 @@ class BuildKeys:
         committed there later. `owner/name@revision` pins a commit; --fresh draws again.
         """
         calibration, text = self.plan.calibration, self.plan.options.imatrix_text
-        hashes = local_hashes(calibration, self.plan.files)
+        reads = self.plan.reads_calibration
+        hashes = local_hashes(calibration, self.plan.files) if reads else []
         if text is not None:
             hashes.append((text.name, self.plan.files.text(text).sha256))
         return stage_key(
@@ -81,10 +82,12 @@ class BuildKeys:
             version("tokenizers"),
             version("jinja2"),
             self._companions,
-            calibration.spec,
+            calibration.spec if reads else None,
             calibration.label,
             hashes,
             str(text),
+            self.plan.reads_rows,
+            self.plan.imatrix is None,
             calibration.samples,
             calibration.seed,
             calibration.pack,
@@ -135,10 +138,11 @@ class BuildKeys:
         """The key of everything that a bundle depends on."""
         plan = self.plan
         return stage_key(
-            sweep_key(),
+            sweep_key() if plan.n_sweeps else "",
             export_key(),
             self._source,
-            self.texts,
+            self.texts if plan.reads_texts else self._companions,
+            self._given,
             self._card,
             plan.name,
             plan.source.label,
@@ -150,6 +154,12 @@ class BuildKeys:
             self._recipes,
             *self._computing,
         )
+
+    @property
+    def _given(self) -> list[tuple[str, str] | None]:
+        """The files that take the place of stages: cards name them."""
+        given = (self.plan.observations, self.plan.imatrix)
+        return [None if one is None else (one.file, one.sha256) for one in given]
 
     @property
     def _history(self) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
     plan -> texts -> observe -> prune -> imatrix -> export -> verify -> record
 
-A build that keeps all experts has nothing to observe.
+A build that keeps all experts has nothing to observe. Given observations, and a given importance
+matrix, take the place of the stages that make them; with both, no text is read.
 
 `stages.py` and `verify_stage.py` declare each stage, `stage.py` says how one is reused and resumed.
 Nothing gets its final name before everything is verified. Started by torchrun, every process runs
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import check_room
+from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import Run, Stage, StageCost
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
+from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
@@ -31,6 +33,7 @@ from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
@@ -75,21 +78,25 @@ def _run_stages(run: Run) -> BuildResult | None:
         run.plan = plan = with_all_values(plan, run.progress.note)
     run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
 
-    texts = run.do(ReadTexts(run))
-    observed = run.do(Observe(run, texts)) if plan.target.prunes else None
+    texts = run.do(ReadTexts(run)) if plan.reads_texts else None
+    observed = run.do(Observe(run, needed(texts))) if plan.observes else None
     kept = run.agree(lambda: _kept(plan, observed))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     run.do(Prune(run, pruned))
-    importance = run.do(Importance(run, pruned, texts))
+    importance = run.do(
+        Importance(run, pruned, texts)
+        if plan.imatrix is None
+        else GivenImportance(run, pruned, texts, plan.imatrix)
+    )
     if not run.is_first:
         return None
     exported = run.do(Export(run, pruned, importance))
     verified = run.do(Verify(run, pruned, exported))
 
     evidence = Evidence(
-        None if observed is None else observed.result,
-        "" if observed is None else observed.sha256,
-        texts.result,
+        _observations(plan, observed),
+        observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
+        importance.texts,
         kept,
         importance.facts,
         verified.result.passed,
@@ -102,9 +109,17 @@ def _run_stages(run: Run) -> BuildResult | None:
 
 def _kept(plan: Plan, observed: Observe | None) -> Kept:
     """The experts that stay: the best ones, or all where nothing is pruned."""
-    if observed is None:
+    seen = _observations(plan, observed)
+    if seen is None:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(observed.result, plan.method, plan.target, plan.model.facts)
+    return select_experts(seen, plan.method, plan.target, plan.model.facts)
+
+
+def _observations(plan: Plan, observed: Observe | None) -> Observations | None:
+    """What the build observed, or was given; None where nothing is pruned."""
+    if observed is not None:
+        return observed.result
+    return None if plan.observations is None else plan.observations.seen
 
 
 def _up_to_date(run: Run) -> BuildResult:

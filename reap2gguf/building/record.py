@@ -44,6 +44,7 @@ from reap2gguf.verifying.report import passed_summary
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.artifacts.texts import Texts
+    from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.models.description import SideFile
@@ -117,11 +118,13 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         n_tokens=0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
+        observations_file=None if plan.observations is None else plan.observations.file,
     )
 
 
 def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, Any]) -> MtpRecord:
-    if not plan.model.facts.has_mtp:
+    # a pass that was not made here has not asked it on the same rows
+    if not plan.model.facts.has_mtp or plan.observations or plan.imatrix:
         return MtpRecord(plan.mtp)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after
@@ -130,18 +133,31 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
 
 
 def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
-    chunks = texts.chunks
-    return CalibrationRecord(
-        spec=texts.rows.label,
-        sha256=texts.rows.sha256,
-        max_length=plan.max_length,
-        seed=plan.calibration.seed,
-        packed=plan.calibration.pack,
-        imatrix_text=chunks.label,
-        imatrix_sha256=chunks.sha256,
-        imatrix_chunks=len(chunks.chunks),
-        imatrix_chunk_size=chunks.chunk_size,
-        components=texts.rows.components,
+    rows, chunks, seen, given = texts.rows, texts.chunks, plan.observations, plan.imatrix
+    own = rows if seen is None else None  # the rows that ranked the experts, if that was done here
+    record = CalibrationRecord(
+        spec=own.label if own else seen.seen.calibration if seen else None,
+        sha256=own.sha256 if own else seen.seen.calibration_sha256 if seen else None,
+        max_length=plan.max_length if own else None,
+        seed=plan.calibration.seed if own else None,
+        packed=plan.calibration.pack if own else None,
+        imatrix_text=None if chunks is None else chunks.label,
+        imatrix_sha256=None if chunks is None else chunks.sha256,
+        imatrix_chunks=None if chunks is None else len(chunks.chunks),
+        imatrix_chunk_size=None if chunks is None else chunks.chunk_size,
+        components=() if rows is None else rows.components,
+    )
+    return record if given is None else with_given_imatrix(record, given)
+
+
+def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> CalibrationRecord:
+    """The record of a calibration with what the file of an importance matrix says of itself."""
+    return replace(
+        record,
+        imatrix_text=given.imatrix.dataset,
+        imatrix_chunks=given.imatrix.n_chunks,
+        imatrix_chunk_size=given.imatrix.chunk_size,
+        imatrix_file=given.file,
     )
 
 
@@ -159,11 +175,12 @@ def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) ->
     manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(files.items()))))
     manifest.save(work.hf)
     written = {
-        CALIBRATION_FILE: evidence.texts.chunks.text,
         CARD_FILE: gguf_card(manifest, source_card),
         MODELFILE: modelfile(manifest, plan.source.folder),
         MANIFEST_FILE: manifest.text(),
     }
+    if (chunks := evidence.texts.chunks) is not None:
+        written[CALIBRATION_FILE] = chunks.text
     for name, text in written.items():
         write_whole(work.gguf / name, text)
     files = _sealed(work, work.gguf, evidence)

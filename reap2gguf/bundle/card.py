@@ -152,7 +152,6 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
     `samples` says whether the model's generation config recommends a sampling.
     """
-    calibration = manifest.calibration
     files = files_section(manifest, names)
     if names.on_hub:
         files += f"The safetensors are in {names.link(names.hf)}.\n\n"
@@ -161,10 +160,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
 {_summary(manifest)}
 
-{files}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
-{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens from
-`{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.
-To check the files after a download: `sha256sum -c {SUMS_FILE}`.
+{files}{_imatrix(manifest)}To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {use_section(manifest, names, samples)}
 
@@ -172,6 +168,32 @@ To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {_method(manifest)}
 """
+
+
+def _imatrix(manifest: Manifest) -> str:
+    """What the importance matrix was computed on, as far as it is known."""
+    calibration = manifest.calibration
+    dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
+    if calibration.imatrix_file is None:
+        return (
+            f"`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on\n"
+            f"{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens "
+            f"from\n`{CALIBRATION_FILE}`; {dat}"
+        )
+    text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
+    return (
+        f"`{IMATRIX_FILE}` is an importance matrix that was not computed in this build: it comes "
+        f"from the file\n{code(calibration.imatrix_file)}, which records {_chunks(manifest)} of "
+        f"{text}. {dat}"
+    )
+
+
+def _chunks(manifest: Manifest) -> str:
+    calibration = manifest.calibration
+    size = (
+        f" of {calibration.imatrix_chunk_size:,} tokens" if calibration.imatrix_chunk_size else ""
+    )
+    return f"{calibration.imatrix_chunks:,} chunks{size}"
 
 
 def _last(name: str) -> str:
@@ -215,16 +237,7 @@ def _source_link(manifest: Manifest) -> str:
 
 
 def _facts_table(manifest: Manifest) -> str:
-    pruning, calibration = manifest.pruning, manifest.calibration
-    packed = ", samples packed" if calibration.packed else ""
-    text = (
-        f"{inline(calibration.spec)}: {pruning.n_rows:,} rows of at most "
-        f"{calibration.max_length:,} tokens{packed}, {pruning.n_tokens:,} tokens in total, seed "
-        f"{calibration.seed}"
-    )
-    if pruning.method == NO_METHOD:
-        spec = inline(calibration.spec)
-        text = f"{spec}, for the importance matrix only, seed {calibration.seed}"
+    pruning = manifest.pruning
     label = manifest.source.label
     rows = [
         ("source", (label if repository(label) else inline(label)) + _at(manifest.source.revision)),
@@ -233,12 +246,32 @@ def _facts_table(manifest: Manifest) -> str:
         ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.hf.n_parameters:,}"),
         ("pruning method", inline(pruning.method)),
-        ("calibration", text),
+        ("calibration", _calibration_facts(manifest)),
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
         rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
     return table(("property", "value"), rows)
+
+
+def _calibration_facts(manifest: Manifest) -> str:
+    """What ranked the experts, or else what the importance matrix was computed on."""
+    pruning, calibration = manifest.pruning, manifest.calibration
+    spec = "not known" if calibration.spec is None else inline(calibration.spec)
+    seed = "" if calibration.seed is None else f", seed {calibration.seed}"
+    if pruning.method == NO_METHOD:
+        text = inline(calibration.spec or calibration.imatrix_text or "a text that is not known")
+        return f"{text}, for the importance matrix only{seed}"
+    if not pruning.n_rows:
+        return spec
+    length, file = calibration.max_length, pruning.observations_file
+    most = "" if length is None else f" of at most {length:,} tokens"
+    packed = ", samples packed" if calibration.packed else ""
+    reused = "" if file is None else f", reused from {inline(file)}"
+    return (
+        f"{spec}: {pruning.n_rows:,} rows{most}{packed}, {pruning.n_tokens:,} tokens in total"
+        f"{seed}{reused}"
+    )
 
 
 def _mtp(mtp: MtpRecord) -> str:
@@ -257,11 +290,27 @@ def _at(revision: str | None) -> str:
     return f" at {inline(revision[:12])}" if revision else ""
 
 
-def _method(manifest: Manifest) -> str:
+def _observed(manifest: Manifest) -> str:
+    """What ranked the experts: a calibration pass, here or before."""
     pruning = manifest.pruning
+    if not pruning.n_tokens:
+        return "What the experts were ranked on is not recorded."
     skipped = ""
     if pruning.n_dropped_rows:
         skipped = f" ({pruning.n_dropped_rows:,} rows with NaN or infinite values were skipped)"
+    before = ""
+    if pruning.observations_file is not None:
+        before = f" Its observations were reused from the file {code(pruning.observations_file)}."
+    return (
+        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.{before}"
+    )
+
+
+def _method(manifest: Manifest) -> str:
+    pruning = manifest.pruning
+    matrix = "The\nimportance matrix was computed on the pruned model."
+    if manifest.calibration.imatrix_file is not None:
+        matrix = "The\nimportance matrix was not computed in this build."
     if pruning.method == NO_METHOD:
         return f"""## How it was made
 
@@ -274,10 +323,10 @@ used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each 
 Made with reap2gguf {manifest.program.get("reap2gguf", "")}."""
     return f"""## How it was made
 
-A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.
+{_observed(manifest)}
 {_score(pruning.method)} The experts with the lowest scores were removed from each layer. The pruned
-safetensors keep all other weights of the source byte for byte: nothing was retrained. The
-importance matrix was computed on the pruned model. Calibration used text only. `{MANIFEST_FILE}`
+safetensors keep all other weights of the source byte for byte: nothing was retrained. {matrix}
+Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
 
 {_calibration(manifest)}

@@ -31,6 +31,8 @@ _JSON_TYPES = {
     "str": (str,),
     "bool": (bool,),
     "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
+    "bool | None": (bool, type(None)),
 }  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
 
@@ -80,6 +82,7 @@ class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
     Where all experts were kept there are no observations, and the method is NO_METHOD.
+    `observations_file` is the name of a file that was given; None if the build observed.
     """
 
     method: str
@@ -92,6 +95,7 @@ class PruningRecord:
     n_tokens: int
     n_dropped_rows: int
     mtp: MtpRecord = MtpRecord()
+    observations_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,18 +121,23 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The calibration texts, and how they were cut into rows."""
+    """The calibration texts, and how they were cut into rows; None for what is not known.
 
-    spec: str
-    sha256: str
-    max_length: int
-    seed: int
-    packed: bool  # several samples per row, as REAP does; otherwise one sample per row
-    imatrix_text: str
-    imatrix_sha256: str
-    imatrix_chunks: int
-    imatrix_chunk_size: int
+    That is so for what a build did not do itself: observations and an importance matrix may be
+    given as files. `imatrix_file` is the name of the file that was given.
+    """
+
+    spec: str | None
+    sha256: str | None
+    max_length: int | None
+    seed: int | None
+    packed: bool | None  # several samples per row, as REAP does; otherwise one sample per row
+    imatrix_text: str | None
+    imatrix_sha256: str | None  # of the text; None: it is not in the bundle
+    imatrix_chunks: int | None
+    imatrix_chunk_size: int | None  # 0: the file of the matrix does not say it
     components: Sequence[ComponentRecord] = ()
+    imatrix_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,11 @@ class Manifest:
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()  # what a user should know, one sentence each
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the text of the importance matrix is in the bundle."""
+        return self.calibration.imatrix_sha256 is not None
 
     def text(self) -> str:
         """What `reap2gguf.json` holds."""

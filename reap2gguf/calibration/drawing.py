@@ -263,20 +263,29 @@ def read_texts(
     vocab_size: int,
     progress: Progress = _SILENT,
     files: ScannedFiles | None = None,
+    *,
+    has_rows: bool = True,
+    has_chunks: bool = True,
 ) -> Texts:
-    """Rows for the observation and chunks for the importance matrix.
+    """Rows for the observation and chunks for the importance matrix, or one of them.
 
     Without a text of its own, the importance matrix reads the calibration texts, and no more tokens
-    than the maximum of the observation. Raises CalibrationError.
+    than the maximum of the observation. The calibration is not read where neither needs it. Raises
+    CalibrationError.
     """
     files = files or ScannedFiles()
+    chunks = None
+    if has_chunks and imatrix_text is not None:
+        chunks = imatrix_chunks(tokenizer, imatrix_text, chunk_size, files)
+        if not has_rows:
+            return Texts(None, chunks)
     drawn = draw(calibration, tokenizer, max_length, progress, files)
     rows = _observation_rows(drawn, calibration, vocab_size)
-    if imatrix_text is not None:
-        return Texts(rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size, files))
-    chunks = chunk_text(drawn.text, tokenizer, chunk_size, rows.label)
+    if chunks is not None or not has_chunks:
+        return Texts(rows, chunks)
+    found = chunk_text(drawn.text, tokenizer, chunk_size, rows.label)
     n_chunks = -(-calibration.samples * max_length // chunk_size)
-    return Texts(rows, ImatrixChunks(rows.label, drawn.text, chunk_size, chunks[:n_chunks]))
+    return Texts(rows, ImatrixChunks(rows.label, drawn.text, chunk_size, found[:n_chunks]))
 
 
 def observation_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import Estimate, side_bytes
@@ -48,11 +48,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
             f"  vLLM has no fused kernels for {target.n_kept} experts; the nearest count that has "
             f"them is {friendly} (--keep-experts {friendly})"
         )
-    packed = ", samples packed" if plan.calibration.pack else ""
-    yield (
-        f"  calibration: {plan.calibration.label}, at most {plan.calibration.samples:,} rows of "
-        f"{plan.max_length:,} tokens{packed}"
-    )
+    yield f"  calibration: {', '.join(_calibration_parts(plan))}"
     if plan.mtp != "none":
         yield f"  multi-token-prediction block: {plan.mtp}"
     for caveat in plan.caveats:
@@ -74,6 +70,19 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"  needs {size(needs.disk_bytes)} of disk, about {size(needs.memory_bytes)} of "
         f"{needs.memory}, about {duration(needs.seconds)}"
     )
+
+
+def _calibration_parts(plan: Plan) -> Iterator[str]:
+    """What ranks the experts and weights the quantization: given files, or text."""
+    if plan.observations is not None:
+        yield f"observations: {plan.observations.file}, reused"
+    if plan.imatrix is not None:
+        yield f"importance matrix: {plan.imatrix.file}, reused"
+    if plan.reads_calibration:
+        yield plan.calibration.label
+        yield f"at most {plan.calibration.samples:,} rows of {plan.max_length:,} tokens"
+        if plan.calibration.pack:
+            yield "samples packed"
 
 
 def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
@@ -98,6 +107,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "mtp": plan.mtp,
         "caveats": list(plan.caveats),
         "warnings": plan.warnings,
+        "observations": None if plan.observations is None else plan.observations.file,
+        "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "calibration": {
             "spec": plan.calibration.label,
             "rows": plan.calibration.samples,

@@ -51,7 +51,8 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    if calibration.components and pruning.method != NO_METHOD:  # else none was observed
+    observed_here = pruning.method != NO_METHOD and pruning.observations_file is None
+    if calibration.components and observed_here:
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
