@@ -123,9 +123,10 @@ def fitted(imatrix: Imatrix, tensors: Iterable[GgufTensor], where: str) -> Imatr
     return replace(imatrix, entries=entries, dataset=one_line(imatrix.dataset))
 
 
-def keep_given(folders: BundleFolders, given: Iterable[Path | None]) -> None:
+def keep_given(folders: BundleFolders, given: Iterable[Path | None], writes_hf: bool) -> None:
     """Raises UsageError for a given file that the bundle, or the work on it, would replace."""
-    own = {os.path.realpath(one) for one in (folders.hf, folders.gguf, folders.work / folders.name)}
+    made = [folders.gguf, folders.work / folders.name, *([folders.hf] if writes_hf else [])]
+    own = {os.path.realpath(one) for one in made}
     for path in given:
         if path is None:
             continue

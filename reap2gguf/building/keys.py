@@ -143,6 +143,7 @@ class BuildKeys:
             self._source,
             self.texts if plan.reads_texts else self._companions,
             self._given,
+            plan.writes_hf,
             self._card,
             plan.name,
             plan.source.label,

@@ -43,7 +43,8 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
                 f"of them); the result is called {name}; --name chooses another"
             )
     folders = BundleFolders(options.output, name)
-    if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):
+    made = [folders.gguf, *([folders.hf] if target.prunes else [])]
+    if source.folder.resolve() in [folder.resolve() for folder in made]:
         raise UsageError(
             f"{source.folder}: the result would replace the source; pass another --name"
         )

@@ -2,7 +2,8 @@
 
     plan -> texts -> observe -> prune -> imatrix -> export -> verify -> record
 
-A build that keeps all experts has nothing to observe. Given observations, and a given importance
+A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
+alone. Given observations, and a given importance
 matrix, take the place of the stages that make them; with both, no text is read.
 
 `stages.py` and `verify_stage.py` declare each stage, `stage.py` says how one is reused and resumed.
@@ -47,7 +48,7 @@ class BuildResult:
     `stages` is empty where the bundle was up to date and nothing was done.
     """
 
-    hf_folder: Path
+    hf_folder: Path | None  # None: nothing was pruned, so the source's safetensors serve
     gguf_folder: Path
     manifest: Manifest
     stages: Sequence[StageCost]
@@ -59,7 +60,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     Returns None in a process of torchrun that is not the first. Raises a Reap2ggufError, for
     example VerificationError, and then leaves no final name.
     """
-    work = Workdir(plan.options.output, plan.name)
+    work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     if not processes().is_first:
         with plan.checkpoint:
             return _run_stages(Run(plan, work, Silent(), STAGES))
@@ -82,7 +83,8 @@ def _run_stages(run: Run) -> BuildResult | None:
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
     kept = run.agree(lambda: _kept(plan, observed))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
-    run.do(Prune(run, pruned))
+    if plan.writes_hf:
+        run.do(Prune(run, pruned))
     importance = run.do(
         Importance(run, pruned, texts)
         if plan.imatrix is None
@@ -104,7 +106,12 @@ def _run_stages(run: Run) -> BuildResult | None:
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
-    return BuildResult(run.work.final_hf, run.work.final_gguf, manifest, tuple(run.costs))
+    return _result(run.work, manifest, run.costs)
+
+
+def _result(work: Workdir, manifest: Manifest, costs: Sequence[StageCost]) -> BuildResult:
+    hf = work.final_hf if work.has_hf else None
+    return BuildResult(hf, work.final_gguf, manifest, tuple(costs))
 
 
 def _kept(plan: Plan, observed: Observe | None) -> Kept:
@@ -128,4 +135,4 @@ def _up_to_date(run: Run) -> BuildResult:
     run.progress.note(
         f"{work.name}: up to date; `reap2gguf verify` checks it, --fresh builds it from scratch"
     )
-    return BuildResult(work.final_hf, work.final_gguf, Manifest.load(work.final_gguf), ())
+    return _result(work, Manifest.load(work.final_gguf), ())

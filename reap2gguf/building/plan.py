@@ -89,9 +89,14 @@ class Plan:
         return self.observes + (self.imatrix is None)
 
     @property
+    def writes_hf(self) -> bool:
+        """Whether the bundle has safetensors: those of a source that keeps all are not copied."""
+        return self.target.prunes
+
+    @property
     def hf_bytes(self) -> int:
-        """Size of the safetensors."""
-        return self.pruned.n_bytes
+        """Size of the safetensors that the build writes."""
+        return self.pruned.n_bytes if self.writes_hf else 0
 
     @property
     def n_parameters(self) -> int:
@@ -172,7 +177,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
     name = bundle_name(options, source, target, note)
-    keep_given(BundleFolders(options.output, name), (options.observations, options.imatrix))
+    folders = BundleFolders(options.output, name)
+    keep_given(folders, (options.observations, options.imatrix), target.prunes)
     seen = imatrix = None
     if options.observations is not None:
         how = target, options.method

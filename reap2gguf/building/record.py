@@ -78,19 +78,23 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence.texts),
-        hf=FolderRecord(
-            folder=work.final_hf.name,
-            n_shards=len(list(work.hf.glob("*.safetensors"))),
-            n_parameters=written.n_parameters,
-            n_bytes=written.n_bytes,
-            files={},
-        ),
+        hf=_folder_record(work, written) if plan.writes_hf else None,
         gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
     )
     return _write(plan, work, evidence, manifest)
+
+
+def _folder_record(work: Workdir, written: PrunedView) -> FolderRecord:
+    return FolderRecord(
+        folder=work.final_hf.name,
+        n_shards=len(list(work.hf.glob("*.safetensors"))),
+        n_parameters=written.n_parameters,
+        n_bytes=written.n_bytes,
+        files={},
+    )
 
 
 def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
@@ -169,11 +173,12 @@ def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) ->
         remove(stale)
     for made in (work.hf / CARD_FILE, work.hf / MANIFEST_FILE, work.gguf / SUMS_FILE):
         remove(made)
-    files = _sealed(work, work.hf, evidence)
-    write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
-    files[CARD_FILE] = hash_file(work.hf / CARD_FILE)
-    manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(files.items()))))
-    manifest.save(work.hf)
+    if manifest.hf is not None:
+        files = _sealed(work, work.hf, evidence)
+        write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
+        files[CARD_FILE] = hash_file(work.hf / CARD_FILE)
+        manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(files.items()))))
+        manifest.save(work.hf)
     written = {
         CARD_FILE: gguf_card(manifest, source_card),
         MODELFILE: modelfile(manifest, plan.source.folder),
@@ -202,7 +207,7 @@ def _sealed(work: Workdir, folder: Path, evidence: Evidence) -> dict[str, FileRe
 
 def _refuse_strays(work: Workdir, manifest: Manifest) -> None:
     """Raises VerificationError for a file that another program has put into the work folder."""
-    strays = [*check_members(work.hf, hf_members(manifest))]
+    strays = [] if manifest.hf is None else [*check_members(work.hf, hf_members(manifest))]
     strays += check_members(work.gguf, gguf_members(manifest))
     if strays:
         raise VerificationError(strays, f"nothing was published; look into {work.root}")

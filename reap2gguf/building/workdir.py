@@ -1,6 +1,6 @@
 """The folders of a build: their names, their owner, their lock, and the renaming at the end.
 
-OUTPUT/NAME/                        final, safetensors
+OUTPUT/NAME/                        final, safetensors; not if all experts are kept
 OUTPUT/NAME-GGUF/                   final, GGUF
 OUTPUT/.work/NAME/NAME/             the same, while being made
 OUTPUT/.work/NAME/NAME-GGUF/
@@ -50,6 +50,7 @@ class Workdir:
 
     output: Path
     name: str
+    has_hf: bool = True  # whether the build writes safetensors
 
     @property
     def shared(self) -> Path:
@@ -126,8 +127,11 @@ class Workdir:
         self._drop_discarded()
         if (self.root / _FINALIZING).is_file():
             self._resume_finalize()
-        for final in (self.final_hf, self.final_gguf):
+        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
             self._check_replaceable(final)
+        if not self.has_hf:
+            self._check_no_hf()
+            remove(self.hf)  # of an attempt that was to prune
         if fresh:
             remove(self._finished)
             self._discard()
@@ -195,6 +199,17 @@ class Workdir:
                 "--output or --name, or move it away"
             )
 
+    def _check_no_hf(self) -> None:
+        """Refuse to replace only one folder of a bundle that has two."""
+        if not self.final_gguf.exists():
+            return
+        if Manifest.load(self.final_gguf).hf is not None:
+            raise OutputError(
+                f"{self.final_gguf}: belongs to the safetensors in {self.final_hf}, and this "
+                "build, which keeps all experts, would replace it alone; pass another --output or "
+                "--name, or move both folders away"
+            )
+
     def earlier_files(self) -> list[str]:
         """GGUF files of an earlier build that this one will replace."""
         if not self.final_gguf.is_dir():
@@ -209,6 +224,7 @@ class Workdir:
         stats = {
             f"{final.name}/{file.name}": file.lstat()
             for made, final in self._places
+            if made.is_dir()
             for file in sorted(made.iterdir())
         }
         files = {name: stat.st_size for name, stat in stats.items()}
@@ -241,17 +257,19 @@ class Workdir:
         if self._is_as_recorded():
             self._finalize()
             return
+        files = self._recorded().get("files")
+        recorded = {self.final_gguf.name, *([self.final_hf.name] if self.has_hf else [])}
+        if isinstance(files, dict):
+            recorded = {name.partition("/")[0] for name in files}
         for made, final in self._places:
-            if not made.exists() and final.exists():
+            # a folder of this name may be the user's own, where the build wrote no safetensors
+            if final.name in recorded and not made.exists() and final.exists():
                 rename(final, made)
         remove(self.root / _FINALIZING)
 
     def _is_as_recorded(self) -> bool:
         """Whether each file has the size and the time of change that `finalize` recorded."""
-        try:
-            record = read_json(self.root / _FINALIZING)
-        except CheckpointError:
-            return False
+        record = self._recorded()
         sizes, times = record.get("files"), record.get("changed_ns")
         if not isinstance(sizes, dict) or not isinstance(times, dict):
             return False
@@ -265,6 +283,13 @@ class Workdir:
             if (stat.st_size, stat.st_mtime_ns) != (n_bytes, times.get(name)):
                 return False
         return True
+
+    def _recorded(self) -> dict[str, Any]:
+        """What `finalize` recorded; nothing if that cannot be read."""
+        try:
+            return read_json(self.root / _FINALIZING)
+        except CheckpointError:
+            return {}
 
     def is_finished(self, inputs: str) -> bool:
         """Whether the final files were made from these inputs and all have their sizes."""

@@ -74,6 +74,9 @@ def hf_card(manifest: Manifest, source_card: Path) -> str:
 def hf_body(manifest: Manifest, names: CardNames) -> str:
     """The card of the safetensors, without its front matter."""
     folder = manifest.hf
+    if folder is None:
+        raise ValueError("the bundle has no safetensors, so they have no card")
+    shards = _count_shards(folder.n_shards)
     return f"""# {inline(_last(names.hf))}
 
 {_summary(manifest)}
@@ -88,7 +91,7 @@ def hf_body(manifest: Manifest, names: CardNames) -> str:
 vllm serve {argument(names.hf)}
 ```
 
-{_mtp_use(manifest, names.hf)}The weights take {size(folder.n_bytes)} in {_count_shards(manifest)}.
+{_mtp_use(manifest, names.hf)}The weights take {size(folder.n_bytes)} in {shards}.
 GGUF files of the same model are in {names.link(names.gguf)}.
 
 {_method(manifest)}
@@ -153,7 +156,9 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
     `samples` says whether the model's generation config recommends a sampling.
     """
     files = files_section(manifest, names)
-    if names.on_hub:
+    if manifest.hf is None:
+        files += f"The safetensors are those of {_source_link(manifest)}.\n\n"
+    elif names.on_hub:
         files += f"The safetensors are in {names.link(names.hf)}.\n\n"
     files += "".join(f"Note: {prose(caveat)}.\n\n" for caveat in manifest.caveats)
     return f"""# {inline(gguf_name(_last(names.hf)))}
@@ -173,10 +178,11 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 def _imatrix(manifest: Manifest) -> str:
     """What the importance matrix was computed on, as far as it is known."""
     calibration = manifest.calibration
+    whose = "pruned " if manifest.pruning.n_kept < manifest.pruning.n_experts else ""
     dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
     if calibration.imatrix_file is None:
         return (
-            f"`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on\n"
+            f"`{IMATRIX_FILE}` is the importance matrix of the {whose}model, computed on\n"
             f"{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens "
             f"from\n`{CALIBRATION_FILE}`; {dat}"
         )
@@ -213,7 +219,7 @@ def _summary(manifest: Manifest) -> str:
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
-        f"{pruning.experts_per_token} active per token. {parameters(manifest.hf.n_parameters)} of "
+        f"{pruning.experts_per_token} active per token. {parameters(manifest.n_parameters)} of "
         f"{parameters(source.n_parameters)} parameters remain.{_earlier(manifest)}"
     )
 
@@ -242,16 +248,23 @@ def _facts_table(manifest: Manifest) -> str:
     rows = [
         ("source", (label if repository(label) else inline(label)) + _at(manifest.source.revision)),
         ("architecture", inline(manifest.source.architecture)),
-        ("experts per layer", f"{pruning.n_kept} of {pruning.n_experts}"),
+        ("experts per layer", _experts(manifest)),
         ("active experts per token", str(pruning.experts_per_token)),
-        ("parameters", f"{manifest.hf.n_parameters:,}"),
-        ("pruning method", inline(pruning.method)),
+        ("parameters", f"{manifest.n_parameters:,}"),
+        *([("pruning method", inline(pruning.method))] if pruning.method != NO_METHOD else []),
         ("calibration", _calibration_facts(manifest)),
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
         rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
     return table(("property", "value"), rows)
+
+
+def _experts(manifest: Manifest) -> str:
+    pruning = manifest.pruning
+    if pruning.n_kept == pruning.n_experts:
+        return str(pruning.n_experts)
+    return f"{pruning.n_kept} of {pruning.n_experts}"
 
 
 def _calibration_facts(manifest: Manifest) -> str:
@@ -309,14 +322,15 @@ def _observed(manifest: Manifest) -> str:
 def _method(manifest: Manifest) -> str:
     pruning = manifest.pruning
     matrix = "The\nimportance matrix was computed on the pruned model."
+    if pruning.method == NO_METHOD:
+        matrix = "The\nimportance matrix was computed on the source."
     if manifest.calibration.imatrix_file is not None:
         matrix = "The\nimportance matrix was not computed in this build."
     if pruning.method == NO_METHOD:
         return f"""## How it was made
 
-No expert was removed, so there was no calibration pass to rank them. The safetensors keep the
-weights of the source byte for byte: nothing was retrained. Calibration of the importance matrix
-used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
+{_from_source(manifest)} nothing was removed, and nothing was retrained. {matrix}
+Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
 
 {_calibration(manifest)}
 
@@ -336,6 +350,12 @@ Made with reap2gguf {inline(str(manifest.program.get("reap2gguf", "?")))}.
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _from_source(manifest: Manifest) -> str:
+    if manifest.hf is None:
+        return "The GGUF files were made from the weights of the source as they are:"
+    return "The safetensors keep the weights of the source byte for byte:"
 
 
 def _calibration(manifest: Manifest) -> str:
@@ -371,6 +391,5 @@ def _score(method: str) -> str:
     return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
 
 
-def _count_shards(manifest: Manifest) -> str:
-    count = manifest.hf.n_shards
+def _count_shards(count: int) -> str:
     return "one file" if count == 1 else f"{count} shards"

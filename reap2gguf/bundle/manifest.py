@@ -76,6 +76,11 @@ class MtpRecord:
     hits_after: int = 0
     n_tokens: int = 0
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the files have the block."""
+        return self.state in ("pruned", "kept")
+
 
 @dataclass(frozen=True)
 class PruningRecord:
@@ -210,11 +215,16 @@ class Manifest:
     source: SourceRecord
     pruning: PruningRecord
     calibration: CalibrationRecord
-    hf: FolderRecord
+    hf: FolderRecord | None  # None: nothing was pruned, and the source's safetensors are not copied
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()  # what a user should know, one sentence each
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model in the bundle; with all experts, those of the source."""
+        return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
     def has_text(self) -> bool:
@@ -253,7 +263,7 @@ class Manifest:
 
 def _check_names(manifest: Manifest) -> None:
     """Raises ValueError for a file name that is a path, or an unknown tensor type."""
-    names = [manifest.hf.folder, *manifest.hf.files]
+    names = [] if manifest.hf is None else [manifest.hf.folder, *manifest.hf.files]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         names += [record.file, *getattr(record, "parts", ())]
@@ -274,8 +284,6 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source["earlier"] = _earlier_pruning(source["earlier"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
-    hf = dict(values["hf"])
-    hf["files"] = {k: _record(FileRecord, v) for k, v in hf["files"].items()}
     if not isinstance(values["name"], str):
         raise TypeError("name is not a string")
     return Manifest(
@@ -284,7 +292,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source=_record(SourceRecord, source),
         pruning=_record(PruningRecord, pruning),
         calibration=_record(CalibrationRecord, calibration),
-        hf=_record(FolderRecord, hf),
+        hf=None if values["hf"] is None else _folder_record(values["hf"]),
         gguf=tuple(map(_gguf_record, values["gguf"])),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
@@ -299,6 +307,11 @@ def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
     at_most("methods", methods, _MOST_METHODS)
     kept = kept_layers(values["kept"], "kept of the original")
     return _record(EarlierPruning, {**values, "methods": tuple(methods), "kept": kept})
+
+
+def _folder_record(values: Mapping[str, Any]) -> FolderRecord:
+    files = {name: _record(FileRecord, file) for name, file in values["files"].items()}
+    return _record(FolderRecord, {**values, "files": files})
 
 
 def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:

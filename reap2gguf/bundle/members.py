@@ -46,7 +46,9 @@ def gguf_members(manifest: Manifest) -> set[str]:
 
 
 def hf_members(manifest: Manifest) -> set[str]:
-    """The names of the files in the safetensors folder."""
+    """The names of the files in the safetensors folder; none if the bundle does not have one."""
+    if manifest.hf is None:
+        return set()
     return {name for name in manifest.hf.files if _may_be_in_hf(name)} | {MANIFEST_FILE}
 
 

@@ -36,7 +36,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"{parameters(plan.n_parameters)} parameters remain"
     )
     if not target.prunes:
-        yield "  nothing is pruned, so the calibration pass that ranks experts is skipped"
+        yield "  nothing is pruned: no pass to rank experts, and no copy of the safetensors"
     if plan.history is not None:
         yield (
             f"  the source was pruned before: it has {target.n_experts} of the "
@@ -56,7 +56,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     for warning in plan.warnings:
         yield f"  warning: {warning}"
     yield ""
-    yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
+    if plan.writes_hf:
+        yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
     for recipe in plan.recipes:
         yield (
             f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}, "
@@ -174,7 +175,8 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         for check in manifest.verification["passed"]:
             yield f"  verified  {check}"
         yield ""
-    yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
+    if manifest.hf is not None:
+        yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
     for record in manifest.gguf:
         yield f"  {result.gguf_folder / record.file}  {size(record.n_bytes)}"
     for side in manifest.side_files:

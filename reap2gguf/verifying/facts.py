@@ -135,6 +135,8 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     """The manifest against the safetensors folder: its config, and the headers of its shards."""
     facts, pruning, hf = model.facts, manifest.pruning, manifest.hf
     yield from _of_model(manifest, model)
+    if hf is None:
+        return  # a bundle without safetensors
     found = {
         "n_shards": (hf.n_shards, len(checkpoint.shards)),
         "n_parameters": (hf.n_parameters, checkpoint.n_parameters),
@@ -153,7 +155,7 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     for name in sorted({CARD_FILE, "config.json"} - hf.files.keys()):
         yield f"{MANIFEST_FILE}: hf.files does not name {name}"
     yield from _check_config(checkpoint, model)
-    yield from _check_passed(manifest, len(checkpoint.tensors))
+    yield from check_passed(manifest, len(checkpoint.tensors))
 
 
 def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
@@ -209,11 +211,14 @@ def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) 
         yield from _differs(what, recorded, counted, "the source")
 
 
-def _check_passed(manifest: Manifest, n_stored: int) -> Iterator[str]:
-    """The record of what the build verified, which the card quotes."""
+def check_passed(manifest: Manifest, n_stored: int | None) -> Iterator[str]:
+    """The record of what the build verified, which the card quotes.
+
+    `n_stored` counts the tensors of the safetensors; None if the bundle has none.
+    """
     found = manifest.verification.get("passed")
     passed = found if isinstance(found, list) else []
-    lines = [[passed_folder(n_stored)]]
+    lines = [] if n_stored is None else [[passed_folder(n_stored)]]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file
