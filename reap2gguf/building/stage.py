@@ -30,6 +30,7 @@ from reap2gguf.options import ComputeOptions, Resume
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.progress import Progress
 
 T = TypeVar("T")
@@ -46,6 +47,25 @@ class StageCost:
     seconds: float
     peak_bytes: int
     reused: bool = False
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Where a finished build lies, and what it cost.
+
+    `stages` is empty where the bundle was up to date and nothing was done.
+    """
+
+    hf_folder: Path | None  # None: nothing was pruned, so the source's safetensors serve
+    gguf_folder: Path
+    manifest: Manifest
+    stages: Sequence[StageCost]
+
+    @classmethod
+    def of(cls, work: Workdir, manifest: Manifest, costs: Sequence[StageCost] = ()) -> BuildResult:
+        """The result in its final folders."""
+        hf = None if manifest.hf is None else work.final_hf
+        return cls(hf, work.final_gguf, manifest, tuple(costs))
 
 
 class Stage(ABC, Generic[Result]):

@@ -334,7 +334,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 
 {_calibration(manifest)}
 
-Made with reap2gguf {manifest.program.get("reap2gguf", "")}."""
+Made with reap2gguf {manifest.card_version}."""
     return f"""## How it was made
 
 {_observed(manifest)}
@@ -345,7 +345,7 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 
 {_calibration(manifest)}
 
-Made with reap2gguf {inline(str(manifest.program.get("reap2gguf", "?")))}.
+Made with reap2gguf {inline(manifest.card_version or "?")}.
 
 ```bibtex
 {_REAP_CITATION}

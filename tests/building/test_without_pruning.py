@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import reap2gguf
 from reap2gguf.building import stages
 from reap2gguf.building.estimate import estimate
 from reap2gguf.building.pipeline import BuildResult
@@ -17,7 +18,7 @@ from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.card import gguf_card
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.opening import open_bundle
-from reap2gguf.errors import ArtifactError, OutputError, VerificationError
+from reap2gguf.errors import ArtifactError, OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.views import plan_lines, result_lines
@@ -165,7 +166,15 @@ def test_the_bundle_may_lie_beside_its_source(tiny: Path, tmp_path: Path) -> Non
     assert {file.name: file.read_bytes() for file in tiny.iterdir()} == before
     assert not build(tiny, tmp_path, compression=0).stages
     again = build(tiny, tmp_path, compression=0, recipes=("bf16",))
+    assert [one.label for one in again.manifest.gguf] == ["Q8_0", "BF16"]
+    assert [stage.name for stage in again.stages] == ["export", "verify"]
+    assert again.hf_folder is None
     assert not compared(again, tiny).violations
+    assert {file.name: file.read_bytes() for file in tiny.iterdir()} == before
+    both = build(tiny, tmp_path / "both", compression=0, recipes=("q8_0", "bf16"))
+    assert contents(both) == contents(again)
+    with pytest.raises(UsageError, match="has no safetensors to make files from"):
+        reap2gguf.add(again.gguf_folder, recipes=("q8_0",))
 
 
 @pytest.mark.parametrize("changed", [False, True])
