@@ -364,7 +364,7 @@ def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page.stem == "first-build" else ())
+        pytest.param(page, marks=pytest.mark.slow if page.stem in ("first-build", "parts") else ())
         for page in PAGES
         if any(block.is_run for block in blocks(page, "bash"))
     ],
