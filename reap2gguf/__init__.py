@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import add, build, plan, verify
+    from reap2gguf.api.builds import add, build, make_bundle, plan, verify
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -54,6 +54,7 @@ __all__ = [
     "add",
     "build",
     "imatrix",
+    "make_bundle",
     "observe",
     "plan",
     "prune",
@@ -62,7 +63,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("add", "build", "plan", "verify"),
+    "api.builds": ("add", "build", "make_bundle", "plan", "verify"),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",

@@ -32,7 +32,7 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
     """
     if options.name is not None:
         name = options.name
-        _check_given(name)
+        check_given_name(name)
     else:
         ending = _ending(options, target)
         name = _safe(source.short_name, _MOST_LETTERS - len(GGUF_SUFFIX + ending)) + ending
@@ -51,7 +51,8 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
     return name
 
 
-def _check_given(name: str) -> None:
+def check_given_name(name: str) -> None:
+    """Raises UsageError for a name that the Hub does not allow for both folders of a bundle."""
     if len(name) > _MOST_GIVEN:
         raise UsageError(
             f"the name {shown(name)} is not allowed: it has {len(name):,} letters, expected at "

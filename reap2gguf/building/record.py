@@ -21,6 +21,7 @@ from reap2gguf.bundle.layout import (
     MODELFILE,
     SUMS_FILE,
     model_file,
+    side_file,
 )
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
@@ -81,7 +82,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         calibration=_calibration_record(plan, evidence.texts),
         hf=_folder_record(work, written) if plan.writes_hf else None,
         gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
-        side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
+        side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
     )
@@ -273,7 +274,9 @@ def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
     )
 
 
-def _side_record(plan: Plan, side: SideFile, folder: Path) -> SideRecord:
-    path = folder / plan.side_name(side)
-    tensor_types = {name: tensor_type.name for name, tensor_type in side.tensor_types().items()}
-    return SideRecord(path.name, side.title, path.stat().st_size, tensor_types)
+def side_record(name: str, side: SideFile, folder: Path | None = None) -> SideRecord:
+    """The record of a side file of the bundle `name`; without its size if there is no folder."""
+    file = side_file(side.prefix, name)
+    n_bytes = 0 if folder is None else (folder / file).stat().st_size
+    tensor_types = {tensor: one.name for tensor, one in side.tensor_types().items()}
+    return SideRecord(file, side.title, n_bytes, tensor_types)

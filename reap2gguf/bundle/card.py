@@ -178,6 +178,8 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 def _imatrix(manifest: Manifest) -> str:
     """What the importance matrix was computed on, as far as it is known."""
     calibration = manifest.calibration
+    if not manifest.has_imatrix:
+        return ""
     whose = "pruned " if manifest.pruning.n_kept < manifest.pruning.n_experts else ""
     dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
     if calibration.imatrix_file is None:
@@ -190,7 +192,13 @@ def _imatrix(manifest: Manifest) -> str:
     return (
         f"`{IMATRIX_FILE}` is an importance matrix that was not computed in this build: it comes "
         f"from the file\n{code(calibration.imatrix_file)}, which records {_chunks(manifest)} of "
-        f"{text}. {dat}"
+        f"{text}. {dat}{_given_text(manifest)}"
+    )
+
+
+def _given_text(manifest: Manifest) -> str:
+    return (
+        f"`{CALIBRATION_FILE}` is the text that was given with it.\n" if manifest.has_text else ""
     )
 
 
@@ -324,7 +332,9 @@ def _method(manifest: Manifest) -> str:
     matrix = "The\nimportance matrix was computed on the pruned model."
     if pruning.method == NO_METHOD:
         matrix = "The\nimportance matrix was computed on the source."
-    if manifest.calibration.imatrix_file is not None:
+    if not manifest.has_imatrix:
+        matrix = ""
+    elif manifest.calibration.imatrix_file is not None:
         matrix = "The\nimportance matrix was not computed in this build."
     if pruning.method == NO_METHOD:
         return f"""## How it was made

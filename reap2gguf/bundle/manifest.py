@@ -242,6 +242,11 @@ class Manifest:
         return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
+    def has_imatrix(self) -> bool:
+        """Whether the bundle has an importance matrix."""
+        return self.calibration.imatrix_chunks is not None
+
+    @property
     def has_text(self) -> bool:
         """Whether the text of the importance matrix is in the bundle."""
         return self.calibration.imatrix_sha256 is not None

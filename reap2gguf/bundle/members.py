@@ -41,7 +41,9 @@ def gguf_members(manifest: Manifest) -> set[str]:
     """The names of the files in the GGUF folder."""
     models = {name for record in manifest.gguf for name in record.files}
     sides = {side.file for side in manifest.side_files}
-    own = {CARD_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE}
+    own = {CARD_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE}
+    if manifest.has_imatrix:
+        own |= {IMATRIX_DAT_FILE, IMATRIX_FILE}
     return models | sides | own | ({CALIBRATION_FILE} if manifest.has_text else set())
 
 
