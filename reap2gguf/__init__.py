@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import add, build, plan, verify
+    from reap2gguf.api.builds import add, build, make_bundle, plan, verify
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
@@ -64,6 +64,7 @@ __all__ = [
     "example",
     "imatrix",
     "inspect",
+    "make_bundle",
     "observe",
     "plan",
     "prune",
@@ -72,7 +73,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("add", "build", "plan", "verify"),
+    "api.builds": ("add", "build", "make_bundle", "plan", "verify"),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
     "api.stages": (

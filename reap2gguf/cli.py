@@ -17,6 +17,7 @@ from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, Verificatio
 from reap2gguf.machine import processes
 from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
+from reap2gguf.terminal.bundle_command import bundle
 from reap2gguf.terminal.console import LogHandler, is_verbose, say
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.example_command import example
@@ -114,7 +115,7 @@ def cli() -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(inspect_command, chat, serve, push, example, jobs),
+    *(inspect_command, bundle, chat, serve, push, example, jobs),
 ):
     cli.add_command(command)
 

@@ -214,6 +214,8 @@ class BuildOptions:
     method: str = "reap"
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
+    observations: Path | None = None  # that `observe` wrote: they take the place of that stage
+    imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
     imatrix_chunks: int | None = None  # most chunks; None: as many tokens as rows may have
@@ -241,8 +243,14 @@ class BuildOptions:
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        if self.imatrix_text is not None:
-            object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))
+        for name in ("observations", "imatrix", "imatrix_text"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_path(name, path))
+        if self.imatrix is not None and self.imatrix_text is not None:
+            raise UsageError(
+                "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
+                "there is not computed; pass one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -267,3 +275,38 @@ class AddOptions:
         check_number("threads", self.threads, 1, MOST_THREADS)
         if not recipes and not files:
             raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """The arguments of `bundle`: what single commands made."""
+
+    folder: Path  # of `prune`, or a model that is not pruned
+    files: tuple[Path, ...]  # GGUF files of that model
+    source: str | None = None  # MODEL that was pruned
+    imatrix: Path | None = None
+    observations: Path | None = None
+    text: Path | None = None  # that the importance matrix was computed on
+    output: Path = Path("build")
+    name: str | None = None  # None: the folder's
+    labels: Mapping[str, str] = field(default_factory=dict)  # by file
+    threads: int = field(default_factory=available_threads)
+
+    def __post_init__(self) -> None:
+        for name in ("folder", "output"):
+            object.__setattr__(self, name, check_path(name, getattr(self, name)))
+        for name in ("imatrix", "observations", "text"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_path(name, path))
+        files = tuple(check_path("files", path) for path in self.files)
+        object.__setattr__(self, "files", files)
+        if not files:
+            raise UsageError("no GGUF file was given; `reap2gguf quantize` writes one")
+        if self.text is not None and self.imatrix is None:
+            raise UsageError("--text is that of an importance matrix; pass it with --imatrix")
+        if self.name is not None:
+            check_kind("name", self.name, str)
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        if unknown := sorted(self.labels.keys() - set(map(str, files))):
+            raise UsageError(f"--label {unknown[0]}=...: no such file was given")
+        check_number("threads", self.threads, 1, MOST_THREADS)

@@ -379,7 +379,11 @@ def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page != FIRST and any(b.is_run for b in blocks(page, "bash"))],
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.stem == "parts" else ())
+        for page in PAGES
+        if page != FIRST and any(block.is_run for block in blocks(page, "bash"))
+    ],
     ids=page_name,
 )
 def test_commands_on_the_pages_run(page: Path, built_example: Path) -> None:

@@ -51,6 +51,16 @@ COVERED_BY = [
         ),
     ),
     (
+        "building/test_bundling.py",
+        "the command is typed there",
+        ("terminal/bundle_command.py",),
+    ),
+    (
+        "building/test_given.py",
+        "a given importance matrix is a whole build's",
+        ("building/given_stage.py",),
+    ),
+    (
         "building/test_pipeline.py",
         "the parts of a build, which is compared byte by byte",
         (

@@ -9,6 +9,7 @@ from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.options import (
     AddOptions,
     BuildOptions,
+    BundleOptions,
     check_bool,
     check_labels,
     check_path,
@@ -70,6 +71,43 @@ def add(
     where, n_threads = check_path("bundle", bundle), check_threads(threads)
     given = (recipes,) if isinstance(recipes, str) else tuple(recipes)
     options = AddOptions(where, given, paths, check_labels(labels or {}), exact, n_threads)
+    return run(options, to_progress(progress))
+
+
+def make_bundle(
+    folder: PathLike,
+    *files: PathLike,
+    source: PathLike | None = None,
+    imatrix: PathLike | None = None,
+    observations: PathLike | None = None,
+    text: PathLike | None = None,
+    output: PathLike = "build",
+    name: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    progress: ProgressLike = None,
+) -> BuildResult:
+    """Make a bundle of what `prune`, `quantize`, `imatrix` and `observe` made, after verifying it.
+
+    `folder` is one that `prune` wrote, with `source`, the MODEL that it was made from; or a model
+    that was not pruned. `files` are GGUF files of it. Files are linked into the bundle, and stay
+    where they are. Raises UsageError, ArtifactError for a part of another model, VerificationError
+    for a file that does not hold what it should, OutputError, and what opening a model raises.
+    """
+    from reap2gguf.building.bundling import bundle as run
+
+    options = BundleOptions(
+        check_path("folder", folder),
+        tuple(check_path("files", path) for path in files),
+        None if source is None else str(source),
+        None if imatrix is None else check_path("imatrix", imatrix),
+        None if observations is None else check_path("observations", observations),
+        None if text is None else check_path("text", text),
+        check_path("output", output),
+        name,
+        check_labels(labels or {}),
+        check_threads(threads),
+    )
     return run(options, to_progress(progress))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import ArtifactError, CalibrationError, OutputError, UsageError
+from reap2gguf.errors import CalibrationError, OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     METHODS,
@@ -298,6 +298,7 @@ def _select(
     method: str,
 ) -> Selection:
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.given import check_same_model
     from reap2gguf.pruning.coverage import selection_notes
     from reap2gguf.pruning.select import choose_target, select_experts
 
@@ -308,11 +309,8 @@ def _select(
         if isinstance(observations, Observations)
         else Observations.load(Path(os.path.realpath(observations)))  # the user named it
     )
-    if seen.model_fingerprint != opened.checkpoint.fingerprint():
-        raise ArtifactError(
-            f"the observations are of another checkpoint than {opened.checkpoint.folder}; run "
-            "`reap2gguf observe` on this one"
-        )
+    where = "observations" if isinstance(observations, Observations) else str(observations)
+    check_same_model(seen, opened.checkpoint, where)
     kept = select_experts(seen, method, target, opened.model.facts)
     notes = tuple(selection_notes(seen, kept))
     return Selection(method, target.n_experts, target.n_kept, kept, notes)

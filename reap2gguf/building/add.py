@@ -13,6 +13,7 @@ from reap2gguf.building.stage import BuildResult
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import RecipeError, UsageError
+from reap2gguf.messages import one_line
 from reap2gguf.quantizing.labels import twice
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
@@ -32,6 +33,12 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
     bundle, RecipeError, and what `adopt` and `extend` raise; then the bundle is as it was.
     """
     opened = open_bundle(options.bundle)
+    if opened.hf is None:
+        label = one_line(opened.manifest.source.label)
+        raise UsageError(
+            f"{options.bundle}: has no safetensors to make files from; to add one, run the `build` "
+            f"of {label} again with one more --recipe: it writes only what is new"
+        )
     work = Workdir(opened.folders.output, opened.folders.name)
     with work.locked():
         work.finish_interrupted()
@@ -67,7 +74,7 @@ def _add(
     ]
     _check_labels(recipes, adopted)
     if not recipes and not adopted:
-        return BuildResult(work.final_hf, work.final_gguf, manifest, ())
+        return BuildResult.of(work, manifest)
     new = {record_name(manifest, r): recipe_key(r.name, r.label, r.source) for r in recipes}
     addition = Addition(
         work.of_addition(),

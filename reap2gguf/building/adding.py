@@ -141,9 +141,11 @@ def extend(
         passed[one.record.file] = passed_file(one.record.file, n_tensors, Level.VALUES)
     of_hf = {name: one for name, one in there.hf.items() if name not in _REWRITTEN}
     records = BundleFiles(of_hf, linked | new)
-    manifest = write_texts(work, _manifest(addition, passed, files), records, work.final_hf)
+    # of a bundle without safetensors, the reference is the source itself
+    source = reference[0].folder if manifest.hf is None else work.final_hf
+    manifest = write_texts(work, _manifest(addition, passed, files), records, source)
     work.finalize(addition.inputs, [asdict(cost) for cost in run.costs])
-    return BuildResult(work.final_hf, work.final_gguf, manifest, tuple(run.costs))
+    return BuildResult.of(work, manifest, run.costs)
 
 
 @contextmanager
@@ -219,10 +221,10 @@ def _link(addition: Addition, there: BundleFiles) -> None:
     """Give every file that stays its name in the folders that take the place of the old ones."""
     work = addition.work
     kept_gguf = _linked_gguf(addition)
-    for made, final, names in (
-        (work.hf, work.final_hf, there.hf.keys() - set(_REWRITTEN)),
-        (work.gguf, work.final_gguf, kept_gguf),
-    ):
+    places = [(work.gguf, work.final_gguf, kept_gguf)]
+    if work.has_hf:
+        places.append((work.hf, work.final_hf, there.hf.keys() - set(_REWRITTEN)))
+    for made, final, names in places:
         for stale in made.iterdir():
             if stale.name not in addition.new_names or made == work.hf:
                 remove(stale)

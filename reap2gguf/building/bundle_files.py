@@ -41,15 +41,20 @@ def check_bundle_files(
     hf, gguf = work.final_hf, work.final_gguf
     own = {path.name for path in adopted if os.path.realpath(path.parent) == os.path.realpath(gguf)}
     wanted, known = gguf_members(replace(manifest, gguf=tuple(stay))), gguf_members(manifest)
-    violations = [*check_members(hf, hf_members(manifest)), *check_members(gguf, known | own)]
+    violations = list(check_members(gguf, known | own))
+    if manifest.hf is not None:
+        violations += check_members(hf, hf_members(manifest))
     changed = _changed(work, manifest, wanted)
-    files = {name: one for name, one in manifest.hf.files.items() if f"{hf.name}/{name}" in changed}
+    recorded = {} if manifest.hf is None else manifest.hf.files
+    files = {name: one for name, one in recorded.items() if f"{hf.name}/{name}" in changed}
     unread = {name for name in known if f"{gguf.name}/{name}" not in changed}
     if changed and not violations:
         title = f"Verifying hashes of {work.name}"
-        with progress.task(title, folder_bytes(hf, gguf), "bytes") as task:
-            partial = replace(manifest, hf=replace(manifest.hf, files=files))
-            violations += check_hf_hashes(hf, partial, n_threads, task.advance)
+        folders = (gguf,) if manifest.hf is None else (hf, gguf)
+        with progress.task(title, folder_bytes(*folders), "bytes") as task:
+            if manifest.hf is not None:
+                partial = replace(manifest, hf=replace(manifest.hf, files=files))
+                violations += check_hf_hashes(hf, partial, n_threads, task.advance)
             violations += check_sums(gguf, known, n_threads, unread, task.advance)
     if violations:
         raise VerificationError(violations, _ADVICE)
@@ -57,7 +62,7 @@ def check_bundle_files(
 
 def _changed(work: Workdir, manifest: Manifest, wanted: Collection[str]) -> set[str]:
     """The files that are not as the build left them, by path below the output."""
-    names = [f"{work.final_hf.name}/{name}" for name in manifest.hf.files]
+    names = [f"{work.final_hf.name}/{name}" for name in (manifest.hf.files if manifest.hf else ())]
     names += [f"{work.final_gguf.name}/{name}" for name in wanted]
     finished = work.finished()
     return set(names) if finished is None else set(finished.changed(work.output, names))
@@ -71,4 +76,4 @@ def recorded_files(work: Workdir, manifest: Manifest) -> BundleFiles:
         for name, sha256 in sums.items()
         if name != SUMS_FILE and (work.final_gguf / name).is_file()
     }
-    return BundleFiles(dict(manifest.hf.files), gguf)
+    return BundleFiles({} if manifest.hf is None else dict(manifest.hf.files), gguf)

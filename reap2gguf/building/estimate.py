@@ -54,8 +54,7 @@ def estimate(plan: Plan, has_gpu: bool) -> Estimate:
     quantized = sum(
         math.prod(entry.tensor.shape) for recipe in plan.recipes for entry in recipe.table
     )
-    n_sweeps = 2 if plan.target.prunes else 1
-    flops = n_sweeps * 2 * n_tokens * active_parameters(plan)
+    flops = plan.n_sweeps * 2 * n_tokens * active_parameters(plan)
     seconds = (
         flops / (_GPU_FLOPS if has_gpu else _CPU_FLOPS * threads)
         + quantized / (_QUANTIZED_WEIGHTS * threads)

@@ -84,16 +84,19 @@ class BuildKeys:
         committed there later. `owner/name@revision` pins a commit; --fresh draws again.
         """
         calibration, text = self.plan.calibration, self.plan.options.imatrix_text
-        hashes = local_hashes(calibration, self.plan.files)
+        reads = self.plan.reads_calibration
+        hashes = local_hashes(calibration, self.plan.files) if reads else []
         if text is not None:
             hashes.append((text.name, self.plan.files.text(text).sha256))
         return stage_key(
             TEXTS_FORMAT,
             self._companions,
-            calibration.spec,
+            calibration.spec if reads else None,
             calibration.label,
             hashes,
             str(text),
+            self.plan.reads_rows,
+            self.plan.imatrix is None,
             calibration.samples,
             calibration.seed,
             calibration.pack,
@@ -156,7 +159,9 @@ class BuildKeys:
         return stage_key(
             *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT, IMATRIX_FORMAT),
             self._source,
-            self.texts,
+            self.texts if plan.reads_texts else self._companions,
+            self._given,
+            plan.writes_hf,
             self._card,
             plan.name,
             plan.source.label,
@@ -167,6 +172,12 @@ class BuildKeys:
             plan.mtp,
             *self._computing,
         )
+
+    @property
+    def _given(self) -> list[tuple[str, str] | None]:
+        """The files that take the place of stages: cards name them."""
+        given = (self.plan.observations, self.plan.imatrix)
+        return [None if one is None else (one.file, one.sha256) for one in given]
 
     @property
     def _history(self) -> dict[str, Any] | None:

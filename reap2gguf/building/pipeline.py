@@ -2,7 +2,9 @@
 
     plan -> texts -> observe -> prune -> imatrix -> export -> verify -> record
 
-A build that keeps all experts has nothing to observe.
+A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
+alone. Given observations, and a given importance
+matrix, take the place of the stages that make them; with both, no text is read.
 
 `stages.py` and `verify_stage.py` declare each stage, `stage.py` says how one is reused and resumed.
 Nothing gets its final name before everything is verified. Started by torchrun, every process runs
@@ -19,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.artifacts.made_with import other_versions
 from reap2gguf.building.adding import Addition, extend, open_reference
 from reap2gguf.building.estimate import check_room, exact_recipes
+from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, program_versions, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
+from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
 from reap2gguf.building.standing import Standing, refuse_dropping, standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
@@ -33,6 +36,7 @@ from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
@@ -45,7 +49,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     Returns None in a process of torchrun that is not the first. Raises a Reap2ggufError, for
     example VerificationError, and then leaves no final name.
     """
-    work = Workdir(plan.options.output, plan.name)
+    work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     if not processes().is_first:
         with plan.checkpoint:
             return _run_stages(Run(plan, work, Silent(), STAGES))
@@ -66,24 +70,29 @@ def _run_stages(run: Run) -> BuildResult | None:
         run.plan = plan = with_all_values(plan, run.progress.note)
     run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
 
-    texts = run.do(ReadTexts(run))
-    observed = run.do(Observe(run, texts)) if plan.target.prunes else None
+    texts = run.do(ReadTexts(run)) if plan.reads_texts else None
+    observed = run.do(Observe(run, needed(texts))) if plan.observes else None
     kept = run.agree(lambda: _kept(plan, observed))
-    if observed is not None and run.is_first:
-        for line in selection_notes(observed.result, kept):
+    if run.is_first and (seen := _observations(plan, observed)) is not None:
+        for line in selection_notes(seen, kept):
             run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
-    run.do(Prune(run, pruned))
-    importance = run.do(Importance(run, pruned, texts))
+    if plan.writes_hf:
+        run.do(Prune(run, pruned))
+    importance = run.do(
+        Importance(run, pruned, texts)
+        if plan.imatrix is None
+        else GivenImportance(run, pruned, texts, plan.imatrix)
+    )
     if not run.is_first:
         return None
     exported = run.do(Export(run, pruned, importance))
     verified = run.do(Verify(run, pruned, exported))
 
     evidence = Evidence(
-        None if observed is None else observed.result,
-        "" if observed is None else observed.sha256,
-        texts.result,
+        _observations(plan, observed),
+        observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
+        importance.texts,
         kept,
         importance.facts,
         verified.result.passed,
@@ -92,14 +101,22 @@ def _run_stages(run: Run) -> BuildResult | None:
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
-    return BuildResult(run.work.final_hf, run.work.final_gguf, manifest, tuple(run.costs))
+    return BuildResult.of(run.work, manifest, run.costs)
 
 
 def _kept(plan: Plan, observed: Observe | None) -> Kept:
     """The experts that stay: the best ones, or all where nothing is pruned."""
-    if observed is None:
+    seen = _observations(plan, observed)
+    if seen is None:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(observed.result, plan.method, plan.target, plan.model.facts)
+    return select_experts(seen, plan.method, plan.target, plan.model.facts)
+
+
+def _observations(plan: Plan, observed: Observe | None) -> Observations | None:
+    """What the build observed, or was given; None where nothing is pruned."""
+    if observed is not None:
+        return observed.result
+    return None if plan.observations is None else plan.observations.seen
 
 
 def _extend(run: Run, found: Standing) -> BuildResult:
@@ -117,7 +134,7 @@ def _extend(run: Run, found: Standing) -> BuildResult:
         state = f"up to date, {versions}" if versions else "up to date"
         advice = "`reap2gguf verify` checks it, --fresh builds it from scratch"
         note(f"{work.name}: {state}; {advice}")
-        return BuildResult(work.final_hf, work.final_gguf, found.manifest, ())
+        return BuildResult.of(work, found.manifest)
     note(f"{work.name}: the finished bundle is extended; nothing is observed or pruned again")
     made = {name: key for name, key in run.keys.inputs.recipes.items()}
     earlier = work.finished()
@@ -132,5 +149,9 @@ def _extend(run: Run, found: Standing) -> BuildResult:
         inputs=replace(run.keys.inputs, recipes=kept | made),
         exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
     )
+    threads, kept_all = plan.options.compute.threads, found.manifest.pruning.kept
+    if found.manifest.hf is None:
+        view = PrunedView(plan.checkpoint, plan.model, {k: tuple(v) for k, v in kept_all.items()})
+        return extend(addition, (view, view.model), threads, run.progress)
     with open_reference(found.manifest, work.final_hf) as reference:
-        return extend(addition, reference, plan.options.compute.threads, run.progress)
+        return extend(addition, reference, threads, run.progress)

@@ -21,6 +21,7 @@ from reap2gguf.bundle.layout import (
     MODELFILE,
     SUMS_FILE,
     model_file,
+    side_file,
 )
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
@@ -46,6 +47,7 @@ from reap2gguf.verifying.report import passed_summary
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.artifacts.texts import Texts
+    from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.models.description import SideFile
@@ -80,20 +82,24 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
-        hf=FolderRecord(
-            folder=work.final_hf.name,
-            n_shards=len(list(work.hf.glob("*.safetensors"))),
-            n_parameters=written.n_parameters,
-            n_bytes=written.n_bytes,
-            files={},
-        ),
+        hf=_folder_record(work, written) if plan.writes_hf else None,
         gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
-        side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
+        side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
         made_with=evidence.made_with,
     )
     return _write(plan, work, evidence, manifest)
+
+
+def _folder_record(work: Workdir, written: PrunedView) -> FolderRecord:
+    return FolderRecord(
+        folder=work.final_hf.name,
+        n_shards=len(list(work.hf.glob("*.safetensors"))),
+        n_parameters=written.n_parameters,
+        n_bytes=written.n_bytes,
+        files={},
+    )
 
 
 def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
@@ -122,11 +128,13 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
         coverage=None if seen is None else coverage_record(seen, evidence.kept),
+        observations_file=None if plan.observations is None else plan.observations.file,
     )
 
 
 def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, Any]) -> MtpRecord:
-    if not plan.model.facts.has_mtp:
+    # a pass that was not made here has not asked it on the same rows
+    if not plan.model.facts.has_mtp or plan.observations or plan.imatrix:
         return MtpRecord(plan.mtp)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after
@@ -135,20 +143,36 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
 
 
 def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
-    texts, chunks = evidence.texts, evidence.texts.chunks
-    return CalibrationRecord(
-        spec=texts.rows.label,
-        sha256=texts.rows.sha256,
-        max_length=plan.max_length,
-        seed=plan.calibration.seed,
-        packed=plan.calibration.pack,
-        imatrix_text=chunks.label,
-        imatrix_sha256=chunks.sha256,
-        imatrix_chunks=len(chunks.chunks),
-        imatrix_chunk_size=chunks.chunk_size,
-        components=texts.rows.components,
-        imatrix_text_chunks=chunks.n_of_text,
-        imatrix_unseen=int(evidence.importance["unseen_experts"]),
+    texts, seen, given = evidence.texts, plan.observations, plan.imatrix
+    rows, chunks = texts.rows, texts.chunks
+    own = rows if seen is None else None  # the rows that ranked the experts, if that was done here
+    record = CalibrationRecord(
+        spec=own.label if own else seen.seen.calibration if seen else None,
+        sha256=own.sha256 if own else seen.seen.calibration_sha256 if seen else None,
+        max_length=plan.max_length if own else None,
+        seed=plan.calibration.seed if own else None,
+        packed=plan.calibration.pack if own else None,
+        imatrix_text=None if chunks is None else chunks.label,
+        imatrix_sha256=None if chunks is None else chunks.sha256,
+        imatrix_chunks=None if chunks is None else len(chunks.chunks),
+        imatrix_chunk_size=None if chunks is None else chunks.chunk_size,
+        components=() if rows is None else rows.components,
+        imatrix_text_chunks=0 if chunks is None else chunks.n_of_text,
+        imatrix_unseen=int(evidence.importance.get("unseen_experts", 0)),  # none of a given matrix
+    )
+    return record if given is None else with_given_imatrix(record, given)
+
+
+def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> CalibrationRecord:
+    """The record of a calibration with what the file of an importance matrix says of itself."""
+    return replace(
+        record,
+        imatrix_text=given.imatrix.dataset,
+        imatrix_chunks=given.imatrix.n_chunks,
+        imatrix_chunk_size=given.imatrix.chunk_size,
+        imatrix_file=given.file,
+        imatrix_text_chunks=0,
+        imatrix_unseen=sum(given.imatrix.unseen_experts().values()),
     )
 
 
@@ -159,9 +183,11 @@ def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) ->
         remove(stale)
     for made in (work.hf / CARD_FILE, work.hf / MANIFEST_FILE, work.gguf / SUMS_FILE):
         remove(made)
-    write_whole(work.gguf / CALIBRATION_FILE, evidence.texts.chunks.text)
+    if (chunks := evidence.texts.chunks) is not None:
+        write_whole(work.gguf / CALIBRATION_FILE, chunks.text)
     files = BundleFiles(_sealed(work, work.hf, evidence), _sealed(work, work.gguf, evidence))
-    files.gguf[CALIBRATION_FILE] = hash_file(work.gguf / CALIBRATION_FILE)
+    if chunks is not None:
+        files.gguf[CALIBRATION_FILE] = hash_file(work.gguf / CALIBRATION_FILE)
     return write_texts(work, manifest, files, plan.source.folder)
 
 
@@ -180,11 +206,12 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
     for a file that is no part of the bundle.
     """
     source_card = source / CARD_FILE
-    hf_text, gguf_text = hf_card(manifest, source_card), gguf_card(manifest, source_card)
-    write_whole(work.hf / CARD_FILE, hf_text)
-    hf_files = {**files.hf, CARD_FILE: hash_file(work.hf / CARD_FILE)}
-    manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(hf_files.items()))))
-    manifest.save(work.hf)
+    gguf_text = gguf_card(manifest, source_card)
+    if manifest.hf is not None:
+        write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
+        hf_files = {**files.hf, CARD_FILE: hash_file(work.hf / CARD_FILE)}
+        manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(hf_files.items()))))
+        manifest.save(work.hf)
     written = {
         CARD_FILE: gguf_text,
         MODELFILE: modelfile(manifest, source),
@@ -210,7 +237,7 @@ def _sealed(work: Workdir, folder: Path, evidence: Evidence) -> dict[str, FileRe
 
 def _refuse_strays(work: Workdir, manifest: Manifest) -> None:
     """Raises VerificationError for a file that another program has put into the work folder."""
-    strays = [*check_members(work.hf, hf_members(manifest))]
+    strays = [] if manifest.hf is None else [*check_members(work.hf, hf_members(manifest))]
     strays += check_members(work.gguf, gguf_members(manifest))
     if strays:
         raise VerificationError(strays, f"nothing was published; look into {work.root}")
@@ -256,7 +283,9 @@ def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
     )
 
 
-def _side_record(plan: Plan, side: SideFile, folder: Path) -> SideRecord:
-    path = folder / plan.side_name(side)
-    tensor_types = {name: tensor_type.name for name, tensor_type in side.tensor_types().items()}
-    return SideRecord(path.name, side.title, path.stat().st_size, tensor_types)
+def side_record(name: str, side: SideFile, folder: Path | None = None) -> SideRecord:
+    """The record of a side file of the bundle `name`; without its size if there is no folder."""
+    file = side_file(side.prefix, name)
+    n_bytes = 0 if folder is None else (folder / file).stat().st_size
+    tensor_types = {tensor: one.name for tensor, one in side.tensor_types().items()}
+    return SideRecord(file, side.title, n_bytes, tensor_types)

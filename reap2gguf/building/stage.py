@@ -57,10 +57,16 @@ class BuildResult:
     `stages` is empty where the bundle was up to date and nothing was done.
     """
 
-    hf_folder: Path
+    hf_folder: Path | None  # None: nothing was pruned, so the source's safetensors serve
     gguf_folder: Path
     manifest: Manifest
     stages: Sequence[StageCost]
+
+    @classmethod
+    def of(cls, work: Workdir, manifest: Manifest, costs: Sequence[StageCost] = ()) -> BuildResult:
+        """The result in its final folders."""
+        hf = None if manifest.hf is None else work.final_hf
+        return cls(hf, work.final_gguf, manifest, tuple(costs))
 
 
 class Stage(ABC, Generic[Result]):

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.artifacts.texts import Row, Texts
+from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import Seal, read_seals
 from reap2gguf.building.stage import Run, Stage
@@ -40,6 +40,15 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+
+T = TypeVar("T")
+
+
+def needed(found: T | None) -> T:
+    """What a stage reads of the texts; a plan that has the stage has it too."""
+    assert found is not None
+    return found
 
 
 class ReadTexts(Stage[Texts]):
@@ -82,6 +91,8 @@ class ReadTexts(Stage[Texts]):
             self.run.progress,
             plan.files,
             plan.options.imatrix_chunks,
+            has_rows=plan.reads_rows,
+            has_chunks=plan.imatrix is None,
         )
 
     def made_with(self) -> Mapping[str, str]:
@@ -101,7 +112,11 @@ class Observe(Stage[Observations]):
         self._texts = texts
 
     def make_key(self) -> str:
-        return self.run.keys.observe(self._texts.result.rows)
+        return self.run.keys.observe(self._rows)
+
+    @property
+    def _rows(self) -> ObservationRows:
+        return needed(self._texts.result.rows)
 
     @property
     def path(self) -> Path:
@@ -113,9 +128,8 @@ class Observe(Stage[Observations]):
 
     def compute(self) -> Mapping[str, Any]:
         run = self.run
-        rows = self._texts.result.rows
         seen = observe(
-            run.plan.checkpoint, run.plan.model, rows, self.compute_options, run.progress
+            run.plan.checkpoint, run.plan.model, self._rows, self.compute_options, run.progress
         )
         if run.is_first:
             run.work.share(seen.save, self.path)
@@ -169,7 +183,7 @@ class Importance(Stage[Imatrix]):
     is_sweep = True
     libraries = COMPUTING
 
-    def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts) -> None:
+    def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts | None) -> None:
         super().__init__(run)
         self._pruned = pruned
         self._texts = texts
@@ -177,15 +191,22 @@ class Importance(Stage[Imatrix]):
     @property
     def texts(self) -> Texts:
         """The calibration texts."""
-        return self._texts.result
+        return Texts(None, None) if self._texts is None else self._texts.result
+
+    @property
+    def _chunks(self) -> ImatrixChunks:
+        return needed(self.texts.chunks)
 
     @property
     def _probe(self) -> Sequence[Row]:
-        return mtp_probe(self.run.plan.model, self._texts.result.rows)
+        """Rows to ask an MTP block on; none if it was not asked before pruning on the same rows."""
+        if self.texts.rows is None or not self.run.plan.reads_rows:
+            return ()
+        return mtp_probe(self.run.plan.model, self.texts.rows)
 
     def make_key(self) -> str:
         pruned = self.run.keys.pruned(self._pruned.kept)
-        return self.run.keys.imatrix(pruned, self._texts.result.chunks, self._probe)
+        return self.run.keys.imatrix(pruned, self._chunks, self._probe)
 
     @property
     def path(self) -> Path:
@@ -202,7 +223,7 @@ class Importance(Stage[Imatrix]):
         imatrix, report = compute_imatrix(
             self._pruned,
             self._pruned.model,
-            self._texts.result.chunks,
+            self._chunks,
             self.compute_options,
             self.run.progress,
             self._probe,
@@ -301,7 +322,8 @@ class Export(Stage[None]):
 
     @property
     def _datasets(self) -> tuple[str, ...]:
-        return hub_datasets(self._importance.texts.rows.components)
+        rows = self._importance.texts.rows
+        return () if rows is None else hub_datasets(rows.components)
 
     def expected(self, recipe: ResolvedRecipe) -> ExpectedGguf:
         """What the header of a recipe's file must say."""

@@ -52,7 +52,8 @@ class Verify(Stage[Verified]):
 
     @property
     def outputs(self) -> Sequence[Path]:
-        return (self.run.work.hf, *self._export.outputs)
+        made = (self.run.work.hf,) if self.run.plan.writes_hf else ()
+        return (*made, *self._export.outputs)
 
     def compute(self) -> Mapping[str, Any]:
         for name in (CARD_FILE, MANIFEST_FILE):
@@ -87,9 +88,12 @@ class Verify(Stage[Verified]):
         """What differs from the plan, and what was checked."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
-        violations = [*check_members(run.work.hf, written_names(pruned))]
-        violations += check_pruned(run.work.hf, pruned, progress)
-        passed = [passed_folder(len(pruned.tensors))]
+        violations: list[str] = []
+        passed: list[str] = []
+        if run.plan.writes_hf:
+            violations += check_members(run.work.hf, written_names(pruned))
+            violations += check_pruned(run.work.hf, pruned, progress)
+            passed.append(passed_folder(len(pruned.tensors)))
         exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
         for path, recipe in self._export.files.items():
             expected = self._export.expected(recipe)

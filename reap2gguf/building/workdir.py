@@ -1,6 +1,6 @@
 """The folders of a build: their names, their owner, their lock, and the renaming at the end.
 
-OUTPUT/NAME/                        final, safetensors
+OUTPUT/NAME/                        final, safetensors; not if all experts are kept
 OUTPUT/NAME-GGUF/                   final, GGUF
 OUTPUT/.work/NAME/NAME/             the same, while being made
 OUTPUT/.work/NAME/NAME-GGUF/
@@ -52,6 +52,7 @@ class Workdir:
 
     output: Path
     name: str
+    has_hf: bool = True  # whether the build writes safetensors
     is_addition: bool = False
 
     @property
@@ -129,8 +130,11 @@ class Workdir:
         folder is that of another source.
         """
         self.finish_interrupted()
-        for final in (self.final_hf, self.final_gguf):
+        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
             self._check_replaceable(final)
+        if not self.has_hf:
+            self._check_no_hf()
+            remove(self.hf)  # of an attempt that was to prune
         if fresh:
             remove(self._finished)
             self._discard()
@@ -154,7 +158,7 @@ class Workdir:
         """Create the folders; what an addition to another bundle has left is discarded."""
         if self._identity() != identity:
             self._discard()
-        for folder in (self.root, self.hf, self.gguf):
+        for folder in (self.root, self.gguf, *([self.hf] if self.has_hf else [])):
             make_folder(folder)
         write_whole(self.root / _IDENTITY, json.dumps(identity))
 
@@ -216,6 +220,17 @@ class Workdir:
                 "--output or --name, or move it away"
             )
 
+    def _check_no_hf(self) -> None:
+        """Refuse to replace only one folder of a bundle that has two."""
+        if not self.final_gguf.exists():
+            return
+        if Manifest.load(self.final_gguf).hf is not None:
+            raise OutputError(
+                f"{self.final_gguf}: belongs to the safetensors in {self.final_hf}, and this "
+                "build, which keeps all experts, would replace it alone; pass another --output or "
+                "--name, or move both folders away"
+            )
+
     def finalize(self, inputs: Inputs, costs: Sequence[Mapping[str, Any]]) -> None:
         """Give both folders their final names, in place of an earlier build's.
 
@@ -224,6 +239,7 @@ class Workdir:
         stats = {
             f"{final.name}/{file.name}": file.lstat()
             for made, final in self._places
+            if made.is_dir()
             for file in sorted(made.iterdir())
         }
         files = {name: stat.st_size for name, stat in stats.items()}
@@ -260,8 +276,13 @@ class Workdir:
         if self._is_as_recorded():
             self._finalize()
             return
+        files = self._recorded().get("files")
+        recorded = {self.final_gguf.name, *([self.final_hf.name] if self.has_hf else [])}
+        if isinstance(files, dict):
+            recorded = {name.partition("/")[0] for name in files}
         for made, final in self._places:
-            if not made.exists() and final.exists():
+            # a folder of this name may be the user's own, where the build wrote no safetensors
+            if final.name in recorded and not made.exists() and final.exists():
                 rename(final, made)
             if (old := self._old(final)).exists() and not final.exists():
                 rename(old, final)
@@ -269,10 +290,7 @@ class Workdir:
 
     def _is_as_recorded(self) -> bool:
         """Whether each file has the size and the time of change that `finalize` recorded."""
-        try:
-            record = read_json(self.root / _FINALIZING)
-        except CheckpointError:
-            return False
+        record = self._recorded()
         sizes, times = record.get("files"), record.get("changed_ns")
         if not isinstance(sizes, dict) or not isinstance(times, dict):
             return False
@@ -286,6 +304,13 @@ class Workdir:
             if (stat.st_size, stat.st_mtime_ns) != (n_bytes, times.get(name)):
                 return False
         return True
+
+    def _recorded(self) -> dict[str, Any]:
+        """What `finalize` recorded; nothing if that cannot be read."""
+        try:
+            return read_json(self.root / _FINALIZING)
+        except CheckpointError:
+            return {}
 
     def finished(self) -> Finished | None:
         """The record of the finished bundle; None if there is none, or it cannot be read."""

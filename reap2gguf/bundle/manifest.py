@@ -33,6 +33,8 @@ _JSON_TYPES = {
     "str": (str,),
     "bool": (bool,),
     "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
+    "bool | None": (bool, type(None)),
 }  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
 
@@ -76,6 +78,11 @@ class MtpRecord:
     hits_after: int = 0
     n_tokens: int = 0
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the files have the block."""
+        return self.state in ("pruned", "kept")
+
 
 @dataclass(frozen=True)
 class CoverageRecord:
@@ -95,6 +102,7 @@ class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
     Where all experts were kept there are no observations, and the method is NO_METHOD.
+    `observations_file` is the name of a file that was given; None if the build observed.
     """
 
     method: str
@@ -108,6 +116,7 @@ class PruningRecord:
     n_dropped_rows: int
     mtp: MtpRecord = MtpRecord()
     coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
+    observations_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,20 +142,25 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The calibration texts, and how they were cut into rows."""
+    """The calibration texts, and how they were cut into rows; None for what is not known.
 
-    spec: str
-    sha256: str
-    max_length: int
-    seed: int
-    packed: bool  # several samples per row, as REAP does; otherwise one sample per row
-    imatrix_text: str
-    imatrix_sha256: str
-    imatrix_chunks: int
-    imatrix_chunk_size: int
+    That is so for what a build did not do itself: observations and an importance matrix may be
+    given as files. `imatrix_file` is the name of the file that was given.
+    """
+
+    spec: str | None
+    sha256: str | None
+    max_length: int | None
+    seed: int | None
+    packed: bool | None  # several samples per row, as REAP does; otherwise one sample per row
+    imatrix_text: str | None
+    imatrix_sha256: str | None  # of the text; None: it is not in the bundle
+    imatrix_chunks: int | None
+    imatrix_chunk_size: int | None  # 0: the file of the matrix does not say it
     components: Sequence[ComponentRecord] = ()
     imatrix_text_chunks: int = 0  # of the whole text, of which chunks are some; 0: not recorded
     imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
+    imatrix_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +236,7 @@ class Manifest:
     source: SourceRecord
     pruning: PruningRecord
     calibration: CalibrationRecord
-    hf: FolderRecord
+    hf: FolderRecord | None  # None: nothing was pruned, and the source's safetensors are not copied
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -239,6 +253,21 @@ class Manifest:
     def versions_of(self, record: GgufRecord) -> Mapping[str, str]:
         """The versions that wrote a GGUF file."""
         return {**self.program, **record.made_by}
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model in the bundle; with all experts, those of the source."""
+        return self.source.n_parameters if self.hf is None else self.hf.n_parameters
+
+    @property
+    def has_imatrix(self) -> bool:
+        """Whether the bundle has an importance matrix."""
+        return self.calibration.imatrix_chunks is not None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the text of the importance matrix is in the bundle."""
+        return self.calibration.imatrix_sha256 is not None
 
     def text(self) -> str:
         """What `reap2gguf.json` holds."""
@@ -272,7 +301,7 @@ class Manifest:
 
 def _check_names(manifest: Manifest) -> None:
     """Raises ValueError for a file name that is a path, or an unknown tensor type."""
-    names = [manifest.hf.folder, *manifest.hf.files]
+    names = [] if manifest.hf is None else [manifest.hf.folder, *manifest.hf.files]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         names += [record.file, *getattr(record, "parts", ())]
@@ -295,8 +324,6 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source["earlier"] = _earlier_pruning(source["earlier"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
-    hf = dict(values["hf"])
-    hf["files"] = {k: _record(FileRecord, v) for k, v in hf["files"].items()}
     if not isinstance(values["name"], str):
         raise TypeError("name is not a string")
     return Manifest(
@@ -305,7 +332,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source=_record(SourceRecord, source),
         pruning=_record(PruningRecord, pruning),
         calibration=_record(CalibrationRecord, calibration),
-        hf=_record(FolderRecord, hf),
+        hf=None if values["hf"] is None else _folder_record(values["hf"]),
         gguf=tuple(map(_gguf_record, values["gguf"])),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
@@ -335,6 +362,11 @@ def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
     at_most("methods", methods, _MOST_METHODS)
     kept = kept_layers(values["kept"], "kept of the original")
     return _record(EarlierPruning, {**values, "methods": tuple(methods), "kept": kept})
+
+
+def _folder_record(values: Mapping[str, Any]) -> FolderRecord:
+    files = {name: _record(FileRecord, file) for name, file in values["files"].items()}
+    return _record(FolderRecord, {**values, "files": files})
 
 
 def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:

@@ -266,21 +266,27 @@ def read_texts(
     progress: Progress = _SILENT,
     files: ScannedFiles | None = None,
     n_chunks: int | None = None,
+    *,
+    has_rows: bool = True,
+    has_chunks: bool = True,
 ) -> Texts:
-    """Rows for the observation and `n_chunks` chunks for the importance matrix.
+    """Rows for the observation and `n_chunks` chunks for the importance matrix, or one of them.
 
     With `n_chunks` None, the importance matrix reads all of `imatrix_text`; without such a text it
     reads the calibration texts, and no more tokens than the maximum of the observation. Chunks that
-    are fewer than those of the text are spread over it by the seed. Raises CalibrationError.
+    are fewer than those of the text are spread over it by the seed. The calibration is not read
+    where neither needs it. Raises CalibrationError.
     """
     files = files or ScannedFiles()
+    chunks = None
+    if has_chunks and imatrix_text is not None:
+        seed = calibration.seed
+        chunks = imatrix_chunks(tokenizer, imatrix_text, chunk_size, files, n_chunks, seed)
+        if not has_rows:
+            return Texts(None, chunks, versions(TOKENIZING))
     drawn = draw(calibration, tokenizer, max_length, progress, files)
     rows = _observation_rows(drawn, calibration, vocab_size)
-    if imatrix_text is not None:
-        chunks = imatrix_chunks(
-            tokenizer, imatrix_text, chunk_size, files, n_chunks, calibration.seed
-        )
-    else:
+    if chunks is None and has_chunks:
         if n_chunks is None:
             n_chunks = -(-calibration.samples * max_length // chunk_size)
         chunks = _some_chunks(

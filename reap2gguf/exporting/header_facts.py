@@ -16,6 +16,7 @@ from gguf import GGUFValueType, Keys, LlamaFileType
 from reap2gguf import __version__
 from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import IMATRIX_FILE
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.exporting.general import General, general_values
 from reap2gguf.models.description import HeaderValue
 
@@ -156,11 +157,13 @@ def pruning_values(
 ) -> list[HeaderValue]:
     """Keys of our own, so that a GGUF file alone records where its experts come from.
 
-    With `earlier`, also those of the original: the source was pruned before.
+    With `earlier`, also those of the original: the source was pruned before. A file with all
+    experts of a source that was never pruned says only its source.
     """
-    values = [
-        _text("reap2gguf.version", version),
-        _text("reap2gguf.source", source_label),
+    values = [_text("reap2gguf.version", version), _text("reap2gguf.source", source_label)]
+    if method == NO_METHOD and earlier is None:
+        return values
+    values += [
         _text("reap2gguf.method", method),
         HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
         _experts("reap2gguf.kept_experts", kept),

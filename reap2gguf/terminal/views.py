@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.estimate import Estimate, side_bytes
@@ -36,7 +36,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"{parameters(plan.n_parameters)} parameters remain"
     )
     if not target.prunes:
-        yield "  nothing is pruned, so the calibration pass that ranks experts is skipped"
+        yield "  nothing is pruned: no pass to rank experts, and no copy of the safetensors"
     if plan.history is not None:
         yield (
             f"  the source was pruned before: it has {target.n_experts} of the "
@@ -48,11 +48,7 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
             f"  vLLM has no fused kernels for {target.n_kept} experts; the nearest count that has "
             f"them is {friendly} (--keep-experts {friendly})"
         )
-    packed = ", samples packed" if plan.calibration.pack else ""
-    yield (
-        f"  calibration: {plan.calibration.label}, at most {plan.calibration.samples:,} rows of "
-        f"{plan.max_length:,} tokens{packed}"
-    )
+    yield f"  calibration: {', '.join(_calibration_parts(plan))}"
     if plan.mtp != "none":
         yield f"  multi-token-prediction block: {plan.mtp}"
     for caveat in plan.caveats:
@@ -60,7 +56,8 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     for warning in plan.warnings:
         yield f"  warning: {warning}"
     yield ""
-    yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
+    if plan.writes_hf:
+        yield f"  {plan.name}/  safetensors  {size(plan.hf_bytes)}"
     for recipe in plan.recipes:
         yield (
             f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}, "
@@ -74,6 +71,19 @@ def plan_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
         f"  needs {size(needs.disk_bytes)} of disk, about {size(needs.memory_bytes)} of "
         f"{needs.memory}, about {duration(needs.seconds)}"
     )
+
+
+def _calibration_parts(plan: Plan) -> Iterator[str]:
+    """What ranks the experts and weights the quantization: given files, or text."""
+    if plan.observations is not None:
+        yield f"observations: {plan.observations.file}, reused"
+    if plan.imatrix is not None:
+        yield f"importance matrix: {plan.imatrix.file}, reused"
+    if plan.reads_calibration:
+        yield plan.calibration.label
+        yield f"at most {plan.calibration.samples:,} rows of {plan.max_length:,} tokens"
+        if plan.calibration.pack:
+            yield "samples packed"
 
 
 def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
@@ -98,6 +108,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "mtp": plan.mtp,
         "caveats": list(plan.caveats),
         "warnings": plan.warnings,
+        "observations": None if plan.observations is None else plan.observations.file,
+        "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "calibration": {
             "spec": plan.calibration.label,
             "rows": plan.calibration.samples,
@@ -163,7 +175,8 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         for check in manifest.verification["passed"]:
             yield f"  verified  {check}"
         yield ""
-    yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
+    if manifest.hf is not None:
+        yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
     for record in manifest.gguf:
         yield f"  {result.gguf_folder / record.file}  {size(record.n_bytes)}"
     for side in manifest.side_files:

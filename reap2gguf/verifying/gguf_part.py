@@ -86,7 +86,8 @@ class GgufPart:
             shapes = {name: info.shape for name, info in header.tensors.items()}
             yield from check_imatrix(imatrix, manifest.calibration, manifest.pruning, shapes)
         if self.reference is not None:
-            yield from check_entries(imatrix, self.reference[1])
+            is_given = manifest.calibration.imatrix_file is not None
+            yield from check_entries(imatrix, self.reference[1], is_given)
 
     def _check_model(self, record: GgufRecord) -> Iterator[str]:
         """A GGUF file of the model: what its header says, then its values."""

@@ -69,7 +69,8 @@ def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
 
 def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
     """Every file of a bundle."""
-    files = (*result.hf_folder.iterdir(), *result.gguf_folder.iterdir())
+    folders = [one for one in (result.hf_folder, result.gguf_folder) if one is not None]
+    files = [file for folder in folders for file in folder.iterdir()]
     return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
 
 

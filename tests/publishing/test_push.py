@@ -26,11 +26,12 @@ from reap2gguf.publishing.push import PushOptions, preview
 from reap2gguf.publishing.remote import refusal
 from reap2gguf.quantizing.labels import LabelledFile
 from reap2gguf.verifying.bundle import check_bundle, verify_paths
+from tests.building.builds import build
 from tests.loopback_hub.repository import Repository
 from tests.loopback_hub.server import Fault, Hub
 from tests.publishing.push_kills import Rig, Runner, environment, tiny_bundle
 from tests.publishing.push_room import GGUF_REPO, REPO, Room, close
-from tests.tiny import ONE_THREAD
+from tests.tiny import ONE_THREAD, TinyQwen3Moe
 
 
 @pytest.fixture(scope="module")
@@ -492,6 +493,32 @@ def test_the_command(room: Room, bundle: Path) -> None:
     spoiled = runner.invoke(cli, ["push", str(bundle), "me/other"])
     assert spoiled.exit_code == 1
     assert "me/other: config.json has a different git hash than what was sent" in spoiled.output
+
+
+@pytest.mark.parametrize("repo", [REPO, GGUF_REPO])
+def test_a_bundle_without_safetensors_is_one_repository(
+    room: Room, tmp_path: Path, repo: str
+) -> None:
+    source = TinyQwen3Moe().write(tmp_path / "source")
+    (source / "generation_config.json").write_text('{"temperature": 0.7}')
+    folder = build(source, tmp_path / "out", name="model", compression=0).gguf_folder
+    shown = preview(PushOptions(folder, repo), check_bundle, Silent())
+    assert [one.repo for one in shown.prepared.repos] == [GGUF_REPO]
+    assert shown.unchecked == ()
+    assert room.push(folder, repo).urls == (f"{room.hub.endpoint}/{GGUF_REPO}",)
+    assert [one.name for one in room.hub.repositories] == [GGUF_REPO]
+    found = room.files(GGUF_REPO)
+    assert found.keys() == {file.name for file in folder.iterdir()} | {".gitattributes"}
+    card = found["README.md"].decode()
+    assert "quantized_by: me\n" in card
+    assert "\nhf download me/thing-GGUF model-Q8_0.gguf" in card
+    assert "llama.cpp takes the sampling" in card
+    (tmp_path / "down").mkdir()
+    for name in found.keys() - {".gitattributes"}:
+        (tmp_path / "down" / name).write_bytes(found[name])
+    report = verify_paths([tmp_path / "down"], 1, Silent())
+    assert report.violations == ()
+    assert room.push(folder, repo).others == ()
 
 
 def test_pushes_that_are_killed_go_on(bundle: Path, tmp_path: Path) -> None:
