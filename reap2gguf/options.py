@@ -261,6 +261,7 @@ class AddOptions:
     recipes: tuple[str, ...] = ()  # of files to write
     files: tuple[Path, ...] = ()  # GGUF files that are there already
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe or file
+    source: str | None = None  # the model, where the bundle has no safetensors
     exact: bool = False  # whether what was written is quantized again and compared by bytes
     threads: int = field(default_factory=available_threads)
 

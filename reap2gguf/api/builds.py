@@ -53,6 +53,7 @@ def add(
     *files: PathLike,
     recipes: str | Sequence[str] = (),
     labels: Mapping[str, str] | None = None,
+    source: PathLike | None = None,
     exact: bool = False,
     threads: int | None = None,
     progress: ProgressLike = None,
@@ -61,6 +62,7 @@ def add(
 
     One file is written for each recipe, from the bundle's own safetensors and importance matrix.
     `files` are GGUF files of the same model, which are verified and then taken over as they are.
+    A bundle without safetensors needs `source`, the MODEL that it was made from.
     `exact` quantizes what was written again and compares the bytes. Raises UsageError if it is not
     a bundle, RecipeError, OutputError, and VerificationError if a file of the bundle is not as it
     was built, or a new one is wrong: then the bundle is as it was.
@@ -70,7 +72,8 @@ def add(
     paths = tuple(check_path("files", path) for path in files)
     where, n_threads = check_path("bundle", bundle), check_threads(threads)
     given = (recipes,) if isinstance(recipes, str) else tuple(recipes)
-    options = AddOptions(where, given, paths, check_labels(labels or {}), exact, n_threads)
+    model = None if source is None else str(source)
+    options = AddOptions(where, given, paths, check_labels(labels or {}), model, exact, n_threads)
     return run(options, to_progress(progress))
 
 

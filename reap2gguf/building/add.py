@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.adding import Addition, extend, open_reference, record_name
@@ -12,11 +13,12 @@ from reap2gguf.building.keys import recipe_key
 from reap2gguf.building.stage import BuildResult
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.opening import open_bundle
-from reap2gguf.errors import RecipeError, UsageError
-from reap2gguf.messages import one_line
+from reap2gguf.errors import RecipeError, UsageError, VerificationError
+from reap2gguf.messages import one_line, shell_word
 from reap2gguf.quantizing.labels import twice
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.exactness import SMALL_FILE
 
 if TYPE_CHECKING:
@@ -33,18 +35,35 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
     bundle, RecipeError, and what `adopt` and `extend` raise; then the bundle is as it was.
     """
     opened = open_bundle(options.bundle)
-    if opened.hf is None:
-        label = one_line(opened.manifest.source.label)
+    if opened.hf is None and options.source is None:
+        label = shell_word(one_line(opened.manifest.source.label))
         raise UsageError(
-            f"{options.bundle}: has no safetensors to make files from; to add one, run the `build` "
-            f"of {label} again with one more --recipe: it writes only what is new"
+            f"{options.bundle}: has no safetensors to make files from; pass the model that it was "
+            f"made from, such as --source {label}"
         )
-    work = Workdir(opened.folders.output, opened.folders.name)
+    # beside a bundle without safetensors, the folder of that name may be the source itself
+    work = Workdir(opened.folders.output, opened.folders.name, opened.hf is not None)
     with work.locked():
         work.finish_interrupted()
         manifest = open_bundle(options.bundle).manifest
-        with open_reference(manifest, work.final_hf) as reference:
+        with _opened(options.source, work, manifest, progress) as reference:
             return _add(options, work, manifest, reference, progress)
+
+
+@contextmanager
+def _opened(
+    source: str | None, work: Workdir, manifest: Manifest, progress: Progress
+) -> Iterator[Reference]:
+    """The weights to make files from: the bundle's own safetensors, or else its source."""
+    if manifest.hf is not None or source is None:
+        with open_reference(manifest, work.final_hf) as reference:
+            yield reference
+        return
+    with open_source(source, progress) as opened:
+        pruned = opened.pruned(manifest)
+        if pruned.violations or pruned.view is None:
+            raise VerificationError(list(pruned.violations), "nothing was added")
+        yield pruned.view, pruned.view.model
 
 
 def _add(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
@@ -181,7 +181,7 @@ class Importance(Stage[Imatrix]):
 
     name = "imatrix"
     is_sweep = True
-    libraries = COMPUTING
+    libraries: ClassVar[Sequence[str]] = COMPUTING
 
     def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts | None) -> None:
         super().__init__(run)

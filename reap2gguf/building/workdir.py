@@ -156,6 +156,8 @@ class Workdir:
 
     def prepare_addition(self, identity: Mapping[str, str]) -> None:
         """Create the folders; what an addition to another bundle has left is discarded."""
+        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
+            self._check_replaceable(final)
         if self._identity() != identity:
             self._discard()
         for folder in (self.root, self.gguf, *([self.hf] if self.has_hf else [])):

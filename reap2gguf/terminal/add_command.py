@@ -14,7 +14,7 @@ from reap2gguf.terminal.click_options import (
     threads_option,
 )
 from reap2gguf.terminal.console import say_all, terminal_progress
-from reap2gguf.terminal.help import CHECKS, WRITE, command, option
+from reap2gguf.terminal.help import CHECKS, MODEL, WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
 
 
@@ -31,6 +31,12 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
 )
 @label_option
 @option(
+    "--source",
+    section=MODEL,
+    metavar="MODEL",
+    help="The model that the bundle was made from, if the bundle has no safetensors.",
+)
+@option(
     "--exact",
     section=CHECKS,
     is_flag=True,
@@ -44,6 +50,7 @@ def add(
     files: tuple[Path, ...],
     recipes: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
+    source: str | None,
     exact: bool,
     threads: int,
 ) -> None:
@@ -66,6 +73,7 @@ def add(
         *files,
         recipes=recipes,
         labels=dict(labels),
+        source=source,
         exact=exact,
         threads=threads,
         progress=terminal_progress(),

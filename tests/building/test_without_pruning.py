@@ -175,6 +175,16 @@ def test_the_bundle_may_lie_beside_its_source(tiny: Path, tmp_path: Path) -> Non
     assert contents(both) == contents(again)
     with pytest.raises(UsageError, match="has no safetensors to make files from"):
         reap2gguf.add(again.gguf_folder, recipes=("q8_0",))
+    third = reap2gguf.add(again.gguf_folder, recipes=("q4km",), source=tiny, threads=1)
+    all_three = build(tiny, tmp_path / "all", compression=0, recipes=("q8_0", "bf16", "q4km"))
+    assert contents(third) == contents(all_three)
+
+
+def test_an_addition_needs_the_same_source(tiny: Path, tmp_path: Path) -> None:
+    result = build(tiny, tmp_path / "out", compression=0)
+    other = TinyQwen3Moe(seed=5).write(tmp_path / "other")
+    with pytest.raises(VerificationError, match="nothing was added"):
+        reap2gguf.add(result.gguf_folder, recipes=("q4km",), source=other)
 
 
 @pytest.mark.parametrize("changed", [False, True])
