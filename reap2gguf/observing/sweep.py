@@ -212,9 +212,11 @@ class Sweep:
         """Move every batch through all remaining layers, and report the progress."""
         n_tokens = sum(batch.n_tokens for batch in self.batches)
         first = self.plan.first_layer
-        with self.progress.task(title, self.n_layers * n_tokens, "tokens") as task:
-            task.advance(first * n_tokens)
+        with self.progress.task(title, n_tokens, "tokens") as task:
+            # of all layers together: a token is done when it has been through every layer
+            task.advance(first * n_tokens / self.n_layers)
             for index in range(first, self.n_layers):
+                task.at(f"layer {index + 1}/{self.n_layers}")
                 self.layer(index, task)
 
     def layer(self, index: int, task: Task) -> None:
@@ -254,7 +256,7 @@ class Sweep:
                 waiting.extendleft(reversed(self._halved(batch, error)))
                 continue
             done.append(batch)
-            task.advance(batch.n_tokens)
+            task.advance(batch.n_tokens / self.n_layers)
         self.batches = done
         return flags
 
