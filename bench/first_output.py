@@ -21,6 +21,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +96,7 @@ def _timed(words: Sequence[str], environment: dict[str, str], read: int, write: 
     os.close(read)
     status = process.wait()
     times.append(time.monotonic())
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(times)]
     return Timing(status, gaps[0], max(gaps), times[-1] - begun, b"".join(pieces))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
@@ -13,8 +14,10 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from reap2gguf.messages import one_line
-from reap2gguf.progress import Task
 from reap2gguf.terminal.meter import Meter
+
+if TYPE_CHECKING:
+    from reap2gguf.progress import Task
 
 _LONGEST_BAR = 40
 _SHORTEST_BAR = 8

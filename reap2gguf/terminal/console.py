@@ -17,7 +17,6 @@ from reap2gguf.machine import processes
 from reap2gguf.messages import one_line, without_password
 from reap2gguf.progress import Progress, Silent
 
-
 _DUMB = ("dumb", "unknown")  # values of TERM for terminals that cannot move the cursor
 
 
@@ -30,7 +29,7 @@ class Detail(enum.Enum):
 
     @property
     def lowest_level(self) -> int:
-        """The lowest level of log records that is printed: libraries warn of what they work around."""
+        """The lowest level of log records that is printed: others only for --verbose."""
         return logging.INFO if self is Detail.VERBOSE else logging.ERROR
 
 
@@ -64,7 +63,6 @@ _QUIET_LIBRARIES = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
 _LOUD_LIBRARIES = {"HF_HUB_VERBOSITY": "warning", "TRANSFORMERS_VERBOSITY": "warning"}
 
@@ -82,8 +80,8 @@ def quiet_libraries() -> None:
 
 def _hear_libraries() -> None:
     """Let them print what `quiet_libraries` has turned off, but for the bars."""
-    for name in _quieted & {*_LOUD_LIBRARIES, "TRANSFORMERS_NO_ADVISORY_WARNINGS"}:
-        os.environ[name] = _LOUD_LIBRARIES.get(name, "0")
+    for name in _quieted & _LOUD_LIBRARIES.keys():
+        os.environ[name] = _LOUD_LIBRARIES[name]
 
 
 def is_verbose() -> bool:

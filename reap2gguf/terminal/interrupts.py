@@ -52,10 +52,8 @@ class Interrupts:
 
     def _raise(self, number: int, frame: object) -> None:
         """End in order, and resumable."""
-        for one in _SIGNALS:  # the thread still hears of them
+        for one in _SIGNALS if self._is_watching else (number,):
             signal.signal(one, _ignore)
-        if not self._is_watching:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     def _listen(self, read: socket.socket) -> None:

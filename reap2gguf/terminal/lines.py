@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from reap2gguf.messages import quantity
-from reap2gguf.progress import Task
 from reap2gguf.terminal.console import is_verbose, say
 from reap2gguf.terminal.meter import Meter, exact_duration
+
+if TYPE_CHECKING:
+    from reap2gguf.progress import Task
 
 # A line about a running task is printed when both have passed, so that three hours of work make
 # about 50 lines and a short task none between its begin and its end.
