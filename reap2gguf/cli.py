@@ -110,9 +110,31 @@ def cli() -> None:
     """
 
 
+@click.command("help")
+@click.argument("words", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of a command.
+
+    \b
+    Example:
+      reap2gguf help build
+      reap2gguf help recipes check
+    """
+    parent = ctx.parent or ctx
+    shown: click.Command = cli
+    for word in words:
+        if not isinstance(shown, click.Group):
+            parent.fail(f"'{shown.name}' has no commands of its own")
+        _, found, _ = shown.resolve_command(parent, [word])
+        assert found is not None  # else it has failed
+        parent, shown = click.Context(found, info_name=word, parent=parent), found
+    click.echo(shown.get_help(parent))
+
+
 for command in (
     *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(chat, serve, push),
+    *(chat, serve, push, help_command),
 ):
     cli.add_command(command)
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from reap2gguf.messages import one_line
+from reap2gguf.messages import one_line, without_password, wrapped
 from reap2gguf.terminal.meter import Meter
 
 if TYPE_CHECKING:
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 _LONGEST_BAR = 40
 _SHORTEST_BAR = 8
+_SHORT_SECONDS = 1.0
 
 
 class Bars:
     """Live bars, one below the other where tasks run at the same time.
 
-    A task that ends leaves a line of text; one that is not counted, or that fails, leaves nothing.
+    A task that ends leaves a line of text. One that fails, is short or is not counted leaves none.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -52,11 +53,12 @@ class Bars:
             self._leave(meter)
             raise
         self._leave(meter)
-        if meter.is_counted:
+        if meter.is_counted and meter.seconds >= _SHORT_SECONDS:
             self.note(meter.summary)
 
     def note(self, text: str) -> None:
-        self._console.print(one_line(text), highlight=False, markup=False)
+        lines = wrapped(one_line(without_password(text)), self._console.width)
+        self._console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
     def _enter(self, meter: Meter) -> None:
         """Show a task; the first of several starts the display."""

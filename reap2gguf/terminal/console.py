@@ -6,6 +6,7 @@ import enum
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import click
 
 from reap2gguf.machine import processes
-from reap2gguf.messages import one_line, without_password
+from reap2gguf.messages import one_line, without_password, wrapped
 from reap2gguf.progress import Progress, Silent
 
 _DUMB = ("dumb", "unknown")  # values of TERM for terminals that cannot move the cursor
@@ -101,7 +102,11 @@ def say(text: str, kind: Literal["result", "note", "error"] = "note", *, prefix:
         return
     if kind != "note" or _detail is not Detail.QUIET:
         color = False if os.environ.get("NO_COLOR") else None
-        click.echo(prefix + one_line(without_password(text)), err=kind != "result", color=color)
+        line = one_line(without_password(text))
+        stream = sys.stdout if kind == "result" else sys.stderr
+        if stream.isatty():
+            line = wrapped(line, shutil.get_terminal_size().columns - len(click.unstyle(prefix)))
+        click.echo(prefix + line, err=kind != "result", color=color)
 
 
 def say_all(lines: Iterable[str]) -> None:

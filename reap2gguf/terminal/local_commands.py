@@ -16,6 +16,7 @@ import click
 from reap2gguf.errors import UsageError
 from reap2gguf.terminal.click_options import (
     llama_cpp_option,
+    model_argument,
     output_options,
     threads_option,
 )
@@ -67,7 +68,7 @@ def _context_option(default: int) -> Callable[[F], F]:
 
 
 @command()
-@click.argument("bundle", type=FolderPath)
+@model_argument("bundle", type=FolderPath)
 @_file_option
 @option(
     "--prompt",
@@ -158,7 +159,7 @@ def _converse(conversation: Conversation, prompt: str | None) -> None:
 
 
 @command()
-@click.argument("bundle", type=FolderPath)
+@model_argument("bundle", type=FolderPath)
 @_file_option
 @option(
     "--host",

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 import click
 
+from reap2gguf.terminal.help import COMMAND_HEADINGS
+
 _ALIKE = 0.75  # how alike two names must be, so that no guess is silly
 
 # What others call it, and what to use here.
@@ -91,7 +93,6 @@ OPTIONS = {
     "--max-seq-len": "--max-length",
     "--ctx-size": "--context",
     "--n-gpu-layers": "--gpu-layers",
-    "-ngl": "--gpu-layers",
     "--cuda": "--device cuda",
     "--cpu": "--device cpu",
     "--gpu": "--device cuda",
@@ -124,7 +125,19 @@ def _close(name: str, known: Iterable[str]) -> str:
 
 
 class Group(click.Group):
-    """A group whose error about an unknown command says what to use."""
+    """A group whose error about an unknown command says what to use.
+
+    Its help lists the commands under the headings of `help.COMMAND_HEADINGS`, each summary whole.
+    """
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        left = {name: self.commands[name] for name in self.list_commands(ctx)}
+        for heading, names in (*COMMAND_HEADINGS.items(), ("Commands", tuple(left))):
+            found = [(name, left.pop(name)) for name in names if name in left]
+            if found:
+                with formatter.section(heading):
+                    lines = [(name, (one.help or "").partition("\n")[0]) for name, one in found]
+                    formatter.write_dl(lines)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
