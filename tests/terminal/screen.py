@@ -48,7 +48,7 @@ class Screen:
                 return
 
     def _put(self, letter: str) -> None:
-        n_lines, n_columns = self._size
+        n_columns = self._size[1]
         if letter == "\r":
             self._x = 0
         elif letter == "\n":
