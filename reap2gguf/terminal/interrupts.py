@@ -17,7 +17,7 @@ from collections.abc import Callable
 from reap2gguf.machine import processes
 from reap2gguf.terminal.console import say
 
-_ACKNOWLEDGED = "Interrupted: stopping after the current step; press Ctrl-C again to stop at once."
+_ACKNOWLEDGED = "Interrupted: stopping; press Ctrl-C again to stop at once."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # the exit code
 

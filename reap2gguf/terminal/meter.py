@@ -71,7 +71,8 @@ class Meter:
         """Place, speed and time left, such as "layer 3/48, 1.2 k tokens/s, 5 min left"."""
         words = [self.place] if self.place else []
         if speed := self.speed:
-            words.append(f"{quantity(speed, self.unit)}/s")
+            if speed >= 1:
+                words.append(f"{quantity(speed, self.unit)}/s")
             words.append(f"{duration(max(self.total - self.done, 0) / speed)} left")
         return ", ".join(words)
 
