@@ -107,7 +107,7 @@ def hub_name(model: str) -> str:
     page = _PAGE.fullmatch(model)
     if page is None:
         return model
-    scheme, place, path, _ = page.groups()
+    scheme, place, path, rest_of_it = page.groups()
     where, host = without_password(model), place.rpartition("@")[2].lower()
     own = _PAGE.fullmatch(os.environ.get("HF_ENDPOINT", ""))
     hosts = _HOSTS if own is None else (*_HOSTS, own[2].rpartition("@")[2].lower())
@@ -115,6 +115,10 @@ def hub_name(model: str) -> str:
     if scheme.lower() not in ("http", "https") or host not in hosts:
         known = f"a page of {', '.join(dict.fromkeys((hosts[0], *hosts[len(_HOSTS) :])))}"
         raise SourceError(f"{where}: is not {known}; {expected}, or download it to a folder")
+    if "@" in place or "token" in (rest_of_it or ""):
+        raise SourceError(
+            f"{where}: holds a password or a token; log in with `hf auth login` and pass owner/name"
+        )
     parts = [part for part in (path or "").split("/") if part]
     if own is not None and host == hosts[-1]:  # an endpoint may have a path of its own
         prefix = [part for part in (own[3] or "").split("/") if part]

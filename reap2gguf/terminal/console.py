@@ -143,7 +143,7 @@ def terminal_progress() -> Progress:
     if not sys.stderr.isatty() or os.environ.get("TERM") in _DUMB:
         from reap2gguf.terminal.lines import Lines
 
-        return Lines()
+        return Lines(say, is_verbose=is_verbose())
     from reap2gguf.terminal.bars import Bars
 
     return Bars()

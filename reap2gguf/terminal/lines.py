@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from reap2gguf.messages import quantity
-from reap2gguf.terminal.console import is_verbose, say
 from reap2gguf.terminal.meter import Meter, exact_duration
 
 if TYPE_CHECKING:
@@ -23,31 +22,38 @@ _VERBOSE_SECONDS = 5.0
 
 
 class Lines:
-    """A line when a task begins and ends, and few between; more with --verbose."""
+    """A line for `say` when a task begins and ends, and few between; more with `is_verbose`."""
+
+    def __init__(self, say: Callable[[str], None], *, is_verbose: bool = False) -> None:
+        self._say_line = say
+        self._is_verbose = is_verbose
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
-        line = _Line(title, total, unit)
+        line = _Line(title, total, unit, self.note, self._is_verbose)
         if not line.is_counted:
-            _say(f"{line.title} ...")
+            self.note(f"{line.title} ...")
             yield line
             return
-        _say(f"{line.title}: {quantity(total, unit)}")
+        self.note(f"{line.title}: {quantity(total, unit)}")
         yield line
-        _say(f"{line.title}: done in {exact_duration(line.seconds)}")
+        self.note(f"{line.title}: done in {exact_duration(line.seconds)}")
 
     def note(self, text: str) -> None:
-        _say(text)
+        self._say_line(f"{time.strftime('%H:%M:%S')} {text}")
 
 
 class _Line(Meter):
-    def __init__(self, title: str, total: float, unit: str) -> None:
+    def __init__(
+        self, title: str, total: float, unit: str, say: Callable[[str], None], is_verbose: bool
+    ) -> None:
         super().__init__(title, total, unit)
+        self._say = say
         self._printing = threading.Lock()
         self._printed_at = self.begun
         self._printed_share = 0.0
-        self._interval = _VERBOSE_SECONDS if is_verbose() else _LINE_SECONDS
-        self._step = 0.0 if is_verbose() else _LINE_SHARE
+        self._interval = _VERBOSE_SECONDS if is_verbose else _LINE_SECONDS
+        self._step = 0.0 if is_verbose else _LINE_SHARE
 
     def advance(self, amount: float = 1) -> None:
         super().advance(amount)
@@ -62,8 +68,4 @@ class _Line(Meter):
                 return
             self._printed_at, self._printed_share = now, share
         facts = f", {self.facts}" if self.facts else ""
-        _say(f"{self.title}: {share:.0%}{facts}")
-
-
-def _say(text: str) -> None:
-    say(text, prefix=time.strftime("%H:%M:%S "))
+        self._say(f"{self.title}: {share:.0%}{facts}")

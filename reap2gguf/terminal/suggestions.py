@@ -151,7 +151,6 @@ class Group(click.Group):
 
 def option_message(error: click.NoSuchOption) -> str:
     """The message for an option that a command does not have."""
-    known = [] if error.ctx is None else [
-        name for parameter in error.ctx.command.params for name in parameter.opts
-    ]  # fmt: skip
+    parameters = [] if error.ctx is None else error.ctx.command.params
+    known = [name for parameter in parameters for name in parameter.opts]
     return f"there is no option {error.option_name}{for_option(error.option_name, known)}"

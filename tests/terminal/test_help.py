@@ -44,10 +44,8 @@ def test_every_command_is_listed_once_with_its_whole_summary() -> None:
         lines = [line.strip() for line in help_of(*group).splitlines()]
         for name, command in found.commands.items():
             summary = (command.help or "").partition("\n")[0]
-            assert (
-                len([1 for line in lines if re.fullmatch(rf"{name} +{re.escape(summary)}", line)])
-                == 1
-            )
+            listed = re.compile(rf"{name} +{re.escape(summary)}")
+            assert sum(listed.fullmatch(line) is not None for line in lines) == 1
 
 
 def test_commands_stand_under_headings() -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from reap2gguf.terminal import lines, meter
-from reap2gguf.terminal.console import Detail, printing
+from reap2gguf.terminal.console import say
 from reap2gguf.terminal.lines import Lines
 from tests.terminal.test_meter import Clock
 
@@ -29,8 +29,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def run(clock: Clock, n_steps: int, seconds: float) -> None:
-    with Lines().task("Observing experts", n_steps, "tokens") as task:
+def run(clock: Clock, n_steps: int, seconds: float, is_verbose: bool = False) -> None:
+    with Lines(say, is_verbose=is_verbose).task("Observing experts", n_steps, "tokens") as task:
         for step in range(n_steps):
             task.at(f"layer {step + 1}/{n_steps}")
             clock.now += seconds / n_steps
@@ -62,16 +62,15 @@ def test_ten_minutes_are_a_line_a_minute(clock: Clock, capsys: pytest.CaptureFix
 
 
 def test_verbose_prints_more(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with printing(Detail.VERBOSE):
-        run(clock, 100, 50.0)
+    run(clock, 100, 50.0, is_verbose=True)
     assert 10 <= len(printed(capsys)) <= 12
 
 
 def test_work_that_is_not_counted_is_announced_before_it_begins(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with Lines().task("Loading torch", 0, "") as task:
+    with Lines(say).task("Loading torch", 0, "") as task:
         task.advance(5)
         assert printed(capsys) == ["Loading torch ..."]
-    Lines().note("a note")
+    Lines(say).note("a note")
     assert printed(capsys) == ["a note"]
