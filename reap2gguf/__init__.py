@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import build, plan, verify
+    from reap2gguf.api.builds import add, build, plan, verify
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         select,
     )
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
@@ -51,6 +51,7 @@ __all__ = [
     "Selection",
     "VerificationError",
     "VerifyReport",
+    "add",
     "build",
     "imatrix",
     "observe",
@@ -61,7 +62,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("build", "plan", "verify"),
+    "api.builds": ("add", "build", "plan", "verify"),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -73,7 +74,7 @@ _HOMES = {
         "select",
     ),
     "artifacts.observations": ("Observations",),
-    "building.pipeline": ("BuildResult",),
+    "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),

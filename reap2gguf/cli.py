@@ -14,6 +14,7 @@ import click
 from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.machine import processes
+from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.console import LogHandler, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
@@ -24,7 +25,7 @@ from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
 from reap2gguf.terminal.suggestions import Group, option_message
 
-_RESUMABLE = ("build", "observe", "imatrix", "quantize", "push")
+_RESUMABLE = ("build", "add", "observe", "imatrix", "quantize", "push")
 
 
 class _Group(Group):
@@ -133,7 +134,7 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 
 for command in (
-    *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
+    *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
     *(chat, serve, push, help_command),
 ):
     cli.add_command(command)

@@ -271,7 +271,7 @@ used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each 
 
 {_calibration(manifest)}
 
-Made with reap2gguf {manifest.program.get("reap2gguf", "")}."""
+Made with reap2gguf {manifest.card_version}."""
     return f"""## How it was made
 
 A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.
@@ -282,7 +282,7 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 
 {_calibration(manifest)}
 
-Made with reap2gguf {inline(str(manifest.program.get("reap2gguf", "?")))}.
+Made with reap2gguf {inline(manifest.card_version or "?")}.
 
 ```bibtex
 {_REAP_CITATION}

@@ -362,7 +362,10 @@ def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
 
 
 def collect(
-    arguments: dict[str, Any], fresh: bool = False, check_space: bool = True
+    arguments: dict[str, Any],
+    fresh: bool = False,
+    replace: bool = False,
+    check_space: bool = True,
 ) -> BuildOptions:
     """The arguments of `build` and `plan` as one value."""
     return BuildOptions(
@@ -386,6 +389,7 @@ def collect(
         chunk=arguments["chunk"],
         compute=collect_compute(arguments),
         fresh=fresh,
+        replace=replace,
         check_space=check_space,
         follow_links=arguments["follow_links"],
     )

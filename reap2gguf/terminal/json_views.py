@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from reap2gguf.building.pipeline import BuildResult
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.publishing.push import Preview, Published
 
 
-def result_as_json(result: BuildResult, log: Path) -> dict[str, Any]:
-    """What a build wrote and what it cost; `stages` is empty where the bundle was up to date."""
+def result_as_json(result: BuildResult, log: Path | None = None) -> dict[str, Any]:
+    """What a build or an addition wrote and cost; `stages` is empty if it was up to date."""
     manifest = result.manifest
     gguf = [
         {
@@ -32,7 +32,7 @@ def result_as_json(result: BuildResult, log: Path) -> dict[str, Any]:
         "up_to_date": not result.stages,
         "hf_folder": str(result.hf_folder),
         "gguf_folder": str(result.gguf_folder),
-        "log": str(log),
+        "log": None if log is None else str(log),
         "safetensors_bytes": manifest.hf.n_bytes,
         "parameters": manifest.hf.n_parameters,
         "files": gguf,

@@ -54,7 +54,7 @@ OPTIONS = {
     "--upload-repo": "`reap2gguf push` after the build",
     "--push-to-hub": "`reap2gguf push` after the build",
     "--yes": "the command without it: nothing asks for confirmation",
-    "-y": "the command without it: nothing asks for confirmation",
+    "-y": "--yes",
     "--force": "--fresh to start from scratch",
     "--overwrite": "--fresh to start from scratch",
     "--resume": "the same command again: it resumes by itself",

@@ -23,7 +23,7 @@ from tests.test_cli import all_commands, run
         ("plam", "did you mean plan?"),
         ("recipes lst", "there is no command 'lst'; did you mean list?"),
         ("build --push me/x", "there is no option --push; use `reap2gguf push` after the build"),
-        ("build --yes", "nothing asks for confirmation"),
+        ("push x me/x --yes", "nothing asks for confirmation"),
         ("build --output_dir x", "use --output"),
         ("build --dataset x", "use --calibration"),
         ("build --jsn", "did you mean --json?"),
