@@ -133,6 +133,11 @@ class LogHandler(logging.Handler):
         say(self.format(record), "error" if record.levelno >= logging.ERROR else "note")
 
 
+def screen_progress() -> Progress:
+    """`terminal_progress` for a command whose output programs read: nothing in a pipe."""
+    return terminal_progress() if sys.stderr.isatty() else Silent()
+
+
 def terminal_progress() -> Progress:
     """Bars where stderr is a terminal that can move its cursor, else lines; nothing with --quiet.
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from reap2gguf.progress import Silent, working
+from reap2gguf.progress import working
 from reap2gguf.terminal.click_options import json_option, llama_cpp_option, output_options
-from reap2gguf.terminal.console import say, say_json, terminal_progress
+from reap2gguf.terminal.console import say, say_json, screen_progress
 from reap2gguf.terminal.help import command
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def doctor(as_json: bool) -> None:
 
 def _announced(found: Iterator[tuple[str, Finding]]) -> Iterator[tuple[str, Finding]]:
     """The same, with a line on a terminal while something is looked at: torch loads slowly."""
-    progress = terminal_progress() if sys.stderr.isatty() else Silent()
+    progress = screen_progress()
     while True:
         with working(progress, "Checking"):
             one = next(found, None)

@@ -21,7 +21,7 @@ from reap2gguf.terminal.click_options import (
     output_options,
     threads_option,
 )
-from reap2gguf.terminal.console import is_verbose, say, say_piece, terminal_progress
+from reap2gguf.terminal.console import is_verbose, say, say_piece, screen_progress
 from reap2gguf.terminal.help import ANSWER, COMPUTE, MODEL, SERVER, F, Number, command, option
 from reap2gguf.terminal.interrupts import interrupts
 from reap2gguf.terminal.option_types import FolderPath
@@ -140,7 +140,7 @@ def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **op
         replace_process(program, cli_arguments(model, running, answer, prompt))
     from reap2gguf.local.chat import Conversation
 
-    with working(terminal_progress(), f"Loading {model.path.name}"):
+    with working(screen_progress(), f"Loading {model.path.name}"):
         engine_process = Engine(model.path, running)
     with closing(engine_process) as loaded:
         if not loaded.has_template:
