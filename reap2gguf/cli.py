@@ -50,7 +50,7 @@ class _Group(Group):
         except Reap2ggufError as error:
             _fail(error, error.exit_code)
         except KeyboardInterrupt:
-            _say_interrupted(ctx)
+            interrupts.end()
             sys.exit(INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:

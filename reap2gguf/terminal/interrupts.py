@@ -19,6 +19,7 @@ from reap2gguf.terminal.console import say
 
 _ACKNOWLEDGED = "Interrupted: stopping; press Ctrl-C again to stop at once."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE_SECONDS = 1.0
 INTERRUPTED = 130  # the exit code
 
 
@@ -28,6 +29,8 @@ class Interrupts:
     def __init__(self) -> None:
         self._farewell: Callable[[], None] = lambda: None
         self._is_watching = False
+        self._has_ended = False  # whether the last words are printed
+        self._printing = threading.Lock()
 
     def watch(self) -> None:
         """Turn the first signal into a KeyboardInterrupt, and a second Ctrl-C into the end."""
@@ -42,6 +45,19 @@ class Interrupts:
     def at_end(self, farewell: Callable[[], None]) -> None:
         """What to print before a second Ctrl-C ends the process."""
         self._farewell = farewell
+        self._has_ended = False
+
+    def end(self) -> None:
+        """Print the last words, once; the acknowledgement does not follow them any more."""
+        # the other thread may hang in a terminal that takes no more text
+        has_lock = self._printing.acquire(timeout=_PATIENCE_SECONDS)
+        try:
+            if not self._has_ended:
+                self._has_ended = True
+                self._farewell()
+        finally:
+            if has_lock:
+                self._printing.release()
 
     def release(self) -> None:
         """Give Ctrl-C back to a command that has a use for it, such as to stop an answer."""
@@ -64,15 +80,16 @@ class Interrupts:
                 if number not in _SIGNALS:
                     continue
                 if is_stopping and number == signal.SIGINT:
-                    self._end()
-                if not is_stopping and processes().is_first:
-                    say(_ACKNOWLEDGED, "error")
+                    self._end_now()
+                with self._printing:
+                    if not is_stopping and not self._has_ended and processes().is_first:
+                        say(_ACKNOWLEDGED, "error")
                 is_stopping = True
 
-    def _end(self) -> None:
+    def _end_now(self) -> None:
         """What is half done stays as after a kill, and can be resumed."""
         try:
-            self._farewell()
+            self.end()
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -90,8 +90,8 @@ def test_ctrl_c_ends_and_says_how_to_resume() -> None:
     with running("observe", "observe", "x", "-o", "y", busy=False) as session:
         session.process.send_signal(signal.SIGINT)
         assert session.end() == 130
-    assert "Interrupted: stopping; press Ctrl-C again" in session.printed
-    assert "Interrupted. Resume with: reap2gguf observe x -o y" in session.printed
+    # where it ends before that is printed, there is no acknowledgement, and never one after it
+    assert session.printed.endswith("Interrupted. Resume with: reap2gguf observe x -o y\r\n")
     assert "Traceback" not in session.printed
 
 
@@ -109,8 +109,8 @@ def test_it_is_acknowledged_during_a_long_call_and_the_second_ends_it() -> None:
 def test_terminate_is_acknowledged_too(busy: bool) -> None:
     with running("verify", "verify", "x", busy=busy) as session:
         session.process.send_signal(signal.SIGTERM)
-        session.wait_for("press Ctrl-C again to stop at once")
         if busy:
+            session.wait_for("press Ctrl-C again to stop at once")
             session.process.send_signal(signal.SIGTERM)  # does nothing more
             session.process.send_signal(signal.SIGINT)
         assert session.end() == 130
