@@ -18,7 +18,10 @@ from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.console import LogHandler, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.example_command import example
+from reap2gguf.terminal.inspect_command import inspect_command
 from reap2gguf.terminal.interrupts import INTERRUPTED, interrupts
+from reap2gguf.terminal.jobs_command import jobs
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
@@ -62,7 +65,8 @@ class _Group(Group):
 def _say_interrupted(ctx: click.Context) -> None:
     """One message for all processes."""
     if processes().is_first:
-        is_resumable = ctx.invoked_subcommand in _RESUMABLE
+        is_here = sys.argv[1:3] == ["jobs", "here"]
+        is_resumable = is_here or ctx.invoked_subcommand in _RESUMABLE
         advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if is_resumable else ""
         say(f"Interrupted.{advice}", "error")
 
@@ -135,7 +139,7 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(chat, serve, push, help_command),
+    *(inspect_command, chat, serve, push, example, jobs, help_command),
 ):
     cli.add_command(command)
 

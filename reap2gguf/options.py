@@ -89,12 +89,23 @@ def check_labels(labels: object) -> dict[str, str]:
 
 
 def check_counts(keep_experts: object, compression: object) -> None:
-    """Raise UsageError for values that are no numbers; `choose_target` knows the bounds."""
+    """Raise UsageError for values that fit no model; `choose_target` knows each model's bounds."""
     if keep_experts is not None and type(keep_experts) is not int:
         raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
     is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
     if compression is not None and not is_number:
         raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
+    if keep_experts is not None and compression is not None:
+        raise UsageError(
+            "--keep-experts and --compression both set the number of experts; pass one of them"
+        )
+    if keep_experts is not None and keep_experts < 1:
+        raise UsageError(f"--keep-experts {keep_experts}: expected 1 or more")
+    if isinstance(compression, int | float) and not 0 <= compression < 1:
+        hint = (
+            f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
+        )
+        raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
 
 
 def _recipes(given: object) -> tuple[str, ...]:
@@ -143,11 +154,13 @@ class CalibrationOptions:
 class Resume:
     """Where a sweep saves its state between two layers, and the key of its inputs.
 
-    A sweep resumes only from a state with the same key.
+    A sweep resumes only from a state with the same key, and of the same versions: one sweep is not
+    computed half by one version of torch and half by another.
     """
 
     path: Path
     key: str
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computes
 
 
 @dataclass(frozen=True)
@@ -203,6 +216,7 @@ class BuildOptions:
     calibration: CalibrationOptions = CalibrationOptions()
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
+    imatrix_chunks: int | None = None  # most chunks; None: as many tokens as rows may have
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
     replace: bool = False  # delete GGUF files of the finished bundle that are not asked for
@@ -224,6 +238,8 @@ class BuildOptions:
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_number("chunk", self.chunk, 8)
+        if self.imatrix_chunks is not None:
+            check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
         if self.imatrix_text is not None:
             object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))

@@ -30,7 +30,12 @@ COVERED_BY = [
     (
         "test_cli.py",
         "commands are tested as they are typed",
-        ("__main__.py", "resources.py", "terminal/stage_commands.py"),
+        ("terminal/stage_commands.py",),
+    ),
+    (
+        "test_resources.py",
+        "the example as it is written",
+        ("__main__.py", "api/example.py", "terminal/example_command.py"),
     ),
     (
         "test_docs.py",
@@ -85,6 +90,19 @@ COVERED_BY = [
         ),
     ),
     (
+        "jobs/test_hub_jobs.py",
+        "a job is what is posted to the loopback Hub",
+        (
+            "jobs/flavors.py", "jobs/order.py", "jobs/request.py", "terminal/build_words.py",
+            "terminal/jobs_command.py",
+        ),
+    ),
+    (
+        "jobs/test_deploy.py",
+        "machines are ordered by the files in deploy/",
+        ("jobs/needs.py", "jobs/sky.py"),
+    ),
+    (
         "calibration/test_layouts.py",
         "calls are part of layouts",
         ("calibration/tool_calls.py",),
@@ -128,6 +146,11 @@ COVERED_BY = [
         "test_api.py",
         "the functions as they are called",
         ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
+    ),
+    (
+        "terminal/test_inspect_command.py",
+        "an inspection is what is printed of it",
+        ("api/inspecting.py", "terminal/inspect_views.py"),
     ),
     (
         "hub/test_shards.py",

@@ -39,6 +39,7 @@ from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
+from reap2gguf.pruning.coverage import coverage_record
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import passed_summary
 
@@ -65,6 +66,7 @@ class Evidence:
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
+    made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
@@ -77,7 +79,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         program=program_versions(),
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
-        calibration=_calibration_record(plan, evidence.texts),
+        calibration=_calibration_record(plan, evidence),
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
@@ -89,6 +91,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
+        made_with=evidence.made_with,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -118,6 +121,7 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         n_tokens=0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
+        coverage=None if seen is None else coverage_record(seen, evidence.kept),
     )
 
 
@@ -130,8 +134,8 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
     return MtpRecord(plan.mtp, seen.n_mtp_hits, hits, seen.n_mtp_tokens)
 
 
-def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
-    chunks = texts.chunks
+def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
+    texts, chunks = evidence.texts, evidence.texts.chunks
     return CalibrationRecord(
         spec=texts.rows.label,
         sha256=texts.rows.sha256,
@@ -143,6 +147,8 @@ def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
         imatrix_chunks=len(chunks.chunks),
         imatrix_chunk_size=chunks.chunk_size,
         components=texts.rows.components,
+        imatrix_text_chunks=chunks.n_of_text,
+        imatrix_unseen=int(evidence.importance["unseen_experts"]),
     )
 
 
