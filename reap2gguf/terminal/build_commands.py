@@ -85,14 +85,13 @@ def build(
 
 def _build_logged(plan: Plan, progress: Progress, as_json: bool) -> None:
     """Build, keep a log of it, and print the result."""
-    from reap2gguf.building.record import program_versions
     from reap2gguf.terminal.build_log import BuildLog, LoggedProgress
     from reap2gguf.terminal.json_views import result_as_json
     from reap2gguf.terminal.views import result_lines
 
     log = BuildLog(plan.options.output / ".work" / f"{plan.name}.log")
     with log.kept():
-        log.begin(program_versions())
+        log.begin()
         result = reap2gguf.build(plan, progress=LoggedProgress(progress, log))
         assert result is not None  # in the first process
         lines = list(result_lines(result))

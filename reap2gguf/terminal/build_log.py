@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf import __version__
 from reap2gguf.errors import VerificationError
 from reap2gguf.messages import one_line, quantity, without_password
 from reap2gguf.terminal.meter import exact_duration
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2**20  # a longer log is renamed to NAME.log.1 before the next build begins
 _MOST_BYTES_NOW = 4 * 2**20  # that one build writes
+_LIBRARIES = ("torch", "transformers", "tokenizers", "huggingface_hub", "gguf", "numpy")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
@@ -60,10 +64,14 @@ class BuildLog:
         except OSError as error:
             self.problem = error.strerror or str(error)
 
-    def begin(self, versions: Mapping[str, str]) -> None:
-        """The command line, and the versions of what its numbers depend on."""
+    def begin(self) -> None:
+        """The command line, and the versions of what does the work."""
         self.write(f"begin: {shlex.join(['reap2gguf', *sys.argv[1:]])}")
-        self.write(", ".join(f"{name} {version}" for name, version in versions.items()))
+        found = [f"reap2gguf {__version__}", f"python {platform.python_version()}"]
+        for library in _LIBRARIES:
+            with suppress(PackageNotFoundError):  # named by the error that follows
+                found.append(f"{library} {version(library)}")
+        self.write(f"{', '.join(found)}, {platform.platform()}")
 
     @contextmanager
     def kept(self) -> Iterator[None]:
