@@ -21,11 +21,15 @@ import reap2gguf
 from reap2gguf import cli
 
 def work(*arguments, **named):
-    print("at work", flush=True)
-    if {busy}:
-        hashlib.pbkdf2_hmac("sha256", b"x", b"x", 2**31 - 1)  # holds off signal handlers
     while True:
-        time.sleep(0.01)
+        try:
+            print("at work", flush=True)
+            while not {busy}:
+                time.sleep(0.01)
+            hashlib.pbkdf2_hmac("sha256", b"x", b"x", 2**31 - 1)  # holds off signal handlers
+        except KeyboardInterrupt:
+            if not {busy}:
+                raise
 
 reap2gguf.{function} = work
 sys.argv = ["reap2gguf", *{words}]
