@@ -30,7 +30,7 @@ COVERED_BY = [
     (
         "test_cli.py",
         "commands are tested as they are typed",
-        ("terminal/build_commands.py", "terminal/stage_commands.py"),
+        ("terminal/stage_commands.py",),
     ),
     (
         "test_resources.py",
@@ -221,9 +221,9 @@ COVERED_BY = [
         ("terminal/recipe_commands.py",),
     ),
     (
-        "terminal/test_console.py",
-        "bars and lines are alternatives",
-        ("terminal/bars.py",),
+        "terminal/test_build_commands.py",
+        "what --json prints",
+        ("terminal/json_views.py",),
     ),
     (
         "tokenizer/test_templates.py",

@@ -15,6 +15,7 @@ from reap2gguf.options import (
     check_path,
     check_threads,
 )
+from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -31,9 +32,11 @@ def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError, CalibrationError or
     UsageError.
     """
-    from reap2gguf.building.plan import make_plan
+    shown = to_progress(progress)
+    with working(shown, f"Reading {options.model or 'the example'}"):
+        from reap2gguf.building.plan import make_plan
 
-    return make_plan(options, to_progress(progress).note)
+        return make_plan(options, shown.note)
 
 
 def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> BuildResult | None:

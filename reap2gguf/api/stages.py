@@ -26,7 +26,7 @@ from reap2gguf.options import (
     given_or_new,
 )
 from reap2gguf.outputs import drop_states, output_file, output_path
-from reap2gguf.progress import Progress, Silent
+from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -101,11 +101,13 @@ def observe(
 
         facts = opened.model.facts
         length = min(decided.max_length, facts.context_length)
-        tokenizer = Tokenizer(opened.source.folder)
-        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
+        with working(shown, "Reading the calibration text"):
+            tokenizer = Tokenizer(opened.source.folder)
+            rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
         _check_same_rows(rows.sha256)
         where = _resuming(compute, output, opened.checkpoint, rows.sha256)
-        seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
+        with working(shown, "Loading torch and the first layer"):
+            seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
     for line in observed_notes(seen):
         shown.note(line)
     if processes().is_first:
@@ -207,10 +209,12 @@ def imatrix(
         from reap2gguf.tokenizer.tokenizer import Tokenizer
 
         size = min(chunk, opened.model.facts.context_length)
-        tokenizer = Tokenizer(opened.source.folder)
-        chunks = drawing.imatrix_chunks(tokenizer, text, size, files, imatrix_chunks, seed)
+        with working(shown, f"Reading {text}"):
+            tokenizer = Tokenizer(opened.source.folder)
+            chunks = drawing.imatrix_chunks(tokenizer, text, size, files, imatrix_chunks, seed)
         where = _resuming(compute, output, opened.checkpoint, chunks.tokens_sha256)
-        result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
+        with working(shown, "Loading torch and the first layer"):
+            result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
     if processes().is_first:
         save_both(result, output)
         drop_states(output)

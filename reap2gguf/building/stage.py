@@ -27,6 +27,7 @@ from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
+from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -210,7 +211,8 @@ class Run:
         with self._counted(stage, reused):
             if not reused:
                 self._begin(stage, undoes=stage.undoes or not is_marked)
-                facts = stage.compute()
+                with working(self.progress, self._heading(stage)):
+                    facts = stage.compute()
                 outputs = () if stage.is_shared else stage.outputs
                 kept = stamps(self.work.root, outputs)
                 made_with = versions(stage.libraries)
@@ -218,6 +220,10 @@ class Run:
             for state in self.work.root.glob(f"{stage.name}.state*"):
                 remove(state)  # of a sweep whose result is there
         return stage
+
+    def _heading(self, stage: Stage[Any]) -> str:
+        names = [one.name for one in self.order]
+        return f"Stage {names.index(stage.name) + 1}/{len(names)}: {stage.name}"
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, in all of them."""

@@ -8,12 +8,13 @@ import click
 
 import reap2gguf
 from reap2gguf.terminal.click_options import (
+    json_option,
     label_option,
     llama_cpp_option,
     output_options,
     threads_option,
 )
-from reap2gguf.terminal.console import say_all, terminal_progress
+from reap2gguf.terminal.console import say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, MODEL, WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
 
@@ -22,6 +23,7 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
 @click.argument("bundle", type=FolderPath)
 @click.argument("files", nargs=-1, type=FilePath)
 @option(
+    "-r",
     "--recipe",
     "recipes",
     section=WRITE,
@@ -44,6 +46,7 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
 )
 @threads_option
 @llama_cpp_option
+@json_option
 @output_options
 def add(
     bundle: Path,
@@ -53,6 +56,7 @@ def add(
     source: str | None,
     exact: bool,
     threads: int,
+    as_json: bool,
 ) -> None:
     """Add GGUF files to a finished bundle.
 
@@ -66,6 +70,7 @@ def add(
       reap2gguf add build/Qwen3-30B-A3B-REAP-0.25 --recipe q8_0
       reap2gguf add build/Qwen3-30B-A3B-REAP-0.25 ./Qwen3-30B-A3B-REAP-0.25-Q6_K.gguf
     """
+    from reap2gguf.terminal.json_views import result_as_json
     from reap2gguf.terminal.views import result_lines
 
     result = reap2gguf.add(
@@ -78,4 +83,7 @@ def add(
         threads=threads,
         progress=terminal_progress(),
     )
-    say_all(result_lines(result))
+    if as_json:
+        say_json(result_as_json(result))
+    else:
+        say_all(result_lines(result))

@@ -27,6 +27,7 @@ from reap2gguf.terminal.option_types import FolderPath
 if TYPE_CHECKING:
     from reap2gguf.building.estimate import Estimate
     from reap2gguf.building.plan import Plan
+    from reap2gguf.progress import Progress
 
 HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took effect
 
@@ -43,8 +44,18 @@ HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took 
 @option(
     "--space-check/--no-space-check", default=True, help="Check free disk space before starting."
 )
+@option("--dry-run", is_flag=True, help="Do what `plan` does, and build nothing.")
+@json_option
 @output_options
-def build(fresh: bool, replace: bool, yes: bool, space_check: bool, **arguments: Any) -> None:
+def build(
+    fresh: bool,
+    replace: bool,
+    yes: bool,
+    space_check: bool,
+    dry_run: bool,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
     """Prune, quantize, verify and bundle MODEL.
 
     MODEL is a folder or a name on the Hub (owner/name); without it the bundled example is built.
@@ -56,18 +67,52 @@ def build(fresh: bool, replace: bool, yes: bool, space_check: bool, **arguments:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
-    from reap2gguf.terminal.views import plan_lines, result_lines
-
     progress = terminal_progress()
     options = collect(arguments, fresh, replace, space_check)
     plan = reap2gguf.plan(options, progress=progress)
-    if processes().is_first:
-        if replace:
-            _confirm_deletion(plan, yes)
-        say_all(plan_lines(plan, _estimate(plan)))
-        click.get_current_context().meta[HAS_BEGUN] = True
-    if result := reap2gguf.build(plan, progress=progress):
-        say_all(result_lines(result))
+    if processes().is_first and replace and not dry_run:
+        _confirm_deletion(plan, yes)
+    if processes().is_first and (dry_run or not as_json):
+        _say_plan(plan, as_json)
+    if dry_run:
+        return
+    if not processes().is_first:
+        reap2gguf.build(plan, progress=progress)
+        return
+    click.get_current_context().meta[HAS_BEGUN] = True
+    _build_logged(plan, progress, as_json)
+
+
+def _build_logged(plan: Plan, progress: Progress, as_json: bool) -> None:
+    """Build, keep a log of it, and print the result."""
+    from reap2gguf.terminal.build_log import BuildLog, LoggedProgress
+    from reap2gguf.terminal.json_views import result_as_json
+    from reap2gguf.terminal.views import result_lines
+
+    log = BuildLog(plan.options.output / ".work" / f"{plan.name}.log")
+    with log.kept():
+        log.begin()
+        result = reap2gguf.build(plan, progress=LoggedProgress(progress, log))
+        assert result is not None  # in the first process
+        lines = list(result_lines(result))
+        for line in filter(None, lines):
+            log.write(line)
+    if log.problem:
+        say(f"{log.path}: the log could not be written ({log.problem})")
+    if as_json:
+        say_json(result_as_json(result, log.path))
+    else:
+        say_all(lines)
+
+
+def _say_plan(plan: Plan, as_json: bool) -> None:
+    from reap2gguf.terminal.views import plan_as_json, plan_lines
+
+    needs = _estimate(plan)
+    if as_json:
+        say_json(plan_as_json(plan, needs))
+    else:
+        say_all(plan_lines(plan, needs))
 
 
 @command("plan")
@@ -83,14 +128,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     Example:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
-    from reap2gguf.terminal.views import plan_as_json, plan_lines
-
-    plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
-    needs = _estimate(plan)
-    if as_json:
-        say_json(plan_as_json(plan, needs))
-    else:
-        say_all(plan_lines(plan, needs))
+    _say_plan(reap2gguf.plan(collect(arguments), progress=terminal_progress()), as_json)
 
 
 @command()

@@ -49,6 +49,48 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def model_argument(
+    name: str = "model", *, required: bool = True, type: Any = None
+) -> Callable[[F], F]:
+    """The argument that names the model, which --model names too: the option of many programs."""
+    metavar = name.upper()
+
+    def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        ctx.meta[_MODEL] = value
+
+    def choose(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        named = ctx.meta.get(_MODEL)
+        if value is not None and named is not None:
+            raise click.UsageError(f"{metavar} was given twice: '{value}' and --model", ctx)
+        if required and value is None and named is None:
+            raise click.MissingParameter(ctx=ctx, param=param)
+        return value if named is None else named
+
+    return _all(
+        click.argument(
+            name,
+            required=False,
+            type=type,
+            metavar=metavar if required else f"[{metavar}]",
+            callback=choose,
+        ),
+        option(
+            "-m",
+            "--model",
+            "model_by_option",
+            section=MODEL,
+            type=type,
+            metavar=metavar,
+            callback=keep,
+            is_eager=True,
+            expose_value=False,
+            help=f"Another way to pass {metavar}.",
+        ),
+    )
+
+
+_MODEL = "reap2gguf.model"
+
 pruning_options = _all(
     option(
         "--keep-experts",
@@ -261,9 +303,10 @@ follow_links_option = option(
 )
 
 build_options = _all(
-    click.argument("model", required=False),
+    model_argument(required=False),
     pruning_options,
     option(
+        "-r",
         "--recipe",
         "recipes",
         section=WRITE,
@@ -275,6 +318,7 @@ build_options = _all(
     ),
     label_option,
     option(
+        "-o",
         "--output",
         section=WRITE,
         type=FolderPath,

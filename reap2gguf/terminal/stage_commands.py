@@ -17,6 +17,7 @@ from reap2gguf.terminal.click_options import (
     follow_links_option,
     label_option,
     llama_cpp_option,
+    model_argument,
     output_options,
     pruning_options,
     seed_option,
@@ -28,7 +29,7 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
 
 
 @command()
-@click.argument("model")
+@model_argument()
 @calibration_options
 @compute_options
 @threads_option
@@ -75,7 +76,7 @@ def observe(
 
 
 @command()
-@click.argument("model")
+@model_argument()
 @option(
     "--observations",
     section=PRUNE,
@@ -105,7 +106,7 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
 
 
 @command()
-@click.argument("hf_dir")
+@model_argument("hf_dir")
 @option("--text", section=CALIBRATION, type=FilePath, required=True, help="Plain text to read.")
 @option(
     "--chunk",
@@ -167,8 +168,9 @@ def imatrix(
 
 
 @command()
-@click.argument("hf_dir")
+@model_argument("hf_dir")
 @option(
+    "-r",
     "--recipe",
     "recipe_name",
     section=WRITE,
