@@ -19,6 +19,7 @@ from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, ve
 from reap2gguf.terminal.console import LogHandler, is_verbose, say
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.local_commands import chat, serve
+from reap2gguf.terminal.mixes_command import mixes
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
@@ -110,6 +111,7 @@ def cli() -> None:
 for command in (
     *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
     *(chat, serve, push),
+    mixes,
 ):
     cli.add_command(command)
 

@@ -24,6 +24,7 @@ from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
@@ -109,7 +110,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     # what is cheap to check comes first
-    recipes = load_recipes(options.recipes, options.labels)
+    overrides = read_overrides(options.tensor_types)
+    recipes = load_recipes(options.recipes, options.labels, overrides)
     if same := twice([recipe.label for recipe in recipes]):
         labels = " and ".join(map(repr, dict.fromkeys(same)))
         raise UsageError(

@@ -11,6 +11,7 @@ import click
 
 from reap2gguf.machine import available_threads
 from reap2gguf.options import (
+    DEFAULT_RECIPE,
     DEVICES,
     DTYPES,
     METHODS,
@@ -240,6 +241,16 @@ output_options = _all(
     ),
 )
 
+tensor_type_option = option(
+    "--tensor-type",
+    "tensor_types",
+    section=WRITE,
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Give matching tensors another type, before the recipe's rules: a word such as "
+    "attn_v=Q5_K, or a glob such as blk.0.*=Q8_0. Repeat it; the first match wins.",
+)
+
 label_option = option(
     "--label",
     "labels",
@@ -266,11 +277,13 @@ build_options = _all(
         "recipes",
         section=WRITE,
         multiple=True,
-        required=True,
-        metavar="NAME|FILE",
-        help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file. Repeat it "
-        "for several GGUF files.",
+        default=(DEFAULT_RECIPE,),
+        metavar="NAME|FILE,...",
+        help="Quantization recipes, with commas or repeated: file types such as Q5_K_M, names of "
+        "`reap2gguf recipes list`, or TOML files.",
+        default_text=DEFAULT_RECIPE,
     ),
+    tensor_type_option,
     label_option,
     option(
         "--output",
@@ -344,4 +357,5 @@ def collect(
         fresh=fresh,
         check_space=check_space,
         follow_links=arguments["follow_links"],
+        tensor_types=arguments["tensor_types"],
     )

@@ -9,7 +9,7 @@ import click
 
 import reap2gguf
 from reap2gguf.messages import size
-from reap2gguf.options import CalibrationOptions
+from reap2gguf.options import DEFAULT_RECIPE, CalibrationOptions
 from reap2gguf.terminal.click_options import (
     calibration_options,
     collect_compute,
@@ -19,6 +19,7 @@ from reap2gguf.terminal.click_options import (
     llama_cpp_option,
     output_options,
     pruning_options,
+    tensor_type_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say, terminal_progress
@@ -152,9 +153,10 @@ def imatrix(
     "--recipe",
     "recipe_name",
     section=WRITE,
-    required=True,
+    default=DEFAULT_RECIPE,
     metavar="NAME|FILE",
-    help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file.",
+    help="Quantization recipe: a file type such as Q5_K_M, a name of `reap2gguf recipes list`, or "
+    "a TOML file.",
 )
 @option(
     "--imatrix",
@@ -172,6 +174,7 @@ def imatrix(
     required=True,
     help="GGUF file to write, or a folder for NAME-LABEL.gguf.",
 )
+@tensor_type_option
 @label_option
 @threads_option
 @follow_links_option
@@ -181,6 +184,7 @@ def quantize(
     hf_dir: str,
     recipe_name: str,
     imatrix_file: Path | None,
+    tensor_types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
     threads: int,
     output: str,
@@ -203,6 +207,7 @@ def quantize(
         output,
         imatrix=imatrix_file,
         labels=dict(labels),
+        tensor_types=tensor_types,
         threads=threads,
         follow_links=follow_links,
         progress=terminal_progress(),
