@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import build, plan, verify
+    from reap2gguf.api.builds import build, options_like, plan, verify
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
-    from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+    from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.verifying.report import VerifyReport
 
@@ -48,12 +48,14 @@ __all__ = [
     "PruneResult",
     "QuantizeResult",
     "Reap2ggufError",
+    "RecipeText",
     "Selection",
     "VerificationError",
     "VerifyReport",
     "build",
     "imatrix",
     "observe",
+    "options_like",
     "plan",
     "prune",
     "quantize",
@@ -61,7 +63,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("build", "plan", "verify"),
+    "api.builds": ("build", "options_like", "plan", "verify"),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -77,7 +79,7 @@ _HOMES = {
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
-    "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
+    "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions", "RecipeText"),
     "progress": ("ProgressEvent",),
     "verifying.report": ("VerifyReport",),
 }

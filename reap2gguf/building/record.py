@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
 from reap2gguf.atomic import PART, remove, write_whole
+from reap2gguf.building.likeness import local_inputs
 from reap2gguf.building.seals import Seal, refuse_changed
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
@@ -35,6 +36,7 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.members import check_members, gguf_members, hf_members
 from reap2gguf.bundle.modelfile import modelfile
+from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
@@ -88,6 +90,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
+        options=_options_record(plan),
     )
     return _write(plan, work, evidence, manifest)
 
@@ -142,6 +145,29 @@ def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
         imatrix_chunks=len(chunks.chunks),
         imatrix_chunk_size=chunks.chunk_size,
         components=texts.rows.components,
+    )
+
+
+def _options_record(plan: Plan) -> OptionsRecord:
+    """What `--like` takes over."""
+    options, calibration = plan.options, plan.calibration
+    text = options.imatrix_text
+    return OptionsRecord(
+        keep_experts=options.keep_experts,
+        compression=options.compression,
+        name=options.name,
+        method=options.method,
+        mtp=options.mtp,
+        spec=calibration.label,
+        samples=calibration.samples,
+        max_length=calibration.max_length,
+        seed=calibration.seed,
+        pack=calibration.pack,
+        imatrix_text=None if text is None else text.name,
+        chunk=options.chunk,
+        device=options.compute.likely_device,
+        dtype=options.compute.likely_dtype,
+        inputs=local_inputs(plan),
     )
 
 

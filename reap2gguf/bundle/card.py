@@ -271,7 +271,7 @@ used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each 
 
 {_calibration(manifest)}
 
-Made with reap2gguf {manifest.program.get("reap2gguf", "")}."""
+{_made_with(manifest)}"""
     return f"""## How it was made
 
 A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.
@@ -282,11 +282,21 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 
 {_calibration(manifest)}
 
-Made with reap2gguf {inline(str(manifest.program.get("reap2gguf", "?")))}.
+{_made_with(manifest)}
 
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _made_with(manifest: Manifest) -> str:
+    """The program, and the command that builds the same again."""
+    made = f"Made with reap2gguf {inline(str(manifest.program.get('reap2gguf', '?')))}."
+    if manifest.options is None:
+        return made
+    model = "" if repository(manifest.source.label) else "MODEL "
+    needed = f", where MODEL is {code(manifest.source.label)}" if model else ""
+    return f"{made} Reproduce: `reap2gguf build {model}--like {MANIFEST_FILE}`{needed}."
 
 
 def _calibration(manifest: Manifest) -> str:

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
 from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.options_record import InputRecord, OptionsRecord
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
@@ -31,6 +32,8 @@ _JSON_TYPES = {
     "str": (str,),
     "bool": (bool,),
     "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
+    "float | None": (float, int, type(None)),
 }  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
 
@@ -206,6 +209,7 @@ class Manifest:
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()  # what a user should know, one sentence each
+    options: OptionsRecord | None = None  # None: written before options were recorded
 
     def text(self) -> str:
         """What `reap2gguf.json` holds."""
@@ -220,7 +224,11 @@ class Manifest:
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read the manifest of a bundle. Raises ArtifactError if it is missing or malformed."""
-        path = folder / MANIFEST_FILE
+        return cls.read(folder / MANIFEST_FILE)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest by its own path. Raises ArtifactError as `load` does."""
         try:
             values = read_json(path, _MAX_BYTES)
         except Reap2ggufError as error:
@@ -275,7 +283,17 @@ def _decode(values: dict[str, Any]) -> Manifest:
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
         caveats=tuple(map(str, values.get("caveats", ()))),
+        options=_options_record(values.get("options")),
     )
+
+
+def _options_record(values: Any) -> OptionsRecord | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not isinstance(values["inputs"], list):
+        raise TypeError(f"options is {shown(values)}, expected a record with a list of inputs")
+    inputs = tuple(_record(InputRecord, value) for value in values["inputs"])
+    return _record(OptionsRecord, {**values, "inputs": inputs})
 
 
 def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:

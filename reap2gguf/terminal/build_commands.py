@@ -19,6 +19,7 @@ from reap2gguf.terminal.click_options import (
     output_options,
     threads_option,
 )
+from reap2gguf.terminal.config_file import warn_of_differences
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, command, option
 from reap2gguf.terminal.option_types import FolderPath
@@ -47,12 +48,14 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
     \b
     Example:
       reap2gguf build --recipe unsloth-iq4km
-      reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
+      reap2gguf build ./Qwen3-30B-A3B --recipe Q4_K_M,Q8_0 --keep-experts 96
+      reap2gguf build --like reap2gguf.json
     """
     from reap2gguf.terminal.views import plan_lines, result_lines
 
     progress = terminal_progress()
     plan = reap2gguf.plan(collect(arguments, fresh, space_check), progress=progress)
+    warn_of_differences(plan)
     if processes().is_first:
         say_all(plan_lines(plan, _estimate(plan)))
         click.get_current_context().meta[HAS_BEGUN] = True
@@ -76,6 +79,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     from reap2gguf.terminal.views import plan_as_json, plan_lines
 
     plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
+    warn_of_differences(plan)
     needs = _estimate(plan)
     if as_json:
         say_json(plan_as_json(plan, needs))

@@ -21,6 +21,7 @@ from reap2gguf.options import (
     CalibrationOptions,
     ComputeOptions,
 )
+from reap2gguf.terminal.config_file import config_option, like_option, settled
 from reap2gguf.terminal.console import Detail, printing
 from reap2gguf.terminal.help import (
     CALIBRATION,
@@ -320,6 +321,8 @@ build_options = _all(
     compute_options,
     threads_option,
     follow_links_option,
+    config_option,
+    like_option,
     llama_cpp_option,
 )
 
@@ -333,7 +336,8 @@ def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
 def collect(
     arguments: dict[str, Any], fresh: bool = False, check_space: bool = True
 ) -> BuildOptions:
-    """The arguments of `build` and `plan` as one value."""
+    """The arguments of `build` and `plan` as one value, with those of --config and --like."""
+    arguments, revisions = settled(arguments)
     return BuildOptions(
         recipes=arguments["recipes"],
         model=arguments["model"],
@@ -350,6 +354,7 @@ def collect(
             arguments["max_length"],
             arguments["seed"],
             arguments["pack"],
+            revisions,
         ),
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],

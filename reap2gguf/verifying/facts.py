@@ -6,7 +6,9 @@ says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from reap2gguf.exporting.header_facts import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import METHODS
+from reap2gguf.options import DEVICES, DTYPES, METHODS, MTP_CHOICES
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -34,11 +36,15 @@ from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest, PruningRecord, SideRecord
+    from reap2gguf.bundle.options_record import OptionsRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
+
+# what becomes of an MTP block -> the option that asked for it
+_MTP_OPTIONS = {"pruned": "prune", "kept": "prune", "dropped": "drop"}
 
 
 def check_record(manifest: Manifest) -> Iterator[str]:
@@ -55,6 +61,8 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
+    if manifest.options is not None:
+        yield from _check_options(manifest, manifest.options)
     files = [record.file for record in manifest.gguf]
     if len(set(files)) < len(files):
         yield _wrong("gguf", files, "each file once")
@@ -64,6 +72,32 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         yield from _differs(
             "side_files.file", side.file, side_file(MMPROJ_PREFIX, manifest.name), "its name"
         )
+
+
+def _check_options(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
+    """The options that `--like` takes over, against what came of them."""
+    pruning, calibration = manifest.pruning, manifest.calibration
+    expected = {
+        "keep_experts": (None, pruning.n_kept),
+        "name": (None, manifest.name),
+        "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
+        "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
+        "spec": (calibration.spec,),
+        "max_length": (max(options.max_length, calibration.max_length),),  # cut to the context
+        "seed": (calibration.seed,),
+        "pack": (calibration.packed,),
+        "imatrix_text": (None, calibration.imatrix_text),
+        "chunk": (max(options.chunk, calibration.imatrix_chunk_size),),
+        "device": DEVICES[1:],
+        "dtype": DTYPES[1:],
+    }
+    for name, values in expected.items():
+        if (found := getattr(options, name)) not in values:
+            yield _wrong(f"options.{name}", found, " or ".join(map(str, values)))
+    if options.compression is not None:
+        ratio = Decimal(str(options.compression))  # as typed, as `choose_target` reads it
+        kept = pruning.n_experts - math.floor(pruning.n_experts * ratio)
+        yield from _differs("options.compression keeps", kept, pruning.n_kept, "pruning.n_kept")
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:
