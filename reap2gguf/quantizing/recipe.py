@@ -175,7 +175,9 @@ def _bare(name: str) -> str:
 
 
 def _nearest(name: str, known: Mapping[str, Path | str]) -> str:
-    near = difflib.get_close_matches(_bare(name)[:100], known, n=1)
+    bare = _bare(name)[:100]
+    near = [one for one in known if len(bare) > 2 and one.startswith(bare)]
+    near = near or difflib.get_close_matches(bare, known, n=1)
     if not near:
         return "pass"
     found = known[near[0]]
