@@ -75,7 +75,7 @@ def list_as_json() -> dict[str, Any]:
     return {
         "reference": REFERENCE_NAME,
         "recipes": [_summary(load_recipe(name)) for name in shipped_recipes()],
-        "file_types": [_summary(load_recipe(name)) for name in MIXTURES],
+        "file_types": [{**_summary(load_recipe(name)), "name": name} for name in MIXTURES],
     }
 
 

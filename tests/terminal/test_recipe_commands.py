@@ -56,7 +56,7 @@ def test_check_prints_the_table_and_the_total() -> None:
         "blk.*.ffn_down_exps.weight",
     ]  # fmt: skip
     assert lines[-1].startswith("unsloth-iq4km: fits tiny-qwen3-moe: ")
-    assert lines[-1].endswith("14.4 M weights, 5.19 bits per weight")
+    assert lines[-1].endswith("14.4 M weights, 5.13 bits per weight")
 
 
 def test_check_for_programs_with_an_override() -> None:
