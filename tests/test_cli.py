@@ -58,7 +58,7 @@ def python_modules_after(*arguments: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("recipes", "list"), ("build",), ("build", "--recipe", "nonsense"),
+    [("--help",), ("recipes", "list"), ("build", "--samples", "0"), ("build", "--recipe", "nonsense"),
      ("verify", "nowhere")],
     ids=" ".join,
 )  # fmt: skip
@@ -139,7 +139,7 @@ HEAD = 'title = "t"\nlabel = "L"\nfile_type = "Q4_K_M"\n'
         (["{tiny}", "--recipe", "q8_0", "--compression", "1.5"], "less than 1"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "x"], "not a valid float"),
         (["{tiny}", "--recipe", "q8_0,,q4km"], "expected names with commas between them"),
-        (["{tiny}", "--tensor-type", "x=q8_0"], "--tensor-type *x*=Q8_0: matches no tensor"),
+        (["{tiny}", "--tensor-type", "none=f16"], "--tensor-type *none*=F16: matches no tensor"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_one_line(

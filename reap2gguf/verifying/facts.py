@@ -36,7 +36,6 @@ from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest, PruningRecord, SideRecord
-    from reap2gguf.bundle.options_record import OptionsRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.imatrix import Imatrix
@@ -61,8 +60,6 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
-    if manifest.options is not None:
-        yield from _check_options(manifest, manifest.options)
     files = [record.file for record in manifest.gguf]
     if len(set(files)) < len(files):
         yield _wrong("gguf", files, "each file once")
@@ -74,9 +71,11 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_options(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
+def check_options(manifest: Manifest) -> Iterator[str]:
     """The options that `--like` takes over, against what came of them."""
-    pruning, calibration = manifest.pruning, manifest.calibration
+    options, pruning, calibration = manifest.options, manifest.pruning, manifest.calibration
+    if options is None:
+        return
     expected = {
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),

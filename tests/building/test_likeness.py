@@ -102,7 +102,7 @@ def small(texts: Path, tiny: Path) -> Path:
 
 def test_what_differs_is_listed(small: Path, tiny: Path, tmp_path: Path) -> None:
     Path("prose.txt").write_text("Other words. " * 400)
-    TinyQwen3Moe().write(tmp_path / "other", seed=99)
+    TinyQwen3Moe(seed=99).write(tmp_path / "other")
     likeness = read_likeness(small / "reap2gguf.json")
     plan = make_plan(likeness.build_options(model=str(tmp_path / "other")))
     lines = "\n".join(likeness.differences(plan))

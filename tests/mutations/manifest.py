@@ -23,7 +23,8 @@ _RECORDS = {
     ("program", "safetensors"), ("program", "gguf"), ("program", "numpy"),
     ("program", "tokenizers"), ("program", "ggml"), ("pruning", "observations_sha256"),
     ("calibration", "sha256"), ("pruning", "mtp", "hits_before"), ("pruning", "mtp", "hits_after"),
-    ("pruning", "mtp", "n_tokens"),
+    ("pruning", "mtp", "n_tokens"), ("options", "samples"), ("options", "max_length"),
+    ("options", "chunk"),
 }  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def damages(sound: Sound) -> Iterator[Damage]:
     for path, value in _leaves(manifest):
         fix = Fix.SUMS if path[:2] == ("hf", "files") else Fix.ALL
         sight = Sight.SOURCE if path in _OF_SOURCE else Sight.BESIDE
-        if path in _RECORDS:
+        if path in _RECORDS or path[:2] == ("options", "inputs"):
             sight = Sight.RECORD
         title = ".".join(map(str, path))
         apply = _manifest(_set(path, _another(value)))
