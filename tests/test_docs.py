@@ -121,9 +121,14 @@ def test_the_tables_of_calibration_are_those_of_the_program() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_recipes_on_the_pages_parse(page: Path) -> None:
+def test_recipes_and_config_files_on_the_pages_parse(page: Path) -> None:
+    options = {name for one in cli.commands["build"].params for name in one.opts}
     for block in blocks(page, "toml"):
-        assert parse_recipe(block.body, "page", page.name).rules
+        if "[[rules]]" in block.body:
+            assert parse_recipe(block.body, "page", page.name).rules
+        else:
+            keys = tomllib.loads(block.body).keys()
+            assert {f"--{key}" for key in keys - {"model"}} <= options
 
 
 def test_the_error_tree_shows_every_error() -> None:

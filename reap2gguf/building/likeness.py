@@ -119,7 +119,10 @@ class Likeness:
 
     def differences(self, plan: Plan) -> list[str]:
         """What will make a result other than the earlier one, one sentence each."""
-        return [f"unlike {self.path}: {line}" for line in self._differences(plan)]
+        try:
+            return [f"unlike {self.path}: {line}" for line in self._differences(plan)]
+        finally:
+            plan.checkpoint.close()  # a plan holds no open files; a later read opens them again
 
     def _differences(self, plan: Plan) -> Iterator[str]:
         source = self.manifest.source
