@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import build, options_like, plan, verify
+    from reap2gguf.api.builds import add, build, options_like, plan, verify
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         select,
     )
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
@@ -52,6 +52,7 @@ __all__ = [
     "Selection",
     "VerificationError",
     "VerifyReport",
+    "add",
     "build",
     "imatrix",
     "observe",
@@ -63,7 +64,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("build", "options_like", "plan", "verify"),
+    "api.builds": ("add", "build", "options_like", "plan", "verify"),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -75,7 +76,7 @@ _HOMES = {
         "select",
     ),
     "artifacts.observations": ("Observations",),
-    "building.pipeline": ("BuildResult",),
+    "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),

@@ -15,6 +15,7 @@ import click
 from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.machine import processes
+from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.console import LogHandler, is_verbose, say
 from reap2gguf.terminal.doctor_command import doctor
@@ -24,7 +25,7 @@ from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
 
-_RESUMABLE = ("build", "observe", "imatrix", "quantize", "push")
+_RESUMABLE = ("build", "add", "observe", "imatrix", "quantize", "push")
 
 
 class _Group(click.Group):
@@ -109,7 +110,7 @@ def cli() -> None:
 
 
 for command in (
-    *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
+    *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
     *(chat, serve, push),
     mixes,
 ):

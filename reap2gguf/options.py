@@ -257,6 +257,7 @@ class BuildOptions:
     chunk: int = 512  # tokens per chunk of the importance matrix
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
+    replace: bool = False  # delete GGUF files of the finished bundle that are not asked for
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
@@ -272,7 +273,7 @@ class BuildOptions:
         check_counts(self.keep_experts, self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
-        for name in ("fresh", "check_space", "follow_links"):
+        for name in ("fresh", "replace", "check_space", "follow_links"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
@@ -280,3 +281,27 @@ class BuildOptions:
         object.__setattr__(self, "output", check_path("output", self.output))
         if self.imatrix_text is not None:
             object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """The arguments of `add`."""
+
+    bundle: Path  # either folder of a finished bundle
+    recipes: tuple[str | RecipeText, ...] = ()  # of files to write
+    files: tuple[Path, ...] = ()  # GGUF files that are there already
+    labels: Mapping[str, str] = field(default_factory=dict)  # by recipe or file
+    exact: bool = False  # whether what was written is quantized again and compared by bytes
+    threads: int = field(default_factory=available_threads)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bundle", check_path("bundle", self.bundle))
+        recipes = _recipes(self.recipes) if self.recipes else ()
+        object.__setattr__(self, "recipes", recipes)
+        files = tuple(check_path("files", path) for path in self.files)
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        check_bool("exact", self.exact)
+        check_number("threads", self.threads, 1, MOST_THREADS)
+        if not recipes and not files:
+            raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")

@@ -54,6 +54,14 @@ COVERED_BY = [
         ),
     ),
     (
+        "building/test_adding.py",
+        "the parts of an addition, which is compared with a whole build",
+        (
+            "building/add.py", "building/adopting.py", "building/bundle_files.py",
+            "building/finished.py", "building/standing.py", "terminal/add_command.py",
+        ),
+    ),
+    (
         "bundle/test_manifest.py",
         "the parts of a manifest",
         ("bundle/bounds.py", "bundle/options_record.py"),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
-from reap2gguf.options import BuildOptions, check_bool, check_path, check_threads
+from reap2gguf.options import (
+    AddOptions,
+    BuildOptions,
+    check_bool,
+    check_labels,
+    check_path,
+    check_threads,
+)
 
 if TYPE_CHECKING:
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.verifying.report import VerifyReport
 
 
@@ -49,6 +57,32 @@ def options_like(bundle: PathLike, **changes: Any) -> BuildOptions:
     from reap2gguf.building.likeness import read_likeness
 
     return read_likeness(check_path("bundle", bundle)).build_options(**changes)
+
+
+def add(
+    bundle: PathLike,
+    *files: PathLike,
+    recipes: str | Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+    progress: ProgressLike = None,
+) -> BuildResult:
+    """Add GGUF files to a finished bundle; nothing is observed, pruned or swept again.
+
+    One file is written for each recipe, from the bundle's own safetensors and importance matrix.
+    `files` are GGUF files of the same model, which are verified and then taken over as they are.
+    `exact` quantizes what was written again and compares the bytes. Raises UsageError if it is not
+    a bundle, RecipeError, OutputError, and VerificationError if a file of the bundle is not as it
+    was built, or a new one is wrong: then the bundle is as it was.
+    """
+    from reap2gguf.building.add import add as run
+
+    paths = tuple(check_path("files", path) for path in files)
+    where, n_threads = check_path("bundle", bundle), check_threads(threads)
+    given = (recipes,) if isinstance(recipes, str) else tuple(recipes)
+    options = AddOptions(where, given, paths, check_labels(labels or {}), exact, n_threads)
+    return run(options, to_progress(progress))
 
 
 def verify(

@@ -16,7 +16,7 @@ from reap2gguf.observing.budget import CONTEXT_BYTES, MOST_TOKENS
 from reap2gguf.observing.linear_attention import ATTENTION_WIDTHS
 from reap2gguf.pruning.write import companion_files
 from reap2gguf.resources import shipped_folder
-from reap2gguf.verifying.exactness import EXACT_TYPES
+from reap2gguf.verifying.exactness import EXACT_TYPES, SMALL_FILE
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -29,7 +29,6 @@ _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # per core and second, Q4_K
 _DISK_BYTES = 1e9
 _CORES_BESIDE_A_GPU = 16  # fixed: what is verified, and recorded, may not depend on the machine
-_SMALL_FILE = 2**30  # bytes; quantized again in some minutes on any machine
 _MOST_EXACT = 0.1  # of a build, for quantizing large files again
 _CARD_BYTES = 2**20  # cards, manifests and marks
 _UNKNOWN = 2**62
@@ -79,7 +78,7 @@ def exact_recipes(plan: Plan, has_gpu: bool) -> frozenset[str]:
     the plan and the kind of device, not on a clock or the number of threads: the same inputs make
     the same manifest.
     """
-    large = [recipe for recipe in plan.recipes if recipe.n_bytes >= _SMALL_FILE]
+    large = [recipe for recipe in plan.recipes if recipe.n_bytes >= SMALL_FILE]
     small = {recipe.name for recipe in plan.recipes} - {recipe.name for recipe in large}
     quantized = sum(
         math.prod(entry.tensor.shape)
@@ -186,8 +185,6 @@ def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
             f"not enough disk space to save progress between layers ({needs.state_bytes:,} more "
             "bytes needed); an interrupted calibration pass restarts from layer 0"
         )
-    if replaced := work.earlier_files():
-        progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
     return keeps_states
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
+from reap2gguf.building.finished import Inputs
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
@@ -131,12 +132,20 @@ class BuildKeys:
         return export_key(imatrix, *names, self._card, self._recipes, self._history)
 
     @property
-    def inputs(self) -> str:
-        """The key of everything that a bundle depends on."""
+    def inputs(self) -> Inputs:
+        """The keys of everything that a bundle depends on."""
+        plan = self.plan
+        recipes = {
+            plan.gguf_name(recipe): recipe_key(recipe.name, recipe.label, recipe.source)
+            for recipe in plan.recipes
+        }
+        return Inputs(self._base, recipes)
+
+    @property
+    def _base(self) -> str:
         plan = self.plan
         return stage_key(
             sweep_key(),
-            export_key(),
             self._source,
             self.texts,
             self._card,
@@ -147,7 +156,6 @@ class BuildKeys:
             self._history,
             plan.target.n_kept,
             plan.mtp,
-            self._recipes,
             *self._computing,
         )
 
@@ -187,6 +195,11 @@ def export_key(*inputs: object) -> str:
     # two builds of one version may round differently; wheels of one version are one file
     own = [file_sha256(ggml.path)] if ggml.is_own else []
     return stage_key(__version__, ggml.version, *own, version("gguf"), *inputs)
+
+
+def recipe_key(name: str, label: str, source: str) -> str:
+    """The key of a recipe's GGUF file, among files of the same model and importance matrix."""
+    return export_key(name, label, source)
 
 
 def _hashes(files: Iterable[Path], error_type: type[Reap2ggufError]) -> list[tuple[str, str]]:

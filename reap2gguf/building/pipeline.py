@@ -13,18 +13,18 @@ second.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.building.estimate import check_room
+from reap2gguf.building.adding import Addition, extend, open_reference
+from reap2gguf.building.estimate import check_room, exact_recipes
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
-from reap2gguf.building.stage import Run, Stage, StageCost
+from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
+from reap2gguf.building.standing import Standing, refuse_dropping, standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
-from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.select import select_experts
@@ -35,19 +35,6 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """Where a finished build lies, and what it cost.
-
-    `stages` is empty where the bundle was up to date and nothing was done.
-    """
-
-    hf_folder: Path
-    gguf_folder: Path
-    manifest: Manifest
-    stages: Sequence[StageCost]
 
 
 def build(plan: Plan, progress: Progress) -> BuildResult | None:
@@ -69,9 +56,11 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
 def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
     plan = run.plan
-    if run.agree(lambda: run.work.is_finished(run.keys.inputs)):
-        return _up_to_date(run) if run.is_first else None
+    found = standing(plan, run.keys, run.work) if run.is_first else None
+    if run.agree(lambda: found is not None):
+        return None if found is None else _extend(run, found)
     if run.is_first:  # the only one that writes files
+        refuse_dropping(plan, run.work)
         run.plan = plan = with_all_values(plan, run.progress.note)
     run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
 
@@ -107,10 +96,34 @@ def _kept(plan: Plan, observed: Observe | None) -> Kept:
     return select_experts(observed.result, plan.method, plan.target, plan.model.facts)
 
 
-def _up_to_date(run: Run) -> BuildResult:
-    """The bundle is there already."""
-    work = run.work
-    run.progress.note(
-        f"{work.name}: up to date; `reap2gguf verify` checks it, --fresh builds it from scratch"
+def _extend(run: Run, found: Standing) -> BuildResult:
+    """The bundle is there already, but for some files."""
+    work, plan, note = run.work, run.plan, run.progress.note
+    stay = [record.file for record in found.stay]
+    if others := [name for name in stay if name not in run.keys.inputs.recipes]:
+        note(f"not named by this command, kept: {', '.join(others)} (--replace deletes them)")
+    for name in found.gone:
+        note(f"{name} was removed from the bundle")
+    for record in found.dropped:
+        note(f"{record.file} is deleted")
+    if found.is_up_to_date:
+        note(
+            f"{work.name}: up to date; `reap2gguf verify` checks it, --fresh builds it from scratch"
+        )
+        return BuildResult(work.final_hf, work.final_gguf, found.manifest, ())
+    note(f"{work.name}: the finished bundle is extended; nothing is observed or pruned again")
+    made = {name: key for name, key in run.keys.inputs.recipes.items()}
+    earlier = work.finished()
+    kept = {} if earlier is None else {n: k for n, k in earlier.inputs.recipes.items() if n in stay}
+    addition = Addition(
+        work.of_addition(),
+        found.manifest,
+        found.missing,
+        stay=found.stay,
+        # a command that names every file also gives their order
+        order=[*stay, *made] if others else [*made],
+        inputs=replace(run.keys.inputs, recipes=kept | made),
+        exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
     )
-    return BuildResult(work.final_hf, work.final_gguf, Manifest.load(work.final_gguf), ())
+    with open_reference(found.manifest, work.final_hf) as reference:
+        return extend(addition, reference, plan.options.compute.threads, run.progress)

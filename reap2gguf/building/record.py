@@ -21,6 +21,7 @@ from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
     MODELFILE,
     SUMS_FILE,
+    model_file,
 )
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
@@ -86,7 +87,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
             n_bytes=written.n_bytes,
             files={},
         ),
-        gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
+        gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -173,28 +174,46 @@ def _options_record(plan: Plan) -> OptionsRecord:
 
 def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) -> Manifest:
     """Write what is left of both folders; what was verified is not written and not hashed again."""
-    source_card = plan.source.folder / CARD_FILE
     # of interrupted attempts
     for stale in (*work.hf.glob(f"*{PART}"), *work.gguf.glob(f"*{PART}")):
         remove(stale)
     for made in (work.hf / CARD_FILE, work.hf / MANIFEST_FILE, work.gguf / SUMS_FILE):
         remove(made)
-    files = _sealed(work, work.hf, evidence)
-    write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
-    files[CARD_FILE] = hash_file(work.hf / CARD_FILE)
-    manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(files.items()))))
+    write_whole(work.gguf / CALIBRATION_FILE, evidence.texts.chunks.text)
+    files = BundleFiles(_sealed(work, work.hf, evidence), _sealed(work, work.gguf, evidence))
+    files.gguf[CALIBRATION_FILE] = hash_file(work.gguf / CALIBRATION_FILE)
+    return write_texts(work, manifest, files, plan.source.folder)
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """The files of both folders that are there before cards and hashes, by name."""
+
+    hf: dict[str, FileRecord]
+    gguf: dict[str, FileRecord]
+
+
+def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: Path) -> Manifest:
+    """Write cards, manifests, Modelfile and SHA256SUMS around finished files; the manifest.
+
+    `source` is the folder whose card and generation config are inherited. Raises VerificationError
+    for a file that is no part of the bundle.
+    """
+    source_card = source / CARD_FILE
+    hf_text, gguf_text = hf_card(manifest, source_card), gguf_card(manifest, source_card)
+    write_whole(work.hf / CARD_FILE, hf_text)
+    hf_files = {**files.hf, CARD_FILE: hash_file(work.hf / CARD_FILE)}
+    manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(hf_files.items()))))
     manifest.save(work.hf)
     written = {
-        CALIBRATION_FILE: evidence.texts.chunks.text,
-        CARD_FILE: gguf_card(manifest, source_card),
-        MODELFILE: modelfile(manifest, plan.source.folder),
+        CARD_FILE: gguf_text,
+        MODELFILE: modelfile(manifest, source),
         MANIFEST_FILE: manifest.text(),
     }
     for name, text in written.items():
         write_whole(work.gguf / name, text)
-    files = _sealed(work, work.gguf, evidence)
-    files |= {name: hash_file(work.gguf / name) for name in written}
-    sums = compose_sums({name: file.sha256 for name, file in files.items()})
+    gguf_files = {**files.gguf, **{name: hash_file(work.gguf / name) for name in written}}
+    sums = compose_sums({name: file.sha256 for name, file in gguf_files.items()})
     write_whole(work.gguf / SUMS_FILE, sums)
     _refuse_strays(work, manifest)
     return manifest
@@ -241,8 +260,9 @@ def _own_commit() -> str | None:
     return commit
 
 
-def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
-    path = folder / plan.gguf_name(recipe)
+def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
+    """The record of a file that was written to `folder` for the bundle `name`."""
+    path = folder / model_file(name, recipe.label)
     return GgufRecord(
         file=path.name,
         recipe=recipe.name,

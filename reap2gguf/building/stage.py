@@ -30,6 +30,7 @@ from reap2gguf.options import ComputeOptions, Resume
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.progress import Progress
 
 T = TypeVar("T")
@@ -46,6 +47,19 @@ class StageCost:
     seconds: float
     peak_bytes: int
     reused: bool = False
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """Where a finished build lies, and what it cost.
+
+    `stages` is empty where the bundle was up to date and nothing was done.
+    """
+
+    hf_folder: Path
+    gguf_folder: Path
+    manifest: Manifest
+    stages: Sequence[StageCost]
 
 
 class Stage(ABC, Generic[Result]):

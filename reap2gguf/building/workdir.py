@@ -10,6 +10,7 @@ OUTPUT/.work/NAME/*.state           saved progress of a sweep, between two layer
 OUTPUT/.work/NAME/export*.json      saved progress of an export, between two tensors
 OUTPUT/.work/.NAME.lock             held while a build of this name runs
 OUTPUT/.work/.NAME.finished.json    the inputs of the final files, and what they cost
+OUTPUT/.work/.NAME.adding/          like NAME/, while files are added to a finished bundle
 OUTPUT/.work/texts/KEY.safetensors         kept for other builds of this output:
 OUTPUT/.work/observations/KEY.safetensors  another ratio repeats neither
 """
@@ -21,7 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from reap2gguf.atomic import (
     rename,
     write_whole,
 )
+from reap2gguf.building.finished import Finished, Inputs, read_finished
 from reap2gguf.bundle.layout import BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
@@ -46,10 +48,11 @@ _FINALIZING = "finalizing.json"  # exists while folders get their final names
 
 @dataclass
 class Workdir:
-    """The folders of one build."""
+    """The folders of one build, or of an addition to a finished one."""
 
     output: Path
     name: str
+    is_addition: bool = False
 
     @property
     def shared(self) -> Path:
@@ -58,7 +61,11 @@ class Workdir:
 
     @property
     def root(self) -> Path:
-        return self.shared / self.name
+        return self.shared / (f".{self.name}.adding" if self.is_addition else self.name)
+
+    def of_addition(self) -> Workdir:
+        """The folders for files that are added to the finished bundle."""
+        return replace(self, is_addition=True)
 
     @property
     def hf(self) -> Path:
@@ -121,11 +128,7 @@ class Workdir:
         cannot be written, a final name holds something that this program did not make, or the work
         folder is that of another source.
         """
-        for path in (self.shared, self.root, self.hf, self.gguf, self._discarded):
-            refuse_link(path)
-        self._drop_discarded()
-        if (self.root / _FINALIZING).is_file():
-            self._resume_finalize()
+        self.finish_interrupted()
         for final in (self.final_hf, self.final_gguf):
             self._check_replaceable(final)
         if fresh:
@@ -136,6 +139,24 @@ class Workdir:
             make_folder(folder)
         is_fresh = fresh or self.is_fresh
         write_whole(self.root / _IDENTITY, json.dumps({**identity, "fresh": is_fresh}))
+
+    def finish_interrupted(self) -> None:
+        """Finish an interrupted `finalize`, of a build or of an addition."""
+        build = replace(self, is_addition=False)
+        for work in (build, build.of_addition()):
+            for path in (work.shared, work.root, work.hf, work.gguf, work._discarded):
+                refuse_link(path)
+            work._drop_discarded()
+            if (work.root / _FINALIZING).is_file():
+                work._resume_finalize()
+
+    def prepare_addition(self, identity: Mapping[str, str]) -> None:
+        """Create the folders; what an addition to another bundle has left is discarded."""
+        if self._identity() != identity:
+            self._discard()
+        for folder in (self.root, self.hf, self.gguf):
+            make_folder(folder)
+        write_whole(self.root / _IDENTITY, json.dumps(identity))
 
     def _check_identity(self, identity: Mapping[str, str]) -> None:
         """Refuse a work folder that another source, or another program, has written to."""
@@ -195,16 +216,10 @@ class Workdir:
                 "--output or --name, or move it away"
             )
 
-    def earlier_files(self) -> list[str]:
-        """GGUF files of an earlier build that this one will replace."""
-        if not self.final_gguf.is_dir():
-            return []
-        return sorted(file.name for file in self.final_gguf.glob(f"*{self.name}-*.gguf"))
-
-    def finalize(self, inputs: str, costs: Sequence[Mapping[str, Any]]) -> None:
+    def finalize(self, inputs: Inputs, costs: Sequence[Mapping[str, Any]]) -> None:
         """Give both folders their final names, in place of an earlier build's.
 
-        `inputs` is the key of everything that went in. If it is interrupted, `prepare` finishes it.
+        If it is interrupted, `finish_interrupted` finishes it.
         """
         stats = {
             f"{final.name}/{file.name}": file.lstat()
@@ -213,7 +228,7 @@ class Workdir:
         }
         files = {name: stat.st_size for name, stat in stats.items()}
         times = {name: stat.st_mtime_ns for name, stat in stats.items()}
-        record = {"inputs": inputs, "files": files, "changed_ns": times, "stages": costs}
+        record = {**asdict(inputs), "files": files, "changed_ns": times, "stages": costs}
         write_whole(self.root / _FINALIZING, json.dumps(record, indent=1) + "\n")
         self._finalize()
 
@@ -226,12 +241,16 @@ class Workdir:
         for made, final in self._places:
             if not made.exists():
                 continue  # has its name already
-            old = self.root / f"old-{final.name}"
+            old = self._old(final)
             if final.exists():
                 remove(old)
                 rename(final, old)
             rename(made, final)
         self._discard()
+
+    def _old(self, final: Path) -> Path:
+        """Where an earlier build's folder goes before it is removed."""
+        return self.root / f"old-{final.name}"
 
     def _resume_finalize(self) -> None:
         """Finish an interrupted `finalize`, unless a file has changed since it began.
@@ -244,6 +263,8 @@ class Workdir:
         for made, final in self._places:
             if not made.exists() and final.exists():
                 rename(final, made)
+            if (old := self._old(final)).exists() and not final.exists():
+                rename(old, final)
         remove(self.root / _FINALIZING)
 
     def _is_as_recorded(self) -> bool:
@@ -266,23 +287,18 @@ class Workdir:
                 return False
         return True
 
-    def is_finished(self, inputs: str) -> bool:
-        """Whether the final files were made from these inputs and all have their sizes."""
+    def finished(self) -> Finished | None:
+        """The record of the finished bundle; None if there is none, or it cannot be read."""
         if not self._finished.is_file():
-            return False
+            return None
         try:
-            record = read_json(self._finished)
-        except CheckpointError:
-            return False
-        files = record.get("files")
-        if record.get("inputs") != inputs or not isinstance(files, dict) or not files:
-            return False
-        paths = {self.output / name: size for name, size in files.items()}
-        return all(path.is_file() and path.stat().st_size == n for path, n in paths.items())
+            return read_finished(read_json(self._finished))
+        except (CheckpointError, TypeError, ValueError, AttributeError):
+            return None
 
     @property
     def _discarded(self) -> Path:
-        return self.shared / f".{self.name}.old"
+        return self.shared / f".{self.name}{'.adding' if self.is_addition else ''}.old"
 
     def _discard(self) -> None:
         """Remove the work folder. It is renamed first, since removing its files takes time."""

@@ -291,7 +291,7 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 
 def _made_with(manifest: Manifest) -> str:
     """The program, and the command that builds the same again."""
-    made = f"Made with reap2gguf {inline(str(manifest.program.get('reap2gguf', '?')))}."
+    made = f"Made with reap2gguf {inline(manifest.card_version or '?')}."
     if manifest.options is None:
         return made
     model = "" if repository(manifest.source.label) else "MODEL "

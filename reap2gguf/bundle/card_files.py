@@ -109,9 +109,10 @@ def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:
     for record in records:
         if record.label != record.file_type:
             seen = hub_note(record.label)
+            recipe = "" if record.adopted else ", as its recipe says"
             yield (
                 f"{code(record.label)} is llama.cpp's file type {inline(record.file_type)} with "
-                "some tensors in other types, as its recipe says; it is not a separate tensor type."
+                f"some tensors in other types{recipe}; it is not a separate tensor type."
                 + (f" {seen[0].upper()}{seen[1:]}." if seen else "")
             )
 

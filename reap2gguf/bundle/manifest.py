@@ -26,6 +26,8 @@ _MAX_BYTES = 2**24  # a hundred layers of 512 experts in ten files take some 2 M
 _MAX_NUMBER = 2**63
 _MAY_BE_NEGATIVE = ("seed",)
 _MOST_METHODS = 64
+_MOST_VERSIONS = 16  # of the programs that made a file
+_LONGEST_VERSION = 200  # characters
 _JSON_TYPES = {
     "int": (int,),
     "float": (float, int),
@@ -157,7 +159,8 @@ class FolderRecord:
 class GgufRecord:
     """One GGUF file: the text of its recipe, and the type that each tensor got.
 
-    `parts` are the files that replace it if it was too large for the Hub.
+    `parts` are the files that replace it if it was too large for the Hub. A file that another
+    command or program made and that was added to the bundle is `adopted`: it has no recipe.
     """
 
     file: str
@@ -170,6 +173,8 @@ class GgufRecord:
     bits_per_weight: float
     tensors: Mapping[str, str]  # GGUF name -> tensor type
     parts: Sequence[str] = ()
+    made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
+    adopted: bool = False
 
     @property
     def first(self) -> str:
@@ -209,7 +214,17 @@ class Manifest:
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()  # what a user should know, one sentence each
+    written_by: str = ""  # the reap2gguf that wrote the cards, if not `program`'s
     options: OptionsRecord | None = None  # None: written before options were recorded
+
+    @property
+    def card_version(self) -> str:
+        """The version of reap2gguf that wrote the cards and the Modelfile."""
+        return self.written_by or self.program.get("reap2gguf", "")
+
+    def versions_of(self, record: GgufRecord) -> Mapping[str, str]:
+        """The versions that wrote a GGUF file."""
+        return {**self.program, **record.made_by}
 
     def text(self) -> str:
         """What `reap2gguf.json` holds."""
@@ -284,6 +299,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         verification=dict(values["verification"]),
         caveats=tuple(map(str, values.get("caveats", ()))),
         options=_options_record(values.get("options")),
+        written_by=_version(values.get("written_by", "")),
     )
 
 
@@ -309,7 +325,17 @@ def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:
     parts = values.get("parts", [])
     if not isinstance(parts, list):
         raise TypeError(f"parts is {shown(parts)}, expected a list")
-    return _record(GgufRecord, {**values, "parts": tuple(parts)})
+    made_by = values.get("made_by", {})
+    if not isinstance(made_by, dict) or len(made_by) > _MOST_VERSIONS:
+        raise TypeError(f"made_by is {shown(made_by)}, expected a few versions")
+    made_by = {str(name): _version(version) for name, version in made_by.items()}
+    return _record(GgufRecord, {**values, "parts": tuple(parts), "made_by": made_by})
+
+
+def _version(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_VERSION:
+        raise TypeError(f"{shown(value)} is not a version")
+    return value
 
 
 def component_records(values: Any) -> tuple[ComponentRecord, ...]:

@@ -80,7 +80,7 @@ def shown_name(name: str) -> str:
 
 def _advice(name: str) -> str:
     if name.endswith(".gguf"):
-        return "move it away, or add a GGUF file by a build with one more --recipe"
+        return "move it away, or take it over with `reap2gguf add BUNDLE FILE.gguf`"
     return "move it away"
 
 

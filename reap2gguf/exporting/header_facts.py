@@ -56,15 +56,15 @@ class HeaderNames:
     own: tuple[HeaderValue, ...] = ()  # reap2gguf.*, as `pruning_values` makes them
 
     @classmethod
-    def of(cls, manifest: Manifest) -> HeaderNames:
-        """The names in the headers of a finished bundle."""
+    def of(cls, manifest: Manifest, version: str | None = None) -> HeaderNames:
+        """The names in the headers of a finished bundle; `version` is the writer's."""
         pruning = manifest.pruning
         own = pruning_values(
             manifest.source.label,
             pruning.method,
             pruning.n_experts,
             pruning.kept,
-            manifest.program.get("reap2gguf", ""),
+            manifest.program.get("reap2gguf", "") if version is None else version,
             manifest.source.earlier,
         )
         return cls(manifest.name, PrunedFrom.of(manifest), tuple(own))

@@ -11,6 +11,7 @@ import click
 import reap2gguf
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import processes
+from reap2gguf.messages import size
 from reap2gguf.terminal.click_options import (
     build_options,
     collect,
@@ -35,15 +36,21 @@ HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took 
 @build_options
 @option("--fresh", is_flag=True, help="Start from scratch: reuse nothing.")
 @option(
+    "--replace",
+    is_flag=True,
+    help="Delete GGUF files of the finished bundle that this command does not name.",
+)
+@option("--yes", is_flag=True, help="Do not ask before files are deleted.")
+@option(
     "--space-check/--no-space-check", default=True, help="Check free disk space before starting."
 )
 @output_options
-def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
+def build(fresh: bool, replace: bool, yes: bool, space_check: bool, **arguments: Any) -> None:
     """Prune, quantize, verify and bundle MODEL.
 
     MODEL is a folder or a name on the Hub (owner/name); without it the bundled example is built.
     To resume an interrupted build, run the same command again. With different options, unaffected
-    stages are reused.
+    stages are reused. With other recipes, GGUF files are added to the finished bundle.
 
     \b
     Example:
@@ -54,9 +61,12 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
     from reap2gguf.terminal.views import plan_lines, result_lines
 
     progress = terminal_progress()
-    plan = reap2gguf.plan(collect(arguments, fresh, space_check), progress=progress)
+    options = collect(arguments, fresh, replace, space_check)
+    plan = reap2gguf.plan(options, progress=progress)
     warn_of_differences(plan)
     if processes().is_first:
+        if replace:
+            _confirm_deletion(plan, yes)
         say_all(plan_lines(plan, _estimate(plan)))
         click.get_current_context().meta[HAS_BEGUN] = True
     if result := reap2gguf.build(plan, progress=progress):
@@ -140,6 +150,18 @@ def verify(
     if report.violations or missing:
         raise VerificationError([*report.violations, *missing])
     say(f"OK: {', '.join(report.checked)} verified", "result")
+
+
+def _confirm_deletion(plan: Plan, yes: bool) -> None:
+    """Name the files that --replace deletes; on a terminal, ask first."""
+    from reap2gguf.building.standing import dropped_files
+    from reap2gguf.building.workdir import Workdir
+
+    dropped = dropped_files(plan, Workdir(plan.options.output, plan.name))
+    for name, n_bytes in dropped:
+        say(f"--replace deletes {name} ({size(n_bytes)})")
+    if dropped and not yes and sys.stdin.isatty() and processes().size == 1:
+        click.confirm("Delete?", abort=True, err=True)
 
 
 def _estimate(plan: Plan) -> Estimate:

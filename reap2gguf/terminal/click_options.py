@@ -334,7 +334,10 @@ def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
 
 
 def collect(
-    arguments: dict[str, Any], fresh: bool = False, check_space: bool = True
+    arguments: dict[str, Any],
+    fresh: bool = False,
+    replace: bool = False,
+    check_space: bool = True,
 ) -> BuildOptions:
     """The arguments of `build` and `plan` as one value, with those of --config and --like."""
     arguments, revisions = settled(arguments)
@@ -360,6 +363,7 @@ def collect(
         chunk=arguments["chunk"],
         compute=collect_compute(arguments),
         fresh=fresh,
+        replace=replace,
         check_space=check_space,
         follow_links=arguments["follow_links"],
         tensor_types=arguments["tensor_types"],

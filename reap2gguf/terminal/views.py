@@ -12,8 +12,8 @@ from reap2gguf.messages import duration, parameters, shell_word, size
 from reap2gguf.pruning.select import friendly_count
 
 if TYPE_CHECKING:
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 

@@ -314,7 +314,7 @@ def _check_generated(check: Check, hf: Path | None, gguf: Path | None, source: P
     manifest, found = check.manifest, check.found
     if gguf is not None and is_own_file(gguf / CALIBRATION_FILE):
         check.take(check_calibration_text(manifest, gguf / CALIBRATION_FILE), gguf.name)
-    version = manifest.program.get("reap2gguf")
+    version = manifest.card_version
     if version != __version__:
         found.not_checked.append(
             f"cards and Modelfile not compared: made by reap2gguf {version}, this is {__version__}"

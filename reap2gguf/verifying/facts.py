@@ -118,6 +118,11 @@ def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
     stem = record.file.removesuffix(".gguf")
     parts = [part_name(stem, number, len(record.parts)) for number in range(len(record.parts))]
     yield from _differs(f"{where}: parts", list(record.parts), parts, "its name")
+    if record.adopted:
+        made = {"recipe": record.recipe, "recipe_source": record.recipe_source}
+        for what, found in made.items():
+            yield from _differs(f"{where}: {what}", found, "", "an adopted file")
+        return
     recipe = _recipe(record)
     if isinstance(recipe, str):
         yield recipe
@@ -139,7 +144,7 @@ def _recipe(record: GgufRecord) -> Recipe | str:
 def check_recipe(record: GgufRecord, weights: Weights, model: MoeModel) -> Iterator[str]:
     """A record's types against its recipe, applied to the pruned model again."""
     where = f"gguf {record.file}"
-    recipe = _recipe(record)
+    recipe = "" if record.adopted else _recipe(record)
     if isinstance(recipe, str):
         return  # `check_record` has reported it
     facts = model.facts
@@ -270,7 +275,8 @@ def check_gguf_facts(
         mixture_named(record.file_type)
     except RecipeError as error:
         yield f"{MANIFEST_FILE}: gguf {record.file}: {error}"
-    yield from _check_imatrix_keys(manifest, record, header, imatrix)
+    if not record.adopted:
+        yield from _check_imatrix_keys(manifest, record, header, imatrix)
     yield from _check_size(header, record.n_bytes, record.file)
 
 

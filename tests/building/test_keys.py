@@ -154,7 +154,8 @@ def recommend_a_sampling(tiny: Path, folder: Path) -> dict[str, Any]:
 
 
 def change_a_label(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"recipes": ("q8_0",), "labels": {"q8_0": "Q8_0_OWN"}}
+    # the file with the other label would stay
+    return {"recipes": ("q8_0",), "labels": {"q8_0": "Q8_0_OWN"}, "replace": True}
 
 
 def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:

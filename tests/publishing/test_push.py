@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
+import reap2gguf
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.sums import write_sums
 from reap2gguf.cli import cli
@@ -80,6 +81,23 @@ def test_either_folder_names_the_bundle_and_a_second_push_sends_nothing(
     assert room.wrote()[sent:] == ["POST /api/repos/create"] * 2
     assert room.told.notes[-1] == f"{GGUF_REPO}: 9 of 9 files are there already"
     room.check(bundle)
+
+
+def test_after_an_addition_only_what_is_new_is_sent(room: Room, copy: Path) -> None:
+    room.push(copy)
+    before = {repo: len(room.uploads.history[repo]) for repo in (REPO, GGUF_REPO)}
+    result = reap2gguf.add(copy, recipes="q4km", threads=1)
+    room.push(copy)
+    sent = {
+        repo: {name for commit in room.uploads.history[repo][n:] for name in commit.added}
+        for repo, n in before.items()
+    }
+    assert "model-Q4_K_M.gguf" in sent[GGUF_REPO]
+    assert not any(name.endswith((".safetensors", "Q8_0.gguf")) for name in sent[REPO])
+    texts = {"Modelfile", "README.md", "SHA256SUMS", "reap2gguf.json"}
+    assert sent[GGUF_REPO] - texts == {"model-Q4_K_M.gguf"}
+    assert sent[REPO] <= texts
+    room.check(result.hf_folder)
 
 
 def test_what_is_downloaded_again_verifies(room: Room, bundle: Path, tmp_path: Path) -> None:
