@@ -22,10 +22,12 @@ import pytest
 
 import reap2gguf
 from reap2gguf import errors
+from reap2gguf.building import likeness
 from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
+from reap2gguf.terminal import config_file
 from tests.tiny import REPOSITORY, child_environment
 
 README = REPOSITORY / "README.md"
@@ -295,9 +297,11 @@ def check_arguments(command: click.Command, arguments: list[str], parent: Any = 
 def test_commands_on_the_pages_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the files that a page names are not all here
     monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: value)
+    monkeypatch.setattr(config_file, "read_config", lambda path, ctx: {})
+    monkeypatch.setattr(likeness, "read_likeness", lambda path: None)
     for block in blocks(page, "bash"):
         for words in command_lines(block.body):
-            arguments = our_arguments(words)
+            arguments = our_arguments(words[: words.index(">")] if ">" in words else words)
             if arguments is None:
                 continue
             try:
