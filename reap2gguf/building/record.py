@@ -168,7 +168,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         chunk=options.chunk,
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
-        inputs=local_inputs(plan),
+        inputs=tuple(local_inputs(plan)),
     )
 
 
