@@ -12,10 +12,12 @@ are loaded when they are first used, so that `import reap2gguf` is quick.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, options_like, plan, verify
+    from reap2gguf.api.example import example
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -54,6 +56,7 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "example",
     "imatrix",
     "observe",
     "options_like",
@@ -65,6 +68,7 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("add", "build", "options_like", "plan", "verify"),
+    "api.example": ("example",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -86,9 +90,21 @@ _HOMES = {
 }
 
 
+def without_posix() -> str:
+    """Why the program cannot run on this system; empty if it can."""
+    if find_spec("fcntl") and find_spec("resource"):
+        return ""
+    return (
+        "reap2gguf runs on Linux and macOS; on Windows use WSL2: run `wsl --install`, then install "
+        "reap2gguf inside it"
+    )
+
+
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
+            if problem := without_posix():
+                raise ImportError(problem)
             value = getattr(import_module(f"reap2gguf.{module}"), name)
             globals()[name] = value
             return value

@@ -19,6 +19,8 @@ from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.console import LogHandler, is_verbose, say
 from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.example_command import example
+from reap2gguf.terminal.jobs_command import jobs
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.mixes_command import mixes
 from reap2gguf.terminal.publish_commands import push
@@ -50,7 +52,8 @@ class _Group(click.Group):
             _fail(error, error.exit_code)
         except KeyboardInterrupt:
             if processes().is_first:  # one message for all processes
-                is_resumable = ctx.invoked_subcommand in _RESUMABLE
+                is_here = sys.argv[1:3] == ["jobs", "here"]
+                is_resumable = is_here or ctx.invoked_subcommand in _RESUMABLE
                 advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if is_resumable else ""
                 say(f"Interrupted.{advice}", "error")
             sys.exit(130)
@@ -111,7 +114,7 @@ def cli() -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(chat, serve, push),
+    *(chat, serve, push, example, jobs),
     mixes,
 ):
     cli.add_command(command)

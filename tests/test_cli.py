@@ -137,6 +137,8 @@ HEAD = 'title = "t"\nlabel = "L"\nfile_type = "Q4_K_M"\n'
         (["{tiny}", "--recipe", "q8_0", "--keep-experts", "9"], "the model has 8 experts"),
         (["{tiny}", "--recipe", "q8_0", "--keep-experts", "1"], "keep at least 2"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "1.5"], "less than 1"),
+        (["nowhere", "--recipe", "q8_0", "--compression", "25"], "for 25 % pass 0.25"),
+        (["nowhere", "--recipe", "q8_0", "--keep-experts", "0"], "expected 1 or more"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "x"], "not a valid float"),
         (["{tiny}", "--recipe", "q8_0,,q4km"], "expected names with commas between them"),
         (["{tiny}", "--tensor-type", "none=f16"], "--tensor-type *none*=F16: matches no tensor"),
@@ -285,15 +287,6 @@ def test_doctor_tells_versions() -> None:
     assert result.exit_code == 0
     assert torch.__version__ in result.output
     assert "libggml" in result.output
-
-
-def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reap2gguf import resources
-
-    monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "site-packages" / "reap2gguf")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(resources.SourceError, match="pass a folder such as"):
-        resources.example_checkpoint()
 
 
 def test_an_interrupt_says_how_to_resume(

@@ -30,7 +30,12 @@ COVERED_BY = [
     (
         "test_cli.py",
         "commands are tested as they are typed",
-        ("__main__.py", "resources.py", "terminal/build_commands.py", "terminal/stage_commands.py"),
+        ("terminal/build_commands.py", "terminal/stage_commands.py"),
+    ),
+    (
+        "test_resources.py",
+        "the example as it is written",
+        ("__main__.py", "api/example.py", "terminal/example_command.py"),
     ),
     (
         "test_docs.py",
@@ -83,6 +88,19 @@ COVERED_BY = [
             "publishing/admission.py", "publishing/readback.py", "publishing/remote.py",
             "terminal/publish_commands.py",
         ),
+    ),
+    (
+        "jobs/test_hub_jobs.py",
+        "a job is what is posted to the loopback Hub",
+        (
+            "jobs/flavors.py", "jobs/order.py", "jobs/request.py", "terminal/build_words.py",
+            "terminal/jobs_command.py",
+        ),
+    ),
+    (
+        "jobs/test_deploy.py",
+        "machines are ordered by the files in deploy/",
+        ("jobs/needs.py", "jobs/sky.py"),
     ),
     (
         "calibration/test_layouts.py",
