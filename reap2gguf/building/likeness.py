@@ -1,7 +1,7 @@
 """`--like reap2gguf.json`: the options of an earlier bundle, as its manifest records them.
 
 To take over one more option, add a field of its name to `OptionsRecord`, and fill it in
-`building/record.py`. If it names a file of the user, add it to `_FILES` too.
+`building/record.py`. If it names a file of the user, add it to `_FILES` here and to `Plan.inputs`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import Manifest
-from reap2gguf.bundle.options_record import InputRecord, OptionsRecord
-from reap2gguf.calibration.sources import local_hashes
+from reap2gguf.bundle.options_record import CALIBRATION_OPTION, IMATRIX_TEXT_OPTION, OptionsRecord
 from reap2gguf.calibration.spec import DEFAULT_MIX, exists
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
@@ -24,9 +23,8 @@ from reap2gguf.resources import EXAMPLE_NAME
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
 
-CALIBRATION_OPTION = "--calibration"
 # fields that name a file of the user -> the option to ask for it with
-_FILES = {"imatrix_text": "--imatrix-text"}
+_FILES = {"imatrix_text": IMATRIX_TEXT_OPTION}
 _COMPARED = ("device", "inputs")  # not taken over: compared with the new build's
 
 
@@ -130,7 +128,7 @@ class Likeness:
             yield f"{plan.source.label} is not the checkpoint that it was built from"
         elif plan.source.label != source.label:
             yield f"the source is called {plan.source.label} here, and {source.label} there"
-        now = {(one.option, one.sha256): one.name for one in local_inputs(plan)}
+        now = {(one.option, one.sha256): one.name for one in plan.inputs}
         for one in self.options.inputs:
             if (one.option, one.sha256) not in now:
                 yield f"{one.option} reads no file with the SHA-256 of {one.name} ({one.sha256})"
@@ -165,15 +163,3 @@ def read_likeness(path: Path) -> Likeness:
             "options of its build instead of --like"
         )
     return Likeness(path, manifest, manifest.options)
-
-
-def local_inputs(plan: Plan) -> list[InputRecord]:
-    """The local files that decide a build's result, with their hashes. Raises CalibrationError."""
-    found = [
-        InputRecord(CALIBRATION_OPTION, name, sha256)
-        for name, sha256 in local_hashes(plan.calibration, plan.files)
-    ]
-    if (text := plan.options.imatrix_text) is not None:
-        sha256 = plan.files.text(text).sha256
-        found.append(InputRecord(_FILES["imatrix_text"], text.name, sha256))
-    return found

@@ -11,8 +11,13 @@ from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.bundle.layout import model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.bundle.options_record import (
+    CALIBRATION_OPTION,
+    IMATRIX_TEXT_OPTION,
+    InputRecord,
+)
 from reap2gguf.calibration.scanned_files import ScannedFiles
-from reap2gguf.calibration.sources import check_calibration
+from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.errors import CalibrationError, RecipeError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
@@ -72,6 +77,18 @@ class Plan:
     def max_length(self) -> int:
         """Tokens per row: what was asked for, within the model's context."""
         return min(self.calibration.max_length, self.model.facts.context_length)
+
+    @property
+    def inputs(self) -> tuple[InputRecord, ...]:
+        """The local texts that decide the result, with their hashes. Raises CalibrationError."""
+        found = [
+            InputRecord(CALIBRATION_OPTION, name, sha256)
+            for name, sha256 in local_hashes(self.calibration, self.files)
+        ]
+        if (text := self.options.imatrix_text) is not None:
+            sha256 = self.files.text(text).sha256
+            found.append(InputRecord(IMATRIX_TEXT_OPTION, text.name, sha256))
+        return tuple(found)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return model_file(self.name, recipe.label)

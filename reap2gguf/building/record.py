@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
 from reap2gguf.atomic import PART, remove, write_whole
-from reap2gguf.building.likeness import local_inputs
 from reap2gguf.building.seals import Seal, refuse_changed
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
@@ -168,7 +167,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         chunk=options.chunk,
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
-        inputs=tuple(local_inputs(plan)),
+        inputs=plan.inputs,
     )
 
 

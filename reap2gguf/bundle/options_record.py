@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# options that name local files
+CALIBRATION_OPTION = "--calibration"
+IMATRIX_TEXT_OPTION = "--imatrix-text"
+
 
 @dataclass(frozen=True)
 class InputRecord:

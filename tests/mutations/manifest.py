@@ -66,7 +66,9 @@ def _leaves(values: Any, above: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[S
 def _another(value: Any) -> Any:
     if value is None:
         return "x"
-    return another(value) if value != [] else ["x"]
+    if value in ([], {}):
+        return {"x": "x"} if value == {} else ["x"]
+    return another(value)
 
 
 def _set(path: tuple[Step, ...], value: Any) -> Change:
