@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, options_like, plan, verify
     from reap2gguf.api.example import example
+    from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -33,18 +34,23 @@ if TYPE_CHECKING:
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
     from reap2gguf.progress import ProgressEvent
+    from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildOptions",
     "BuildResult",
+    "BundleInspection",
     "CalibrationOptions",
     "ComputeOptions",
     "Imatrix",
+    "ImatrixInspection",
     "Observations",
+    "ObservationsInspection",
     "Plan",
     "ProgressEvent",
     "PruneResult",
@@ -58,6 +64,7 @@ __all__ = [
     "build",
     "example",
     "imatrix",
+    "inspect",
     "observe",
     "options_like",
     "plan",
@@ -69,6 +76,7 @@ __all__ = [
 _HOMES = {
     "api.builds": ("add", "build", "options_like", "plan", "verify"),
     "api.example": ("example",),
+    "api.inspecting": ("inspect",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -84,8 +92,10 @@ _HOMES = {
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
+    "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions", "RecipeText"),
     "progress": ("ProgressEvent",),
+    "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
     "verifying.report": ("VerifyReport",),
 }
 

@@ -20,6 +20,7 @@ from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, ve
 from reap2gguf.terminal.console import LogHandler, is_verbose, say
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.example_command import example
+from reap2gguf.terminal.inspect_command import inspect_command
 from reap2gguf.terminal.jobs_command import jobs
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.mixes_command import mixes
@@ -114,7 +115,7 @@ def cli() -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(chat, serve, push, example, jobs),
+    *(inspect_command, chat, serve, push, example, jobs),
     mixes,
 ):
     cli.add_command(command)

@@ -206,11 +206,13 @@ class CalibrationOptions:
 class Resume:
     """Where a sweep saves its state between two layers, and the key of its inputs.
 
-    A sweep resumes only from a state with the same key.
+    A sweep resumes only from a state with the same key, and of the same versions: one sweep is not
+    computed half by one version of torch and half by another.
     """
 
     path: Path
     key: str
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computes
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,7 @@ class BuildOptions:
     calibration: CalibrationOptions = CalibrationOptions()
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
+    imatrix_chunks: int | None = None  # most chunks; None: as many tokens as rows may have
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
     replace: bool = False  # delete GGUF files of the finished bundle that are not asked for
@@ -289,6 +292,8 @@ class BuildOptions:
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_number("chunk", self.chunk, 8)
+        if self.imatrix_chunks is not None:
+            check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
         if self.imatrix_text is not None:
             object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))

@@ -45,6 +45,7 @@ FIRST_HOUR = (
     "example",
     "plan",
     "build",
+    "inspect",
     "add",
     "verify",
     "chat",

@@ -148,6 +148,11 @@ COVERED_BY = [
         ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
     ),
     (
+        "terminal/test_inspect_command.py",
+        "an inspection is what is printed of it",
+        ("api/inspecting.py", "terminal/inspect_views.py"),
+    ),
+    (
         "hub/test_shards.py",
         "errors of a download",
         ("hub/errors.py",),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
 from reap2gguf.bundle.manifest import ComponentRecord, component_records
 from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
@@ -32,12 +33,21 @@ class ObservationRows:
 
 @dataclass(frozen=True)
 class ImatrixChunks:
-    """Chunks for the importance matrix, and the text they were cut from."""
+    """Chunks for the importance matrix, in the order of the text they were cut from."""
 
     label: str
     text: str
     chunk_size: int
     chunks: Sequence[Row]
+    n_of_text: int  # chunks of the whole text, of which these are some or all
+
+    @property
+    def summary(self) -> str:
+        """How much of the text is read, such as `8 of 150 chunks of 512 tokens, spread ...`."""
+        size = f"chunks of {self.chunk_size:,} tokens"
+        if len(self.chunks) == self.n_of_text:
+            return f"all {self.n_of_text:,} {size}"
+        return f"{len(self.chunks):,} of {self.n_of_text:,} {size}, spread over the text"
 
     @property
     def sha256(self) -> str:
@@ -58,6 +68,7 @@ class Texts:
 
     rows: ObservationRows
     chunks: ImatrixChunks
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what tokenized it
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk fails."""
@@ -72,6 +83,8 @@ class Texts:
             "components": json.dumps([asdict(record) for record in self.rows.components]),
             "chunks_label": self.chunks.label,
             "chunk_size": str(self.chunks.chunk_size),
+            "chunks_of_text": str(self.chunks.n_of_text),
+            MADE_WITH: encode(self.made_with),
         }
         write_arrays(path, arrays, metadata)
 
@@ -96,13 +109,17 @@ class Texts:
                 arrays["text"].tobytes().decode("utf-8"),
                 int(metadata["chunk_size"]),
                 _unpacked("chunks", arrays),
+                int(metadata["chunks_of_text"]),
             )
+            if chunks.n_of_text < len(chunks.chunks):
+                raise ValueError(f"{len(chunks.chunks)} chunks of a text of {chunks.n_of_text}")
+            made_with = decode(metadata[MADE_WITH])
         except (CheckpointError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}: damaged, not the tokenized text that was saved ({error}); remove it and "
                 "run the same command again"
             ) from error
-        return cls(rows, chunks)
+        return cls(rows, chunks, made_with)
 
 
 def _packed(name: str, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:

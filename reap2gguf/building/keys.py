@@ -1,8 +1,9 @@
 """The keys of a build's stages: hashes of everything that their results depend on.
 
 A stage that was finished with the same key is reused. Keys leave out threads and the spool: results
-do not depend on them. Keys leave out memory and the number of processes too: they may change
-last bits (`sweep.py`), which is no reason to repeat hours of work.
+do not depend on them. Keys leave out memory, the number of processes and the versions of libraries
+too: they may change last bits (`sweep.py`), which is no reason to repeat hours of work. Versions
+are recorded beside each result, and a reuse by others is reported (`artifacts/made_with.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+
+# Raise one of these where a change of the program makes other results of the same inputs: where an
+# earlier result was wrong, or lacks something that later stages read. A higher number is another
+# key, so what users have is made again, and all that depends on it. Leave it where only the speed,
+# a message or a library changes.
+TEXTS_FORMAT = 1  # how texts become rows and chunks: samples, templates, cutting, drawing
+OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
+PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
+IMATRIX_FORMAT = 1  # what is summed per matrix
+EXPORT_FORMAT = 1  # headers and tensors of GGUF files
+VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,7 @@ class BuildKeys:
         if text is not None:
             hashes.append((text.name, self.plan.files.text(text).sha256))
         return stage_key(
-            __version__,
-            version("transformers"),
-            version("tokenizers"),
-            version("jinja2"),
+            TEXTS_FORMAT,
             self._companions,
             calibration.spec,
             calibration.label,
@@ -91,6 +99,7 @@ class BuildKeys:
             calibration.pack,
             self.plan.max_length,
             self.chunk,
+            self.plan.options.imatrix_chunks,
             self.plan.model.facts.vocab_size,
         )
 
@@ -102,7 +111,8 @@ class BuildKeys:
     def observe(self, rows: ObservationRows) -> str:
         """The key of the observations."""
         calibration = self.plan.calibration
-        return sweep_key(
+        return stage_key(
+            OBSERVE_FORMAT,
             self._source,
             rows.label,
             rows.sha256,
@@ -116,14 +126,13 @@ class BuildKeys:
     def pruned(self, kept: Kept) -> str:
         """The key of the pruned model, in whatever format."""
         kept_experts = sorted(kept.items())
-        return stage_key(__version__, self._source, kept_experts, self._companions, self.plan.mtp)
+        return stage_key(PRUNE_FORMAT, self._source, kept_experts, self._companions, self.plan.mtp)
 
     def imatrix(self, pruned: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         """The key of the importance matrix."""
         rows = [row.tolist() for row in probe]
-        return sweep_key(
-            pruned, chunks.label, chunks.tokens_sha256, chunks.chunk_size, rows, *self._computing
-        )
+        text = chunks.label, chunks.tokens_sha256, chunks.chunk_size
+        return stage_key(IMATRIX_FORMAT, pruned, *text, rows, *self._computing)
 
     def export(self, imatrix: str, datasets: Sequence[str]) -> str:
         """The key of the GGUF files; their headers name the datasets of the calibration."""
@@ -145,7 +154,7 @@ class BuildKeys:
     def _base(self) -> str:
         plan = self.plan
         return stage_key(
-            sweep_key(),
+            *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT, IMATRIX_FORMAT),
             self._source,
             self.texts,
             self._card,
@@ -180,26 +189,23 @@ def stage_key(*inputs: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def sweep_key(*inputs: object) -> str:
-    """The key of a sweep: it names the versions of the libraries that compute."""
-    try:
-        kernels = version("flash-linear-attention")
-    except PackageNotFoundError:
-        kernels = ""  # transformers' own take their place
-    return stage_key(__version__, version("torch"), version("transformers"), kernels, *inputs)
-
-
 def export_key(*inputs: object) -> str:
-    """The key of an export: it names the versions of the libraries that quantize."""
+    """The key of an export: it names the library that quantizes, and what headers say of it."""
+    # headers hold the version of this program, and a file is resumed only with one of them
+    return stage_key(EXPORT_FORMAT, __version__, ggml_identity(), *inputs)
+
+
+def ggml_identity() -> tuple[str, ...]:
+    """The ggml that quantizes; it decides the bytes of every quantized tensor."""
     ggml = load_ggml()
     # two builds of one version may round differently; wheels of one version are one file
-    own = [file_sha256(ggml.path)] if ggml.is_own else []
-    return stage_key(__version__, ggml.version, *own, version("gguf"), *inputs)
+    return (ggml.version, file_sha256(ggml.path)) if ggml.is_own else (ggml.version,)
 
 
 def recipe_key(name: str, label: str, source: str) -> str:
     """The key of a recipe's GGUF file, among files of the same model and importance matrix."""
-    return export_key(name, label, source)
+    # not of this program: each record in a manifest has the version that its header has
+    return stage_key(EXPORT_FORMAT, ggml_identity(), name, label, source)
 
 
 def _hashes(files: Iterable[Path], error_type: type[Reap2ggufError]) -> list[tuple[str, str]]:

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.artifacts.made_with import other_versions
 from reap2gguf.building.adding import Addition, extend, open_reference
 from reap2gguf.building.estimate import check_room, exact_recipes
 from reap2gguf.building.plan import with_all_values
-from reap2gguf.building.record import Evidence, write_record
+from reap2gguf.building.record import Evidence, program_versions, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
 from reap2gguf.building.standing import Standing, refuse_dropping, standing
@@ -27,6 +28,7 @@ from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
+from reap2gguf.pruning.coverage import selection_notes
 from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
@@ -67,6 +69,9 @@ def _run_stages(run: Run) -> BuildResult | None:
     texts = run.do(ReadTexts(run))
     observed = run.do(Observe(run, texts)) if plan.target.prunes else None
     kept = run.agree(lambda: _kept(plan, observed))
+    if observed is not None and run.is_first:
+        for line in selection_notes(observed.result, kept):
+            run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     run.do(Prune(run, pruned))
     importance = run.do(Importance(run, pruned, texts))
@@ -83,6 +88,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         importance.facts,
         verified.result.passed,
         {**importance.seals, **verified.result.seals},
+        {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
@@ -107,9 +113,10 @@ def _extend(run: Run, found: Standing) -> BuildResult:
     for record in found.dropped:
         note(f"{record.file} is deleted")
     if found.is_up_to_date:
-        note(
-            f"{work.name}: up to date; `reap2gguf verify` checks it, --fresh builds it from scratch"
-        )
+        versions = other_versions(found.manifest.program, program_versions())
+        state = f"up to date, {versions}" if versions else "up to date"
+        advice = "`reap2gguf verify` checks it, --fresh builds it from scratch"
+        note(f"{work.name}: {state}; {advice}")
         return BuildResult(work.final_hf, work.final_gguf, found.manifest, ())
     note(f"{work.name}: the finished bundle is extended; nothing is observed or pruned again")
     made = {name: key for name, key in run.keys.inputs.recipes.items()}

@@ -40,6 +40,7 @@ from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
+from reap2gguf.pruning.coverage import coverage_record
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import passed_summary
 
@@ -66,6 +67,7 @@ class Evidence:
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
+    made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
@@ -78,7 +80,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         program=program_versions(),
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
-        calibration=_calibration_record(plan, evidence.texts),
+        calibration=_calibration_record(plan, evidence),
         hf=FolderRecord(
             folder=work.final_hf.name,
             n_shards=len(list(work.hf.glob("*.safetensors"))),
@@ -91,6 +93,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
         options=_options_record(plan),
+        made_with=evidence.made_with,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -120,6 +123,7 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         n_tokens=0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
+        coverage=None if seen is None else coverage_record(seen, evidence.kept),
     )
 
 
@@ -132,8 +136,8 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
     return MtpRecord(plan.mtp, seen.n_mtp_hits, hits, seen.n_mtp_tokens)
 
 
-def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
-    chunks = texts.chunks
+def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
+    texts, chunks = evidence.texts, evidence.texts.chunks
     return CalibrationRecord(
         spec=texts.rows.label,
         sha256=texts.rows.sha256,
@@ -145,6 +149,8 @@ def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
         imatrix_chunks=len(chunks.chunks),
         imatrix_chunk_size=chunks.chunk_size,
         components=texts.rows.components,
+        imatrix_text_chunks=chunks.n_of_text,
+        imatrix_unseen=int(evidence.importance["unseen_experts"]),
     )
 
 
@@ -165,6 +171,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         pack=calibration.pack,
         imatrix_text=None if text is None else text.name,
         chunk=options.chunk,
+        imatrix_chunks=options.imatrix_chunks,
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,

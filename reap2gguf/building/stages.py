@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Row, Texts
 from reap2gguf.atomic import make_folder, remove
@@ -46,6 +47,7 @@ class ReadTexts(Stage[Texts]):
 
     name = "texts"
     is_shared = True
+    libraries = TOKENIZING
 
     def make_key(self) -> str:
         return self.run.keys.texts
@@ -79,7 +81,11 @@ class ReadTexts(Stage[Texts]):
             plan.model.facts.vocab_size,
             self.run.progress,
             plan.files,
+            plan.options.imatrix_chunks,
         )
+
+    def made_with(self) -> Mapping[str, str]:
+        return self.result.made_with
 
 
 class Observe(Stage[Observations]):
@@ -88,6 +94,7 @@ class Observe(Stage[Observations]):
     name = "observe"
     is_shared = True
     is_sweep = True
+    libraries = COMPUTING
 
     def __init__(self, run: Run, texts: ReadTexts) -> None:
         super().__init__(run)
@@ -116,6 +123,9 @@ class Observe(Stage[Observations]):
 
     def load(self) -> Observations:
         return Observations.load(self.path)
+
+    def made_with(self) -> Mapping[str, str]:
+        return self.result.made_with
 
     @cached_property
     def sha256(self) -> str:
@@ -157,6 +167,7 @@ class Importance(Stage[Imatrix]):
 
     name = "imatrix"
     is_sweep = True
+    libraries = COMPUTING
 
     def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts) -> None:
         super().__init__(run)
@@ -203,6 +214,7 @@ class Importance(Stage[Imatrix]):
         return {
             "mtp_hits": report.mtp_hits,
             "mtp_tokens": report.mtp_tokens,
+            "unseen_experts": sum(imatrix.unseen_experts().values()),
             "seals": self.run.seal(self.outputs),
         }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import remove
 from reap2gguf.building.estimate import exact_recipes
-from reap2gguf.building.keys import stage_key
+from reap2gguf.building.keys import VERIFY_FORMAT, stage_key
 from reap2gguf.building.seals import Seal, read_seals, stamps
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import Export, Prune
@@ -48,7 +48,7 @@ class Verify(Stage[Verified]):
         self._export = export
 
     def make_key(self) -> str:
-        return stage_key("verify", self._export.key)
+        return stage_key("verify", VERIFY_FORMAT, self._export.key)
 
     @property
     def outputs(self) -> Sequence[Path]:

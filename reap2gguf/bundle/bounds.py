@@ -13,7 +13,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.manifest import CoverageRecord, Manifest
 
 MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
@@ -68,6 +68,12 @@ def check_bounds(manifest: Manifest) -> None:
     _within("n_dropped_rows", pruning.n_dropped_rows, 0, pruning.n_rows)
     for name in ("hits_before", "hits_after"):
         _within(name, getattr(mtp, name), 0, mtp.n_tokens)
+    if pruning.coverage is not None:
+        _check_coverage(pruning.coverage)
+    calibration = manifest.calibration
+    if calibration.imatrix_text_chunks:
+        _within("imatrix_chunks", calibration.imatrix_chunks, 0, calibration.imatrix_text_chunks)
+    _within("imatrix_unseen", calibration.imatrix_unseen, 0, MAX_EXPERTS_OF_ALL_LAYERS)
     if mtp.state not in MTP_STATES:
         raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
     _check_kept("kept", pruning.kept, pruning.n_experts)
@@ -87,6 +93,14 @@ def check_bounds(manifest: Manifest) -> None:
                 f"most {_MOST_BITS}"
             )
     _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
+
+
+def _check_coverage(coverage: CoverageRecord) -> None:
+    _within("fewest", coverage.fewest, 0, coverage.median)
+    _within("n_thin", coverage.n_thin, 0, MAX_EXPERTS_OF_ALL_LAYERS)
+    _within("n_unseen", coverage.n_unseen, 0, coverage.n_thin)
+    _within("n_thin_kept", coverage.n_thin_kept, 0, coverage.n_thin)
+    _within("n_unseen_kept", coverage.n_unseen_kept, 0, coverage.n_unseen)
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:

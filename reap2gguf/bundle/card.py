@@ -34,7 +34,13 @@ from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import ComponentRecord, Manifest, MtpRecord
+    from reap2gguf.bundle.manifest import (
+        CalibrationRecord,
+        ComponentRecord,
+        Manifest,
+        MtpRecord,
+        PruningRecord,
+    )
 
 _PACKED = """\
 Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row
@@ -152,7 +158,6 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
     `samples` says whether the model's generation config recommends a sampling.
     """
-    calibration = manifest.calibration
     files = files_section(manifest, names)
     if names.on_hub:
         files += f"The safetensors are in {names.link(names.hf)}.\n\n"
@@ -162,7 +167,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 {_summary(manifest)}
 
 {files}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
-{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens from
+{_chunks(manifest.calibration)} of
 `{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.
 To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
@@ -172,6 +177,17 @@ To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {_method(manifest)}
 """
+
+
+def _chunks(calibration: CalibrationRecord) -> str:
+    """How much of its text the importance matrix was computed on."""
+    count, total = calibration.imatrix_chunks, calibration.imatrix_text_chunks
+    size = f"chunks of {calibration.imatrix_chunk_size:,} tokens"
+    if not total:
+        return f"{count:,} {size}"
+    if count == total:
+        return f"all {count:,} {size}"
+    return f"{count:,} of {total:,} {size}, spread over the text,"
 
 
 def _last(name: str) -> str:
@@ -234,11 +250,41 @@ def _facts_table(manifest: Manifest) -> str:
         ("parameters", f"{manifest.hf.n_parameters:,}"),
         ("pruning method", inline(pruning.method)),
         ("calibration", text),
+        *_coverage(pruning),
+        ("importance matrix", _importance(manifest)),
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
         rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
     return table(("property", "value"), rows)
+
+
+def _coverage(pruning: PruningRecord) -> list[tuple[str, str]]:
+    """A row that says how many tokens the experts were ranked by."""
+    if (coverage := pruning.coverage) is None:
+        return []
+    n_experts = pruning.n_experts * len(pruning.kept)
+    text = f"median {coverage.median:,} tokens per expert, fewest {coverage.fewest:,}"
+    parts = (
+        ("never seen", coverage.n_unseen, coverage.n_unseen_kept),
+        (f"under {coverage.thin_below:,} tokens", coverage.n_thin, coverage.n_thin_kept),
+    )
+    for what, count, n_kept in parts:
+        if count:
+            text += f"; {what}: {count:,} of {n_experts:,} experts, {n_kept:,} of them kept"
+    return [("calibration coverage", text)]
+
+
+def _importance(manifest: Manifest) -> str:
+    calibration, pruning = manifest.calibration, manifest.pruning
+    text = _chunks(calibration).rstrip(",")
+    if calibration.imatrix_unseen:
+        n_experts = pruning.n_kept * len(pruning.kept)
+        text += (
+            f"; no token reached {calibration.imatrix_unseen:,} of {n_experts:,} experts, which "
+            "are quantized unweighted"
+        )
+    return text
 
 
 def _mtp(mtp: MtpRecord) -> str:

@@ -81,6 +81,19 @@ class MtpRecord:
 
 
 @dataclass(frozen=True)
+class CoverageRecord:
+    """How many tokens the calibration pass sent to the experts of all pruned layers together."""
+
+    fewest: int  # tokens of the expert with the fewest
+    median: int  # tokens
+    n_unseen: int  # experts that no token reached
+    n_unseen_kept: int
+    n_thin: int  # experts with fewer than `thin_below` tokens: their scores are noisy
+    n_thin_kept: int
+    thin_below: int
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
@@ -97,6 +110,7 @@ class PruningRecord:
     n_tokens: int
     n_dropped_rows: int
     mtp: MtpRecord = MtpRecord()
+    coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,8 @@ class CalibrationRecord:
     imatrix_chunks: int
     imatrix_chunk_size: int
     components: Sequence[ComponentRecord] = ()
+    imatrix_text_chunks: int = 0  # of the whole text, of which chunks are some; 0: not recorded
+    imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
 
 
 @dataclass(frozen=True)
@@ -214,6 +230,8 @@ class Manifest:
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()  # what a user should know, one sentence each
+    made_with: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # of a stage whose result may be older than the rest: the versions that computed it
     written_by: str = ""  # the reap2gguf that wrote the cards, if not `program`'s
     options: OptionsRecord | None = None  # None: written before options were recorded
 
@@ -278,6 +296,8 @@ def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
     pruning["kept"] = kept_layers(pruning["kept"])
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
+    if pruning.get("coverage") is not None:
+        pruning["coverage"] = _record(CoverageRecord, pruning["coverage"])
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
@@ -299,6 +319,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         verification=dict(values["verification"]),
         caveats=tuple(map(str, values.get("caveats", ()))),
         options=_options_record(values.get("options")),
+        made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
     )
 
@@ -310,6 +331,19 @@ def _options_record(values: Any) -> OptionsRecord | None:
         raise TypeError(f"options is {shown(values)}, expected a record with a list of inputs")
     inputs = tuple(_record(InputRecord, value) for value in values["inputs"])
     return _record(OptionsRecord, {**values, "inputs": inputs})
+
+
+def _made_with(values: Any) -> dict[str, Mapping[str, str]]:
+    if not isinstance(values, dict):
+        raise TypeError(f"made_with is {shown(values)}, expected versions by stage")
+    at_most("made_with", values, _MOST_VERSIONS)
+    for versions in values.values():
+        if not isinstance(versions, dict):
+            raise TypeError(f"made_with holds {shown(versions)}, expected versions by library")
+        at_most("made_with", versions, _MOST_VERSIONS)
+        for version in versions.values():
+            _version(version)
+    return values
 
 
 def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:

@@ -39,6 +39,7 @@ class OptionsRecord:
     pack: bool
     imatrix_text: str | None  # the last part of its path
     chunk: int
+    imatrix_chunks: int | None
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()

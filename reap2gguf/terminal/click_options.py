@@ -84,6 +84,15 @@ pruning_options = _all(
     ),
 )
 
+seed_option = option(
+    "--seed",
+    section=CALIBRATION,
+    type=Number(-MOST),
+    default=_DEFAULTS.seed,
+    metavar="S",
+    help="Random seed: which samples and chunks are drawn, and their order.",
+)
+
 calibration_options = _all(
     option(
         "--calibration",
@@ -112,14 +121,7 @@ calibration_options = _all(
         help="Maximum tokens per row.",
         default_text="2048, or the mix's own",
     ),
-    option(
-        "--seed",
-        section=CALIBRATION,
-        type=Number(-MOST),
-        default=_DEFAULTS.seed,
-        metavar="S",
-        help="Random seed for the order of the samples.",
-    ),
+    seed_option,
     option(
         "--pack/--no-pack",
         section=CALIBRATION,
@@ -318,6 +320,15 @@ build_options = _all(
         metavar="T",
         help="Tokens per chunk of the importance matrix.",
     ),
+    option(
+        "--imatrix-chunks",
+        section=CALIBRATION,
+        type=Number(),
+        metavar="N",
+        help="Maximum number of chunks for the importance matrix, spread over its text.",
+        default_text="--samples x --max-length tokens of the calibration text, or all of FILE of "
+        "--imatrix-text",
+    ),
     compute_options,
     threads_option,
     follow_links_option,
@@ -361,6 +372,7 @@ def collect(
         ),
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],
+        imatrix_chunks=arguments["imatrix_chunks"],
         compute=collect_compute(arguments),
         fresh=fresh,
         replace=replace,

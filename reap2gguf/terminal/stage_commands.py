@@ -19,6 +19,7 @@ from reap2gguf.terminal.click_options import (
     llama_cpp_option,
     output_options,
     pruning_options,
+    seed_option,
     tensor_type_option,
     threads_option,
 )
@@ -115,6 +116,16 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
     metavar="T",
     help="Tokens per chunk.",
 )
+@option(
+    "--imatrix-chunks",
+    "--chunks",
+    section=CALIBRATION,
+    type=Number(),
+    metavar="N",
+    help="Maximum number of chunks, spread over the text.",
+    default_text="all",
+)
+@seed_option
 @compute_options
 @threads_option
 @option(
@@ -123,7 +134,14 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
 @follow_links_option
 @output_options
 def imatrix(
-    hf_dir: str, text: Path, chunk: int, output: Path, follow_links: bool, **compute: Any
+    hf_dir: str,
+    text: Path,
+    chunk: int,
+    imatrix_chunks: int | None,
+    seed: int,
+    output: Path,
+    follow_links: bool,
+    **compute: Any,
 ) -> None:
     """Compute an importance matrix for HF_DIR.
 
@@ -140,6 +158,8 @@ def imatrix(
         text,
         output,
         chunk=chunk,
+        imatrix_chunks=imatrix_chunks,
+        seed=seed,
         compute=collect_compute(compute),
         follow_links=follow_links,
         progress=terminal_progress(),

@@ -87,6 +87,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "pack": (calibration.packed,),
         "imatrix_text": (None, calibration.imatrix_text),
         "chunk": (max(options.chunk, calibration.imatrix_chunk_size),),
+        "imatrix_chunks": (None, max(options.imatrix_chunks or 0, calibration.imatrix_chunks)),
         "device": DEVICES[1:],
         "dtype": DTYPES[1:],
     }

@@ -61,6 +61,12 @@ def check_imatrix(
                 f"{IMATRIX_FILE}: {what} is {shown(found)}, expected {shown(expected)} as in "
                 f"{MANIFEST_FILE}"
             )
+    n_unseen = sum(imatrix.unseen_experts().values())
+    if n_unseen != calibration.imatrix_unseen:
+        yield (
+            f"{IMATRIX_FILE}: no token reached {n_unseen} experts, expected "
+            f"{calibration.imatrix_unseen} as in {MANIFEST_FILE}"
+        )
     mtp_block = max(pruning.kept, default=0) if pruning.mtp.state in ("pruned", "kept") else None
     for name, entry in imatrix.entries.items():
         shape = shapes.get(name)

@@ -11,7 +11,7 @@ import pytest
 from reap2gguf.building import pipeline, stages
 from reap2gguf.building.plan import make_plan
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.progress import Silent
+from reap2gguf.progress import Progress, Silent
 from tests.tiny import REPOSITORY
 
 PROSE = REPOSITORY / "calibration" / "prose.txt"
@@ -29,8 +29,10 @@ def options(model: Path, output: Path, **changes: Any) -> BuildOptions:
     return BuildOptions(**values | changes)
 
 
-def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
-    return pipeline.build(make_plan(options(model, output, **changes)), Silent())
+def build(
+    model: Path, output: Path, progress: Progress | None = None, **changes: Any
+) -> pipeline.BuildResult:
+    return pipeline.build(make_plan(options(model, output, **changes)), progress or Silent())
 
 
 def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def test_the_same_bundle_byte_for_byte(texts: Path, tiny: Path) -> None:
         calibration=CalibrationOptions("prose.txt", samples=5, max_length=96, seed=7, pack=True),
         imatrix_text=Path("imatrix.txt"),
         chunk=64,
+        imatrix_chunks=9,
         compute=ComputeOptions(device="cpu", dtype="bfloat16"),
     )
     Path("mine.toml").unlink()

@@ -130,6 +130,7 @@ MANIFEST = [
     (put("options", "pack", value=True), "options.pack is True, expected False"),
     (put("options", "imatrix_text", value="x"), "options.imatrix_text is 'x'"),
     (put("options", "chunk", value=8), "options.chunk is 8, expected 512"),
+    (put("options", "imatrix_chunks", value=1), "options.imatrix_chunks is 1"),
     (put("options", "device", value="tpu"), "options.device is 'tpu', expected cpu or cuda"),
     (put("options", "dtype", value="auto"), "options.dtype is 'auto', expected float32 or"),
     (put("verification", value={}), "verification.passed is None"),
