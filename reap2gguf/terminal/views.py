@@ -14,7 +14,6 @@ from reap2gguf.pruning.select import friendly_count
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
-    from reap2gguf.quantizing.recipe import Recipe
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
@@ -183,12 +182,3 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
     yield f"Try it:  reap2gguf chat {shell_word(result.gguf_folder)}"
-
-
-def recipe_lines(recipe: Recipe) -> Iterable[str]:
-    """A recipe rule by rule."""
-    yield f"{recipe.name}: {recipe.title}"
-    yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
-    for rule in recipe.rules:
-        only = "  (if the model has it)" if rule.optional else ""
-        yield f"  {rule.match:<28} {rule.tensor_type.name}{only}"
