@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.building.estimate import check_room
+from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import Run, Stage, StageCost
@@ -56,6 +56,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     Returns None in a process of torchrun that is not the first. Raises a Reap2ggufError, for
     example VerificationError, and then leaves no final name.
     """
+    check_device(plan.options.compute)
     work = Workdir(plan.options.output, plan.name)
     if not processes().is_first:
         with plan.checkpoint:

@@ -59,16 +59,17 @@ class ReadTexts(Stage[Texts]):
         return (self.path,)
 
     def compute(self) -> Mapping[str, Any]:
-        self.run.work.share(self._read().save, self.path)
+        self.run.work.share(self.read().save, self.path)
         return {}
 
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
         if self.run.is_first or self.path.is_file():
             return Texts.load(self.path)
-        return self._read()
+        return self.read()
 
-    def _read(self) -> Texts:
+    def read(self) -> Texts:
+        """Draw and tokenize all texts. Raises CalibrationError."""
         plan = self.run.plan
         return read_texts(
             Tokenizer(plan.source.folder),

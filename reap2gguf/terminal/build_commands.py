@@ -19,12 +19,12 @@ from reap2gguf.terminal.click_options import (
     output_options,
     threads_option,
 )
-from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, command, option
 from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
-    from reap2gguf.building.estimate import Estimate
+    from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
 
 HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took effect
@@ -49,12 +49,13 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
       reap2gguf build --recipe unsloth-iq4km
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
-    from reap2gguf.terminal.views import plan_lines, result_lines
+    from reap2gguf.terminal.plan_views import up_to_date_or_lines
+    from reap2gguf.terminal.views import result_lines
 
     progress = terminal_progress()
     plan = reap2gguf.plan(collect(arguments, fresh, space_check), progress=progress)
     if processes().is_first:
-        say_all(plan_lines(plan, _estimate(plan)))
+        say_all(up_to_date_or_lines(plan, _estimate(plan)))
         click.get_current_context().meta[HAS_BEGUN] = True
     if result := reap2gguf.build(plan, progress=progress):
         say_all(result_lines(result))
@@ -62,25 +63,27 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
 
 @command("plan")
 @build_options
+@option("--tensors", is_flag=True, help="Show the type of every kind of tensor.")
 @json_option
 @output_options
-def plan_command(as_json: bool, **arguments: Any) -> None:
+def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
     """Show what `build` would do (dry run).
 
-    Prints sizes, types, memory, disk and time. Reads headers only and loads no weights.
+    Prints sizes, types, and what it needs of this machine: memory, disk and time. Reads headers
+    and small texts only, and loads no weights. The first run measures the machine for a second.
 
     \b
     Example:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
-    from reap2gguf.terminal.views import plan_as_json, plan_lines
+    from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
 
     plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
     needs = _estimate(plan)
     if as_json:
         say_json(plan_as_json(plan, needs))
     else:
-        say_all(plan_lines(plan, needs))
+        say_all(plan_lines(plan, needs, tensors or is_verbose()))
 
 
 @command()
@@ -139,7 +142,7 @@ def verify(
 
 
 def _estimate(plan: Plan) -> Estimate:
-    """What the plan needs on this machine; looks for a GPU without loading torch."""
-    from reap2gguf.building.estimate import estimate
+    """What the plan needs, and what this machine has."""
+    from reap2gguf.building.needs.estimate import estimate
 
-    return estimate(plan, plan.options.compute.likely_device == "cuda")
+    return estimate(plan)
