@@ -23,13 +23,13 @@ _MOST_EXACT = 0.1  # of a build, for quantizing large files again
 _UNKNOWN = 2**62
 
 
-def exact_recipes(plan: Plan, has_gpu: bool) -> frozenset[str]:
+def exact_recipes(plan: Plan, has_gpu: bool, active: int | None = None) -> frozenset[str]:
     """Names of the recipes whose files are verified by quantizing every tensor again.
 
     It finds every changed bit and takes as long as the export did. So it is done for every small
     file, and for large ones if it is cheap beside the calibration passes. The answer depends on
     the plan and the kind of device, not on a clock or the number of threads: the same inputs make
-    the same manifest.
+    the same manifest. `active`: what `active_parameters` returns, where it is known.
     """
     large = [recipe for recipe in plan.recipes if recipe.n_bytes >= _SMALL_FILE]
     small = {recipe.name for recipe in plan.recipes} - {recipe.name for recipe in large}
@@ -39,7 +39,8 @@ def exact_recipes(plan: Plan, has_gpu: bool) -> frozenset[str]:
         for entry in recipe.table
         if entry.tensor_type not in EXACT_TYPES
     )
-    flops = 2 * 2 * tokens_at_most(plan) * active_parameters(plan)
+    active = active_parameters(plan) if active is None else active
+    flops = 2 * 2 * tokens_at_most(plan) * active
     cores = _CORES_BESIDE_A_GPU if has_gpu else 1
     sweeps = flops / (_GPU_FLOPS if has_gpu else _CPU_FLOPS)
     again = quantized / (_QUANTIZED_WEIGHTS * cores)

@@ -27,6 +27,7 @@ CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensor
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
 _MOVING = 4  # batches of hidden states on their way to and from the host
+_USUAL = 0.85  # of what a batch takes at most (bench/plan.py)
 _SMALLEST_RAISE = 2**26  # what a message advises to add to --memory, at least
 
 # The progress of a sweep is saved between two layers where that takes little of its time.
@@ -180,9 +181,10 @@ def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
 
 
 def held_bytes(need: Need, budget: Budget) -> int:
-    """Memory of the device that a sweep takes at most, divided like this."""
+    """Memory of the device that a sweep usually takes, divided like this."""
     batch = min(budget.batch_tokens, max(need.n_positions, need.longest_row))
-    return _fixed(need, budget.spool, budget.prefetch) + batch * _position(need, budget.spool)
+    held = int(batch * _position(need, budget.spool) * _USUAL)
+    return _fixed(need, budget.spool, budget.prefetch) + held
 
 
 def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str, bool]]:

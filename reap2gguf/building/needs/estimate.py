@@ -14,6 +14,7 @@ from reap2gguf.building.needs.memory import SweepNeeds, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
 from reap2gguf.building.needs.reuse import Reused, find_reused
 from reap2gguf.building.needs.seconds import Host, stage_seconds
+from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
 from reap2gguf.messages import size
 
@@ -31,6 +32,7 @@ class Estimate:
     """A build of a plan on a machine. Sizes of files are exact; all else is an estimate."""
 
     plan: Plan
+    sizes: Sizes
     machine: Machine
     host: Host
     amount: Amount
@@ -52,7 +54,10 @@ class Estimate:
     @property
     def peak_bytes(self) -> int:
         """The most on the disk of the output at a time."""
-        return self.disk.peak_bytes(self._passes)
+        found = self.disk.peak_bytes(self._passes)
+        # the progress of a pass is saved only where there is space
+        is_room = found - self.reused.written_bytes <= self.machine.disk_free_bytes
+        return found if is_room else self.disk.room_bytes
 
     @property
     def work_bytes(self) -> int:
@@ -60,20 +65,14 @@ class Estimate:
         return self.peak_bytes - self.disk_bytes
 
     @property
-    def missing_bytes(self) -> int:
-        """What the peak needs beyond what an earlier attempt has written."""
-        if self.reused.is_up_to_date:
-            return 0
-        return max(0, self.peak_bytes - self.reused.written_bytes)
-
-    @property
     def seconds(self) -> float:
+        """Seconds of the whole command."""
         return sum(self.stages.values())
 
     @cached_property
     def stages(self) -> Mapping[str, float]:
         """Seconds by stage; a stage that is reused takes none."""
-        found = stage_seconds(self.plan, self.amount, self.disk, self.host)
+        found = stage_seconds(self.plan, self.sizes, self.amount, self.disk, self.host)
         return {name: 0.0 if name in self.reused.stages else found[name] for name in found}
 
     @property
@@ -112,7 +111,6 @@ class Estimate:
 
     def _disk_problems(self) -> list[str]:
         machine, unfetched = self.machine, self.plan.checkpoint.unfetched_bytes
-        # the progress of a pass is saved only where there is space
         wanted = max(0, self.disk.room_bytes - self.reused.written_bytes)
         wanted = 0 if self.reused.is_up_to_date else wanted
         here = wanted + (unfetched if machine.is_one_disk else 0)
@@ -158,7 +156,7 @@ class Estimate:
                 n_tokens=int(n_tokens * share),
                 n_chunk_tokens=int(chunks * share),
             )
-            if not sweep_needs(self.plan, shorter, self.machine).problem:
+            if not sweep_needs(self.plan, self.sizes, shorter, self.machine).problem:
                 return length
             length //= 2
         return None
@@ -176,7 +174,7 @@ class Estimate:
 
     def with_amount(self, amount: Amount) -> Estimate:
         """The same build with less text."""
-        sweeps = sweep_needs(self.plan, amount, self.machine)
+        sweeps = sweep_needs(self.plan, self.sizes, amount, self.machine)
         disk = disk_needs(self.plan, amount, sweeps)
         return replace(self, amount=amount, sweeps=sweeps, disk=disk)
 
@@ -186,9 +184,9 @@ class Estimate:
         Raises UsageError for another name.
         """
         machine, host = rented_machine(gpu, self.plan)
-        sweeps = sweep_needs(self.plan, self.amount, machine)
+        sweeps = sweep_needs(self.plan, self.sizes, self.amount, machine)
         disk = disk_needs(self.plan, self.amount, sweeps)
-        return Estimate(self.plan, machine, host, self.amount, sweeps, disk, Reused())
+        return Estimate(self.plan, self.sizes, machine, host, self.amount, sweeps, disk, Reused())
 
 
 def estimate(plan: Plan, machine: Machine | None = None, speed: Speed | None = None) -> Estimate:
@@ -205,8 +203,8 @@ def estimate(plan: Plan, machine: Machine | None = None, speed: Speed | None = N
     if machine.device == "cuda" and machine.gpu is None:
         machine = replace(machine, gpu=as_gpu(H100))
     reused = find_reused(plan)
-    amount = amount_of(plan, reused.texts)
-    sweeps = sweep_needs(plan, amount, machine)
+    sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
+    sweeps = sweep_needs(plan, sizes, amount, machine)
     host = Host(
         speed,
         machine.cores,
@@ -214,7 +212,7 @@ def estimate(plan: Plan, machine: Machine | None = None, speed: Speed | None = N
         max(0, machine.memory_free_bytes - sweeps.host_bytes - _FOR_FILES),
     )
     disk = disk_needs(plan, amount, sweeps)
-    return Estimate(plan, machine, host, amount, sweeps, disk, reused, has_device)
+    return Estimate(plan, sizes, machine, host, amount, sweeps, disk, reused, has_device)
 
 
 def rented_estimate(plan: Plan, gpu: str) -> Estimate:
@@ -224,7 +222,7 @@ def rented_estimate(plan: Plan, gpu: str) -> Estimate:
     CalibrationError for small texts that a build would refuse.
     """
     machine, host = rented_machine(gpu, plan)
-    amount = amount_of(plan, find_reused(plan).texts)
-    sweeps = sweep_needs(plan, amount, machine)
+    sizes, amount = Sizes(plan), amount_of(plan, find_reused(plan).texts)
+    sweeps = sweep_needs(plan, sizes, amount, machine)
     disk = disk_needs(plan, amount, sweeps)
-    return Estimate(plan, machine, host, amount, sweeps, disk, Reused())
+    return Estimate(plan, sizes, machine, host, amount, sweeps, disk, Reused())

@@ -16,16 +16,16 @@ from reap2gguf.observing.budget import (
     fit,
     gpu_memory,
     held_bytes,
-    layer_bytes,
 )
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.amount import Amount
     from reap2gguf.building.needs.machine import Machine
+    from reap2gguf.building.needs.sizes import Sizes
     from reap2gguf.building.plan import Plan
 
 BASE_BYTES = 650 * 2**20  # Python, torch, transformers
-_BESIDE_A_GPU = 2 * 2**30  # the same with CUDA's libraries, and buffers for weights
+_BESIDE_A_GPU = 11 * 2**28  # the same with CUDA's libraries, and buffers for weights
 _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
 
@@ -46,13 +46,13 @@ class SweepNeeds:
         return self.hidden_bytes if self.budget and self.budget.spool == "disk" else 0
 
 
-def sweep_needs(plan: Plan, amount: Amount, machine: Machine) -> SweepNeeds:
+def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
     """What both passes take on a machine: what `fit`, which the sweep calls, makes of it."""
     compute = plan.options.compute
     on_gpu = machine.device == "cuda"
     dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
-    kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, has_linear_attention(plan))
-    need = _need(plan, amount, kind)
+    kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, sizes.has_linear_attention)
+    need = _need(plan, sizes, amount, kind)
     host = machine.memory_free_bytes // processes().size
     hidden = need.n_positions * need.hidden
     if on_gpu:
@@ -75,15 +75,10 @@ def sweep_needs(plan: Plan, amount: Amount, machine: Machine) -> SweepNeeds:
     )
 
 
-def _need(plan: Plan, amount: Amount, kind: Kind) -> Need:
+def _need(plan: Plan, sizes: Sizes, amount: Amount, kind: Kind) -> Need:
     """Of the longer pass; layers are those of the unpruned model."""
-    layers = layer_bytes(plan.model, plan.checkpoint.tensors, kind.itemsize, kind.on_gpu)
+    layers = sizes.layers(kind.itemsize, kind.on_gpu)
     embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
     observed = amount.n_tokens if plan.target.prunes else 0
     positions = max(observed, amount.n_chunk_tokens) + amount.probe_tokens
     return kind.need(layers, embedding, -(-positions // processes().size), amount.longest_row)
-
-
-def has_linear_attention(plan: Plan) -> bool:
-    """Whether any layer's attention is a Gated DeltaNet."""
-    return any(".linear_attn." in name for name in plan.checkpoint.tensors)

@@ -12,6 +12,7 @@ from reap2gguf.building.needs.amount import most_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import this_machine
 from reap2gguf.building.needs.memory import sweep_needs
+from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.errors import OutputError
 from reap2gguf.messages import size
 
@@ -37,7 +38,7 @@ def room_needs(plan: Plan) -> DiskNeeds:
     if machine.gpu is None:
         machine = replace(machine, device="cpu")
     amount = most_of(plan, tokens_at_most(plan))
-    return disk_needs(plan, amount, sweep_needs(plan, amount, machine))
+    return disk_needs(plan, amount, sweep_needs(plan, Sizes(plan), amount, machine))
 
 
 def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:

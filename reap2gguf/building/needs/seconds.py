@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.exact import active_parameters, exact_recipes
-from reap2gguf.building.needs.memory import has_linear_attention
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.verifying.exactness import EXACT_TYPES
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from reap2gguf.building.needs.amount import Amount
     from reap2gguf.building.needs.disk import DiskNeeds
+    from reap2gguf.building.needs.sizes import Sizes
     from reap2gguf.building.needs.speed import Speed
     from reap2gguf.building.plan import Plan
 
@@ -32,24 +31,25 @@ _IMPORTS = 2.1  # torch, transformers and the rest
 _PER_TENSOR = 25e-6  # to read headers and plan
 _FIRST_PASS = 1.2  # builds the model, and loads what computes
 _PASS = 0.4
+_FINISH = 0.6  # cards, manifest and names; then the program ends
 _GPU_START = 2.5  # CUDA, and kernels that are compiled
 _TOKENIZE = 1.2e-6  # per token of local text
 _RENDER = 5e-6  # per token of chat samples, read from the Hub
 _EXPORT = 3.3e-9  # per weight and core: to read, check and store
 _BOUNDS = 9e-9  # per weight and core: verified within bounds
-_MEMORY_BYTES = 4e9  # per second, to copy or compare what is in memory
+_MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
 _PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
 
 # A pass on a CPU, per position and layer.
 _EFFICIENCY = 1.0  # of matrix products, against small ones that fit the caches
 _AROUND = 40e-9  # seconds of one core per column of the hidden state: norms, routing, copies
-_DELTANET = 6.0  # the same of transformers' DeltaNet code, in multiples of `_AROUND`
+_DELTANET = 4.8  # the same of transformers' DeltaNet code, in multiples of `_AROUND`
 _SERIAL = 2e-6  # seconds that no other thread can share
-# Relative to matrix products alone, on a GPU and on a CPU.
-_OBSERVE, _IMATRIX = 1.0, 1.12
+# A pass for the importance matrix, relative to one that observes: more sums, of larger arrays.
+_IMATRIX, _IMATRIX_ON_GPU = 1.05, 1.12
 
 # An H100: floating-point operations per second that a pass reaches, and against others.
-_H100_FLOPS = 2.85e14
+_H100_FLOPS = 3.2e14
 _DELTANET_SHARE = 0.7  # of that, with flash-linear-attention
 _REFERENCE_SHARE = 0.35  # with transformers' own code
 DOWNLOAD_BYTES = 1e8  # per second, from the Hub, where nothing is known of the connection
@@ -71,7 +71,9 @@ class Host:
         return 1 + (self.cores - 1) * _PARALLEL
 
 
-def stage_seconds(plan: Plan, amount: Amount, disk: DiskNeeds, host: Host) -> dict[str, float]:
+def stage_seconds(
+    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host
+) -> dict[str, float]:
     """Seconds of every stage of a build from scratch; 0 for a stage that it does not have."""
     python, speed = host.speed.python, host.speed
     n_tensors = len(plan.checkpoint.tensors)
@@ -82,18 +84,19 @@ def stage_seconds(plan: Plan, amount: Amount, disk: DiskNeeds, host: Host) -> di
     reading = _read_seconds(plan.checkpoint.n_bytes, host, is_first=True)
     fetching = plan.checkpoint.unfetched_bytes / host.download_bytes
     if plan.target.prunes:
-        passing = _pass(plan, amount.n_tokens, amount, host) * _OBSERVE
+        passing = _pass(plan, sizes, amount.n_tokens, amount, host)
         found["observe"] = max(passing, reading, fetching) + python * _FIRST_PASS
         reading = _read_seconds(plan.hf_bytes, host)
         fetching = 0.0
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
     copied = plan.hf_bytes
     found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
-    passing = _pass(plan, amount.n_chunk_tokens, amount, host) * _IMATRIX
+    passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
+    passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
     found["imatrix"] = max(passing, reading, fetching) + python * _PASS
     found["export"] = _export(plan, disk, host)
-    found["verify"] = _verify(plan, disk, host)
-    found["finish"] = python * 0.3 + disk.gguf / speed.hash_bytes / host.parallel * 0.1
+    found["verify"] = _verify(plan, sizes, disk, host)
+    found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
     return found
 
 
@@ -110,12 +113,12 @@ def _read_seconds(n_bytes: int, host: Host, is_first: bool = False) -> float:
     return (n_bytes - in_memory) / host.speed.read_bytes + in_memory / _MEMORY_BYTES
 
 
-def _pass(plan: Plan, n_tokens: int, amount: Amount, host: Host) -> float:
+def _pass(plan: Plan, sizes: Sizes, n_tokens: int, amount: Amount, host: Host) -> float:
     """Seconds of a calibration pass, its start and the reading of weights aside."""
     facts = plan.model.facts
     n_positions = n_tokens + amount.probe_tokens
-    flops = n_positions * (2 * active_parameters(plan) + _attention(plan, amount))
-    is_linear = has_linear_attention(plan)
+    flops = n_positions * (2 * sizes.in_layers + _attention(plan, amount))
+    is_linear = sizes.has_linear_attention
     if host.gpu_factor is not None:
         share = 1.0
         if is_linear:
@@ -152,10 +155,10 @@ def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -
     return sum(host.speed.table_seconds(kind) for kind in {kind for _, kind in types})
 
 
-def _verify(plan: Plan, disk: DiskNeeds, host: Host) -> float:
+def _verify(plan: Plan, sizes: Sizes, disk: DiskNeeds, host: Host) -> float:
     """Both formats are read back and compared; small files are quantized again."""
     speed = host.speed
-    exact = exact_recipes(plan, host.gpu_factor is not None)
+    exact = sizes.exact(host.gpu_factor is not None)
     seconds = 0.0
     for recipe in plan.recipes:
         for entry in recipe.table:
