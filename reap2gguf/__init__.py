@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import build, plan, verify
+    from reap2gguf.api.builds import build, estimate, plan, verify
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         select,
     )
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
     from reap2gguf.errors import Reap2ggufError, VerificationError
@@ -41,6 +42,7 @@ __all__ = [
     "BuildResult",
     "CalibrationOptions",
     "ComputeOptions",
+    "Estimate",
     "Imatrix",
     "Observations",
     "Plan",
@@ -52,6 +54,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "build",
+    "estimate",
     "imatrix",
     "observe",
     "plan",
@@ -61,7 +64,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("build", "plan", "verify"),
+    "api.builds": ("build", "estimate", "plan", "verify"),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -73,6 +76,7 @@ _HOMES = {
         "select",
     ),
     "artifacts.observations": ("Observations",),
+    "building.needs.estimate": ("Estimate",),
     "building.pipeline": ("BuildResult",),
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,10 +22,6 @@ from reap2gguf.terminal.click_options import (
 from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, command, option
 from reap2gguf.terminal.option_types import FolderPath
-
-if TYPE_CHECKING:
-    from reap2gguf.building.needs.estimate import Estimate
-    from reap2gguf.building.plan import Plan
 
 HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took effect
 
@@ -55,7 +51,7 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
     progress = terminal_progress()
     plan = reap2gguf.plan(collect(arguments, fresh, space_check), progress=progress)
     if processes().is_first:
-        say_all(up_to_date_or_lines(plan, _estimate(plan)))
+        say_all(up_to_date_or_lines(plan, reap2gguf.estimate(plan)))
         click.get_current_context().meta[HAS_BEGUN] = True
     if result := reap2gguf.build(plan, progress=progress):
         say_all(result_lines(result))
@@ -79,7 +75,7 @@ def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
     from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
 
     plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
-    needs = _estimate(plan)
+    needs = reap2gguf.estimate(plan)
     if as_json:
         say_json(plan_as_json(plan, needs))
     else:
@@ -139,10 +135,3 @@ def verify(
     if report.violations or missing:
         raise VerificationError([*report.violations, *missing])
     say(f"OK: {', '.join(report.checked)} verified", "result")
-
-
-def _estimate(plan: Plan) -> Estimate:
-    """What the plan needs, and what this machine has."""
-    from reap2gguf.building.needs.estimate import estimate
-
-    return estimate(plan)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _COLUMNS = 80
+_TIED = "\u00a0"  # a space at which no line is broken
 _SHOWN_STAGE = 0.05  # of the whole time, at least
 _SHOWN_TYPES = 5
 _WHERE = {"device": "in RAM", "host": "in RAM", "disk": "on disk", "": ""}
@@ -48,16 +49,17 @@ def up_to_date_or_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
     return () if needs.reused.is_up_to_date else plan_lines(plan, needs)
 
 
-def _wrapped(text: str) -> Iterator[str]:
-    """A line of a plan, in as many lines as its width needs."""
-    yield from textwrap.wrap(
+def _wrapped(text: str, indent: str = "  ") -> Iterator[str]:
+    """A line of a plan, in as many lines as its width needs; `_TIED` words stay together."""
+    lines = textwrap.wrap(
         text,
         _COLUMNS,
-        initial_indent="  ",
-        subsequent_indent="    ",
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
         break_long_words=False,
         break_on_hyphens=False,
     )
+    yield from (line.replace(_TIED, " ") for line in lines)
 
 
 def _model(plan: Plan) -> Iterator[str]:
@@ -117,11 +119,11 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
-        yield from (f"  {line}" for line in _wrapped(bits + _types(recipe)))
+        yield from _wrapped(bits + _types(recipe), "    ")
         if with_tensors:
             yield from _type_lines(recipe)
     for side in plan.side_files:
-        yield f"  {plan.side_name(side)}  {size(side_bytes(side))}, {side.title}"
+        yield from _wrapped(f"{plan.side_name(side)}  {size(side_bytes(side))}, {side.title}")
 
 
 def _types(recipe: ResolvedRecipe) -> str:
@@ -129,7 +131,7 @@ def _types(recipe: ResolvedRecipe) -> str:
     counts = Counter(entry.tensor_type.name for entry in recipe.table)
     if len(counts) > 1:
         del counts["F32"]
-    most = [f"{name} x {count}" for name, count in counts.most_common(_SHOWN_TYPES)]
+    most = [f"{name}{_TIED}x{_TIED}{count}" for name, count in counts.most_common(_SHOWN_TYPES)]
     return ", ".join(most) + (", ..." if len(counts) > _SHOWN_TYPES else "")
 
 
@@ -155,7 +157,7 @@ def _needs(needs: Estimate) -> Iterator[str]:
         yield "up to date: nothing is left to do"
         return
     machine = needs.machine
-    yield f"runs on: {_device(needs)}; {size(machine.memory_free_bytes)} of RAM free"
+    yield f"runs on: {_device(needs)}; {_about(machine.memory_free_bytes)} of RAM free"
     yield f"memory: {_memory(needs)}"
     yield f"disk: {_disk(needs)}"
     if needs.reused.stages:
@@ -167,6 +169,15 @@ def _needs(needs: Estimate) -> Iterator[str]:
         yield f"try: {advice}"
 
 
+def _about(n_bytes: int) -> str:
+    """A size without digits that an estimate does not have."""
+    if n_bytes < 2**20:
+        return size(n_bytes)
+    if n_bytes < 2**30:
+        return f"{n_bytes / 2**20:.0f} MiB"
+    return f"{n_bytes / 2**30:.{0 if n_bytes >= 10 * 2**30 else 1}f} GiB"
+
+
 def _device(needs: Estimate) -> str:
     machine = needs.machine
     cores = f"{machine.cores} {'core' if machine.cores == 1 else 'cores'}"
@@ -175,31 +186,31 @@ def _device(needs: Estimate) -> str:
         return f"CPU ({cores}{asked or ', no GPU found'})"
     if not needs.has_device:
         return f"no GPU here: figures are for an {H100}"
-    memory = f"{size(machine.gpu.free_bytes)} of {size(machine.gpu.n_bytes)} free"
+    memory = f"{_about(machine.gpu.free_bytes)} of {_about(machine.gpu.n_bytes)} free"
     return f"{machine.gpu.name} ({memory}), {cores}"
 
 
 def _memory(needs: Estimate) -> str:
     if needs.sweeps.problem:
         return "NOT ENOUGH"
-    line = f"about {size(needs.sweeps.host_bytes)}"
+    line = f"about {_about(needs.sweeps.host_bytes)}"
     if needs.machine.gpu is not None:
-        line = f"about {size(needs.sweeps.device_bytes)} of the GPU, {line} of RAM"
+        line = f"about {_about(needs.sweeps.device_bytes)} of the GPU, {line} of RAM"
     if needs.mentions_hidden:
         where = _WHERE[needs.hidden_where]
         if needs.hidden_where == "device" and needs.machine.gpu is not None:
             where = "in GPU memory"
-        line += f"; hidden states ({size(needs.sweeps.hidden_bytes)}) wait {where}"
+        line += f"; hidden states ({_about(needs.sweeps.hidden_bytes)}) wait {where}"
     return line
 
 
 def _disk(needs: Estimate) -> str:
-    beside = f" + {size(needs.work_bytes)} while it runs" if needs.work_bytes >= 2**20 else ""
+    beside = f" + {_about(needs.work_bytes)} while it runs" if needs.work_bytes >= 2**20 else ""
     line = f"{size(needs.disk_bytes)}{beside}"
     unfetched = needs.plan.checkpoint.unfetched_bytes
     if unfetched:
         line += f" + {size(unfetched)} in the Hub's cache"
-    line += f", {size(needs.machine.disk_free_bytes)} free"
+    line += f", {_about(needs.machine.disk_free_bytes)} free"
     return line + (": NOT ENOUGH" if needs.lacks_disk else "")
 
 

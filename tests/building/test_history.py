@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reap2gguf.api.builds import estimate
 from reap2gguf.building.history import read_history
-from reap2gguf.building.needs.estimate import estimate
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest

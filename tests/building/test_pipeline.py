@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, record, stages, workdir
-from reap2gguf.building.needs.estimate import estimate
 from reap2gguf.building.needs.room import room_needs
 from reap2gguf.building.plan import make_plan
 from reap2gguf.building.workdir import Workdir

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, stages
-from reap2gguf.building.needs.estimate import estimate
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import Manifest, MtpRecord

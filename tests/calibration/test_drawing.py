@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from reap2gguf.api import stages
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.needs.estimate import estimate
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.bundle.manifest import ComponentRecord

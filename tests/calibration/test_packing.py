@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.texts import Row
 from reap2gguf.building.keys import BuildKeys
-from reap2gguf.building.needs.estimate import estimate
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.calibration.drawing import Drawn, draw

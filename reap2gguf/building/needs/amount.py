@@ -65,11 +65,8 @@ def amount_of(plan: Plan, texts: Texts | None = None) -> Amount:
 def most_of(plan: Plan, n_tokens: int) -> Amount:
     """Bounds for a plan that reads at most this many tokens."""
     text, size = plan.options.imatrix_text, chunk_size(plan)
-    text_bytes = int(n_tokens * _BYTES_PER_TOKEN)
-    n_chunk_tokens = n_tokens + size
-    if text is not None:
-        text_bytes = plan.files.text(text).path.stat().st_size
-        n_chunk_tokens = text_bytes // 2 + size
+    text_bytes = _text_bytes(plan)
+    n_chunk_tokens = (n_tokens if text is None else text_bytes // 2) + size
     return Amount(
         plan.calibration.samples,
         n_tokens,
@@ -79,6 +76,16 @@ def most_of(plan: Plan, n_tokens: int) -> Amount:
         text_bytes,
         "at most",
     )
+
+
+def _text_bytes(plan: Plan) -> int:
+    """Bytes of the text that the importance matrix reads, at most, files of Parquet aside."""
+    if (text := plan.options.imatrix_text) is not None:
+        return plan.files.text(text).path.stat().st_size
+    components = plan.calibration.components
+    paths = [path for one in components if one.is_local for path in component_files(one.name)]
+    on_hub = 0 if all(one.is_local for one in components) else _IMATRIX_CHARACTERS
+    return sum(path.stat().st_size for path in paths) + on_hub
 
 
 def chunk_size(plan: Plan) -> int:
@@ -136,7 +143,7 @@ def _guessed(plan: Plan) -> Amount:
         max(size, n_chunk_tokens),
         min(_PROBE_TOKENS, n_tokens) if plan.model.facts.has_mtp else 0,
         max(length, size),
-        int(n_tokens * _BYTES_PER_TOKEN),
+        _text_bytes(plan),
         "about" if all(one.is_local for one in calibration.components) else "at most",
     )
 

@@ -12,19 +12,38 @@ from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
 from reap2gguf.building.needs.memory import SweepNeeds, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
-from reap2gguf.building.needs.reuse import Reused, find_reused
 from reap2gguf.building.needs.seconds import Host, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
-from reap2gguf.messages import size
+from reap2gguf.messages import duration, size
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
 
+ALL = ("texts", "observe", "prune", "imatrix", "export", "verify")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least
 _FOR_FILES = 2**31  # bytes of free memory that are not counted on to keep files
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What an earlier build left that this one does not do again.
+
+    `recipes` are those whose files are still to be made; None: all of them.
+    """
+
+    stages: tuple[str, ...] = ()
+    texts: Texts | None = None  # what the passes read, where that is known
+    recipes: frozenset[str] | None = None
+    written_bytes: int = 0  # of the files that are still to get their final names
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether the finished bundle is what the plan makes."""
+        return self.stages == ALL
 
 
 @dataclass(frozen=True)
@@ -162,8 +181,6 @@ class Estimate:
         return None
 
     def _fewer_rows(self) -> str | None:
-        from reap2gguf.messages import duration
-
         for n_rows in _FEWER:
             if n_rows >= self.amount.n_rows:
                 continue
@@ -183,17 +200,19 @@ class Estimate:
 
         Raises UsageError for another name.
         """
-        machine, host = rented_machine(gpu, self.plan)
+        machine, host = rented_machine(gpu)
         sweeps = sweep_needs(self.plan, self.sizes, self.amount, machine)
         disk = disk_needs(self.plan, self.amount, sweeps)
         return Estimate(self.plan, self.sizes, machine, host, self.amount, sweeps, disk, Reused())
 
 
-def estimate(plan: Plan, machine: Machine | None = None, speed: Speed | None = None) -> Estimate:
+def estimate(
+    plan: Plan, reused: Reused, machine: Machine | None = None, speed: Speed | None = None
+) -> Estimate:
     """Disk space, memory and time of a build; `machine` and `speed` are those of this machine.
 
-    The first call on a machine measures it, which takes well under a second. Raises
-    CalibrationError for small texts that a build would refuse.
+    `reused` is what `find_reused` finds. The first call on a machine measures it, which takes well
+    under a second.
     """
     options = plan.options
     if machine is None:
@@ -202,7 +221,6 @@ def estimate(plan: Plan, machine: Machine | None = None, speed: Speed | None = N
     has_device = machine.device == "cpu" or machine.gpu is not None
     if machine.device == "cuda" and machine.gpu is None:
         machine = replace(machine, gpu=as_gpu(H100))
-    reused = find_reused(plan)
     sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
     sweeps = sweep_needs(plan, sizes, amount, machine)
     host = Host(
@@ -215,14 +233,14 @@ def estimate(plan: Plan, machine: Machine | None = None, speed: Speed | None = N
     return Estimate(plan, sizes, machine, host, amount, sweeps, disk, reused, has_device)
 
 
-def rented_estimate(plan: Plan, gpu: str) -> Estimate:
+def rented_estimate(plan: Plan, reused: Reused, gpu: str) -> Estimate:
     """What a plan needs on a usual rented machine, by the name of its GPU (`rented.GPUS`).
 
-    Nothing here is measured. Raises UsageError for a name that is not in the table, and
-    CalibrationError for small texts that a build would refuse.
+    Nothing is measured, and of `reused` only the texts count: a rented machine has no earlier
+    build. Raises UsageError for a name that is not in the table.
     """
-    machine, host = rented_machine(gpu, plan)
-    sizes, amount = Sizes(plan), amount_of(plan, find_reused(plan).texts)
+    machine, host = rented_machine(gpu)
+    sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
     sweeps = sweep_needs(plan, sizes, amount, machine)
     disk = disk_needs(plan, amount, sweeps)
     return Estimate(plan, sizes, machine, host, amount, sweeps, disk, Reused())

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from reap2gguf.building.needs.machine import Gpu, Machine
 from reap2gguf.building.needs.seconds import Host
 from reap2gguf.building.needs.speed import Speed
 from reap2gguf.errors import UsageError
-
-if TYPE_CHECKING:
-    from reap2gguf.building.plan import Plan
 
 GIB = 2**30
 H100 = "H100"
@@ -48,11 +44,20 @@ GPUS: Mapping[str, Offer] = {
 }
 # Other GPUs that people have: bfloat16 TFLOPS and GB per second.
 _OTHERS: Mapping[str, tuple[float, float]] = {
-    "A100": (312, 1555), "A10": (125, 600), "A40": (150, 696), "A6000": (155, 768),
-    "B200": (2250, 8000), "RTX 6000 Ada": (182, 960), "RTX 5090": (210, 1792),
-    "RTX 4090": (165, 1008), "RTX 4080": (97, 717), "RTX 3090": (71, 936), "V100": (30, 900),
-    "T4": (20, 320), "GH200": (989, 4000),
-}  # fmt: skip
+    "A100": (312, 1555),
+    "A10": (125, 600),
+    "A40": (150, 696),
+    "A6000": (155, 768),
+    "B200": (2250, 8000),
+    "GH200": (989, 4000),
+    "RTX 6000 Ada": (182, 960),
+    "RTX 5090": (210, 1792),
+    "RTX 4090": (165, 1008),
+    "RTX 4080": (97, 717),
+    "RTX 3090": (71, 936),
+    "T4": (20, 320),
+    "V100": (30, 900),
+}
 _UNKNOWN = (70.0, 700.0)
 
 # Beside an H100: 16 processors of a shared machine, measured in three whole builds.
@@ -88,7 +93,7 @@ def as_gpu(name: str) -> Gpu:
     return Gpu(name, n_bytes, int(n_bytes * (1 - _CONTEXT)))
 
 
-def rented_machine(name: str, plan: Plan) -> tuple[Machine, Host]:
+def rented_machine(name: str) -> tuple[Machine, Host]:
     """A machine of the table. Raises UsageError for another name."""
     if name not in GPUS:
         raise UsageError(f"no figures for a GPU {name!r}; there are some of {', '.join(GPUS)}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.needs.amount import is_small
+from reap2gguf.building.needs.estimate import ALL, Reused
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
 from reap2gguf.building.verify_stage import Verify
@@ -21,26 +21,6 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-ALL = ("texts", "observe", "prune", "imatrix", "export", "verify")
-
-
-@dataclass(frozen=True)
-class Reused:
-    """What an earlier build left that this one does not do again.
-
-    `recipes` are those whose files are still to be made; None: all of them.
-    """
-
-    stages: tuple[str, ...] = ()
-    texts: Texts | None = None  # what the passes read, where that is known
-    recipes: frozenset[str] | None = None
-    written_bytes: int = 0  # of the files that are still to get their final names
-
-    @property
-    def is_up_to_date(self) -> bool:
-        """Whether the finished bundle is what the plan makes."""
-        return self.stages == ALL
-
 
 def find_reused(plan: Plan) -> Reused:
     """What an earlier build of this output left for a plan; small texts are read if they are not.
@@ -48,6 +28,13 @@ def find_reused(plan: Plan) -> Reused:
     What is damaged, or cannot be read, counts as not there: the build itself says so. Raises
     CalibrationError for small texts that a build would refuse.
     """
+    try:
+        return _find(plan)
+    finally:
+        plan.checkpoint.close()  # a plan holds no open files; a later read opens them again
+
+
+def _find(plan: Plan) -> Reused:
     work = Workdir(plan.options.output, plan.name)
     run = Run(plan, work, Silent(), ())
     if (finished := in_finished_bundle(run)) is not None:

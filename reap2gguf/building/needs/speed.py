@@ -33,19 +33,35 @@ from reap2gguf.files import is_plain
 from reap2gguf.ggml import load_ggml
 from reap2gguf.machine import available_threads
 
-# Nanoseconds to quantize a weight on one core, with an importance matrix where the type takes one.
+# Nanoseconds to quantize a weight on one core, with an importance matrix where the type takes one,
+# and the seconds in which libggml makes the tables of some types, once per process.
 NANOSECONDS = {
-    "F32": 0.8, "BF16": 0.6, "F16": 1.7, "Q8_0": 3.5, "MXFP4": 4.9,
-    "Q4_0": 23.6, "Q5_0": 23.6, "Q6_K": 26.6, "Q3_K": 34.1, "Q4_1": 102.0, "Q5_1": 101.6,
-    "Q4_K": 105.4, "Q5_K": 104.7, "Q2_K": 121.0, "IQ4_XS": 187.9, "IQ4_NL": 195.5,
-    "IQ1_S": 124.8, "IQ2_S": 169.4, "IQ3_S": 274.7, "IQ2_XXS": 316.0, "IQ3_XXS": 391.6,
-    "IQ1_M": 561.9, "IQ2_XS": 747.3,
-}  # fmt: skip
-# Seconds in which libggml makes a type's tables, once per process.
-TABLE_SECONDS = {
-    "IQ1_M": 8.1, "IQ1_S": 8.1, "IQ2_S": 3.6, "IQ2_XS": 1.8, "IQ2_XXS": 0.9, "IQ3_S": 0.2,
-    "IQ3_XXS": 0.1,
-}  # fmt: skip
+    "F32": 0.8,
+    "BF16": 0.6,
+    "F16": 1.7,
+    "Q8_0": 3.5,
+    "MXFP4": 4.9,
+    "Q4_0": 23.6,
+    "Q5_0": 23.6,
+    "Q4_1": 102.0,
+    "Q5_1": 101.6,
+    "Q6_K": 26.6,
+    "Q5_K": 104.7,
+    "Q4_K": 105.4,
+    "Q3_K": 34.1,
+    "Q2_K": 121.0,
+    "IQ4_XS": 187.9,
+    "IQ4_NL": 195.5,
+    "IQ3_S": 274.7,
+    "IQ3_XXS": 391.6,
+    "IQ2_S": 169.4,
+    "IQ2_XS": 747.3,
+    "IQ2_XXS": 316.0,
+    "IQ1_M": 561.9,
+    "IQ1_S": 124.8,
+}
+_IQ_TABLES = {"IQ3_S": 0.2, "IQ3_XXS": 0.1, "IQ2_S": 3.6, "IQ2_XS": 1.8, "IQ2_XXS": 0.9}
+TABLE_SECONDS = {**_IQ_TABLES, "IQ1_M": 8.1, "IQ1_S": 8.1}
 # The type that is measured for each class; other types of a class are scaled with it.
 _MEASURED = {"plain": Type.Q8_0, "k": Type.Q4_K, "iq": Type.IQ4_XS}
 _ROWS, _COLUMNS = 24, 2048
