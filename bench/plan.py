@@ -4,12 +4,10 @@
 
 Each build runs as a user runs it, in a process of its own, after `plan --json` with the same
 options. A thread samples the process's resident memory and the bytes of its output, work folder
-included, twenty times a second. A line per build: what was predicted, what was measured, and the
-ratio of the two, for time (start of the program to its end), peak memory and peak disk; `--stages`
-adds each stage. FOLDER keeps the checkpoints for the next run.
-
-On a machine with other work, compare the processor seconds: `cpu` is the processor time of a stage
-over the threads that it had, which is what it takes at least.
+included, twenty times a second. A row per build: what was planned, what was measured, and the ratio
+of the two, for time (from the start of the program to its end), peak memory and peak disk. A row
+per stage follows, with its processor seconds: on a machine with other work, the clock's seconds say
+little. FOLDER keeps the checkpoints for the next run, and `results.jsonl` all figures.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +81,7 @@ class Sampler:
     output: Path
     memory: int = 0
     disk: int = 0
+    last_cpu: float = 0.0
     ended: dict[str, tuple[float, float]] = field(default_factory=dict)  # wall, processor
 
     def run(self) -> None:
@@ -200,23 +200,43 @@ def model_folder(case: Case, folder: Path) -> Path:
     return path
 
 
+def rows(found: dict[str, Any]) -> Iterator[str]:
+    """A measured case as rows of a Markdown table."""
+    planned, stages = found["planned"], found["stages"]
+    figures = (
+        ("seconds", planned["seconds"], found["seconds"], "s", 1),
+        ("memory", planned["memory_bytes"], found["memory"], "GiB", 2**30),
+        ("disk", planned["disk_peak_bytes"], found["disk"], "GiB", 2**30),
+    )
+    cells = [
+        f"{before / scale:.2f} {unit} / {after / scale:.2f} {unit} = **{before / after:.2f}**"
+        for _, before, after, unit, scale in figures
+    ]
+    yield f"| {found['case']} | {' | '.join(cells)} | {found['cpu']:.0f} | {found['load']:.1f} |"
+    each = (
+        f"{name} {planned['stages'][name]:.1f} / {wall:.1f} ({cpu:.1f})"
+        for name, (wall, cpu) in stages.items()
+    )
+    yield f"| | {', '.join(each)} | | | | |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--stages", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("cases", nargs="*", help="names of builds; all by default")
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
     for name, text in RECIPES.items():
         (arguments.folder / name).write_text(text)
-    found = []
+    print("| build | time: planned / measured | peak memory | peak disk | cpu s | load |")
+    print("|---|---|---|---|---|---|")
     for case in CASES:
-        if not arguments.cases or case.name in arguments.cases:
-            found.append(measure(case, arguments.folder))
-            print(json.dumps(found[-1]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found))
+        if arguments.cases and case.name not in arguments.cases:
+            continue
+        found = measure(case, arguments.folder)
+        with (arguments.folder / "results.jsonl").open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print("\n".join(rows(found)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import reap2gguf
 from reap2gguf.building import pipeline, stages
@@ -18,7 +20,16 @@ from reap2gguf.building.needs.room import room_needs
 from reap2gguf.building.needs.seconds import STAGES
 from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import CalibrationError, UsageError
-from reap2gguf.observing.budget import MOST_OF_TIME, save_seconds
+from reap2gguf.observing.budget import (
+    MOST_OF_TIME,
+    Kind,
+    cpu_memory,
+    fit,
+    layer_bytes,
+    save_seconds,
+)
+from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.passes import mtp_probe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from tests.building.builds import build, options, refuse_at, stop_before_export
@@ -127,6 +138,30 @@ def test_hidden_states_that_do_not_fit_wait_on_the_disk(tmp_path: Path, tiny: Pa
     on_gpu = with_amount(needs_on(plan, H100), rows)
     assert on_gpu.hidden_where == "device"
     assert on_gpu.sweeps.hidden_bytes == 16 * GIB  # bfloat16
+
+
+@pytest.mark.parametrize("shape", [TinyQwen3Moe(), TinyQwen35Moe()], ids=["qwen3", "qwen3.5"])
+def test_a_plan_decides_like_the_sweep(shape: TinyQwen3Moe | TinyQwen35Moe, tmp_path: Path) -> None:
+    """The same rows, by headers alone and by the decoder that computes."""
+    plan = make_plan(options(shape.write(tmp_path / "model"), tmp_path / "out"))
+    needs = needs_on(plan)
+    texts = needs.reused.texts
+    assert texts is not None
+    memory = cpu_memory(LAPTOP.memory_free_bytes, None, 0)
+    with plan.checkpoint:
+        decoder = StreamedDecoder(
+            plan.checkpoint, plan.model, torch.float32, torch.device("cpu"), 1
+        )
+        with closing(decoder):
+            layers = {n: decoder.layer_bytes(n) for n in range(plan.model.facts.n_blocks)}
+            kind = Kind(plan.model, 4, False, decoder.has_linear_attention)
+            rows = [*texts.rows.rows, *mtp_probe(plan.model, texts.rows)]
+            need = kind.need(
+                layers, decoder.embedding_bytes(), sum(map(len, rows)), max(map(len, rows))
+            )
+    found = layer_bytes(plan.model, plan.checkpoint.tensors, 4, False)
+    assert found == pytest.approx(layers, rel=0.001)  # some values stay float32 in any type
+    assert needs.sweeps.budget == fit(need, "cpu", memory, "auto")
 
 
 def test_a_limit_of_memory_that_is_too_small_is_a_problem(tmp_path: Path, tiny: Path) -> None:
