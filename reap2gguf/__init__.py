@@ -12,10 +12,13 @@ are loaded when they are first used, so that `import reap2gguf` is quick.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import build, estimate, plan, verify
+    from reap2gguf.api.builds import add, build, estimate, make_bundle, plan, verify
+    from reap2gguf.api.example import example
+    from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -28,23 +31,28 @@ if TYPE_CHECKING:
     )
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.needs.estimate import Estimate
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
     from reap2gguf.progress import ProgressEvent
+    from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildOptions",
     "BuildResult",
+    "BundleInspection",
     "CalibrationOptions",
     "ComputeOptions",
     "Estimate",
     "Imatrix",
+    "ImatrixInspection",
     "Observations",
+    "ObservationsInspection",
     "Plan",
     "ProgressEvent",
     "PruneResult",
@@ -53,9 +61,13 @@ __all__ = [
     "Selection",
     "VerificationError",
     "VerifyReport",
+    "add",
     "build",
     "estimate",
+    "example",
     "imatrix",
+    "inspect",
+    "make_bundle",
     "observe",
     "plan",
     "prune",
@@ -64,7 +76,9 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("build", "estimate", "plan", "verify"),
+    "api.builds": ("add", "build", "estimate", "make_bundle", "plan", "verify"),
+    "api.example": ("example",),
+    "api.inspecting": ("inspect",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -77,19 +91,33 @@ _HOMES = {
     ),
     "artifacts.observations": ("Observations",),
     "building.needs.estimate": ("Estimate",),
-    "building.pipeline": ("BuildResult",),
+    "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
+    "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
     "progress": ("ProgressEvent",),
+    "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
     "verifying.report": ("VerifyReport",),
 }
+
+
+def without_posix() -> str:
+    """Why the program cannot run on this system; empty if it can."""
+    if find_spec("fcntl") and find_spec("resource"):
+        return ""
+    return (
+        "reap2gguf runs on Linux and macOS; on Windows use WSL2: run `wsl --install`, then install "
+        "reap2gguf inside it"
+    )
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
+            if problem := without_posix():
+                raise ImportError(problem)
             value = getattr(import_module(f"reap2gguf.{module}"), name)
             globals()[name] = value
             return value

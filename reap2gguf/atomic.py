@@ -162,6 +162,22 @@ def copy_whole(source: Path, path: Path) -> None:
             file.write(block)
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give a finished file a second name; a copy where the file system has no hard links.
+
+    The copy has the same time of change. The caller must not write into either: files are replaced
+    whole. Raises OutputError if neither is possible.
+    """
+    remove(path)
+    try:
+        os.link(source, path, follow_symlinks=False)
+    except OSError:
+        copy_whole(source, path)
+        with output_errors(path):
+            stat = source.stat()
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def rename(old: Path, new: Path) -> None:
     """Rename a file or folder, and flush the change to the disk."""
     with output_errors(new):

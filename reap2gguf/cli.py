@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import shlex
-import signal
 import sys
 from typing import Any, NoReturn
 
@@ -15,18 +14,25 @@ import click
 from reap2gguf import __version__
 from reap2gguf.errors import OutputError, PeerError, Reap2ggufError, VerificationError
 from reap2gguf.machine import processes
+from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
-from reap2gguf.terminal.console import LogHandler, is_verbose, say
+from reap2gguf.terminal.bundle_command import bundle
+from reap2gguf.terminal.console import LogHandler, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.example_command import example
+from reap2gguf.terminal.inspect_command import inspect_command
+from reap2gguf.terminal.interrupts import INTERRUPTED, interrupts
+from reap2gguf.terminal.jobs_command import jobs
 from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
+from reap2gguf.terminal.suggestions import Group, option_message
 
-_RESUMABLE = ("build", "observe", "imatrix", "quantize", "push")
+_RESUMABLE = ("build", "add", "observe", "imatrix", "quantize", "push")
 
 
-class _Group(click.Group):
+class _Group(Group):
     """Turns expected errors into one line and an exit code; any other exception is a bug."""
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
@@ -36,6 +42,7 @@ class _Group(click.Group):
             _fail_usage(error)
 
     def invoke(self, ctx: click.Context) -> Any:
+        interrupts.at_end(lambda: _say_interrupted(ctx))
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -47,16 +54,22 @@ class _Group(click.Group):
         except Reap2ggufError as error:
             _fail(error, error.exit_code)
         except KeyboardInterrupt:
-            if processes().is_first:  # one message for all processes
-                is_resumable = ctx.invoked_subcommand in _RESUMABLE
-                advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if is_resumable else ""
-                say(f"Interrupted.{advice}", "error")
-            sys.exit(130)
+            interrupts.end()
+            sys.exit(INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             place = f"{error.filename or 'output'}: {error.strerror or error}"
             _fail(OutputError(place), OutputError.exit_code)
+
+
+def _say_interrupted(ctx: click.Context) -> None:
+    """One message for all processes."""
+    if processes().is_first:
+        is_here = sys.argv[1:3] == ["jobs", "here"]
+        is_resumable = is_here or ctx.invoked_subcommand in _RESUMABLE
+        advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if is_resumable else ""
+        say(f"Interrupted.{advice}", "error")
 
 
 def _resume_advice(has_begun: bool) -> str:
@@ -65,12 +78,6 @@ def _resume_advice(has_begun: bool) -> str:
         return " Resume with the same torchrun command."
     words = [word for word in sys.argv[1:] if word != "--fresh" or not has_begun]
     return f" Resume with: {shlex.join(['reap2gguf', *words])}"
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """End the process as Ctrl-C does: in order, and resumable."""
-    signal.signal(number, signal.SIG_IGN)  # a second signal does nothing; SIGKILL still works
-    raise KeyboardInterrupt
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
@@ -87,7 +94,9 @@ def _fail_usage(error: click.UsageError) -> NoReturn:
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # not in click 8.1
         raise error
     advice = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    is_option = isinstance(error, click.NoSuchOption)
+    message = option_message(error) if is_option else error.format_message()  # type: ignore[arg-type]
+    message = " ".join(message.split()).rstrip(".")
     say(f"Error: {message}{advice}", "error")
     sys.exit(error.exit_code)
 
@@ -107,20 +116,41 @@ def cli() -> None:
     """
 
 
+@click.command("help")
+@click.argument("words", nargs=-1, metavar="[COMMAND]...")
+@click.pass_context
+def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of a command.
+
+    \b
+    Example:
+      reap2gguf help build
+      reap2gguf help recipes check
+    """
+    parent = ctx.parent or ctx
+    shown: click.Command = cli
+    for word in words:
+        if not isinstance(shown, click.Group):
+            parent.fail(f"'{shown.name}' has no commands of its own")
+        _, found, _ = shown.resolve_command(parent, [word])
+        assert found is not None  # else it has failed
+        parent, shown = click.Context(found, info_name=word, parent=parent), found
+    click.echo(shown.get_help(parent))
+
+
 for command in (
-    *(build, plan_command, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(chat, serve, push),
+    *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
+    *(inspect_command, bundle, chat, serve, push, example, jobs, help_command),
 ):
     cli.add_command(command)
 
 
 def main() -> None:
     """Run the `reap2gguf` program."""
-    logging.lastResort = LogHandler(logging.WARNING)  # in effect without --verbose or --quiet
+    logging.lastResort = LogHandler(logging.ERROR)  # in effect without --verbose or --quiet
     logging.captureWarnings(True)  # shown with --verbose only
-    signal.signal(signal.SIGTERM, _interrupt)
-    # its warnings are about requests that are repeated; this program reports those itself
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    interrupts.watch()
+    quiet_libraries()
     if processes().size == 1:
         cli(prog_name="reap2gguf")
         return

@@ -15,6 +15,7 @@
     ├── DependencyError             a library is missing or too old
     ├── OutputError                 the output cannot be written
     ├── PublishError                the Hub refuses an upload
+    ├── JobError                    a rented machine cannot be had, or its job failed
     └── VerificationError           exit code 1: the output differs from the plan
 
 Each message says where, what was found, what was expected and what to do.
@@ -81,6 +82,10 @@ class OutputError(Reap2ggufError):
 
 class PublishError(Reap2ggufError):
     """The Hub cannot be reached, or refuses what is published."""
+
+
+class JobError(Reap2ggufError):
+    """The Hub refuses a job on a rented machine, or the job failed there."""
 
 
 class VerificationError(Reap2ggufError):

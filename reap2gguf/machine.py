@@ -6,7 +6,9 @@ Nothing here loads torch.
 from __future__ import annotations
 
 import os
+import re
 import resource
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_VM_STAT = Path("/usr/bin/vm_stat")  # on macOS
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -76,12 +79,32 @@ def available_bytes() -> int:
     """RAM that is free without swapping, in bytes, within what a container may take."""
     free = _kilobytes(_MEMINFO, "MemAvailable")
     if free is None:
+        free = _free_on_mac()
+    if free is None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = container_limit(), _number(_CGROUP / "memory.current")
     if limit is None or used is None:
         return free
     cached = _file_cache(_CGROUP / "memory.stat")  # counts as used, and is freed on demand
     return max(0, min(free, limit - used + cached))
+
+
+def _free_on_mac() -> int | None:
+    """Bytes that macOS calls free, speculative or inactive; None if it does not say.
+
+    `vm_stat` prints `(page size of 16384 bytes)`, then lines such as `Pages free:  1234.`
+    """
+    if not _VM_STAT.is_file():
+        return None
+    try:
+        done = subprocess.run([_VM_STAT], capture_output=True, timeout=10, check=True)
+        text = done.stdout.decode("ascii")
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    page = re.search(r"page size of (\d+) bytes", text)
+    kinds = r"^Pages (?:free|speculative|inactive): +(\d+)\.$"
+    counts = re.findall(kinds, text, re.MULTILINE)
+    return int(page[1]) * sum(map(int, counts)) if page and counts else None
 
 
 def _kilobytes(path: Path, key: str) -> int | None:

@@ -6,9 +6,11 @@ import os
 import re
 import reprlib
 import shlex
+import textwrap
 from typing import Any
 
 _WORD = re.compile(r"\S+")
+_COMMAND = re.compile(r"\breap2gguf \w")
 _MOST_LETTERS = 1600  # per line: a path of 255 names is too long to read
 _MOST_SHOWN = 500  # letters per value
 
@@ -58,6 +60,28 @@ def one_line(text: str, most: int = _MOST_LETTERS) -> str:
     half = most // 2
     left_out = f" [... {len(text) - 2 * half:,} letters left out ...] "
     return _escaped(text[:half])[:half] + left_out + _escaped(text[-half:])[-half:]
+
+
+def wrapped(text: str, width: int) -> str:
+    """`text` in lines of at most `width` letters, broken between words, the later ones indented.
+
+    A line with a command of this program stays whole, so that it can be copied.
+
+    >>> wrapped("  a note of several words", 20)
+    '  a note of several\\n    words'
+    """
+    if len(text) <= width or _COMMAND.search(text):
+        return text
+    margin = text[: len(text) - len(text.lstrip())]
+    lines = textwrap.wrap(
+        text.strip(),
+        max(width, 20),
+        initial_indent=margin,
+        subsequent_indent=f"{margin}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def without_password(text: str) -> str:

@@ -89,12 +89,23 @@ def check_labels(labels: object) -> dict[str, str]:
 
 
 def check_counts(keep_experts: object, compression: object) -> None:
-    """Raise UsageError for values that are no numbers; `choose_target` knows the bounds."""
+    """Raise UsageError for values that fit no model; `choose_target` knows each model's bounds."""
     if keep_experts is not None and type(keep_experts) is not int:
         raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
     is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
     if compression is not None and not is_number:
         raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
+    if keep_experts is not None and compression is not None:
+        raise UsageError(
+            "--keep-experts and --compression both set the number of experts; pass one of them"
+        )
+    if keep_experts is not None and keep_experts < 1:
+        raise UsageError(f"--keep-experts {keep_experts}: expected 1 or more")
+    if isinstance(compression, int | float) and not 0 <= compression < 1:
+        hint = (
+            f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
+        )
+        raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
 
 
 def _recipes(given: object) -> tuple[str, ...]:
@@ -143,11 +154,13 @@ class CalibrationOptions:
 class Resume:
     """Where a sweep saves its state between two layers, and the key of its inputs.
 
-    A sweep resumes only from a state with the same key.
+    A sweep resumes only from a state with the same key, and of the same versions: one sweep is not
+    computed half by one version of torch and half by another.
     """
 
     path: Path
     key: str
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computes
 
 
 @dataclass(frozen=True)
@@ -201,10 +214,14 @@ class BuildOptions:
     method: str = "reap"
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
+    observations: Path | None = None  # that `observe` wrote: they take the place of that stage
+    imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
+    imatrix_chunks: int | None = None  # most chunks; None: as many tokens as rows may have
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     fresh: bool = False
+    replace: bool = False  # delete GGUF files of the finished bundle that are not asked for
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
 
@@ -218,11 +235,79 @@ class BuildOptions:
         check_counts(self.keep_experts, self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
-        for name in ("fresh", "check_space", "follow_links"):
+        for name in ("fresh", "replace", "check_space", "follow_links"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_number("chunk", self.chunk, 8)
+        if self.imatrix_chunks is not None:
+            check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        if self.imatrix_text is not None:
-            object.__setattr__(self, "imatrix_text", check_path("imatrix_text", self.imatrix_text))
+        for name in ("observations", "imatrix", "imatrix_text"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_path(name, path))
+        if self.imatrix is not None and self.imatrix_text is not None:
+            raise UsageError(
+                "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
+                "there is not computed; pass one of them"
+            )
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """The arguments of `add`."""
+
+    bundle: Path  # either folder of a finished bundle
+    recipes: tuple[str, ...] = ()  # of files to write
+    files: tuple[Path, ...] = ()  # GGUF files that are there already
+    labels: Mapping[str, str] = field(default_factory=dict)  # by recipe or file
+    source: str | None = None  # the model, where the bundle has no safetensors
+    exact: bool = False  # whether what was written is quantized again and compared by bytes
+    threads: int = field(default_factory=available_threads)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bundle", check_path("bundle", self.bundle))
+        recipes = _recipes(self.recipes) if self.recipes else ()
+        object.__setattr__(self, "recipes", recipes)
+        files = tuple(check_path("files", path) for path in self.files)
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        check_bool("exact", self.exact)
+        check_number("threads", self.threads, 1, MOST_THREADS)
+        if not recipes and not files:
+            raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """The arguments of `bundle`: what single commands made."""
+
+    folder: Path  # of `prune`, or a model that is not pruned
+    files: tuple[Path, ...]  # GGUF files of that model
+    source: str | None = None  # MODEL that was pruned
+    imatrix: Path | None = None
+    observations: Path | None = None
+    text: Path | None = None  # that the importance matrix was computed on
+    output: Path = Path("build")
+    name: str | None = None  # None: the folder's
+    labels: Mapping[str, str] = field(default_factory=dict)  # by file
+    threads: int = field(default_factory=available_threads)
+
+    def __post_init__(self) -> None:
+        for name in ("folder", "output"):
+            object.__setattr__(self, name, check_path(name, getattr(self, name)))
+        for name in ("imatrix", "observations", "text"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_path(name, path))
+        files = tuple(check_path("files", path) for path in self.files)
+        object.__setattr__(self, "files", files)
+        if not files:
+            raise UsageError("no GGUF file was given; `reap2gguf quantize` writes one")
+        if self.text is not None and self.imatrix is None:
+            raise UsageError("--text is that of an importance matrix; pass it with --imatrix")
+        if self.name is not None:
+            check_kind("name", self.name, str)
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        if unknown := sorted(self.labels.keys() - set(map(str, files))):
+            raise UsageError(f"--label {unknown[0]}=...: no such file was given")
+        check_number("threads", self.threads, 1, MOST_THREADS)

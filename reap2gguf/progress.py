@@ -15,28 +15,45 @@ class Task(Protocol):
     def advance(self, amount: float = 1) -> None:
         """`amount` more units are done."""
 
+    def at(self, place: str) -> None:
+        """Where the work is now, such as "layer 12/48"."""
+
 
 class Progress(Protocol):
     """Receives what the stages are doing; a terminal draws it, a program gets events."""
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
-        """A piece of work of `total` units, open while the context is; tasks may overlap."""
+        """A piece of work of `total` units, open while the context is; tasks may overlap.
+
+        A total of 0 is work that nobody counts, such as loading a library; see `working`.
+        """
         yield ...  # type: ignore[misc]
 
     def note(self, text: str) -> None:
         """A line to read once, such as a fallback that was taken."""
 
 
+@contextmanager
+def working(progress: Progress, title: str) -> Iterator[None]:
+    """Announce work that takes a while and is not counted, before it begins."""
+    with progress.task(title, 0, ""):
+        yield
+
+
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One report about a task, or a note. A note has only a text; a task has everything else."""
+    """One report about a task, or a note. A note has only a text.
+
+    The text of a task says where the work is, such as "layer 12/48". A total of 0 is work that is
+    not counted.
+    """
 
     kind: Literal["begin", "advance", "end", "note"]
     title: str = ""
     done: float = 0.0  # units so far
     total: float = 0.0
-    unit: str = ""  # such as "tokens" or "bytes"
+    unit: str = ""  # such as "bytes", or "tokens": those of the text, however many layers
     text: str = ""
 
 
@@ -84,9 +101,17 @@ class _CallbackTask:
             self.latest = replace(self.latest, kind="advance", done=done)
             self._send(self.latest)
 
+    def at(self, place: str) -> None:
+        with self._lock:
+            self.latest = replace(self.latest, kind="advance", text=place)
+            self._send(self.latest)
+
 
 class _Nothing:
     def advance(self, amount: float = 1) -> None:
+        """Ignored."""
+
+    def at(self, place: str) -> None:
         """Ignored."""
 
 

@@ -137,8 +137,10 @@ HEAD = 'title = "t"\nlabel = "L"\nfile_type = "Q4_K_M"\n'
         (["{tiny}", "--recipe", "q8_0", "--keep-experts", "9"], "the model has 8 experts"),
         (["{tiny}", "--recipe", "q8_0", "--keep-experts", "1"], "keep at least 2"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "1.5"], "less than 1"),
+        (["nowhere", "--recipe", "q8_0", "--compression", "25"], "for 25 % pass 0.25"),
+        (["nowhere", "--recipe", "q8_0", "--keep-experts", "0"], "expected 1 or more"),
         (["{tiny}", "--recipe", "q8_0", "--compression", "x"], "not a valid float"),
-        (["{tiny}"], "Missing option '--recipe'"),
+        (["{tiny}"], "'--recipe'"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_one_line(
@@ -287,15 +289,6 @@ def test_doctor_tells_versions() -> None:
     assert "libggml" in result.output
 
 
-def test_a_bare_wheel_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from reap2gguf import resources
-
-    monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "site-packages" / "reap2gguf")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(resources.SourceError, match="pass a folder such as"):
-        resources.example_checkpoint()
-
-
 def test_an_interrupt_says_how_to_resume(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,7 +307,7 @@ def test_an_interrupt_says_how_to_resume(
     assert result.output.endswith(f"Interrupted. Resume with: {command}\n"), "it is begun"
     monkeypatch.setattr(plan, "make_plan", interrupt)
     result = run(*words, "--fresh")
-    assert result.output == f"Interrupted. Resume with: {command} --fresh\n"
+    assert result.output.splitlines()[1:] == [f"Interrupted. Resume with: {command} --fresh"]
 
 
 def test_an_interrupted_quantization_goes_on(
@@ -372,7 +365,8 @@ def test_tries_at_the_hub_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in ("plan owner/name --recipe bf16", "observe owner/name -o x"):
         result = run(*arguments.split())
         assert result.exit_code == 2
-        *tries, error = result.stderr.splitlines()
+        announced, *tries, error = result.stderr.splitlines()
+        assert announced.endswith("Reading owner/name ...")
         assert [line.partition("; ")[2] for line in tries] == [
             f"try {number} of 5 in 0 s" for number in (2, 3, 4, 5)
         ]
@@ -392,8 +386,8 @@ def test_quiet_prints_the_results_alone(tiny: Path, tmp_path: Path) -> None:
 def test_verbose_prints_the_causes_of_an_error(tiny: Path) -> None:
     (tiny / "config.json").write_text("{")
     command = ("plan", tiny, "--recipe", "q8_0")
-    assert len(run(*command).stderr.splitlines()) == 1
-    lines = run(*command, "-v").stderr.splitlines()
+    assert len(run(*command).stderr.splitlines()) == 2
+    lines = run(*command, "-v").stderr.splitlines()[1:]
     assert lines[0].startswith("Error: ")
     assert lines[1].startswith("  caused by JSONDecodeError: ")
-    assert len(run(*command).stderr.splitlines()) == 1, "it holds for one command"
+    assert len(run(*command).stderr.splitlines()) == 2, "it holds for one command"

@@ -38,6 +38,17 @@ PAGES = [
     REPOSITORY / "tests" / "fuzz" / "README.md",
     *sorted(DOCS.glob("*.md")),
 ]
+FIRST = DOCS / "first-build.md"
+FIRST_HOUR = (
+    "example",
+    "plan",
+    "build",
+    "inspect",
+    "add",
+    "verify",
+    "chat",
+    "push",
+)  # commands in their order
 DOWNLOAD = "needs a download"
 NOT_RUN = "not run: "
 STEPS = {"plan", "build", "observe", "select", "prune", "imatrix", "quantize", "verify"}
@@ -342,6 +353,11 @@ def checkout(folder: Path) -> Path:
     """A folder in which the pages' commands find what they name, and write what they write."""
     for name in ("calibration", "examples", "recipes"):
         (folder / name).symlink_to(REPOSITORY / name)
+    return empty_folder(folder)
+
+
+def empty_folder(folder: Path) -> Path:
+    """A folder that holds the program and nothing else, as after installing a wheel."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "reap2gguf"
     program.write_text(_SHORT)
@@ -364,9 +380,9 @@ def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page.stem == "first-build" else ())
+        pytest.param(page, marks=pytest.mark.slow if page.stem == "parts" else ())
         for page in PAGES
-        if any(block.is_run for block in blocks(page, "bash"))
+        if page != FIRST and any(block.is_run for block in blocks(page, "bash"))
     ],
     ids=page_name,
 )
@@ -378,10 +394,22 @@ def test_commands_on_the_pages_run(page: Path, built_example: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_first_hour_runs_in_an_empty_folder(tmp_path: Path) -> None:
+    folder = empty_folder(tmp_path)
+    run = [block for block in blocks(FIRST, "bash") if not block.mark]
+    for block in run:
+        done = shell(block.body, folder)
+        assert done.returncode == 0, f"{block.body}\n{done.stdout}\n{done.stderr}"
+    typed = [words[1] for block in run for words in command_lines(block.body)]
+    order = [typed.index(name) for name in FIRST_HOUR]
+    assert order == sorted(order)
+
+
+@pytest.mark.slow
 def test_the_python_example_runs(tmp_path: Path) -> None:
     if missing := STEPS - set(getattr(reap2gguf, "__all__", ())):
         pytest.skip(f"reap2gguf has no public {', '.join(sorted(missing))}")
-    folder = checkout(tmp_path)
+    folder = empty_folder(tmp_path)
     code = "\n".join(block.body for block in blocks(DOCS / "python.md", "python"))
     (folder / "example.py").write_text(code)
     done = shell(f"{shlex.quote(sys.executable)} example.py", folder)
@@ -399,7 +427,7 @@ def test_the_ci_runs_the_readmes_test_command() -> None:
     assert "run: .ci/run" in (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
 
 
-@pytest.mark.parametrize("folder", ["recipes", "calibration"])
+@pytest.mark.parametrize("folder", ["recipes", "calibration", "examples/tiny-qwen3-moe"])
 def test_shipped_folders_travel_in_the_wheel(folder: str) -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     included = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]

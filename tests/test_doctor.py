@@ -90,11 +90,11 @@ def test_llama_cpp_python_is_for_chat_and_serve(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(software, "missing_for_server", list)
     assert software.llama_cpp_python().found.endswith("for `chat` and `serve`")
     monkeypatch.setattr(software, "missing_for_server", lambda: ["uvicorn"])
-    assert "pip install 'reap2gguf[serve]'" in software.llama_cpp_python().advice
+    assert "pip install 'llama-cpp-python[server]>=0.3.30'" in software.llama_cpp_python().advice
     without(monkeypatch, llama_cpp_python=None)
     finding = software.llama_cpp_python()
     assert finding.state is State.ABSENT
-    assert "pip install 'reap2gguf[serve]'" in finding.advice
+    assert "pip install 'llama-cpp-python[server]>=0.3.30'" in finding.advice
 
 
 def test_programs_that_are_not_there_are_not_needed() -> None:

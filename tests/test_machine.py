@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from reap2gguf import machine
 from reap2gguf.machine import (
     Processes,
     available_bytes,
+    available_threads,
     container_limit,
     peak_bytes,
     processes,
@@ -39,6 +42,56 @@ def test_a_container_s_file_cache_is_as_good_as_free(
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes() > 600000
     assert container_limit() is None
+
+
+@pytest.fixture
+def mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A system without /proc and cgroups, as macOS is; where its `vm_stat` would be."""
+    for name in ("_STATUS", "_MEMINFO", "_CGROUP", "_VM_STAT"):
+        monkeypatch.setattr(machine, name, tmp_path / name)
+    return tmp_path / "_VM_STAT"
+
+
+def write_program(path: Path, lines: str) -> None:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def test_a_mac_s_free_memory(mac: Path) -> None:
+    answer = """cat << end
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               100.
+Pages active:                          200000.
+Pages inactive:                            20.
+Pages speculative:                          3.
+Pages purgeable:                           50.
+File-backed pages:                     100000.
+end"""
+    write_program(mac, answer)
+    assert available_bytes() == 123 * 16384
+    assert container_limit() is None
+    assert total_bytes() > 2**27
+
+
+@pytest.mark.parametrize("lines", ["exit 1", "echo what", "printf '\\377'", ""])
+def test_a_mac_that_does_not_say(lines: str, mac: Path) -> None:
+    if lines:
+        write_program(mac, lines)
+    assert available_bytes() == total_bytes()
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_units_of_the_peak(
+    platform: str, unit: int, mac: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(sys, "platform", platform)
+    assert peak_bytes() == resident_bytes() == pytest.approx(peak * unit, rel=0.01)
+
+
+def test_processors_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_threads() == os.cpu_count()
 
 
 def test_a_child_does_not_count_what_its_parent_held() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from reap2gguf.progress import CallbackProgress, ProgressEvent
+from reap2gguf.progress import CallbackProgress, ProgressEvent, working
 
 
 def test_tasks_and_notes_become_events() -> None:
@@ -63,3 +63,23 @@ def test_a_callback_may_report_itself() -> None:
     with progress.task("Reading", 1, "rows"):
         pass
     assert [event.kind for event in events] == ["begin", "note", "end"]
+
+
+def test_a_place_is_told_and_kept() -> None:
+    events: list[ProgressEvent] = []
+    with CallbackProgress(events.append).task("Observing", 2, "tokens") as task:
+        task.at("layer 1/4")
+        task.advance()
+    assert [(event.kind, event.done, event.text) for event in events] == [
+        ("begin", 0.0, ""),
+        ("advance", 0.0, "layer 1/4"),
+        ("advance", 1.0, "layer 1/4"),
+        ("end", 1.0, "layer 1/4"),
+    ]
+
+
+def test_work_that_is_not_counted_has_no_total() -> None:
+    events: list[ProgressEvent] = []
+    with working(CallbackProgress(events.append), "Loading torch"):
+        assert events == [ProgressEvent("begin", "Loading torch", 0.0, 0, "")]
+    assert [event.kind for event in events] == ["begin", "end"]

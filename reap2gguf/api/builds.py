@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
-from reap2gguf.options import BuildOptions, check_bool, check_path, check_threads
+from reap2gguf.options import (
+    AddOptions,
+    BuildOptions,
+    BundleOptions,
+    check_bool,
+    check_labels,
+    check_path,
+    check_threads,
+)
+from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
-    from reap2gguf.building.pipeline import BuildResult
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.verifying.report import VerifyReport
 
 
@@ -23,9 +33,11 @@ def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError, CalibrationError or
     UsageError.
     """
-    from reap2gguf.building.plan import make_plan
+    shown = to_progress(progress)
+    with working(shown, f"Reading {options.model or 'the example'}"):
+        from reap2gguf.building.plan import make_plan
 
-    return make_plan(options, to_progress(progress).note)
+        return make_plan(options, shown.note)
 
 
 def estimate(
@@ -57,6 +69,72 @@ def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> Bui
 
     decided = plan(options, progress=progress) if isinstance(options, BuildOptions) else options
     return run(decided, to_progress(progress))
+
+
+def add(
+    bundle: PathLike,
+    *files: PathLike,
+    recipes: str | Sequence[str] = (),
+    labels: Mapping[str, str] | None = None,
+    source: PathLike | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+    progress: ProgressLike = None,
+) -> BuildResult:
+    """Add GGUF files to a finished bundle; nothing is observed, pruned or swept again.
+
+    One file is written for each recipe, from the bundle's own safetensors and importance matrix.
+    `files` are GGUF files of the same model, which are verified and then taken over as they are.
+    A bundle without safetensors needs `source`, the MODEL that it was made from.
+    `exact` quantizes what was written again and compares the bytes. Raises UsageError if it is not
+    a bundle, RecipeError, OutputError, and VerificationError if a file of the bundle is not as it
+    was built, or a new one is wrong: then the bundle is as it was.
+    """
+    from reap2gguf.building.add import add as run
+
+    paths = tuple(check_path("files", path) for path in files)
+    where, n_threads = check_path("bundle", bundle), check_threads(threads)
+    given = (recipes,) if isinstance(recipes, str) else tuple(recipes)
+    model = None if source is None else str(source)
+    options = AddOptions(where, given, paths, check_labels(labels or {}), model, exact, n_threads)
+    return run(options, to_progress(progress))
+
+
+def make_bundle(
+    folder: PathLike,
+    *files: PathLike,
+    source: PathLike | None = None,
+    imatrix: PathLike | None = None,
+    observations: PathLike | None = None,
+    text: PathLike | None = None,
+    output: PathLike = "build",
+    name: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    progress: ProgressLike = None,
+) -> BuildResult:
+    """Make a bundle of what `prune`, `quantize`, `imatrix` and `observe` made, after verifying it.
+
+    `folder` is one that `prune` wrote, with `source`, the MODEL that it was made from; or a model
+    that was not pruned. `files` are GGUF files of it. Files are linked into the bundle, and stay
+    where they are. Raises UsageError, ArtifactError for a part of another model, VerificationError
+    for a file that does not hold what it should, OutputError, and what opening a model raises.
+    """
+    from reap2gguf.building.bundling import bundle as run
+
+    options = BundleOptions(
+        check_path("folder", folder),
+        tuple(check_path("files", path) for path in files),
+        None if source is None else str(source),
+        None if imatrix is None else check_path("imatrix", imatrix),
+        None if observations is None else check_path("observations", observations),
+        None if text is None else check_path("text", text),
+        check_path("output", output),
+        name,
+        check_labels(labels or {}),
+        check_threads(threads),
+    )
+    return run(options, to_progress(progress))
 
 
 def verify(

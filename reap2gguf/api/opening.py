@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.errors import UsageError
 from reap2gguf.options import check_bool
 from reap2gguf.outputs import keep_inputs
-from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent
+from reap2gguf.progress import CallbackProgress, Progress, ProgressEvent, Silent, working
 
 if TYPE_CHECKING:
     from reap2gguf.hub.opened import OpenModel
@@ -21,10 +21,11 @@ PathLike = Path | str
 def open_named(
     name: PathLike, progress: Progress, keep_mtp: bool = True, follow_links: bool = False
 ) -> OpenModel:
-    from reap2gguf.hub.opened import open_model
-
     check_bool("follow_links", follow_links)
-    return open_model(str(name), progress, keep_mtp, follow_links)
+    with working(progress, f"Reading {name}"):
+        from reap2gguf.hub.opened import open_model
+
+        return open_model(str(name), progress, keep_mtp, follow_links)
 
 
 def keep_files(opened: OpenModel, outputs: list[Path], inputs: Iterable[Path]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import ArtifactError, CalibrationError, OutputError, UsageError
+from reap2gguf.errors import CalibrationError, OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     METHODS,
@@ -26,7 +26,7 @@ from reap2gguf.options import (
     given_or_new,
 )
 from reap2gguf.outputs import drop_states, output_file, output_path
-from reap2gguf.progress import Progress, Silent
+from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -45,6 +45,7 @@ class Selection:
     n_experts: int  # per layer, before
     n_kept: int  # per layer, after
     kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
+    notes: tuple[str, ...] = ()  # tokens per expert, and warnings about scores that are noisy
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,20 @@ def observe(
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
+        from reap2gguf.pruning.coverage import observed_notes
         from reap2gguf.tokenizer.tokenizer import Tokenizer
 
         facts = opened.model.facts
         length = min(decided.max_length, facts.context_length)
-        tokenizer = Tokenizer(opened.source.folder)
-        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
+        with working(shown, "Reading the calibration text"):
+            tokenizer = Tokenizer(opened.source.folder)
+            rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
         _check_same_rows(rows.sha256)
         where = _resuming(compute, output, opened.checkpoint, rows.sha256)
-        seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
+        with working(shown, "Loading torch and the first layer"):
+            seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
+    for line in observed_notes(seen):
+        shown.note(line)
     if processes().is_first:
         seen.save(output)
         drop_states(output)
@@ -153,6 +159,8 @@ def prune(
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
         selection = _select(opened, observations, keep_experts, compression, method)
+        for line in selection.notes:
+            shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
 
         checkpoint, name = opened.checkpoint, opened.source.label
@@ -166,18 +174,24 @@ def imatrix(
     output: PathLike,
     *,
     chunk: int = 512,
+    imatrix_chunks: int | None = None,
+    seed: int = 42,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> Imatrix:
     """Compute the importance matrix of MODEL on a text; `output` is a GGUF file.
 
-    The older format is written beside it, as `.dat`. An interrupted call resumes from the layer
-    that `OUTPUT.state` holds. Raises CalibrationError, ObservationError, OutputError, UsageError,
-    and what opening a model raises.
+    The text is cut into chunks of `chunk` tokens; all are read, or `imatrix_chunks` of them, spread
+    over the text by `seed`. The older format is written beside it, as `.dat`. An interrupted call
+    resumes from the layer that `OUTPUT.state` holds. Raises CalibrationError, ObservationError,
+    OutputError, UsageError, and what opening a model raises.
     """
     output, text, shown = output_file(output), check_path("text", text), to_progress(progress)
     check_number("chunk", chunk, 8)
+    check_number("seed", seed, -(2**31 - 1))
+    if imatrix_chunks is not None:
+        check_number("imatrix_chunks", imatrix_chunks, 1)
     compute = given_or_new("compute", compute, ComputeOptions)
     if output.suffix == ".dat":
         raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
@@ -189,15 +203,18 @@ def imatrix(
     with open_named(model, shown, follow_links=follow_links) as opened:
         keep_files(opened, [output, dat], [text])
         opened.check_tokenizer()
-        from reap2gguf.calibration.drawing import imatrix_chunks
+        from reap2gguf.calibration import drawing
         from reap2gguf.gguf_files.imatrix import save_both
         from reap2gguf.observing.passes import compute_imatrix
         from reap2gguf.tokenizer.tokenizer import Tokenizer
 
         size = min(chunk, opened.model.facts.context_length)
-        chunks = imatrix_chunks(Tokenizer(opened.source.folder), text, size, files)
+        with working(shown, f"Reading {text}"):
+            tokenizer = Tokenizer(opened.source.folder)
+            chunks = drawing.imatrix_chunks(tokenizer, text, size, files, imatrix_chunks, seed)
         where = _resuming(compute, output, opened.checkpoint, chunks.tokens_sha256)
-        result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
+        with working(shown, "Loading torch and the first layer"):
+            result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
     if processes().is_first:
         save_both(result, output)
         drop_states(output)
@@ -285,6 +302,8 @@ def _select(
     method: str,
 ) -> Selection:
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.given import check_same_model
+    from reap2gguf.pruning.coverage import selection_notes
     from reap2gguf.pruning.select import choose_target, select_experts
 
     check_choice("method", method, METHODS)
@@ -294,13 +313,11 @@ def _select(
         if isinstance(observations, Observations)
         else Observations.load(Path(os.path.realpath(observations)))  # the user named it
     )
-    if seen.model_fingerprint != opened.checkpoint.fingerprint():
-        raise ArtifactError(
-            f"the observations are of another checkpoint than {opened.checkpoint.folder}; run "
-            "`reap2gguf observe` on this one"
-        )
+    where = "observations" if isinstance(observations, Observations) else str(observations)
+    check_same_model(seen, opened.checkpoint, where)
     kept = select_experts(seen, method, target, opened.model.facts)
-    return Selection(method, target.n_experts, target.n_kept, kept)
+    notes = tuple(selection_notes(seen, kept))
+    return Selection(method, target.n_experts, target.n_kept, kept, notes)
 
 
 def _check_same_rows(digest: str) -> None:
@@ -319,9 +336,13 @@ def _resuming(
     compute: ComputeOptions, output: Path, checkpoint: Checkpoint, rows: str
 ) -> ComputeOptions:
     """Keep the progress of a sweep that writes `output` beside it."""
-    from reap2gguf.building.keys import sweep_key
+    from reap2gguf.artifacts.made_with import COMPUTING, versions
+    from reap2gguf.building.keys import IMATRIX_FORMAT, OBSERVE_FORMAT, stage_key
 
     path = output.with_name(f"{output.name}.state")
     source = (checkpoint.fingerprint(), checkpoint.stamps())
-    key = sweep_key(source, rows, compute.likely_device, compute.likely_dtype)
-    return replace(compute, scratch=output.parent, resume=Resume(path, key))
+    key = stage_key(
+        OBSERVE_FORMAT, IMATRIX_FORMAT, source, rows, compute.likely_device, compute.likely_dtype
+    )
+    resume = Resume(path, key, versions(COMPUTING))
+    return replace(compute, scratch=output.parent, resume=resume)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
@@ -61,11 +62,13 @@ class Observations:
     n_dropped_rows: int  # rows skipped because their values were not finite
     n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted right
     n_mtp_tokens: int = 0  # next-next tokens that it was asked for, on some of the rows
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computed it
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk refuses."""
         arrays = named_layers(self.layers)
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
+        metadata[MADE_WITH] = encode(self.made_with)
         write_arrays(path, arrays, metadata | {"format_version": FORMAT_VERSION})
 
     @classmethod
@@ -85,6 +88,7 @@ class Observations:
         try:
             numbers = {name: _whole_number(name, metadata[name]) for name in _NUMBERS}
             words = {name: metadata[name] for name in _METADATA if name not in _NUMBERS}
+            made_with = decode(metadata.get(MADE_WITH, "{}"))
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
         try:
@@ -93,19 +97,21 @@ class Observations:
             raise ArtifactError(
                 f"{path}: damaged ({error}); remove it and run the same command again"
             ) from error
-        return cls(layers=layers, **numbers, **words)  # type: ignore[arg-type]
+        return cls(layers=layers, made_with=made_with, **numbers, **words)  # type: ignore[arg-type]
 
 
-_METADATA = [field.name for field in fields(Observations) if field.name != "layers"]
+_METADATA = [
+    entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH)
+]
 _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
 
 def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArray[Any]]:
     """Every array of every layer, by its name in the file."""
     return {
-        f"layers.{layer}.{field.name}": getattr(seen, field.name)
+        f"layers.{layer}.{entry.name}": getattr(seen, entry.name)
         for layer, seen in sorted(layers.items())
-        for field in fields(seen)
+        for entry in fields(seen)
     }
 
 
@@ -140,13 +146,13 @@ def _read_layers(path: Path, header: Mapping[str, FileTensor]) -> dict[int, Laye
 
 
 def _refuse_missing(path: Path, header: Mapping[str, FileTensor], numbers: list[int]) -> None:
-    for name in (f"layers.{number}.{field}" for number in numbers for field in _FIELDS):
+    for name in (f"layers.{number}.{part}" for number in numbers for part in _FIELDS):
         if name not in header:
             raise ArtifactError(f"{path}: {name} is missing")
 
 
 def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation:
-    names = {field: f"layers.{number}.{field}" for field in _FIELDS}
+    names = {part: f"layers.{number}.{part}" for part in _FIELDS}
     _refuse_missing(path, stored.tensors, [number])
     tensors = [stored.tensors[name] for name in names.values()]
     dtypes = [tensor.dtype for tensor in tensors]
@@ -160,7 +166,7 @@ def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation
         raise ArtifactError(
             f"{path}: layer {number} has {count:,} experts, expected at most {_MAX_EXPERTS:,}"
         )
-    found: dict[str, npt.NDArray[Any]] = {field: stored.read(name) for field, name in names.items()}
+    found: dict[str, npt.NDArray[Any]] = {part: stored.read(name) for part, name in names.items()}
     if not all(np.isfinite(values).all() and (values >= 0).all() for values in found.values()):
         raise ArtifactError(f"{path}: layer {number} has negative, NaN or infinite values")
     return LayerObservation(**found)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
 from reap2gguf.bundle.manifest import ComponentRecord, component_records
 from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 
 Row = npt.NDArray[np.int64]  # token ids, shape (n,)
+_Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,21 @@ class ObservationRows:
 
 @dataclass(frozen=True)
 class ImatrixChunks:
-    """Chunks for the importance matrix, and the text they were cut from."""
+    """Chunks for the importance matrix, in the order of the text they were cut from."""
 
     label: str
     text: str
     chunk_size: int
     chunks: Sequence[Row]
+    n_of_text: int  # chunks of the whole text, of which these are some or all
+
+    @property
+    def summary(self) -> str:
+        """How much of the text is read, such as `8 of 150 chunks of 512 tokens, spread ...`."""
+        size = f"chunks of {self.chunk_size:,} tokens"
+        if len(self.chunks) == self.n_of_text:
+            return f"all {self.n_of_text:,} {size}"
+        return f"{len(self.chunks):,} of {self.n_of_text:,} {size}, spread over the text"
 
     @property
     def sha256(self) -> str:
@@ -54,25 +65,27 @@ class ImatrixChunks:
 
 @dataclass(frozen=True)
 class Texts:
-    """The input of both calibration passes of a build."""
+    """The input of the calibration passes of a build; None for what no pass reads."""
 
-    rows: ObservationRows
-    chunks: ImatrixChunks
+    rows: ObservationRows | None
+    chunks: ImatrixChunks | None
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what tokenized it
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk fails."""
-        arrays = {
-            **_packed("rows", self.rows.rows),
-            **_packed("chunks", self.chunks.chunks),
-            "text": np.frombuffer(self.chunks.text.encode("utf-8"), dtype=np.uint8),
-        }
-        metadata = {
-            "rows_label": self.rows.label,
-            "rows_sha256": self.rows.sha256,
-            "components": json.dumps([asdict(record) for record in self.rows.components]),
-            "chunks_label": self.chunks.label,
-            "chunk_size": str(self.chunks.chunk_size),
-        }
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        metadata: dict[str, str] = {MADE_WITH: encode(self.made_with)}
+        if (rows := self.rows) is not None:
+            arrays |= _packed("rows", rows.rows)
+            metadata["rows_label"] = rows.label
+            metadata["rows_sha256"] = rows.sha256
+            metadata["components"] = json.dumps([asdict(record) for record in rows.components])
+        if (chunks := self.chunks) is not None:
+            arrays |= _packed("chunks", chunks.chunks)
+            arrays["text"] = np.frombuffer(chunks.text.encode("utf-8"), dtype=np.uint8)
+            metadata["chunks_label"] = chunks.label
+            metadata["chunk_size"] = str(chunks.chunk_size)
+            metadata["chunks_of_text"] = str(chunks.n_of_text)
         write_arrays(path, arrays, metadata)
 
     @classmethod
@@ -85,24 +98,37 @@ class Texts:
             metadata = read_metadata(path)
             arrays = load_file(path)
             check_arrays(metadata, arrays)
-            rows = ObservationRows(
-                metadata["rows_label"],
-                metadata["rows_sha256"],
-                _unpacked("rows", arrays),
-                component_records(json.loads(metadata["components"])),
-            )
-            chunks = ImatrixChunks(
-                metadata["chunks_label"],
-                arrays["text"].tobytes().decode("utf-8"),
-                int(metadata["chunk_size"]),
-                _unpacked("chunks", arrays),
-            )
+            rows = _read_rows(metadata, arrays) if "rows_label" in metadata else None
+            chunks = _read_chunks(metadata, arrays) if "chunks_label" in metadata else None
+            made_with = decode(metadata[MADE_WITH])
         except (CheckpointError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}: damaged, not the tokenized text that was saved ({error}); remove it and "
                 "run the same command again"
             ) from error
-        return cls(rows, chunks)
+        return cls(rows, chunks, made_with)
+
+
+def _read_rows(metadata: Mapping[str, str], arrays: _Arrays) -> ObservationRows:
+    return ObservationRows(
+        metadata["rows_label"],
+        metadata["rows_sha256"],
+        _unpacked("rows", arrays),
+        component_records(json.loads(metadata["components"])),
+    )
+
+
+def _read_chunks(metadata: Mapping[str, str], arrays: _Arrays) -> ImatrixChunks:
+    chunks = ImatrixChunks(
+        metadata["chunks_label"],
+        arrays["text"].tobytes().decode("utf-8"),
+        int(metadata["chunk_size"]),
+        _unpacked("chunks", arrays),
+        int(metadata["chunks_of_text"]),
+    )
+    if chunks.n_of_text < len(chunks.chunks):
+        raise ValueError(f"{len(chunks.chunks)} chunks of a text of {chunks.n_of_text}")
+    return chunks
 
 
 def _packed(name: str, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
@@ -113,7 +139,7 @@ def _packed(name: str, rows: Sequence[Row]) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _unpacked(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> list[Row]:
+def _unpacked(name: str, arrays: _Arrays) -> list[Row]:
     """The rows of two arrays. Raises ValueError if the lengths do not fit the tokens."""
     tokens, lengths = arrays[f"{name}.tokens"], arrays[f"{name}.lengths"]
     if lengths.sum() != len(tokens) or (lengths < 1).any():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.models.description import Carried, Dropped, Expert
 from reap2gguf.resources import shipped_folder
-from reap2gguf.verifying.exactness import EXACT_TYPES
+from reap2gguf.verifying.exactness import EXACT_TYPES, SMALL_FILE
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -18,7 +18,6 @@ _CPU_FLOPS = 60e9  # per core, float32
 _GPU_FLOPS = 150e12
 _QUANTIZED_WEIGHTS = 11e6  # per core and second, Q4_K
 _CORES_BESIDE_A_GPU = 16
-_SMALL_FILE = 2**30  # bytes; quantized again in some minutes on any machine
 _MOST_EXACT = 0.1  # of a build, for quantizing large files again
 _UNKNOWN = 2**62
 
@@ -31,7 +30,7 @@ def exact_recipes(plan: Plan, has_gpu: bool, active: int | None = None) -> froze
     the plan and the kind of device, not on a clock or the number of threads: the same inputs make
     the same manifest. `active`: what `active_parameters` returns, where it is known.
     """
-    large = [recipe for recipe in plan.recipes if recipe.n_bytes >= _SMALL_FILE]
+    large = [recipe for recipe in plan.recipes if recipe.n_bytes >= SMALL_FILE]
     small = {recipe.name for recipe in plan.recipes} - {recipe.name for recipe in large}
     quantized = sum(
         math.prod(entry.tensor.shape)

@@ -64,13 +64,15 @@ def read_history(checkpoint: Checkpoint, facts: ModelFacts, note: Note) -> Histo
 
 def _history(manifest: Manifest, checkpoint: Checkpoint, facts: ModelFacts) -> History | None:
     """Raises ValueError if the manifest is not that of this checkpoint."""
-    pruning, source = manifest.pruning, manifest.source
+    pruning, source, hf = manifest.pruning, manifest.source, manifest.hf
+    if hf is None:
+        raise ValueError("it records no safetensors")
     for name, found, expected in (
         ("architecture", source.architecture, facts.architecture),
         ("n_kept", pruning.n_kept, facts.n_experts),
         ("experts_per_token", pruning.experts_per_token, facts.experts_per_token),
-        ("n_parameters", manifest.hf.n_parameters, checkpoint.n_parameters),
-        ("n_bytes", manifest.hf.n_bytes, checkpoint.n_bytes),
+        ("n_parameters", hf.n_parameters, checkpoint.n_parameters),
+        ("n_bytes", hf.n_bytes, checkpoint.n_bytes),
     ):
         if found != expected:
             raise ValueError(f"{name} is {found}, expected {expected}")

@@ -1,8 +1,9 @@
 """The keys of a build's stages: hashes of everything that their results depend on.
 
 A stage that was finished with the same key is reused. Keys leave out threads and the spool: results
-do not depend on them. Keys leave out memory and the number of processes too: they may change
-last bits (`sweep.py`), which is no reason to repeat hours of work.
+do not depend on them. Keys leave out memory, the number of processes and the versions of libraries
+too: they may change last bits (`sweep.py`), which is no reason to repeat hours of work. Versions
+are recorded beside each result, and a reuse by others is reported (`artifacts/made_with.py`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
+from reap2gguf.building.finished import Inputs
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
@@ -30,6 +31,17 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+
+# Raise one of these where a change of the program makes other results of the same inputs: where an
+# earlier result was wrong, or lacks something that later stages read. A higher number is another
+# key, so what users have is made again, and all that depends on it. Leave it where only the speed,
+# a message or a library changes.
+TEXTS_FORMAT = 1  # how texts become rows and chunks: samples, templates, cutting, drawing
+OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
+PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
+IMATRIX_FORMAT = 1  # what is summed per matrix
+EXPORT_FORMAT = 1  # headers and tensors of GGUF files
+VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
 
 @dataclass(frozen=True)
@@ -72,24 +84,25 @@ class BuildKeys:
         committed there later. `owner/name@revision` pins a commit; --fresh draws again.
         """
         calibration, text = self.plan.calibration, self.plan.options.imatrix_text
-        hashes = local_hashes(calibration, self.plan.files)
+        reads = self.plan.reads_calibration
+        hashes = local_hashes(calibration, self.plan.files) if reads else []
         if text is not None:
             hashes.append((text.name, self.plan.files.text(text).sha256))
         return stage_key(
-            __version__,
-            version("transformers"),
-            version("tokenizers"),
-            version("jinja2"),
+            TEXTS_FORMAT,
             self._companions,
-            calibration.spec,
+            calibration.spec if reads else None,
             calibration.label,
             hashes,
             str(text),
+            self.plan.reads_rows,
+            self.plan.imatrix is None,
             calibration.samples,
             calibration.seed,
             calibration.pack,
             self.plan.max_length,
             self.chunk,
+            self.plan.options.imatrix_chunks,
             self.plan.model.facts.vocab_size,
         )
 
@@ -101,7 +114,8 @@ class BuildKeys:
     def observe(self, rows: ObservationRows) -> str:
         """The key of the observations."""
         calibration = self.plan.calibration
-        return sweep_key(
+        return stage_key(
+            OBSERVE_FORMAT,
             self._source,
             rows.label,
             rows.sha256,
@@ -115,14 +129,13 @@ class BuildKeys:
     def pruned(self, kept: Kept) -> str:
         """The key of the pruned model, in whatever format."""
         kept_experts = sorted(kept.items())
-        return stage_key(__version__, self._source, kept_experts, self._companions, self.plan.mtp)
+        return stage_key(PRUNE_FORMAT, self._source, kept_experts, self._companions, self.plan.mtp)
 
     def imatrix(self, pruned: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         """The key of the importance matrix."""
         rows = [row.tolist() for row in probe]
-        return sweep_key(
-            pruned, chunks.label, chunks.tokens_sha256, chunks.chunk_size, rows, *self._computing
-        )
+        text = chunks.label, chunks.tokens_sha256, chunks.chunk_size
+        return stage_key(IMATRIX_FORMAT, pruned, *text, rows, *self._computing)
 
     def export(self, imatrix: str, datasets: Sequence[str]) -> str:
         """The key of the GGUF files; their headers name the datasets of the calibration."""
@@ -131,14 +144,24 @@ class BuildKeys:
         return export_key(imatrix, *names, self._card, self._recipes, self._history)
 
     @property
-    def inputs(self) -> str:
-        """The key of everything that a bundle depends on."""
+    def inputs(self) -> Inputs:
+        """The keys of everything that a bundle depends on."""
+        plan = self.plan
+        recipes = {
+            plan.gguf_name(recipe): recipe_key(recipe.name, recipe.label, recipe.source)
+            for recipe in plan.recipes
+        }
+        return Inputs(self._base, recipes)
+
+    @property
+    def _base(self) -> str:
         plan = self.plan
         return stage_key(
-            sweep_key(),
-            export_key(),
+            *(TEXTS_FORMAT, OBSERVE_FORMAT, PRUNE_FORMAT, IMATRIX_FORMAT),
             self._source,
-            self.texts,
+            self.texts if plan.reads_texts else self._companions,
+            self._given,
+            plan.writes_hf,
             self._card,
             plan.name,
             plan.source.label,
@@ -147,9 +170,14 @@ class BuildKeys:
             self._history,
             plan.target.n_kept,
             plan.mtp,
-            self._recipes,
             *self._computing,
         )
+
+    @property
+    def _given(self) -> list[tuple[str, str] | None]:
+        """The files that take the place of stages: cards name them."""
+        given = (self.plan.observations, self.plan.imatrix)
+        return [None if one is None else (one.file, one.sha256) for one in given]
 
     @property
     def _history(self) -> dict[str, Any] | None:
@@ -172,21 +200,23 @@ def stage_key(*inputs: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def sweep_key(*inputs: object) -> str:
-    """The key of a sweep: it names the versions of the libraries that compute."""
-    try:
-        kernels = version("flash-linear-attention")
-    except PackageNotFoundError:
-        kernels = ""  # transformers' own take their place
-    return stage_key(__version__, version("torch"), version("transformers"), kernels, *inputs)
-
-
 def export_key(*inputs: object) -> str:
-    """The key of an export: it names the versions of the libraries that quantize."""
+    """The key of an export: it names the library that quantizes, and what headers say of it."""
+    # headers hold the version of this program, and a file is resumed only with one of them
+    return stage_key(EXPORT_FORMAT, __version__, ggml_identity(), *inputs)
+
+
+def ggml_identity() -> tuple[str, ...]:
+    """The ggml that quantizes; it decides the bytes of every quantized tensor."""
     ggml = load_ggml()
     # two builds of one version may round differently; wheels of one version are one file
-    own = [file_sha256(ggml.path)] if ggml.is_own else []
-    return stage_key(__version__, ggml.version, *own, version("gguf"), *inputs)
+    return (ggml.version, file_sha256(ggml.path)) if ggml.is_own else (ggml.version,)
+
+
+def recipe_key(name: str, label: str, source: str) -> str:
+    """The key of a recipe's GGUF file, among files of the same model and importance matrix."""
+    # not of this program: each record in a manifest has the version that its header has
+    return stage_key(EXPORT_FORMAT, ggml_identity(), name, label, source)
 
 
 def _hashes(files: Iterable[Path], error_type: type[Reap2ggufError]) -> list[tuple[str, str]]:

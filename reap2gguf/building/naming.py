@@ -32,7 +32,7 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
     """
     if options.name is not None:
         name = options.name
-        _check_given(name)
+        check_given_name(name)
     else:
         ending = _ending(options, target)
         name = _safe(source.short_name, _MOST_LETTERS - len(GGUF_SUFFIX + ending)) + ending
@@ -43,14 +43,16 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
                 f"of them); the result is called {name}; --name chooses another"
             )
     folders = BundleFolders(options.output, name)
-    if source.folder.resolve() in (folders.hf.resolve(), folders.gguf.resolve()):
+    made = [folders.gguf, *([folders.hf] if target.prunes else [])]
+    if source.folder.resolve() in [folder.resolve() for folder in made]:
         raise UsageError(
             f"{source.folder}: the result would replace the source; pass another --name"
         )
     return name
 
 
-def _check_given(name: str) -> None:
+def check_given_name(name: str) -> None:
+    """Raises UsageError for a name that the Hub does not allow for both folders of a bundle."""
     if len(name) > _MOST_GIVEN:
         raise UsageError(
             f"the name {shown(name)} is not allowed: it has {len(name):,} letters, expected at "

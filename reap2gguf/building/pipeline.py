@@ -2,7 +2,9 @@
 
     plan -> texts -> observe -> prune -> imatrix -> export -> verify -> record
 
-A build that keeps all experts has nothing to observe.
+A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
+alone. Given observations, and a given importance
+matrix, take the place of the stages that make them; with both, no text is read.
 
 `stages.py` and `verify_stage.py` declare each stage, `stage.py` says how one is reused and resumed.
 Nothing gets its final name before everything is verified. Started by torchrun, every process runs
@@ -13,41 +15,33 @@ second.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.artifacts.made_with import other_versions
+from reap2gguf.building.adding import Addition, extend, open_reference
+from reap2gguf.building.exact import exact_recipes
+from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.plan import with_all_values
-from reap2gguf.building.record import Evidence, write_record
-from reap2gguf.building.stage import Run, Stage, StageCost
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
+from reap2gguf.building.record import Evidence, program_versions, write_record
+from reap2gguf.building.stage import BuildResult, Run, Stage
+from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
+from reap2gguf.building.standing import Standing, refuse_dropping, standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
-from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
+from reap2gguf.pruning.coverage import selection_notes
 from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """Where a finished build lies, and what it cost.
-
-    `stages` is empty where the bundle was up to date and nothing was done.
-    """
-
-    hf_folder: Path
-    gguf_folder: Path
-    manifest: Manifest
-    stages: Sequence[StageCost]
 
 
 def build(plan: Plan, progress: Progress) -> BuildResult | None:
@@ -57,7 +51,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     example VerificationError, and then leaves no final name.
     """
     check_device(plan.options.compute)
-    work = Workdir(plan.options.output, plan.name)
+    work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     if not processes().is_first:
         with plan.checkpoint:
             return _run_stages(Run(plan, work, Silent(), STAGES))
@@ -70,48 +64,96 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
 def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
     plan = run.plan
-    if run.agree(lambda: run.work.is_finished(run.keys.inputs)):
-        return _up_to_date(run) if run.is_first else None
+    found = standing(plan, run.keys, run.work) if run.is_first else None
+    if run.agree(lambda: found is not None):
+        return None if found is None else _extend(run, found)
     if run.is_first:  # the only one that writes files
+        refuse_dropping(plan, run.work)
         run.plan = plan = with_all_values(plan, run.progress.note)
     run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
 
-    texts = run.do(ReadTexts(run))
-    observed = run.do(Observe(run, texts)) if plan.target.prunes else None
+    texts = run.do(ReadTexts(run)) if plan.reads_texts else None
+    observed = run.do(Observe(run, needed(texts))) if plan.observes else None
     kept = run.agree(lambda: _kept(plan, observed))
+    if run.is_first and (seen := _observations(plan, observed)) is not None:
+        for line in selection_notes(seen, kept):
+            run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
-    run.do(Prune(run, pruned))
-    importance = run.do(Importance(run, pruned, texts))
+    if plan.writes_hf:
+        run.do(Prune(run, pruned))
+    importance = run.do(
+        Importance(run, pruned, texts)
+        if plan.imatrix is None
+        else GivenImportance(run, pruned, texts, plan.imatrix)
+    )
     if not run.is_first:
         return None
     exported = run.do(Export(run, pruned, importance))
     verified = run.do(Verify(run, pruned, exported))
 
     evidence = Evidence(
-        None if observed is None else observed.result,
-        "" if observed is None else observed.sha256,
-        texts.result,
+        _observations(plan, observed),
+        observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
+        importance.texts,
         kept,
         importance.facts,
         verified.result.passed,
         {**importance.seals, **verified.result.seals},
+        {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
-    return BuildResult(run.work.final_hf, run.work.final_gguf, manifest, tuple(run.costs))
+    return BuildResult.of(run.work, manifest, run.costs)
 
 
 def _kept(plan: Plan, observed: Observe | None) -> Kept:
     """The experts that stay: the best ones, or all where nothing is pruned."""
-    if observed is None:
+    seen = _observations(plan, observed)
+    if seen is None:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(observed.result, plan.method, plan.target, plan.model.facts)
+    return select_experts(seen, plan.method, plan.target, plan.model.facts)
 
 
-def _up_to_date(run: Run) -> BuildResult:
-    """The bundle is there already."""
-    work = run.work
-    run.progress.note(
-        f"{work.name}: up to date; `reap2gguf verify` checks it, --fresh builds it from scratch"
+def _observations(plan: Plan, observed: Observe | None) -> Observations | None:
+    """What the build observed, or was given; None where nothing is pruned."""
+    if observed is not None:
+        return observed.result
+    return None if plan.observations is None else plan.observations.seen
+
+
+def _extend(run: Run, found: Standing) -> BuildResult:
+    """The bundle is there already, but for some files."""
+    work, plan, note = run.work, run.plan, run.progress.note
+    stay = [record.file for record in found.stay]
+    if others := [name for name in stay if name not in run.keys.inputs.recipes]:
+        note(f"not named by this command, kept: {', '.join(others)} (--replace deletes them)")
+    for name in found.gone:
+        note(f"{name} was removed from the bundle")
+    for record in found.dropped:
+        note(f"{record.file} is deleted")
+    if found.is_up_to_date:
+        versions = other_versions(found.manifest.program, program_versions())
+        state = f"up to date, {versions}" if versions else "up to date"
+        advice = "`reap2gguf verify` checks it, --fresh builds it from scratch"
+        note(f"{work.name}: {state}; {advice}")
+        return BuildResult.of(work, found.manifest)
+    note(f"{work.name}: the finished bundle is extended; nothing is observed or pruned again")
+    made = {name: key for name, key in run.keys.inputs.recipes.items()}
+    earlier = work.finished()
+    kept = {} if earlier is None else {n: k for n, k in earlier.inputs.recipes.items() if n in stay}
+    addition = Addition(
+        work.of_addition(),
+        found.manifest,
+        found.missing,
+        stay=found.stay,
+        # a command that names every file also gives their order
+        order=[*stay, *made] if others else [*made],
+        inputs=replace(run.keys.inputs, recipes=kept | made),
+        exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
     )
-    return BuildResult(work.final_hf, work.final_gguf, Manifest.load(work.final_gguf), ())
+    threads, kept_all = plan.options.compute.threads, found.manifest.pruning.kept
+    if found.manifest.hf is None:
+        view = PrunedView(plan.checkpoint, plan.model, {k: tuple(v) for k, v in kept_all.items()})
+        return extend(addition, (view, view.model), threads, run.progress)
+    with open_reference(found.manifest, work.final_hf) as reference:
+        return extend(addition, reference, threads, run.progress)

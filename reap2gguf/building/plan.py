@@ -7,9 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.given import (
+    GivenImatrix,
+    GivenObservations,
+    keep_given,
+    read_imatrix,
+    read_observations,
+)
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
-from reap2gguf.bundle.layout import model_file, side_file
+from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration
@@ -51,11 +58,45 @@ class Plan:
     files: ScannedFiles  # of the calibration
     tokenizer_caveats: tuple[str, ...] = ()
     history: History | None = None  # of a source that this program has pruned before
+    observations: GivenObservations | None = None  # None: the build makes them
+    imatrix: GivenImatrix | None = None  # None: the build computes it
+
+    @property
+    def observes(self) -> bool:
+        """Whether the build ranks the experts itself."""
+        return self.target.prunes and self.observations is None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
+        asks_mtp = self.imatrix is None and self.model.facts.has_mtp
+        return self.observes or (asks_mtp and not self.target.prunes)
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether anything is read of the calibration."""
+        has_own_text = self.imatrix is not None or self.options.imatrix_text is not None
+        return self.reads_rows or not has_own_text
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether any text is read at all."""
+        return self.reads_rows or self.imatrix is None
+
+    @property
+    def n_sweeps(self) -> int:
+        """How many calibration passes the build makes."""
+        return self.observes + (self.imatrix is None)
+
+    @property
+    def writes_hf(self) -> bool:
+        """Whether the bundle has safetensors: those of a source that keeps all are not copied."""
+        return self.target.prunes
 
     @property
     def hf_bytes(self) -> int:
-        """Size of the safetensors."""
-        return self.pruned.n_bytes
+        """Size of the safetensors that the build writes."""
+        return self.pruned.n_bytes if self.writes_hf else 0
 
     @property
     def n_parameters(self) -> int:
@@ -118,7 +159,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         )
     calibration = decide(options.calibration)
     files = ScannedFiles()
-    check_calibration(calibration, files)
+    if reads_early := _surely_reads(options):
+        check_calibration(calibration, files)
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
         files.text(options.imatrix_text)
@@ -134,13 +176,21 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     resolved = tuple(
         resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
     )
-    for recipe in resolved:
-        _check_importance(recipe, pruned.model)
     name = bundle_name(options, source, target, note)
+    folders = BundleFolders(options.output, name)
+    keep_given(folders, (options.observations, options.imatrix), target.prunes)
+    seen = imatrix = None
+    if options.observations is not None:
+        how = target, options.method
+        seen = read_observations(options.observations, checkpoint, model.facts, *how)
+    if options.imatrix is not None:
+        imatrix = read_imatrix(options.imatrix, tensors)
+    for recipe in resolved:
+        _check_importance(recipe, pruned.model, imatrix)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
-    return Plan(
+    plan = Plan(
         options,
         calibration,
         source,
@@ -154,17 +204,32 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         files,
         of_tokenizer,
         read_history(checkpoint, model.facts, note),
+        seen,
+        imatrix,
     )
+    if plan.reads_calibration and not reads_early:
+        check_calibration(calibration, files)
+    return plan
 
 
-def _check_importance(recipe: ResolvedRecipe, model: MoeModel) -> None:
+def _surely_reads(options: BuildOptions) -> bool:
+    """Whether a build reads its calibration whatever the model is."""
+    if options.imatrix is None and options.imatrix_text is None:
+        return True
+    return options.observations is None and options.compression != 0
+
+
+def _check_importance(
+    recipe: ResolvedRecipe, model: MoeModel, given: GivenImatrix | None = None
+) -> None:
     """Refuse a type that needs an importance where the importance matrix will have none."""
-    if unweighted := sorted({*recipe.needs_importance()} - model.weighted_matrices()):
+    weighted = model.weighted_matrices() if given is None else given.imatrix.entries.keys()
+    if unweighted := sorted({*recipe.needs_importance()} - weighted):
         name = unweighted[0]
+        why = "none is computed for it" if given is None else f"{given.file} has none for it"
         raise RecipeError(
             f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "
-            "importance matrix, and none is computed for it; give it a type of more bits, such as "
-            "Q4_K, in a rule"
+            f"importance matrix, and {why}; give it a type of more bits, such as Q4_K, in a rule"
         )
 
 

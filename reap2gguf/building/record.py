@@ -20,6 +20,8 @@ from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
     MODELFILE,
     SUMS_FILE,
+    model_file,
+    side_file,
 )
 from reap2gguf.bundle.manifest import (
     CalibrationRecord,
@@ -38,12 +40,14 @@ from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
+from reap2gguf.pruning.coverage import coverage_record
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.artifacts.texts import Texts
+    from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.models.description import SideFile
@@ -64,6 +68,7 @@ class Evidence:
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
+    made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
@@ -76,20 +81,25 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         program=program_versions(),
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
-        calibration=_calibration_record(plan, evidence.texts),
-        hf=FolderRecord(
-            folder=work.final_hf.name,
-            n_shards=len(list(work.hf.glob("*.safetensors"))),
-            n_parameters=written.n_parameters,
-            n_bytes=written.n_bytes,
-            files={},
-        ),
-        gguf=tuple(_gguf_record(plan, recipe, work.gguf) for recipe in plan.recipes),
-        side_files=tuple(_side_record(plan, side, work.gguf) for side in plan.side_files),
+        calibration=_calibration_record(plan, evidence),
+        hf=_folder_record(work, written) if plan.writes_hf else None,
+        gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
+        side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
+        made_with=evidence.made_with,
     )
     return _write(plan, work, evidence, manifest)
+
+
+def _folder_record(work: Workdir, written: PrunedView) -> FolderRecord:
+    return FolderRecord(
+        folder=work.final_hf.name,
+        n_shards=len(list(work.hf.glob("*.safetensors"))),
+        n_parameters=written.n_parameters,
+        n_bytes=written.n_bytes,
+        files={},
+    )
 
 
 def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
@@ -117,11 +127,14 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         n_tokens=0 if seen is None else seen.n_tokens,
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(plan, seen, evidence.importance),
+        coverage=None if seen is None else coverage_record(seen, evidence.kept),
+        observations_file=None if plan.observations is None else plan.observations.file,
     )
 
 
 def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, Any]) -> MtpRecord:
-    if not plan.model.facts.has_mtp:
+    # a pass that was not made here has not asked it on the same rows
+    if not plan.model.facts.has_mtp or plan.observations or plan.imatrix:
         return MtpRecord(plan.mtp)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after
@@ -129,46 +142,85 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
     return MtpRecord(plan.mtp, seen.n_mtp_hits, hits, seen.n_mtp_tokens)
 
 
-def _calibration_record(plan: Plan, texts: Texts) -> CalibrationRecord:
-    chunks = texts.chunks
-    return CalibrationRecord(
-        spec=texts.rows.label,
-        sha256=texts.rows.sha256,
-        max_length=plan.max_length,
-        seed=plan.calibration.seed,
-        packed=plan.calibration.pack,
-        imatrix_text=chunks.label,
-        imatrix_sha256=chunks.sha256,
-        imatrix_chunks=len(chunks.chunks),
-        imatrix_chunk_size=chunks.chunk_size,
-        components=texts.rows.components,
+def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
+    texts, seen, given = evidence.texts, plan.observations, plan.imatrix
+    rows, chunks = texts.rows, texts.chunks
+    own = rows if seen is None else None  # the rows that ranked the experts, if that was done here
+    record = CalibrationRecord(
+        spec=own.label if own else seen.seen.calibration if seen else None,
+        sha256=own.sha256 if own else seen.seen.calibration_sha256 if seen else None,
+        max_length=plan.max_length if own else None,
+        seed=plan.calibration.seed if own else None,
+        packed=plan.calibration.pack if own else None,
+        imatrix_text=None if chunks is None else chunks.label,
+        imatrix_sha256=None if chunks is None else chunks.sha256,
+        imatrix_chunks=None if chunks is None else len(chunks.chunks),
+        imatrix_chunk_size=None if chunks is None else chunks.chunk_size,
+        components=() if rows is None else rows.components,
+        imatrix_text_chunks=0 if chunks is None else chunks.n_of_text,
+        imatrix_unseen=int(evidence.importance.get("unseen_experts", 0)),  # none of a given matrix
+    )
+    return record if given is None else with_given_imatrix(record, given)
+
+
+def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> CalibrationRecord:
+    """The record of a calibration with what the file of an importance matrix says of itself."""
+    return replace(
+        record,
+        imatrix_text=given.imatrix.dataset,
+        imatrix_chunks=given.imatrix.n_chunks,
+        imatrix_chunk_size=given.imatrix.chunk_size,
+        imatrix_file=given.file,
+        imatrix_text_chunks=0,
+        imatrix_unseen=sum(given.imatrix.unseen_experts().values()),
     )
 
 
 def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) -> Manifest:
     """Write what is left of both folders; what was verified is not written and not hashed again."""
-    source_card = plan.source.folder / CARD_FILE
     # of interrupted attempts
     for stale in (*work.hf.glob(f"*{PART}"), *work.gguf.glob(f"*{PART}")):
         remove(stale)
     for made in (work.hf / CARD_FILE, work.hf / MANIFEST_FILE, work.gguf / SUMS_FILE):
         remove(made)
-    files = _sealed(work, work.hf, evidence)
-    write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
-    files[CARD_FILE] = hash_file(work.hf / CARD_FILE)
-    manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(files.items()))))
-    manifest.save(work.hf)
+    if (chunks := evidence.texts.chunks) is not None:
+        write_whole(work.gguf / CALIBRATION_FILE, chunks.text)
+    files = BundleFiles(_sealed(work, work.hf, evidence), _sealed(work, work.gguf, evidence))
+    if chunks is not None:
+        files.gguf[CALIBRATION_FILE] = hash_file(work.gguf / CALIBRATION_FILE)
+    return write_texts(work, manifest, files, plan.source.folder)
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """The files of both folders that are there before cards and hashes, by name."""
+
+    hf: dict[str, FileRecord]
+    gguf: dict[str, FileRecord]
+
+
+def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: Path) -> Manifest:
+    """Write cards, manifests, Modelfile and SHA256SUMS around finished files; the manifest.
+
+    `source` is the folder whose card and generation config are inherited. Raises VerificationError
+    for a file that is no part of the bundle.
+    """
+    source_card = source / CARD_FILE
+    gguf_text = gguf_card(manifest, source_card)
+    if manifest.hf is not None:
+        write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
+        hf_files = {**files.hf, CARD_FILE: hash_file(work.hf / CARD_FILE)}
+        manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(hf_files.items()))))
+        manifest.save(work.hf)
     written = {
-        CALIBRATION_FILE: evidence.texts.chunks.text,
-        CARD_FILE: gguf_card(manifest, source_card),
-        MODELFILE: modelfile(manifest, plan.source.folder),
+        CARD_FILE: gguf_text,
+        MODELFILE: modelfile(manifest, source),
         MANIFEST_FILE: manifest.text(),
     }
     for name, text in written.items():
         write_whole(work.gguf / name, text)
-    files = _sealed(work, work.gguf, evidence)
-    files |= {name: hash_file(work.gguf / name) for name in written}
-    sums = compose_sums({name: file.sha256 for name, file in files.items()})
+    gguf_files = {**files.gguf, **{name: hash_file(work.gguf / name) for name in written}}
+    sums = compose_sums({name: file.sha256 for name, file in gguf_files.items()})
     write_whole(work.gguf / SUMS_FILE, sums)
     _refuse_strays(work, manifest)
     return manifest
@@ -185,7 +237,7 @@ def _sealed(work: Workdir, folder: Path, evidence: Evidence) -> dict[str, FileRe
 
 def _refuse_strays(work: Workdir, manifest: Manifest) -> None:
     """Raises VerificationError for a file that another program has put into the work folder."""
-    strays = [*check_members(work.hf, hf_members(manifest))]
+    strays = [] if manifest.hf is None else [*check_members(work.hf, hf_members(manifest))]
     strays += check_members(work.gguf, gguf_members(manifest))
     if strays:
         raise VerificationError(strays, f"nothing was published; look into {work.root}")
@@ -215,8 +267,9 @@ def _own_commit() -> str | None:
     return commit
 
 
-def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
-    path = folder / plan.gguf_name(recipe)
+def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
+    """The record of a file that was written to `folder` for the bundle `name`."""
+    path = folder / model_file(name, recipe.label)
     return GgufRecord(
         file=path.name,
         recipe=recipe.name,
@@ -230,7 +283,9 @@ def _gguf_record(plan: Plan, recipe: ResolvedRecipe, folder: Path) -> GgufRecord
     )
 
 
-def _side_record(plan: Plan, side: SideFile, folder: Path) -> SideRecord:
-    path = folder / plan.side_name(side)
-    tensor_types = {name: tensor_type.name for name, tensor_type in side.tensor_types().items()}
-    return SideRecord(path.name, side.title, path.stat().st_size, tensor_types)
+def side_record(name: str, side: SideFile, folder: Path | None = None) -> SideRecord:
+    """The record of a side file of the bundle `name`; without its size if there is no folder."""
+    file = side_file(side.prefix, name)
+    n_bytes = 0 if folder is None else (folder / file).stat().st_size
+    tensor_types = {tensor: one.name for tensor, one in side.tensor_types().items()}
+    return SideRecord(file, side.title, n_bytes, tensor_types)

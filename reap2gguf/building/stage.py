@@ -19,17 +19,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from reap2gguf.artifacts.made_with import check_versions, other_versions, versions
 from reap2gguf.atomic import remove, write_whole
-from reap2gguf.building.keys import BuildKeys, sweep_key
+from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
+from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.progress import Progress
 
 T = TypeVar("T")
@@ -48,6 +51,25 @@ class StageCost:
     reused: bool = False
 
 
+@dataclass(frozen=True)
+class BuildResult:
+    """Where a finished build lies, and what it cost.
+
+    `stages` is empty where the bundle was up to date and nothing was done.
+    """
+
+    hf_folder: Path | None  # None: nothing was pruned, so the source's safetensors serve
+    gguf_folder: Path
+    manifest: Manifest
+    stages: Sequence[StageCost]
+
+    @classmethod
+    def of(cls, work: Workdir, manifest: Manifest, costs: Sequence[StageCost] = ()) -> BuildResult:
+        """The result in its final folders."""
+        hf = None if manifest.hf is None else work.final_hf
+        return cls(hf, work.final_gguf, manifest, tuple(costs))
+
+
 class Stage(ABC, Generic[Result]):
     """One stage of a build: what it is called, leaves, depends on and does.
 
@@ -57,6 +79,7 @@ class Stage(ABC, Generic[Result]):
     name: ClassVar[str]
     is_shared: ClassVar[bool] = False  # its file is named by its key, for all builds of an output
     is_sweep: ClassVar[bool] = False  # every process of a torchrun build computes its share
+    libraries: ClassVar[Sequence[str]] = ()  # whose versions are recorded beside its result
     undoes: ClassVar[bool] = True  # whether stages after it are done again where its files changed
 
     def __init__(self, run: Run) -> None:
@@ -93,6 +116,10 @@ class Stage(ABC, Generic[Result]):
         """What `compute` returned, now or in an earlier run."""
         return self.run.marks.facts(self.name)
 
+    def made_with(self) -> Mapping[str, str]:
+        """The versions that made its result, as recorded beside it; none if that is not known."""
+        return self.run.marks.made_with(self.name)
+
     def is_intact(self) -> bool:
         """Whether its outputs are as it left them, beyond their sizes and times of change.
 
@@ -104,7 +131,8 @@ class Stage(ABC, Generic[Result]):
     def compute_options(self) -> ComputeOptions:
         """Where and how to compute, and where to keep what a sweep has done between layers."""
         work = self.run.work
-        resume = Resume(work.root / f"{self.name}.state", sweep_key(self.key))
+        made_with = versions(self.libraries)
+        resume = Resume(work.root / f"{self.name}.state", self.key, made_with)
         return replace(
             self.run.plan.options.compute,
             scratch=work.root,
@@ -183,13 +211,19 @@ class Run:
         with self._counted(stage, reused):
             if not reused:
                 self._begin(stage, undoes=stage.undoes or not is_marked)
-                facts = stage.compute()
+                with working(self.progress, self._heading(stage)):
+                    facts = stage.compute()
                 outputs = () if stage.is_shared else stage.outputs
                 kept = stamps(self.work.root, outputs)
-                self.marks.finish(stage.name, stage.key, facts, kept)
+                made_with = versions(stage.libraries)
+                self.marks.finish(stage.name, stage.key, facts, kept, made_with)
             for state in self.work.root.glob(f"{stage.name}.state*"):
                 remove(state)  # of a sweep whose result is there
         return stage
+
+    def _heading(self, stage: Stage[Any]) -> str:
+        names = [one.name for one in self.order]
+        return f"Stage {names.index(stage.name) + 1}/{len(names)}: {stage.name}"
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, in all of them."""
@@ -229,7 +263,9 @@ class Run:
     def _counted(self, stage: Stage[Any], reused: bool) -> Iterator[None]:
         """Keep what the work inside costs."""
         if reused:
-            self.progress.note(f"{stage.name}: up to date, reused")
+            others = other_versions(stage.made_with(), versions(stage.libraries))
+            reuse = f"{others}: reused (--fresh to redo it)" if others else "up to date, reused"
+            self.progress.note(f"{stage.name}: {reuse}")
         start = time.monotonic()
         yield
         seconds = round(time.monotonic() - start, 2)
@@ -244,6 +280,7 @@ class Mark:
     is_done: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
     stamps: Stamps = field(default_factory=dict)  # of its outputs when it was finished
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of libraries
 
 
 class StageMarks:
@@ -268,9 +305,16 @@ class StageMarks:
         kept = {name: mark for name, mark in self._marks.items() if name not in undone}
         self._write(kept | {stage: Mark(key)})
 
-    def finish(self, stage: str, key: str, facts: Mapping[str, Any], kept: Stamps) -> None:
+    def finish(
+        self,
+        stage: str,
+        key: str,
+        facts: Mapping[str, Any],
+        kept: Stamps,
+        made_with: Mapping[str, str],
+    ) -> None:
         """A stage is finished with these inputs; `facts` is plain JSON."""
-        self._write(self._marks | {stage: Mark(key, True, facts, kept)})
+        self._write(self._marks | {stage: Mark(key, True, facts, kept, made_with)})
 
     def void(self, stage: str) -> None:
         """A stage's outputs are not what it left: it cannot be resumed either."""
@@ -279,6 +323,10 @@ class StageMarks:
     def stamps(self, stage: str) -> Stamps:
         """The stamps of a finished stage's outputs."""
         return self._marks[stage].stamps
+
+    def made_with(self, stage: str) -> Mapping[str, str]:
+        """The versions of the libraries that made a finished stage."""
+        return self._marks[stage].made_with if stage in self._marks else {}
 
     def facts(self, stage: str) -> Mapping[str, Any]:
         """The facts of a finished stage."""
@@ -300,7 +348,11 @@ def _read_marks(path: Path) -> dict[str, Mark]:
 
 
 def _mark(
-    key: str, is_done: bool, facts: Mapping[str, Any], stamps: Mapping[str, Sequence[int]]
+    key: str,
+    is_done: bool,
+    facts: Mapping[str, Any],
+    stamps: Mapping[str, Sequence[int]],
+    made_with: Mapping[str, str],
 ) -> Mark:
     kept = {name: (int(n_bytes), int(ns)) for name, (n_bytes, ns) in stamps.items()}
-    return Mark(key, is_done, facts, kept)
+    return Mark(key, is_done, facts, kept, check_versions(made_with))

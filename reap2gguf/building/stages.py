@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.artifacts.texts import Row, Texts
+from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import Seal, read_seals
 from reap2gguf.building.stage import Run, Stage
@@ -29,7 +30,8 @@ from reap2gguf.exporting.model_files import (
 )
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
-from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
+from reap2gguf.observing.passes import compute_imatrix, observe
+from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
@@ -41,11 +43,21 @@ if TYPE_CHECKING:
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
+T = TypeVar("T")
+
+
+def needed(found: T | None) -> T:
+    """What a stage reads of the texts; a plan that has the stage has it too."""
+    assert found is not None
+    return found
+
+
 class ReadTexts(Stage[Texts]):
     """Tokenizes all text, so that one that is too short is refused before the long work."""
 
     name = "texts"
     is_shared = True
+    libraries = TOKENIZING
 
     def make_key(self) -> str:
         return self.run.keys.texts
@@ -80,7 +92,13 @@ class ReadTexts(Stage[Texts]):
             plan.model.facts.vocab_size,
             self.run.progress,
             plan.files,
+            plan.options.imatrix_chunks,
+            has_rows=plan.reads_rows,
+            has_chunks=plan.imatrix is None,
         )
+
+    def made_with(self) -> Mapping[str, str]:
+        return self.result.made_with
 
 
 class Observe(Stage[Observations]):
@@ -89,13 +107,18 @@ class Observe(Stage[Observations]):
     name = "observe"
     is_shared = True
     is_sweep = True
+    libraries = COMPUTING
 
     def __init__(self, run: Run, texts: ReadTexts) -> None:
         super().__init__(run)
         self._texts = texts
 
     def make_key(self) -> str:
-        return self.run.keys.observe(self._texts.result.rows)
+        return self.run.keys.observe(self._rows)
+
+    @property
+    def _rows(self) -> ObservationRows:
+        return needed(self._texts.result.rows)
 
     @property
     def path(self) -> Path:
@@ -107,9 +130,8 @@ class Observe(Stage[Observations]):
 
     def compute(self) -> Mapping[str, Any]:
         run = self.run
-        rows = self._texts.result.rows
         seen = observe(
-            run.plan.checkpoint, run.plan.model, rows, self.compute_options, run.progress
+            run.plan.checkpoint, run.plan.model, self._rows, self.compute_options, run.progress
         )
         if run.is_first:
             run.work.share(seen.save, self.path)
@@ -117,6 +139,9 @@ class Observe(Stage[Observations]):
 
     def load(self) -> Observations:
         return Observations.load(self.path)
+
+    def made_with(self) -> Mapping[str, str]:
+        return self.result.made_with
 
     @cached_property
     def sha256(self) -> str:
@@ -158,8 +183,9 @@ class Importance(Stage[Imatrix]):
 
     name = "imatrix"
     is_sweep = True
+    libraries: ClassVar[Sequence[str]] = COMPUTING
 
-    def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts) -> None:
+    def __init__(self, run: Run, pruned: PrunedView, texts: ReadTexts | None) -> None:
         super().__init__(run)
         self._pruned = pruned
         self._texts = texts
@@ -167,15 +193,22 @@ class Importance(Stage[Imatrix]):
     @property
     def texts(self) -> Texts:
         """The calibration texts."""
-        return self._texts.result
+        return Texts(None, None) if self._texts is None else self._texts.result
+
+    @property
+    def _chunks(self) -> ImatrixChunks:
+        return needed(self.texts.chunks)
 
     @property
     def _probe(self) -> Sequence[Row]:
-        return mtp_probe(self.run.plan.model, self._texts.result.rows)
+        """Rows to ask an MTP block on; none if it was not asked before pruning on the same rows."""
+        if self.texts.rows is None or not self.run.plan.reads_rows:
+            return ()
+        return mtp_probe(self.run.plan.model, self.texts.rows)
 
     def make_key(self) -> str:
         pruned = self.run.keys.pruned(self._pruned.kept)
-        return self.run.keys.imatrix(pruned, self._texts.result.chunks, self._probe)
+        return self.run.keys.imatrix(pruned, self._chunks, self._probe)
 
     @property
     def path(self) -> Path:
@@ -192,7 +225,7 @@ class Importance(Stage[Imatrix]):
         imatrix, report = compute_imatrix(
             self._pruned,
             self._pruned.model,
-            self._texts.result.chunks,
+            self._chunks,
             self.compute_options,
             self.run.progress,
             self._probe,
@@ -204,6 +237,7 @@ class Importance(Stage[Imatrix]):
         return {
             "mtp_hits": report.mtp_hits,
             "mtp_tokens": report.mtp_tokens,
+            "unseen_experts": sum(imatrix.unseen_experts().values()),
             "seals": self.run.seal(self.outputs),
         }
 
@@ -290,7 +324,8 @@ class Export(Stage[None]):
 
     @property
     def _datasets(self) -> tuple[str, ...]:
-        return hub_datasets(self._importance.texts.rows.components)
+        rows = self._importance.texts.rows
+        return () if rows is None else hub_datasets(rows.components)
 
     def expected(self, recipe: ResolvedRecipe) -> ExpectedGguf:
         """What the header of a recipe's file must say."""

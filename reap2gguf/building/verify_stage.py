@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import remove
 from reap2gguf.building.exact import exact_recipes
-from reap2gguf.building.keys import stage_key
+from reap2gguf.building.keys import VERIFY_FORMAT, stage_key
 from reap2gguf.building.seals import Seal, read_seals, stamps
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import Export, Prune
@@ -48,11 +48,12 @@ class Verify(Stage[Verified]):
         self._export = export
 
     def make_key(self) -> str:
-        return stage_key("verify", self._export.key)
+        return stage_key("verify", VERIFY_FORMAT, self._export.key)
 
     @property
     def outputs(self) -> Sequence[Path]:
-        return (self.run.work.hf, *self._export.outputs)
+        made = (self.run.work.hf,) if self.run.plan.writes_hf else ()
+        return (*made, *self._export.outputs)
 
     def compute(self) -> Mapping[str, Any]:
         for name in (CARD_FILE, MANIFEST_FILE):
@@ -87,9 +88,12 @@ class Verify(Stage[Verified]):
         """What differs from the plan, and what was checked."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
-        violations = [*check_members(run.work.hf, written_names(pruned))]
-        violations += check_pruned(run.work.hf, pruned, progress)
-        passed = [passed_folder(len(pruned.tensors))]
+        violations: list[str] = []
+        passed: list[str] = []
+        if run.plan.writes_hf:
+            violations += check_members(run.work.hf, written_names(pruned))
+            violations += check_pruned(run.work.hf, pruned, progress)
+            passed.append(passed_folder(len(pruned.tensors)))
         exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
         for path, recipe in self._export.files.items():
             expected = self._export.expected(recipe)

@@ -1,6 +1,6 @@
 """The folders of a build: their names, their owner, their lock, and the renaming at the end.
 
-OUTPUT/NAME/                        final, safetensors
+OUTPUT/NAME/                        final, safetensors; not if all experts are kept
 OUTPUT/NAME-GGUF/                   final, GGUF
 OUTPUT/.work/NAME/NAME/             the same, while being made
 OUTPUT/.work/NAME/NAME-GGUF/
@@ -10,6 +10,7 @@ OUTPUT/.work/NAME/*.state           saved progress of a sweep, between two layer
 OUTPUT/.work/NAME/export*.json      saved progress of an export, between two tensors
 OUTPUT/.work/.NAME.lock             held while a build of this name runs
 OUTPUT/.work/.NAME.finished.json    the inputs of the final files, and what they cost
+OUTPUT/.work/.NAME.adding/          like NAME/, while files are added to a finished bundle
 OUTPUT/.work/texts/KEY.safetensors         kept for other builds of this output:
 OUTPUT/.work/observations/KEY.safetensors  another ratio repeats neither
 """
@@ -21,7 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from reap2gguf.atomic import (
     rename,
     write_whole,
 )
+from reap2gguf.building.finished import Finished, Inputs, read_finished
 from reap2gguf.bundle.layout import BundleFolders, gguf_name
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.config import read_json
@@ -46,10 +48,12 @@ _FINALIZING = "finalizing.json"  # exists while folders get their final names
 
 @dataclass
 class Workdir:
-    """The folders of one build."""
+    """The folders of one build, or of an addition to a finished one."""
 
     output: Path
     name: str
+    has_hf: bool = True  # whether the build writes safetensors
+    is_addition: bool = False
 
     @property
     def shared(self) -> Path:
@@ -58,7 +62,11 @@ class Workdir:
 
     @property
     def root(self) -> Path:
-        return self.shared / self.name
+        return self.shared / (f".{self.name}.adding" if self.is_addition else self.name)
+
+    def of_addition(self) -> Workdir:
+        """The folders for files that are added to the finished bundle."""
+        return replace(self, is_addition=True)
 
     @property
     def hf(self) -> Path:
@@ -121,13 +129,12 @@ class Workdir:
         cannot be written, a final name holds something that this program did not make, or the work
         folder is that of another source.
         """
-        for path in (self.shared, self.root, self.hf, self.gguf, self._discarded):
-            refuse_link(path)
-        self._drop_discarded()
-        if (self.root / _FINALIZING).is_file():
-            self._resume_finalize()
-        for final in (self.final_hf, self.final_gguf):
+        self.finish_interrupted()
+        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
             self._check_replaceable(final)
+        if not self.has_hf:
+            self._check_no_hf()
+            remove(self.hf)  # of an attempt that was to prune
         if fresh:
             remove(self._finished)
             self._discard()
@@ -136,6 +143,26 @@ class Workdir:
             make_folder(folder)
         is_fresh = fresh or self.is_fresh
         write_whole(self.root / _IDENTITY, json.dumps({**identity, "fresh": is_fresh}))
+
+    def finish_interrupted(self) -> None:
+        """Finish an interrupted `finalize`, of a build or of an addition."""
+        build = replace(self, is_addition=False)
+        for work in (build, build.of_addition()):
+            for path in (work.shared, work.root, work.hf, work.gguf, work._discarded):
+                refuse_link(path)
+            work._drop_discarded()
+            if (work.root / _FINALIZING).is_file():
+                work._resume_finalize()
+
+    def prepare_addition(self, identity: Mapping[str, str]) -> None:
+        """Create the folders; what an addition to another bundle has left is discarded."""
+        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
+            self._check_replaceable(final)
+        if self._identity() != identity:
+            self._discard()
+        for folder in (self.root, self.gguf, *([self.hf] if self.has_hf else [])):
+            make_folder(folder)
+        write_whole(self.root / _IDENTITY, json.dumps(identity))
 
     def _check_identity(self, identity: Mapping[str, str]) -> None:
         """Refuse a work folder that another source, or another program, has written to."""
@@ -195,25 +222,31 @@ class Workdir:
                 "--output or --name, or move it away"
             )
 
-    def earlier_files(self) -> list[str]:
-        """GGUF files of an earlier build that this one will replace."""
-        if not self.final_gguf.is_dir():
-            return []
-        return sorted(file.name for file in self.final_gguf.glob(f"*{self.name}-*.gguf"))
+    def _check_no_hf(self) -> None:
+        """Refuse to replace only one folder of a bundle that has two."""
+        if not self.final_gguf.exists():
+            return
+        if Manifest.load(self.final_gguf).hf is not None:
+            raise OutputError(
+                f"{self.final_gguf}: belongs to the safetensors in {self.final_hf}, and this "
+                "build, which keeps all experts, would replace it alone; pass another --output or "
+                "--name, or move both folders away"
+            )
 
-    def finalize(self, inputs: str, costs: Sequence[Mapping[str, Any]]) -> None:
+    def finalize(self, inputs: Inputs, costs: Sequence[Mapping[str, Any]]) -> None:
         """Give both folders their final names, in place of an earlier build's.
 
-        `inputs` is the key of everything that went in. If it is interrupted, `prepare` finishes it.
+        If it is interrupted, `finish_interrupted` finishes it.
         """
         stats = {
             f"{final.name}/{file.name}": file.lstat()
             for made, final in self._places
+            if made.is_dir()
             for file in sorted(made.iterdir())
         }
         files = {name: stat.st_size for name, stat in stats.items()}
         times = {name: stat.st_mtime_ns for name, stat in stats.items()}
-        record = {"inputs": inputs, "files": files, "changed_ns": times, "stages": costs}
+        record = {**asdict(inputs), "files": files, "changed_ns": times, "stages": costs}
         write_whole(self.root / _FINALIZING, json.dumps(record, indent=1) + "\n")
         self._finalize()
 
@@ -226,12 +259,16 @@ class Workdir:
         for made, final in self._places:
             if not made.exists():
                 continue  # has its name already
-            old = self.root / f"old-{final.name}"
+            old = self._old(final)
             if final.exists():
                 remove(old)
                 rename(final, old)
             rename(made, final)
         self._discard()
+
+    def _old(self, final: Path) -> Path:
+        """Where an earlier build's folder goes before it is removed."""
+        return self.root / f"old-{final.name}"
 
     def _resume_finalize(self) -> None:
         """Finish an interrupted `finalize`, unless a file has changed since it began.
@@ -241,17 +278,21 @@ class Workdir:
         if self._is_as_recorded():
             self._finalize()
             return
+        files = self._recorded().get("files")
+        recorded = {self.final_gguf.name, *([self.final_hf.name] if self.has_hf else [])}
+        if isinstance(files, dict):
+            recorded = {name.partition("/")[0] for name in files}
         for made, final in self._places:
-            if not made.exists() and final.exists():
+            # a folder of this name may be the user's own, where the build wrote no safetensors
+            if final.name in recorded and not made.exists() and final.exists():
                 rename(final, made)
+            if (old := self._old(final)).exists() and not final.exists():
+                rename(old, final)
         remove(self.root / _FINALIZING)
 
     def _is_as_recorded(self) -> bool:
         """Whether each file has the size and the time of change that `finalize` recorded."""
-        try:
-            record = read_json(self.root / _FINALIZING)
-        except CheckpointError:
-            return False
+        record = self._recorded()
         sizes, times = record.get("files"), record.get("changed_ns")
         if not isinstance(sizes, dict) or not isinstance(times, dict):
             return False
@@ -266,23 +307,25 @@ class Workdir:
                 return False
         return True
 
-    def is_finished(self, inputs: str) -> bool:
-        """Whether the final files were made from these inputs and all have their sizes."""
-        if not self._finished.is_file():
-            return False
+    def _recorded(self) -> dict[str, Any]:
+        """What `finalize` recorded; nothing if that cannot be read."""
         try:
-            record = read_json(self._finished)
+            return read_json(self.root / _FINALIZING)
         except CheckpointError:
-            return False
-        files = record.get("files")
-        if record.get("inputs") != inputs or not isinstance(files, dict) or not files:
-            return False
-        paths = {self.output / name: size for name, size in files.items()}
-        return all(path.is_file() and path.stat().st_size == n for path, n in paths.items())
+            return {}
+
+    def finished(self) -> Finished | None:
+        """The record of the finished bundle; None if there is none, or it cannot be read."""
+        if not self._finished.is_file():
+            return None
+        try:
+            return read_finished(read_json(self._finished))
+        except (CheckpointError, TypeError, ValueError, AttributeError):
+            return None
 
     @property
     def _discarded(self) -> Path:
-        return self.shared / f".{self.name}.old"
+        return self.shared / f".{self.name}{'.adding' if self.is_addition else ''}.old"
 
     def _discard(self) -> None:
         """Remove the work folder. It is renamed first, since removing its files takes time."""

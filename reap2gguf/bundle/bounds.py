@@ -13,7 +13,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.bundle.manifest import CalibrationRecord, CoverageRecord, Manifest
 
 MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
@@ -68,6 +68,13 @@ def check_bounds(manifest: Manifest) -> None:
     _within("n_dropped_rows", pruning.n_dropped_rows, 0, pruning.n_rows)
     for name in ("hits_before", "hits_after"):
         _within(name, getattr(mtp, name), 0, mtp.n_tokens)
+    if pruning.coverage is not None:
+        _check_coverage(pruning.coverage)
+    calibration = manifest.calibration
+    if calibration.imatrix_text_chunks:
+        n_chunks = calibration.imatrix_chunks or 0
+        _within("imatrix_chunks", n_chunks, 0, calibration.imatrix_text_chunks)
+    _within("imatrix_unseen", calibration.imatrix_unseen, 0, MAX_EXPERTS_OF_ALL_LAYERS)
     if mtp.state not in MTP_STATES:
         raise ValueError(f"mtp is {shown(mtp.state)}, expected one of {', '.join(MTP_STATES)}")
     _check_kept("kept", pruning.kept, pruning.n_experts)
@@ -86,7 +93,35 @@ def check_bounds(manifest: Manifest) -> None:
                 f"bits_per_weight is {shown(file.bits_per_weight)}, expected more than 0 and at "
                 f"most {_MOST_BITS}"
             )
-    _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
+    if manifest.hf is not None:
+        _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
+    elif pruning.n_kept < pruning.n_experts:
+        raise ValueError("hf is null, expected the record of the pruned safetensors")
+    _check_calibration(manifest.calibration)
+
+
+def _check_calibration(calibration: CalibrationRecord) -> None:
+    """What is said of an importance matrix is said as a whole."""
+    said = (
+        calibration.imatrix_text,
+        calibration.imatrix_chunks,
+        calibration.imatrix_chunk_size,
+    )
+    if said.count(None) not in (0, len(said)):
+        raise ValueError("imatrix_text, imatrix_chunks and imatrix_chunk_size are not all known")
+    more = calibration.imatrix_file, calibration.imatrix_sha256
+    if None in said and more != (None, None):
+        raise ValueError("imatrix_file or imatrix_sha256 is known of an unknown importance matrix")
+    if None not in said and more == (None, None):
+        raise ValueError("imatrix_sha256 is null, expected the hash of the calibration text")
+
+
+def _check_coverage(coverage: CoverageRecord) -> None:
+    _within("fewest", coverage.fewest, 0, coverage.median)
+    _within("n_thin", coverage.n_thin, 0, MAX_EXPERTS_OF_ALL_LAYERS)
+    _within("n_unseen", coverage.n_unseen, 0, coverage.n_thin)
+    _within("n_thin_kept", coverage.n_thin_kept, 0, coverage.n_thin)
+    _within("n_unseen_kept", coverage.n_unseen_kept, 0, coverage.n_unseen)
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
@@ -102,7 +137,8 @@ def check_sizes(values: Mapping[str, Any]) -> None:
 def _lists(values: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
     yield "gguf", _MOST_RECORDS, values["gguf"]
     yield "side_files", _MOST_RECORDS, values["side_files"]
-    yield "files", MOST_FILES, values["hf"]["files"]
+    if values["hf"] is not None:
+        yield "files", MOST_FILES, values["hf"]["files"]
     yield "components", _MOST_RECORDS, values["calibration"]["components"]
 
 

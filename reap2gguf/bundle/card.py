@@ -34,7 +34,13 @@ from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.manifest import ComponentRecord, Manifest, MtpRecord
+    from reap2gguf.bundle.manifest import (
+        CalibrationRecord,
+        ComponentRecord,
+        Manifest,
+        MtpRecord,
+        PruningRecord,
+    )
 
 _PACKED = """\
 Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row
@@ -74,6 +80,9 @@ def hf_card(manifest: Manifest, source_card: Path) -> str:
 def hf_body(manifest: Manifest, names: CardNames) -> str:
     """The card of the safetensors, without its front matter."""
     folder = manifest.hf
+    if folder is None:
+        raise ValueError("the bundle has no safetensors, so they have no card")
+    shards = _count_shards(folder.n_shards)
     return f"""# {inline(_last(names.hf))}
 
 {_summary(manifest)}
@@ -88,7 +97,7 @@ def hf_body(manifest: Manifest, names: CardNames) -> str:
 vllm serve {argument(names.hf)}
 ```
 
-{_mtp_use(manifest, names.hf)}The weights take {size(folder.n_bytes)} in {_count_shards(manifest)}.
+{_mtp_use(manifest, names.hf)}The weights take {size(folder.n_bytes)} in {shards}.
 GGUF files of the same model are in {names.link(names.gguf)}.
 
 {_method(manifest)}
@@ -152,19 +161,17 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
     `samples` says whether the model's generation config recommends a sampling.
     """
-    calibration = manifest.calibration
     files = files_section(manifest, names)
-    if names.on_hub:
+    if manifest.hf is None:
+        files += f"The safetensors are those of {_source_link(manifest)}.\n\n"
+    elif names.on_hub:
         files += f"The safetensors are in {names.link(names.hf)}.\n\n"
     files += "".join(f"Note: {prose(caveat)}.\n\n" for caveat in manifest.caveats)
     return f"""# {inline(gguf_name(_last(names.hf)))}
 
 {_summary(manifest)}
 
-{files}`{IMATRIX_FILE}` is the importance matrix of the pruned model, computed on
-{calibration.imatrix_chunks:,} chunks of {calibration.imatrix_chunk_size:,} tokens from
-`{CALIBRATION_FILE}`; `{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.
-To check the files after a download: `sha256sum -c {SUMS_FILE}`.
+{files}{_imatrix(manifest)}To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {use_section(manifest, names, samples)}
 
@@ -172,6 +179,44 @@ To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {_method(manifest)}
 """
+
+
+def _imatrix(manifest: Manifest) -> str:
+    """What the importance matrix was computed on, as far as it is known."""
+    calibration = manifest.calibration
+    if not manifest.has_imatrix:
+        return ""
+    whose = "pruned " if manifest.pruning.n_kept < manifest.pruning.n_experts else ""
+    dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
+    if calibration.imatrix_file is None:
+        return (
+            f"`{IMATRIX_FILE}` is the importance matrix of the {whose}model, computed on\n"
+            f"{_chunks(calibration)} of\n`{CALIBRATION_FILE}`; {dat}"
+        )
+    text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
+    return (
+        f"`{IMATRIX_FILE}` is an importance matrix that was not computed in this build: it comes "
+        f"from the file\n{code(calibration.imatrix_file)}, which records {_chunks(calibration)} of "
+        f"{text}. {dat}{_given_text(manifest)}"
+    )
+
+
+def _given_text(manifest: Manifest) -> str:
+    return (
+        f"`{CALIBRATION_FILE}` is the text that was given with it.\n" if manifest.has_text else ""
+    )
+
+
+def _chunks(calibration: CalibrationRecord) -> str:
+    """How much of its text the importance matrix was computed on."""
+    count, total = calibration.imatrix_chunks or 0, calibration.imatrix_text_chunks
+    n_tokens = calibration.imatrix_chunk_size
+    size = f"chunks of {n_tokens:,} tokens" if n_tokens else "chunks"
+    if not total:
+        return f"{count:,} {size}"
+    if count == total:
+        return f"all {count:,} {size}"
+    return f"{count:,} of {total:,} {size}, spread over the text,"
 
 
 def _last(name: str) -> str:
@@ -191,7 +236,7 @@ def _summary(manifest: Manifest) -> str:
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
-        f"{pruning.experts_per_token} active per token. {parameters(manifest.hf.n_parameters)} of "
+        f"{pruning.experts_per_token} active per token. {parameters(manifest.n_parameters)} of "
         f"{parameters(source.n_parameters)} parameters remain.{_earlier(manifest)}"
     )
 
@@ -215,30 +260,78 @@ def _source_link(manifest: Manifest) -> str:
 
 
 def _facts_table(manifest: Manifest) -> str:
-    pruning, calibration = manifest.pruning, manifest.calibration
-    packed = ", samples packed" if calibration.packed else ""
-    text = (
-        f"{inline(calibration.spec)}: {pruning.n_rows:,} rows of at most "
-        f"{calibration.max_length:,} tokens{packed}, {pruning.n_tokens:,} tokens in total, seed "
-        f"{calibration.seed}"
-    )
-    if pruning.method == NO_METHOD:
-        spec = inline(calibration.spec)
-        text = f"{spec}, for the importance matrix only, seed {calibration.seed}"
+    pruning = manifest.pruning
     label = manifest.source.label
     rows = [
         ("source", (label if repository(label) else inline(label)) + _at(manifest.source.revision)),
         ("architecture", inline(manifest.source.architecture)),
-        ("experts per layer", f"{pruning.n_kept} of {pruning.n_experts}"),
+        ("experts per layer", _experts(manifest)),
         ("active experts per token", str(pruning.experts_per_token)),
-        ("parameters", f"{manifest.hf.n_parameters:,}"),
-        ("pruning method", inline(pruning.method)),
-        ("calibration", text),
+        ("parameters", f"{manifest.n_parameters:,}"),
+        *([("pruning method", inline(pruning.method))] if pruning.method != NO_METHOD else []),
+        ("calibration", _calibration_facts(manifest)),
+        *_coverage(pruning),
+        *([("importance matrix", _importance(manifest))] if manifest.has_imatrix else []),
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
         rows.insert(-1, ("multi-token prediction (MTP)", _mtp(pruning.mtp)))
     return table(("property", "value"), rows)
+
+
+def _coverage(pruning: PruningRecord) -> list[tuple[str, str]]:
+    """A row that says how many tokens the experts were ranked by."""
+    if (coverage := pruning.coverage) is None:
+        return []
+    n_experts = pruning.n_experts * len(pruning.kept)
+    text = f"median {coverage.median:,} tokens per expert, fewest {coverage.fewest:,}"
+    parts = (
+        ("never seen", coverage.n_unseen, coverage.n_unseen_kept),
+        (f"under {coverage.thin_below:,} tokens", coverage.n_thin, coverage.n_thin_kept),
+    )
+    for what, count, n_kept in parts:
+        if count:
+            text += f"; {what}: {count:,} of {n_experts:,} experts, {n_kept:,} of them kept"
+    return [("calibration coverage", text)]
+
+
+def _importance(manifest: Manifest) -> str:
+    calibration, pruning = manifest.calibration, manifest.pruning
+    text = _chunks(calibration).rstrip(",")
+    if calibration.imatrix_unseen:
+        n_experts = pruning.n_kept * len(pruning.kept)
+        text += (
+            f"; no token reached {calibration.imatrix_unseen:,} of {n_experts:,} experts, which "
+            "are quantized unweighted"
+        )
+    return text
+
+
+def _experts(manifest: Manifest) -> str:
+    pruning = manifest.pruning
+    if pruning.n_kept == pruning.n_experts:
+        return str(pruning.n_experts)
+    return f"{pruning.n_kept} of {pruning.n_experts}"
+
+
+def _calibration_facts(manifest: Manifest) -> str:
+    """What ranked the experts, or else what the importance matrix was computed on."""
+    pruning, calibration = manifest.pruning, manifest.calibration
+    spec = "not known" if calibration.spec is None else inline(calibration.spec)
+    seed = "" if calibration.seed is None else f", seed {calibration.seed}"
+    if pruning.method == NO_METHOD:
+        text = inline(calibration.spec or calibration.imatrix_text or "a text that is not known")
+        return f"{text}, for the importance matrix only{seed}"
+    if not pruning.n_rows:
+        return spec
+    length, file = calibration.max_length, pruning.observations_file
+    most = "" if length is None else f" of at most {length:,} tokens"
+    packed = ", samples packed" if calibration.packed else ""
+    reused = "" if file is None else f", reused from {inline(file)}"
+    return (
+        f"{spec}: {pruning.n_rows:,} rows{most}{packed}, {pruning.n_tokens:,} tokens in total"
+        f"{seed}{reused}"
+    )
 
 
 def _mtp(mtp: MtpRecord) -> str:
@@ -257,36 +350,61 @@ def _at(revision: str | None) -> str:
     return f" at {inline(revision[:12])}" if revision else ""
 
 
-def _method(manifest: Manifest) -> str:
+def _observed(manifest: Manifest) -> str:
+    """What ranked the experts: a calibration pass, here or before."""
     pruning = manifest.pruning
+    if not pruning.n_tokens:
+        return "What the experts were ranked on is not recorded."
     skipped = ""
     if pruning.n_dropped_rows:
         skipped = f" ({pruning.n_dropped_rows:,} rows with NaN or infinite values were skipped)"
+    before = ""
+    if pruning.observations_file is not None:
+        before = f" Its observations were reused from the file {code(pruning.observations_file)}."
+    return (
+        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.{before}"
+    )
+
+
+def _method(manifest: Manifest) -> str:
+    pruning = manifest.pruning
+    matrix = "The\nimportance matrix was computed on the pruned model."
+    if pruning.method == NO_METHOD:
+        matrix = "The\nimportance matrix was computed on the source."
+    if not manifest.has_imatrix:
+        matrix = ""
+    elif manifest.calibration.imatrix_file is not None:
+        matrix = "The\nimportance matrix was not computed in this build."
     if pruning.method == NO_METHOD:
         return f"""## How it was made
 
-No expert was removed, so there was no calibration pass to rank them. The safetensors keep the
-weights of the source byte for byte: nothing was retrained. Calibration of the importance matrix
-used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
+{_from_source(manifest)} nothing was removed, and nothing was retrained. {matrix}
+Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
 
 {_calibration(manifest)}
 
-Made with reap2gguf {manifest.program.get("reap2gguf", "")}."""
+Made with reap2gguf {manifest.card_version}."""
     return f"""## How it was made
 
-A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.
+{_observed(manifest)}
 {_score(pruning.method)} The experts with the lowest scores were removed from each layer. The pruned
-safetensors keep all other weights of the source byte for byte: nothing was retrained. The
-importance matrix was computed on the pruned model. Calibration used text only. `{MANIFEST_FILE}`
+safetensors keep all other weights of the source byte for byte: nothing was retrained. {matrix}
+Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
 
 {_calibration(manifest)}
 
-Made with reap2gguf {inline(str(manifest.program.get("reap2gguf", "?")))}.
+Made with reap2gguf {inline(manifest.card_version or "?")}.
 
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _from_source(manifest: Manifest) -> str:
+    if manifest.hf is None:
+        return "The GGUF files were made from the weights of the source as they are:"
+    return "The safetensors keep the weights of the source byte for byte:"
 
 
 def _calibration(manifest: Manifest) -> str:
@@ -322,6 +440,5 @@ def _score(method: str) -> str:
     return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
 
 
-def _count_shards(manifest: Manifest) -> str:
-    count = manifest.hf.n_shards
+def _count_shards(count: int) -> str:
     return "one file" if count == 1 else f"{count} shards"

@@ -14,6 +14,7 @@ from reap2gguf.quantizing.labels import LabelledFile, hub_note, tags_of
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
 
+_SAMPLING = "llama.cpp takes the sampling that the model's own"
 DRAFTED = 2  # tokens that the MTP block drafts per step, in the commands
 
 
@@ -109,9 +110,10 @@ def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:
     for record in records:
         if record.label != record.file_type:
             seen = hub_note(record.label)
+            recipe = "" if record.adopted else ", as its recipe says"
             yield (
                 f"{code(record.label)} is llama.cpp's file type {inline(record.file_type)} with "
-                "some tensors in other types, as its recipe says; it is not a separate tensor type."
+                f"some tensors in other types{recipe}; it is not a separate tensor type."
                 + (f" {seen[0].upper()}{seen[1:]}." if seen else "")
             )
 
@@ -140,13 +142,18 @@ def _command(text: str) -> str:
     return f"`{text}`" if "`" not in text else code(text)
 
 
+def recommends_sampling(card: str) -> bool:
+    """Whether a GGUF card says that the model recommends a sampling."""
+    return _SAMPLING in card
+
+
 def use_section(manifest: Manifest, names: CardNames, samples: bool) -> str:
     """How to run the first file with each program, with its projector and its MTP block."""
     record = manifest.gguf[0]
     model = argument(record.first)
     projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
     lines = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]
-    if manifest.pruning.mtp.state == "pruned":
+    if manifest.pruning.mtp.is_there:
         draft = f"--spec-type draft-mtp --spec-draft-n-max {DRAFTED}"
         lines.append(f"llama-server -m {model}{projector} {draft}")
     lines.append("reap2gguf chat .")
@@ -162,8 +169,8 @@ def _uses(manifest: Manifest, samples: bool) -> Iterator[str]:
     """What to know about projector, MTP block, sampling and other programs."""
     if manifest.side_files:
         yield "Images need the projector: `--mmproj`. With `-hf`, llama.cpp downloads it itself."
-    mtp = manifest.pruning.mtp.state
-    if mtp == "pruned":
+    has_mtp = manifest.pruning.mtp.is_there
+    if has_mtp:
         yield (
             "The MTP block in the files can draft tokens (speculative decoding): with "
             "`--spec-type draft-mtp` in llama.cpp, and with "
@@ -173,14 +180,14 @@ def _uses(manifest: Manifest, samples: bool) -> Iterator[str]:
     sampling = ""
     if samples:
         yield (
-            "llama.cpp takes the sampling that the model's own `generation_config.json` "
-            "recommends from the files, unless you pass another."
+            f"{_SAMPLING} `generation_config.json` recommends from the files, unless you pass "
+            "another."
         )
         sampling = ", with the same sampling"
     also = " and the projector" if manifest.side_files else ""
     yield f"`{MODELFILE}` is for Ollama: it loads {code(manifest.gguf[0].file)}{also}{sampling}."
     if manifest.source.architecture.startswith("Qwen3_5"):
-        block = " It does not load files with an MTP block." if mtp == "pruned" else ""
+        block = " It does not load files with an MTP block." if has_mtp else ""
         yield (
             "ik_llama.cpp (ik-llama-cpp-python 0.1.5) computes something else for Qwen3.5 than "
             f"llama.cpp does.{block} Use llama.cpp."

@@ -17,6 +17,7 @@ from reap2gguf.bundle.markdown import repository
 from reap2gguf.bundle.source_card import SourceCard, read_card
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.card_files import CardNames
     from reap2gguf.bundle.manifest import ComponentRecord, Manifest
 
 _FRONT_MATTER = re.compile(r"---\n.*?\n---\n\n", re.DOTALL)
@@ -122,6 +123,20 @@ def with_base_model(front: str, repo: str) -> str:
     data = ModelCard(front).data
     data["base_model"], data["base_model_relation"] = repo, "quantized"
     data["quantized_by"] = repo.partition("/")[0]
+    return _fenced(data)
+
+
+def published_front_matter(front: str, manifest: Manifest, names: CardNames) -> str:
+    """The front matter of a GGUF card as it is published.
+
+    Its base model is the safetensors published beside it, or else the source, as it is.
+    """
+    if manifest.hf is not None:
+        return with_base_model(front, names.hf)
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(front).data
+    data["quantized_by"] = names.gguf.partition("/")[0]
     return _fenced(data)
 
 

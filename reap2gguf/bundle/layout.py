@@ -1,6 +1,6 @@
 """The two folders of a bundle, and the names of the files in them.
 
-OUTPUT/NAME/               the pruned checkpoint: safetensors, config, tokenizer
+OUTPUT/NAME/               the pruned checkpoint: safetensors, config, tokenizer; only if pruned
 OUTPUT/NAME/README.md             its card
 OUTPUT/NAME/reap2gguf.json        the manifest, the same in both folders
 OUTPUT/NAME-GGUF/          everything for llama.cpp
@@ -106,15 +106,15 @@ def gguf_name(name: str) -> str:
     return name + GGUF_SUFFIX
 
 
-def folders_of(folder: Path, hf_name: str) -> BundleFolders | None:
+def folders_of(folder: Path, hf_name: str | None) -> BundleFolders | None:
     """Both folders of a bundle, found from one of them.
 
-    `hf_name` is the name of the safetensors folder in the manifest. A download may have any name:
-    then the other folder is beside it under the matching name. None if `folder` is a GGUF folder
-    whose name does not end in -GGUF.
+    `hf_name` is the name of the safetensors folder in the manifest; None if it has none. A download
+    may have any name: then the other folder is beside it under the matching name. None if `folder`
+    is a GGUF folder whose name does not end in -GGUF.
     """
     folder = folder.resolve()
-    if is_hf_folder(folder, hf_name):
+    if hf_name is not None and is_hf_folder(folder, hf_name):
         return BundleFolders(folder.parent, folder.name)
     if folder.name.endswith(GGUF_SUFFIX):
         return BundleFolders(folder.parent, folder.name.removesuffix(GGUF_SUFFIX))

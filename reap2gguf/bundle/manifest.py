@@ -25,12 +25,16 @@ _MAX_BYTES = 2**24  # a hundred layers of 512 experts in ten files take some 2 M
 _MAX_NUMBER = 2**63
 _MAY_BE_NEGATIVE = ("seed",)
 _MOST_METHODS = 64
+_MOST_VERSIONS = 16  # of the programs that made a file
+_LONGEST_VERSION = 200  # characters
 _JSON_TYPES = {
     "int": (int,),
     "float": (float, int),
     "str": (str,),
     "bool": (bool,),
     "str | None": (str, type(None)),
+    "int | None": (int, type(None)),
+    "bool | None": (bool, type(None)),
 }  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
 
@@ -74,12 +78,31 @@ class MtpRecord:
     hits_after: int = 0
     n_tokens: int = 0
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the files have the block."""
+        return self.state in ("pruned", "kept")
+
+
+@dataclass(frozen=True)
+class CoverageRecord:
+    """How many tokens the calibration pass sent to the experts of all pruned layers together."""
+
+    fewest: int  # tokens of the expert with the fewest
+    median: int  # tokens
+    n_unseen: int  # experts that no token reached
+    n_unseen_kept: int
+    n_thin: int  # experts with fewer than `thin_below` tokens: their scores are noisy
+    n_thin_kept: int
+    thin_below: int
+
 
 @dataclass(frozen=True)
 class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
     Where all experts were kept there are no observations, and the method is NO_METHOD.
+    `observations_file` is the name of a file that was given; None if the build observed.
     """
 
     method: str
@@ -92,6 +115,8 @@ class PruningRecord:
     n_tokens: int
     n_dropped_rows: int
     mtp: MtpRecord = MtpRecord()
+    coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
+    observations_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,18 +142,25 @@ class ComponentRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The calibration texts, and how they were cut into rows."""
+    """The calibration texts, and how they were cut into rows; None for what is not known.
 
-    spec: str
-    sha256: str
-    max_length: int
-    seed: int
-    packed: bool  # several samples per row, as REAP does; otherwise one sample per row
-    imatrix_text: str
-    imatrix_sha256: str
-    imatrix_chunks: int
-    imatrix_chunk_size: int
+    That is so for what a build did not do itself: observations and an importance matrix may be
+    given as files. `imatrix_file` is the name of the file that was given.
+    """
+
+    spec: str | None
+    sha256: str | None
+    max_length: int | None
+    seed: int | None
+    packed: bool | None  # several samples per row, as REAP does; otherwise one sample per row
+    imatrix_text: str | None
+    imatrix_sha256: str | None  # of the text; None: it is not in the bundle
+    imatrix_chunks: int | None
+    imatrix_chunk_size: int | None  # 0: the file of the matrix does not say it
     components: Sequence[ComponentRecord] = ()
+    imatrix_text_chunks: int = 0  # of the whole text, of which chunks are some; 0: not recorded
+    imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
+    imatrix_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +186,8 @@ class FolderRecord:
 class GgufRecord:
     """One GGUF file: the text of its recipe, and the type that each tensor got.
 
-    `parts` are the files that replace it if it was too large for the Hub.
+    `parts` are the files that replace it if it was too large for the Hub. A file that another
+    command or program made and that was added to the bundle is `adopted`: it has no recipe.
     """
 
     file: str
@@ -167,6 +200,8 @@ class GgufRecord:
     bits_per_weight: float
     tensors: Mapping[str, str]  # GGUF name -> tensor type
     parts: Sequence[str] = ()
+    made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
+    adopted: bool = False
 
     @property
     def first(self) -> str:
@@ -201,11 +236,38 @@ class Manifest:
     source: SourceRecord
     pruning: PruningRecord
     calibration: CalibrationRecord
-    hf: FolderRecord
+    hf: FolderRecord | None  # None: nothing was pruned, and the source's safetensors are not copied
     gguf: Sequence[GgufRecord]
     side_files: Sequence[SideRecord] = field(default_factory=tuple)
     verification: Mapping[str, Any] = field(default_factory=dict)
     caveats: Sequence[str] = ()  # what a user should know, one sentence each
+    made_with: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # of a stage whose result may be older than the rest: the versions that computed it
+    written_by: str = ""  # the reap2gguf that wrote the cards, if not `program`'s
+
+    @property
+    def card_version(self) -> str:
+        """The version of reap2gguf that wrote the cards and the Modelfile."""
+        return self.written_by or self.program.get("reap2gguf", "")
+
+    def versions_of(self, record: GgufRecord) -> Mapping[str, str]:
+        """The versions that wrote a GGUF file."""
+        return {**self.program, **record.made_by}
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model in the bundle; with all experts, those of the source."""
+        return self.source.n_parameters if self.hf is None else self.hf.n_parameters
+
+    @property
+    def has_imatrix(self) -> bool:
+        """Whether the bundle has an importance matrix."""
+        return self.calibration.imatrix_chunks is not None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the text of the importance matrix is in the bundle."""
+        return self.calibration.imatrix_sha256 is not None
 
     def text(self) -> str:
         """What `reap2gguf.json` holds."""
@@ -239,7 +301,7 @@ class Manifest:
 
 def _check_names(manifest: Manifest) -> None:
     """Raises ValueError for a file name that is a path, or an unknown tensor type."""
-    names = [manifest.hf.folder, *manifest.hf.files]
+    names = [] if manifest.hf is None else [manifest.hf.folder, *manifest.hf.files]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         names += [record.file, *getattr(record, "parts", ())]
@@ -255,13 +317,13 @@ def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
     pruning["kept"] = kept_layers(pruning["kept"])
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
+    if pruning.get("coverage") is not None:
+        pruning["coverage"] = _record(CoverageRecord, pruning["coverage"])
     source = dict(values["source"])
     if source.get("earlier") is not None:
         source["earlier"] = _earlier_pruning(source["earlier"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
-    hf = dict(values["hf"])
-    hf["files"] = {k: _record(FileRecord, v) for k, v in hf["files"].items()}
     if not isinstance(values["name"], str):
         raise TypeError("name is not a string")
     return Manifest(
@@ -270,12 +332,27 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source=_record(SourceRecord, source),
         pruning=_record(PruningRecord, pruning),
         calibration=_record(CalibrationRecord, calibration),
-        hf=_record(FolderRecord, hf),
+        hf=None if values["hf"] is None else _folder_record(values["hf"]),
         gguf=tuple(map(_gguf_record, values["gguf"])),
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
         caveats=tuple(map(str, values.get("caveats", ()))),
+        made_with=_made_with(values.get("made_with", {})),
+        written_by=_version(values.get("written_by", "")),
     )
+
+
+def _made_with(values: Any) -> dict[str, Mapping[str, str]]:
+    if not isinstance(values, dict):
+        raise TypeError(f"made_with is {shown(values)}, expected versions by stage")
+    at_most("made_with", values, _MOST_VERSIONS)
+    for versions in values.values():
+        if not isinstance(versions, dict):
+            raise TypeError(f"made_with holds {shown(versions)}, expected versions by library")
+        at_most("made_with", versions, _MOST_VERSIONS)
+        for version in versions.values():
+            _version(version)
+    return values
 
 
 def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
@@ -287,11 +364,26 @@ def _earlier_pruning(values: Mapping[str, Any]) -> EarlierPruning:
     return _record(EarlierPruning, {**values, "methods": tuple(methods), "kept": kept})
 
 
+def _folder_record(values: Mapping[str, Any]) -> FolderRecord:
+    files = {name: _record(FileRecord, file) for name, file in values["files"].items()}
+    return _record(FolderRecord, {**values, "files": files})
+
+
 def _gguf_record(values: Mapping[str, Any]) -> GgufRecord:
     parts = values.get("parts", [])
     if not isinstance(parts, list):
         raise TypeError(f"parts is {shown(parts)}, expected a list")
-    return _record(GgufRecord, {**values, "parts": tuple(parts)})
+    made_by = values.get("made_by", {})
+    if not isinstance(made_by, dict) or len(made_by) > _MOST_VERSIONS:
+        raise TypeError(f"made_by is {shown(made_by)}, expected a few versions")
+    made_by = {str(name): _version(version) for name, version in made_by.items()}
+    return _record(GgufRecord, {**values, "parts": tuple(parts), "made_by": made_by})
+
+
+def _version(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_VERSION:
+        raise TypeError(f"{shown(value)} is not a version")
+    return value
 
 
 def component_records(values: Any) -> tuple[ComponentRecord, ...]:

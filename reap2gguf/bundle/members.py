@@ -41,12 +41,16 @@ def gguf_members(manifest: Manifest) -> set[str]:
     """The names of the files in the GGUF folder."""
     models = {name for record in manifest.gguf for name in record.files}
     sides = {side.file for side in manifest.side_files}
-    own = {CALIBRATION_FILE, CARD_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE, MODELFILE}
-    return models | sides | own | {SUMS_FILE}
+    own = {CARD_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE}
+    if manifest.has_imatrix:
+        own |= {IMATRIX_DAT_FILE, IMATRIX_FILE}
+    return models | sides | own | ({CALIBRATION_FILE} if manifest.has_text else set())
 
 
 def hf_members(manifest: Manifest) -> set[str]:
-    """The names of the files in the safetensors folder."""
+    """The names of the files in the safetensors folder; none if the bundle does not have one."""
+    if manifest.hf is None:
+        return set()
     return {name for name in manifest.hf.files if _may_be_in_hf(name)} | {MANIFEST_FILE}
 
 
@@ -80,7 +84,7 @@ def shown_name(name: str) -> str:
 
 def _advice(name: str) -> str:
     if name.endswith(".gguf"):
-        return "move it away, or add a GGUF file by a build with one more --recipe"
+        return "move it away, or take it over with `reap2gguf add BUNDLE FILE.gguf`"
     return "move it away"
 
 

@@ -21,9 +21,9 @@ class OpenBundle:
     changed_ns: Mapping[Path, int] = field(default_factory=dict)
 
     @property
-    def hf(self) -> Path:
-        """The safetensors folder."""
-        return self.folders.hf
+    def hf(self) -> Path | None:
+        """The safetensors folder; None if nothing was pruned: the source's are not copied."""
+        return None if self.manifest.hf is None else self.folders.hf
 
     @property
     def gguf(self) -> Path:
@@ -55,19 +55,20 @@ def open_bundle(path: Path) -> OpenBundle:
         )
     folder = path.resolve()
     manifest = Manifest.load(folder)
-    folders = folders_of(folder, manifest.hf.folder)
+    folders = folders_of(folder, None if manifest.hf is None else manifest.hf.folder)
     if folders is None:
         raise UsageError(
             f"{path}: a GGUF folder whose name does not end in {GGUF_SUFFIX}; rename it"
         )
-    other = folders.gguf if folder == folders.hf else folders.hf
-    if not other.is_dir():
-        raise UsageError(f"{other}: missing; both folders of a bundle are published together")
-    if Manifest.load(other) != manifest:
-        raise UsageError(
-            f"{folders.hf} and {folders.gguf}: {MANIFEST_FILE} differs, so they are from "
-            "different builds; build the bundle again"
-        )
-    files = (f for side in (folders.hf, folders.gguf) for f in side.iterdir() if f.is_file())
+    places = [folders.gguf] if manifest.hf is None else [folders.hf, folders.gguf]
+    for place in places:
+        if not place.is_dir():
+            raise UsageError(f"{place}: missing; both folders of a bundle are published together")
+        if place != folder and Manifest.load(place) != manifest:
+            raise UsageError(
+                f"{folders.hf} and {folders.gguf}: {MANIFEST_FILE} differs, so they are from "
+                "different builds; build the bundle again"
+            )
+    files = (file for place in places for file in place.iterdir() if file.is_file())
     stamps = {file: file.stat().st_mtime_ns for file in files}
     return OpenBundle(folders, manifest, stamps)

@@ -95,7 +95,8 @@ def check_hf_hashes(
     `check_members` names those that are too many. `advance` is called with the number of bytes of
     each piece read.
     """
-    yield from _compare_hashes(folder, manifest.hf.files, n_threads, advance)
+    files = {} if manifest.hf is None else manifest.hf.files
+    yield from _compare_hashes(folder, files, n_threads, advance)
 
 
 def check_sums(

@@ -6,8 +6,9 @@ model reads each sample alone. The rows of a composite are shuffled by the seed,
 takes some of every component.
 
 The importance matrix reads the same texts. Of a composite or a dataset it reads at most 32 MiB,
-shuffled by the seed, of each component in proportion to its rows: so its first chunks are not all
-of one component.
+shuffled by the seed, of each component in proportion to its rows. Where it reads fewer chunks than
+the text has, they are spread over the text, one from each of equal stretches: the head of a text
+may be all of one kind.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.artifacts.made_with import TOKENIZING, versions
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts, hash_rows
 from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration.hub_datasets import open_dataset
-from reap2gguf.calibration.rows import DrawnRow, RowPacker, chunk_text, make_rows
+from reap2gguf.calibration.rows import DrawnRow, RowPacker, chunk_text, make_rows, spread
 from reap2gguf.calibration.samples import SampleReader, usable
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import (
@@ -263,20 +265,34 @@ def read_texts(
     vocab_size: int,
     progress: Progress = _SILENT,
     files: ScannedFiles | None = None,
+    n_chunks: int | None = None,
+    *,
+    has_rows: bool = True,
+    has_chunks: bool = True,
 ) -> Texts:
-    """Rows for the observation and chunks for the importance matrix.
+    """Rows for the observation and `n_chunks` chunks for the importance matrix, or one of them.
 
-    Without a text of its own, the importance matrix reads the calibration texts, and no more tokens
-    than the maximum of the observation. Raises CalibrationError.
+    With `n_chunks` None, the importance matrix reads all of `imatrix_text`; without such a text it
+    reads the calibration texts, and no more tokens than the maximum of the observation. Chunks that
+    are fewer than those of the text are spread over it by the seed. The calibration is not read
+    where neither needs it. Raises CalibrationError.
     """
     files = files or ScannedFiles()
+    chunks = None
+    if has_chunks and imatrix_text is not None:
+        seed = calibration.seed
+        chunks = imatrix_chunks(tokenizer, imatrix_text, chunk_size, files, n_chunks, seed)
+        if not has_rows:
+            return Texts(None, chunks, versions(TOKENIZING))
     drawn = draw(calibration, tokenizer, max_length, progress, files)
     rows = _observation_rows(drawn, calibration, vocab_size)
-    if imatrix_text is not None:
-        return Texts(rows, imatrix_chunks(tokenizer, imatrix_text, chunk_size, files))
-    chunks = chunk_text(drawn.text, tokenizer, chunk_size, rows.label)
-    n_chunks = -(-calibration.samples * max_length // chunk_size)
-    return Texts(rows, ImatrixChunks(rows.label, drawn.text, chunk_size, chunks[:n_chunks]))
+    if chunks is None and has_chunks:
+        if n_chunks is None:
+            n_chunks = -(-calibration.samples * max_length // chunk_size)
+        chunks = _some_chunks(
+            drawn.text, rows.label, tokenizer, chunk_size, n_chunks, calibration.seed
+        )
+    return Texts(rows, chunks, versions(TOKENIZING))
 
 
 def observation_rows(
@@ -293,12 +309,28 @@ def observation_rows(
 
 
 def imatrix_chunks(
-    tokenizer: Tokenizer, text_file: Path, chunk_size: int, files: ScannedFiles | None = None
+    tokenizer: Tokenizer,
+    text_file: Path,
+    chunk_size: int,
+    files: ScannedFiles | None = None,
+    n_chunks: int | None = None,
+    seed: int = 0,
 ) -> ImatrixChunks:
-    """All chunks of a text file, cut as llama-imatrix does. Raises CalibrationError."""
+    """Chunks of a text file, cut as llama-imatrix does. Raises CalibrationError.
+
+    All of them, or `n_chunks` of them, spread over the text by `seed`.
+    """
     text = (files or ScannedFiles()).text(text_file).text()
-    chunks = chunk_text(text, tokenizer, chunk_size, text_file.name)
-    return ImatrixChunks(text_file.name, text, chunk_size, chunks)
+    return _some_chunks(text, text_file.name, tokenizer, chunk_size, n_chunks, seed)
+
+
+def _some_chunks(
+    text: str, label: str, tokenizer: Tokenizer, chunk_size: int, n_chunks: int | None, seed: int
+) -> ImatrixChunks:
+    found = chunk_text(text, tokenizer, chunk_size, label)
+    n_chunks = len(found) if n_chunks is None else n_chunks
+    chosen = [found[number] for number in spread(len(found), n_chunks, seed)]
+    return ImatrixChunks(label, text, chunk_size, chosen, len(found))
 
 
 def _observation_rows(drawn: Drawn, calibration: Calibration, vocab_size: int) -> ObservationRows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -139,6 +139,19 @@ def chunk_text(text: str, tokenizer: Tokenizer, chunk_size: int, where: str) -> 
             "text or a smaller --chunk"
         )
     return chunks
+
+
+def spread(n_of: int, n: int, seed: int) -> list[int]:
+    """`n` numbers below `n_of`, ascending, spread evenly and drawn by `seed`.
+
+    `n_of` is divided into `n` equal stretches, and one number is drawn from each. All numbers where
+    `n` is not less than `n_of`.
+    """
+    if n >= n_of:
+        return list(range(n_of))
+    draw = random.Random(seed)
+    ends = [stretch * n_of // n for stretch in range(n + 1)]
+    return [draw.randrange(begin, end) for begin, end in pairwise(ends)]
 
 
 def _cut(cut: Cut, tokens: Row, length: int, bos: int | None) -> Iterator[DrawnRow]:

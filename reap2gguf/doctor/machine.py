@@ -13,6 +13,7 @@ from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.machine import available_bytes, available_threads, container_limit, total_bytes
 from reap2gguf.messages import size
 from reap2gguf.observing.linear_attention import PACKAGE, REFERENCE_SPEED, installed_version
+from reap2gguf.resources import install_command
 
 _DRIVER = Path("/proc/driver/nvidia")  # exists if the kernel drives an NVIDIA GPU
 _LITTLE_DISK = 2**30
@@ -72,7 +73,7 @@ def flash_linear_attention() -> Finding:
         "not installed",
         State.ABSENT,
         f"without it a GPU runs Qwen3.5's DeltaNet at {REFERENCE_SPEED} the speed: "
-        "pip install 'reap2gguf[gpu]'",
+        + install_command("gpu"),
     )
 
 

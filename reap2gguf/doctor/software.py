@@ -14,7 +14,7 @@ from reap2gguf.doctor.finding import Finding, State
 from reap2gguf.errors import CalibrationError, DependencyError, SourceError
 from reap2gguf.local.serving import missing_for_server
 from reap2gguf.messages import shown
-from reap2gguf.resources import shipped_folder
+from reap2gguf.resources import install_command, shipped_folder
 from reap2gguf.vendor import PROGRAMS, checkout_folder, find_libggml, find_llama_cpp
 
 _SOURCE = "https://github.com/ggml-org/llama.cpp"
@@ -139,14 +139,14 @@ def llama_cpp_python() -> Finding:
             "llama-cpp-python",
             "not installed",
             State.ABSENT,
-            "not needed to build; for `chat` and `serve`: pip install 'reap2gguf[serve]'",
+            f"not needed to build; for `chat` and `serve`: {install_command('serve')}",
         )
     if missing_for_server():
         return Finding(
             "llama-cpp-python",
             f"{found}, for `chat`",
             State.ABSENT,
-            "not needed to build; for `serve` without llama-server: pip install 'reap2gguf[serve]'",
+            "not needed to build; for `serve` without llama-server: " + install_command("serve"),
         )
     return Finding("llama-cpp-python", f"{found}, for `chat` and `serve`")
 
@@ -180,7 +180,7 @@ def vendored() -> Iterator[Finding]:
         return
     if not (folder / "CMakeLists.txt").is_file():
         is_submodule = (folder.parent.parent / ".gitmodules").is_file()
-        way = "submodule update --init" if is_submodule else f"clone {_SOURCE}"
+        way = "submodule update --init --checkout" if is_submodule else f"clone {_SOURCE}"
         yield Finding(
             "vendor/llama.cpp",
             "not checked out",

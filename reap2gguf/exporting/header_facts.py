@@ -16,6 +16,7 @@ from gguf import GGUFValueType, Keys, LlamaFileType
 from reap2gguf import __version__
 from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import IMATRIX_FILE
+from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.exporting.general import General, general_values
 from reap2gguf.models.description import HeaderValue
 
@@ -56,15 +57,15 @@ class HeaderNames:
     own: tuple[HeaderValue, ...] = ()  # reap2gguf.*, as `pruning_values` makes them
 
     @classmethod
-    def of(cls, manifest: Manifest) -> HeaderNames:
-        """The names in the headers of a finished bundle."""
+    def of(cls, manifest: Manifest, version: str | None = None) -> HeaderNames:
+        """The names in the headers of a finished bundle; `version` is the writer's."""
         pruning = manifest.pruning
         own = pruning_values(
             manifest.source.label,
             pruning.method,
             pruning.n_experts,
             pruning.kept,
-            manifest.program.get("reap2gguf", ""),
+            manifest.program.get("reap2gguf", "") if version is None else version,
             manifest.source.earlier,
         )
         return cls(manifest.name, PrunedFrom.of(manifest), tuple(own))
@@ -156,11 +157,13 @@ def pruning_values(
 ) -> list[HeaderValue]:
     """Keys of our own, so that a GGUF file alone records where its experts come from.
 
-    With `earlier`, also those of the original: the source was pruned before.
+    With `earlier`, also those of the original: the source was pruned before. A file with all
+    experts of a source that was never pruned says only its source.
     """
-    values = [
-        _text("reap2gguf.version", version),
-        _text("reap2gguf.source", source_label),
+    values = [_text("reap2gguf.version", version), _text("reap2gguf.source", source_label)]
+    if method == NO_METHOD and earlier is None:
+        return values
+    values += [
         _text("reap2gguf.method", method),
         HeaderValue("reap2gguf.source_expert_count", n_experts, GGUFValueType.UINT32),
         _experts("reap2gguf.kept_experts", kept),

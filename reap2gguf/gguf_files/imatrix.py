@@ -35,6 +35,7 @@ _MAX_ENTRIES = 2**16
 _MAX_NAME_BYTES = 2**12
 _MAX_SUMS = 2**25  # per entry: 512 experts with 65,536 columns each
 _MAX_CHUNKS = 2**31 - 1  # the largest number that both formats can hold
+_OF_EXPERTS = ".ffn_down_exps.weight"
 _CHUNK_KEYS = ("imatrix.chunk_count", "imatrix.chunk_size")
 
 
@@ -71,6 +72,19 @@ class Imatrix:
     dataset: str
     n_chunks: int
     chunk_size: int
+
+    def expert_entries(self) -> Iterator[ImatrixEntry]:
+        """One entry per layer of experts: all matrices of an expert see the same tokens.
+
+        None for a `.dat` file, which does not say how often each expert was used.
+        """
+        found = (one for name, one in self.entries.items() if name.endswith(_OF_EXPERTS))
+        return (one for one in found if len(one.counts) > 1)
+
+    def unseen_experts(self) -> dict[str, int]:
+        """How many experts saw no token, by the matrix that stands for their layer."""
+        empty = {one.name: int((one.counts == 0).sum()) for one in self.expert_entries()}
+        return {name: count for name, count in empty.items() if count}
 
     def uncovered(self) -> dict[str, int]:
         """How many experts saw no token, by tensor; only tensors with such experts."""

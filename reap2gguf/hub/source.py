@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.mistaken import NO_GGUF
@@ -19,6 +20,9 @@ from reap2gguf.resources import example_checkpoint
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CACHED_NAME = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)", re.ASCII)
+_PAGE = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]+)(/[^?#]*)?([?#].*)?", re.IGNORECASE)
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_OTHER_PAGES = ("datasets", "spaces", "collections", "papers", "docs", "blog", "api")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GGUF = b"GGUF"  # how a GGUF file begins
 
@@ -83,6 +87,7 @@ def resolve_source(
     if model and os.path.exists(folder):
         advice = NO_GGUF if _is_gguf(folder) else "pass the folder that holds config.json"
         raise SourceError(f"{model}: is a file; {advice}")
+    model = hub_name(model)
     if not _HUB_NAME.fullmatch(model) or model.startswith((".", "/", "~")):
         raise SourceError(
             f"{without_password(model)}: no such folder, and not a Hub name (owner/name or "
@@ -91,6 +96,41 @@ def resolve_source(
     name, _, revision = model.partition("@")
     snapshot = find(name, revision or None, note)
     return Source(name, snapshot.folder, snapshot.commit, snapshot)
+
+
+def hub_name(model: str) -> str:
+    """The name of a model on the Hub, for the address of its page; other text as it is.
+
+    That is owner/name@REVISION for `https://huggingface.co/owner/name/tree/REVISION`. HF_ENDPOINT
+    is a host too. Raises SourceError for an address that is not one of a model on the Hub.
+    """
+    page = _PAGE.fullmatch(model)
+    if page is None:
+        return model
+    scheme, place, path, rest_of_it = page.groups()
+    where, host = without_password(model), place.rpartition("@")[2].lower()
+    own = _PAGE.fullmatch(os.environ.get("HF_ENDPOINT", ""))
+    hosts = _HOSTS if own is None else (*_HOSTS, own[2].rpartition("@")[2].lower())
+    expected = "expected https://huggingface.co/owner/name or owner/name"
+    if scheme.lower() not in ("http", "https") or host not in hosts:
+        known = f"a page of {', '.join(dict.fromkeys((hosts[0], *hosts[len(_HOSTS) :])))}"
+        raise SourceError(f"{where}: is not {known}; {expected}, or download it to a folder")
+    if "@" in place or "token" in (rest_of_it or ""):
+        raise SourceError(
+            f"{where}: holds a password or a token; log in with `hf auth login` and pass owner/name"
+        )
+    parts = [part for part in (path or "").split("/") if part]
+    if own is not None and host == hosts[-1]:  # an endpoint may have a path of its own
+        prefix = [part for part in (own[3] or "").split("/") if part]
+        parts = parts[len(prefix) :] if parts[: len(prefix)] == prefix else parts
+    if len(parts) < 2 or parts[0] in _OTHER_PAGES:
+        raise SourceError(f"{where}: is not the page of a model; {expected}")
+    name, rest = "/".join(parts[:2]), parts[2:]
+    if rest and rest[0] in ("blob", "resolve", "raw"):
+        raise SourceError(f"{where}: is the page of one file; pass the model, {name}")
+    if rest and rest[0] == "tree" and len(rest) > 1:
+        return f"{name}@{unquote('/'.join(rest[1:]))}"
+    return name
 
 
 def _name_of(folder: Path) -> tuple[str, str | None]:

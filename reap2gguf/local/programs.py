@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from reap2gguf.errors import DependencyError
 from reap2gguf.local.running import INSTALL, AnswerOptions, EngineOptions, is_installed
+from reap2gguf.resources import install_command
 from reap2gguf.vendor import VARIABLE, LlamaCpp, find_llama_cpp, requested_folder
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.pick import ModelFile
 
 # what to install to do without a llama.cpp program
-INSTALL_INSTEAD_OF = {"llama-cli": INSTALL, "llama-server": "pip install 'reap2gguf[serve]'"}
+INSTALL_INSTEAD_OF = {"llama-cli": INSTALL, "llama-server": install_command("serve")}
 _LOG = logging.getLogger(__name__)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-INSTALL = "pip install 'reap2gguf[llama]'"
+from reap2gguf.resources import install_command
+
+INSTALL = install_command("llama")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def refuse_quantized(
         belongs = " belongs to a quantized weight" if is_companion else ""
         raise UnsupportedModelError(
             f"{where}: tensor {name!r}{stored}{belongs}: the weights are quantized{said}; pass the "
-            "BF16 checkpoint that they were made from, or dequantize this one to BF16 first"
+            "BF16 checkpoint that they were made from (often the same name without -FP8 or -AWQ), "
+            "or convert this one to BF16 first: docs/quantized-sources.md shows how"
         )
 
 

@@ -41,8 +41,8 @@ def describe(checkpoint: Weights, keep_mtp: bool = True) -> MoeModel:
         configs = [checkpoint.config, nested if isinstance(nested, dict) else {}]
         if not any(key in config for config in configs for key in COUNT_KEYS):
             raise UnsupportedModelError(
-                f"{where}: {_named(name) or 'no architecture'} has no experts; only "
-                "Mixture-of-Experts models can be pruned"
+                f"{where}: {_named(name) or 'no architecture'} has no experts to prune; "
+                "pass a Mixture-of-Experts model"
             )
         raise UnsupportedModelError(
             f"{where}: architecture {_named(name) or '(none)'} is not implemented, expected one "

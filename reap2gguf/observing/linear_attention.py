@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from reap2gguf.resources import install_command
+
 PACKAGE = "flash-linear-attention"
 REFERENCE_SPEED = "half"  # of the reference code, compared with the package
 # Memory of a position while a layer's attention runs, in multiples of the hidden size.
@@ -36,5 +38,5 @@ def linear_attention_note() -> str:
         return f"linear attention: {PACKAGE} {found}"
     return (
         "linear attention: reference code of transformers, same results at "
-        f"{REFERENCE_SPEED} the speed of {PACKAGE}, which `pip install 'reap2gguf[gpu]'` installs"
+        f"{REFERENCE_SPEED} the speed of {PACKAGE}, which `{install_command('gpu')}` installs"
     )

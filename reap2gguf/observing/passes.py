@@ -5,11 +5,13 @@ torch and transformers are loaded inside, so that planning and refusing are quic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.observing.probe import mtp_probe
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from reap2gguf.observing.sweep import SweepReport
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
-
-_PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
 
 
 def observe(
@@ -59,6 +59,7 @@ def observe(
         n_dropped_rows=report.n_dropped_rows,
         n_mtp_hits=report.mtp_hits,
         n_mtp_tokens=report.mtp_tokens,
+        made_with=versions(COMPUTING),
     )
 
 
@@ -78,6 +79,7 @@ def compute_imatrix(
     from reap2gguf.observing.importance import ImportanceObserver
     from reap2gguf.observing.sweep import sweep
 
+    progress.note(f"imatrix: {chunks.summary}")
     observer = ImportanceObserver(model)
     report = sweep(
         weights,
@@ -90,24 +92,19 @@ def compute_imatrix(
         probe,
     )
     imatrix = Imatrix(observer.entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
-    # all matrices of an expert see the same tokens: one of them stands for all
-    fed = {model.expert_matrices(layer)[1][0] for layer in model.facts.moe_layers}
-    for name, count in imatrix.uncovered().items():
-        if name in fed:
-            progress.note(
-                f"imatrix: {name}: no token of the text reached {count} of "
-                f"{len(imatrix.entries[name].counts)} experts; they are quantized unweighted"
-            )
+    if unseen := imatrix.unseen_experts():
+        progress.note(f"imatrix: {_unweighted(imatrix, unseen)}")
     return imatrix, report
 
 
-def mtp_probe(model: MoeModel, rows: ObservationRows) -> Sequence[Row]:
-    """The first rows, on which an MTP block is asked for its predictions; none without a block."""
-    if not model.facts.has_mtp:
-        return ()
-    chosen: list[Row] = []
-    for row in rows.rows:
-        if sum(map(len, chosen)) >= _PROBE_TOKENS:
-            break
-        chosen.append(row)
-    return chosen
+def _unweighted(imatrix: Imatrix, unseen: Mapping[str, int]) -> str:
+    """Which experts have no importance, in one line for all layers."""
+    layers = sum(1 for _ in imatrix.expert_entries())
+    n_experts = sum(len(entry.counts) for entry in imatrix.expert_entries())
+    where = f"{len(unseen)} of {layers} layers, {next(iter(unseen))} the first of them"
+    if layers == 1:
+        where = next(iter(unseen))
+    return (
+        f"no token of the text reached {sum(unseen.values())} of {n_experts} experts ({where}); "
+        "they are quantized unweighted"
+    )

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from reap2gguf.artifacts.made_with import MADE_WITH, computing, decode, encode, other_versions
 from reap2gguf.atomic import output_errors, part_of, remove
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
@@ -76,6 +77,7 @@ class StateKeeper:
             "key": resume.key if resume else "",
             "batch_tokens": str(batch_tokens),
         }
+        self._made_with = computing(resume.made_with) if resume else {}
         self._observer = observer
         self._ranks = ranks
         self._note = note
@@ -104,6 +106,12 @@ class StateKeeper:
         try:
             tensors, metadata = read_header(self._path), read_metadata(self._path)
             if {name: metadata.get(name) for name in self._identity} != self._identity:
+                return None
+            if others := other_versions(decode(metadata[MADE_WITH]), self._made_with):
+                self._note(
+                    f"{self._path.name}: the saved state was {others}; starting from the first "
+                    "layer, so that one version computes all layers"
+                )
                 return None
             with ExitStack() as stack:
                 file = Checkpoint(self._path.parent, {}, tensors, (self._path,))
@@ -138,6 +146,7 @@ class StateKeeper:
         begun = time.monotonic()
         metadata = self._identity | {
             "layer": str(layer),
+            MADE_WITH: encode(self._made_with),
             "observed": "".join(str(int(batch.observed)) for batch in batches),
         }
         _write(self._path, batches, spool, self._observer.finished_sums(), metadata)

@@ -172,6 +172,11 @@ class Sweep:
         self.keeper = keeper
         self.spool = spool
         self.batches = plan.batches  # of the rows that are still finite
+        # What a token of a batch adds to the progress in one layer. Tokens of the text are counted
+        # once: when they have been through every layer, and not again in the rows of the probe.
+        n_tokens = sum(batch.n_tokens for batch in self.batches)
+        n_observed = sum(batch.n_tokens for batch in self.batches if batch.observed)
+        self._share = n_observed / max(n_tokens, 1) / self.n_layers
         self.prefetches = plan.budget.prefetch  # until the GPU's memory turns out too small
 
     def fill_spool(self, state: SweepState | None) -> None:
@@ -210,11 +215,12 @@ class Sweep:
 
     def all_layers(self, title: str) -> None:
         """Move every batch through all remaining layers, and report the progress."""
-        n_tokens = sum(batch.n_tokens for batch in self.batches)
+        n_tokens = sum(batch.n_tokens for batch in self.batches if batch.observed)
         first = self.plan.first_layer
-        with self.progress.task(title, self.n_layers * n_tokens, "tokens") as task:
-            task.advance(first * n_tokens)
+        with self.progress.task(title, n_tokens, "tokens") as task:
+            task.advance(first * n_tokens / self.n_layers)
             for index in range(first, self.n_layers):
+                task.at(f"layer {index + 1}/{self.n_layers}")
                 self.layer(index, task)
 
     def layer(self, index: int, task: Task) -> None:
@@ -254,7 +260,7 @@ class Sweep:
                 waiting.extendleft(reversed(self._halved(batch, error)))
                 continue
             done.append(batch)
-            task.advance(batch.n_tokens)
+            task.advance(batch.n_tokens * self._share)
         self.batches = done
         return flags
 

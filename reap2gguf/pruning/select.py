@@ -67,17 +67,10 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
     UsageError if a larger R drops none, or if the number is not one the model can run with.
     """
     check_counts(keep_experts, compression)
-    if keep_experts is not None and compression is not None:
-        raise UsageError(
-            "--keep-experts and --compression both set the number of experts; pass one of them"
-        )
     total, needed = facts.n_experts, facts.experts_per_token
     if keep_experts is None:
         ratio = DEFAULT_COMPRESSION if compression is None else compression
-        if not 0 <= ratio < 1:
-            raise UsageError(f"--compression {ratio:g}: expected 0 or more and less than 1")
-        # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
-        keep_experts = total - math.floor(total * Decimal(str(ratio)))
+        keep_experts = kept_at(ratio, total)
         if ratio > 0 and keep_experts == total:
             raise UsageError(_drops_none(facts, ratio))
     if keep_experts > total:
@@ -89,6 +82,12 @@ def choose_target(facts: ModelFacts, keep_experts: int | None, compression: floa
         )
     _check_groups(facts, keep_experts)
     return Target(total, keep_experts)
+
+
+def kept_at(ratio: float, total: int) -> int:
+    """How many of `total` experts stay where floor(total x ratio) are removed."""
+    # the decimal the user typed, not its nearest binary fraction: 0.29 of 100 drops 29
+    return total - math.floor(total * Decimal(str(ratio)))
 
 
 def _drops_none(facts: ModelFacts, ratio: float) -> str:

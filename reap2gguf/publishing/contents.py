@@ -57,9 +57,9 @@ class PreparedRepo:
 
 @dataclass(frozen=True)
 class PreparedPush:
-    """Both repositories, and the plans of the files that were cut into parts."""
+    """The repositories, and the plans of the files that were cut into parts."""
 
-    hf: PreparedRepo
+    hf: PreparedRepo | None  # None: the bundle has no safetensors
     gguf: PreparedRepo
     splits: tuple[SplitPlan, ...]
 
@@ -69,5 +69,5 @@ class PreparedPush:
         return label_warnings(labelled_files(self.gguf.manifest.gguf))
 
     @property
-    def repos(self) -> tuple[PreparedRepo, PreparedRepo]:
-        return self.hf, self.gguf
+    def repos(self) -> tuple[PreparedRepo, ...]:
+        return (self.gguf,) if self.hf is None else (self.hf, self.gguf)

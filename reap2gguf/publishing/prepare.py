@@ -1,4 +1,4 @@
-"""Prepares the contents of both repositories from a bundle.
+"""Prepares the contents of the repositories from a bundle.
 
 Cards and manifest name the repositories, SHA256SUMS follows, and a GGUF file that is too large for
 the Hub is cut into parts. The bundle itself is neither copied nor changed: an unchanged file is
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder, output_errors, remove
 from reap2gguf.bundle.card import gguf_body, hf_body
-from reap2gguf.bundle.front_matter import front_matter, with_base_model
+from reap2gguf.bundle.card_files import recommends_sampling
+from reap2gguf.bundle.front_matter import front_matter, published_front_matter
 from reap2gguf.bundle.layout import CARD_FILE, HUB_FILES, MANIFEST_FILE, MODELFILE, SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, GgufRecord, Manifest, hash_file
 from reap2gguf.bundle.modelfile import with_join_commands
@@ -29,6 +30,7 @@ from reap2gguf.verifying.gguf_file import check_experts
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.card_files import CardNames
+    from reap2gguf.bundle.manifest import FolderRecord
     from reap2gguf.bundle.opening import OpenBundle
     from reap2gguf.progress import Progress
 
@@ -57,27 +59,37 @@ def prepare(
     manifest = replace(bundle.manifest, gguf=records)
     if folder is not None:
         _check_parts(folder, manifest, plans)
-    manifest, hf_files = _hf_files(bundle.hf, manifest, names)
+    hf = None
+    if bundle.hf is not None and manifest.hf is not None:
+        manifest, hf_files = _hf_files(bundle.hf, manifest, manifest.hf, names)
+        hf = PreparedRepo(names.hf, tuple(hf_files), manifest)
     unchanged = _unchanged_files(bundle.gguf, hashes, {CARD_FILE, MANIFEST_FILE, SUMS_FILE, *plans})
     gguf_files = [_with_join_commands(file, records) for file in unchanged] + parts
-    front = with_base_model(_front_matter(bundle.gguf), names.hf)
-    body = gguf_body(manifest, names, read_sampling(bundle.hf).is_recommended)
+    front = published_front_matter(_front_matter(bundle.gguf), manifest, names)
+    body = gguf_body(manifest, names, _is_sampling_recommended(bundle))
     gguf_files.append(PreparedFile.of_text(CARD_FILE, front + body))
     gguf_files.append(PreparedFile.of_text(MANIFEST_FILE, manifest.text()))
     gguf_files.append(_sums(gguf_files))
     bundle.check_unchanged()  # since its hashes were compared
     return PreparedPush(
-        PreparedRepo(names.hf, tuple(hf_files), manifest),
+        hf,
         PreparedRepo(names.gguf, tuple(gguf_files), manifest),
         tuple(plans.values()),
     )
 
 
+def _is_sampling_recommended(bundle: OpenBundle) -> bool:
+    """Whether the model's generation config recommends a sampling, as the GGUF card has to say."""
+    if bundle.hf is not None:
+        return read_sampling(bundle.hf).is_recommended
+    # the config is not in the bundle; the card was made from it, and was checked before this
+    return recommends_sampling((bundle.gguf / CARD_FILE).read_text("utf-8", errors="replace"))
+
+
 def _hf_files(
-    folder: Path, manifest: Manifest, names: CardNames
+    folder: Path, manifest: Manifest, hf: FolderRecord, names: CardNames
 ) -> tuple[Manifest, list[PreparedFile]]:
     """The manifest of both repositories, and the files of the safetensors repository."""
-    hf = manifest.hf
     hashes = {name: file.sha256 for name, file in hf.files.items()}
     files = _unchanged_files(folder, hashes, {CARD_FILE})
     card = _front_matter(folder) + hf_body(manifest, names)
@@ -97,7 +109,8 @@ def _plan_splits(bundle: OpenBundle, max_bytes: int) -> dict[str, SplitPlan]:
         if not record.parts and path.stat().st_size > max_bytes:
             plans[record.file] = plan_split(path, max_bytes)
     can_be_cut = {record.file for record in bundle.manifest.gguf}
-    for file in sorted([*bundle.hf.iterdir(), *bundle.gguf.iterdir()]):
+    folders = [bundle.gguf, *([] if bundle.hf is None else [bundle.hf])]
+    for file in sorted(file for folder in folders for file in folder.iterdir()):
         is_whole = file.is_file() and file.name not in plans
         if is_whole and (n_bytes := file.stat().st_size) > HUB_MAX_BYTES:
             advice = "only a model's GGUF file can be cut into parts"

@@ -1,4 +1,4 @@
-"""Publishes a finished bundle: two repositories on the Hub, complete, read back and compared.
+"""Publishes a finished bundle: its repositories on the Hub, complete, read back and compared.
 
 The token is that of huggingface_hub's own login. Until a push is finished, OUTPUT/.work/.NAME.push
 holds what it needs to resume: the parts of GGUF files that are too large for the Hub, and the
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.bundle.card_files import CardNames
-from reap2gguf.bundle.layout import gguf_name
+from reap2gguf.bundle.layout import GGUF_SUFFIX, gguf_name
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import PublishError
 from reap2gguf.hub.errors import reason_of, request_errors
@@ -62,7 +62,7 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class Published:
-    """The addresses of both repositories, and the files in them that are not from this bundle."""
+    """The addresses of the repositories, and the files in them that are not from this bundle."""
 
     urls: tuple[str, ...]
     others: tuple[str, ...]
@@ -81,11 +81,10 @@ def push(
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()  # `progress` shows one bar for all files
-    names = repo_names(options.repo)
-    bundle = open_bundle(options.bundle)
+    names, bundle = _opened(options)
     api = HfApi()
-    check_login(api, names.hf, progress, sleep)
-    for repo in (names.hf, names.gguf):
+    check_login(api, _repos(names, bundle)[0], progress, sleep)
+    for repo in _repos(names, bundle):
         check_visibility(api, repo, options.private, progress, sleep)
     with bundle.folders.locked():
         check(bundle, options.threads, progress)
@@ -102,7 +101,23 @@ def push(
             upload(api, contents, outdated[contents.repo], progress, sleep)
         others = compare(api, prepared, progress, sleep)
         remove(folder)
-    return Published(tuple(f"{api.endpoint}/{repo}" for repo in (names.hf, names.gguf)), others)
+    return Published(tuple(f"{api.endpoint}/{repo}" for repo in _repos(names, bundle)), others)
+
+
+def _opened(options: PushOptions) -> tuple[CardNames, OpenBundle]:
+    """The repositories of a push and the bundle; a wrong name is refused before anything is read.
+
+    A bundle without safetensors has one repository, which may be named with its -GGUF.
+    """
+    names = repo_names(options.repo)
+    bundle = open_bundle(options.bundle)
+    if bundle.hf is None and options.repo.endswith(GGUF_SUFFIX):
+        names = repo_names(options.repo.removesuffix(GGUF_SUFFIX))
+    return names, bundle
+
+
+def _repos(names: CardNames, bundle: OpenBundle) -> tuple[str, ...]:
+    return (names.gguf,) if bundle.hf is None else (names.hf, names.gguf)
 
 
 def repo_names(repo: str) -> CardNames:
@@ -146,18 +161,19 @@ def preview(options: PushOptions, check: CheckBundle, progress: Progress) -> Pre
     """
     from huggingface_hub import HfApi
 
-    names = repo_names(options.repo)
-    bundle = open_bundle(options.bundle)
+    names, bundle = _opened(options)
     check(bundle, options.threads, progress)
     prepared = prepare(bundle, names, options.max_bytes, None, progress)
     api = HfApi()
     unchecked = []
     try:
-        check_owner(_without_retry(api.whoami, names.hf), names.hf)
+        first = _repos(names, bundle)[0]
+        check_owner(_without_retry(api.whoami, first), first)
     except PublishError as error:
         unchecked.append(f"the permission to write ({error})")
     try:
-        remote = {r: _without_retry(partial(look_up, api, r), r) for r in (names.hf, names.gguf)}
+        repos = _repos(names, bundle)
+        remote = {repo: _without_retry(partial(look_up, api, repo), repo) for repo in repos}
     except PublishError as error:
         unchecked.append(f"which files exist already ({error})")
         return Preview(prepared, None, {}, tuple(unchecked))

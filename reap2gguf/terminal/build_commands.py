@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import reap2gguf
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import processes
+from reap2gguf.messages import size
 from reap2gguf.terminal.click_options import (
     build_options,
     collect,
@@ -23,6 +24,10 @@ from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, termi
 from reap2gguf.terminal.help import CHECKS, command, option
 from reap2gguf.terminal.option_types import FolderPath
 
+if TYPE_CHECKING:
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.progress import Progress
+
 HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took effect
 
 
@@ -30,15 +35,31 @@ HAS_BEGUN = "reap2gguf.build.has_begun"  # set in the context once --fresh took 
 @build_options
 @option("--fresh", is_flag=True, help="Start from scratch: reuse nothing.")
 @option(
+    "--replace",
+    is_flag=True,
+    help="Delete GGUF files of the finished bundle that this command does not name.",
+)
+@option("--yes", is_flag=True, help="Do not ask before files are deleted.")
+@option(
     "--space-check/--no-space-check", default=True, help="Check free disk space before starting."
 )
+@option("--dry-run", is_flag=True, help="Do what `plan` does, and build nothing.")
+@json_option
 @output_options
-def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
+def build(
+    fresh: bool,
+    replace: bool,
+    yes: bool,
+    space_check: bool,
+    dry_run: bool,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
     """Prune, quantize, verify and bundle MODEL.
 
     MODEL is a folder or a name on the Hub (owner/name); without it the bundled example is built.
     To resume an interrupted build, run the same command again. With different options, unaffected
-    stages are reused.
+    stages are reused. With other recipes, GGUF files are added to the finished bundle.
 
     \b
     Example:
@@ -46,15 +67,56 @@ def build(fresh: bool, space_check: bool, **arguments: Any) -> None:
       reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
     """
     from reap2gguf.terminal.plan_views import up_to_date_or_lines
-    from reap2gguf.terminal.views import result_lines
 
     progress = terminal_progress()
-    plan = reap2gguf.plan(collect(arguments, fresh, space_check), progress=progress)
-    if processes().is_first:
+    options = collect(arguments, fresh, replace, space_check)
+    plan = reap2gguf.plan(options, progress=progress)
+    if processes().is_first and replace and not dry_run:
+        _confirm_deletion(plan, yes)
+    if processes().is_first and dry_run:
+        _say_plan(plan, as_json)
+    elif processes().is_first and not as_json:
         say_all(up_to_date_or_lines(plan, reap2gguf.estimate(plan)))
-        click.get_current_context().meta[HAS_BEGUN] = True
-    if result := reap2gguf.build(plan, progress=progress):
-        say_all(result_lines(result))
+    if dry_run:
+        return
+    if not processes().is_first:
+        reap2gguf.build(plan, progress=progress)
+        return
+    click.get_current_context().meta[HAS_BEGUN] = True
+    _build_logged(plan, progress, as_json)
+
+
+def _build_logged(plan: Plan, progress: Progress, as_json: bool) -> None:
+    """Build, keep a log of it, and print the result."""
+    from reap2gguf.terminal.build_log import BuildLog, LoggedProgress
+    from reap2gguf.terminal.json_views import result_as_json
+    from reap2gguf.terminal.views import result_lines
+
+    log = BuildLog(plan.options.output / ".work" / f"{plan.name}.log")
+    with log.kept():
+        log.begin()
+        result = reap2gguf.build(plan, progress=LoggedProgress(progress, log))
+        assert result is not None  # in the first process
+        lines = list(result_lines(result))
+        for line in filter(None, lines):
+            log.write(line)
+    if log.problem:
+        say(f"{log.path}: the log could not be written ({log.problem})")
+    if as_json:
+        say_json(result_as_json(result, log.path))
+    else:
+        say_all(lines)
+
+
+def _say_plan(plan: Plan, as_json: bool, with_tensors: bool = False) -> None:
+    """Print a plan, and what it needs of this machine."""
+    from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+
+    needs = reap2gguf.estimate(plan)
+    if as_json:
+        say_json(plan_as_json(plan, needs))
+    else:
+        say_all(plan_lines(plan, needs, with_tensors or is_verbose()))
 
 
 @command("plan")
@@ -72,14 +134,8 @@ def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
     Example:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
-    from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
-
     plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
-    needs = reap2gguf.estimate(plan)
-    if as_json:
-        say_json(plan_as_json(plan, needs))
-    else:
-        say_all(plan_lines(plan, needs, tensors or is_verbose()))
+    _say_plan(plan, as_json, tensors)
 
 
 @command()
@@ -135,3 +191,15 @@ def verify(
     if report.violations or missing:
         raise VerificationError([*report.violations, *missing])
     say(f"OK: {', '.join(report.checked)} verified", "result")
+
+
+def _confirm_deletion(plan: Plan, yes: bool) -> None:
+    """Name the files that --replace deletes; on a terminal, ask first."""
+    from reap2gguf.building.standing import dropped_files
+    from reap2gguf.building.workdir import Workdir
+
+    dropped = dropped_files(plan, Workdir(plan.options.output, plan.name))
+    for name, n_bytes in dropped:
+        say(f"--replace deletes {name} ({size(n_bytes)})")
+    if dropped and not yes and sys.stdin.isatty() and processes().size == 1:
+        click.confirm("Delete?", abort=True, err=True)

@@ -49,6 +49,48 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def model_argument(
+    name: str = "model", *, required: bool = True, type: Any = None
+) -> Callable[[F], F]:
+    """The argument that names the model, which --model names too: the option of many programs."""
+    metavar = name.upper()
+
+    def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        ctx.meta[_MODEL] = value
+
+    def choose(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        named = ctx.meta.get(_MODEL)
+        if value is not None and named is not None:
+            raise click.UsageError(f"{metavar} was given twice: '{value}' and --model", ctx)
+        if required and value is None and named is None:
+            raise click.MissingParameter(ctx=ctx, param=param)
+        return value if named is None else named
+
+    return _all(
+        click.argument(
+            name,
+            required=False,
+            type=type,
+            metavar=metavar if required else f"[{metavar}]",
+            callback=choose,
+        ),
+        option(
+            "-m",
+            "--model",
+            "model_by_option",
+            section=MODEL,
+            type=type,
+            metavar=metavar,
+            callback=keep,
+            is_eager=True,
+            expose_value=False,
+            help=f"Another way to pass {metavar}.",
+        ),
+    )
+
+
+_MODEL = "reap2gguf.model"
+
 pruning_options = _all(
     option(
         "--keep-experts",
@@ -82,6 +124,15 @@ pruning_options = _all(
     ),
 )
 
+seed_option = option(
+    "--seed",
+    section=CALIBRATION,
+    type=Number(-MOST),
+    default=_DEFAULTS.seed,
+    metavar="S",
+    help="Random seed: which samples and chunks are drawn, and their order.",
+)
+
 calibration_options = _all(
     option(
         "--calibration",
@@ -110,14 +161,7 @@ calibration_options = _all(
         help="Maximum tokens per row.",
         default_text="2048, or the mix's own",
     ),
-    option(
-        "--seed",
-        section=CALIBRATION,
-        type=Number(-MOST),
-        default=_DEFAULTS.seed,
-        metavar="S",
-        help="Random seed for the order of the samples.",
-    ),
+    seed_option,
     option(
         "--pack/--no-pack",
         section=CALIBRATION,
@@ -259,9 +303,10 @@ follow_links_option = option(
 )
 
 build_options = _all(
-    click.argument("model", required=False),
+    model_argument(required=False),
     pruning_options,
     option(
+        "-r",
         "--recipe",
         "recipes",
         section=WRITE,
@@ -273,6 +318,7 @@ build_options = _all(
     ),
     label_option,
     option(
+        "-o",
         "--output",
         section=WRITE,
         type=FolderPath,
@@ -289,6 +335,20 @@ build_options = _all(
     ),
     calibration_options,
     option(
+        "--observations",
+        section=CALIBRATION,
+        type=FilePath,
+        metavar="FILE",
+        help="Use observations that `observe` wrote, and skip that calibration pass.",
+    ),
+    option(
+        "--imatrix",
+        section=CALIBRATION,
+        type=FilePath,
+        metavar="FILE",
+        help="Use an importance matrix of the result, .gguf or .dat, and skip computing one.",
+    ),
+    option(
         "--imatrix-text",
         section=CALIBRATION,
         type=FilePath,
@@ -304,6 +364,15 @@ build_options = _all(
         metavar="T",
         help="Tokens per chunk of the importance matrix.",
     ),
+    option(
+        "--imatrix-chunks",
+        section=CALIBRATION,
+        type=Number(),
+        metavar="N",
+        help="Maximum number of chunks for the importance matrix, spread over its text.",
+        default_text="--samples x --max-length tokens of the calibration text, or all of FILE of "
+        "--imatrix-text",
+    ),
     compute_options,
     threads_option,
     follow_links_option,
@@ -318,7 +387,10 @@ def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
 
 
 def collect(
-    arguments: dict[str, Any], fresh: bool = False, check_space: bool = True
+    arguments: dict[str, Any],
+    fresh: bool = False,
+    replace: bool = False,
+    check_space: bool = True,
 ) -> BuildOptions:
     """The arguments of `build` and `plan` as one value."""
     return BuildOptions(
@@ -338,10 +410,14 @@ def collect(
             arguments["seed"],
             arguments["pack"],
         ),
+        observations=arguments["observations"],
+        imatrix=arguments["imatrix"],
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],
+        imatrix_chunks=arguments["imatrix_chunks"],
         compute=collect_compute(arguments),
         fresh=fresh,
+        replace=replace,
         check_space=check_space,
         follow_links=arguments["follow_links"],
     )

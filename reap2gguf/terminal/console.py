@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import os
+import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,20 +15,26 @@ from typing import Any, Literal
 import click
 
 from reap2gguf.machine import processes
-from reap2gguf.messages import duration, one_line, quantity, without_password
-from reap2gguf.progress import Progress, Silent, Task
+from reap2gguf.messages import one_line, without_password, wrapped
+from reap2gguf.progress import Progress, Silent
 
-_LINE_SECONDS = 5.0  # plain lines about one task are printed at most this often
+_DUMB = ("dumb", "unknown")  # values of TERM for terminals that cannot move the cursor
 
 
 class Detail(enum.Enum):
-    """How much is printed; the value is the lowest level of log records that is shown."""
+    """How much is printed."""
 
-    QUIET = logging.ERROR  # results and errors
-    NORMAL = logging.WARNING
-    VERBOSE = logging.INFO
+    QUIET = enum.auto()  # results and errors
+    NORMAL = enum.auto()
+    VERBOSE = enum.auto()  # and what libraries log
+
+    @property
+    def lowest_level(self) -> int:
+        """The lowest level of log records that is printed: others only for --verbose."""
+        return logging.INFO if self is Detail.VERBOSE else logging.ERROR
 
 
+_quieted: set[str] = set()  # variables of the environment that `quiet_libraries` has set
 _detail = Detail.NORMAL  # of the running command: a process runs one command at a time
 
 
@@ -36,16 +43,46 @@ def printing(detail: Detail) -> Iterator[None]:
     """Print that much while the context is open, log records of libraries included."""
     global _detail
     earlier, _detail = _detail, detail
-    root, handler = logging.getLogger(), LogHandler(detail.value)
+    root, handler = logging.getLogger(), LogHandler(detail.lowest_level)
     earlier_level = root.level
     root.addHandler(handler)
-    root.setLevel(detail.value)
+    root.setLevel(detail.lowest_level)
+    if detail is Detail.VERBOSE:
+        _hear_libraries()
     try:
         yield
     finally:
         root.removeHandler(handler)
         root.setLevel(earlier_level)
         _detail = earlier
+
+
+# Their progress bars and warnings: this program draws its own bars, repeats failed requests
+# itself, and says where another package would make it faster. Read when they are imported.
+_QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_LOUD_LIBRARIES = {"HF_HUB_VERBOSITY": "warning", "TRANSFORMERS_VERBOSITY": "warning"}
+
+
+def quiet_libraries() -> None:
+    """Keep the messages of libraries off the screen, unless the user's environment asks for them.
+
+    Call it before they are imported.
+    """
+    for name, value in _QUIET_LIBRARIES.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            _quieted.add(name)
+
+
+def _hear_libraries() -> None:
+    """Let them print what `quiet_libraries` has turned off, but for the bars."""
+    for name in _quieted & _LOUD_LIBRARIES.keys():
+        os.environ[name] = _LOUD_LIBRARIES[name]
 
 
 def is_verbose() -> bool:
@@ -64,7 +101,12 @@ def say(text: str, kind: Literal["result", "note", "error"] = "note", *, prefix:
     if kind != "error" and not processes().is_first:
         return
     if kind != "note" or _detail is not Detail.QUIET:
-        click.echo(prefix + one_line(without_password(text)), err=kind != "result")
+        color = False if os.environ.get("NO_COLOR") else None
+        line = one_line(without_password(text))
+        stream = sys.stdout if kind == "result" else sys.stderr
+        if stream.isatty():
+            line = wrapped(line, shutil.get_terminal_size().columns - len(click.unstyle(prefix)))
+        click.echo(prefix + line, err=kind != "result", color=color)
 
 
 def say_all(lines: Iterable[str]) -> None:
@@ -91,50 +133,22 @@ class LogHandler(logging.Handler):
         say(self.format(record), "error" if record.levelno >= logging.ERROR else "note")
 
 
+def screen_progress() -> Progress:
+    """`terminal_progress` for a command whose output programs read: nothing in a pipe."""
+    return terminal_progress() if sys.stderr.isatty() else Silent()
+
+
 def terminal_progress() -> Progress:
-    """Bars where stderr is a terminal, else lines; nothing with --quiet.
+    """Bars where stderr is a terminal that can move its cursor, else lines; nothing with --quiet.
 
     With several processes only the first prints progress.
     """
     if not processes().is_first or _detail is Detail.QUIET:
         return Silent()
-    if not sys.stderr.isatty():
-        return Lines()
+    if not sys.stderr.isatty() or os.environ.get("TERM") in _DUMB:
+        from reap2gguf.terminal.lines import Lines
+
+        return Lines(say, is_verbose=is_verbose())
     from reap2gguf.terminal.bars import Bars
 
-    return Bars(is_verbose=is_verbose())
-
-
-class Lines:
-    """A line when a task begins and ends, and at intervals between; more often with --verbose."""
-
-    @contextmanager
-    def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
-        line = _Line(title, total, unit)
-        say(f"{title}: {quantity(total, unit)}")
-        yield line
-        say(f"{title}: done in {time.monotonic() - line.begun:.1f} s")
-
-    def note(self, text: str) -> None:
-        say(text)
-
-
-class _Line:
-    def __init__(self, title: str, total: float, unit: str) -> None:
-        self.begun = self._printed = time.monotonic()
-        self._title = title
-        self._total = max(total, 1)
-        self._unit = unit
-        self._done = 0.0
-        self._interval = _LINE_SECONDS / 5 if is_verbose() else _LINE_SECONDS
-
-    def advance(self, amount: float = 1) -> None:
-        self._done += amount
-        now = time.monotonic()
-        if now - self._printed < self._interval:
-            return
-        self._printed = now
-        share = self._done / self._total
-        left = (now - self.begun) / share - (now - self.begun) if share else 0
-        done = quantity(self._done, self._unit)
-        say(f"{self._title}: {share:.0%}, {done}, {duration(left)} left")
+    return Bars()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
+from reap2gguf.progress import working
 from reap2gguf.terminal.click_options import json_option, llama_cpp_option, output_options
-from reap2gguf.terminal.console import say, say_json
+from reap2gguf.terminal.console import say, say_json, screen_progress
 from reap2gguf.terminal.help import command
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def doctor(as_json: bool) -> None:
 
     findings: list[Finding] = []
     last = ""
-    for heading, finding in diagnose():
+    for heading, finding in _announced(diagnose()):
         findings.append(finding)
         if as_json:
             continue
@@ -59,6 +61,17 @@ def doctor(as_json: bool) -> None:
         say("", "result")
         say(f"Needed and missing: {names}" if problems else "Nothing needed is missing.", "result")
     sys.exit(2 if problems else 0)
+
+
+def _announced(found: Iterator[tuple[str, Finding]]) -> Iterator[tuple[str, Finding]]:
+    """The same, with a line on a terminal while something is looked at: torch loads slowly."""
+    progress = screen_progress()
+    while True:
+        with working(progress, "Checking"):
+            one = next(found, None)
+        if one is None:
+            return
+        yield one
 
 
 def _say_finding(finding: Finding) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import click
@@ -21,6 +21,15 @@ CHECKS: Final = "What to compare"
 COMPUTE: Final = "Where to compute"
 OTHER: Final = "Other"
 SECTIONS = (PRUNE, WRITE, CALIBRATION, MODEL, ANSWER, SERVER, CHECKS, COMPUTE, OTHER)
+# headings of the program's own help, and the commands below each; a command that stands nowhere
+# here comes last, under "Commands"
+COMMAND_HEADINGS: Final[Mapping[str, Sequence[str]]] = {
+    "The whole job": ("plan", "build", "add"),
+    "Step by step": ("observe", "inspect", "prune", "imatrix", "quantize", "bundle"),
+    "With a finished bundle": ("verify", "chat", "serve", "push"),
+    "Recipes, texts and help": ("recipes", "mixes", "example", "help"),
+    "This machine": ("doctor", "jobs"),
+}
 MOST: Final = 2**31 - 1
 
 

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reap2gguf.errors import UsageError
+from reap2gguf.progress import working
 from reap2gguf.terminal.click_options import (
     llama_cpp_option,
+    model_argument,
     output_options,
     threads_option,
 )
-from reap2gguf.terminal.console import is_verbose, say, say_piece
+from reap2gguf.terminal.console import is_verbose, say, say_piece, screen_progress
 from reap2gguf.terminal.help import ANSWER, COMPUTE, MODEL, SERVER, F, Number, command, option
+from reap2gguf.terminal.interrupts import interrupts
 from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def _context_option(default: int) -> Callable[[F], F]:
 
 
 @command()
-@click.argument("bundle", type=FolderPath)
+@model_argument("bundle", type=FolderPath)
 @_file_option
 @option(
     "--prompt",
@@ -121,6 +124,8 @@ def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **op
     from reap2gguf.local.programs import choose_program, cli_arguments, replace_process
     from reap2gguf.local.running import AnswerOptions, EngineOptions
 
+    interrupts.release()  # Ctrl-C stops an answer
+
     model = _pick(bundle, wanted)
     program = choose_program("llama-cli", engine, prefers_python=True)
     _report_fallback(program, engine, "llama-cli")
@@ -135,7 +140,9 @@ def chat(bundle: Path, wanted: str | None, prompt: str | None, engine: str, **op
         replace_process(program, cli_arguments(model, running, answer, prompt))
     from reap2gguf.local.chat import Conversation
 
-    with closing(Engine(model.path, running)) as loaded:
+    with working(screen_progress(), f"Loading {model.path.name}"):
+        engine_process = Engine(model.path, running)
+    with closing(engine_process) as loaded:
         if not loaded.has_template:
             say(f"{model.path.name} has no chat template: the model continues the text as it is")
         _converse(Conversation(loaded, answer), prompt)
@@ -158,7 +165,7 @@ def _converse(conversation: Conversation, prompt: str | None) -> None:
 
 
 @command()
-@click.argument("bundle", type=FolderPath)
+@model_argument("bundle", type=FolderPath)
 @_file_option
 @option(
     "--host",
@@ -204,6 +211,7 @@ def serve(bundle: Path, wanted: str | None, engine: str, **options: Any) -> None
     from reap2gguf.local.programs import choose_program
     from reap2gguf.local.running import EngineOptions
 
+    interrupts.release()  # Ctrl-C is the way to stop a server
     model = _pick(bundle, wanted)
     program = choose_program("llama-server", engine, prefers_python=False)
     _report_fallback(program, engine, "llama-server")

@@ -77,7 +77,7 @@ def _model(plan: Plan) -> Iterator[str]:
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token"
     )
     if not target.prunes:
-        yield "nothing is pruned, so the calibration pass that ranks experts is skipped"
+        yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
     if plan.history is not None:
         yield (
             f"the source was pruned before: it has {target.n_experts} of the "
@@ -94,13 +94,28 @@ def _model(plan: Plan) -> Iterator[str]:
 
 
 def _calibration(plan: Plan, needs: Estimate) -> str:
+    """What ranks the experts and weights the quantization: given files, or text."""
+    parts = []
+    if plan.observations is not None:
+        parts.append(f"observations: {plan.observations.file}, reused")
+    if plan.imatrix is not None:
+        parts.append(f"importance matrix: {plan.imatrix.file}, reused")
+    if plan.reads_calibration:
+        parts.append(_text(plan, needs))
+    return f"calibration: {', '.join(parts)}"
+
+
+def _text(plan: Plan, needs: Estimate) -> str:
+    """The text of the calibration passes, with its true rows and tokens where they are known."""
     amount = needs.amount
     known = {"exactly": "", "about": "about ", "at most": "up to "}[amount.known]
     packed = ", samples packed" if plan.calibration.pack else ""
     line = (
-        f"calibration: {plan.calibration.label}, {known}{amount.n_rows:,} rows, "
+        f"{plan.calibration.label}, {known}{amount.n_rows:,} rows, "
         f"{_rounded(amount.n_tokens)}{packed}"
     )
+    if not plan.reads_rows:
+        line = f"{plan.calibration.label}, {known}{_rounded(amount.n_chunk_tokens)}"
     if plan.calibration.label == DEFAULT_MIX:
         line += " (small: for a release use seed-000 or your own)"
     return line
@@ -115,7 +130,8 @@ def _rounded(n_tokens: int) -> str:
 
 def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
     """Each file with its size, and the types of its tensors."""
-    yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
+    if plan.writes_hf:
+        yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
@@ -250,6 +266,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "mtp": plan.mtp,
         "caveats": list(plan.caveats),
         "warnings": plan.warnings,
+        "observations": None if plan.observations is None else plan.observations.file,
+        "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "calibration": {
             "spec": plan.calibration.label,
             "rows": needs.amount.n_rows,

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from reap2gguf.messages import size
+from reap2gguf.progress import working
 from reap2gguf.terminal.click_options import (
+    json_option,
     output_options,
     threads_option,
 )
-from reap2gguf.terminal.console import say, say_all, terminal_progress
+from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import command, option
 from reap2gguf.terminal.option_types import FolderPath, SizeType
 
@@ -35,9 +37,16 @@ if TYPE_CHECKING:
 )
 @option("--dry-run", is_flag=True, help="Show what would be uploaded; upload nothing.")
 @threads_option
+@json_option
 @output_options
 def push(
-    bundle: Path, repo: str, private: bool, max_bytes: int, dry_run: bool, threads: int
+    bundle: Path,
+    repo: str,
+    private: bool,
+    max_bytes: int,
+    dry_run: bool,
+    threads: int,
+    as_json: bool,
 ) -> None:
     """Publish a bundle on the Hub.
 
@@ -51,18 +60,31 @@ def push(
       reap2gguf push build/Qwen3-30B-A3B-REAP-0.25 owner/Qwen3-30B-A3B-REAP-0.25 --dry-run
       reap2gguf push build/Qwen3-30B-A3B-REAP-0.25 owner/Qwen3-30B-A3B-REAP-0.25 --private
     """
-    from reap2gguf.publishing.push import PushOptions, preview
-    from reap2gguf.publishing.push import push as publish
-    from reap2gguf.verifying.bundle import check_bundle
+    progress = terminal_progress()
+    with working(progress, f"Reading {bundle}"):
+        from reap2gguf.publishing.push import PushOptions, preview
+        from reap2gguf.publishing.push import push as publish
+        from reap2gguf.terminal.json_views import preview_as_json, published_as_json
+        from reap2gguf.verifying.bundle import check_bundle
 
     options = PushOptions(bundle, repo, private, max_bytes, threads)
+    with working(progress, f"Asking the Hub about {repo}"):
+        if dry_run:
+            found = preview(options, check_bundle, progress)
+        else:
+            published = publish(options, check_bundle, progress)
     if dry_run:
-        say_all(preview_lines(preview(options, check_bundle, terminal_progress()), private))
+        if as_json:
+            say_json(preview_as_json(found))
+        else:
+            say_all(preview_lines(found, private))
         return
-    published = publish(options, check_bundle, terminal_progress())
     for other in published.others:
         say(f"{other} is not part of this bundle; it remains in the repository")
-    say_all(published.urls)
+    if as_json:
+        say_json(published_as_json(published))
+    else:
+        say_all(published.urls)
 
 
 def preview_lines(found: Preview, private: bool) -> Iterator[str]:

@@ -7,9 +7,10 @@ import click
 from reap2gguf.terminal.click_options import output_options
 from reap2gguf.terminal.console import say, say_all
 from reap2gguf.terminal.help import command
+from reap2gguf.terminal.suggestions import Group
 
 
-@click.group()
+@click.group(cls=Group)
 def recipes() -> None:
     """List, show and check recipes.
 

@@ -17,8 +17,10 @@ from reap2gguf.terminal.click_options import (
     follow_links_option,
     label_option,
     llama_cpp_option,
+    model_argument,
     output_options,
     pruning_options,
+    seed_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say, terminal_progress
@@ -27,7 +29,7 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
 
 
 @command()
-@click.argument("model")
+@model_argument()
 @calibration_options
 @compute_options
 @threads_option
@@ -74,7 +76,7 @@ def observe(
 
 
 @command()
-@click.argument("model")
+@model_argument()
 @option(
     "--observations",
     section=PRUNE,
@@ -104,7 +106,7 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
 
 
 @command()
-@click.argument("hf_dir")
+@model_argument("hf_dir")
 @option("--text", section=CALIBRATION, type=FilePath, required=True, help="Plain text to read.")
 @option(
     "--chunk",
@@ -114,6 +116,16 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
     metavar="T",
     help="Tokens per chunk.",
 )
+@option(
+    "--imatrix-chunks",
+    "--chunks",
+    section=CALIBRATION,
+    type=Number(),
+    metavar="N",
+    help="Maximum number of chunks, spread over the text.",
+    default_text="all",
+)
+@seed_option
 @compute_options
 @threads_option
 @option(
@@ -122,7 +134,14 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
 @follow_links_option
 @output_options
 def imatrix(
-    hf_dir: str, text: Path, chunk: int, output: Path, follow_links: bool, **compute: Any
+    hf_dir: str,
+    text: Path,
+    chunk: int,
+    imatrix_chunks: int | None,
+    seed: int,
+    output: Path,
+    follow_links: bool,
+    **compute: Any,
 ) -> None:
     """Compute an importance matrix for HF_DIR.
 
@@ -139,6 +158,8 @@ def imatrix(
         text,
         output,
         chunk=chunk,
+        imatrix_chunks=imatrix_chunks,
+        seed=seed,
         compute=collect_compute(compute),
         follow_links=follow_links,
         progress=terminal_progress(),
@@ -147,8 +168,9 @@ def imatrix(
 
 
 @command()
-@click.argument("hf_dir")
+@model_argument("hf_dir")
 @option(
+    "-r",
     "--recipe",
     "recipe_name",
     section=WRITE,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.messages import shell_word, size
 
 if TYPE_CHECKING:
-    from reap2gguf.building.pipeline import BuildResult
+    from reap2gguf.building.stage import BuildResult
     from reap2gguf.quantizing.recipe import Recipe
 
 
@@ -31,7 +31,8 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         for check in manifest.verification["passed"]:
             yield f"  verified  {check}"
         yield ""
-    yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
+    if manifest.hf is not None:
+        yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"
     for record in manifest.gguf:
         yield f"  {result.gguf_folder / record.file}  {size(record.n_bytes)}"
     for side in manifest.side_files:

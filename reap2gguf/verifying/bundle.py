@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from reap2gguf.checkpoint.index import INDEX_NAME
 from reap2gguf.errors import ArtifactError, UsageError, VerificationError
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
+from reap2gguf.messages import one_line
 from reap2gguf.pruning.write import KEPT_FILE, companion_files
 from reap2gguf.verifying.context import (
     Check,
@@ -35,6 +36,7 @@ from reap2gguf.verifying.context import (
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.facts import (
     check_hf_facts,
+    check_passed,
     check_recipe,
     check_record,
     check_side_records,
@@ -57,6 +59,7 @@ from reap2gguf.verifying.report import Findings, Level, VerifyReport
 from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import FileRecord
     from reap2gguf.bundle.opening import OpenBundle
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
@@ -165,7 +168,9 @@ def verify_bundle(
     except ArtifactError as error:
         return VerifyReport((folder.name,), (str(error),))
     check = Check(manifest, strictness, n_threads, progress)
-    if is_hf_folder(folder, manifest.hf.folder):
+    if manifest.hf is None:
+        _check_both(check, None, folder)
+    elif is_hf_folder(folder, manifest.hf.folder):
         _check_both(check, folder, None)
     else:
         hf = folder.parent / manifest.hf.folder
@@ -194,6 +199,8 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
     found = check.found
     found.checked += [folder.name for folder in (gguf, hf) if folder is not None]
     check.take(check_record(check.manifest), MANIFEST_FILE)
+    if check.manifest.hf is None:
+        check.take(check_passed(check.manifest, None), MANIFEST_FILE)
     is_sound = not found.violations  # only then can anything be made from it again
     if gguf is not None:
         check.take(check_gguf_files(check, gguf), gguf.name)
@@ -219,9 +226,14 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
     _say_what_is_missing(check, hf, gguf, reference)
 
 
+def _hf_files(check: Check) -> Mapping[str, FileRecord]:
+    hf = check.manifest.hf
+    return {} if hf is None else hf.files
+
+
 def _check_hf_files(check: Check, folder: Path) -> Iterator[str]:
     """Violations in the names and hashes of the folder's files."""
-    manifest, members = check.manifest, hf_members(check.manifest)
+    manifest, members, files = check.manifest, hf_members(check.manifest), _hf_files(check)
     if folder.is_symlink():
         yield f"{folder.name}: is a link, expected the folder beside {gguf_name(folder.name)}"
     try:
@@ -229,13 +241,13 @@ def _check_hf_files(check: Check, folder: Path) -> Iterator[str]:
             yield f"{folder.name}: {MANIFEST_FILE} differs from that of the GGUF folder"
     except ArtifactError as error:
         yield str(error)
-    for name in sorted(manifest.hf.files.keys() - members):
+    for name in sorted(files.keys() - members):
         yield f"{MANIFEST_FILE}: hf.files names {shown_name(name)}, which no build writes"
     yield from check_members(folder, members)
     title = f"Verifying hashes of {folder.name}"
     with check.progress.task(title, folder_bytes(folder), "bytes") as task:
         yield from check_hf_hashes(folder, manifest, check.n_threads, task.advance)
-    check.found.reach(Level.HASHES, (folder / name for name in manifest.hf.files))
+    check.found.reach(Level.HASHES, (folder / name for name in files))
 
 
 def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) -> Iterator[str]:
@@ -256,7 +268,7 @@ def _compare_with_source(
     check: Check, checkpoint: Checkpoint, model: MoeModel, view: PrunedView
 ) -> Iterator[str]:
     """Violations against the source: config, every byte of the weights, and the copied files."""
-    folder, listed = checkpoint.folder, check.manifest.hf.files.keys()
+    folder, listed = checkpoint.folder, _hf_files(check).keys()
     yield from compare_folder(checkpoint, view, model, check.progress)
     copies = companion_files(view.folder)
     yield from compare_files(folder, copies)
@@ -312,7 +324,7 @@ def _check_generated(check: Check, hf: Path | None, gguf: Path | None, source: P
     manifest, found = check.manifest, check.found
     if gguf is not None and is_own_file(gguf / CALIBRATION_FILE):
         check.take(check_calibration_text(manifest, gguf / CALIBRATION_FILE), gguf.name)
-    version = manifest.program.get("reap2gguf")
+    version = manifest.card_version
     if version != __version__:
         found.not_checked.append(
             f"cards and Modelfile not compared: made by reap2gguf {version}, this is {__version__}"
@@ -334,12 +346,14 @@ def _say_what_is_missing(
     say, manifest = check.found.not_checked.append, check.manifest
     if gguf is None and hf is not None:
         say(f"GGUF files not checked: pass {gguf_name(hf.name)} to check both folders")
-    if hf is None:
+    if hf is None and manifest.hf is not None:
         say(f"safetensors not checked: the folder {manifest.hf.folder} is not there")
     if reference is None and check.strictness.reads_values:
-        why = "not beside it" if hf is None else "not readable"
-        say(f"values not compared: the safetensors are {why}")
-        say(f"recipes not applied again: the safetensors are {why}")
+        why = "the safetensors are " + ("not beside it" if hf is None else "not readable")
+        if manifest.hf is None:
+            why = f"the bundle has none of its own; pass --source {one_line(manifest.source.label)}"
+        say(f"values not compared: {why}")
+        say(f"recipes not applied again: {why}")
     if check.strictness.source is None:
         say(_NO_SOURCE)
         say("licence and language in the cards not compared: they are of the source's own card")

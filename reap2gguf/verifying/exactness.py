@@ -15,6 +15,8 @@ EXACT_TYPES = frozenset(
     GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "MXFP4")
 )
 
+SMALL_FILE = 2**30  # bytes; quantized again in some minutes on any machine
+
 
 @dataclass(frozen=True)
 class Exactness:

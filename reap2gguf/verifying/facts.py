@@ -51,7 +51,8 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    if calibration.components and pruning.method != NO_METHOD:  # else none was observed
+    observed_here = pruning.method != NO_METHOD and pruning.observations_file is None
+    if calibration.components and observed_here:
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
@@ -85,6 +86,11 @@ def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
     stem = record.file.removesuffix(".gguf")
     parts = [part_name(stem, number, len(record.parts)) for number in range(len(record.parts))]
     yield from _differs(f"{where}: parts", list(record.parts), parts, "its name")
+    if record.adopted:
+        made = {"recipe": record.recipe, "recipe_source": record.recipe_source}
+        for what, found in made.items():
+            yield from _differs(f"{where}: {what}", found, "", "an adopted file")
+        return
     recipe = _recipe(record)
     if isinstance(recipe, str):
         yield recipe
@@ -106,7 +112,7 @@ def _recipe(record: GgufRecord) -> Recipe | str:
 def check_recipe(record: GgufRecord, weights: Weights, model: MoeModel) -> Iterator[str]:
     """A record's types against its recipe, applied to the pruned model again."""
     where = f"gguf {record.file}"
-    recipe = _recipe(record)
+    recipe = "" if record.adopted else _recipe(record)
     if isinstance(recipe, str):
         return  # `check_record` has reported it
     facts = model.facts
@@ -134,6 +140,8 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     """The manifest against the safetensors folder: its config, and the headers of its shards."""
     facts, pruning, hf = model.facts, manifest.pruning, manifest.hf
     yield from _of_model(manifest, model)
+    if hf is None:
+        return  # a bundle without safetensors
     found = {
         "n_shards": (hf.n_shards, len(checkpoint.shards)),
         "n_parameters": (hf.n_parameters, checkpoint.n_parameters),
@@ -152,7 +160,7 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     for name in sorted({CARD_FILE, "config.json"} - hf.files.keys()):
         yield f"{MANIFEST_FILE}: hf.files does not name {name}"
     yield from _check_config(checkpoint, model)
-    yield from _check_passed(manifest, len(checkpoint.tensors))
+    yield from check_passed(manifest, len(checkpoint.tensors))
 
 
 def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
@@ -208,11 +216,14 @@ def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) 
         yield from _differs(what, recorded, counted, "the source")
 
 
-def _check_passed(manifest: Manifest, n_stored: int) -> Iterator[str]:
-    """The record of what the build verified, which the card quotes."""
+def check_passed(manifest: Manifest, n_stored: int | None) -> Iterator[str]:
+    """The record of what the build verified, which the card quotes.
+
+    `n_stored` counts the tensors of the safetensors; None if the bundle has none.
+    """
     found = manifest.verification.get("passed")
     passed = found if isinstance(found, list) else []
-    lines = [[passed_folder(n_stored)]]
+    lines = [] if n_stored is None else [[passed_folder(n_stored)]]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file
@@ -237,7 +248,8 @@ def check_gguf_facts(
         mixture_named(record.file_type)
     except RecipeError as error:
         yield f"{MANIFEST_FILE}: gguf {record.file}: {error}"
-    yield from _check_imatrix_keys(manifest, record, header, imatrix)
+    if not record.adopted:
+        yield from _check_imatrix_keys(manifest, record, header, imatrix)
     yield from _check_size(header, record.n_bytes, record.file)
 
 

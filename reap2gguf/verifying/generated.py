@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import CARD_FILE, gguf_name
+from reap2gguf.bundle.layout import CARD_FILE, GGUF_SUFFIX, gguf_name
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.files import is_own_file
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
 
 _MAX_TEXT_BYTES = 2**20  # of a card or a Modelfile
+_DOWNLOAD = re.compile(rf"^hf download ([\w.-]{{1,96}}/[\w.-]{{1,96}}{GGUF_SUFFIX}) ", re.MULTILINE)
 _NOTHING = Path("/dev/null/none")  # a source without any file
 
 
@@ -84,7 +85,7 @@ def _gguf_cards(
 ) -> Callable[[str], Iterator[str]]:
     """`config` holds the generation config, of which the card says whether there is one."""
     from reap2gguf.bundle.card import gguf_body, gguf_card
-    from reap2gguf.bundle.front_matter import front_matter, with_base_model
+    from reap2gguf.bundle.front_matter import front_matter, published_front_matter
 
     known = None if config is None else read_sampling(config).is_recommended
 
@@ -94,7 +95,7 @@ def _gguf_cards(
             local = gguf_card(manifest, inherited, samples)
             yield local
             if names is not None:
-                front = with_base_model(front_matter(local), names.hf)
+                front = published_front_matter(front_matter(local), manifest, names)
                 yield front + gguf_body(manifest, names, samples)
 
     return possible
@@ -104,6 +105,11 @@ def _published_names(manifest: Manifest, card: str) -> CardNames | None:
     """The repositories that a published card names; the manifest has their names, not the owner."""
     from reap2gguf.bundle.card_files import CardNames
 
+    if manifest.hf is None:  # only the commands for a download have the whole name
+        found = _DOWNLOAD.search(card)
+        if found is None:
+            return None
+        return CardNames(found[1].removesuffix(GGUF_SUFFIX), found[1], on_hub=True)
     name = manifest.hf.folder
     found = re.search(rf"(?<![\w./-])([\w.-]{{1,96}})/{re.escape(name)}(?![\w.-])", card)
     if found is None:

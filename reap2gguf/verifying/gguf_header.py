@@ -88,14 +88,18 @@ class ExpectedGguf:
 
 def expected_gguf(manifest: Manifest, record: GgufRecord) -> ExpectedGguf:
     """What a GGUF file must hold by the manifest of its bundle."""
+    types, n_kept = types_by_tensor(record.tensors), manifest.pruning.n_kept
+    if record.adopted:
+        return ExpectedGguf(types, n_kept)
     mixture = MIXTURES.get(record.file_type)
+    version = manifest.versions_of(record).get("reap2gguf", "")
     return ExpectedGguf(
-        types_by_tensor(record.tensors),
-        manifest.pruning.n_kept,
+        types,
+        n_kept,
         None if mixture is None else mixture.file_type.value,
-        HeaderNames.of(manifest),
+        HeaderNames.of(manifest, version),
         record.recipe,
-        manifest.program.get("reap2gguf", ""),
+        version,
     )
 
 

@@ -13,7 +13,7 @@ from reap2gguf.bundle.members import check_members, gguf_members
 from reap2gguf.bundle.sums import check_sums, folder_bytes
 from reap2gguf.files import is_own_file
 from reap2gguf.models.side_values import side_files
-from reap2gguf.verifying.exactness import EXACT_TYPES, Exactness
+from reap2gguf.verifying.exactness import EXACT_TYPES, WITHIN_BOUNDS, Exactness
 from reap2gguf.verifying.facts import check_gguf_facts, check_side_facts
 from reap2gguf.verifying.gguf_file import (
     check_gguf,
@@ -86,7 +86,8 @@ class GgufPart:
             shapes = {name: info.shape for name, info in header.tensors.items()}
             yield from check_imatrix(imatrix, manifest.calibration, manifest.pruning, shapes)
         if self.reference is not None:
-            yield from check_entries(imatrix, self.reference[1])
+            is_given = manifest.calibration.imatrix_file is not None
+            yield from check_entries(imatrix, self.reference[1], is_given)
 
     def _check_model(self, record: GgufRecord) -> Iterator[str]:
         """A GGUF file of the model: what its header says, then its values."""
@@ -98,9 +99,14 @@ class GgufPart:
         if not self.is_sound:
             expected = replace(expected, names=None)
         if check.strictness.reads_values:
-            found = check.n_threads, check.progress, self._exactness
+            exactness = self._exactness(check.manifest.versions_of(record).get("ggml"))
+            if record.adopted:
+                exactness = WITHIN_BOUNDS
+                self._say_adopted(record)
+            found = check.n_threads, check.progress, exactness
             yield from check_gguf(path, expected, self.reference, *found)
-            self._reached(self.reference, record.files, record.tensors.values())
+            is_exact = exactness.every_type
+            self._reached(self.reference, record.files, record.tensors.values(), is_exact)
         elif header is not None:
             yield from check_header(header, expected)
 
@@ -123,24 +129,33 @@ class GgufPart:
             weights, model = self.reference
             sides = side_files(model, weights)
             source = (weights, model, sides) if sides else None
-        exactness = replace(self._exactness, imatrix=None)  # none is used for them
-        how = check.n_threads, check.progress, exactness
+        exactness = replace(self._exactness(check.manifest.program.get("ggml")), imatrix=None)
+        how = check.n_threads, check.progress, exactness  # no imatrix is used for them
         yield from check_side_file(path, expected, source, *how)
-        self._reached(source, (side.file,), side.tensors.values())
+        self._reached(source, (side.file,), side.tensors.values(), exactness.every_type)
 
-    @property
-    def _exactness(self) -> Exactness:
-        check = self.check
-        ggml = check.manifest.program.get("ggml")
-        return Exactness(check.strictness.is_exact, self._imatrix, ggml)
+    def _exactness(self, ggml: str | None) -> Exactness:
+        """How to compare a file that was quantized by that libggml."""
+        return Exactness(self.check.strictness.is_exact, self._imatrix, ggml)
+
+    def _say_adopted(self, record: GgufRecord) -> None:
+        """An adopted file's own importance matrix, if it had one, is not known."""
+        if self.check.strictness.is_exact:
+            self.check.found.not_checked.append(
+                f"{record.file} not quantized again: another program made it"
+            )
 
     def _reached(
-        self, compared_with: object | None, names: Collection[str], types: Collection[str]
+        self,
+        compared_with: object | None,
+        names: Collection[str],
+        types: Collection[str],
+        every_type: bool,
     ) -> None:
         """Note how strictly the tensors of a file were compared."""
         if compared_with is None:
             return
-        is_exact = self.check.strictness.is_exact or _ALWAYS_EXACT.issuperset(types)
+        is_exact = every_type or _ALWAYS_EXACT.issuperset(types)
         level = Level.EXACT if is_exact else Level.VALUES
         self.check.found.reach(level, (self.folder / name for name in names))
 

@@ -61,6 +61,12 @@ def check_imatrix(
                 f"{IMATRIX_FILE}: {what} is {shown(found)}, expected {shown(expected)} as in "
                 f"{MANIFEST_FILE}"
             )
+    n_unseen = sum(imatrix.unseen_experts().values())
+    if n_unseen != calibration.imatrix_unseen:
+        yield (
+            f"{IMATRIX_FILE}: no token reached {n_unseen} experts, expected "
+            f"{calibration.imatrix_unseen} as in {MANIFEST_FILE}"
+        )
     mtp_block = max(pruning.kept, default=0) if pruning.mtp.state in ("pruned", "kept") else None
     for name, entry in imatrix.entries.items():
         shape = shapes.get(name)
@@ -73,7 +79,7 @@ def check_imatrix(
                 f"{IMATRIX_FILE}: {name} has sums of shape {list(entry.sums.shape)}, expected "
                 f"{list(expected_shape)}"
             )
-        else:
+        elif calibration.imatrix_file is None:  # a given one may have been made in any way
             # an MTP block sees a token together with the next one
             is_mtp = mtp_block is not None and name.startswith(f"blk.{mtp_block}.")
             per_chunk = imatrix.chunk_size - is_mtp
@@ -98,8 +104,13 @@ def _check_counts(
         )
 
 
-def check_entries(imatrix: Imatrix, model: MoeModel) -> Iterator[str]:
-    """A matrix must have an entry for every matrix that the model multiplies, and no other."""
+def check_entries(imatrix: Imatrix, model: MoeModel, is_given: bool = False) -> Iterator[str]:
+    """A matrix must have an entry for every matrix that the model multiplies, and no other.
+
+    One that was given to the build may have others: `check_imatrix` compares those with the file.
+    """
+    if is_given:
+        return
     expected = model.weighted_matrices()
     for name in sorted(expected - imatrix.entries.keys()):
         yield f"{IMATRIX_FILE}: has no entry for {name}"

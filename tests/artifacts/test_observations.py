@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.checkpoint.writer import CHECKSUM
 from reap2gguf.errors import ArtifactError, OutputError
 
 PARTS = ("count", "reap_sum", "gate_sum", "norm_sum", "norm_max")
@@ -33,6 +34,7 @@ def sample() -> Observations:
         n_rows=7,
         n_tokens=2**40,
         n_dropped_rows=1,
+        made_with={"reap2gguf": "0.1.0", "torch": "2.13.0"},
     )
 
 
@@ -115,11 +117,36 @@ def test_wrong_version(tmp_path: Path, version: str | None) -> None:
     assert f"format version {version!r}" in refusal(path)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Observations) if f.name != "layers"])
+NEEDED = [f.name for f in fields(Observations) if f.name not in ("layers", "made_with")]
+
+
+@pytest.mark.parametrize("name", NEEDED)
 def test_missing_metadata(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path)
     rewrite(path, {name: None})
     assert name in refusal(path)
+
+
+def without_checksum(path: Path, **metadata: str | None) -> None:
+    """As another program would write it: nothing but the checks of each value is left."""
+    rewrite(path, {CHECKSUM: None, **metadata})
+
+
+def test_observations_of_an_earlier_program_name_no_versions(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    without_checksum(path, made_with=None)
+    assert Observations.load(path).made_with == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "5", '{"torch": 2}', '{"torch": null}', "[" * 100_000,
+     json.dumps({"torch": "x" * 129}), json.dumps({str(n): "1" for n in range(33)})],
+)  # fmt: skip
+def test_versions_that_are_none(tmp_path: Path, text: str) -> None:
+    path = saved(tmp_path)
+    without_checksum(path, made_with=text)
+    assert "its metadata is incomplete" in refusal(path)
 
 
 @pytest.mark.parametrize("word", ["", "many", "1.5", "nan"])

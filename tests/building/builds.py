@@ -11,7 +11,7 @@ import pytest
 from reap2gguf.building import pipeline, stages
 from reap2gguf.building.plan import make_plan
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.progress import Silent
+from reap2gguf.progress import Progress, Silent
 from tests.tiny import REPOSITORY
 
 PROSE = REPOSITORY / "calibration" / "prose.txt"
@@ -29,8 +29,10 @@ def options(model: Path, output: Path, **changes: Any) -> BuildOptions:
     return BuildOptions(**values | changes)
 
 
-def build(model: Path, output: Path, **changes: Any) -> pipeline.BuildResult:
-    return pipeline.build(make_plan(options(model, output, **changes)), Silent())
+def build(
+    model: Path, output: Path, progress: Progress | None = None, **changes: Any
+) -> pipeline.BuildResult:
+    return pipeline.build(make_plan(options(model, output, **changes)), progress or Silent())
 
 
 def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +69,8 @@ def stages_reused(result: pipeline.BuildResult) -> dict[str, bool]:
 
 def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
     """Every file of a bundle."""
-    files = (*result.hf_folder.iterdir(), *result.gguf_folder.iterdir())
+    folders = [one for one in (result.hf_folder, result.gguf_folder) if one is not None]
+    files = [file for folder in folders for file in folder.iterdir()]
     return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
 
 

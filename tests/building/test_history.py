@@ -17,15 +17,14 @@ from reap2gguf.api.builds import estimate
 from reap2gguf.building.history import read_history
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
-from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
 from reap2gguf.verifying.bundle import verify_bundle
-from tests.building.builds import build, options, stages_reused
-from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
+from tests.building.builds import build, options
+from tests.tiny import TinyQwen3Moe
 
 
 @pytest.fixture(scope="module")
@@ -165,55 +164,16 @@ def test_a_source_without_a_manifest_has_no_history(tiny: Path) -> None:
     assert not notes
 
 
-@pytest.fixture(params=[{"compression": 0.0}, {"keep_experts": 8}], ids=lambda one: next(iter(one)))
-def whole(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path) -> BuildResult:
-    """A bundle with all experts."""
-    return build(tiny, tmp_path / "out", **request.param)
-
-
-def test_a_bundle_with_all_experts(whole: BuildResult, tiny: Path) -> None:
-    assert "observe" not in stages_reused(whole)
-    assert not list((whole.hf_folder.parent / ".work" / "observations").iterdir())
-    assert (whole.hf_folder.name, whole.gguf_folder.name) == ("tiny", "tiny-GGUF")
-    assert not verify_bundle(whole.gguf_folder, 2, Silent()).violations
-    pruning = whole.manifest.pruning
-    assert (pruning.method, pruning.n_experts, pruning.n_kept) == ("none", 8, 8)
-    assert pruning.kept == {0: tuple(range(8)), 1: tuple(range(8))}
-    assert Manifest.load(whole.hf_folder) == whole.manifest
-    before, after = load_file(tiny / "model.safetensors"), {}
-    for shard in whole.hf_folder.glob("*.safetensors"):
-        after |= load_file(shard)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    for folder in (whole.hf_folder, whole.gguf_folder):
-        card = (folder / "README.md").read_text()
-        front = card.split("---")[1]
-        assert "- moe" in front
-        assert "reap" not in front.lower()
-        assert "prun" not in front
-        assert "Nothing was\npruned" in card or "Nothing was pruned" in card
-        assert "arxiv" not in card.lower()
-
-
 def test_a_bundle_with_all_experts_that_was_pruned_before_is_a_pruned_one(
     source: Path, tmp_path: Path
 ) -> None:
     result = build(source, tmp_path / "out", compression=0.0)
     assert result.manifest.source.earlier is not None
     assert result.manifest.source.earlier.n_experts == 10
-    card = (result.hf_folder / "README.md").read_text()
+    assert result.hf_folder is None
+    card = (result.gguf_folder / "README.md").read_text()
     assert "- pruned" in card.split("---")[1]
-    again = build(result.hf_folder, tmp_path / "again", keep_experts=4)
-    assert again.manifest.source.earlier is not None
-    assert again.manifest.source.earlier.methods == ("reap",)
-
-
-@pytest.mark.slow
-def test_a_block_for_next_tokens_is_kept_with_all_experts(tmp_path: Path) -> None:
-    model = TinyQwen35Moe(vision=False).write(tmp_path / "tiny")
-    result = build(model, tmp_path / "out", compression=0.0)
-    mtp = result.manifest.pruning.mtp
-    assert mtp.state == "kept"
-    assert mtp.n_tokens > 0
-    assert mtp.hits_before == mtp.hits_after
-    assert "kept; top-1 accuracy" in (result.hf_folder / "README.md").read_text()
+    assert "The source had been pruned before" in card
+    metadata = read_gguf_header(next(result.gguf_folder.glob("*Q8_0.gguf"))).metadata
+    assert metadata["reap2gguf.original.expert_count"] == 10
+    assert metadata["reap2gguf.method"] == "none"

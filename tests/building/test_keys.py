@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reap2gguf.building import pipeline, stages
+from reap2gguf import __version__
+from reap2gguf.artifacts import made_with
+from reap2gguf.building import keys, pipeline, record, stages
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.observing import sweep as sweeps
 from reap2gguf.options import CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
 from tests.building.builds import PROSE, build, contents, refuse_at, stages_reused
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 
@@ -26,6 +32,16 @@ def prose(folder: Path, name: str, n_lines: int = 400) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(PROSE.read_text().splitlines()[:n_lines]))
     return path
+
+
+class Notes(Silent):
+    """Keeps the notes of a build."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class Earlier:
@@ -110,6 +126,7 @@ def test_another_ratio_reuses_the_observations(earlier: Earlier) -> None:
         ({"compression": 0.5}, ["texts", "observe"]),
         ({"method": "frequency", "compression": 0.5}, ["texts", "observe"]),
         ({"chunk": 64}, ["observe", "prune"]),
+        ({"imatrix_chunks": 2}, ["observe", "prune"]),
         ({"calibration": CalibrationOptions(str(PROSE), samples=3, max_length=128)}, []),
         ({"calibration": CalibrationOptions(str(PROSE), samples=4, max_length=64)}, []),
     ],
@@ -154,7 +171,8 @@ def recommend_a_sampling(tiny: Path, folder: Path) -> dict[str, Any]:
 
 
 def change_a_label(tiny: Path, folder: Path) -> dict[str, Any]:
-    return {"recipes": ("q8_0",), "labels": {"q8_0": "Q8_0_OWN"}}
+    # the file with the other label would stay
+    return {"recipes": ("q8_0",), "labels": {"q8_0": "Q8_0_OWN"}, "replace": True}
 
 
 def change_the_template(tiny: Path, folder: Path) -> dict[str, Any]:
@@ -222,6 +240,93 @@ def test_what_nothing_has_changed_is_reused(earlier: Earlier) -> None:
     assert reused(earlier.build()) == STAGES
     earlier.restore("finished")
     assert stages_reused(earlier.build()) == {}
+
+
+class Upgrade:
+    """Newer versions of this program and of every library, and the sweeps that run with them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.sweeps: list[str] = []
+        self._patch = patch
+        sweep = sweeps.sweep
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.sweeps.append(arguments[5])  # its title
+            return sweep(*arguments, **named)
+
+        patch.setattr(sweeps, "sweep", counted)
+
+    def install(self, number: str = "99.1") -> None:
+        self._patch.setattr(made_with, "version", lambda library: number)
+        for module in (made_with, keys, record):
+            self._patch.setattr(module, "__version__", number)
+
+
+@pytest.fixture
+def upgrade(monkeypatch: pytest.MonkeyPatch) -> Upgrade:
+    return Upgrade(monkeypatch)
+
+
+def test_an_upgrade_repeats_no_sweep(earlier: Earlier, upgrade: Upgrade) -> None:
+    """It is said which versions the results were made with, and the manifest records them."""
+    earlier.restore("exported")
+    upgrade.install()
+    notes: list[str] = []
+    result = earlier.build(progress=Notes(notes))
+    assert upgrade.sweeps == []
+    assert reused(result) == ["texts", "observe", "prune", "imatrix"]
+    (line,) = (note for note in notes if note.startswith("observe: "))
+    torch = version("torch")
+    assert re.fullmatch(
+        rf"observe: made with reap2gguf {__version__}, torch {re.escape(torch)}.*, now reap2gguf "
+        r"99\.1, torch 99\.1.*: reused \(--fresh to redo it\)",
+        line,
+    )
+    made = result.manifest.made_with
+    assert {stage: found["reap2gguf"] for stage, found in made.items()} == {
+        stage: __version__ for stage in ("texts", "observe", "imatrix")
+    }
+    assert made["observe"]["torch"] == torch
+
+
+def test_after_an_upgrade_another_ratio_reuses_the_observations(
+    earlier: Earlier, upgrade: Upgrade
+) -> None:
+    earlier.restore("finished")
+    upgrade.install()
+    result = earlier.build(compression=0.5, name="half")
+    assert upgrade.sweeps == ["Importance matrix"]
+    assert reused(result) == ["texts", "observe"]
+    assert result.manifest.made_with["imatrix"]["torch"] == "99.1"
+
+
+def test_after_an_upgrade_a_finished_bundle_is_up_to_date(
+    earlier: Earlier, upgrade: Upgrade
+) -> None:
+    earlier.restore("finished")
+    upgrade.install()
+    notes: list[str] = []
+    assert stages_reused(earlier.build(progress=Notes(notes))) == {}
+    (line,) = (note for note in notes if "up to date" in note)
+    assert line.startswith(f"name: up to date, made with reap2gguf {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        ("TEXTS_FORMAT", ["observe", "prune", "imatrix", "export", "verify"]),
+        ("OBSERVE_FORMAT", ["texts", "prune", "imatrix", "export", "verify"]),
+        ("PRUNE_FORMAT", ["texts", "observe"]),
+        ("IMATRIX_FORMAT", ["texts", "observe", "prune"]),
+        ("EXPORT_FORMAT", ["texts", "observe", "prune", "imatrix"]),
+    ],
+)
+def test_a_higher_format_number_repeats_its_stage(
+    number: str, expected: list[str], earlier: Earlier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier.restore("exported")
+    monkeypatch.setattr(keys, number, 99)
+    assert reused(earlier.build()) == expected
 
 
 def test_weights_that_are_written_again_are_observed_again(earlier: Earlier) -> None:

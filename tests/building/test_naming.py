@@ -102,4 +102,10 @@ def test_a_given_name_is_not_changed(name: str) -> None:
 @pytest.mark.parametrize("place", ["out/Model", "out/Model-GGUF"])
 def test_the_source_is_not_replaced(tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match="the result would replace the source; pass another"):
-        named("Model", WHOLE, tmp_path / place, output=tmp_path / "out")
+        named("Model", PRUNED, tmp_path / place, output=tmp_path / "out", name="Model")
+
+
+def test_gguf_files_alone_may_lie_beside_the_source(tmp_path: Path) -> None:
+    assert named("Model", WHOLE, tmp_path / "Model", output=tmp_path) == ("Model", [])
+    with pytest.raises(UsageError, match="the result would replace the source; pass another"):
+        named("Model", WHOLE, tmp_path / "Model-GGUF", output=tmp_path)

@@ -103,10 +103,10 @@ def test_which_files_are_quantized_again(tmp_path: Path, monkeypatch: pytest.Mon
     with plan.checkpoint:
         both = {"q4km", "bf16"}
         assert exact_recipes(plan, has_gpu=False) == both
-        monkeypatch.setattr(exact, "_SMALL_FILE", plan.recipes[0].n_bytes + 1)
+        monkeypatch.setattr(exact, "SMALL_FILE", plan.recipes[0].n_bytes + 1)
         # few tokens: quantizing the large file again costs nothing, as it holds exact types
         assert exact_recipes(plan, has_gpu=False) == both
-        monkeypatch.setattr(exact, "_SMALL_FILE", plan.recipes[0].n_bytes)
+        monkeypatch.setattr(exact, "SMALL_FILE", plan.recipes[0].n_bytes)
         assert exact_recipes(plan, has_gpu=True) == frozenset()
         monkeypatch.setattr(exact, "tokens_at_most", lambda plan: 2**40)
         assert exact_recipes(plan, has_gpu=True) == both
@@ -116,7 +116,7 @@ def test_the_rule_does_not_depend_on_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = WIDE.write(tmp_path / "tiny")
-    monkeypatch.setattr(exact, "_SMALL_FILE", 1)
+    monkeypatch.setattr(exact, "SMALL_FILE", 1)
     plan = make_plan(options(source, tmp_path / "out", recipes=("q4km",)))
     with plan.checkpoint:
         compute = plan.options.compute

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reap2gguf import atomic
+from reap2gguf.building.finished import Inputs
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.layout import BundleFolders
 from reap2gguf.errors import OutputError
@@ -26,11 +27,14 @@ def work(tmp_path: Path) -> Workdir:
     return work
 
 
-def finalize(work: Workdir, inputs: str = "inputs") -> None:
+INPUTS = Inputs("base", {"name-Q8_0.gguf": "key"})
+
+
+def finalize(work: Workdir) -> None:
     for folder, name in ((work.hf, "config.json"), (work.gguf, "name.gguf")):
         folder.mkdir()
         (folder / name).write_text("contents")
-    work.finalize(inputs, [])
+    work.finalize(INPUTS, [])
 
 
 def test_work_of_another_model_is_not_touched(work: Workdir) -> None:
@@ -87,19 +91,26 @@ def test_what_is_finalized_is_finished(work: Workdir) -> None:
     finalize(work)
     assert (work.final_hf / "config.json").is_file()
     assert not work.root.exists()
-    assert work.is_finished("inputs")
-    assert not work.is_finished("others")
+    finished = work.finished()
+    assert finished is not None
+    assert finished.inputs == INPUTS
+    assert finished.changed(work.output, ["name-GGUF/name.gguf", "name/config.json"]) == []
+    assert finished.has(work.output, "name-GGUF/name.gguf")
+    assert not finished.has(work.output, "name-GGUF/other.gguf")
     (work.final_gguf / "name.gguf").write_text("longer than before")
-    assert not work.is_finished("inputs")
+    assert not finished.has(work.output, "name-GGUF/name.gguf")
+    assert finished.changed(work.output, ["name-GGUF/name.gguf"]) == ["name-GGUF/name.gguf"]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"inputs": "inputs"}', '{"inputs": "inputs", "files": {}}']
-)
+    "text",
+    ["", "[]", '{"inputs": "base"}', '{"base": 3}', '{"base": "b", "files": 3}',
+     '{"base": "b", "files": {"a": "many"}}'],
+)  # fmt: skip
 def test_a_damaged_record_finishes_nothing(work: Workdir, text: str) -> None:
     finalize(work)
     (work.shared / ".name.finished.json").write_text(text)
-    assert not work.is_finished("inputs")
+    assert work.finished() is None
 
 
 def test_builds_of_two_names_may_write_one_file_of_both(tmp_path: Path) -> None:
@@ -162,7 +173,7 @@ def test_an_output_that_is_read_only(tmp_path: Path) -> None:
 def test_the_record_tells_what_it_cost(work: Workdir) -> None:
     for folder in (work.hf, work.gguf):
         folder.mkdir()
-    work.finalize("inputs", [{"name": "prune", "seconds": 1.5}])
+    work.finalize(INPUTS, [{"name": "prune", "seconds": 1.5}])
     record = json.loads((work.shared / ".name.finished.json").read_text())
     assert record["stages"] == [{"name": "prune", "seconds": 1.5}]
 
@@ -188,7 +199,7 @@ def test_a_lock_that_is_another_file_is_not_written_to(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     "place",
     [".work", ".work/name", ".work/name/name", ".work/name/name-GGUF", ".work/texts",
-     ".work/observations", ".work/.name.old", "name", "name-GGUF"],
+     ".work/observations", ".work/.name.old", ".work/.name.adding", "name", "name-GGUF"],
 )  # fmt: skip
 def test_no_folder_of_a_build_may_be_a_link(tmp_path: Path, place: str) -> None:
     victim = tmp_path / "victim"
@@ -209,7 +220,7 @@ def test_a_record_that_is_a_link_finishes_nothing(work: Workdir, tmp_path: Path)
     record = work.shared / ".name.finished.json"
     record.rename(tmp_path / "elsewhere.json")
     record.symlink_to(tmp_path / "elsewhere.json")
-    assert not work.is_finished("inputs")
+    assert work.finished() is None
 
 
 def test_what_a_push_writes_is_not_behind_a_link(tmp_path: Path) -> None:

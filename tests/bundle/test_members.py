@@ -55,8 +55,8 @@ def test_a_gguf_file_of_the_user_is_told_how_to_be_added(light: Bundle) -> None:
     (light.gguf / "example-Q8_0.gguf").write_bytes(b"mine")
     (found,) = refused_by_both(light)
     assert found == (
-        "example-GGUF: example-Q8_0.gguf is not part of the bundle; move it away, or add a GGUF "
-        "file by a build with one more --recipe"
+        "example-GGUF: example-Q8_0.gguf is not part of the bundle; move it away, or take it "
+        "over with `reap2gguf add BUNDLE FILE.gguf`"
     )
 
 

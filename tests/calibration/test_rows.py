@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.calibration.drawing import imatrix_chunks, observation_rows, read_texts
-from reap2gguf.calibration.rows import chunk_text, make_rows
+from reap2gguf.calibration.rows import chunk_text, make_rows, spread
 from reap2gguf.calibration.sources import Corpus, Cut, Passage
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.checkpoint.safetensors_header import read_metadata
@@ -203,8 +207,56 @@ def test_the_importance_matrix_reads_no_more_than_the_observation_may(
     options = asked(str(path), samples=3, max_length=64)
     texts = read_texts(tokenizer, options, 64, None, 32, 4096)
     assert len(texts.rows.rows) == 3
-    assert len(texts.chunks.chunks) == 3 * 64 // 32
+    assert len(texts.chunks.chunks) == 3 * 64 // 32 < texts.chunks.n_of_text
     assert texts.chunks.text.count("def add(a, b)") == 3 * TEXT.count("def add(a, b)")
+
+
+@settings(deadline=None)
+@given(n_of=st.integers(1, 400), n=st.integers(1, 500), seed=st.integers(-9, 9))
+def test_a_few_of_many_are_spread(n_of: int, n: int, seed: int) -> None:
+    chosen = spread(n_of, n, seed)
+    assert chosen == sorted(set(chosen)) == spread(n_of, n, seed)
+    assert len(chosen) == min(n, n_of)
+    assert chosen[0] >= 0
+    assert chosen[-1] < n_of
+    # one of each stretch: never further apart than two stretches, at both ends too
+    widest = 2 * -(-n_of // n)
+    assert all(b - a < widest for a, b in pairwise([-1, *chosen, n_of]))
+
+
+def test_the_seed_decides_which() -> None:
+    assert len({tuple(spread(150, 8, seed)) for seed in range(10)}) > 5
+    assert spread(150, 8, 42) == [3, 18, 45, 63, 82, 97, 115, 148]
+
+
+def test_chunks_are_not_the_head_of_the_text(tokenizer: Tokenizer) -> None:
+    few = asked(samples=16, max_length=256)
+    chunks = read_texts(tokenizer, few, 256, None, 512, 4096).chunks
+    every = read_texts(tokenizer, asked(), 512, None, 512, 4096).chunks
+    assert len(chunks.chunks) == 8
+    assert chunks.n_of_text == len(every.chunks) == every.n_of_text
+    numbers = [
+        next(n for n, other in enumerate(every.chunks) if np.array_equal(one, other))
+        for one in chunks.chunks
+    ]
+    assert numbers == spread(chunks.n_of_text, 8, 42)
+    assert chunks.summary == (f"8 of {chunks.n_of_text} chunks of 512 tokens, spread over the text")
+    assert every.summary == f"all {chunks.n_of_text} chunks of 512 tokens"
+    more = read_texts(tokenizer, few, 256, None, 512, 4096, n_chunks=12).chunks
+    assert len(more.chunks) == 12
+
+
+def test_chunks_of_a_text_of_its_own(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("".join(f"{number} {TEXT}" for number in range(8)))
+    every = read_texts(tokenizer, asked(), 512, path, 64, 4096).chunks
+    assert len(every.chunks) == every.n_of_text > 50
+    few = read_texts(tokenizer, asked(seed=7), 512, path, 64, 4096, n_chunks=5).chunks
+    assert few.n_of_text == every.n_of_text
+    for number, chunk in zip(spread(every.n_of_text, 5, 7), few.chunks, strict=True):
+        assert np.array_equal(chunk, every.chunks[number])
+    assert few.sha256 == every.sha256, "of the whole text"
+    assert few.tokens_sha256 != every.tokens_sha256
 
 
 def test_how_rows_are_cut_is_in_their_hashes(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -212,10 +264,14 @@ def test_how_rows_are_cut_is_in_their_hashes(tokenizer: Tokenizer, tmp_path: Pat
     path.write_text(TEXT * 8)
     cuts = [asked(str(path), samples=8, max_length=64),
             asked(str(path), samples=4, max_length=128)]  # fmt: skip
-    texts = [read_texts(tokenizer, cut, cut.max_length, None, cut.max_length, 4096) for cut in cuts]
+    texts = [
+        read_texts(tokenizer, cut, cut.max_length, None, cut.max_length, 4096, n_chunks=10**9)
+        for cut in cuts
+    ]
     for name in ("rows", "chunks"):
         one, other = (getattr(getattr(text, name), name) for text in texts)
-        assert np.array_equal(np.concatenate(one), np.concatenate(other)), "the same tokens"
+        first_ones = (np.concatenate(cut)[: 8 * 64] for cut in (one, other))
+        assert np.array_equal(*first_ones), "the same tokens"
     assert texts[0].rows.sha256 != texts[1].rows.sha256
     assert texts[0].chunks.tokens_sha256 != texts[1].chunks.tokens_sha256
 
@@ -232,6 +288,9 @@ def test_texts_are_kept_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> Non
         assert all(np.array_equal(a, b) for a, b in zip(kept, made, strict=True))
     assert (loaded.rows.label, loaded.rows.sha256) == (texts.rows.label, texts.rows.sha256)
     assert loaded.chunks.text == texts.chunks.text
+    assert loaded.chunks.n_of_text == texts.chunks.n_of_text
+    assert loaded.made_with == texts.made_with
+    assert loaded.made_with["tokenizers"] == version("tokenizers")
     assert loaded.chunks.tokens_sha256 == texts.chunks.tokens_sha256
 
 

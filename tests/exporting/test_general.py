@@ -26,6 +26,7 @@ from reap2gguf.models.description import HeaderValue
 from reap2gguf.models.table import describe
 from reap2gguf.progress import CallbackProgress, ProgressEvent, Silent
 from tests.conftest import Bundle
+from tests.loopback_hub.model import layered_files, serving
 from tests.tiny import REPOSITORY, TinyQwen3Moe, TinyQwen35Moe
 
 CONVERTER = json.loads((REPOSITORY / "tests" / "data" / "llama-general-keys.json").read_text())
@@ -68,6 +69,19 @@ def test_quantize_writes_what_the_converter_writes(name: str, tmp_path: Path) ->
     if name.startswith("Qwen3-"):  # it has four million parameters, and not thirty billion
         expected["general.size_label"] = [["STRING"], "8x563K"]
     assert general(path) == expected
+
+
+def test_a_model_of_the_hub_brings_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "name"
+    layered_files(folder)
+    files = {path.name: path.read_bytes() for path in with_card(folder).iterdir()}
+    with serving(files, monkeypatch, tmp_path / "cache"):
+        found = general(reap2gguf.quantize("owner/name", "bf16", tmp_path / "hub.gguf").path)
+    assert found == general(reap2gguf.quantize(folder, "bf16", tmp_path / "here.gguf").path)
+    wanted = ("license", "languages", "tags", "base_model.0.repo_url", "dataset.0.repo_url")
+    assert {f"general.{key}" for key in wanted} <= found.keys()
 
 
 def test_the_projector_says_it_too(tmp_path: Path) -> None:

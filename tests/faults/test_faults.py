@@ -163,12 +163,23 @@ def test_a_disk_that_fails_once(
 ) -> None:
     log = rig.build({"kinds": WRITING}).log
     shutil.rmtree(rig.output)
-    for at in points(len(log), n_points):
+    of_files = [at for at, line in enumerate(log) if not line.endswith(".log")]
+    for at in (of_files[number] for number in points(len(of_files), n_points)):
         outcome = rig.build({"kinds": WRITING, "at": at, "error": error})
         assert outcome.code == 2, (log[at], outcome.errors)
         assert is_one_line(outcome), (log[at], outcome.errors)
         assert os.strerror(error) in outcome.error_lines[0]
         assert not rig.resume(bundle), log[at]
+
+
+def test_a_log_that_cannot_be_written_stops_no_build(rig: Rig, bundle: dict[str, bytes]) -> None:
+    log = rig.build({"kinds": WRITING}).log
+    shutil.rmtree(rig.output)
+    of_log = [at for at, line in enumerate(log) if line.endswith(".log")]
+    outcome = rig.build({"kinds": WRITING, "at": of_log[2], "error": errno.ENOSPC})
+    assert outcome.code == 0, outcome.errors
+    assert "the log could not be written (No space left on device)" in outcome.errors
+    assert not rig.resume(bundle)
 
 
 @pytest.mark.parametrize("n_points", few_or(10, few=3))

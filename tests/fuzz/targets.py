@@ -102,6 +102,7 @@ def check_imatrix(path: Path) -> None:
     n_bytes = sum(entry.sums.nbytes for entry in imatrix.entries.values())
     assert n_bytes < path.stat().st_size
     assert imatrix.uncovered().keys() <= imatrix.entries.keys()
+    assert imatrix.unseen_experts().keys() <= imatrix.uncovered().keys()
 
 
 def _check_entry(entry: ImatrixEntry) -> None:

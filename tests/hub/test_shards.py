@@ -19,7 +19,8 @@ from reap2gguf.hub import download, shards
 from reap2gguf.hub.download import AbandonedError, DownloadProgress
 from reap2gguf.hub.source import resolve_source
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.console import Lines
+from reap2gguf.terminal.console import say
+from reap2gguf.terminal.lines import Lines
 from tests.loopback_hub.model import ENDS, MODEL, layered_files, serving, whole
 from tests.loopback_hub.server import Fault, Hub
 
@@ -207,6 +208,9 @@ class Seen(Silent):
     def advance(self, amount: float = 1) -> None:
         self.done += amount
 
+    def at(self, place: str) -> None:
+        """Nothing here has a place."""
+
 
 def test_what_another_process_fetched_counts_too(hub: Hub, tmp_path: Path) -> None:
     checkpoint, seen = opened(), Seen()
@@ -235,7 +239,7 @@ def test_what_was_given_up_is_not_said_to_be_done(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = opened()
-    checkpoint.report_to(Lines())
+    checkpoint.report_to(Lines(say))
     checkpoint.read("model.norm.weight")
     checkpoint.close()
     shown = capsys.readouterr().err

@@ -9,7 +9,7 @@ from huggingface_hub import errors
 
 from reap2gguf.errors import SourceError
 from reap2gguf.hub import retry
-from reap2gguf.hub.source import Source, resolve_source
+from reap2gguf.hub.source import Source, hub_name, resolve_source
 from tests.loopback_hub.repository import COMMIT, Repository
 from tests.loopback_hub.server import Hub
 
@@ -84,7 +84,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model",
     ["nonsense", "", "a/b/c", "./owner/name", "/owner/name", "../name", "owner/", "/name", "a b/c",
-     "owner/name@", "owner/name@v1@v2", "https://huggingface.co/owner/name", "~nobody-here/name",
+     "owner/name@", "owner/name@v1@v2", "~nobody-here/name",
      "x" * 300],
 )  # fmt: skip
 def test_nonsense_names(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,4 +202,48 @@ def test_a_password_in_a_url_is_not_repeated(model: str) -> None:
     message = refusal(model)
     assert "hunter2" not in message
     assert message.startswith("https://")
-    assert "not a Hub name" in message
+    assert "log in with `hf auth login`" in message or "is not a page of" in message
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("https://huggingface.co/owner/name/", "owner/name"),
+        ("https://www.huggingface.co/owner/name?library=x#files", "owner/name"),
+        ("https://hf.co/owner/name/tree/main", "owner/name@main"),
+        ("https://huggingface.co/owner/name/tree/refs%2Fpr%2F3", "owner/name@refs/pr/3"),
+        ("https://huggingface.co/owner/name/discussions/7", "owner/name"),
+        ("HTTPS://HuggingFace.co/owner/name", "owner/name"),
+        ("https://mirror.example.org:8443/hub/owner/name/tree/v1", "owner/name@v1"),
+        ("owner/name@main", "owner/name@main"),
+    ],
+)
+def test_the_address_of_a_page_is_a_name(
+    address: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example.org:8443/hub")
+    assert hub_name(address) == name
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "https://me:pw@example.org/a/b",
+            "https://...@example.org/a/b: is not a page",
+        ),
+        ("ftp://huggingface.co/a/b", "is not a page of huggingface.co; expected https://"),
+        ("https://huggingface.co/datasets/a/b", "is not the page of a model"),
+        ("https://huggingface.co/a", "is not the page of a model"),
+        ("https://huggingface.co", "is not the page of a model"),
+        ("https://huggingface.co/a/b/blob/main/x.gguf", "is the page of one file; pass the model"),
+        ("https://huggingface.co.example.org/a/b", "is not a page of huggingface.co"),
+    ],
+)
+def test_other_addresses_are_refused(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert message in refusal(address)
+    assert "pw" not in refusal(address)

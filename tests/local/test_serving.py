@@ -141,7 +141,7 @@ def test_without_its_packages_the_error_says_what_to_install(
     assert result.exit_code == 2
     assert result.output == (
         "Error: llama-cpp-python's server needs uvicorn, fastapi; run `pip install "
-        "'reap2gguf[serve]'`, or build llama.cpp and pass --llama-cpp DIR\n"
+        "'llama-cpp-python[server]>=0.3.30'`, or build llama.cpp and pass --llama-cpp DIR\n"
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from reap2gguf.models.quantized import quantization_keys, without_quantization
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.view import PrunedView
 from tests.models.test_table import changed
-from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, save_sharded
+from tests.tiny import REPOSITORY, TinyQwen3Moe, TinyQwen35Moe, save_sharded
 
 LEFTOVER = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 QWEN3 = TinyQwen3Moe(vocab=4096, hidden=32)
@@ -78,6 +79,9 @@ def test_weights_that_are_quantized(
     if "F64" not in words:
         assert ("quantization_config: 'fp8'" in str(caught.value)) is has_key
         assert "pass the BF16 checkpoint" in str(caught.value)
+        (page,) = re.findall(r"docs/\S+\.md", str(caught.value))
+        assert (REPOSITORY / page).is_file()
+        assert "{" not in str(caught.value)
 
 
 def test_keys() -> None:

@@ -33,7 +33,7 @@ def damages(sound: Sound) -> Iterator[Damage]:
     for path, value in _leaves(manifest):
         fix = Fix.SUMS if path[:2] == ("hf", "files") else Fix.ALL
         sight = Sight.SOURCE if path in _OF_SOURCE else Sight.BESIDE
-        if path in _RECORDS:
+        if path in _RECORDS or path[0] == "made_with":
             sight = Sight.RECORD
         title = ".".join(map(str, path))
         apply = _manifest(_set(path, _another(value)))

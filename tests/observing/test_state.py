@@ -168,6 +168,33 @@ def test_a_state_of_another_sweep_is_not_resumed(folder: Path, options: ComputeO
         assert not [note for note in notes if note.startswith("resuming")]
 
 
+def test_a_state_of_other_versions_is_not_resumed(folder: Path, options: ComputeOptions) -> None:
+    """One sweep is not computed half by one version of torch and half by another."""
+    assert options.resume is not None
+    made_with = {"reap2gguf": "0.1.0", "torch": "2.13.0"}
+    options = replace(options, resume=replace(options.resume, made_with=made_with))
+    stop_before(2, folder, SaliencyObserver, options)
+    newer = {"reap2gguf": "0.2.0", "torch": "2.14.0"}
+    resume = replace(options.resume, made_with=newer)
+    _, _, notes = run(folder, SaliencyObserver, replace(options, resume=resume))
+    assert (
+        "x.state: the saved state was made with torch 2.13.0, now 2.14.0; starting from the first "
+        "layer, so that one version computes all layers"
+    ) in notes
+    assert not [note for note in notes if note.startswith("resuming")]
+
+
+def test_a_state_is_resumed_after_an_upgrade_of_this_program(
+    folder: Path, options: ComputeOptions
+) -> None:
+    assert options.resume is not None
+    older = replace(options.resume, made_with={"reap2gguf": "0.1.0", "torch": "2.13.0"})
+    newer = replace(options.resume, made_with={"reap2gguf": "0.2.0", "torch": "2.13.0"})
+    stop_before(2, folder, SaliencyObserver, replace(options, resume=older))
+    _, _, notes = run(folder, SaliencyObserver, replace(options, resume=newer))
+    assert f"resuming from layer 2 of {N_LAYERS}" in notes
+
+
 def test_a_state_of_other_batches_is_not_resumed(
     folder: Path, options: ComputeOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

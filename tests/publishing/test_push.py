@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
+import reap2gguf
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.sums import write_sums
 from reap2gguf.cli import cli
@@ -25,11 +26,12 @@ from reap2gguf.publishing.push import PushOptions, preview
 from reap2gguf.publishing.remote import refusal
 from reap2gguf.quantizing.labels import LabelledFile
 from reap2gguf.verifying.bundle import check_bundle, verify_paths
+from tests.building.builds import build
 from tests.loopback_hub.repository import Repository
 from tests.loopback_hub.server import Fault, Hub
 from tests.publishing.push_kills import Rig, Runner, environment, tiny_bundle
 from tests.publishing.push_room import GGUF_REPO, REPO, Room, close
-from tests.tiny import ONE_THREAD
+from tests.tiny import ONE_THREAD, TinyQwen3Moe
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,23 @@ def test_either_folder_names_the_bundle_and_a_second_push_sends_nothing(
     assert room.wrote()[sent:] == ["POST /api/repos/create"] * 2
     assert room.told.notes[-1] == f"{GGUF_REPO}: 9 of 9 files are there already"
     room.check(bundle)
+
+
+def test_after_an_addition_only_what_is_new_is_sent(room: Room, copy: Path) -> None:
+    room.push(copy)
+    before = {repo: len(room.uploads.history[repo]) for repo in (REPO, GGUF_REPO)}
+    result = reap2gguf.add(copy, recipes="q4km", threads=1)
+    room.push(copy)
+    sent = {
+        repo: {name for commit in room.uploads.history[repo][n:] for name in commit.added}
+        for repo, n in before.items()
+    }
+    assert "model-Q4_K_M.gguf" in sent[GGUF_REPO]
+    assert not any(name.endswith((".safetensors", "Q8_0.gguf")) for name in sent[REPO])
+    texts = {"Modelfile", "README.md", "SHA256SUMS", "reap2gguf.json"}
+    assert sent[GGUF_REPO] - texts == {"model-Q4_K_M.gguf"}
+    assert sent[REPO] <= texts
+    room.check(result.hf_folder)
 
 
 def test_what_is_downloaded_again_verifies(room: Room, bundle: Path, tmp_path: Path) -> None:
@@ -474,6 +493,32 @@ def test_the_command(room: Room, bundle: Path) -> None:
     spoiled = runner.invoke(cli, ["push", str(bundle), "me/other"])
     assert spoiled.exit_code == 1
     assert "me/other: config.json has a different git hash than what was sent" in spoiled.output
+
+
+@pytest.mark.parametrize("repo", [REPO, GGUF_REPO])
+def test_a_bundle_without_safetensors_is_one_repository(
+    room: Room, tmp_path: Path, repo: str
+) -> None:
+    source = TinyQwen3Moe().write(tmp_path / "source")
+    (source / "generation_config.json").write_text('{"temperature": 0.7}')
+    folder = build(source, tmp_path / "out", name="model", compression=0).gguf_folder
+    shown = preview(PushOptions(folder, repo), check_bundle, Silent())
+    assert [one.repo for one in shown.prepared.repos] == [GGUF_REPO]
+    assert shown.unchecked == ()
+    assert room.push(folder, repo).urls == (f"{room.hub.endpoint}/{GGUF_REPO}",)
+    assert [one.name for one in room.hub.repositories] == [GGUF_REPO]
+    found = room.files(GGUF_REPO)
+    assert found.keys() == {file.name for file in folder.iterdir()} | {".gitattributes"}
+    card = found["README.md"].decode()
+    assert "quantized_by: me\n" in card
+    assert "\nhf download me/thing-GGUF model-Q8_0.gguf" in card
+    assert "llama.cpp takes the sampling" in card
+    (tmp_path / "down").mkdir()
+    for name in found.keys() - {".gitattributes"}:
+        (tmp_path / "down" / name).write_bytes(found[name])
+    report = verify_paths([tmp_path / "down"], 1, Silent())
+    assert report.violations == ()
+    assert room.push(folder, repo).others == ()
 
 
 def test_pushes_that_are_killed_go_on(bundle: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 
 import pytest
 
@@ -9,60 +11,71 @@ from reap2gguf.machine import Processes
 from reap2gguf.progress import Silent
 from reap2gguf.terminal import console
 from reap2gguf.terminal.bars import Bars
-from reap2gguf.terminal.console import Detail, Lines, printing, say, say_json, terminal_progress
+from reap2gguf.terminal.console import (
+    Detail,
+    printing,
+    quiet_libraries,
+    say,
+    say_json,
+    terminal_progress,
+)
+from reap2gguf.terminal.lines import Lines
 
 
-def test_without_a_terminal_there_are_lines(
+def test_a_pipe_and_a_dumb_terminal_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(terminal_progress(), Lines)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(terminal_progress(), Bars)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(terminal_progress(), Lines)
+
+
+def test_no_color_is_respected(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
-    progress = terminal_progress()
-    assert isinstance(progress, Lines)
-    with progress.task("Reading", 10, "rows") as task:
-        task.advance(5)
-    progress.note("a note")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Reading: 10 rows"
-    assert lines[1].startswith("Reading: 50%, 5 rows, ")
-    assert lines[1].endswith(" left")
-    assert lines[2].startswith("Reading: done in ")
-    assert lines[3] == "a note"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for value, expected in (("", "\x1b[32m+\x1b[0m fine\n"), ("1", "+ fine\n")):
+        monkeypatch.setenv("NO_COLOR", value)
+        say("fine", "result", prefix="\x1b[32m+\x1b[0m ")
+        assert capsys.readouterr().out == expected
 
 
-def test_bars_finish(capsys: pytest.CaptureFixture[str]) -> None:
-    with Bars().task("Reading", 2, "rows") as task:
-        task.advance()
-        task.advance()
-    assert "100%" in capsys.readouterr().err
+def test_long_results_break_between_words_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "  note: " + "words " * 30
+    say(text, "result")
+    assert capsys.readouterr().out == text + "\n", "a pipe gets one line"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    say(text, "result")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 2
+    assert all(len(line) <= 60 for line in lines)
+    assert all(line.startswith("    words") for line in lines[1:])
 
 
-def test_verbose_bars_leave_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with Bars(is_verbose=True).task("Reading", 2, "rows") as task:
-        task.advance(2)
-    assert "Reading: 2 rows in " in capsys.readouterr().err
-
-
-def test_bars_of_tasks_at_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
-    bars = Bars()
-    with bars.task("Fetching", 1, "bytes") as fetching:
-        with bars.task("Observing", 4, "tokens") as observing:
-            observing.advance(4)
-            bars.note("a line between")
-        fetching.advance()
-    with bars.task("Writing", 1, "bytes") as writing:
-        writing.advance()
-    shown = capsys.readouterr().err
-    for title in ("Fetching", "Observing", "Writing"):
-        assert any(title in line and "100%" in line for line in shown.splitlines()), shown
-    assert "a line between" in shown
+def test_libraries_are_quiet_unless_the_user_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is restored at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    monkeypatch.setattr(console, "_quieted", set())
+    quiet_libraries()
+    assert [os.environ[name] for name in names] == ["error", "error", "1"]
+    assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "0"
+    with printing(Detail.VERBOSE):
+        assert [os.environ[name] for name in names] == ["warning", "warning", "1"]
 
 
 @pytest.mark.parametrize(
     ("detail", "errors"),
     [
-        (Detail.QUIET, "an error\n"),
-        (Detail.NORMAL, "a note\nan error\na warning\n"),
-        (Detail.VERBOSE, "a note\nan error\na detail\na warning\n"),
+        (Detail.QUIET, "an error\nan alarm\n"),
+        (Detail.NORMAL, "a note\nan error\nan alarm\n"),
+        (Detail.VERBOSE, "a note\nan error\na detail\na warning\nan alarm\n"),
     ],
 )
 def test_results_go_to_stdout_and_the_rest_to_stderr(
@@ -76,6 +89,7 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(
         say("an error", "error")
         library.info("a detail")
         library.warning("a %s", "warning")
+        library.error("an alarm")
         is_silent = isinstance(terminal_progress(), Silent)
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("a result\n", errors)

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from reap2gguf.cli import cli
-from reap2gguf.terminal.help import SECTIONS, Number
-from tests.test_cli import all_commands
+from reap2gguf.terminal.help import COMMAND_HEADINGS, SECTIONS, Number
+from tests.test_cli import all_commands, run
 
 COMMANDS = all_commands(cli)
 
@@ -37,11 +37,31 @@ def test_the_first_line_is_one_short_sentence(names: tuple[str, ...]) -> None:
     assert rest.startswith("\n")
 
 
-def test_no_summary_is_cut() -> None:
+def test_every_command_is_listed_once_with_its_whole_summary() -> None:
     for group in ((), ("recipes",)):
-        listed = help_of(*group).split("Commands:\n")[1]
-        assert "..." not in listed
-        assert listed.count("\n") == len(found_command(group).commands)  # type: ignore[attr-defined]
+        found = found_command(group)
+        assert isinstance(found, click.Group)
+        lines = [line.strip() for line in help_of(*group).splitlines()]
+        for name, command in found.commands.items():
+            summary = (command.help or "").partition("\n")[0]
+            listed = re.compile(rf"{name} +{re.escape(summary)}")
+            assert sum(listed.fullmatch(line) is not None for line in lines) == 1
+
+
+def test_commands_stand_under_headings() -> None:
+    text = help_of()
+    headings = [heading for heading in COMMAND_HEADINGS if f"\n{heading}:\n" in text]
+    assert headings == list(COMMAND_HEADINGS)
+    assert text.index("build") < text.index("\nStep by step") < text.index("  observe")
+    assert "\nCommands:\n" not in text, "a command stands nowhere in COMMAND_HEADINGS"
+
+
+def test_help_is_a_command_too() -> None:
+    assert run("help").output == help_of()
+    assert run("help", "build").output.splitlines() == help_of("build").splitlines()
+    assert "Check that a recipe fits" in run("help", "recipes", "check").output
+    assert "did you mean build?" in run("help", "biuld").stderr
+    assert "'build' has no commands of its own" in run("help", "build", "x").stderr
 
 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
@@ -108,7 +128,11 @@ def test_numbers_are_checked(number: Number, value: str, expected: float | str) 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)
 def test_every_command_that_works_can_be_quiet_or_verbose(names: tuple[str, ...]) -> None:
     command = found_command(names)
-    if isinstance(command, click.Group) or names in (("recipes", "list"), ("recipes", "show")):
+    if isinstance(command, click.Group) or names in (
+        ("recipes", "list"),
+        ("recipes", "show"),
+        ("help",),
+    ):
         return
     options = {name for parameter in command.params for name in parameter.opts}
     assert {"-v", "--verbose", "-q", "--quiet"} <= options

@@ -211,7 +211,7 @@ def test_an_unknown_file_in_the_bundle_is_named(bundle: Bundle) -> None:
     violations = verify_bundle(bundle.gguf, 1, Silent()).violations
     (violation,) = violations
     assert violation.startswith("example-GGUF: stale.gguf is not part of the bundle; move it away,")
-    assert "--recipe" in violation
+    assert "reap2gguf add" in violation
 
 
 def test_a_pair_without_manifest(built: Bundle, bundle: Bundle) -> None:

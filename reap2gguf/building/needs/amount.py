@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.calibration.scanned_files import TextFile
 from reap2gguf.calibration.sources import component_files
 from reap2gguf.calibration.spec import DEFAULT_MIX
-from reap2gguf.observing.passes import mtp_probe
+from reap2gguf.observing.probe import PROBE_TOKENS, mtp_probe
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _SMALL_TEXT = 2**19  # bytes, which are tokenized in half a second
 _BYTES_PER_TOKEN = 4.0  # of text, if nothing is known of it
 _IMATRIX_CHARACTERS = 2**25  # that it reads of a mix
-_PROBE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,9 @@ class Amount:
         )
 
 
+_NOTHING = Amount(0, 0, 0, 0, 1, 0, "exactly")
+
+
 def amount_of(plan: Plan, texts: Texts | None = None) -> Amount:
     """Rows and tokens of a plan; `texts` are its texts, where they are known."""
     return _guessed(plan) if texts is None else _counted(plan, texts)
@@ -71,7 +73,7 @@ def most_of(plan: Plan, n_tokens: int) -> Amount:
         plan.calibration.samples,
         n_tokens,
         n_chunk_tokens,
-        _PROBE_TOKENS if plan.model.facts.has_mtp else 0,
+        PROBE_TOKENS if plan.model.facts.has_mtp else 0,
         max(plan.max_length, size),
         text_bytes,
         "at most",
@@ -94,22 +96,25 @@ def chunk_size(plan: Plan) -> int:
 
 
 def _counted(plan: Plan, texts: Texts) -> Amount:
-    rows, chunks = texts.rows.rows, texts.chunks.chunks
-    probe = mtp_probe(plan.model, texts.rows)
+    rows = [] if texts.rows is None else texts.rows.rows
+    chunks = [] if texts.chunks is None else texts.chunks.chunks
+    probe = () if texts.rows is None else mtp_probe(plan.model, texts.rows)
     return Amount(
         len(rows),
         sum(map(len, rows)),
         sum(map(len, chunks)),
         sum(map(len, probe)),
-        max(map(len, [*rows, *chunks])),
-        len(texts.chunks.text.encode()),
+        max(map(len, [*rows, *chunks]), default=1),
+        0 if texts.chunks is None else len(texts.chunks.text.encode()),
         "exactly",
     )
 
 
 def is_small(plan: Plan) -> bool:
-    """Whether all texts are on this machine, and quickly tokenized."""
+    """Whether there are texts, all on this machine, and quickly tokenized."""
     components, text = plan.calibration.components, plan.options.imatrix_text
+    if not plan.reads_texts:
+        return False
     if not all(one.is_local for one in components):
         return False
     paths = [path for one in components for path in component_files(one.name)]
@@ -122,6 +127,8 @@ def is_small(plan: Plan) -> bool:
 
 def _guessed(plan: Plan) -> Amount:
     """By the size of the files, or by what was asked for."""
+    if not plan.reads_texts:
+        return _NOTHING
     calibration, length = plan.calibration, plan.max_length
     parts = [_part(plan, one) for one in calibration.components]
     n_rows = sum(rows for rows, _, _ in parts)
@@ -132,16 +139,21 @@ def _guessed(plan: Plan) -> Amount:
     size = chunk_size(plan)
     text = plan.options.imatrix_text
     asked = -(-calibration.samples * length // size) * size
-    if text is not None:
-        n_chunk_tokens = int(plan.files.text(text).path.stat().st_size / _BYTES_PER_TOKEN)
+    if plan.options.imatrix_chunks is not None:
+        asked = plan.options.imatrix_chunks * size
+    if plan.imatrix is not None:
+        n_chunk_tokens = 0
+    elif text is not None:
+        in_text = int(plan.files.text(text).path.stat().st_size / _BYTES_PER_TOKEN)
+        n_chunk_tokens = in_text if plan.options.imatrix_chunks is None else min(asked, in_text)
     else:
         whole = sum(text_tokens for _, _, text_tokens in parts)
         n_chunk_tokens = min(asked, whole, int(_IMATRIX_CHARACTERS / _BYTES_PER_TOKEN))
     return Amount(
-        max(1, n_rows),
-        max(1, n_tokens),
-        max(size, n_chunk_tokens),
-        min(_PROBE_TOKENS, n_tokens) if plan.model.facts.has_mtp else 0,
+        max(1, n_rows) if plan.reads_rows else 0,
+        max(1, n_tokens) if plan.reads_rows else 0,
+        max(size, n_chunk_tokens) if plan.imatrix is None else 0,
+        min(PROBE_TOKENS, n_tokens) if plan.model.facts.has_mtp else 0,
         max(length, size),
         _text_bytes(plan),
         "about" if all(one.is_local for one in calibration.components) else "at most",

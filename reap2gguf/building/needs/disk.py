@@ -84,11 +84,11 @@ def disk_needs(plan: Plan, amount: Amount, sweeps: SweepNeeds) -> DiskNeeds:
     texts = 8 * (amount.n_tokens + amount.n_chunk_tokens) + amount.text_bytes
     observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
     return DiskNeeds(
-        hf=plan.hf_bytes + companions + _CARD_BYTES,
+        hf=plan.hf_bytes + companions + _CARD_BYTES if plan.writes_hf else 0,
         gguf=gguf,
-        shared=texts + (observed if plan.target.prunes else 0),
-        spool=sweeps.spool_bytes,
-        state=sweeps.hidden_bytes,
+        shared=texts + (observed if plan.observes else 0),
+        spool=sweeps.spool_bytes if plan.n_sweeps else 0,
+        state=sweeps.hidden_bytes if plan.n_sweeps else 0,
     )
 
 

@@ -38,12 +38,8 @@ class Reused:
     stages: tuple[str, ...] = ()
     texts: Texts | None = None  # what the passes read, where that is known
     recipes: frozenset[str] | None = None
-    written_bytes: int = 0  # of the files that are still to get their final names
-
-    @property
-    def is_up_to_date(self) -> bool:
-        """Whether the finished bundle is what the plan makes."""
-        return self.stages == ALL
+    written_bytes: int = 0  # of files that are there already
+    is_up_to_date: bool = False  # whether the finished bundle is what the plan makes
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,9 @@ class Estimate:
     @cached_property
     def stages(self) -> Mapping[str, float]:
         """Seconds by stage; a stage that is reused takes none."""
-        found = stage_seconds(self.plan, self.sizes, self.amount, self.disk, self.host)
+        made = self.reused.recipes
+        recipes = [one for one in self.plan.recipes if made is None or one.name in made]
+        found = stage_seconds(self.plan, self.sizes, self.amount, self.disk, self.host, recipes)
         return {name: 0.0 if name in self.reused.stages else found[name] for name in found}
 
     @property

@@ -110,3 +110,18 @@ def rented_machine(name: str) -> tuple[Machine, Host]:
     )
     factor = _factor(offer.tflops, offer.bandwidth)
     return machine, Host(_SPEED, offer.cores, factor, offer.host * 3 // 4, _HUB_BYTES)
+
+
+def rented_cpu(cores: int) -> tuple[Machine, Speed]:
+    """A machine without a GPU, of the same kind as those in the table, as large as it has to be."""
+    machine = Machine(
+        device="cpu",
+        gpu=None,
+        memory_bytes=_ENOUGH_DISK,
+        memory_free_bytes=_ENOUGH_DISK,
+        disk_free_bytes=_ENOUGH_DISK,
+        cache_free_bytes=_ENOUGH_DISK,
+        is_one_disk=True,
+        cores=cores,
+    )
+    return machine, _SPEED

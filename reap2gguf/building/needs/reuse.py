@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, Reused
 from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts
+from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
+from reap2gguf.building.standing import standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
@@ -20,6 +22,8 @@ from reap2gguf.pruning.view import PrunedView
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+
+_BEFORE_EXPORT = 4  # stages
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -35,18 +39,19 @@ def find_reused(plan: Plan) -> Reused:
 
 
 def _find(plan: Plan) -> Reused:
-    work = Workdir(plan.options.output, plan.name)
+    work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     run = Run(plan, work, Silent(), ())
-    if (finished := in_finished_bundle(run)) is not None:
+    if (finished := _in_finished_bundle(run)) is not None:
         return finished
-    texts = ReadTexts(run)
-    found = _shared_texts(texts) if _may_reuse(run) else None
+    texts = ReadTexts(run) if plan.reads_texts else None
+    found = _shared_texts(texts) if texts is not None and _may_reuse(run) else None
     is_there = found is not None
-    if found is None and is_small(plan):
-        found = texts.read()
-    if found is None:
-        return Reused(written_bytes=work.written_bytes())
-    texts.result = found
+    if texts is not None:
+        if found is None and is_small(plan):
+            found = texts.read()
+        if found is None:
+            return Reused(written_bytes=work.written_bytes())
+        texts.result = found
     try:
         done = tuple(_done(run, texts)) if _may_reuse(run) else ()
     except (Reap2ggufError, OSError):
@@ -54,11 +59,16 @@ def _find(plan: Plan) -> Reused:
     return Reused((("texts",) if is_there else ()) + done, found, None, work.written_bytes())
 
 
-def in_finished_bundle(run: Run) -> Reused | None:
-    """What a finished bundle of this name has already; None if there is none to build on."""
-    if not run.plan.options.fresh and run.work.is_finished(run.keys.inputs):
-        return Reused(ALL, None, frozenset())
-    return None
+def _in_finished_bundle(run: Run) -> Reused | None:
+    """What a finished bundle of this name has already; None if there is none to extend."""
+    found = standing(run.plan, run.keys, run.work)
+    if found is None:
+        return None
+    written = sum(record.n_bytes for record in found.stay)
+    written += 0 if found.manifest.hf is None else found.manifest.hf.n_bytes
+    missing = frozenset(recipe.name for recipe in found.missing)
+    stages = ALL[:_BEFORE_EXPORT] if missing else ALL
+    return Reused(stages, None, missing, written, found.is_up_to_date)
 
 
 def _may_reuse(run: Run) -> bool:
@@ -73,21 +83,26 @@ def _shared_texts(stage: ReadTexts) -> Texts | None:
         return None
 
 
-def _done(run: Run, texts: ReadTexts) -> Iterator[str]:
+def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
     """The names of the stages after the texts that are done, up to the first whose key needs more
     than is there."""
     plan = run.plan
     observed = None
-    if plan.target.prunes:
-        observed = Observe(run, texts)
+    if plan.observes:
+        observed = Observe(run, needed(texts))
         if not _is_done(observed):
             return
         yield observed.name
     pruned = PrunedView(plan.checkpoint, plan.model, _kept(plan, observed))
-    prune = Prune(run, pruned)
-    importance = Importance(run, pruned, texts)
+    if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
+        yield prune.name
+    importance = (
+        Importance(run, pruned, texts)
+        if plan.imatrix is None
+        else GivenImportance(run, pruned, texts, plan.imatrix)
+    )
     export = Export(run, pruned, importance)
-    stages: tuple[Stage[Any], ...] = (prune, importance, export, Verify(run, pruned, export))
+    stages: tuple[Stage[Any], ...] = (importance, export, Verify(run, pruned, export))
     for stage in stages:
         if _is_done(stage):
             yield stage.name
@@ -95,9 +110,11 @@ def _done(run: Run, texts: ReadTexts) -> Iterator[str]:
 
 def _kept(plan: Plan, observed: Observe | None) -> Kept:
     """The experts that the pipeline will keep."""
-    if observed is None:
+    given = None if plan.observations is None else plan.observations.seen
+    seen = given if observed is None else observed.result
+    if seen is None:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(observed.result, plan.method, plan.target, plan.model.facts)
+    return select_experts(seen, plan.method, plan.target, plan.model.facts)
 
 
 def _is_done(stage: Stage[Any]) -> bool:

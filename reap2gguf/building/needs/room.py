@@ -58,8 +58,6 @@ def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
             f"not enough disk space to save progress between layers ({size(needs.state_bytes)} "
             "more needed); an interrupted calibration pass restarts from layer 0"
         )
-    if replaced := work.earlier_files():
-        progress.note(f"an earlier build of this name will be replaced: {', '.join(replaced)}")
     return keeps_states
 
 

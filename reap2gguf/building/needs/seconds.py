@@ -7,7 +7,7 @@ compares the result with real builds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.sizes import Sizes
     from reap2gguf.building.needs.speed import Speed
     from reap2gguf.building.plan import Plan
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+    Recipes = Sequence[ResolvedRecipe]
 
 STAGES = ("start", "texts", "observe", "prune", "imatrix", "export", "verify", "finish")
 
@@ -31,6 +34,7 @@ _IMPORTS = 2.1  # torch, transformers and the rest
 _PER_TENSOR = 25e-6  # to read headers and plan
 _FIRST_PASS = 1.2  # builds the model, and loads what computes
 _PASS = 0.4
+_GIVEN = 0.1  # to take over an importance matrix
 _FINISH = 0.6  # cards, manifest and names; then the program ends
 _GPU_START = 2.5  # CUDA, and kernels that are compiled
 _TOKENIZE = 1.2e-6  # per token of local text
@@ -72,30 +76,36 @@ class Host:
 
 
 def stage_seconds(
-    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host
+    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host, recipes: Recipes
 ) -> dict[str, float]:
-    """Seconds of every stage of a build from scratch; 0 for a stage that it does not have."""
-    python, speed = host.speed.python, host.speed
-    n_tensors = len(plan.checkpoint.tensors)
+    """Seconds of every stage of a build from scratch; 0 for a stage that it does not have.
+
+    `recipes` are those of the plan whose files are made.
+    """
+    python, speed, source = host.speed.python, host.speed, plan.checkpoint
     found = dict.fromkeys(STAGES, 0.0)
-    found["start"] = python * (_IMPORTS + 2 * _PER_TENSOR * n_tensors)
-    found["texts"] = _texts(plan, amount, host)
+    found["start"] = python * (_IMPORTS + 2 * _PER_TENSOR * len(source.tensors))
+    if plan.reads_texts:
+        found["texts"] = _texts(plan, amount, host)
     # the first pass reads the weights from the disk; later ones find what stays in memory
-    reading = _read_seconds(plan.checkpoint.n_bytes, host, is_first=True)
-    fetching = plan.checkpoint.unfetched_bytes / host.download_bytes
-    if plan.target.prunes:
+    reading = _read_seconds(source.n_bytes, host, is_first=True)
+    waiting = max(reading, source.unfetched_bytes / host.download_bytes)
+    if plan.observes:
         passing = _pass(plan, sizes, amount.n_tokens, amount, host)
-        found["observe"] = max(passing, reading, fetching) + python * _FIRST_PASS
-        reading = _read_seconds(plan.hf_bytes, host)
-        fetching = 0.0
+        found["observe"] = max(passing, waiting) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
-    copied = plan.hf_bytes
-    found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
-    passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
-    passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
-    found["imatrix"] = max(passing, reading, fetching) + python * _PASS
-    found["export"] = _export(plan, disk, host)
-    found["verify"] = _verify(plan, sizes, disk, host)
+        waiting = _read_seconds(plan.pruned.n_bytes, host)
+    if plan.writes_hf:
+        copied = plan.hf_bytes
+        found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
+    if plan.imatrix is None:
+        passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
+        passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
+        found["imatrix"] = max(passing, waiting) + python * _PASS
+    else:
+        found["imatrix"] = python * _GIVEN
+    found["export"] = _export(recipes, host)
+    found["verify"] = _verify(plan, recipes, sizes, disk, host)
     found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
     return found
 
@@ -136,17 +146,17 @@ def _attention(plan: Plan, amount: Amount) -> int:
     return 2 * amount.mean_row * facts.n_heads * facts.head_dim * facts.n_blocks
 
 
-def _export(plan: Plan, disk: DiskNeeds, host: Host) -> float:
+def _export(recipes: Recipes, host: Host) -> float:
     """Every tensor is read once, and quantized once per type."""
     types: dict[tuple[str, GGMLQuantizationType], int] = {}
     weights: dict[str, int] = {}
-    for recipe in plan.recipes:
+    for recipe in recipes:
         for entry in recipe.table:
             weights[entry.tensor.name] = prod(entry.tensor.shape)
             types[entry.tensor.name, entry.tensor_type] = prod(entry.tensor.shape)
     seconds = _EXPORT * sum(weights.values()) * host.speed.quantize["plain"]
     seconds += sum(host.speed.quantize_seconds(kind, n) for (_, kind), n in types.items())
-    writing = disk.gguf / host.speed.write_bytes
+    writing = sum(recipe.n_bytes for recipe in recipes) / host.speed.write_bytes
     return max(seconds / host.parallel, writing) + _tables(types, host)
 
 
@@ -155,12 +165,12 @@ def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -
     return sum(host.speed.table_seconds(kind) for kind in {kind for _, kind in types})
 
 
-def _verify(plan: Plan, sizes: Sizes, disk: DiskNeeds, host: Host) -> float:
+def _verify(plan: Plan, recipes: Recipes, sizes: Sizes, disk: DiskNeeds, host: Host) -> float:
     """Both formats are read back and compared; small files are quantized again."""
     speed = host.speed
     exact = sizes.exact(host.gpu_factor is not None)
     seconds = 0.0
-    for recipe in plan.recipes:
+    for recipe in recipes:
         for entry in recipe.table:
             n_weights = prod(entry.tensor.shape)
             seconds += _EXPORT * n_weights * speed.quantize["plain"]

@@ -29,7 +29,7 @@ from reap2gguf.observing.budget import (
     save_seconds,
 )
 from reap2gguf.observing.decoder import StreamedDecoder
-from reap2gguf.observing.passes import mtp_probe
+from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from tests.building.builds import build, options, refuse_at, stop_before_export

@@ -1,0 +1,117 @@
+"""Looks into results: observations, importance matrices, and what a bundle has kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.options import METHODS, check_choice, check_path
+
+if TYPE_CHECKING:
+    from reap2gguf.api.opening import PathLike
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+    from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+
+_MOST_RATIOS = 64
+
+
+def inspect(
+    what: PathLike | Observations | Imatrix,
+    *,
+    method: str | None = None,
+    ratios: Sequence[float] | None = None,
+) -> ObservationsInspection | BundleInspection | ImatrixInspection:
+    """Look into observations, an importance matrix, or a bundle; nothing is written.
+
+    Observations: the share of the scores that each layer keeps if `ratios` of its experts are
+    removed, and the tokens per expert. A bundle, by either of its folders: what was kept, with its
+    share of the scores if the observations are still in the output folder; with `ratios`, what
+    other ratios would keep. `method` is the criterion: by default `reap`, or the bundle's own.
+    Raises ArtifactError for a file that is none of these, UsageError for a ratio that is not from 0
+    to 1, or ratios of a bundle whose observations are gone.
+    """
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+    from reap2gguf.gguf_files.imatrix_statistics import inspect_imatrix
+    from reap2gguf.pruning.inspection import RATIOS, inspect_bundle, inspect_observations
+
+    if method is not None:
+        check_choice("method", method, METHODS)
+    chosen = RATIOS if ratios is None else _ratios(ratios)
+    if isinstance(what, Imatrix):
+        return inspect_imatrix(what)
+    if isinstance(what, Observations):
+        return inspect_observations(what, method or "reap", chosen)
+    path = Path(os.path.realpath(check_path("path", what)))  # the user named it
+    if path.is_dir():
+        manifest = _manifest(path)
+        seen = _observations_of(manifest, path)
+        if ratios is None:
+            return inspect_bundle(manifest, seen, method)
+        if seen is None:
+            raise UsageError(
+                f"{path}: the observations are no longer in .work/observations beside the bundle, "
+                "so other ratios cannot be shown; leave out --ratios"
+            )
+        return inspect_observations(seen, method or manifest.pruning.method, chosen)
+    if _is_imatrix(path):
+        return inspect_imatrix(load_imatrix(path))
+    return inspect_observations(Observations.load(path), method or "reap", chosen)
+
+
+def _ratios(ratios: Sequence[float]) -> tuple[float, ...]:
+    if not 1 <= len(ratios) <= _MOST_RATIOS:
+        raise UsageError(f"{len(ratios)} ratios, expected 1 to {_MOST_RATIOS}")
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+            raise UsageError(f"ratio {ratio!r}: expected 0 or more and less than 1, such as 0.25")
+    return tuple(ratios)
+
+
+def _manifest(folder: Path) -> Manifest:
+    from reap2gguf.bundle.layout import MANIFEST_FILE
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.files import is_plain
+
+    if not is_plain(folder / MANIFEST_FILE):
+        raise UsageError(
+            f"{folder}: not a bundle: it holds no {MANIFEST_FILE}; pass a folder that `build` "
+            "made, a file that `observe` wrote, or an importance matrix"
+        )
+    return Manifest.load(folder)
+
+
+def _observations_of(manifest: Manifest, folder: Path) -> Observations | None:
+    """The observations that a bundle was pruned by, if they are still beside it."""
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.manifest import hash_file
+    from reap2gguf.files import is_plain
+
+    shared = Workdir(folder.parent, manifest.name).shared / "observations"
+    if not manifest.pruning.observations_sha256 or not shared.is_dir():
+        return None
+    try:
+        for path in sorted(shared.glob("*.safetensors")):
+            if is_plain(path) and hash_file(path).sha256 == manifest.pruning.observations_sha256:
+                return Observations.load(path)
+    except OSError as error:
+        raise ArtifactError(f"{shared}: cannot be read ({error.strerror or error})") from error
+    return None
+
+
+def _is_imatrix(path: Path) -> bool:
+    """Whether a file is an importance matrix, or another GGUF file, by its first bytes or name."""
+    from reap2gguf.files import open_plain
+
+    try:
+        with open_plain(path) as file:
+            return file.read(4) == b"GGUF" or path.suffix == ".dat"
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error

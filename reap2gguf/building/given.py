@@ -1,0 +1,147 @@
+"""Parts of a build that the user has already: observations, and an importance matrix.
+
+Both are untrusted. Each is read when the plan is made, and compared with the model, so that what
+does not fit is refused before any work. A plan holds them in memory until the build ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.manifest import hash_file
+from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+from reap2gguf.messages import one_line, shown
+from reap2gguf.pruning.select import select_experts
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.layout import BundleFolders
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.models.description import GgufTensor, ModelFacts
+    from reap2gguf.pruning.select import Target
+
+_OTHER_MODEL = "it is of another model, such as the one before pruning"
+
+
+@dataclass(frozen=True)
+class GivenObservations:
+    """An observations file: its name and hash for the records, and what it holds."""
+
+    file: str
+    sha256: str
+    seen: Observations
+
+
+@dataclass(frozen=True)
+class GivenImatrix:
+    """A file with an importance matrix, and the matrix in the shapes of the model."""
+
+    file: str
+    sha256: str
+    imatrix: Imatrix
+
+
+def read_observations(
+    path: Path, checkpoint: Checkpoint, facts: ModelFacts, target: Target, method: str
+) -> GivenObservations:
+    """Observations that fit a model. Raises ArtifactError if they are broken or of another model.
+
+    UsageError if nothing is pruned: no observations are needed then.
+    """
+    if not target.prunes:
+        raise UsageError(
+            f"--observations {path}: they choose the experts to drop, and all "
+            f"{target.n_experts} are kept; leave it out, or pass --compression or --keep-experts"
+        )
+    file, sha256 = _named(path)
+    seen = Observations.load(file)
+    try:
+        check_same_model(seen, checkpoint, str(path))
+    finally:
+        checkpoint.close()  # a plan holds no open files; a later read opens them again
+    try:
+        select_experts(seen, method, target, facts)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    return GivenObservations(one_line(path.name), sha256, seen)
+
+
+def check_same_model(seen: Observations, checkpoint: Checkpoint, where: str) -> None:
+    """Raises ArtifactError unless observations were made on this checkpoint."""
+    found, expected = seen.model_fingerprint, checkpoint.fingerprint()
+    if found != expected:
+        raise ArtifactError(
+            f"{where}: the observations are of another checkpoint (fingerprint "
+            f"{shown(found[:12])}) than {checkpoint.folder} ({expected[:12]!r}); a download from "
+            "the Hub and a folder have different ones; run `reap2gguf observe` on this one"
+        )
+
+
+def read_imatrix(path: Path, tensors: Sequence[GgufTensor]) -> GivenImatrix:
+    """An importance matrix that fits the tensors of a model, from a file of either format.
+
+    Raises ArtifactError if it is broken or of another model.
+    """
+    file, sha256 = _named(path)
+    found = load_imatrix(file)
+    return GivenImatrix(one_line(path.name), sha256, fitted(found, tensors, str(path)))
+
+
+def fitted(imatrix: Imatrix, tensors: Iterable[GgufTensor], where: str) -> Imatrix:
+    """The matrix with one row of sums per matrix of each tensor.
+
+    A `.dat` file has all experts of a tensor in one row. Raises ArtifactError for a tensor that the
+    model does not have, or with another number of values.
+    """
+    shapes = {tensor.name: (tensor.n_matrices, tensor.n_columns) for tensor in tensors}
+    entries = {}
+    for name, entry in imatrix.entries.items():
+        if name not in shapes:
+            raise ArtifactError(
+                f"{where}: has an entry for {shown(name)}, which the model does not have; it is of "
+                "another model"
+            )
+        n_matrices, n_columns = shapes[name]
+        rows, width = entry.sums.shape
+        if rows * width != n_matrices * n_columns or width % n_columns:
+            raise ArtifactError(
+                f"{where}: {name} has {rows} x {width} values, expected {n_matrices} x "
+                f"{n_columns}; {_OTHER_MODEL}"
+            )
+        sums = entry.sums.reshape(n_matrices, n_columns)
+        entries[name] = replace(
+            entry, sums=sums, counts=np.repeat(entry.counts, width // n_columns)
+        )
+    # headers, manifest and cards repeat the name of the text
+    return replace(imatrix, entries=entries, dataset=one_line(imatrix.dataset))
+
+
+def keep_given(folders: BundleFolders, given: Iterable[Path | None], writes_hf: bool) -> None:
+    """Raises UsageError for a given file that the bundle, or the work on it, would replace."""
+    made = [folders.gguf, folders.work / folders.name, *([folders.hf] if writes_hf else [])]
+    own = {os.path.realpath(one) for one in made}
+    for path in given:
+        if path is None:
+            continue
+        places = {os.path.realpath(path), os.path.join(os.path.realpath(path.parent), path.name)}
+        if any(str(parent) in own for place in places for parent in Path(place).parents):
+            raise UsageError(
+                f"{path}: the build of {folders.name} would replace it; copy it to another folder, "
+                "or pass another --name or --output"
+            )
+
+
+def _named(path: Path) -> tuple[Path, str]:
+    """Where a file that the user named lies, and its hash. Raises ArtifactError without one."""
+    file = Path(os.path.realpath(os.path.expanduser(path)))
+    try:
+        return file, hash_file(file).sha256
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -1,0 +1,38 @@
+"""The stage that takes a given importance matrix into a bundle, in place of a calibration pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.atomic import make_folder
+from reap2gguf.building.keys import stage_key
+from reap2gguf.building.stages import Importance
+from reap2gguf.gguf_files.imatrix import save_both
+
+if TYPE_CHECKING:
+    from reap2gguf.building.given import GivenImatrix
+    from reap2gguf.building.stage import Run
+    from reap2gguf.building.stages import ReadTexts
+    from reap2gguf.pruning.view import PrunedView
+
+
+class GivenImportance(Importance):
+    """Writes a matrix that the user has in both formats."""
+
+    libraries = ()
+    is_sweep = False  # it computes nothing, so the other processes of torchrun do not take part
+
+    def __init__(
+        self, run: Run, pruned: PrunedView, texts: ReadTexts | None, given: GivenImatrix
+    ) -> None:
+        super().__init__(run, pruned, texts)
+        self._given = given
+
+    def make_key(self) -> str:
+        return stage_key(self.run.keys.pruned(self._pruned.kept), self._given.sha256)
+
+    def compute(self) -> Mapping[str, Any]:
+        make_folder(self.run.work.gguf)
+        save_both(self._given.imatrix, self.path)
+        return {"seals": self.run.seal(self.outputs)}

@@ -1,0 +1,95 @@
+"""How a plan stands to the finished bundle of its name: what of it can stay, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import IMATRIX_FILE, MANIFEST_FILE, gguf_name
+from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.errors import ArtifactError, OutputError
+from reap2gguf.messages import size
+
+if TYPE_CHECKING:
+    from reap2gguf.building.keys import BuildKeys
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.manifest import GgufRecord
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A finished bundle that was made from the same inputs as a plan, recipes apart."""
+
+    manifest: Manifest
+    missing: Sequence[ResolvedRecipe]  # of the plan; the bundle has no such file
+    stay: Sequence[GgufRecord]
+    dropped: Sequence[GgufRecord]  # not named by a plan that replaces
+    gone: Sequence[str]  # files that somebody has removed from the bundle
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.missing or self.dropped or self.gone)
+
+
+def standing(plan: Plan, keys: BuildKeys, work: Workdir) -> Standing | None:
+    """The finished bundle that a plan only has to extend; None if everything has to be built."""
+    finished = None if plan.options.fresh else work.finished()
+    inputs = keys.inputs
+    if finished is None or finished.inputs.base != inputs.base:
+        return None
+    try:
+        manifest = Manifest.load(work.final_gguf)
+    except ArtifactError:
+        return None
+    places = {record.file: f"{gguf_name(work.name)}/{record.file}" for record in manifest.gguf}
+    there = {name for name, place in places.items() if finished.has(work.output, place)}
+    others = finished.stamps.keys() - places.values()
+    if not all(finished.has(work.output, place) for place in others):
+        return None
+    made = finished.inputs.recipes
+    same = {name for name in there if made.get(name) == inputs.recipes.get(name)}
+    missing = [recipe for recipe in plan.recipes if plan.gguf_name(recipe) not in same]
+    unnamed = [r for r in manifest.gguf if r.file in there - inputs.recipes.keys()]
+    kept = [record for record in manifest.gguf if record.file in same]
+    return Standing(
+        manifest,
+        missing,
+        kept if plan.options.replace else _in_order([*kept, *unnamed], manifest),
+        unnamed if plan.options.replace else (),
+        sorted(places.keys() - there),
+    )
+
+
+def _in_order(records: Sequence[GgufRecord], manifest: Manifest) -> list[GgufRecord]:
+    names = {record.file for record in records}
+    return [record for record in manifest.gguf if record.file in names]
+
+
+def dropped_files(plan: Plan, work: Workdir) -> list[tuple[str, int]]:
+    """GGUF files of the finished bundle, with sizes, that a plan does not name."""
+    if not (work.final_gguf / MANIFEST_FILE).is_file():
+        return []
+    named = {plan.gguf_name(recipe) for recipe in plan.recipes} | {IMATRIX_FILE}
+    named |= {plan.side_name(side) for side in plan.side_files}
+    files = (
+        file
+        for file in sorted(work.final_gguf.glob("*.gguf"))
+        if file.name not in named and file.is_file()
+    )
+    return [(file.name, file.stat().st_size) for file in files]
+
+
+def refuse_dropping(plan: Plan, work: Workdir) -> None:
+    """Raise OutputError if a build from scratch would delete files that the plan does not name."""
+    dropped = dropped_files(plan, work)
+    if dropped and not plan.options.replace:
+        files = ", ".join(f"{name} ({size(n_bytes)})" for name, n_bytes in dropped)
+        raise OutputError(
+            f"{work.final_gguf}: {files} would be deleted: this command does not name them, and "
+            "builds the bundle from other inputs than theirs; pass --replace to delete them, their "
+            "recipes to build them again, or another --name or --output"
+        )
