@@ -8,12 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_calibration import (
+    at_revision,
+    calibration_facts,
+    calibration_table,
+    coverage_rows,
+    imatrix_text,
+    importance,
+)
 from reap2gguf.bundle.card_files import CardNames, files_section, use_section
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
-    CALIBRATION_FILE,
-    IMATRIX_DAT_FILE,
-    IMATRIX_FILE,
     MANIFEST_FILE,
     SUMS_FILE,
     gguf_name,
@@ -35,16 +40,9 @@ from reap2gguf.messages import parameters, size
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
-        CalibrationRecord,
-        ComponentRecord,
         Manifest,
         MtpRecord,
-        PruningRecord,
     )
-
-_PACKED = """\
-Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row
-was cut off at the row's end, and a token may attend to the samples before its own."""
 
 _REAP_CITATION = """\
 @article{lasby-reap,
@@ -171,7 +169,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
 {_summary(manifest)}
 
-{files}{_imatrix(manifest)}To check the files after a download: `sha256sum -c {SUMS_FILE}`.
+{files}{imatrix_text(manifest)}To check the files after a download: `sha256sum -c {SUMS_FILE}`.
 
 {use_section(manifest, names, samples)}
 
@@ -179,44 +177,6 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
 {_method(manifest)}
 """
-
-
-def _imatrix(manifest: Manifest) -> str:
-    """What the importance matrix was computed on, as far as it is known."""
-    calibration = manifest.calibration
-    if not manifest.has_imatrix:
-        return ""
-    whose = "pruned " if manifest.pruning.n_kept < manifest.pruning.n_experts else ""
-    dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
-    if calibration.imatrix_file is None:
-        return (
-            f"`{IMATRIX_FILE}` is the importance matrix of the {whose}model, computed on\n"
-            f"{_chunks(calibration)} of\n`{CALIBRATION_FILE}`; {dat}"
-        )
-    text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
-    return (
-        f"`{IMATRIX_FILE}` is an importance matrix that was not computed in this build: it comes "
-        f"from the file\n{code(calibration.imatrix_file)}, which records {_chunks(calibration)} of "
-        f"{text}. {dat}{_given_text(manifest)}"
-    )
-
-
-def _given_text(manifest: Manifest) -> str:
-    return (
-        f"`{CALIBRATION_FILE}` is the text that was given with it.\n" if manifest.has_text else ""
-    )
-
-
-def _chunks(calibration: CalibrationRecord) -> str:
-    """How much of its text the importance matrix was computed on."""
-    count, total = calibration.imatrix_chunks or 0, calibration.imatrix_text_chunks
-    n_tokens = calibration.imatrix_chunk_size
-    size = f"chunks of {n_tokens:,} tokens" if n_tokens else "chunks"
-    if not total:
-        return f"{count:,} {size}"
-    if count == total:
-        return f"all {count:,} {size}"
-    return f"{count:,} of {total:,} {size}, spread over the text,"
 
 
 def _last(name: str) -> str:
@@ -246,7 +206,7 @@ def _earlier(manifest: Manifest) -> str:
     earlier, pruning = manifest.source.earlier, manifest.pruning
     if earlier is None:
         return ""
-    original = code(earlier.label + _at(earlier.revision))
+    original = code(earlier.label + at_revision(earlier.revision))
     return (
         f" The source had been pruned before: its own `{MANIFEST_FILE}` names {original} with "
         f"{earlier.n_experts} experts per layer as the original. {pruning.n_kept} of these "
@@ -261,17 +221,17 @@ def _source_link(manifest: Manifest) -> str:
 
 def _facts_table(manifest: Manifest) -> str:
     pruning = manifest.pruning
-    label = manifest.source.label
+    label, revision = manifest.source.label, at_revision(manifest.source.revision)
     rows = [
-        ("source", (label if repository(label) else inline(label)) + _at(manifest.source.revision)),
+        ("source", (label if repository(label) else inline(label)) + revision),
         ("architecture", inline(manifest.source.architecture)),
         ("experts per layer", _experts(manifest)),
         ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.n_parameters:,}"),
         *([("pruning method", inline(pruning.method))] if pruning.method != NO_METHOD else []),
-        ("calibration", _calibration_facts(manifest)),
-        *_coverage(pruning),
-        *([("importance matrix", _importance(manifest))] if manifest.has_imatrix else []),
+        ("calibration", calibration_facts(manifest)),
+        *coverage_rows(pruning),
+        *([("importance matrix", importance(manifest))] if manifest.has_imatrix else []),
         ("checks", inline(str(manifest.verification.get("summary", "not run")))),
     ]
     if pruning.mtp.state != "none":
@@ -279,59 +239,11 @@ def _facts_table(manifest: Manifest) -> str:
     return table(("property", "value"), rows)
 
 
-def _coverage(pruning: PruningRecord) -> list[tuple[str, str]]:
-    """A row that says how many tokens the experts were ranked by."""
-    if (coverage := pruning.coverage) is None:
-        return []
-    n_experts = pruning.n_experts * len(pruning.kept)
-    text = f"median {coverage.median:,} tokens per expert, fewest {coverage.fewest:,}"
-    parts = (
-        ("never seen", coverage.n_unseen, coverage.n_unseen_kept),
-        (f"under {coverage.thin_below:,} tokens", coverage.n_thin, coverage.n_thin_kept),
-    )
-    for what, count, n_kept in parts:
-        if count:
-            text += f"; {what}: {count:,} of {n_experts:,} experts, {n_kept:,} of them kept"
-    return [("calibration coverage", text)]
-
-
-def _importance(manifest: Manifest) -> str:
-    calibration, pruning = manifest.calibration, manifest.pruning
-    text = _chunks(calibration).rstrip(",")
-    if calibration.imatrix_unseen:
-        n_experts = pruning.n_kept * len(pruning.kept)
-        text += (
-            f"; no token reached {calibration.imatrix_unseen:,} of {n_experts:,} experts, which "
-            "are quantized unweighted"
-        )
-    return text
-
-
 def _experts(manifest: Manifest) -> str:
     pruning = manifest.pruning
     if pruning.n_kept == pruning.n_experts:
         return str(pruning.n_experts)
     return f"{pruning.n_kept} of {pruning.n_experts}"
-
-
-def _calibration_facts(manifest: Manifest) -> str:
-    """What ranked the experts, or else what the importance matrix was computed on."""
-    pruning, calibration = manifest.pruning, manifest.calibration
-    spec = "not known" if calibration.spec is None else inline(calibration.spec)
-    seed = "" if calibration.seed is None else f", seed {calibration.seed}"
-    if pruning.method == NO_METHOD:
-        text = inline(calibration.spec or calibration.imatrix_text or "a text that is not known")
-        return f"{text}, for the importance matrix only{seed}"
-    if not pruning.n_rows:
-        return spec
-    length, file = calibration.max_length, pruning.observations_file
-    most = "" if length is None else f" of at most {length:,} tokens"
-    packed = ", samples packed" if calibration.packed else ""
-    reused = "" if file is None else f", reused from {inline(file)}"
-    return (
-        f"{spec}: {pruning.n_rows:,} rows{most}{packed}, {pruning.n_tokens:,} tokens in total"
-        f"{seed}{reused}"
-    )
 
 
 def _mtp(mtp: MtpRecord) -> str:
@@ -344,10 +256,6 @@ def _mtp(mtp: MtpRecord) -> str:
         f"{inline(mtp.state)} like the other layers; top-1 accuracy {before:.1%} before pruning, "
         f"{after:.1%} after"
     )
-
-
-def _at(revision: str | None) -> str:
-    return f" at {inline(revision[:12])}" if revision else ""
 
 
 def _observed(manifest: Manifest) -> str:
@@ -381,7 +289,7 @@ def _method(manifest: Manifest) -> str:
 {_from_source(manifest)} nothing was removed, and nothing was retrained. {matrix}
 Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
 
-{_calibration(manifest)}
+{calibration_table(manifest)}
 
 Made with reap2gguf {manifest.card_version}."""
     return f"""## How it was made
@@ -392,7 +300,7 @@ safetensors keep all other weights of the source byte for byte: nothing was retr
 Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
 
-{_calibration(manifest)}
+{calibration_table(manifest)}
 
 Made with reap2gguf {inline(manifest.card_version or "?")}.
 
@@ -405,30 +313,6 @@ def _from_source(manifest: Manifest) -> str:
     if manifest.hf is None:
         return "The GGUF files were made from the weights of the source as they are:"
     return "The safetensors keep the weights of the source byte for byte:"
-
-
-def _calibration(manifest: Manifest) -> str:
-    """How much of each dataset and file was used."""
-    rows = [
-        (_component(record), f"{record.rows:,}", f"{record.tokens:,}", _samples(record))
-        for record in manifest.calibration.components
-    ]
-    if not rows:
-        return "The calibration data is not listed."
-    found = table(("calibration data", "rows", "tokens", "samples"), rows)
-    has_samples = any(record.samples for record in manifest.calibration.components)
-    return f"{found}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else found
-
-
-def _samples(record: ComponentRecord) -> str:
-    return f"{record.samples:,}" if record.samples else "cut from text"
-
-
-def _component(record: ComponentRecord) -> str:
-    """A dataset with its link and commit, or the name of a file, for a table cell."""
-    if record.revision is None:
-        return code(record.title)
-    return hub_link(record.name, "datasets/", record.title) + _at(record.revision)
 
 
 def _score(method: str) -> str:

@@ -10,8 +10,10 @@ import reap2gguf
 from reap2gguf.terminal.click_options import (
     json_option,
     label_option,
-    llama_cpp_option,
     output_options,
+)
+from reap2gguf.terminal.compute_options import (
+    llama_cpp_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say_all, say_json, terminal_progress

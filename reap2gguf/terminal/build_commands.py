@@ -16,8 +16,10 @@ from reap2gguf.terminal.click_options import (
     build_options,
     collect,
     json_option,
-    llama_cpp_option,
     output_options,
+)
+from reap2gguf.terminal.compute_options import (
+    llama_cpp_option,
     threads_option,
 )
 from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, terminal_progress

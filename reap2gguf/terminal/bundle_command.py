@@ -8,8 +8,10 @@ import click
 
 import reap2gguf
 from reap2gguf.terminal.click_options import (
-    llama_cpp_option,
     output_options,
+)
+from reap2gguf.terminal.compute_options import (
+    llama_cpp_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say_all, terminal_progress

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from reap2gguf.machine import available_threads
 from reap2gguf.options import (
-    DEVICES,
-    DTYPES,
     METHODS,
     MTP_CHOICES,
-    SPOOLS,
     BuildOptions,
     CalibrationOptions,
-    ComputeOptions,
+)
+from reap2gguf.terminal.compute_options import (
+    collect_compute,
+    compute_options,
+    llama_cpp_option,
+    threads_option,
 )
 from reap2gguf.terminal.console import Detail, printing
 from reap2gguf.terminal.help import (
     CALIBRATION,
-    COMPUTE,
     MODEL,
     MOST,
     PRUNE,
@@ -31,22 +30,12 @@ from reap2gguf.terminal.help import (
     F,
     Number,
     option,
+    together,
 )
-from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType, SizeType
+from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
 
 # the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
-
-
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """One decorator that adds several options, listed in this order."""
-
-    def decorate(function: F) -> F:
-        for add in reversed(options):
-            function = add(function)
-        return function
-
-    return decorate
 
 
 def model_argument(
@@ -66,7 +55,7 @@ def model_argument(
             raise click.MissingParameter(ctx=ctx, param=param)
         return value if named is None else named
 
-    return _all(
+    return together(
         click.argument(
             name,
             required=False,
@@ -91,7 +80,7 @@ def model_argument(
 
 _MODEL = "reap2gguf.model"
 
-pruning_options = _all(
+pruning_options = together(
     option(
         "--keep-experts",
         section=PRUNE,
@@ -133,7 +122,7 @@ seed_option = option(
     help="Random seed: which samples and chunks are drawn, and their order.",
 )
 
-calibration_options = _all(
+calibration_options = together(
     option(
         "--calibration",
         "spec",
@@ -171,81 +160,6 @@ calibration_options = _all(
     ),
 )
 
-compute_options = _all(
-    option(
-        "--device",
-        section=COMPUTE,
-        type=click.Choice(DEVICES),
-        default="auto",
-        help="Processor for calibration passes: auto is a GPU if there is one.",
-    ),
-    option(
-        "--memory",
-        section=COMPUTE,
-        type=SizeType(),
-        metavar="SIZE",
-        help="Limit on GPU memory (RAM on a CPU) for a calibration pass, e.g. 12GiB.",
-        default_text="what is free",
-    ),
-    option(
-        "--spool",
-        section=COMPUTE,
-        type=click.Choice(SPOOLS),
-        default="auto",
-        help="Where to keep activations between layers: GPU (device), RAM (host) or disk.",
-    ),
-    option(
-        "--dtype",
-        section=COMPUTE,
-        type=click.Choice(DTYPES),
-        default="auto",
-        help="Precision: auto is bfloat16 on a GPU, float32 on a CPU.",
-    ),
-)
-
-threads_option = option(
-    "--threads",
-    section=COMPUTE,
-    type=Number(1, 1024),
-    default=available_threads,
-    metavar="N",
-    help="CPU threads.",
-    default_text="all",
-)
-
-
-def _use_llama_cpp(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    # In the environment, and not an argument that is passed down: libggml is loaded once per
-    # process, from wherever the first tensor is quantized, and threads and worker processes must
-    # find the same one.
-    from reap2gguf.vendor import VARIABLE
-
-    if value is not None:
-        earlier = os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = str(value)
-        ctx.call_on_close(lambda: _restore(VARIABLE, earlier))
-    return value
-
-
-def _restore(variable: str, earlier: str | None) -> None:
-    if earlier is None:
-        os.environ.pop(variable, None)
-    else:
-        os.environ[variable] = earlier
-
-
-llama_cpp_option = option(
-    "--llama-cpp",
-    section=COMPUTE,
-    type=FolderPath,
-    metavar="DIR",
-    callback=_use_llama_cpp,
-    is_eager=True,
-    expose_value=False,
-    help="Use your own llama.cpp: its source tree, build folder or bin folder.",
-    default_text="LLAMA_CPP_DIR, if set",
-)
-
 json_option = option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -263,7 +177,7 @@ def _set_detail(detail: Detail) -> Callable[[click.Context, click.Parameter, boo
 
 _DETAIL = "reap2gguf.detail"
 
-output_options = _all(
+output_options = together(
     option(
         "-v",
         "--verbose",
@@ -302,7 +216,7 @@ follow_links_option = option(
     help="Accept *.safetensors that are links, such as to another disk.",
 )
 
-build_options = _all(
+build_options = together(
     model_argument(required=False),
     pruning_options,
     option(
@@ -378,12 +292,6 @@ build_options = _all(
     follow_links_option,
     llama_cpp_option,
 )
-
-
-def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
-    """Where and how to compute, as one value."""
-    names = ("device", "dtype", "threads", "memory", "spool")
-    return ComputeOptions(**{name: arguments[name] for name in names})
 
 
 def collect(

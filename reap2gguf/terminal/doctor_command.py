@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from reap2gguf.progress import working
-from reap2gguf.terminal.click_options import json_option, llama_cpp_option, output_options
+from reap2gguf.terminal.click_options import (
+    json_option,
+    output_options,
+)
+from reap2gguf.terminal.compute_options import (
+    llama_cpp_option,
+)
 from reap2gguf.terminal.console import say, say_json, screen_progress
 from reap2gguf.terminal.help import command
 

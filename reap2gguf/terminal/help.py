@@ -73,6 +73,17 @@ def option(*names: str, section: str = OTHER, **settings: Any) -> Callable[[F], 
     return click.option(*names, cls=Option, section=section, **settings)
 
 
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that adds several options, listed in this order."""
+
+    def decorate(function: F) -> F:
+        for add in reversed(options):
+            function = add(function)
+        return function
+
+    return decorate
+
+
 class Number(click.ParamType):  # type: ignore[type-arg]
     """A number from `low` to `high`, whole if `low` is an int.
 

@@ -30,11 +30,11 @@ def result_as_json(result: BuildResult, log: Path | None = None) -> dict[str, An
     return {
         "name": manifest.name,
         "up_to_date": not result.stages,
-        "hf_folder": str(result.hf_folder),
+        "hf_folder": None if result.hf_folder is None else str(result.hf_folder),
         "gguf_folder": str(result.gguf_folder),
         "log": None if log is None else str(log),
-        "safetensors_bytes": manifest.hf.n_bytes,
-        "parameters": manifest.hf.n_parameters,
+        "safetensors_bytes": 0 if manifest.hf is None else manifest.hf.n_bytes,
+        "parameters": manifest.n_parameters,
         "files": gguf,
         "side_files": sides,
         "stages": [

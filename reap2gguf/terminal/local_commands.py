@@ -16,9 +16,11 @@ import click
 from reap2gguf.errors import UsageError
 from reap2gguf.progress import working
 from reap2gguf.terminal.click_options import (
-    llama_cpp_option,
     model_argument,
     output_options,
+)
+from reap2gguf.terminal.compute_options import (
+    llama_cpp_option,
     threads_option,
 )
 from reap2gguf.terminal.console import is_verbose, say, say_piece, screen_progress

@@ -13,6 +13,8 @@ from reap2gguf.progress import working
 from reap2gguf.terminal.click_options import (
     json_option,
     output_options,
+)
+from reap2gguf.terminal.compute_options import (
     threads_option,
 )
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress

@@ -12,15 +12,17 @@ from reap2gguf.messages import size
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.terminal.click_options import (
     calibration_options,
-    collect_compute,
-    compute_options,
     follow_links_option,
     label_option,
-    llama_cpp_option,
     model_argument,
     output_options,
     pruning_options,
     seed_option,
+)
+from reap2gguf.terminal.compute_options import (
+    collect_compute,
+    compute_options,
+    llama_cpp_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say, terminal_progress

@@ -153,5 +153,5 @@ def test_a_shell_can_complete_commands_and_options() -> None:
 
     assert "complete -o nosort -F _reap2gguf_completion reap2gguf" in completed("bash_source", "")
     assert "compdef _reap2gguf_completion reap2gguf" in completed("zsh_source", "")
-    assert completed("bash_complete", "reap2gguf bu") == "plain,build\n"
+    assert completed("bash_complete", "reap2gguf bui") == "plain,build\n"
     assert "plain,--quiet\n" in completed("bash_complete", "reap2gguf build --q")

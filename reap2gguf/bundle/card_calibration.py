@@ -1,0 +1,135 @@
+"""What a card says of the calibration: texts, coverage of the experts, importance matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reap2gguf.bundle.layout import CALIBRATION_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE
+from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.bundle.markdown import code, hub_link, inline, table
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import (
+        CalibrationRecord,
+        ComponentRecord,
+        Manifest,
+        PruningRecord,
+    )
+
+_PACKED = """\
+Samples were packed: each row holds several samples, as in REAP's default. The last sample of a row
+was cut off at the row's end, and a token may attend to the samples before its own."""
+
+
+def imatrix_text(manifest: Manifest) -> str:
+    """What the importance matrix was computed on, as far as it is known."""
+    calibration = manifest.calibration
+    if not manifest.has_imatrix:
+        return ""
+    whose = "pruned " if manifest.pruning.n_kept < manifest.pruning.n_experts else ""
+    dat = f"`{IMATRIX_DAT_FILE}` is the same in the older format that ik_llama.cpp reads.\n"
+    if calibration.imatrix_file is None:
+        return (
+            f"`{IMATRIX_FILE}` is the importance matrix of the {whose}model, computed on\n"
+            f"{_chunks(calibration)} of\n`{CALIBRATION_FILE}`; {dat}"
+        )
+    text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
+    return (
+        f"`{IMATRIX_FILE}` is an importance matrix that was not computed in this build: it comes "
+        f"from the file\n{code(calibration.imatrix_file)}, which records {_chunks(calibration)} of "
+        f"{text}. {dat}{_given_text(manifest)}"
+    )
+
+
+def _given_text(manifest: Manifest) -> str:
+    return (
+        f"`{CALIBRATION_FILE}` is the text that was given with it.\n" if manifest.has_text else ""
+    )
+
+
+def _chunks(calibration: CalibrationRecord) -> str:
+    """How much of its text the importance matrix was computed on."""
+    count, total = calibration.imatrix_chunks or 0, calibration.imatrix_text_chunks
+    n_tokens = calibration.imatrix_chunk_size
+    size = f"chunks of {n_tokens:,} tokens" if n_tokens else "chunks"
+    if not total:
+        return f"{count:,} {size}"
+    if count == total:
+        return f"all {count:,} {size}"
+    return f"{count:,} of {total:,} {size}, spread over the text,"
+
+
+def coverage_rows(pruning: PruningRecord) -> list[tuple[str, str]]:
+    """A row that says how many tokens the experts were ranked by."""
+    if (coverage := pruning.coverage) is None:
+        return []
+    n_experts = pruning.n_experts * len(pruning.kept)
+    text = f"median {coverage.median:,} tokens per expert, fewest {coverage.fewest:,}"
+    parts = (
+        ("never seen", coverage.n_unseen, coverage.n_unseen_kept),
+        (f"under {coverage.thin_below:,} tokens", coverage.n_thin, coverage.n_thin_kept),
+    )
+    for what, count, n_kept in parts:
+        if count:
+            text += f"; {what}: {count:,} of {n_experts:,} experts, {n_kept:,} of them kept"
+    return [("calibration coverage", text)]
+
+
+def importance(manifest: Manifest) -> str:
+    calibration, pruning = manifest.calibration, manifest.pruning
+    text = _chunks(calibration).rstrip(",")
+    if calibration.imatrix_unseen:
+        n_experts = pruning.n_kept * len(pruning.kept)
+        text += (
+            f"; no token reached {calibration.imatrix_unseen:,} of {n_experts:,} experts, which "
+            "are quantized unweighted"
+        )
+    return text
+
+
+def calibration_facts(manifest: Manifest) -> str:
+    """What ranked the experts, or else what the importance matrix was computed on."""
+    pruning, calibration = manifest.pruning, manifest.calibration
+    spec = "not known" if calibration.spec is None else inline(calibration.spec)
+    seed = "" if calibration.seed is None else f", seed {calibration.seed}"
+    if pruning.method == NO_METHOD:
+        text = inline(calibration.spec or calibration.imatrix_text or "a text that is not known")
+        return f"{text}, for the importance matrix only{seed}"
+    if not pruning.n_rows:
+        return spec
+    length, file = calibration.max_length, pruning.observations_file
+    most = "" if length is None else f" of at most {length:,} tokens"
+    packed = ", samples packed" if calibration.packed else ""
+    reused = "" if file is None else f", reused from {inline(file)}"
+    return (
+        f"{spec}: {pruning.n_rows:,} rows{most}{packed}, {pruning.n_tokens:,} tokens in total"
+        f"{seed}{reused}"
+    )
+
+
+def at_revision(revision: str | None) -> str:
+    return f" at {inline(revision[:12])}" if revision else ""
+
+
+def calibration_table(manifest: Manifest) -> str:
+    """How much of each dataset and file was used."""
+    rows = [
+        (_component(record), f"{record.rows:,}", f"{record.tokens:,}", _samples(record))
+        for record in manifest.calibration.components
+    ]
+    if not rows:
+        return "The calibration data is not listed."
+    found = table(("calibration data", "rows", "tokens", "samples"), rows)
+    has_samples = any(record.samples for record in manifest.calibration.components)
+    return f"{found}\n\n{_PACKED}" if manifest.calibration.packed and has_samples else found
+
+
+def _samples(record: ComponentRecord) -> str:
+    return f"{record.samples:,}" if record.samples else "cut from text"
+
+
+def _component(record: ComponentRecord) -> str:
+    """A dataset with its link and commit, or the name of a file, for a table cell."""
+    if record.revision is None:
+        return code(record.title)
+    return hub_link(record.name, "datasets/", record.title) + at_revision(record.revision)
