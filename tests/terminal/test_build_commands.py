@@ -63,6 +63,14 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_build(
     assert "name.log: the log could not be written (Is a directory)" in result.stderr
 
 
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has as much memory and disk left each time it is asked."""
+    needs = "reap2gguf.building.needs.estimate"
+    monkeypatch.setattr(f"{needs}.this_machine", lambda *arguments: LAPTOP)
+    monkeypatch.setattr(f"{needs}.machine_speed", Speed)
+
+
 def test_a_dry_run_is_a_plan(tiny: Path, tmp_path: Path, build: tuple[object, ...]) -> None:
     for flags in ((), ("--json",)):
         dry = run("build", tiny, *build, "--dry-run", *flags)
