@@ -228,7 +228,8 @@ def test_plan_prints_counts_types_and_sizes(example: Path) -> None:
     result = run("plan", example, "--recipe", "unsloth-iq4km", "--keep-experts", 12, "--tensors")
     assert result.exit_code == 0
     for expected in (
-        "keeps 12 of 16", "11.3 M of 14.4 M parameters remain", "blk.*.ffn_down_exps.weight  Q5_K   x4",
+        "keeps 12 of 16", "11.3 M of 14.4 M parameters remain",
+        "blk.*.ffn_down_exps.weight  Q5_K   x4",
         "rule token_embd.weight", "5.20 bits per weight", "time: about ",
     ):  # fmt: skip
         assert expected in result.output

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from reap2gguf.building.needs.speed import Speed
+from tests.building.needs.machines import LAPTOP
 from tests.conftest import CALIBRATION
 from tests.terminal.screen import Screen
 from tests.test_cli import one_line, run
