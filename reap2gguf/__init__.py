@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import add, build, estimate, make_bundle, plan, verify
+    from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
-    from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
+    from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
     from reap2gguf.verifying.report import VerifyReport
@@ -58,6 +58,7 @@ __all__ = [
     "PruneResult",
     "QuantizeResult",
     "Reap2ggufError",
+    "RecipeText",
     "Selection",
     "VerificationError",
     "VerifyReport",
@@ -69,6 +70,7 @@ __all__ = [
     "inspect",
     "make_bundle",
     "observe",
+    "options_like",
     "plan",
     "prune",
     "quantize",
@@ -76,7 +78,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("add", "build", "estimate", "make_bundle", "plan", "verify"),
+    "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
     "api.stages": (
@@ -96,7 +98,7 @@ _HOMES = {
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
-    "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions"),
+    "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions", "RecipeText"),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
     "verifying.report": ("VerifyReport",),

@@ -28,6 +28,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 SPOOLS = ("auto", "device", "host", "disk")
 MOST_THREADS = 1024
+DEFAULT_RECIPE = "Q4_K_M"
 _Kind = TypeVar("_Kind")
 
 
@@ -108,16 +109,53 @@ def check_counts(keep_experts: object, compression: object) -> None:
         raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
 
 
-def _recipes(given: object) -> tuple[str, ...]:
-    """Recipes by name or path. Raise UsageError if they are none."""
-    if isinstance(given, str | os.PathLike):
+@dataclass(frozen=True)
+class RecipeText:
+    """A recipe as TOML text, such as a manifest records it."""
+
+    name: str
+    text: str
+    label: str | None = None  # in place of the one in the text
+
+
+def _recipes(given: object) -> tuple[str | RecipeText, ...]:
+    """Recipes by name, path or text. Raise UsageError if they are none."""
+    if isinstance(given, str | os.PathLike | RecipeText):
         given = (given,)
     if not isinstance(given, Iterable) or isinstance(given, bytes):
         raise UsageError(f"recipes is {given!r}, expected names or paths of recipes")
     recipes = tuple(given)
     if not recipes:
-        raise UsageError("recipes is empty, expected at least one recipe, such as q4km")
-    return tuple(check_recipe(recipe) for recipe in recipes)
+        raise UsageError("recipes is empty, expected at least one recipe, such as Q4_K_M")
+    found: list[str | RecipeText] = []
+    for recipe in recipes:
+        found += [recipe] if isinstance(recipe, RecipeText) else split_recipes(recipe)
+    return tuple(found)
+
+
+def split_recipes(recipe: object) -> list[str]:
+    """The names in a list with commas, such as "Q4_K_M,Q8_0"; an existing path is one name.
+
+    Raise UsageError if it is not a text or a path, or if there is nothing between two commas.
+    """
+    name = check_recipe(recipe)
+    if "," not in name or os.path.exists(os.path.expanduser(name)):
+        return [name]
+    names = [part.strip() for part in name.split(",")]
+    if "" in names:
+        raise UsageError(f"recipe is {name!r}, expected names with commas between them")
+    return names
+
+
+def one_recipe(recipe: object) -> str:
+    """A recipe's name or path. Raise UsageError if it is neither, and for a list of names."""
+    names = split_recipes(recipe)
+    if len(names) > 1:
+        raise UsageError(
+            f"recipe is {recipe!r}, expected one recipe for one file; `reap2gguf build` writes "
+            "several files"
+        )
+    return names[0]
 
 
 def check_recipe(recipe: object) -> str:
@@ -125,6 +163,17 @@ def check_recipe(recipe: object) -> str:
     if not isinstance(recipe, str | os.PathLike):
         raise UsageError(f"recipe is {recipe!r}, expected the name or path of a recipe")
     return str(recipe)
+
+
+def check_tensor_types(given: object) -> tuple[str, ...]:
+    """Texts PATTERN=TYPE, from a list or a mapping. Raise UsageError for anything else."""
+    if isinstance(given, Mapping):
+        given = [f"{pattern}={name}" for pattern, name in given.items()]
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        found = tuple(given)
+        if all(isinstance(text, str) for text in found):
+            return found
+    raise UsageError(f"tensor_types is {given!r}, expected a list such as ['attn_v=Q5_K']")
 
 
 @dataclass(frozen=True)
@@ -136,6 +185,8 @@ class CalibrationOptions:
     max_length: int | None = None  # most tokens per row; None: the mix's own, else 2048
     seed: int = 42
     pack: bool | None = None  # several samples per row; None: as the mix says, else no
+    # dataset on the Hub -> commit to read, where the spec pins none
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, str | os.PathLike):
@@ -148,6 +199,7 @@ class CalibrationOptions:
         check_number("seed", self.seed, -(2**31 - 1))
         if self.pack is not None:
             check_bool("pack", self.pack)
+        check_kind("revisions", self.revisions, Mapping)
 
 
 @dataclass(frozen=True)
@@ -204,7 +256,7 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    recipes: tuple[str, ...]
+    recipes: tuple[str | RecipeText, ...] = (DEFAULT_RECIPE,)
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -224,9 +276,11 @@ class BuildOptions:
     replace: bool = False  # delete GGUF files of the finished bundle that are not asked for
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
+    tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", _recipes(self.recipes))
+        object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
             object.__setattr__(self, "model", str(self.model))
@@ -258,7 +312,7 @@ class AddOptions:
     """The arguments of `add`."""
 
     bundle: Path  # either folder of a finished bundle
-    recipes: tuple[str, ...] = ()  # of files to write
+    recipes: tuple[str | RecipeText, ...] = ()  # of files to write
     files: tuple[Path, ...] = ()  # GGUF files that are there already
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe or file
     source: str | None = None  # the model, where the bundle has no safetensors

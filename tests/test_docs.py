@@ -22,10 +22,12 @@ import pytest
 
 import reap2gguf
 from reap2gguf import errors
+from reap2gguf.building import likeness
 from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
+from reap2gguf.terminal import config_file
 from tests.tiny import REPOSITORY, child_environment
 
 README = REPOSITORY / "README.md"
@@ -132,9 +134,14 @@ def test_the_tables_of_calibration_are_those_of_the_program() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_recipes_on_the_pages_parse(page: Path) -> None:
+def test_recipes_and_config_files_on_the_pages_parse(page: Path) -> None:
+    options = {name for one in cli.commands["build"].params for name in one.opts}
     for block in blocks(page, "toml"):
-        assert parse_recipe(block.body, "page", page.name).rules
+        if "[[rules]]" in block.body:
+            assert parse_recipe(block.body, "page", page.name).rules
+        else:
+            keys = tomllib.loads(block.body).keys()
+            assert {f"--{key}" for key in keys - {"model"}} <= options
 
 
 def test_the_error_tree_shows_every_error() -> None:
@@ -301,9 +308,11 @@ def check_arguments(command: click.Command, arguments: list[str], parent: Any = 
 def test_commands_on_the_pages_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the files that a page names are not all here
     monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: value)
+    monkeypatch.setattr(config_file, "read_config", lambda path, ctx: {})
+    monkeypatch.setattr(likeness, "read_likeness", lambda path: None)
     for block in blocks(page, "bash"):
         for words in command_lines(block.body):
-            arguments = our_arguments(words)
+            arguments = our_arguments(words[: words.index(">")] if ">" in words else words)
             if arguments is None:
                 continue
             try:

@@ -91,8 +91,8 @@ COVERED_BY = [
     ),
     (
         "bundle/test_manifest.py",
-        "numbers of a manifest",
-        ("bundle/bounds.py",),
+        "the parts of a manifest",
+        ("bundle/bounds.py", "bundle/records.py", "bundle/options_record.py"),
     ),
     (
         "bundle/test_card.py",
@@ -229,9 +229,14 @@ COVERED_BY = [
         ("tokenizer/pre_tokenizers.py",),
     ),
     (
-        "hostile/test_hostile.py",
-        "the command says whether a recipe is sound",
-        ("terminal/recipe_commands.py",),
+        "terminal/test_recipe_commands.py",
+        "the lines that the commands print",
+        ("terminal/recipe_views.py",),
+    ),
+    (
+        "terminal/test_mixes_command.py",
+        "the lines that the commands print",
+        ("terminal/mix_views.py",),
     ),
     (
         "terminal/test_build_commands.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.options import (
@@ -69,6 +69,18 @@ def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> Bui
 
     decided = plan(options, progress=progress) if isinstance(options, BuildOptions) else options
     return run(decided, to_progress(progress))
+
+
+def options_like(bundle: PathLike, **changes: Any) -> BuildOptions:
+    """The options that an earlier bundle was built with; `changes` are fields to set otherwise.
+
+    `bundle` is its folder or its reap2gguf.json. A model on the Hub is taken at its commit; a local
+    one, and local texts, are taken from the current folder or have to be among the changes.
+    Raises ArtifactError if it records no options, UsageError if an input is missing.
+    """
+    from reap2gguf.building.likeness import read_likeness
+
+    return read_likeness(check_path("bundle", bundle)).build_options(**changes)
 
 
 def add(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +21,10 @@ from reap2gguf.options import (
     check_labels,
     check_number,
     check_path,
-    check_recipe,
+    check_tensor_types,
     check_threads,
     given_or_new,
+    one_recipe,
 )
 from reap2gguf.outputs import drop_states, output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
@@ -228,25 +229,30 @@ def quantize(
     *,
     imatrix: Imatrix | PathLike | None = None,
     labels: Mapping[str, str] | None = None,
+    tensor_types: Sequence[str] | Mapping[str, str] = (),
     threads: int | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> QuantizeResult:
-    """Write MODEL as one GGUF file by a recipe: a shipped one by name, or a TOML file.
+    """Write MODEL as one GGUF file by a recipe: a file type, a shipped recipe, or a TOML file.
 
-    If `output` is a folder, the file in it is called NAME-LABEL.gguf; `labels` may give the recipe
+    `tensor_types` (pattern to type, or a list of PATTERN=TYPE) come before the recipe's rules. If
+    `output` is a folder, the file in it is called NAME-LABEL.gguf; `labels` may give the recipe
     another label. An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises
     RecipeError, ArtifactError, OutputError, UsageError, and what opening a model raises.
     """
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.quantizing.overrides import read_overrides
     from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
 
-    recipe, n_threads = check_recipe(recipe), check_threads(threads)
-    (asked,) = load_recipes([recipe], check_labels(labels or {}))
-    inputs = [find_recipe(recipe)]
+    recipe, n_threads = one_recipe(recipe), check_threads(threads)
+    overrides = read_overrides(check_tensor_types(tensor_types))
+    (asked,) = load_recipes([recipe], check_labels(labels or {}), overrides)
+    found = find_recipe(recipe)
+    inputs = [found] if isinstance(found, Path) else []
     if not isinstance(imatrix, Imatrix | None):
         inputs.append(imatrix := check_path("imatrix", imatrix))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)

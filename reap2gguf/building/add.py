@@ -23,7 +23,7 @@ from reap2gguf.verifying.exactness import SMALL_FILE
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
-    from reap2gguf.options import AddOptions
+    from reap2gguf.options import AddOptions, RecipeText
     from reap2gguf.progress import Progress
     from reap2gguf.verifying.context import Reference
 
@@ -109,7 +109,10 @@ def _add(
 
 
 def _resolved(
-    names: Sequence[str], labels: Mapping[str, str], manifest: Manifest, reference: Reference
+    names: Sequence[str | RecipeText],
+    labels: Mapping[str, str],
+    manifest: Manifest,
+    reference: Reference,
 ) -> list[ResolvedRecipe]:
     weights, model = reference
     tensors, facts = model.gguf_tensors(weights.tensors), model.facts

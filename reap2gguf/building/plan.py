@@ -18,8 +18,15 @@ from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.bundle.options_record import (
+    CALIBRATION_OPTION,
+    IMATRIX_OPTION,
+    IMATRIX_TEXT_OPTION,
+    OBSERVATIONS_OPTION,
+    InputRecord,
+)
 from reap2gguf.calibration.scanned_files import ScannedFiles
-from reap2gguf.calibration.sources import check_calibration
+from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.errors import CalibrationError, RecipeError, UsageError
 from reap2gguf.hub.retry import Note, ignore_note
@@ -31,6 +38,7 @@ from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
@@ -113,6 +121,22 @@ class Plan:
         """Tokens per row: what was asked for, within the model's context."""
         return min(self.calibration.max_length, self.model.facts.context_length)
 
+    @property
+    def inputs(self) -> tuple[InputRecord, ...]:
+        """The local files that decide the result, with their hashes. Raises CalibrationError."""
+        reads = self.reads_calibration
+        hashes = local_hashes(self.calibration, self.files) if reads else []
+        found = [InputRecord(CALIBRATION_OPTION, name, sha256) for name, sha256 in hashes]
+        if self.observations is not None:
+            given = self.observations
+            found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
+        if self.imatrix is not None:
+            found.append(InputRecord(IMATRIX_OPTION, self.imatrix.file, self.imatrix.sha256))
+        if (text := self.options.imatrix_text) is not None:
+            sha256 = self.files.text(text).sha256
+            found.append(InputRecord(IMATRIX_TEXT_OPTION, text.name, sha256))
+        return tuple(found)
+
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
         return model_file(self.name, recipe.label)
 
@@ -150,7 +174,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
     # what is cheap to check comes first
-    recipes = load_recipes(options.recipes, options.labels)
+    overrides = read_overrides(options.tensor_types)
+    recipes = load_recipes(options.recipes, options.labels, overrides)
     if same := twice([recipe.label for recipe in recipes]):
         labels = " and ".join(map(repr, dict.fromkeys(same)))
         raise UsageError(

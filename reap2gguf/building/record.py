@@ -37,6 +37,7 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.bundle.members import check_members, gguf_members, hf_members
 from reap2gguf.bundle.modelfile import modelfile
+from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
@@ -87,6 +88,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
+        options=_options_record(plan),
         made_with=evidence.made_with,
     )
     return _write(plan, work, evidence, manifest)
@@ -173,6 +175,32 @@ def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> Calibr
         imatrix_file=given.file,
         imatrix_text_chunks=0,
         imatrix_unseen=sum(given.imatrix.unseen_experts().values()),
+    )
+
+
+def _options_record(plan: Plan) -> OptionsRecord:
+    """What `--like` takes over."""
+    options, calibration = plan.options, plan.calibration
+    text = options.imatrix_text
+    return OptionsRecord(
+        keep_experts=options.keep_experts,
+        compression=options.compression,
+        name=options.name,
+        method=options.method,
+        mtp=options.mtp,
+        spec=calibration.label,
+        samples=calibration.samples,
+        max_length=calibration.max_length,
+        seed=calibration.seed,
+        pack=calibration.pack,
+        observations=None if options.observations is None else options.observations.name,
+        imatrix=None if options.imatrix is None else options.imatrix.name,
+        imatrix_text=None if text is None else text.name,
+        chunk=options.chunk,
+        imatrix_chunks=options.imatrix_chunks,
+        device=options.compute.likely_device,
+        dtype=options.compute.likely_dtype,
+        inputs=plan.inputs,
     )
 
 

@@ -140,6 +140,7 @@ def _lists(values: Mapping[str, Any]) -> Iterator[tuple[str, int, Any]]:
     if values["hf"] is not None:
         yield "files", MOST_FILES, values["hf"]["files"]
     yield "components", _MOST_RECORDS, values["calibration"]["components"]
+    yield "inputs", MOST_FILES, (values.get("options") or {}).get("inputs", ())
 
 
 def _check_kept(name: str, kept: Mapping[int, Sequence[int]], n_experts: int) -> None:

@@ -291,7 +291,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 
 {calibration_table(manifest)}
 
-Made with reap2gguf {manifest.card_version}."""
+{_made_with(manifest)}"""
     return f"""## How it was made
 
 {_observed(manifest)}
@@ -302,11 +302,21 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 
 {calibration_table(manifest)}
 
-Made with reap2gguf {inline(manifest.card_version or "?")}.
+{_made_with(manifest)}
 
 ```bibtex
 {_REAP_CITATION}
 ```"""
+
+
+def _made_with(manifest: Manifest) -> str:
+    """The program, and the command that builds the same again."""
+    made = f"Made with reap2gguf {inline(manifest.card_version or '?')}."
+    if manifest.options is None:
+        return made
+    model = "" if repository(manifest.source.label) else "MODEL "
+    needed = f", where MODEL is {code(manifest.source.label)}" if model else ""
+    return f"{made} Reproduce: `reap2gguf build {model}--like {MANIFEST_FILE}`{needed}."
 
 
 def _from_source(manifest: Manifest) -> str:

@@ -14,11 +14,43 @@ from gguf import GGMLQuantizationType
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
 from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.options_record import InputRecord, OptionsRecord
+from reap2gguf.bundle.records import (
+    CalibrationRecord,
+    ComponentRecord,
+    CoverageRecord,
+    EarlierPruning,
+    FileRecord,
+    FolderRecord,
+    GgufRecord,
+    MtpRecord,
+    PruningRecord,
+    SideRecord,
+    SourceRecord,
+)
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
 from reap2gguf.messages import shown
 
+__all__ = [
+    "FORMAT",
+    "NO_METHOD",
+    "CalibrationRecord",
+    "ComponentRecord",
+    "CoverageRecord",
+    "EarlierPruning",
+    "FileRecord",
+    "FolderRecord",
+    "GgufRecord",
+    "Manifest",
+    "MtpRecord",
+    "PruningRecord",
+    "SideRecord",
+    "SourceRecord",
+    "component_records",
+    "hash_file",
+]
 FORMAT = 1
 NO_METHOD = "none"  # of a bundle with all experts of its source
 _MAX_BYTES = 2**24  # a hundred layers of 512 experts in ten files take some 2 MiB
@@ -35,193 +67,9 @@ _JSON_TYPES = {
     "str | None": (str, type(None)),
     "int | None": (int, type(None)),
     "bool | None": (bool, type(None)),
+    "float | None": (float, int, type(None)),
 }  # annotation of a field -> types that its JSON value may have
 _Record = TypeVar("_Record")
-
-
-@dataclass(frozen=True)
-class EarlierPruning:
-    """What was pruned before, where the source is itself a result of this program.
-
-    The original is the checkpoint before the first pruning, as the source's own manifest names it.
-    """
-
-    label: str  # of the original
-    revision: str | None
-    n_experts: int  # per layer, in the original
-    methods: Sequence[str]  # of the earlier prunings, in order
-    kept: Mapping[int, Sequence[int]]  # layer -> the original's ids of the experts in this bundle
-
-
-@dataclass(frozen=True)
-class SourceRecord:
-    """The checkpoint that was pruned."""
-
-    label: str
-    revision: str | None
-    fingerprint: str
-    architecture: str
-    n_parameters: int
-    n_bytes: int
-    earlier: EarlierPruning | None = None
-
-
-@dataclass(frozen=True)
-class MtpRecord:
-    """What happened to a multi-token-prediction block, and how often its predictions are right.
-
-    Hits are correctly predicted next-next tokens, on the same rows, before and after pruning.
-    """
-
-    state: str = "none"  # none, pruned, dropped, or kept where nothing was pruned
-    hits_before: int = 0
-    hits_after: int = 0
-    n_tokens: int = 0
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the files have the block."""
-        return self.state in ("pruned", "kept")
-
-
-@dataclass(frozen=True)
-class CoverageRecord:
-    """How many tokens the calibration pass sent to the experts of all pruned layers together."""
-
-    fewest: int  # tokens of the expert with the fewest
-    median: int  # tokens
-    n_unseen: int  # experts that no token reached
-    n_unseen_kept: int
-    n_thin: int  # experts with fewer than `thin_below` tokens: their scores are noisy
-    n_thin_kept: int
-    thin_below: int
-
-
-@dataclass(frozen=True)
-class PruningRecord:
-    """Which experts were kept, and the observations that decided it.
-
-    Where all experts were kept there are no observations, and the method is NO_METHOD.
-    `observations_file` is the name of a file that was given; None if the build observed.
-    """
-
-    method: str
-    n_experts: int
-    n_kept: int
-    experts_per_token: int
-    kept: Mapping[int, Sequence[int]]  # layer -> source ids
-    observations_sha256: str
-    n_rows: int
-    n_tokens: int
-    n_dropped_rows: int
-    mtp: MtpRecord = MtpRecord()
-    coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
-    observations_file: str | None = None
-
-
-@dataclass(frozen=True)
-class ComponentRecord:
-    """How much of one dataset, file or folder was used; its commit if it is on the Hub."""
-
-    name: str
-    subset: str | None
-    split: str | None
-    revision: str | None
-    rows: int
-    tokens: int
-    samples: int  # that the rows were made of; 0 if rows were cut from one text
-    skipped: int = 0  # samples that were empty or could not be used
-
-    @property
-    def title(self) -> str:
-        """The name with subset and split; the default split `train` is left out."""
-        subset = f"[{self.subset}]" if self.subset is not None else ""
-        split = f"({self.split})" if self.split not in (None, "train") else ""
-        return f"{self.name}{subset}{split}"
-
-
-@dataclass(frozen=True)
-class CalibrationRecord:
-    """The calibration texts, and how they were cut into rows; None for what is not known.
-
-    That is so for what a build did not do itself: observations and an importance matrix may be
-    given as files. `imatrix_file` is the name of the file that was given.
-    """
-
-    spec: str | None
-    sha256: str | None
-    max_length: int | None
-    seed: int | None
-    packed: bool | None  # several samples per row, as REAP does; otherwise one sample per row
-    imatrix_text: str | None
-    imatrix_sha256: str | None  # of the text; None: it is not in the bundle
-    imatrix_chunks: int | None
-    imatrix_chunk_size: int | None  # 0: the file of the matrix does not say it
-    components: Sequence[ComponentRecord] = ()
-    imatrix_text_chunks: int = 0  # of the whole text, of which chunks are some; 0: not recorded
-    imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
-    imatrix_file: str | None = None
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file as it was when the bundle was finished."""
-
-    n_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class FolderRecord:
-    """The pruned safetensors."""
-
-    folder: str
-    n_shards: int
-    n_parameters: int
-    n_bytes: int
-    files: Mapping[str, FileRecord]
-
-
-@dataclass(frozen=True)
-class GgufRecord:
-    """One GGUF file: the text of its recipe, and the type that each tensor got.
-
-    `parts` are the files that replace it if it was too large for the Hub. A file that another
-    command or program made and that was added to the bundle is `adopted`: it has no recipe.
-    """
-
-    file: str
-    recipe: str
-    title: str
-    label: str
-    file_type: str
-    recipe_source: str
-    n_bytes: int
-    bits_per_weight: float
-    tensors: Mapping[str, str]  # GGUF name -> tensor type
-    parts: Sequence[str] = ()
-    made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
-    adopted: bool = False
-
-    @property
-    def first(self) -> str:
-        """The file to open: programs find the other parts from the first."""
-        return self.parts[0] if self.parts else self.file
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """All parts, or the one file."""
-        return tuple(self.parts) or (self.file,)
-
-
-@dataclass(frozen=True)
-class SideRecord:
-    """A GGUF file beside the model's own, such as a vision projector."""
-
-    file: str
-    title: str
-    n_bytes: int
-    tensors: Mapping[str, str]  # GGUF name -> tensor type
 
 
 @dataclass(frozen=True)
@@ -244,6 +92,7 @@ class Manifest:
     made_with: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # of a stage whose result may be older than the rest: the versions that computed it
     written_by: str = ""  # the reap2gguf that wrote the cards, if not `program`'s
+    options: OptionsRecord | None = None  # None: written before options were recorded
 
     @property
     def card_version(self) -> str:
@@ -282,7 +131,11 @@ class Manifest:
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read the manifest of a bundle. Raises ArtifactError if it is missing or malformed."""
-        path = folder / MANIFEST_FILE
+        return cls.read(folder / MANIFEST_FILE)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest by its own path. Raises ArtifactError as `load` does."""
         try:
             values = read_json(path, _MAX_BYTES)
         except Reap2ggufError as error:
@@ -337,9 +190,19 @@ def _decode(values: dict[str, Any]) -> Manifest:
         side_files=tuple(_record(SideRecord, record) for record in values["side_files"]),
         verification=dict(values["verification"]),
         caveats=tuple(map(str, values.get("caveats", ()))),
+        options=_options_record(values.get("options")),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
     )
+
+
+def _options_record(values: Any) -> OptionsRecord | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict) or not isinstance(values["inputs"], list):
+        raise TypeError(f"options is {shown(values)}, expected a record with a list of inputs")
+    inputs = tuple(_record(InputRecord, value) for value in values["inputs"])
+    return _record(OptionsRecord, {**values, "inputs": inputs})
 
 
 def _made_with(values: Any) -> dict[str, Mapping[str, str]]:

@@ -16,7 +16,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +209,21 @@ def decide(options: CalibrationOptions) -> Calibration:
 
     Raises CalibrationError if it is none of these, or one of its components is not.
     """
+    found = _decide(options)
+    return replace(found, components=_pinned(found.components, options.revisions))
+
+
+def _pinned(components: Sequence[Component], revisions: Mapping[str, str]) -> tuple[Component, ...]:
+    """Components on the Hub at these commits, where their names have none; labels stay."""
+    return tuple(
+        replace(one, name=f"{one.name}@{revisions[one.name]}")
+        if one.name in revisions and not one.is_local
+        else one
+        for one in components
+    )
+
+
+def _decide(options: CalibrationOptions) -> Calibration:
     spec, length, pack = options.spec, DEFAULT_LENGTH, False
     if spec == DEFAULT_MIX or exists(spec):
         return _one(Component(spec), options)

@@ -7,15 +7,16 @@ file_type = "Q4_K_M"               # llama.cpp's mixture; also general.file_type
 match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name
 type = "Q8_0"
 optional = true                    # only some architectures have such a tensor
+override = true                    # of --tensor-type: rules below may be left without tensors
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import os
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,42 +25,55 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError, UsageError
-from reap2gguf.files import is_plain, plain_size
+from reap2gguf.files import is_plain
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
-from reap2gguf.quantizing.file_types import Mixture, mixture_named
+from reap2gguf.options import RecipeText
+from reap2gguf.quantizing.file_types import MIXTURES, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
+from reap2gguf.quantizing.toml_text import parse_toml, read_toml_file, toml_string
 from reap2gguf.resources import shipped_folder
 
-_MAX_RECIPE_BYTES = 2**18
 _MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_STARS = 16  # of a glob: each one is tried at every letter of a name
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
-# Strings and comments, then keys of many parts: tomllib keeps every beginning of a dotted key, so
-# that one of 40 KB would take gigabytes.
-_QUOTED = re.compile(
-    r"""
-    [#][^\n]*+
-    | "{3} (?: \\. | [^\\] )*? (?: "{3} | \\?\Z )
-    | '{3} .*? (?: '{3} | \Z )
-    | " (?: \\. | [^"\\\n] )*+ "?
-    | ' [^'\n]*+ '?
-    """,
-    re.DOTALL | re.VERBOSE,
-)
-_MANY_PARTS = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){16}")
-_RECIPE_KEYS = {"title", "label", "file_type", "rules"}
-_RULE_KEYS = {"match", "type", "optional"}
+# keys that a recipe and a rule must have, and what each is
+_RECIPE_TEXTS = {
+    "title": "what the recipe is, in a few words",
+    "label": "the end of the file name, such as Q4_K_M",
+    "file_type": "llama.cpp's mixture, such as Q4_K_M",
+}
+_RULE_TEXTS = {
+    "match": "a glob on GGUF tensor names, such as blk.*.attn_v.weight",
+    "type": "a GGML tensor type, such as Q8_0",
+}
+_RECIPE_KEYS = {*_RECIPE_TEXTS, "rules"}
+_RULE_KEYS = {*_RULE_TEXTS, "optional", "override"}
+# llama-quantize takes these names for the medium mixtures as well
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+CUSTOM = "+custom"  # ends the name of a recipe that has overrides
+_MOST_IN_TITLE = 3  # overrides
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One override: tensors whose GGUF name fits `match` get `tensor_type`."""
+    """One exception: tensors whose GGUF name fits `match` get `tensor_type`.
+
+    With `override` it was put before a recipe's own rules, and may take all tensors of one.
+    """
 
     match: str
     tensor_type: GGMLQuantizationType
     optional: bool = False
+    override: bool = False
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        if self.override:
+            return f"--tensor-type {self.match}={self.tensor_type.name}"
+        return f"rule {self.match!r}"
 
     def fits(self, name: str) -> bool:
         """Whether a GGUF tensor's name is one that the rule is for."""
@@ -91,77 +105,158 @@ class Recipe:
         _check_label(label, f"recipe {self.name!r}")
         return replace(self, label=label)
 
+    def with_overrides(self, overrides: Sequence[Rule]) -> Recipe:
+        """The same recipe with rules before its own; name, title and source say so."""
+        if not overrides:
+            return self
+        words = [f"{rule.match}={rule.tensor_type.name}" for rule in overrides]
+        if (more := len(words) - _MOST_IN_TITLE) > 0:
+            words = [*words[:_MOST_IN_TITLE], f"{more} more"]
+        changed = replace(
+            self,
+            name=self.name.removesuffix(CUSTOM) + CUSTOM,
+            title=f"{self.title}, with {', '.join(words)}",
+            rules=(*overrides, *self.rules),
+        )
+        return replace(changed, source=changed.as_toml())
+
+    def as_toml(self) -> str:
+        """The recipe as TOML that `parse_recipe` reads, without the comments of its source."""
+        return "\n".join(self._toml_lines()) + "\n"
+
+    def _toml_lines(self) -> Iterator[str]:
+        for key in _RECIPE_TEXTS:
+            yield f"{key} = {toml_string(getattr(self, key))}"
+        for rule in self.rules:
+            yield from ("", "[[rules]]")
+            yield f"match = {toml_string(rule.match)}"
+            yield f"type = {toml_string(rule.tensor_type.name)}"
+            yield from (f"{key} = true" for key in ("optional", "override") if getattr(rule, key))
+
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the program, by name."""
     return {path.stem: path for path in sorted(shipped_folder("recipes").glob("*.toml"))}
 
 
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given by name or by path; RecipeError lists the known names."""
-    shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
+def find_recipe(name: str) -> Path | str:
+    """What a recipe's name means: a shipped recipe's file, a .toml file, or a file type's name.
+
+    Capitals, hyphens and underscores do not count in names. Raises RecipeError with the nearest
+    name for an unknown one.
+    """
     path = Path(os.path.expanduser(name))
-    if path.suffix == ".toml" and is_plain(path):
-        return path
+    if path.suffix == ".toml":
+        if is_plain(path):
+            return path
+        raise RecipeError(f"{name}: no such recipe file; `reap2gguf recipes list` prints the names")
+    known = _known_names()
+    if (found := known.get(_bare(name))) is not None:
+        return found
+    if os.path.isfile(path):
+        raise RecipeError(f"{name}: the name of a recipe's file must end in .toml")
     raise RecipeError(
-        f"no recipe {name!r}; expected a .toml file or one of {', '.join(shipped)} "
-        "(see `reap2gguf recipes list`)"
+        f"no recipe {shown(name)}; {_nearest(name, known)} a .toml file or a name that "
+        "`reap2gguf recipes list` prints, such as Q4_K_M"
     )
 
 
-def load_recipe(name: str) -> Recipe:
-    """Read and check a recipe by name or path. Raises RecipeError."""
-    path = find_recipe(name)
-    try:
-        if plain_size(path) > _MAX_RECIPE_BYTES:
-            raise RecipeError(f"{path}: over {_MAX_RECIPE_BYTES:,} bytes, too large for a recipe")
-        source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
-    return parse_recipe(source, path.stem, str(path))
+def _known_names() -> dict[str, Path | str]:
+    """What each name without hyphens and underscores means; shipped recipes come first."""
+    file_types = {_bare(name): name for name in MIXTURES}
+    aliases = {_bare(alias): name for alias, name in _ALIASES.items()}
+    shipped = {_bare(name): path for name, path in shipped_recipes().items()}
+    meant = {bare: shipped.get(_bare(name), name) for bare, name in aliases.items()}
+    return {**meant, **file_types, **shipped}
+
+
+def _bare(name: str) -> str:
+    return re.sub("[-_]", "", name).lower()
+
+
+def _nearest(name: str, known: Mapping[str, Path | str]) -> str:
+    bare = _bare(name)[:100]
+    near = [one for one in known if len(bare) > 2 and one.startswith(bare)]
+    near = near or difflib.get_close_matches(bare, known, n=1)
+    if not near:
+        return "pass"
+    found = known[near[0]]
+    return f"did you mean {found if isinstance(found, str) else found.stem}? Pass"
+
+
+def load_recipe(name: str | RecipeText) -> Recipe:
+    """Read and check a recipe: by name, by path, or from its text. Raises RecipeError."""
+    if isinstance(name, RecipeText):
+        recipe = parse_recipe(name.text, name.name, f"recipe {shown(name.name)}")
+        return recipe if name.label is None else recipe.with_label(name.label)
+    found = find_recipe(name)
+    if isinstance(found, str):
+        return _of_file_type(found)
+    return parse_recipe(read_toml_file(found, "recipe", RecipeError), found.stem, str(found))
+
+
+def _of_file_type(name: str) -> Recipe:
+    """llama.cpp's own mixture, without exceptions."""
+    recipe = Recipe(name, f"{name}, llama.cpp's own mixture", name, name, (), "")
+    return replace(recipe, source=recipe.as_toml())
 
 
 def parse_recipe(source: str, name: str, where: str) -> Recipe:
     """A recipe from its text; RecipeError names `where` and the key that is wrong."""
-    if _MANY_PARTS.search(_QUOTED.sub("q", source)):
-        raise RecipeError(f"{where}: not valid TOML (a key of over 16 parts)")
-    try:
-        values = tomllib.loads(source)
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
-        raise RecipeError(f"{where}: not valid TOML ({error})") from error
+    values = parse_toml(source, where, RecipeError)
     _refuse_unknown(values, _RECIPE_KEYS, where)
     rules = values.get("rules", [])
     if not isinstance(rules, list) or len(rules) > _MAX_RULES:
         raise RecipeError(f"{where}: rules must be at most {_MAX_RULES} [[rules]] tables")
-    label = _text(values, "label", where)
+    title, label, file_type = (_text(values, key, where, _RECIPE_TEXTS) for key in _RECIPE_TEXTS)
     _check_label(label, where)
-    file_type = _text(values, "file_type", where)
     try:
         mixture_named(file_type)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
     parsed = tuple(_rule(rule, f"{where}: rule {i + 1}") for i, rule in enumerate(rules))
-    return Recipe(name, _text(values, "title", where), label, file_type, parsed, source)
+    return Recipe(name, title, label, file_type, parsed, source)
 
 
-def load_recipes(names: Sequence[str], labels: Mapping[str, str]) -> list[Recipe]:
-    """Recipes by name or path; `labels` gives some of them, by the same name, another label.
+def load_recipes(
+    names: Sequence[str | RecipeText],
+    labels: Mapping[str, str],
+    overrides: Sequence[Rule] = (),
+) -> list[Recipe]:
+    """Recipes by name, path or text, each once, with `overrides` before the rules of each.
 
-    Raises RecipeError, and UsageError if `labels` names a recipe that is not among them.
+    `labels` gives some of them, by any of their names, another label. Raises RecipeError, and
+    UsageError if `labels` names a recipe that is not among them.
     """
-    recipes = {name: load_recipe(name) for name in names}
+    # the same recipe by two spellings is one
+    asked = {_identity(name): name for name in reversed(names)}
+    recipes = {identity: load_recipe(name) for identity, name in reversed(asked.items())}
     for name, label in labels.items():
-        found = [key for key, recipe in recipes.items() if name in (key, recipe.name)]
+        found = [key for key, recipe in recipes.items() if _is_named(name, key, recipe)]
         if not found:
             raise UsageError(
                 f"--label {name}={label}: no recipe {name!r} is asked for; expected one of "
-                f"{', '.join(recipes)}"
+                f"{', '.join(recipe.name for recipe in recipes.values())}"
             )
         for key in found:
             recipes[key] = recipes[key].with_label(label)
-    return [recipes[name] for name in names]
+    return [recipe.with_overrides(overrides) for recipe in recipes.values()]
+
+
+def _identity(name: str | RecipeText) -> object:
+    """The same for two names of one recipe."""
+    found = name if isinstance(name, RecipeText) else find_recipe(name)
+    return os.path.realpath(found) if isinstance(found, Path) else found
+
+
+def _is_named(name: str, identity: object, recipe: Recipe) -> bool:
+    """Whether a name means a recipe that is asked for: its own name, or another spelling."""
+    if name.removesuffix(CUSTOM) == recipe.name.removesuffix(CUSTOM):
+        return True
+    try:
+        return _identity(name) == identity
+    except RecipeError:
+        return False  # the caller reports it
 
 
 def _check_label(label: str, where: str) -> None:
@@ -179,25 +274,36 @@ def _rule(values: Any, where: str) -> Rule:
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected a [[rules]] table")
     _refuse_unknown(values, _RULE_KEYS, where)
-    match, tensor_type = _text(values, "match", where), _text(values, "type", where)
+    match, tensor_type = (_text(values, key, where, _RULE_TEXTS) for key in _RULE_TEXTS)
+    check_glob(match, f"{where}: match")
+    flags = {key: values.get(key, False) for key in ("optional", "override")}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise RecipeError(f"{where}: {key} is {shown(value)}, expected true or false")
+    return Rule(match, tensor_type_named(tensor_type, f"{where}: type"), **flags)
+
+
+def check_glob(match: str, where: str) -> None:
+    """Raise RecipeError, which begins with `where`, for a text that no rule can match with."""
     if not _GLOB.fullmatch(match):
         raise RecipeError(
-            f"{where}: match {shown(match)} is not a glob on "
-            "GGUF tensor names, such as blk.*.attn_v.weight"
+            f"{where} {shown(match)} is not a glob on GGUF tensor names, such as "
+            "blk.*.attn_v.weight"
         )
     if (n_stars := match.count("*")) > _MAX_STARS:
         raise RecipeError(
-            f"{where}: match {shown(match)} has {n_stars} stars, expected at most {_MAX_STARS}"
+            f"{where} {shown(match)} has {n_stars} stars, expected at most {_MAX_STARS}"
         )
-    optional = values.get("optional", False)
-    if not isinstance(optional, bool):
-        raise RecipeError(f"{where}: optional is {shown(optional)}, expected true or false")
+
+
+def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:
+    """A tensor type by its name, in any case. Raises RecipeError, which begins with `where`."""
     known = {storable.name for storable in STORABLE}
-    if tensor_type not in known:
-        near = tensor_type.upper().replace("-", "_")
-        hint = f"; did you mean {near}?" if near in known else _foreign_hint(tensor_type)
-        raise RecipeError(f"{where}: type {shown(tensor_type)} is not a GGML tensor type{hint}")
-    return Rule(match, GGMLQuantizationType[tensor_type], optional)
+    upper = name.upper().replace("-", "_")
+    if upper not in known:
+        hint = _foreign_hint(upper)
+        raise RecipeError(f"{where} {shown(name)} is not a GGML tensor type{hint}")
+    return GGMLQuantizationType[upper]
 
 
 def _foreign_hint(tensor_type: str) -> str:
@@ -209,8 +315,10 @@ def _foreign_hint(tensor_type: str) -> str:
     return ""
 
 
-def _text(values: Mapping[str, Any], key: str, where: str) -> str:
-    value = values.get(key)
+def _text(values: Mapping[str, Any], key: str, where: str, known: Mapping[str, str]) -> str:
+    if key not in values:
+        raise RecipeError(f"{where}: missing key `{key}`, {known[key]}")
+    value = values[key]
     if not isinstance(value, str) or not value.strip():
         raise RecipeError(f"{where}: {key} is {shown(value)}, expected text")
     return value

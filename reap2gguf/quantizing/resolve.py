@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -164,30 +164,47 @@ def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
     block = GGML_QUANT_SIZES[rule.tensor_type][0]
     if tensor.n_columns % block:
         raise RecipeError(
-            f"recipe {recipe.name!r}: rule {rule.match!r}: {rule.tensor_type.name} has blocks of "
+            f"recipe {recipe.name!r}: {rule.title}: {rule.tensor_type.name} has blocks of "
             f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks "
             "of 32, such as Q8_0 or IQ4_NL"
         )
 
 
 def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[GgufTensor]) -> None:
+    decided = winners | _winners_without_overrides(recipe, tensors)
     for position, rule in enumerate(recipe.rules):
-        if position in winners:
+        if position in decided:
             continue
         reached = [t for t in tensors if rule.fits(t.name)]
         if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} asks for {rule.tensor_type.name}, "
+                f"recipe {recipe.name!r}: {rule.title} asks for {rule.tensor_type.name}, "
                 f"but llama.cpp never quantizes what it matches, such as {reached[0].name}; remove "
                 "it"
             )
         if reached:
             raise RecipeError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} is shadowed: earlier rules take "
+                f"recipe {recipe.name!r}: {rule.title} is shadowed: earlier rules take "
                 f"every tensor it matches, such as {reached[0].name}; move it up or remove it"
+            )
+        if not rule.optional and rule.override:
+            raise RecipeError(
+                f"{rule.title}: matches no tensor of this model; PATTERN is a word such as attn_v, "
+                "which finds every tensor with it in its name, or a glob such as "
+                "blk.*.attn_v.weight"
             )
         if not rule.optional:
             raise RecipeError(
-                f"recipe {recipe.name!r}: rule {rule.match!r} matches no tensor of this model; "
+                f"recipe {recipe.name!r}: {rule.title} matches no tensor of this model; "
                 "correct it, or mark it `optional = true` if only other models have such a tensor"
             )
+
+
+def _winners_without_overrides(recipe: Recipe, tensors: Sequence[GgufTensor]) -> set[int]:
+    """Positions of the recipe's own rules that would decide if nothing were put before them."""
+    own = {place: rule for place, rule in enumerate(recipe.rules) if not rule.override}
+    if len(own) == len(recipe.rules):
+        return set()
+    alone, places = replace(recipe, rules=tuple(own.values())), list(own)
+    found = (_winner(alone, tensor, _fixed_type(tensor, recipe)) for tensor in tensors)
+    return {places[winner] for winner in found if winner is not None}

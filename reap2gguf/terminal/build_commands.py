@@ -22,6 +22,7 @@ from reap2gguf.terminal.compute_options import (
     llama_cpp_option,
     threads_option,
 )
+from reap2gguf.terminal.config_file import warn_of_differences
 from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, command, option
 from reap2gguf.terminal.option_types import FolderPath
@@ -66,13 +67,15 @@ def build(
     \b
     Example:
       reap2gguf build --recipe unsloth-iq4km
-      reap2gguf build ./Qwen3-30B-A3B --recipe q4km --recipe q8_0 --keep-experts 96
+      reap2gguf build ./Qwen3-30B-A3B --recipe Q4_K_M,Q8_0 --keep-experts 96
+      reap2gguf build --like reap2gguf.json
     """
     from reap2gguf.terminal.plan_views import up_to_date_or_lines
 
     progress = terminal_progress()
     options = collect(arguments, fresh, replace, space_check)
     plan = reap2gguf.plan(options, progress=progress)
+    warn_of_differences(plan)
     if processes().is_first and replace and not dry_run:
         _confirm_deletion(plan, yes)
     if processes().is_first and dry_run:
@@ -137,6 +140,7 @@ def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
       reap2gguf plan ./Qwen3-30B-A3B --recipe unsloth-iq4km --compression 0.5
     """
     plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
+    warn_of_differences(plan)
     _say_plan(plan, as_json, tensors)
 
 

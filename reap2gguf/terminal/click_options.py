@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from reap2gguf.options import (
+    DEFAULT_RECIPE,
     METHODS,
     MTP_CHOICES,
     BuildOptions,
@@ -20,6 +22,7 @@ from reap2gguf.terminal.compute_options import (
     llama_cpp_option,
     threads_option,
 )
+from reap2gguf.terminal.config_file import config_option, like_option, settled
 from reap2gguf.terminal.console import Detail, printing
 from reap2gguf.terminal.help import (
     CALIBRATION,
@@ -49,7 +52,8 @@ def model_argument(
 
     def choose(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         named = ctx.meta.get(_MODEL)
-        if value is not None and named is not None:
+        is_typed = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if value is not None and named is not None and is_typed:
             raise click.UsageError(f"{metavar} was given twice: '{value}' and --model", ctx)
         if required and value is None and named is None:
             raise click.MissingParameter(ctx=ctx, param=param)
@@ -198,6 +202,16 @@ output_options = together(
     ),
 )
 
+tensor_type_option = option(
+    "--tensor-type",
+    "tensor_types",
+    section=WRITE,
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Give matching tensors another type, before the recipe's rules: a word such as "
+    "attn_v=Q5_K, or a glob such as blk.0.*=Q8_0. Repeat it; the first match wins.",
+)
+
 label_option = option(
     "--label",
     "labels",
@@ -225,11 +239,13 @@ build_options = together(
         "recipes",
         section=WRITE,
         multiple=True,
-        required=True,
-        metavar="NAME|FILE",
-        help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file. Repeat it "
-        "for several GGUF files.",
+        default=(DEFAULT_RECIPE,),
+        metavar="NAME|FILE,...",
+        help="Quantization recipes, with commas or repeated: file types such as Q5_K_M, names of "
+        "`reap2gguf recipes list`, or TOML files.",
+        default_text=DEFAULT_RECIPE,
     ),
+    tensor_type_option,
     label_option,
     option(
         "-o",
@@ -290,6 +306,8 @@ build_options = together(
     compute_options,
     threads_option,
     follow_links_option,
+    config_option,
+    like_option,
     llama_cpp_option,
 )
 
@@ -300,7 +318,8 @@ def collect(
     replace: bool = False,
     check_space: bool = True,
 ) -> BuildOptions:
-    """The arguments of `build` and `plan` as one value."""
+    """The arguments of `build` and `plan` as one value, with those of --config and --like."""
+    arguments, revisions = settled(arguments)
     return BuildOptions(
         recipes=arguments["recipes"],
         model=arguments["model"],
@@ -317,6 +336,7 @@ def collect(
             arguments["max_length"],
             arguments["seed"],
             arguments["pack"],
+            revisions,
         ),
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
@@ -328,4 +348,5 @@ def collect(
         replace=replace,
         check_space=check_space,
         follow_links=arguments["follow_links"],
+        tensor_types=arguments["tensor_types"],
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from reap2gguf.terminal.click_options import output_options
-from reap2gguf.terminal.console import say, say_all
-from reap2gguf.terminal.help import command
+from reap2gguf.terminal.click_options import json_option, output_options, tensor_type_option
+from reap2gguf.terminal.console import say, say_all, say_json
+from reap2gguf.terminal.help import command, option
 from reap2gguf.terminal.suggestions import Group
 
 
@@ -14,7 +14,8 @@ from reap2gguf.terminal.suggestions import Group
 def recipes() -> None:
     """List, show and check recipes.
 
-    A recipe says which quant type each tensor gets.
+    A recipe says which quant type each tensor gets. Every file type of llama.cpp, such as Q5_K_M,
+    is one.
 
     \b
     Example:
@@ -24,59 +25,95 @@ def recipes() -> None:
 
 
 @command("list")
-def recipes_list() -> None:
-    """List the included recipes.
+@json_option
+@output_options
+def recipes_list(as_json: bool) -> None:
+    """List recipes and their bits per weight.
+
+    Included recipes first, then the file types of llama.cpp. Bits are those of one well-known
+    model; `recipes check` prints those of yours.
 
     \b
     Example:
       reap2gguf recipes list
     """
-    from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+    from reap2gguf.terminal.recipe_views import list_as_json, list_lines
 
-    say_all(f"{name:<16} {load_recipe(name).title}" for name in shipped_recipes())
+    if as_json:
+        say_json(list_as_json())
+    else:
+        say_all(list_lines())
 
 
 @command("show")
 @click.argument("name")
-def recipes_show(name: str) -> None:
+@option("--toml", "as_toml", is_flag=True, help="Print TOML, to start a recipe of your own.")
+@json_option
+@output_options
+def recipes_show(name: str, as_toml: bool, as_json: bool) -> None:
     """Show a recipe, rule by rule.
 
-    NAME is an included recipe or a TOML file.
+    NAME is an included recipe, a file type such as Q5_K_M, or a TOML file.
 
     \b
     Example:
       reap2gguf recipes show unsloth-iq4km
+      reap2gguf recipes show unsloth-iq4km --toml > my-recipe.toml
     """
     from reap2gguf.quantizing.recipe import load_recipe
-    from reap2gguf.terminal.views import recipe_lines
+    from reap2gguf.terminal.recipe_views import recipe_as_json, recipe_lines
 
-    say_all(recipe_lines(load_recipe(name)))
+    recipe = load_recipe(name)
+    if as_toml and as_json:
+        raise click.UsageError("--toml and --json exclude each other")
+    if as_toml:
+        # each line is made safe: a comment of a file may hold what moves the cursor
+        say_all(recipe.source.splitlines())
+    elif as_json:
+        say_json(recipe_as_json(recipe))
+    else:
+        say_all(recipe_lines(recipe))
 
 
 @command("check")
 @click.argument("name")
 @click.argument("model", required=False)
+@tensor_type_option
+@json_option
 @output_options
-def recipes_check(name: str, model: str | None) -> None:
-    """Check that a recipe fits a model.
+def recipes_check(
+    name: str, model: str | None, tensor_types: tuple[str, ...], as_json: bool
+) -> None:
+    """Show which types a recipe gives a model.
 
-    NAME is an included recipe or a TOML file; MODEL is the bundled example by default. Reads
-    headers only.
+    NAME is an included recipe, a file type such as Q5_K_M, or a TOML file; MODEL is the bundled
+    example by default. Prints types, sizes and bits per weight, one line per name and type of
+    tensors, or what is wrong. Reads headers only.
 
     \b
     Example:
       reap2gguf recipes check my-recipe.toml ./Qwen3-30B-A3B
+      reap2gguf recipes check Q4_K_M ./Qwen3-30B-A3B --tensor-type attn_v=Q8_0
     """
     from reap2gguf.building.plan import make_plan
-    from reap2gguf.options import BuildOptions
+    from reap2gguf.options import BuildOptions, one_recipe
     from reap2gguf.quantizing.labels import hub_note
+    from reap2gguf.terminal.recipe_views import check_as_json, check_lines
 
-    plan = make_plan(BuildOptions(recipes=(name,), model=model, compression=0), say)
+    options = BuildOptions(
+        recipes=(one_recipe(name),), model=model, compression=0, tensor_types=tensor_types
+    )
+    plan = make_plan(options, say)
     recipe = plan.recipes[0]
-    bits = recipe.bits_per_weight
-    say(f"{name}: fits {plan.source.label}, {bits:.2f} bits per weight", "result")
+    notes = []
     if note := hub_note(recipe.label):
-        say(f"{note}; give another with --label {recipe.name}=LABEL where that matters")
+        notes.append(f"{note}; give another with --label {recipe.name}=LABEL where that matters")
+    if as_json:
+        say_json(check_as_json(recipe, plan.source.label, notes))
+        return
+    say_all(check_lines(recipe, plan.source.label))
+    for line in notes:
+        say(line)
 
 
 for subcommand in (recipes_list, recipes_show, recipes_check):

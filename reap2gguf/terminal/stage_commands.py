@@ -9,7 +9,7 @@ import click
 
 import reap2gguf
 from reap2gguf.messages import size
-from reap2gguf.options import CalibrationOptions
+from reap2gguf.options import DEFAULT_RECIPE, CalibrationOptions
 from reap2gguf.terminal.click_options import (
     calibration_options,
     follow_links_option,
@@ -18,6 +18,7 @@ from reap2gguf.terminal.click_options import (
     output_options,
     pruning_options,
     seed_option,
+    tensor_type_option,
 )
 from reap2gguf.terminal.compute_options import (
     collect_compute,
@@ -176,9 +177,10 @@ def imatrix(
     "--recipe",
     "recipe_name",
     section=WRITE,
-    required=True,
+    default=DEFAULT_RECIPE,
     metavar="NAME|FILE",
-    help="Quantization recipe: a name of `reap2gguf recipes list`, or a TOML file.",
+    help="Quantization recipe: a file type such as Q5_K_M, a name of `reap2gguf recipes list`, or "
+    "a TOML file.",
 )
 @option(
     "--imatrix",
@@ -196,6 +198,7 @@ def imatrix(
     required=True,
     help="GGUF file to write, or a folder for NAME-LABEL.gguf.",
 )
+@tensor_type_option
 @label_option
 @threads_option
 @follow_links_option
@@ -205,6 +208,7 @@ def quantize(
     hf_dir: str,
     recipe_name: str,
     imatrix_file: Path | None,
+    tensor_types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
     threads: int,
     output: str,
@@ -227,6 +231,7 @@ def quantize(
         output,
         imatrix=imatrix_file,
         labels=dict(labels),
+        tensor_types=tensor_types,
         threads=threads,
         follow_links=follow_links,
         progress=terminal_progress(),

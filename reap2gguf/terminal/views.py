@@ -1,4 +1,4 @@
-"""Recipes and results as text; plan_views.py has plans."""
+"""Results of builds as text; plan_views.py has plans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from reap2gguf.messages import shell_word, size
 
 if TYPE_CHECKING:
     from reap2gguf.building.stage import BuildResult
-    from reap2gguf.quantizing.recipe import Recipe
 
 
 def result_lines(result: BuildResult) -> Iterable[str]:
@@ -39,12 +38,3 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         yield f"  {result.gguf_folder / side.file}  {size(side.n_bytes)}"
     yield ""
     yield f"Try it:  reap2gguf chat {shell_word(result.gguf_folder)}"
-
-
-def recipe_lines(recipe: Recipe) -> Iterable[str]:
-    """A recipe rule by rule."""
-    yield f"{recipe.name}: {recipe.title}"
-    yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
-    for rule in recipe.rules:
-        only = "  (if the model has it)" if rule.optional else ""
-        yield f"  {rule.match:<28} {rule.tensor_type.name}{only}"

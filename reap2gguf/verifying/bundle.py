@@ -36,6 +36,7 @@ from reap2gguf.verifying.context import (
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.facts import (
     check_hf_facts,
+    check_options,
     check_passed,
     check_recipe,
     check_record,
@@ -223,6 +224,7 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
         _check_generated(check, hf, gguf, source)
     else:
         found.not_checked.append("cards and Modelfile not compared: the manifest is not sound")
+    check.take(check_options(check.manifest), MANIFEST_FILE)
     _say_what_is_missing(check, hf, gguf, reference)
 
 

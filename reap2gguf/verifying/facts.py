@@ -6,7 +6,9 @@ says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from reap2gguf.exporting.header_facts import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import METHODS
+from reap2gguf.options import DEVICES, DTYPES, METHODS, MTP_CHOICES
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.contract import MoeModel
+
+# what becomes of an MTP block -> the option that asked for it
+_MTP_OPTIONS = {"pruned": "prune", "kept": "prune", "dropped": "drop"}
 
 
 def check_record(manifest: Manifest) -> Iterator[str]:
@@ -65,6 +70,44 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         yield from _differs(
             "side_files.file", side.file, side_file(MMPROJ_PREFIX, manifest.name), "its name"
         )
+
+
+def check_options(manifest: Manifest) -> Iterator[str]:
+    """The options that `--like` takes over, against what came of them."""
+    options, pruning, calibration = manifest.options, manifest.pruning, manifest.calibration
+    if options is None:
+        return
+    expected: dict[str, tuple[Any, ...]] = {
+        "keep_experts": (None, pruning.n_kept),
+        "name": (None, manifest.name),
+        "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
+        "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
+        "observations": (pruning.observations_file,),
+        "imatrix": (calibration.imatrix_file,),
+        "device": DEVICES[1:],
+        "dtype": DTYPES[1:],
+    }
+    if calibration.max_length is not None:  # the rows were drawn by this build
+        expected |= {
+            "spec": (calibration.spec,),
+            "max_length": (max(options.max_length, calibration.max_length),),  # of the context
+            "seed": (calibration.seed,),
+            "pack": (calibration.packed,),
+        }
+    n_tokens, n_chunks = calibration.imatrix_chunk_size, calibration.imatrix_chunks
+    if calibration.imatrix_file is None and n_tokens is not None and n_chunks is not None:
+        expected |= {
+            "imatrix_text": (None, calibration.imatrix_text),
+            "chunk": (max(options.chunk, n_tokens),),
+            "imatrix_chunks": (None, max(options.imatrix_chunks or 0, n_chunks)),
+        }
+    for name, values in expected.items():
+        if (found := getattr(options, name)) not in values:
+            yield _wrong(f"options.{name}", found, " or ".join(map(str, values)))
+    if options.compression is not None:
+        ratio = Decimal(str(options.compression))  # as typed, as `choose_target` reads it
+        kept = pruning.n_experts - math.floor(pruning.n_experts * ratio)
+        yield from _differs("options.compression keeps", kept, pruning.n_kept, "pruning.n_kept")
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:

@@ -294,7 +294,7 @@ def test_names(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the result would replace the source"):
         make_plan(options(tiny, tiny.parent, name="tiny"))
     with pytest.raises(UsageError, match="two recipes have the label"):
-        make_plan(options(tiny, tmp_path, recipes=("q8_0", "q8_0")))
+        make_plan(options(tiny, tmp_path, recipes=("q8_0", "bf16"), labels={"bf16": "Q8_0"}))
 
 
 def test_an_output_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def rule(match: str, kind: str = "Q8_0", more: str = "") -> str:
 MANY = "".join(rule(f"blk.*.attn_{n}*") for n in range(999))
 PATHOLOGICAL = "*a" * 60 + "*b"
 RECIPES = [
-    Case("recipe empty", recipe(""), "label is None"),
+    Case("recipe empty", recipe(""), "missing key `title`"),
     Case("recipe not UTF-8", recipe(b"\xff\xfe"), "cannot be read"),
     Case("recipe of NUL", recipe(bytes(100)), "not valid TOML"),
     Case("recipe deep lists", recipe("\n".join(["a = ["] + ["["] * 5000)), "not valid TOML"),
@@ -190,7 +190,7 @@ RECIPES = [
     Case("recipe file type", recipe(HEAD.replace("Q4_K_M", "Q4_K_X\\u001b")), "Q4_K_X\\x1b"),
     Case("recipe type unknown", recipe(HEAD + rule("*", "Q9")), "type 'Q9'"),
     Case("recipe type a list", recipe(HEAD + '[[rules]]\nmatch = "*"\ntype = [1]\n'), "type is"),
-    Case("recipe match gone", recipe(HEAD + '[[rules]]\ntype = "Q8_0"\n'), "match is None"),
+    Case("recipe match gone", recipe(HEAD + '[[rules]]\ntype = "Q8_0"\n'), "missing key `match`"),
     Case("recipe match long", recipe(HEAD + rule("a" * 300)), "is not a glob"),
     Case("recipe match a newline", recipe(HEAD + rule("a\nb")), "match 'a\\nb'"),
     Case("recipe match pathological", recipe(HEAD + rule(PATHOLOGICAL)), "expected at most 16"),
@@ -198,7 +198,7 @@ RECIPES = [
     Case("recipe match a range", recipe(HEAD + rule("[z-a]*")), "matches no tensor"),
     Case("recipe optional a text", recipe(HEAD + rule("*", more='optional = "a"\n')), "optional"),
     Case("recipe a folder", lambda room: ["recipes", "show", room.copy("qwen3")], "no recipe"),
-    Case("recipe no file", lambda room: ["recipes", "show", "a\nb.toml"], "no recipe 'a\\nb.toml'"),
+    Case("recipe no file", lambda room: ["recipes", "show", "a\nb.toml"], "no such recipe file"),
     Case("recipe to show", recipe(HEAD + "[", "show"), "not valid TOML"),
 ]  # fmt: skip
 

@@ -23,7 +23,8 @@ _RECORDS = {
     ("program", "safetensors"), ("program", "gguf"), ("program", "numpy"),
     ("program", "tokenizers"), ("program", "ggml"), ("pruning", "observations_sha256"),
     ("calibration", "sha256"), ("pruning", "mtp", "hits_before"), ("pruning", "mtp", "hits_after"),
-    ("pruning", "mtp", "n_tokens"),
+    ("pruning", "mtp", "n_tokens"), ("options", "samples"), ("options", "max_length"),
+    ("options", "chunk"),
 }  # fmt: skip
 
 
@@ -33,7 +34,8 @@ def damages(sound: Sound) -> Iterator[Damage]:
     for path, value in _leaves(manifest):
         fix = Fix.SUMS if path[:2] == ("hf", "files") else Fix.ALL
         sight = Sight.SOURCE if path in _OF_SOURCE else Sight.BESIDE
-        if path in _RECORDS or path[0] == "made_with":
+        is_record = path[0] == "made_with" or path[:2] == ("options", "inputs")
+        if path in _RECORDS or is_record:
             sight = Sight.RECORD
         title = ".".join(map(str, path))
         apply = _manifest(_set(path, _another(value)))
@@ -65,7 +67,9 @@ def _leaves(values: Any, above: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[S
 def _another(value: Any) -> Any:
     if value is None:
         return "x"
-    return another(value) if value != [] else ["x"]
+    if value in ([], {}):
+        return {"x": "x"} if value == {} else ["x"]
+    return another(value)
 
 
 def _set(path: tuple[Step, ...], value: Any) -> Change:

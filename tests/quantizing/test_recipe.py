@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,14 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import RecipeError
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.table import describe
+from reap2gguf.options import RecipeText
+from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import (
     Recipe,
     Rule,
     find_recipe,
     load_recipe,
+    load_recipes,
     parse_recipe,
     shipped_recipes,
 )
@@ -69,10 +73,15 @@ def test_all_fields() -> None:
     ("text", "message"),
     [
         (HEAD + "rule = 1\n", r"unknown key 'rule', expected file_type, label, rules, title"),
-        (rule(more='kind = "Q8_0"'), r"rule 1: unknown key 'kind', expected match, optional, type"),
+        (rule(more='kind = "Q8_0"'), "unknown key 'kind', expected match, optional, override, "),
         (HEAD.replace('"T"', "1"), "title is 1, expected text"),
         (HEAD.replace('"T"', '" "'), "title is ' ', expected text"),
-        (HEAD.replace('title = "T"\n', ""), "title is None, expected text"),
+        (HEAD.replace('title = "T"\n', ""), "missing key `title`, what the recipe is"),
+        (HEAD.replace('label = "L"\n', ""), "missing key `label`, the end of the file name"),
+        (HEAD.replace('file_type = "Q4_K_M"\n', ""), "missing key `file_type`, llama.cpp"),
+        (HEAD + '[[rules]]\ntype = "F16"\n', "rule 1: missing key `match`, a glob"),
+        (HEAD + '[[rules]]\nmatch = "a"\n', "rule 1: missing key `type`, a GGML tensor type"),
+        (rule(more="override = 1"), "override is 1, expected true or false"),
         (HEAD.replace('"L"', "true"), "label is True, expected text"),
         (HEAD.replace('"L"', '"../up"'), "label '../up', expected letters"),
         (HEAD.replace('"L"', '"-L"'), "label '-L', expected letters"),
@@ -88,8 +97,7 @@ def test_all_fields() -> None:
         (rule(match="(a|b)"), "is not a glob"),
         (rule(match="a" * 201), "is not a glob"),
         (rule(more="optional = 1"), "optional is 1, expected true or false"),
-        (rule(kind="q8_0"), "type 'q8_0' is not a GGML tensor type; did you mean Q8_0?"),
-        (rule(kind="iq4-xs"), "did you mean IQ4_XS"),
+        (rule(kind="q4_k_m"), "'q4_k_m' is not a GGML tensor type; Q4_K_M is a file type, the"),
         (rule(kind="Q4_K_M"), "Q4_K_M is a file type, the tensor type is Q4_K"),
         (rule(kind="Q3_K_L"), "Q3_K_L is a file type, the tensor type is Q3_K"),
         (rule(kind="IQ4_K"), "exists only in ik_llama.cpp, and llama.cpp cannot load it"),
@@ -98,7 +106,7 @@ def test_all_fields() -> None:
         (rule(kind="IQ4_KSS"), "exists only in ik_llama.cpp"),
         (rule(kind="Q9"), "type 'Q9' is not a GGML tensor type$"),
         (HEAD + "[[rules]\n", "file.toml: not valid TOML"),
-        ("", "title is None|label is None"),
+        ("", "missing key `title`"),
         (HEAD + "a = " + "[" * 5000, "not valid TOML"),
         ("title = " + "1" * 5000, "not valid TOML"),
     ],
@@ -121,17 +129,93 @@ def test_a_rule_is_named_by_its_number() -> None:
         parse(text)
 
 
-def test_an_unknown_recipe_lists_the_names() -> None:
-    with pytest.raises(RecipeError, match=r"no recipe 'q5'; .* q4km, q8_0, unsloth-iq4km"):
-        find_recipe("q5")
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("q8_0", "Q8_0"), ("q4_K", "Q4_K"), ("iq4-xs", "IQ4_XS"), ("Bf16", "BF16")],
+)
+def test_a_type_may_be_written_as_llama_cpp_does(written: str, expected: str) -> None:
+    assert parse(rule(kind=written)).rules[0].tensor_type.name == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "label"),
+    [
+        ("Q5_K_M", "Q5_K_M", "Q5_K_M"),
+        ("q5_k_m", "Q5_K_M", "Q5_K_M"),
+        ("Q5-K-M", "Q5_K_M", "Q5_K_M"),
+        ("q5km", "Q5_K_M", "Q5_K_M"),
+        ("Q5_K", "Q5_K_M", "Q5_K_M"),
+        ("iq4xs", "IQ4_XS", "IQ4_XS"),
+        ("f16", "F16", "F16"),
+        ("Q4_K_M", "q4km", "Q4_K_M"),
+        ("q4_k", "q4km", "Q4_K_M"),
+        ("BF16", "bf16", "BF16"),
+        ("Q8-0", "q8_0", "Q8_0"),
+        ("Unsloth_IQ4KM", "unsloth-iq4km", "IQ4_K_M"),
+    ],
+)
+def test_names_are_found_however_they_are_written(written: str, name: str, label: str) -> None:
+    found = load_recipe(written)
+    assert (found.name, found.label) == (name, label)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_file_type_is_a_recipe_of_its_own_mixture(name: str) -> None:
+    found = load_recipe(name)
+    assert (found.file_type, found.label, found.rules) == (name, name, ())
+    assert parse_recipe(found.source, found.name, "x") == found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "q5",
+            r"no recipe 'q5'; did you mean Q5_K_M\? Pass a \.toml file or a name that `reap2gguf",
+        ),
+        ("unsloth", "did you mean unsloth-iq4km"),
+        ("qqqqqqqqqqqqqqqqqqqqqq", r"no recipe '\w+'; pass a \.toml file"),
+        ("", "no recipe ''; pass"),
+        ("./missing.toml", r"\./missing\.toml: no such recipe file"),
+    ],
+)
+def test_an_unknown_recipe_suggests_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        find_recipe(name)
 
 
 def test_a_recipe_file_must_be_toml(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(HEAD)
     (tmp_path / "mine.toml").write_text(HEAD)
-    with pytest.raises(RecipeError, match=r"expected a \.toml file"):
+    with pytest.raises(RecipeError, match=r"mine\.txt: the name of a recipe's file must end in"):
         load_recipe(str(tmp_path / "mine.txt"))
     assert load_recipe(str(tmp_path / "mine.toml")).name == "mine"
+
+
+def test_two_spellings_of_a_recipe_are_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(HEAD)
+    path = str(tmp_path / "mine.toml")
+    names = ["Q5_K_M", "q4km", path, "q5-k-m", "Q4_K_M", f"{tmp_path}/./mine.toml"]
+    assert [recipe.name for recipe in load_recipes(names, {})] == ["Q5_K_M", "q4km", "mine"]
+    labelled = load_recipes(names, {"q4_k_m": "A", "mine": "B", "Q5KM": "C"})
+    assert [recipe.label for recipe in labelled] == ["C", "A", "B"]
+
+
+def test_a_recipe_may_come_as_text() -> None:
+    (found,) = load_recipes([RecipeText("old", HEAD, "NEW")], {})
+    assert (found.name, found.label, found.source) == ("old", "NEW", HEAD)
+    (found,) = load_recipes([RecipeText("old", HEAD, "NEW")], {"old": "OTHER"})
+    assert found.label == "OTHER"
+    with pytest.raises(RecipeError, match="recipe 'old': not valid TOML"):
+        load_recipe(RecipeText("old", "["))
+
+
+@given(st.text(max_size=40), st.booleans())
+def test_toml_that_is_written_is_read_again(title: str, optional: bool) -> None:
+    rules = (Rule("a*", GGMLQuantizationType.Q8_0, optional), Rule("b", GGMLQuantizationType.F16))
+    recipe = Recipe("n", f"x{title}", "L", "Q4_K_M", rules, "")
+    text = recipe.as_toml()
+    assert replace(parse(text), name="n", source="") == recipe
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""`reap2gguf recipes`: what it prints, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+from tests.test_cli import one_line, run
+
+
+def test_the_list_has_recipes_file_types_and_bits() -> None:
+    lines = run("recipes", "list").output.splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    text = "\n".join(lines)
+    assert all(f"\n{name} " in text for name in shipped_recipes())
+    assert all(f"{name} " in text.split("FILE TYPES")[1] for name in MIXTURES)
+    assert "q4km              4.9  Plain Q4_K_M" in text
+    assert "Qwen3-30B-A3B" in lines[-1]
+
+
+def test_the_list_for_programs() -> None:
+    values = json.loads(run("recipes", "list", "--json").stdout)
+    assert values["reference"] == "Qwen3-30B-A3B"
+    assert [one["name"] for one in values["recipes"]] == list(shipped_recipes())
+    bits = {one["name"]: one["bits_per_weight"] for one in values["file_types"]}
+    assert bits.keys() == MIXTURES.keys()
+    assert bits["F16"] == pytest.approx(16, abs=0.1)
+    assert bits["IQ2_XS"] < bits["Q2_K"] < bits["Q4_K_M"] < bits["Q5_K_M"] < bits["Q8_0"]
+
+
+@pytest.mark.parametrize("name", ["unsloth-iq4km", "Q5_K_M", "bf16"])
+def test_toml_that_is_shown_is_a_recipe(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(run("recipes", "show", name, "--toml").stdout)
+    assert load_recipe(str(path)).rules == load_recipe(name).rules
+    assert "fits tiny-qwen3-moe" in run("recipes", "check", path).output
+
+
+def test_a_recipe_for_programs() -> None:
+    values = json.loads(run("recipes", "show", "unsloth-iq4km", "--json").stdout)
+    assert values["label"] == "IQ4_K_M"
+    assert {"match": "output.weight", "type": "Q6_K", "optional": True} in values["rules"]
+    assert values["toml"] == load_recipe("unsloth-iq4km").source
+    one_line(run("recipes", "show", "q4km", "--json", "--toml"), "exclude each other")
+
+
+def test_check_prints_the_table_and_the_total() -> None:
+    lines = run("recipes", "check", "unsloth-iq4km").stdout.splitlines()
+    (down,) = (line for line in lines if "ffn_down_exps" in line)
+    assert down.split() == [
+        "blk.*.ffn_down_exps.weight", "Q5_K", "x4", "2.75", "MiB", "5.500", "rule",
+        "blk.*.ffn_down_exps.weight",
+    ]  # fmt: skip
+    assert lines[-1].startswith("unsloth-iq4km: fits tiny-qwen3-moe: ")
+    assert lines[-1].endswith("14.4 M weights, 5.13 bits per weight")
+
+
+def test_check_for_programs_with_an_override() -> None:
+    command = ("recipes", "check", "Q4_K_M", "--tensor-type", "attn_v=q8_0", "--json")
+    values = json.loads(run(*command).stdout)
+    assert values["recipe"] == "q4km+custom"
+    assert values["types"]["blk.2.attn_v.weight"] == "Q8_0"
+    assert sum(group["bytes"] for group in values["groups"]) == values["bytes"]
+    assert sum(group["count"] for group in values["groups"]) == len(values["types"])
+    assert values["notes"] == []
+
+
+def test_an_unknown_name_is_one_line() -> None:
+    one_line(run("recipes", "show", "q5km2"), "did you mean Q5_K_M?")
+    one_line(run("recipes", "check", "q4km,q8_0"), "expected one recipe for one file")
