@@ -247,7 +247,7 @@ def test_the_command_checks_its_arguments_first(tmp_path: Path) -> None:
         return found.stderr
 
     assert "expected a build after --" in error("--", "push")
-    assert "No such option" in error("--", "build", "--recip", "x")
+    assert "there is no option" in error("--", "build", "--recip", "x")
     assert "--fresh: a job that resumes would start over" in error(
         "--", "build", "--recipe", "q8_0", "--fresh"
     )
