@@ -1,6 +1,7 @@
 """Compares `plan` with reality: builds of several shapes, each with what was predicted for it.
 
     python bench/plan.py FOLDER [NAME ...]
+    python bench/plan.py /dev/shm/model full-size --device cuda --output build
 
 Each build runs as a user runs it, in a process of its own, after `plan --json` with the same
 options. A thread samples the process's resident memory and the bytes of its output, work folder
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reap2gguf.resources import example_checkpoint
+from reap2gguf.resources import example_checkpoint, shipped_folder
 
 SAMPLE_SECONDS = 0.05
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -35,7 +36,7 @@ SMALL = ("--max-length", "512", "--samples")
 
 @dataclass(frozen=True)
 class Case:
-    """A build: its model, as a folder or as a shape with layers and experts, and its options."""
+    """A build: its model, the example or a shape with layers and experts, and its options."""
 
     name: str
     model: str | tuple[str, int, int]
@@ -52,7 +53,7 @@ RECIPES = dict([typed("iq4_xs.toml", "IQ4_XS"), typed("iq3_xxs.toml", "IQ3_XXS")
 CASES = (
     Case("example", "example", ("--recipe", "q4km")),
     Case("example-short", "example", ("--recipe", "q8_0", "--compression", "0.5", *SMALL, "16")),
-    Case("qwen3.5-tiny", "tiny-qwen3.5-moe", ("--recipe", "unsloth-iq4km", "--recipe", "q8_0")),
+    Case("qwen3.5-2-layers", (QWEN35, 2, 8), ("--recipe", "unsloth-iq4km,q8_0", *SMALL, "8")),
     Case("2-layers-q4km", (QWEN3, 2, 32), ("--recipe", "q4km", *SMALL, "16")),
     Case(
         "4-layers-mixed",
@@ -71,6 +72,18 @@ CASES = (
         ("--recipe", "q4km", "--recipe", "q8_0", "--spool", "disk", *SMALL, "16"),
     ),
 )
+
+
+# Not run by default: 57 GB of weights, for a machine with a GPU. 2.1 M tokens of text.
+FULL_SIZE = Case(
+    "full-size",
+    (QWEN3, 48, 128),
+    (
+        *("--recipe", "unsloth-iq4km,unsloth-iq4ks,q4km", "--compression", "0.5"),
+        *("--calibration", "long.txt", "--samples", "1024", "--max-length", "2048"),
+    ),
+)
+TEXT_BYTES = 10_000_000
 
 
 @dataclass
@@ -135,13 +148,13 @@ def unnamed_bytes(process: Path) -> int:
     return total
 
 
-def measure(case: Case, folder: Path) -> dict[str, Any]:
+def measure(case: Case, folder: Path, output: Path, device: str) -> dict[str, Any]:
     """Plan and build a case."""
-    output = folder / "build"
     shutil.rmtree(output, ignore_errors=True)
     model = model_folder(case, folder)
-    options = [str(folder / word) if word.endswith(".toml") else word for word in case.options]
-    arguments = [str(model), *options, "--device", "cpu", "--output", str(output)]
+    files = (".toml", ".txt")
+    options = [str(folder / word) if word.endswith(files) else word for word in case.options]
+    arguments = [str(model), *options, "--device", device, "--output", str(output)]
     program = [sys.executable, "-m", "reap2gguf"]
     said = subprocess.run([*program, "plan", "--json", *arguments], check=True, stdout=-1)
     planned = json.loads(said.stdout)["estimate"]
@@ -183,10 +196,7 @@ def model_folder(case: Case, folder: Path) -> Path:
     """The model of a case; a synthetic one is written once."""
     if case.model == "example":
         return example_checkpoint()
-    if isinstance(case.model, str):
-        above = Path(__file__).resolve().parents
-        places = [parent / "shared" / "models" / case.model for parent in above]
-        return next(place for place in places if place.is_dir())
+    assert not isinstance(case.model, str)
     shape, layers, experts = case.model
     path = folder / f"{shape}-{layers}-{experts}"
     if not path.is_dir():
@@ -198,6 +208,18 @@ def model_folder(case: Case, folder: Path) -> Path:
         write_checkpoint(shape, layers, made, num_experts=experts)
         made.rename(path)
     return path
+
+
+def long_text() -> str:
+    """The texts of the default calibration again and again, each time with another number."""
+    texts = [path.read_text() for path in sorted(shipped_folder("calibration").glob("*.txt"))]
+    pieces: list[str] = []
+    n_bytes = 0
+    while n_bytes < TEXT_BYTES:
+        piece = f"Part {len(pieces)}\n\n{texts[len(pieces) % len(texts)]}\n\n"
+        pieces.append(piece)
+        n_bytes += len(piece.encode())
+    return "".join(pieces)
 
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
@@ -223,17 +245,22 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("cases", nargs="*", help="names of builds; all by default")
+    parser.add_argument("cases", nargs="*", help="names of builds; all but full-size by default")
+    parser.add_argument("--output", type=Path, help="where to build; in FOLDER by default")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
+    output = arguments.output or arguments.folder / "build"
+    if FULL_SIZE.name in arguments.cases:
+        (arguments.folder / "long.txt").write_text(long_text())
     for name, text in RECIPES.items():
         (arguments.folder / name).write_text(text)
     print("| build | time: planned / measured | peak memory | peak disk | cpu s | load |")
     print("|---|---|---|---|---|---|")
-    for case in CASES:
-        if arguments.cases and case.name not in arguments.cases:
+    for case in (*CASES, FULL_SIZE):
+        if case.name not in (arguments.cases or [one.name for one in CASES]):
             continue
-        found = measure(case, arguments.folder)
+        found = measure(case, arguments.folder, output, arguments.device)
         with (arguments.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
         print("\n".join(rows(found)), flush=True)
