@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reap2gguf.api.builds import add, build, make_bundle, options_like, plan, verify
+    from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         select,
     )
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.errors import Reap2ggufError, VerificationError
@@ -47,6 +48,7 @@ __all__ = [
     "BundleInspection",
     "CalibrationOptions",
     "ComputeOptions",
+    "Estimate",
     "Imatrix",
     "ImatrixInspection",
     "Observations",
@@ -62,6 +64,7 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "estimate",
     "example",
     "imatrix",
     "inspect",
@@ -75,7 +78,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "api.builds": ("add", "build", "make_bundle", "options_like", "plan", "verify"),
+    "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
     "api.stages": (
@@ -89,6 +92,7 @@ _HOMES = {
         "select",
     ),
     "artifacts.observations": ("Observations",),
+    "building.needs.estimate": ("Estimate",),
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "errors": ("Reap2ggufError", "VerificationError"),

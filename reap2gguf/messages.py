@@ -164,7 +164,7 @@ def quantity(amount: float | None, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever suits.
+    """Seconds, minutes, hours or days, whichever suits.
 
     >>> duration(600)
     '10 min'
@@ -173,4 +173,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 2 * 86400:
+        return f"{seconds / 3600:.1f} h"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h"

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,14 @@ LONGEST = (
 )  # fmt: skip
 
 CALIBRATION = REPOSITORY / "calibration"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what `plan` measures of this machine in a folder of this run, for all workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="reap2gguf-tests-")
+        os.environ["XDG_CACHE_HOME"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -75,6 +75,8 @@ def test_long_values_are_cut(value: Any) -> None:
         (duration(89), "89 s"),
         (duration(90), "2 min"),
         (duration(7200), "2.0 h"),
+        (duration(172_799), "48.0 h"),
+        (duration(412_000), "4 d 18 h"),
     ],
 )
 def test_numbers_have_the_unit_that_fits(text: str, expected: str) -> None:

@@ -40,8 +40,7 @@ COVERED_BY = [
     (
         "test_docs.py",
         "every error is drawn, every option is documented",
-        ("errors.py", "terminal/click_options.py", "terminal/compute_options.py",
-            "terminal/option_types.py"),
+        ("errors.py", "terminal/click_options.py", "terminal/compute_options.py"),
     ),
     (
         "test_doctor.py",
@@ -65,8 +64,21 @@ COVERED_BY = [
         "building/test_pipeline.py",
         "the parts of a build, which is compared byte by byte",
         (
-            "building/estimate.py", "building/plan.py", "building/prune_folder.py",
+            "building/plan.py", "building/prune_folder.py",
             "building/record.py", "building/stages.py", "options.py", "terminal/views.py",
+        ),
+    ),
+    (
+        "building/test_verify_stage.py",
+        "which files the stage quantizes again",
+        ("building/exact.py",),
+    ),
+    (
+        "building/needs/test_estimate.py",
+        "the parts of an estimate, which is compared with builds and with a sweep's decision",
+        (
+            "building/needs/amount.py", "building/needs/disk.py", "building/needs/memory.py",
+            "building/needs/room.py", "building/needs/seconds.py", "building/needs/sizes.py",
         ),
     ),
     (
@@ -194,7 +206,7 @@ COVERED_BY = [
     (
         "observing/test_sweep.py",
         "the parts of a sweep, whose sums are compared with transformers",
-        ("observing/linear_attention.py", "observing/passes.py"),
+        ("observing/linear_attention.py", "observing/passes.py", "observing/probe.py"),
     ),
     (
         "observing/compute/test_kernels.py",

@@ -1,4 +1,4 @@
-"""Whole builds: plan, build and verify."""
+"""Whole builds: plan, estimate, build and verify."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from reap2gguf.options import (
 from reap2gguf.progress import working
 
 if TYPE_CHECKING:
+    from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.verifying.report import VerifyReport
@@ -37,6 +38,25 @@ def plan(options: BuildOptions, *, progress: ProgressLike = None) -> Plan:
         from reap2gguf.building.plan import make_plan
 
         return make_plan(options, shown.note)
+
+
+def estimate(
+    options: BuildOptions | Plan, *, gpu: str | None = None, progress: ProgressLike = None
+) -> Estimate:
+    """What a build needs: disk, memory and the time of each stage, on this machine.
+
+    With `gpu`, on a usual rented machine with such a GPU: L4, L40S, A100-80GB, H100 or H200. What
+    an earlier build left is subtracted on this machine. Small texts are tokenized, and the first
+    call measures the machine; together that takes about a second. Raises what `plan` raises, and
+    UsageError for another GPU.
+    """
+    from reap2gguf.building.needs.estimate import estimate as of_plan
+    from reap2gguf.building.needs.estimate import rented_estimate
+    from reap2gguf.building.needs.reuse import find_reused
+
+    decided = plan(options, progress=progress) if isinstance(options, BuildOptions) else options
+    reused = find_reused(decided)
+    return of_plan(decided, reused) if gpu is None else rented_estimate(decided, reused, gpu)
 
 
 def build(options: BuildOptions | Plan, *, progress: ProgressLike = None) -> BuildResult | None:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.made_with import other_versions
 from reap2gguf.building.adding import Addition, extend, open_reference
-from reap2gguf.building.estimate import check_room, exact_recipes
+from reap2gguf.building.exact import exact_recipes
 from reap2gguf.building.given_stage import GivenImportance
+from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, program_versions, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
@@ -49,6 +50,7 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     Returns None in a process of torchrun that is not the first. Raises a Reap2ggufError, for
     example VerificationError, and then leaves no final name.
     """
+    check_device(plan.options.compute)
     work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     if not processes().is_first:
         with plan.checkpoint:

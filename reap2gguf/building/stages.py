@@ -30,7 +30,8 @@ from reap2gguf.exporting.model_files import (
 )
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
-from reap2gguf.observing.passes import compute_imatrix, mtp_probe, observe
+from reap2gguf.observing.passes import compute_imatrix, observe
+from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
@@ -70,16 +71,17 @@ class ReadTexts(Stage[Texts]):
         return (self.path,)
 
     def compute(self) -> Mapping[str, Any]:
-        self.run.work.share(self._read().save, self.path)
+        self.run.work.share(self.read().save, self.path)
         return {}
 
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
         if self.run.is_first or self.path.is_file():
             return Texts.load(self.path)
-        return self._read()
+        return self.read()
 
-    def _read(self) -> Texts:
+    def read(self) -> Texts:
+        """Draw and tokenize all texts. Raises CalibrationError."""
         plan = self.run.plan
         return read_texts(
             Tokenizer(plan.source.folder),

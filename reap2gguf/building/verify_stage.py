@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import remove
-from reap2gguf.building.estimate import exact_recipes
+from reap2gguf.building.exact import exact_recipes
 from reap2gguf.building.keys import VERIFY_FORMAT, stage_key
 from reap2gguf.building.seals import Seal, read_seals, stamps
 from reap2gguf.building.stage import Run, Stage

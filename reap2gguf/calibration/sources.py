@@ -75,7 +75,7 @@ def check_calibration(calibration: Calibration, files: ScannedFiles) -> None:
 def local_hashes(calibration: Calibration, files: ScannedFiles) -> list[tuple[str, str]]:
     """Names and SHA-256 of all local files that a calibration reads. Raises CalibrationError."""
     names = [component.name for component in calibration.components if component.is_local]
-    paths = [path for name in names for path in _corpus_files(name)]
+    paths = [path for name in names for path in component_files(name)]
     return [(path.name, files.file(path).sha256) for path in paths]
 
 
@@ -210,7 +210,7 @@ def _all_passages(spec: str, reader: SampleReader, scanned: ScannedFiles) -> Ite
             yield Passage(text, Cut.SAMPLE)
 
 
-def _corpus_files(spec: str) -> list[Path]:
+def component_files(spec: str) -> list[Path]:
     """All files that decide what a local component holds. Raises CalibrationError."""
     if spec != DEFAULT_MIX:
         return _files(spec)

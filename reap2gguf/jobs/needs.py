@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.building.estimate import estimate
+from reap2gguf.building.needs.estimate import Reused, estimate, rented_estimate
+from reap2gguf.building.needs.rented import H100, rented_cpu
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
@@ -71,16 +72,19 @@ class Needs:
 def needs_of(plan: Plan) -> Needs:
     """What a plan needs on a machine that has nothing yet: no weights, no package, no work."""
     on_gpu = plan.options.compute.device != "cpu"
-    compute = replace(plan.options.compute, threads=_CORES)
-    there = replace(plan, options=replace(plan.options, compute=compute))
-    needed, in_memory = estimate(there, has_gpu=on_gpu), estimate(there, has_gpu=False)
+    nothing = Reused()
+    needed = (
+        rented_estimate(plan, nothing, H100)
+        if on_gpu
+        else estimate(plan, nothing, *rented_cpu(_CORES))
+    )
     source = plan.checkpoint.n_bytes
-    gpu_memory = needed.memory_bytes if on_gpu else 0
+    gpu_memory = needed.sweeps.device_bytes if on_gpu else 0
     transfers = source / _DOWNLOAD_BYTES + needed.disk_bytes / _UPLOAD_BYTES
     return Needs(
         int(_SPARE * gpu_memory),
-        int(_SPARE * in_memory.memory_bytes) + _SYSTEM_MEMORY,
-        int(_SPARE * (source + needed.disk_bytes + needed.state_bytes)) + _SYSTEM_DISK,
+        int(_SPARE * needed.sweeps.host_bytes) + _SYSTEM_MEMORY,
+        int(_SPARE * (source + needed.disk.room_bytes + needed.state_bytes)) + _SYSTEM_DISK,
         needed.seconds,
         _SETUP_SECONDS + transfers,
     )

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
+from reap2gguf.models.description import Expert
+from reap2gguf.observing.linear_attention import attention_widths
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
     from reap2gguf.models.contract import MoeModel
 
 # Larger batches are no faster: the tokens of each expert are enough to keep the machine busy.
@@ -22,7 +27,13 @@ CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensor
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
 _MOVING = 4  # batches of hidden states on their way to and from the host
+_USUAL = 0.85  # of what a batch takes at most (bench/plan.py)
 _SMALLEST_RAISE = 2**26  # what a message advises to add to --memory, at least
+
+# The progress of a sweep is saved between two layers where that takes little of its time.
+MOST_OF_TIME = 0.05  # share of the time that saving may take
+_SAVE_SECONDS = 0.05  # at least
+_SAVED_BYTES_PER_SECOND = 5e8
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,80 @@ class Budget:
     prefetch: bool  # read a layer's weights while another layer computes
 
 
+def layer_bytes(
+    model: MoeModel, tensors: Mapping[str, StoredTensor], itemsize: int, on_gpu: bool
+) -> dict[int, int]:
+    """Memory of each layer's weights, by headers alone, whatever type they are stored in.
+
+    A CPU keeps experts as they are stored and widens them one at a time.
+    """
+    found: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        role = model.role(name)
+        if role.layer is None:
+            continue
+        is_as_stored = isinstance(role, Expert) and not on_gpu
+        n_bytes = tensor.n_bytes if is_as_stored else tensor.n_elements * itemsize
+        found[role.layer] = found.get(role.layer, 0) + n_bytes
+    return found
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What kind of sweep runs: of which model, in values of how many bytes, and where."""
+
+    model: MoeModel
+    itemsize: int
+    on_gpu: bool
+    has_linear_attention: bool
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden state of one position."""
+        return self.model.facts.hidden_size * self.itemsize
+
+    def need(
+        self, layers: Mapping[int, int], embedding: int, n_positions: int, longest_row: int
+    ) -> Need:
+        """What a sweep over some layers needs, given the bytes of their weights."""
+        widths = attention_widths(self.has_linear_attention, self.on_gpu)
+        return Need(
+            layer=max(layers.values()),
+            position=position_bytes(self.model, widths, self.itemsize, self.on_gpu),
+            hidden=self.hidden_bytes,
+            n_positions=n_positions,
+            longest_row=longest_row,
+            embedding=embedding,
+            has_mtp=self.model.facts.mtp_layer in layers,
+        )
+
+
+def cpu_memory(host: int, limit: int | None, resident: int, n_sharing: int = 1) -> Memory:
+    """What a sweep on a CPU may take: `host` bytes of RAM are free for each of the processes.
+
+    `limit`: --memory, which the processes share; `resident`: bytes that the process has already.
+    """
+    free = host - HOST_BYTES // 4
+    if limit is None:
+        return Memory(free, host)
+    return Memory(free, host, limit, limit // n_sharing - resident, n_sharing)
+
+
+def gpu_memory(free: int, total: int, host: int, limit: int | None) -> Memory:
+    """What a sweep on a GPU may take: of `total` bytes `free` are free; each process has its own.
+
+    CUDA's own memory counts in `limit`, and is not free any more when a sweep asks.
+    """
+    if limit is None:
+        return Memory(free, host)
+    return Memory(free, host, limit, min(limit, total) - CONTEXT_BYTES)
+
+
+def save_seconds(n_bytes: int) -> float:
+    """About how long it takes to save the progress of a sweep, hidden states of `n_bytes`."""
+    return _SAVE_SECONDS + n_bytes / _SAVED_BYTES_PER_SECOND
+
+
 def position_bytes(model: MoeModel, widths: int, itemsize: int, on_gpu: bool) -> int:
     """Bytes that a position of a batch takes at most in a layer, weights aside.
 
@@ -93,6 +178,13 @@ def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
                 # a batch holds at least one row
                 return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, prefetch)
     raise _too_little(need, memory, min(_least_bytes(need, *way) for way in ways))
+
+
+def held_bytes(need: Need, budget: Budget) -> int:
+    """Memory of the device that a sweep usually takes, divided like this."""
+    batch = min(budget.batch_tokens, max(need.n_positions, need.longest_row))
+    held = int(batch * _position(need, budget.spool) * _USUAL)
+    return _fixed(need, budget.spool, budget.prefetch) + held
 
 
 def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str, bool]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.observing.probe import mtp_probe
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from reap2gguf.observing.sweep import SweepReport
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
-
-_PROBE_TOKENS = 16384  # on which an MTP block's predictions are counted
 
 
 def observe(
@@ -109,15 +108,3 @@ def _unweighted(imatrix: Imatrix, unseen: Mapping[str, int]) -> str:
         f"no token of the text reached {sum(unseen.values())} of {n_experts} experts ({where}); "
         "they are quantized unweighted"
     )
-
-
-def mtp_probe(model: MoeModel, rows: ObservationRows) -> Sequence[Row]:
-    """The first rows, on which an MTP block is asked for its predictions; none without a block."""
-    if not model.facts.has_mtp:
-        return ()
-    chosen: list[Row] = []
-    for row in rows.rows:
-        if sum(map(len, chosen)) >= _PROBE_TOKENS:
-            break
-        chosen.append(row)
-    return chosen

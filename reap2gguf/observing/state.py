@@ -29,6 +29,7 @@ from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, r
 from reap2gguf.checkpoint.writer import array_bytes, stored_array, write_safetensors
 from reap2gguf.errors import CheckpointError
 from reap2gguf.observing.batches import Batch
+from reap2gguf.observing.budget import MOST_OF_TIME, save_seconds
 
 if TYPE_CHECKING:
     from reap2gguf.observing.compute.ranks import Ranks
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from reap2gguf.observing.spool import Spool
     from reap2gguf.options import Resume
 
-MOST_OF_TIME = 0.05  # share of the time that saving states may take
-_SECONDS = 0.05  # to write a state, at least
-_BYTES_PER_SECOND = 5e8
 _STORED = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -134,7 +132,7 @@ class StateKeeper:
         """Save the sweep as it is before `layer`, if that takes little enough time."""
         n_positions = sum(batch.tokens.numel() for batch in batches)
         n_bytes = n_positions * spool.shape[1] * spool.dtype.itemsize
-        cost = self._cost or _SECONDS + n_bytes / _BYTES_PER_SECOND
+        cost = self._cost or save_seconds(n_bytes)
         is_due = time.monotonic() - self._saved_at >= cost / MOST_OF_TIME
         if not self._ranks.least(int(is_due and self._path is not None)):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,15 +13,16 @@ from reap2gguf.machine import available_bytes, resident_bytes
 from reap2gguf.observing.batches import Batch, padded_batches
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
-    HOST_BYTES,
     Budget,
+    Kind,
     Memory,
     Need,
+    cpu_memory,
     fit,
-    position_bytes,
+    gpu_memory,
     size_text,
 )
-from reap2gguf.observing.linear_attention import attention_widths, linear_attention_note
+from reap2gguf.observing.linear_attention import linear_attention_note
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
@@ -104,40 +105,29 @@ def plan_sweep(
 
 def _need(context: SweepContext, rows: Sequence[Row]) -> Need:
     decoder, n_layers = context.decoder, context.n_layers
-    model, itemsize = decoder.model, decoder.dtype.itemsize
     on_gpu = decoder.device.type == "cuda"
-    widths = attention_widths(decoder.has_linear_attention, on_gpu)
-    return Need(
-        layer=max(decoder.layer_bytes(index) for index in range(n_layers)),
-        position=position_bytes(model, widths, itemsize, on_gpu),
-        hidden=model.facts.hidden_size * itemsize,
-        n_positions=-(-sum(map(len, rows)) // context.ranks.size),
-        longest_row=max(map(len, rows), default=1),
-        embedding=decoder.embedding_bytes(),
-        has_mtp=decoder.mtp_layer is not None and decoder.mtp_layer < n_layers,
+    kind = Kind(decoder.model, decoder.dtype.itemsize, on_gpu, decoder.has_linear_attention)
+    return kind.need(
+        {index: decoder.layer_bytes(index) for index in range(n_layers)},
+        decoder.embedding_bytes(),
+        -(-sum(map(len, rows)) // context.ranks.size),
+        max(map(len, rows), default=1),
     )
 
 
 def available_memory(device: torch.device, ranks: Ranks, limit: int | None) -> Memory:
     """What is free, and what `limit` leaves, on the process that has the least."""
     host = ranks.least(available_bytes() // ranks.size)
-    free = ranks.least(_free_bytes(device, host))
-    if limit is None:
-        return Memory(free, host)
     if device.type == "cuda":  # each process has a GPU of its own
-        _, total = torch.cuda.mem_get_info(device)
-        return Memory(free, host, limit, ranks.least(min(limit, total) - CONTEXT_BYTES))
-    allowed = ranks.least(limit // ranks.size - resident_bytes())
-    return Memory(free, host, limit, allowed, ranks.size)
-
-
-def _free_bytes(device: torch.device, host: int) -> int:
-    """Bytes that are free on the device; `host` bytes are free in RAM."""
-    if device.type != "cuda":
-        return host - HOST_BYTES // 4
-    free, _ = torch.cuda.mem_get_info(device)
-    # what torch has reserved and does not use is free too
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        # what torch has reserved and does not use is free too
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        found = gpu_memory(ranks.least(free), total, host, limit)
+    else:
+        found = cpu_memory(host, limit, resident_bytes(), ranks.size)
+    if found.allowed is None:
+        return found
+    return replace(found, allowed=ranks.least(found.allowed))
 
 
 def opening_notes(context: SweepContext, budget: Budget, spool_bytes: int) -> Iterator[str]:

@@ -23,12 +23,11 @@ from reap2gguf.terminal.compute_options import (
     threads_option,
 )
 from reap2gguf.terminal.config_file import warn_of_differences
-from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import CHECKS, command, option
 from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
-    from reap2gguf.building.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.progress import Progress
 
@@ -71,14 +70,18 @@ def build(
       reap2gguf build ./Qwen3-30B-A3B --recipe Q4_K_M,Q8_0 --keep-experts 96
       reap2gguf build --like reap2gguf.json
     """
+    from reap2gguf.terminal.plan_views import up_to_date_or_lines
+
     progress = terminal_progress()
     options = collect(arguments, fresh, replace, space_check)
     plan = reap2gguf.plan(options, progress=progress)
     warn_of_differences(plan)
     if processes().is_first and replace and not dry_run:
         _confirm_deletion(plan, yes)
-    if processes().is_first and (dry_run or not as_json):
+    if processes().is_first and dry_run:
         _say_plan(plan, as_json)
+    elif processes().is_first and not as_json:
+        say_all(up_to_date_or_lines(plan, reap2gguf.estimate(plan)))
     if dry_run:
         return
     if not processes().is_first:
@@ -110,24 +113,27 @@ def _build_logged(plan: Plan, progress: Progress, as_json: bool) -> None:
         say_all(lines)
 
 
-def _say_plan(plan: Plan, as_json: bool) -> None:
-    from reap2gguf.terminal.views import plan_as_json, plan_lines
+def _say_plan(plan: Plan, as_json: bool, with_tensors: bool = False) -> None:
+    """Print a plan, and what it needs of this machine."""
+    from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
 
-    needs = _estimate(plan)
+    needs = reap2gguf.estimate(plan)
     if as_json:
         say_json(plan_as_json(plan, needs))
     else:
-        say_all(plan_lines(plan, needs))
+        say_all(plan_lines(plan, needs, with_tensors or is_verbose()))
 
 
 @command("plan")
 @build_options
+@option("--tensors", is_flag=True, help="Show the type of every kind of tensor.")
 @json_option
 @output_options
-def plan_command(as_json: bool, **arguments: Any) -> None:
+def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
     """Show what `build` would do (dry run).
 
-    Prints sizes, types, memory, disk and time. Reads headers only and loads no weights.
+    Prints sizes, types, and what it needs of this machine: memory, disk and time. Reads headers
+    and small texts only, and loads no weights. The first run measures the machine for a second.
 
     \b
     Example:
@@ -135,7 +141,7 @@ def plan_command(as_json: bool, **arguments: Any) -> None:
     """
     plan = reap2gguf.plan(collect(arguments), progress=terminal_progress())
     warn_of_differences(plan)
-    _say_plan(plan, as_json)
+    _say_plan(plan, as_json, tensors)
 
 
 @command()
@@ -203,10 +209,3 @@ def _confirm_deletion(plan: Plan, yes: bool) -> None:
         say(f"--replace deletes {name} ({size(n_bytes)})")
     if dropped and not yes and sys.stdin.isatty() and processes().size == 1:
         click.confirm("Delete?", abort=True, err=True)
-
-
-def _estimate(plan: Plan) -> Estimate:
-    """What the plan needs on this machine; looks for a GPU without loading torch."""
-    from reap2gguf.building.estimate import estimate
-
-    return estimate(plan, plan.options.compute.likely_device == "cuda")

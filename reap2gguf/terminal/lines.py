@@ -19,27 +19,59 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 60.0
 _LINE_SHARE = 0.02
 _VERBOSE_SECONDS = 5.0
+_SOON = 0.25  # seconds; after it, work that is not counted is announced
 
 
 class Lines:
-    """A line for `say` when a task begins and ends, and few between; more with `is_verbose`."""
+    """A line for `say` when a task begins and ends, and few between; more with `is_verbose`.
+
+    Work that is not counted is announced after a quarter of a second, or before the next line: so
+    a wrong argument that is found at once is one line.
+    """
 
     def __init__(self, say: Callable[[str], None], *, is_verbose: bool = False) -> None:
         self._say_line = say
         self._is_verbose = is_verbose
+        self._announcing = threading.RLock()
+        self._unsaid: list[str] = []
 
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
         line = _Line(title, total, unit, self.note, self._is_verbose)
         if not line.is_counted:
-            self.note(f"{line.title} ...")
-            yield line
+            with self._announced(f"{line.title} ..."):
+                yield line
             return
         self.note(f"{line.title}: {quantity(total, unit)}")
         yield line
         self.note(f"{line.title}: done in {exact_duration(line.seconds)}")
 
+    @contextmanager
+    def _announced(self, text: str) -> Iterator[None]:
+        timer = threading.Timer(_SOON, self._say_unsaid)
+        timer.daemon = True
+        with self._announcing:
+            self._unsaid.append(text)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._announcing:
+                if text in self._unsaid:
+                    self._unsaid.remove(text)
+
+    def _say_unsaid(self) -> None:
+        with self._announcing:
+            unsaid, self._unsaid = self._unsaid, []
+            for text in unsaid:
+                self._say(text)
+
     def note(self, text: str) -> None:
+        self._say_unsaid()
+        self._say(text)
+
+    def _say(self, text: str) -> None:
         self._say_line(f"{time.strftime('%H:%M:%S')} {text}")
 
 

@@ -10,23 +10,23 @@ import click
 
 from reap2gguf.messages import shown
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _MOST_BYTES = 2**60
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)(B?)", re.IGNORECASE)
 
 
 def read_size(text: str) -> int:
-    """Bytes of "12GiB", "12G" (the same) or "12GB" (powers of 1000).
+    """Bytes of "12GiB", "12G" (the same), "12GB" (powers of 1000) or "12B".
 
-    Raises ValueError if `text` is not a size.
+    Raises ValueError if `text` is not a size, or has no unit.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    if match is None or (match[3] and not match[2]):
         raise ValueError(f"{shown(text)} is not a size such as 12GiB")
-    letter = match[2].upper()
-    decimal = bool(letter) and not match[3] and text.strip().upper().endswith("B")
-    unit = 1000 ** "KMGT".index(letter) * 1000 if decimal else _UNITS[letter]
-    amount = float(match[1]) * unit
+    number, letter, is_binary, is_bytes = match.groups()
+    if not letter and not is_bytes:
+        raise ValueError(f"{text.strip()} has no unit; write {number}GiB")
+    base = 1000 if is_bytes and not is_binary else 1024
+    amount = float(number) * base ** " KMGT".index(letter.upper() or " ")
     if amount > _MOST_BYTES:
         raise ValueError(f"{shown(text)} is too large, expected at most 1024 PiB")
     return int(amount)

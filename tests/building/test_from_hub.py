@@ -250,7 +250,7 @@ def test_the_cache_is_asked_for_room(
         free = 3 * 10**8
 
     chosen = plan(tmp_path / "out")
-    monkeypatch.setattr("reap2gguf.building.estimate.shutil.disk_usage", lambda path: Usage)
+    monkeypatch.setattr("reap2gguf.building.needs.room.shutil.disk_usage", lambda path: Usage)
     monkeypatch.setattr(type(chosen.checkpoint), "unfetched_bytes", 2 * 10**8 + 99_999_999)
     with pytest.raises(OutputError, match=r"299,999,999 bytes of weights are not downloaded yet"):
         pipeline.build(chosen, Silent())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reap2gguf.building.estimate import estimate
+from reap2gguf.api.builds import estimate
 from reap2gguf.building.history import read_history
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
@@ -21,7 +21,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.building.builds import build, options
 from tests.tiny import TinyQwen3Moe
@@ -103,7 +103,7 @@ def test_the_gguf_and_the_cards_name_the_original(twice: tuple[BuildResult, Buil
 
 def test_a_plan_says_that_the_source_was_pruned(source: Path, tmp_path: Path) -> None:
     plan = make_plan(options(source, tmp_path / "out"))
-    needs = estimate(plan, has_gpu=False)
+    needs = estimate(plan)
     assert any("7 of the 10 experts of tiny" in line for line in plan_lines(plan, needs))
     assert plan_as_json(plan, needs)["original"] == {"source": "tiny", "experts": 10}
 

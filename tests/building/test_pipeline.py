@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, record, stages, workdir
-from reap2gguf.building.estimate import estimate
+from reap2gguf.building.needs.room import room_needs
 from reap2gguf.building.plan import make_plan
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
@@ -29,7 +30,8 @@ from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.views import plan_as_json, result_lines
+from reap2gguf.terminal.plan_views import plan_as_json
+from reap2gguf.terminal.views import result_lines
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.building.builds import (
     PROSE,
@@ -155,7 +157,7 @@ def test_a_demand_to_start_over_outlives_an_interruption(
 def test_a_disk_that_is_too_full_is_said_before_the_work(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = estimate(make_plan(options(tiny, tmp_path / "out")), has_gpu=False).disk_bytes
+    needed = room_needs(make_plan(options(tiny, tmp_path / "out"))).room_bytes
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     with pytest.raises(OutputError, match=rf"writes {needed:,} bytes .* {needed - 1:,} are free"):
@@ -172,7 +174,7 @@ def test_a_tilde_is_the_home_folder(
     shutil.copyfile(PROSE, tmp_path / "prose.txt")
     calibration = CalibrationOptions("~/prose.txt", samples=4, max_length=128)
     plan = make_plan(options(tiny, tmp_path / "out", calibration=calibration))
-    assert estimate(plan, has_gpu=False).seconds > 0
+    assert estimate(plan).seconds > 0
     result = pipeline.build(plan, Silent())
     assert result.manifest.calibration.imatrix_text == "prose.txt"
     assert result.manifest.pruning.n_rows == 4
@@ -278,7 +280,7 @@ def test_a_plan_is_what_the_build_does(built: Bundle) -> None:
         assert {n: k.name for n, k in recipe.tensor_types().items()} == dict(written.tensors)
         header = read_gguf_header(built.gguf / written.file)
         assert recipe.n_bytes == sum(info.n_bytes for info in header.tensors.values())
-    values = plan_as_json(plan, estimate(plan, has_gpu=False))
+    values = plan_as_json(plan, estimate(plan))
     assert values["experts"]["kept"] == 12
     assert json.loads(json.dumps(values)) == values
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import pipeline, stages
-from reap2gguf.building.estimate import estimate
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import Manifest, MtpRecord
@@ -26,7 +26,7 @@ from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.views import plan_as_json
+from reap2gguf.terminal.plan_views import plan_as_json
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.tiny import REPOSITORY, TinyQwen35Moe
 
@@ -228,7 +228,7 @@ def test_transformers_loads_it(which: str, kind: Any, request: pytest.FixtureReq
 def test_the_plan_says_it(source: Path, tmp_path: Path) -> None:
     for mtp, state, layers in (("prune", "pruned", 5), ("drop", "dropped", 4)):
         plan = make_plan(options(source, tmp_path, mtp=mtp))
-        values = plan_as_json(plan, estimate(plan, has_gpu=False))
+        values = plan_as_json(plan, estimate(plan))
         assert (values["mtp"], values["experts"]["layers"]) == (state, layers)
         assert values["side_files"] == ["mmproj-out-F16.gguf"]
         for words in (

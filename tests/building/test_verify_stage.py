@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reap2gguf
-from reap2gguf.building import estimate, verify_stage
-from reap2gguf.building.estimate import exact_recipes
+from reap2gguf.building import exact, verify_stage
+from reap2gguf.building.exact import exact_recipes
 from reap2gguf.building.plan import make_plan
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import CalibrationOptions
@@ -104,12 +104,12 @@ def test_which_files_are_quantized_again(tmp_path: Path, monkeypatch: pytest.Mon
     with plan.checkpoint:
         both = {"q4km", "bf16"}
         assert exact_recipes(plan, has_gpu=False) == both
-        monkeypatch.setattr(estimate, "SMALL_FILE", plan.recipes[0].n_bytes + 1)
+        monkeypatch.setattr(exact, "SMALL_FILE", plan.recipes[0].n_bytes + 1)
         # few tokens: quantizing the large file again costs nothing, as it holds exact types
         assert exact_recipes(plan, has_gpu=False) == both
-        monkeypatch.setattr(estimate, "SMALL_FILE", plan.recipes[0].n_bytes)
+        monkeypatch.setattr(exact, "SMALL_FILE", plan.recipes[0].n_bytes)
         assert exact_recipes(plan, has_gpu=True) == frozenset()
-        monkeypatch.setattr(estimate, "_tokens_at_most", lambda plan: 2**40)
+        monkeypatch.setattr(exact, "tokens_at_most", lambda plan: 2**40)
         assert exact_recipes(plan, has_gpu=True) == both
 
 
@@ -117,12 +117,12 @@ def test_the_rule_does_not_depend_on_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = WIDE.write(tmp_path / "tiny")
-    monkeypatch.setattr(estimate, "SMALL_FILE", 1)
+    monkeypatch.setattr(exact, "SMALL_FILE", 1)
     plan = make_plan(options(source, tmp_path / "out", recipes=("q4km",)))
     with plan.checkpoint:
         compute = plan.options.compute
         for tokens in (2**10, 2**20, 2**30):
-            monkeypatch.setattr(estimate, "_tokens_at_most", lambda plan, n=tokens: n)
+            monkeypatch.setattr(exact, "tokens_at_most", lambda plan, n=tokens: n)
             found = {
                 exact_recipes(
                     replace(

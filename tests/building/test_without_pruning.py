@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import reap2gguf
+from reap2gguf.api.builds import estimate
 from reap2gguf.building import stages
-from reap2gguf.building.estimate import estimate
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.plan import make_plan
 from reap2gguf.building.workdir import Workdir
@@ -21,7 +21,8 @@ from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import ArtifactError, OutputError, UsageError, VerificationError
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.progress import Silent
-from reap2gguf.terminal.views import plan_lines, result_lines
+from reap2gguf.terminal.plan_views import plan_lines
+from reap2gguf.terminal.views import result_lines
 from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import check_bundle, verify_bundle, verify_paths
 from reap2gguf.verifying.context import Strictness
@@ -223,11 +224,11 @@ def test_half_of_another_bundle_is_not_replaced(tiny: Path, tmp_path: Path) -> N
 
 def test_the_plan_counts_no_copy(tiny: Path, tmp_path: Path) -> None:
     plan = make_plan(options(tiny, tmp_path, compression=0))
-    needs = estimate(plan, False)
+    needs = estimate(plan)
     text = "\n".join(plan_lines(plan, needs))
     assert "no copy of the safetensors" in text
     assert "tiny/" not in text
-    pruned = estimate(make_plan(options(tiny, tmp_path, keep_experts=7)), False)
+    pruned = estimate(make_plan(options(tiny, tmp_path, keep_experts=7)))
     assert needs.disk_bytes < pruned.disk_bytes - plan.pruned.n_bytes // 2
 
 

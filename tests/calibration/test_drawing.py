@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from reap2gguf.api import stages
+from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.estimate import estimate
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.bundle.manifest import ComponentRecord
@@ -199,10 +199,15 @@ def test_a_build_of_a_composite_is_resumed(files: tuple[Path, Path], tmp_path: P
 
 
 def test_an_estimate_knows_the_components(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """14 rows of at most 32 tokens wait between layers, in float32 and twice."""
+    """14 rows of at most 32 tokens wait between layers, in float32."""
     plan = plan_of(files, tmp_path)
-    width = plan.model.facts.hidden_size
-    assert estimate(plan, has_gpu=False).state_bytes == 2 * 14 * 32 * width * 4
+    needs = estimate(plan)
+    texts = needs.reused.texts
+    assert texts is not None
+    n_tokens = max(sum(map(len, texts.rows.rows)), sum(map(len, texts.chunks.chunks)))
+    assert needs.amount.n_rows == 14
+    assert needs.amount.n_tokens <= 14 * 32
+    assert needs.disk.state == n_tokens * plan.model.facts.hidden_size * 4
 
 
 def test_processes_that_read_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:

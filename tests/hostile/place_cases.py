@@ -183,7 +183,8 @@ ARGUMENTS = [
         ("0.99", "keep at least 2"), ("a\x1b[2J", "not a valid float"))],
     *[Case(f"--memory {n}", plan("--memory", n), words) for n, words in (
         ("1e999GB", "is not a size"), ("9" * 400 + "GB", "is too large"), ("-1G", "is not a size"),
-        ("nan", "is not a size"), ("999999999999T", "is too large"), ("", "is not a size"))],
+        ("nan", "is not a size"), ("999999999999T", "is too large"), ("", "is not a size"),
+        ("8", "8 has no unit; write 8GiB"))],
     *[Case(f"{option} {n}", plan(option, n), "not") for option, n in (
         ("--samples", 0), ("--samples", 10**30), ("--samples", "-1"), ("--samples", "9" * 5000),
         ("--max-length", 1), ("--max-length", 2**31), ("--chunk", 7), ("--chunk", 10**20),

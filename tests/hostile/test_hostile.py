@@ -20,8 +20,11 @@ from tests.tiny import child_environment
 CPU_SECONDS = 20
 PEAK_BYTES = 500 * 10**6
 LETTERS = 1800  # of a line
-# the lines that a stage prints when it begins and when it ends
-_PROGRESS = re.compile(r"(Verifying|Writing) [^:]*: (done in )?[0-9.]+ [a-zA-Z ]+")
+# the lines that a stage prints when it begins and when it ends, and those of slow work
+_PROGRESS = re.compile(
+    r"(\d\d:\d\d:\d\d )?"
+    r"((Verifying|Writing) [^:]*: (done in )?[0-9.]+ [a-zA-Z ]+|(Reading|Stage) .* \.\.\.)"
+)
 
 
 @dataclass(frozen=True)

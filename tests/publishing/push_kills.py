@@ -32,7 +32,7 @@ from tests.loopback_hub.uploads import TOKEN, Uploads
 from tests.tiny import TinyQwen3Moe, child_environment
 
 REPO = "me/thing"
-_MAX_FILE = "900000"
+_MAX_FILE = "900000B"
 _LARGE = 300_000
 TEXT = "".join(f"Line {i} says that {i} times {i} is {i * i}, and no more.\n" for i in range(60))
 

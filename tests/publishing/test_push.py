@@ -480,7 +480,7 @@ def test_a_dry_run_writes_nothing(room: Room, bundle: Path) -> None:
 
 def test_the_command(room: Room, bundle: Path) -> None:
     runner = CliRunner()
-    dry = runner.invoke(cli, ["push", str(bundle), REPO, "--dry-run", "--max-file-size", "900000"])
+    dry = runner.invoke(cli, ["push", str(bundle), REPO, "--dry-run", "--max-file-size", "900000B"])
     assert dry.exit_code == 0, dry.output
     assert "model-BF16.gguf will be split into 2 parts\nnothing was uploaded\n" in dry.output
     done = runner.invoke(cli, ["push", str(bundle), REPO])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from reap2gguf.building.needs.speed import Speed
+from tests.building.needs.machines import LAPTOP
 from tests.conftest import CALIBRATION
 from tests.terminal.screen import Screen
 from tests.test_cli import one_line, run
@@ -61,6 +63,14 @@ def test_a_log_that_cannot_be_written_does_not_stop_a_build(
     result = run("build", tiny, *build, "--name", "name")
     assert result.exit_code == 0, result.output
     assert "name.log: the log could not be written (Is a directory)" in result.stderr
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has as much memory and disk left each time it is asked."""
+    needs = "reap2gguf.building.needs.estimate"
+    monkeypatch.setattr(f"{needs}.this_machine", lambda *arguments: LAPTOP)
+    monkeypatch.setattr(f"{needs}.machine_speed", Speed)
 
 
 def test_a_dry_run_is_a_plan(tiny: Path, tmp_path: Path, build: tuple[object, ...]) -> None:

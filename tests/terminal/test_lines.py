@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 
 import pytest
 
@@ -66,11 +68,31 @@ def test_verbose_prints_more(clock: Clock, capsys: pytest.CaptureFixture[str]) -
     assert 10 <= len(printed(capsys)) <= 12
 
 
-def test_work_that_is_not_counted_is_announced_before_it_begins(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with Lines(say).task("Loading torch", 0, "") as task:
+def test_work_that_is_not_counted_is_announced_soon(capsys: pytest.CaptureFixture[str]) -> None:
+    said = threading.Event()
+
+    def tell(text: str) -> None:
+        say(text)
+        said.set()
+
+    with Lines(tell).task("Loading torch", 0, "") as task:
         task.advance(5)
-        assert printed(capsys) == ["Loading torch ..."]
-    Lines(say).note("a note")
-    assert printed(capsys) == ["a note"]
+        assert said.wait(60)
+    assert printed(capsys) == ["Loading torch ..."]
+
+
+def test_work_that_ends_at_once_is_not_announced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "_SOON", 1e6)
+    shown = Lines(say)
+    with (
+        shown.task("Reading M", 0, ""),
+        contextlib.suppress(KeyError),
+        shown.task("Parsing", 0, ""),
+    ):
+        raise KeyError
+    assert printed(capsys) == []
+    with shown.task("Reading M", 0, ""):
+        shown.note("a note")
+    assert printed(capsys) == ["Reading M ...", "a note"], "before the next line"

@@ -1,0 +1,101 @@
+"""Disk space of a build: its files, and what lies beside them while it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.observing.budget import MOST_OF_TIME, save_seconds
+from reap2gguf.pruning.write import companion_files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from reap2gguf.building.needs.amount import Amount
+    from reap2gguf.building.needs.memory import SweepNeeds
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.models.description import SideFile
+
+_CARD_BYTES = 2**18  # cards, manifests and marks
+_OBSERVED_BYTES = 5 * 8  # per expert
+_COUNTED = 16  # other matrices of a layer in an importance matrix, at most
+_STATES = 2  # a new state of a sweep is written beside the one before
+
+
+@dataclass(frozen=True)
+class DiskNeeds:
+    """Bytes on the disk of the output, for a build from scratch."""
+
+    hf: int  # safetensors, and what travels with them
+    gguf: int  # GGUF files, with projectors and importance matrices
+    shared: int  # texts and observations, which stay for other builds
+    spool: int  # hidden states that wait on the disk
+    state: int  # one saved state of a calibration pass
+
+    @property
+    def final_bytes(self) -> int:
+        """What is there in the end."""
+        return self.hf + self.gguf + self.shared
+
+    @property
+    def room_bytes(self) -> int:
+        """What a build cannot do without, at its peak: saved states are left out."""
+        return max(self.final_bytes, self.hf + self.shared + self.spool)
+
+    @property
+    def state_bytes(self) -> int:
+        """More space, to save the progress of a calibration pass at any time."""
+        sweeping = self.hf + self.shared + self.spool + _STATES * self.state
+        return max(0, sweeping - self.room_bytes)
+
+    def peak_bytes(self, sweeps: Mapping[str, tuple[float, int]]) -> int:
+        """The most that is there at a time, given the seconds and layers of each pass."""
+        peak = self.final_bytes
+        for name, (seconds, n_layers) in sweeps.items():
+            beside = self.spool + self.state * states_kept(seconds, n_layers, self.state)
+            peak = max(peak, self.shared + beside + (0 if name == "observe" else self.hf))
+        return peak
+
+
+def states_kept(seconds: float, n_layers: int, n_bytes: int) -> int:
+    """How many states a pass has on the disk at a time: none, or one and the next one.
+
+    By the pass's own rule: it saves where that takes little of the time since the last save.
+    """
+    every = save_seconds(n_bytes) / MOST_OF_TIME
+    per_layer = seconds / max(1, n_layers)
+    layers_between = max(1, math.ceil(every / per_layer)) if per_layer > 0 else n_layers
+    return min(_STATES, (n_layers - 1) // layers_between)
+
+
+def disk_needs(plan: Plan, amount: Amount, sweeps: SweepNeeds) -> DiskNeeds:
+    """Sizes of tensors are exact, all others close upper bounds."""
+    facts = plan.model.facts
+    companions = sum(file.stat().st_size for file in companion_files(plan.source.folder))
+    companions += plan.source.later_bytes
+    columns = 2 * facts.hidden_size + facts.expert_width
+    imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + _COUNTED) * columns
+    files = sum(recipe.n_bytes for recipe in plan.recipes)
+    files += sum(side_bytes(side) for side in plan.side_files)
+    # a header holds the tokenizer
+    gguf = files + companions * len(plan.recipes) + imatrix + amount.text_bytes + _CARD_BYTES
+    texts = 8 * (amount.n_tokens + amount.n_chunk_tokens) + amount.text_bytes
+    observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
+    return DiskNeeds(
+        hf=plan.hf_bytes + companions + _CARD_BYTES if plan.writes_hf else 0,
+        gguf=gguf,
+        shared=texts + (observed if plan.observes else 0),
+        spool=sweeps.spool_bytes if plan.n_sweeps else 0,
+        state=sweeps.hidden_bytes if plan.n_sweeps else 0,
+    )
+
+
+def side_bytes(side: SideFile) -> int:
+    """Bytes of a side file's tensors."""
+    tensor_types = side.tensor_types()
+    return sum(
+        math.prod(tensor.shape[:-1]) * row_bytes(tensor_types[tensor.name], tensor.n_columns)
+        for tensor in side.tensors
+    )

@@ -1,0 +1,84 @@
+"""Memory of a build: batches, and where hidden states wait, as the sweep itself decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reap2gguf.errors import UsageError
+from reap2gguf.machine import processes
+from reap2gguf.observing.budget import (
+    CONTEXT_BYTES,
+    Budget,
+    Kind,
+    Need,
+    cpu_memory,
+    fit,
+    gpu_memory,
+    held_bytes,
+)
+
+if TYPE_CHECKING:
+    from reap2gguf.building.needs.amount import Amount
+    from reap2gguf.building.needs.machine import Machine
+    from reap2gguf.building.needs.sizes import Sizes
+    from reap2gguf.building.plan import Plan
+
+BASE_BYTES = 650 * 2**20  # Python, torch, transformers
+_BESIDE_A_GPU = 11 * 2**28  # the same with CUDA's libraries, and buffers for weights
+_BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class SweepNeeds:
+    """What the calibration passes take."""
+
+    budget: Budget | None  # None: they do not fit
+    problem: str  # why not
+    device_bytes: int  # of the GPU, or of RAM on a CPU
+    host_bytes: int  # RAM
+    hidden_bytes: int  # hidden states of all rows, of the longer pass
+    itemsize: int
+
+    @property
+    def spool_bytes(self) -> int:
+        """Hidden states that wait on the disk."""
+        return self.hidden_bytes if self.budget and self.budget.spool == "disk" else 0
+
+
+def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
+    """What both passes take on a machine: what `fit`, which the sweep calls, makes of it."""
+    compute = plan.options.compute
+    on_gpu = machine.device == "cuda"
+    dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+    kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, sizes.has_linear_attention)
+    need = _need(plan, sizes, amount, kind)
+    host = machine.memory_free_bytes // processes().size
+    hidden = need.n_positions * need.hidden
+    if on_gpu:
+        assert machine.gpu is not None
+        # CUDA's libraries take theirs before a sweep asks
+        free = machine.gpu.free_bytes - CONTEXT_BYTES
+        memory = gpu_memory(free, machine.gpu.n_bytes, host, compute.memory)
+    else:
+        memory = cpu_memory(host, compute.memory, BASE_BYTES, processes().size)
+    try:
+        budget = fit(need, machine.device, memory, compute.spool)
+    except UsageError as error:
+        return SweepNeeds(None, str(error), 0, 0, hidden, kind.itemsize)
+    held = held_bytes(need, budget)
+    if not on_gpu:
+        return SweepNeeds(budget, "", BASE_BYTES + held, BASE_BYTES + held, hidden, kind.itemsize)
+    on_host = hidden if budget.spool == "host" else 0
+    return SweepNeeds(
+        budget, "", CONTEXT_BYTES + held, _BESIDE_A_GPU + on_host, hidden, kind.itemsize
+    )
+
+
+def _need(plan: Plan, sizes: Sizes, amount: Amount, kind: Kind) -> Need:
+    """Of the longer pass; layers are those of the unpruned model."""
+    layers = sizes.layers(kind.itemsize, kind.on_gpu)
+    embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
+    observed = amount.n_tokens if plan.observes else 0
+    positions = max(observed, amount.n_chunk_tokens) + amount.probe_tokens
+    return kind.need(layers, embedding, -(-positions // processes().size), amount.longest_row)

@@ -1,0 +1,183 @@
+"""The time of each stage of a build on a machine, from counts of what the stage does.
+
+Rates of processors and disks are measured (`speed.py`). Those of a GPU come from an H100
+(bench/RESULTS.md) and are scaled to others by the figures of their data sheets. bench/plan.py
+compares the result with real builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from reap2gguf.observing.linear_attention import installed_version
+from reap2gguf.verifying.exactness import EXACT_TYPES
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+    from reap2gguf.building.needs.amount import Amount
+    from reap2gguf.building.needs.disk import DiskNeeds
+    from reap2gguf.building.needs.sizes import Sizes
+    from reap2gguf.building.needs.speed import Speed
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+    Recipes = Sequence[ResolvedRecipe]
+
+STAGES = ("start", "texts", "observe", "prune", "imatrix", "export", "verify", "finish")
+
+# Seconds on the reference machine of speed.py, of Python code where nothing else is said.
+_IMPORTS = 2.1  # torch, transformers and the rest
+_PER_TENSOR = 25e-6  # to read headers and plan
+_FIRST_PASS = 1.2  # builds the model, and loads what computes
+_PASS = 0.4
+_GIVEN = 0.1  # to take over an importance matrix
+_FINISH = 0.6  # cards, manifest and names; then the program ends
+_GPU_START = 2.5  # CUDA, and kernels that are compiled
+_TOKENIZE = 1.2e-6  # per token of local text
+_RENDER = 5e-6  # per token of chat samples, read from the Hub
+_EXPORT = 3.3e-9  # per weight and core: to read, check and store
+_BOUNDS = 9e-9  # per weight and core: verified within bounds
+_MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
+_PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
+
+# A pass on a CPU, per position and layer.
+_EFFICIENCY = 1.0  # of matrix products, against small ones that fit the caches
+_AROUND = 40e-9  # seconds of one core per column of the hidden state: norms, routing, copies
+_DELTANET = 4.8  # the same of transformers' DeltaNet code, in multiples of `_AROUND`
+_SERIAL = 2e-6  # seconds that no other thread can share
+# A pass for the importance matrix, relative to one that observes: more sums, of larger arrays.
+_IMATRIX, _IMATRIX_ON_GPU = 1.05, 1.12
+
+# An H100: floating-point operations per second that a pass reaches, and against others.
+_H100_FLOPS = 3.2e14
+_DELTANET_SHARE = 0.7  # of that, with flash-linear-attention
+_REFERENCE_SHARE = 0.35  # with transformers' own code
+DOWNLOAD_BYTES = 1e8  # per second, from the Hub, where nothing is known of the connection
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a build computes with: processor rates, threads, and how fast a GPU is, if any."""
+
+    speed: Speed
+    cores: int
+    gpu_factor: float | None = None  # time of a pass on it, an H100's being 1; None: CPU
+    page_cache: int = 0  # bytes of files that stay in memory
+    download_bytes: float = DOWNLOAD_BYTES  # per second
+
+    @property
+    def parallel(self) -> float:
+        """Threads that work at a time, on average."""
+        return 1 + (self.cores - 1) * _PARALLEL
+
+
+def stage_seconds(
+    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host, recipes: Recipes
+) -> dict[str, float]:
+    """Seconds of every stage of a build from scratch; 0 for a stage that it does not have.
+
+    `recipes` are those of the plan whose files are made.
+    """
+    python, speed, source = host.speed.python, host.speed, plan.checkpoint
+    found = dict.fromkeys(STAGES, 0.0)
+    found["start"] = python * (_IMPORTS + 2 * _PER_TENSOR * len(source.tensors))
+    if plan.reads_texts:
+        found["texts"] = _texts(plan, amount, host)
+    # the first pass reads the weights from the disk; later ones find what stays in memory
+    reading = _read_seconds(source.n_bytes, host, is_first=True)
+    waiting = max(reading, source.unfetched_bytes / host.download_bytes)
+    if plan.observes:
+        passing = _pass(plan, sizes, amount.n_tokens, amount, host)
+        found["observe"] = max(passing, waiting) + python * _FIRST_PASS
+        found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
+        waiting = _read_seconds(plan.pruned.n_bytes, host)
+    if plan.writes_hf:
+        copied = plan.hf_bytes
+        found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
+    if plan.imatrix is None:
+        passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
+        passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
+        found["imatrix"] = max(passing, waiting) + python * _PASS
+    else:
+        found["imatrix"] = python * _GIVEN
+    found["export"] = _export(recipes, host)
+    found["verify"] = _verify(plan, recipes, sizes, disk, host)
+    found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
+    return found
+
+
+def _texts(plan: Plan, amount: Amount, host: Host) -> float:
+    on_hub = not all(one.is_local for one in plan.calibration.components)
+    per_token = _RENDER if on_hub else _TOKENIZE
+    n_tokens = amount.n_tokens + amount.n_chunk_tokens
+    return host.speed.python * (0.05 + per_token * n_tokens) + (5.0 if on_hub else 0.0)
+
+
+def _read_seconds(n_bytes: int, host: Host, is_first: bool = False) -> float:
+    """To read weights: from the disk, or from memory where they were read before."""
+    in_memory = 0 if is_first else min(n_bytes, host.page_cache)
+    return (n_bytes - in_memory) / host.speed.read_bytes + in_memory / _MEMORY_BYTES
+
+
+def _pass(plan: Plan, sizes: Sizes, n_tokens: int, amount: Amount, host: Host) -> float:
+    """Seconds of a calibration pass, its start and the reading of weights aside."""
+    facts = plan.model.facts
+    n_positions = n_tokens + amount.probe_tokens
+    flops = n_positions * (2 * sizes.in_layers + _attention(plan, amount))
+    is_linear = sizes.has_linear_attention
+    if host.gpu_factor is not None:
+        share = 1.0
+        if is_linear:
+            share = _REFERENCE_SHARE if installed_version() is None else _DELTANET_SHARE
+        return flops / (_H100_FLOPS * share) * host.gpu_factor
+    positions = n_positions * facts.n_blocks
+    around = _AROUND * facts.hidden_size * (_DELTANET if is_linear else 1.0)
+    shared = flops / (_EFFICIENCY * host.speed.flops) + positions * around
+    return shared / host.parallel + positions * _SERIAL * host.speed.python
+
+
+def _attention(plan: Plan, amount: Amount) -> int:
+    """Operations of a position in all layers: scores and values, half of them masked."""
+    facts = plan.model.facts
+    return 2 * amount.mean_row * facts.n_heads * facts.head_dim * facts.n_blocks
+
+
+def _export(recipes: Recipes, host: Host) -> float:
+    """Every tensor is read once, and quantized once per type."""
+    types: dict[tuple[str, GGMLQuantizationType], int] = {}
+    weights: dict[str, int] = {}
+    for recipe in recipes:
+        for entry in recipe.table:
+            weights[entry.tensor.name] = prod(entry.tensor.shape)
+            types[entry.tensor.name, entry.tensor_type] = prod(entry.tensor.shape)
+    seconds = _EXPORT * sum(weights.values()) * host.speed.quantize["plain"]
+    seconds += sum(host.speed.quantize_seconds(kind, n) for (_, kind), n in types.items())
+    writing = sum(recipe.n_bytes for recipe in recipes) / host.speed.write_bytes
+    return max(seconds / host.parallel, writing) + _tables(types, host)
+
+
+def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -> float:
+    """Tables that libggml makes while all other threads wait."""
+    return sum(host.speed.table_seconds(kind) for kind in {kind for _, kind in types})
+
+
+def _verify(plan: Plan, recipes: Recipes, sizes: Sizes, disk: DiskNeeds, host: Host) -> float:
+    """Both formats are read back and compared; small files are quantized again."""
+    speed = host.speed
+    exact = sizes.exact(host.gpu_factor is not None)
+    seconds = 0.0
+    for recipe in recipes:
+        for entry in recipe.table:
+            n_weights = prod(entry.tensor.shape)
+            seconds += _EXPORT * n_weights * speed.quantize["plain"]
+            if recipe.name in exact or entry.tensor_type in EXACT_TYPES:
+                seconds += speed.quantize_seconds(entry.tensor_type, n_weights)
+            else:
+                seconds += _BOUNDS * n_weights * speed.quantize["plain"]
+    hashing = (disk.hf + disk.gguf) / speed.hash_bytes
+    comparing = 2 * plan.hf_bytes / _MEMORY_BYTES
+    return (seconds + hashing) / host.parallel + comparing

@@ -1,0 +1,342 @@
+"""A plan as text and as JSON: short, with the summary last, so that 24 lines show what counts."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.building.needs.disk import side_bytes
+from reap2gguf.building.needs.rented import GPUS, H100
+from reap2gguf.calibration.spec import DEFAULT_MIX
+from reap2gguf.messages import duration, parameters, quantity, size
+from reap2gguf.pruning.select import friendly_count
+
+if TYPE_CHECKING:
+    from reap2gguf.building.needs.estimate import Estimate
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+_COLUMNS = 80
+_TIED = "\u00a0"  # a space at which no line is broken
+_SHOWN_STAGE = 0.05  # of the whole time, at least
+_SHOWN_TYPES = 5
+_WHERE = {"device": "in RAM", "host": "in RAM", "disk": "on disk", "": ""}
+
+
+def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Iterable[str]:
+    """A plan for people: what it makes, then what it needs of this machine.
+
+    `with_tensors`: the type of every kind of tensor, too.
+    """
+    yield f"{plan.source.label} -> {plan.name}"
+    for caveat in plan.caveats:  # first, since 24 lines of a terminal show the last ones
+        yield from _wrapped(f"note: {caveat}")
+    for line in _model(plan):
+        yield from _wrapped(line)
+    yield from _wrapped(_calibration(plan, needs))
+    for warning in plan.warnings:
+        yield from _wrapped(f"warning: {warning}")
+    yield from _files(plan, with_tensors)
+    for line in _needs(needs):
+        yield from _wrapped(line)
+
+
+def up_to_date_or_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
+    """The same for a build that starts: nothing where the bundle is up to date."""
+    return () if needs.reused.is_up_to_date else plan_lines(plan, needs)
+
+
+def _wrapped(text: str, indent: str = "  ") -> Iterator[str]:
+    """A line of a plan, in as many lines as its width needs; `_TIED` words stay together."""
+    lines = textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    yield from (line.replace(_TIED, " ") for line in lines)
+
+
+def _model(plan: Plan) -> Iterator[str]:
+    facts, target = plan.model.facts, plan.target
+    yield (
+        f"{facts.architecture}, {facts.n_layers} layers; {parameters(plan.n_parameters)} of "
+        f"{parameters(plan.checkpoint.n_parameters)} parameters remain"
+    )
+    if unfetched := plan.checkpoint.unfetched_bytes:
+        cached = plan.checkpoint.n_bytes - unfetched
+        in_cache = f"; {size(cached)} are in the cache" if cached > 0 else ""
+        yield f"{size(unfetched)} of weights will be fetched from the Hub{in_cache}"
+    yield (
+        f"experts: keeps {target.n_kept} of {target.n_experts} in each of "
+        f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token"
+    )
+    if not target.prunes:
+        yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
+    if plan.history is not None:
+        yield (
+            f"the source was pruned before: it has {target.n_experts} of the "
+            f"{plan.history.n_experts} experts of {plan.history.label}"
+        )
+    friendly = friendly_count(target, facts.experts_per_token)
+    if target.prunes and friendly != target.n_kept and facts.n_experts >= 32:
+        yield (
+            f"vLLM has no fused kernels for {target.n_kept} experts, but for {friendly}: "
+            f"--keep-experts {friendly}"
+        )
+    if plan.mtp != "none":
+        yield f"multi-token-prediction block: {plan.mtp}"
+
+
+def _calibration(plan: Plan, needs: Estimate) -> str:
+    """What ranks the experts and weights the quantization: given files, or text."""
+    parts = []
+    if plan.observations is not None:
+        parts.append(f"observations: {plan.observations.file}, reused")
+    if plan.imatrix is not None:
+        parts.append(f"importance matrix: {plan.imatrix.file}, reused")
+    if plan.reads_calibration:
+        parts.append(_text(plan, needs))
+    return f"calibration: {', '.join(parts)}"
+
+
+def _text(plan: Plan, needs: Estimate) -> str:
+    """The text of the calibration passes, with its true rows and tokens where they are known."""
+    amount = needs.amount
+    known = {"exactly": "", "about": "about ", "at most": "up to "}[amount.known]
+    packed = ", samples packed" if plan.calibration.pack else ""
+    line = (
+        f"{plan.calibration.label}, {known}{amount.n_rows:,} rows, "
+        f"{_rounded(amount.n_tokens)}{packed}"
+    )
+    if not plan.reads_rows:
+        line = f"{plan.calibration.label}, {known}{_rounded(amount.n_chunk_tokens)}"
+    if plan.calibration.label == DEFAULT_MIX:
+        line += " (small: for a release use seed-000 or your own)"
+    return line
+
+
+def _rounded(n_tokens: int) -> str:
+    """Tokens without decimals where there are thousands: 77 k tokens."""
+    if 1000 <= n_tokens < 1e6:
+        return f"{n_tokens / 1000:.0f} k tokens"
+    return quantity(n_tokens, "tokens")
+
+
+def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
+    """Each file with its size, and the types of its tensors."""
+    if plan.writes_hf:
+        yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
+    for recipe in plan.recipes:
+        yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
+        bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
+        yield from _wrapped(bits + _types(recipe), "    ")
+        if with_tensors:
+            yield from _type_lines(recipe)
+    for side in plan.side_files:
+        yield from _wrapped(f"{plan.side_name(side)}  {size(side_bytes(side))}, {side.title}")
+
+
+def _types(recipe: ResolvedRecipe) -> str:
+    """The types of a recipe, each with its number of tensors; norms and the like are left out."""
+    counts = Counter(entry.tensor_type.name for entry in recipe.table)
+    if len(counts) > 1:
+        del counts["F32"]
+    most = [f"{name}{_TIED}x{_TIED}{count}" for name, count in counts.most_common(_SHOWN_TYPES)]
+    return ", ".join(most) + (", ..." if len(counts) > _SHOWN_TYPES else "")
+
+
+def _type_lines(recipe: ResolvedRecipe) -> Iterable[str]:
+    """The type table with layer numbers collapsed: one line per tensor name and type."""
+    groups: Counter[tuple[str, str, str]] = Counter()
+    for entry in recipe.table:
+        name = re.sub(r"^blk\.\d+\.", "blk.*.", entry.tensor.name)
+        groups[name, entry.tensor_type.name, entry.rule or ""] += 1
+    width = max(len(name) for name, _, _ in groups)
+    names = list(dict.fromkeys(name for name, _, _ in groups))
+    for (name, type_name, rule), count in sorted(
+        groups.items(), key=lambda g: names.index(g[0][0])
+    ):
+        times = f"x{count}" if name.startswith("blk.") else ""
+        because = f"rule {rule}" if rule else ""
+        yield f"      {name:<{width}}  {type_name:<6} {times:<4} {because}".rstrip()
+
+
+def _needs(needs: Estimate) -> Iterator[str]:
+    """What this machine is, and what of it the build takes."""
+    if needs.reused.is_up_to_date:
+        yield "up to date: nothing is left to do"
+        return
+    machine = needs.machine
+    yield f"runs on: {_device(needs)}; {_about(machine.memory_free_bytes)} of RAM free"
+    yield f"memory: {_memory(needs)}"
+    yield f"disk: {_disk(needs)}"
+    if needs.reused.stages:
+        yield f"reused: {', '.join(needs.reused.stages)}"
+    yield f"time: {_time(needs)}"
+    for problem in needs.problems:
+        yield f"warning: {problem}"
+    for advice in needs.advice:
+        yield f"try: {advice}"
+
+
+def _about(n_bytes: int) -> str:
+    """A size without digits that an estimate does not have."""
+    if n_bytes < 2**20:
+        return size(n_bytes)
+    if n_bytes < 2**30:
+        return f"{n_bytes / 2**20:.0f} MiB"
+    return f"{n_bytes / 2**30:.{0 if n_bytes >= 10 * 2**30 else 1}f} GiB"
+
+
+def _device(needs: Estimate) -> str:
+    machine = needs.machine
+    cores = f"{machine.cores} {'core' if machine.cores == 1 else 'cores'}"
+    if machine.gpu is None:
+        asked = ", as --device says" if needs.plan.options.compute.device == "cpu" else ""
+        return f"CPU ({cores}{asked or ', no GPU found'})"
+    if not needs.has_device:
+        return f"no GPU here: figures are for an {H100}"
+    memory = f"{_about(machine.gpu.free_bytes)} of {_about(machine.gpu.n_bytes)} free"
+    return f"{machine.gpu.name} ({memory}), {cores}"
+
+
+def _memory(needs: Estimate) -> str:
+    if needs.sweeps.problem:
+        return "NOT ENOUGH"
+    line = f"about {_about(needs.sweeps.host_bytes)}"
+    if needs.machine.gpu is not None:
+        line = f"about {_about(needs.sweeps.device_bytes)} of the GPU, {line} of RAM"
+    if needs.mentions_hidden:
+        where = _WHERE[needs.hidden_where]
+        if needs.hidden_where == "device" and needs.machine.gpu is not None:
+            where = "in GPU memory"
+        line += f"; hidden states ({_about(needs.sweeps.hidden_bytes)}) wait {where}"
+    return line
+
+
+def _disk(needs: Estimate) -> str:
+    beside = f" + {_about(needs.work_bytes)} while it runs" if needs.work_bytes >= 2**20 else ""
+    line = f"{size(needs.disk_bytes)}{beside}"
+    unfetched = needs.plan.checkpoint.unfetched_bytes
+    if unfetched:
+        line += f" + {size(unfetched)} in the Hub's cache"
+    line += f", {_about(needs.machine.disk_free_bytes)} free"
+    return line + (": NOT ENOUGH" if needs.lacks_disk else "")
+
+
+def _time(needs: Estimate) -> str:
+    """The sum, the longest stages, and what an H100 would take where that is far less."""
+    stages = sorted(needs.stages.items(), key=lambda item: -item[1])
+    longest = [
+        f"{name} {duration(seconds)}"
+        for name, seconds in stages[:4]
+        if seconds > _SHOWN_STAGE * needs.seconds
+    ]
+    line = f"about {duration(needs.seconds)} ({', '.join(longest)})"
+    if needs.machine.gpu is None and needs.seconds > 3600:
+        line += f"; on an {H100} about {duration(needs.rented(H100).seconds)}"
+    return line
+
+
+def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
+    """A plan for programs: everything that `plan_lines` prints, and the whole type table."""
+    facts = plan.model.facts
+    return {
+        "name": plan.name,
+        "source": plan.source.label,
+        "revision": plan.source.revision,
+        "unfetched_bytes": plan.checkpoint.unfetched_bytes,
+        "architecture": facts.architecture,
+        "experts": {
+            "source": facts.n_experts,
+            "kept": plan.target.n_kept,
+            "per_token": facts.experts_per_token,
+            "layers": len(facts.moe_layers),
+            "friendly": friendly_count(plan.target, facts.experts_per_token),
+        },
+        "original": None
+        if plan.history is None
+        else {"source": plan.history.label, "experts": plan.history.n_experts},
+        "mtp": plan.mtp,
+        "caveats": list(plan.caveats),
+        "warnings": plan.warnings,
+        "observations": None if plan.observations is None else plan.observations.file,
+        "imatrix": None if plan.imatrix is None else plan.imatrix.file,
+        "calibration": {
+            "spec": plan.calibration.label,
+            "rows": needs.amount.n_rows,
+            "tokens": needs.amount.n_tokens,
+            "known": needs.amount.known,
+            "max_length": plan.max_length,
+            "pack": plan.calibration.pack,
+        },
+        "side_files": [plan.side_name(side) for side in plan.side_files],
+        "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
+        "safetensors_bytes": plan.hf_bytes,
+        "files": [
+            {
+                "file": plan.gguf_name(recipe),
+                "recipe": recipe.name,
+                "file_type": recipe.file_type,
+                "bytes": recipe.n_bytes,
+                "bits_per_weight": round(recipe.bits_per_weight, 4),
+                "tensors": {
+                    name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()
+                },
+            }
+            for recipe in plan.recipes
+        ],
+        "machine": _machine_as_json(needs),
+        "estimate": _estimate_as_json(needs),
+        "reused": list(needs.reused.stages),
+        "fits": needs.fits,
+        "problems": list(needs.problems),
+        "advice": list(needs.advice),
+        "rented": [_rented_as_json(name, needs.rented(name)) for name in GPUS],
+    }
+
+
+def _machine_as_json(needs: Estimate) -> dict[str, Any]:
+    machine = needs.machine
+    gpu = machine.gpu if needs.has_device else None
+    return {
+        "device": machine.device,
+        "gpu": gpu and gpu.name,
+        "gpu_memory_bytes": gpu and gpu.n_bytes,
+        "memory_bytes": machine.memory_bytes,
+        "memory_free_bytes": machine.memory_free_bytes,
+        "disk_free_bytes": machine.disk_free_bytes,
+        "cores": machine.cores,
+    }
+
+
+def _estimate_as_json(needs: Estimate) -> dict[str, Any]:
+    on_gpu = needs.machine.gpu is not None
+    return {
+        "disk_bytes": needs.disk_bytes,
+        "work_bytes": needs.work_bytes,
+        "disk_peak_bytes": needs.peak_bytes,
+        "memory_bytes": needs.sweeps.host_bytes,
+        "gpu_memory_bytes": needs.sweeps.device_bytes if on_gpu else 0,
+        "seconds": round(needs.seconds, 1),
+        "stages": {name: round(seconds, 2) for name, seconds in needs.stages.items()},
+        "hidden_states": {"bytes": needs.sweeps.hidden_bytes, "where": needs.hidden_where},
+    }
+
+
+def _rented_as_json(name: str, needs: Estimate) -> dict[str, Any]:
+    """A machine to rent: at least this much memory and disk, downloaded weights included."""
+    return {
+        "gpu": name,
+        "gpu_memory_bytes": needs.sweeps.device_bytes,
+        "memory_bytes": needs.sweeps.host_bytes,
+        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_bytes,
+        "seconds": round(needs.seconds, 1),
+        "fits": needs.fits,
+    }
