@@ -273,7 +273,7 @@ def library_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 # libggml 0.20.2 of libggml-python and 0.25.3 of llama-cpp-python differ in some 4 of 100,000 bytes
-# of IQ1_M, each always in the same ones. Why is not known; their errors are the same within 1 %.
+# of IQ1_M, always the same ones. Why is not known; in one block, their errors were within 1 %.
 @pytest.mark.slow
 @pytest.mark.usefixtures("library_of_llama_cpp")
 def test_bytes_of_iq1_m_by_the_same_library(
