@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
     from reap2gguf.tokenizer.form import PreTokenizers
 
-UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0")  # no importance matrix changes their bytes
+# no importance matrix changes their bytes
+UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "MXFP4")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import IMATRIX_FILE
+from reap2gguf.errors import ArtifactError
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header_facts import (
     UNWEIGHTED_TYPES,
@@ -18,6 +19,7 @@ from reap2gguf.exporting.header_facts import (
     model_facts,
     side_facts,
 )
+from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 
 if TYPE_CHECKING:
@@ -63,8 +65,10 @@ def export_model(
 ) -> None:
     """Write one GGUF file for each recipe, all in one pass; with a journal, resume from it.
 
-    Raises what `export_gguf` raises.
+    Raises what `export_gguf` raises, and ArtifactError if a file type needs an importance matrix
+    that is not there.
     """
+    _refuse_unweighted(files.values(), None if weighted_by is None else weighted_by.imatrix)
     if weighted_by is not None:
         _report_unweighted(files.values(), weighted_by.imatrix, progress)
     for problem in general_of(weights, model, names).problems:
@@ -96,6 +100,22 @@ def export_side(
     """
     outputs = [GgufOutput(path, side_facts(weights, model, names, side))]
     export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal)
+
+
+def _refuse_unweighted(recipes: Iterable[ResolvedRecipe], imatrix: Imatrix | None) -> None:
+    """Raise ArtifactError for a file type that needs importance where another one does not.
+
+    What a tensor type needs by itself, `export_gguf` looks at.
+    """
+    entries = imatrix.entries if imatrix else {}
+    for recipe in recipes:
+        types = recipe.tensor_types()
+        for name in recipe.needs_importance():
+            if types[name] not in NEEDS_IMPORTANCE and name not in entries:
+                raise ArtifactError(
+                    f"imatrix: no entry for {name}, but {types[name].name} in a file of type "
+                    f"{recipe.file_type} needs one; compute one with `reap2gguf imatrix`"
+                )
 
 
 def _report_unweighted(

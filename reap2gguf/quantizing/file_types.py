@@ -40,6 +40,7 @@ class Place:
     gqa: int  # query heads per key-value head
     n_experts: int
     has_imatrix: bool
+    n_matrices: int = 1  # GGML's ne[2]
 
     @property
     def in_first_eighth(self) -> bool:
@@ -72,6 +73,10 @@ def _grouped(place: Place) -> bool:
     return place.gqa >= 4
 
 
+def _has_experts(place: Place) -> bool:
+    return place.n_matrices > 1
+
+
 def _middle(place: Place) -> bool:
     return place.count // 8 <= place.index < 7 * place.count // 8
 
@@ -102,6 +107,9 @@ class Mixture:
     # what attn_output becomes in a model of exactly eight experts
     eight_expert_output: Type | None = None
     low_bit: bool = False  # the IQ1 and IQ2 family, which has its own rules
+    experts_alone: bool = False  # only `exceptions` count: no special roles, no special models
+    # types that need an importance matrix in files of this file type alone
+    needs_importance: frozenset[Type] = frozenset()
 
 
 def _few_values(place: Place) -> bool:
@@ -110,7 +118,7 @@ def _few_values(place: Place) -> bool:
 
 
 def _low(embedding: Type, down: Type, output: Type | None) -> Sequence[Exemption]:
-    """The IQ2 family."""
+    """The IQ1 and IQ2 family."""
     found: list[Exemption] = [
         (Part.TOKEN_EMBD, _always, embedding),
         (Part.ATTN_V, _few_values, Type.Q4_K),
@@ -134,6 +142,10 @@ MIXTURES: dict[str, Mixture] = {
         _F.MOSTLY_Q5_K_M, _Q5, [(_V, _more_bits, Type.Q6_K), (_DOWN, _more_bits, Type.Q6_K)]
     ),
     "Q5_K_S": Mixture(_F.MOSTLY_Q5_K_S, _Q5),
+    "Q5_1": Mixture(_F.MOSTLY_Q5_1, Type.Q5_1),
+    "Q5_0": Mixture(
+        _F.MOSTLY_Q5_0, Type.Q5_0, [(_DOWN, _with_imatrix(_first_eighth, True), Type.Q5_1)]
+    ),
     "Q4_K_M": Mixture(
         _F.MOSTLY_Q4_K_M,
         Type.Q4_K,
@@ -146,8 +158,16 @@ MIXTURES: dict[str, Mixture] = {
         [(_V, _first(4), _Q5), (_DOWN, _first_eighth, _Q5)],
         eight_expert_output=_Q5,
     ),
+    "Q4_1": Mixture(_F.MOSTLY_Q4_1, Type.Q4_1),
     "Q4_0": Mixture(
         _F.MOSTLY_Q4_0, Type.Q4_0, [(_DOWN, _with_imatrix(_first_eighth, True), Type.Q4_1)]
+    ),
+    "MXFP4_MOE": Mixture(
+        _F.MOSTLY_MXFP4_MOE,
+        Type.Q8_0,
+        [(part, _has_experts, Type.MXFP4) for part in Part],
+        output=Type.Q8_0,
+        experts_alone=True,
     ),
     "Q3_K_L": Mixture(
         _F.MOSTLY_Q3_K_L,
@@ -177,6 +197,12 @@ MIXTURES: dict[str, Mixture] = {
             (_OUT, _always, Type.Q3_K),
         ],
         eight_expert_output=_Q5,
+    ),
+    "Q2_K_S": Mixture(
+        _F.MOSTLY_Q2_K_S,
+        Type.Q2_K,
+        [(_V, _grouped, Type.Q4_K), (_DOWN, _first_eighth, Type.Q4_K)],
+        needs_importance=frozenset((Type.Q2_K,)),
     ),
     "IQ4_NL": Mixture(
         _F.MOSTLY_IQ4_NL,
@@ -255,11 +281,61 @@ MIXTURES: dict[str, Mixture] = {
         eight_expert_output=_Q5,
         low_bit=True,
     ),
+    "IQ2_XXS": Mixture(
+        _F.MOSTLY_IQ2_XXS,
+        Type.IQ2_XXS,
+        _low(Type.Q2_K, Type.Q2_K, None),
+        output=_Q5,
+        eight_expert_output=_Q5,
+        low_bit=True,
+    ),
+    "IQ1_M": Mixture(
+        _F.MOSTLY_IQ1_M,
+        Type.IQ1_M,
+        _low(Type.Q2_K, Type.Q2_K, Type.IQ2_XXS),
+        output=_Q5,
+        eight_expert_output=_Q5,
+        low_bit=True,
+    ),
+    "IQ1_S": Mixture(
+        _F.MOSTLY_IQ1_S,
+        Type.IQ1_S,
+        _low(Type.Q2_K, Type.Q2_K, Type.IQ2_XXS),
+        output=_Q5,
+        eight_expert_output=_Q5,
+        low_bit=True,
+    ),
+}
+
+
+_TERNARY = (
+    "it holds three values per block, for models that were trained with ternary weights, and no "
+    "model that reap2gguf supports was; use IQ1_M"
+)
+# what else llama.cpp has a name for, and why no file can be made of it
+REFUSED: dict[str, str] = {
+    "TQ1_0": _TERNARY,
+    "TQ2_0": _TERNARY,
+    "Q1_0": (
+        "it holds only the sign of a weight, for models that were trained with such weights, and "
+        "no model that reap2gguf supports was; use IQ1_M"
+    ),
+    "Q2_0": (
+        "the gguf package, which reap2gguf reads and writes files with, does not have its tensor "
+        "type; use Q2_K_S or IQ2_M"
+    ),
+    "NVFP4": (
+        "llama-quantize does not make it: such files come from checkpoints that are stored in "
+        "NVFP4; use MXFP4_MOE"
+    ),
+    "COPY": "it quantizes nothing, and copies tensors of a GGUF file as they are; use BF16",
 }
 
 
 def mixture_named(name: str) -> Mixture:
-    """The mixture of a file type; RecipeError lists the known ones."""
+    """The mixture of a file type; RecipeError lists the known ones, or says why there is none."""
+    if name in REFUSED:
+        raise RecipeError(f"file_type {name!r} is not supported: {REFUSED[name]}")
     if name not in MIXTURES:
         raise RecipeError(f"file_type {name!r}, expected one of {', '.join(MIXTURES)}")
     return MIXTURES[name]

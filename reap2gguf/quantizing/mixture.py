@@ -87,12 +87,12 @@ class MixtureChooser:
         """The type of one tensor that no rule overrides."""
         mixture = self._mixture
         part = part_of(tensor.name)
-        if not mixture.base.name.startswith(("Q", "IQ")):
+        if mixture.base in (Type.F32, Type.F16, Type.BF16):
             return mixture.base
         if part is Part.OUTPUT or (self._tied and part is Part.TOKEN_EMBD):
             fills = tensor.n_columns % GGML_QUANT_SIZES[mixture.base][0] == 0
             return fitting(mixture.output if fills else Type.Q8_0, tensor.n_columns)
-        place = self._place(part, tensor.name)
+        place = self._place(part, tensor)
         tensor_type = self._for_eight_experts(part) or next(
             (
                 tensor_type
@@ -103,19 +103,19 @@ class MixtureChooser:
         )
         return fitting(tensor_type, tensor.n_columns)
 
-    def _place(self, part: Part, name: str) -> Place:
-        layer = re.match(r"blk\.(\d+)\.", name)
+    def _place(self, part: Part, tensor: GgufTensor) -> Place:
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
         index, count = int(layer[1]) if layer else 0, self._n_layers
         if part is Part.ATTN_V:
             index, count = self._met[part], self._n_values
         elif part is Part.FFN_DOWN and self._mixture.low_bit:
             index = self._met[part]
         self._met[part] += 1
-        return Place(index, count, self._gqa, self._n_experts, self._has_imatrix)
+        return Place(index, count, self._gqa, self._n_experts, self._has_imatrix, tensor.n_matrices)
 
     def _for_eight_experts(self, part: Part) -> Type | None:
         """llama.cpp spends more on the attention of models with exactly eight experts (Mixtral)."""
-        if self._n_experts != 8:
+        if self._n_experts != 8 or self._mixture.experts_alone:
             return None
         if part in (Part.ATTN_V, Part.ATTN_K):
             return Type.Q4_K if self._mixture.low_bit else Type.Q8_0

@@ -29,7 +29,7 @@ from reap2gguf.files import is_plain
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
-from reap2gguf.quantizing.file_types import MIXTURES, Mixture, mixture_named
+from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.quantizing.toml_text import parse_toml, read_toml_file, toml_string
 from reap2gguf.resources import shipped_folder
@@ -155,6 +155,8 @@ def find_recipe(name: str) -> Path | str:
         return found
     if os.path.isfile(path):
         raise RecipeError(f"{name}: the name of a recipe's file must end in .toml")
+    if why := {_bare(one): why for one, why in REFUSED.items()}.get(_bare(name)):
+        raise RecipeError(f"file type {shown(name)} is not supported: {why}")
     raise RecipeError(
         f"no recipe {shown(name)}; {_nearest(name, known)} a .toml file or a name that "
         "`reap2gguf recipes list` prints, such as Q4_K_M"
@@ -301,6 +303,8 @@ def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:
     known = {storable.name for storable in STORABLE}
     upper = name.upper().replace("-", "_")
     if upper not in known:
+        if upper in REFUSED and upper in GGMLQuantizationType.__members__:
+            raise RecipeError(f"{where} {shown(name)} is not supported: {REFUSED[upper]}")
         hint = _foreign_hint(upper)
         raise RecipeError(f"{where} {shown(name)} is not a GGML tensor type{hint}")
     return GGMLQuantizationType[upper]
@@ -310,6 +314,8 @@ def _foreign_hint(tensor_type: str) -> str:
     """File types and ik_llama.cpp's types are what people confuse with tensor types."""
     if re.fullmatch(r"Q\d_K_[SML]", tensor_type):
         return f"; {tensor_type} is a file type, the tensor type is {tensor_type[:4]}"
+    if tensor_type == "MXFP4_MOE":
+        return "; MXFP4_MOE is a file type, the tensor type is MXFP4"
     if re.fullmatch(r"IQ\d_K[ST]{0,2}", tensor_type):
         return "; it exists only in ik_llama.cpp, and llama.cpp cannot load it"
     return ""

@@ -14,7 +14,8 @@ from gguf import GGMLQuantizationType as Type
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.reader import row_bytes
-from reap2gguf.quantizing.mixture import MixtureChooser
+from reap2gguf.quantizing.file_types import Part
+from reap2gguf.quantizing.mixture import MixtureChooser, part_of
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -84,8 +85,21 @@ class ResolvedRecipe:
         return {entry.tensor.name: entry.tensor_type for entry in self.table}
 
     def needs_importance(self) -> list[str]:
-        """Tensors whose type is garbage without an importance matrix."""
-        return [e.tensor.name for e in self.table if e.tensor_type in NEEDS_IMPORTANCE]
+        """Tensors whose type is garbage without an importance matrix.
+
+        As in llama-quantize, Q2_K is such a type in a file of Q2_K_S, but for the embeddings and
+        the output.
+        """
+        of_file_type = self.recipe.mixture.needs_importance
+        return [
+            entry.tensor.name
+            for entry in self.table
+            if entry.tensor_type in NEEDS_IMPORTANCE
+            or (
+                entry.tensor_type in of_file_type
+                and part_of(entry.tensor.name) not in (Part.TOKEN_EMBD, Part.OUTPUT)
+            )
+        ]
 
 
 def resolve(

@@ -63,7 +63,8 @@ def list_lines() -> Iterable[str]:
         yield f"{recipe.name:<{width}}  {reference_bits(recipe):>4.1f}  {recipe.title}"
     yield ""
     yield "FILE TYPES OF LLAMA.CPP, with bits; each is a recipe as well (any case, - or _)"
-    cells = [f"{name:<7} {reference_bits(load_recipe(name)):>4.1f}" for name in MIXTURES]
+    longest = max(map(len, MIXTURES))
+    cells = [f"{name:<{longest}} {reference_bits(load_recipe(name)):>4.1f}" for name in MIXTURES]
     for start in range(0, len(cells), _PER_LINE):
         yield "   ".join(cells[start : start + _PER_LINE])
     yield ""

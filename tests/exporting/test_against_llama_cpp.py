@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+import reap2gguf.ggml as ggml_module
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -110,6 +111,15 @@ def _tensor(name: str, *shape: int) -> GgufTensor:
     return GgufTensor(name, shape, (), always_f32=whole)
 
 
+# libggml needs seconds to prepare these before it quantizes the first row
+SLOW_TO_START = ("IQ2_XXS", "IQ1_M", "IQ1_S")
+QUICK = [name for name in MIXTURES if name not in SLOW_TO_START]
+# llama.cpp quantizes models with rows of 256 to these without an importance matrix
+UNWEIGHTED = [n for n in QUICK if not n.startswith(("IQ2", "IQ3_X")) and n != "Q2_K_S"]
+FILE_TYPES = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW_TO_START else ()) for name in MIXTURES
+]
+
 SHAPES = {
     "plain": Shape(),
     "grouped": Shape(n_layers=24, n_experts=5, n_heads=8, n_kv_heads=1),
@@ -119,6 +129,7 @@ SHAPES = {
     "three-experts": Shape(n_experts=3, n_layers=9),
     "tied": Shape(tied=True, n_layers=9),
     "dense-first-layers": Shape(dense_layers=4),
+    "48-layers": Shape(n_layers=48, n_experts=9, n_heads=32, n_kv_heads=4),
     "rows-of-64-and-32": Shape(hidden=64, width=32),
     "rows-of-48": Shape(hidden=256, width=48, n_layers=9),
     "tied-rows-of-64": Shape(hidden=64, width=32, tied=True, n_layers=9),
@@ -136,7 +147,13 @@ class Synthetic:
 
 
 # of the rules for counts of layers, experts and heads, others cover these
-MORE_SHAPES = {"eight-experts-grouped", "three-experts", "rows-of-48", "tied-rows-of-64"}
+MORE_SHAPES = {
+    "48-layers",
+    "eight-experts-grouped",
+    "three-experts",
+    "rows-of-48",
+    "tied-rows-of-64",
+}
 
 
 @pytest.fixture(
@@ -157,7 +174,7 @@ def synthetic(
 
 
 @pytest.mark.parametrize("has_imatrix", [True, False], ids=["imatrix", "no-imatrix"])
-@pytest.mark.parametrize("file_type", MIXTURES)
+@pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_types_are_those_llama_cpp_chooses(
     synthetic: Synthetic, file_type: str, has_imatrix: bool, tmp_path: Path
 ) -> None:
@@ -192,8 +209,9 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """A random checkpoint as BF16, and as every file type with and without an imatrix."""
+    """A random checkpoint as BF16, and as the quick file types with and without an imatrix."""
 
+    folder: Path
     bf16: Path
     imatrix: Imatrix
     with_imatrix: dict[str, Path]
@@ -206,7 +224,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = request.param.write(root / "model")
     assert write_small_tokenizer(folder) == request.param.vocab
     imatrix = random_imatrix(gguf_tensors(folder))
-    recipes = [plain(name) for name in MIXTURES]
+    recipes = [plain(name) for name in QUICK]
     if request.param.hidden == 256:
         recipes += [load_recipe(name) for name in shipped_recipes()]
     (root / "with").mkdir()
@@ -215,11 +233,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     weightless = [
         r
         for r in recipes
-        if not r.file_type.startswith(("IQ2", "IQ3_X"))
+        if r.file_type in UNWEIGHTED
         and not {rule.tensor_type for rule in r.rules} & NEEDS_IMPORTANCE
     ]
     without = export_files(folder, root / "without", weightless)
-    return Exported(without["BF16"], imatrix, with_imatrix, without)
+    return Exported(folder, without["BF16"], imatrix, with_imatrix, without)
 
 
 @pytest.fixture
@@ -237,14 +255,61 @@ def quantized(exported: Exported, tmp_path: Path) -> Callable[..., Path]:
     return quantize
 
 
-@pytest.mark.parametrize("file_type", MIXTURES)
+@pytest.mark.parametrize("file_type", QUICK)
 def test_bytes_with_an_imatrix(
     exported: Exported, quantized: Callable[..., Path], file_type: str
 ) -> None:
     assert stored(exported.with_imatrix[file_type]) == stored(quantized(file_type, True))
 
 
-@pytest.mark.parametrize("file_type", [n for n in MIXTURES if not n.startswith(("IQ2", "IQ3_X"))])
+@pytest.fixture
+def library_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Exports quantize with the libggml inside llama-cpp-python, not with libggml-python's."""
+    monkeypatch.setattr(ggml_module, "_CARRIERS", (("llama_cpp", "lib"),))
+    ggml_module._load.cache_clear()
+    assert "llama_cpp" in ggml_module.load_ggml().path.parts
+    yield
+    ggml_module._load.cache_clear()
+
+
+# libggml 0.20.2 of libggml-python and 0.25.3 of llama-cpp-python differ in some 4 of 100,000 bytes
+# of IQ1_M, always the same ones. Why is not known; in one block, their errors were within 1 %.
+@pytest.mark.slow
+@pytest.mark.usefixtures("library_of_llama_cpp")
+def test_bytes_of_iq1_m_by_the_same_library(
+    exported: Exported, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = export_files(exported.folder, tmp_path, [plain("IQ1_M")], exported.imatrix)
+    assert stored(found["IQ1_M"]) == stored(quantized("IQ1_M", True))
+
+
+@pytest.mark.slow
+def test_bytes_of_iq1_m_by_another_library_differ_rarely(
+    exported: Exported, quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = export_files(exported.folder, tmp_path, [plain("IQ1_M")], exported.imatrix)
+    found = stored(files["IQ1_M"])
+    theirs = stored(quantized("IQ1_M", True))
+    assert {name: kind for name, (kind, _) in found.items()} == {
+        name: kind for name, (kind, _) in theirs.items()
+    }
+    ours, others = (
+        np.frombuffer(b"".join(one[name][1] for name in sorted(one)), np.uint8)
+        for one in (found, theirs)
+    )
+    assert np.count_nonzero(ours != others) < ours.size / 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["IQ2_XXS", "IQ1_S"])
+def test_bytes_of_types_that_are_slow_to_start(
+    exported: Exported, quantized: Callable[..., Path], file_type: str, tmp_path: Path
+) -> None:
+    found = export_files(exported.folder, tmp_path, [plain(file_type)], exported.imatrix)
+    assert stored(found[file_type]) == stored(quantized(file_type, True))
+
+
+@pytest.mark.parametrize("file_type", UNWEIGHTED)
 def test_bytes_without_an_imatrix(
     exported: Exported, quantized: Callable[..., Path], file_type: str
 ) -> None:

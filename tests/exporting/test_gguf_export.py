@@ -219,6 +219,29 @@ def test_a_missing_imatrix_entry_is_refused_before_any_work(
     assert (tmp_path / "IQ2_XS.gguf").read_text() == "an earlier file"
 
 
+@pytest.mark.parametrize("keep", [0, 5])
+def test_q2_k_s_without_importance_is_refused_before_any_work(
+    wide: Path, imatrix: Imatrix, tmp_path: Path, keep: int
+) -> None:
+    entries = dict(list(imatrix.entries.items())[:keep])
+    part = replace(imatrix, entries=entries) if keep else None
+    message = r"no entry for blk\.\d\.\w+\.weight, but Q2_K in a file of type Q2_K_S needs one"
+    with pytest.raises(ArtifactError, match=message):
+        export_files(wide, tmp_path, [plain("Q2_K"), plain("Q2_K_S")], part)
+    assert left(tmp_path) == []
+
+
+def test_a_header_has_no_imatrix_that_weighted_nothing(
+    wide: Path, imatrix: Imatrix, tmp_path: Path
+) -> None:
+    made = export_files(wide, tmp_path, [plain("MXFP4_MOE"), plain("Q4_1")], imatrix)
+    keys = {
+        name: [one for one in metadata(file) if "imatrix" in one] for name, file in made.items()
+    }
+    assert "imatrix" not in keys["MXFP4_MOE"]
+    assert "quantize.imatrix.entries_count" in keys["Q4_1"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
     "name", ["model.norm.weight", "model.layers.1.mlp.experts.7.up_proj.weight"]

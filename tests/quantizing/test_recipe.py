@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, LlamaFileType
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from reap2gguf.errors import RecipeError
 from reap2gguf.models.description import GgufTensor, Slab
 from reap2gguf.models.table import describe
 from reap2gguf.options import RecipeText
-from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.file_types import MIXTURES, REFUSED
 from reap2gguf.quantizing.recipe import (
     Recipe,
     Rule,
@@ -100,6 +100,11 @@ def test_all_fields() -> None:
         (rule(kind="q4_k_m"), "'q4_k_m' is not a GGML tensor type; Q4_K_M is a file type, the"),
         (rule(kind="Q4_K_M"), "Q4_K_M is a file type, the tensor type is Q4_K"),
         (rule(kind="Q3_K_L"), "Q3_K_L is a file type, the tensor type is Q3_K"),
+        (rule(kind="MXFP4_MOE"), "MXFP4_MOE is a file type, the tensor type is MXFP4"),
+        (rule(kind="tq2_0"), "type 'tq2_0' is not supported: it holds three values per block"),
+        (rule(kind="NVFP4"), "type 'NVFP4' is not supported: llama-quantize does not make it"),
+        (rule(kind="COPY"), "type 'COPY' is not a GGML tensor type$"),
+        (HEAD.replace("Q4_K_M", "TQ1_0"), "file_type 'TQ1_0' is not supported: it holds three"),
         (rule(kind="IQ4_K"), "exists only in ik_llama.cpp, and llama.cpp cannot load it"),
         (rule(kind="IQ5_KS"), "exists only in ik_llama.cpp"),
         (rule(kind="IQ2_KT"), "exists only in ik_llama.cpp"),
@@ -146,6 +151,8 @@ def test_a_type_may_be_written_as_llama_cpp_does(written: str, expected: str) ->
         ("q5km", "Q5_K_M", "Q5_K_M"),
         ("Q5_K", "Q5_K_M", "Q5_K_M"),
         ("iq4xs", "IQ4_XS", "IQ4_XS"),
+        ("mxfp4-moe", "MXFP4_MOE", "MXFP4_MOE"),
+        ("iq1s", "IQ1_S", "IQ1_S"),
         ("f16", "F16", "F16"),
         ("Q4_K_M", "q4km", "Q4_K_M"),
         ("q4_k", "q4km", "Q4_K_M"),
@@ -174,6 +181,7 @@ def test_every_file_type_is_a_recipe_of_its_own_mixture(name: str) -> None:
             r"no recipe 'q5'; did you mean Q5_K_M\? Pass a \.toml file or a name that `reap2gguf",
         ),
         ("unsloth", "did you mean unsloth-iq4km"),
+        ("MXFP4", r"no recipe 'MXFP4'; did you mean MXFP4_MOE\?"),
         ("qqqqqqqqqqqqqqqqqqqqqq", r"no recipe '\w+'; pass a \.toml file"),
         ("", "no recipe ''; pass"),
         ("./missing.toml", r"\./missing\.toml: no such recipe file"),
@@ -182,6 +190,23 @@ def test_every_file_type_is_a_recipe_of_its_own_mixture(name: str) -> None:
 def test_an_unknown_recipe_suggests_the_nearest(name: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         find_recipe(name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_file_types_that_cannot_be_had_say_why(name: str) -> None:
+    assert name not in MIXTURES
+    for written in (name, name.lower(), name.replace("_", "")):
+        with pytest.raises(RecipeError) as raised:
+            load_recipe(written)
+        assert str(raised.value) == f"file type {written!r} is not supported: {REFUSED[name]}"
+        assert "; use " in str(raised.value)
+        # what it advises is a recipe
+        load_recipe(str(raised.value).split("; use ")[1].split(" ")[0])
+
+
+def test_every_file_type_of_llama_cpp_is_a_recipe_or_refused() -> None:
+    known = {one.name.split("_", 1)[1] for one in LlamaFileType if one.name != "GUESSED"}
+    assert known <= MIXTURES.keys() | REFUSED.keys()
 
 
 def test_a_recipe_file_must_be_toml(tmp_path: Path) -> None:

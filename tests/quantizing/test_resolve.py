@@ -181,6 +181,14 @@ def test_a_block_that_does_not_divide_the_row_is_refused() -> None:
         ("IQ4_NL", "IQ4_NL", "Q8_0"),
         ("IQ3_S", "IQ4_NL", "Q8_0"),
         ("IQ2_XS", "IQ4_NL", "Q8_0"),
+        ("IQ2_XXS", "IQ4_NL", "Q8_0"),
+        ("IQ1_M", "IQ4_NL", "Q8_0"),
+        ("IQ1_S", "IQ4_NL", "Q8_0"),
+        ("Q2_K_S", "Q4_0", "Q8_0"),
+        ("Q4_1", "Q4_1", "Q8_0"),
+        ("Q5_0", "Q5_0", "Q8_0"),
+        ("Q5_1", "Q5_1", "Q8_0"),
+        ("MXFP4_MOE", "Q8_0", "Q8_0"),
         ("BF16", "BF16", "BF16"),
     ],
 )
@@ -194,8 +202,9 @@ def test_rows_that_do_not_fill_256_fall_back(
     assert kinds["blk.1.attn_norm.weight"] == "F32"
 
 
-def test_rows_that_fill_no_block_become_f16() -> None:
-    kinds = kind_names(recipe(), tensors_of(2, width=48))
+@pytest.mark.parametrize("file_type", ["Q4_K_M", "Q4_1", "Q5_0", "Q5_1", "IQ1_S", "MXFP4_MOE"])
+def test_rows_that_fill_no_block_become_f16(file_type: str) -> None:
+    kinds = kind_names(recipe(file_type=file_type), tensors_of(2, width=48))
     assert kinds["blk.0.ffn_down_exps.weight"] == "F16"
 
 
@@ -218,3 +227,29 @@ def test_tensors_that_need_importance_are_listed() -> None:
     found = resolved(recipe(("blk.3.attn_q.weight", "IQ2_XXS"), ("output.weight", "IQ4_XS")))
     assert found.needs_importance() == ["blk.3.attn_q.weight"]
     assert found.tensor_types()["blk.3.attn_q.weight"] is GGMLQuantizationType.IQ2_XXS
+
+
+def needing(asked: Recipe, tensors: list[GgufTensor]) -> set[str]:
+    """Names of tensors that need importance, without the number of their layer."""
+    return {name.split(".")[-2] for name in resolved(asked, tensors).needs_importance()}
+
+
+def test_q2_k_needs_importance_in_files_of_q2_k_s_alone() -> None:
+    experts = {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+    attention = {"attn_q", "attn_k", "attn_output"}
+    # attn_v is Q4_K, and the embeddings are not weighted by llama-imatrix
+    assert needing(recipe(file_type="Q2_K_S"), tensors_of()) == experts | attention
+    assert needing(recipe(file_type="Q2_K"), tensors_of()) == set()
+    narrow = tensors_of(2, hidden=64, width=32, head_dim=2)
+    assert needing(recipe(file_type="Q2_K_S"), narrow) == set()
+    ruled = recipe(("output.weight", "Q2_K"), ("*_exps.weight", "Q8_0"), file_type="Q2_K_S")
+    assert needing(ruled, tensors_of()) == attention
+
+
+def test_mxfp4_is_for_experts() -> None:
+    kinds = kind_names(recipe(file_type="MXFP4_MOE"), tensors_of(2, n_experts=8))
+    matrices = {name: kind for name, kind in kinds.items() if kind != "F32"}
+    assert {n for n, kind in matrices.items() if kind == "MXFP4"} == {
+        name for name in matrices if "_exps" in name
+    }
+    assert {kind for name, kind in matrices.items() if "_exps" not in name} == {"Q8_0"}
