@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf import __version__
+from reap2gguf.atomic import rename
 from reap2gguf.errors import VerificationError
 from reap2gguf.messages import one_line, quantity, without_password
 from reap2gguf.terminal.meter import exact_duration
@@ -100,7 +101,7 @@ class BuildLog:
     def _open(self) -> int:
         with suppress(FileNotFoundError):
             if self.path.lstat().st_size > MOST_BYTES:
-                os.replace(self.path, f"{self.path}.1")
+                rename(self.path, self.path.with_name(f"{self.path.name}.1"))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         file = os.open(self.path, flags | os.O_CLOEXEC, 0o666)
         if not stat.S_ISREG(os.fstat(file).st_mode):

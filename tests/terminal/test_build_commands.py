@@ -43,7 +43,7 @@ def test_json_and_the_log(tiny: Path, tmp_path: Path, build: tuple[object, ...])
     log = Path(values["log"])
     assert log == tmp_path / "out" / ".work" / f"{values['name']}.log"
     lines = [line[20:] for line in log.read_text().splitlines()]
-    assert lines[0].startswith("begin: reap2gguf ")
+    assert lines[0].startswith("begin: reap2gguf")
     assert "torch " in lines[1]
     for stage in names:
         (begin,) = (n for n, line in enumerate(lines) if line.endswith(f"/6: {stage}"))
