@@ -178,6 +178,7 @@ def settled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     if like is None:
         return found, {}
     if _source(ctx, "recipes") is ParameterSource.DEFAULT:
+        like.check_recipes()
         found["recipes"] = like.recipes
     takes_calibration = _source(
         ctx, "spec"
