@@ -204,7 +204,7 @@ def test_a_manifest_chooses_no_paths(small: Path, folder: Path) -> None:
     for field in ("imatrix_text", "observations", "imatrix", "spec"):
         for value in (
             "/etc/passwd", "../secret.txt", "folder/secret.txt", "~", "~/.ssh/id", "..", ".", "",
-            "a\0b", "a\\b",
+            "a\0b", "~\0/x", "a\\b",
         ):  # fmt: skip
             with pytest.raises(ArtifactError, match=f"{field} is .*may not choose paths"):
                 read_likeness(changed(small, **{field: value}))
