@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.adding import Addition, extend, open_reference, record_name
 from reap2gguf.building.adopting import Adopted, adopt
+from reap2gguf.building.bundle_files import is_changed
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.keys import recipe_key
 from reap2gguf.building.stage import BuildResult
 from reap2gguf.building.workdir import Workdir
+from reap2gguf.bundle.layout import GGUF_SUFFIX
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import RecipeError, UsageError, VerificationError
 from reap2gguf.messages import one_line, shell_word
@@ -34,6 +38,7 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
     A file whose recipe has not changed is not written again. Raises UsageError if it is not a
     bundle, RecipeError, and what `adopt` and `extend` raise; then the bundle is as it was.
     """
+    _recover(options.bundle)
     opened = open_bundle(options.bundle)
     if opened.hf is None and options.source is None:
         label = shell_word(one_line(opened.manifest.source.label))
@@ -48,6 +53,16 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
         manifest = open_bundle(options.bundle).manifest
         with _opened(options.source, work, manifest, progress) as reference:
             return _add(options, work, manifest, reference, progress)
+
+
+def _recover(bundle: Path) -> None:
+    """Finish what was killed while the folders of this bundle got their final names."""
+    folder = Path(os.path.realpath(bundle))
+    for name in dict.fromkeys((folder.name, folder.name.removesuffix(GGUF_SUFFIX))):
+        work = Workdir(folder.parent, name)
+        if name and work.is_interrupted:
+            with work.locked():
+                work.finish_interrupted()
 
 
 @contextmanager
@@ -79,6 +94,9 @@ def _add(
     of_files = {name: label for name, label in options.labels.items() if name in names}
     of_recipes = {n: label for n, label in options.labels.items() if n not in of_files}
     asked = _resolved(options.recipes, of_recipes, manifest, reference)
+    # a bundle that was put into the place of another one is not what the record is about
+    if finished is not None and is_changed(work, manifest):
+        inputs = Inputs("")
     records = {record.file: record for record in manifest.gguf}
     recipes = []
     for recipe in asked:
@@ -117,7 +135,7 @@ def _resolved(
     weights, model = reference
     tensors, facts = model.gguf_tensors(weights.tensors), model.facts
     recipes = [
-        resolve(recipe, tensors, facts, facts.n_experts, has_imatrix=True)
+        resolve(recipe, tensors, facts, facts.n_experts, has_imatrix=manifest.has_imatrix)
         for recipe in load_recipes(names, labels)
     ]
     for recipe in recipes:

@@ -43,7 +43,7 @@ from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.ggml import load_ggml
-from reap2gguf.gguf_files.imatrix import load_imatrix
+from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.machine import peak_bytes
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf
@@ -183,8 +183,16 @@ def _export(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> None:
     recipes = [(recipe.name, recipe.label, recipe.source) for recipe in files.values()]
     journal = ExportJournal(work.root / "export.json", export_key(manifest.text(), recipes))
     names = HeaderNames.of(manifest, __version__)
-    weighted_by = WeightedBy(load_imatrix(work.final_gguf / IMATRIX_FILE))
+    imatrix = _imatrix(addition)
+    weighted_by = None if imatrix is None else WeightedBy(imatrix)
     export_model(weights, model, names, files, weighted_by, run.threads, run.progress, journal)
+
+
+def _imatrix(addition: Addition) -> Imatrix | None:
+    """The bundle's own importance matrix, if it has one."""
+    if not addition.manifest.has_imatrix:
+        return None
+    return load_imatrix(addition.work.final_gguf / IMATRIX_FILE)
 
 
 def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
@@ -195,7 +203,7 @@ def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
     names = HeaderNames.of(addition.manifest, __version__)
     for path, recipe in files.items():
         is_exact = recipe.name in addition.exact
-        imatrix = load_imatrix(addition.work.final_gguf / IMATRIX_FILE)
+        imatrix = _imatrix(addition)
         exactness = Exactness(is_exact, imatrix, load_ggml().label)
         n_kept, file_type = addition.manifest.pruning.n_kept, recipe.llama_file_type.value
         expected = ExpectedGguf(recipe.tensor_types(), n_kept, file_type, names, recipe.name)

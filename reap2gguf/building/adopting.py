@@ -6,6 +6,7 @@ and shape, the tokenizer, and every value within the error of its type.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from reap2gguf.gguf_files.reader import read_gguf_header, row_bytes
 from reap2gguf.gguf_files.split import parse_part_name
 from reap2gguf.messages import shown
 from reap2gguf.quantizing.file_types import MIXTURES
-from reap2gguf.quantizing.labels import label_fault
+from reap2gguf.quantizing.recipe import check_label
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ def adopt(
 ) -> Adopted:
     """Verify a file against the bundle's model. `label` ends its new name; None: its own.
 
-    Raises UsageError for a file whose name or type tells no label, ArtifactError if it is broken,
+    Raises UsageError for a file whose type tells no label, RecipeError for a label that no file can
+    have, ArtifactError if it is broken,
     VerificationError if it is not of this model, OutputError if it changes while it is read.
     """
-    if parse_part_name(path.name) is not None:
+    given, path = path, Path(os.path.realpath(path))  # the user named it
+    if parse_part_name(given.name) is not None:
         raise UsageError(
             f"{path}: a part of a file; join the parts first: llama-gguf-split --merge"
         )
@@ -69,7 +72,8 @@ def adopt(
     after = path.stat()
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise OutputError(f"{path}: was changed by another program while it was verified")
-    label = label or _label(path, manifest.name, file_type)
+    label = _label(given, manifest.name, file_type) if label is None else label
+    check_label(label, str(given))
     record = GgufRecord(
         file=model_file(manifest.name, label),
         recipe="",
@@ -99,12 +103,7 @@ def _file_type(path: Path, header: GgufHeader) -> str:
 def _label(path: Path, name: str, file_type: str) -> str:
     """What stands after NAME- in a file's name, else its file type."""
     start, stem = f"{name}-", path.name.removesuffix(".gguf")
-    label = stem.removeprefix(start) if stem.startswith(start) else file_type
-    if fault := label_fault(label):
-        raise UsageError(
-            f"{path}: the label {label!r} {fault}; rename the file to {start}LABEL.gguf"
-        )
-    return label
+    return stem.removeprefix(start) if stem.startswith(start) else file_type
 
 
 def _bits(header: GgufHeader) -> float:

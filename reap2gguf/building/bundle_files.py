@@ -60,6 +60,12 @@ def check_bundle_files(
         raise VerificationError(violations, _ADVICE)
 
 
+def is_changed(work: Workdir, manifest: Manifest) -> bool:
+    """Whether any file of the bundle is not as the last build or addition left it."""
+    there = {name for name in gguf_members(manifest) if (work.final_gguf / name).is_file()}
+    return bool(_changed(work, manifest, there))
+
+
 def _changed(work: Workdir, manifest: Manifest, wanted: Collection[str]) -> set[str]:
     """The files that are not as the build left them, by path below the output."""
     names = [f"{work.final_hf.name}/{name}" for name in (manifest.hf.files if manifest.hf else ())]

@@ -116,6 +116,11 @@ def bundle(options: BundleOptions, progress: Progress) -> BuildResult:
     with _opened(options, progress) as parts:
         work = Workdir(options.output, name, parts.is_pruned)
         with work.locked():
+            if work.is_interrupted:
+                work.finish_interrupted()
+                if work.final_gguf.is_dir():
+                    progress.note(f"{work.name}: finished what an interrupted command had begun")
+                    return BuildResult.of(work, Manifest.load(work.final_gguf))
             work.finish_interrupted()
             _refuse_existing(work)
             return _bundle(options, parts, work.of_addition(), progress)

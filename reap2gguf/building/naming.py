@@ -44,7 +44,8 @@ def bundle_name(options: BuildOptions, source: Source, target: Target, note: Not
             )
     folders = BundleFolders(options.output, name)
     made = [folders.gguf, *([folders.hf] if target.prunes else [])]
-    if source.folder.resolve() in [folder.resolve() for folder in made]:
+    place = source.folder.resolve()
+    if {place, *place.parents} & {folder.resolve() for folder in made}:
         raise UsageError(
             f"{source.folder}: the result would replace the source; pass another --name"
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import IMATRIX_FILE, MANIFEST_FILE, gguf_name
+from reap2gguf.bundle.layout import HUB_FILES, IMATRIX_FILE, MANIFEST_FILE, gguf_name
 from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.bundle.members import gguf_members, hf_members
 from reap2gguf.errors import ArtifactError, OutputError
 from reap2gguf.messages import size
 
@@ -45,6 +47,9 @@ def standing(plan: Plan, keys: BuildKeys, work: Workdir) -> Standing | None:
         manifest = Manifest.load(work.final_gguf)
     except ArtifactError:
         return None
+    source, pruning = manifest.source, manifest.pruning
+    if (source.fingerprint, pruning.n_kept) != (keys.fingerprint, plan.target.n_kept):
+        return None  # another bundle has been put there
     places = {record.file: f"{gguf_name(work.name)}/{record.file}" for record in manifest.gguf}
     there = {name for name, place in places.items() if finished.has(work.output, place)}
     others = finished.stamps.keys() - places.values()
@@ -62,6 +67,24 @@ def standing(plan: Plan, keys: BuildKeys, work: Workdir) -> Standing | None:
         unnamed if plan.options.replace else (),
         sorted(places.keys() - there),
     )
+
+
+def _strays(work: Workdir) -> list[Path]:
+    """What lies in the folders of the finished bundle and is not one of its files."""
+    try:
+        manifest = Manifest.load(work.final_gguf)
+    except ArtifactError:
+        return []
+    members = {work.final_gguf: gguf_members(manifest)}
+    if work.has_hf:
+        members[work.final_hf] = hf_members(manifest)
+    return [
+        entry
+        for folder, names in members.items()
+        if folder.is_dir()
+        for entry in sorted(folder.iterdir())
+        if entry.name not in names | HUB_FILES and not entry.name.endswith(".gguf")
+    ]
 
 
 def _in_order(records: Sequence[GgufRecord], manifest: Manifest) -> list[GgufRecord]:
@@ -84,7 +107,16 @@ def dropped_files(plan: Plan, work: Workdir) -> list[tuple[str, int]]:
 
 
 def refuse_dropping(plan: Plan, work: Workdir) -> None:
-    """Raise OutputError if a build from scratch would delete files that the plan does not name."""
+    """Raise OutputError if a build from scratch would delete files that the plan does not name.
+
+    Files that no build has written are never deleted.
+    """
+    if strays := _strays(work):
+        more = f" and {len(strays) - 1:,} more" if len(strays) > 1 else ""
+        raise OutputError(
+            f"{strays[0]}{more}: no part of the bundle, and the build would replace the folder; "
+            "move it away, or pass another --name or --output"
+        )
     dropped = dropped_files(plan, work)
     if dropped and not plan.options.replace:
         files = ", ".join(f"{name} ({size(n_bytes)})" for name, n_bytes in dropped)

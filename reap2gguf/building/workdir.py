@@ -130,7 +130,7 @@ class Workdir:
         folder is that of another source.
         """
         self.finish_interrupted()
-        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
+        for _, final in self._places:
             self._check_replaceable(final)
         if not self.has_hf:
             self._check_no_hf()
@@ -151,12 +151,31 @@ class Workdir:
             for path in (work.shared, work.root, work.hf, work.gguf, work._discarded):
                 refuse_link(path)
             work._drop_discarded()
-            if (work.root / _FINALIZING).is_file():
-                work._resume_finalize()
+            if work.is_finalizing:
+                replace(work, has_hf=work._records_hf)._resume_finalize()
+
+    @property
+    def is_finalizing(self) -> bool:
+        """Whether the folders were given their final names when the program was killed."""
+        return (self.root / _FINALIZING).is_file()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a build or an addition was killed at that moment."""
+        build = replace(self, is_addition=False)
+        return build.is_finalizing or build.of_addition().is_finalizing
+
+    @property
+    def _records_hf(self) -> bool:
+        """Whether an interrupted `finalize` gives a name to safetensors, as it recorded."""
+        files = self._recorded().get("files")
+        if not isinstance(files, dict):
+            return self.has_hf
+        return any(str(name).startswith(f"{self.final_hf.name}/") for name in files)
 
     def prepare_addition(self, identity: Mapping[str, str]) -> None:
         """Create the folders; what an addition to another bundle has left is discarded."""
-        for final in (self.final_hf, self.final_gguf) if self.has_hf else (self.final_gguf,):
+        for _, final in self._places:
             self._check_replaceable(final)
         if self._identity() != identity:
             self._discard()
@@ -210,17 +229,19 @@ class Workdir:
     def _check_replaceable(self, final: Path) -> None:
         """Only a folder of an earlier build of the same name may be replaced."""
         refuse_link(final)
-        if not os.path.lexists(final):
-            return
-        try:
-            ours = Manifest.load(final).name == self.name
-        except ArtifactError:
-            ours = False
-        if not ours:
+        if os.path.lexists(final) and not self._is_ours(final):
             raise OutputError(
                 f"{final}: exists and is not an earlier build of {self.name}; pass another "
                 "--output or --name, or move it away"
             )
+
+    def _is_ours(self, final: Path) -> bool:
+        """Whether a folder is of an earlier build; a download may have another name than that."""
+        try:
+            name = Manifest.load(final).name
+        except ArtifactError:
+            return False
+        return self.is_addition or name == self.name
 
     def _check_no_hf(self) -> None:
         """Refuse to replace only one folder of a bundle that has two."""
@@ -251,15 +272,18 @@ class Workdir:
         self._finalize()
 
     @property
-    def _places(self) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    def _places(self) -> tuple[tuple[Path, Path], ...]:
         """Where each folder is made, and where it belongs."""
-        return (self.hf, self.final_hf), (self.gguf, self.final_gguf)
+        of_gguf = (self.gguf, self.final_gguf)
+        # without safetensors, the folder of their name may be the user's own: the source
+        return ((self.hf, self.final_hf), of_gguf) if self.has_hf else (of_gguf,)
 
     def _finalize(self) -> None:
         for made, final in self._places:
             if not made.exists():
                 continue  # has its name already
             old = self._old(final)
+            self._check_replaceable(final)
             if final.exists():
                 remove(old)
                 rename(final, old)
@@ -278,13 +302,9 @@ class Workdir:
         if self._is_as_recorded():
             self._finalize()
             return
-        files = self._recorded().get("files")
-        recorded = {self.final_gguf.name, *([self.final_hf.name] if self.has_hf else [])}
-        if isinstance(files, dict):
-            recorded = {name.partition("/")[0] for name in files}
         for made, final in self._places:
-            # a folder of this name may be the user's own, where the build wrote no safetensors
-            if final.name in recorded and not made.exists() and final.exists():
+            # what lies there now may be the user's own
+            if not made.exists() and final.exists() and self._is_ours(final):
                 rename(final, made)
             if (old := self._old(final)).exists() and not final.exists():
                 rename(old, final)

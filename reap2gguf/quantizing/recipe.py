@@ -102,7 +102,7 @@ class Recipe:
 
     def with_label(self, label: str) -> Recipe:
         """The same recipe for files of another label. Raises RecipeError if it cannot be one."""
-        _check_label(label, f"recipe {self.name!r}")
+        check_label(label, f"recipe {self.name!r}")
         return replace(self, label=label)
 
     def with_overrides(self, overrides: Sequence[Rule]) -> Recipe:
@@ -211,7 +211,7 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
     if not isinstance(rules, list) or len(rules) > _MAX_RULES:
         raise RecipeError(f"{where}: rules must be at most {_MAX_RULES} [[rules]] tables")
     title, label, file_type = (_text(values, key, where, _RECIPE_TEXTS) for key in _RECIPE_TEXTS)
-    _check_label(label, where)
+    check_label(label, where)
     try:
         mixture_named(file_type)
     except RecipeError as error:
@@ -261,7 +261,8 @@ def _is_named(name: str, identity: object, recipe: Recipe) -> bool:
         return False  # the caller reports it
 
 
-def _check_label(label: str, where: str) -> None:
+def check_label(label: str, where: str) -> None:
+    """Raise RecipeError for a label that cannot end the name of a GGUF file."""
     if not _LABEL.fullmatch(label):
         raise RecipeError(
             f"{where}: label {shown(label)}, expected letters, digits, '.', '_' and '-'"

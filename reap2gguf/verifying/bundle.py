@@ -316,7 +316,7 @@ def _check_plan(check: Check, reference: Reference) -> None:
     """What the plan of the build follows from: recipes, applied again, and side files."""
     manifest, (weights, model) = check.manifest, reference
     for record in manifest.gguf:
-        check.take(check_recipe(record, weights, model), record.file)
+        check.take(check_recipe(record, weights, model, manifest.has_imatrix), record.file)
     sides = check_side_records(manifest, weights, model)
     check.take(sides, MANIFEST_FILE)
 

@@ -152,7 +152,9 @@ def _recipe(record: GgufRecord) -> Recipe | str:
         return str(error)
 
 
-def check_recipe(record: GgufRecord, weights: Weights, model: MoeModel) -> Iterator[str]:
+def check_recipe(
+    record: GgufRecord, weights: Weights, model: MoeModel, has_imatrix: bool = True
+) -> Iterator[str]:
     """A record's types against its recipe, applied to the pruned model again."""
     where = f"gguf {record.file}"
     recipe = "" if record.adopted else _recipe(record)
@@ -161,7 +163,7 @@ def check_recipe(record: GgufRecord, weights: Weights, model: MoeModel) -> Itera
     facts = model.facts
     tensors = model.gguf_tensors(weights.tensors)
     try:
-        resolved = resolve(recipe, tensors, facts, facts.n_experts, has_imatrix=True)
+        resolved = resolve(recipe, tensors, facts, facts.n_experts, has_imatrix)
     except RecipeError as error:
         yield f"{MANIFEST_FILE}: recipe_source of {record.file}: {error}"
         return
@@ -301,9 +303,11 @@ def _check_imatrix_keys(
 ) -> Iterator[str]:
     """What a header says of the importance matrix, if any of its types was weighted by it."""
     prefix = "quantize.imatrix."
-    if all(tensor_type in UNWEIGHTED_TYPES for tensor_type in record.tensors.values()):
+    is_weighted = not set(UNWEIGHTED_TYPES).issuperset(record.tensors.values())
+    if not is_weighted or not manifest.has_imatrix:
         if found := sorted(key for key in header.metadata if key.startswith(prefix)):
-            yield f"{header.path.name}: has {found[0]}, but no tensor that an imatrix weights"
+            why = "no tensor that an imatrix weights" if manifest.has_imatrix else "no imatrix"
+            yield f"{header.path.name}: has {found[0]}, but {why}"
         return
     calibration = manifest.calibration
     expected: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import AddOptions
 from reap2gguf.progress import ProgressEvent, Silent
 from reap2gguf.verifying.bundle import verify_bundle
-from tests.building.builds import build, contents
+from tests.building.builds import build, contents, stop_while_naming
 from tests.tiny import TinyQwen3Moe
 
 LONG = ("prune", "observe", "compute_imatrix", "write_pruned")
@@ -292,6 +293,111 @@ def test_a_later_version_adds_a_file(
     assert "made with reap2gguf 99.0" in (result.gguf_folder / "README.md").read_text().lower()
 
 
+def test_a_killed_addition_is_run_again(
+    first: pipeline.BuildResult, whole: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also where a whole folder has no name but the one in .work."""
+    start = first.hf_folder.parent
+    replace = os.replace
+
+    def add_until(output: Path, n_left: int) -> bool:
+        done: list[Any] = []
+
+        def replace_some(source: Any, target: Any) -> None:
+            if len(done) == n_left:
+                raise KeyboardInterrupt
+            done.append(target)
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_some)
+            try:
+                add(output / first.gguf_folder.name, "q4km")
+            except KeyboardInterrupt:
+                return False
+        return True
+
+    n_left, is_whole = 0, False
+    while not is_whole:
+        output = tmp_path / f"out{n_left}"
+        shutil.copytree(start, output, copy_function=shutil.copy2)
+        is_whole = add_until(output, n_left)
+        n_left += 1
+        result = add(output / first.gguf_folder.name, "q4km")
+        no_difference(contents(result), whole)
+    assert n_left > 8
+
+
+def test_a_bundle_of_another_name_on_the_disk(first: pipeline.BuildResult, tmp_path: Path) -> None:
+    """A download may be called anything."""
+    for folder, name in ((first.hf_folder, "mine"), (first.gguf_folder, "mine-GGUF")):
+        assert folder is not None
+        folder.rename(tmp_path / name)
+    result = add(tmp_path / "mine", "q4km")
+    assert [record.file for record in result.manifest.gguf] == [
+        f"tiny-REAP-0.25-{label}.gguf" for label in ("Q8_0", "Q4_K_M")
+    ]
+    assert verify_bundle(tmp_path / "mine-GGUF", 1, Silent()).violations == ()
+
+
+def test_another_bundle_in_the_place_of_the_recorded_one(
+    model: Path, first: pipeline.BuildResult, tmp_path: Path
+) -> None:
+    output = first.gguf_folder.parent
+    other = build(model, tmp_path / "other", name="tiny-REAP-0.25", keep_experts=4)
+    for old, new in ((first.hf_folder, other.hf_folder), (first.gguf_folder, other.gguf_folder)):
+        assert old is not None
+        assert new is not None
+        shutil.rmtree(old)
+        new.rename(old)
+    add(first.gguf_folder, "q4km")
+    again = build(model, output, recipes=("q8_0", "q4km"))
+    assert again.manifest.pruning.n_kept == 6
+    assert {stage.name for stage in again.stages} > {"prune", "imatrix"}
+
+
+def test_files_of_the_user_are_not_deleted(model: Path, first: pipeline.BuildResult) -> None:
+    output = first.gguf_folder.parent
+    for folder, name in ((first.gguf_folder, "thesis.txt"), (first.hf_folder, "notes.txt")):
+        assert folder is not None
+        (folder / name).write_text("mine")
+        for changes in ({"keep_experts": 4, "name": "tiny-REAP-0.25"}, {"fresh": True}):
+            with pytest.raises(OutputError, match=f"{name}: no part of the bundle"):
+                build(model, output, replace=True, **changes)
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("place", ["hf_folder", "gguf_folder"])
+def test_a_source_in_a_folder_of_the_bundle_is_not_deleted(
+    place: str, model: Path, first: pipeline.BuildResult
+) -> None:
+    inside = getattr(first, place) / "source"
+    shutil.copytree(model, inside)
+    with pytest.raises(UsageError, match="the result would replace the source"):
+        build(inside, first.gguf_folder.parent, name="tiny-REAP-0.25")
+    assert (inside / "config.json").is_file()
+
+
+def test_a_source_at_the_name_of_a_killed_build_is_not_deleted(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build was killed while it named its folders; then the source was put at that name."""
+    output = tmp_path / "out"
+    for n_renames in (0, 1):
+        source = output / "X"
+        stop_while_naming(n_renames, model, output, monkeypatch, name="X")
+        for folder in (source, output / "X-GGUF"):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(model, source)
+        before = {file.name: file.read_bytes() for file in source.iterdir()}
+        with contextlib.suppress(OutputError):
+            build(source, output, compression=0)
+        assert {file.name: file.read_bytes() for file in source.iterdir()} == before
+        shutil.rmtree(output)
+
+
 # ------------------------------------------------------------------------------------- adopting
 
 
@@ -337,6 +443,30 @@ def test_a_file_of_another_model_is_not_adopted(
     with pytest.raises(VerificationError, match="the file was not added"):
         reap2gguf.add(first.hf_folder, path)
     no_difference(contents(first), before)
+
+
+@pytest.mark.parametrize(
+    "label", ["00001-of-00002", "imatrix", "a/b", "a\nb", "a`|b", "\x1b[31m", ""]
+)
+def test_a_label_that_no_file_can_have(
+    label: str, first: pipeline.BuildResult, tmp_path: Path
+) -> None:
+    path = quantized(first, tmp_path / "model.gguf")
+    before = contents(first)
+    with pytest.raises(RecipeError, match="label"):
+        reap2gguf.add(first.hf_folder, path, labels={str(path): label})
+    no_difference(contents(first), before)
+
+
+def test_a_link_to_a_file_is_adopted_as_the_file(
+    first: pipeline.BuildResult, tmp_path: Path
+) -> None:
+    path = quantized(first, tmp_path / "model.gguf")
+    (tmp_path / "link.gguf").symlink_to(path)
+    result = reap2gguf.add(first.hf_folder, tmp_path / "link.gguf")
+    file = result.gguf_folder / "tiny-REAP-0.25-Q4_K_M.gguf"
+    assert not file.is_symlink()
+    assert file.read_bytes() == path.read_bytes()
 
 
 def test_two_new_files_with_one_name(first: pipeline.BuildResult, tmp_path: Path) -> None:

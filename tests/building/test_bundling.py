@@ -182,8 +182,9 @@ def test_an_interrupted_call_leaves_no_name(
         patch.setattr(Workdir, "_finalize", stop)
         with pytest.raises(KeyboardInterrupt):
             made.bundle(tmp_path / "out")
+    made.bundle(tmp_path / "out")  # the interrupted one is carried through
     with pytest.raises(OutputError, match="exists already"):
-        made.bundle(tmp_path / "out")  # the interrupted one was carried through
+        made.bundle(tmp_path / "out")
     assert reap2gguf.verify(tmp_path / "out" / "pruned-GGUF", source=made.source).violations == ()
 
 
@@ -245,3 +246,12 @@ def test_the_command(made: Made, tmp_path: Path) -> None:
     again = CliRunner().invoke(cli, words)
     assert again.exit_code == 2
     assert "exists already" in again.output
+
+
+def test_a_file_is_added_to_a_bundle_without_an_importance_matrix(
+    made: Made, tmp_path: Path
+) -> None:
+    result = made.bundle(tmp_path / "out", imatrix=None, text=None)
+    assert not result.manifest.has_imatrix
+    added = reap2gguf.add(result.gguf_folder, recipes="Q4_K_M,bf16", threads=1)
+    verified(added, made.source)
