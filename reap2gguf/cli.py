@@ -17,7 +17,7 @@ from reap2gguf.machine import processes
 from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.bundle_command import bundle
-from reap2gguf.terminal.console import LogHandler, is_verbose, quiet_libraries, say
+from reap2gguf.terminal.console import LogHandler, abandon, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.example_command import example
 from reap2gguf.terminal.inspect_command import inspect_command
@@ -41,6 +41,8 @@ class _Group(Group):
             return super().make_context(*arguments, **named)
         except click.UsageError as error:
             _fail_usage(error)
+        except OSError as error:  # printing the help or the version
+            _fail_output(error)
 
     def invoke(self, ctx: click.Context) -> Any:
         interrupts.at_end(lambda: _say_interrupted(ctx))
@@ -58,10 +60,7 @@ class _Group(Group):
             interrupts.end()
             sys.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            place = f"{error.filename or 'output'}: {error.strerror or error}"
-            _fail(OutputError(place), OutputError.exit_code)
+            _fail_output(error)
 
 
 def _say_interrupted(ctx: click.Context) -> None:
@@ -90,10 +89,26 @@ def _fail(error: Exception, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _fail_output(error: OSError) -> NoReturn:
+    """Report what could not be written; a reader that has enough ends the program silently."""
+    if error.errno == errno.EPIPE:
+        raise error
+    try:
+        sys.stdout.flush()
+    except OSError:
+        abandon(sys.stdout)
+    place = f"{error.filename or 'output'}: {error.strerror or error}"
+    _fail(OutputError(place), OutputError.exit_code)
+
+
 def _fail_usage(error: click.UsageError) -> NoReturn:
     """Report a wrong argument in one line; a group without a command shows its help."""
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # not in click 8.1
-        raise error
+        try:
+            error.show()
+        except OSError:
+            abandon(sys.stderr)
+        sys.exit(error.exit_code)
     advice = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
     is_option = isinstance(error, click.NoSuchOption)
     message = option_message(error) if is_option else error.format_message()  # type: ignore[arg-type]

@@ -136,9 +136,11 @@ def _recipes(given: object) -> tuple[str | RecipeText, ...]:
 def split_recipes(recipe: object) -> list[str]:
     """The names in a list with commas, such as "Q4_K_M,Q8_0"; an existing path is one name.
 
-    Raise UsageError if it is not a text or a path, or if there is nothing between two commas.
+    Raise UsageError if it is not a text or a path, or holds NUL, or has nothing between two commas.
     """
     name = check_recipe(recipe)
+    if "\0" in name:
+        raise UsageError(f"recipe is {name!r}, expected text without NUL characters")
     if "," not in name or os.path.exists(os.path.expanduser(name)):
         return [name]
     names = [part.strip() for part in name.split(",")]

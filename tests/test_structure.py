@@ -28,6 +28,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "test_main.py",
+        "the program as a process",
+        ("__main__.py",),
+    ),
+    (
         "test_cli.py",
         "commands are tested as they are typed",
         ("terminal/stage_commands.py",),
@@ -35,7 +40,7 @@ COVERED_BY = [
     (
         "test_resources.py",
         "the example as it is written",
-        ("__main__.py", "api/example.py", "terminal/example_command.py"),
+        ("api/example.py", "terminal/example_command.py"),
     ),
     (
         "test_docs.py",

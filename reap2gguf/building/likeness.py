@@ -21,8 +21,17 @@ from reap2gguf.bundle.options_record import (
     OBSERVATIONS_OPTION,
     OptionsRecord,
 )
-from reap2gguf.calibration.spec import DEFAULT_MIX, exists
-from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.calibration.spec import (
+    DEFAULT_MIX,
+    Component,
+    exists,
+    is_hub_name,
+    parse,
+    parse_plain,
+)
+from reap2gguf.errors import ArtifactError, CalibrationError, UsageError
+from reap2gguf.files import is_plain_name
+from reap2gguf.messages import shown
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
 from reap2gguf.resources import EXAMPLE_NAME
 
@@ -95,10 +104,19 @@ class Likeness:
             if wanted is not None and given.get(name) is None:
                 missing.append((wanted, option))
         if missing:
-            name, option = missing[0]
+            name = missing[0][0]
+            options = dict.fromkeys(option for wanted, option in missing if wanted == name)
             raise UsageError(
                 f"{self.path}: its build read the local file {name!r}, which is not in this "
-                f"folder; pass it with {option} FILE"
+                f"folder; pass it with {' and '.join(f'{option} FILE' for option in options)}"
+            )
+
+    def check_recipes(self) -> None:
+        """Raise UsageError if no file of the earlier bundle has a recipe to take over."""
+        if not self.recipes:
+            raise UsageError(
+                f"{self.path}: its GGUF files were made by other programs, so it records no "
+                "recipes; pass one with --recipe, such as --recipe Q4_K_M"
             )
 
     def _missing_texts(self) -> Iterator[tuple[str, str]]:
@@ -113,6 +131,8 @@ class Likeness:
         Raises UsageError if an input is neither here nor among the changes.
         """
         values = self.values()
+        if "recipes" not in changes:
+            self.check_recipes()
         self.check({**values, **changes}, "calibration" not in changes)
         if not {"keep_experts", "compression"}.isdisjoint(changes):
             values = {k: v for k, v in values.items() if k not in ("keep_experts", "compression")}
@@ -162,15 +182,63 @@ def _of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def read_likeness(path: Path) -> Likeness:
     """The options of an earlier bundle: its manifest, or a folder of it.
 
-    Raises ArtifactError if it is not a manifest, or one without options.
+    Raises ArtifactError if it is not a manifest, one without options, or one that names a path of
+    this machine: a manifest may be a stranger's.
     """
     path = Path(os.path.expanduser(path))
     if path.is_dir():
         path /= MANIFEST_FILE
     manifest = Manifest.read(path)
     if manifest.options is None:
+        is_built = manifest.calibration.max_length is not None
+        why = "an earlier version of reap2gguf wrote it" if is_built else "`bundle` made it"
         raise ArtifactError(
-            f"{path}: records no options, as an earlier version of reap2gguf wrote it; pass the "
+            f"{path}: records no options, as {why}; pass the options of its build instead of --like"
+        )
+    likeness = Likeness(path, manifest, manifest.options)
+    _refuse_paths(likeness)
+    return likeness
+
+
+def _refuse_paths(likeness: Likeness) -> None:
+    """Raise ArtifactError if a stranger's manifest would make a build read any file of this user.
+
+    Manifests record the last parts of paths alone.
+    """
+    wrong = [
+        (name, value)
+        for name in _FILES
+        if (value := getattr(likeness.options, name)) is not None and not _is_file_name(value)
+    ]
+    if not _is_safe_spec(likeness.options.spec):
+        wrong.append(("spec", likeness.options.spec))
+    if (model := likeness.values().get("model")) is not None and not _is_safe_name(model):
+        wrong.append(("model", model))
+    for name, value in wrong:
+        raise ArtifactError(
+            f"{likeness.path}: {name} is {shown(value)}, expected the plain name of a file or a "
+            "name on the Hub, because a manifest may not choose paths of this machine; pass the "
             "options of its build instead of --like"
         )
-    return Likeness(path, manifest, manifest.options)
+
+
+def _is_safe_spec(spec: str) -> bool:
+    """Whether neither a SPEC nor one of its components leads out of the current folder."""
+    if not _is_file_name(spec) and exists(spec):
+        return False
+    try:
+        components = parse(spec) or (parse_plain(spec) or Component(spec),)
+    except CalibrationError:  # what is said of a malformed SPEC is said where it is used
+        return _is_file_name(spec)
+    return all(_is_safe_name(component.name) for component in components)
+
+
+def _is_safe_name(name: str) -> bool:
+    """Whether this is the plain name of a file, or a name on the Hub that is not a path here."""
+    if "/" not in name:
+        return _is_file_name(name)
+    return is_hub_name(name) and ".." not in name.split("/") and not exists(name)
+
+
+def _is_file_name(name: str) -> bool:
+    return is_plain_name(name) and not name.startswith("~")

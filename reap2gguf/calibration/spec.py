@@ -82,7 +82,7 @@ class Component:
 
 def exists(name: str) -> bool:
     """Whether there is such a file or folder; False for names that no file can have."""
-    return os.path.exists(os.path.expanduser(name))
+    return "\0" not in name and os.path.exists(os.path.expanduser(name))
 
 
 def parse(spec: str) -> tuple[Component, ...] | None:

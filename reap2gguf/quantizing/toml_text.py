@@ -37,7 +37,7 @@ def read_toml_file(path: Path, what: str, error_class: type[Reap2ggufError]) -> 
     try:
         if plain_size(path) > MAX_TOML_BYTES:
             raise error_class(f"{path}: over {MAX_TOML_BYTES:,} bytes, too large for a {what}")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin files with a BOM
     except (OSError, UnicodeDecodeError) as error:
         raise error_class(f"{path}: cannot be read ({error})") from error
 

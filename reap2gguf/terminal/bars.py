@@ -14,6 +14,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from reap2gguf.messages import one_line, without_password, wrapped
+from reap2gguf.terminal.display import display
 from reap2gguf.terminal.meter import Meter
 
 if TYPE_CHECKING:
@@ -46,19 +47,25 @@ class Bars:
     @contextmanager
     def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
         meter = Meter(title, total, unit)
-        self._enter(meter)
         try:
+            with display.changing():
+                self._enter(meter)
             yield meter
-        except BaseException:
-            self._leave(meter)
-            raise
-        self._leave(meter)
+        finally:
+            with display.changing():
+                self._leave(meter)
         if meter.is_counted and meter.seconds >= _SHORT_SECONDS:
             self.note(meter.summary)
 
     def note(self, text: str) -> None:
         lines = wrapped(one_line(without_password(text)), self._console.width)
         self._console.print(lines, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the display in the middle of its tasks. Any thread may call this."""
+        # without the lock, which a thread may hold that waits for a terminal
+        if (live := self._live) is not None:
+            live.stop()
 
     def _enter(self, meter: Meter) -> None:
         """Show a task; the first of several starts the display."""
@@ -72,6 +79,7 @@ class Bars:
                     transient=True,
                     redirect_stdout=False,  # results may go to a file
                 )
+                display.live = self
                 self._live.start(refresh=True)
 
     def _leave(self, meter: Meter) -> None:
@@ -81,6 +89,8 @@ class Bars:
             if not self._open and self._live is not None:
                 self._live.stop()
                 self._live = None
+                if display.live is self:
+                    display.live = None
 
     def _lines(self) -> Group:
         """Every bar; where there is none, the newest task that is not counted."""

@@ -89,6 +89,7 @@ def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
     known = _known_keys(ctx)
     own = set(map(id, ctx.command.get_params(ctx)))
     found = {}
+    seen: dict[int, str] = {}  # parameter -> key
     for key, value in values.items():
         if isinstance(value, dict) or (isinstance(value, list) and dict in map(type, value)):
             raise UsageError(
@@ -98,6 +99,8 @@ def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"{path}: unknown key {shown(key)}{_hint(name, known)}")
         parameter = known[name]
+        if (earlier := seen.setdefault(id(parameter), key)) != key:
+            raise UsageError(f"{path}: {earlier} and {key} are one option given twice; keep one")
         found_value = _checked(parameter, value, f"{path}: {key}", ctx)
         if id(parameter) in own and parameter.name is not None:
             found[parameter.name] = found_value
@@ -142,6 +145,9 @@ def _checked(parameter: click.Parameter, value: Any, where: str, ctx: click.Cont
         types, words = _toml_type(parameter)
         if type(value) not in types:
             raise UsageError(f"{where} is {shown(value)}, expected {words}")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and "\0" in text:  # no argument and no path can hold one
+            raise UsageError(f"{where} is {shown(text)}, expected text without NUL characters")
     try:
         parameter.type_cast_value(ctx, value)
     except click.BadParameter as error:
@@ -178,6 +184,7 @@ def settled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     if like is None:
         return found, {}
     if _source(ctx, "recipes") is ParameterSource.DEFAULT:
+        like.check_recipes()
         found["recipes"] = like.recipes
     takes_calibration = _source(
         ctx, "spec"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import click
 
@@ -106,7 +107,19 @@ def say(text: str, kind: Literal["result", "note", "error"] = "note", *, prefix:
         stream = sys.stdout if kind == "result" else sys.stderr
         if stream.isatty():
             line = wrapped(line, shutil.get_terminal_size().columns - len(click.unstyle(prefix)))
-        click.echo(prefix + line, err=kind != "result", color=color)
+        try:
+            click.echo(prefix + line, err=kind != "result", color=color)
+        except OSError as error:
+            if kind == "result" or (kind == "note" and error.errno == errno.EPIPE):
+                raise
+            abandon(sys.stderr)  # the work and the exit code matter more
+
+
+def abandon(stream: TextIO) -> None:
+    """Let a stream that cannot be written lead nowhere; Python would fail again at its end."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
 
 
 def say_all(lines: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from reap2gguf.machine import processes
 from reap2gguf.terminal.console import say
+from reap2gguf.terminal.display import display
 
 _ACKNOWLEDGED = "Interrupted: stopping; press Ctrl-C again to stop at once."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,7 +71,7 @@ class Interrupts:
         """End in order, and resumable."""
         for one in _SIGNALS if self._is_watching else (number,):
             signal.signal(one, _ignore)
-        raise KeyboardInterrupt
+        display.interrupt()
 
     def _listen(self, read: socket.socket) -> None:
         """Acknowledge the first signal, and end the process at a second Ctrl-C."""
@@ -83,17 +84,26 @@ class Interrupts:
                     self._end_now()
                 with self._printing:
                     if not is_stopping and not self._has_ended and processes().is_first:
-                        say(_ACKNOWLEDGED, "error")
+                        _acknowledge()
                 is_stopping = True
 
     def _end_now(self) -> None:
         """What is half done stays as after a kill, and can be resumed."""
         try:
+            display.end()
             self.end()
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(INTERRUPTED)
+
+
+def _acknowledge() -> None:
+    """Above what moves on the terminal, or else on a line of its own."""
+    if (live := display.live) is not None:
+        live.note(_ACKNOWLEDGED)
+    else:
+        say(_ACKNOWLEDGED, "error")
 
 
 def _ignore(number: int, frame: object) -> None:

@@ -12,12 +12,19 @@ import pytest
 from click.testing import CliRunner
 
 import reap2gguf
+from reap2gguf.building.likeness import read_likeness
 from reap2gguf.building.stage import BuildResult
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.cli import cli
-from reap2gguf.errors import OutputError, Reap2ggufError, UsageError, VerificationError
+from reap2gguf.errors import (
+    ArtifactError,
+    OutputError,
+    Reap2ggufError,
+    UsageError,
+    VerificationError,
+)
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import check_bundle
@@ -115,6 +122,8 @@ def test_what_is_known_is_recorded(made: Made, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "pruned-GGUF" / "README.md").read_text()
     assert "`calibration.txt` is the text that was given with it" in card
     assert "keeps 6 of 8 experts" in card
+    with pytest.raises(ArtifactError, match="no options, as `bundle` made it"):
+        read_likeness(tmp_path / "out" / "pruned-GGUF")
 
 
 def test_what_is_not_known_is_left_out(made: Made, tmp_path: Path) -> None:

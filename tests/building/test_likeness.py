@@ -181,3 +181,73 @@ def test_options_have_bounds(change: dict[str, Any], message: str, small: Path) 
     path.write_text(json.dumps(values))
     with pytest.raises(ArtifactError, match=message):
         read_likeness(small)
+
+
+def changed(small: Path, **options: Any) -> Path:
+    """A manifest with other options beside a bundle's own."""
+    values = json.loads((small / "reap2gguf.json").read_text())
+    values["options"] |= options
+    (small / "changed.json").write_text(json.dumps(values))
+    return small / "changed.json"
+
+
+@pytest.fixture
+def folder(texts: Path) -> Path:
+    """A folder in the current one, with a file, a folder, and one named like a model's commit."""
+    (texts / "folder" / "data").mkdir(parents=True)
+    (texts / "folder" / f"model@{'a' * 40}").mkdir()
+    (texts / "folder" / "secret.txt").write_text("secret")
+    return texts / "folder"
+
+
+def test_a_manifest_chooses_no_paths(small: Path, folder: Path) -> None:
+    for field in ("imatrix_text", "observations", "imatrix", "spec"):
+        for value in (
+            "/etc/passwd", "../secret.txt", "folder/secret.txt", "~", "~/.ssh/id", "..", ".", "",
+            "a\0b", "~\0/x", "a\\b",
+        ):  # fmt: skip
+            with pytest.raises(ArtifactError, match=f"{field} is .*may not choose paths"):
+                read_likeness(changed(small, **{field: value}))
+
+
+def test_a_slash_is_for_names_on_the_hub(small: Path, folder: Path) -> None:
+    for spec in (
+        "prose.txt", "a name (1), of a file.txt", "default:3,prose.txt:4", "owner/name",
+        "owner/name[code](test):5,other/name@main:6",
+    ):  # fmt: skip
+        assert read_likeness(changed(small, spec=spec)).options.spec == spec
+    for spec in (
+        "prose.txt:3,/etc/passwd:4", "prose.txt:3,~root:4", "owner/name:3,../x:4",
+        "owner/name@x/../../y:3", "folder/data:3", "folder/data", "folder/data.jsonl:3",
+    ):  # fmt: skip
+        with pytest.raises(ArtifactError, match="spec is "):
+            read_likeness(changed(small, spec=spec))
+
+
+def test_a_manifest_chooses_no_folder_as_the_model(small: Path, folder: Path) -> None:
+    path = small / "reap2gguf.json"
+    values = json.loads(path.read_text())
+    for label in ("/srv/model", "../model", "~/model", "folder/model"):
+        values["source"] |= {"label": label, "revision": "a" * 40}
+        path.write_text(json.dumps(values))
+        with pytest.raises(ArtifactError, match="model is "):
+            read_likeness(small)
+
+
+def test_a_missing_file_that_was_used_twice_is_asked_for_at_once(small: Path, tiny: Path) -> None:
+    path = changed(small, imatrix_text="prose.txt")
+    Path("prose.txt").unlink()
+    with pytest.raises(UsageError, match="with --calibration FILE and --imatrix-text FILE"):
+        read_likeness(path).build_options(model=str(tiny))
+
+
+def test_without_recipes_the_manifest_is_named(small: Path, tiny: Path) -> None:
+    path = small / "reap2gguf.json"
+    values = json.loads(path.read_text())
+    for record in values["gguf"]:
+        record["adopted"] = True
+    path.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"reap2gguf.json: its GGUF files were made by other"):
+        read_likeness(path).build_options(model=str(tiny))
+    options = read_likeness(path).build_options(model=str(tiny), recipes=("q8_0",))
+    assert options.recipes == ("q8_0",)

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from reap2gguf.cli import cli
+from reap2gguf.errors import UsageError
 from reap2gguf.options import BuildOptions
 from reap2gguf.terminal import build_commands
 from tests.conftest import Bundle
@@ -146,10 +147,28 @@ def test_without_a_file_the_recipe_is_q4_k_m(asked: Any) -> None:
         ("recipe = ['q8_0', 3]", "expected text, or a list of texts"),
         ("label = 'x'", "label: 'x' is not RECIPE=LABEL"),
         ("recipe = ", "build.toml: not valid TOML"),
+        ('output = "a\\u0000b"', "output is 'a\\x00b', expected text without NUL"),
+        ('model = "a\\u0000b"', "model is 'a\\x00b', expected text without NUL"),
+        ('imatrix-text = "a\\u0000b"', "imatrix-text is 'a\\x00b', expected text without NUL"),
+        ('recipe = ["q8_0", "a\\u0000b"]', "recipe is 'a\\x00b', expected text without NUL"),
+        (
+            "keep-experts = 5\nkeep_experts = 6",
+            "build.toml: keep-experts and keep_experts are one option given twice; keep one",
+        ),
     ],
 )
 def test_what_is_wrong_in_the_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     one_line(run("plan", "--config", write(tmp_path, text)), message)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path, asked: Any) -> None:
+    assert asked("plan", "--config", write(tmp_path, "\ufeffsamples = 7")).calibration.samples == 7
+
+
+def test_no_name_of_a_recipe_holds_nul() -> None:
+    for name in ("a\0b", "~\0.toml", "q8_0,~\0"):
+        with pytest.raises(UsageError, match="without NUL"):
+            BuildOptions(recipes=(name,))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from tests.terminal.screen import Screen
+
 MOST_SECONDS = 120  # only against hanging
 
 _PROGRAM = """
@@ -119,3 +121,77 @@ def test_terminate_is_acknowledged_too(busy: bool) -> None:
             session.process.send_signal(signal.SIGINT)
         assert session.end() == 130
     assert "Interrupted.\r\n" in session.printed
+
+
+_SPINNER = """
+import hashlib, os, signal, sys
+import reap2gguf
+from reap2gguf import cli
+from reap2gguf.terminal.console import terminal_progress
+
+def work(*arguments, **named):
+    with terminal_progress().task("Loading torch", 0, ""):
+        print("at work", flush=True)
+        while True:
+            try:
+                hashlib.pbkdf2_hmac("sha256", b"x", b"x", 2**31 - 1)
+            except KeyboardInterrupt:
+                pass
+
+reap2gguf.observe = work
+sys.argv = ["reap2gguf", "observe", "x", "-o", "y"]
+cli.main()
+"""
+
+
+def test_a_spinner_stays_apart_and_a_second_ctrl_c_shows_the_cursor() -> None:
+    session = Session(_SPINNER)
+    try:
+        session.wait_for("at work")
+        session.wait_for("Loading torch")
+        session.process.send_signal(signal.SIGINT)
+        session.wait_for("press Ctrl-C again to stop at once.")
+        session.process.send_signal(signal.SIGINT)
+        assert session.end() == 130
+    finally:
+        session.close()
+    screen = Screen()
+    screen.feed(session.printed.encode())
+    assert any(line.startswith("Interrupted: stopping;") for line in screen.lines)
+    last = "Interrupted. Resume with: reap2gguf observe x -o y"
+    assert screen.lines[-1] == last, "and no spinner is left"
+    assert session.printed.rindex("\x1b[?25h") > session.printed.rindex("\x1b[?25l")
+
+
+def test_a_signal_while_the_display_starts_leaves_nothing() -> None:
+    code = """
+import os, signal, sys
+import reap2gguf
+from reap2gguf import cli
+from reap2gguf.terminal.console import terminal_progress
+from rich.console import Console
+
+def work(*arguments, **named):
+    show_cursor = Console.show_cursor
+    def slow(console, show=True):  # the signal comes while the cursor is hidden
+        show_cursor(console, show)
+        if not show:
+            os.kill(os.getpid(), signal.SIGINT)
+    Console.show_cursor = slow
+    with terminal_progress().task("Loading torch", 0, ""):
+        raise AssertionError("not interrupted")
+
+reap2gguf.observe = work
+sys.argv = ["reap2gguf", "observe", "x", "-o", "y"]
+cli.main()
+"""
+    session = Session(code)
+    try:
+        assert session.end() == 130
+    finally:
+        session.close()
+    screen = Screen()
+    screen.feed(session.printed.encode())
+    assert screen.lines[-1] == "Interrupted. Resume with: reap2gguf observe x -o y"
+    assert not any("Loading" in line or "not interrupted" in line for line in screen.lines)
+    assert session.printed.rindex("\x1b[?25h") > session.printed.rindex("\x1b[?25l")
