@@ -93,8 +93,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 def test_one_process_reports_and_writes(shared: Shared) -> None:
     assert [text.count("experts: keeps") for text in shared.outputs] == [1, 0]
-    assert [text.count(" rows, ") for text in shared.outputs] == [1, 0]
-    assert shared.resumed.stdout.count(" rows, ") == 1
+    assert [text.count(".safetensors: 12 rows, ") for text in shared.outputs] == [1, 0]
+    assert shared.resumed.stdout.count(".safetensors: 12 rows, ") == 1
     assert Observations.load(shared.folder / "whole.safetensors").n_tokens == 12 * 256
     assert [path.name for path in shared.folder.glob("*whole*")] == ["whole.safetensors"]
 
