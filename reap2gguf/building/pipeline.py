@@ -15,19 +15,17 @@ second.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.artifacts.made_with import other_versions
-from reap2gguf.building.adding import Addition, extend, open_reference
-from reap2gguf.building.exact import exact_recipes
+from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.plan import with_all_values
-from reap2gguf.building.record import Evidence, program_versions, write_record
+from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
-from reap2gguf.building.standing import Standing, refuse_dropping, standing
+from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.machine import processes
@@ -66,7 +64,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     plan = run.plan
     found = standing(plan, run.keys, run.work) if run.is_first else None
     if run.agree(lambda: found is not None):
-        return None if found is None else _extend(run, found)
+        return None if found is None else extend_finished(run, found)
     if run.is_first:  # the only one that writes files
         refuse_dropping(plan, run.work)
         run.plan = plan = with_all_values(plan, run.progress.note)
@@ -119,41 +117,3 @@ def _observations(plan: Plan, observed: Observe | None) -> Observations | None:
     if observed is not None:
         return observed.result
     return None if plan.observations is None else plan.observations.seen
-
-
-def _extend(run: Run, found: Standing) -> BuildResult:
-    """The bundle is there already, but for some files."""
-    work, plan, note = run.work, run.plan, run.progress.note
-    stay = [record.file for record in found.stay]
-    if others := [name for name in stay if name not in run.keys.inputs.recipes]:
-        note(f"not named by this command, kept: {', '.join(others)} (--replace deletes them)")
-    for name in found.gone:
-        note(f"{name} was removed from the bundle")
-    for record in found.dropped:
-        note(f"{record.file} is deleted")
-    if found.is_up_to_date:
-        versions = other_versions(found.manifest.program, program_versions())
-        state = f"up to date, {versions}" if versions else "up to date"
-        advice = "`reap2gguf verify` checks it, --fresh builds it from scratch"
-        note(f"{work.name}: {state}; {advice}")
-        return BuildResult.of(work, found.manifest)
-    note(f"{work.name}: the finished bundle is extended; nothing is observed or pruned again")
-    made = {name: key for name, key in run.keys.inputs.recipes.items()}
-    earlier = work.finished()
-    kept = {} if earlier is None else {n: k for n, k in earlier.inputs.recipes.items() if n in stay}
-    addition = Addition(
-        work.of_addition(),
-        found.manifest,
-        found.missing,
-        stay=found.stay,
-        # a command that names every file also gives their order
-        order=[*stay, *made] if others else [*made],
-        inputs=replace(run.keys.inputs, recipes=kept | made),
-        exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
-    )
-    threads, kept_all = plan.options.compute.threads, found.manifest.pruning.kept
-    if found.manifest.hf is None:
-        view = PrunedView(plan.checkpoint, plan.model, {k: tuple(v) for k, v in kept_all.items()})
-        return extend(addition, (view, view.model), threads, run.progress)
-    with open_reference(found.manifest, work.final_hf) as reference:
-        return extend(addition, reference, threads, run.progress)
