@@ -90,8 +90,9 @@ COVERED_BY = [
         "building/test_adding.py",
         "the parts of an addition, which is compared with a whole build",
         (
-            "building/add.py", "building/extending.py", "building/adopting.py", "building/bundle_files.py",
-            "building/finished.py", "building/standing.py", "terminal/add_command.py",
+            "building/add.py", "building/adopting.py", "building/bundle_files.py",
+            "building/extending.py", "building/finished.py", "building/standing.py",
+            "terminal/add_command.py",
         ),
     ),
     (

@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING
 
 from reap2gguf import __version__
 from reap2gguf.atomic import link_or_copy, remove
-from reap2gguf.building.bundle_files import check_bundle_files, recorded_files
+from reap2gguf.building.bundle_files import BundleFiles, check_bundle_files, recorded_files
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.keys import export_key
-from reap2gguf.building.record import BundleFiles, gguf_record, write_texts
+from reap2gguf.building.record import (
+    gguf_record,
+    write_texts,
+)
 from reap2gguf.building.seals import seal, stamps
 from reap2gguf.building.stage import BuildResult, StageCost
 from reap2gguf.bundle.layout import (

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.record import BundleFiles
 from reap2gguf.bundle.layout import SUMS_FILE
 from reap2gguf.bundle.manifest import FileRecord, Manifest
 from reap2gguf.bundle.members import check_members, gguf_members, hf_members
@@ -21,6 +20,14 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 _ADVICE = "nothing was added; `reap2gguf verify` checks the whole bundle"
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """The files of both folders that are there before cards and hashes, by name."""
+
+    hf: dict[str, FileRecord]
+    gguf: dict[str, FileRecord]
 
 
 def check_bundle_files(

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.atomic import link_or_copy, remove
 from reap2gguf.building.adopting import Adopted, adopt
+from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.given import GivenImatrix, check_same_model, read_imatrix
 from reap2gguf.building.history import read_history
 from reap2gguf.building.naming import check_given_name
 from reap2gguf.building.record import (
-    BundleFiles,
     program_versions,
     side_record,
     with_given_imatrix,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
 from reap2gguf.atomic import PART, remove, write_whole
+from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.seals import Seal, refuse_changed
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
@@ -217,14 +218,6 @@ def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) ->
     if chunks is not None:
         files.gguf[CALIBRATION_FILE] = hash_file(work.gguf / CALIBRATION_FILE)
     return write_texts(work, manifest, files, plan.source.folder)
-
-
-@dataclass(frozen=True)
-class BundleFiles:
-    """The files of both folders that are there before cards and hashes, by name."""
-
-    hf: dict[str, FileRecord]
-    gguf: dict[str, FileRecord]
 
 
 def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: Path) -> Manifest:
