@@ -53,7 +53,7 @@ RECIPES = dict([typed("iq4_xs.toml", "IQ4_XS"), typed("iq3_xxs.toml", "IQ3_XXS")
 CASES = (
     Case("example", "example", ("--recipe", "q4km")),
     Case("example-short", "example", ("--recipe", "q8_0", "--compression", "0.5", *SMALL, "16")),
-    Case("qwen3.5-2-layers", (QWEN35, 2, 8), ("--recipe", "unsloth-iq4km,q8_0", *SMALL, "8")),
+    Case("qwen3.5-2-layers", (QWEN35, 2, 16), ("--recipe", "unsloth-iq4km,q8_0", *SMALL, "8")),
     Case("2-layers-q4km", (QWEN3, 2, 32), ("--recipe", "q4km", *SMALL, "16")),
     Case(
         "4-layers-mixed",
