@@ -4,8 +4,8 @@
 
 The new files are made from the bundle's own safetensors and importance matrix, and are byte for
 byte those that a build with all recipes would have made. Files that stay get a second name (a hard
-link) in a new folder, which takes the old one's place when everything is verified. So at any moment
-the finished bundle is whole, the old one or the new one.
+link) in a new folder, which takes the old one's place when everything is verified. Until then the
+finished bundle is whole; a kill while folders change names is made good by the next command.
 
 Memory: that of an export (`exporting/gguf_export.py`).
 """
@@ -26,10 +26,7 @@ from reap2gguf.atomic import link_or_copy, remove
 from reap2gguf.building.bundle_files import BundleFiles, check_bundle_files, recorded_files
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.keys import export_key
-from reap2gguf.building.record import (
-    gguf_record,
-    write_texts,
-)
+from reap2gguf.building.record import gguf_record, write_texts
 from reap2gguf.building.seals import seal, stamps
 from reap2gguf.building.stage import BuildResult, StageCost
 from reap2gguf.bundle.layout import (
@@ -204,9 +201,9 @@ def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
     passed: dict[str, str] = {}
     violations: list[str] = []
     names = HeaderNames.of(addition.manifest, __version__)
+    imatrix = _imatrix(addition) if files else None
     for path, recipe in files.items():
         is_exact = recipe.name in addition.exact
-        imatrix = _imatrix(addition)
         exactness = Exactness(is_exact, imatrix, load_ggml().label)
         n_kept, file_type = addition.manifest.pruning.n_kept, recipe.llama_file_type.value
         expected = ExpectedGguf(recipe.tensor_types(), n_kept, file_type, names, recipe.name)

@@ -279,11 +279,10 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
     if parts.text is not None:
         sha256 = hash_file(parts.text).sha256
         calibration = replace(calibration, imatrix_sha256=sha256)
-    has_mtp, drops = (
-        facts.has_mtp,
-        any(isinstance(model.role(name), Dropped) for name in checkpoint.tensors),
-    )
-    state = ("pruned" if parts.is_pruned else "kept") if has_mtp else "dropped" if drops else "none"
+    drops = any(isinstance(model.role(name), Dropped) for name in checkpoint.tensors)
+    state = "dropped" if drops else "none"
+    if facts.has_mtp:
+        state = "pruned" if parts.is_pruned else "kept"
     caveats = check_tokenizer(checkpoint.folder, facts.vocab_size, model.pre_tokenizers)
     n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
     return Manifest(
