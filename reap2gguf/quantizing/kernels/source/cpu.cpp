@@ -1,0 +1,55 @@
+// The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
+#include "k_quants.h"
+
+// What a type's quantizer is given besides values and importance.
+typedef M (*Quantize)(const F *x, const float *importance, F mean_square, I *words);
+
+// LANES rows of `columns` values, from row-major memory to one register of lanes per column.
+static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x) {
+    for (int r = 0; r < REGISTERS; r++)
+        for (int k = 0; k < WIDTH; k++) {
+            int row = r * WIDTH + k;
+            const float *values = rows + stride * (row < n_rows ? row : n_rows - 1);
+            for (int i = 0; i < columns; i++) x[i].v[r][k] = values[i];
+        }
+}
+
+template <class T, bool WEIGHTED>
+static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const float *importance,
+                          u8 *target, u8 *is_odd) {
+    enum { N_WORDS = (T::BYTES + 3) / 4 };
+    const i64 n_blocks = n_columns / T::COLUMNS, row_bytes = n_blocks * T::BYTES;
+    F x[T::COLUMNS];
+    I words[N_WORDS];
+    for (i64 first = 0; first < n_rows; first += LANES) {
+        const int n = n_rows - first < LANES ? (int)(n_rows - first) : LANES;
+        for (i64 block = 0; block < n_blocks; block++) {
+            const i64 column = block * T::COLUMNS;
+            gather(rows + first * n_columns + column, n_columns, n, T::COLUMNS, x);
+            M odd = T::template quantize<WEIGHTED>(x, importance + column, F(0.f), words);
+            for (int row = 0; row < n; row++) {
+                const int r = row / WIDTH, k = row % WIDTH;
+                u32 packed[N_WORDS];
+                for (int i = 0; i < N_WORDS; i++) packed[i] = (u32)words[i].v[r][k];
+                memcpy(target + (first + row) * row_bytes + block * T::BYTES, packed, T::BYTES);
+                is_odd[first + row] |= odd.v[r][k] != 0;
+            }
+        }
+    }
+}
+
+extern "C" int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
+                             const float *importance, u8 *target, u8 *is_odd) {
+#define CASE(number, ...)                                                                         \
+    case number:                                                                                  \
+        if (importance)                                                                           \
+            quantize_rows<__VA_ARGS__, true>(rows, n_rows, n_columns, importance, target, is_odd); \
+        else                                                                                      \
+            quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
+        return 1;
+    switch (type) {
+        CASE(12, AffineK<15>)
+        CASE(13, AffineK<31>)
+    }
+    return 0;
+}
