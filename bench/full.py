@@ -133,9 +133,8 @@ def main() -> None:
     watched = build(command, arguments.output, log, arguments.fresh_caches)
     seconds = time.monotonic() - begun
     record = json.loads((arguments.output / ".work/.full.finished.json").read_text())
-    print(
-        f"{shape}, {layers} layers, written in {wrote:.0f} s: {folder_bytes(arguments.folder) / GIB:.1f} GiB"
-    )
+    size = folder_bytes(arguments.folder) / GIB
+    print(f"{shape}, {layers} layers, {size:.1f} GiB, written in {wrote:.0f} s")
     stages = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in record["stages"])
     print(f"**{seconds:.1f} s** from the start of the program to its end: {stages}")
     print(
