@@ -48,6 +48,8 @@ extern "C" int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_colu
             quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
         return 1;
     switch (type) {
+        CASE(10, Q2K)
+        CASE(11, Q3K)
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
         CASE(14, Q6K)
