@@ -1,5 +1,6 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
 #include "k_quants.h"
+#include "nonlinear.h"
 
 // What a type's quantizer is given besides values and importance.
 typedef M (*Quantize)(const F *x, const float *importance, F mean_square, I *words);
@@ -50,6 +51,8 @@ extern "C" int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_colu
     switch (type) {
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
+        CASE(20, IQ4NL)
+        CASE(23, IQ4XS)
     }
     return 0;
 }

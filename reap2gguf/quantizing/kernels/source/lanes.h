@@ -13,6 +13,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #ifdef __CUDACC__
 
@@ -29,7 +30,13 @@ FN F from_bits(I a) { return __int_as_float(a); }
 FN F to_float(I a) { return (F)a; }
 FN F sqrt_of(F a) { return __fsqrt_rn(a); }
 FN I shift_right(I a, int n) { return (I)((u32)a >> n); }  // zeros come in
+FN I truncate(F a) { return (I)a; }
 FN bool any(M m) { return m; }
+// byte `index` of sixteen: `low` has the first eight
+FN I pick16(u64 low, u64 high, I index) {
+    u64 half = index < 8 ? low : high;
+    return (I)__byte_perm((u32)half, (u32)(half >> 32), index & 7) & 255;
+}
 template <class T> FN I look_up(const T *table, I index) { return (I)table[index]; }
 FN F look_up(const float *table, I index) { return table[index]; }
 
@@ -128,6 +135,29 @@ FN F sqrt_of(F a) {
     EACH for (int k = 0; k < WIDTH; k++) a.v[r][k] = __builtin_sqrtf(a.v[r][k]);
 #endif
     return a;
+}
+
+// towards zero, for what an int32 can hold
+FN I truncate(F a) { I b; EACH b.v[r] = __builtin_convertvector(a.v[r], Ints); return b; }
+
+// Byte `index` of sixteen: `low` has the first eight. Bytes of an index with the highest bit set pick 0.
+FN I pick16(u64 low, u64 high, I index) {
+#if defined(__AVX512BW__)
+    const __m512i table = _mm512_set4_epi64((i64)high, (i64)low, (i64)high, (i64)low);
+    EACH index.v[r] = (Ints)_mm512_shuffle_epi8(table, (__m512i)(index.v[r] | (int)0x80808000));
+#elif defined(__AVX2__)
+    const __m256i table = _mm256_set_epi64x((i64)high, (i64)low, (i64)high, (i64)low);
+    EACH index.v[r] = (Ints)_mm256_shuffle_epi8(table, (__m256i)(index.v[r] | (int)0x80808000));
+#elif defined(__aarch64__)
+    const uint8x16_t table = vcombine_u8(vcreate_u8(low), vcreate_u8(high));
+    EACH index.v[r] = (Ints)vqtbl1q_u8(table, (uint8x16_t)(index.v[r] | (int)0x80808000));
+#else
+    EACH for (int k = 0; k < WIDTH; k++) {
+        const int i = index.v[r][k];
+        index.v[r][k] = (int)((i < 8 ? low : high) >> 8 * (i & 7)) & 255;
+    }
+#endif
+    return index;
 }
 
 FN bool any(M m) {

@@ -52,3 +52,12 @@ FN F half_value(I h) {
 }
 
 FN M is_finite_half(I h) { return (h & 0x7c00) != I(0x7c00); }
+
+FN M is_finite(F v) { return absolute(v) < F(__builtin_inff()); }
+
+// The sum of N squares, in their order.
+template <int N> FN F square_sum(const F *x) {
+    F sum = 0.f;
+    for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
+    return sum;
+}
