@@ -1,6 +1,7 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
 #include "k_quants.h"
 #include "nonlinear.h"
+#include "plain.h"
 
 // What a type's quantizer is given besides values and importance.
 typedef M (*Quantize)(const F *x, const float *importance, F mean_square, I *words);
@@ -15,6 +16,20 @@ static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x)
         }
 }
 
+// Does a type with importance ask for the mean square of whole rows? Those that do say USES_ROW.
+template <class T> constexpr auto uses_row(int) -> decltype(T::USES_ROW, true) { return true; }
+template <class T> constexpr bool uses_row(long) { return false; }
+
+// The mean of the squares of each row, added in their order.
+static F row_mean_square(const float *rows, i64 n_columns, int n_rows) {
+    F x[32], sum = 0.f;
+    for (i64 column = 0; column < n_columns; column += 32) {
+        gather(rows + column, n_columns, n_rows, 32, x);
+        for (int i = 0; i < 32; i++) sum = sum + x[i] * x[i];
+    }
+    return sum / F((float)n_columns);
+}
+
 template <class T, bool WEIGHTED>
 static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const float *importance,
                           u8 *target, u8 *is_odd) {
@@ -24,10 +39,13 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
     I words[N_WORDS];
     for (i64 first = 0; first < n_rows; first += LANES) {
         const int n = n_rows - first < LANES ? (int)(n_rows - first) : LANES;
+        F mean_square = 0.f;
+        if (WEIGHTED && uses_row<T>(0))
+            mean_square = row_mean_square(rows + first * n_columns, n_columns, n);
         for (i64 block = 0; block < n_blocks; block++) {
             const i64 column = block * T::COLUMNS;
             gather(rows + first * n_columns + column, n_columns, n, T::COLUMNS, x);
-            M odd = T::template quantize<WEIGHTED>(x, importance + column, F(0.f), words);
+            M odd = T::template quantize<WEIGHTED>(x, importance + column, mean_square, words);
             for (int row = 0; row < n; row++) {
                 const int r = row / WIDTH, k = row % WIDTH;
                 u32 packed[N_WORDS];
@@ -49,6 +67,11 @@ extern "C" int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_colu
             quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
         return 1;
     switch (type) {
+        CASE(2, Symmetric<8>)
+        CASE(3, Affine<15>)
+        CASE(6, Symmetric<16>)
+        CASE(7, Affine<31>)
+        CASE(8, Q8)
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
         CASE(20, IQ4NL)

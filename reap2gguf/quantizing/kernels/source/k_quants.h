@@ -168,6 +168,12 @@ FN void weigh(const F *x, const float *importance, F spread, F *w) {
         w[i] = WEIGHTED ? F(importance[i]) * sqrt_of(spread + x[i] * x[i]) : spread + absolute(x[i]);
 }
 
+template <int N> FN F square_sum(const F *x) {
+    F sum = 0.f;
+    for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
+    return sum;
+}
+
 // Twelve bytes for eight scales and eight minima of six bits each.
 FN void pack_six_bits(const I *scales, const I *minima, I *words) {
     words[0] = words[1] = words[2] = 0;

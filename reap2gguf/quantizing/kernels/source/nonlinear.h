@@ -7,9 +7,7 @@
 //   next limit between two levels is at least 1.2 times as far from zero as the one before, so over
 //   all 15 a value passes at most one limit: it has one of two levels, and both are known before.
 #pragma once
-#include "numbers.h"
-
-#define TINY_BLOCK 1e-15f  // a block of smaller values is zero
+#include "k_quants.h"
 
 // The sixteen values, from -127 to 113, plus 128.
 #define VALUES_LOW 0x766a5d4f3f2d1801ull
@@ -46,10 +44,6 @@ FN Choice choose(F x, F w, F largest_step) {
     return c;
 }
 
-#ifndef TOGETHER
-#define TOGETHER 3  // tries at a time: what is read once serves all of them
-#endif
-
 // The scale of 32 values with the least weighted squares of x - scale * value.
 FN F fit_values(const F *x, const F *w) {
     F size = 0.f, farthest = 0.f;
@@ -67,26 +61,18 @@ FN F fit_values(const F *x, const F *w) {
         choices[i] = choose(x[i], w[i], F(-134.f) / farthest);
     }
     F scale = select(sum_l2 > 0.f, sum_xl / sum_l2, F(0.f)), best = scale * sum_xl;
-    for (int k = -7; k <= 7; k += TOGETHER) {
-        F steps[TOGETHER], xl[TOGETHER], l2[TOGETHER];
-        UNROLL for (int t = 0; t < TOGETHER; t++) {
-            steps[t] = F((float)(k + t - 127)) / farthest;
-            xl[t] = l2[t] = 0.f;
+    for (int k = -7; k <= 7; k++) {
+        F tried = F((float)(k - 127)) / farthest, xl = 0.f, l2 = 0.f;
+        UNROLL for (int i = 0; i < 32; i++) {
+            M is_below = tried * x[i] < choices[i].limit;
+            xl = xl + select(is_below, choices[i].xl[0], choices[i].xl[1]);
+            l2 = l2 + select(is_below, choices[i].l2[0], choices[i].l2[1]);
         }
-        for (int i = 0; i < 32; i++) {
-            UNROLL for (int t = 0; t < TOGETHER; t++) {
-                M is_below = steps[t] * x[i] < choices[i].limit;
-                xl[t] = xl[t] + select(is_below, choices[i].xl[0], choices[i].xl[1]);
-                l2[t] = l2[t] + select(is_below, choices[i].l2[0], choices[i].l2[1]);
-            }
-        }
-        UNROLL for (int t = 0; t < TOGETHER; t++) {
-            M is_better = (l2[t] > 0.f) & (xl[t] * xl[t] > best * l2[t]);
-            scale = select(is_better, xl[t] / l2[t], scale);
-            best = select(is_better, scale * xl[t], best);
-        }
+        M is_better = (l2 > 0.f) & (xl * xl > best * l2);
+        scale = select(is_better, xl / l2, scale);
+        best = select(is_better, scale * xl, best);
     }
-    return select(size < TINY_BLOCK, F(0.f), scale);
+    return select(size < TINY_GROUP, F(0.f), scale);
 }
 
 // With importance, values that lie far out count more; without, the large ones do.
@@ -106,15 +92,6 @@ FN void pack_nearest(const F *x, F step, I *words) {
             words[k] = words[k] | ((low | (high << 4)) << 8 * i);
         }
     }
-}
-
-FN F inverse_or_zero(F x) { return select(x != 0.f, F(1.f) / x, F(0.f)); }
-
-// Four words after a half, in a block that is packed without a gap.
-template <int N> FN void pack_after_half(I half, const I *in, I *words) {
-    words[0] = half | (in[0] << 16);
-    for (int k = 1; k < N; k++) words[k] = shift_right(in[k - 1], 16) | (in[k] << 16);
-    words[N] = shift_right(in[N - 1], 16);
 }
 
 struct IQ4NL {

@@ -55,9 +55,11 @@ FN M is_finite_half(I h) { return (h & 0x7c00) != I(0x7c00); }
 
 FN M is_finite(F v) { return absolute(v) < F(__builtin_inff()); }
 
-// The sum of N squares, in their order.
-template <int N> FN F square_sum(const F *x) {
-    F sum = 0.f;
-    for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
-    return sum;
+FN F inverse_or_zero(F x) { return select(x != 0.f, F(1.f) / x, F(0.f)); }
+
+// N words after a half, in a block that is packed without a gap.
+template <int N> FN void pack_after_half(I half, const I *in, I *words) {
+    words[0] = half | (in[0] << 16);
+    for (int k = 1; k < N; k++) words[k] = shift_right(in[k - 1], 16) | (in[k] << 16);
+    words[N] = shift_right(in[N - 1], 16);
 }
