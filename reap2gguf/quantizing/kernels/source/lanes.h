@@ -15,6 +15,8 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#define RESTRICT __restrict__  // what it points to is reached through nothing else
+
 #ifdef __CUDACC__
 
 #define FN __device__ __forceinline__ static
@@ -36,6 +38,11 @@ FN bool any(M m) { return m; }
 FN I pick16(u64 low, u64 high, I index) {
     u64 half = index < 8 ? low : high;
     return (I)__byte_perm((u32)half, (u32)(half >> 32), index & 7) & 255;
+}
+// sixteen of them, by the four bits from `shift` on of 16 bytes
+FN void pick_values(u64 low, u64 high, const u8 *index, int shift, signed char *values) {
+    UNROLL for (int i = 0; i < 16; i++)
+        values[i] = (signed char)pick16(low, high, index[i] >> shift & 15);
 }
 template <class T> FN I look_up(const T *table, I index) { return (I)table[index]; }
 FN F look_up(const float *table, I index) { return table[index]; }
@@ -158,6 +165,25 @@ FN I pick16(u64 low, u64 high, I index) {
     }
 #endif
     return index;
+}
+
+// Sixteen of them, by the four bits from `shift` on of 16 bytes.
+FN void pick_values(u64 low, u64 high, const u8 *index, int shift, signed char *values) {
+#if defined(__AVX2__)
+    __m128i levels = _mm_srli_epi16(_mm_loadu_si128((const __m128i *)index), shift);
+    levels = _mm_and_si128(levels, _mm_set1_epi8(15));
+    levels = _mm_shuffle_epi8(_mm_set_epi64x((i64)high, (i64)low), levels);
+    _mm_storeu_si128((__m128i *)values, levels);
+#elif defined(__aarch64__)
+    const uint8x16_t table = vcombine_u8(vcreate_u8(low), vcreate_u8(high));
+    uint8x16_t levels = vshlq_u8(vld1q_u8(index), vdupq_n_s8((signed char)-shift));
+    vst1q_u8((u8 *)values, vqtbl1q_u8(table, vandq_u8(levels, vdupq_n_u8(15))));
+#else
+    for (int i = 0; i < 16; i++) {
+        const int level = index[i] >> shift & 15;
+        values[i] = (signed char)((level < 8 ? low : high) >> 8 * (level & 7));
+    }
+#endif
 }
 
 FN bool any(M m) {

@@ -42,6 +42,13 @@ FN I half_bits(F f) {
     return (shift_right(word, 16) & 0x8000) | magnitude;
 }
 
+// The 16 bits of the nearest bfloat16, ties to even; NaN stays NaN.
+FN I bfloat_bits(F f) {
+    I word = bits(f), high = shift_right(word, 16);
+    I rounded = shift_right(word + ((high & 1) + 0x7fff), 16);
+    return select((word & 0x7fffffff) > I(0x7f800000), high | 64, rounded);
+}
+
 // The float32 of the 16 bits of a half.
 FN F half_value(I h) {
     I magnitude = (h & 0x7fff) << 13;
