@@ -1,19 +1,44 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
+#include <utility>
+
 #include "dequantize.h"
 #include "k_quants.h"
 #include "nonlinear.h"
 #include "plain.h"
 
-// What a type's quantizer is given besides values and importance.
-typedef M (*Quantize)(const F *x, const float *importance, F mean_square, I *words);
+#ifndef SOURCE_HASH
+#define SOURCE_HASH ""  // of a trial
+#endif
 
-// LANES rows of `columns` values, from row-major memory to one register of lanes per column.
+// Transposes a square of WIDTH rows in registers: blocks of D x D change places, for D of 1, 2, 4 ...
+template <int D, int... K>
+FN void exchange(Floats &a, Floats &b, std::integer_sequence<int, K...>) {
+    Floats low = __builtin_shufflevector(a, b, (K & D ? WIDTH + (K ^ D) : K)...);
+    b = __builtin_shufflevector(a, b, (K & D ? WIDTH + K : K ^ D)...);
+    a = low;
+}
+template <int D> FN void transpose(Floats *square) {
+    if constexpr (D < WIDTH) {
+        for (int i = 0; i < WIDTH; i++)
+            if (!(i & D))
+                exchange<D>(square[i], square[i | D], std::make_integer_sequence<int, WIDTH>());
+        transpose<2 * D>(square);
+    }
+}
+
+// LANES rows of `columns` values, from row-major memory to one F per column. If there are fewer
+// rows, the last one is repeated.
 static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x) {
     for (int r = 0; r < REGISTERS; r++)
-        for (int k = 0; k < WIDTH; k++) {
-            int row = r * WIDTH + k;
-            const float *values = rows + stride * (row < n_rows ? row : n_rows - 1);
-            for (int i = 0; i < columns; i++) x[i].v[r][k] = values[i];
+        for (int column = 0; column < columns; column += WIDTH) {
+            Floats square[WIDTH];
+            for (int k = 0; k < WIDTH; k++) {
+                const int row = r * WIDTH + k;
+                const float *values = rows + stride * (row < n_rows ? row : n_rows - 1);
+                memcpy(&square[k], values + column, sizeof(Floats));
+            }
+            transpose<1>(square);
+            for (int k = 0; k < WIDTH; k++) x[column + k].v[r] = square[k];
         }
 }
 
@@ -75,8 +100,16 @@ template <bool BRAIN> static void round_halves(const float *values, i64 n, u8 *t
     }
 }
 
-extern "C" int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
-                             const float *importance, u8 *target, u8 *is_odd) {
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the object was compiled from.
+EXPORT const char *reap_source() { return SOURCE_HASH; }
+
+// Rows of float32 as blocks of a ggml type; 0 if the type is none of these. `importance` has a value
+// for each column, or is null. `is_odd` is set for rows whose bytes mean nothing: ggml must do them.
+EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
+                         const float *importance, const void *tables, u8 *target, u8 *is_odd) {
+    (void)tables;
 #define CASE(number, ...)                                                                         \
     case number:                                                                                  \
         if (importance)                                                                           \
@@ -112,7 +145,7 @@ static __attribute__((noinline)) void read_blocks(const u8 *RESTRICT raw, i64 n_
 }
 
 // `codebook`: the entries of the type's grid, which only IQ2 and IQ3 types have.
-extern "C" int reap_dequantize(int type, const u8 *raw, i64 n_blocks, const u8 *codebook, float *out) {
+EXPORT int reap_dequantize(int type, const u8 *raw, i64 n_blocks, const u8 *codebook, float *out) {
 #define READ(number, ...) \
     case number: read_blocks<__VA_ARGS__>(raw, n_blocks, codebook, out); return 1;
     switch (type) {
