@@ -130,7 +130,10 @@ def test_without_a_file_the_recipe_is_q4_k_m(asked: Any) -> None:
     ("text", "message"),
     [
         ("recipies = 'q8_0'", "build.toml: unknown key 'recipies', did you mean recipe?"),
-        ("zzzzzzzz = 1", "unknown key 'zzzzzzzz', expected one of calibration, chunk, compression"),
+        (
+            "zzzzzzzz = 1",
+            "unknown key 'zzzzzzzz', expected one of calibration, check-quants, chunk",
+        ),
         ("config = 'x'", "unknown key 'config'"),
         ("like = 'x'", "unknown key 'like'"),
         ("help = true", "unknown key 'help'"),
