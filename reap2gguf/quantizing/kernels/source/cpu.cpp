@@ -1,7 +1,7 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
 #include <utility>
 
-#include "k_quants.h"
+#include "symmetric_k.h"
 
 #ifndef SOURCE_HASH
 #define SOURCE_HASH ""  // of a trial
@@ -81,8 +81,11 @@ EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
             quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
         return 1;
     switch (type) {
+        CASE(10, Q2K)
+        CASE(11, Q3K)
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
+        CASE(14, Q6K)
     }
     return 0;
 }
