@@ -28,6 +28,11 @@ _SUPER_BLOCK = 256  # values that no type quantizes apart, but for those that we
 # With importance, their blocks depend on the whole row.
 _BY_ROW = frozenset(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"))
 _TRIED_ROWS, _TRIED_COLUMNS = 48, 512
+_READ_ROWS = 64  # of random bytes
+# Their levels are vectors of a codebook, which the kernels have to be given.
+_OF_CODEBOOKS = frozenset(
+    GGMLQuantizationType[name] for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+)
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Quantizer:
     kernels: Kernels | None
     checked: float = SAMPLE  # share of the blocks that libggml makes again: 0 to 1
     _equal: dict[tuple[GGMLQuantizationType, bool], bool] = field(default_factory=dict, init=False)
+    _read: dict[GGMLQuantizationType, bool] = field(default_factory=dict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
 
     @property
@@ -109,7 +115,33 @@ class Quantizer:
 
     def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
         """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`."""
-        return self.ggml.dequantize(raw, tensor_type)
+        if self.kernels is None or not self.reads_by_kernel(tensor_type):
+            return self.ggml.dequantize(raw, tensor_type)
+        return self.kernels.dequantize(raw, tensor_type)
+
+    def reads_by_kernel(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether a kernel reads blocks of this type."""
+        if self.kernels is None or tensor_type in _OF_CODEBOOKS:
+            return False
+        with self._lock:
+            if tensor_type not in self._read:
+                self._read[tensor_type] = self._reads_equally(tensor_type)
+            return self._read[tensor_type]
+
+    def _reads_equally(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether a kernel makes the values that libggml does, of random bytes.
+
+        All but NaN must have the same bits; a scale that is NaN may make another NaN.
+        """
+        assert self.kernels is not None
+        if not self.kernels.reads(tensor_type):
+            return False
+        size = int(GGML_QUANT_SIZES[tensor_type][1])
+        raw = np.random.default_rng(0).integers(0, 256, (_READ_ROWS, 4 * size), dtype=np.uint8)
+        found = self.kernels.dequantize(raw, tensor_type)
+        wanted = self.ggml.dequantize(raw, tensor_type)
+        same = found.view(np.uint32) == wanted.view(np.uint32)
+        return bool((same | (np.isnan(found) & np.isnan(wanted))).all())
 
     def check_precision(
         self,

@@ -26,6 +26,8 @@ class FakeKernels:
     odd: tuple[int, ...] = ()
     is_always_wrong: bool = False
     calls: int = 0
+    reads_wrongly: bool = False
+    reads_of: int = 0
     target: str = "fake"
     path: Path = Path("fake.so")
 
@@ -45,6 +47,14 @@ class FakeKernels:
             for row in self.odd:
                 target[row], is_odd[row] = 0, True
         return target, is_odd
+
+    def reads(self, tensor_type: T) -> bool:
+        return tensor_type is T.Q4_K
+
+    def dequantize(self, raw: Bytes, tensor_type: T) -> Floats:
+        self.reads_of += 1
+        values = load_ggml().dequantize(raw, tensor_type)
+        return values * np.float32(1.001) if self.reads_wrongly else values
 
 
 @pytest.fixture
@@ -113,3 +123,14 @@ def test_requests_are_refused_as_by_libggml(rows: Floats) -> None:
 def test_variable_turns_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAP2GGUF_KERNELS", "off")
     assert load_quantizer().kernels is None
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_kernel_reads_only_if_its_values_are_libggml_s(rows: Floats, is_wrong: bool) -> None:
+    kernels = FakeKernels(reads_wrongly=is_wrong)
+    one, raw = quantizer(kernels, 1.0), load_ggml().quantize(rows, T.Q4_K)
+    for _ in range(2):
+        assert (one.dequantize(raw, T.Q4_K) == load_ggml().dequantize(raw, T.Q4_K)).all()
+    assert kernels.reads_of == (1 if is_wrong else 3)  # with the self-test
+    other = load_ggml().quantize(rows, T.Q8_0)
+    assert (one.dequantize(other, T.Q8_0) == load_ggml().dequantize(other, T.Q8_0)).all()

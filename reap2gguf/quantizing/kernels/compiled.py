@@ -1,4 +1,6 @@
-"""The compiled quantizers, through ctypes: chosen by the processor, used without a lock.
+"""The compiled quantizers, and what reads their blocks, through ctypes, without a lock.
+
+The object is chosen by the processor.
 
 One call works in one thread, without the interpreter's lock, so that threads quantize side by side.
 Memory: what a call returns.
@@ -72,6 +74,28 @@ class Kernels:
         assert done, f"{self.path}: does not cover {tensor_type.name}"
         return target, is_odd
 
+    def reads(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether it makes float32 of this type's blocks."""
+        return bool(self._library.reap_dequantize(tensor_type.value, None, 0, None, None))
+
+    def dequantize(
+        self, raw: Bytes, tensor_type: GGMLQuantizationType, codebook: Bytes | None = None
+    ) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`.
+
+        `codebook` is the entries of the type's grid, one after the other, if it has one.
+        """
+        block, size = GGML_QUANT_SIZES[tensor_type]
+        source = np.ascontiguousarray(raw, dtype=np.uint8)
+        entries = None if codebook is None else np.ascontiguousarray(codebook, dtype=np.uint8)
+        values = np.empty((source.shape[0], source.shape[1] // size * block), dtype=np.float32)
+        done = self._library.reap_dequantize(
+            *(tensor_type.value, source.ctypes.data, source.size // size),
+            *(None if entries is None else entries.ctypes.data, values.ctypes.data),
+        )
+        assert done, f"{self.path}: does not read {tensor_type.name}"
+        return values
+
 
 def load_kernels() -> Kernels | None:
     """The best object for this processor; None if none can be used."""
@@ -118,3 +142,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.reap_quantize.restype = ctypes.c_int
     rows, others = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), (ctypes.c_void_p,) * 4
     library.reap_quantize.argtypes = (ctypes.c_int, *rows, *others)
+    library.reap_dequantize.restype = ctypes.c_int
+    blocks = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
+    library.reap_dequantize.argtypes = (*blocks, ctypes.c_void_p, ctypes.c_void_p)
