@@ -13,10 +13,12 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import Bytes, Floats, Ggml, load_ggml
+from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.compiled import VARIABLE, Kernels, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
 
@@ -56,7 +58,7 @@ class Quantizer:
         self.ggml.check_request(rows.shape, tensor_type, importance)
         if self.kernels is None or not self.uses_kernel(tensor_type, importance is not None):
             return self.ggml.quantize(rows, tensor_type, importance)
-        target, is_odd = self.kernels.quantize(rows, tensor_type, importance)
+        target, is_odd = self._by_kernel(self.kernels, rows, tensor_type, importance)
         if is_odd.any():
             target[is_odd] = self.ggml.quantize(rows[is_odd], tensor_type, importance)
         if self.is_reference and self.checked:
@@ -80,9 +82,20 @@ class Quantizer:
         shape = _TRIED_ROWS, _TRIED_COLUMNS
         rows = random.standard_t(4, shape).astype(np.float32)
         importance = random.gamma(1, 1, shape[1]).astype(np.float32) if is_weighted else None
-        found, is_odd = self.kernels.quantize(rows, tensor_type, importance)
+        found, is_odd = self._by_kernel(self.kernels, rows, tensor_type, importance)
         wanted = self.ggml.quantize(rows, tensor_type, importance)
         return bool((found == wanted)[~is_odd].all() and not is_odd.all())
+
+    def _by_kernel(
+        self,
+        kernels: Kernels,
+        rows: Floats,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+    ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+        book = codebook(self.ggml, tensor_type)
+        tables = None if book is None else book.pointers()
+        return kernels.quantize(rows, tensor_type, importance, tables)
 
     def _compare(
         self,

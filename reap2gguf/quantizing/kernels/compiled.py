@@ -49,7 +49,7 @@ class Kernels:
         rows: Floats,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
-        tables: ctypes.c_void_p | None = None,
+        tables: ctypes.Array[ctypes.c_void_p] | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
 

@@ -1,6 +1,8 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
 #include <utility>
 
+#include "iq2.h"
+#include "iq3.h"
 #include "k_quants.h"
 
 #ifndef SOURCE_HASH
@@ -41,7 +43,7 @@ static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x)
 
 template <class T, bool WEIGHTED>
 static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const float *importance,
-                          u8 *target, u8 *is_odd) {
+                          const void *tables, u8 *target, u8 *is_odd) {
     enum { N_WORDS = (T::BYTES + 3) / 4 };
     const i64 n_blocks = n_columns / T::COLUMNS, row_bytes = n_blocks * T::BYTES;
     F x[T::COLUMNS];
@@ -51,7 +53,7 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
         for (i64 block = 0; block < n_blocks; block++) {
             const i64 column = block * T::COLUMNS;
             gather(rows + first * n_columns + column, n_columns, n, T::COLUMNS, x);
-            M odd = T::template quantize<WEIGHTED>(x, importance + column, F(0.f), words);
+            M odd = quantize_block<T, WEIGHTED>((const T *)0, x, importance + column, F(0.f), words, tables);
             for (int row = 0; row < n; row++) {
                 const int r = row / WIDTH, k = row % WIDTH;
                 u32 packed[N_WORDS];
@@ -69,20 +71,30 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
 EXPORT const char *reap_source() { return SOURCE_HASH; }
 
 // Rows of float32 as blocks of a ggml type; 0 if the type is none of these. `importance` has a value
-// for each column, or is null. `is_odd` is set for rows whose bytes mean nothing: ggml must do them.
+// for each column, or is null; `tables` is what the type needs besides. `is_odd` is set for rows whose bytes mean nothing: ggml must do them.
 EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
                          const float *importance, const void *tables, u8 *target, u8 *is_odd) {
-    (void)tables;
-#define CASE(number, ...)                                                                         \
-    case number:                                                                                  \
-        if (importance)                                                                           \
-            quantize_rows<__VA_ARGS__, true>(rows, n_rows, n_columns, importance, target, is_odd); \
-        else                                                                                      \
-            quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
+#define QUANTIZE(T, WEIGHTED, importance) \
+    quantize_rows<T, WEIGHTED>(rows, n_rows, n_columns, importance, tables, target, is_odd)
+#define CASE(number, ...)                                 \
+    case number:                                          \
+        if (importance)                                   \
+            QUANTIZE(__VA_ARGS__, true, importance);      \
+        else                                              \
+            QUANTIZE(__VA_ARGS__, false, rows);           \
         return 1;
+#define CASE_WEIGHTED(number, ...)                                        \
+    case number:                                                          \
+        if (importance) QUANTIZE(__VA_ARGS__, true, importance);          \
+        return importance || !n_rows; /* ggml ends the process without */
     switch (type) {
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
+        CASE_WEIGHTED(16, Iq2Xxs)
+        CASE_WEIGHTED(17, Iq2<false>)
+        CASE(18, Iq3<false>)
+        CASE(21, Iq3<true>)
+        CASE(22, Iq2<true>)
     }
     return 0;
 }
