@@ -76,7 +76,8 @@ FN int nearest_of(const u16 *list, int count, const F *x, const F *w, float scal
         Ints codes = widen(list + j);
         Floats distance;
         for (int i = 0; i < GROUP; i++) {
-            Floats part = GROUP == 4 ? pick8(table[i], codes >> BITS * i) : pick4(table[i][0], codes >> BITS * i);
+            Ints levels = codes >> BITS * i;  // and more above, which is not looked at
+            Floats part = GROUP == 4 ? pick8(table[i], levels) : pick4(table[i][0], levels);
             distance = i ? distance + part : part;
         }
         Ints is_nearer = distance < nearest;
@@ -139,8 +140,6 @@ template <int GROUP, bool PLAIN> FN I nearest_levels(const F *x, F inverse) {
     }
     return code;
 }
-
-FN M is_finite(F v) { return absolute(v) <= FARTHEST; }
 
 FN M is_plain(F inverse, F low, F high) {
     return is_roundable(0.5f * (inverse * high - 1.f)) & is_roundable(0.5f * (inverse * low - 1.f));
@@ -268,7 +267,7 @@ FN void make_positive(F &scale, I *signs, int n, int mask) {
 // Four bits for each of N scales, as (level + 1/2) * 2 d where 31 d is the largest, and d as a half.
 // `is_zero` says where all are.
 template <int N>
-FN I scale_levels(const F *scales, float factor, I *levels, M &is_zero, M &is_odd) {
+FN I four_bits(const F *scales, float factor, I *levels, M &is_zero, M &is_odd) {
     F largest = 0.f;
     for (int j = 0; j < N; j++) largest = larger(largest, scales[j]);
     is_zero = largest == 0.f;
@@ -301,10 +300,12 @@ FN I point_number(const Codebook &book, I code) { return look_up(book.places, co
 struct HasCodebook {};
 
 template <class T, bool WEIGHTED>
-FN M quantize_block(const void *, const F *x, const float *importance, F mean_square, I *words, const void *) {
+FN M quantize_block(const void *, const F *x, const float *importance, F mean_square, I *words,
+                    const void *) {
     return T::template quantize<WEIGHTED>(x, importance, mean_square, words);
 }
 template <class T, bool WEIGHTED>
-FN M quantize_block(const HasCodebook *, const F *x, const float *importance, F, I *words, const void *book) {
+FN M quantize_block(const HasCodebook *, const F *x, const float *importance, F, I *words,
+                    const void *book) {
     return T::template quantize<WEIGHTED>(x, importance, words, *(const Codebook *)book);
 }

@@ -119,10 +119,11 @@ template <bool IS_S> struct Iq2 : HasCodebook {
             fit.off_grid = fit.codes[0] = fit.codes[1] = 0;
             try_scales(v, is_used, v.high, 5.f, 0.1f, 9, book, fit);
             fit_again(v, is_used, fit.off_grid, book, fit);
-            leave_block(fit, is_used, IS_S ? 255 : 127, book, scales[j], points + 2 * j, signs + 2 * j, is_odd);
+            leave_block(fit, is_used, IS_S ? 255 : 127, book, scales[j], points + 2 * j, signs + 2 * j,
+                        is_odd);
         }
         M is_zero;
-        I d = scale_levels<16>(scales, IS_S ? 0.9875f : 1.f, levels, is_zero, is_odd);
+        I d = four_bits<16>(scales, IS_S ? 0.9875f : 1.f, levels, is_zero, is_odd);
         I halves[IS_S ? 41 : 37];
         halves[0] = d;
         if (IS_S) {
@@ -174,7 +175,7 @@ struct Iq2Xxs : HasCodebook {
         }
         M is_zero;
         I halves[33];
-        halves[0] = scale_levels<8>(scales, 1.f, levels, is_zero, is_odd);
+        halves[0] = four_bits<8>(scales, 1.f, levels, is_zero, is_odd);
         for (int j = 0; j < 8; j++) {
             const I *p = points + 4 * j, *s = signs + 4 * j;
             I word = s[0] | (s[1] << 7) | (s[2] << 14) | (s[3] << 21) | (levels[j] << 28);

@@ -21,9 +21,9 @@ template <bool IS_S> struct Iq3 : HasCodebook {
             Values<4, 32> v;
             GridFit<4, 32> fit;
             UNROLL for (int i = 0; i < 32; i++) {
-                F value = x[32 * j + i];
-                v.x[i] = value;
-                v.w[i] = WEIGHTED ? F(importance[32 * j + i]) * sqrt_of(spread + value * value) : value * value;
+                F value = v.x[i] = x[32 * j + i];
+                v.w[i] = value * value;
+                if (WEIGHTED) v.w[i] = F(importance[32 * j + i]) * sqrt_of(spread + v.w[i]);
             }
             for (int k = 0; k < 4; k++) {
                 I *s = signs + 4 * j + k;
@@ -49,7 +49,7 @@ template <bool IS_S> struct Iq3 : HasCodebook {
             for (int k = 0; k < 4; k++) signs[4 * j + k] = select(is_used, signs[4 * j + k], I(0));
         }
         M is_zero;
-        I d = scale_levels<8>(scales, IS_S ? 1.033f : 1.0125f, levels, is_zero, is_odd);
+        I d = four_bits<8>(scales, IS_S ? 1.033f : 1.0125f, levels, is_zero, is_odd);
         if (IS_S) pack_s(d, points, signs, levels, used, words);
         else pack_xxs(d, points, signs, levels, is_zero, words);
         return is_odd;
