@@ -12,13 +12,16 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
-from reap2gguf.ggml import Ggml
+
+if TYPE_CHECKING:
+    from reap2gguf.ggml import Ggml
 
 CHUNK = 16  # codes that the kernels compare at a time; lists are filled up to whole chunks
 _COUNT_BITS = 10  # of a place, for how many neighbours there are

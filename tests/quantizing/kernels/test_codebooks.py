@@ -106,7 +106,8 @@ def test_a_million_weights_of_each_kind_are_those_of_libggml(tensor_type: T) -> 
 def test_no_block_is_made_without_the_importance_that_libggml_needs() -> None:
     rows = np.ones((1, 256), dtype=np.float32)
     book = codebook(load_ggml(), T.IQ2_XS)
-    assert book is not None and KERNELS is not None
+    assert book is not None
+    assert KERNELS is not None
     with pytest.raises(AssertionError, match="IQ2_XS"):
         KERNELS.quantize(rows, T.IQ2_XS, None, book.pointers())
 

@@ -52,49 +52,71 @@ FN I nearest_point(I code, I place, M wanted, const F *x, const F *w, F scale, c
 
 #else
 
-// For one lane. Each value's distance from each level is computed once; a neighbour's distance is
-// the sum of what its levels pick from them, WIDTH neighbours at a time. The same operations in the
-// same order as neighbour by neighbour, so the same numbers.
-template <int GROUP>
-FN int nearest_of(const u16 *list, int count, const F *x, const F *w, float scale, int k, bool &is_odd) {
-    enum { BITS = Grid<GROUP>::BITS, MASK = Grid<GROUP>::MASK, N = GROUP == 4 ? EIGHT : 1 };
-    Floats steps[N], table[GROUP][N];
-    Ints position = {};
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < WIDTH; i++) steps[n][i] = (float)(2 * ((n * WIDTH + i) & MASK) + 1);
-    for (int i = 0; i < WIDTH; i++) position[i] = i;
-    for (int n = 0; n < N; n++) {
-        steps[n] = scale * steps[n];
-        for (int i = 0; i < GROUP; i++) {
-            Floats difference = steps[n] - lane(x[i], k);
-            table[i][n] = (lane(w[i], k) * difference) * difference;
+// Of one lane's group, each value's weighted distance from each level.
+template <int GROUP> struct Distances {
+    enum { BITS = Grid<GROUP>::BITS, N = GROUP == 4 ? EIGHT : 1 };
+    Floats table[GROUP][N];
+
+    FN void measure(Distances &all, const F *x, const F *w, float scale, int k) {
+        for (int n = 0; n < N; n++) {
+            Floats steps;
+            for (int i = 0; i < WIDTH; i++)
+                steps[i] = (float)(2 * ((n * WIDTH + i) & Grid<GROUP>::MASK) + 1);
+            steps = scale * steps;
+            for (int i = 0; i < GROUP; i++) {
+                Floats difference = steps - lane(x[i], k);
+                all.table[i][n] = (lane(w[i], k) * difference) * difference;
+            }
         }
     }
-    Floats nearest = FARTHEST - (Floats){};
-    Ints where = position;
-    for (int j = 0; j < count; j += WIDTH) {
-        Ints codes = widen(list + j);
-        Floats distance;
+
+    // From WIDTH points: sums of what their levels pick.
+    FN Floats from(const Distances &all, const u16 *points) {
+        Ints codes = widen(points);
+        Floats sum = {};
         for (int i = 0; i < GROUP; i++) {
             Ints levels = codes >> BITS * i;  // and more above, which is not looked at
-            Floats part = GROUP == 4 ? pick8(table[i], levels) : pick4(table[i][0], levels);
-            distance = i ? distance + part : part;
+            Floats part = GROUP == 4 ? pick8(all.table[i], levels) : pick4(all.table[i][0], levels);
+            sum = i ? sum + part : part;
         }
-        Ints is_nearer = distance < nearest;
-        nearest = is_nearer ? distance : nearest;
-        if (count > WIDTH) where = is_nearer ? position + j : where;
+        return sum;
     }
-    const float least = smallest(nearest);
-    u32 found = where_equal(nearest, least);
+};
+
+// For one lane. A distance is added up by the same operations in the same order as point by point,
+// so it is the same number. Most lists are a chunk of 16 or less: one for which no branch is guessed.
+template <int GROUP>
+FN int nearest_of(const u16 *list, int count, const F *x, const F *w, float scale, int k, bool &is_odd) {
+    enum { PARTS = 16 / WIDTH };
+    Distances<GROUP> all;
+    Distances<GROUP>::measure(all, x, w, scale, k);
+    Floats nearest[PARTS];
+    Ints chunk[PARTS] = {};
+    for (int p = 0; p < PARTS; p++) {
+        nearest[p] = Distances<GROUP>::from(all, list + WIDTH * p);
+        nearest[p] = nearest[p] < FARTHEST ? nearest[p] : FARTHEST - (Floats){};
+    }
+    for (int j = 16; j < count; j += 16)
+        for (int p = 0; p < PARTS; p++) {
+            Floats next = Distances<GROUP>::from(all, list + j + WIDTH * p);
+            chunk[p] = next < nearest[p] ? j - (Ints){} : chunk[p];
+            nearest[p] = next < nearest[p] ? next : nearest[p];
+        }
+    Floats least = nearest[0];
+    for (int p = 1; p < PARTS; p++) least = nearest[p] < least ? nearest[p] : least;
+    const float distance = smallest(least);
+    u32 found = 0;
+    for (int p = 0; p < PARTS; p++) found |= where_equal(nearest[p], distance) << WIDTH * p;
     int first = __builtin_ctz(found);
-    if (count > WIDTH) {
-        first = where[first];
+    if (count > 16) {  // the first place of all that are equally near
+        first += chunk[first / WIDTH][first % WIDTH];
         while (found &= found - 1) {
-            const int other = where[__builtin_ctz(found)];
+            int other = __builtin_ctz(found);
+            other += chunk[other / WIDTH][other % WIDTH];
             first = other < first ? other : first;
         }
     }
-    is_odd = is_odd | !(least < FARTHEST);
+    is_odd = is_odd | !(distance < FARTHEST);
     return list[first];
 }
 

@@ -232,9 +232,14 @@ typedef float AnyFloat __attribute__((may_alias));
 FN float lane(const F &a, int k) { return ((const AnyFloat *)&a)[k]; }
 
 FN Ints widen(const u16 *numbers) {
+#if defined(__AVX512F__)
+    const __m256i wide = _mm256_loadu_si256((const __m256i *)numbers);
+    return (Ints)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, wide);
+#else
     Shorts shorts;
     memcpy(&shorts, numbers, sizeof shorts);
     return __builtin_convertvector(shorts, Ints);
+#endif
 }
 
 // Registers that hold a table of eight. A wider register has it twice.
