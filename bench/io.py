@@ -70,10 +70,10 @@ class Bench:
             size = pruned.n_bytes
             self._dd(size)
             for title, n_threads, early, hashed in (
-                ("write, 1 thread, flushed only at the end", 1, False, False),
-                ("write, 1 thread", 1, True, False),
-                (f"write, {self.n_threads} threads", self.n_threads, True, False),
-                (f"write and hash, {self.n_threads} threads", self.n_threads, True, True),
+                ("write, threads: 1, flushed only at the end", 1, False, False),
+                ("write, threads: 1", 1, True, False),
+                (f"write, threads: {self.n_threads}", self.n_threads, True, False),
+                (f"write and hash, threads: {self.n_threads}", self.n_threads, True, True),
             ):
                 self._write(pruned, title, n_threads, early, hashed)
             self.drop(self.source)
