@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ from reap2gguf.bundle.sums import hash_files
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.disk import write_back
 from reap2gguf.disk.hashing import Hashes
+from reap2gguf.machine import peak_bytes
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
@@ -81,7 +81,7 @@ class Bench:
             files = list(self.target.glob("*.safetensors"))
             for n_threads in (1, self.n_threads):
                 self.measure(
-                    f"compare with the source, {n_threads} threads", size,
+                    f"compare with the source, threads: {n_threads}", size,
                     lambda n=n_threads: check(self.target, pruned, n),
                 )  # fmt: skip
             self.measure("hash", size, lambda: hash_files(files, self.n_threads))
@@ -173,14 +173,12 @@ def main() -> None:
         bench = Bench(Path(name), arguments.threads)
         bench.source.mkdir()
         write_checkpoint("qwen3-30b-a3b", layers, bench.source, num_experts=N_EXPERTS)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = peak_bytes()
         for _ in range(arguments.rounds):
             bench.one_round()
         print(bench.table())
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"peak memory: {after / 2**20:.2f} GiB, {(after - before) / 2**10:.0f} MiB more than before"
-    )
+    print(f"peak memory: {(peak_bytes() - before) / 2**20:.0f} MiB more than at the beginning")
 
 
 if __name__ == "__main__":
