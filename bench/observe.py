@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Floor(LayerObserver):
     def see(self, pairs: RoutedPairs) -> None:
         """Nothing is seen."""
 
-    def finish(self, index: int) -> None:
+    def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
         """There are no sums."""
 
     def sums(self) -> Iterable[Tensor]:
@@ -97,6 +97,9 @@ class Timed:
         self.ended = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
+        """Nobody watches."""
+
+    def at(self, step: str) -> None:
         """Nobody watches."""
 
     def note(self, text: str) -> None:

@@ -31,8 +31,10 @@ def exchange() -> None:
     assert ranks.broadcast("first" if ranks.is_first else None) == "first"
     assert ranks.share([10, 11, 12]) == [[10, 12], [11]][ranks.rank]
     sums, peak = torch.tensor([1.0 + ranks.rank]), torch.tensor([1.0 + ranks.rank])
-    ranks.sum_tensors([sums])
-    ranks.max_tensors([peak])
+    works = (ranks.begin_sum(sums), ranks.begin_max(peak))
+    for work in works:
+        assert work is not None
+        ranks.finish(work)
     assert (float(sums), float(peak)) == (3, 2)
 
 
