@@ -89,6 +89,12 @@ class StateKeeper:
 
         `width`: hidden size. The observer takes over the sums of the finished layers.
         """
+        if self._path is not None and not self._is_seen_by_all(self._path.parent):
+            self._note(
+                f"not every process sees {self._path.parent}, so the progress between layers is "
+                "not saved; an interrupted pass starts again"
+            )
+            self._path = None
         state = self._read(width, dtype)
         layer = state.layer if state else 0
         first, last = self._ranks.least(layer), -self._ranks.least(-layer)
@@ -96,6 +102,10 @@ class StateKeeper:
             state.close()
             state = None
         return state
+
+    def _is_seen_by_all(self, folder: Path) -> bool:
+        """Whether the folder is there for processes on other machines too."""
+        return self._ranks.size == 1 or bool(self._ranks.least(int(folder.is_dir())))
 
     def _read(self, width: int, dtype: torch.dtype) -> SweepState | None:
         if self._path is None:

@@ -11,7 +11,7 @@ import torch
 
 from reap2gguf import cli
 from reap2gguf.observing import budget, state
-from reap2gguf.observing.compute.ranks import join
+from reap2gguf.observing.compute.ranks import HostPeers, _host_peers, join
 from reap2gguf.observing.sweep import Sweep
 from tests.tiny import EXAMPLE
 
@@ -36,6 +36,12 @@ def exchange() -> None:
         assert work is not None
         ranks.finish(work)
     assert (float(sums), float(peak)) == (3, 2)
+    peers = _host_peers(ranks)
+    assert peers == HostPeers(ranks.rank, 2, None)
+    whole = torch.zeros(6, dtype=torch.uint8)
+    whole[3 * ranks.rank : 3 * ranks.rank + 3] = 5 + ranks.rank
+    peers.exchange(whole).wait()
+    assert whole.tolist() == [5, 5, 5, 6, 6, 6]
 
 
 def die_before(layer: int) -> None:
