@@ -28,7 +28,7 @@ from torch import Tensor
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.observing.batches import Batch, assign_spans
-from reap2gguf.observing.compute.kernels import finite_rows
+from reap2gguf.observing.compute.kernels import finite_rows, has_triton
 from reap2gguf.observing.compute.ranks import connect_on, host_peers, join
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.mtp import count_hits
@@ -43,6 +43,7 @@ from reap2gguf.observing.sweep_plan import (
     resolve_device,
 )
 from reap2gguf.observing.totals import Totals
+from reap2gguf.observing.warm_up import warm_up
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
@@ -226,12 +227,18 @@ class Sweep:
     def all_layers(self, title: str) -> None:
         """Move every batch through all remaining layers, and report the progress."""
         first = self.plan.first_layer
+        self._compile_kernels(range(first, self.n_layers))
         with self.progress.task(title, self.n_observed, "tokens") as task:
             task.advance(first * self.n_observed / self.n_layers)
             for index in range(first, self.n_layers):
                 task.at(f"layer {index + 1}/{self.n_layers}")
                 self.layer(index, task)
             self._collect()
+
+    def _compile_kernels(self, layers: range) -> None:
+        """Compile what a GPU runs, while the first layer is read, if there is memory for two."""
+        if has_triton(self.decoder.device) and self.prefetches:
+            warm_up(self.decoder, self.observer, layers, self.batches, self.progress)
 
     def layer(self, index: int, task: Task) -> None:
         """Move every batch through a layer.
