@@ -24,12 +24,19 @@ if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
 
 VARIABLE = "REAP2GGUF_KERNELS"  # "off": libggml does everything
+_REINSTALL = "install reap2gguf again from its checkout, or from a wheel"
 # What Linux calls the instructions of x86-64's levels, see the psABI.
 _NEEDED = {
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "bmi2", "fma"},
     "armv8-a": set[str](),
 }
+
+# Entries of a codebook, and the bytes of each.
+_CODEBOOKS = {
+    "IQ2_XXS": (256, 8), "IQ2_XS": (512, 8), "IQ2_S": (1024, 8),
+    "IQ3_XXS": (256, 4), "IQ3_S": (512, 4),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,32 +78,70 @@ class Kernels:
         assert done, f"{self.path}: does not cover {tensor_type.name}"
         return target, is_odd
 
+    def dequantize(
+        self, raw: Bytes, tensor_type: GGMLQuantizationType, codebook: Bytes | None = None
+    ) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`.
+
+        They are ggml's, bit for bit. `codebook` is (entries, 8) for an IQ2 type and (entries, 4)
+        for an IQ3 type: the sizes of the values that an entry stands for. Raises ValueError for
+        such a type without one, and for a type that is not covered.
+        """
+        name = tensor_type.name
+        block, size = GGML_QUANT_SIZES[tensor_type]
+        shape = _CODEBOOKS.get(name)
+        if shape is not None and (codebook is None or codebook.shape != shape):
+            found = "none" if codebook is None else str(codebook.shape)
+            raise ValueError(f"{name} needs a codebook of {shape}, found {found}")
+        source = np.ascontiguousarray(raw)
+        entries = None if codebook is None else np.ascontiguousarray(codebook, np.uint8)
+        values = np.empty((raw.shape[0], raw.shape[1] // size * block), dtype=np.float32)
+        done = self._library.reap_dequantize(
+            tensor_type.value,
+            *(source.ctypes.data, values.size // block),
+            *(None if entries is None else entries.ctypes.data, values.ctypes.data),
+        )
+        if not done:
+            raise ValueError(f"{name} is not read by the compiled kernels")
+        return values
+
 
 def load_kernels() -> Kernels | None:
-    """The best object for this processor.
+    """The best object for this processor; None if none can be used."""
+    found = find_kernels()
+    return None if isinstance(found, str) else found
 
-    None if there is none, if it was made from another source, or if REAP2GGUF_KERNELS is "off".
-    """
+
+def find_kernels() -> Kernels | str:
+    """The best object for this processor, or why there is none, in words for a user."""
     if os.environ.get(VARIABLE, "").lower() == "off":
-        return None
-    return _load()
+        return f"{VARIABLE} is off"
+    return _find()
 
 
 @cache
-def _load() -> Kernels | None:
+def _find() -> Kernels | str:
+    targets = TARGETS.get(machine(), ())
     flags = processor_flags()
-    for target in TARGETS.get(machine(), ()):
+    runnable = [target for target in targets if _NEEDED[target] <= flags]
+    if not runnable:
+        what = "this processor has no AVX2" if targets else f"there are none for {machine()}"
+        return f"{what}, so none are used"
+    problem = f"not compiled; with a C++ compiler here, {_REINSTALL}"
+    for target in runnable:
         path = object_file(target)
-        if not _NEEDED[target] <= flags or not path.is_file():
+        if not path.is_file():
             continue
         try:
             library = ctypes.CDLL(str(path))
             _declare(library)
-        except (OSError, AttributeError):
-            continue  # of another system, or of another version
+        except (OSError, AttributeError) as error:
+            problem = f"{path} does not load ({error}); {_REINSTALL}"
+            continue
         if library.reap_source().decode() == source_hash():
             return Kernels(target, path, library)
-    return None
+        problem = f"{path} was compiled from another source; {_REINSTALL}"
+    return problem
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -106,3 +151,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.reap_quantize.restype = ctypes.c_int
     rows, others = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), (ctypes.c_void_p,) * 4
     library.reap_quantize.argtypes = (ctypes.c_int, *rows, *others)
+    library.reap_dequantize.restype = ctypes.c_int
+    pointers = (ctypes.c_void_p,) * 2
+    library.reap_dequantize.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, *pointers)

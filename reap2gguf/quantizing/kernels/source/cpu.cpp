@@ -2,9 +2,9 @@
 #include <utility>
 
 #include "dequantize.h"
-#include "k_quants.h"
 #include "nonlinear.h"
 #include "plain.h"
+#include "symmetric_k.h"
 
 #ifndef SOURCE_HASH
 #define SOURCE_HASH ""  // of a trial
@@ -125,8 +125,11 @@ EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
         CASE(6, Symmetric<16>)
         CASE(7, Affine<31>)
         CASE(8, Q8)
+        CASE(10, Q2K)
+        CASE(11, Q3K)
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
+        CASE(14, Q6K)
         CASE(20, IQ4NL)
         CASE(23, IQ4XS)
     }

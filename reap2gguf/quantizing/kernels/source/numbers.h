@@ -6,6 +6,7 @@
 #define MAGIC 12582912.f
 // Beyond it, ggml's rounding gives other numbers than the nearest: such blocks are left to ggml.
 #define ROUNDABLE 4194303.f
+#define LARGEST_FLOAT 0x1.fffffep127f
 
 // The nearest integer, with ggml's result also where it is none. NaN gives 0, as on x86-64.
 FN I nearest(F v) {
