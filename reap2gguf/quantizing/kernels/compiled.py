@@ -34,9 +34,12 @@ _NEEDED = {
 
 # Entries of a codebook, and the bytes of each.
 _CODEBOOKS = {
-    "IQ2_XXS": (256, 8), "IQ2_XS": (512, 8), "IQ2_S": (1024, 8),
-    "IQ3_XXS": (256, 4), "IQ3_S": (512, 4),
-}  # fmt: skip
+    "IQ2_XXS": (256, 8),
+    "IQ2_XS": (512, 8),
+    "IQ2_S": (1024, 8),
+    "IQ3_XXS": (256, 4),
+    "IQ3_S": (512, 4),
+}
 
 
 @dataclass(frozen=True)

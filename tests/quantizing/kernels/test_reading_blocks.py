@@ -49,7 +49,7 @@ def blocks(tensor_type: T, random: np.random.Generator, n_rows: int, n_blocks: i
     for place in SCALES[tensor_type]:
         exponents = random.integers(0, 31, len(raw), dtype=np.uint8) << 2
         raw[:, place + 1] = (raw[:, place + 1] & 0x83) | exponents
-    return raw.reshape(n_rows, -1)
+    return raw.reshape(n_rows, n_blocks * size)
 
 
 def check(tensor_type: T, raw: Bytes) -> None:
