@@ -38,14 +38,15 @@ class _Form:
     level_bits: int
     n_distances: int  # how many of the nearest distances its neighbours have
     high_byte: int  # where a block keeps the upper bits of its first point's number
+    unit: int  # what a block of scale 1 has to be multiplied by for its entries' sizes
 
 
 _FORMS = {
-    GGMLQuantizationType.IQ3_S: _Form(512, 4, 3, 3, 66),
-    GGMLQuantizationType.IQ3_XXS: _Form(256, 4, 3, 2, 66),
-    GGMLQuantizationType.IQ2_S: _Form(1024, 8, 2, 1, 66),
-    GGMLQuantizationType.IQ2_XS: _Form(512, 8, 2, 2, 3),
-    GGMLQuantizationType.IQ2_XXS: _Form(256, 8, 2, 2, 3),
+    GGMLQuantizationType.IQ3_S: _Form(512, 4, 3, 3, 66, 1),
+    GGMLQuantizationType.IQ3_XXS: _Form(256, 4, 3, 2, 66, 4),
+    GGMLQuantizationType.IQ2_S: _Form(1024, 8, 2, 1, 66, 8),
+    GGMLQuantizationType.IQ2_XS: _Form(512, 8, 2, 2, 3, 8),
+    GGMLQuantizationType.IQ2_XXS: _Form(256, 8, 2, 2, 3, 8),
 }
 _LOW_BYTE = 2  # after the scale, in all of them
 
@@ -61,6 +62,8 @@ class Codebook:
 
     places: npt.NDArray[np.int32]
     codes: npt.NDArray[np.uint16]
+    # (points, group): the sizes that points stand for, which dequantizing needs
+    entries: npt.NDArray[np.uint8]
 
     def pointers(self) -> ctypes.Array[ctypes.c_void_p]:
         """What the kernels are given: `struct Codebook` of codebooks.h. Valid as long as this."""
@@ -76,7 +79,7 @@ def codebook(ggml: Ggml, tensor_type: GGMLQuantizationType) -> Codebook | None:
     form = _FORMS.get(tensor_type)
     if form is None:
         return None
-    points = _points(ggml, tensor_type, form)
+    points, entries = _points(ggml, tensor_type, form)
     bits = form.level_bits * np.arange(form.group)
     point_codes = (points.astype(np.int32) << bits).sum(axis=1)
     groups = np.indices((int(points.max()) + 1,) * form.group).reshape(form.group, -1).T
@@ -92,11 +95,13 @@ def codebook(ggml: Ggml, tensor_type: GGMLQuantizationType) -> Codebook | None:
     lists = np.repeat(neighbours[starts], chunks * CHUNK)  # all places have the nearest at first
     targets = np.arange(counts.sum()) + np.repeat(firsts * CHUNK - starts, counts)
     lists[targets] = neighbours
-    return Codebook(places, point_codes[lists].astype(np.uint16))
+    return Codebook(places, point_codes[lists].astype(np.uint16), entries)
 
 
-def _points(ggml: Ggml, tensor_type: GGMLQuantizationType, form: _Form) -> npt.NDArray[np.int64]:
-    """The levels (points, group) of a grid, from blocks that hold one number each."""
+def _points(
+    ggml: Ggml, tensor_type: GGMLQuantizationType, form: _Form
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """The levels (points, group) of a grid and their sizes, from blocks that hold one number."""
     numbers = np.arange(form.n_points)
     blocks = np.zeros((form.n_points, GGML_QUANT_SIZES[tensor_type][1]), dtype=np.uint8)
     blocks[:, :2] = np.array([1.0], dtype=np.float16).view(np.uint8)
@@ -112,7 +117,7 @@ def _points(ggml: Ggml, tensor_type: GGMLQuantizationType, form: _Form) -> npt.N
             f"expected {n_levels} in {form.n_points} different points; "
             "install libggml-python>=0.20.2"
         )
-    return levels
+    return levels, (values * form.unit).astype(np.uint8)
 
 
 def _neighbours(

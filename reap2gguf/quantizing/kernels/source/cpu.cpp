@@ -4,7 +4,6 @@
 #include "dequantize.h"
 #include "iq2.h"
 #include "iq3.h"
-#include "k_quants.h"
 #include "nonlinear.h"
 #include "plain.h"
 #include "symmetric_k.h"
