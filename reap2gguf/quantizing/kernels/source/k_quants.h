@@ -170,7 +170,7 @@ FN void weigh(const F *x, const float *importance, F spread, F *w) {
 
 template <int N> FN F square_sum(const F *x) {
     F sum = 0.f;
-    for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
+    ROLL for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
     return sum;
 }
 

@@ -18,6 +18,7 @@ typedef long long i64;
 
 #define FN __device__ __forceinline__ static
 #define UNROLL _Pragma("unroll")
+#define ROLL _Pragma("unroll 8")  // a long loop, which would need too many registers
 typedef float F;
 typedef int I;
 typedef bool M;
@@ -45,6 +46,7 @@ FN F look_up(const float *table, I index) { return table[index]; }
 
 #define FN static inline __attribute__((always_inline))
 #define UNROLL
+#define ROLL
 
 #if defined(__AVX512F__)
 enum { WIDTH = 16 };
