@@ -31,8 +31,8 @@ from reap2gguf.exporting.row_ranges import (
     work_through,
 )
 from reap2gguf.files import is_own_file
-from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def export_gguf(
         for tensor in tensors
     }
     check_imatrix(tensors, types_of, imatrix)
-    ggml = load_ggml()
+    quantizer = load_quantizer()
     layouts = [lay_out(weights.folder, tensors, output.header) for output in outputs]
     resume = _can_resume(journal, tensors, outputs, layouts)
     try:
@@ -93,7 +93,7 @@ def export_gguf(
             ]
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
             task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
-            blocks = BlockMaker(weights, ggml, imatrix.entries if imatrix else {})
+            blocks = BlockMaker(weights, quantizer, imatrix.entries if imatrix else {})
             job = _Job(blocks, files, task, journal)
             job.run_all(tensors, n_threads)
     except BaseException:

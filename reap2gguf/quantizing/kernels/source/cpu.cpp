@@ -1,8 +1,9 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
 #include "k_quants.h"
 
-// What a type's quantizer is given besides values and importance.
-typedef M (*Quantize)(const F *x, const float *importance, F mean_square, I *words);
+#ifndef SOURCE_HASH
+#define SOURCE_HASH ""  // of a trial
+#endif
 
 // LANES rows of `columns` values, from row-major memory to one register of lanes per column.
 static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x) {
@@ -38,8 +39,16 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
     }
 }
 
-extern "C" int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
-                             const float *importance, u8 *target, u8 *is_odd) {
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the object was compiled from.
+EXPORT const char *reap_source() { return SOURCE_HASH; }
+
+// Rows of float32 as blocks of a ggml type; 0 if the type is none of these. `importance` has a value
+// for each column, or is null. `is_odd` is set for rows whose bytes mean nothing: ggml must do them.
+EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
+                         const float *importance, const void *tables, u8 *target, u8 *is_odd) {
+    (void)tables;
 #define CASE(number, ...)                                                                         \
     case number:                                                                                  \
         if (importance)                                                                           \
