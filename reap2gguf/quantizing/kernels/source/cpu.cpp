@@ -1,17 +1,41 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
+#include <utility>
+
 #include "k_quants.h"
 
 #ifndef SOURCE_HASH
 #define SOURCE_HASH ""  // of a trial
 #endif
 
-// LANES rows of `columns` values, from row-major memory to one register of lanes per column.
+// Transposes a square of WIDTH rows in registers: blocks of D x D change places, for D of 1, 2, 4 ...
+template <int D, int... K>
+FN void exchange(Floats &a, Floats &b, std::integer_sequence<int, K...>) {
+    Floats low = __builtin_shufflevector(a, b, (K & D ? WIDTH + (K ^ D) : K)...);
+    b = __builtin_shufflevector(a, b, (K & D ? WIDTH + K : K ^ D)...);
+    a = low;
+}
+template <int D> FN void transpose(Floats *square) {
+    if constexpr (D < WIDTH) {
+        for (int i = 0; i < WIDTH; i++)
+            if (!(i & D))
+                exchange<D>(square[i], square[i | D], std::make_integer_sequence<int, WIDTH>());
+        transpose<2 * D>(square);
+    }
+}
+
+// LANES rows of `columns` values, from row-major memory to one F per column. If there are fewer
+// rows, the last one is repeated.
 static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x) {
     for (int r = 0; r < REGISTERS; r++)
-        for (int k = 0; k < WIDTH; k++) {
-            int row = r * WIDTH + k;
-            const float *values = rows + stride * (row < n_rows ? row : n_rows - 1);
-            for (int i = 0; i < columns; i++) x[i].v[r][k] = values[i];
+        for (int column = 0; column < columns; column += WIDTH) {
+            Floats square[WIDTH];
+            for (int k = 0; k < WIDTH; k++) {
+                const int row = r * WIDTH + k;
+                const float *values = rows + stride * (row < n_rows ? row : n_rows - 1);
+                memcpy(&square[k], values + column, sizeof(Floats));
+            }
+            transpose<1>(square);
+            for (int k = 0; k < WIDTH; k++) x[column + k].v[r] = square[k];
         }
 }
 

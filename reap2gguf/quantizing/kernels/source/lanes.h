@@ -29,6 +29,10 @@ FN I bits(F a) { return __float_as_int(a); }
 FN F from_bits(I a) { return __int_as_float(a); }
 FN F to_float(I a) { return (F)a; }
 FN F sqrt_of(F a) { return __fsqrt_rn(a); }
+FN F larger(F a, F b) { return a > b ? a : b; }
+FN F smaller(F a, F b) { return a < b ? a : b; }
+FN I larger(I a, I b) { return a > b ? a : b; }
+FN I smaller(I a, I b) { return a < b ? a : b; }
 FN I shift_right(I a, int n) { return (I)((u32)a >> n); }  // zeros come in
 FN bool any(M m) { return m; }
 template <class T> FN I look_up(const T *table, I index) { return (I)table[index]; }
@@ -38,10 +42,10 @@ FN F look_up(const float *table, I index) { return table[index]; }
 
 #include <math.h>
 #include <string.h>
-#if defined(__AVX__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
 #include <arm_neon.h>
+#else
+#include <immintrin.h>
 #endif
 
 #define FN static inline __attribute__((always_inline))
@@ -119,18 +123,31 @@ FN I bits(F a) { I b; EACH b.v[r] = (Ints)a.v[r]; return b; }
 FN F from_bits(I a) { F b; EACH b.v[r] = (Floats)a.v[r]; return b; }
 FN F to_float(I a) { F b; EACH b.v[r] = __builtin_convertvector(a.v[r], Floats); return b; }
 
-FN F sqrt_of(F a) {
+// The registers' own instructions, where a compiler does not find them: one of F -> F, two of F, F -> F
 #if defined(__AVX512F__)
-    EACH a.v[r] = (Floats)_mm512_sqrt_ps((__m512)a.v[r]);
+#define SQRT(a) (Floats)_mm512_maskz_sqrt_ps((__mmask16)-1, (__m512)(a))
+#define LARGER(a, b) (Floats)_mm512_maskz_max_ps((__mmask16)-1, (__m512)(a), (__m512)(b))
+#define SMALLER(a, b) (Floats)_mm512_maskz_min_ps((__mmask16)-1, (__m512)(a), (__m512)(b))
 #elif defined(__AVX2__)
-    EACH a.v[r] = (Floats)_mm256_sqrt_ps((__m256)a.v[r]);
-#elif defined(__aarch64__)
-    EACH a.v[r] = (Floats)vsqrtq_f32((float32x4_t)a.v[r]);
+#define SQRT(a) (Floats)_mm256_sqrt_ps((__m256)(a))
+#define LARGER(a, b) (Floats)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define SMALLER(a, b) (Floats)_mm256_min_ps((__m256)(a), (__m256)(b))
 #else
-    EACH for (int k = 0; k < WIDTH; k++) a.v[r][k] = __builtin_sqrtf(a.v[r][k]);
+#if defined(__aarch64__)
+#define SQRT(a) (Floats)vsqrtq_f32((float32x4_t)(a))
+#else
+#define SQRT(a) (Floats)_mm_sqrt_ps((__m128)(a))
 #endif
-    return a;
-}
+// NEON's own give NaN where either is NaN; x86 and ggml's comparisons give the second
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define SMALLER(a, b) ((a) < (b) ? (a) : (b))
+#endif
+
+FN F sqrt_of(F a) { EACH a.v[r] = SQRT(a.v[r]); return a; }
+BINARY(F, larger, F, F, LARGER(a.v[r], b.v[r]))    // a > b ? a : b
+BINARY(F, smaller, F, F, SMALLER(a.v[r], b.v[r]))  // a < b ? a : b
+BINARY(I, larger, I, I, a.v[r] > b.v[r] ? a.v[r] : b.v[r])
+BINARY(I, smaller, I, I, a.v[r] < b.v[r] ? a.v[r] : b.v[r])
 
 FN bool any(M m) {
     Ints all = m.v[0];
@@ -154,6 +171,4 @@ FN F look_up(const float *table, I index) {
 
 #endif
 
-template <class T> FN T larger(T a, T b) { return select(a > b, a, b); }
-template <class T> FN T smaller(T a, T b) { return select(a < b, a, b); }
 FN F absolute(F a) { return from_bits(bits(a) & 0x7fffffff); }
