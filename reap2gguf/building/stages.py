@@ -297,6 +297,7 @@ class Export(Stage[None]):
             threads,
             progress,
             self._journal("export"),
+            plan.options.compute.device,
         )
         for path, side in self.sides.items():
             journal = self._journal(f"export-{side.prefix}")

@@ -62,8 +62,11 @@ def export_model(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    device: str = "auto",
 ) -> None:
     """Write one GGUF file for each recipe, all in one pass; with a journal, resume from it.
+
+    `device` is auto, cpu or cuda: what quantizes.
 
     Raises what `export_gguf` raises, and ArtifactError if a file type needs an importance matrix
     that is not there.
@@ -81,7 +84,7 @@ def export_model(
         facts = model_facts(weights, model, names, types, imatrix, imatrix_file)
         outputs.append(GgufOutput(path, facts))
     tensors = model.gguf_tensors(weights.tensors)
-    export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal)
+    export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal, device)
 
 
 def export_side(

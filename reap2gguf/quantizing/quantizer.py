@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import Bytes, Floats, Ggml, load_ggml
-from reap2gguf.quantizing.kernels.compiled import VARIABLE, Kernels, load_kernels
+from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
+from reap2gguf.quantizing.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +32,24 @@ _BY_ROW = frozenset(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_
 _TRIED_ROWS, _TRIED_COLUMNS = 48, 512
 
 
+class BlockKernels(Protocol):
+    """What makes ggml's blocks faster than libggml: compiled for the processor, or a GPU."""
+
+    def covers(self, tensor_type: GGMLQuantizationType, /) -> bool:
+        """Whether it quantizes to this type."""
+
+    def quantize(
+        self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None, /
+    ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+        """Rows (R, C) as (R, bytes of a row), and which rows (R,) libggml must make instead."""
+
+
 @dataclass
 class Quantizer:
     """What makes blocks of rows, and rows of blocks. Threads may share one."""
 
     ggml: Ggml
-    kernels: Kernels | None
+    kernels: BlockKernels | None
     checked: float = SAMPLE  # share of the blocks that libggml makes again: 0 to 1
     _equal: dict[tuple[GGMLQuantizationType, bool], bool] = field(default_factory=dict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
@@ -59,8 +73,7 @@ class Quantizer:
         target, is_odd = self.kernels.quantize(rows, tensor_type, importance)
         if is_odd.any():
             target[is_odd] = self.ggml.quantize(rows[is_odd], tensor_type, importance)
-        if self.is_reference and self.checked:
-            self._compare(rows, target, tensor_type, importance)
+        self.compare(rows, target, tensor_type, importance)
         return target
 
     def uses_kernel(self, tensor_type: GGMLQuantizationType, is_weighted: bool) -> bool:
@@ -84,14 +97,19 @@ class Quantizer:
         wanted = self.ggml.quantize(rows, tensor_type, importance)
         return bool((found == wanted)[~is_odd].all() and not is_odd.all())
 
-    def _compare(
+    def compare(
         self,
-        rows: Floats,
+        rows: Floats | StoredRows,
         target: Bytes,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
     ) -> None:
-        """Raise DependencyError if a sampled block is not what libggml makes."""
+        """Raise DependencyError if a sampled block is not what libggml makes.
+
+        Samples none where libggml rounds otherwise, or if none are asked for.
+        """
+        if not self.is_reference or not self.checked:
+            return
         block, size = GGML_QUANT_SIZES[tensor_type]
         by_row = tensor_type in _BY_ROW and importance is not None
         width = rows.shape[1] if by_row or rows.shape[1] % _SUPER_BLOCK else _SUPER_BLOCK
