@@ -18,6 +18,9 @@ typedef long long i64;
 
 #define FN __device__ __forceinline__ static
 #define UNROLL _Pragma("unroll")
+#ifdef __CUDACC_RTC__  // which does not have it
+#define __builtin_inff() __int_as_float(0x7f800000)
+#endif
 #define ROLL _Pragma("unroll 8")  // a long loop, which would need too many registers
 typedef float F;
 typedef int I;
