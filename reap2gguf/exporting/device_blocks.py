@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import DependencyError
-from reap2gguf.exporting.row_ranges import Batch, BlockMaker, RowRange
 from reap2gguf.ggml import TINY
 from reap2gguf.gguf_files.rows import stored_bytes
 from reap2gguf.options import ComputeOptions
-from reap2gguf.quantizing.kernels.cuda import Key, load_gpu
+from reap2gguf.quantizing.kernels.cuda import Weighted, load_gpu
 from reap2gguf.quantizing.kernels.driver import CudaError
 from reap2gguf.quantizing.kernels.nvrtc import CompileError
 from reap2gguf.quantizing.quantizer import Quantizer
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from reap2gguf.checkpoint.weights import Floats
+    from reap2gguf.exporting.row_ranges import Batch, BlockMaker, RowRange
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.kernels.cuda import Blocks, Channel, Gpu
 
@@ -49,7 +49,7 @@ class DeviceBlocks:
 
     host: BlockMaker
     gpu: Gpu
-    usable: Collection[Key]  # of the types that the GPU does
+    usable: Collection[Weighted]  # of the types that the GPU does
 
     def make(
         self, batch: Batch, types: Iterable[GGMLQuantizationType]
@@ -68,7 +68,7 @@ class DeviceBlocks:
         except CudaError as error:
             raise DependencyError(
                 f"the GPU failed while it quantized {batch[0].tensor.name} ({error}); run the "
-                "command again, with --device cpu if it fails again"
+                "command again, with CUDA_VISIBLE_DEVICES=-1 if it fails again"
             ) from error
 
     def _make(
@@ -116,13 +116,13 @@ class DeviceBlocks:
 
     def _importance(self, batch: Batch) -> tuple[Floats | None, npt.NDArray[np.int32]]:
         """The importance (M, C) of the batch's matrices, and the matrix of each row."""
-        firsts = {rows.matrix: rows for rows in reversed(batch)}
-        matrices = {matrix: number for number, matrix in enumerate(firsts)}
+        of_matrix = {rows.matrix: rows for rows in batch}
+        matrices = {matrix: number for number, matrix in enumerate(of_matrix)}
         matrix_of = np.repeat(
             np.array([matrices[rows.matrix] for rows in batch], np.int32),
             [rows.last - rows.first for rows in batch],
         )
-        entries = [self.host.importance_of(rows) for rows in firsts.values()]
+        entries = [self.host.importance_of(rows) for rows in of_matrix.values()]
         known = [entry for entry in entries if entry is not None]
         return (np.stack(known) if known else None), matrix_of
 
@@ -136,7 +136,7 @@ class DeviceBlocks:
         largest: float,
     ) -> None:
         """Have libggml make the rows that the GPU could not, and check the range as a CPU does."""
-        data, is_odd, importance = blocks.data[part], blocks.is_odd[part], None
+        data, is_odd = blocks.data[part], blocks.is_odd[part]
         importance = self.host.importance_of(rows)
         quantizer = self.host.quantizer
         with self.host.named(rows):
@@ -170,7 +170,7 @@ class Making:
 def making(
     host: BlockMaker,
     device: str,
-    keys: Collection[Key],
+    keys: Collection[Weighted],
     n_values: int,
     n_threads: int,
     progress: Progress,
@@ -182,7 +182,7 @@ def making(
     and `n_values` how many weights all files have together.
     """
     on_host = Making(host, 0, n_threads)
-    if host.quantizer.kernels is None or ComputeOptions(device=device).likely_device == "cpu":
+    if ComputeOptions(device=device).likely_device == "cpu" or host.quantizer.kernels is None:
         yield on_host
         return
     if device == "auto" and n_values < _MUCH_WORK:

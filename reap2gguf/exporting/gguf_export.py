@@ -33,7 +33,7 @@ from reap2gguf.exporting.row_ranges import (
 )
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.reader import row_bytes
-from reap2gguf.quantizing.quantizer import load_quantizer
+from reap2gguf.quantizing.quantizer import SAMPLE, load_quantizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -70,10 +70,12 @@ def export_gguf(
     progress: Progress,
     journal: ExportJournal | None = None,
     device: str = "cpu",
+    checked: float = SAMPLE,
 ) -> None:
     """Write all `outputs` in one pass over the weights; they get their final names together.
 
-    With `device` cuda, or auto where much is to do, a GPU quantizes.
+    With `device` cuda, or auto where much is to do, a GPU quantizes. `checked` is the share of what
+    kernels quantize that libggml makes again.
 
     An export that fails leaves unfinished files if there is a journal to resume from, and none
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
@@ -84,7 +86,7 @@ def export_gguf(
         for tensor in tensors
     }
     check_imatrix(tensors, types_of, imatrix)
-    quantizer = load_quantizer()
+    quantizer = load_quantizer(checked)
     layouts = [lay_out(weights.folder, tensors, output.header) for output in outputs]
     resume = _can_resume(journal, tensors, outputs, layouts)
     try:

@@ -20,15 +20,17 @@ from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import Bytes, Floats, Ggml, load_ggml
 from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
-from reap2gguf.quantizing.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from reap2gguf.quantizing.stored_rows import StoredRows
 
 SAMPLE = 1e-3  # of the blocks that a kernel makes
 _SUPER_BLOCK = 256  # values that no type quantizes apart, but for those that weigh by whole rows
 # With importance, their blocks depend on the whole row.
 _BY_ROW = frozenset(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"))
+_SAMPLED_ROWS = 8  # that are compared together
 _TRIED_ROWS, _TRIED_COLUMNS = 48, 512
 
 
@@ -113,12 +115,12 @@ class Quantizer:
         block, size = GGML_QUANT_SIZES[tensor_type]
         by_row = tensor_type in _BY_ROW and importance is not None
         width = rows.shape[1] if by_row or rows.shape[1] % _SUPER_BLOCK else _SUPER_BLOCK
-        for row, first in _sampled(rows.shape, width, self.checked):
+        for some, first in _sampled(rows.shape, width, self.checked):
             columns = slice(first, first + width)
             raw = slice(first // block * size, (first + width) // block * size)
             weights = None if importance is None else importance[columns]
-            wanted = self.ggml.quantize(rows[row : row + 1, columns], tensor_type, weights)
-            if not np.array_equal(wanted[0], target[row, raw]):
+            wanted = self.ggml.quantize(rows[some, columns], tensor_type, weights)
+            if not np.array_equal(wanted, target[some, raw]):
                 raise DependencyError(
                     f"{tensor_type.name}: the compiled kernel and libggml ({self.ggml.path}) make "
                     "different bytes of the same values; set "
@@ -140,14 +142,20 @@ class Quantizer:
         self.ggml.check_precision(rows, target, tensor_type, importance)
 
 
-def _sampled(shape: Sequence[int], width: int, share: float) -> list[tuple[int, int]]:
-    """Row and first column of blocks spread over rows (R, C), at least one if there are any."""
-    per_row = shape[1] // width
-    total = shape[0] * per_row
-    count = min(total, max(1, round(total * share)))
+def _sampled(shape: Sequence[int], width: int, share: float) -> list[tuple[slice, int]]:
+    """Rows and first column of blocks spread over rows (R, C), at least one if there are any.
+
+    Some neighbouring rows are taken together, so that many blocks cost few calls.
+    """
+    n_rows, per_row = shape[0], shape[1] // width
+    wanted = min(n_rows * per_row, max(1, round(n_rows * per_row * share)))
+    height = min(_SAMPLED_ROWS, wanted, n_rows)
+    per_column = -(-n_rows // height)  # groups of rows
+    total, count = per_row * per_column, -(-wanted // height)
     # a step that is no multiple of a row's blocks, so that all columns have their turn
     numbers = (int((k + 0.37) * total / count) for k in range(count))
-    return [(number // per_row, number % per_row * width) for number in numbers]
+    places = ((number // per_row * height, number % per_row * width) for number in numbers)
+    return [(slice(row, min(row + height, n_rows)), first) for row, first in places]
 
 
 def load_quantizer(checked: float = SAMPLE) -> Quantizer:

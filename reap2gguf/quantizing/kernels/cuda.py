@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,26 +39,67 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 _T = GGMLQuantizationType
-Key = tuple[GGMLQuantizationType, bool]  # a type, with importance or without
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a type is quantized on a GPU."""
+    """How a type is quantized on a GPU, and how it is read: both as structs of source/."""
 
-    struct: str  # of source/
-    weighs_rows: bool = False  # by the mean square of the whole row
+    struct: str
+    reader: str
+    weighs_rows: bool = False  # with importance, by the mean square of the whole row
     registers: int = 128  # of a thread, at most: with fewer, more of them run at the same time
 
 
 # Every type that a GPU quantizes. A type is added here and nowhere else.
 FORMS = {
-    _T.Q4_K: Form("AffineK<15>"),
-    _T.Q5_K: Form("AffineK<31>"),
+    _T.Q4_0: Form("Symmetric<8>", "ReadPlain<false, false>", weighs_rows=True),
+    _T.Q4_1: Form("Affine<15>", "ReadPlain<false, true>", weighs_rows=True),
+    _T.Q5_0: Form("Symmetric<16>", "ReadPlain<true, false>", weighs_rows=True),
+    _T.Q5_1: Form("Affine<31>", "ReadPlain<true, true>", weighs_rows=True),
+    _T.Q8_0: Form("Q8", "ReadQ8"),
+    _T.Q2_K: Form("Q2K", "ReadQ2K"),
+    _T.Q3_K: Form("Q3K", "ReadQ3K"),
+    _T.Q4_K: Form("AffineK<15>", "ReadAffineK<false>"),
+    _T.Q5_K: Form("AffineK<31>", "ReadAffineK<true>"),
+    _T.Q6_K: Form("Q6K", "ReadQ6K"),
+    _T.IQ4_NL: Form("IQ4NL", "ReadIQ4NL", registers=255),
+    _T.IQ4_XS: Form("IQ4XS", "ReadIQ4XS", registers=255),
 }
+
+
+@dataclass(frozen=True)
+class Key:
+    """A kernel of gpu.cu, for a type where it is one of a type."""
+
+    kernel: Literal["find_largest", "find_mean_squares", "quantize", "dequantize"]
+    tensor_type: GGMLQuantizationType | None = None
+    is_weighted: bool = False
+
+    @property
+    def definitions(self) -> list[str]:
+        """What gpu.cu is told."""
+        if self.tensor_type is None:
+            return []
+        form = FORMS[self.tensor_type]
+        if self.kernel == "dequantize":
+            return [f"READER={form.reader}"]
+        return [f"QUANTIZER={form.struct}", f"WITH_IMPORTANCE={int(self.is_weighted)}"]
+
+    @property
+    def registers(self) -> int:
+        """The most registers of a thread."""
+        if self.tensor_type is None or self.kernel != "quantize":
+            return 64
+        return FORMS[self.tensor_type].registers
+
+
+Weighted = tuple[GGMLQuantizationType, bool]  # a type, with importance or without
 STORED_AS = {"F32": 0, "F16": 1, "BF16": 2}  # as gpu.cu numbers them
 _THREADS = 128  # in a block; find_mean_squares has 32
+_FEWEST_IN_A_GROUP = 16  # values that a thread reads, or 32
 _ROWS_OF_LARGEST = 8  # rows that a block looks at, a warp each
+_FIND_LARGEST, _FIND_MEAN_SQUARES = Key("find_largest"), Key("find_mean_squares")
 _COMPILING = "Compiling kernels, once on this machine"
 
 
@@ -88,7 +129,7 @@ class Gpu:
 
     def __init__(self, driver: Driver, compiler: Compiler) -> None:
         self.driver, self._compiler = driver, compiler
-        self._functions: dict[Key | str, Function] = {}
+        self._functions: dict[Key, Function] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
         self._channels: list[Channel] = []
@@ -97,15 +138,14 @@ class Gpu:
         """Whether it quantizes to this type."""
         return tensor_type in FORMS
 
-    def prepare(self, keys: Iterable[Key], n_threads: int, progress: Progress) -> None:
+    def prepare(self, types: Iterable[Weighted], n_threads: int, progress: Progress) -> None:
         """Compile the kernels of these types, or take them from the cache, in threads.
 
         Says so if it has to compile. Raises CompileError or CudaError if it cannot.
         """
-        keys = list(keys)
-        wanted: list[Key | str] = ["find_largest", *keys]
-        if any(FORMS[tensor_type].weighs_rows for tensor_type, _ in keys):
-            wanted.append("find_mean_squares")
+        wanted = [_FIND_LARGEST, *(Key("quantize", *one) for one in types)]
+        if any(one.tensor_type and FORMS[one.tensor_type].weighs_rows for one in wanted):
+            wanted.append(_FIND_MEAN_SQUARES)
         missing = [key for key in wanted if read_cached(self._cache_file(key)) is None]
         if missing:
             with working(progress, _COMPILING), ThreadPoolExecutor(n_threads) as pool:
@@ -113,25 +153,24 @@ class Gpu:
         for key in wanted:
             self.function(key)
 
-    def function(self, key: Key | str) -> Function:
-        """A kernel that is ready to run: of a type, or one of gpu.cu by its name."""
+    def function(self, key: Key) -> Function:
+        """A kernel that is ready to run."""
         with self._lock:
             if key not in self._functions:
                 self.driver.enter()
-                name = key if isinstance(key, str) else "quantize"
-                (self._functions[key],) = self.driver.load(self._code(key), name)
+                (self._functions[key],) = self.driver.load(self._code(key), key.kernel)
             return self._functions[key]
 
-    def _code(self, key: Key | str) -> bytes:
+    def _code(self, key: Key) -> bytes:
         path = self._cache_file(key)
         if (code := read_cached(path)) is None:
-            code = self._compiler.compile(self.driver.arch, *_request(key))
+            code = self._compiler.compile(self.driver.arch, key.definitions, key.registers)
             keep(path, code)
         return code
 
-    def _cache_file(self, key: Key | str) -> Path:
+    def _cache_file(self, key: Key) -> Path:
         versions = (*self._compiler.version, self.driver.version)
-        return cache_file(self.driver.arch, *_request(key), versions)
+        return cache_file(self.driver.arch, key.definitions, key.registers, versions)
 
     def channel(self) -> Channel:
         """The channel of this thread."""
@@ -159,6 +198,10 @@ class Gpu:
         found = channel.quantize("F32", source.shape, [tensor_type], weights)
         blocks = found.blocks[tensor_type]
         return blocks.data.copy(), blocks.is_odd | ~found.is_finite
+
+    def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row), as `Ggml.dequantize` has them."""
+        return self.channel().dequantize(raw, tensor_type).copy()
 
     def close(self) -> None:
         """Give back the memory of all channels, whose threads have ended or use them no more."""
@@ -220,11 +263,11 @@ class Channel:
             weights = self._put("importance", np.ascontiguousarray(importance, np.float32))
         largest = ctypes.c_void_p(self._device["largest"].at_least(4 * n_rows))
         n_blocks = -(-n_rows // _ROWS_OF_LARGEST)
-        self._run("find_largest", n_blocks, 32 * _ROWS_OF_LARGEST, *rows, largest)
+        self._run(_FIND_LARGEST, n_blocks, 32 * _ROWS_OF_LARGEST, *rows, largest)
         squares = ctypes.c_void_p(0)
         if importance is not None and any(FORMS[one].weighs_rows for one in types):
             squares = ctypes.c_void_p(self._device["squares"].at_least(4 * n_rows))
-            self._run("find_mean_squares", -(-n_rows // 32), 32, *rows, squares)
+            self._run(_FIND_MEAN_SQUARES, -(-n_rows // 32), 32, *rows, squares)
         sizes = {one: n_columns // GGML_QUANT_SIZES[one][0] for one in types}
         most = max((n_rows * n * GGML_QUANT_SIZES[one][1] for one, n in sizes.items()), default=0)
         target = ctypes.c_void_p(self._device["blocks"].at_least(max(1, most)))
@@ -233,9 +276,10 @@ class Channel:
         blocks = {}
         for one, n_blocks in sizes.items():
             self._stream.clear(is_odd.value or 0, n_rows)
+            key = Key("quantize", one, importance is not None)
             self._run(
-                (one, importance is not None), -(-n_rows * n_blocks // _THREADS), _THREADS,
-                *rows, weights, matrices, largest, squares, ctypes.c_void_p(0), target, is_odd,
+                key, -(-n_rows * n_blocks // _THREADS), _THREADS, *rows,
+                weights, matrices, largest, squares, ctypes.c_void_p(0), target, is_odd,
             )  # fmt: skip
             width = n_blocks * GGML_QUANT_SIZES[one][1]
             data = self._get(f"{one.name} blocks", n_rows * width, target)
@@ -244,7 +288,26 @@ class Channel:
         self._stream.wait()
         return Quantized(found_largest, blocks)
 
-    def _run(self, key: Key | str, n_blocks: int, n_threads: int, *arguments: object) -> None:
+    def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
+        """The values (R, C) of rows (R, bytes of a row); valid until the channel is used again.
+
+        Raises CudaError if the GPU fails.
+        """
+        columns, size = GGML_QUANT_SIZES[tensor_type]
+        n_blocks = raw.size // size
+        source = self._put("raw", np.ascontiguousarray(raw))
+        target = ctypes.c_void_p(self._device["values"].at_least(max(1, 4 * n_blocks * columns)))
+        key = Key("dequantize", tensor_type)
+        n_groups = -(-n_blocks * columns // _FEWEST_IN_A_GROUP)
+        self._run(
+            key, -(-n_groups // _THREADS), _THREADS,
+            source, ctypes.c_int64(n_blocks), ctypes.c_void_p(0), target,
+        )  # fmt: skip
+        values = self._get("values", 4 * n_blocks * columns, target)
+        self._stream.wait()
+        return values.view(np.float32).reshape(len(raw), -1)
+
+    def _run(self, key: Key, n_blocks: int, n_threads: int, *arguments: object) -> None:
         self._stream.launch(self.gpu.function(key), n_blocks, n_threads, arguments)
 
     def _put(self, name: str, values: npt.NDArray[np.generic]) -> ctypes.c_void_p:
@@ -267,14 +330,6 @@ class Channel:
             self._stream.wait()
         for memory in (*self._device.values(), *self._pinned.values()):
             memory.free()
-
-
-def _request(key: Key | str) -> tuple[list[str], int]:
-    """What gpu.cu is told, and the most registers of a thread."""
-    if isinstance(key, str):
-        return [], 64
-    form = FORMS[key[0]]
-    return [f"QUANTIZER={form.struct}", f"WITH_IMPORTANCE={int(key[1])}"], form.registers
 
 
 def load_gpu() -> Gpu:

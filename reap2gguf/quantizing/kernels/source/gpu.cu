@@ -5,7 +5,11 @@
 // the same importance. A block's values wait in the thread's local memory, which the hardware keeps
 // transposed: neighbouring threads read neighbouring words.
 namespace reap {  // CUDA has some of the names itself
+#include "dequantize.h"
 #include "k_quants.h"
+#include "nonlinear.h"
+#include "plain.h"
+#include "symmetric_k.h"
 
 // How values are stored: they become float32 where they are read, which is exact.
 enum { AS_F32, AS_F16, AS_BF16 };
@@ -113,6 +117,20 @@ quantize(const uint4 *values, int stored_as, int n_rows, int n_columns, const fl
     M odd = T::template quantize<WITH_IMPORTANCE>(x, weights, mean_square, words);
     store<T::BYTES>(words, target + ((i64)row * n_blocks + block) * T::BYTES);
     if (odd) is_odd[row] = 1;
+}
+
+#endif
+
+#ifdef READER
+
+// Blocks as float32: a thread for each group of neighbours.
+extern "C" __global__ void dequantize(const u8 *raw, i64 n_blocks, const u8 *codebook, float *out) {
+    enum { GROUPS = READER::COLUMNS / READER::GROUP };
+    const i64 number = (i64)blockIdx.x * blockDim.x + threadIdx.x, block = number / GROUPS;
+    const int group = (int)(number % GROUPS);
+    if (block >= n_blocks) return;
+    READER::read(raw + block * READER::BYTES, group, codebook,
+                 out + block * READER::COLUMNS + group * READER::GROUP);
 }
 
 #endif
