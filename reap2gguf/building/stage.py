@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from reap2gguf.artifacts.made_with import check_versions, other_versions, versions
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.keys import BuildKeys
-from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
+from reap2gguf.building.seals import Seal, Stamps, changed, read_seals, seal, stamps, unsealed
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.machine import peak_bytes, processes
@@ -185,7 +185,7 @@ class Run:
         """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
         kept = stamps(self.work.root, outputs) if before is None else before
         threads = self.plan.options.compute.threads
-        sealed = seal(self.work.root, kept, threads, self.progress)
+        sealed = seal(self.work.root, kept, threads, self.progress, self.marks.written_seals())
         return {name: asdict(one) for name, one in sealed.items()}
 
     def unsealed(self, seals: Mapping[str, Seal]) -> list[str]:
@@ -323,6 +323,13 @@ class StageMarks:
     def stamps(self, stage: str) -> Stamps:
         """The stamps of a finished stage's outputs."""
         return self._marks[stage].stamps
+
+    def written_seals(self) -> dict[str, Seal]:
+        """The hashes that finished stages made of files while they wrote them."""
+        found: dict[str, Seal] = {}
+        for mark in self._marks.values():
+            found |= read_seals(mark.facts.get("written"))
+        return found
 
     def made_with(self, stage: str) -> Mapping[str, str]:
         """The versions of the libraries that made a finished stage."""

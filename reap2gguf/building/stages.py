@@ -15,12 +15,13 @@ from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.building.seals import Seal, read_seals
+from reap2gguf.building.seals import Seal, read_seals, written_seals
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
+from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
@@ -170,9 +171,12 @@ class Prune(Stage[None]):
         remove(self.run.work.hf)
 
     def compute(self) -> Mapping[str, Any]:
-        make_folder(self.run.work.hf)
-        write_pruned(self._pruned, self.run.work.hf, self.run.progress)
-        return {}
+        run, folder = self.run, self.run.work.hf
+        make_folder(folder)
+        threads = run.plan.options.compute.threads
+        with Hashes() as hashes:
+            write_pruned(self._pruned, folder, run.progress, n_threads=threads, hashes=hashes)
+            return {"written": written_seals(run.work.root, hashes)}
 
     def load(self) -> None:
         """Only verification reads its files."""
@@ -286,6 +290,11 @@ class Export(Stage[None]):
                 remove(file)
 
     def compute(self) -> Mapping[str, Any]:
+        with Hashes() as hashes:
+            self._write(hashes)
+            return {"written": written_seals(self.run.work.root, hashes)}
+
+    def _write(self, hashes: Hashes) -> None:
         plan, progress = self.run.plan, self.run.progress
         threads = plan.options.compute.threads
         export_model(
@@ -297,14 +306,14 @@ class Export(Stage[None]):
             threads,
             progress,
             self._journal("export"),
+            hashes,
             plan.options.compute.device,
             plan.options.compute.check_quants.share,
         )
         for path, side in self.sides.items():
             journal = self._journal(f"export-{side.prefix}")
             model, names = self._pruned.model, self.names()
-            export_side(self._pruned, model, names, path, side, threads, progress, journal)
-        return {}
+            export_side(self._pruned, model, names, path, side, threads, progress, journal, hashes)
 
     def names(self) -> HeaderNames:
         """What the headers say of the model."""

@@ -92,7 +92,7 @@ class Verify(Stage[Verified]):
         passed: list[str] = []
         if run.plan.writes_hf:
             violations += check_members(run.work.hf, written_names(pruned))
-            violations += check_pruned(run.work.hf, pruned, progress)
+            violations += check_pruned(run.work.hf, pruned, progress, threads)
             passed.append(passed_folder(len(pruned.tensors)))
         exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
         for path, recipe in self._export.files.items():

@@ -6,16 +6,17 @@ to its position in each file. A GPU may quantize (`device_blocks.py`). No interm
 written. With a journal, tensors that are on the disk already are not written again.
 
 Memory: a thread holds one batch and its quantized forms, 2 to 16 MiB for each distinct type.
-Besides the ranges there is the imatrix: 4 bytes per column.
+Besides the ranges there is the imatrix: 4 bytes per column, and 4 MiB for each file that is hashed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.disk.hashing import Hashes
     from reap2gguf.exporting.header_facts import HeaderFacts
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.gguf_files.imatrix import Imatrix
@@ -60,6 +62,20 @@ class _OpenFile:
     layout: GgufLayout
     tensor_types: Mapping[str, GGMLQuantizationType]
 
+    def tell_hash(self, tensors: Sequence[GgufTensor], missing: Collection[str]) -> None:
+        """What will not be written: tensors that are there already, and zeros between tensors."""
+        if self.file.hashed is None:
+            return
+        ends = [*sorted(self.layout.offsets.values()), self.layout.n_bytes]
+        next_after = dict(pairwise(ends))
+        for tensor in tensors:
+            first = self.layout.offsets[tensor.name]
+            row = row_bytes(self.tensor_types[tensor.name], tensor.n_columns)
+            last = first + prod(tensor.shape[:-1]) * row
+            if tensor.name not in missing:
+                self.file.hashed.wrote(first, last)
+            self.file.hashed.wrote(last, next_after[first])
+
 
 def export_gguf(
     weights: Weights,
@@ -69,13 +85,14 @@ def export_gguf(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    hashes: Hashes | None = None,
     device: str = "cpu",
     checked: float = SAMPLE,
 ) -> None:
     """Write all `outputs` in one pass over the weights; they get their final names together.
 
-    With `device` cuda, or auto where much is to do, a GPU quantizes. `checked` is the share of what
-    kernels quantize that libggml makes again.
+    With `hashes`, they are hashed while they are written. With `device` cuda, or auto where much is
+    to do, a GPU quantizes. `checked` is the share of what kernels quantize that libggml makes again.
 
     An export that fails leaves unfinished files if there is a journal to resume from, and none
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
@@ -92,7 +109,7 @@ def export_gguf(
     try:
         with ExitStack() as stack:
             files = [
-                stack.enter_context(_opened(output, layout, resume))
+                stack.enter_context(_opened(output, layout, resume, hashes))
                 for output, layout in zip(outputs, layouts, strict=True)
             ]
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
@@ -137,10 +154,13 @@ def _has_size(path: Path, n_bytes: int) -> bool:
 
 
 @contextmanager
-def _opened(output: GgufOutput, layout: GgufLayout, resume: bool) -> Iterator[_OpenFile]:
+def _opened(
+    output: GgufOutput, layout: GgufLayout, resume: bool, hashes: Hashes | None
+) -> Iterator[_OpenFile]:
     """A file of its full length, so that a full disk is found now, with its header written."""
-    with open_file(part_of(output.path), output.path, resume) as file:
-        file.reserve(layout.n_bytes)
+    with open_file(part_of(output.path), output.path, resume) as opened:
+        opened.reserve(layout.n_bytes)
+        file = opened.hashed_by(hashes, layout.n_bytes)
         file.write_at(layout.header, 0)
         yield _OpenFile(file, layout, output.header.tensor_types)
 
@@ -159,6 +179,9 @@ class _Job:
         missing = [tensor for tensor in tensors if journal is None or tensor.name not in journal]
         n_values = sum(prod(tensor.shape) for tensor in tensors)
         self.task.advance((n_values - sum(prod(t.shape) for t in missing)) * len(self.files))
+        names = {tensor.name for tensor in missing}
+        for file in self.files:
+            file.tell_hash(tensors, names)
         outputs = [file.file for file in self.files]
         todo = list(batches(self.weights, missing, self.making.batch_bytes))
         remaining = Counter(batch[0].tensor.name for batch in todo)
@@ -181,7 +204,7 @@ class _Job:
                     journal.save(outputs)
             raise
         for output in outputs:
-            output.sync()
+            output.finish()
         if journal is not None:
             journal.save(outputs)
 

@@ -247,11 +247,12 @@ def notes_of(
     export = model_files.export_gguf
 
     def told(*arguments: Any) -> None:
-        weights, tensors, outputs, imatrix, n_threads, _, journal, _, checked = arguments
+        weights, tensors, outputs, imatrix, n_threads, _, journal, hashes, _, checked = arguments
         progress = CallbackProgress(
             lambda event: said.append(event.text) if event.kind == "note" else None
         )
-        export(weights, tensors, outputs, imatrix, n_threads, progress, journal, device, checked)
+        shown = progress, journal, hashes
+        export(weights, tensors, outputs, imatrix, n_threads, *shown, device, checked)
 
     monkeypatch.setattr(model_files, "export_gguf", told)
     export_files(folder, target, [plain("Q8_0")])

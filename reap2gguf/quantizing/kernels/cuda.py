@@ -146,7 +146,8 @@ class Gpu:
         wanted = [_FIND_LARGEST, *(Key("quantize", *one) for one in types)]
         if any(one.tensor_type and FORMS[one.tensor_type].weighs_rows for one in wanted):
             wanted.append(_FIND_MEAN_SQUARES)
-        missing = [key for key in wanted if read_cached(self._cache_file(key)) is None]
+        files = {self._cache_file(key): key for key in wanted}  # some kernels share one
+        missing = [key for file, key in files.items() if read_cached(file) is None]
         if missing:
             with working(progress, _COMPILING), ThreadPoolExecutor(n_threads) as pool:
                 list(pool.map(self._code, missing))
