@@ -26,7 +26,7 @@ from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions
-from reap2gguf.progress import CallbackProgress, Silent
+from reap2gguf.progress import CallbackProgress
 from reap2gguf.quantizing.kernels.cuda import FORMS, Blocks, Quantized
 from reap2gguf.quantizing.kernels.driver import CudaError
 from reap2gguf.quantizing.kernels.nvrtc import CompileError
@@ -320,5 +320,3 @@ def test_a_wrong_block_is_found_in_a_sample(
 def test_the_stand_in_is_a_quantizer() -> None:
     kernels: BlockKernels = FakeGpu()
     assert Quantizer(load_ggml(), kernels).uses_kernel(T.Q8_0, False)
-    with device_blocks.making(None, "cpu", (), 0, 3, Silent()) as made:  # type: ignore[arg-type]
-        assert made.n_threads == 3
