@@ -304,9 +304,16 @@ def _export(
     journal = ExportJournal(path, key)
     names, checkpoint = HeaderNames(name), opened.checkpoint
     export_model(
-        checkpoint, opened.model, names, files, weighted_by, n_threads, progress, journal,
+        checkpoint,
+        opened.model,
+        names,
+        files,
+        weighted_by,
+        n_threads,
+        progress,
+        journal,
         checked=checked,
-    )  # fmt: skip
+    )
     remove(path)
 
 

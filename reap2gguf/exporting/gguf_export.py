@@ -92,7 +92,7 @@ def export_gguf(
     """Write all `outputs` in one pass over the weights; they get their final names together.
 
     With `hashes`, they are hashed while they are written. With `device` cuda, or auto where much is
-    to do, a GPU quantizes. `checked` is the share of what kernels quantize that libggml makes again.
+    to do, a GPU quantizes. `checked` is the share of kernels' blocks that libggml makes again.
 
     An export that fails leaves unfinished files if there is a journal to resume from, and none
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value

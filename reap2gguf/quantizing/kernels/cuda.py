@@ -254,9 +254,11 @@ class Channel:
         n_rows, n_columns = shape
         given = np.zeros(n_rows, np.int32) if matrix_of is None else np.asarray(matrix_of, np.int32)
         rows = (
-            ctypes.c_void_p(self._device["stored"].address), ctypes.c_int(STORED_AS[dtype]),
-            ctypes.c_int(n_rows), ctypes.c_int(n_columns),
-        )  # fmt: skip
+            ctypes.c_void_p(self._device["stored"].address),
+            ctypes.c_int(STORED_AS[dtype]),
+            ctypes.c_int(n_rows),
+            ctypes.c_int(n_columns),
+        )
         weights = ctypes.c_void_p(0)
         matrices = self._put("matrices", given)
         if importance is not None:
@@ -279,9 +281,18 @@ class Channel:
             self._stream.clear(is_odd.value or 0, n_rows)
             key = Key("quantize", one, importance is not None)
             self._run(
-                key, -(-n_rows * n_blocks // _THREADS), _THREADS, *rows,
-                weights, matrices, largest, squares, ctypes.c_void_p(0), target, is_odd,
-            )  # fmt: skip
+                key,
+                -(-n_rows * n_blocks // _THREADS),
+                _THREADS,
+                *rows,
+                weights,
+                matrices,
+                largest,
+                squares,
+                ctypes.c_void_p(0),
+                target,
+                is_odd,
+            )
             width = n_blocks * GGML_QUANT_SIZES[one][1]
             data = self._get(f"{one.name} blocks", n_rows * width, target)
             odd = self._get(f"{one.name} odd", n_rows, is_odd)
@@ -301,9 +312,14 @@ class Channel:
         key = Key("dequantize", tensor_type)
         n_groups = -(-n_blocks * columns // _FEWEST_IN_A_GROUP)
         self._run(
-            key, -(-n_groups // _THREADS), _THREADS,
-            source, ctypes.c_int64(n_blocks), ctypes.c_void_p(0), target,
-        )  # fmt: skip
+            key,
+            -(-n_groups // _THREADS),
+            _THREADS,
+            source,
+            ctypes.c_int64(n_blocks),
+            ctypes.c_void_p(0),
+            target,
+        )
         values = self._get("values", 4 * n_blocks * columns, target)
         self._stream.wait()
         return values.view(np.float32).reshape(len(raw), -1)

@@ -20,13 +20,31 @@ _BLOCKING_SYNC, _NO_TIMING = 1, 2  # flags of an event
 _NON_BLOCKING = 1  # flag of a stream: apart from the default stream
 _RELAXED = 2  # this thread does not disturb a graph that another one records
 _NAMES = {
-    "cuDevicePrimaryCtxRetain", "cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost",
-    "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuMemsetD8Async",
-    "cuStreamCreateWithPriority", "cuStreamSynchronize", "cuEventCreate", "cuEventRecord",
-    "cuEventSynchronize", "cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuInit",
-    "cuDeviceGet", "cuDeviceGetAttribute", "cuDriverGetVersion", "cuCtxSetCurrent",
-    "cuCtxGetStreamPriorityRange", "cuThreadExchangeStreamCaptureMode", "cuGetErrorString",
-}  # fmt: skip
+    "cuDevicePrimaryCtxRetain",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemsetD8Async",
+    "cuStreamCreateWithPriority",
+    "cuStreamSynchronize",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuLaunchKernel",
+    "cuInit",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDriverGetVersion",
+    "cuCtxSetCurrent",
+    "cuCtxGetStreamPriorityRange",
+    "cuThreadExchangeStreamCaptureMode",
+    "cuGetErrorString",
+}
 
 
 class CudaError(Exception):
@@ -141,16 +159,22 @@ class Stream:
     def to_device(self, target: int, source: npt.NDArray[np.generic]) -> None:
         """Copy a contiguous array to the GPU; at once only if it is pinned."""
         self._driver.call(
-            "cuMemcpyHtoDAsync_v2", ctypes.c_void_p(target), ctypes.c_void_p(source.ctypes.data),
-            ctypes.c_size_t(source.nbytes), self._stream,
-        )  # fmt: skip
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_void_p(target),
+            ctypes.c_void_p(source.ctypes.data),
+            ctypes.c_size_t(source.nbytes),
+            self._stream,
+        )
 
     def to_host(self, target: npt.NDArray[np.generic], source: int) -> None:
         """Copy from the GPU into a contiguous array; at once only if it is pinned."""
         self._driver.call(
-            "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(target.ctypes.data), ctypes.c_void_p(source),
-            ctypes.c_size_t(target.nbytes), self._stream,
-        )  # fmt: skip
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(target.ctypes.data),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(target.nbytes),
+            self._stream,
+        )
 
     def clear(self, target: int, n_bytes: int) -> None:
         """Set bytes of the GPU to zero."""
@@ -166,9 +190,19 @@ class Stream:
             *(ctypes.addressof(value) for value in arguments)  # type: ignore[arg-type]
         )
         self._driver.call(
-            "cuLaunchKernel", function.handle, n_blocks, 1, 1, n_threads, 1, 1, 0, self._stream,
-            addresses, None,
-        )  # fmt: skip
+            "cuLaunchKernel",
+            function.handle,
+            n_blocks,
+            1,
+            1,
+            n_threads,
+            1,
+            1,
+            0,
+            self._stream,
+            addresses,
+            None,
+        )
 
     def wait(self) -> None:
         """Return when everything that was queued is done. Raises CudaError if any of it failed."""

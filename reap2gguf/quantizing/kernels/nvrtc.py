@@ -26,8 +26,12 @@ SOURCE = Path(__file__).with_name("source")
 MAIN = "gpu.cu"
 # Fused multiplications and additions would round once where ggml rounds twice.
 FLAGS = (
-    "--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true",
-)  # fmt: skip
+    "--std=c++17",
+    "--fmad=false",
+    "--ftz=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+)
 # as NVIDIA's packages call it, and as torch does
 _LIBRARY = re.compile(r"libnvrtc(-[0-9a-f]+)?\.so(\.\d+)*")
 _MOST_BYTES = 2**24  # of a compiled kernel
@@ -56,9 +60,14 @@ class Compiler:
         text, program = (SOURCE / MAIN).read_bytes(), ctypes.c_void_p()
         array = ctypes.c_char_p * len(headers)
         self._call(
-            "nvrtcCreateProgram", ctypes.byref(program), text, MAIN.encode(), len(headers),
-            array(*headers.values()), array(*(name.encode() for name in headers)),
-        )  # fmt: skip
+            "nvrtcCreateProgram",
+            ctypes.byref(program),
+            text,
+            MAIN.encode(),
+            len(headers),
+            array(*headers.values()),
+            array(*(name.encode() for name in headers)),
+        )
         try:
             options = [option.encode() for option in _options(arch, definitions, registers)]
             given = (ctypes.c_char_p * len(options))(*options)
