@@ -56,6 +56,11 @@ COVERED_BY = [
         ),
     ),
     (
+        "quantizing/kernels/test_cuda.py",
+        "the driver does what a GPU's quantizers ask for",
+        ("quantizing/kernels/driver.py",),
+    ),
+    (
         "building/test_bundling.py",
         "the command is typed there",
         ("terminal/bundle_command.py",),

@@ -307,6 +307,8 @@ class Export(Stage[None]):
             progress,
             self._journal("export"),
             hashes,
+            plan.options.compute.device,
+            plan.options.compute.check_quants.share,
         )
         for path, side in self.sides.items():
             journal = self._journal(f"export-{side.prefix}")

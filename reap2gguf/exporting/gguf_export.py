@@ -1,11 +1,11 @@
 """Weights to GGUF files: every tensor is read once, for however many files.
 
-The work is cut into ranges of whole rows of one matrix (`row_ranges.py`). A range is read, widened
+The work is cut into batches of whole rows of one tensor (`row_ranges.py`). A batch is read, widened
 to float32 and transformed, quantized once for each distinct type that the files want, and written
-to its position in each file. No intermediate file is written. With a journal, tensors that are on
-the disk already are not written again.
+to its position in each file. A GPU may quantize (`device_blocks.py`). No intermediate file is
+written. With a journal, tensors that are on the disk already are not written again.
 
-Memory: a thread holds one range and its quantized forms, 2 to 16 MiB for each distinct type.
+Memory: a thread holds one batch and its quantized forms, 2 to 16 MiB for each distinct type.
 Besides the ranges there is the imatrix: 4 bytes per column, and 4 MiB for each file that is hashed.
 """
 
@@ -23,21 +23,20 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import OutputError
+from reap2gguf.exporting.device_blocks import Making, making
 from reap2gguf.exporting.header import GgufLayout, lay_out
 from reap2gguf.exporting.row_ranges import (
+    Batch,
     BlockMaker,
-    RowRange,
-    all_ranges,
+    batches,
     check_imatrix,
     work_through,
 )
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.reader import row_bytes
-from reap2gguf.quantizing.quantizer import load_quantizer
+from reap2gguf.quantizing.quantizer import SAMPLE, load_quantizer
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from gguf import GGMLQuantizationType
 
     from reap2gguf.checkpoint.weights import Weights
@@ -87,10 +86,13 @@ def export_gguf(
     progress: Progress,
     journal: ExportJournal | None = None,
     hashes: Hashes | None = None,
+    device: str = "cpu",
+    checked: float = SAMPLE,
 ) -> None:
     """Write all `outputs` in one pass over the weights; they get their final names together.
 
-    With `hashes`, they are hashed while they are written.
+    With `hashes`, they are hashed while they are written. With `device` cuda, or auto where much is
+    to do, a GPU quantizes. `checked` is the share of kernels' blocks that libggml makes again.
 
     An export that fails leaves unfinished files if there is a journal to resume from, and none
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
@@ -101,7 +103,7 @@ def export_gguf(
         for tensor in tensors
     }
     check_imatrix(tensors, types_of, imatrix)
-    quantizer = load_quantizer()
+    quantizer = load_quantizer(checked)
     layouts = [lay_out(weights.folder, tensors, output.header) for output in outputs]
     resume = _can_resume(journal, tensors, outputs, layouts)
     try:
@@ -112,9 +114,11 @@ def export_gguf(
             ]
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
             task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
-            blocks = BlockMaker(weights, quantizer, imatrix.entries if imatrix else {})
-            job = _Job(blocks, files, task, journal)
-            job.run_all(tensors, n_threads)
+            entries = imatrix.entries if imatrix else {}
+            host = BlockMaker(weights, quantizer, entries)
+            keys = {(one, name in entries) for name, types in types_of.items() for one in types}
+            made = stack.enter_context(making(host, device, keys, total, n_threads, progress))
+            _Job(weights, made, files, task, journal).run_all(tensors)
     except BaseException:
         if journal is None:
             for output in outputs:
@@ -163,12 +167,13 @@ def _opened(
 
 @dataclass(frozen=True)
 class _Job:
-    blocks: BlockMaker
+    weights: Weights
+    making: Making
     files: Sequence[_OpenFile]
     task: Task
     journal: ExportJournal | None
 
-    def run_all(self, tensors: Sequence[GgufTensor], n_threads: int) -> None:
+    def run_all(self, tensors: Sequence[GgufTensor]) -> None:
         """Write every tensor that the journal does not have, and flush the files."""
         journal = self.journal
         missing = [tensor for tensor in tensors if journal is None or tensor.name not in journal]
@@ -178,19 +183,21 @@ class _Job:
         for file in self.files:
             file.tell_hash(tensors, names)
         outputs = [file.file for file in self.files]
-        remaining = Counter(rows.tensor.name for rows in all_ranges(missing))
+        todo = list(batches(self.weights, missing, self.making.batch_bytes))
+        remaining = Counter(batch[0].tensor.name for batch in todo)
         lock = threading.Lock()
 
-        def work(rows: RowRange) -> None:
-            self.run(rows)
+        def work(batch: Batch) -> None:
+            self.run(batch)
+            name = batch[0].tensor.name
             with lock:
-                remaining[rows.tensor.name] -= 1
-                is_whole = not remaining[rows.tensor.name]
+                remaining[name] -= 1
+                is_whole = not remaining[name]
             if is_whole and journal is not None:
-                journal.add(rows.tensor.name, outputs)
+                journal.add(name, outputs)
 
         try:
-            work_through(work, self.blocks.weights, all_ranges(missing), n_threads)
+            work_through(work, self.weights, iter(todo), self.making.n_threads)
         except BaseException:
             if journal is not None:
                 with suppress(OutputError):  # the error that is being raised says more
@@ -201,18 +208,15 @@ class _Job:
         if journal is not None:
             journal.save(outputs)
 
-    def run(self, rows: RowRange) -> None:
-        """Read one range of rows and write it, quantized, to every file."""
-        tensor = rows.tensor
-        values = self.blocks.read(rows)
-        done: dict[GGMLQuantizationType, npt.NDArray[np.uint8]] = {}
+    def run(self, batch: Batch) -> None:
+        """Read a batch of rows and write it, quantized, to every file."""
+        tensor = batch[0].tensor
+        n_values = sum(rows.last - rows.first for rows in batch) * tensor.n_columns
+        types = {file.tensor_types[tensor.name] for file in self.files}
+        made = self.making.maker.make(batch, types)
         for file in self.files:
             tensor_type = file.tensor_types[tensor.name]
-            if tensor_type not in done:
-                data = self.blocks.quantize(rows, values, tensor_type)
-                self.blocks.check_precision(rows, values, tensor_type, data)
-                done[tensor_type] = data
-            position = rows.first_in_tensor * row_bytes(tensor_type, tensor.n_columns)
-            flat = done[tensor_type].reshape(-1).data
+            position = batch[0].first_in_tensor * row_bytes(tensor_type, tensor.n_columns)
+            flat = made[tensor_type].reshape(-1).data
             file.file.write_at(flat, file.layout.offsets[tensor.name] + position)
-            self.task.advance(values.size)
+            self.task.advance(n_values)

@@ -21,6 +21,7 @@ from reap2gguf.exporting.header_facts import (
 )
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+from reap2gguf.quantizing.quantizer import SAMPLE
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -64,10 +65,13 @@ def export_model(
     progress: Progress,
     journal: ExportJournal | None = None,
     hashes: Hashes | None = None,
+    device: str = "auto",
+    checked: float = SAMPLE,
 ) -> None:
     """Write one GGUF file for each recipe, all in one pass; with a journal, resume from it.
 
-    With `hashes`, they are hashed while they are written.
+    With `hashes`, they are hashed while they are written. `device` is auto, cpu or cuda: what
+    quantizes. `checked` is the share of what kernels quantize that libggml makes again.
 
     Raises what `export_gguf` raises, and ArtifactError if a file type needs an importance matrix
     that is not there.
@@ -85,7 +89,9 @@ def export_model(
         facts = model_facts(weights, model, names, types, imatrix, imatrix_file)
         outputs.append(GgufOutput(path, facts))
     tensors = model.gguf_tensors(weights.tensors)
-    export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal, hashes)
+    export_gguf(
+        weights, tensors, outputs, imatrix, n_threads, progress, journal, hashes, device, checked
+    )
 
 
 def export_side(

@@ -29,6 +29,9 @@ _ON_GRID = -(2**31)
 _UNUSED = np.iinfo(np.int32).max  # no group of levels has this code
 
 
+Tables = ctypes.Array[ctypes.c_void_p]  # what a kernel is given of a codebook
+
+
 @dataclass(frozen=True)
 class _Form:
     """How a type spells the number of a point, and which neighbours it looks at."""
@@ -65,7 +68,7 @@ class Codebook:
     # (points, group): the sizes that points stand for, which dequantizing needs
     entries: npt.NDArray[np.uint8]
 
-    def pointers(self) -> ctypes.Array[ctypes.c_void_p]:
+    def pointers(self) -> Tables:
         """What the kernels are given: `struct Codebook` of codebooks.h. Valid as long as this."""
         return (ctypes.c_void_p * 2)(self.places.ctypes.data, self.codes.ctypes.data)
 

@@ -86,21 +86,26 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
     }
 }
 
-// F16 and BF16 have no blocks: here the lanes are neighbours.
-template <bool BRAIN> static void round_halves(const float *values, i64 n, u8 *target) {
-    for (i64 first = 0; first < n; first += LANES) {
-        const int count = n - first < LANES ? (int)(n - first) : LANES;
-        float in[LANES] = {0};
-        u32 rounded[LANES];
-        u16 out[LANES];
-        F x;
-        memcpy(in, values + first, count * sizeof *in);
-        memcpy(x.v, in, sizeof in);
-        I halves = BRAIN ? bfloat_bits(x) : half_bits(x);
-        memcpy(rounded, halves.v, sizeof rounded);
-        for (int k = 0; k < LANES; k++) out[k] = (u16)rounded[k];
-        memcpy(target + 2 * first, out, count * sizeof *out);
-    }
+// F16 and BF16 have no blocks: here the lanes are neighbours in a row. A row is odd if it has a value
+// beyond the type's range.
+template <bool BRAIN>
+static void round_halves(const float *rows, i64 n_rows, i64 n_columns, u8 *target, u8 *is_odd) {
+    const int infinity = BRAIN ? 0x7f80 : 0x7c00;
+    for (i64 row = 0; row < n_rows; row++, rows += n_columns, target += 2 * n_columns)
+        for (i64 first = 0; first < n_columns; first += LANES) {
+            const int count = n_columns - first < LANES ? (int)(n_columns - first) : LANES;
+            float in[LANES] = {0};
+            u32 rounded[LANES];
+            u16 out[LANES];
+            F x;
+            memcpy(in, rows + first, count * sizeof *in);
+            memcpy(x.v, in, sizeof in);
+            I halves = BRAIN ? bfloat_bits(x) : half_bits(x);
+            is_odd[row] |= any((halves & infinity) == I(infinity));
+            memcpy(rounded, halves.v, sizeof rounded);
+            for (int k = 0; k < LANES; k++) out[k] = (u16)rounded[k];
+            memcpy(target + 2 * first, out, count * sizeof *out);
+        }
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -125,8 +130,8 @@ EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
         if (importance) QUANTIZE(__VA_ARGS__, true, importance);                  \
         return importance || !n_rows;
     switch (type) {
-        case 1: round_halves<false>(rows, n_rows * n_columns, target); return 1;
-        case 30: round_halves<true>(rows, n_rows * n_columns, target); return 1;
+        case 1: round_halves<false>(rows, n_rows, n_columns, target, is_odd); return 1;
+        case 30: round_halves<true>(rows, n_rows, n_columns, target, is_odd); return 1;
         CASE(2, Symmetric<8>)
         CASE(3, Affine<15>)
         CASE(6, Symmetric<16>)

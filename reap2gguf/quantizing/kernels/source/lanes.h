@@ -21,6 +21,10 @@ typedef unsigned long long u64;
 
 #define FN __device__ __forceinline__ static
 #define UNROLL _Pragma("unroll")
+#ifdef __CUDACC_RTC__  // which does not have it
+#define __builtin_inff() __int_as_float(0x7f800000)
+#endif
+#define ROLL _Pragma("unroll 8")  // a long loop, which would need too many registers
 #define NEIGHBOURS UNROLL
 typedef float F;
 typedef int I;
@@ -64,6 +68,7 @@ FN F look_up(const float *table, I index) { return table[index]; }
 
 #define FN static inline __attribute__((always_inline))
 #define UNROLL
+#define ROLL
 // Before a loop over neighbours that is to become lanes: a GCC that unrolls it first finds none.
 #if defined(__GNUC__) && !defined(__clang__)
 #define NEIGHBOURS _Pragma("GCC unroll 1")
