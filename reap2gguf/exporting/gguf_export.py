@@ -3,7 +3,8 @@
 The work is cut into ranges of whole rows of one matrix (`row_ranges.py`). A range is read, widened
 to float32 and transformed, quantized once for each distinct type that the files want, and written
 to its position in each file. No intermediate file is written. With a journal, tensors that are on
-the disk already are not written again.
+the disk already are not written again. The importance may still be computed meanwhile: the export
+writes what it can, and then each tensor when its importance is final (`awaited.py`).
 
 Memory: a thread holds one range and its quantized forms, 2 to 16 MiB for each distinct type.
 Besides the ranges there is the imatrix: 4 bytes per column.
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import OutputError
+from reap2gguf.exporting.awaited import AwaitedImportance
 from reap2gguf.exporting.header import GgufLayout, lay_out
 from reap2gguf.exporting.row_ranges import (
     BlockMaker,
@@ -33,6 +35,7 @@ from reap2gguf.exporting.row_ranges import (
 from reap2gguf.files import is_own_file
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.rows import row_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,12 +50,32 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress, Task
 
 
+_VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
+
+
 @dataclass(frozen=True)
 class GgufOutput:
     """One file to write: its final name and its header."""
 
     path: Path
     header: HeaderFacts
+
+
+def export_bytes(
+    tensors: Sequence[GgufTensor],
+    types: Sequence[Mapping[str, GGMLQuantizationType]],
+    n_threads: int,
+) -> int:
+    """The most that `export_gguf` holds in RAM: a range as stored and widened, and its blocks.
+
+    `types` are those of each file.
+    """
+    most = 0
+    for tensor in tensors:
+        _, n_rows = max(row_ranges(tensor), key=lambda rows: rows[1] - rows[0])
+        blocks = sum(row_bytes(one, tensor.n_columns) for one in {of[tensor.name] for of in types})
+        most = max(most, n_rows * (_VALUE_BYTES * tensor.n_columns + blocks))
+    return n_threads * most
 
 
 @dataclass(frozen=True)
@@ -93,8 +116,9 @@ def export_gguf(
             ]
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
             task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
-            blocks = BlockMaker(weights, ggml, imatrix.entries if imatrix else {})
-            job = _Job(blocks, files, task, journal)
+            importance = AwaitedImportance(imatrix.entries if imatrix else {}, types_of, n_threads)
+            blocks = BlockMaker(weights, ggml, importance.entries)
+            job = _Job(blocks, importance, files, task, journal)
             job.run_all(tensors, n_threads)
     except BaseException:
         if journal is None:
@@ -142,14 +166,15 @@ def _opened(output: GgufOutput, layout: GgufLayout, resume: bool) -> Iterator[_O
 @dataclass(frozen=True)
 class _Job:
     blocks: BlockMaker
+    importance: AwaitedImportance
     files: Sequence[_OpenFile]
     task: Task
     journal: ExportJournal | None
 
     def run_all(self, tensors: Sequence[GgufTensor], n_threads: int) -> None:
         """Write every tensor that the journal does not have, and flush the files."""
-        journal = self.journal
-        missing = [tensor for tensor in tensors if journal is None or tensor.name not in journal]
+        journal, importance = self.journal, self.importance
+        missing = importance.in_order([one for one in tensors if not self._is_done(one)])
         n_values = sum(prod(tensor.shape) for tensor in tensors)
         self.task.advance((n_values - sum(prod(t.shape) for t in missing)) * len(self.files))
         outputs = [file.file for file in self.files]
@@ -157,12 +182,17 @@ class _Job:
         lock = threading.Lock()
 
         def work(rows: RowRange) -> None:
-            self.run(rows)
+            name = rows.tensor.name
+            if journal is not None and name in journal and self._is_written(name):
+                self.task.advance(rows.n_values * len(self.files))
+            else:
+                importance.wait(name)
+                self.run(rows)
             with lock:
-                remaining[rows.tensor.name] -= 1
-                is_whole = not remaining[rows.tensor.name]
+                remaining[name] -= 1
+                is_whole = not remaining[name]
             if is_whole and journal is not None:
-                journal.add(rows.tensor.name, outputs)
+                journal.add(name, importance.digest(name), outputs)
 
         try:
             work_through(work, self.blocks.weights, all_ranges(missing), n_threads)
@@ -175,6 +205,20 @@ class _Job:
             output.sync()
         if journal is not None:
             journal.save(outputs)
+
+    def _is_done(self, tensor: GgufTensor) -> bool:
+        """Whether the files have a tensor, as far as that is known before its importance."""
+        if self.journal is None or tensor.name not in self.journal:
+            return False
+        return self.importance.is_final(tensor.name) and self._is_written(tensor.name)
+
+    def _is_written(self, name: str) -> bool:
+        """Whether a tensor of the journal was quantized with this importance; waits for it."""
+        assert self.journal is not None
+        is_written = self.journal.holds(name, self.importance.digest(name))
+        if not is_written:
+            self.journal.forget(name)
+        return is_written
 
     def run(self, rows: RowRange) -> None:
         """Read one range of rows and write it, quantized, to every file."""

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.exporting.header_facts import UNWEIGHTED_TYPES
 from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.growing import entry_shape
 from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_ranges, rows_per_matrix
 
 if TYPE_CHECKING:
@@ -51,6 +53,11 @@ class RowRange:
         """The first row, counted from the tensor's first matrix."""
         return self.matrix * rows_per_matrix(self.tensor) + self.first
 
+    @property
+    def n_values(self) -> int:
+        """Weights of the range."""
+        return (self.last - self.first) * self.tensor.n_columns
+
 
 @dataclass(frozen=True)
 class BlockMaker:
@@ -75,7 +82,7 @@ class BlockMaker:
         Raises CheckpointError for a value beyond the type's range.
         """
         with self._named(rows):
-            return self.ggml.quantize(values, tensor_type, self._importance(rows))
+            return self.ggml.quantize(values, tensor_type, self._importance(rows, tensor_type))
 
     def check_precision(
         self,
@@ -86,9 +93,12 @@ class BlockMaker:
     ) -> None:
         """Raise CheckpointError if values are so small that the type loses them."""
         with self._named(rows):
-            self.ggml.check_precision(values, data, tensor_type, self._importance(rows))
+            importance = self._importance(rows, tensor_type)
+            self.ggml.check_precision(values, data, tensor_type, importance)
 
-    def _importance(self, rows: RowRange) -> Floats | None:
+    def _importance(self, rows: RowRange, tensor_type: GGMLQuantizationType) -> Floats | None:
+        if tensor_type.name in UNWEIGHTED_TYPES:  # an entry that is still computed may be absent
+            return None
         entry = self.importance.get(rows.tensor.name)
         return entry.importance_of(rows.matrix, rows.tensor.n_columns) if entry else None
 
@@ -170,11 +180,12 @@ def check_imatrix(
             "another model"
         )
     for tensor in tensors:
-        if entry := entries.get(tensor.name):
+        if tensor.name in entries:
+            rows, columns = entry_shape(entries, tensor.name)
             size = tensor.n_matrices * tensor.n_columns
-            if entry.sums.size != size or entry.sums.shape[1] % tensor.n_columns:
+            if rows * columns != size or columns % tensor.n_columns:
                 raise ArtifactError(
-                    f"imatrix: {tensor.name} has {entry.sums.size} values, expected "
+                    f"imatrix: {tensor.name} has {rows * columns} values, expected "
                     f"{tensor.n_matrices} x {tensor.n_columns}; it is of another model, such as "
                     "the one before pruning"
                 )

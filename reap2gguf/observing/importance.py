@@ -7,7 +7,7 @@ multiplied, and the output matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,14 @@ MatrixNames = tuple[str, ...]  # GGUF matrices that share an input
 class ImportanceObserver(LayerObserver):
     """Sums of squares per matrix of one layer at a time, in float64; finished ones in float32."""
 
-    def __init__(self, model: MoeModel) -> None:
+    def __init__(
+        self, model: MoeModel, publish: Callable[[ImatrixEntry], None] | None = None
+    ) -> None:
+        """`publish` gets each entry when it is final."""
         super().__init__(model)
         self.entries: dict[str, ImatrixEntry] = {}
+        self._publish = publish
+        self._has_begun = False
         self._sums: dict[MatrixNames, Tensor] = {}  # (1 or E, columns) float64
         self._counts: dict[MatrixNames, Tensor] = {}  # (1 or E,) int64
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -45,6 +50,9 @@ class ImportanceObserver(LayerObserver):
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Start a layer: hook into its matrices and experts, with sums of zero."""
+        if not self._has_begun:  # a sweep that resumes from here has restored those before
+            self._publish_all(name for layer in range(index) for name in self._names(layer))
+        self._has_begun = True
         self._sums.clear()
         self._counts.clear()
         for path, names in self._model.matrices(index).items():
@@ -107,6 +115,20 @@ class ImportanceObserver(LayerObserver):
                 order = self._model.column_order(name)
                 ordered = values if order is None else values[:, order]
                 self.entries[name] = ImatrixEntry(name, ordered, counts)
+        self._publish_all(name for names in self._sums for name in names)
+
+    def _names(self, layer: int) -> Iterator[str]:
+        """The matrices of a layer."""
+        for names in self._model.matrices(layer).values():
+            yield from names
+        if layer in self._model.facts.moe_layers:
+            for names in self._model.expert_matrices(layer):
+                yield from names
+
+    def _publish_all(self, names: Iterable[str]) -> None:
+        if self._publish is not None:
+            for name in names:
+                self._publish(self.entries[name])
 
     def finished_sums(self) -> Arrays:
         sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}

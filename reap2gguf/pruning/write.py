@@ -1,7 +1,7 @@
 """Writes the pruned checkpoint: the tensors of the pruned view, its config, and small files.
 
 Works on bytes: nothing is converted, and names, layouts and dtypes are the source's, except that
-kept experts get new numbers. Memory: at most 64 MiB of one tensor.
+kept experts get new numbers. Memory: at most two parts of 64 MiB of a tensor.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
 
 _READ_BYTES = 2**26
+HELD_BYTES = 2 * _READ_BYTES  # by `write_pruned`: one part is read while the one before is freed
 KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 _WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 
