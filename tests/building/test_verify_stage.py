@@ -85,7 +85,7 @@ def test_every_changed_bit_of_the_safetensors_is_found(written: verify_stage.Ver
 
 
 def test_what_was_compared_is_recorded(written: verify_stage.Verify) -> None:
-    _, passed = written._check_files()
+    passed = [*written._check_folder()[1], *written._check_files()[1]]
     assert passed[0].endswith("byte for byte")
     assert len(passed) == 3
     for line in passed[1:]:
@@ -98,7 +98,7 @@ def test_large_files_are_compared_within_bounds(
     monkeypatch.setattr(verify_stage, "exact_recipes", lambda plan, has_gpu: frozenset({"q8_0"}))
     violations, passed = written._check_files()
     assert violations == []
-    assert sorted(line.rpartition(", ")[2] for line in passed[1:]) == [
+    assert sorted(line.rpartition(", ")[2] for line in passed) == [
         "byte for byte",
         "values within bounds",
     ]
