@@ -88,7 +88,24 @@ class Ggml:
         the shapes do not fit, the type is not STORABLE or needs importance and has none, or a value
         is beyond the type's range.
         """
-        n_columns = rows.shape[1]
+        self.check_request(rows.shape, tensor_type, importance)
+        target = self._quantize(rows, tensor_type, importance)
+        if not self._library.ggml_validate_row_data(
+            tensor_type.value, target.ctypes.data, target.nbytes
+        ):
+            raise ValueError(
+                f"values up to {np.abs(rows).max():g} are beyond {tensor_type.name}'s range"
+            )
+        return target
+
+    def check_request(
+        self,
+        shape: tuple[int, ...],
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+    ) -> None:
+        """Raises ValueError if rows of this shape (R, C) cannot be quantized to a type."""
+        n_columns = shape[1]
         if tensor_type not in STORABLE:
             raise ValueError(f"{tensor_type.name} cannot hold weights")
         block = GGML_QUANT_SIZES[tensor_type][0]
@@ -100,14 +117,6 @@ class Ggml:
             raise ValueError(f"importance {importance.shape} for {n_columns} columns")
         if importance is None and tensor_type in NEEDS_IMPORTANCE:
             raise ValueError(f"{tensor_type.name} needs an importance matrix")
-        target = self._quantize(rows, tensor_type, importance)
-        if not self._library.ggml_validate_row_data(
-            tensor_type.value, target.ctypes.data, target.nbytes
-        ):
-            raise ValueError(
-                f"values up to {np.abs(rows).max():g} are beyond {tensor_type.name}'s range"
-            )
-        return target
 
     def check_precision(
         self,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
+_CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _VM_STAT = Path("/usr/bin/vm_stat")  # on macOS
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -132,3 +133,13 @@ def _number(path: Path) -> int | None:
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if text.isdecimal() else None
+
+
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, as Linux names it; empty where the system does not say."""
+    if not _CPUINFO.is_file():
+        return frozenset()
+    for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()

@@ -33,9 +33,9 @@ from reap2gguf.exporting.row_ranges import (
     work_through,
 )
 from reap2gguf.files import is_own_file
-from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import row_ranges
+from reap2gguf.quantizing.quantizer import load_quantizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def export_gguf(
         for tensor in tensors
     }
     check_imatrix(tensors, types_of, imatrix)
-    ggml = load_ggml()
+    quantizer = load_quantizer()
     layouts = [lay_out(weights.folder, tensors, output.header) for output in outputs]
     resume = _can_resume(journal, tensors, outputs, layouts)
     try:
@@ -117,7 +117,7 @@ def export_gguf(
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
             task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
             importance = AwaitedImportance(imatrix.entries if imatrix else {}, types_of, n_threads)
-            blocks = BlockMaker(weights, ggml, importance.entries)
+            blocks = BlockMaker(weights, quantizer, importance.entries)
             job = _Job(blocks, importance, files, task, journal)
             job.run_all(tensors, n_threads)
     except BaseException:

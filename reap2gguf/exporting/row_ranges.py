@@ -2,7 +2,7 @@
 
 The export writes these bytes and exact verification compares with them, so there is one function
 for both. Ranges are independent: a thread that is free takes the next one, in the order of the
-file, and libggml runs without the interpreter's lock, so that every thread works from the first
+file, and quantizers run without the interpreter's lock, so that every thread works from the first
 range to the last. The kernel prefetches the bytes of the ranges to come, so that no thread waits
 for the disk.
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from reap2gguf.checkpoint.weights import Floats, Weights
-    from reap2gguf.ggml import Ggml
     from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
     from reap2gguf.models.description import GgufTensor, Slab
+    from reap2gguf.quantizing.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class BlockMaker:
     """Reads ranges of rows, and quantizes them with the importance of their columns."""
 
     weights: Weights
-    ggml: Ggml
+    quantizer: Quantizer
     importance: Mapping[str, ImatrixEntry]
 
     def read(self, rows: RowRange) -> Floats:
@@ -82,7 +82,7 @@ class BlockMaker:
         Raises CheckpointError for a value beyond the type's range.
         """
         with self._named(rows):
-            return self.ggml.quantize(values, tensor_type, self._importance(rows, tensor_type))
+            return self.quantizer.quantize(values, tensor_type, self._importance(rows, tensor_type))
 
     def check_precision(
         self,
@@ -94,7 +94,7 @@ class BlockMaker:
         """Raise CheckpointError if values are so small that the type loses them."""
         with self._named(rows):
             importance = self._importance(rows, tensor_type)
-            self.ggml.check_precision(values, data, tensor_type, importance)
+            self.quantizer.check_precision(values, data, tensor_type, importance)
 
     def _importance(self, rows: RowRange, tensor_type: GGMLQuantizationType) -> Floats | None:
         if tensor_type.name in UNWEIGHTED_TYPES:  # an entry that is still computed may be absent
@@ -104,7 +104,7 @@ class BlockMaker:
 
     @contextmanager
     def _named(self, rows: RowRange) -> Iterator[None]:
-        """Name the stored tensor in an error of libggml."""
+        """Name the stored tensor in an error of the quantizer."""
         try:
             yield
         except ValueError as error:

@@ -27,9 +27,10 @@ from reap2gguf.exporting.row_ranges import (
     check_imatrix,
     work_through,
 )
-from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE, load_ggml
+from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE
 from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows
 from reap2gguf.models.description import is_rounded
+from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.verifying.exactness import EXACT_TYPES
 from reap2gguf.verifying.matrices import (
     RowErrors,
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from reap2gguf.checkpoint.weights import Floats, Weights
-    from reap2gguf.ggml import Ggml
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
+    from reap2gguf.quantizing.quantizer import Quantizer
     from reap2gguf.verifying.exactness import Exactness
 
 _MAX_ROW = 2**22  # values; a row is read at once
@@ -58,7 +59,7 @@ _MOST_LAST_BITS = 2  # by which exponentials of two processors differ
 
 def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iterator[str]:
     """Violations without weights to compare with: NaN and infinity."""
-    ggml = load_ggml()
+    quantizer = load_quantizer()
 
     def check(info: GgufTensorInfo) -> str | None:
         where = f"{header.path.name}: {info.name}"
@@ -70,7 +71,7 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
         step = max(1, MAX_VALUES // info.shape[-1])
         for first in range(0, n_rows, step):
             raw = header.read(info.name, first, min(first + step, n_rows))
-            finite = np.isfinite(ggml.dequantize(raw, info.tensor_type)).all(axis=1)
+            finite = np.isfinite(quantizer.dequantize(raw, info.tensor_type)).all(axis=1)
             if not finite.all():
                 matrix = (first + int(np.argmin(finite))) * info.shape[0] // n_rows
                 which = f" expert {matrix}" if len(info.shape) == 3 else ""
@@ -120,11 +121,11 @@ def compare_values(
         except Reap2ggufError as error:
             yield f"{where}: {error}"
             return
-    ggml = load_ggml()
-    blocks = BlockMaker(weights, ggml, imatrix.entries if imatrix else {})
+    quantizer = load_quantizer()
+    blocks = BlockMaker(weights, quantizer, imatrix.entries if imatrix else {})
     is_ours = any(key.startswith("reap2gguf.") for key in header.metadata)
     knows_importance = imatrix is not None or (is_ours and not was_weighted)
-    comparison = _Comparison(header, ggml, blocks, exactness, knows_importance)
+    comparison = _Comparison(header, quantizer, blocks, exactness, knows_importance)
     total = sum(header.tensors[tensor.name].n_bytes for tensor in comparable)
     with progress.task(_title(header), total, "bytes") as task:
 
@@ -148,7 +149,7 @@ class _Comparison:
     """Compares ranges of rows from several threads, and keeps each tensor's first violation."""
 
     header: GgufHeader
-    ggml: Ggml
+    quantizer: Quantizer
     blocks: BlockMaker
     exactness: Exactness
     knows_importance: bool
@@ -172,7 +173,7 @@ class _Comparison:
         first = rows.first_in_tensor
         raw = self.header.read(rows.tensor.name, first, first + rows.last - rows.first)
         stored = self.blocks.read(rows)
-        values = self.ggml.dequantize(raw, tensor_type)
+        values = self.quantizer.dequantize(raw, tensor_type)
         errors = RowErrors.of(values, stored)
         if self.exactness.every_type or tensor_type in EXACT_TYPES:
             violation = self._compare_bytes(rows, raw, stored, tensor_type)
@@ -222,15 +223,15 @@ class _Comparison:
         row = int((raw != wanted).any(axis=1).argmax())
         limit = f"expected the bytes that {tensor_type.name} makes of it"
         if tensor_type not in EXACT_TYPES:
-            again = self.ggml.dequantize(wanted, tensor_type)
-            values_found = self.ggml.dequantize(raw, tensor_type)
+            again = self.quantizer.dequantize(wanted, tensor_type)
+            values_found = self.quantizer.dequantize(raw, tensor_type)
             made_by = self.exactness.ggml
             if errs_no_more(values_found, again, stored, _OTHER_LIBRARY):
                 limit += "; no value errs more than the type does"
-                if made_by is not None and made_by != self.ggml.label:
+                if made_by is not None and made_by != self.quantizer.ggml.label:
                     limit += (
                         f", and the file was made with libggml {made_by}, which may round "
-                        f"otherwise than libggml {self.ggml.label} here"
+                        f"otherwise than libggml {self.quantizer.ggml.label} here"
                     )
         return self._violation(rows, raw, stored, row, tensor_type, limit)
 
@@ -242,21 +243,21 @@ class _Comparison:
         tensor_type: GGMLQuantizationType,
     ) -> bool:
         """Whether a row beyond its bound is what quantizing makes of it."""
-        found = self.ggml.dequantize(raw, tensor_type)
+        found = self.quantizer.dequantize(raw, tensor_type)
         if not np.isfinite(found).all():
             return False
         if not self.knows_importance:
             even = np.ones(stored.shape[1], dtype=np.float32)
             importance = even if tensor_type in NEEDS_IMPORTANCE else None
-            again = self.ggml.quantize(stored, tensor_type, importance)
-            values = self.ggml.dequantize(again, tensor_type)
+            again = self.quantizer.quantize(stored, tensor_type, importance)
+            values = self.quantizer.dequantize(again, tensor_type)
             return errs_no_more(found, values, stored, _EVEN_IMPORTANCE)
         again = self.blocks.quantize(rows, stored, tensor_type)
         if np.array_equal(raw, again):
             return True
-        if self.exactness.ggml == self.ggml.label:
+        if self.exactness.ggml == self.quantizer.ggml.label:
             return False
-        values = self.ggml.dequantize(again, tensor_type)
+        values = self.quantizer.dequantize(again, tensor_type)
         return errs_no_more(found, values, stored, _OTHER_LIBRARY)
 
     def _violation(
@@ -270,7 +271,7 @@ class _Comparison:
     ) -> str:
         """What is wrong with a range whose row `row` is the first that is not sound."""
         where = self._where(rows)
-        values = self.ggml.dequantize(raw, tensor_type)
+        values = self.quantizer.dequantize(raw, tensor_type)
         if not np.isfinite(values).all():
             return f"{where} holds NaN or infinite values"
         if not values.any() and stored.any():

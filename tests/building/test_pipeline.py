@@ -26,10 +26,10 @@ from reap2gguf.errors import (
     UsageError,
     VerificationError,
 )
-from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.terminal.plan_views import plan_as_json
 from reap2gguf.terminal.views import result_lines
 from reap2gguf.verifying.bundle import verify_bundle
@@ -184,12 +184,12 @@ def test_a_tilde_is_the_home_folder(
 def test_a_build_that_fails_its_check_leaves_no_final_name(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = Ggml.quantize
+    quantize = Quantizer.quantize
 
-    def quantize_wrongly(self: Ggml, rows: Any, *arguments: Any) -> Any:
+    def quantize_wrongly(self: Quantizer, rows: Any, *arguments: Any) -> Any:
         return quantize(self, rows[::-1], *arguments)
 
-    monkeypatch.setattr(Ggml, "quantize", quantize_wrongly)
+    monkeypatch.setattr(Quantizer, "quantize", quantize_wrongly)
     with pytest.raises(VerificationError) as caught:
         build(tiny, tmp_path / "out")
     assert any("attn_q.weight differs" in violation for violation in caught.value.violations)

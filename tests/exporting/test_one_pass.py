@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
-from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
+from reap2gguf.quantizing.quantizer import Quantizer
 from tests.exporting.files import (
     export_files,
     export_weights,
@@ -133,15 +133,15 @@ def test_a_tensor_is_quantized_once_for_each_type(
     wide: Path, imatrix: Imatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized: Counter[str] = Counter()
-    quantize = Ggml.quantize
+    quantize = Quantizer.quantize
 
     def counted(
-        self: Ggml, rows: np.ndarray, kind: GGMLQuantizationType, weights: np.ndarray | None
+        self: Quantizer, rows: np.ndarray, kind: GGMLQuantizationType, weights: np.ndarray | None
     ) -> np.ndarray:
         quantized[kind.name] += rows.size
         return quantize(self, rows, kind, weights)
 
-    monkeypatch.setattr(Ggml, "quantize", counted)
+    monkeypatch.setattr(Quantizer, "quantize", counted)
     recipes = map(plain, ("Q4_K_M", "Q4_K_S", "Q5_K_M", "BF16"))
     paths = export_files(wide, tmp_path, recipes, imatrix, n_threads=1)
     pairs = {
@@ -197,7 +197,7 @@ def test_after_a_failure_no_thread_takes_another_range(
         begun.append(1)
         raise ValueError("no")
 
-    monkeypatch.setattr(Ggml, "quantize", failing)
+    monkeypatch.setattr(Quantizer, "quantize", failing)
     with pytest.raises(CheckpointError, match=r"as token_embd\.weight: no"):
         export_files(wide, tmp_path, [plain("Q8_0")], n_threads=1)
     assert len(begun) == 1

@@ -19,11 +19,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE, Ggml, load_ggml
+from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE, load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
+from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.recipe import Recipe, Rule
 from reap2gguf.verifying.exactness import EXACT_TYPES, Exactness
 from reap2gguf.verifying.gguf_values import check_values, compare_values
@@ -242,12 +243,12 @@ def test_a_quantizer_that_is_wrong_is_found(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quantizing again makes the same wrong bytes; what they mean is compared too."""
-    quantize = Ggml.quantize
+    quantize = Quantizer.quantize
 
-    def quantize_wrongly(self: Ggml, rows: Any, *arguments: Any) -> Any:
+    def quantize_wrongly(self: Quantizer, rows: Any, *arguments: Any) -> Any:
         return quantize(self, rows[::-1], *arguments)
 
-    monkeypatch.setattr(Ggml, "quantize", quantize_wrongly)
+    monkeypatch.setattr(Quantizer, "quantize", quantize_wrongly)
     for name in ("Q8_0", "Q4_K"):
         made = make(folder, tmp_path, GGMLQuantizationType[name], None)
         for exactness in (made.within_bounds, made.exact):

@@ -1,0 +1,1 @@
+"""ggml's quantizers, compiled for many rows side by side: the same bytes, many times faster."""

@@ -1,0 +1,108 @@
+"""The compiled quantizers, through ctypes: chosen by the processor, used without a lock.
+
+One call works in one thread, without the interpreter's lock, so that threads quantize side by side.
+Memory: what a call returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from reap2gguf.machine import processor_flags
+from reap2gguf.quantizing.kernels.compiling import TARGETS, machine, object_file, source_hash
+
+if TYPE_CHECKING:
+    from reap2gguf.ggml import Bytes, Floats
+
+VARIABLE = "REAP2GGUF_KERNELS"  # "off": libggml does everything
+# What Linux calls the instructions of x86-64's levels, see the psABI.
+_NEEDED = {
+    "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "bmi2", "fma"},
+    "armv8-a": set[str](),
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A loaded object."""
+
+    target: str  # the instructions it is compiled for
+    path: Path
+    _library: ctypes.CDLL
+
+    def covers(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether it quantizes to this type."""
+        return bool(self._library.reap_quantize(tensor_type.value, None, 0, 0, *[None] * 4))
+
+    def quantize(
+        self,
+        rows: Floats,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+        tables: ctypes.c_void_p | None = None,
+    ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+        """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
+
+        The bytes are ggml's, but for odd rows, which left the range in which that is certain: their
+        bytes mean nothing. `importance` is (C,), `tables` what the type's codebook needs.
+        """
+        n_rows, n_columns = rows.shape
+        block, size = GGML_QUANT_SIZES[tensor_type]
+        source = np.ascontiguousarray(rows, dtype=np.float32)
+        weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+        target = np.empty((n_rows, n_columns // block * size), dtype=np.uint8)
+        is_odd = np.zeros(n_rows, dtype=np.bool_)
+        done = self._library.reap_quantize(
+            tensor_type.value,
+            *(source.ctypes.data, n_rows, n_columns),
+            *(None if weights is None else weights.ctypes.data, tables),
+            *(target.ctypes.data, is_odd.ctypes.data),
+        )
+        assert done, f"{self.path}: does not cover {tensor_type.name}"
+        return target, is_odd
+
+
+def load_kernels() -> Kernels | None:
+    """The best object for this processor.
+
+    None if there is none, if it was made from another source, or if REAP2GGUF_KERNELS is "off".
+    """
+    if os.environ.get(VARIABLE, "").lower() == "off":
+        return None
+    return _load()
+
+
+@cache
+def _load() -> Kernels | None:
+    flags = processor_flags()
+    for target in TARGETS.get(machine(), ()):
+        path = object_file(target)
+        if not _NEEDED[target] <= flags or not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            _declare(library)
+        except (OSError, AttributeError):
+            continue  # of another system, or of another version
+        if library.reap_source().decode() == source_hash():
+            return Kernels(target, path, library)
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Give the functions their C signatures. Raises AttributeError for a library without them."""
+    library.reap_source.restype = ctypes.c_char_p
+    library.reap_source.argtypes = ()
+    library.reap_quantize.restype = ctypes.c_int
+    rows, others = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), (ctypes.c_void_p,) * 4
+    library.reap_quantize.argtypes = (ctypes.c_int, *rows, *others)

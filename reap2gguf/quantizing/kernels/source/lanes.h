@@ -1,0 +1,172 @@
+// Numbers side by side: what the quantizers are written in, for a CPU and for a GPU.
+//
+// F is a float32, I an int32 and M a yes or no, in each of LANES lanes. Lanes never meet: each works
+// on a row of its own, with the operations that ggml does, in the same order. So the bytes are ggml's.
+// On a CPU the lanes are those of vector registers, several registers together (REGISTERS), so that
+// one can wait for a result while another computes. On a GPU a thread is a lane.
+//
+// Nothing may fuse a multiplication with an addition: compile with -ffp-contract=off, or --fmad=false.
+// Division and square root are the correctly rounded ones.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+#ifdef __CUDACC__
+
+#define FN __device__ __forceinline__ static
+#define UNROLL _Pragma("unroll")
+typedef float F;
+typedef int I;
+typedef bool M;
+
+FN F select(M m, F a, F b) { return m ? a : b; }
+FN I select(M m, I a, I b) { return m ? a : b; }
+FN I bits(F a) { return __float_as_int(a); }
+FN F from_bits(I a) { return __int_as_float(a); }
+FN F to_float(I a) { return (F)a; }
+FN F sqrt_of(F a) { return __fsqrt_rn(a); }
+FN F larger(F a, F b) { return a > b ? a : b; }
+FN F smaller(F a, F b) { return a < b ? a : b; }
+FN I larger(I a, I b) { return a > b ? a : b; }
+FN I smaller(I a, I b) { return a < b ? a : b; }
+FN I shift_right(I a, int n) { return (I)((u32)a >> n); }  // zeros come in
+FN bool any(M m) { return m; }
+template <class T> FN I look_up(const T *table, I index) { return (I)table[index]; }
+FN F look_up(const float *table, I index) { return table[index]; }
+
+#else
+
+#include <math.h>
+#include <string.h>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#include <immintrin.h>
+#endif
+
+#define FN static inline __attribute__((always_inline))
+#define UNROLL
+
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX2__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+#ifndef REGISTERS
+#define REGISTERS 2
+#endif
+enum { LANES = WIDTH * REGISTERS };
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int Ints __attribute__((vector_size(WIDTH * 4)));
+typedef u32 Words __attribute__((vector_size(WIDTH * 4)));
+
+// Number `r` of the registers that the lanes fill. All of them are done in one statement, so that the
+// compiler can let them run side by side.
+#define EACH for (int r = 0; r < REGISTERS; r++)
+#define BINARY(result, name, left, right, expression) \
+    FN result name(left a, right b) { result c; EACH c.v[r] = expression; return c; }
+
+struct F {
+    Floats v[REGISTERS];
+    inline __attribute__((always_inline)) F() {}
+    inline __attribute__((always_inline)) F(float x) { EACH v[r] = x - (Floats){}; }
+};
+struct I {
+    Ints v[REGISTERS];
+    inline __attribute__((always_inline)) I() {}
+    inline __attribute__((always_inline)) I(int x) { EACH v[r] = x - (Ints){}; }
+};
+struct M {
+    Ints v[REGISTERS];  // all bits of a lane, or none
+    inline __attribute__((always_inline)) M() {}
+    inline __attribute__((always_inline)) M(bool x) { EACH v[r] = -(int)x - (Ints){}; }
+};
+
+BINARY(F, operator+, F, F, a.v[r] + b.v[r])
+BINARY(F, operator-, F, F, a.v[r] - b.v[r])
+BINARY(F, operator*, F, F, a.v[r] * b.v[r])
+BINARY(F, operator/, F, F, a.v[r] / b.v[r])
+BINARY(M, operator<, F, F, a.v[r] < b.v[r])
+BINARY(M, operator>, F, F, a.v[r] > b.v[r])
+BINARY(M, operator<=, F, F, a.v[r] <= b.v[r])
+BINARY(M, operator>=, F, F, a.v[r] >= b.v[r])
+BINARY(M, operator==, F, F, a.v[r] == b.v[r])
+BINARY(M, operator!=, F, F, a.v[r] != b.v[r])
+BINARY(I, operator+, I, I, a.v[r] + b.v[r])
+BINARY(I, operator-, I, I, a.v[r] - b.v[r])
+BINARY(I, operator*, I, I, a.v[r] * b.v[r])
+BINARY(I, operator&, I, I, a.v[r] & b.v[r])
+BINARY(I, operator|, I, I, a.v[r] | b.v[r])
+BINARY(I, operator^, I, I, a.v[r] ^ b.v[r])
+BINARY(I, operator<<, I, int, a.v[r] << b)
+BINARY(I, shift_right, I, int, (Ints)((Words)a.v[r] >> b))  // zeros come in
+BINARY(M, operator<, I, I, a.v[r] < b.v[r])
+BINARY(M, operator>, I, I, a.v[r] > b.v[r])
+BINARY(M, operator==, I, I, a.v[r] == b.v[r])
+BINARY(M, operator!=, I, I, a.v[r] != b.v[r])
+BINARY(M, operator&, M, M, a.v[r] & b.v[r])
+BINARY(M, operator|, M, M, a.v[r] | b.v[r])
+
+FN F operator-(F a) { EACH a.v[r] = -a.v[r]; return a; }
+FN M operator!(M a) { EACH a.v[r] = ~a.v[r]; return a; }
+FN F select(M m, F a, F b) { EACH a.v[r] = m.v[r] ? a.v[r] : b.v[r]; return a; }
+FN I select(M m, I a, I b) { EACH a.v[r] = m.v[r] ? a.v[r] : b.v[r]; return a; }
+FN I bits(F a) { I b; EACH b.v[r] = (Ints)a.v[r]; return b; }
+FN F from_bits(I a) { F b; EACH b.v[r] = (Floats)a.v[r]; return b; }
+FN F to_float(I a) { F b; EACH b.v[r] = __builtin_convertvector(a.v[r], Floats); return b; }
+
+// The registers' own instructions, where a compiler does not find them: one of F -> F, two of F, F -> F
+#if defined(__AVX512F__)
+#define SQRT(a) (Floats)_mm512_maskz_sqrt_ps((__mmask16)-1, (__m512)(a))
+#define LARGER(a, b) (Floats)_mm512_maskz_max_ps((__mmask16)-1, (__m512)(a), (__m512)(b))
+#define SMALLER(a, b) (Floats)_mm512_maskz_min_ps((__mmask16)-1, (__m512)(a), (__m512)(b))
+#elif defined(__AVX2__)
+#define SQRT(a) (Floats)_mm256_sqrt_ps((__m256)(a))
+#define LARGER(a, b) (Floats)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define SMALLER(a, b) (Floats)_mm256_min_ps((__m256)(a), (__m256)(b))
+#else
+#if defined(__aarch64__)
+#define SQRT(a) (Floats)vsqrtq_f32((float32x4_t)(a))
+#else
+#define SQRT(a) (Floats)_mm_sqrt_ps((__m128)(a))
+#endif
+// NEON's own give NaN where either is NaN; x86 and ggml's comparisons give the second
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define SMALLER(a, b) ((a) < (b) ? (a) : (b))
+#endif
+
+FN F sqrt_of(F a) { EACH a.v[r] = SQRT(a.v[r]); return a; }
+BINARY(F, larger, F, F, LARGER(a.v[r], b.v[r]))    // a > b ? a : b
+BINARY(F, smaller, F, F, SMALLER(a.v[r], b.v[r]))  // a < b ? a : b
+BINARY(I, larger, I, I, a.v[r] > b.v[r] ? a.v[r] : b.v[r])
+BINARY(I, smaller, I, I, a.v[r] < b.v[r] ? a.v[r] : b.v[r])
+
+FN bool any(M m) {
+    Ints all = m.v[0];
+    for (int r = 1; r < REGISTERS; r++) all |= m.v[r];
+    int found = 0;
+    for (int k = 0; k < WIDTH; k++) found |= all[k];
+    return found != 0;
+}
+
+// table[index] of each lane, a gather
+template <class T> FN I look_up(const T *table, I index) {
+    I b;
+    EACH for (int k = 0; k < WIDTH; k++) b.v[r][k] = (int)table[index.v[r][k]];
+    return b;
+}
+FN F look_up(const float *table, I index) {
+    F b;
+    EACH for (int k = 0; k < WIDTH; k++) b.v[r][k] = table[index.v[r][k]];
+    return b;
+}
+
+#endif
+
+FN F absolute(F a) { return from_bits(bits(a) & 0x7fffffff); }

@@ -1,0 +1,54 @@
+// Rounding and half precision as ggml does them, in lanes.
+#pragma once
+#include "lanes.h"
+
+// Added to a float32 below 2^22, this leaves the nearest integer (ties to even) in the lowest bits.
+#define MAGIC 12582912.f
+// Beyond it, ggml's rounding gives other numbers than the nearest: such blocks are left to ggml.
+#define ROUNDABLE 4194303.f
+
+// The nearest integer, with ggml's result also where it is none. NaN gives 0, as on x86-64.
+FN I nearest(F v) {
+    I raw = bits(v + MAGIC);
+    return select(v == v, (raw & 0x7fffff) - 0x400000, I(0));
+}
+
+// The nearest integer from 0 to MAX as a float, for |v| < ROUNDABLE: three operations.
+template <int MAX> FN F level(F v) {
+    return smaller(larger(v + MAGIC, F(MAGIC)), F(MAGIC + MAX)) - MAGIC;
+}
+
+// The same from LOW to HIGH.
+template <int LOW, int HIGH> FN F level(F v) {
+    return smaller(larger(v + MAGIC, F(MAGIC + LOW)), F(MAGIC + HIGH)) - MAGIC;
+}
+
+FN M is_roundable(F v) { return absolute(v) < ROUNDABLE; }
+
+FN I clamp(I a, int low, int high) { return smaller(larger(a, I(low)), I(high)); }
+
+// The 16 bits of the nearest half, ties to even, subnormals kept; infinity if it is too large.
+FN I half_bits(F f) {
+    I word = bits(f), twice = word << 1;
+    // adding a number of the right size rounds the mantissa at the place where a half ends
+    I bias = twice & (int)0xff000000;
+    bias = shift_right(bias, 1);
+    bias = larger(bias, I(0x38800000));
+    F rounded = (absolute(f) * 0x1p+112f) * 0x1p-110f + from_bits(bias + 0x07800000);
+    I raw = bits(rounded);
+    I exponent = shift_right(raw, 13) & 0x7c00, mantissa = raw & 0xfff;
+    I finite = exponent + mantissa;
+    I magnitude = select((word & 0x7fffffff) > I(0x7f800000), I(0x7e00), finite);
+    return (shift_right(word, 16) & 0x8000) | magnitude;
+}
+
+// The float32 of the 16 bits of a half.
+FN F half_value(I h) {
+    I magnitude = (h & 0x7fff) << 13;
+    // 2^112 moves the exponent of a half to where a float32 has it; exact, subnormals included
+    F value = from_bits(magnitude) * 0x1p+112f;
+    value = select((h & 0x7c00) == I(0x7c00), from_bits(magnitude | 0x7f800000), value);
+    return from_bits(bits(value) | ((h & 0x8000) << 16));
+}
+
+FN M is_finite_half(I h) { return (h & 0x7c00) != I(0x7c00); }

@@ -1,0 +1,137 @@
+"""Quantizing rows: by the compiled kernels where there are some, by libggml otherwise.
+
+libggml is the truth. A kernel is used for a type only after it made the same bytes as libggml of a
+few rows, once in each process; rows that leave its plain range are given to libggml; and libggml
+makes a share of all blocks again, which are compared. On arm64 libggml itself rounds otherwise:
+there nothing is compared, and the kernels make the bytes of x86-64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from reap2gguf.errors import DependencyError
+from reap2gguf.ggml import Bytes, Floats, Ggml, load_ggml
+from reap2gguf.quantizing.kernels.compiled import VARIABLE, Kernels, load_kernels
+from reap2gguf.quantizing.kernels.compiling import machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SAMPLE = 1e-3  # of the blocks that a kernel makes
+_SUPER_BLOCK = 256  # values that no type quantizes apart, but for those that weigh by whole rows
+# With importance, their blocks depend on the whole row.
+_BY_ROW = frozenset(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"))
+_TRIED_ROWS, _TRIED_COLUMNS = 48, 512
+
+
+@dataclass
+class Quantizer:
+    """What makes blocks of rows, and rows of blocks. Threads may share one."""
+
+    ggml: Ggml
+    kernels: Kernels | None
+    checked: float = SAMPLE  # share of the blocks that libggml makes again: 0 to 1
+    _equal: dict[tuple[GGMLQuantizationType, bool], bool] = field(default_factory=dict, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this machine's libggml makes the bytes that are expected everywhere."""
+        return machine() == "x86_64"
+
+    def quantize(
+        self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None = None
+    ) -> Bytes:
+        """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row).
+
+        `importance` is (C,): the mean square of what multiplies each column. Raises ValueError as
+        `Ggml.quantize` does, and DependencyError if a block is not what libggml makes.
+        """
+        self.ggml.check_request(rows.shape, tensor_type, importance)
+        if self.kernels is None or not self.uses_kernel(tensor_type, importance is not None):
+            return self.ggml.quantize(rows, tensor_type, importance)
+        target, is_odd = self.kernels.quantize(rows, tensor_type, importance)
+        if is_odd.any():
+            target[is_odd] = self.ggml.quantize(rows[is_odd], tensor_type, importance)
+        if self.is_reference and self.checked:
+            self._compare(rows, target, tensor_type, importance)
+        return target
+
+    def uses_kernel(self, tensor_type: GGMLQuantizationType, is_weighted: bool) -> bool:
+        """Whether a kernel does this type, with importance or without."""
+        if self.kernels is None or not self.kernels.covers(tensor_type):
+            return False
+        key = tensor_type, is_weighted
+        with self._lock:
+            if key not in self._equal:
+                self._equal[key] = not self.is_reference or self._is_equal(*key)
+            return self._equal[key]
+
+    def _is_equal(self, tensor_type: GGMLQuantizationType, is_weighted: bool) -> bool:
+        """Whether the kernel makes libggml's bytes of a few random rows."""
+        assert self.kernels is not None
+        random = np.random.default_rng(0)
+        shape = _TRIED_ROWS, _TRIED_COLUMNS
+        rows = random.standard_t(4, shape).astype(np.float32)
+        importance = random.gamma(1, 1, shape[1]).astype(np.float32) if is_weighted else None
+        found, is_odd = self.kernels.quantize(rows, tensor_type, importance)
+        wanted = self.ggml.quantize(rows, tensor_type, importance)
+        return bool((found == wanted)[~is_odd].all() and not is_odd.all())
+
+    def _compare(
+        self,
+        rows: Floats,
+        target: Bytes,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+    ) -> None:
+        """Raise DependencyError if a sampled block is not what libggml makes."""
+        block, size = GGML_QUANT_SIZES[tensor_type]
+        by_row = tensor_type in _BY_ROW and importance is not None
+        width = rows.shape[1] if by_row or rows.shape[1] % _SUPER_BLOCK else _SUPER_BLOCK
+        for row, first in _sampled(rows.shape, width, self.checked):
+            columns = slice(first, first + width)
+            raw = slice(first // block * size, (first + width) // block * size)
+            weights = None if importance is None else importance[columns]
+            wanted = self.ggml.quantize(rows[row : row + 1, columns], tensor_type, weights)
+            if not np.array_equal(wanted[0], target[row, raw]):
+                raise DependencyError(
+                    f"{tensor_type.name}: the compiled kernel and libggml ({self.ggml.path}) make "
+                    "different bytes of the same values; set "
+                    f"{VARIABLE}=off, run the command again with --fresh, and report it"
+                )
+
+    def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`."""
+        return self.ggml.dequantize(raw, tensor_type)
+
+    def check_precision(
+        self,
+        rows: Floats,
+        target: Bytes,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None = None,
+    ) -> None:
+        """Raise ValueError as `Ggml.check_precision` does."""
+        self.ggml.check_precision(rows, target, tensor_type, importance)
+
+
+def _sampled(shape: Sequence[int], width: int, share: float) -> list[tuple[int, int]]:
+    """Row and first column of blocks spread over rows (R, C), at least one if there are any."""
+    per_row = shape[1] // width
+    total = shape[0] * per_row
+    count = min(total, max(1, round(total * share)))
+    # a step that is no multiple of a row's blocks, so that all columns have their turn
+    numbers = (int((k + 0.37) * total / count) for k in range(count))
+    return [(number // per_row, number % per_row * width) for number in numbers]
+
+
+def load_quantizer(checked: float = SAMPLE) -> Quantizer:
+    """The quantizer of this machine. Raises DependencyError without a libggml."""
+    return Quantizer(load_ggml(), load_kernels(), checked)
