@@ -285,7 +285,10 @@ COVERED_BY = [
 ]  # fmt: skip
 
 # Distributions that are imported but not declared, and the reverse; each with the reason.
-NOT_DECLARED = {"triton": "a dependency of torch's CUDA builds; used only on a GPU"}
+NOT_DECLARED = {
+    "hatchling": "builds the wheel, see [build-system]",
+    "triton": "a dependency of torch's CUDA builds; used only on a GPU",
+}
 # extras that the package itself does not need
 FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
@@ -293,7 +296,12 @@ NOT_IMPORTED = {
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
 }
-COMMANDS = {"ruff", "mypy", "pytest-xdist"}  # of the extra `test`: run, not imported
+COMMANDS = {
+    "ruff",
+    "mypy",
+    "pytest-xdist",
+    "hatchling",
+}  # of the extra `test`: not imported by tests
 
 
 @cache

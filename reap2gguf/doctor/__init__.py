@@ -18,6 +18,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         software.python,
         software.required_packages,
         software.libggml,
+        software.kernels,
         software.shipped,
     ),
     "Running GGUF files": (

@@ -119,6 +119,20 @@ def libggml() -> Finding:
     return Finding("libggml", f"{ggml.version} {whose}")
 
 
+def kernels() -> Finding:
+    """The compiled quantizers."""
+    if installed("gguf") is None or installed("numpy") is None:
+        return Finding("kernels", "not loaded: gguf or numpy is missing", State.PROBLEM)
+    from reap2gguf.quantizing.kernels.compiled import find_kernels
+
+    found = find_kernels()
+    if isinstance(found, str):
+        return Finding(
+            "kernels", "none: libggml quantizes, about ten times slower", State.ADVICE, found
+        )
+    return Finding("kernels", f"compiled for {found.target}: quantizing at full speed")
+
+
 def shipped() -> Finding:
     """The recipes and texts that are included."""
     try:

@@ -1,8 +1,8 @@
-"""The build hook of pyproject.toml: compiles the kernels when a wheel is made or a checkout installed.
+"""The build hook of pyproject.toml: compiles the kernels for a wheel or an installed checkout.
 
-The wheel is then of this kind of machine, for any Python 3. Without a C++ compiler, or if it fails, a
-wheel without kernels is made, and says so: libggml does their work. A release must have them: with
-REAP2GGUF_REQUIRE_KERNELS=1 that is an error.
+The wheel is then of this kind of machine, for any Python 3. Without a C++ compiler, or if it fails,
+a wheel without kernels is made, and says so: libggml does their work. A release must have them:
+with REAP2GGUF_REQUIRE_KERNELS=1 that is an error.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
 
 VARIABLE = "REAP2GGUF_KERNELS"  # "off": libggml does everything
+_REINSTALL = "install reap2gguf again from its checkout, or from a wheel"
 # What Linux calls the instructions of x86-64's levels, see the psABI.
 _NEEDED = {
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
@@ -73,30 +74,41 @@ class Kernels:
 
 
 def load_kernels() -> Kernels | None:
-    """The best object for this processor.
+    """The best object for this processor; None if none can be used."""
+    found = find_kernels()
+    return None if isinstance(found, str) else found
 
-    None if there is none, if it was made from another source, or if REAP2GGUF_KERNELS is "off".
-    """
+
+def find_kernels() -> Kernels | str:
+    """The best object for this processor, or why there is none, in words for a user."""
     if os.environ.get(VARIABLE, "").lower() == "off":
-        return None
-    return _load()
+        return f"{VARIABLE} is off"
+    return _find()
 
 
 @cache
-def _load() -> Kernels | None:
+def _find() -> Kernels | str:
+    targets = TARGETS.get(machine(), ())
     flags = processor_flags()
-    for target in TARGETS.get(machine(), ()):
+    runnable = [target for target in targets if _NEEDED[target] <= flags]
+    if not runnable:
+        what = "this processor has no AVX2" if targets else f"there are none for {machine()}"
+        return f"{what}, so none are used"
+    problem = f"not compiled; with a C++ compiler here, {_REINSTALL}"
+    for target in runnable:
         path = object_file(target)
-        if not _NEEDED[target] <= flags or not path.is_file():
+        if not path.is_file():
             continue
         try:
             library = ctypes.CDLL(str(path))
             _declare(library)
-        except (OSError, AttributeError):
-            continue  # of another system, or of another version
+        except (OSError, AttributeError) as error:
+            problem = f"{path} does not load ({error}); {_REINSTALL}"
+            continue
         if library.reap_source().decode() == source_hash():
             return Kernels(target, path, library)
-    return None
+        problem = f"{path} was compiled from another source; {_REINSTALL}"
+    return problem
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -19,7 +19,7 @@ needs_objects = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _fresh_cache() -> None:
-    compiled._load.cache_clear()
+    compiled._find.cache_clear()
 
 
 def test_installing_has_compiled_them() -> None:
@@ -50,7 +50,7 @@ def test_an_object_of_another_source_is_not_used(
     with (tmp_path / "source" / "lanes.h").open("a") as file:
         file.write("// changed\n")
     monkeypatch.setattr(compiling, "SOURCE", tmp_path / "source")
-    assert compiled.load_kernels() is None
+    assert "compiled from another source" in str(compiled.find_kernels())
 
 
 def test_a_file_that_is_no_object_is_not_used(
@@ -59,10 +59,21 @@ def test_a_file_that_is_no_object_is_not_used(
     monkeypatch.setattr(compiling, "OBJECTS", tmp_path)
     for target in compiling.TARGETS.get(compiling.machine(), ()):
         compiling.object_file(target).write_bytes(b"\x7fELF" + bytes(100))
+    assert isinstance(compiled.find_kernels(), str)
     assert compiled.load_kernels() is None
+
+
+def test_without_objects_the_reason_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "OBJECTS", tmp_path)
+    monkeypatch.setattr(compiled, "TARGETS", {"any": ("x86-64-v3",)})
+    monkeypatch.setattr(compiled, "machine", lambda: "any")
+    monkeypatch.setattr(compiled, "processor_flags", lambda: compiled._NEEDED["x86-64-v3"])
+    assert "with a C++ compiler here, install reap2gguf again" in str(compiled.find_kernels())
 
 
 def test_a_processor_without_the_instructions_uses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "machine", lambda: "x86_64")
     monkeypatch.setattr(compiled, "processor_flags", lambda: frozenset({"sse2"}))
-    assert compiled.load_kernels() is None
+    assert "no AVX2" in str(compiled.find_kernels())
