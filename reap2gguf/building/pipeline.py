@@ -72,7 +72,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     if run.is_first:  # the only one that writes files
         refuse_dropping(plan, run.work)
         run.plan = plan = with_all_values(plan, run.progress.note)
-    run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
+    run.room = run.agree(lambda: check_room(plan, run.work, run.progress))
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None

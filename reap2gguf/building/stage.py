@@ -22,6 +22,7 @@ from reap2gguf.artifacts.made_with import other_versions, versions
 from reap2gguf.atomic import remove
 from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.marks import NOTHING, StageMarks
+from reap2gguf.building.needs.room import Room
 from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
@@ -159,7 +160,7 @@ class Stage(ABC, Generic[Result]):
         return replace(
             self.run.plan.options.compute,
             scratch=work.root,
-            resume=resume if self.run.keeps_states else None,
+            resume=resume if self.run.room.keeps_states else None,
         )
 
 
@@ -174,7 +175,9 @@ class Run:
     work: Workdir
     progress: Progress
     order: Sequence[type[Stage[Any]]]  # a stage that is computed again undoes those after it
-    keeps_states: bool = True  # whether the disk has room for what a sweep has done
+    room: Room = field(
+        default_factory=lambda: Room(keeps_states=True, overlaps=True)
+    )  # on the disk
     costs: list[StageCost] = field(default_factory=list)
     joint: Joint = field(default_factory=Joint)  # of the stages that run now
 

@@ -5,7 +5,8 @@ before the next one begins. Then they run, and each waits where it needs what an
 kill leaves each stage as if it had run alone: those that were not finished are resumed.
 
 The sweep keeps its memory: stages run beside it only as far as they fit into what it leaves, and
-after it if they do not. With one thread, stages run one after the other.
+after it if they do not. With one thread, or where the disk has too little space for the GGUF files
+beside what the sweep keeps there, stages run one after the other.
 
 Memory: the sweep's budget; without a sweep, the sum of what the stages hold (`Stage.held_bytes`).
 """
@@ -37,7 +38,7 @@ def do_together(run: Run, leader: Stage[Any], *others: Stage[Any]) -> None:
         return
     names = [one.name for one in run.order]
     stages = sorted([leader, *others], key=lambda stage: names.index(stage.name))
-    if run.plan.options.compute.threads == 1:
+    if run.plan.options.compute.threads == 1 or not run.room.overlaps:
         for stage in stages:
             run.do(stage)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import output_errors
@@ -41,8 +41,16 @@ def room_needs(plan: Plan) -> DiskNeeds:
     return disk_needs(plan, amount, sweep_needs(plan, Sizes(plan), amount, machine))
 
 
-def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
-    """Whether the disk also has space to save the progress of a sweep between layers.
+@dataclass(frozen=True)
+class Room:
+    """What the disk has space for, besides the build itself."""
+
+    keeps_states: bool  # to save the progress of a sweep between layers
+    overlaps: bool  # to write the GGUF files while a sweep runs
+
+
+def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:
+    """What the disk also has space for.
 
     Raises OutputError with the numbers if it does not even have space for the build. What an
     interrupted build left counts as written.
@@ -58,7 +66,7 @@ def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
             f"not enough disk space to save progress between layers ({size(needs.state_bytes)} "
             "more needed); an interrupted calibration pass restarts from layer 0"
         )
-    return keeps_states
+    return Room(keeps_states, room >= needs.overlapping_bytes)
 
 
 def _check_cache(plan: Plan, work: Workdir, n_bytes: int) -> None:
