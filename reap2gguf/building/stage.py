@@ -175,9 +175,7 @@ class Run:
     work: Workdir
     progress: Progress
     order: Sequence[type[Stage[Any]]]  # a stage that is computed again undoes those after it
-    room: Room = field(
-        default_factory=lambda: Room(keeps_states=True, overlaps=True)
-    )  # on the disk
+    room: Room = field(default_factory=lambda: Room(keeps_states=True, overlaps=True))
     costs: list[StageCost] = field(default_factory=list)
     joint: Joint = field(default_factory=Joint)  # of the stages that run now
 

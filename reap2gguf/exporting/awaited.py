@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reap2gguf.exporting.header_facts import UNWEIGHTED_TYPES
+from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.growing import GrowingEntries
 
 if TYPE_CHECKING:

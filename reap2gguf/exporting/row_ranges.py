@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import ArtifactError, CheckpointError
-from reap2gguf.exporting.header_facts import UNWEIGHTED_TYPES
-from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.growing import entry_shape
 from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_ranges, rows_per_matrix
 
