@@ -1,7 +1,11 @@
 // The quantizers on a CPU: rows side by side, one in each lane. Called through ctypes.
 #include <utility>
 
+#include "dequantize.h"
 #include "k_quants.h"
+#include "nonlinear.h"
+#include "plain.h"
+#include "symmetric_k.h"
 
 #ifndef SOURCE_HASH
 #define SOURCE_HASH ""  // of a trial
@@ -39,6 +43,20 @@ static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x)
         }
 }
 
+// Does a type with importance ask for the mean square of whole rows? Those that do say USES_ROW.
+template <class T> constexpr auto uses_row(int) -> decltype(T::USES_ROW, true) { return true; }
+template <class T> constexpr bool uses_row(long) { return false; }
+
+// The mean of the squares of each row, added in their order.
+static F row_mean_square(const float *rows, i64 n_columns, int n_rows) {
+    F x[32], sum = 0.f;
+    for (i64 column = 0; column < n_columns; column += 32) {
+        gather(rows + column, n_columns, n_rows, 32, x);
+        for (int i = 0; i < 32; i++) sum = sum + x[i] * x[i];
+    }
+    return sum / F((float)n_columns);
+}
+
 template <class T, bool WEIGHTED>
 static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const float *importance,
                           u8 *target, u8 *is_odd) {
@@ -48,10 +66,13 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
     I words[N_WORDS];
     for (i64 first = 0; first < n_rows; first += LANES) {
         const int n = n_rows - first < LANES ? (int)(n_rows - first) : LANES;
+        F mean_square = 0.f;
+        if (WEIGHTED && uses_row<T>(0))
+            mean_square = row_mean_square(rows + first * n_columns, n_columns, n);
         for (i64 block = 0; block < n_blocks; block++) {
             const i64 column = block * T::COLUMNS;
             gather(rows + first * n_columns + column, n_columns, n, T::COLUMNS, x);
-            M odd = T::template quantize<WEIGHTED>(x, importance + column, F(0.f), words);
+            M odd = T::template quantize<WEIGHTED>(x, importance + column, mean_square, words);
             for (int row = 0; row < n; row++) {
                 const int r = row / WIDTH, k = row % WIDTH;
                 u32 packed[N_WORDS];
@@ -60,6 +81,23 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
                 is_odd[first + row] |= odd.v[r][k] != 0;
             }
         }
+    }
+}
+
+// F16 and BF16 have no blocks: here the lanes are neighbours.
+template <bool BRAIN> static void round_halves(const float *values, i64 n, u8 *target) {
+    for (i64 first = 0; first < n; first += LANES) {
+        const int count = n - first < LANES ? (int)(n - first) : LANES;
+        float in[LANES] = {0};
+        u32 rounded[LANES];
+        u16 out[LANES];
+        F x;
+        memcpy(in, values + first, count * sizeof *in);
+        memcpy(x.v, in, sizeof in);
+        I halves = BRAIN ? bfloat_bits(x) : half_bits(x);
+        memcpy(rounded, halves.v, sizeof rounded);
+        for (int k = 0; k < LANES; k++) out[k] = (u16)rounded[k];
+        memcpy(target + 2 * first, out, count * sizeof *out);
     }
 }
 
@@ -81,8 +119,57 @@ EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
             quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
         return 1;
     switch (type) {
+        case 1: round_halves<false>(rows, n_rows * n_columns, target); return 1;
+        case 30: round_halves<true>(rows, n_rows * n_columns, target); return 1;
+        CASE(2, Symmetric<8>)
+        CASE(3, Affine<15>)
+        CASE(6, Symmetric<16>)
+        CASE(7, Affine<31>)
+        CASE(8, Q8)
+        CASE(10, Q2K)
+        CASE(11, Q3K)
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
+        CASE(14, Q6K)
+        CASE(20, IQ4NL)
+        CASE(23, IQ4XS)
+    }
+    return 0;
+}
+
+// A function of its own: inlined into another, RESTRICT is forgotten and no loop becomes lanes.
+template <class T>
+static __attribute__((noinline)) void read_blocks(const u8 *RESTRICT raw, i64 n_blocks,
+                                                  const u8 *RESTRICT codebook, float *RESTRICT out) {
+    enum { GROUPS = T::COLUMNS / T::GROUP };
+    for (i64 block = 0; block < n_blocks; block++)
+        for (int group = 0; group < GROUPS; group++)
+            T::read(raw + block * T::BYTES, group, codebook,
+                    out + block * T::COLUMNS + group * T::GROUP);
+}
+
+// `codebook`: the entries of the type's grid, which only IQ2 and IQ3 types have.
+EXPORT int reap_dequantize(int type, const u8 *raw, i64 n_blocks, const u8 *codebook, float *out) {
+#define READ(number, ...) \
+    case number: read_blocks<__VA_ARGS__>(raw, n_blocks, codebook, out); return 1;
+    switch (type) {
+        READ(2, ReadPlain<false, false>)
+        READ(3, ReadPlain<false, true>)
+        READ(6, ReadPlain<true, false>)
+        READ(7, ReadPlain<true, true>)
+        READ(8, ReadQ8)
+        READ(10, ReadQ2K)
+        READ(11, ReadQ3K)
+        READ(12, ReadAffineK<false>)
+        READ(13, ReadAffineK<true>)
+        READ(14, ReadQ6K)
+        READ(16, ReadIQ2XXS)
+        READ(17, ReadIQ2XS)
+        READ(18, ReadIQ3XXS)
+        READ(20, ReadIQ4NL)
+        READ(21, ReadIQ3S)
+        READ(22, ReadIQ2S)
+        READ(23, ReadIQ4XS)
     }
     return 0;
 }

@@ -15,10 +15,10 @@ struct AffineFit {
     M is_odd;      // beyond the plain range
 };
 
-// Minimizes the weighted squares of x - (scale * level + low) over N values and levels 0 to MAX.
+// Minimizes the weighted squares (ABSOLUTE: magnitudes) of x - (scale * level + low) over N values and levels 0 to MAX.
 // Each try begins with a step of its own, (first + delta * try + MAX) / range. What a try finds
 // for `low` is where the next begins.
-template <int N, int MAX>
+template <int N, int MAX, bool ABSOLUTE = false>
 FN AffineFit fit_affine(const F *x, const F *w, float first, float delta, int last_try) {
     F low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
     UNROLL for (int i = 1; i < N; i++) {
@@ -39,7 +39,7 @@ FN AffineFit fit_affine(const F *x, const F *w, float first, float delta, int la
     F least = 0.f;
     UNROLL for (int i = 0; i < N; i++) {
         F difference = fit.scale * level<MAX>(fit.step * (x[i] - low)) + low - x[i];
-        least = least + w[i] * (difference * difference);
+        least = least + w[i] * (ABSOLUTE ? absolute(difference) : difference * difference);
     }
     for (int k = 0; k <= last_try; k++) {
         F step = F((first + delta * k) + MAX) / (high - low);
@@ -60,7 +60,7 @@ FN AffineFit fit_affine(const F *x, const F *w, float first, float delta, int la
         F error = 0.f;
         UNROLL for (int i = 0; i < N; i++) {
             F difference = scale * levels[i] + fitted_low - x[i];
-            error = error + w[i] * (difference * difference);
+            error = error + w[i] * (ABSOLUTE ? absolute(difference) : difference * difference);
         }
         M is_better = (determinant > 0.f) & (error < least);
         least = select(is_better, error, least);
@@ -150,6 +150,15 @@ template <int N, int MAX> FN F share_largest(const F *x, I *levels, M &is_odd) {
     return largest / F((float)MAX);
 }
 
+// The scale of N scales, and their levels.
+template <bool WEIGHTED, int N, int MAX>
+FN F scale_scales(const F *x, const F *w, I *levels, M &is_odd) {
+    if (!WEIGHTED) return share_largest<N, MAX>(x, levels, is_odd);
+    F found[N], scale = fit_scales<N, MAX>(x, w, found, is_odd);
+    for (int j = 0; j < N; j++) levels[j] = bits(found[j] + MAGIC) & 255;
+    return scale;
+}
+
 // Each of N values as a level from 0 to MAX of scale * level - minus; as its fit has it if scale is 0.
 template <int N, int MAX>
 FN void final_levels(const F *x, const AffineFit &fit, F scale, F minus, I *levels) {
@@ -166,6 +175,11 @@ template <bool WEIGHTED, int N>
 FN void weigh(const F *x, const float *importance, F spread, F *w) {
     UNROLL for (int i = 0; i < N; i++)
         w[i] = WEIGHTED ? F(importance[i]) * sqrt_of(spread + x[i] * x[i]) : spread + absolute(x[i]);
+}
+
+// Four levels in the bytes of a word.
+FN I join(const I *levels) {
+    return levels[0] | (levels[1] << 8) | (levels[2] << 16) | (levels[3] << 24);
 }
 
 template <int N> FN F square_sum(const F *x) {
@@ -191,7 +205,7 @@ template <int MAX> struct AffineK {
 
     template <bool WEIGHTED> FN M quantize(const F *x, const float *importance, F, I *words) {
         AffineFit fits[8];
-        F scales[8], minima[8], weights[8], d, dmin;
+        F scales[8], minima[8], weights[8];
         M is_odd = false;
         F spread = F(2.f) * square_sum<256>(x) / F(256.f);
         for (int j = 0; j < 8; j++) {
@@ -208,16 +222,8 @@ template <int MAX> struct AffineK {
             is_odd = is_odd | fits[j].is_odd;
         }
         I scale_levels[8], minimum_levels[8];
-        if (WEIGHTED) {
-            F levels[8];
-            d = fit_scales<8, 63>(scales, weights, levels, is_odd);
-            for (int j = 0; j < 8; j++) scale_levels[j] = bits(levels[j] + MAGIC) & 255;
-            dmin = fit_scales<8, 63>(minima, weights, levels, is_odd);
-            for (int j = 0; j < 8; j++) minimum_levels[j] = bits(levels[j] + MAGIC) & 255;
-        } else {
-            d = share_largest<8, 63>(scales, scale_levels, is_odd);
-            dmin = share_largest<8, 63>(minima, minimum_levels, is_odd);
-        }
+        F d = scale_scales<WEIGHTED, 8, 63>(scales, weights, scale_levels, is_odd);
+        F dmin = scale_scales<WEIGHTED, 8, 63>(minima, weights, minimum_levels, is_odd);
         I d_bits = half_bits(d), dmin_bits = half_bits(dmin);
         is_odd = is_odd | !(is_finite_half(d_bits) & is_finite_half(dmin_bits));
         words[0] = d_bits | (dmin_bits << 16);
@@ -238,12 +244,52 @@ template <int MAX> struct AffineK {
             final_levels<32, MAX>(x + 32 * j, fits[j], scale, minus, levels);
             I *half_bytes = fours + 8 * (j / 2);
             UNROLL for (int k = 0; k < 8; k++) {
-                const I *l = levels + 4 * k;
-                I four = l[0] | (l[1] << 8) | (l[2] << 16) | (l[3] << 24);
-                I low = four & 0x0f0f0f0f;
+                I four = join(levels + 4 * k), low = four & 0x0f0f0f0f;
                 half_bytes[k] = j % 2 ? half_bytes[k] | (low << 4) : low;
                 if (MAX != 15) fifth[k] = fifth[k] | ((shift_right(four, 4) & 0x01010101) << j);
             }
         }
+    }
+};
+
+struct Q2K {
+    enum { COLUMNS = 256, BYTES = 84 };
+
+    template <bool WEIGHTED> FN M quantize(const F *x, const float *importance, F, I *words) {
+        AffineFit fits[16];
+        F scales[16], minima[16], weights[16];
+        M is_odd = false;
+        F spread = WEIGHTED ? square_sum<256>(x) / F(256.f) : F(0.f);
+        for (int j = 0; j < 16; j++) {
+            F w[16], sum = 0.f;
+            weigh<WEIGHTED, 16>(x + 16 * j, importance + 16 * j, spread, w);
+            UNROLL for (int i = 0; i < 16; i++) sum = sum + w[i];
+            weights[j] = sum;
+            if (WEIGHTED) fits[j] = fit_affine<16, 3>(x + 16 * j, w, -0.9f, 0.05f, 36);
+            else fits[j] = fit_affine<16, 3, true>(x + 16 * j, w, -0.5f, 0.1f, 15);
+            scales[j] = fits[j].scale;
+            minima[j] = -fits[j].low;
+            is_odd = is_odd | fits[j].is_odd;
+        }
+        I scale_levels[16], minimum_levels[16];
+        F d = scale_scales<WEIGHTED, 16, 15>(scales, weights, scale_levels, is_odd);
+        F dmin = scale_scales<WEIGHTED, 16, 15>(minima, weights, minimum_levels, is_odd);
+        I d_bits = half_bits(d), dmin_bits = half_bits(dmin);
+        is_odd = is_odd | !(is_finite_half(d_bits) & is_finite_half(dmin_bits));
+        d = half_value(d_bits);
+        dmin = half_value(dmin_bits);
+        for (int k = 0; k < 20; k++) words[k] = 0;
+        words[20] = d_bits | (dmin_bits << 16);
+        for (int j = 0; j < 16; j++) {
+            I levels[16], both = scale_levels[j] | (minimum_levels[j] << 4);
+            words[j / 4] = words[j / 4] | (both << 8 * (j % 4));
+            F scale = d * to_float(scale_levels[j]), minus = dmin * to_float(minimum_levels[j]);
+            final_levels<16, 3>(x + 16 * j, fits[j], scale, minus, levels);
+            // 128 values are four runs of 32; a byte holds one of each of the runs
+            I *twos = words + 4 + 8 * (j / 8) + 4 * (j % 2);
+            UNROLL for (int k = 0; k < 4; k++)
+                twos[k] = twos[k] | (join(levels + 4 * k) << 2 * (j / 2 % 4));
+        }
+        return is_odd;
     }
 };

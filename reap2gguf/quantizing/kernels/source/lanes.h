@@ -13,6 +13,9 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
+
+#define RESTRICT __restrict__  // what it points to is reached through nothing else
 
 #ifdef __CUDACC__
 
@@ -33,7 +36,18 @@ FN F smaller(F a, F b) { return a < b ? a : b; }
 FN I larger(I a, I b) { return a > b ? a : b; }
 FN I smaller(I a, I b) { return a < b ? a : b; }
 FN I shift_right(I a, int n) { return (I)((u32)a >> n); }  // zeros come in
+FN I truncate(F a) { return (I)a; }
 FN bool any(M m) { return m; }
+// byte `index` of sixteen: `low` has the first eight
+FN I pick16(u64 low, u64 high, I index) {
+    u64 half = index < 8 ? low : high;
+    return (I)__byte_perm((u32)half, (u32)(half >> 32), index & 7) & 255;
+}
+// sixteen of them, by the four bits from `shift` on of 16 bytes
+FN void pick_values(u64 low, u64 high, const u8 *index, int shift, signed char *values) {
+    UNROLL for (int i = 0; i < 16; i++)
+        values[i] = (signed char)pick16(low, high, index[i] >> shift & 15);
+}
 template <class T> FN I look_up(const T *table, I index) { return (I)table[index]; }
 FN F look_up(const float *table, I index) { return table[index]; }
 
@@ -146,6 +160,48 @@ BINARY(F, larger, F, F, LARGER(a.v[r], b.v[r]))    // a > b ? a : b
 BINARY(F, smaller, F, F, SMALLER(a.v[r], b.v[r]))  // a < b ? a : b
 BINARY(I, larger, I, I, a.v[r] > b.v[r] ? a.v[r] : b.v[r])
 BINARY(I, smaller, I, I, a.v[r] < b.v[r] ? a.v[r] : b.v[r])
+
+// towards zero, for what an int32 can hold
+FN I truncate(F a) { I b; EACH b.v[r] = __builtin_convertvector(a.v[r], Ints); return b; }
+
+// Byte `index` of sixteen: `low` has the first eight. Bytes of an index with the highest bit set pick 0.
+FN I pick16(u64 low, u64 high, I index) {
+#if defined(__AVX512BW__)
+    const __m512i table = _mm512_set4_epi64((i64)high, (i64)low, (i64)high, (i64)low);
+    EACH index.v[r] = (Ints)_mm512_shuffle_epi8(table, (__m512i)(index.v[r] | (int)0x80808000));
+#elif defined(__AVX2__)
+    const __m256i table = _mm256_set_epi64x((i64)high, (i64)low, (i64)high, (i64)low);
+    EACH index.v[r] = (Ints)_mm256_shuffle_epi8(table, (__m256i)(index.v[r] | (int)0x80808000));
+#elif defined(__aarch64__)
+    const uint8x16_t table = vcombine_u8(vcreate_u8(low), vcreate_u8(high));
+    EACH index.v[r] = (Ints)vqtbl1q_u8(table, (uint8x16_t)(index.v[r] | (int)0x80808000));
+#else
+    EACH for (int k = 0; k < WIDTH; k++) {
+        const int i = index.v[r][k];
+        index.v[r][k] = (int)((i < 8 ? low : high) >> 8 * (i & 7)) & 255;
+    }
+#endif
+    return index;
+}
+
+// Sixteen of them, by the four bits from `shift` on of 16 bytes.
+FN void pick_values(u64 low, u64 high, const u8 *index, int shift, signed char *values) {
+#if defined(__AVX2__)
+    __m128i levels = _mm_srli_epi16(_mm_loadu_si128((const __m128i *)index), shift);
+    levels = _mm_and_si128(levels, _mm_set1_epi8(15));
+    levels = _mm_shuffle_epi8(_mm_set_epi64x((i64)high, (i64)low), levels);
+    _mm_storeu_si128((__m128i *)values, levels);
+#elif defined(__aarch64__)
+    const uint8x16_t table = vcombine_u8(vcreate_u8(low), vcreate_u8(high));
+    uint8x16_t levels = vshlq_u8(vld1q_u8(index), vdupq_n_s8((signed char)-shift));
+    vst1q_u8((u8 *)values, vqtbl1q_u8(table, vandq_u8(levels, vdupq_n_u8(15))));
+#else
+    for (int i = 0; i < 16; i++) {
+        const int level = index[i] >> shift & 15;
+        values[i] = (signed char)((level < 8 ? low : high) >> 8 * (level & 7));
+    }
+#endif
+}
 
 FN bool any(M m) {
     Ints all = m.v[0];

@@ -6,6 +6,7 @@
 #define MAGIC 12582912.f
 // Beyond it, ggml's rounding gives other numbers than the nearest: such blocks are left to ggml.
 #define ROUNDABLE 4194303.f
+#define LARGEST_FLOAT 0x1.fffffep127f
 
 // The nearest integer, with ggml's result also where it is none. NaN gives 0, as on x86-64.
 FN I nearest(F v) {
@@ -42,6 +43,13 @@ FN I half_bits(F f) {
     return (shift_right(word, 16) & 0x8000) | magnitude;
 }
 
+// The 16 bits of the nearest bfloat16, ties to even; NaN stays NaN.
+FN I bfloat_bits(F f) {
+    I word = bits(f), high = shift_right(word, 16);
+    I rounded = shift_right(word + ((high & 1) + 0x7fff), 16);
+    return select((word & 0x7fffffff) > I(0x7f800000), high | 64, rounded);
+}
+
 // The float32 of the 16 bits of a half.
 FN F half_value(I h) {
     I magnitude = (h & 0x7fff) << 13;
@@ -52,3 +60,14 @@ FN F half_value(I h) {
 }
 
 FN M is_finite_half(I h) { return (h & 0x7c00) != I(0x7c00); }
+
+FN M is_finite(F v) { return absolute(v) < F(__builtin_inff()); }
+
+FN F inverse_or_zero(F x) { return select(x != 0.f, F(1.f) / x, F(0.f)); }
+
+// N words after a half, in a block that is packed without a gap.
+template <int N> FN void pack_after_half(I half, const I *in, I *words) {
+    words[0] = half | (in[0] << 16);
+    for (int k = 1; k < N; k++) words[k] = shift_right(in[k - 1], 16) | (in[k] << 16);
+    words[N] = shift_right(in[N - 1], 16);
+}
