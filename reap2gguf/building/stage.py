@@ -22,8 +22,8 @@ from reap2gguf.artifacts.made_with import other_versions, versions
 from reap2gguf.atomic import remove
 from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.marks import NOTHING, StageMarks
-from reap2gguf.building.needs.room import Room
 from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
+from reap2gguf.building.workdir import Room
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import working
@@ -175,7 +175,7 @@ class Run:
     work: Workdir
     progress: Progress
     order: Sequence[type[Stage[Any]]]  # a stage that is computed again undoes those after it
-    room: Room = field(default_factory=lambda: Room(keeps_states=True, overlaps=True))
+    room: Room = field(default_factory=Room)  # on the disk
     costs: list[StageCost] = field(default_factory=list)
     joint: Joint = field(default_factory=Joint)  # of the stages that run now
 

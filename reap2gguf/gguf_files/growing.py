@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from reap2gguf.gguf_files.imatrix import ImatrixEntry
 from reap2gguf.stoppable import Stopped
 
+if TYPE_CHECKING:
+    from reap2gguf.gguf_files.imatrix import ImatrixEntry
 
-class GrowingEntries(Mapping[str, ImatrixEntry]):
+
+class GrowingEntries(Mapping[str, "ImatrixEntry"]):
     """Entries by GGUF tensor name, each from when it is final; threads may share them.
 
     Whether a name has an entry, and how many there are, is known at once.

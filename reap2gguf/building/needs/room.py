@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import output_errors
@@ -13,6 +13,7 @@ from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import this_machine
 from reap2gguf.building.needs.memory import sweep_needs
 from reap2gguf.building.needs.sizes import Sizes
+from reap2gguf.building.workdir import Room
 from reap2gguf.errors import OutputError
 from reap2gguf.messages import size
 
@@ -39,14 +40,6 @@ def room_needs(plan: Plan) -> DiskNeeds:
         machine = replace(machine, device="cpu")
     amount = most_of(plan, tokens_at_most(plan))
     return disk_needs(plan, amount, sweep_needs(plan, Sizes(plan), amount, machine))
-
-
-@dataclass(frozen=True)
-class Room:
-    """What the disk has space for, besides the build itself."""
-
-    keeps_states: bool  # to save the progress of a sweep between layers
-    overlaps: bool  # to write the GGUF files while a sweep runs
 
 
 def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:
