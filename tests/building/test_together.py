@@ -16,7 +16,7 @@ import pytest
 from reap2gguf.building import pipeline, stages, verify_stage
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.together import do_together
-from reap2gguf.building.workdir import Workdir
+from reap2gguf.building.workdir import Room, Workdir
 from reap2gguf.errors import OutputError, Reap2ggufError
 from reap2gguf.exporting import gguf_export
 from reap2gguf.gguf_files.growing import GrowingEntries
@@ -158,8 +158,12 @@ def test_only_what_fits_into_memory_runs_beside_a_sweep(
     assert not any(reused(run).values())
 
 
-def test_one_thread_does_one_stage_after_the_other(tmp_path: Path) -> None:
-    run = started(tmp_path, n_threads=1)
+@pytest.mark.parametrize(("n_threads", "has_disk"), [(1, True), (2, False)])
+def test_one_thread_or_little_disk_does_one_stage_after_the_other(
+    n_threads: int, has_disk: bool, tmp_path: Path
+) -> None:
+    run = started(tmp_path, n_threads)
+    run.room = Room(overlaps=has_disk)
     seen: list[tuple[str, int]] = []
 
     def look(stage: Small) -> None:
