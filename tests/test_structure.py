@@ -217,7 +217,7 @@ COVERED_BY = [
     (
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
-        ("observing/compute/triton_kernels.py",),
+        ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
     ),
     (
         "exporting/test_against_llama_cpp.py",

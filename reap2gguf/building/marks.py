@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.made_with import check_versions
 from reap2gguf.atomic import write_whole
+from reap2gguf.building.seals import read_seals
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from reap2gguf.building.seals import Stamps
+    from reap2gguf.building.seals import Seal, Stamps
 
 NOTHING = ""  # a key that no inputs have
 
@@ -83,6 +84,13 @@ class StageMarks:
     def stamps(self, stage: str) -> Stamps:
         """The stamps of a finished stage's outputs."""
         return self._marks[stage].stamps
+
+    def written_seals(self) -> dict[str, Seal]:
+        """The hashes that finished stages made of files while they wrote them."""
+        found: dict[str, Seal] = {}
+        for mark in self._marks.values():
+            found |= read_seals(mark.facts.get("written"))
+        return found
 
     def made_with(self, stage: str) -> Mapping[str, str]:
         """The versions of the libraries that made a finished stage."""

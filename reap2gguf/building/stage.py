@@ -216,7 +216,7 @@ class Run:
         """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
         kept = stamps(self.work.root, outputs) if before is None else before
         threads = self.plan.options.compute.threads
-        sealed = seal(self.work.root, kept, threads, self.progress)
+        sealed = seal(self.work.root, kept, threads, self.progress, self.marks.written_seals())
         return {name: asdict(one) for name, one in sealed.items()}
 
     def unsealed(self, seals: Mapping[str, Seal]) -> list[str]:

@@ -15,12 +15,13 @@ from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.building.seals import Seal, read_seals
+from reap2gguf.building.seals import Seal, read_seals, written_seals
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
+from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.gguf_export import export_bytes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
@@ -176,9 +177,12 @@ class Prune(Stage[None]):
         return HELD_BYTES
 
     def compute(self) -> Mapping[str, Any]:
-        make_folder(self.run.work.hf)
-        write_pruned(self._pruned, self.run.work.hf, self.run.progress)
-        return {}
+        run, folder = self.run, self.run.work.hf
+        make_folder(folder)
+        threads = run.plan.options.compute.threads
+        with Hashes() as hashes:
+            write_pruned(self._pruned, folder, run.progress, n_threads=threads, hashes=hashes)
+            return {"written": written_seals(run.work.root, hashes)}
 
     def load(self) -> None:
         """Only verification reads its files."""
@@ -311,27 +315,32 @@ class Export(Stage[None]):
 
     def compute(self) -> Mapping[str, Any]:
         make_folder(self.run.work.gguf)
+        with Hashes() as hashes:
+            self._write(hashes)
+            # the files hold this matrix: they are not finished before it is
+            self.wait_for(self._importance)
+            entries = self._importance.matrix.entries
+            if isinstance(entries, GrowingEntries):
+                self.seconds_waited += entries.seconds_idle
+            return {"written": written_seals(self.run.work.root, hashes)}
+
+    def _write(self, hashes: Hashes) -> None:
         plan, progress = self.run.plan, self.run.progress
         threads, model, names = plan.options.compute.threads, self._pruned.model, self.names()
         for path, side in self.sides.items():  # needs no importance
             journal = self._journal(f"export-{side.prefix}")
-            export_side(self._pruned, model, names, path, side, threads, progress, journal)
-        weighted_by = WeightedBy(self._importance.matrix)
+            export_side(self._pruned, model, names, path, side, threads, progress, journal, hashes)
         export_model(
             self._pruned,
             model,
             names,
             self.files,
-            weighted_by,
+            WeightedBy(self._importance.matrix),
             threads,
             progress,
             self._journal("export"),
+            hashes,
         )
-        # the files hold this matrix: they are not finished before it is
-        self.wait_for(self._importance)
-        if isinstance(weighted_by.imatrix.entries, GrowingEntries):
-            self.seconds_waited += weighted_by.imatrix.entries.seconds_idle
-        return {}
 
     def names(self) -> HeaderNames:
         """What the headers say of the model."""

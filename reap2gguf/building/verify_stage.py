@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 Found = tuple[list[str], list[str]]  # violations, and what was checked
-COMPARING_BYTES = 2**26  # of both formats at a time, while safetensors are compared
+_COMPARING_BYTES = 2**23  # of each thread, while safetensors are compared or hashed
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Verify(Stage[Verified]):
 
     @property
     def held_bytes(self) -> int:
-        return COMPARING_BYTES
+        return _COMPARING_BYTES * self.run.plan.options.compute.threads
 
     def compute(self) -> Mapping[str, Any]:
         """The safetensors are checked while the GGUF files are still written."""
@@ -118,7 +118,8 @@ class Verify(Stage[Verified]):
         """What of the safetensors differs from the plan, and what was checked."""
         folder, pruned = self.run.work.hf, self._pruned
         violations = list(check_members(folder, written_names(pruned)))
-        violations += check_pruned(folder, pruned, self.run.progress)
+        threads = self.run.plan.options.compute.threads
+        violations += check_pruned(folder, pruned, self.run.progress, threads)
         return violations, [passed_folder(len(pruned.tensors))]
 
     def _check_files(self) -> Found:

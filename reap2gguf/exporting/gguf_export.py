@@ -7,16 +7,17 @@ the disk already are not written again. The importance may still be computed mea
 writes what it can, and then each tensor when its importance is final (`awaited.py`).
 
 Memory: a thread holds one range and its quantized forms, 2 to 16 MiB for each distinct type.
-Besides the ranges there is the imatrix: 4 bytes per column.
+Besides the ranges there is the imatrix: 4 bytes per column, and 4 MiB for each file that is hashed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
     from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.disk.hashing import Hashes
     from reap2gguf.exporting.header_facts import HeaderFacts
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.gguf_files.imatrix import Imatrix
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress, Task
 
 
+_HASHED_BYTES = 2**22
 _VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
 
 
@@ -68,14 +71,14 @@ def export_bytes(
 ) -> int:
     """The most that `export_gguf` holds in RAM: a range as stored and widened, and its blocks.
 
-    `types` are those of each file.
+    `types` are those of each file. 4 MiB more for each are read back to hash it.
     """
     most = 0
     for tensor in tensors:
         _, n_rows = max(row_ranges(tensor), key=lambda rows: rows[1] - rows[0])
         blocks = sum(row_bytes(one, tensor.n_columns) for one in {of[tensor.name] for of in types})
         most = max(most, n_rows * (_VALUE_BYTES * tensor.n_columns + blocks))
-    return n_threads * most
+    return n_threads * most + _HASHED_BYTES * len(types)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,32 @@ class _OpenFile:
     file: OutputFile
     layout: GgufLayout
     tensor_types: Mapping[str, GGMLQuantizationType]
+
+    def tell_hash(self, tensors: Sequence[GgufTensor], missing: Collection[str]) -> None:
+        """What will not be written: tensors that are there already, and zeros between tensors."""
+        if self.file.hashed is None:
+            return
+        ends = [*sorted(self.layout.offsets.values()), self.layout.n_bytes]
+        next_after = dict(pairwise(ends))
+        for tensor in tensors:
+            first = self.layout.offsets[tensor.name]
+            row = row_bytes(self.tensor_types[tensor.name], tensor.n_columns)
+            last = first + prod(tensor.shape[:-1]) * row
+            if tensor.name not in missing:
+                self.file.hashed.wrote(first, last)
+            self.file.hashed.wrote(last, next_after[first])
+
+    def place(self, rows: RowRange) -> tuple[int, int]:
+        """Where a range begins in the file, and where it ends."""
+        tensor = rows.tensor
+        row = row_bytes(self.tensor_types[tensor.name], tensor.n_columns)
+        first = self.layout.offsets[tensor.name] + rows.first_in_tensor * row
+        return first, first + (rows.last - rows.first) * row
+
+    def keep(self, rows: RowRange) -> None:
+        """Tell the hash of a range that was written before."""
+        if self.file.hashed is not None:
+            self.file.hashed.wrote(*self.place(rows))
 
 
 def export_gguf(
@@ -93,8 +122,11 @@ def export_gguf(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    hashes: Hashes | None = None,
 ) -> None:
     """Write all `outputs` in one pass over the weights; they get their final names together.
+
+    With `hashes`, they are hashed while they are written.
 
     An export that fails leaves unfinished files if there is a journal to resume from, and none
     otherwise. Raises ArtifactError if the imatrix does not fit, CheckpointError if a stored value
@@ -111,7 +143,7 @@ def export_gguf(
     try:
         with ExitStack() as stack:
             files = [
-                stack.enter_context(_opened(output, layout, resume))
+                stack.enter_context(_opened(output, layout, resume, hashes))
                 for output, layout in zip(outputs, layouts, strict=True)
             ]
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
@@ -155,10 +187,13 @@ def _has_size(path: Path, n_bytes: int) -> bool:
 
 
 @contextmanager
-def _opened(output: GgufOutput, layout: GgufLayout, resume: bool) -> Iterator[_OpenFile]:
+def _opened(
+    output: GgufOutput, layout: GgufLayout, resume: bool, hashes: Hashes | None
+) -> Iterator[_OpenFile]:
     """A file of its full length, so that a full disk is found now, with its header written."""
-    with open_file(part_of(output.path), output.path, resume) as file:
-        file.reserve(layout.n_bytes)
+    with open_file(part_of(output.path), output.path, resume) as opened:
+        opened.reserve(layout.n_bytes)
+        file = opened.hashed_by(hashes, layout.n_bytes)
         file.write_at(layout.header, 0)
         yield _OpenFile(file, layout, output.header.tensor_types)
 
@@ -177,6 +212,9 @@ class _Job:
         missing = importance.in_order([one for one in tensors if not self._is_done(one)])
         n_values = sum(prod(tensor.shape) for tensor in tensors)
         self.task.advance((n_values - sum(prod(t.shape) for t in missing)) * len(self.files))
+        names = {tensor.name for tensor in missing}
+        for file in self.files:
+            file.tell_hash(tensors, names)
         outputs = [file.file for file in self.files]
         remaining = Counter(rows.tensor.name for rows in all_ranges(missing))
         lock = threading.Lock()
@@ -184,6 +222,8 @@ class _Job:
         def work(rows: RowRange) -> None:
             name = rows.tensor.name
             if journal is not None and name in journal and self._is_written(name):
+                for file in self.files:
+                    file.keep(rows)
                 self.task.advance(rows.n_values * len(self.files))
             else:
                 importance.wait(name)
@@ -202,7 +242,7 @@ class _Job:
                     journal.save(outputs)
             raise
         for output in outputs:
-            output.sync()
+            output.finish()
         if journal is not None:
             journal.save(outputs)
 
@@ -231,7 +271,5 @@ class _Job:
                 data = self.blocks.quantize(rows, values, tensor_type)
                 self.blocks.check_precision(rows, values, tensor_type, data)
                 done[tensor_type] = data
-            position = rows.first_in_tensor * row_bytes(tensor_type, tensor.n_columns)
-            flat = done[tensor_type].reshape(-1).data
-            file.file.write_at(flat, file.layout.offsets[tensor.name] + position)
+            file.file.write_at(done[tensor_type].reshape(-1).data, file.place(rows)[0])
             self.task.advance(values.size)

@@ -23,6 +23,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.disk.hashing import Hashes
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
@@ -61,8 +62,11 @@ def export_model(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    hashes: Hashes | None = None,
 ) -> None:
     """Write one GGUF file for each recipe, all in one pass; with a journal, resume from it.
+
+    With `hashes`, they are hashed while they are written.
 
     Raises what `export_gguf` raises, and ArtifactError if a file type needs an importance matrix
     that is not there.
@@ -80,7 +84,7 @@ def export_model(
         facts = model_facts(weights, model, names, types, imatrix, imatrix_file)
         outputs.append(GgufOutput(path, facts))
     tensors = model.gguf_tensors(weights.tensors)
-    export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal)
+    export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal, hashes)
 
 
 def export_side(
@@ -92,13 +96,14 @@ def export_side(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    hashes: Hashes | None = None,
 ) -> None:
     """Write a side file, such as a vision projector, in half precision.
 
     Raises what `export_gguf` raises.
     """
     outputs = [GgufOutput(path, side_facts(weights, model, names, side))]
-    export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal)
+    export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal, hashes)
 
 
 def _refuse_unweighted(recipes: Iterable[ResolvedRecipe], imatrix: Imatrix | None) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_bytes, resident_bytes
-from reap2gguf.observing.batches import Batch, padded_batches
+from reap2gguf.observing.batches import Batch, dealt, group, padded_batches
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
     Budget,
@@ -93,7 +93,9 @@ class SweepPlan:
 def plan_sweep(
     context: SweepContext, rows: Sequence[Row], probe: Sequence[Row], options: ComputeOptions
 ) -> SweepPlan:
-    """Divide memory and rows. All processes decide the same, so batches are as those of one.
+    """Divide memory and rows. All processes decide the same.
+
+    On CPUs their batches are those of one process; GPUs share out the last ones row by row.
 
     Raises UsageError if the memory is too little.
     """
@@ -101,8 +103,13 @@ def plan_sweep(
     need = _need(context, [*rows, *probe])
     memory = available_memory(device, ranks, options.memory)
     budget = fit(need, device.type, memory, options.spool)
-    batches = ranks.share(padded_batches(rows, budget.batch_tokens, observed=True))
-    batches += ranks.share(padded_batches(probe, budget.batch_tokens, observed=False))
+    batches: list[Batch] = []
+    for chosen, observed in ((rows, True), (probe, False)):
+        if device.type == "cuda":
+            groups = dealt(chosen, budget.batch_tokens, ranks.size)[ranks.rank]
+        else:
+            groups = ranks.share(group(chosen, budget.batch_tokens))
+        batches += padded_batches(groups, observed)
     n_rows = sum(len(batch.lengths) for batch in batches)
 
     def has_room(n_bytes: int) -> bool:

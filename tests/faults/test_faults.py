@@ -58,7 +58,7 @@ def renames(log: list[str], name: str) -> list[int]:
 IN_STAGE = {
     "texts": "write: open /.work/model/build.json.part",
     "observe": "write: write /.work/model/observe.state.part",
-    "prune": "write: write /.work/model/model/model.safetensors.part",
+    "prune": "write: pwrite /.work/model/model/model.safetensors.part",
     "imatrix": "write: write /.work/model/imatrix.state.part",
     "export": "write: pwrite /.work/model/model-GGUF/model-Q8_0.gguf.part",
     "verify": "read: open /.work/model/model-GGUF/model-Q4_K_M.gguf",

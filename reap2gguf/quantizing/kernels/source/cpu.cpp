@@ -2,7 +2,6 @@
 #include <utility>
 
 #include "dequantize.h"
-#include "k_quants.h"
 #include "nonlinear.h"
 #include "plain.h"
 #include "symmetric_k.h"

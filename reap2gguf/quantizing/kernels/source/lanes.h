@@ -21,6 +21,7 @@ typedef unsigned long long u64;
 
 #define FN __device__ __forceinline__ static
 #define UNROLL _Pragma("unroll")
+#define NEIGHBOURS UNROLL
 typedef float F;
 typedef int I;
 typedef bool M;
@@ -63,6 +64,12 @@ FN F look_up(const float *table, I index) { return table[index]; }
 
 #define FN static inline __attribute__((always_inline))
 #define UNROLL
+// Before a loop over neighbours that is to become lanes: a GCC that unrolls it first finds none.
+#if defined(__GNUC__) && !defined(__clang__)
+#define NEIGHBOURS _Pragma("GCC unroll 1")
+#else
+#define NEIGHBOURS
+#endif
 
 #if defined(__AVX512F__)
 enum { WIDTH = 16 };
