@@ -46,6 +46,8 @@ NEEDS_IMPORTANCE = frozenset(
     GGMLQuantizationType[name]
     for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 )
+# no importance matrix changes their bytes
+UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "MXFP4")
 
 
 class _TypeTraits(ctypes.Structure):

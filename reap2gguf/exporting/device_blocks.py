@@ -59,7 +59,8 @@ class DeviceBlocks:
         They are valid until the same thread calls again. Raises what `BlockMaker.make` does, and
         DependencyError if the GPU fails.
         """
-        wanted, is_weighted = list(types), self.host.importance_of(batch[0]) is not None
+        wanted = list(types)
+        is_weighted = self.host.importance_of(batch[0], wanted) is not None
         on_gpu = [one for one in wanted if (one, is_weighted) in self.usable]
         if not on_gpu or _stored_size(self.host, batch) > BATCH_BYTES:
             return self.host.make(batch, wanted)
@@ -79,7 +80,7 @@ class DeviceBlocks:
     ) -> dict[GGMLQuantizationType, npt.NDArray[np.uint8]]:
         tensor, channel = batch[0].tensor, self.gpu.channel()
         stored = self._send(channel, batch)
-        importance, matrix_of = self._importance(batch)
+        importance, matrix_of = self._importance(batch, wanted)
         n_rows = sum(one.shape[0] for one in stored)
         found = channel.quantize(
             stored[0].dtype, (n_rows, tensor.n_columns), on_gpu, importance, matrix_of
@@ -114,7 +115,9 @@ class DeviceBlocks:
             first += part.size
         return found
 
-    def _importance(self, batch: Batch) -> tuple[Floats | None, npt.NDArray[np.int32]]:
+    def _importance(
+        self, batch: Batch, types: Sequence[GGMLQuantizationType]
+    ) -> tuple[Floats | None, npt.NDArray[np.int32]]:
         """The importance (M, C) of the batch's matrices, and the matrix of each row."""
         of_matrix = {rows.matrix: rows for rows in batch}
         matrices = {matrix: number for number, matrix in enumerate(of_matrix)}
@@ -122,7 +125,7 @@ class DeviceBlocks:
             np.array([matrices[rows.matrix] for rows in batch], np.int32),
             [rows.last - rows.first for rows in batch],
         )
-        entries = [self.host.importance_of(rows) for rows in of_matrix.values()]
+        entries = [self.host.importance_of(rows, types) for rows in of_matrix.values()]
         known = [entry for entry in entries if entry is not None]
         return (np.stack(known) if known else None), matrix_of
 
@@ -137,7 +140,7 @@ class DeviceBlocks:
     ) -> None:
         """Have libggml make the rows that the GPU could not, and check the range as a CPU does."""
         data, is_odd = blocks.data[part], blocks.is_odd[part]
-        importance = self.host.importance_of(rows)
+        importance = self.host.importance_of(rows, (tensor_type,))
         quantizer = self.host.quantizer
         with self.host.named(rows):
             if is_odd.any():

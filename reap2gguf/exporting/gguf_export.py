@@ -3,7 +3,9 @@
 The work is cut into batches of whole rows of one tensor (`row_ranges.py`). A batch is read, widened
 to float32 and transformed, quantized once for each distinct type that the files want, and written
 to its position in each file. A GPU may quantize (`device_blocks.py`). No intermediate file is
-written. With a journal, tensors that are on the disk already are not written again.
+written. With a journal, tensors that are on the disk already are not written again. The importance
+may still be computed meanwhile: the export writes what it can, and then each tensor when its
+importance is final (`awaited.py`).
 
 Memory: a thread holds one batch and its quantized forms, 2 to 16 MiB for each distinct type.
 Besides the ranges there is the imatrix: 4 bytes per column, and 4 MiB for each file that is hashed.
@@ -23,17 +25,20 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import OutputFile, open_file, part_of, rename
 from reap2gguf.errors import OutputError
+from reap2gguf.exporting.awaited import AwaitedImportance
 from reap2gguf.exporting.device_blocks import Making, making
 from reap2gguf.exporting.header import GgufLayout, lay_out
 from reap2gguf.exporting.row_ranges import (
     Batch,
     BlockMaker,
+    RowRange,
     batches,
     check_imatrix,
     work_through,
 )
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.rows import row_ranges
 from reap2gguf.quantizing.quantizer import SAMPLE, load_quantizer
 
 if TYPE_CHECKING:
@@ -48,12 +53,33 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress, Task
 
 
+_HASHED_BYTES = 2**22
+_VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
+
+
 @dataclass(frozen=True)
 class GgufOutput:
     """One file to write: its final name and its header."""
 
     path: Path
     header: HeaderFacts
+
+
+def export_bytes(
+    tensors: Sequence[GgufTensor],
+    types: Sequence[Mapping[str, GGMLQuantizationType]],
+    n_threads: int,
+) -> int:
+    """The most that `export_gguf` holds in RAM: a range as stored and widened, and its blocks.
+
+    `types` are those of each file. 4 MiB more for each are read back to hash it.
+    """
+    most = 0
+    for tensor in tensors:
+        _, n_rows = max(row_ranges(tensor), key=lambda rows: rows[1] - rows[0])
+        blocks = sum(row_bytes(one, tensor.n_columns) for one in {of[tensor.name] for of in types})
+        most = max(most, n_rows * (_VALUE_BYTES * tensor.n_columns + blocks))
+    return n_threads * most + _HASHED_BYTES * len(types)
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,18 @@ class _OpenFile:
             if tensor.name not in missing:
                 self.file.hashed.wrote(first, last)
             self.file.hashed.wrote(last, next_after[first])
+
+    def place(self, rows: RowRange) -> tuple[int, int]:
+        """Where a range begins in the file, and where it ends."""
+        tensor = rows.tensor
+        row = row_bytes(self.tensor_types[tensor.name], tensor.n_columns)
+        first = self.layout.offsets[tensor.name] + rows.first_in_tensor * row
+        return first, first + (rows.last - rows.first) * row
+
+    def keep(self, rows: RowRange) -> None:
+        """Tell the hash of a range that was written before."""
+        if self.file.hashed is not None:
+            self.file.hashed.wrote(*self.place(rows))
 
 
 def export_gguf(
@@ -115,10 +153,16 @@ def export_gguf(
             total = sum(prod(tensor.shape) for tensor in tensors) * len(outputs)
             task = stack.enter_context(progress.task("Writing GGUF", total, "weights"))
             entries = imatrix.entries if imatrix else {}
+            importance = AwaitedImportance(entries, types_of)
             host = BlockMaker(weights, quantizer, entries)
-            keys = {(one, name in entries) for name, types in types_of.items() for one in types}
+            keys = {
+                (one, importance.is_weighted(name))
+                for name, types in types_of.items()
+                for one in types
+            }
             made = stack.enter_context(making(host, device, keys, total, n_threads, progress))
-            _Job(weights, made, files, task, journal).run_all(tensors)
+            importance.expect_readers(made.n_threads)
+            _Job(weights, made, importance, files, task, journal).run_all(tensors)
     except BaseException:
         if journal is None:
             for output in outputs:
@@ -169,14 +213,15 @@ def _opened(
 class _Job:
     weights: Weights
     making: Making
+    importance: AwaitedImportance
     files: Sequence[_OpenFile]
     task: Task
     journal: ExportJournal | None
 
     def run_all(self, tensors: Sequence[GgufTensor]) -> None:
         """Write every tensor that the journal does not have, and flush the files."""
-        journal = self.journal
-        missing = [tensor for tensor in tensors if journal is None or tensor.name not in journal]
+        journal, importance = self.journal, self.importance
+        missing = importance.in_order([one for one in tensors if not self._is_done(one)])
         n_values = sum(prod(tensor.shape) for tensor in tensors)
         self.task.advance((n_values - sum(prod(t.shape) for t in missing)) * len(self.files))
         names = {tensor.name for tensor in missing}
@@ -188,13 +233,20 @@ class _Job:
         lock = threading.Lock()
 
         def work(batch: Batch) -> None:
-            self.run(batch)
             name = batch[0].tensor.name
+            if journal is not None and name in journal and self._is_written(name):
+                for file in self.files:
+                    for rows in batch:
+                        file.keep(rows)
+                self.task.advance(sum(rows.n_values for rows in batch) * len(self.files))
+            else:
+                importance.wait(name)
+                self.run(batch)
             with lock:
                 remaining[name] -= 1
                 is_whole = not remaining[name]
             if is_whole and journal is not None:
-                journal.add(name, outputs)
+                journal.add(name, importance.digest(name), outputs)
 
         try:
             work_through(work, self.weights, iter(todo), self.making.n_threads)
@@ -208,15 +260,25 @@ class _Job:
         if journal is not None:
             journal.save(outputs)
 
+    def _is_done(self, tensor: GgufTensor) -> bool:
+        """Whether the files have a tensor, as far as that is known before its importance."""
+        if self.journal is None or tensor.name not in self.journal:
+            return False
+        return self.importance.is_final(tensor.name) and self._is_written(tensor.name)
+
+    def _is_written(self, name: str) -> bool:
+        """Whether a tensor of the journal was quantized with this importance; waits for it."""
+        assert self.journal is not None
+        is_written = self.journal.holds(name, self.importance.digest(name))
+        if not is_written:
+            self.journal.forget(name)
+        return is_written
+
     def run(self, batch: Batch) -> None:
         """Read a batch of rows and write it, quantized, to every file."""
-        tensor = batch[0].tensor
-        n_values = sum(rows.last - rows.first for rows in batch) * tensor.n_columns
-        types = {file.tensor_types[tensor.name] for file in self.files}
-        made = self.making.maker.make(batch, types)
+        name, n_values = batch[0].tensor.name, sum(rows.n_values for rows in batch)
+        made = self.making.maker.make(batch, {file.tensor_types[name] for file in self.files})
         for file in self.files:
-            tensor_type = file.tensor_types[tensor.name]
-            position = batch[0].first_in_tensor * row_bytes(tensor_type, tensor.n_columns)
-            flat = made[tensor_type].reshape(-1).data
-            file.file.write_at(flat, file.layout.offsets[tensor.name] + position)
+            flat = made[file.tensor_types[name]].reshape(-1).data
+            file.file.write_at(flat, file.place(batch[0])[0])
             self.task.advance(n_values)

@@ -12,14 +12,13 @@ from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.errors import ArtifactError
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header_facts import (
-    UNWEIGHTED_TYPES,
     FileTypes,
     HeaderNames,
     general_of,
     model_facts,
     side_facts,
 )
-from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.quantizing.quantizer import SAMPLE
 

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import ArtifactError, CheckpointError
-from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
+from reap2gguf.gguf_files.growing import entry_shape
 from reap2gguf.gguf_files.rows import (
     expect_rows,
     read_rows,
@@ -59,6 +60,11 @@ class RowRange:
         """The first row, counted from the tensor's first matrix."""
         return self.matrix * rows_per_matrix(self.tensor) + self.first
 
+    @property
+    def n_values(self) -> int:
+        """Weights of the range."""
+        return (self.last - self.first) * self.tensor.n_columns
+
 
 Batch = tuple[RowRange, ...]  # neighbours in one tensor
 
@@ -90,7 +96,8 @@ class BlockMaker:
         Raises CheckpointError for a value beyond the type's range.
         """
         with self.named(rows):
-            return self.quantizer.quantize(values, tensor_type, self.importance_of(rows))
+            importance = self.importance_of(rows, (tensor_type,))
+            return self.quantizer.quantize(values, tensor_type, importance)
 
     def check_precision(
         self,
@@ -101,7 +108,8 @@ class BlockMaker:
     ) -> None:
         """Raise CheckpointError if values are so small that the type loses them."""
         with self.named(rows):
-            self.quantizer.check_precision(values, data, tensor_type, self.importance_of(rows))
+            importance = self.importance_of(rows, (tensor_type,))
+            self.quantizer.check_precision(values, data, tensor_type, importance)
 
     def make(
         self, batch: Batch, types: Iterable[GGMLQuantizationType]
@@ -122,8 +130,13 @@ class BlockMaker:
             for one, parts in made.items()
         }
 
-    def importance_of(self, rows: RowRange) -> Floats | None:
-        """The importance (columns,) of a matrix; None if there is none."""
+    def importance_of(self, rows: RowRange, types: Iterable[GGMLQuantizationType]) -> Floats | None:
+        """The importance (columns,) of a matrix for these types.
+
+        None if there is none, or if no type needs it: then nobody waits for it.
+        """
+        if all(one.name in UNWEIGHTED_TYPES for one in types):
+            return None
         entry = self.importance.get(rows.tensor.name)
         return entry.importance_of(rows.matrix, rows.tensor.n_columns) if entry else None
 
@@ -230,11 +243,12 @@ def check_imatrix(
             "another model"
         )
     for tensor in tensors:
-        if entry := entries.get(tensor.name):
+        if tensor.name in entries:
+            rows, columns = entry_shape(entries, tensor.name)
             size = tensor.n_matrices * tensor.n_columns
-            if entry.sums.size != size or entry.sums.shape[1] % tensor.n_columns:
+            if rows * columns != size or columns % tensor.n_columns:
                 raise ArtifactError(
-                    f"imatrix: {tensor.name} has {entry.sums.size} values, expected "
+                    f"imatrix: {tensor.name} has {rows * columns} values, expected "
                     f"{tensor.n_matrices} x {tensor.n_columns}; it is of another model, such as "
                     "the one before pruning"
                 )

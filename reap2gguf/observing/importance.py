@@ -7,8 +7,9 @@ multiplied, and the output matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +34,14 @@ class ImportanceObserver(LayerObserver):
 
     wants_squares = True
 
-    def __init__(self, model: MoeModel) -> None:
+    def __init__(
+        self, model: MoeModel, publish: Callable[[ImatrixEntry], None] | None = None
+    ) -> None:
+        """`publish` gets each entry when it is final."""
         super().__init__(model)
         self.entries: dict[str, ImatrixEntry] = {}
+        self._publish = publish
+        self._has_begun = False
         self._sums: dict[MatrixNames, Tensor] = {}  # (1 or E, columns) float64
         self._counts: dict[MatrixNames, Tensor] = {}  # (1 or E,) int64
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -47,6 +53,9 @@ class ImportanceObserver(LayerObserver):
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Start a layer: hook into its matrices and experts, with sums of zero."""
+        if not self._has_begun:  # a sweep that resumes from here has restored those before
+            self._publish_all(names for layer in range(index) for names in self._names(layer))
+        self._has_begun = True
         self._sums, self._counts = {}, {}
         for path, names in self._model.matrices(index).items():
             module: Any = layer.get_submodule(path)
@@ -122,6 +131,12 @@ class ImportanceObserver(LayerObserver):
                 order = self._model.column_order(name)
                 ordered = values if order is None else values[:, order]
                 self.entries[name] = ImatrixEntry(name, ordered, counts)
+        self._publish_all(all_names)
+
+    def _publish_all(self, matrices: Iterable[MatrixNames]) -> None:
+        if self._publish is not None:
+            for name in chain.from_iterable(matrices):
+                self._publish(self.entries[name])
 
     def finished_sums(self) -> Arrays:
         sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}

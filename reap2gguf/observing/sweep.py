@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from reap2gguf.observing.mtp import count_hits
 from reap2gguf.observing.spool import Spool, open_spool
 from reap2gguf.observing.state import StateKeeper, SweepState
 from reap2gguf.observing.sweep_plan import (
+    HasRoom,
     SweepContext,
     SweepPlan,
     limit_gpu_memory,
@@ -79,9 +80,12 @@ def sweep(
     title: str,
     progress: Progress,
     probe: Sequence[Row] = (),
+    beside: Callable[[HasRoom], None] = lambda has_room: None,
 ) -> SweepReport:
     """Run all rows through the layers that `observer` wants to see.
 
+    `beside` is called once, when the memory is divided, with a function that says whether other
+    work in this process may take some bytes of RAM from now on: those that the sweep leaves.
     Raises ObservationError if more than 1 % of the rows are not finite, UsageError if the memory
     is too little, OutputError if the disk has no room for the spool, PeerError if another process
     ended.
@@ -100,6 +104,7 @@ def sweep(
     context = SweepContext(decoder, observer, ranks, progress)
     with _gpu_errors(), closing(decoder):
         plan = plan_sweep(context, rows, probe, options)
+        beside(plan.has_room)
         with _started(context, plan, options) as run:
             run.all_layers(title)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from reap2gguf.observing.budget import (
     Need,
     cpu_memory,
     fit,
+    fits_beside,
     gpu_memory,
     size_text,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
 
+HasRoom = Callable[[int], bool]  # whether other work may take some bytes of RAM
 _MENTIONED = 2**30  # bytes of activations, at least
 
 
@@ -84,6 +86,7 @@ class SweepPlan:
     budget: Budget
     batches: list[Batch]  # not placed in a spool yet
     n_rows: int  # of the batches; of a resumed sweep, before any were dropped
+    has_room: HasRoom  # beside the sweep
     first_layer: int = 0  # where a resumed sweep starts
 
 
@@ -107,7 +110,12 @@ def plan_sweep(
         else:
             groups = ranks.share(group(chosen, budget.batch_tokens))
         batches += padded_batches(groups, observed)
-    return SweepPlan(budget, batches, sum(len(batch.lengths) for batch in batches))
+    n_rows = sum(len(batch.lengths) for batch in batches)
+
+    def has_room(n_bytes: int) -> bool:
+        return fits_beside(n_bytes, budget, need, device.type, memory, options.spool)
+
+    return SweepPlan(budget, batches, n_rows, has_room)
 
 
 def _need(context: SweepContext, rows: Sequence[Row]) -> Need:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from reap2gguf.disk.hashing import Hashes
     from reap2gguf.progress import Progress
 
+HELD_BYTES = 2**25  # by `write_pruned`: the parts of 16 threads, and those that are hashed
 KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 _WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 

@@ -15,7 +15,7 @@ from reap2gguf.observing.compute.ranks import HostPeers, _host_peers, join
 from reap2gguf.observing.sweep import Sweep
 from tests.tiny import EXAMPLE
 
-COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
+COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "2")
 OBSERVE = ("--max-length", "256", "--samples", "12", *COMPUTE)
 BUILD = ("--recipe", "q8_0", "--name", "shared", "--max-length", "512", "--samples", "5")
 BATCH_TOKENS = 1024  # so that few rows make several batches
