@@ -35,7 +35,7 @@ class FakeKernels:
         return tensor_type is T.Q4_K
 
     def quantize(
-        self, rows: Floats, tensor_type: T, importance: Floats | None
+        self, rows: Floats, tensor_type: T, importance: Floats | None, tables: object
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         self.calls += 1
         target = load_ggml().quantize(rows, tensor_type, importance)
@@ -51,7 +51,8 @@ class FakeKernels:
     def reads(self, tensor_type: T) -> bool:
         return tensor_type is T.Q4_K
 
-    def dequantize(self, raw: Bytes, tensor_type: T) -> Floats:
+    def dequantize(self, raw: Bytes, tensor_type: T, codebook: Bytes | None) -> Floats:
+        assert codebook is None
         self.reads_of += 1
         values = load_ggml().dequantize(raw, tensor_type)
         return values * np.float32(1.001) if self.reads_wrongly else values
@@ -63,7 +64,7 @@ def rows() -> Floats:
 
 
 def quantizer(kernels: FakeKernels, checked: float) -> Quantizer:
-    return Quantizer(load_ggml(), kernels, checked)  # type: ignore[arg-type]
+    return Quantizer(load_ggml(), kernels, checked, kernels)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
