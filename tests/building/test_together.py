@@ -298,10 +298,10 @@ def test_layers_are_written_while_later_ones_are_computed(
     names: list[str] = []
     found: list[str] = []
 
-    def watched(self: Any, rows: Any) -> None:
-        run(self, rows)
+    def watched(self: Any, batch: Any) -> None:
+        run(self, batch)
         with written:
-            names.append(rows.tensor.name)
+            names.append(batch[0].tensor.name)
             written.notify_all()
 
     def after(self: GrowingEntries, entry: Any) -> None:
