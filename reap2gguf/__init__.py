@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
-    from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions, RecipeText
+    from reap2gguf.options import (
+        BuildOptions,
+        CalibrationOptions,
+        CheckQuants,
+        ComputeOptions,
+        RecipeText,
+    )
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
     from reap2gguf.verifying.report import VerifyReport
@@ -47,6 +53,7 @@ __all__ = [
     "BuildResult",
     "BundleInspection",
     "CalibrationOptions",
+    "CheckQuants",
     "ComputeOptions",
     "Estimate",
     "Imatrix",
@@ -98,7 +105,13 @@ _HOMES = {
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
-    "options": ("BuildOptions", "CalibrationOptions", "ComputeOptions", "RecipeText"),
+    "options": (
+        "BuildOptions",
+        "CalibrationOptions",
+        "CheckQuants",
+        "ComputeOptions",
+        "RecipeText",
+    ),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
     "verifying.report": ("VerifyReport",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,21 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 SPOOLS = ("auto", "device", "host", "disk")
 MOST_THREADS = 1024
+
+
+class CheckQuants(Enum):
+    """How much of what the compiled kernels quantize is compared with libggml's bytes."""
+
+    ALL = "all"
+    SAMPLE = "sample"  # one super-block in a thousand
+    NONE = "none"
+
+    @property
+    def share(self) -> float:
+        """The share of super-blocks, from 0 to 1."""
+        return {"all": 1.0, "sample": 0.001, "none": 0.0}[self.value]
+
+
 DEFAULT_RECIPE = "Q4_K_M"
 _Kind = TypeVar("_Kind")
 
@@ -43,6 +59,14 @@ def check_number(name: str, value: object, low: int, high: int = 2**31 - 1) -> i
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
     raise UsageError(f"{name} is {value!r}, expected a whole number from {low} to {high:,}")
+
+
+def check_quants_of(value: object) -> CheckQuants:
+    """How much is compared, from its name too. Raise UsageError for anything else."""
+    if isinstance(value, CheckQuants):
+        return value
+    check_choice("check_quants", value, tuple(one.value for one in CheckQuants))
+    return CheckQuants(value)
 
 
 def check_bool(name: str, value: object) -> None:
@@ -226,6 +250,7 @@ class ComputeOptions:
     threads: int = field(default_factory=available_threads)
     memory: int | None = None  # most bytes of the GPU, or of RAM on a CPU; None: what is free
     spool: str = "auto"  # where activations wait between layers: auto, device, host or disk
+    check_quants: CheckQuants = CheckQuants.SAMPLE  # what kernels quantized, with libggml's bytes
     scratch: Path = Path()  # folder for a spool on disk
     resume: Resume | None = None  # None: an interrupted sweep starts from the first layer
 
@@ -236,6 +261,7 @@ class ComputeOptions:
         check_number("threads", self.threads, 1, MOST_THREADS)
         if self.memory is not None:
             check_number("memory", self.memory, 1, 2**63)
+        object.__setattr__(self, "check_quants", check_quants_of(self.check_quants))
         object.__setattr__(self, "scratch", check_path("scratch", self.scratch))
 
     @property
@@ -320,6 +346,7 @@ class AddOptions:
     source: str | None = None  # the model, where the bundle has no safetensors
     exact: bool = False  # whether what was written is quantized again and compared by bytes
     threads: int = field(default_factory=available_threads)
+    check_quants: CheckQuants = CheckQuants.SAMPLE  # what kernels quantized, with libggml's bytes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bundle", check_path("bundle", self.bundle))
@@ -330,6 +357,7 @@ class AddOptions:
         object.__setattr__(self, "labels", check_labels(self.labels))
         check_bool("exact", self.exact)
         check_number("threads", self.threads, 1, MOST_THREADS)
+        object.__setattr__(self, "check_quants", check_quants_of(self.check_quants))
         if not recipes and not files:
             raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")
 

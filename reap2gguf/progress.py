@@ -41,6 +41,30 @@ def working(progress: Progress, title: str) -> Iterator[None]:
         yield
 
 
+# the title of work that compiles or tunes kernels, whose results a cache on disk keeps
+COMPILING = "Compiling kernels, once on this machine"
+_LONG = 2.0  # seconds; loading what was compiled before takes less
+
+
+@contextmanager
+def working_if_long(progress: Progress, title: str, seconds: float = _LONG) -> Iterator[None]:
+    """Announce work that is not counted, if it takes longer than `seconds`."""
+    is_done = threading.Event()
+
+    def announce() -> None:
+        if not is_done.wait(seconds):
+            with working(progress, title):
+                is_done.wait()
+
+    thread = threading.Thread(target=announce, name="announcing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()
+
+
 @dataclass(frozen=True)
 class ProgressEvent:
     """One report about a task, or a note. A note has only a text.

@@ -17,14 +17,18 @@ import reap2gguf
 from reap2gguf import (
     BuildOptions,
     CalibrationOptions,
+    CheckQuants,
     ComputeOptions,
     ProgressEvent,
     PruneResult,
     QuantizeResult,
     Selection,
 )
+from reap2gguf.building.keys import BuildKeys
+from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from tests.tiny import TinyQwen3Moe, child_environment
+from reap2gguf.options import AddOptions
+from tests.tiny import EXAMPLE, TinyQwen3Moe, child_environment
 
 CPU = ComputeOptions(device="cpu", threads=1)
 TEXT = "".join(f"Line {i} says that {i} times {i} is {i * i}, and no more.\n" for i in range(60))
@@ -207,6 +211,14 @@ def test_a_plan_is_built(steps: Steps, tmp_path: Path) -> None:
         (lambda: ComputeOptions(device="gpu"), "device is 'gpu', expected one of auto, cpu"),
         (lambda: ComputeOptions(dtype="fp16"), "dtype is 'fp16', expected one of auto, float32"),
         (lambda: ComputeOptions(spool="ram"), "spool is 'ram', expected one of auto, device"),
+        (
+            lambda: ComputeOptions(check_quants="few"),  # type: ignore[arg-type]
+            "check_quants is 'few', expected one of all, sample, none",
+        ),
+        (
+            lambda: AddOptions(Path("b"), ("q8_0",), check_quants=None),  # type: ignore[arg-type]
+            "check_quants is None, expected one of all, sample, none",
+        ),
         (lambda: ComputeOptions(threads=0), "threads is 0, expected a whole number from 1"),
     ],
 )
@@ -220,6 +232,20 @@ def test_options_take_text_for_paths() -> None:
     assert options.recipes == ("q8_0",)
     assert options.model == "model"
     assert (options.output, options.imatrix_text) == (Path("out"), Path("text.txt"))
+
+
+def test_what_is_checked_is_no_part_of_a_key() -> None:
+    """How much is compared changes no byte, so a build with another choice reuses everything."""
+    assert ComputeOptions(check_quants="none").check_quants is CheckQuants.NONE  # type: ignore[arg-type]
+    assert [one.share for one in CheckQuants] == [1.0, 0.001, 0.0]
+
+    def keys_of(choice: CheckQuants) -> BuildKeys:
+        compute = ComputeOptions(check_quants=choice)
+        return BuildKeys(make_plan(BuildOptions(("q8_0",), str(EXAMPLE), compute=compute)))
+
+    keys = [keys_of(choice) for choice in CheckQuants]
+    assert len({one.texts for one in keys}) == 1
+    assert len({repr(one.inputs) for one in keys}) == 1
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from reap2gguf.progress import CallbackProgress, ProgressEvent, working
+from reap2gguf.progress import CallbackProgress, ProgressEvent, working, working_if_long
 
 
 def test_tasks_and_notes_become_events() -> None:
@@ -83,3 +84,28 @@ def test_work_that_is_not_counted_has_no_total() -> None:
     with working(CallbackProgress(events.append), "Loading torch"):
         assert events == [ProgressEvent("begin", "Loading torch", 0.0, 0, "")]
     assert [event.kind for event in events] == ["begin", "end"]
+
+
+def test_work_that_takes_long_is_announced() -> None:
+    events: list[ProgressEvent] = []
+    is_announced = threading.Event()
+
+    def listen(event: ProgressEvent) -> None:
+        events.append(event)
+        is_announced.set()
+
+    with working_if_long(CallbackProgress(listen), "Compiling", seconds=0):
+        assert is_announced.wait(60)
+    assert [(event.kind, event.title) for event in events] == [
+        ("begin", "Compiling"),
+        ("end", "Compiling"),
+    ]
+
+
+def test_work_that_is_short_is_not_announced() -> None:
+    events: list[ProgressEvent] = []
+    with working_if_long(CallbackProgress(events.append), "Compiling", seconds=600):
+        pass
+    with suppress(ValueError), working_if_long(CallbackProgress(events.append), "C", seconds=600):
+        raise ValueError
+    assert events == []

@@ -10,9 +10,11 @@ from reap2gguf.options import (
     AddOptions,
     BuildOptions,
     BundleOptions,
+    CheckQuants,
     check_bool,
     check_labels,
     check_path,
+    check_quants_of,
     check_threads,
 )
 from reap2gguf.progress import working
@@ -91,6 +93,7 @@ def add(
     source: PathLike | None = None,
     exact: bool = False,
     threads: int | None = None,
+    check_quants: CheckQuants | str = CheckQuants.SAMPLE,
     progress: ProgressLike = None,
 ) -> BuildResult:
     """Add GGUF files to a finished bundle; nothing is observed, pruned or swept again.
@@ -98,9 +101,11 @@ def add(
     One file is written for each recipe, from the bundle's own safetensors and importance matrix.
     `files` are GGUF files of the same model, which are verified and then taken over as they are.
     A bundle without safetensors needs `source`, the MODEL that it was made from.
-    `exact` quantizes what was written again and compares the bytes. Raises UsageError if it is not
-    a bundle, RecipeError, OutputError, and VerificationError if a file of the bundle is not as it
-    was built, or a new one is wrong: then the bundle is as it was.
+    `exact` quantizes what was written again and compares the bytes. `check_quants` says how much
+    of what the compiled kernels quantize is compared with libggml's bytes while it is written:
+    "all", "sample" (one super-block in a thousand) or "none". Raises UsageError if it is not a
+    bundle, RecipeError, OutputError, and VerificationError if a file of the bundle is not as it was
+    built, or a new one is wrong: then the bundle is as it was.
     """
     from reap2gguf.building.add import add as run
 
@@ -108,7 +113,16 @@ def add(
     where, n_threads = check_path("bundle", bundle), check_threads(threads)
     given = (recipes,) if isinstance(recipes, str) else tuple(recipes)
     model = None if source is None else str(source)
-    options = AddOptions(where, given, paths, check_labels(labels or {}), model, exact, n_threads)
+    options = AddOptions(
+        where,
+        given,
+        paths,
+        check_labels(labels or {}),
+        model,
+        exact,
+        n_threads,
+        check_quants_of(check_quants),
+    )
     return run(options, to_progress(progress))
 
 

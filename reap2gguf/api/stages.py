@@ -15,12 +15,14 @@ from reap2gguf.options import (
     METHODS,
     MTP_CHOICES,
     CalibrationOptions,
+    CheckQuants,
     ComputeOptions,
     Resume,
     check_choice,
     check_labels,
     check_number,
     check_path,
+    check_quants_of,
     check_tensor_types,
     check_threads,
     given_or_new,
@@ -231,6 +233,7 @@ def quantize(
     labels: Mapping[str, str] | None = None,
     tensor_types: Sequence[str] | Mapping[str, str] = (),
     threads: int | None = None,
+    check_quants: CheckQuants | str = CheckQuants.SAMPLE,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> QuantizeResult:
@@ -238,8 +241,10 @@ def quantize(
 
     `tensor_types` (pattern to type, or a list of PATTERN=TYPE) come before the recipe's rules. If
     `output` is a folder, the file in it is called NAME-LABEL.gguf; `labels` may give the recipe
-    another label. An interrupted call resumes from the tensor that `OUTPUT.journal` holds. Raises
-    RecipeError, ArtifactError, OutputError, UsageError, and what opening a model raises.
+    another label. `check_quants` says how much of what the compiled kernels quantize is compared
+    with libggml's bytes: "all", "sample" (one super-block in a thousand) or "none". An interrupted
+    call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError, ArtifactError,
+    OutputError, UsageError, and what opening a model raises.
     """
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
@@ -249,6 +254,7 @@ def quantize(
     from reap2gguf.quantizing.resolve import resolve
 
     recipe, n_threads = one_recipe(recipe), check_threads(threads)
+    check_quants_of(check_quants)
     overrides = read_overrides(check_tensor_types(tensor_types))
     (asked,) = load_recipes([recipe], check_labels(labels or {}), overrides)
     found = find_recipe(recipe)

@@ -19,6 +19,7 @@ from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 
 Row = npt.NDArray[np.int64]  # token ids, shape (n,)
+NOT_COUNTED = 0  # chunks of a text far longer than needed, of which only parts were tokenized
 _Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -40,12 +41,14 @@ class ImatrixChunks:
     text: str
     chunk_size: int
     chunks: Sequence[Row]
-    n_of_text: int  # chunks of the whole text, of which these are some or all
+    n_of_text: int  # chunks of the whole text, of which these are some or all; or NOT_COUNTED
 
     @property
     def summary(self) -> str:
         """How much of the text is read, such as `8 of 150 chunks of 512 tokens, spread ...`."""
         size = f"chunks of {self.chunk_size:,} tokens"
+        if self.n_of_text == NOT_COUNTED:
+            return f"{len(self.chunks):,} {size}, spread over a text that is far longer"
         if len(self.chunks) == self.n_of_text:
             return f"all {self.n_of_text:,} {size}"
         return f"{len(self.chunks):,} of {self.n_of_text:,} {size}, spread over the text"
@@ -126,7 +129,7 @@ def _read_chunks(metadata: Mapping[str, str], arrays: _Arrays) -> ImatrixChunks:
         _unpacked("chunks", arrays),
         int(metadata["chunks_of_text"]),
     )
-    if chunks.n_of_text < len(chunks.chunks):
+    if chunks.n_of_text != NOT_COUNTED and chunks.n_of_text < len(chunks.chunks):
         raise ValueError(f"{len(chunks.chunks)} chunks of a text of {chunks.n_of_text}")
     return chunks
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # earlier result was wrong, or lacks something that later stages read. A higher number is another
 # key, so what users have is made again, and all that depends on it. Leave it where only the speed,
 # a message or a library changes.
-TEXTS_FORMAT = 1  # how texts become rows and chunks: samples, templates, cutting, drawing
+TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
 OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix

@@ -8,7 +8,8 @@ takes some of every component.
 The importance matrix reads the same texts. Of a composite or a dataset it reads at most 32 MiB,
 shuffled by the seed, of each component in proportion to its rows. Where it reads fewer chunks than
 the text has, they are spread over the text, one from each of equal stretches: the head of a text
-may be all of one kind.
+may be all of one kind. Of a text far longer than the chunks, only the parts that they hold are
+tokenized (`stretches.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.made_with import TOKENIZING, versions
-from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts, hash_rows
+from reap2gguf.artifacts.texts import (
+    NOT_COUNTED,
+    ImatrixChunks,
+    ObservationRows,
+    Row,
+    Texts,
+    hash_rows,
+)
 from reap2gguf.bundle.manifest import ComponentRecord
 from reap2gguf.calibration.hub_datasets import open_dataset
 from reap2gguf.calibration.rows import DrawnRow, RowPacker, chunk_text, make_rows, spread
@@ -37,6 +45,7 @@ from reap2gguf.calibration.sources import (
     iterate_corpus,
     load_corpus,
 )
+from reap2gguf.calibration.stretches import is_far_longer, spread_rows
 from reap2gguf.errors import CalibrationError
 from reap2gguf.messages import one_line
 from reap2gguf.progress import Progress, Silent
@@ -327,6 +336,11 @@ def imatrix_chunks(
 def _some_chunks(
     text: str, label: str, tokenizer: Tokenizer, chunk_size: int, n_chunks: int | None, seed: int
 ) -> ImatrixChunks:
+    if n_chunks is not None and is_far_longer(len(text), n_chunks * chunk_size):
+        lengths = chunk_size, chunk_size
+        parts = spread_rows(text, tokenizer, n_chunks, lengths, random.Random(seed))
+        if parts is not None:
+            return ImatrixChunks(label, text, chunk_size, parts, NOT_COUNTED)
     found = chunk_text(text, tokenizer, chunk_size, label)
     n_chunks = len(found) if n_chunks is None else n_chunks
     chosen = [found[number] for number in spread(len(found), n_chunks, seed)]

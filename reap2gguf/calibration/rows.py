@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.calibration.sources import Corpus, Cut, Passage
+from reap2gguf.calibration.stretches import is_far_longer, spread_rows
 from reap2gguf.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _SHORTEST_TAIL = 16  # tokens; a shorter tail says little about the text
 _SHORTEST_SAMPLE = 2  # tokens; one token predicts nothing
+# A byte-level token holds at least one byte, and a normal form has at most three times the bytes.
+_TOKENS_PER_BYTE = 3
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,61 @@ def make_rows(
     `on_short` is called for each sample that is too short to be a row. Raises CalibrationError if
     there is no row at all.
     """
+    cuts = {passage.cut for passage in corpus.passages}
+    if cuts == {Cut.DOCUMENT} and n_rows is not None:
+        found = spread_documents(corpus, tokenizer, max_length, n_rows, seed)
+        if found is not None:
+            return found
     rows: list[DrawnRow] = []
     n_tokens = 0
-    for passage in corpus.passages:
-        tokens = tokenizer.encode(passage.text)
+    texts = (passage.text for passage in corpus.passages)
+    encoded = tokenizer.encode_all(texts, _needed(cuts, max_length, n_rows))
+    for passage, tokens in zip(corpus.passages, encoded, strict=True):
         n_tokens += len(tokens)
         rows.extend(_cut(passage.cut, tokens, max_length, tokenizer.bos))
         if passage.cut is Cut.SAMPLE and len(tokens) < _SHORTEST_SAMPLE:
             on_short()
     if not rows:
         raise _too_short(corpus.spec, n_tokens, max_length)
-    if any(passage.cut is not Cut.STREAM for passage in corpus.passages):
+    if cuts != {Cut.STREAM}:
         random.Random(seed).shuffle(rows)
     return rows[:n_rows]
+
+
+def _needed(cuts: set[Cut], max_length: int, n_rows: int | None) -> int | None:
+    """How many tokens of each passage the rows hold at most; None for all."""
+    if cuts == {Cut.SAMPLE}:
+        return max(max_length, _SHORTEST_SAMPLE)
+    if cuts == {Cut.STREAM} and n_rows is not None:
+        return n_rows * max_length
+    return None
+
+
+def spread_documents(
+    corpus: Corpus, tokenizer: Tokenizer, max_length: int, n_rows: int, seed: int
+) -> list[DrawnRow] | None:
+    """Rows of documents that are far longer than the rows, spread over all; None for others.
+
+    Each document gives rows in proportion to its length; a row ends where its document does.
+    """
+    n_characters = sum(len(passage.text) for passage in corpus.passages)
+    if not is_far_longer(n_characters, n_rows * max_length):
+        return None
+    draw = random.Random(seed)
+    rows: list[DrawnRow] = []
+    begin = 0
+    for passage in corpus.passages:
+        end = begin + len(passage.text)
+        wanted = end * n_rows // n_characters - begin * n_rows // n_characters
+        begin = end
+        if wanted:
+            lengths = min(_SHORTEST_TAIL, max_length), max_length
+            found = spread_rows(passage.text, tokenizer, wanted, lengths, draw)
+            if found is None:
+                return None
+            rows += [DrawnRow(row, 0) for row in found]
+    draw.shuffle(rows)
+    return rows
 
 
 @dataclass
@@ -82,7 +127,9 @@ class RowPacker:
         cut: list[DrawnRow] = []
         cuts: set[Cut] = set()
         packed = []
-        for row in islice(pack(self._samples(passages, cut, cuts), self.max_length), n_rows):
+        for row in islice(
+            pack(self._samples(passages, cut, cuts, n_rows), self.max_length), n_rows
+        ):
             packed.append(row)
             on_row()
         rows = cut + packed
@@ -93,17 +140,34 @@ class RowPacker:
         return rows[:n_rows]
 
     def _samples(
-        self, passages: Iterable[Passage], cut: list[DrawnRow], cuts: set[Cut]
+        self, passages: Iterable[Passage], cut: list[DrawnRow], cuts: set[Cut], n_rows: int
     ) -> Iterator[Row]:
         """The tokens of each sample; the rows of other passages go into `cut`."""
-        for passage in passages:
-            tokens = self.tokenizer.encode(passage.text)
-            self.n_tokens += len(tokens)
+        n_needed, n_free = n_rows * self.max_length, self.max_length
+        passages = iter(passages)
+        while batch := self._batch(passages, max(1, n_needed), cut, cuts):
+            for tokens in self.tokenizer.encode_all(batch, self.max_length):
+                self.n_tokens += len(tokens)
+                yield tokens
+                n_used = min(len(tokens), n_free)  # as `pack` does
+                n_needed, n_free = n_needed - n_used, n_free - n_used or self.max_length
+
+    def _batch(
+        self, passages: Iterator[Passage], n_needed: int, cut: list[DrawnRow], cuts: set[Cut]
+    ) -> list[str]:
+        """The texts of the next samples, as many as `n_needed` tokens need for certain."""
+        texts: list[str] = []
+        n_most = 0  # tokens that they may have
+        while n_most < n_needed and (passage := next(passages, None)) is not None:
             cuts.add(passage.cut)
             if passage.cut is Cut.SAMPLE:
-                yield tokens
-            else:
-                cut.extend(_cut(passage.cut, tokens, self.max_length, self.tokenizer.bos))
+                texts.append(passage.text)
+                n_most += len(passage.text.encode("utf-8")) * _TOKENS_PER_BYTE
+                continue
+            tokens = self.tokenizer.encode(passage.text)
+            self.n_tokens += len(tokens)
+            cut.extend(_cut(passage.cut, tokens, self.max_length, self.tokenizer.bos))
+        return texts
 
 
 def pack(samples: Iterable[Row], length: int) -> Iterator[DrawnRow]:

@@ -8,7 +8,8 @@ so every architecture behaves as its authors wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,6 +176,29 @@ class StreamedDecoder:
     def drop_layer(self, index: int) -> None:
         """Free the weights of layer `index`."""
         self._layers[index].to("meta")
+
+    def first_of_each_kind(self, layers: range) -> list[int]:
+        """The first of these layers of each kind, such as one with linear attention; no MTP."""
+        found: dict[tuple[str, ...], int] = {}
+        for index in layers:
+            if index != self.mtp_layer:
+                kind = tuple(type(part).__name__ for part in self._layers[index].modules())
+                found.setdefault(kind, index)
+        return list(found.values())
+
+    @contextmanager
+    def zeros_in(self, index: int) -> Iterator[torch.nn.Module]:
+        """Layer `index` with weights of zero, which it gives up again."""
+        layer = self._layers[index]
+        zeros = {
+            name: torch.zeros(value.shape, dtype=value.dtype, device=self._device)
+            for name, value in layer.state_dict().items()
+        }
+        try:
+            layer.load_state_dict(zeros, assign=True)
+            yield layer
+        finally:
+            self.drop_layer(index)
 
     @torch.inference_mode()
     def run_layer(self, index: int, hidden: Tensor) -> Tensor:

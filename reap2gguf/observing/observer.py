@@ -42,6 +42,12 @@ class LayerObserver(ABC):
         """Keep the sums of the layers to come on `device`."""
         self._device = device
 
+    def unused(self) -> LayerObserver:
+        """Another observer of this class, for the same model and device, that has seen nothing."""
+        other = type(self)(self._model)
+        other.use(self._device)
+        return other
+
     @abstractmethod
     def last_layer(self) -> int:
         """The last layer that it wants to see."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.observing.batches import Batch, assign_spans
+from reap2gguf.observing.compute.kernels import has_triton
 from reap2gguf.observing.compute.ranks import connect_on, join
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.mtp import count_hits
@@ -40,6 +41,7 @@ from reap2gguf.observing.sweep_plan import (
     plan_sweep,
     resolve_device,
 )
+from reap2gguf.observing.warm_up import warm_up
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
@@ -217,11 +219,17 @@ class Sweep:
         """Move every batch through all remaining layers, and report the progress."""
         n_tokens = sum(batch.n_tokens for batch in self.batches if batch.observed)
         first = self.plan.first_layer
+        self._compile_kernels(range(first, self.n_layers))
         with self.progress.task(title, n_tokens, "tokens") as task:
             task.advance(first * n_tokens / self.n_layers)
             for index in range(first, self.n_layers):
                 task.at(f"layer {index + 1}/{self.n_layers}")
                 self.layer(index, task)
+
+    def _compile_kernels(self, layers: range) -> None:
+        """Compile what a GPU runs, while the first layer is read, if there is memory for two."""
+        if has_triton(self.decoder.device) and self.prefetches:
+            warm_up(self.decoder, self.observer, layers, self.batches, self.progress)
 
     def layer(self, index: int, task: Task) -> None:
         """Move every batch through a layer."""

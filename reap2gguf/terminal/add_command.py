@@ -13,6 +13,7 @@ from reap2gguf.terminal.click_options import (
     output_options,
 )
 from reap2gguf.terminal.compute_options import (
+    check_quants_option,
     llama_cpp_option,
     threads_option,
 )
@@ -47,6 +48,7 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
     help="Quantize every tensor of the new files again and compare the bytes.",
 )
 @threads_option
+@check_quants_option
 @llama_cpp_option
 @json_option
 @output_options
@@ -58,6 +60,7 @@ def add(
     source: str | None,
     exact: bool,
     threads: int,
+    check_quants: str,
     as_json: bool,
 ) -> None:
     """Add GGUF files to a finished bundle.
@@ -83,6 +86,7 @@ def add(
         source=source,
         exact=exact,
         threads=threads,
+        check_quants=check_quants,
         progress=terminal_progress(),
     )
     if as_json:

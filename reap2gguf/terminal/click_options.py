@@ -17,6 +17,7 @@ from reap2gguf.options import (
     CalibrationOptions,
 )
 from reap2gguf.terminal.compute_options import (
+    check_quants_option,
     collect_compute,
     compute_options,
     llama_cpp_option,
@@ -305,6 +306,7 @@ build_options = together(
     ),
     compute_options,
     threads_option,
+    check_quants_option,
     follow_links_option,
     config_option,
     like_option,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from reap2gguf.machine import available_threads
-from reap2gguf.options import DEVICES, DTYPES, SPOOLS, ComputeOptions
+from reap2gguf.options import DEVICES, DTYPES, SPOOLS, CheckQuants, ComputeOptions
 from reap2gguf.terminal.help import COMPUTE, Number, option, together
 from reap2gguf.terminal.option_types import FolderPath, SizeType
 
@@ -56,6 +56,16 @@ threads_option = option(
 )
 
 
+check_quants_option = option(
+    "--check-quants",
+    section=COMPUTE,
+    type=click.Choice([one.value for one in CheckQuants]),
+    default=CheckQuants.SAMPLE.value,
+    help="How much of what compiled kernels quantize is compared with libggml's bytes: all, one "
+    "super-block in a thousand (sample), or none.",
+)
+
+
 def _use_llama_cpp(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     # In the environment, and not an argument that is passed down: libggml is loaded once per
     # process, from wherever the first tensor is quantized, and threads and worker processes must
@@ -91,5 +101,6 @@ llama_cpp_option = option(
 
 def collect_compute(arguments: dict[str, Any]) -> ComputeOptions:
     """Where and how to compute, as one value."""
-    names = ("device", "dtype", "threads", "memory", "spool")
-    return ComputeOptions(**{name: arguments[name] for name in names})
+    names = ("device", "dtype", "threads", "memory", "spool", "check_quants")
+    # commands that quantize nothing do not have all of them
+    return ComputeOptions(**{name: arguments[name] for name in names if name in arguments})

@@ -10,6 +10,10 @@ from reap2gguf.messages import duration, one_line, quantity
 
 _WINDOW_SECONDS = 60.0  # the speed is that of the last minute
 _SAMPLE_SECONDS = 0.1
+# The first steps may compile kernels or fill caches. They are left out where they took this many
+# times as long, per unit, as those after them.
+_SLOW_START = 3.0
+_FEWEST_STEPS = 2  # from which the time left is told
 
 
 class Meter:
@@ -59,27 +63,48 @@ class Meter:
 
     @property
     def speed(self) -> float | None:
-        """Units per second; None until two calls of `advance` lie far enough apart."""
+        """Units per second; None until two calls of `advance` lie far enough apart.
+
+        A slow start does not count where what follows is known.
+        """
+        return self._rate()[0]
+
+    def _rate(self) -> tuple[float | None, int]:
+        """Units per second, and the number of steps from which it is known."""
         with self._lock:
-            if len(self._samples) < 2:
-                return None
-            (begin, before), (end, after) = self._samples[0], self._samples[-1]
-        return (after - before) / (end - begin)
+            samples = list(self._samples)
+        if len(samples) < 2:
+            return None, 0
+        first, last = 0, samples[-1]
+        while len(samples) - first > 2 and _is_slow(samples[first], samples[first + 1], last):
+            first += 1
+        begin, before = samples[first]
+        return (last[1] - before) / (last[0] - begin), len(samples) - 1 - first
 
     @property
     def facts(self) -> str:
         """Place, speed and time left, such as "layer 3/48, 1.2 k tokens/s, 5 min left"."""
         words = [self.place] if self.place else []
-        if speed := self.speed:
+        speed, n_steps = self._rate()
+        if speed:
             if speed >= 1:
                 words.append(f"{quantity(speed, self.unit)}/s")
-            words.append(f"{duration(max(self.total - self.done, 0) / speed)} left")
+            if n_steps >= _FEWEST_STEPS:
+                words.append(f"{duration(max(self.total - self.done, 0) / speed)} left")
         return ", ".join(words)
 
     @property
     def summary(self) -> str:
         """The whole task in one line, once it is done."""
         return f"{self.title}: {quantity(self.total, self.unit)} in {exact_duration(self.seconds)}"
+
+
+def _is_slow(
+    begin: tuple[float, float], end: tuple[float, float], last: tuple[float, float]
+) -> bool:
+    """Whether a unit of the step from `begin` to `end` took far longer than one of those after."""
+    pace = (end[0] - begin[0]) * (last[1] - end[1])
+    return pace > _SLOW_START * (last[0] - end[0]) * (end[1] - begin[1])
 
 
 def exact_duration(seconds: float) -> str:

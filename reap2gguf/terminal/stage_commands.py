@@ -21,6 +21,7 @@ from reap2gguf.terminal.click_options import (
     tensor_type_option,
 )
 from reap2gguf.terminal.compute_options import (
+    check_quants_option,
     collect_compute,
     compute_options,
     llama_cpp_option,
@@ -201,6 +202,7 @@ def imatrix(
 @tensor_type_option
 @label_option
 @threads_option
+@check_quants_option
 @follow_links_option
 @llama_cpp_option
 @output_options
@@ -211,6 +213,7 @@ def quantize(
     tensor_types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
     threads: int,
+    check_quants: str,
     output: str,
     follow_links: bool,
 ) -> None:
@@ -233,6 +236,7 @@ def quantize(
         labels=dict(labels),
         tensor_types=tensor_types,
         threads=threads,
+        check_quants=check_quants,
         follow_links=follow_links,
         progress=terminal_progress(),
     )

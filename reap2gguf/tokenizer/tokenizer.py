@@ -6,7 +6,9 @@ the GGUF file gets its tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ from tokenizers import Tokenizer as Encoder
 
 from reap2gguf.errors import CalibrationError, CheckpointError
 from reap2gguf.tokenizer.panics import panics_as
+from reap2gguf.tokenizer.pieces import PIECE, cuts_anywhere, next_cut, pieces
 from reap2gguf.tokenizer.templates import ChatTemplate
 from reap2gguf.tokenizer.tokenizer_files import check_template_files
 
 TokenIds = npt.NDArray[np.int64]
+_GROUP = 2**20  # characters that the library gets at once: enough for all processors
+_LETTERS_PER_TOKEN = 6  # more than most texts have, so that few are read in two steps
+_FEWEST_PER_TOKEN = 2  # of a long text, which is read in several steps, and little in vain
 
 
 class Tokenizer:
@@ -44,16 +50,55 @@ class Tokenizer:
             self._encoder = Encoder.from_file(str(path))
             self._encoder.no_padding()
             self._encoder.no_truncation()
+            self._in_pieces = cuts_anywhere(self._encoder)
             # what the tokenizer puts before each text: one BOS token or nothing
             prefix = self._encoder.encode("").ids
         self.bos: int | None = prefix[0] if prefix else None
         self._chat = _chat_template(loaded, folder)
 
-    def encode(self, text: str) -> TokenIds:
-        """Token ids of a text, shape (n,). Special tokens in it are recognised, none is added."""
+    def encode(self, text: str, at_least: int | None = None) -> TokenIds:
+        """Token ids of a text, shape (n,). Special tokens in it are recognised, none is added.
+
+        With `at_least`, a long text is read only until there are so many tokens; they may be a few
+        more. All processors work on a long text (`pieces.py`). Memory, besides the ids: about 200
+        bytes for each token of two million characters.
+        """
+        if len(text) <= PIECE:
+            return self._batch([text])[0]
+        return next(self.encode_all([text], at_least))
+
+    def encode_all(self, texts: Iterable[str], at_least: int | None = None) -> Iterator[TokenIds]:
+        """Token ids of each text, in order, as `encode` gives them; texts are read ahead."""
+        if not self._in_pieces:
+            # each text of its own: the library keeps the tokens of a group in memory
+            yield from (self._batch([text])[0] for text in texts)
+            return
+        most = None if at_least is None else at_least * _LETTERS_PER_TOKEN
+        if at_least is not None and most is not None and most > _GROUP:
+            most = max(_GROUP, at_least * _FEWEST_PER_TOKEN)
+        parts: list[TokenIds] = []
+        for rest, ids in _read_ahead(self._batch, _grouped(texts, most)):
+            parts.append(ids)
+            if rest is None:
+                continue  # more pieces of this text follow
+            n_tokens = sum(map(len, parts))
+            if rest and at_least is not None and n_tokens < at_least:
+                parts.extend(self.encode_all([rest], at_least - n_tokens))
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+            parts = []
+
+    def _batch(self, texts: list[str]) -> list[TokenIds]:
+        """Token ids of some texts, made by the library's own threads."""
         with panics_as(CalibrationError, "the tokenizer fails on the calibration text"):
-            ids = self._encoder.encode(text, add_special_tokens=False).ids
-        return np.asarray(ids, dtype=np.int64)
+            found = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(one.ids, dtype=np.int64) for one in found]
+
+    def next_cut(self, text: str, position: int) -> int | None:
+        """The first place at or after `position` from which ids are those of the whole text.
+
+        The end of the text where there is none; None if this is not known of the tokenizer.
+        """
+        return next_cut(text, position) if self._in_pieces else None
 
     def render_chat(
         self, messages: list[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None = None
@@ -79,6 +124,51 @@ class Tokenizer:
         """End the process that renders; a later rendering starts another."""
         if self._chat is not None:
             self._chat.close()
+
+
+# A piece, and what follows it: None for more pieces of the same text; else the part of the text
+# that was not asked for, which is empty as a rule.
+_Piece = tuple[str, str | None]
+
+
+def _grouped(texts: Iterable[str], most: int | None) -> Iterator[list[_Piece]]:
+    """The pieces of all texts, of each as many as have `most` characters, in groups."""
+    group: list[_Piece] = []
+    n_characters = 0
+    for piece in chain.from_iterable(_pieces_of(text, most) for text in texts):
+        group.append(piece)
+        n_characters += len(piece[0])
+        if n_characters >= _GROUP:
+            yield group
+            group, n_characters = [], 0
+    if group:
+        yield group
+
+
+def _pieces_of(text: str, most: int | None) -> Iterator[_Piece]:
+    n_done = 0
+    for piece in pieces(text, PIECE if most is None else min(PIECE, most)):
+        n_done += len(piece)
+        is_enough = most is not None and n_done >= most
+        is_last = is_enough or n_done == len(text)
+        yield piece, text[n_done:] if is_last else None
+        if is_last:
+            return
+
+
+def _read_ahead(
+    encode: Callable[[list[str]], list[TokenIds]], groups: Iterable[list[_Piece]]
+) -> Iterator[tuple[str | None, TokenIds]]:
+    """What follows each piece, and its ids; a group is encoded while the one before is used."""
+    with ThreadPoolExecutor(1, "tokenizing") as pool:
+        before: tuple[list[_Piece], Future[list[TokenIds]]] | None = None
+        for group in chain(groups, [None]):
+            job = None if group is None else pool.submit(encode, [piece for piece, _ in group])
+            if before is not None:
+                pieces_before, done = before
+                for (_, rest), ids in zip(pieces_before, done.result(), strict=True):
+                    yield rest, ids
+            before = None if group is None or job is None else (group, job)
 
 
 def _chat_template(tokenizer: Any, folder: Path) -> ChatTemplate | None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ class Words:
 
     def encode(self, text: str) -> Row:
         return np.array([int(word) for word in text.split()], dtype=np.int64)
+
+    def encode_all(self, texts: Iterable[str], at_least: int | None = None) -> Iterator[Row]:
+        return map(self.encode, texts)
 
     def render_chat(self, messages: Any, tools: Any = None) -> str:
         return str(messages[0]["content"])

@@ -11,7 +11,7 @@ import pytest
 
 from reap2gguf.cli import cli
 from reap2gguf.errors import UsageError
-from reap2gguf.options import BuildOptions
+from reap2gguf.options import BuildOptions, CheckQuants
 from reap2gguf.terminal import build_commands
 from tests.conftest import Bundle
 from tests.test_cli import one_line, run
@@ -63,6 +63,7 @@ memory = "2GiB"
 spool = "disk"
 dtype = "float32"
 threads = 3
+check-quants = "all"
 follow-links = true
 fresh = true
 space-check = false
@@ -84,6 +85,7 @@ def test_every_key_is_an_option(tmp_path: Path, asked: Any) -> None:
     compute = found.compute
     assert (compute.device, compute.dtype, compute.spool) == ("cpu", "float32", "disk")
     assert (compute.memory, compute.threads) == (2**31, 3)
+    assert compute.check_quants is CheckQuants.ALL
     assert (found.follow_links, found.fresh, found.check_space) == (True, True, False)
 
 
@@ -128,7 +130,10 @@ def test_without_a_file_the_recipe_is_q4_k_m(asked: Any) -> None:
     ("text", "message"),
     [
         ("recipies = 'q8_0'", "build.toml: unknown key 'recipies', did you mean recipe?"),
-        ("zzzzzzzz = 1", "unknown key 'zzzzzzzz', expected one of calibration, chunk, compression"),
+        (
+            "zzzzzzzz = 1",
+            "unknown key 'zzzzzzzz', expected one of calibration, check-quants, chunk",
+        ),
         ("config = 'x'", "unknown key 'config'"),
         ("like = 'x'", "unknown key 'like'"),
         ("help = true", "unknown key 'help'"),
