@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ needs_objects = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _fresh_cache() -> None:
+def _fresh_cache() -> Iterator[None]:
     compiled._find.cache_clear()
+    yield
+    compiled._find.cache_clear()  # of what a test put in place
 
 
 def test_installing_has_compiled_them() -> None:
