@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Floor(LayerObserver):
     def see(self, pairs: RoutedPairs) -> None:
         """Nothing is seen."""
 
-    def finish(self, index: int) -> None:
+    def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
         """There are no sums."""
 
     def sums(self) -> Iterable[Tensor]:
@@ -99,6 +99,9 @@ class Timed:
     def advance(self, amount: float = 1) -> None:
         """Nobody watches."""
 
+    def at(self, step: str) -> None:
+        """Nobody watches."""
+
     def note(self, text: str) -> None:
         print(text, file=sys.stderr)
 
@@ -116,7 +119,7 @@ def measure(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         model = describe(checkpoint)
         rows = random_rows(arguments)
         # kernels are compiled and tuned for the shapes of the very batches
-        first = run(checkpoint, model, rows, name, options)
+        first = run(checkpoint, model, rows[: arguments.warm_rows], name, options)
         if arguments.cold:
             forget(checkpoint)
         figures = run(checkpoint, model, rows, name, options)
@@ -159,6 +162,7 @@ def run(
         "whole": round(passed / (time.monotonic() - begun)),
         "seconds": round(seconds, 2),
         "seconds_before": round(timed.begun - begun, 2),
+        "seconds_whole": round(time.monotonic() - begun, 2),
         "waiting_for_weights": round(report.seconds_waited / seconds, 3),
         "peak_host_gib": round(peak_bytes() / 2**30, 2),
     }
@@ -201,6 +205,8 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="say where the time goes")
     parser.add_argument("--cold", action="store_true", help="drop the checkpoint from the cache")
     parser.add_argument("--peer", choices=PEERS, help="time a peer as well")
+    parser.add_argument("--warm-rows", type=int, help="rows of the first, untimed sweep; all")
+    parser.add_argument("--same-layers", action="store_true", help="write them quickly")
     parser.add_argument("--sweeps", default="observe,imatrix", help="which, with commas")
     parser.add_argument("--folder", type=Path, help="checkpoint; written if it is not there")
     parser.add_argument("--one", choices=SWEEPS, help=argparse.SUPPRESS)
@@ -217,7 +223,9 @@ def main() -> None:
         arguments.folder = arguments.folder or Path(made)
         arguments.folder.mkdir(parents=True, exist_ok=True)
         if not (arguments.folder / "config.json").is_file():
-            write_checkpoint(arguments.shape, arguments.layers, arguments.folder)
+            write_checkpoint(
+                arguments.shape, arguments.layers, arguments.folder, arguments.same_layers
+            )
         floors = ["transformers", "floor"] if arguments.floor else []
         for name in [*floors, *arguments.sweeps.split(",")]:
             again = [*sys.argv[1:], "--folder", str(arguments.folder), "--one", name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ def shortened(config: dict[str, Any], layers: int, **others: int) -> dict[str, A
     return config | {"text_config": text | changes}
 
 
-def write_checkpoint(shape: str, layers: int, folder: Path, **others: int) -> None:
+def write_checkpoint(
+    shape: str, layers: int, folder: Path, same_layers: bool = False, **others: int
+) -> None:
     """Random bfloat16 weights under the model's own names, one shard a layer.
 
+    `same_layers`: all layers of one kind have the same weights, which is quick to write.
     `others` are config values to change, such as num_experts.
     """
     full, shapes = SHAPES[shape]
@@ -38,15 +42,44 @@ def write_checkpoint(shape: str, layers: int, folder: Path, **others: int) -> No
             part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "ends"
             parts.setdefault(part, {})[name] = size
     weight_map: dict[str, str] = {}
-    for part, sizes in parts.items():
-        tensors = {name: weight(name, size, generator) for name, size in sizes.items()}
-        save_file(tensors, folder / f"{part}.safetensors")
-        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
+    made: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    with ThreadPoolExecutor(16) as pool:
+        writing = []
+        for part, sizes in parts.items():
+            path = folder / f"{part}.safetensors"
+            kind = (part if not same_layers else len(sizes), *sizes.values())
+            if kind not in made:
+                made[kind] = [weight(name, size, generator) for name, size in sizes.items()]
+            tensors = dict(zip(sizes, made[kind] if same_layers else made.pop(kind), strict=True))
+            if same_layers:
+                writing.append(pool.submit(write_shard, path, tensors))
+            else:
+                save_file(tensors, path)
+            weight_map |= dict.fromkeys(tensors, path.name)
+        for one in writing:
+            one.result()
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((EXAMPLE / name).read_bytes())
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file, without a copy of the tensors."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.view(torch.uint8).numpy().reshape(-1).data)
 
 
 def weight(name: str, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -39,13 +39,15 @@ STORABLE = frozenset(
         "IQ1_M", "IQ1_S", "MXFP4",
     )
 )  # fmt: skip
-_TINY = 2.0**-10  # rows without a larger value are looked at for what they lose
+TINY = 2.0**-10  # rows without a larger value are looked at for what they lose
 _MORE_ERROR = 0.05  # than twice the usual one
 # Types that libggml quantizes to garbage, or not at all, without an importance matrix.
 NEEDS_IMPORTANCE = frozenset(
     GGMLQuantizationType[name]
     for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 )
+# no importance matrix changes their bytes
+UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "MXFP4")
 
 
 class _TypeTraits(ctypes.Structure):
@@ -131,7 +133,7 @@ class Ggml:
         is compared with that of the same values times a power of two, which is exact.
         """
         largest = float(np.abs(rows).max()) if rows.size else 0.0
-        if not 0 < largest < _TINY:
+        if not 0 < largest < TINY:
             return
         scaled = np.ldexp(rows.astype(np.float64), -math.frexp(largest)[1]).astype(np.float32)
         usual = self._error(scaled, self._quantize(scaled, tensor_type, importance), tensor_type)

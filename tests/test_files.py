@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 from reap2gguf.files import (
     TooLargeError,
     cached_blob,
+    expect_range,
+    file_sha256,
     is_plain,
     is_plain_name,
     leads_away,
@@ -131,3 +134,29 @@ def test_what_repositories_of_a_cache_share(tmp_path: Path) -> None:
     assert cached_blob(snapshot / "model.safetensors") == blob.name
     (tmp_path / "blobs" / ".huggingface-shared-blobs").unlink()
     assert leads_away(snapshot / "model.safetensors")
+
+
+def test_advice_is_given_in_steps_that_the_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux reads no more than the disk's readahead for one advice."""
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system takes no advice on files")
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, *place_and_kind: asked.append(place_and_kind[:2])
+    )
+    expect_range(3, 1000, 300_000)
+    assert all(count <= 2**17 for _, count in asked)
+    ends = [first + count for first, count in asked]
+    assert [first for first, _ in asked] == [1000, *ends[:-1]]
+    assert ends[-1] == 301_000
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 2**22 - 1, 2**22, 2**22 + 5])
+def test_a_hash_is_of_every_byte(n_bytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(251)) * (n_bytes // 251) + bytes(n_bytes % 251))
+    blocks: list[float] = []
+    assert file_sha256(path, blocks.append) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sum(blocks) == n_bytes

@@ -56,6 +56,11 @@ COVERED_BY = [
         ),
     ),
     (
+        "quantizing/kernels/test_cuda.py",
+        "the driver does what a GPU's quantizers ask for",
+        ("quantizing/kernels/driver.py",),
+    ),
+    (
         "building/test_bundling.py",
         "the command is typed there",
         ("terminal/bundle_command.py",),
@@ -217,7 +222,7 @@ COVERED_BY = [
     (
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
-        ("observing/compute/triton_kernels.py",),
+        ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
     ),
     (
         "exporting/test_against_llama_cpp.py",

@@ -254,7 +254,7 @@ def quantize(
     from reap2gguf.quantizing.resolve import resolve
 
     recipe, n_threads = one_recipe(recipe), check_threads(threads)
-    check_quants_of(check_quants)
+    checked = check_quants_of(check_quants).share
     overrides = read_overrides(check_tensor_types(tensor_types))
     (asked,) = load_recipes([recipe], check_labels(labels or {}), overrides)
     found = find_recipe(recipe)
@@ -274,7 +274,7 @@ def quantize(
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
-        _export(opened, resolved, output, weighted_by, n_threads, shown)
+        _export(opened, resolved, output, weighted_by, n_threads, checked, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
 
@@ -285,6 +285,7 @@ def _export(
     output: Path,
     weighted_by: WeightedBy | None,
     n_threads: int,
+    checked: float,
     progress: Progress,
 ) -> None:
     """Write one GGUF file; its journal lies beside it until it is complete."""
@@ -302,7 +303,17 @@ def _export(
     files = {output: recipe}
     journal = ExportJournal(path, key)
     names, checkpoint = HeaderNames(name), opened.checkpoint
-    export_model(checkpoint, opened.model, names, files, weighted_by, n_threads, progress, journal)
+    export_model(
+        checkpoint,
+        opened.model,
+        names,
+        files,
+        weighted_by,
+        n_threads,
+        progress,
+        journal,
+        checked=checked,
+    )
     remove(path)
 
 

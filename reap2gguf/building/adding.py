@@ -27,7 +27,7 @@ from reap2gguf.building.bundle_files import BundleFiles, check_bundle_files, rec
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.keys import export_key
 from reap2gguf.building.record import gguf_record, write_texts
-from reap2gguf.building.seals import seal, stamps
+from reap2gguf.building.seals import read_seals, seal, stamps, written_seals
 from reap2gguf.building.stage import BuildResult, StageCost
 from reap2gguf.bundle.layout import (
     CARD_FILE,
@@ -38,6 +38,7 @@ from reap2gguf.bundle.layout import (
     model_file,
 )
 from reap2gguf.bundle.members import gguf_members
+from reap2gguf.disk.hashing import Hashes
 from reap2gguf.errors import OutputError, VerificationError
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.journal import ExportJournal
@@ -124,12 +125,13 @@ def extend(
     work.prepare_addition({"bundle": _digest(manifest.text())})
     _check_room(addition)
     files = {work.gguf / record_name(manifest, recipe): recipe for recipe in addition.recipes}
-    with run.counted("export"):
-        _export(run, files)
+    with run.counted("export"), Hashes() as hashes:
+        _export(run, files, hashes)
+        written = read_seals(written_seals(work.root, hashes))
     with run.counted("verify"):
         before = stamps(work.root, files)
         passed = _verify(run, files)
-        sealed = seal(work.root, before, threads, progress)
+        sealed = seal(work.root, before, threads, progress, written)
     there = recorded_files(work, manifest)
     linked = {name: one for name, one in there.gguf.items() if name in _linked_gguf(addition)}
     new = {Path(name).name: one.record for name, one in sealed.items()}
@@ -175,7 +177,7 @@ def _check_room(addition: Addition) -> None:
         )
 
 
-def _export(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> None:
+def _export(run: _Run, files: Mapping[Path, ResolvedRecipe], hashes: Hashes) -> None:
     if not files:
         return
     addition, (weights, model) = run.addition, run.reference
@@ -185,7 +187,9 @@ def _export(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> None:
     names = HeaderNames.of(manifest, __version__)
     imatrix = _imatrix(addition)
     weighted_by = None if imatrix is None else WeightedBy(imatrix)
-    export_model(weights, model, names, files, weighted_by, run.threads, run.progress, journal)
+    export_model(
+        weights, model, names, files, weighted_by, run.threads, run.progress, journal, hashes
+    )
 
 
 def _imatrix(addition: Addition) -> Imatrix | None:

@@ -135,7 +135,7 @@ def _bundle(
     shards = [Path(os.path.realpath(options.folder / name)) for name in sorted(written_names(view))]
     before = _times(shards) if parts.is_pruned else []
     if parts.is_pruned:
-        if violations := check_pruned(options.folder, view, progress):
+        if violations := check_pruned(options.folder, view, progress, threads):
             raise VerificationError(violations, _ADVICE)
         passed.append(passed_folder(len(view.tensors)))
     adopted = _adopted(options, manifest, view, progress)

@@ -1,6 +1,9 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> prune -> imatrix -> export -> verify -> record
+    plan -> texts -> observe -> { prune, imatrix, export, verify } -> record
+
+Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
+the safetensors, and each format is verified when it is written (`together.py`).
 
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. Given observations, and a given importance
@@ -26,6 +29,7 @@ from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
 from reap2gguf.building.standing import refuse_dropping, standing
+from reap2gguf.building.together import do_together
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.machine import processes
@@ -68,7 +72,7 @@ def _run_stages(run: Run) -> BuildResult | None:
     if run.is_first:  # the only one that writes files
         refuse_dropping(plan, run.work)
         run.plan = plan = with_all_values(plan, run.progress.note)
-    run.keeps_states = run.agree(lambda: check_room(plan, run.work, run.progress))
+    run.room = run.agree(lambda: check_room(plan, run.work, run.progress))
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
@@ -77,17 +81,17 @@ def _run_stages(run: Run) -> BuildResult | None:
         for line in selection_notes(seen, kept):
             run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
-    if plan.writes_hf:
-        run.do(Prune(run, pruned))
-    importance = run.do(
+    importance = (
         Importance(run, pruned, texts)
         if plan.imatrix is None
         else GivenImportance(run, pruned, texts, plan.imatrix)
     )
+    prune = Prune(run, pruned) if plan.writes_hf else None
+    export = Export(run, pruned, importance)
+    verify = Verify(run, pruned, export, prune)
+    do_together(run, importance, *([prune] if prune else []), export, verify)
     if not run.is_first:
         return None
-    exported = run.do(Export(run, pruned, importance))
-    verified = run.do(Verify(run, pruned, exported))
 
     evidence = Evidence(
         _observations(plan, observed),
@@ -95,8 +99,8 @@ def _run_stages(run: Run) -> BuildResult | None:
         importance.texts,
         kept,
         importance.facts,
-        verified.result.passed,
-        {**importance.seals, **verified.result.seals},
+        verify.result.passed,
+        {**importance.seals, **verify.result.seals},
         {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
     )
     manifest = write_record(plan, run.work, evidence)

@@ -13,6 +13,7 @@ from reap2gguf.bundle.card import short_card
 from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.errors import VerificationError
+from reap2gguf.machine import available_threads
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
@@ -45,14 +46,15 @@ def prune_to_folder(
         made.mkdir()  # with the permissions that the user's umask gives to folders
     try:
         pruned = PrunedView(checkpoint, model, kept)
-        write_pruned(pruned, made, progress)
+        threads = available_threads()
+        write_pruned(pruned, made, progress, n_threads=threads)
         record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(source, model.facts.architecture, has_vision)
         card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, KEPT_FILE)
         write_whole(made / CARD_FILE, card)
-        if violations := check_pruned(made, pruned, progress):
+        if violations := check_pruned(made, pruned, progress, threads):
             raise VerificationError(violations)
         rename(made, folder)
     except BaseException:

@@ -2,13 +2,17 @@
 
 A stamp is size and time of change, which costs nothing to compare. A seal has the SHA-256 as well:
 what was verified is sealed, and only what still has its seal is published.
+
+Files that a build writes are hashed while they are written (`disk/hashing.py`). Such a hash has the
+stamp that the file had after its last byte, and counts only for a file that still has that stamp:
+else the file is read and hashed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,7 @@ from reap2gguf.errors import OutputError
 from reap2gguf.files import file_sha256, is_own_file
 
 if TYPE_CHECKING:
+    from reap2gguf.disk.hashing import Hashes
     from reap2gguf.progress import Progress
 
 Stamp = tuple[int, int]  # bytes, time of change in nanoseconds
@@ -62,12 +67,43 @@ class Seal:
         return FileRecord(self.n_bytes, self.sha256)
 
 
-def seal(root: Path, kept: Stamps, n_threads: int, progress: Progress) -> dict[str, Seal]:
-    """Hash the files of some stamps.
+def written_seals(root: Path, hashes: Hashes) -> dict[str, dict[str, Any]]:
+    """The hashes of files that a stage has written, as plain JSON, for `seal` in a later stage.
+
+    Waits until they are made. Raises OutputError if a file cannot be read back.
+    """
+    return {
+        path.relative_to(root).as_posix(): asdict(Seal(one.n_bytes, one.changed_ns, one.sha256))
+        for path, one in hashes.found().items()
+    }
+
+
+def seal(
+    root: Path,
+    kept: Stamps,
+    n_threads: int,
+    progress: Progress,
+    written: Mapping[str, Seal] | None = None,
+) -> dict[str, Seal]:
+    """Hash the files of some stamps; those that were hashed while they were written are not read.
 
     Raises OutputError for a file that changed since: then what was verified is not what is hashed.
     """
+    sealed = {
+        name: one
+        for name, one in (written or {}).items()
+        if kept.get(name) == (one.n_bytes, one.changed_ns)
+    }
+    unread = {name: stamp for name, stamp in kept.items() if name not in sealed}
+    sealed |= _read_and_seal(root, unread, n_threads, progress)
+    refuse_changed(root, kept)
+    return {name: sealed[name] for name in kept}
+
+
+def _read_and_seal(root: Path, kept: Stamps, n_threads: int, progress: Progress) -> dict[str, Seal]:
     total = sum(n_bytes for n_bytes, _ in kept.values())
+    if not kept:
+        return {}
     lock = Lock()
     with progress.task("Hashing", total, "bytes") as task, ThreadPoolExecutor(n_threads) as pool:
 
@@ -76,12 +112,10 @@ def seal(root: Path, kept: Stamps, n_threads: int, progress: Progress) -> dict[s
                 task.advance(amount)
 
         hashes = pool.map(lambda name: file_sha256(root / name, advance), kept)
-        sealed = {
+        return {
             name: Seal(*stamp, sha256)
             for (name, stamp), sha256 in zip(kept.items(), hashes, strict=True)
         }
-    refuse_changed(root, kept)
-    return sealed
 
 
 def refuse_changed(root: Path, kept: Stamps) -> None:

@@ -1,54 +1,59 @@
 """How a build runs a stage: reuse, resume, cost, and the other processes of torchrun.
 
 A stage is declared once, as a subclass of `Stage` in `stages.py`: its name, what it leaves on the
-disk, the key of its inputs, and the function that computes it. `Run.do` does everything else. It
-reuses a stage that was finished with the same key, resumes one that was interrupted, keeps what it
-cost, and lets the other processes of a torchrun build compute with the first where a stage says so.
-Those processes run the same list of stages as the first.
+disk, the key of its inputs, and the function that computes it. `Run.do` does everything else, and
+`together.py` for stages that overlap. It reuses a stage that was finished with the same key,
+resumes one that was interrupted, keeps what it cost, and lets the other processes of a torchrun
+build compute with the first where a stage says so. Those processes run the same list of stages as
+the first.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from reap2gguf.artifacts.made_with import check_versions, other_versions, versions
-from reap2gguf.atomic import remove, write_whole
+from reap2gguf.artifacts.made_with import other_versions, versions
+from reap2gguf.atomic import remove
 from reap2gguf.building.keys import BuildKeys
+from reap2gguf.building.marks import NOTHING, StageMarks
 from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
-from reap2gguf.checkpoint.config import read_json
-from reap2gguf.errors import CheckpointError
+from reap2gguf.building.workdir import Room
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import working
+from reap2gguf.stoppable import Joint, StoppableProgress
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.observing.sweep_plan import HasRoom
     from reap2gguf.progress import Progress
 
 T = TypeVar("T")
 Result = TypeVar("Result")
-_NOTHING = ""  # a key that no inputs have
 _NO_KEY = "reused"  # sent to the other processes if a stage is not computed
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage took in this run; the peak is the process's so far."""
+    """What a stage took in this run; the peak is the process's so far.
+
+    Stages may overlap, so the sum of their seconds may be more than the build took. A stage that
+    only waits for another one takes no seconds.
+    """
 
     name: str
     seconds: float
     peak_bytes: int
     reused: bool = False
+    began: float = 0.0  # seconds after the first stage
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,10 @@ class Stage(ABC, Generic[Result]):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.key = _NOTHING
+        self.key = NOTHING
+        self.seconds_waited = 0.0  # in `wait_for`
+        # to be called by a sweep that has divided the memory: starts stages beside it
+        self.beside: Callable[[HasRoom], None] = lambda has_room: None
 
     @abstractmethod
     def make_key(self) -> str:
@@ -105,6 +113,22 @@ class Stage(ABC, Generic[Result]):
 
     def clear(self) -> None:
         """Remove what an attempt with other inputs has left."""
+
+    @property
+    def after(self) -> Sequence[Stage[Any]]:
+        """Stages that must be done before it begins, where it runs beside others."""
+        return ()
+
+    @property
+    def held_bytes(self) -> int:
+        """The most that it holds in RAM, where it may run beside a sweep."""
+        return 0
+
+    def wait_for(self, *stages: Stage[Any]) -> None:
+        """Wait until other stages that run beside this one are done; Stopped if the run ends."""
+        begun = time.monotonic()
+        self.run.joint.wait([stage.name for stage in stages])
+        self.seconds_waited += time.monotonic() - begun
 
     @cached_property
     def result(self) -> Result:
@@ -136,7 +160,7 @@ class Stage(ABC, Generic[Result]):
         return replace(
             self.run.plan.options.compute,
             scratch=work.root,
-            resume=resume if self.run.keeps_states else None,
+            resume=resume if self.run.room.keeps_states else None,
         )
 
 
@@ -151,8 +175,15 @@ class Run:
     work: Workdir
     progress: Progress
     order: Sequence[type[Stage[Any]]]  # a stage that is computed again undoes those after it
-    keeps_states: bool = True  # whether the disk has room for what a sweep has done
+    room: Room = field(default_factory=Room)  # on the disk
     costs: list[StageCost] = field(default_factory=list)
+    joint: Joint = field(default_factory=Joint)  # of the stages that run now
+
+    def __post_init__(self) -> None:
+        self.listener = self.progress
+        self.progress = StoppableProgress(self.listener, self.joint)
+        self._begun = time.monotonic()
+        self._computing: list[str] = []  # names of stages
 
     @cached_property
     def keys(self) -> BuildKeys:
@@ -174,7 +205,7 @@ class Run:
         For a model on the Hub, the small files that travel with it are fetched first.
         """
         self.plan.source.complete(self.progress.note)
-        self.plan.checkpoint.report_to(self.progress)
+        self.plan.checkpoint.report_to(self.listener)
         source, fingerprint = self.plan.source.label, self.keys.fingerprint
         identity = {"source": source, "fingerprint": fingerprint}
         self.work.prepare(identity, self.plan.options.fresh)
@@ -185,7 +216,7 @@ class Run:
         """The seals of outputs as plain JSON; `before` is their stamps when they were read."""
         kept = stamps(self.work.root, outputs) if before is None else before
         threads = self.plan.options.compute.threads
-        sealed = seal(self.work.root, kept, threads, self.progress)
+        sealed = seal(self.work.root, kept, threads, self.progress, self.marks.written_seals())
         return {name: asdict(one) for name, one in sealed.items()}
 
     def unsealed(self, seals: Mapping[str, Seal]) -> list[str]:
@@ -199,7 +230,12 @@ class Run:
             if stage.is_sweep and (key := self.agree(lambda: _NO_KEY)) != _NO_KEY:
                 stage.key = key
                 stage.compute()
-            return stage
+        elif self.open(stage):
+            self.compute(stage)
+        return stage
+
+    def open(self, stage: Stage[Any]) -> bool:
+        """Find a stage done, or mark it as begun; whether it has to be computed."""
         stage.key = stage.make_key()
         is_marked = self._is_marked(stage)
         reused = is_marked and self._is_as_left(stage)
@@ -208,22 +244,44 @@ class Run:
             self.marks.void(stage.name)
         if stage.is_sweep:
             self.agree(lambda: _NO_KEY if reused else stage.key)
-        with self._counted(stage, reused):
-            if not reused:
-                self._begin(stage, undoes=stage.undoes or not is_marked)
-                with working(self.progress, self._heading(stage)):
-                    facts = stage.compute()
-                outputs = () if stage.is_shared else stage.outputs
-                kept = stamps(self.work.root, outputs)
-                made_with = versions(stage.libraries)
-                self.marks.finish(stage.name, stage.key, facts, kept, made_with)
-            for state in self.work.root.glob(f"{stage.name}.state*"):
-                remove(state)  # of a sweep whose result is there
-        return stage
+        if reused:
+            others = other_versions(stage.made_with(), versions(stage.libraries))
+            reuse = f"{others}: reused (--fresh to redo it)" if others else "up to date, reused"
+            self.progress.note(f"{stage.name}: {reuse}")
+            self._end(stage, time.monotonic(), reused)
+        else:
+            self._begin(stage, undoes=stage.undoes or not is_marked)
+        return not reused
+
+    def compute(self, stage: Stage[Any]) -> None:
+        """Compute a stage that was opened, and mark it as finished."""
+        begun = time.monotonic()
+        stage.seconds_waited = 0.0
+        with working(self.progress, self._heading(stage)):
+            self._computing.append(stage.name)
+            facts = stage.compute()
+        self._computing.remove(stage.name)
+        outputs = () if stage.is_shared else stage.outputs
+        kept = stamps(self.work.root, outputs)
+        made_with = versions(stage.libraries)
+        self.marks.finish(stage.name, stage.key, facts, kept, made_with)
+        self._end(stage, begun)
+
+    def _end(self, stage: Stage[Any], begun: float, reused: bool = False) -> None:
+        """A stage's result is there: keep what it has cost."""
+        for state in self.work.root.glob(f"{stage.name}.state*"):
+            remove(state)  # of a sweep whose result is there
+        seconds = round(time.monotonic() - begun - stage.seconds_waited, 2)
+        began = round(begun - self._begun, 2)
+        self.costs.append(StageCost(stage.name, seconds, peak_bytes(), reused, began))
+        names = [one.name for one in self.order]
+        self.costs.sort(key=lambda cost: names.index(cost.name))
 
     def _heading(self, stage: Stage[Any]) -> str:
         names = [one.name for one in self.order]
-        return f"Stage {names.index(stage.name) + 1}/{len(names)}: {stage.name}"
+        heading = f"Stage {names.index(stage.name) + 1}/{len(names)}: {stage.name}"
+        beside = sorted(self._computing, key=names.index)
+        return f"{heading}, beside {' and '.join(beside)}" if beside else heading
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, in all of them."""
@@ -251,108 +309,12 @@ class Run:
         """Resume a stage, or start from scratch if its inputs or its files have changed."""
         if stage.is_shared:
             return
+        if self.marks.is_under_way(stage.name, stage.key):
+            return  # it has undone the stages after it when it was begun first
         names = [one.name for one in self.order if not one.is_shared]
         undone = names[names.index(stage.name) :] if undoes else []
         if not self.marks.was_begun(stage.name, stage.key):
             # after a kill, files of another attempt must not look like those of this one
-            self.marks.begin(stage.name, _NOTHING, undone)
+            self.marks.begin(stage.name, NOTHING, undone)
             stage.clear()
         self.marks.begin(stage.name, stage.key, undone)
-
-    @contextmanager
-    def _counted(self, stage: Stage[Any], reused: bool) -> Iterator[None]:
-        """Keep what the work inside costs."""
-        if reused:
-            others = other_versions(stage.made_with(), versions(stage.libraries))
-            reuse = f"{others}: reused (--fresh to redo it)" if others else "up to date, reused"
-            self.progress.note(f"{stage.name}: {reuse}")
-        start = time.monotonic()
-        yield
-        seconds = round(time.monotonic() - start, 2)
-        self.costs.append(StageCost(stage.name, seconds, peak_bytes(), reused))
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A stage that was begun with the inputs of a key, and its facts for later stages."""
-
-    key: str
-    is_done: bool = False
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    stamps: Stamps = field(default_factory=dict)  # of its outputs when it was finished
-    made_with: Mapping[str, str] = field(default_factory=dict)  # versions of libraries
-
-
-class StageMarks:
-    """The marks of one build, read once and written whole at each change."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._marks = _read_marks(path)
-
-    def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` was finished with these inputs."""
-        mark = self._marks.get(stage)
-        return mark is not None and mark.is_done and mark.key == key
-
-    def was_begun(self, stage: str, key: str) -> bool:
-        """Whether `stage` was begun with these inputs, so that it can be resumed."""
-        mark = self._marks.get(stage)
-        return mark is not None and mark.key == key
-
-    def begin(self, stage: str, key: str, undone: Sequence[str]) -> None:
-        """A stage begins; the stages in `undone` are no longer done."""
-        kept = {name: mark for name, mark in self._marks.items() if name not in undone}
-        self._write(kept | {stage: Mark(key)})
-
-    def finish(
-        self,
-        stage: str,
-        key: str,
-        facts: Mapping[str, Any],
-        kept: Stamps,
-        made_with: Mapping[str, str],
-    ) -> None:
-        """A stage is finished with these inputs; `facts` is plain JSON."""
-        self._write(self._marks | {stage: Mark(key, True, facts, kept, made_with)})
-
-    def void(self, stage: str) -> None:
-        """A stage's outputs are not what it left: it cannot be resumed either."""
-        self._write(self._marks | {stage: Mark(_NOTHING)})
-
-    def stamps(self, stage: str) -> Stamps:
-        """The stamps of a finished stage's outputs."""
-        return self._marks[stage].stamps
-
-    def made_with(self, stage: str) -> Mapping[str, str]:
-        """The versions of the libraries that made a finished stage."""
-        return self._marks[stage].made_with if stage in self._marks else {}
-
-    def facts(self, stage: str) -> Mapping[str, Any]:
-        """The facts of a finished stage."""
-        return self._marks[stage].facts
-
-    def _write(self, marks: dict[str, Mark]) -> None:
-        write_whole(self._path, json.dumps({name: asdict(mark) for name, mark in marks.items()}))
-        self._marks = marks
-
-
-def _read_marks(path: Path) -> dict[str, Mark]:
-    """The marks in a file; none if it is not there or damaged, so that stages are done again."""
-    if not path.is_file():
-        return {}
-    try:
-        return {name: _mark(**values) for name, values in read_json(path).items()}
-    except (CheckpointError, TypeError, ValueError, AttributeError):
-        return {}
-
-
-def _mark(
-    key: str,
-    is_done: bool,
-    facts: Mapping[str, Any],
-    stamps: Mapping[str, Sequence[int]],
-    made_with: Mapping[str, str],
-) -> Mark:
-    kept = {name: (int(n_bytes), int(ns)) for name, (n_bytes, ns) in stamps.items()}
-    return Mark(key, is_done, facts, kept, check_versions(made_with))

@@ -15,12 +15,14 @@ from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.building.seals import Seal, read_seals
+from reap2gguf.building.seals import Seal, read_seals, written_seals
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
+from reap2gguf.disk.hashing import Hashes
+from reap2gguf.exporting.gguf_export import export_bytes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import (
@@ -29,10 +31,11 @@ from reap2gguf.exporting.model_files import (
     export_side,
 )
 from reap2gguf.ggml import load_ggml
+from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
-from reap2gguf.observing.passes import compute_imatrix, observe
+from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
-from reap2gguf.pruning.write import write_pruned
+from reap2gguf.pruning.write import HELD_BYTES, write_pruned
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
@@ -169,10 +172,17 @@ class Prune(Stage[None]):
     def clear(self) -> None:
         remove(self.run.work.hf)
 
+    @property
+    def held_bytes(self) -> int:
+        return HELD_BYTES
+
     def compute(self) -> Mapping[str, Any]:
-        make_folder(self.run.work.hf)
-        write_pruned(self._pruned, self.run.work.hf, self.run.progress)
-        return {}
+        run, folder = self.run, self.run.work.hf
+        make_folder(folder)
+        threads = run.plan.options.compute.threads
+        with Hashes() as hashes:
+            write_pruned(self._pruned, folder, run.progress, n_threads=threads, hashes=hashes)
+            return {"written": written_seals(run.work.root, hashes)}
 
     def load(self) -> None:
         """Only verification reads its files."""
@@ -189,6 +199,12 @@ class Importance(Stage[Imatrix]):
         super().__init__(run)
         self._pruned = pruned
         self._texts = texts
+        self._growing: Imatrix | None = None  # while it is computed, and after
+
+    @property
+    def matrix(self) -> Imatrix:
+        """The matrix, each entry from when it is final: a stage beside this one may read it."""
+        return self.result if self._growing is None else self._growing
 
     @property
     def texts(self) -> Texts:
@@ -222,6 +238,8 @@ class Importance(Stage[Imatrix]):
         remove(self.run.work.gguf)
 
     def compute(self) -> Mapping[str, Any]:
+        entries = announced_entries(self._pruned, self._pruned.model)
+        self._growing = imatrix_of(entries, self._chunks)
         imatrix, report = compute_imatrix(
             self._pruned,
             self._pruned.model,
@@ -229,6 +247,8 @@ class Importance(Stage[Imatrix]):
             self.compute_options,
             self.run.progress,
             self._probe,
+            entries,
+            self.beside,
         )
         if not self.run.is_first:
             return {}
@@ -280,29 +300,49 @@ class Export(Stage[None]):
     def outputs(self) -> Sequence[Path]:
         return (*self.files, *self.sides)
 
+    @property
+    def held_bytes(self) -> int:
+        model = self._pruned.model
+        tensors = model.gguf_tensors(self._pruned.tensors)
+        types = [recipe.tensor_types() for recipe in self.files.values()]
+        return export_bytes(tensors, types, self.run.plan.options.compute.threads)
+
     def clear(self) -> None:
-        for file in self.run.work.gguf.iterdir():
+        folder = self.run.work.gguf
+        for file in folder.iterdir() if folder.is_dir() else ():
             if file.name not in (IMATRIX_FILE, IMATRIX_DAT_FILE):
                 remove(file)
 
     def compute(self) -> Mapping[str, Any]:
+        make_folder(self.run.work.gguf)
+        with Hashes() as hashes:
+            self._write(hashes)
+            # the files hold this matrix: they are not finished before it is
+            self.wait_for(self._importance)
+            entries = self._importance.matrix.entries
+            if isinstance(entries, GrowingEntries):
+                self.seconds_waited += entries.seconds_idle
+            return {"written": written_seals(self.run.work.root, hashes)}
+
+    def _write(self, hashes: Hashes) -> None:
         plan, progress = self.run.plan, self.run.progress
-        threads = plan.options.compute.threads
+        threads, model, names = plan.options.compute.threads, self._pruned.model, self.names()
+        for path, side in self.sides.items():  # needs no importance
+            journal = self._journal(f"export-{side.prefix}")
+            export_side(self._pruned, model, names, path, side, threads, progress, journal, hashes)
         export_model(
             self._pruned,
-            self._pruned.model,
-            self.names(),
+            model,
+            names,
             self.files,
-            WeightedBy(self._importance.result),
+            WeightedBy(self._importance.matrix),
             threads,
             progress,
             self._journal("export"),
+            hashes,
+            plan.options.compute.device,
+            plan.options.compute.check_quants.share,
         )
-        for path, side in self.sides.items():
-            journal = self._journal(f"export-{side.prefix}")
-            model, names = self._pruned.model, self.names()
-            export_side(self._pruned, model, names, path, side, threads, progress, journal)
-        return {}
 
     def names(self) -> HeaderNames:
         """What the headers say of the model."""

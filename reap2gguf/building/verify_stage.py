@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.view import PrunedView
 
 
+Found = tuple[list[str], list[str]]  # violations, and what was checked
+_COMPARING_BYTES = 2**23  # of each thread, while safetensors are compared or hashed
+
+
 @dataclass(frozen=True)
 class Verified:
     """What was checked, one line each, and the files as they were then."""
@@ -42,10 +46,14 @@ class Verify(Stage[Verified]):
 
     name = "verify"
 
-    def __init__(self, run: Run, pruned: PrunedView, export: Export) -> None:
+    def __init__(
+        self, run: Run, pruned: PrunedView, export: Export, prune: Prune | None = None
+    ) -> None:
+        """`prune` writes the safetensors, where the build has any."""
         super().__init__(run)
         self._pruned = pruned
         self._export = export
+        self._prune = prune
 
     def make_key(self) -> str:
         return stage_key("verify", VERIFY_FORMAT, self._export.key)
@@ -55,19 +63,41 @@ class Verify(Stage[Verified]):
         made = (self.run.work.hf,) if self.run.plan.writes_hf else ()
         return (*made, *self._export.outputs)
 
+    @property
+    def after(self) -> Sequence[Stage[Any]]:
+        return (self._export,) if self._prune is None else (self._prune,)
+
+    @property
+    def held_bytes(self) -> int:
+        return _COMPARING_BYTES * self.run.plan.options.compute.threads
+
     def compute(self) -> Mapping[str, Any]:
+        """The safetensors are checked while the GGUF files are still written."""
+        work, passed = self.run.work, list[str]()
+        seals: dict[str, Mapping[str, Any]] = {}
         for name in (CARD_FILE, MANIFEST_FILE):
-            remove(self.run.work.hf / name)  # of an interrupted record, made again after this
-        before = stamps(self.run.work.root, self.outputs)
-        violations, passed = self._check()
-        if violations:
-            raise VerificationError(
-                violations,
-                "run it again with --fresh; if the same tensors differ again, give them a type "
-                "with more bits in the recipe",
-            )
-        # of the bytes that were verified, or it is refused
-        return {"passed": passed, "seals": self.run.seal(self.outputs, before)}
+            remove(work.hf / name)  # of an interrupted record, made again after this
+        for outputs, check in self._parts:
+            before = stamps(work.root, outputs)
+            violations, lines = check()
+            if violations:
+                raise VerificationError(
+                    violations,
+                    "run it again with --fresh; if the same tensors differ again, give them a type "
+                    "with more bits in the recipe",
+                )
+            # of the bytes that were verified, or it is refused
+            seals |= self.run.seal(outputs, before)
+            passed += lines
+            self.wait_for(self._export)
+        return {"passed": passed, "seals": seals}
+
+    @property
+    def _parts(self) -> Sequence[tuple[Sequence[Path], Callable[[], Found]]]:
+        """Files, and how to check them, in the order in which they are written."""
+        hf = ((self.run.work.hf,), self._check_folder)
+        gguf = (self._export.outputs, self._check_files)
+        return (hf, gguf) if self.run.plan.writes_hf else (gguf,)
 
     def is_intact(self) -> bool:
         """Raises VerificationError for a file whose bytes are not those that were verified."""
@@ -84,16 +114,20 @@ class Verify(Stage[Verified]):
             "run the same command again: these files are written and verified again",
         )
 
-    def _check(self) -> tuple[list[str], list[str]]:
-        """What differs from the plan, and what was checked."""
+    def _check_folder(self) -> Found:
+        """What of the safetensors differs from the plan, and what was checked."""
+        folder, pruned = self.run.work.hf, self._pruned
+        violations = list(check_members(folder, written_names(pruned)))
+        threads = self.run.plan.options.compute.threads
+        violations += check_pruned(folder, pruned, self.run.progress, threads)
+        return violations, [passed_folder(len(pruned.tensors))]
+
+    def _check_files(self) -> Found:
+        """The same of the GGUF files."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
         threads, progress = run.plan.options.compute.threads, run.progress
         violations: list[str] = []
         passed: list[str] = []
-        if run.plan.writes_hf:
-            violations += check_members(run.work.hf, written_names(pruned))
-            violations += check_pruned(run.work.hf, pruned, progress)
-            passed.append(passed_folder(len(pruned.tensors)))
         exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
         for path, recipe in self._export.files.items():
             expected = self._export.expected(recipe)

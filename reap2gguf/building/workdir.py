@@ -46,6 +46,14 @@ _IDENTITY = "build.json"
 _FINALIZING = "finalizing.json"  # exists while folders get their final names
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the disk has space for, besides the build itself."""
+
+    keeps_states: bool = True  # to save the progress of a sweep between layers
+    overlaps: bool = True  # to write the GGUF files while a sweep runs
+
+
 @dataclass
 class Workdir:
     """The folders of one build, or of an addition to a finished one."""

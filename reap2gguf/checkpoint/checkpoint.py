@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ from reap2gguf.checkpoint.mistaken import ADAPTER_CONFIG, what_to_pass
 from reap2gguf.checkpoint.safetensors_header import FileTensor, parse_header, read_header
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.files import cached_blob, open_entry, read_entry
+from reap2gguf.files import cached_blob, expect_range, open_entry, read_entry
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
@@ -154,11 +154,8 @@ class Checkpoint(Weights):
         tensor = self.tensors[name]
         if self._hub is not None and self._hub.missing([tensor.path.name]):
             self._hub.expect([tensor.path])
-        elif hasattr(os, "posix_fadvise"):  # macOS does not have it
-            descriptor, position = self._descriptor(tensor.path), tensor.offset + first
-            # advice that a file system does not take costs speed and nothing else
-            with suppress(OSError):
-                os.posix_fadvise(descriptor, position, n_bytes, os.POSIX_FADV_WILLNEED)
+        else:
+            expect_range(self._descriptor(tensor.path), tensor.offset + first, n_bytes)
 
     def fingerprint(self) -> str:
         """A hash that differs between checkpoints: of config, sizes, and bytes of every tensor.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,12 @@ import numpy.typing as npt
 from reap2gguf.atomic import whole_file, write_whole
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.checkpoint.shard_writer import Contents, ShardPlan, write_shards
 from reap2gguf.files import is_own_file
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.disk.hashing import Hashes
 
 SHARD_METADATA = {"format": "pt"}  # transformers refuses a shard without it
 CHECKSUM = "sha256"  # the key in a file's metadata
@@ -26,9 +32,6 @@ _FROM_NUMPY = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-
-
-Contents = Callable[[StoredTensor], Iterable[memoryview]]
 
 
 def plan_shards(
@@ -56,23 +59,32 @@ def shard_names(count: int) -> list[str]:
 def write_checkpoint(
     folder: Path,
     tensors: Sequence[StoredTensor],
-    contents: Contents,
+    contents: Contents | Weights,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     wrote: Callable[[int], None] = lambda n_bytes: None,
+    n_threads: int = 1,
+    hashes: Hashes | None = None,
 ) -> None:
     """Write all shards and the index into `folder`; `contents` yields each tensor's bytes.
 
-    A shard that exists under its final name was finished by an interrupted call with the same
-    arguments, and is not written again. `wrote` is called with the bytes of every write. Memory:
-    what `contents` yields at a time. Raises OutputError if the disk refuses.
+    Where `contents` are weights, their tensors of the same names are copied, and the threads share
+    large tensors too. A shard that exists under its final name was finished by an interrupted call
+    with the same arguments, and is not written again. `wrote` is called with the bytes of every
+    write. With `hashes`, the shards are hashed while they are written. Memory: what `contents`
+    yields at a time to each thread, or 1 MiB. Raises OutputError if the disk refuses.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
+    plans = []
     for name, shard in zip(names, shards, strict=True):
-        if is_own_file(folder / name):
-            wrote(sum(tensor.n_bytes for tensor in shard))
-        else:
-            write_safetensors(folder / name, shard, contents, SHARD_METADATA, wrote)
+        path = folder / name
+        if not is_own_file(path):
+            plans.append(ShardPlan(path, header_bytes(shard, SHARD_METADATA), shard))
+            continue
+        wrote(sum(tensor.n_bytes for tensor in shard))
+        if hashes is not None:
+            hashes.read(path)
+    write_shards(plans, contents, wrote, n_threads, hashes)
     if len(shards) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
         write_whole(folder / INDEX_NAME, index_text(tensors, weight_map))

@@ -18,6 +18,7 @@ from reap2gguf.bundle.front_matter import PrunedFrom
 from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.exporting.general import General, general_values
+from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.models.description import HeaderValue
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
     from reap2gguf.tokenizer.form import PreTokenizers
-
-# no importance matrix changes their bytes
-UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "MXFP4")
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,19 @@ from reap2gguf.bundle.layout import IMATRIX_FILE
 from reap2gguf.errors import ArtifactError
 from reap2gguf.exporting.gguf_export import GgufOutput, export_gguf
 from reap2gguf.exporting.header_facts import (
-    UNWEIGHTED_TYPES,
     FileTypes,
     HeaderNames,
     general_of,
     model_facts,
     side_facts,
 )
-from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+from reap2gguf.quantizing.quantizer import SAMPLE
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.disk.hashing import Hashes
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
@@ -62,8 +63,14 @@ def export_model(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    hashes: Hashes | None = None,
+    device: str = "auto",
+    checked: float = SAMPLE,
 ) -> None:
     """Write one GGUF file for each recipe, all in one pass; with a journal, resume from it.
+
+    With `hashes`, they are hashed while they are written. `device` is auto, cpu or cuda: what
+    quantizes. `checked` is the share of what kernels quantize that libggml makes again.
 
     Raises what `export_gguf` raises, and ArtifactError if a file type needs an importance matrix
     that is not there.
@@ -81,7 +88,9 @@ def export_model(
         facts = model_facts(weights, model, names, types, imatrix, imatrix_file)
         outputs.append(GgufOutput(path, facts))
     tensors = model.gguf_tensors(weights.tensors)
-    export_gguf(weights, tensors, outputs, imatrix, n_threads, progress, journal)
+    export_gguf(
+        weights, tensors, outputs, imatrix, n_threads, progress, journal, hashes, device, checked
+    )
 
 
 def export_side(
@@ -93,13 +102,14 @@ def export_side(
     n_threads: int,
     progress: Progress,
     journal: ExportJournal | None = None,
+    hashes: Hashes | None = None,
 ) -> None:
     """Write a side file, such as a vision projector, in half precision.
 
     Raises what `export_gguf` raises.
     """
     outputs = [GgufOutput(path, side_facts(weights, model, names, side))]
-    export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal)
+    export_gguf(weights, side.tensors, outputs, None, n_threads, progress, journal, hashes)
 
 
 def _refuse_unweighted(recipes: Iterable[ResolvedRecipe], imatrix: Imatrix | None) -> None:

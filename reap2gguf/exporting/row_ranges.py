@@ -6,6 +6,8 @@ file, and quantizers run without the interpreter's lock, so that every thread wo
 range to the last. The kernel prefetches the bytes of the ranges to come, so that no thread waits
 for the disk.
 
+A batch of them is written at once: one range on a CPU, several neighbours on a GPU.
+
 Memory: a range is at most 16 MiB as float32, at most as much as it was stored, and its quantized
 form at most 16 MiB for each type. A matrix that is transformed is one range, whatever its size.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +25,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import ArtifactError, CheckpointError
-from reap2gguf.ggml import NEEDS_IMPORTANCE
-from reap2gguf.gguf_files.rows import expect_rows, read_rows, row_ranges, rows_per_matrix
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
+from reap2gguf.gguf_files.growing import entry_shape
+from reap2gguf.gguf_files.rows import (
+    expect_rows,
+    read_rows,
+    row_ranges,
+    rows_per_matrix,
+    stored_bytes,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -51,6 +60,14 @@ class RowRange:
         """The first row, counted from the tensor's first matrix."""
         return self.matrix * rows_per_matrix(self.tensor) + self.first
 
+    @property
+    def n_values(self) -> int:
+        """Weights of the range."""
+        return (self.last - self.first) * self.tensor.n_columns
+
+
+Batch = tuple[RowRange, ...]  # neighbours in one tensor
+
 
 @dataclass(frozen=True)
 class BlockMaker:
@@ -64,8 +81,12 @@ class BlockMaker:
         """The values (last - first, columns) that GGUF is to hold; CheckpointError for a NaN."""
         values = read_rows(self.weights, rows.tensor, rows.slab, rows.first, rows.last)
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{self._where(rows)} holds NaN or infinite values")
+            raise self.not_finite(rows)
         return values
+
+    def not_finite(self, rows: RowRange) -> CheckpointError:
+        """The error of a range that holds NaN."""
+        return CheckpointError(f"{self._where(rows)} holds NaN or infinite values")
 
     def quantize(
         self, rows: RowRange, values: Floats, tensor_type: GGMLQuantizationType
@@ -74,8 +95,9 @@ class BlockMaker:
 
         Raises CheckpointError for a value beyond the type's range.
         """
-        with self._named(rows):
-            return self.quantizer.quantize(values, tensor_type, self._importance(rows))
+        with self.named(rows):
+            importance = self.importance_of(rows, (tensor_type,))
+            return self.quantizer.quantize(values, tensor_type, importance)
 
     def check_precision(
         self,
@@ -85,15 +107,41 @@ class BlockMaker:
         data: npt.NDArray[np.uint8],
     ) -> None:
         """Raise CheckpointError if values are so small that the type loses them."""
-        with self._named(rows):
-            self.quantizer.check_precision(values, data, tensor_type, self._importance(rows))
+        with self.named(rows):
+            importance = self.importance_of(rows, (tensor_type,))
+            self.quantizer.check_precision(values, data, tensor_type, importance)
 
-    def _importance(self, rows: RowRange) -> Floats | None:
+    def make(
+        self, batch: Batch, types: Iterable[GGMLQuantizationType]
+    ) -> dict[GGMLQuantizationType, npt.NDArray[np.uint8]]:
+        """All rows of a batch as bytes (rows, bytes of a row) of each type.
+
+        Raises CheckpointError as the methods above do.
+        """
+        made: dict[GGMLQuantizationType, list[npt.NDArray[np.uint8]]] = {one: [] for one in types}
+        for rows in batch:
+            values = self.read(rows)
+            for tensor_type, parts in made.items():
+                data = self.quantize(rows, values, tensor_type)
+                self.check_precision(rows, values, tensor_type, data)
+                parts.append(data)
+        return {
+            one: parts[0] if len(parts) == 1 else np.concatenate(parts)
+            for one, parts in made.items()
+        }
+
+    def importance_of(self, rows: RowRange, types: Iterable[GGMLQuantizationType]) -> Floats | None:
+        """The importance (columns,) of a matrix for these types.
+
+        None if there is none, or if no type needs it: then nobody waits for it.
+        """
+        if all(one.name in UNWEIGHTED_TYPES for one in types):
+            return None
         entry = self.importance.get(rows.tensor.name)
         return entry.importance_of(rows.matrix, rows.tensor.n_columns) if entry else None
 
     @contextmanager
-    def _named(self, rows: RowRange) -> Iterator[None]:
+    def named(self, rows: RowRange) -> Iterator[None]:
         """Name the stored tensor in an error of the quantizer."""
         try:
             yield
@@ -114,23 +162,47 @@ def all_ranges(tensors: Sequence[GgufTensor]) -> Iterator[RowRange]:
                 yield RowRange(tensor, matrix, slab, first, last)
 
 
+def batches(
+    weights: Weights, tensors: Sequence[GgufTensor], most_bytes: int = 0
+) -> Iterator[Batch]:
+    """All ranges, as many together as lie in one tensor and have so many bytes as they are stored.
+
+    A range that has more, or that is not stored as it is, is a batch of its own.
+    """
+    batch: list[RowRange] = []
+    dtype, n_bytes = "", 0
+    for rows in all_ranges(tensors):
+        stored = stored_bytes(weights, rows.tensor, rows.slab, rows.first, rows.last)
+        count = most_bytes + 1 if stored is None else stored.count
+        name = "" if stored is None else stored.dtype
+        if batch and (
+            rows.tensor is not batch[0].tensor or name != dtype or n_bytes + count > most_bytes
+        ):
+            yield tuple(batch)
+            batch, n_bytes = [], 0
+        batch.append(rows)
+        dtype, n_bytes = name, n_bytes + count
+    if batch:
+        yield tuple(batch)
+
+
 def work_through(
-    work: Callable[[RowRange], None],
+    work: Callable[[Batch], None],
     weights: Weights,
-    ranges: Iterator[RowRange],
+    batches: Iterator[Batch],
     n_threads: int,
 ) -> None:
-    """Work on every range: a thread takes the next as soon as it is free, so none waits."""
+    """Work on every batch: a thread takes the next as soon as it is free, so none waits."""
     lock, failed = threading.Lock(), threading.Event()
-    ranges = _prefetched(weights, ranges, 2 * n_threads)
+    coming = _prefetched(weights, batches, 2 * n_threads)
 
-    def take() -> RowRange | None:
+    def take() -> Batch | None:
         with lock:
-            return None if failed.is_set() else next(ranges, None)
+            return None if failed.is_set() else next(coming, None)
 
     def work_on() -> None:
-        while (rows := take()) is not None:
-            work(rows)
+        while (batch := take()) is not None:
+            work(batch)
 
     with ThreadPoolExecutor(n_threads) as pool:
         try:
@@ -143,12 +215,13 @@ def work_through(
             raise
 
 
-def _prefetched(weights: Weights, ranges: Iterator[RowRange], count: int) -> Iterator[RowRange]:
-    """The same ranges, each being read from the disk while the `count` before it are taken."""
-    coming: deque[RowRange] = deque()
-    for rows in ranges:
-        expect_rows(weights, rows.tensor, rows.slab, rows.first, rows.last)
-        coming.append(rows)
+def _prefetched(weights: Weights, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The same batches, each being read from the disk while the `count` before it are taken."""
+    coming: deque[Batch] = deque()
+    for batch in batches:
+        for rows in batch:
+            expect_rows(weights, rows.tensor, rows.slab, rows.first, rows.last)
+        coming.append(batch)
         if len(coming) > count:
             yield coming.popleft()
     yield from coming
@@ -170,11 +243,12 @@ def check_imatrix(
             "another model"
         )
     for tensor in tensors:
-        if entry := entries.get(tensor.name):
+        if tensor.name in entries:
+            rows, columns = entry_shape(entries, tensor.name)
             size = tensor.n_matrices * tensor.n_columns
-            if entry.sums.size != size or entry.sums.shape[1] % tensor.n_columns:
+            if rows * columns != size or columns % tensor.n_columns:
                 raise ArtifactError(
-                    f"imatrix: {tensor.name} has {entry.sums.size} values, expected "
+                    f"imatrix: {tensor.name} has {rows * columns} values, expected "
                     f"{tensor.n_matrices} x {tensor.n_columns}; it is of another model, such as "
                     "the one before pruning"
                 )

@@ -12,7 +12,7 @@ entry, of which there are at most 2^16, plus what the header of a GGUF file take
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,9 +66,13 @@ class ImatrixEntry:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """All entries by GGUF tensor name, and the text they were computed on."""
+    """All entries by GGUF tensor name, and the text they were computed on.
 
-    entries: dict[str, ImatrixEntry]
+    While a matrix is being computed, its entries are `growing.GrowingEntries`: one that is read
+    before it is final is waited for.
+    """
+
+    entries: Mapping[str, ImatrixEntry]
     dataset: str
     n_chunks: int
     chunk_size: int

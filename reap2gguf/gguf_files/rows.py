@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, Slab
 
 MAX_VALUES = 2**22  # in a range of rows: 16 MiB as float32
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes [first, first + count) of a stored tensor, which are values of `dtype`."""
+
+    name: str
+    dtype: str
+    first: int
+    count: int
 
 
 def rows_per_matrix(tensor: GgufTensor) -> int:
@@ -44,6 +56,27 @@ def read_rows(
     if slab.step > 1:
         return np.ascontiguousarray(values[:: slab.step])
     return values.reshape(1, -1) if len(tensor.shape) == 1 else values
+
+
+def stored_bytes(
+    weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int
+) -> StoredBytes | None:
+    """Where rows [first, last) lie side by side, as GGUF is to hold them.
+
+    None if they do not, or are no floats: then `read_rows` makes them of what is stored.
+    """
+    stored = weights.tensors.get(slab.stored)
+    if stored is None or tensor.transform is not None or slab.transposed or slab.step > 1:
+        return None
+    shape = stored.shape if slab.index is None else stored.shape[1:]
+    if stored.dtype not in _FLOATS or len(shape) != 2 or shape[1] != tensor.n_columns:
+        return None
+    begin, end = _stored_rows(tensor, slab, first, last)
+    if len(tensor.shape) == 1 or end is None:
+        return None
+    row = (slab.index or 0) * shape[0] + begin
+    width = shape[1] * stored.item_bytes
+    return StoredBytes(slab.stored, stored.dtype, row * width, (end - begin) * width)
 
 
 def expect_rows(weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int) -> None:

@@ -80,10 +80,27 @@ def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
     return groups
 
 
-def padded_batches(rows: Sequence[Row], max_tokens: int, observed: bool) -> list[Batch]:
-    """Batches of `rows`; none has its positions in a spool yet."""
+def dealt(rows: Iterable[Row], max_tokens: int, n_shares: int) -> list[list[list[Row]]]:
+    """The groups of each of `n_shares` processes, which get nearly the same number of positions.
+
+    Whole groups are dealt while there are many of them, the rows of the last ones one by one.
+    """
+    groups = group(rows, max_tokens)
+    n_whole = max(0, len(groups) // n_shares - 1) * n_shares
+    shares = [groups[number:n_whole:n_shares] for number in range(n_shares)]
+    sizes = [sum(len(chosen) * len(chosen[0]) for chosen in share) for share in shares]
+    last: list[list[Row]] = [[] for _ in shares]
+    for row in (row for chosen in groups[n_whole:] for row in chosen):
+        least = sizes.index(min(sizes))
+        last[least].append(row)
+        sizes[least] += len(row)
+    return [share + group(own, max_tokens) for share, own in zip(shares, last, strict=True)]
+
+
+def padded_batches(groups: Iterable[Sequence[Row]], observed: bool) -> list[Batch]:
+    """A batch of each group of rows; none has its positions in a spool yet."""
     batches: list[Batch] = []
-    for chosen in group(rows, max_tokens):
+    for chosen in groups:
         lengths = torch.tensor([len(row) for row in chosen])
         tokens = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
         for index, row in enumerate(chosen):

@@ -8,7 +8,7 @@ Nothing here loads torch: `plan` estimates memory with the same numbers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
@@ -178,6 +178,28 @@ def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
                 # a batch holds at least one row
                 return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, prefetch)
     raise _too_little(need, memory, min(_least_bytes(need, *way) for way in ways))
+
+
+def fits_beside(
+    n_bytes: int, budget: Budget, need: Need, device_type: str, memory: Memory, spool: str
+) -> bool:
+    """Whether other work may take `n_bytes` of RAM while a sweep runs that has a budget.
+
+    It may if the sweep's budget would be the same without them: so the work beside a sweep changes
+    neither its batches nor its sums, and both together keep the limit.
+    """
+    host = memory.host - n_bytes
+    left = replace(memory, host=host)
+    if device_type == "cpu":
+        allowed = None if memory.allowed is None else memory.allowed - n_bytes
+        left = replace(left, free=memory.free - n_bytes, allowed=allowed)
+    on_host = need.n_positions * need.hidden if budget.spool == "host" else 0
+    if device_type == "cuda" and host < on_host + HOST_BYTES:
+        return False
+    try:
+        return fit(need, device_type, left, spool) == budget
+    except UsageError:
+        return False
 
 
 def held_bytes(need: Need, budget: Budget) -> int:

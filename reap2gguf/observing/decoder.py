@@ -20,14 +20,16 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.transformers_config import transformers_config
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
-from reap2gguf.observing.compute.kernels import fuse_norms, has_triton
+from reap2gguf.observing.compute.fused import Shapes, fuse
+from reap2gguf.observing.compute.kernels import has_triton
 from reap2gguf.observing.loader import Target, WeightLoader, target_bytes
 from reap2gguf.observing.mtp import MtpBlock, next_tokens
-from reap2gguf.observing.targets import layer_targets, whole
+from reap2gguf.observing.targets import layer_targets, names_by_layer, whole
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.observing.compute.ranks import HostPeers
 
 _READERS = {"cpu": 2, "cuda": 8}
 _HEAD_TOKENS = 256  # 250 MB of float32 logits at a vocabulary of a quarter million
@@ -64,6 +66,7 @@ class StreamedDecoder:
         dtype: torch.dtype,
         device: torch.device,
         n_threads: int = 1,
+        peers: HostPeers | None = None,
     ) -> None:
         self._weights = weights
         self.model = model
@@ -83,10 +86,14 @@ class StreamedDecoder:
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
         # before anything is computed, because it sets the number of torch's threads
         self._crew = Crew(n_threads) if device.type == "cpu" else None
-        self.loader = WeightLoader(weights, device, _READERS[device.type])
+        self.loader = WeightLoader(weights, device, _READERS[device.type], peers)
+        self._names = names_by_layer(weights.tensors, model)
+        self._found_targets: dict[int, dict[str, Target]] = {}
+        self._shapes = Shapes()
         if has_triton(device):
+            self._shapes.prepare(device, dtype, getattr(self._base.config, "head_dim", None))
             for layer in (*self._layers, self._base.norm):
-                fuse_norms(layer)
+                fuse(layer, self._shapes)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +117,7 @@ class StreamedDecoder:
 
     def load_embedding(self) -> None:
         """Read the token embedding."""
-        weight = self._read(self.model.embedding_name)
+        weight = self._read(self.model.embedding_name, shared=True)
         self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
 
     def drop_embedding(self) -> None:
@@ -124,7 +131,8 @@ class StreamedDecoder:
         return self._record(tokens.to(self._device))
 
     def record(self, tokens: Tensor) -> None:
-        """Record what layers are called with, besides hidden states, for tokens (B, T)."""
+        """Record what layers are called with, besides hidden states, for a batch (B, T)."""
+        self._shapes.count(tokens)
         if tokens.shape[1] not in self._arguments:
             # these arguments depend only on the length of the rows, and those of one row
             # broadcast over any batch
@@ -151,7 +159,11 @@ class StreamedDecoder:
     def ask_layer(self, index: int) -> None:
         """Begin to read the weights of layer `index`, if there is one."""
         if index < len(self._layers):
-            self.loader.ask(f"layer {index}", self._targets(index))
+            self.loader.ask(f"layer {index}", self._targets(index), shared=True)
+
+    def complete_layer(self, index: int) -> None:
+        """Wait until layer `index`, if it was asked for, is read; a GPU computes meanwhile."""
+        self.loader.complete(f"layer {index}")
 
     def fetch_layer(self, index: int) -> None:
         """Begin to download what a layer needs, if it is still on the Hub."""
@@ -282,12 +294,18 @@ class StreamedDecoder:
 
         A CPU keeps experts as they are stored and widens them one at a time.
         """
+        if index not in self._found_targets:
+            self._found_targets[index] = self._find_targets(index)
+        return self._found_targets[index]
+
+    def _find_targets(self, index: int) -> dict[str, Target]:
         widen = self._device.type != "cpu"
         dtypes = {name: value.dtype for name, value in self._layers[index].state_dict().items()}
-        return layer_targets(self._weights, self.model, index, self._dtype, widen, dtypes)
+        names = self._names[index]
+        return layer_targets(self._weights, self.model, index, self._dtype, widen, dtypes, names)
 
-    def _read(self, name: str) -> Tensor:
-        self.loader.ask(name, {name: whole(self._weights, name, self._dtype)})
+    def _read(self, name: str, shared: bool = False) -> Tensor:
+        self.loader.ask(name, {name: whole(self._weights, name, self._dtype)}, shared)
         return self.loader.take(name)[name]
 
     def why_not_finite(self, index: int) -> str:

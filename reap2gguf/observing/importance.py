@@ -7,8 +7,9 @@ multiplied, and the output matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +32,16 @@ MatrixNames = tuple[str, ...]  # GGUF matrices that share an input
 class ImportanceObserver(LayerObserver):
     """Sums of squares per matrix of one layer at a time, in float64; finished ones in float32."""
 
-    def __init__(self, model: MoeModel) -> None:
+    wants_squares = True
+
+    def __init__(
+        self, model: MoeModel, publish: Callable[[ImatrixEntry], None] | None = None
+    ) -> None:
+        """`publish` gets each entry when it is final."""
         super().__init__(model)
         self.entries: dict[str, ImatrixEntry] = {}
+        self._publish = publish
+        self._has_begun = False
         self._sums: dict[MatrixNames, Tensor] = {}  # (1 or E, columns) float64
         self._counts: dict[MatrixNames, Tensor] = {}  # (1 or E,) int64
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -45,8 +53,10 @@ class ImportanceObserver(LayerObserver):
 
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Start a layer: hook into its matrices and experts, with sums of zero."""
-        self._sums.clear()
-        self._counts.clear()
+        if not self._has_begun:  # a sweep that resumes from here has restored those before
+            self._publish_all(names for layer in range(index) for names in self._names(layer))
+        self._has_begun = True
+        self._sums, self._counts = {}, {}
         for path, names in self._model.matrices(index).items():
             module: Any = layer.get_submodule(path)
             self._begin(names, 1, module.weight.shape[-1])
@@ -79,34 +89,54 @@ class ImportanceObserver(LayerObserver):
     def see(self, pairs: RoutedPairs) -> None:
         """Sums (E, H) for gate and up, (E, F) for down."""
         experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
-        for names, values in (
-            (self._by_inputs, pairs.inputs),
-            (self._by_activations, pairs.activations),
+        for names, values, squares in (
+            (self._by_inputs, pairs.inputs, pairs.input_squares),
+            (self._by_activations, pairs.activations, pairs.activation_squares),
         ):
-            self._add(self._sums[names][experts], square_sums(values, pairs.ends))
+            if squares is None:
+                assert values is not None
+                squares = square_sums(values, pairs.ends)
+            self._add(self._sums[names][experts], squares)
             self._add(self._counts[names][experts], pairs.counts)
 
     def sums(self) -> Iterable[Tensor]:
         return (*self._sums.values(), *self._counts.values())
 
-    def finish(self, index: int) -> None:
-        """End a layer: remove the hooks, and keep its sums as float32, the type of the files."""
+    def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for names, sums in self._sums.items():
+
+    def _names(self, index: int) -> list[MatrixNames]:
+        """The matrices of a layer, in the order of their sums."""
+        names = list(self._model.matrices(index).values())
+        if index in self._model.facts.moe_layers:
+            names += self._model.expert_matrices(index)
+        return names
+
+    def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
+        """Keep a layer's sums as float32, the type of the files."""
+        all_names = self._names(index)
+        n_names = len(all_names)
+        for names, exact, count in zip(all_names, sums[:n_names], sums[n_names:], strict=True):
             with np.errstate(over="ignore"):  # it is looked for in the next line
-                values = sums.cpu().numpy().astype(np.float32)
+                values = exact.numpy().astype(np.float32)
             if not np.isfinite(values).all():
                 raise ObservationError(
                     f"layer {index}: the squares of what {names[0]} multiplies overflow float32; "
                     "weights of this layer or the one before are damaged or far too large"
                 )
-            counts = self._counts[names].cpu().numpy()
+            counts = count.numpy()
             for name in names:
                 order = self._model.column_order(name)
                 ordered = values if order is None else values[:, order]
                 self.entries[name] = ImatrixEntry(name, ordered, counts)
+        self._publish_all(all_names)
+
+    def _publish_all(self, matrices: Iterable[MatrixNames]) -> None:
+        if self._publish is not None:
+            for name in chain.from_iterable(matrices):
+                self._publish(self.entries[name])
 
     def finished_sums(self) -> Arrays:
         sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}

@@ -9,7 +9,7 @@ memory come before the batch is committed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,7 @@ class LayerObserver(ABC):
     """Watches one layer at a time."""
 
     wants_norms = False
+    wants_squares = False
 
     def __init__(self, model: MoeModel) -> None:
         self._model = model
@@ -60,13 +61,19 @@ class LayerObserver(ABC):
     def see(self, pairs: RoutedPairs) -> None:
         """Take in the routed pairs of some experts in one batch."""
 
+    def detach(self) -> None:  # noqa: B027, nothing to do where nothing is hooked
+        """End a layer: take out what `attach` put into it."""
+
     @abstractmethod
-    def finish(self, index: int) -> None:
-        """End a layer and keep its sums."""
+    def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
+        """Keep the sums of a layer that has ended, of all processes, on the host.
+
+        They are in the order of `sums` and `peaks`. Meanwhile the next layer may be attached.
+        """
 
     @abstractmethod
     def sums(self) -> Iterable[Tensor]:
-        """The layer's sums so far; those of several processes are added."""
+        """The layer's sums so far, float64 or int64; those of several processes are added."""
 
     @abstractmethod
     def finished_sums(self) -> Arrays:

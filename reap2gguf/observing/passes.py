@@ -5,12 +5,14 @@ torch and transformers are loaded inside, so that planning and refusing are quic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
-from reap2gguf.gguf_files.imatrix import Imatrix
+from reap2gguf.gguf_files.growing import GrowingEntries
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.observing.probe import mtp_probe
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.observing.sweep import SweepReport
+    from reap2gguf.observing.sweep_plan import HasRoom
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
 
@@ -70,31 +73,48 @@ def compute_imatrix(
     compute: ComputeOptions,
     progress: Progress,
     probe: Sequence[Row] = (),
+    entries: GrowingEntries | None = None,
+    beside: Callable[[HasRoom], None] = lambda has_room: None,
 ) -> tuple[Imatrix, SweepReport]:
     """Sum the squares of what each matrix of a model multiplies.
 
     On the rows of `probe`, which are not observed, the MTP block's predictions are counted.
-    Raises what `observe` raises.
+    `entries` gets each entry when it is final, for those who wait for it; if the sweep fails, they
+    are stopped. `beside` is `sweep`'s. Raises what `observe` raises.
     """
     from reap2gguf.observing.importance import ImportanceObserver
     from reap2gguf.observing.sweep import sweep
 
     progress.note(f"imatrix: {chunks.summary}")
-    observer = ImportanceObserver(model)
-    report = sweep(
-        weights,
-        model,
-        chunks.chunks,
-        observer,
-        compute,
-        "Importance matrix",
-        progress,
-        probe,
-    )
-    imatrix = Imatrix(observer.entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
+    observer = ImportanceObserver(model, None if entries is None else entries.publish)
+    with nullcontext() if entries is None else entries.filled():
+        report = sweep(
+            weights,
+            model,
+            chunks.chunks,
+            observer,
+            compute,
+            "Importance matrix",
+            progress,
+            probe,
+            beside,
+        )
+    imatrix = imatrix_of(observer.entries, chunks)
     if unseen := imatrix.unseen_experts():
         progress.note(f"imatrix: {_unweighted(imatrix, unseen)}")
     return imatrix, report
+
+
+def announced_entries(weights: Weights, model: MoeModel) -> GrowingEntries:
+    """The entries that `compute_imatrix` will fill, by the headers of the weights alone."""
+    names = model.weighted_matrices()
+    tensors = model.gguf_tensors(weights.tensors)
+    return GrowingEntries({t.name: (t.n_matrices, t.n_columns) for t in tensors if t.name in names})
+
+
+def imatrix_of(entries: Mapping[str, ImatrixEntry], chunks: ImatrixChunks) -> Imatrix:
+    """An importance matrix that is computed on some chunks."""
+    return Imatrix(entries, chunks.label, len(chunks.chunks), chunks.chunk_size)
 
 
 def _unweighted(imatrix: Imatrix, unseen: Mapping[str, int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,17 +71,17 @@ class SaliencyObserver(LayerObserver):
     def peaks(self) -> Iterable[Tensor]:
         return (self._peaks,)
 
-    def finish(self, index: int) -> None:
+    def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
         if index not in self._model.facts.moe_layers:
             return
-        columns = self._sums.cpu().T.numpy()
-        reap, gate, norm = (np.ascontiguousarray(column) for column in columns)
+        counts, columns = sums
+        reap, gate, norm = (np.ascontiguousarray(column) for column in columns.T.numpy())
         seen = LayerObservation(
-            count=self._counts.cpu().numpy(),
+            count=counts.numpy(),
             reap_sum=reap,
             gate_sum=gate,
             norm_sum=norm,
-            norm_max=self._peaks.cpu().numpy(),
+            norm_max=peaks[0].numpy(),
         )
         _check_finite(index, seen)
         self.layers[index] = seen

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from reap2gguf.atomic import reserve
 from reap2gguf.errors import OutputError, UsageError
+from reap2gguf.observing.compute.kernels import copy_if
 
 Span = tuple[int, int]  # of positions: the first, and the one after the last
 
@@ -41,6 +42,10 @@ class Spool(ABC):
     @abstractmethod
     def store(self, span: Span, hidden: Tensor) -> None:
         """Replace the hidden states of a span by `hidden` (n, H)."""
+
+    def replace(self, span: Span, wanted: Tensor, output: Tensor, hidden: Tensor) -> None:
+        """Store `output` if the flag `wanted` is true, else the span's old content `hidden`."""
+        self.store(span, torch.where(wanted, output, hidden))
 
     def flush(self) -> None:  # noqa: B027, nothing to do where nothing moves
         """Wait until everything stored can be loaded again: between two layers."""
@@ -63,6 +68,12 @@ class DeviceSpool(Spool):
 
     def store(self, span: Span, hidden: Tensor) -> None:
         self._held[span[0] : span[1]].copy_(hidden)
+
+    def replace(self, span: Span, wanted: Tensor, output: Tensor, hidden: Tensor) -> None:
+        if output.is_cuda:
+            copy_if(wanted, output, self._held[span[0] : span[1]])
+        else:
+            super().replace(span, wanted, output, hidden)
 
 
 class PinnedSpool(Spool):

@@ -89,6 +89,12 @@ class StateKeeper:
 
         `width`: hidden size. The observer takes over the sums of the finished layers.
         """
+        if self._path is not None and not self._is_seen_by_all(self._path.parent):
+            self._note(
+                f"not every process sees {self._path.parent}, so the progress between layers is "
+                "not saved; an interrupted pass starts again"
+            )
+            self._path = None
         state = self._read(width, dtype)
         layer = state.layer if state else 0
         first, last = self._ranks.least(layer), -self._ranks.least(-layer)
@@ -96,6 +102,10 @@ class StateKeeper:
             state.close()
             state = None
         return state
+
+    def _is_seen_by_all(self, folder: Path) -> bool:
+        """Whether the folder is there for processes on other machines too."""
+        return self._ranks.size == 1 or bool(self._ranks.least(int(folder.is_dir())))
 
     def _read(self, width: int, dtype: torch.dtype) -> SweepState | None:
         if self._path is None:
@@ -128,15 +138,16 @@ class StateKeeper:
             )
             return None
 
-    def save(self, layer: int, batches: Sequence[Batch], spool: Spool) -> None:
-        """Save the sweep as it is before `layer`, if that takes little enough time."""
-        n_positions = sum(batch.tokens.numel() for batch in batches)
-        n_bytes = n_positions * spool.shape[1] * spool.dtype.itemsize
-        cost = self._cost or save_seconds(n_bytes)
+    def is_due(self, batches: Sequence[Batch], spool: Spool) -> bool:
+        """Whether saving takes little of the time since the last save, for all processes."""
+        cost = self._cost or save_seconds(_hidden_bytes(batches, spool))
         is_due = time.monotonic() - self._saved_at >= cost / MOST_OF_TIME
-        if not self._ranks.least(int(is_due and self._path is not None)):
-            return
+        return bool(self._ranks.least(int(is_due and self._path is not None)))
+
+    def save(self, layer: int, batches: Sequence[Batch], spool: Spool) -> None:
+        """Save the sweep as it is before `layer`, if the disk has room for it."""
         assert self._path is not None
+        n_bytes = _hidden_bytes(batches, spool)
         with output_errors(self._path):
             free = shutil.disk_usage(self._path.parent).free
         if not self._ranks.least(int(free > 1.1 * n_bytes * self._ranks.size)):
@@ -152,6 +163,11 @@ class StateKeeper:
         _write(self._path, batches, spool, self._observer.finished_sums(), metadata)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - begun
+
+
+def _hidden_bytes(batches: Sequence[Batch], spool: Spool) -> int:
+    n_positions = sum(batch.tokens.numel() for batch in batches)
+    return n_positions * spool.shape[1] * spool.dtype.itemsize
 
 
 def _write(

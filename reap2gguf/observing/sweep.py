@@ -1,8 +1,9 @@
 """One sweep over a model: every row through every layer, one layer in memory at a time.
 
-While a layer computes, the weights of the next one are read. Between layers the hidden states of
-all rows wait in a spool. The host waits for the device once per layer, to learn which rows are
-finite. An MTP block runs as one more layer, on the positions that have a next token.
+While a layer computes, the weights of the next one are read, and the sums of the one before come
+from the GPU. Between layers the hidden states of all rows wait in a spool. The host waits for the
+device once per layer, to learn which rows are finite. An MTP block runs as one more layer, on the
+positions that have a next token.
 
 Memory: the embedding or two decoder layers, the activations of one batch, and the spool, which is
 tokens x H x 2 or 4 bytes. `ComputeOptions.memory` limits the sum (`budget.py`).
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -27,13 +28,14 @@ from torch import Tensor
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.observing.batches import Batch, assign_spans
-from reap2gguf.observing.compute.kernels import has_triton
-from reap2gguf.observing.compute.ranks import connect_on, join
+from reap2gguf.observing.compute.kernels import finite_rows, has_triton
+from reap2gguf.observing.compute.ranks import connect_on, host_peers, join
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.mtp import count_hits
 from reap2gguf.observing.spool import Spool, open_spool
 from reap2gguf.observing.state import StateKeeper, SweepState
 from reap2gguf.observing.sweep_plan import (
+    HasRoom,
     SweepContext,
     SweepPlan,
     limit_gpu_memory,
@@ -41,6 +43,7 @@ from reap2gguf.observing.sweep_plan import (
     plan_sweep,
     resolve_device,
 )
+from reap2gguf.observing.totals import Totals
 from reap2gguf.observing.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -77,9 +80,12 @@ def sweep(
     title: str,
     progress: Progress,
     probe: Sequence[Row] = (),
+    beside: Callable[[HasRoom], None] = lambda has_room: None,
 ) -> SweepReport:
     """Run all rows through the layers that `observer` wants to see.
 
+    `beside` is called once, when the memory is divided, with a function that says whether other
+    work in this process may take some bytes of RAM from now on: those that the sweep leaves.
     Raises ObservationError if more than 1 % of the rows are not finite, UsageError if the memory
     is too little, OutputError if the disk has no room for the spool, PeerError if another process
     ended.
@@ -93,10 +99,12 @@ def sweep(
     connect_on(ranks, device)
     limit_gpu_memory(device, options.memory)
     observer.use(device)
-    decoder = StreamedDecoder(weights, model, dtype, device, n_threads)
+    peers = host_peers(ranks, device)
+    decoder = StreamedDecoder(weights, model, dtype, device, n_threads, peers)
     context = SweepContext(decoder, observer, ranks, progress)
     with _gpu_errors(), closing(decoder):
         plan = plan_sweep(context, rows, probe, options)
+        beside(plan.has_room)
         with _started(context, plan, options) as run:
             run.all_layers(title)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)
@@ -176,9 +184,13 @@ class Sweep:
         self.batches = plan.batches  # of the rows that are still finite
         # What a token of a batch adds to the progress in one layer. Tokens of the text are counted
         # once: when they have been through every layer, and not again in the rows of the probe.
+        # The first process reports for all, which have as many tokens each as rows allow.
         n_tokens = sum(batch.n_tokens for batch in self.batches)
-        n_observed = sum(batch.n_tokens for batch in self.batches if batch.observed)
-        self._share = n_observed / max(n_tokens, 1) / self.n_layers
+        observed = [sum(batch.n_tokens for batch in self.batches if batch.observed)]
+        self.n_observed = self.ranks.total(observed)[0]
+        self._share = self.n_observed / max(n_tokens, 1) / self.n_layers
+        self._coming: tuple[int, Totals] | None = None  # the sums of a layer that has ended
+        self._has_begun = False
         self.prefetches = plan.budget.prefetch  # until the GPU's memory turns out too small
 
     def fill_spool(self, state: SweepState | None) -> None:
@@ -212,19 +224,21 @@ class Sweep:
         try:
             self.decoder.ask_layer(index)
         except torch.OutOfMemoryError:
+            if self.ranks.size > 1:
+                raise  # the others wait for this process's part of the layer
             self.prefetches = False
             self.progress.note("not enough GPU memory to prefetch weights")
 
     def all_layers(self, title: str) -> None:
         """Move every batch through all remaining layers, and report the progress."""
-        n_tokens = sum(batch.n_tokens for batch in self.batches if batch.observed)
         first = self.plan.first_layer
         self._compile_kernels(range(first, self.n_layers))
-        with self.progress.task(title, n_tokens, "tokens") as task:
-            task.advance(first * n_tokens / self.n_layers)
+        with self.progress.task(title, self.n_observed, "tokens") as task:
+            task.advance(first * self.n_observed / self.n_layers)
             for index in range(first, self.n_layers):
                 task.at(f"layer {index + 1}/{self.n_layers}")
                 self.layer(index, task)
+            self._collect()
 
     def _compile_kernels(self, layers: range) -> None:
         """Compile what a GPU runs, while the first layer is read, if there is memory for two."""
@@ -232,28 +246,61 @@ class Sweep:
             warm_up(self.decoder, self.observer, layers, self.batches, self.progress)
 
     def layer(self, index: int, task: Task) -> None:
-        """Move every batch through a layer."""
+        """Move every batch through a layer.
+
+        On a GPU its sums are kept while the next layer computes.
+        """
         layer = self.decoder.load_layer(index)
-        if index + 1 < self.n_layers:
-            self.decoder.fetch_layer(index + 1)
-            self._prefetch(index + 1)
+        self._has_begun = False  # to read the next layer
+        on_gpu = self.decoder.device.type == "cuda"
+        if not on_gpu:
+            self._begin_next(index)
         self.observer.attach(index, layer)
         if index == self.decoder.mtp_layer:
             self.decoder.load_ends()
         flags = self._all_batches(index, task)
+        self.decoder.complete_layer(index + 1)
+        self._collect()
+        is_last = index + 1 == self.n_layers
+        saves = not is_last and self.keeper.is_due(self.batches, self.spool)
         self.spool.flush()
         # the only time that the host waits for the device; a process may have no batch at all
         finite = torch.cat(flags).cpu() if flags else torch.ones(0, dtype=torch.bool)
         if not bool(finite.all()):
             self._without_bad_rows(index, finite)
-        self._check_losses(index)
-        self.ranks.sum_tensors(self.observer.sums())
-        self.ranks.max_tensors(self.observer.peaks())
-        self.observer.finish(index)
+        self.observer.detach()
+        n_left = sum(len(batch.lengths) for batch in self.batches)
+        losses = (self.plan.n_rows, self.plan.n_rows - n_left)
+        observer = self.observer
+        totals = Totals(self.ranks, self.decoder.device, observer.sums(), observer.peaks(), losses)
+        self._coming = (index, totals)
+        if not on_gpu or saves:
+            self._collect()
         if index != self.decoder.mtp_layer:
             self.decoder.drop_layer(index)
-        if index + 1 < self.n_layers:
+        if saves:
             self.keeper.save(index + 1, self.batches, self.spool)
+
+    def _begin_next(self, index: int) -> None:
+        """Begin to read the layer after `index`."""
+        if index + 1 < self.n_layers and not self._has_begun:
+            self._has_begun = True
+            self.decoder.fetch_layer(index + 1)
+            self._prefetch(index + 1)
+
+    def _collect(self) -> None:
+        """Keep the sums of the layer that has ended, if they are not kept yet."""
+        if self._coming is None:
+            return
+        index, totals = self._coming
+        self._coming = None
+        sums, peaks, (n_rows, lost) = totals.collect()
+        if lost > MAX_BAD_ROWS * n_rows:
+            raise ObservationError(
+                f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
+                f"{MAX_BAD_ROWS:.0%}; {self.decoder.why_not_finite(index)}"
+            )
+        self.observer.finish(index, sums, peaks)
 
     def _all_batches(self, index: int, task: Task) -> list[Tensor]:
         """Per batch, which rows (B,) came out finite. A batch that does not fit is halved."""
@@ -268,7 +315,10 @@ class Sweep:
                 waiting.extendleft(reversed(self._halved(batch, error)))
                 continue
             done.append(batch)
+            # after the first batch, so that a GPU has something to do meanwhile
+            self._begin_next(index)
             task.advance(batch.n_tokens * self._share)
+        self._begin_next(index)  # a process may have no batch
         self.batches = done
         return flags
 
@@ -286,15 +336,13 @@ class Sweep:
             output = self.decoder.run_mtp(hidden.view(shape), batch.tokens)
         else:
             output = self.decoder.run_layer(index, hidden.view(shape))
-        finite = torch.isfinite(output).all(-1)  # (B, T)
+        finite = finite_rows(output)  # (B, T)
         if real is not None:
             finite |= ~real.mask.view_as(finite)
         rows = finite.all(-1)
         good = rows.all()
-        kept = torch.where(good, output.flatten(0, 1), hidden)
-        del output
         self.observer.settle(good & batch.observed)
-        self.spool.store(batch.span, kept)
+        self.spool.replace(batch.span, good, output.flatten(0, 1), hidden)
         self.observer.commit()
         return rows
 
@@ -328,15 +376,6 @@ class Sweep:
             f"not enough GPU memory for a batch of {n_tokens:,} tokens; splitting it in half"
         )
         return batch.halves()
-
-    def _check_losses(self, index: int) -> None:
-        n_left = sum(len(batch.lengths) for batch in self.batches)
-        n_rows, lost = self.ranks.total([self.plan.n_rows, self.plan.n_rows - n_left])
-        if lost > MAX_BAD_ROWS * n_rows:
-            raise ObservationError(
-                f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
-                f"{MAX_BAD_ROWS:.0%}; {self.decoder.why_not_finite(index)}"
-            )
 
     def count_mtp_hits(self) -> tuple[int, int]:
         """How many next-next tokens of the probe the MTP block predicted, and of how many."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_bytes, resident_bytes
-from reap2gguf.observing.batches import Batch, padded_batches
+from reap2gguf.observing.batches import Batch, dealt, group, padded_batches
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
     Budget,
@@ -19,6 +19,7 @@ from reap2gguf.observing.budget import (
     Need,
     cpu_memory,
     fit,
+    fits_beside,
     gpu_memory,
     size_text,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
 
+HasRoom = Callable[[int], bool]  # whether other work may take some bytes of RAM
 _MENTIONED = 2**30  # bytes of activations, at least
 
 
@@ -84,13 +86,16 @@ class SweepPlan:
     budget: Budget
     batches: list[Batch]  # not placed in a spool yet
     n_rows: int  # of the batches; of a resumed sweep, before any were dropped
+    has_room: HasRoom  # beside the sweep
     first_layer: int = 0  # where a resumed sweep starts
 
 
 def plan_sweep(
     context: SweepContext, rows: Sequence[Row], probe: Sequence[Row], options: ComputeOptions
 ) -> SweepPlan:
-    """Divide memory and rows. All processes decide the same, so batches are as those of one.
+    """Divide memory and rows. All processes decide the same.
+
+    On CPUs their batches are those of one process; GPUs share out the last ones row by row.
 
     Raises UsageError if the memory is too little.
     """
@@ -98,9 +103,19 @@ def plan_sweep(
     need = _need(context, [*rows, *probe])
     memory = available_memory(device, ranks, options.memory)
     budget = fit(need, device.type, memory, options.spool)
-    batches = ranks.share(padded_batches(rows, budget.batch_tokens, observed=True))
-    batches += ranks.share(padded_batches(probe, budget.batch_tokens, observed=False))
-    return SweepPlan(budget, batches, sum(len(batch.lengths) for batch in batches))
+    batches: list[Batch] = []
+    for chosen, observed in ((rows, True), (probe, False)):
+        if device.type == "cuda":
+            groups = dealt(chosen, budget.batch_tokens, ranks.size)[ranks.rank]
+        else:
+            groups = ranks.share(group(chosen, budget.batch_tokens))
+        batches += padded_batches(groups, observed)
+    n_rows = sum(len(batch.lengths) for batch in batches)
+
+    def has_room(n_bytes: int) -> bool:
+        return fits_beside(n_bytes, budget, need, device.type, memory, options.spool)
+
+    return SweepPlan(budget, batches, n_rows, has_room)
 
 
 def _need(context: SweepContext, rows: Sequence[Row]) -> Need:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,20 @@ def whole(weights: Weights, name: str, dtype: torch.dtype) -> Target:
     return Target(stored.shape, dtype, (run,))
 
 
+def names_by_layer(names: Iterable[str], model: MoeModel) -> list[list[str]]:
+    """The stored tensors of each layer, in their order; a checkpoint has tens of thousands."""
+    layers = [model.block_prefix(index) for index in range(model.facts.n_blocks)]
+    numbers = {prefix: index for index, prefix in enumerate(layers)}
+    lengths = sorted({len(prefix) for prefix in layers})
+    found: list[list[str]] = [[] for _ in layers]
+    for name in names:
+        for length in lengths:
+            index = numbers.get(name[:length])
+            if index is not None:
+                found[index].append(name)
+    return found
+
+
 def layer_targets(
     weights: Weights,
     model: MoeModel,
@@ -30,18 +44,19 @@ def layer_targets(
     dtype: torch.dtype,
     widen_experts: bool,
     module_dtypes: Mapping[str, torch.dtype] | None = None,
+    names: Iterable[str] | None = None,
 ) -> dict[str, Target]:
     """Everything in layer `index`, experts fused to 3D.
 
     Weights have `dtype`, or the type that `module_dtypes` has for their parameter: transformers
     keeps some in float32 whatever the model's type, such as a router's bias. Experts that are not
-    widened keep the type they are stored in.
+    widened keep the type they are stored in. `names`: the layer's tensors, if they are known.
     """
     prefix = model.block_prefix(index)
     base = model.experts_path(index)
     targets: dict[str, Target] = {}
     has_weights = False
-    for name in weights.tensors:
+    for name in weights.tensors if names is None else names:
         if not name.startswith(prefix):
             continue
         role = model.role(name)

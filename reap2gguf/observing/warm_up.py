@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reap2gguf.errors import ObservationError
+from reap2gguf.observing.compute.kernels import copy_if, finite_rows
 from reap2gguf.progress import COMPILING, working_if_long
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def _try_layer(
         try:
             hidden = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
             output = decoder.run_layer(index, hidden)
-            observer.settle(torch.isfinite(output).all())
+            good = finite_rows(output).all()
+            observer.settle(good)
+            copy_if(good, output, hidden)
             observer.commit()
         finally:
-            observer.finish(index)  # takes its hooks out of the layer
+            observer.detach()

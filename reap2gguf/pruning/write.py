@@ -1,17 +1,15 @@
 """Writes the pruned checkpoint: the tensors of the pruned view, its config, and small files.
 
 Works on bytes: nothing is converted, and names, layouts and dtypes are the source's, except that
-kept experts get new numbers. Memory: at most 64 MiB of one tensor.
+kept experts get new numbers. Memory: 1 MiB for each thread, of which there are at most 16.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from reap2gguf.atomic import copy_whole, write_whole
 from reap2gguf.bundle.layout import MANIFEST_FILE
@@ -25,30 +23,38 @@ from reap2gguf.checkpoint.writer import (
 )
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.safetensors_header import StoredTensor
     from reap2gguf.checkpoint.weights import Weights
+    from reap2gguf.disk.hashing import Hashes
     from reap2gguf.progress import Progress
 
-_READ_BYTES = 2**26
+HELD_BYTES = 2**25  # by `write_pruned`: the parts of 16 threads, and those that are hashed
 KEPT_FILE = "kept_experts.json"  # what `prune` on its own leaves beside the weights
 _WRITTEN_HERE = {"config.json", INDEX_NAME, MANIFEST_FILE, KEPT_FILE}
 
 
 def write_pruned(
-    pruned: Weights, folder: Path, progress: Progress, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    pruned: Weights,
+    folder: Path,
+    progress: Progress,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    n_threads: int = 1,
+    hashes: Hashes | None = None,
 ) -> None:
     """Write shards, index, config, tokenizer and the source's other small files into `folder`.
 
-    Shards that an interrupted call with the same arguments finished are not written again. Raises
-    OutputError if the disk refuses.
+    Shards that an interrupted call with the same arguments finished are not written again. With
+    `hashes`, the shards are hashed while they are written. Raises OutputError if the disk refuses.
     """
     with progress.task("Writing safetensors", pruned.n_bytes, "bytes") as task:
         write_checkpoint(
             folder,
             list(pruned.tensors.values()),
-            lambda tensor: _contents(pruned, tensor),
+            pruned,
             max_shard_bytes,
-            wrote=task.advance,
+            task.advance,
+            n_threads,
+            hashes,
         )
     write_whole(folder / "config.json", config_text(pruned.config))
     for file in companion_files(pruned.folder):
@@ -71,11 +77,3 @@ def companion_files(folder: Path) -> list[Path]:
     """Tokenizer, template, generation config and licence files of a checkpoint."""
     found = companions(folder, Purpose.BUNDLE)
     return [file for file in found if file.is_file() and file.name not in _WRITTEN_HERE]
-
-
-def _contents(weights: Weights, tensor: StoredTensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, at most 64 MiB at a time."""
-    for first in range(0, tensor.n_bytes, _READ_BYTES):
-        buffer = np.empty(min(_READ_BYTES, tensor.n_bytes - first), dtype=np.uint8)
-        weights.read_bytes(tensor.name, first, buffer)
-        yield buffer.data

@@ -10,24 +10,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import Bytes, Floats, Ggml, load_ggml
-from reap2gguf.quantizing.kernels.compiled import VARIABLE, Kernels, load_kernels
+from reap2gguf.quantizing.kernels.codebooks import codebook
+from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from reap2gguf.quantizing.kernels.codebooks import Tables
+    from reap2gguf.quantizing.stored_rows import StoredRows
+
 SAMPLE = 1e-3  # of the blocks that a kernel makes
 _SUPER_BLOCK = 256  # values that no type quantizes apart, but for those that weigh by whole rows
 # With importance, their blocks depend on the whole row.
 _BY_ROW = frozenset(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"))
+_SAMPLED_ROWS = 8  # that are compared together
 _TRIED_ROWS, _TRIED_COLUMNS = 48, 512
+
+
+class BlockKernels(Protocol):
+    """What makes ggml's blocks faster than libggml: compiled for the processor, or a GPU."""
+
+    def covers(self, tensor_type: GGMLQuantizationType, /) -> bool:
+        """Whether it quantizes to this type."""
+
+    def quantize(
+        self,
+        rows: Floats,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+        tables: Tables | None,
+        /,
+    ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+        """Rows (R, C) as (R, bytes of a row), and which rows (R,) libggml must make instead."""
 
 
 @dataclass
@@ -35,7 +58,7 @@ class Quantizer:
     """What makes blocks of rows, and rows of blocks. Threads may share one."""
 
     ggml: Ggml
-    kernels: Kernels | None
+    kernels: BlockKernels | None
     checked: float = SAMPLE  # share of the blocks that libggml makes again: 0 to 1
     _equal: dict[tuple[GGMLQuantizationType, bool], bool] = field(default_factory=dict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
@@ -56,11 +79,10 @@ class Quantizer:
         self.ggml.check_request(rows.shape, tensor_type, importance)
         if self.kernels is None or not self.uses_kernel(tensor_type, importance is not None):
             return self.ggml.quantize(rows, tensor_type, importance)
-        target, is_odd = self.kernels.quantize(rows, tensor_type, importance)
+        target, is_odd = self._by_kernel(self.kernels, rows, tensor_type, importance)
         if is_odd.any():
             target[is_odd] = self.ggml.quantize(rows[is_odd], tensor_type, importance)
-        if self.is_reference and self.checked:
-            self._compare(rows, target, tensor_type, importance)
+        self.compare(rows, target, tensor_type, importance)
         return target
 
     def uses_kernel(self, tensor_type: GGMLQuantizationType, is_weighted: bool) -> bool:
@@ -80,27 +102,43 @@ class Quantizer:
         shape = _TRIED_ROWS, _TRIED_COLUMNS
         rows = random.standard_t(4, shape).astype(np.float32)
         importance = random.gamma(1, 1, shape[1]).astype(np.float32) if is_weighted else None
-        found, is_odd = self.kernels.quantize(rows, tensor_type, importance)
+        found, is_odd = self._by_kernel(self.kernels, rows, tensor_type, importance)
         wanted = self.ggml.quantize(rows, tensor_type, importance)
         return bool((found == wanted)[~is_odd].all() and not is_odd.all())
 
-    def _compare(
+    def _by_kernel(
         self,
+        kernels: BlockKernels,
         rows: Floats,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None,
+    ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+        book = codebook(self.ggml, tensor_type)
+        tables = None if book is None else book.pointers()
+        return kernels.quantize(rows, tensor_type, importance, tables)
+
+    def compare(
+        self,
+        rows: Floats | StoredRows,
         target: Bytes,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
     ) -> None:
-        """Raise DependencyError if a sampled block is not what libggml makes."""
+        """Raise DependencyError if a sampled block is not what libggml makes.
+
+        Samples none where libggml rounds otherwise, or if none are asked for.
+        """
+        if not self.is_reference or not self.checked:
+            return
         block, size = GGML_QUANT_SIZES[tensor_type]
         by_row = tensor_type in _BY_ROW and importance is not None
         width = rows.shape[1] if by_row or rows.shape[1] % _SUPER_BLOCK else _SUPER_BLOCK
-        for row, first in _sampled(rows.shape, width, self.checked):
+        for some, first in _sampled(rows.shape, width, self.checked):
             columns = slice(first, first + width)
             raw = slice(first // block * size, (first + width) // block * size)
             weights = None if importance is None else importance[columns]
-            wanted = self.ggml.quantize(rows[row : row + 1, columns], tensor_type, weights)
-            if not np.array_equal(wanted[0], target[row, raw]):
+            wanted = self.ggml.quantize(rows[some, columns], tensor_type, weights)
+            if not np.array_equal(wanted, target[some, raw]):
                 raise DependencyError(
                     f"{tensor_type.name}: the compiled kernel and libggml ({self.ggml.path}) make "
                     "different bytes of the same values; set "
@@ -122,14 +160,20 @@ class Quantizer:
         self.ggml.check_precision(rows, target, tensor_type, importance)
 
 
-def _sampled(shape: Sequence[int], width: int, share: float) -> list[tuple[int, int]]:
-    """Row and first column of blocks spread over rows (R, C), at least one if there are any."""
-    per_row = shape[1] // width
-    total = shape[0] * per_row
-    count = min(total, max(1, round(total * share)))
+def _sampled(shape: Sequence[int], width: int, share: float) -> list[tuple[slice, int]]:
+    """Rows and first column of blocks spread over rows (R, C), at least one if there are any.
+
+    Some neighbouring rows are taken together, so that many blocks cost few calls.
+    """
+    n_rows, per_row = shape[0], shape[1] // width
+    wanted = min(n_rows * per_row, max(1, round(n_rows * per_row * share)))
+    height = min(_SAMPLED_ROWS, wanted, n_rows)
+    per_column = -(-n_rows // height)  # groups of rows
+    total, count = per_row * per_column, -(-wanted // height)
     # a step that is no multiple of a row's blocks, so that all columns have their turn
     numbers = (int((k + 0.37) * total / count) for k in range(count))
-    return [(number // per_row, number % per_row * width) for number in numbers]
+    places = ((number // per_row * height, number % per_row * width) for number in numbers)
+    return [(slice(row, min(row + height, n_rows)), first) for row, first in places]
 
 
 def load_quantizer(checked: float = SAMPLE) -> Quantizer:

@@ -8,6 +8,7 @@ import re
 import shlex
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 class BuildLog:
-    """Lines with date and time, written as they come.
+    """Lines with date and time, written as they come; threads may share it.
 
     They wait until the build has made its work folder: a build that is refused leaves nothing
     behind. A log that cannot be written is given up, and the build goes on.
@@ -42,14 +43,18 @@ class BuildLog:
         self._waiting: list[str] = []
         self._file: int | None = None
         self._n_bytes = 0
+        self._writing = threading.Lock()
         self.problem = ""  # why it was given up
 
     def write(self, text: str) -> None:
         """Add a line, without passwords and tokens."""
-        if self.problem:
-            return
         safe = _TOKEN.sub("hf_...", one_line(without_password(text)))
-        self._waiting.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}\n")
+        with self._writing:
+            if not self.problem:
+                self._add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {safe}\n")
+
+    def _add(self, line: str) -> None:
+        self._waiting.append(line)
         try:
             if self._file is None:
                 if not self.path.parent.is_dir() or self.path.parent.is_symlink():

@@ -40,6 +40,7 @@ def result_as_json(result: BuildResult, log: Path | None = None) -> dict[str, An
         "stages": [
             {
                 "name": stage.name,
+                "began": stage.began,
                 "seconds": stage.seconds,
                 "peak_bytes": stage.peak_bytes,
                 "reused": stage.reused,

@@ -231,7 +231,7 @@ def _disk(needs: Estimate) -> str:
 
 
 def _time(needs: Estimate) -> str:
-    """The sum, the longest stages, and what an H100 would take where that is far less."""
+    """All together, the longest stages, and what an H100 would take where that is far less."""
     stages = sorted(needs.stages.items(), key=lambda item: -item[1])
     longest = [
         f"{name} {duration(seconds)}"

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 from reap2gguf.messages import shell_word, size
 
 if TYPE_CHECKING:
-    from reap2gguf.building.stage import BuildResult
+    from reap2gguf.building.stage import BuildResult, StageCost
+
+
+def stages_beside(stage: StageCost, stages: Iterable[StageCost]) -> str:
+    """The stage before this one that was not done when this one began; "" for none."""
+    names = []
+    for other in stages:
+        if other is stage:
+            break
+        if not (stage.reused or other.reused) and stage.began < other.began + other.seconds:
+            names.append(other.name)
+    return names[-1] if names else ""
 
 
 def result_lines(result: BuildResult) -> Iterable[str]:
@@ -17,6 +28,8 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     yield ""
     for stage in result.stages:
         again = "  (reused)" if stage.reused else ""
+        if beside := stages_beside(stage, result.stages):
+            again = f"  (beside {beside})"
         peak = size(stage.peak_bytes)
         yield f"  {stage.name:<8} {stage.seconds:>8.1f} s   peak memory so far {peak}{again}"
     mtp = manifest.pruning.mtp

@@ -123,7 +123,7 @@ def verify_pair(
         expected = ExpectedGguf()
         if opened is not None:
             expected = ExpectedGguf(n_experts=opened[1].facts.n_experts)
-            _check_pruned_folder(folder, opened, strictness, progress, found)
+            _check_pruned_folder(folder, opened, strictness, n_threads, progress, found)
         for path in first_parts(files):
             if opened is None:
                 found.violations += check_gguf_header(path, expected)
@@ -137,14 +137,19 @@ def verify_pair(
 
 
 def _check_pruned_folder(
-    folder: Path, opened: Opened, strictness: Strictness, progress: Progress, found: Findings
+    folder: Path,
+    opened: Opened,
+    strictness: Strictness,
+    n_threads: int,
+    progress: Progress,
+    found: Findings,
 ) -> None:
     """A safetensors folder without a manifest: with the source, if its record is there."""
     shards = opened[0].shards
     found.reach(Level.NOTHING, shards)
     source = strictness.source
     if source is None:
-        found.take(check_folder(*opened, progress), folder.name)
+        found.take(check_folder(*opened, progress, n_threads), folder.name)
         found.not_checked.append(_NO_SOURCE)
         return
     if not is_own_file(folder / KEPT_FILE):
@@ -155,7 +160,7 @@ def _check_pruned_folder(
     pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
     if pruned.view is not None:
-        found.violations += check_pruned(folder, pruned.view, progress)
+        found.violations += check_pruned(folder, pruned.view, progress, n_threads)
         found.reach(Level.EXACT, shards)
 
 
@@ -261,7 +266,7 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     if not check.strictness.reads_values:
         return
     if view is None:
-        yield from check_folder(checkpoint, model, check.progress)
+        yield from check_folder(checkpoint, model, check.progress, check.n_threads)
     else:
         yield from _compare_with_source(check, checkpoint, model, view)
 
@@ -271,7 +276,7 @@ def _compare_with_source(
 ) -> Iterator[str]:
     """Violations against the source: config, every byte of the weights, and the copied files."""
     folder, listed = checkpoint.folder, _hf_files(check).keys()
-    yield from compare_folder(checkpoint, view, model, check.progress)
+    yield from compare_folder(checkpoint, view, model, check.progress, check.n_threads)
     copies = companion_files(view.folder)
     yield from compare_files(folder, copies)
     names = {file.name for file in copies} | {shard.name for shard in checkpoint.shards}

@@ -21,9 +21,10 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.exporting.row_ranges import (
+    Batch,
     BlockMaker,
     RowRange,
-    all_ranges,
+    batches,
     check_imatrix,
     work_through,
 )
@@ -129,12 +130,13 @@ def compare_values(
     total = sum(header.tensors[tensor.name].n_bytes for tensor in comparable)
     with progress.task(_title(header), total, "bytes") as task:
 
-        def work(rows: RowRange) -> None:
-            comparison.check(rows)
-            info = header.tensors[rows.tensor.name]
-            task.advance((rows.last - rows.first) * info.row_bytes)
+        def work(batch: Batch) -> None:
+            for rows in batch:
+                comparison.check(rows)
+                info = header.tensors[rows.tensor.name]
+                task.advance((rows.last - rows.first) * info.row_bytes)
 
-        work_through(work, weights, all_ranges(comparable), n_threads)
+        work_through(work, weights, batches(weights, comparable), n_threads)
     for tensor in comparable:
         if tensor.name in comparison.found:
             yield comparison.found[tensor.name][1]

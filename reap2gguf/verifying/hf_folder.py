@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.weights import NUMPY_TYPES, Weights, to_float32
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.models.description import Expert
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.write import companion_files, config_text
+from reap2gguf.verifying.folder_values import Values
 from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.checkpoint.safetensors_header import FileTensor
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
 
 _BLOCK_BYTES = 2**20
-_MAX_VALUES = 2**22  # that are compared or checked at a time
-_FLOATS = ("F32", "F16", "BF16")
-_Raw = npt.NDArray[np.uint8]
 
 
 def open_folder(
@@ -53,17 +46,21 @@ def open_folder(
     return checkpoint, model, []
 
 
-def check_folder(checkpoint: Checkpoint, model: MoeModel, progress: Progress) -> Iterator[str]:
+def check_folder(
+    checkpoint: Checkpoint, model: MoeModel, progress: Progress, n_threads: int = 1
+) -> Iterator[str]:
     """Violations in the values of an opened folder, where there is nothing to compare them with.
 
     A matrix of zeros is none: a source may have one.
     """
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
-        for name in checkpoint.tensors:
-            yield from _check_tensor(checkpoint, model, name, task.advance)
+        values = Values(checkpoint, model)
+        yield from values.check(checkpoint.tensors.values(), n_threads, task.advance)
 
 
-def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[str]:
+def check_pruned(
+    folder: Path, pruned: PrunedView, progress: Progress, n_threads: int = 1
+) -> list[str]:
     """Violations of a folder that must hold the pruned model and its small files."""
     checkpoint, model, violations = open_folder(folder, pruned.n_kept)
     violations += compare_files(folder, companion_files(pruned.folder))
@@ -72,12 +69,16 @@ def check_pruned(folder: Path, pruned: PrunedView, progress: Progress) -> list[s
             violations += check_shards(checkpoint)
             if checkpoint.config == pruned.config:  # else that is the violation
                 violations += check_config_text(checkpoint)
-            violations += compare_folder(checkpoint, pruned, model, progress)
+            violations += compare_folder(checkpoint, pruned, model, progress, n_threads)
     return violations
 
 
 def compare_folder(
-    checkpoint: Checkpoint, expected: Weights, model: MoeModel, progress: Progress
+    checkpoint: Checkpoint,
+    expected: Weights,
+    model: MoeModel,
+    progress: Progress,
+    n_threads: int = 1,
 ) -> Iterator[str]:
     """Violations in an opened folder that must be `expected`: config, tensors, and every byte."""
     where = checkpoint.folder.name
@@ -89,18 +90,18 @@ def compare_folder(
         yield f"{where}: tensor {name} is missing"
     for name in sorted(checkpoint.tensors.keys() - expected.tensors.keys()):
         yield f"{where}: tensor {name} is not in the plan"
+    same: list[FileTensor] = []
+    for name, stored in checkpoint.tensors.items():
+        plan = expected.tensors.get(name)
+        if plan is None or (stored.dtype, stored.shape) == (plan.dtype, plan.shape):
+            same.append(stored)
+        else:
+            yield (
+                f"{where}: {name} is {stored.dtype} {list(stored.shape)}, expected "
+                f"{plan.dtype} {list(plan.shape)}"
+            )
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
-        for name, stored in checkpoint.tensors.items():
-            plan = expected.tensors.get(name)
-            if plan is None:
-                yield from _check_tensor(checkpoint, model, name, task.advance)
-            elif (stored.dtype, stored.shape) != (plan.dtype, plan.shape):
-                yield (
-                    f"{where}: {name} is {stored.dtype} {list(stored.shape)}, expected "
-                    f"{plan.dtype} {list(plan.shape)}"
-                )
-            else:
-                yield from _compare_bytes(checkpoint, expected, name, task.advance)
+        yield from Values(checkpoint, model, expected).check(same, n_threads, task.advance)
 
 
 def compare_files(folder: Path, originals: Iterable[Path]) -> Iterator[str]:
@@ -122,68 +123,3 @@ def _same_bytes(one: Path, other: Path) -> bool:
             if block != second.read(_BLOCK_BYTES):
                 return False
     return True
-
-
-def _compare_bytes(
-    checkpoint: Checkpoint, expected: Weights, name: str, advance: Callable[[float], None]
-) -> Iterator[str]:
-    """One violation at most: a byte that is not the expected one, NaN, or infinity."""
-    stored = checkpoint.tensors[name]
-    where = f"{checkpoint.folder.name}: {name}"
-    for first, raw in _flat_parts(checkpoint, stored, 0, stored.n_elements):
-        wanted = np.empty_like(raw)
-        expected.read_bytes(name, first, wanted)
-        if not np.array_equal(raw, wanted):
-            byte = first + int(np.argmax(raw != wanted))
-            entry = byte // (math.prod(stored.shape[1:]) * stored.item_bytes)
-            source_name, source_entry = expected.origin(name, entry)
-            yield (
-                f"{where}: entry {entry} differs from entry {source_entry} of the source's "
-                f"{source_name}"
-            )
-            return
-        if not _is_finite(stored, raw).all():
-            yield f"{where} holds NaN or infinite values"
-            return
-        advance(raw.nbytes)
-
-
-def _check_tensor(
-    checkpoint: Checkpoint, model: MoeModel, name: str, advance: Callable[[float], None]
-) -> Iterator[str]:
-    """One violation at most: NaN or infinity, with the expert that holds it."""
-    stored = checkpoint.tensors[name]
-    role = model.role(name)
-    is_fused = isinstance(role, Expert) and role.expert is None
-    for first, raw in _flat_parts(checkpoint, stored, 0, stored.n_elements):
-        finite = _is_finite(stored, raw)
-        if not finite.all():
-            value = first // stored.item_bytes + int(np.argmin(finite))
-            expert = value * stored.shape[0] // stored.n_elements if is_fused else None
-            which = "" if expert is None else f" for expert {expert}"
-            yield f"{checkpoint.folder.name}: {name} holds NaN or infinite values{which}"
-            return
-        advance(raw.nbytes)
-
-
-def _flat_parts(
-    checkpoint: Checkpoint, stored: StoredTensor, first_value: int, n_values: int
-) -> Iterator[tuple[int, _Raw]]:
-    """The bytes of some values of a tensor, at most a few million at a time, and where they begin.
-
-    The parts are 1D and begin at a whole value.
-    """
-    begin, end = first_value * stored.item_bytes, (first_value + n_values) * stored.item_bytes
-    step = _MAX_VALUES * stored.item_bytes
-    for first in range(begin, end, step):
-        raw = np.empty(min(step, end - first), dtype=np.uint8)
-        checkpoint.read_bytes(stored.name, first, raw)
-        yield first, raw
-
-
-def _is_finite(stored: StoredTensor, raw: _Raw) -> npt.NDArray[np.bool_]:
-    """Which values are finite; all that are no floats."""
-    bits = raw.view(NUMPY_TYPES[stored.dtype])
-    if stored.dtype not in _FLOATS:
-        return np.ones(bits.shape, dtype=bool)
-    return np.isfinite(to_float32(bits, stored.dtype, stored.name))

@@ -10,6 +10,7 @@ import pytest
 
 from reap2gguf.building import pipeline, stages
 from reap2gguf.building.plan import make_plan
+from reap2gguf.building.stage import Stage
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Progress, Silent
 from tests.tiny import REPOSITORY
@@ -39,7 +40,7 @@ def stop_before_export(model: Path, output: Path, monkeypatch: pytest.MonkeyPatc
     """A build that is interrupted when its files are to be written."""
 
     with monkeypatch.context() as patch:
-        refuse_at(patch, stages, "export_model")
+        stop_at(patch, stages.Export)
         with pytest.raises(KeyboardInterrupt):
             build(model, output)
 
@@ -72,6 +73,17 @@ def contents(result: pipeline.BuildResult) -> dict[str, bytes]:
     folders = [one for one in (result.hf_folder, result.gguf_folder) if one is not None]
     files = [file for folder in folders for file in folder.iterdir()]
     return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+def stop_at(patch: pytest.MonkeyPatch, kind: type[Stage[Any]]) -> None:
+    """Let builds be interrupted where a stage begins, once all stages before it are done."""
+    names = [one.name for one in pipeline.STAGES]
+
+    def stop(self: Stage[Any]) -> Any:
+        self.run.joint.wait(names[: names.index(self.name)])
+        raise KeyboardInterrupt
+
+    patch.setattr(kind, "compute", stop)
 
 
 def refuse_at(patch: pytest.MonkeyPatch, module: Any, name: str) -> None:

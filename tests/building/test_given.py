@@ -158,7 +158,7 @@ def test_an_interrupted_build_with_both_is_resumed(
             build(parts.model, tmp_path, **given)
     result = build(parts.model, tmp_path, **given)
     assert stages_reused(result) == {
-        "prune": True, "imatrix": False, "export": False, "verify": False,
+        "prune": False, "imatrix": False, "export": False, "verify": False,
     }  # fmt: skip
     assert not build(parts.model, tmp_path, **given).stages
     renamed = tmp_path / "other.safetensors"

@@ -20,7 +20,7 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.observing import sweep as sweeps
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from tests.building.builds import PROSE, build, contents, refuse_at, stages_reused
+from tests.building.builds import PROSE, build, contents, refuse_at, stages_reused, stop_at
 from tests.tiny import REPOSITORY, TinyQwen3Moe
 
 RECIPES = REPOSITORY / "recipes"
@@ -74,11 +74,10 @@ class Earlier:
                 if end == "finished":
                     self.build()
                 else:
-                    places = {
-                        "pruned": (stages, "export_model"),
-                        "exported": (pipeline, "write_record"),
-                    }
-                    refuse_at(patch, *places[end])
+                    if end == "pruned":
+                        stop_at(patch, stages.Export)
+                    else:
+                        refuse_at(patch, pipeline, "write_record")
                     with pytest.raises(KeyboardInterrupt):
                         self.build()
             shutil.copytree(self.folder, saved)

@@ -40,6 +40,7 @@ from tests.building.builds import (
     options,
     refuse_at,
     stages_reused,
+    stop_at,
     stop_before_export,
     stop_while_naming,
 )
@@ -151,7 +152,7 @@ def test_a_demand_to_start_over_outlives_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out")
     reused = stages_reused(build(tiny, tmp_path / "out"))
-    assert [stage for stage, is_reused in reused.items() if is_reused] == ["texts", "observe"]
+    assert [name for name in ("texts", "observe", "prune") if reused[name]] == ["texts", "observe"]
 
 
 def test_a_disk_that_is_too_full_is_said_before_the_work(
@@ -331,7 +332,7 @@ def test_a_killed_export_leaves_nothing_in_the_bundle(tiny: Path, tmp_path: Path
     first = make_plan(options(tiny, tmp_path / "out"))
     work = Workdir(tmp_path / "out", first.name)
     with pytest.MonkeyPatch.context() as patch:
-        refuse_at(patch, stages, "export_model")
+        stop_at(patch, stages.Export)
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(first, Silent())
     (work.gguf / "tiny-REAP-0.25-Q8_0.gguf.part").write_bytes(b"half")

@@ -28,6 +28,7 @@ from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.plan_views import plan_as_json
 from reap2gguf.verifying.bundle import verify_bundle
+from tests.building.builds import stop_at
 from tests.tiny import REPOSITORY, TinyQwen35Moe
 
 PROSE = REPOSITORY / "calibration" / "prose.txt"
@@ -318,11 +319,8 @@ def test_one_output_folder_for_both_fates_of_the_block(source: Path, tmp_path: P
 def test_an_interrupted_build_keeps_its_hits(
     kept: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any, **named: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "export_side", stop)
+        stop_at(patch, stages.Export)
         with pytest.raises(KeyboardInterrupt):
             build(kept.source, tmp_path, compression=0.25)
     result = build(kept.source, tmp_path, compression=0.25)

@@ -12,7 +12,8 @@ import pytest
 
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building import pipeline, verify_stage
+from reap2gguf.atomic import OutputFile, part_of
+from reap2gguf.building import pipeline, seals, stages, verify_stage
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.building.seals import Seal, changed, read_seals, seal, stamps, unsealed
 from reap2gguf.building.workdir import Workdir
@@ -212,3 +213,66 @@ def test_stamps_and_seals(tmp_path: Path) -> None:
         seal(tmp_path, kept, 1, Silent())
     assert read_seals(None) == read_seals({"b": {"sha256": 1}}) == {}
     assert Seal(1, 2, "x").record.n_bytes == 1
+
+
+def test_what_was_hashed_while_it_was_written_is_not_read_for_its_hash(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    sha256 = seals.file_sha256
+
+    def noted(path: Path, *arguments: Any, **named: Any) -> str:
+        hashed.append(path.name)
+        return sha256(path, *arguments, **named)
+
+    monkeypatch.setattr(seals, "file_sha256", noted)
+    result = build(tiny, tmp_path / "out")
+    assert hashed
+    assert not [name for name in hashed if name.endswith((".safetensors", "BF16.gguf"))]
+    assert not [name for name in hashed if name.endswith("Q8_0.gguf")]
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+
+
+@pytest.mark.parametrize("file", [f"{NAME}/model.safetensors", f"{NAME}-GGUF/{NAME}-BF16.gguf"])
+def test_a_file_that_changes_while_it_is_written(
+    file: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash may be of the bytes before the change, but what is on the disk is verified."""
+    finish = OutputFile.finish
+
+    def after_damage(written: OutputFile) -> None:
+        if written.path.name == Path(file).name:
+            damage(part_of(written.path), keep_time=False)
+        finish(written)
+
+    monkeypatch.setattr(OutputFile, "finish", after_damage)
+    with pytest.raises(VerificationError):
+        build(tiny, tmp_path / "out")
+    assert not (tmp_path / "out" / NAME).exists()
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_a_hash_counts_only_for_the_file_that_has_its_stamp(
+    keep_time: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    (n_bytes, changed_ns) = stamps(tmp_path, [path])["file"]
+    written = {"file": Seal(n_bytes, changed_ns, "of what was written"), "gone": Seal(1, 2, "")}
+    if not keep_time:
+        os.utime(path, ns=(changed_ns, changed_ns + 1))
+    kept = stamps(tmp_path, [path])
+    found = seal(tmp_path, kept, 1, Silent(), written)
+    assert list(found) == ["file"]
+    assert (found["file"].sha256 == "of what was written") is keep_time
+    assert (found["file"].n_bytes, found["file"].changed_ns) == kept["file"]
+
+
+def test_a_shard_of_an_interrupted_build_is_hashed_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    stopped_before("written_seals", stages, tiny, output, monkeypatch)
+    result = build(tiny, output)
+    assert builds.stages_reused(result)["prune"] is False
+    assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()

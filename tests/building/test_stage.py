@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from reap2gguf.atomic import write_whole
-from reap2gguf.building.stage import Run, Stage, StageMarks
+from reap2gguf.building.marks import StageMarks
+from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.progress import Silent
 

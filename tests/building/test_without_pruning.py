@@ -31,8 +31,8 @@ from tests.building.builds import (
     build,
     contents,
     options,
-    refuse_at,
     stages_reused,
+    stop_at,
 )
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
@@ -208,7 +208,7 @@ def test_unfinished_work_of_a_pruning_does_not_come_with_it(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        refuse_at(patch, stages, "export_model")
+        stop_at(patch, stages.Export)
         with pytest.raises(KeyboardInterrupt):
             build(tiny, tmp_path / "out", name="model")
     result = build(tiny, tmp_path / "out", name="model", compression=0)

@@ -21,8 +21,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     journal = ExportJournal(tmp_path / "journal", "key")
     assert journal.is_empty
-    journal.add("one", [])
-    journal.add("two", [])
+    journal.add("one", "", [])
+    journal.add("two", "", [])
     again = ExportJournal(tmp_path / "journal", "key")
     assert "one" in again
     assert "two" in again
@@ -45,7 +45,7 @@ def test_files_are_flushed_before_a_name_is_kept(
 
     monkeypatch.setattr(OutputFile, "sync", watched)
     with open_file(tmp_path / "file", tmp_path / "file") as file:
-        ExportJournal(path, "key").add("one", [file])
+        ExportJournal(path, "key").add("one", "", [file])
     assert flushed == [False]
     assert path.exists()
 
@@ -57,7 +57,7 @@ def test_a_disk_that_fails_to_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with open_file(tmp_path / "file", tmp_path / "file") as file:
         monkeypatch.setattr("os.fsync", fail)
         with pytest.raises(OutputError, match="file: cannot be written"):
-            ExportJournal(tmp_path / "journal", "key").add("one", [file])
+            ExportJournal(tmp_path / "journal", "key").add("one", "", [file])
     assert ExportJournal(tmp_path / "journal", "key").is_empty
 
 
@@ -67,11 +67,11 @@ def test_after_a_failed_flush_nothing_more_is_promised(
     """Linux says once that pages were lost; the next flush of the same file goes well."""
     journal = ExportJournal(tmp_path / "journal", "key")
     with open_file(tmp_path / "file", tmp_path / "file") as file:
-        journal.add("one", [file])
+        journal.add("one", "", [file])
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(5, "EIO")))
             with pytest.raises(OutputError):
-                journal.add("two", [file])
+                journal.add("two", "", [file])
         journal.save([file])
     again = ExportJournal(tmp_path / "journal", "key")
     assert "one" in again
@@ -81,7 +81,7 @@ def test_after_a_failed_flush_nothing_more_is_promised(
 def test_now_and_then_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "SAVE_SECONDS", 3600)
     journal = ExportJournal(tmp_path / "journal", "key")
-    journal.add("one", [])
+    journal.add("one", "", [])
     assert not (tmp_path / "journal").exists()
     journal.save([])
     assert "one" in ExportJournal(tmp_path / "journal", "key")
@@ -90,8 +90,8 @@ def test_now_and_then_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{", json.dumps({"key": "another", "done": ["one"]}),
-        json.dumps({"key": "key", "done": "one"}), json.dumps({"key": "key", "done": [1, None]}),
+        "", "[]", "{", json.dumps({"key": "another", "done": {"one": ""}}),
+        json.dumps({"key": "key", "done": "one"}), json.dumps({"key": "key", "done": ["one"]}),
     ],
 )  # fmt: skip
 def test_a_journal_that_says_nothing(tmp_path: Path, text: str) -> None:

@@ -175,6 +175,7 @@ def test_only_what_will_be_read_is_fetched_ahead(
 
     expected = export_files(tiny, tmp_path, [plain("Q8_0")])["Q8_0"].read_bytes()
     monkeypatch.setattr(os, "posix_fadvise", refused)
+    monkeypatch.setattr("reap2gguf.files._ADVICE_BYTES", 2**30)
     monkeypatch.setattr(os, "preadv", recorded)
     assert export_files(tiny, tmp_path, [plain("Q8_0")])["Q8_0"].read_bytes() == expected
     assert read == advised

@@ -11,6 +11,7 @@ import builtins
 import io
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Fault:
     _pwrite: Callable[..., int] = os.pwrite  # that of the system
     # by inode: a descriptor, and where was written since the last flush
     _unflushed: dict[int, tuple[int, list[tuple[int, int]]]] = field(default_factory=dict)
+    _changing: threading.RLock = field(default_factory=threading.RLock)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -78,11 +80,12 @@ class Fault:
                 function(descriptor, data[: len(data) // 2], *rest)  # cut off in the middle
             self._happens(kind, f"{function.__name__} {path}")
             begun = os.lseek(descriptor, 0, os.SEEK_CUR) if function.__name__ == "write" else 0
+            n_before = self._n_unflushed(descriptor) if kind == "fsync" else 0
             result = function(descriptor, *arguments, **named)
             if function.__name__ in ("write", "pwrite"):
                 self._remember(descriptor, arguments[1] if len(arguments) > 1 else begun, result)
             elif kind == "fsync":
-                self._forget(descriptor)
+                self._forget(descriptor, n_before)
             return result
 
         return wrapped
@@ -122,10 +125,14 @@ class Fault:
     def _happens(self, kind: str, what: str) -> None:
         if kind not in self.kinds:
             return
-        self.log.append(f"{kind}: {what.replace(self.folder, '')}")
-        self.count += 1
-        if self.count - 1 != self.at:
-            return
+        with self._changing:
+            self.log.append(f"{kind}: {what.replace(self.folder, '')}")
+            self.count += 1
+            if self.count - 1 == self.at:
+                self._strike()
+
+    def _strike(self) -> None:
+        """Do what is to happen; no other thread counts meanwhile."""
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error))
         if self.power_cut:
@@ -137,16 +144,26 @@ class Fault:
     def _remember(self, descriptor: int, position: int, n_bytes: int) -> None:
         """Keep in mind what a power cut would take."""
         inode = os.fstat(descriptor).st_ino
-        if self.power_cut:
-            if inode not in self._unflushed:
-                self._unflushed[inode] = (os.dup(descriptor), [])
-            self._unflushed[inode][1].append((position, n_bytes))
+        with self._changing:
+            if self.power_cut:
+                if inode not in self._unflushed:
+                    self._unflushed[inode] = (os.dup(descriptor), [])
+                self._unflushed[inode][1].append((position, n_bytes))
 
-    def _forget(self, descriptor: int) -> None:
-        """What was written is on the disk."""
-        held, _ = self._unflushed.pop(os.fstat(descriptor).st_ino, (None, []))
-        if held is not None:
-            os.close(held)
+    def _n_unflushed(self, descriptor: int) -> int:
+        """How many writes a flush that begins now will bring to the disk."""
+        with self._changing:
+            return len(self._unflushed.get(os.fstat(descriptor).st_ino, (0, []))[1])
+
+    def _forget(self, descriptor: int, n_written: int) -> None:
+        """The first writes are on the disk; other threads may have written since."""
+        inode = os.fstat(descriptor).st_ino
+        with self._changing:
+            held, places = self._unflushed.get(inode, (None, []))
+            del places[:n_written]
+            if held is not None and not places:
+                del self._unflushed[inode]
+                os.close(held)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -44,6 +44,7 @@ class Rig:
 
     folder: Path
     zygote: Zygote
+    threads: int = 1  # with more, stages overlap, and operations come in another order each time
 
     def __post_init__(self) -> None:
         self.source = TinyQwen3Moe(n_shards=2).write(self.folder / "source")
@@ -60,7 +61,7 @@ class Rig:
         return self.zygote.run(
             "build", self.source, "--recipe", "q4km", "--recipe", "q8_0", "--name", NAME,
             "--output", self.output, "--calibration", self.text, "--samples", 4,
-            "--max-length", 64, "--chunk", 64, "--device", "cpu", "--threads", 1, *more,
+            "--max-length", 64, "--chunk", 64, "--device", "cpu", "--threads", self.threads, *more,
             fault=fault, **named,
         )  # fmt: skip
 
@@ -134,11 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("kill", "cut", "time", "interrupt", "fail", "read"))
     parser.add_argument("--points", type=int, default=0, help="how many; 0: all")
+    parser.add_argument("--threads", type=int, default=1, help="with 2, stages overlap")
     arguments = parser.parse_args()
     kinds = {"fail": ("write", "rename", "fsync"), "read": ("read",)}.get(arguments.what, KINDS)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, Zygote(Path(scratch)) as zygote:
-        rig = Rig(Path(scratch), zygote)
+        rig = Rig(Path(scratch), zygote, arguments.threads)
         bundle, log = rig.reference(kinds)
         seconds = rig.build().seconds
         shutil.rmtree(rig.output)

@@ -58,7 +58,7 @@ def renames(log: list[str], name: str) -> list[int]:
 IN_STAGE = {
     "texts": "write: open /.work/model/build.json.part",
     "observe": "write: write /.work/model/observe.state.part",
-    "prune": "write: write /.work/model/model/model.safetensors.part",
+    "prune": "write: pwrite /.work/model/model/model.safetensors.part",
     "imatrix": "write: write /.work/model/imatrix.state.part",
     "export": "write: pwrite /.work/model/model-GGUF/model-Q8_0.gguf.part",
     "verify": "read: open /.work/model/model-GGUF/model-Q4_K_M.gguf",
@@ -281,3 +281,68 @@ def test_a_disk_too_small_that_is_not_asked(rig: Rig, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert rig.build().code == 0
     rig.check_finals()
+
+
+# Stages that overlap: their operations come in another order each time, so a point is any moment.
+
+
+@pytest.fixture(scope="module")
+def rig_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    folder = tmp_path_factory.mktemp("overlap")
+    with Zygote(folder) as zygote:
+        yield Rig(folder, zygote, threads=2)
+
+
+def while_stages_overlap(log: list[str], wanted: int) -> list[int]:
+    """Operations from where the experts are known to where everything is verified."""
+    first = log.index("fsync: fsync /.work/observations") + 1
+    last = max(i for i, line in enumerate(log) if "stages.json" in line)
+    return [first + at for at in points(last - first + 1, wanted)]
+
+
+@pytest.mark.parametrize(
+    ("power_cut", "n_points"),
+    [
+        (True, 4),
+        pytest.param(False, 60, marks=pytest.mark.slow),
+        pytest.param(True, 60, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while_stages_overlap(rig_of_two: Rig, power_cut: bool, n_points: int) -> None:
+    rig = rig_of_two
+    bundle, operations = rig.reference(ALL)
+    stopped: set[frozenset[str]] = set()
+    for at in while_stages_overlap(operations, n_points):
+        outcome = rig.build({"kinds": ALL, "at": at, "power_cut": power_cut})
+        assert outcome.code in (-9, 0), outcome.errors  # 0: this time it had fewer operations
+        stopped.add(frozenset(rig.finished_stages()))
+        assert not rig.resume(bundle), f"done again after operation {at}"
+    assert len(stopped) > 1
+
+
+@pytest.mark.parametrize("n_points", few_or(20, few=3))
+def test_a_disk_that_fails_while_stages_overlap(rig_of_two: Rig, n_points: int) -> None:
+    rig = rig_of_two
+    bundle, operations = rig.reference(WRITING)
+    for at in while_stages_overlap(operations, n_points)[:-1]:
+        outcome = rig.build({"kinds": WRITING, "at": at, "error": errno.ENOSPC})
+        if outcome.code == 0:  # the log of the build, or fewer operations
+            assert "could not be written" in outcome.errors or len(outcome.log) <= at
+        else:
+            assert outcome.code == 2, outcome.errors
+            assert is_one_line(outcome), outcome.errors
+            assert os.strerror(errno.ENOSPC) in outcome.error_lines[0]
+        assert not rig.resume(bundle)
+
+
+@pytest.mark.parametrize("n_points", few_or(12, few=2))
+def test_asked_to_end_while_stages_overlap(rig_of_two: Rig, n_points: int) -> None:
+    rig = rig_of_two
+    bundle, operations = rig.reference(ALL)
+    for at in while_stages_overlap(operations, n_points + 1)[:-1]:
+        outcome = rig.build({"kinds": ALL, "at": at, "signal": 2})
+        assert outcome.code in (130, 0), outcome.errors
+        if outcome.code == 130:
+            assert is_one_line(outcome), outcome.errors
+            assert "Interrupted. Resume with: reap2gguf build " in outcome.errors
+        assert not rig.resume(bundle)

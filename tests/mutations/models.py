@@ -184,6 +184,7 @@ def _build(
 
 
 def _stop(stage: verify_stage.Verify) -> None:
+    stage.run.joint.wait(["export"])
     raise KeyboardInterrupt
 
 

@@ -127,3 +127,29 @@ def test_a_limit_is_not_blamed_if_the_machine_is_too_small(limit: int | None) ->
 def test_sizes_in_messages() -> None:
     texts = [size_text(n_bytes) for n_bytes in (8, 5000, 2**20, 700 * 2**20, 3 * GIB)]
     assert texts == ["8 bytes", "5,000 bytes", "1 MiB", "700 MiB", "3.0 GiB"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_work_beside_a_sweep_gets_what_changes_no_batch(device: str) -> None:
+    need = Need(layer=GIB, position=2**18, hidden=8192, n_positions=65536, longest_row=2048)
+    memory = Memory(24 * GIB, 24 * GIB)
+    budget = budget_module.fit(need, device, memory, "auto")
+
+    def has_room(n_bytes: int, memory: Memory = memory) -> bool:
+        return budget_module.fits_beside(n_bytes, budget, need, device, memory, "auto")
+
+    assert has_room(2**28)
+    assert not has_room(24 * GIB)
+    least = next(n for n in range(25) if not has_room(n * GIB))
+    assert all(not has_room(n * GIB) for n in range(least, 25))
+
+
+def test_work_beside_a_sweep_on_a_cpu_counts_in_its_limit() -> None:
+    need = Need(layer=GIB, position=2**18, hidden=8192, n_positions=65536, longest_row=2048)
+    memory = Memory(100 * GIB, 100 * GIB, 6 * GIB, 5 * GIB)
+    budget = budget_module.fit(need, "cpu", memory, "auto")
+    held = takes(need, budget)
+    for n_bytes in range(0, 5 * GIB, 2**27):
+        if budget_module.fits_beside(n_bytes, budget, need, "cpu", memory, "auto"):
+            assert held + n_bytes <= 5 * GIB
+    assert not budget_module.fits_beside(5 * GIB, budget, need, "cpu", memory, "auto")

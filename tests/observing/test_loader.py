@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError
 from reap2gguf.models.table import describe
 from reap2gguf.observing import loader as loader_module
-from reap2gguf.observing.loader import ByteRun, WeightLoader, _buffer_sized
+from reap2gguf.observing.loader import ByteRun, Columns, WeightLoader, _buffer_sized, _within
 from reap2gguf.observing.targets import layer_targets, whole
 from tests.observing.devices import DEVICES
-from tests.tiny import TinyQwen3Moe
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -110,3 +112,80 @@ def test_cut_and_joined_runs_cover_the_same_bytes(
         loader_module._BUFFER_BYTES = before
     assert cells(small) == cells(chosen)
     assert all(run.n_values * 2 <= buffer_bytes for run in small)
+
+
+class Pair:
+    """The other process of two: its part of what is exchanged is already there."""
+
+    count = 2
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.others: Pair | None = None
+        self.whole: torch.Tensor | None = None
+
+    def exchange(self, whole: torch.Tensor) -> Pair:
+        self.whole = whole
+        return self
+
+    def wait(self) -> None:
+        """Take the other's part."""
+        assert self.others is not None
+        assert self.whole is not None
+        assert self.others.whole is not None
+        part = len(self.whole) // 2
+        theirs = slice(self.others.number * part, (self.others.number + 1) * part)
+        self.whole[theirs] = self.others.whole[theirs]
+
+
+def counting(read: Any, counted: list[int], run: ByteRun, values: torch.Tensor) -> None:
+    counted.append(values.numel())
+    read(run, values)
+
+
+@pytest.mark.parametrize("spec", [TinyQwen3Moe(), TinyQwen35Moe()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_processes_share_the_reading(
+    spec: TinyQwen3Moe | TinyQwen35Moe, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Each reads about half of the bytes, and both get all of them."""
+    with Checkpoint.open(spec.write(tmp_path / "model")) as checkpoint:
+        model = describe(checkpoint)
+        targets = layer_targets(checkpoint, model, 1, dtype, True)
+        cpu = torch.device("cpu")
+        pairs = Pair(0), Pair(1)
+        pairs[0].others, pairs[1].others = pairs[1], pairs[0]
+        loaders = [WeightLoader(checkpoint, cpu, 2, pair) for pair in pairs]
+        n_read = []
+        for loader in loaders:
+            counted: list[int] = []
+            loader._read = partial(counting, loader._read, counted)  # type: ignore[method-assign]
+            loader.ask("layer", targets, shared=True)
+            loader.complete("layer")
+            n_read.append(counted)
+        taken = [loader.take("layer") for loader in loaders]
+        alone = WeightLoader(checkpoint, cpu, 2)
+        alone.ask("layer", targets)
+        expected = alone.take("layer")
+        for found in taken:
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(found[name], tensor), name
+        total = sum(tensor.numel() for tensor in expected.values())
+        assert sum(map(sum, n_read)) == total
+        assert 0.4 * total < sum(n_read[0]) < 0.6 * total
+        for loader in (*loaders, alone):
+            loader.close()
+
+
+def test_runs_are_cut_to_a_part() -> None:
+    f32 = torch.float32
+    plain = ByteRun("a", f32, 100, 10, 5)
+    (cut,) = _within([plain], 8, 12)
+    assert cut == ByteRun("a", f32, 112, 4, 8)
+    assert not list(_within([plain], 15, 20))
+    assert not list(_within([plain], 0, 5))
+    # two of three values of each of four stored rows: a target of two rows, four columns wide
+    turned = ByteRun("a", f32, 0, 12, 20, Columns(3, (0, 2, 1), 4))
+    assert list(_within([turned], 27, 40)) == [turned]
+    assert not list(_within([turned], 28, 40))

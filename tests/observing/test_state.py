@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
@@ -15,9 +16,12 @@ from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.errors import OutputError
 from reap2gguf.models.table import describe
 from reap2gguf.observing import budget, state, sweep_plan
+from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.saliency import SaliencyObserver
+from reap2gguf.observing.spool import open_spool
+from reap2gguf.observing.state import StateKeeper
 from reap2gguf.observing.sweep import Sweep, SweepReport
 from reap2gguf.options import ComputeOptions, Resume
 from tests.observing.devices import DEVICES
@@ -265,3 +269,27 @@ def test_a_disk_that_fails_meanwhile(
     monkeypatch.setattr("os.write", fail)
     with pytest.raises(OutputError, match=r"x\.state: cannot be written \(No space left"):
         run(folder, SaliencyObserver, options)
+
+
+class WithOneElsewhere(Ranks):
+    """Two processes, the other of which is on a machine that does not see the work folder."""
+
+    def least(self, value: int) -> int:
+        return min(value, 0)
+
+
+def test_nothing_is_saved_in_a_folder_that_another_machine_does_not_see(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with Checkpoint.open(TinyQwen3Moe().write(tmp_path / "model")) as checkpoint:
+        observer = SaliencyObserver(describe(checkpoint))
+    resume = Resume(tmp_path / "observe.state", "key")
+    keeper = StateKeeper(resume, observer, WithOneElsewhere(0, 0, 2), 64, notes.append)
+    assert keeper.load(8, torch.float32) is None
+    assert notes == [
+        (
+            f"not every process sees {tmp_path}, so the progress between layers is not saved; an "
+            "interrupted pass starts again"
+        )
+    ]
+    spool = open_spool("device", (4, 8), torch.float32, torch.device("cpu"), tmp_path)
+    assert not keeper.is_due([], spool)

@@ -15,7 +15,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models.table import describe
 from reap2gguf.observing import sweep as sweep_module
 from reap2gguf.observing import warm_up as module
-from reap2gguf.observing.batches import padded_batches
+from reap2gguf.observing.batches import group, padded_batches
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.observer import LayerObserver
@@ -46,7 +46,7 @@ def decoder_of(folder: Path) -> Iterator[StreamedDecoder]:
 
 def ready(decoder: StreamedDecoder) -> list[Any]:
     """Batches whose arguments are recorded, as they are before the first layer."""
-    batches = padded_batches(ROWS, 128, observed=True)
+    batches = padded_batches(group(ROWS, 128), observed=True)
     decoder.load_embedding()
     for batch in batches:
         decoder.record(batch.tokens)

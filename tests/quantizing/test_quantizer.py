@@ -33,7 +33,7 @@ class FakeKernels:
         return tensor_type is T.Q4_K
 
     def quantize(
-        self, rows: Floats, tensor_type: T, importance: Floats | None
+        self, rows: Floats, tensor_type: T, importance: Floats | None, tables: object
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         self.calls += 1
         target = load_ggml().quantize(rows, tensor_type, importance)

@@ -46,9 +46,10 @@ def test_json_and_the_log(tiny: Path, tmp_path: Path, build: tuple[object, ...])
     assert lines[0].startswith("begin: reap2gguf")
     assert "torch " in lines[1]
     for stage in names:
-        (begin,) = (n for n, line in enumerate(lines) if line.endswith(f"/6: {stage}"))
-        (end,) = (n for n, line in enumerate(lines) if f"/6: {stage}: done in " in line)
-        assert begin < end
+        of_stage = [n for n, line in enumerate(lines) if f"/6: {stage}" in line]
+        begin, end = of_stage
+        assert ": done in " in lines[end]
+        assert ": done in " not in lines[begin]
     assert lines[-1] == "end"
 
     again = run("build", "--model", tiny, *build, "--json")

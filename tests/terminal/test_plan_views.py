@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 from click.testing import CliRunner
 
 from reap2gguf.building.needs.amount import Amount
@@ -149,7 +148,7 @@ def test_json_is_a_contract(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found["disk_bytes"] + found["work_bytes"] == found["disk_peak_bytes"]
     assert found["hidden_states"] == {"bytes": needs.sweeps.hidden_bytes, "where": "device"}
-    assert sum(found["stages"].values()) == pytest.approx(found["seconds"], abs=0.1)
+    assert 0 < found["seconds"] <= sum(found["stages"].values()) + 0.1, "stages overlap"
     assert (values["reused"], values["fits"], values["problems"]) == ([], True, [])
     assert [offer["gpu"] for offer in values["rented"]] == [*GPUS]
     assert all(

@@ -15,7 +15,7 @@ from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
-from reap2gguf.verifying import hf_folder
+from reap2gguf.verifying import folder_values, hf_folder
 from reap2gguf.verifying.hf_folder import check_pruned
 from tests.tiny import TinyQwen3Moe
 
@@ -33,12 +33,13 @@ def violations(folder: Path, name: str, change: Callable[[torch.Tensor], object]
     assert model is not None
     assert not problems
     with checkpoint:
-        return list(hf_folder._check_tensor(checkpoint, model, name, lambda _: None))
+        return list(hf_folder.check_folder(checkpoint, model, Silent(), n_threads=3))
 
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_folder, "_MAX_VALUES", 1024)
+    monkeypatch.setattr(folder_values, "_PART_BYTES", 4096)
+    monkeypatch.setattr(folder_values, "_BLOCK_BYTES", 1024)
 
 
 def test_a_padded_embedding_is_no_violation(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def written(tmp_path: Path, change: Callable[[Path], object], fused: bool = True
         folder.mkdir()
         write_pruned(view, folder, Silent())
         change(folder)
-        return check_pruned(folder, view, Silent())
+        return check_pruned(folder, view, Silent(), n_threads=3)
 
 
 def changed(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:

@@ -50,12 +50,18 @@ class DiskNeeds:
         sweeping = self.hf + self.shared + self.spool + _STATES * self.state
         return max(0, sweeping - self.room_bytes)
 
-    def peak_bytes(self, sweeps: Mapping[str, tuple[float, int]]) -> int:
+    @property
+    def overlapping_bytes(self) -> int:
+        """What stages need that overlap: the GGUF files are there while the second pass runs."""
+        return self.final_bytes + self.spool + _STATES * self.state
+
+    def peak_bytes(self, sweeps: Mapping[str, tuple[float, int]], overlaps: bool = False) -> int:
         """The most that is there at a time, given the seconds and layers of each pass."""
         peak = self.final_bytes
         for name, (seconds, n_layers) in sweeps.items():
             beside = self.spool + self.state * states_kept(seconds, n_layers, self.state)
-            peak = max(peak, self.shared + beside + (0 if name == "observe" else self.hf))
+            written = self.hf + (self.gguf if overlaps else 0)
+            peak = max(peak, self.shared + beside + (0 if name == "observe" else written))
         return peak
 
 

@@ -12,7 +12,7 @@ from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
 from reap2gguf.building.needs.memory import SweepNeeds, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
-from reap2gguf.building.needs.seconds import Host, stage_seconds
+from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
 from reap2gguf.messages import duration, size
@@ -69,10 +69,11 @@ class Estimate:
     @property
     def peak_bytes(self) -> int:
         """The most on the disk of the output at a time."""
-        found = self.disk.peak_bytes(self._passes)
-        # the progress of a pass is saved only where there is space
-        is_room = found - self.reused.written_bytes <= self.machine.disk_free_bytes
-        return found if is_room else self.disk.room_bytes
+        # stages overlap, and the progress of a pass is saved, only where there is space
+        free = self.machine.disk_free_bytes + self.reused.written_bytes
+        overlaps = self.host.cores > 1 and self.disk.overlapping_bytes <= free
+        found = self.disk.peak_bytes(self._passes, overlaps)
+        return found if found <= free else self.disk.room_bytes
 
     @property
     def work_bytes(self) -> int:
@@ -81,8 +82,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole command."""
-        return sum(self.stages.values())
+        """Seconds of the whole command: of its critical path, since stages overlap."""
+        return critical_path(self.stages, self.host)
 
     @cached_property
     def stages(self) -> Mapping[str, float]:

@@ -13,6 +13,7 @@ from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import this_machine
 from reap2gguf.building.needs.memory import sweep_needs
 from reap2gguf.building.needs.sizes import Sizes
+from reap2gguf.building.workdir import Room
 from reap2gguf.errors import OutputError
 from reap2gguf.messages import size
 
@@ -41,8 +42,8 @@ def room_needs(plan: Plan) -> DiskNeeds:
     return disk_needs(plan, amount, sweep_needs(plan, Sizes(plan), amount, machine))
 
 
-def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
-    """Whether the disk also has space to save the progress of a sweep between layers.
+def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:
+    """What the disk also has space for.
 
     Raises OutputError with the numbers if it does not even have space for the build. What an
     interrupted build left counts as written.
@@ -58,7 +59,7 @@ def check_room(plan: Plan, work: Workdir, progress: Progress) -> bool:
             f"not enough disk space to save progress between layers ({size(needs.state_bytes)} "
             "more needed); an interrupted calibration pass restarts from layer 0"
         )
-    return keeps_states
+    return Room(keeps_states, room >= needs.overlapping_bytes)
 
 
 def _check_cache(plan: Plan, work: Workdir, n_bytes: int) -> None:

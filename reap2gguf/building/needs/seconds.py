@@ -110,6 +110,22 @@ def stage_seconds(
     return found
 
 
+def critical_path(stages: Mapping[str, float], host: Host) -> float:
+    """Seconds of a build whose stages take these: fewer than their sum, since some overlap.
+
+    Prune and export share the disk and the processor. A sweep on a GPU needs neither, so the longer
+    of the two counts. A sweep on a CPU leaves nothing to an export that computes; the safetensors
+    are written meanwhile. With one thread nothing overlaps.
+    """
+    prune, imatrix, export = (stages[name] for name in ("prune", "imatrix", "export"))
+    alone = sum(stages.values()) - prune - imatrix - export
+    if host.cores == 1:
+        return alone + prune + imatrix + export
+    if host.gpu_factor is not None:
+        return alone + max(imatrix, prune + export)
+    return alone + max(imatrix, prune) + export
+
+
 def _texts(plan: Plan, amount: Amount, host: Host) -> float:
     on_hub = not all(one.is_local for one in plan.calibration.components)
     per_token = _RENDER if on_hub else _TOKENIZE

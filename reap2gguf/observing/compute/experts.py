@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, linear
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.observing.compute import kernels
+from reap2gguf.observing.compute import fused, kernels
 from reap2gguf.observing.compute.crew import Crew, current_slice
 
 IMPLEMENTATION = "reap2gguf"
@@ -52,11 +52,14 @@ class RoutedPairs:
     """What some experts of a layer computed in a batch, sorted by expert, without padding."""
 
     first_expert: int  # the pairs are of this expert and the next ones, as many as `ends` has
-    inputs: Tensor  # (S, H), of the gate and up matrices
+    inputs: Tensor | None  # (S, H), of the gate and up matrices, unless their squares are there
     activations: Tensor  # (S, F), inputs of the down matrix
     norms: Tensor | None  # (S,) float32, L2 norms of the outputs before weighting, if wanted
     gates: Tensor  # (S,), the weights applied
     ends: Tensor  # int32, where each expert's pairs end
+    # sums of squares per expert, (E, H) and (E, F), if they are wanted and were computed already
+    input_squares: Tensor | None = None
+    activation_squares: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -68,6 +71,7 @@ class ExpertsObserver(Protocol):
     """Receives the routed pairs."""
 
     wants_norms: bool
+    wants_squares: bool
     real_tokens: RealTokens | None  # None if no position is padding
 
     def see(self, pairs: RoutedPairs) -> None:
@@ -123,8 +127,10 @@ def _run(self: Any, hidden: Tensor, top_k_index: Tensor, weights: Tensor, each: 
         # padding goes to an expert that does not exist: it is sorted last and cut off
         expert_ids = torch.where(real.mask[:, None], expert_ids, self.num_experts)
         n_pairs = real.count * top_k_index.shape[-1]
+    if hidden.is_cuda:  # a GPU sorts short numbers more quickly
+        expert_ids = expert_ids.to(torch.uint8 if self.num_experts < 256 else torch.int16)
     ids, order = torch.sort(expert_ids.reshape(-1), stable=True)
-    experts = torch.arange(self.num_experts, dtype=torch.int32, device=ids.device)
+    experts = torch.arange(self.num_experts, dtype=ids.dtype, device=ids.device)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
     run = _all_at_once if hidden.is_cuda else _one_by_one
     return run(self, hidden, weights, order[:n_pairs], ends, observer, each)
@@ -139,25 +145,37 @@ def _all_at_once(
     observer: ExpertsObserver | None,
     each: Map,
 ) -> Tensor:
-    """Two grouped matrix products over all pairs; the host does not learn how many there are.
+    """Two matrix products over all pairs; the host does not learn how many each expert has.
 
     `each` is not used.
     """
-    n_pairs, top_k = len(order), weights.shape[-1]
-    inputs = hidden[order // top_k]  # (S, H)
-    gate_up = grouped_mm(inputs, self.gate_up_proj.transpose(-2, -1), offs=ends)  # (S, 2F)
-    activations = kernels.swiglu(gate_up) if kernels.is_swiglu(self) else self._apply_gate(gate_up)
-    del gate_up
+    with_squares = observer is not None and observer.wants_squares
+    inputs: Tensor | None = None
+    input_squares, activation_squares = None, None
+    # sums of squares come with copies of the tokens, which are then the quicker way
+    fetches = not with_squares and fused.is_swiglu(self)
+    if fetches and kernels.can_gate_up(hidden, self.gate_up_proj):
+        places, gates = kernels.placed(weights, order)
+        top_k = weights.shape[-1]
+        activations = kernels.gate_up(hidden, self.gate_up_proj, order, ends, top_k)
+    else:
+        inputs, places, gates, input_squares = kernels.gather(
+            hidden, weights, order, ends, with_squares
+        )
+        gate_up = grouped_mm(inputs, self.gate_up_proj.transpose(-2, -1), offs=ends)  # (S, 2F)
+        if fused.is_swiglu(self):
+            activations, activation_squares = kernels.swiglu(gate_up, ends, with_squares)
+        else:
+            activations = self._apply_gate(gate_up)
+        del gate_up
     outputs = grouped_mm(activations, self.down_proj.transpose(-2, -1), offs=ends)  # (S, H)
-    places = order.new_full((weights.numel(),), -1, dtype=torch.int32)
-    places[order] = torch.arange(n_pairs, dtype=torch.int32, device=order.device)
     norms = None
     if observer is not None and observer.wants_norms:
-        norms = torch.empty(n_pairs, dtype=torch.float32, device=order.device)
-    combined = kernels.combine(outputs, places.view(-1, top_k), weights, norms)
+        norms = torch.empty(len(order), dtype=torch.float32, device=order.device)
+    combined = kernels.combine(outputs, places, weights, norms)
     if observer is not None:
-        gates = weights.reshape(-1)[order]
-        observer.see(RoutedPairs(0, inputs, activations, norms, gates, ends))
+        squares = input_squares, activation_squares
+        observer.see(RoutedPairs(0, inputs, activations, norms, gates, ends, *squares))
     return combined
 
 

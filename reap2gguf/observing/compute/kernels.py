@@ -1,34 +1,31 @@
 """The sums and products of a sweep for which torch has no single operation.
 
-Each is a few torch operations, which run anywhere, and on a CUDA device one Triton kernel
-(`triton_kernels.py`) that reads its input once. Letters as in `experts.py`.
-
-RMSNorm and SwiGLU replace code of transformers, which launches many kernels for each. Modules are
-recognized by what they compute: one module of each class is tried on random values, and a kernel
-is used only if it gives the same result. Any other norm keeps its own code.
+Each is a few torch operations, which run anywhere, and on a CUDA device one or two Triton kernels
+(`triton_*.py`) that read their input once. Letters as in `experts.py`.
 """
 
 from __future__ import annotations
 
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 _ROW_GROUPS = 128  # parts of a sum over all rows, enough to keep a GPU busy
-_PROBE_WIDTH = 64  # of the random values on which a norm is tried
 
 
 @cache
-def _triton() -> ModuleType | None:
-    """The Triton kernels; None if Triton is not installed."""
+def _triton() -> tuple[ModuleType, ModuleType] | None:
+    """The Triton kernels of a layer and of its experts; None if Triton is not installed."""
     try:
-        from reap2gguf.observing.compute import triton_kernels
+        from reap2gguf.observing.compute import triton_experts, triton_kernels
     except ImportError:
         return None
-    return triton_kernels
+    return triton_kernels, triton_experts
 
 
 def has_triton(device: torch.device) -> bool:
@@ -37,7 +34,61 @@ def has_triton(device: torch.device) -> bool:
 
 
 def _kernels_for(values: Tensor) -> ModuleType | None:
-    return _triton() if values.is_cuda else None
+    found = _triton() if values.is_cuda else None
+    return found and found[0]
+
+
+def _expert_kernels_for(values: Tensor) -> ModuleType | None:
+    found = _triton() if values.is_cuda else None
+    return found and found[1]
+
+
+def gather(
+    hidden: Tensor, weights: Tensor, order: Tensor, ends: Tensor, with_squares: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the pairs need of their tokens: inputs (S, H), places (N, K), gates (S,), squares.
+
+    hidden: (N, H)    weights: (N, K)    order: (S,), which of the N x K pairs follow one another
+    places: int32, where each pair is in the order, or -1    squares: (E, H), if wanted: the sums
+    of squares of each expert's inputs
+    """
+    if kernels := _expert_kernels_for(hidden):
+        found: tuple[Tensor, Tensor, Tensor, Tensor | None] = kernels.gather(
+            hidden, weights, order, ends, with_squares
+        )
+        return found
+    inputs = hidden[order // weights.shape[-1]]
+    return inputs, *placed(weights, order), square_sums(inputs, ends) if with_squares else None
+
+
+def placed(weights: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each pair is in the order (N, K), int32, or -1, and the weights in that order (S,)."""
+    places = torch.full((weights.numel(),), -1, dtype=torch.int32, device=order.device)
+    places[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    return places.view(weights.shape), weights.reshape(-1)[order]
+
+
+def can_gate_up(hidden: Tensor, matrices: Tensor) -> bool:
+    """Whether `gate_up` computes with these: Hopper's kernel, of bfloat16, in whole blocks."""
+    kernels = _expert_kernels_for(hidden)
+    if kernels is None or {hidden.dtype, matrices.dtype} != {torch.bfloat16}:
+        return False
+    is_hopper = torch.cuda.get_device_capability(hidden.device)[0] == 9
+    return is_hopper and bool(kernels.fits_gate_up(hidden.shape[-1], matrices.shape[1] // 2))
+
+
+def gate_up(hidden: Tensor, matrices: Tensor, order: Tensor, ends: Tensor, top_k: int) -> Tensor:
+    """silu(gate) * up, (S, F), of hidden (N, H), by matrices (E, 2F, H): gates, then ups.
+
+    order, ends: as for `gather`, whose copies of the tokens it saves
+    """
+    if kernels := _expert_kernels_for(hidden):
+        activations: Tensor = kernels.gate_up(hidden, matrices, order, ends, top_k)
+        return activations
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    parts = torch.split(hidden[order // top_k], lengths)
+    products = [part @ matrix.T for part, matrix in zip(parts, matrices, strict=True)]
+    return swiglu(torch.cat(products), ends)[0]
 
 
 def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None) -> Tensor:
@@ -45,7 +96,7 @@ def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None
 
     outputs: (S, H)    places: (N, K) int32, row in `outputs` or -1    gates: (N, K)
     """
-    if kernels := _kernels_for(outputs):
+    if kernels := _expert_kernels_for(outputs):
         combined: Tensor = kernels.combine(outputs, places, gates, norms)
         return combined
     if norms is not None:
@@ -57,20 +108,16 @@ def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None
 
 def square_sums(values: Tensor, ends: Tensor) -> Tensor:
     """Sums of squares (G, C), float32, of values (S, C); group g's rows end at ends[g] (int32)."""
-    if kernels := _kernels_for(values):
-        sums: Tensor = kernels.square_sums(values, ends)
-        return sums
     lengths = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
     return torch.stack([part.float().square().sum(0) for part in torch.split(values, lengths)])
 
 
 def all_square_sums(values: Tensor) -> Tensor:
-    """Sums of squares (1, C), float32, over every row of values (S, C)."""
-    if not values.is_cuda:
-        return values.float().square().sum(0, keepdim=True)
-    n_rows = len(values)
-    ends = torch.arange(1, _ROW_GROUPS + 1, device=values.device) * n_rows // _ROW_GROUPS
-    return square_sums(values.contiguous(), ends.to(torch.int32)).sum(0, keepdim=True)
+    """Sums of squares (1, C), float32 or float64, over every row of values (S, C)."""
+    if kernels := _kernels_for(values):
+        parts: Tensor = kernels.all_square_sums(values, _ROW_GROUPS)
+        return parts.sum(0, keepdim=True, dtype=torch.float64)
+    return values.float().square().sum(0, keepdim=True)
 
 
 def saliency_sums(norms: Tensor, gates: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +125,7 @@ def saliency_sums(norms: Tensor, gates: Tensor, ends: Tensor) -> tuple[Tensor, T
 
     norms: (S,) float32    gates: (S,)    ends: (E,) int32, where each expert's pairs end
     """
-    if kernels := _kernels_for(norms):
+    if kernels := _expert_kernels_for(norms):
         found: tuple[Tensor, Tensor] = kernels.saliency_sums(norms, gates, ends)
         return found
     exact, weights = norms.double(), gates.double()
@@ -104,65 +151,114 @@ def rms_norm(
     return normed.to(values.dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, (S, F), from (S, 2F): the gates, then the ups."""
-    if kernels := _kernels_for(gate_up):
-        activations: Tensor = kernels.swiglu(gate_up)
-        return activations
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+def add_rms_norm(
+    values: Tensor, added: Tensor, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """values + added, and the RMSNorm of the sum."""
+    if kernels := _kernels_for(values):
+        fused: tuple[Tensor, Tensor] = kernels.add_rms_norm(values, added, weight, eps, offset)
+        return fused
+    total = added + values
+    return total, rms_norm(total, weight, eps, offset)
 
 
-def fuse_norms(module: torch.nn.Module) -> int:
-    """Let every RMSNorm in `module` compute by one kernel; the number of them."""
-    found = 0
-    for part in module.modules():
-        recipe = _norm_recipe(type(part))  # type: ignore[arg-type]
-        eps = getattr(part, "variance_epsilon", getattr(part, "eps", None))
-        if recipe is None or not isinstance(eps, float):
-            continue
-        offset, _ = recipe
-        part.forward = partial(_norm, part, eps, offset)
-        found += 1
-    return found
-
-
-def _norm(
-    module: Any, eps: float, offset: float, hidden_states: Tensor, gate: Tensor | None = None
+def norm_rotary(
+    values: Tensor, weight: Tensor, eps: float, offset: float, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    return rms_norm(hidden_states, module.weight, eps, offset, gate)
+    """RMSNorm of each head, and the rotary embedding (arXiv 2104.09864) of its first values.
+
+    values: (B, T, heads, D)    cos, sin: (1 or B, T, R), R <= D; value r turns with r + R / 2
+    """
+    if kernels := _kernels_for(values):
+        fused: Tensor = kernels.norm_rotary(values, weight, eps, offset, cos, sin)
+        return fused
+    normed = rms_norm(values, weight, eps, offset)
+    turning, rest = normed[..., : cos.shape[-1]], normed[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
+    return torch.cat((turned, rest), dim=-1)
 
 
-@cache  # one module of each class is tried
-def _norm_recipe(kind: type[torch.nn.Module]) -> tuple[float, bool] | None:
-    """What an RMSNorm adds to its weight, and whether it takes a gate; None for other modules."""
-    if not kind.__name__.replace("Gated", "").endswith("RMSNorm"):
-        return None
-    gated = "Gated" in kind.__name__
-    generator = torch.Generator().manual_seed(0)
-    values, weight, gate = torch.randn(3, 5, _PROBE_WIDTH, generator=generator)
+def route(logits: Tensor, top_k: int, renormalized: bool) -> tuple[Tensor, Tensor]:
+    """Of softmax(logits) of (N, E) the K largest, in descending order, and their experts: (N, K).
+
+    renormalized: the K are divided by their sum
+    """
+    if kernels := _kernels_for(logits):
+        found: tuple[Tensor, Tensor] = kernels.route(logits, top_k, renormalized)
+        return found
+    weights, ids = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
+    if renormalized:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(logits.dtype), ids
+
+
+def sigmoid_gated(values: Tensor, gates: Tensor) -> Tensor:
+    """values x sigmoid(gates), both (B, T, heads, D)."""
+    if kernels := _kernels_for(values):
+        gated: Tensor = kernels.sigmoid_gated(values, gates)
+        return gated
+    return values * torch.sigmoid(gates)
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Which rows of (..., C) have finite values only: bool (...)."""
+    if kernels := _kernels_for(values):
+        flags: Tensor = kernels.finite_rows(values)
+        return flags
+    return torch.isfinite(values).all(-1)
+
+
+def copy_if(wanted: Tensor, values: Tensor, target: Tensor) -> None:
+    """Copy `values` into `target` if the flag `wanted` is true; the host does not wait for it."""
+    if kernels := _kernels_for(values):
+        kernels.copy_if(wanted, values, target)
+    else:
+        torch.where(wanted, values, target, out=target)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, by_cudnn: bool) -> Tensor:
+    """Causal attention over (B, T, heads, D), where queries may share key heads.
+
+    by_cudnn: cuDNN's kernel, which is faster on Hopper and takes a while for a new shape
+    """
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if by_cudnn else nullcontext():
+        output = scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=query.shape[1] > 1,
+            scale=scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+    return output.transpose(1, 2)
+
+
+@cache
+def has_cudnn_attention(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether cuDNN computes attention with heads of `width`, and is the faster one."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    heads = torch.randn(3, 1, 128, 2, width, dtype=dtype, device=device, generator=generator)
+    query, key, value = heads[0], heads[1, :, :, :1], heads[2, :, :, :1]
+    expected = attention(query, key, value, width**-0.5, by_cudnn=False).float()
     try:
-        norm: Any = kind(_PROBE_WIDTH, eps=1e-3)
-        norm.weight = torch.nn.Parameter(weight[0], requires_grad=False)
-        with torch.inference_mode():
-            expected = norm(values, gate) if gated else norm(values)
-    except (TypeError, RuntimeError, AttributeError):
-        return None  # its arguments are not those of a known norm
-    for offset in (0.0, 1.0):
-        ours = rms_norm(values, weight[0], 1e-3, offset, gate if gated else None)
-        if torch.allclose(ours, expected, rtol=1e-5, atol=1e-6):
-            return offset, gated
-    return None
+        found = attention(query, key, value, width**-0.5, by_cudnn=True).float()
+    except RuntimeError:
+        return False  # not of heads this wide, or not this version
+    return float((found - expected).norm() / expected.norm()) < 0.01
 
 
-_GATES: dict[tuple[type, type], bool] = {}  # one module of each class is tried
-
-
-def is_swiglu(experts: Any) -> bool:
-    """Whether an experts module computes silu(gate) * up, with the gates first."""
-    kind = (type(experts), type(experts.act_fn))
-    if kind not in _GATES:
-        gate_up = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-        ours = swiglu(gate_up)
-        _GATES[kind] = torch.allclose(experts._apply_gate(gate_up), ours, atol=1e-6)
-    return _GATES[kind]
+def swiglu(
+    gate_up: Tensor, ends: Tensor, with_squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """silu(gate) * up, (S, F), from (S, 2F): the gates, then the ups; sums of squares (E, F)."""
+    if kernels := _expert_kernels_for(gate_up):
+        found: tuple[Tensor, Tensor | None] = kernels.swiglu(gate_up, ends, with_squares)
+        return found
+    gate, up = gate_up.chunk(2, dim=-1)
+    activations = torch.nn.functional.silu(gate) * up
+    return activations, square_sums(activations, ends) if with_squares else None

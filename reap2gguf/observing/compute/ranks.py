@@ -7,6 +7,8 @@ writes files.
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,9 +43,25 @@ class Ranks(Processes):
         """Replace each tensor by the sum over all processes."""
         self._reduce(tensors, dist.ReduceOp.SUM)
 
-    def max_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by the maximum over all processes."""
-        self._reduce(tensors, dist.ReduceOp.MAX)
+    def begin_sum(self, tensor: Tensor) -> dist.Work | None:
+        """Begin to replace a tensor by the sum over all processes; None if there is one alone."""
+        return self._begin(tensor, dist.ReduceOp.SUM)
+
+    def begin_max(self, tensor: Tensor) -> dist.Work | None:
+        """Begin to replace a tensor by the maximum over all processes."""
+        return self._begin(tensor, dist.ReduceOp.MAX)
+
+    def _begin(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> dist.Work | None:
+        if self.size == 1:
+            return None
+        with _lost_peers():
+            work: dist.Work = dist.all_reduce(tensor, operation, async_op=True)
+        return work
+
+    def finish(self, work: dist.Work) -> None:
+        """Wait for what was begun: the host for a CPU's, the current stream for a GPU's."""
+        with _lost_peers():
+            work.wait()
 
     def total(self, values: Sequence[int]) -> list[int]:
         """Each number summed over all processes."""
@@ -111,6 +129,48 @@ def connect_on(ranks: Ranks, device: torch.device) -> None:
         )
     ranks.sum_tensors([torch.zeros(1, device=device)])
     torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class HostPeers:
+    """The processes of one machine, which share the reading of weights."""
+
+    number: int  # of this process among them
+    count: int
+    group: dist.ProcessGroup | None  # None: all processes are on one machine
+
+    def exchange(self, whole: Tensor) -> dist.Work:
+        """Begin to exchange parts of `whole`, bytes: each process has the part of its number."""
+        part = len(whole) // self.count
+        own = whole[self.number * part : (self.number + 1) * part]
+        with _lost_peers():
+            work: dist.Work = dist.all_gather_into_tensor(whole, own, self.group, async_op=True)
+        return work
+
+
+def host_peers(ranks: Ranks, device: torch.device) -> HostPeers | None:
+    """The processes of this machine, if they have GPUs and are several."""
+    if ranks.size == 1 or device.type != "cuda":
+        return None
+    return _host_peers(ranks)
+
+
+@cache
+def _host_peers(ranks: Ranks) -> HostPeers | None:
+    machines: list[str] = [""] * ranks.size
+    with _lost_peers():
+        # two agents of torchrun on one machine are as two machines
+        own = f"{platform.node()} {os.environ.get('GROUP_RANK', '')}"
+        dist.all_gather_object(machines, own)
+        found: HostPeers | None = None
+        for machine in sorted(set(machines)):
+            members = [rank for rank, name in enumerate(machines) if name == machine]
+            alone = len(members) == ranks.size
+            # every process takes part in making every group
+            group = None if alone else dist.new_group(members, backend="nccl", timeout=_TIMEOUT)
+            if machine == own and len(members) > 1:
+                found = HostPeers(members.index(ranks.rank), len(members), group)
+    return found
 
 
 @contextmanager

@@ -32,6 +32,15 @@ _NEEDED = {
     "armv8-a": set[str](),
 }
 
+# Entries of a codebook, and the bytes of each.
+_CODEBOOKS = {
+    "IQ2_XXS": (256, 8),
+    "IQ2_XS": (512, 8),
+    "IQ2_S": (1024, 8),
+    "IQ3_XXS": (256, 4),
+    "IQ3_S": (512, 4),
+}
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -50,7 +59,7 @@ class Kernels:
         rows: Floats,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
-        tables: ctypes.c_void_p | None = None,
+        tables: ctypes.Array[ctypes.c_void_p] | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
 
@@ -71,6 +80,33 @@ class Kernels:
         )
         assert done, f"{self.path}: does not cover {tensor_type.name}"
         return target, is_odd
+
+    def dequantize(
+        self, raw: Bytes, tensor_type: GGMLQuantizationType, codebook: Bytes | None = None
+    ) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`.
+
+        They are ggml's, bit for bit. `codebook` is (entries, 8) for an IQ2 type and (entries, 4)
+        for an IQ3 type: the sizes of the values that an entry stands for. Raises ValueError for
+        such a type without one, and for a type that is not covered.
+        """
+        name = tensor_type.name
+        block, size = GGML_QUANT_SIZES[tensor_type]
+        shape = _CODEBOOKS.get(name)
+        if shape is not None and (codebook is None or codebook.shape != shape):
+            found = "none" if codebook is None else str(codebook.shape)
+            raise ValueError(f"{name} needs a codebook of {shape}, found {found}")
+        source = np.ascontiguousarray(raw)
+        entries = None if codebook is None else np.ascontiguousarray(codebook, np.uint8)
+        values = np.empty((raw.shape[0], raw.shape[1] // size * block), dtype=np.float32)
+        done = self._library.reap_dequantize(
+            tensor_type.value,
+            *(source.ctypes.data, values.size // block),
+            *(None if entries is None else entries.ctypes.data, values.ctypes.data),
+        )
+        if not done:
+            raise ValueError(f"{name} is not read by the compiled kernels")
+        return values
 
 
 def load_kernels() -> Kernels | None:
@@ -118,3 +154,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.reap_quantize.restype = ctypes.c_int
     rows, others = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), (ctypes.c_void_p,) * 4
     library.reap_quantize.argtypes = (ctypes.c_int, *rows, *others)
+    library.reap_dequantize.restype = ctypes.c_int
+    pointers = (ctypes.c_void_p,) * 2
+    library.reap_dequantize.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, *pointers)

@@ -17,7 +17,7 @@ from reap2gguf.building.needs.disk import states_kept
 from reap2gguf.building.needs.estimate import ALL, LONG, Estimate, Reused
 from reap2gguf.building.needs.rented import GPUS
 from reap2gguf.building.needs.room import room_needs
-from reap2gguf.building.needs.seconds import STAGES
+from reap2gguf.building.needs.seconds import STAGES, critical_path
 from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.observing.budget import (
@@ -44,10 +44,17 @@ def with_amount(needs: Estimate, amount: Amount) -> Estimate:
     return needs.with_amount(amount)
 
 
-def test_the_whole_is_the_sum_of_its_stages(tiny: Path, tmp_path: Path) -> None:
+def test_the_whole_is_the_longest_way_through_its_stages(tiny: Path, tmp_path: Path) -> None:
     needs = needs_on(make_plan(options(tiny, tmp_path / "out")))
     assert tuple(needs.stages) == STAGES
-    assert needs.seconds == sum(needs.stages.values())
+    shorter = min(needs.stages["prune"], needs.stages["imatrix"])
+    assert needs.seconds == pytest.approx(sum(needs.stages.values()) - shorter)
+    stages = dict.fromkeys(STAGES, 1.0) | {"prune": 5.0, "imatrix": 20.0, "export": 10.0}
+    on_gpu = replace(needs.host, gpu_factor=1.0, cores=16)
+    assert critical_path(stages, on_gpu) == 5 + 20
+    assert critical_path(stages | {"export": 30.0}, on_gpu) == 5 + 5 + 30
+    assert critical_path(stages, replace(needs.host, cores=2)) == 5 + 20 + 10
+    assert critical_path(stages, replace(needs.host, cores=1)) == sum(stages.values())
     assert all(seconds > 0 for seconds in needs.stages.values())
     assert needs.fits
     assert not needs.advice

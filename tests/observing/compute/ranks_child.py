@@ -11,11 +11,11 @@ import torch
 
 from reap2gguf import cli
 from reap2gguf.observing import budget, state
-from reap2gguf.observing.compute.ranks import join
+from reap2gguf.observing.compute.ranks import HostPeers, _host_peers, join
 from reap2gguf.observing.sweep import Sweep
 from tests.tiny import EXAMPLE
 
-COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
+COMPUTE = ("--device", "cpu", "--dtype", "float32", "--threads", "2")
 OBSERVE = ("--max-length", "256", "--samples", "12", *COMPUTE)
 BUILD = ("--recipe", "q8_0", "--name", "shared", "--max-length", "512", "--samples", "5")
 BATCH_TOKENS = 1024  # so that few rows make several batches
@@ -31,9 +31,17 @@ def exchange() -> None:
     assert ranks.broadcast("first" if ranks.is_first else None) == "first"
     assert ranks.share([10, 11, 12]) == [[10, 12], [11]][ranks.rank]
     sums, peak = torch.tensor([1.0 + ranks.rank]), torch.tensor([1.0 + ranks.rank])
-    ranks.sum_tensors([sums])
-    ranks.max_tensors([peak])
+    works = (ranks.begin_sum(sums), ranks.begin_max(peak))
+    for work in works:
+        assert work is not None
+        ranks.finish(work)
     assert (float(sums), float(peak)) == (3, 2)
+    peers = _host_peers(ranks)
+    assert peers == HostPeers(ranks.rank, 2, None)
+    whole = torch.zeros(6, dtype=torch.uint8)
+    whole[3 * ranks.rank : 3 * ranks.rank + 3] = 5 + ranks.rank
+    peers.exchange(whole).wait()
+    assert whole.tolist() == [5, 5, 5, 6, 6, 6]
 
 
 def die_before(layer: int) -> None:

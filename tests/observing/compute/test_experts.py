@@ -27,7 +27,7 @@ class Keeper:
     """Keeps what it sees, expert after expert."""
 
     def __init__(self, wants_norms: bool, real: RealTokens | None) -> None:
-        self.wants_norms = wants_norms
+        self.wants_norms = self.wants_squares = wants_norms
         self.real_tokens = real
         self.seen: list[RoutedPairs] = []
 

@@ -22,7 +22,7 @@ needs_objects = pytest.mark.skipif(
 def _fresh_cache() -> Iterator[None]:
     compiled._find.cache_clear()
     yield
-    compiled._find.cache_clear()  # of what a test put in place
+    compiled._find.cache_clear()  # what a test pretends is not for the next file
 
 
 def test_installing_has_compiled_them() -> None:

@@ -2,7 +2,8 @@
 #include <utility>
 
 #include "dequantize.h"
-#include "k_quants.h"
+#include "iq2.h"
+#include "iq3.h"
 #include "nonlinear.h"
 #include "plain.h"
 #include "symmetric_k.h"
@@ -59,7 +60,7 @@ static F row_mean_square(const float *rows, i64 n_columns, int n_rows) {
 
 template <class T, bool WEIGHTED>
 static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const float *importance,
-                          u8 *target, u8 *is_odd) {
+                          const void *tables, u8 *target, u8 *is_odd) {
     enum { N_WORDS = (T::BYTES + 3) / 4 };
     const i64 n_blocks = n_columns / T::COLUMNS, row_bytes = n_blocks * T::BYTES;
     F x[T::COLUMNS];
@@ -72,7 +73,8 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
         for (i64 block = 0; block < n_blocks; block++) {
             const i64 column = block * T::COLUMNS;
             gather(rows + first * n_columns + column, n_columns, n, T::COLUMNS, x);
-            M odd = T::template quantize<WEIGHTED>(x, importance + column, mean_square, words);
+            M odd = quantize_block<T, WEIGHTED>((const T *)0, x, importance + column, mean_square,
+                                                words, tables);
             for (int row = 0; row < n; row++) {
                 const int r = row / WIDTH, k = row % WIDTH;
                 u32 packed[N_WORDS];
@@ -84,21 +86,26 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
     }
 }
 
-// F16 and BF16 have no blocks: here the lanes are neighbours.
-template <bool BRAIN> static void round_halves(const float *values, i64 n, u8 *target) {
-    for (i64 first = 0; first < n; first += LANES) {
-        const int count = n - first < LANES ? (int)(n - first) : LANES;
-        float in[LANES] = {0};
-        u32 rounded[LANES];
-        u16 out[LANES];
-        F x;
-        memcpy(in, values + first, count * sizeof *in);
-        memcpy(x.v, in, sizeof in);
-        I halves = BRAIN ? bfloat_bits(x) : half_bits(x);
-        memcpy(rounded, halves.v, sizeof rounded);
-        for (int k = 0; k < LANES; k++) out[k] = (u16)rounded[k];
-        memcpy(target + 2 * first, out, count * sizeof *out);
-    }
+// F16 and BF16 have no blocks: here the lanes are neighbours in a row. A row is odd if it has a value
+// beyond the type's range.
+template <bool BRAIN>
+static void round_halves(const float *rows, i64 n_rows, i64 n_columns, u8 *target, u8 *is_odd) {
+    const int infinity = BRAIN ? 0x7f80 : 0x7c00;
+    for (i64 row = 0; row < n_rows; row++, rows += n_columns, target += 2 * n_columns)
+        for (i64 first = 0; first < n_columns; first += LANES) {
+            const int count = n_columns - first < LANES ? (int)(n_columns - first) : LANES;
+            float in[LANES] = {0};
+            u32 rounded[LANES];
+            u16 out[LANES];
+            F x;
+            memcpy(in, rows + first, count * sizeof *in);
+            memcpy(x.v, in, sizeof in);
+            I halves = BRAIN ? bfloat_bits(x) : half_bits(x);
+            is_odd[row] |= any((halves & infinity) == I(infinity));
+            memcpy(rounded, halves.v, sizeof rounded);
+            for (int k = 0; k < LANES; k++) out[k] = (u16)rounded[k];
+            memcpy(target + 2 * first, out, count * sizeof *out);
+        }
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -107,20 +114,24 @@ template <bool BRAIN> static void round_halves(const float *values, i64 n, u8 *t
 EXPORT const char *reap_source() { return SOURCE_HASH; }
 
 // Rows of float32 as blocks of a ggml type; 0 if the type is none of these. `importance` has a value
-// for each column, or is null. `is_odd` is set for rows whose bytes mean nothing: ggml must do them.
+// for each column, or is null. `tables` is the Codebook of a type that has one. `is_odd` is set for
+// rows whose bytes mean nothing: ggml must do them.
 EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
                          const float *importance, const void *tables, u8 *target, u8 *is_odd) {
-    (void)tables;
-#define CASE(number, ...)                                                                         \
-    case number:                                                                                  \
-        if (importance)                                                                           \
-            quantize_rows<__VA_ARGS__, true>(rows, n_rows, n_columns, importance, target, is_odd); \
-        else                                                                                      \
-            quantize_rows<__VA_ARGS__, false>(rows, n_rows, n_columns, rows, target, is_odd);     \
+#define QUANTIZE(T, WEIGHTED, importance) \
+    quantize_rows<T, WEIGHTED>(rows, n_rows, n_columns, importance, tables, target, is_odd)
+#define CASE(number, ...)                                        \
+    case number:                                                 \
+        if (importance) QUANTIZE(__VA_ARGS__, true, importance); \
+        else QUANTIZE(__VA_ARGS__, false, rows);                 \
         return 1;
+#define CASE_WEIGHTED(number, ...) /* ggml ends the process without importance */ \
+    case number:                                                                  \
+        if (importance) QUANTIZE(__VA_ARGS__, true, importance);                  \
+        return importance || !n_rows;
     switch (type) {
-        case 1: round_halves<false>(rows, n_rows * n_columns, target); return 1;
-        case 30: round_halves<true>(rows, n_rows * n_columns, target); return 1;
+        case 1: round_halves<false>(rows, n_rows, n_columns, target, is_odd); return 1;
+        case 30: round_halves<true>(rows, n_rows, n_columns, target, is_odd); return 1;
         CASE(2, Symmetric<8>)
         CASE(3, Affine<15>)
         CASE(6, Symmetric<16>)
@@ -131,7 +142,12 @@ EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
         CASE(12, AffineK<15>)
         CASE(13, AffineK<31>)
         CASE(14, Q6K)
+        CASE_WEIGHTED(16, Iq2Xxs)
+        CASE_WEIGHTED(17, Iq2<false>)
+        CASE(18, Iq3<false>)
         CASE(20, IQ4NL)
+        CASE(21, Iq3<true>)
+        CASE(22, Iq2<true>)
         CASE(23, IQ4XS)
     }
     return 0;

@@ -185,7 +185,7 @@ FN I join(const I *levels) {
 
 template <int N> FN F square_sum(const F *x) {
     F sum = 0.f;
-    for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
+    ROLL for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
     return sum;
 }
 

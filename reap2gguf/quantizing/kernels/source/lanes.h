@@ -21,6 +21,11 @@ typedef unsigned long long u64;
 
 #define FN __device__ __forceinline__ static
 #define UNROLL _Pragma("unroll")
+#ifdef __CUDACC_RTC__  // which does not have it
+#define __builtin_inff() __int_as_float(0x7f800000)
+#endif
+#define ROLL _Pragma("unroll 8")  // a long loop, which would need too many registers
+#define NEIGHBOURS UNROLL
 typedef float F;
 typedef int I;
 typedef bool M;
@@ -63,6 +68,13 @@ FN F look_up(const float *table, I index) { return table[index]; }
 
 #define FN static inline __attribute__((always_inline))
 #define UNROLL
+#define ROLL
+// Before a loop over neighbours that is to become lanes: a GCC that unrolls it first finds none.
+#if defined(__GNUC__) && !defined(__clang__)
+#define NEIGHBOURS _Pragma("GCC unroll 1")
+#else
+#define NEIGHBOURS
+#endif
 
 #if defined(__AVX512F__)
 enum { WIDTH = 16 };
@@ -221,6 +233,85 @@ FN F look_up(const float *table, I index) {
     F b;
     EACH for (int k = 0; k < WIDTH; k++) b.v[r][k] = table[index.v[r][k]];
     return b;
+}
+
+// What follows works on one register, with several numbers of one lane in it.
+
+typedef u16 Shorts __attribute__((vector_size(WIDTH * 2)));
+typedef float AnyFloat __attribute__((may_alias));
+
+// The number of one lane, from memory.
+FN float lane(const F &a, int k) { return ((const AnyFloat *)&a)[k]; }
+
+FN Ints widen(const u16 *numbers) {
+#if defined(__AVX512F__)
+    const __m256i wide = _mm256_loadu_si256((const __m256i *)numbers);
+    return (Ints)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, wide);
+#else
+    Shorts shorts;
+    memcpy(&shorts, numbers, sizeof shorts);
+    return __builtin_convertvector(shorts, Ints);
+#endif
+}
+
+// Registers that hold a table of eight. A wider register has it twice.
+enum { EIGHT = WIDTH < 8 ? 8 / WIDTH : 1 };
+
+// table[index & 7]
+FN Floats pick8(const Floats *table, Ints index) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_permutexvar_ps((__mmask16)-1, (__m512i)index, (__m512)table[0]);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_permutevar8x32_ps((__m256)table[0], (__m256i)index);
+#else
+    Floats picked;
+    for (int k = 0; k < WIDTH; k++) picked[k] = ((const AnyFloat *)table)[index[k] & 7];
+    return picked;
+#endif
+}
+
+// table[index & 3] of a table of four, which every four numbers of the register repeat
+FN Floats pick4(Floats table, Ints index) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_permutevar_ps((__mmask16)-1, (__m512)table, (__m512i)index);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_permutevar_ps((__m256)table, (__m256i)index);
+#else
+    Floats picked;
+    for (int k = 0; k < WIDTH; k++) picked[k] = table[index[k] & 3];
+    return picked;
+#endif
+}
+
+FN float smallest(Floats a) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    __m256 eight = _mm256_min_ps(_mm512_maskz_extractf32x8_ps((__mmask8)-1, (__m512)a, 0),
+                                 _mm512_maskz_extractf32x8_ps((__mmask8)-1, (__m512)a, 1));
+#else
+    __m256 eight = (__m256)a;
+#endif
+    __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(four, _mm_movehdup_ps(four)));
+#else
+    float least = a[0];
+    for (int k = 1; k < WIDTH; k++) least = a[k] < least ? a[k] : least;
+    return least;
+#endif
+}
+
+// Bit k says whether number k of the register is `b`.
+FN u32 where_equal(Floats a, float b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+    return (u32)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, _mm256_set1_ps(b), _CMP_EQ_OQ));
+#else
+    u32 found = 0;
+    for (int k = 0; k < WIDTH; k++) found |= (u32)(a[k] == b) << k;
+    return found;
+#endif
 }
 
 #endif

@@ -52,10 +52,9 @@ FN I bfloat_bits(F f) {
 
 // The float32 of the 16 bits of a half.
 FN F half_value(I h) {
-    I magnitude = (h & 0x7fff) << 13;
-    // 2^112 moves the exponent of a half to where a float32 has it; exact, subnormals included
-    F value = from_bits(magnitude) * 0x1p+112f;
-    value = select((h & 0x7c00) == I(0x7c00), from_bits(magnitude | 0x7f800000), value);
+    I magnitude = h & 0x7fff, word = (magnitude << 13) + 0x38000000;
+    word = select(magnitude < I(0x7c00), word, word | 0x7f800000);
+    F value = select(magnitude < I(0x400), from_bits(magnitude | 0x3f000000) - F(0.5f), from_bits(word));
     return from_bits(bits(value) | ((h & 0x8000) << 16));
 }
 

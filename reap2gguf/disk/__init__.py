@@ -1,0 +1,1 @@
+"""Writing and hashing large files at the speed of the disk."""

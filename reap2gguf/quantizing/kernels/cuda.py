@@ -1,0 +1,355 @@
+"""The quantizers on a GPU: stored rows go there once, and blocks of every wanted type come back.
+
+Each thread has a channel: a stream of its own and its buffers, so that one thread's rows travel
+while another's are quantized. Kernels are compiled when they are first needed (`nvrtc.py`).
+
+Memory of a channel: the rows as stored, and of the GPU the blocks of one type, of the host, pinned,
+those of all types. Besides, the driver keeps 1 to 3 KB of the GPU's memory for each thread that can
+run on the card at the same time: about half a GiB on an H100.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from reap2gguf.progress import working
+from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Function, Memory, Stream
+from reap2gguf.quantizing.kernels.nvrtc import (
+    Compiler,
+    cache_file,
+    keep,
+    load_compiler,
+    read_cached,
+)
+
+if TYPE_CHECKING:
+    from reap2gguf.ggml import Bytes, Floats
+    from reap2gguf.progress import Progress
+
+_T = GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a type is quantized on a GPU, and how it is read: both as structs of source/."""
+
+    struct: str
+    reader: str
+    weighs_rows: bool = False  # with importance, by the mean square of the whole row
+    registers: int = 128  # of a thread, at most: with fewer, more of them run at the same time
+
+
+# Every type that a GPU quantizes. A type is added here and nowhere else.
+FORMS = {
+    _T.Q4_0: Form("Symmetric<8>", "ReadPlain<false, false>", weighs_rows=True),
+    _T.Q4_1: Form("Affine<15>", "ReadPlain<false, true>", weighs_rows=True),
+    _T.Q5_0: Form("Symmetric<16>", "ReadPlain<true, false>", weighs_rows=True),
+    _T.Q5_1: Form("Affine<31>", "ReadPlain<true, true>", weighs_rows=True),
+    _T.Q8_0: Form("Q8", "ReadQ8"),
+    _T.Q2_K: Form("Q2K", "ReadQ2K"),
+    _T.Q3_K: Form("Q3K", "ReadQ3K"),
+    _T.Q4_K: Form("AffineK<15>", "ReadAffineK<false>"),
+    _T.Q5_K: Form("AffineK<31>", "ReadAffineK<true>"),
+    _T.Q6_K: Form("Q6K", "ReadQ6K"),
+    _T.IQ4_NL: Form("IQ4NL", "ReadIQ4NL", registers=255),
+    _T.IQ4_XS: Form("IQ4XS", "ReadIQ4XS", registers=255),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A kernel of gpu.cu, for a type where it is one of a type."""
+
+    kernel: Literal["find_largest", "find_mean_squares", "quantize", "dequantize"]
+    tensor_type: GGMLQuantizationType | None = None
+    is_weighted: bool = False
+
+    @property
+    def definitions(self) -> list[str]:
+        """What gpu.cu is told."""
+        if self.tensor_type is None:
+            return []
+        form = FORMS[self.tensor_type]
+        if self.kernel == "dequantize":
+            return [f"READER={form.reader}"]
+        return [f"QUANTIZER={form.struct}", f"WITH_IMPORTANCE={int(self.is_weighted)}"]
+
+    @property
+    def registers(self) -> int:
+        """The most registers of a thread."""
+        if self.tensor_type is None or self.kernel != "quantize":
+            return 64
+        return FORMS[self.tensor_type].registers
+
+
+Weighted = tuple[GGMLQuantizationType, bool]  # a type, with importance or without
+STORED_AS = {"F32": 0, "F16": 1, "BF16": 2}  # as gpu.cu numbers them
+_THREADS = 128  # in a block; find_mean_squares has 32
+_FEWEST_IN_A_GROUP = 16  # values that a thread reads, or 32
+_ROWS_OF_LARGEST = 8  # rows that a block looks at, a warp each
+_FIND_LARGEST, _FIND_MEAN_SQUARES = Key("find_largest"), Key("find_mean_squares")
+_COMPILING = "Compiling kernels, once on this machine"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of one type: their bytes (R, bytes of a row), and which (R,) libggml must make."""
+
+    data: npt.NDArray[np.uint8]
+    is_odd: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a GPU made of rows: valid until its channel is used again."""
+
+    largest: Floats  # (R,): the largest |x| of each row; infinity or NaN if one is not finite
+    blocks: dict[GGMLQuantizationType, Blocks]
+
+    @property
+    def is_finite(self) -> npt.NDArray[np.bool_]:
+        """Which rows (R,) are finite; the blocks of others mean nothing."""
+        return np.isfinite(self.largest)
+
+
+class Gpu:
+    """The quantizers on this process's first GPU. Threads may share one."""
+
+    def __init__(self, driver: Driver, compiler: Compiler) -> None:
+        self.driver, self._compiler = driver, compiler
+        self._functions: dict[Key, Function] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._channels: list[Channel] = []
+
+    def covers(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether it quantizes to this type."""
+        return tensor_type in FORMS
+
+    def prepare(self, types: Iterable[Weighted], n_threads: int, progress: Progress) -> None:
+        """Compile the kernels of these types, or take them from the cache, in threads.
+
+        Says so if it has to compile. Raises CompileError or CudaError if it cannot.
+        """
+        wanted = [_FIND_LARGEST, *(Key("quantize", *one) for one in types)]
+        if any(one.tensor_type and FORMS[one.tensor_type].weighs_rows for one in wanted):
+            wanted.append(_FIND_MEAN_SQUARES)
+        files = {self._cache_file(key): key for key in wanted}  # some kernels share one
+        missing = [key for file, key in files.items() if read_cached(file) is None]
+        if missing:
+            with working(progress, _COMPILING), ThreadPoolExecutor(n_threads) as pool:
+                list(pool.map(self._code, missing))
+        for key in wanted:
+            self.function(key)
+
+    def function(self, key: Key) -> Function:
+        """A kernel that is ready to run."""
+        with self._lock:
+            if key not in self._functions:
+                self.driver.enter()
+                (self._functions[key],) = self.driver.load(self._code(key), key.kernel)
+            return self._functions[key]
+
+    def _code(self, key: Key) -> bytes:
+        path = self._cache_file(key)
+        if (code := read_cached(path)) is None:
+            code = self._compiler.compile(self.driver.arch, key.definitions, key.registers)
+            keep(path, code)
+        return code
+
+    def _cache_file(self, key: Key) -> Path:
+        versions = (*self._compiler.version, self.driver.version)
+        return cache_file(self.driver.arch, key.definitions, key.registers, versions)
+
+    def channel(self) -> Channel:
+        """The channel of this thread."""
+        self.driver.enter()
+        if not hasattr(self._local, "channel"):
+            self._local.channel = Channel(self)
+            with self._lock:
+                self._channels.append(self._local.channel)
+        found: Channel = self._local.channel
+        return found
+
+    def quantize(
+        self,
+        rows: Floats,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None = None,
+        tables: ctypes.Array[ctypes.c_void_p] | None = None,
+    ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+        """Rows (R, C) of float32 as `tensor_type`, as `Kernels.quantize` of `compiled.py` does."""
+        source = np.ascontiguousarray(rows, dtype=np.float32)
+        channel = self.channel()
+        channel.stored(source.nbytes)[:] = source.reshape(-1).view(np.uint8)
+        channel.send(0, source.nbytes)
+        weights = None if importance is None else importance.reshape(1, -1)
+        found = channel.quantize("F32", source.shape, [tensor_type], weights)
+        blocks = found.blocks[tensor_type]
+        return blocks.data.copy(), blocks.is_odd | ~found.is_finite
+
+    def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
+        """The float32 values (R, C) of rows (R, bytes of a row), as `Ggml.dequantize` has them."""
+        return self.channel().dequantize(raw, tensor_type).copy()
+
+    def close(self) -> None:
+        """Give back the memory of all channels, whose threads have ended or use them no more."""
+        self.driver.enter()
+        with self._lock:
+            for channel in self._channels:
+                channel.close()
+            self._channels.clear()
+            self._local = threading.local()
+
+
+@dataclass
+class Channel:
+    """What one thread needs: a stream, buffers of the GPU and pinned ones of the host."""
+
+    gpu: Gpu
+    _device: defaultdict[str, Memory] = field(init=False)
+    _pinned: defaultdict[str, Memory] = field(init=False)
+
+    def __post_init__(self) -> None:
+        driver = self.gpu.driver
+        self._stream = Stream(driver)
+        self._device = defaultdict(lambda: Memory(driver, is_pinned=False))
+        self._pinned = defaultdict(lambda: Memory(driver, is_pinned=True))
+
+    def stored(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """A pinned buffer for rows as they are stored: to be filled, and sent part by part."""
+        self._device["stored"].at_least(n_bytes)
+        return self._pinned["stored"].view(n_bytes)
+
+    def send(self, first: int, last: int) -> None:
+        """Begin to copy bytes [first, last) of the buffer to the GPU; returns at once."""
+        source = self._pinned["stored"].view(last)[first:]
+        self._stream.to_device(self._device["stored"].address + first, source)
+
+    def quantize(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        types: Collection[GGMLQuantizationType],
+        importance: Floats | None = None,
+        matrix_of: Sequence[int] | npt.NDArray[np.int32] | None = None,
+    ) -> Quantized:
+        """The rows (R, C) that were sent, stored as `dtype`, as blocks of each type.
+
+        `importance` is (M, C), and `matrix_of` (R,) says which of the M matrices a row is of; the
+        first one if it is left out. Raises CudaError if the GPU fails.
+        """
+        n_rows, n_columns = shape
+        given = np.zeros(n_rows, np.int32) if matrix_of is None else np.asarray(matrix_of, np.int32)
+        rows = (
+            ctypes.c_void_p(self._device["stored"].address),
+            ctypes.c_int(STORED_AS[dtype]),
+            ctypes.c_int(n_rows),
+            ctypes.c_int(n_columns),
+        )
+        weights = ctypes.c_void_p(0)
+        matrices = self._put("matrices", given)
+        if importance is not None:
+            assert importance.shape[1] == n_columns
+            weights = self._put("importance", np.ascontiguousarray(importance, np.float32))
+        largest = ctypes.c_void_p(self._device["largest"].at_least(4 * n_rows))
+        n_blocks = -(-n_rows // _ROWS_OF_LARGEST)
+        self._run(_FIND_LARGEST, n_blocks, 32 * _ROWS_OF_LARGEST, *rows, largest)
+        squares = ctypes.c_void_p(0)
+        if importance is not None and any(FORMS[one].weighs_rows for one in types):
+            squares = ctypes.c_void_p(self._device["squares"].at_least(4 * n_rows))
+            self._run(_FIND_MEAN_SQUARES, -(-n_rows // 32), 32, *rows, squares)
+        sizes = {one: n_columns // GGML_QUANT_SIZES[one][0] for one in types}
+        most = max((n_rows * n * GGML_QUANT_SIZES[one][1] for one, n in sizes.items()), default=0)
+        target = ctypes.c_void_p(self._device["blocks"].at_least(max(1, most)))
+        is_odd = ctypes.c_void_p(self._device["odd"].at_least(n_rows))
+        found_largest = self._get("largest", 4 * n_rows, largest).view(np.float32)
+        blocks = {}
+        for one, n_blocks in sizes.items():
+            self._stream.clear(is_odd.value or 0, n_rows)
+            key = Key("quantize", one, importance is not None)
+            self._run(
+                key,
+                -(-n_rows * n_blocks // _THREADS),
+                _THREADS,
+                *rows,
+                weights,
+                matrices,
+                largest,
+                squares,
+                ctypes.c_void_p(0),
+                target,
+                is_odd,
+            )
+            width = n_blocks * GGML_QUANT_SIZES[one][1]
+            data = self._get(f"{one.name} blocks", n_rows * width, target)
+            odd = self._get(f"{one.name} odd", n_rows, is_odd)
+            blocks[one] = Blocks(data.reshape(n_rows, width), odd.view(np.bool_))
+        self._stream.wait()
+        return Quantized(found_largest, blocks)
+
+    def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
+        """The values (R, C) of rows (R, bytes of a row); valid until the channel is used again.
+
+        Raises CudaError if the GPU fails.
+        """
+        columns, size = GGML_QUANT_SIZES[tensor_type]
+        n_blocks = raw.size // size
+        source = self._put("raw", np.ascontiguousarray(raw))
+        target = ctypes.c_void_p(self._device["values"].at_least(max(1, 4 * n_blocks * columns)))
+        key = Key("dequantize", tensor_type)
+        n_groups = -(-n_blocks * columns // _FEWEST_IN_A_GROUP)
+        self._run(
+            key,
+            -(-n_groups // _THREADS),
+            _THREADS,
+            source,
+            ctypes.c_int64(n_blocks),
+            ctypes.c_void_p(0),
+            target,
+        )
+        values = self._get("values", 4 * n_blocks * columns, target)
+        self._stream.wait()
+        return values.view(np.float32).reshape(len(raw), -1)
+
+    def _run(self, key: Key, n_blocks: int, n_threads: int, *arguments: object) -> None:
+        self._stream.launch(self.gpu.function(key), n_blocks, n_threads, arguments)
+
+    def _put(self, name: str, values: npt.NDArray[np.generic]) -> ctypes.c_void_p:
+        """Begin to copy an array to the GPU; its address there."""
+        buffer = self._pinned[name].view(values.nbytes)
+        buffer[:] = values.reshape(-1).view(np.uint8)
+        address = self._device[name].at_least(max(1, values.nbytes))
+        self._stream.to_device(address, buffer)
+        return ctypes.c_void_p(address)
+
+    def _get(self, name: str, n_bytes: int, source: ctypes.c_void_p) -> npt.NDArray[np.uint8]:
+        """Begin to copy bytes from the GPU, into pinned memory."""
+        buffer = self._pinned[name].view(n_bytes)
+        self._stream.to_host(buffer, source.value or 0)
+        return buffer
+
+    def close(self) -> None:
+        """Give all memory back."""
+        with suppress(CudaError):  # what failed before fails again, and has been reported
+            self._stream.wait()
+        for memory in (*self._device.values(), *self._pinned.values()):
+            memory.free()
+
+
+def load_gpu() -> Gpu:
+    """The first GPU. Raises CudaError without one, CompileError without a compiler for it."""
+    driver = Driver()
+    return Gpu(driver, load_compiler())

@@ -1,0 +1,151 @@
+"""Types with blocks of 32, and the non-linear ones: the kernels make libggml's bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reap2gguf.ggml import load_ggml
+from reap2gguf.quantizing.kernels.compiled import Kernels, load_kernels
+from reap2gguf.quantizing.kernels.compiling import machine
+
+Floats = npt.NDArray[np.float32]
+
+TYPES = (T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.IQ4_NL, T.IQ4_XS)
+HALVES = (T.F16, T.BF16)
+KINDS = (
+    "normal", "student", "bf16", "few levels", "sparse", "zeros", "minus zero", "constant",
+    "positive", "negative", "narrow", "row scales", "block scales", "value scales",
+)  # fmt: skip
+WEIGHTS = ("none", "ones", "gamma", "12 decades", "half zero", "zero", "one", "tiny", "huge")
+
+pytestmark = pytest.mark.skipif(
+    load_kernels() is None or machine() != "x86_64",
+    reason="no kernels for this machine, or a libggml that rounds otherwise",
+)
+
+
+def kernels() -> Kernels:
+    loaded = load_kernels()
+    assert loaded is not None
+    return loaded
+
+
+def values(kind: str, random: np.random.Generator, shape: tuple[int, int]) -> Floats:
+    """Rows of one of KINDS."""
+    n, c = shape
+    normal = random.standard_normal(shape)
+    if kind == "bf16":
+        words = (random.standard_t(3, shape) * 0.02).astype(np.float32).view(np.uint32)
+        return (words & np.uint32(0xFFFF0000)).view(np.float32)
+    made = {
+        "normal": lambda: normal * 0.02,
+        "student": lambda: random.standard_t(2, shape),
+        "few levels": lambda: random.choice([0, 0.5, -0.25, 1], shape),
+        "sparse": lambda: np.where(random.random(shape) < 0.95, 0, normal),
+        "zeros": lambda: np.zeros(shape),
+        "minus zero": lambda: np.full(shape, -0.0),
+        "constant": lambda: np.full(shape, random.choice([0.7, -0.7])),
+        "positive": lambda: np.abs(normal),
+        "negative": lambda: -np.abs(normal),
+        "narrow": lambda: -1 - np.abs(normal) * 1e-4,
+        "row scales": lambda: normal * 10.0 ** random.uniform(-40, 18, (n, 1)),
+        "block scales": lambda: (
+            normal * (10.0 ** random.uniform(-9, 4, (n, c // 32))).repeat(32, 1)
+        ),
+        "value scales": lambda: normal * 10.0 ** random.uniform(-12, 4, shape),
+    }[kind]()
+    return made.astype(np.float32)
+
+
+def importance(kind: str, random: np.random.Generator, c: int) -> Floats | None:
+    """What weighs the columns, one of WEIGHTS."""
+    if kind == "none":
+        return None
+    gamma = random.gamma(1, 1, c)
+    made = {
+        "ones": lambda: np.ones(c),
+        "gamma": lambda: gamma,
+        "12 decades": lambda: 10.0 ** random.uniform(-6, 6, c),
+        "half zero": lambda: np.where(random.random(c) < 0.5, 0, gamma),
+        "zero": lambda: np.zeros(c),
+        "one": lambda: np.arange(c) % 32 == 5,
+        "tiny": lambda: gamma * 1e-38,
+        "huge": lambda: gamma * 1e30,
+    }[kind]()
+    return made.astype(np.float32)
+
+
+def odd_share(rows: Floats, tensor_type: T, weights: Floats | None) -> float:
+    """The share of odd rows; all others are compared with libggml."""
+    found, is_odd = kernels().quantize(rows, tensor_type, weights)
+    wanted = load_ggml()._quantize(rows, tensor_type, weights)
+    is_equal = (found == wanted).all(1)
+    assert (is_equal | is_odd).all(), f"rows {np.flatnonzero(~is_equal & ~is_odd)}"
+    return float(is_odd.mean())
+
+
+@pytest.mark.parametrize("tensor_type", TYPES)
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    weights=st.sampled_from(WEIGHTS),
+    seed=st.integers(0, 2**32 - 1),
+    n_rows=st.integers(1, 40),
+    n_blocks=st.integers(1, 3),
+)
+def test_the_bytes_are_those_of_libggml(
+    tensor_type: T, kind: str, weights: str, seed: int, n_rows: int, n_blocks: int
+) -> None:
+    random = np.random.default_rng(seed)
+    n_columns = n_blocks * GGML_QUANT_SIZES[tensor_type][0]
+    rows = values(kind, random, (n_rows, n_columns))
+    odd_share(rows, tensor_type, importance(weights, random, n_columns))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("tensor_type", TYPES)
+def test_many_rows_of_every_kind(tensor_type: T, weights: str) -> None:
+    random = np.random.default_rng(7)
+    for kind in KINDS:
+        rows = values(kind, random, (96, 1024))
+        odd_share(rows, tensor_type, importance(weights, random, 1024))
+
+
+@pytest.mark.parametrize("weights", ["none", "gamma", "12 decades"])
+@pytest.mark.parametrize("tensor_type", TYPES)
+def test_no_row_of_trained_weights_is_odd(tensor_type: T, weights: str) -> None:
+    random = np.random.default_rng(3)
+    for kind in ("normal", "student", "bf16", "few levels", "zeros", "minus zero"):
+        rows = values(kind, random, (33, 256))
+        assert not odd_share(rows, tensor_type, importance(weights, random, 256)), kind
+
+
+@pytest.mark.parametrize("tensor_type", TYPES)
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+def test_rows_that_are_not_finite_are_odd(tensor_type: T, wrong: float) -> None:
+    rows = values("normal", np.random.default_rng(5), (8, 256))
+    rows[3, 40] = wrong
+    for weights in (None, np.ones(256, np.float32)):
+        assert kernels().quantize(rows, tensor_type, weights)[1].tolist() == [
+            row == 3 for row in range(8)
+        ]
+
+
+@pytest.mark.parametrize("tensor_type", HALVES)
+@pytest.mark.parametrize("n_columns", [1, 31, 256])
+def test_halves_of_any_bits_are_those_of_libggml(tensor_type: T, n_columns: int) -> None:
+    bits = np.random.default_rng(9).integers(0, 2**32, (500, n_columns), dtype=np.uint32)
+    edges = np.array([0x7F800000, 0xFF800000, 0x7FC00001, 0xFF800001, 0x38800000, 0x80000001])
+    bits[: len(edges), 0] = edges
+    rows = bits.view(np.float32)
+    found, is_odd = kernels().quantize(rows, tensor_type, None)
+    assert (found == load_ggml()._quantize(rows, tensor_type, None)).all()
+    is_finite = np.isfinite(load_ggml().dequantize(found, tensor_type)).all(axis=1)
+    assert (is_odd == ~is_finite).all()  # libggml refuses them

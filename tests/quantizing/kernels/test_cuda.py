@@ -1,0 +1,263 @@
+"""The quantizers of gpu.cu make libggml's bytes: on a GPU, and as plain C++ where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+
+from reap2gguf.ggml import load_ggml
+from reap2gguf.progress import CallbackProgress, Silent
+from reap2gguf.quantizing.kernels import nvrtc
+from reap2gguf.quantizing.kernels.compiling import compiler, machine
+from reap2gguf.quantizing.kernels.cuda import FORMS, STORED_AS, Gpu, Key, load_gpu
+from reap2gguf.quantizing.kernels.driver import CudaError, Driver
+from reap2gguf.quantizing.stored_rows import StoredRows
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+on_host = pytest.mark.skipif(
+    compiler() is None or machine() != "x86_64", reason="needs a C++ compiler and libggml on x86-64"
+)
+COLUMNS = 512
+QUICK = (T.Q4_K, T.Q8_0, T.Q4_0)
+
+
+def rows(n_rows: int, dtype: str) -> tuple[Bytes, Floats]:
+    """Rows as they are stored, and as float32: all kinds, among them zeros, constants and tiny."""
+    random = np.random.default_rng(n_rows)
+    values = random.standard_t(3, (n_rows, COLUMNS)).astype(np.float32)
+    values[1::9] *= 10 ** random.uniform(-7, 2, (len(values[1::9]), 1)).astype(np.float32)
+    values[2::9] = 0
+    values[3::9] = values[3::9, :1]
+    values[4::9] = np.abs(values[4::9])
+    values[5::9] = np.round(values[5::9])
+    values[6::9, :300] = -0.0
+    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    stored = torch.from_numpy(values).to(kind).view(torch.uint8).numpy()
+    return stored, StoredRows.of(stored.reshape(-1), dtype, COLUMNS).values
+
+
+def importance(n_matrices: int) -> Floats:
+    random = np.random.default_rng(9)
+    found = random.gamma(0.3, 10, (n_matrices, COLUMNS)).astype(np.float32)
+    found[:, ::7] = 0
+    return found
+
+
+def compare(
+    made: Bytes,
+    is_odd: npt.NDArray[np.bool_],
+    values: Floats,
+    tensor_type: T,
+    weights: Floats | None,
+    matrix_of: npt.NDArray[np.int32],
+) -> None:
+    assert is_odd.mean() < 0.1
+    for matrix in range(matrix_of.max() + 1):
+        some = matrix_of == matrix
+        one = None if weights is None else weights[matrix]
+        wanted = load_ggml().quantize(values[some], tensor_type, one)
+        assert np.array_equal(made[some][~is_odd[some]], wanted[~is_odd[some]])
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        found = load_gpu()
+        keys = [(one, is_weighted) for one in FORMS for is_weighted in (False, True)]
+        said: list[str] = []
+        found.prepare(keys, 4, CallbackProgress(lambda event: said.append(event.title)))
+        assert said[0] == "Compiling kernels, once on this machine"
+        said.clear()
+        load_gpu().prepare(keys, 4, CallbackProgress(lambda event: said.append(event.title)))
+        assert said == []
+    return found
+
+
+@pytest.mark.parametrize("dtype", STORED_AS)
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("tensor_type", [pytest.param(one, marks=GPU) for one in FORMS])
+def test_a_gpu_makes_libggmls_bytes(
+    tensor_type: T, is_weighted: bool, dtype: str, gpu: Gpu
+) -> None:
+    channel = gpu.channel()
+    for n_rows in (1, 37, 700):
+        stored, values = rows(n_rows, dtype)
+        matrix_of = np.arange(n_rows, dtype=np.int32) // 300
+        weights = importance(3) if is_weighted else None
+        channel.stored(stored.size)[:] = stored.reshape(-1)
+        channel.send(0, stored.size)
+        found = channel.quantize(dtype, values.shape, [tensor_type], weights, matrix_of)
+        assert np.array_equal(found.largest, np.abs(values).max(axis=1))
+        blocks = found.blocks[tensor_type]
+        compare(blocks.data, blocks.is_odd, values, tensor_type, weights, matrix_of)
+        again = gpu.dequantize(blocks.data.copy(), tensor_type)
+        assert np.array_equal(again, load_ggml().dequantize(blocks.data, tensor_type))
+
+
+@pytest.mark.parametrize("value", [pytest.param(one, marks=GPU) for one in (np.inf, np.nan)])
+def test_a_gpu_names_rows_that_are_not_finite(value: float, gpu: Gpu) -> None:
+    _, values = rows(40, "F32")
+    values[[7, 31], 100] = value
+    _, is_odd = gpu.quantize(values, T.Q4_K)
+    assert np.flatnonzero(is_odd).tolist() == [7, 31]
+
+
+@pytest.mark.parametrize("n_threads", [pytest.param(6, marks=GPU)])
+def test_threads_share_a_gpu(n_threads: int, gpu: Gpu) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    _, values = rows(700, "F32")
+    wanted = load_ggml().quantize(values, T.Q4_K)
+    with ThreadPoolExecutor(n_threads) as pool:
+        found = list(pool.map(lambda _: gpu.quantize(values, T.Q4_K), range(24)))
+    assert all(np.array_equal(data[~is_odd], wanted[~is_odd]) for data, is_odd in found)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Key], ctypes.CDLL]:
+    """gpu.cu as C++, for one kernel."""
+    folder = tmp_path_factory.mktemp("host")
+
+    def make(key: Key) -> ctypes.CDLL:
+        path = folder / f"{key.kernel}-{key.tensor_type}-{key.is_weighted}.so"
+        command = compiler()
+        assert command is not None
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
+        given = [f"-D{text}" for text in key.definitions]
+        source = str(Path(__file__).with_name("host_gpu.cpp"))
+        include = f"-I{nvrtc.SOURCE}"
+        subprocess.run([*command, *flags, *given, include, "-o", path, source], check=True)
+        return ctypes.CDLL(str(path))
+
+    return make
+
+
+def _address(values: npt.NDArray[np.generic] | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if values is None else values.ctypes.data)
+
+
+@on_host
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize(
+    "tensor_type",
+    [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in FORMS],
+)
+def test_its_source_makes_libggmls_bytes(
+    tensor_type: T, is_weighted: bool, compiled: Callable[[Key], ctypes.CDLL]
+) -> None:
+    library = compiled(Key("quantize", tensor_type, is_weighted))
+    columns, size = GGML_QUANT_SIZES[tensor_type]
+    for dtype, stored_as in STORED_AS.items():
+        n_rows = 75
+        stored, values = rows(n_rows, dtype)
+        aligned = np.empty(stored.size + 16, np.uint8)
+        aligned = aligned[-aligned.ctypes.data % 16 :][: stored.size]
+        aligned[:] = stored.reshape(-1)
+        largest = np.abs(values).max(axis=1)
+        largest[50] = np.inf  # a row that is left out
+        squares = np.add.accumulate(values * values, axis=1)[:, -1] / np.float32(COLUMNS)
+        matrix_of = np.arange(n_rows, dtype=np.int32) // 30
+        weights = importance(3) if is_weighted else None
+        n_blocks = COLUMNS // columns
+        room = np.full(n_rows * n_blocks * size + 16, 7, np.uint8)
+        made = room[-room.ctypes.data % 16 :][: n_rows * n_blocks * size].reshape(n_rows, -1)
+        is_odd = np.zeros(n_rows, np.bool_)
+        library.run_quantize(
+            -(-n_rows * n_blocks // 128), _address(aligned), stored_as, n_rows, COLUMNS,
+            _address(weights), _address(matrix_of), _address(largest),
+            _address(squares if is_weighted else None), _address(made), _address(is_odd),
+        )  # fmt: skip
+        assert (made[50] == 7).all()
+        kept = np.arange(n_rows) != 50
+        compare(made[kept], is_odd[kept], values[kept], tensor_type, weights, matrix_of[kept])
+
+
+@on_host
+@pytest.mark.parametrize(
+    "tensor_type",
+    [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in FORMS],
+)
+def test_its_source_reads_blocks_as_libggml_does(
+    tensor_type: T, compiled: Callable[[Key], ctypes.CDLL]
+) -> None:
+    library = compiled(Key("dequantize", tensor_type))
+    _, values = rows(40, "F32")
+    raw = load_ggml().quantize(values, tensor_type, importance(1)[0])
+    n_blocks = raw.size // GGML_QUANT_SIZES[tensor_type][1]
+    out = np.empty_like(values)
+    library.run_dequantize(
+        -(-values.size // 16 // 128), _address(raw), ctypes.c_int64(n_blocks), _address(out)
+    )
+    assert np.array_equal(out, load_ggml().dequantize(raw, tensor_type))
+
+
+def test_every_kernel_has_a_request_of_its_own() -> None:
+    keys = [Key("find_largest")]
+    for one in FORMS:
+        keys += [Key("quantize", one, False), Key("quantize", one, True), Key("dequantize", one)]
+    requests = {(tuple(key.definitions), key.registers) for key in keys}
+    assert len(requests) == len(keys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_without_a_driver_there_is_no_gpu() -> None:
+    with pytest.raises(CudaError, match="no CUDA driver"):
+        load_gpu()
+
+
+def test_a_driver_that_is_too_old_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libcuda.so.1"
+    if (command := compiler()) is None:
+        pytest.skip("needs a C++ compiler")
+    (tmp_path / "old.cpp").write_text('extern "C" int cuInit(unsigned) { return 0; }')
+    subprocess.run([*command, "-shared", "-fPIC", "-o", library, tmp_path / "old.cpp"], check=True)
+    monkeypatch.setattr("reap2gguf.quantizing.kernels.driver._LIBRARIES", [str(library)])
+    with pytest.raises(CudaError, match="too old"):
+        Driver()
+
+
+def test_a_cached_kernel_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled: list[str] = []
+
+    class FakeCompiler:
+        version = (13, 0)
+
+        def compile(self, arch: str, definitions: list[str], registers: int) -> bytes:
+            compiled.append(f"{arch} {definitions}")
+            return b"code"
+
+    class FakeDriver:
+        arch, version = "sm_90", 13000
+
+        def enter(self) -> None:
+            pass
+
+        def load(self, code: bytes, *names: str) -> tuple[str, ...]:
+            assert code == b"code"
+            return names
+
+    for count in (2, 0):
+        made = Gpu(FakeDriver(), FakeCompiler())  # type: ignore[arg-type]
+        made.prepare([(T.Q4_0, True)], 2, Silent())
+        assert len(compiled) == count  # one is of both kernels that look at rows
+        compiled.clear()
