@@ -7,6 +7,7 @@ it in `pipeline.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -42,6 +43,7 @@ from reap2gguf.verifying.gguf_file import ExpectedGguf
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import SideFile
+    from reap2gguf.options import ComputeOptions
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
@@ -233,6 +235,15 @@ class Importance(Stage[Imatrix]):
     @property
     def outputs(self) -> Sequence[Path]:
         return (self.path, self.path.with_name(IMATRIX_DAT_FILE))
+
+    @property
+    def compute_options(self) -> ComputeOptions:
+        """As in any sweep; progress is not saved where the files beside it need the space."""
+        options, room = super().compute_options, self.run.room
+        is_beside = room.overlaps and options.threads > 1
+        if is_beside and not room.keeps_states_beside:
+            return replace(options, resume=None)
+        return options
 
     def clear(self) -> None:
         remove(self.run.work.gguf)

@@ -52,6 +52,7 @@ class Room:
 
     keeps_states: bool = True  # to save the progress of a sweep between layers
     overlaps: bool = True  # to write the GGUF files while a sweep runs
+    keeps_states_beside: bool = True  # to save that sweep's progress as well
 
 
 @dataclass

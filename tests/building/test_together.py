@@ -15,6 +15,7 @@ import pytest
 
 from reap2gguf.building import pipeline, stages, verify_stage
 from reap2gguf.building.stage import Run, Stage
+from reap2gguf.building.stages import Importance
 from reap2gguf.building.together import do_together
 from reap2gguf.building.workdir import Room, Workdir
 from reap2gguf.errors import OutputError, Reap2ggufError
@@ -93,7 +94,7 @@ def started(folder: Path, n_threads: int = 2) -> Run:
     work = Workdir(folder, "name")
     work.prepare({"source": "model", "fingerprint": "0123456789abcdef"}, False)
     plan: Any = SimpleNamespace(
-        options=SimpleNamespace(compute=SimpleNamespace(threads=n_threads)),
+        options=SimpleNamespace(compute=ComputeOptions(threads=n_threads)),
         checkpoint=SimpleNamespace(without_fetching=nullcontext),
     )
     return Run(plan, work, Silent(), ORDER)
@@ -297,10 +298,10 @@ def test_layers_are_written_while_later_ones_are_computed(
     names: list[str] = []
     found: list[str] = []
 
-    def watched(self: Any, rows: Any) -> None:
-        run(self, rows)
+    def watched(self: Any, batch: Any) -> None:
+        run(self, batch)
         with written:
-            names.append(rows.tensor.name)
+            names.append(batch[0].tensor.name)
             written.notify_all()
 
     def after(self: GrowingEntries, entry: Any) -> None:
@@ -376,3 +377,15 @@ def stop_after_export(output: Path) -> None:
             raise KeyboardInterrupt
         pause.wait(0.01)
     raise AssertionError
+
+
+@pytest.mark.parametrize("keeps_beside", [True, False])
+def test_a_pass_saves_nothing_where_the_files_beside_it_need_the_space(
+    keeps_beside: bool, tmp_path: Path
+) -> None:
+    run = started(tmp_path, 2)
+    sweep = Importance(run, None, None)  # type: ignore[arg-type]
+    run.room = Room(keeps_states_beside=keeps_beside)
+    assert (sweep.compute_options.resume is not None) is keeps_beside
+    run.room = Room(overlaps=False, keeps_states_beside=keeps_beside)
+    assert sweep.compute_options.resume is not None

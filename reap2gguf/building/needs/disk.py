@@ -53,7 +53,12 @@ class DiskNeeds:
     @property
     def overlapping_bytes(self) -> int:
         """What stages need that overlap: the GGUF files are there while the second pass runs."""
-        return self.final_bytes + self.spool + _STATES * self.state
+        return self.final_bytes + self.spool + self.states_bytes
+
+    @property
+    def states_bytes(self) -> int:
+        """The most that saved states of a pass take at a time."""
+        return _STATES * self.state
 
     def peak_bytes(self, sweeps: Mapping[str, tuple[float, int]], overlaps: bool = False) -> int:
         """The most that is there at a time, given the seconds and layers of each pass."""

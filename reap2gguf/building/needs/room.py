@@ -59,7 +59,12 @@ def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:
             f"not enough disk space to save progress between layers ({size(needs.state_bytes)} "
             "more needed); an interrupted calibration pass restarts from layer 0"
         )
-    return Room(keeps_states, room >= needs.overlapping_bytes)
+    keeps_beside = keeps_states and room >= needs.overlapping_bytes
+    # on a GPU the second pass is short: what a kill would lose is less than what waiting costs
+    is_short = plan.options.compute.likely_device == "cuda"
+    has_room = room >= needs.overlapping_bytes - needs.states_bytes
+    overlaps = keeps_beside or (is_short and has_room)
+    return Room(keeps_states, overlaps, keeps_beside)
 
 
 def _check_cache(plan: Plan, work: Workdir, n_bytes: int) -> None:

@@ -1,4 +1,4 @@
-// Q4_K and Q5_K: super-blocks of 256 values in 8 sub-blocks of 32, each with a scale and a minimum.
+// Q2_K, Q4_K and Q5_K: super-blocks of 256 values in sub-blocks, each with a scale and a minimum.
 //
 // The algorithms are those of ggml (MIT licence, ggml-quants.c: make_qkx3_quants, make_qkx2_quants,
 // make_qp_quants, quantize_row_q4_K_impl and its neighbours), done in lanes.
@@ -15,7 +15,8 @@ struct AffineFit {
     M is_odd;      // beyond the plain range
 };
 
-// Minimizes the weighted squares (ABSOLUTE: magnitudes) of x - (scale * level + low) over N values and levels 0 to MAX.
+// Minimizes the weighted squares (ABSOLUTE: magnitudes) of x - (scale * level + low) over N values and
+// levels 0 to MAX.
 // Each try begins with a step of its own, (first + delta * try + MAX) / range. What a try finds
 // for `low` is where the next begins.
 template <int N, int MAX, bool ABSOLUTE = false>
@@ -199,7 +200,7 @@ FN void pack_six_bits(const I *scales, const I *minima, I *words) {
     }
 }
 
-// MAX is 15 for Q4_K and 31 for Q5_K.
+// Eight sub-blocks of 32. MAX is 15 for Q4_K and 31 for Q5_K.
 template <int MAX> struct AffineK {
     enum { COLUMNS = 256, BYTES = MAX == 15 ? 144 : 176 };
 
@@ -252,6 +253,7 @@ template <int MAX> struct AffineK {
     }
 };
 
+// Sixteen sub-blocks of 16, levels 0 to 3, and four bits for each scale and each minimum.
 struct Q2K {
     enum { COLUMNS = 256, BYTES = 84 };
 

@@ -60,7 +60,7 @@ FN F half_value(I h) {
 
 FN M is_finite_half(I h) { return (h & 0x7c00) != I(0x7c00); }
 
-FN M is_finite(F v) { return absolute(v) < F(__builtin_inff()); }
+FN M is_finite(F v) { return absolute(v) <= LARGEST_FLOAT; }
 
 FN F inverse_or_zero(F x) { return select(x != 0.f, F(1.f) / x, F(0.f)); }
 

@@ -75,7 +75,7 @@ template <int N, int MAX> FN SymmetricFit fit_symmetric(const F *x, const F *w) 
     try_steps<N, MAX, false, false>(x, w, wx, largest, -9, -6, fit, best);
     try_steps<N, MAX, false, true>(x, w, wx, largest, -5, 4, fit, best);
     try_steps<N, MAX, true, true>(x, w, wx, largest, 5, 9, fit, best);
-    fit.is_odd = !(absolute(fit.scale) <= LARGEST_FLOAT) & !fit.is_zero;
+    fit.is_odd = !is_finite(fit.scale) & !fit.is_zero;
     fit.scale = select(fit.is_zero, F(0.f), fit.scale);
     return fit;
 }
@@ -112,7 +112,7 @@ template <int N, int MAX> FN SymmetricFit fit_moving(const F *x, I *levels) {
     UNROLL for (int i = 0; i < N; i++)
         levels[i] = select(fit.is_zero, I(0), bits(l[i] + MAGIC) - (0x4b400000 - MAX));
     fit.scale = select(sum_l2 > 0.f, sum_xl / sum_l2, F(0.f));
-    fit.is_odd = !(absolute(fit.scale) <= LARGEST_FLOAT) & !fit.is_zero;
+    fit.is_odd = !is_finite(fit.scale) & !fit.is_zero;
     fit.scale = select(fit.is_zero, F(0.f), fit.scale);
     return fit;
 }
