@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.adding import Addition, extend, open_reference, record_name
 from reap2gguf.building.adopting import Adopted, adopt
 from reap2gguf.building.bundle_files import is_changed
+from reap2gguf.building.exact import is_always_exact
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.keys import recipe_key
 from reap2gguf.building.stage import BuildResult
@@ -23,7 +24,6 @@ from reap2gguf.quantizing.labels import twice
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.verifying.against_source import open_source
-from reap2gguf.verifying.exactness import SMALL_FILE
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
@@ -121,7 +121,7 @@ def _add(
         stay=_stay(work, manifest, {*new, *(one.record.file for one in adopted)}, progress),
         order=[record.file for record in manifest.gguf],
         inputs=Inputs(inputs.base, {**inputs.recipes, **new}),
-        exact=frozenset(r.name for r in recipes if options.exact or r.n_bytes < SMALL_FILE),
+        exact=frozenset(r.name for r in recipes if options.exact or is_always_exact(r)),
     )
     return extend(addition, reference, options.threads, progress)
 

@@ -47,7 +47,7 @@ from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.machine import peak_bytes
 from reap2gguf.verifying.exactness import Exactness
-from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf
+from reap2gguf.verifying.gguf_file import ExpectedGguf, GgufCheck, check_ggufs
 from reap2gguf.verifying.hf_folder import open_folder
 from reap2gguf.verifying.report import Level, passed_file, passed_summary
 
@@ -203,18 +203,18 @@ def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
     """What was checked, by file. Raises VerificationError if a file is not as planned."""
     addition = run.addition
     passed: dict[str, str] = {}
-    violations: list[str] = []
     names = HeaderNames.of(addition.manifest, __version__)
     imatrix = _imatrix(addition) if files else None
+    checks = []
     for path, recipe in files.items():
         is_exact = recipe.name in addition.exact
         exactness = Exactness(is_exact, imatrix, load_ggml().label)
         n_kept, file_type = addition.manifest.pruning.n_kept, recipe.llama_file_type.value
         expected = ExpectedGguf(recipe.tensor_types(), n_kept, file_type, names, recipe.name)
-        how = run.threads, run.progress, exactness
-        violations += check_gguf(path, expected, run.reference, *how)
+        checks.append(GgufCheck(path, expected, exactness))
         level = Level.EXACT if is_exact else Level.VALUES
         passed[path.name] = passed_file(path.name, len(recipe.table), level)
+    violations = check_ggufs(checks, run.reference, run.threads, run.progress)
     if violations:
         for path in files:
             remove(path)

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 from reap2gguf.calibration.spec import DEFAULT_MIX, Component
 from reap2gguf.models.description import Carried, Dropped, Expert
 from reap2gguf.resources import shipped_folder
-from reap2gguf.verifying.exactness import EXACT_TYPES, SMALL_FILE
+from reap2gguf.verifying.exactness import QUICK_TYPES, SMALL_FILE
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 # Fixed rates: what is verified, and recorded, may not depend on the machine.
 _CPU_FLOPS = 60e9  # per core, float32
 _GPU_FLOPS = 150e12
-_QUANTIZED_WEIGHTS = 11e6  # per core and second, Q4_K
+_QUANTIZED_WEIGHTS = 11e6  # per core and second, of types that have codebooks
 _CORES_BESIDE_A_GPU = 16
 _MOST_EXACT = 0.1  # of a build, for quantizing large files again
 _UNKNOWN = 2**62
@@ -25,18 +26,19 @@ _UNKNOWN = 2**62
 def exact_recipes(plan: Plan, has_gpu: bool, active: int | None = None) -> frozenset[str]:
     """Names of the recipes whose files are verified by quantizing every tensor again.
 
-    It finds every changed bit and takes as long as the export did. So it is done for every small
-    file, and for large ones if it is cheap beside the calibration passes. The answer depends on
-    the plan and the kind of device, not on a clock or the number of threads: the same inputs make
-    the same manifest. `active`: what `active_parameters` returns, where it is known.
+    It finds every changed bit. It is done for every small file, and for those whose types the
+    compiled kernels make at little more than the cost of reading them. For other large ones it
+    takes as long as the export did, and is done if that is cheap beside the calibration passes. The
+    answer depends on the plan and the kind of device, not on a clock, the number of threads or the
+    kernels: the same inputs make the same manifest. `active`: what `active_parameters` returns,
+    where it is known.
     """
-    large = [recipe for recipe in plan.recipes if recipe.n_bytes >= SMALL_FILE]
-    small = {recipe.name for recipe in plan.recipes} - {recipe.name for recipe in large}
+    always = {recipe.name for recipe in plan.recipes if is_always_exact(recipe)}
     quantized = sum(
         math.prod(entry.tensor.shape)
-        for recipe in large
+        for recipe in plan.recipes
         for entry in recipe.table
-        if entry.tensor_type not in EXACT_TYPES
+        if recipe.name not in always and entry.tensor_type not in QUICK_TYPES
     )
     active = active_parameters(plan) if active is None else active
     flops = 2 * 2 * tokens_at_most(plan) * active
@@ -44,8 +46,14 @@ def exact_recipes(plan: Plan, has_gpu: bool, active: int | None = None) -> froze
     sweeps = flops / (_GPU_FLOPS if has_gpu else _CPU_FLOPS)
     again = quantized / (_QUANTIZED_WEIGHTS * cores)
     if again > _MOST_EXACT * (sweeps + again):
-        return frozenset(small)
+        return frozenset(always)
     return frozenset(recipe.name for recipe in plan.recipes)
+
+
+def is_always_exact(recipe: ResolvedRecipe) -> bool:
+    """Whether a file is verified by quantizing again, whatever else a build does."""
+    is_quick = all(entry.tensor_type in QUICK_TYPES for entry in recipe.table)
+    return is_quick or recipe.n_bytes < SMALL_FILE
 
 
 def tokens_at_most(plan: Plan) -> int:

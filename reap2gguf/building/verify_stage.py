@@ -17,7 +17,12 @@ from reap2gguf.bundle.layout import CARD_FILE, MANIFEST_FILE
 from reap2gguf.bundle.members import check_members
 from reap2gguf.errors import VerificationError
 from reap2gguf.pruning.write import written_names
-from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_side_file
+from reap2gguf.verifying.gguf_file import (
+    ExpectedGguf,
+    GgufCheck,
+    check_ggufs,
+    check_side_file,
+)
 from reap2gguf.verifying.hf_folder import check_pruned
 from reap2gguf.verifying.report import Level, passed_file, passed_folder
 
@@ -129,13 +134,16 @@ class Verify(Stage[Verified]):
         violations: list[str] = []
         passed: list[str] = []
         exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
-        for path, recipe in self._export.files.items():
-            expected = self._export.expected(recipe)
-            exactness = self._export.exactness(recipe.name in exact)
-            opened = pruned, model
-            violations += check_gguf(path, expected, opened, threads, progress, exactness)
-            level = Level.EXACT if exactness.every_type else Level.VALUES
-            passed.append(passed_file(path.name, len(recipe.table), level))
+        checks = [
+            GgufCheck(
+                path, self._export.expected(recipe), self._export.exactness(recipe.name in exact)
+            )
+            for path, recipe in self._export.files.items()
+        ]
+        violations += check_ggufs(checks, (pruned, model), threads, progress)
+        for check, recipe in zip(checks, self._export.files.values(), strict=True):
+            level = Level.EXACT if check.exactness.every_type else Level.VALUES
+            passed.append(passed_file(check.path.name, len(recipe.table), level))
         for path, side in self._export.sides.items():
             expected = ExpectedGguf(side.tensor_types(), names=self._export.names())
             source = (pruned, model, [side])

@@ -47,7 +47,12 @@ from reap2gguf.verifying.generated import (
     check_cards,
     check_modelfile,
 )
-from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf, check_gguf_header
+from reap2gguf.verifying.gguf_file import (
+    ExpectedGguf,
+    GgufCheck,
+    check_gguf_header,
+    values_or_error,
+)
 from reap2gguf.verifying.gguf_part import GgufPart, check_gguf_files
 from reap2gguf.verifying.hf_folder import (
     check_folder,
@@ -56,7 +61,7 @@ from reap2gguf.verifying.hf_folder import (
     compare_folder,
     open_folder,
 )
-from reap2gguf.verifying.report import Findings, Level, VerifyReport
+from reap2gguf.verifying.report import Findings, Level, VerifyReport, with_error
 from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
@@ -124,16 +129,35 @@ def verify_pair(
         if opened is not None:
             expected = ExpectedGguf(n_experts=opened[1].facts.n_experts)
             _check_pruned_folder(folder, opened, strictness, n_threads, progress, found)
-        for path in first_parts(files):
-            if opened is None:
-                found.violations += check_gguf_header(path, expected)
-                continue
-            exactness = Exactness(strictness.is_exact)
-            values = check_gguf(path, expected, opened, n_threads, progress, exactness)
-            found.take(values, path.name)
-        if opened is not None:
-            found.reach(Level.EXACT if strictness.is_exact else Level.VALUES, files)
+        checks = [
+            GgufCheck(path, expected, Exactness(strictness.is_exact)) for path in first_parts(files)
+        ]
+        if opened is None:
+            for check in checks:
+                found.violations += check_gguf_header(check.path, expected)
+        else:
+            _check_pair(checks, files, opened, n_threads, progress, found)
     return found.report()
+
+
+def _check_pair(
+    checks: Sequence[GgufCheck],
+    files: Sequence[Path],
+    opened: Opened,
+    n_threads: int,
+    progress: Progress,
+    found: Findings,
+) -> None:
+    """GGUF files without a manifest, against the safetensors; `files` are all of their parts."""
+    headers = [
+        list(with_error(check.header_violations(opened), check.path.name)) for check in checks
+    ]
+    values = values_or_error(checks, opened, n_threads, progress)
+    for header, value in zip(headers, values, strict=True):
+        found.violations += [*header, *value]
+    exact = {path for check in checks if check.is_exact for path in check.files}
+    for path in files:
+        found.reach(Level.EXACT if path in exact else Level.VALUES, [path])
 
 
 def _check_pruned_folder(

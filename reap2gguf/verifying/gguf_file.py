@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
-from reap2gguf.errors import ArtifactError
+from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import is_plain
-from reap2gguf.gguf_files.split import read_whole_header
+from reap2gguf.gguf_files.split import SplitHeader, read_whole_header
 from reap2gguf.messages import shown
 from reap2gguf.models.description import GgufTensor, SideFile, experts_of, is_of_experts
 from reap2gguf.verifying.exactness import WITHIN_BOUNDS, Exactness
@@ -24,7 +25,13 @@ from reap2gguf.verifying.gguf_header import (
     types_by_tensor,
 )
 from reap2gguf.verifying.gguf_layout import check_layout
-from reap2gguf.verifying.gguf_values import check_values, compare_values
+from reap2gguf.verifying.gguf_values import (
+    FileValues,
+    check_values,
+    compare_files,
+    compare_values,
+)
+from reap2gguf.verifying.report import with_error
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord
@@ -35,9 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExpectedGguf",
+    "GgufCheck",
     "check_experts",
     "check_gguf",
     "check_gguf_header",
+    "check_ggufs",
     "check_side_file",
     "expected_gguf",
     "expected_side",
@@ -52,6 +61,118 @@ def open_gguf(path: Path) -> tuple[GgufHeader | None, list[str]]:
         return None, [str(error)]
 
 
+@dataclass
+class GgufCheck:
+    """A model's GGUF file, which is being checked.
+
+    `header` is read from `path`, of all parts if it is the first of several, unless it is given.
+    """
+
+    path: Path
+    expected: ExpectedGguf
+    exactness: Exactness = field(default_factory=Exactness)
+    header: GgufHeader | None = None
+    is_exact: bool = field(default=False, init=False)  # all bytes are those that are made again
+    differing: list[str] = field(default_factory=list, init=False)  # as in `Compared`
+    _fitting: list[GgufTensor] | None = field(default=None, init=False)
+
+    @property
+    def files(self) -> list[Path]:
+        """The file, or all of its parts."""
+        parts = self.header.parts if isinstance(self.header, SplitHeader) else ()
+        return [part.path for part in parts] or [self.path]
+
+    def header_violations(self, opened: tuple[Weights, MoeModel] | None) -> Iterator[str]:
+        """Violations of the header, against `expected` and the model that the file was made from.
+
+        Values can be compared when all of them were drawn.
+        """
+        if self.header is None:
+            self.header, problems = open_gguf(self.path)
+            yield from problems
+        if self.header is None:
+            return
+        found = list(check_header(self.header, self.expected))
+        if opened is None:
+            yield from found
+            return
+        weights, model = opened
+        imatrix = self.exactness.imatrix
+        found += check_model_keys(self.header, self.expected, weights, model, imatrix)
+        yield from dict.fromkeys(found)
+        described = model.gguf_tensors(weights.tensors)
+        yield from check_shapes(self.header, described)
+        self._fitting = fitting(self.header, described)
+
+    @staticmethod
+    def value_violations(
+        checks: Sequence[GgufCheck],
+        opened: tuple[Weights, MoeModel] | None,
+        n_threads: int,
+        progress: Progress,
+    ) -> list[list[str]]:
+        """Violations in the values of each file, in one pass over the weights.
+
+        Without weights, values are only checked for NaN and infinity.
+        """
+        found: list[list[str]] = [[] for _ in checks]
+        if opened is None:
+            for check, violations in zip(checks, found, strict=True):
+                if check.header is not None:
+                    violations += check_values(check.header, n_threads, progress)
+            return found
+        numbers, files = [], []
+        for number, check in enumerate(checks):
+            if check.header is not None and check._fitting is not None:
+                numbers.append(number)
+                files.append(FileValues(check.header, check._fitting, check.exactness))
+        for number, one in zip(
+            numbers, compare_files(files, opened[0], n_threads, progress), strict=True
+        ):
+            found[number] = one.violations
+            checks[number].is_exact, checks[number].differing = one.is_exact, one.differing
+        return found
+
+
+def check_ggufs(
+    checks: Sequence[GgufCheck],
+    opened: tuple[Weights, MoeModel] | None,
+    n_threads: int,
+    progress: Progress,
+) -> list[str]:
+    """Violations of GGUF files of one model: headers against what is expected, then every value.
+
+    `opened` is the model that they were made from; its weights are read once for all files. If it
+    is None, values are only checked for NaN and infinity.
+    """
+    headers = [list(check.header_violations(opened)) for check in checks]
+    values = GgufCheck.value_violations(checks, opened, n_threads, progress)
+    pairs = zip(headers, values, strict=True)
+    return [violation for header, value in pairs for violation in (*header, *value)]
+
+
+def values_or_error(
+    checks: Sequence[GgufCheck],
+    opened: tuple[Weights, MoeModel] | None,
+    n_threads: int,
+    progress: Progress,
+) -> list[list[str]]:
+    """`GgufCheck.value_violations`; an error that ends the pass is a violation of each file.
+
+    Raises DependencyError, which is no file's.
+    """
+    try:
+        return GgufCheck.value_violations(checks, opened, n_threads, progress)
+    except (Reap2ggufError, OSError) as error:
+        return [list(with_error(_raising(error), check.path.name)) for check in checks]
+
+
+def _raising(error: Exception) -> Iterator[str]:
+    """Violations that an error ends before the first one."""
+    raise error
+    yield
+
+
 def check_gguf(
     path: Path,
     expected: ExpectedGguf,
@@ -59,26 +180,9 @@ def check_gguf(
     n_threads: int,
     progress: Progress,
     exactness: Exactness = WITHIN_BOUNDS,
-) -> Iterator[str]:
-    """Violations of a model's GGUF file: its header against `expected`, then every value.
-
-    `opened` is the model that the file was made from. If it is None, values are only checked for
-    NaN and infinity.
-    """
-    header, problems = open_gguf(path)
-    yield from problems
-    if header is None:
-        return
-    found = list(check_header(header, expected))
-    if opened is None:
-        yield from found
-        yield from check_values(header, n_threads, progress)
-        return
-    weights, model = opened
-    found += check_model_keys(header, expected, weights, model, exactness.imatrix)
-    yield from dict.fromkeys(found)
-    tensors = model.gguf_tensors(weights.tensors)
-    yield from compare_tensors(header, weights, tensors, exactness, n_threads, progress)
+) -> list[str]:
+    """`check_ggufs` of one file."""
+    return check_ggufs([GgufCheck(path, expected, exactness)], opened, n_threads, progress)
 
 
 def check_side_file(
@@ -88,14 +192,16 @@ def check_side_file(
     n_threads: int,
     progress: Progress,
     exactness: Exactness = WITHIN_BOUNDS,
+    header: GgufHeader | None = None,
 ) -> Iterator[str]:
     """Violations of a GGUF file beside the models, such as a vision projector.
 
     `source` is the weights, the model and its side files, of which `path` must be one; None as in
-    `check_gguf`.
+    `check_gguf`. `header` is read from `path`, unless it is given.
     """
-    header, problems = open_gguf(path)
-    yield from problems
+    if header is None:
+        header, problems = open_gguf(path)
+        yield from problems
     if header is None:
         return
     yield from check_layout(header)
@@ -112,7 +218,9 @@ def check_side_file(
         yield f"{path.name}: general.type is {shown(general_type)}, expected {types}"
         return
     yield from check_side_keys(header, expected, weights, model, side)
-    yield from compare_tensors(header, weights, side.tensors, exactness, n_threads, progress)
+    yield from check_shapes(header, side.tensors)
+    tensors = fitting(header, side.tensors)
+    yield from compare_values(header, weights, tensors, exactness, n_threads, progress).violations
 
 
 def check_gguf_header(path: Path, expected: ExpectedGguf) -> list[str]:
@@ -173,21 +281,13 @@ def check_tensor_types(
         yield f"{where}: tensor {name} is not in the plan"
 
 
-def compare_tensors(
-    header: GgufHeader,
-    weights: Weights,
-    described: Sequence[GgufTensor],
-    exactness: Exactness,
-    n_threads: int,
-    progress: Progress,
-) -> Iterator[str]:
-    """Names and shapes of a file's tensors, then every row by value."""
+def check_shapes(header: GgufHeader, described: Sequence[GgufTensor]) -> Iterator[str]:
+    """Names and shapes of a file's tensors, and those that llama.cpp keeps in F32."""
     where = header.path.name
     tensors = {tensor.name: tensor for tensor in described}
     for name in sorted(tensors.keys() ^ header.tensors.keys()):
         problem = "is missing" if name in tensors else "is not one of the model's"
         yield f"{where}: tensor {name} {problem}"
-    fitting = []
     for tensor in described:
         info = header.tensors.get(tensor.name)
         if info is None:
@@ -197,9 +297,12 @@ def compare_tensors(
                 f"{where}: {tensor.name} has shape {list(info.shape)}, expected "
                 f"{list(tensor.shape)}"
             )
-            continue
-        if tensor.always_f32 and info.tensor_type is not GGMLQuantizationType.F32:
+        elif tensor.always_f32 and info.tensor_type is not GGMLQuantizationType.F32:
             found = info.tensor_type.name
             yield f"{where}: {tensor.name} is {found}, expected F32, which llama.cpp keeps it in"
-        fitting.append(tensor)
-    yield from compare_values(header, weights, fitting, exactness, n_threads, progress)
+
+
+def fitting(header: GgufHeader, described: Sequence[GgufTensor]) -> list[GgufTensor]:
+    """The tensors that a file has in their shapes."""
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    return [tensor for tensor in described if shapes.get(tensor.name) == tensor.shape]

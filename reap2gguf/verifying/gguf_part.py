@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,21 +16,23 @@ from reap2gguf.models.side_values import side_files
 from reap2gguf.verifying.exactness import EXACT_TYPES, WITHIN_BOUNDS, Exactness
 from reap2gguf.verifying.facts import check_gguf_facts, check_side_facts
 from reap2gguf.verifying.gguf_file import (
-    check_gguf,
+    GgufCheck,
     check_header,
     check_side_file,
     check_tensor_types,
     expected_gguf,
     expected_side,
     open_gguf,
+    values_or_error,
 )
 from reap2gguf.verifying.gguf_layout import check_layout
 from reap2gguf.verifying.imatrix_files import check_dat, check_entries, check_imatrix, open_imatrix
-from reap2gguf.verifying.report import Level
+from reap2gguf.verifying.report import Level, with_error
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, SideRecord
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.verifying.context import Check, Reference
 
 # types that are made again and compared byte for byte in any case
@@ -49,14 +51,15 @@ class GgufPart:
     reference: Reference | None
     is_sound: bool = True  # the manifest; else nothing is made from it again
     _imatrix: Imatrix | None = field(default=None, init=False)
+    _opened: dict[Path, tuple[GgufHeader | None, list[str]]] = field(
+        default_factory=dict, init=False
+    )
 
     def run(self) -> None:
         """Check everything in the folder, generated texts apart."""
         check = self.check
         check.take(self._check_imatrix(), IMATRIX_FILE)
-        for record in check.manifest.gguf:
-            if self._has(record.files):
-                check.take(self._check_model(record), record.first)
+        self._check_models([record for record in check.manifest.gguf if self._has(record.files)])
         for side in check.manifest.side_files:
             if self._has((side.file,)):
                 check.take(self._check_side(side), side.file)
@@ -81,7 +84,7 @@ class GgufPart:
                 self.check.found.reach(Level.EXACT, [self.folder / IMATRIX_DAT_FILE])
         manifest = self.check.manifest
         first = next((record for record in manifest.gguf if self._has(record.files)), None)
-        header = None if first is None else open_gguf(self.folder / first.first)[0]
+        header = None if first is None else self._open(self.folder / first.first)[0]
         if header is not None:
             shapes = {name: info.shape for name, info in header.tensors.items()}
             yield from check_imatrix(imatrix, manifest.calibration, manifest.pruning, shapes)
@@ -89,26 +92,61 @@ class GgufPart:
             is_given = manifest.calibration.imatrix_file is not None
             yield from check_entries(imatrix, self.reference[1], is_given)
 
-    def _check_model(self, record: GgufRecord) -> Iterator[str]:
-        """A GGUF file of the model: what its header says, then its values."""
-        check, path = self.check, self.folder / record.first
-        header, _ = open_gguf(path)
-        if header is not None:
-            yield from check_gguf_facts(check.manifest, record, header, self._imatrix)
+    def _check_models(self, records: Sequence[GgufRecord]) -> None:
+        """The GGUF files of the model: what each header says, then the values of all in a pass."""
+        check = self.check
+        found: list[list[str]] = []
+        files = {record.file: self._gguf_check(record) for record in records}
+        for record in records:
+            of_header = self._check_header(record, files[record.file])
+            found.append(list(with_error(of_header, record.first)))
+        if check.strictness.reads_values:
+            for violations, more in zip(found, self._check_values(files, records), strict=True):
+                violations += more
+        for violations in found:
+            check.found.violations += violations
+
+    def _gguf_check(self, record: GgufRecord) -> GgufCheck:
+        check = self.check
         expected = expected_gguf(check.manifest, record)
         if not self.is_sound:
             expected = replace(expected, names=None)
-        if check.strictness.reads_values:
-            exactness = self._exactness(check.manifest.versions_of(record).get("ggml"))
-            if record.adopted:
-                exactness = WITHIN_BOUNDS
+        exactness = self._exactness(check.manifest.versions_of(record).get("ggml"))
+        if record.adopted:
+            exactness = WITHIN_BOUNDS
+            if check.strictness.reads_values:
                 self._say_adopted(record)
-            found = check.n_threads, check.progress, exactness
-            yield from check_gguf(path, expected, self.reference, *found)
-            is_exact = exactness.every_type
-            self._reached(self.reference, record.files, record.tensors.values(), is_exact)
-        elif header is not None:
-            yield from check_header(header, expected)
+        path = self.folder / record.first
+        return GgufCheck(path, expected, exactness, self._open(path)[0])
+
+    def _check_header(self, record: GgufRecord, file: GgufCheck) -> Iterator[str]:
+        """What a file's header says, which is read once."""
+        check = self.check
+        if file.header is not None:
+            yield from check_gguf_facts(check.manifest, record, file.header, self._imatrix)
+        if check.strictness.reads_values:
+            yield from self._open(file.path)[1]
+            if file.header is not None:
+                yield from file.header_violations(self.reference)
+        elif file.header is not None:
+            yield from check_header(file.header, file.expected)
+
+    def _check_values(
+        self, files: Mapping[str, GgufCheck], records: Sequence[GgufRecord]
+    ) -> list[list[str]]:
+        """Violations in the values of each file; an error that ends the pass is one of each."""
+        check = self.check
+        how = self.reference, check.n_threads, check.progress
+        found = values_or_error(list(files.values()), *how)
+        for record in records:
+            file = files[record.file]
+            self._reached(self.reference, record.files, file.is_exact)
+            if file.differing:
+                check.found.not_checked.append(
+                    f"{record.file}: {', '.join(file.differing)} within bounds: not byte for byte "
+                    "what this machine makes, as --exact shows"
+                )
+        return found
 
     def _check_side(self, side: SideRecord) -> Iterator[str]:
         """A side file, such as a vision projector: what its header says, then its values."""
@@ -116,7 +154,7 @@ class GgufPart:
         expected = expected_side(check.manifest, side)
         if not self.is_sound:
             expected = replace(expected, names=None)
-        header, _ = open_gguf(path)
+        header, _ = self._open(path)
         if header is not None:
             yield from check_side_facts(check.manifest, side, header)
         if not check.strictness.reads_values:
@@ -131,8 +169,9 @@ class GgufPart:
             source = (weights, model, sides) if sides else None
         exactness = replace(self._exactness(check.manifest.program.get("ggml")), imatrix=None)
         how = check.n_threads, check.progress, exactness  # no imatrix is used for them
-        yield from check_side_file(path, expected, source, *how)
-        self._reached(source, (side.file,), side.tensors.values(), exactness.every_type)
+        yield from check_side_file(path, expected, source, *how, header)
+        is_exact = exactness.every_type or _ALWAYS_EXACT.issuperset(side.tensors.values())
+        self._reached(source, (side.file,), is_exact)
 
     def _exactness(self, ggml: str | None) -> Exactness:
         """How to compare a file that was quantized by that libggml."""
@@ -146,18 +185,18 @@ class GgufPart:
             )
 
     def _reached(
-        self,
-        compared_with: object | None,
-        names: Collection[str],
-        types: Collection[str],
-        every_type: bool,
+        self, compared_with: object | None, names: Collection[str], is_exact: bool
     ) -> None:
         """Note how strictly the tensors of a file were compared."""
-        if compared_with is None:
-            return
-        is_exact = every_type or _ALWAYS_EXACT.issuperset(types)
-        level = Level.EXACT if is_exact else Level.VALUES
-        self.check.found.reach(level, (self.folder / name for name in names))
+        if compared_with is not None:
+            level = Level.EXACT if is_exact else Level.VALUES
+            self.check.found.reach(level, (self.folder / name for name in names))
+
+    def _open(self, path: Path) -> tuple[GgufHeader | None, list[str]]:
+        """The header of a file, read once, or the violation."""
+        if path not in self._opened:
+            self._opened[path] = open_gguf(path)
+        return self._opened[path]
 
 
 def check_gguf_files(check: Check, folder: Path) -> Iterator[str]:

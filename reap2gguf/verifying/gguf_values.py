@@ -1,15 +1,13 @@
-"""Compares the values of a GGUF file with the weights that it was made from, row by row.
+"""Compares the values of GGUF files with the weights that they were made from, row by row.
 
-Blocks of types that are cheap to make are made again, by the export's own code, and compared by
-bytes; with `Exactness.every_type` those of all types are. The others are dequantized and must be
-within the bounds of `matrices.py`.
+All files are compared in one pass: a range of the weights is read once, its blocks of each type are
+made once, and every file's bytes are compared with them (`comparison.py`).
 
-Memory: a thread holds one range of rows, at most 16 MiB as float32, three times, and its bytes.
+Memory: what a thread holds of a range, at most 16 MiB as float32, is in `comparison.py`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,9 +15,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
-from reap2gguf.errors import Reap2ggufError
+from reap2gguf.errors import DependencyError, Reap2ggufError
 from reap2gguf.exporting.row_ranges import (
     Batch,
     BlockMaker,
@@ -28,34 +25,19 @@ from reap2gguf.exporting.row_ranges import (
     check_imatrix,
     work_through,
 )
-from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE
-from reap2gguf.gguf_files.rows import MAX_VALUES, read_rows
-from reap2gguf.models.description import is_rounded
+from reap2gguf.ggml import STORABLE
+from reap2gguf.gguf_files.rows import MAX_VALUES
 from reap2gguf.quantizing.quantizer import load_quantizer
-from reap2gguf.verifying.exactness import EXACT_TYPES
-from reap2gguf.verifying.matrices import (
-    RowErrors,
-    bound_of,
-    errs_no_more,
-    is_beyond_its_type,
-    range_bound,
-    relative_error,
-)
+from reap2gguf.verifying.comparison import Comparison, Original
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from reap2gguf.checkpoint.weights import Floats, Weights
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
-    from reap2gguf.quantizing.quantizer import Quantizer
     from reap2gguf.verifying.exactness import Exactness
 
 _MAX_ROW = 2**22  # values; a row is read at once
-_OTHER_LIBRARY = 1.5  # another libggml may round otherwise, and errs at most this much more
-_EVEN_IMPORTANCE = 1.2  # of a sparse row, over quantizing it with even importance
-_MOST_LAST_BITS = 2  # by which exponentials of two processors differ
 
 
 def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iterator[str]:
@@ -81,13 +63,43 @@ def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iter
 
     infos = list(header.tensors.values())
     with (
-        progress.task(_title(header), sum(info.n_bytes for info in infos), "bytes") as task,
+        progress.task(_title([header]), sum(info.n_bytes for info in infos), "bytes") as task,
         ThreadPoolExecutor(n_threads) as pool,
     ):
         for info, violation in zip(infos, pool.map(check, infos), strict=True):
             task.advance(info.n_bytes)
             if violation:
                 yield violation
+
+
+@dataclass(frozen=True)
+class FileValues:
+    """A GGUF file and the tensors, of those that it has in their shapes, that are compared."""
+
+    header: GgufHeader
+    tensors: Sequence[GgufTensor]
+    exactness: Exactness
+
+    @property
+    def storable(self) -> list[GgufTensor]:
+        """Tensors of types that can be read."""
+        infos = self.header.tensors
+        return [one for one in self.tensors if infos[one.name].tensor_type in STORABLE]
+
+    @property
+    def was_weighted(self) -> bool:
+        """Whether the header says that an importance matrix was used."""
+        return any(key.startswith("quantize.imatrix.") for key in self.header.metadata)
+
+
+@dataclass
+class Compared:
+    """What comparing a file has found."""
+
+    violations: list[str]  # the first of each tensor
+    is_exact: bool = False  # whether all of its bytes are those that were made again
+    differing: list[str] = field(default_factory=list)  # types of other bytes, within bounds
+    is_refused: bool = False  # nothing was compared, and a violation says why
 
 
 def compare_values(
@@ -97,206 +109,121 @@ def compare_values(
     exactness: Exactness,
     n_threads: int,
     progress: Progress,
-) -> Iterator[str]:
-    """Violations in the values of tensors whose shapes fit; the first of each tensor."""
-    where = header.path.name
-    types = {tensor.name: {header.tensors[tensor.name].tensor_type} for tensor in tensors}
-    comparable = []
-    for tensor in tensors:
-        (tensor_type,) = types[tensor.name]
+) -> Compared:
+    """`compare_files` of one file."""
+    file = FileValues(header, tensors, exactness)
+    return compare_files([file], weights, n_threads, progress)[0]
+
+
+def compare_files(
+    files: Sequence[FileValues], weights: Weights, n_threads: int, progress: Progress
+) -> list[Compared]:
+    """What is found in each file, in one pass over the weights.
+
+    Raises DependencyError if a compiled kernel does not make libggml's bytes, and CheckpointError
+    if the weights are gone.
+    """
+    found = [_refusals(file) for file in files]
+    quantizer = load_quantizer()
+    makers: dict[int, BlockMaker] = {}  # files with one importance matrix share their blocks
+    comparisons: dict[int, Comparison] = {}
+    for number, file in enumerate(files):
+        imatrix = file.exactness.imatrix
+        if not found[number].is_refused:
+            entries = imatrix.entries if imatrix else {}
+            maker = makers.setdefault(id(imatrix), BlockMaker(weights, quantizer, entries))
+            knows = _knows_importance(file)
+            comparisons[number] = Comparison(file.header, maker, file.exactness, knows)
+    jobs = [(files[number].storable, one) for number, one in comparisons.items()]
+    _work(_Pass(weights, jobs), n_threads, progress)
+    for number, one in comparisons.items():
+        names = [tensor.name for tensor in files[number].storable if tensor.name in one.found]
+        found[number].violations += [one.found[name][1] for name in names]
+        found[number].is_exact = not one.bounded
+        found[number].differing = sorted(kind.name for kind in one.differing)
+    return found
+
+
+def _refusals(file: FileValues) -> Compared:
+    """What of a file cannot be compared at all."""
+    where, imatrix, found = file.header.path.name, file.exactness.imatrix, Compared([])
+    types = {tensor.name: file.header.tensors[tensor.name].tensor_type for tensor in file.tensors}
+    for name, tensor_type in types.items():
         if tensor_type not in STORABLE:
-            yield f"{where}: {tensor.name} is {tensor_type.name}, which is not a type for weights"
-        else:
-            comparable.append(tensor)
-    was_weighted = any(key.startswith("quantize.imatrix.") for key in header.metadata)
-    imatrix = exactness.imatrix
-    if exactness.every_type and was_weighted and imatrix is None:
-        yield (
+            problem = f"{name} is {tensor_type.name}, which is not a type for weights"
+            found.violations.append(f"{where}: {problem}")
+    if file.exactness.every_type and file.was_weighted and imatrix is None:
+        found.is_refused = True
+        found.violations.append(
             f"{where}: was quantized with an importance matrix, which is needed to compare it byte "
             "for byte; pass it"
         )
-        return
-    if imatrix is not None:
+    elif imatrix is not None:
         try:
-            check_imatrix(tensors, types, imatrix)
+            check_imatrix(file.tensors, {name: {one} for name, one in types.items()}, imatrix)
         except Reap2ggufError as error:
-            yield f"{where}: {error}"
-            return
-    quantizer = load_quantizer()
-    blocks = BlockMaker(weights, quantizer, imatrix.entries if imatrix else {})
-    is_ours = any(key.startswith("reap2gguf.") for key in header.metadata)
-    knows_importance = imatrix is not None or (is_ours and not was_weighted)
-    comparison = _Comparison(header, quantizer, blocks, exactness, knows_importance)
-    total = sum(header.tensors[tensor.name].n_bytes for tensor in comparable)
-    with progress.task(_title(header), total, "bytes") as task:
+            found.is_refused = True
+            found.violations.append(f"{where}: {error}")
+    return found
+
+
+def _knows_importance(file: FileValues) -> bool:
+    """Whether what a file was quantized with, if anything, is there."""
+    is_ours = any(key.startswith("reap2gguf.") for key in file.header.metadata)
+    return file.exactness.imatrix is not None or (is_ours and not file.was_weighted)
+
+
+class _Pass:
+    """One pass over the weights, for all files that hold a tensor of them."""
+
+    def __init__(
+        self, weights: Weights, jobs: Sequence[tuple[Sequence[GgufTensor], Comparison]]
+    ) -> None:
+        self.weights = weights
+        self.tensors: dict[str, GgufTensor] = {}
+        self.comparisons: dict[str, list[Comparison]] = {}  # by tensor
+        self.headers = [comparison.header for _, comparison in jobs]
+        self.total = 0  # bytes of tensors in all files
+        for tensors, comparison in jobs:
+            for tensor in tensors:
+                self.tensors.setdefault(tensor.name, tensor)
+                self.comparisons.setdefault(tensor.name, []).append(comparison)
+                self.total += comparison.header.tensors[tensor.name].n_bytes
+
+    def check(self, rows: RowRange) -> int:
+        """Compare a range with every file; how many bytes the files have of it."""
+        comparisons = self.comparisons[rows.tensor.name]
+        wanting = [one for one in comparisons if one.wants(rows)]
+        # those that share blocks side by side: of one type at a time
+        wanting.sort(key=lambda one: (id(one.blocks), one.type_of(rows).value))
+        if wanting:
+            try:
+                original = Original(rows, wanting[0].blocks.read(rows))
+            except DependencyError:
+                raise
+            except Reap2ggufError as error:
+                for one in wanting:
+                    one.fail(rows, error)
+            else:
+                for one in wanting:
+                    one.check(original)
+        n_rows = rows.last - rows.first
+        return sum(n_rows * one.header.tensors[rows.tensor.name].row_bytes for one in comparisons)
+
+
+def _work(compare: _Pass, n_threads: int, progress: Progress) -> None:
+    if not compare.headers:
+        return
+    with progress.task(_title(compare.headers), compare.total, "bytes") as task:
 
         def work(batch: Batch) -> None:
             for rows in batch:
-                comparison.check(rows)
-                info = header.tensors[rows.tensor.name]
-                task.advance((rows.last - rows.first) * info.row_bytes)
+                task.advance(compare.check(rows))
 
-        work_through(work, weights, batches(weights, comparable), n_threads)
-    for tensor in comparable:
-        if tensor.name in comparison.found:
-            yield comparison.found[tensor.name][1]
+        ranges = batches(compare.weights, list(compare.tensors.values()))
+        work_through(work, compare.weights, ranges, n_threads)
 
 
-def _title(header: GgufHeader) -> str:
-    return f"Verifying {header.path.name}"
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """Compares ranges of rows from several threads, and keeps each tensor's first violation."""
-
-    header: GgufHeader
-    quantizer: Quantizer
-    blocks: BlockMaker
-    exactness: Exactness
-    knows_importance: bool
-    found: dict[str, tuple[int, str]] = field(default_factory=dict)  # first row, violation
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def check(self, rows: RowRange) -> None:
-        name, place = rows.tensor.name, rows.first_in_tensor
-        if name in self.found and self.found[name][0] < place:
-            return
-        try:
-            violation = self._compare(rows)
-        except Reap2ggufError as error:
-            violation = f"{self.header.path.name}: {name}: {error}"
-        with self.lock:
-            if violation and (name not in self.found or place < self.found[name][0]):
-                self.found[name] = place, violation
-
-    def _compare(self, rows: RowRange) -> str | None:
-        tensor_type = self.header.tensors[rows.tensor.name].tensor_type
-        first = rows.first_in_tensor
-        raw = self.header.read(rows.tensor.name, first, first + rows.last - rows.first)
-        stored = self.blocks.read(rows)
-        values = self.quantizer.dequantize(raw, tensor_type)
-        errors = RowErrors.of(values, stored)
-        if self.exactness.every_type or tensor_type in EXACT_TYPES:
-            violation = self._compare_bytes(rows, raw, stored, tensor_type)
-        else:
-            violation = self._compare_rows(rows, raw, stored, tensor_type, errors)
-        if violation is None and is_beyond_its_type(errors, stored, tensor_type):
-            limit = (
-                f"expected at most {range_bound(tensor_type):.1%} for {tensor_type.name}; the type "
-                "loses these values, choose another one for this tensor"
-            )
-            found = f"differs from {rows.slab.stored} by {errors.relative():.1%}"
-            violation = f"{self._where(rows)} {found}, {limit}"
-        return violation
-
-    def _compare_rows(
-        self,
-        rows: RowRange,
-        raw: npt.NDArray[np.uint8],
-        stored: Floats,
-        tensor_type: GGMLQuantizationType,
-        errors: RowErrors,
-    ) -> str | None:
-        """The violation of the first row that is beyond its bounds and not made by quantizing."""
-        for row in errors.suspicious(tensor_type, self.knows_importance):
-            one = slice(row, row + 1)
-            if not self._is_sound(rows, raw[one], stored[one], tensor_type):
-                bound = bound_of(tensor_type, self.knows_importance)
-                limit = f"expected at most {bound:.0%} in any 32 values of {tensor_type.name}"
-                return self._violation(rows, raw, stored, int(row), tensor_type, limit)
-        return None
-
-    def _compare_bytes(
-        self,
-        rows: RowRange,
-        raw: npt.NDArray[np.uint8],
-        stored: Floats,
-        tensor_type: GGMLQuantizationType,
-    ) -> str | None:
-        """The violation if a range does not have the bytes that the export makes."""
-        wanted = self.blocks.quantize(rows, stored, tensor_type)
-        if np.array_equal(raw, wanted):
-            return None
-        if not self.exactness.every_type and is_rounded(rows.tensor.name):
-            values = raw.view(np.int32), wanted.view(np.int32)
-            if np.abs(np.subtract(*values, dtype=np.int64)).max() <= _MOST_LAST_BITS:
-                return None
-        row = int((raw != wanted).any(axis=1).argmax())
-        limit = f"expected the bytes that {tensor_type.name} makes of it"
-        if tensor_type not in EXACT_TYPES:
-            again = self.quantizer.dequantize(wanted, tensor_type)
-            values_found = self.quantizer.dequantize(raw, tensor_type)
-            made_by = self.exactness.ggml
-            if errs_no_more(values_found, again, stored, _OTHER_LIBRARY):
-                limit += "; no value errs more than the type does"
-                if made_by is not None and made_by != self.quantizer.ggml.label:
-                    limit += (
-                        f", and the file was made with libggml {made_by}, which may round "
-                        f"otherwise than libggml {self.quantizer.ggml.label} here"
-                    )
-        return self._violation(rows, raw, stored, row, tensor_type, limit)
-
-    def _is_sound(
-        self,
-        rows: RowRange,
-        raw: npt.NDArray[np.uint8],
-        stored: Floats,
-        tensor_type: GGMLQuantizationType,
-    ) -> bool:
-        """Whether a row beyond its bound is what quantizing makes of it."""
-        found = self.quantizer.dequantize(raw, tensor_type)
-        if not np.isfinite(found).all():
-            return False
-        if not self.knows_importance:
-            even = np.ones(stored.shape[1], dtype=np.float32)
-            importance = even if tensor_type in NEEDS_IMPORTANCE else None
-            again = self.quantizer.quantize(stored, tensor_type, importance)
-            values = self.quantizer.dequantize(again, tensor_type)
-            return errs_no_more(found, values, stored, _EVEN_IMPORTANCE)
-        again = self.blocks.quantize(rows, stored, tensor_type)
-        if np.array_equal(raw, again):
-            return True
-        if self.exactness.ggml == self.quantizer.ggml.label:
-            return False
-        values = self.quantizer.dequantize(again, tensor_type)
-        return errs_no_more(found, values, stored, _OTHER_LIBRARY)
-
-    def _violation(
-        self,
-        rows: RowRange,
-        raw: npt.NDArray[np.uint8],
-        stored: Floats,
-        row: int,
-        tensor_type: GGMLQuantizationType,
-        limit: str,
-    ) -> str:
-        """What is wrong with a range whose row `row` is the first that is not sound."""
-        where = self._where(rows)
-        values = self.quantizer.dequantize(raw, tensor_type)
-        if not np.isfinite(values).all():
-            return f"{where} holds NaN or infinite values"
-        if not values.any() and stored.any():
-            return f"{where} holds only zeros, which {rows.slab.stored} does not"
-        error = relative_error(values[row], stored[row])
-        place = f" in row {rows.first + row}" if len(rows.tensor.shape) > 1 else ""
-        size = f"by {error:.2%}" if stored[row].any() else "where only zeros are stored"
-        other = self._likely_expert(rows, values, relative_error(values, stored))
-        hint = "" if other is None else f"; it holds the weights of expert {other}"
-        return f"{where} differs from {rows.slab.stored}{place} {size}, {limit}{hint}"
-
-    def _where(self, rows: RowRange) -> str:
-        """The matrix that a range is of."""
-        which = f" expert {rows.matrix}" if len(rows.tensor.shape) == 3 else ""
-        return f"{self.header.path.name}: {rows.tensor.name}{which}"
-
-    def _likely_expert(self, rows: RowRange, values: Floats, error: float) -> int | None:
-        """Which expert's weights a range holds, when they are not those of its place."""
-        best: tuple[float, int] | None = None
-        for matrix, slab in enumerate(rows.tensor.slabs):
-            if matrix != rows.matrix:
-                stored = read_rows(self.blocks.weights, rows.tensor, slab, rows.first, rows.last)
-                other = relative_error(values, stored)
-                if other < 0.7 * error and (best is None or other < best[0]):
-                    best = other, matrix
-        return None if best is None else best[1]
+def _title(headers: Sequence[GgufHeader]) -> str:
+    what = headers[0].path.name if len(headers) == 1 else f"{len(headers)} GGUF files"
+    return f"Verifying {what}"

@@ -111,7 +111,7 @@ def test_a_damaged_export_is_not_verified_but_made_again(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    work = stopped_before("check_pruned", verify_stage, tiny, output, monkeypatch)
+    work = stopped_before("check_ggufs", verify_stage, tiny, output, monkeypatch)
     damage(work.gguf / f"{NAME}-Q8_0.gguf", keep_time=False)
     result = build(tiny, output)
     assert builds.stages_reused(result)["prune"] is True
@@ -123,13 +123,14 @@ def test_a_damaged_export_is_not_verified_but_made_again(
 def test_a_file_that_changes_while_it_is_verified(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = verify_stage.check_gguf
+    check = verify_stage.check_ggufs
 
-    def then_damage(path: Path, *arguments: Any, **named: Any) -> Any:
-        yield from check(path, *arguments, **named)
-        damage(path, keep_time=False)
+    def then_damage(files: Any, *arguments: Any) -> Any:
+        found = check(files, *arguments)
+        damage(files[0].path, keep_time=False)
+        return found
 
-    monkeypatch.setattr(verify_stage, "check_gguf", then_damage)
+    monkeypatch.setattr(verify_stage, "check_ggufs", then_damage)
     with pytest.raises(OutputError, match="was changed by another program while the build"):
         build(tiny, tmp_path / "out")
     assert not (tmp_path / "out" / NAME).exists()
@@ -155,7 +156,7 @@ def test_a_stray_in_the_work_folder_is_not_published(
     place: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    work = stopped_before("check_pruned", verify_stage, tiny, output, monkeypatch)
+    work = stopped_before("check_ggufs", verify_stage, tiny, output, monkeypatch)
     (getattr(work, place) / "model-00009-of-00009.safetensors").write_bytes(b"stray")
     with pytest.raises(VerificationError) as caught:
         build(tiny, output)

@@ -20,6 +20,7 @@ from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.options import CalibrationOptions
 from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import verify_bundle
+from reap2gguf.verifying.exactness import EXACT_TYPES
 from tests.building.builds import PROSE, build, options
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
@@ -113,8 +114,11 @@ def test_which_files_are_quantized_again(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(exact, "SMALL_FILE", plan.recipes[0].n_bytes + 1)
         # few tokens: quantizing the large file again costs nothing, as it holds exact types
         assert exact_recipes(plan, has_gpu=False) == both
-        monkeypatch.setattr(exact, "SMALL_FILE", plan.recipes[0].n_bytes)
-        assert exact_recipes(plan, has_gpu=True) == frozenset()
+        # what the kernels make quickly is quantized again, however large
+        monkeypatch.setattr(exact, "SMALL_FILE", 1)
+        assert exact_recipes(plan, has_gpu=True) == both
+        monkeypatch.setattr(exact, "QUICK_TYPES", EXACT_TYPES)  # as if Q4_K_M had codebooks
+        assert exact_recipes(plan, has_gpu=True) == {"bf16"}
         monkeypatch.setattr(exact, "tokens_at_most", lambda plan: 2**40)
         assert exact_recipes(plan, has_gpu=True) == both
 
@@ -124,6 +128,7 @@ def test_the_rule_does_not_depend_on_the_machine(
 ) -> None:
     source = WIDE.write(tmp_path / "tiny")
     monkeypatch.setattr(exact, "SMALL_FILE", 1)
+    monkeypatch.setattr(exact, "QUICK_TYPES", EXACT_TYPES)
     plan = make_plan(options(source, tmp_path / "out", recipes=("q4km",)))
     with plan.checkpoint:
         compute = plan.options.compute

@@ -19,6 +19,7 @@ from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.cli import cli
+from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from tests.conftest import CALIBRATION, Bundle
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 from tests.verifying.mutations import change_manifest, copied, fix_hashes, rewrite
@@ -36,6 +37,10 @@ def with_source(bundle: Bundle) -> tuple[str, ...]:
     return reap2gguf.verify(bundle.gguf, source=bundle.source, threads=1).violations
 
 
+# how quick types are compared if nothing is asked for
+BY_KERNELS = "values" if load_kernels() is None else "exact"
+
+
 def test_the_bundle_as_built_is_that_of_its_source(built: Bundle) -> None:
     report = reap2gguf.verify(built.gguf, source=built.source, threads=2)
     assert report.violations == ()
@@ -43,7 +48,7 @@ def test_the_bundle_as_built_is_that_of_its_source(built: Bundle) -> None:
     levels = {name: str(level) for name, level in report.levels.items()}
     inputs = ("example-GGUF/imatrix.gguf", "example-GGUF/calibration.txt")
     assert {levels.pop(name) for name in inputs} == {"hashes"}
-    assert levels.pop("example-GGUF/example-IQ4_K_M.gguf") == "values"
+    assert levels.pop("example-GGUF/example-IQ4_K_M.gguf") == BY_KERNELS
     assert set(levels.values()) == {"exact"}
 
 
@@ -203,7 +208,7 @@ def test_a_gguf_folder_alone_is_compared_with_the_pruned_source(
     report = reap2gguf.verify(light.gguf, source=light.source, threads=1)
     assert report.violations == ()
     assert str(report.levels["example-GGUF/example-BF16.gguf"]) == "exact"
-    assert str(report.levels["example-GGUF/example-IQ4_K_M.gguf"]) == "values"
+    assert str(report.levels["example-GGUF/example-IQ4_K_M.gguf"]) == BY_KERNELS
 
 
 @pytest.mark.parametrize("mtp", ["prune", "drop"])
@@ -251,7 +256,10 @@ def test_a_folder_of_prune_beside_its_source(tmp_path: Path) -> None:
     assert "leave out --source" in result.output
 
 
-def test_levels_and_what_was_not_checked_are_printed(built: Bundle) -> None:
+def test_levels_and_what_was_not_checked_are_printed(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
     arguments = ["verify", "-q", str(built.gguf)]
     plain = CliRunner().invoke(cli, arguments)
     assert plain.exit_code == 0
@@ -275,8 +283,10 @@ def test_levels_and_what_was_not_checked_are_printed(built: Bundle) -> None:
     ],
 )
 def test_what_is_required_must_be_reached(
-    more: list[str], code: int, named: str, built: Bundle
+    more: list[str], code: int, named: str, built: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without kernels, only `--exact` quantizes all types again."""
+    monkeypatch.setenv(VARIABLE, "off")
     source = [str(built.source)] if more[-1] == "--source" else []
     result = CliRunner().invoke(cli, ["verify", "-q", str(built.gguf), *more, *source])
     assert result.exit_code == code, result.output
