@@ -315,7 +315,7 @@ def test_an_interrupted_quantization_goes_on(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reap2gguf.exporting import gguf_export, journal
-    from reap2gguf.exporting.row_ranges import RowRange
+    from reap2gguf.exporting.row_ranges import Batch
 
     monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
     monkeypatch.setattr(journal, "MAX_TIME_SHARE", 1e9)
@@ -325,11 +325,11 @@ def test_an_interrupted_quantization_goes_on(
     stop_at: str | None = None
     write = gguf_export._Job.run
 
-    def counted(self: gguf_export._Job, rows: RowRange) -> None:
-        if rows.tensor.name == stop_at:
+    def counted(self: gguf_export._Job, batch: Batch) -> None:
+        if batch[0].tensor.name == stop_at:
             raise KeyboardInterrupt
-        written.append(rows.tensor.name)
-        write(self, rows)
+        written.append(batch[0].tensor.name)
+        write(self, batch)
 
     monkeypatch.setattr(gguf_export._Job, "run", counted)
     assert run(*command, whole).exit_code == 0

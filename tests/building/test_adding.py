@@ -132,11 +132,11 @@ def test_an_addition_resumes_where_it_was_killed(
     monkeypatch.setattr("reap2gguf.exporting.journal.MAX_TIME_SHARE", 1e9)
     run, done = gguf_export._Job.run, []
 
-    def stop(job: Any, rows: Any) -> None:
+    def stop(job: Any, batch: Any) -> None:
         if len(done) == 20:
             raise KeyboardInterrupt
-        done.append(rows)
-        run(job, rows)
+        done.append(batch)
+        run(job, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(gguf_export._Job, "run", stop)
@@ -145,12 +145,12 @@ def test_an_addition_resumes_where_it_was_killed(
     no_difference(contents(first), before)
     written = []
     monkeypatch.setattr(
-        gguf_export._Job, "run", lambda job, rows: (written.append(rows), run(job, rows))[1]
+        gguf_export._Job, "run", lambda job, batch: (written.append(batch), run(job, batch))[1]
     )
     result = add(first.hf_folder, "q4km")
     assert len(written) < len(done) + len(written)
-    assert {rows.tensor.name for rows in written}.isdisjoint(
-        {rows.tensor.name for rows in done[:10]}
+    assert {batch[0].tensor.name for batch in written}.isdisjoint(
+        {batch[0].tensor.name for batch in done[:10]}
     )
     no_difference(contents(result), whole)
 
