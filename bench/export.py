@@ -39,11 +39,11 @@ from gguf import GGUFReader
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.model_files import WeightedBy, export_model
-from reap2gguf.ggml import Ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_gguf
 from reap2gguf.machine import peak_bytes
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
+from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import resolve
 
@@ -158,7 +158,7 @@ def clocks(figures: Figures, n_threads: int) -> Iterator[None]:
     begun = time.monotonic()
     with (
         patch.object(Checkpoint, "read", timed("reading", Checkpoint.read)),
-        patch.object(Ggml, "quantize", timed("quantizing", Ggml.quantize)),
+        patch.object(Quantizer, "quantize", timed("quantizing", Quantizer.quantize)),
         patch.object(os, "pwrite", timed("writing", os.pwrite)),
         patch.object(os, "fsync", timed("syncing", os.fsync)),
     ):

@@ -16,12 +16,13 @@ EXACT_TYPES = frozenset(
 )
 # Those, and the types that the compiled kernels make in at most 12 ns a weight. The types that
 # remain have codebooks, and take 27 to 70 ns, or are made by libggml.
-QUICK_TYPES = EXACT_TYPES | frozenset(
+QUICK_TYPES = EXACT_TYPES | {
     GGMLQuantizationType[name]
     for name in (
-        "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS",
+        *("Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"),
+        *("Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS"),
     )
-)  # fmt: skip
+}
 
 SMALL_FILE = 2**30  # bytes; quantized again in some minutes on any machine
 

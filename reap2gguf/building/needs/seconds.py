@@ -13,7 +13,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.observing.linear_attention import installed_version
-from reap2gguf.verifying.exactness import EXACT_TYPES
+from reap2gguf.quantizing.kernels.cuda import FORMS
+from reap2gguf.verifying.exactness import QUICK_TYPES
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -39,8 +40,11 @@ _FINISH = 0.6  # cards, manifest and names; then the program ends
 _GPU_START = 2.5  # CUDA, and kernels that are compiled
 _TOKENIZE = 1.2e-6  # per token of local text
 _RENDER = 5e-6  # per token of chat samples, read from the Hub
-_EXPORT = 3.3e-9  # per weight and core: to read, check and store
-_BOUNDS = 9e-9  # per weight and core: verified within bounds
+_EXPORT = 2.4e-9  # per weight and core: to read, check and store
+_READ_AGAIN = 1.2e-9  # per weight and core: for verification
+_COMPARED = 0.5e-9  # per weight and core: bytes, and a sample of the values
+_BOUNDS = 3e-9  # per weight and core: verified within bounds
+_GPU_QUANTIZED = 1e10  # weights per second and type, on an H100
 _MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
 _PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
 
@@ -162,38 +166,51 @@ def _attention(plan: Plan, amount: Amount) -> int:
     return 2 * amount.mean_row * facts.n_heads * facts.head_dim * facts.n_blocks
 
 
+def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
+    """Weights of each tensor and type: every tensor is quantized once per type."""
+    return {
+        (entry.tensor.name, entry.tensor_type): prod(entry.tensor.shape)
+        for recipe in recipes
+        for entry in recipe.table
+    }
+
+
 def _export(recipes: Recipes, host: Host) -> float:
     """Every tensor is read once, and quantized once per type."""
-    types: dict[tuple[str, GGMLQuantizationType], int] = {}
-    weights: dict[str, int] = {}
-    for recipe in recipes:
-        for entry in recipe.table:
-            weights[entry.tensor.name] = prod(entry.tensor.shape)
-            types[entry.tensor.name, entry.tensor_type] = prod(entry.tensor.shape)
-    seconds = _EXPORT * sum(weights.values()) * host.speed.quantize["plain"]
-    seconds += sum(host.speed.quantize_seconds(kind, n) for (_, kind), n in types.items())
+    types = _quantized(recipes)
+    weights = {name: n for (name, _), n in types.items()}
+    seconds = _EXPORT * sum(weights.values()) * host.speed.python / host.parallel
+    on_gpu = 0.0
+    for (_, kind), n_weights in types.items():
+        if host.gpu_factor is not None and kind in FORMS:
+            on_gpu += n_weights / _GPU_QUANTIZED * host.gpu_factor
+        else:
+            seconds += host.speed.quantize_seconds(kind, n_weights) / host.parallel
     writing = sum(recipe.n_bytes for recipe in recipes) / host.speed.write_bytes
-    return max(seconds / host.parallel, writing) + _tables(types, host)
+    return max(seconds, on_gpu, writing) + _tables(types, host)
 
 
 def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -> float:
-    """Tables that libggml makes while all other threads wait."""
+    """Tables that are made while all other threads wait."""
     return sum(host.speed.table_seconds(kind) for kind in {kind for _, kind in types})
 
 
 def _verify(plan: Plan, recipes: Recipes, sizes: Sizes, disk: DiskNeeds, host: Host) -> float:
-    """Both formats are read back and compared; small files are quantized again."""
+    """Both formats are read back and compared; most types are quantized again, once."""
     speed = host.speed
     exact = sizes.exact(host.gpu_factor is not None)
-    seconds = 0.0
+    weights = {name: n for (name, _), n in _quantized(recipes).items()}
+    seconds = _READ_AGAIN * sum(weights.values()) * speed.python
+    again: dict[tuple[str, GGMLQuantizationType], int] = {}
     for recipe in recipes:
         for entry in recipe.table:
             n_weights = prod(entry.tensor.shape)
-            seconds += _EXPORT * n_weights * speed.quantize["plain"]
-            if recipe.name in exact or entry.tensor_type in EXACT_TYPES:
-                seconds += speed.quantize_seconds(entry.tensor_type, n_weights)
+            if recipe.name in exact or entry.tensor_type in QUICK_TYPES:
+                again[entry.tensor.name, entry.tensor_type] = n_weights
+                seconds += _COMPARED * n_weights * speed.python
             else:
-                seconds += _BOUNDS * n_weights * speed.quantize["plain"]
+                seconds += _BOUNDS * n_weights * speed.python
+    seconds += sum(speed.quantize_seconds(kind, n) for (_, kind), n in again.items())
     hashing = (disk.hf + disk.gguf) / speed.hash_bytes
     comparing = 2 * plan.hf_bytes / _MEMORY_BYTES
     return (seconds + hashing) / host.parallel + comparing

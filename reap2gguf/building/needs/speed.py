@@ -32,44 +32,50 @@ from reap2gguf.errors import Reap2ggufError
 from reap2gguf.files import is_plain
 from reap2gguf.ggml import load_ggml
 from reap2gguf.machine import available_threads
+from reap2gguf.quantizing.kernels.compiled import load_kernels
+from reap2gguf.quantizing.quantizer import load_quantizer
 
 # Nanoseconds to quantize a weight on one core, with an importance matrix where the type takes one,
-# and the seconds in which libggml makes the tables of some types, once per process.
+# by the compiled kernels where they make the type, and the seconds in which the tables of some
+# types are made, once per process.
 NANOSECONDS = {
     "F32": 0.8,
-    "BF16": 0.6,
-    "F16": 1.7,
-    "Q8_0": 3.5,
-    "MXFP4": 4.9,
-    "Q4_0": 23.6,
-    "Q5_0": 23.6,
-    "Q4_1": 102.0,
-    "Q5_1": 101.6,
-    "Q6_K": 26.6,
-    "Q5_K": 104.7,
-    "Q4_K": 105.4,
-    "Q3_K": 34.1,
-    "Q2_K": 121.0,
-    "IQ4_XS": 187.9,
-    "IQ4_NL": 195.5,
-    "IQ3_S": 274.7,
-    "IQ3_XXS": 391.6,
-    "IQ2_S": 169.4,
-    "IQ2_XS": 747.3,
-    "IQ2_XXS": 316.0,
+    "BF16": 0.5,
+    "F16": 0.5,
+    "Q8_0": 0.6,
+    "MXFP4": 5.2,
+    "Q4_0": 2.9,
+    "Q5_0": 3.1,
+    "Q4_1": 9.5,
+    "Q5_1": 9.1,
+    "Q6_K": 3.0,
+    "Q5_K": 9.2,
+    "Q4_K": 9.1,
+    "Q3_K": 3.5,
+    "Q2_K": 10.9,
+    "IQ4_XS": 3.5,
+    "IQ4_NL": 3.6,
+    "IQ3_S": 47.0,
+    "IQ3_XXS": 71.0,
+    "IQ2_S": 27.0,
+    "IQ2_XS": 61.0,
+    "IQ2_XXS": 44.0,
     "IQ1_M": 561.9,
-    "IQ1_S": 124.8,
+    "IQ1_S": 126.0,
 }
-_IQ_TABLES = {"IQ3_S": 0.2, "IQ3_XXS": 0.1, "IQ2_S": 3.6, "IQ2_XS": 1.8, "IQ2_XXS": 0.9}
+_IQ_TABLES = {"IQ3_S": 0.25, "IQ3_XXS": 0.15, "IQ2_S": 3.9, "IQ2_XS": 2.0, "IQ2_XXS": 1.0}
 TABLE_SECONDS = {**_IQ_TABLES, "IQ1_M": 8.1, "IQ1_S": 8.1}
-# The type that is measured for each class; other types of a class are scaled with it.
-_MEASURED = {"plain": Type.Q8_0, "k": Type.Q4_K, "iq": Type.IQ4_XS}
-_ROWS, _COLUMNS = 24, 2048
+# The type that is measured for each class; other types of a class are scaled with it. Without
+# kernels, types of a class are slower by about the same factor. libggml makes "ggml" in any case.
+_MEASURED = {"plain": Type.Q8_0, "k": Type.Q4_K, "iq4": Type.IQ4_XS, "ggml": Type.MXFP4}
+_UNWEIGHTED = ("plain", "ggml")
+_ROWS, _COLUMNS = 64, 2048
 _FILE_BYTES = 2**24
 _MOST_CACHE_BYTES = 2**14
 _TRIES = 3
 _LOADS = 32
 _FARTHEST = 30.0
+_FARTHEST_QUANTIZING = 200.0  # without kernels, IQ4_XS takes 50 times as long
 _PYTHON_SECONDS = 0.0041  # what `_unmarshal` takes on the reference machine
 
 
@@ -92,15 +98,17 @@ class Speed:
         return n_weights * NANOSECONDS.get(tensor_type.name, 100.0) * 1e-9 * factor
 
     def table_seconds(self, tensor_type: Type) -> float:
-        """Seconds in which libggml makes a type's tables."""
-        return TABLE_SECONDS.get(tensor_type.name, 0.0) * self.quantize["iq"]
+        """Seconds in which a type's tables are made."""
+        return TABLE_SECONDS.get(tensor_type.name, 0.0) * self.quantize["ggml"]
 
 
 def _class_of(tensor_type: Type) -> str:
     name = tensor_type.name
-    if name.startswith("IQ"):
-        return "iq"
-    return "plain" if name in ("F32", "F16", "BF16", "Q8_0", "MXFP4") else "k"
+    if name in ("F32", "MXFP4", "IQ1_M", "IQ1_S"):
+        return "ggml"
+    if name in ("F16", "BF16", "Q8_0"):
+        return "plain"
+    return "iq4" if name.startswith("IQ4") else "k"
 
 
 def machine_speed() -> Speed:
@@ -172,15 +180,15 @@ def _unmarshal() -> float:
 
 
 def _quantize() -> dict[str, float]:
-    ggml = load_ggml()
+    quantizer = load_quantizer()
     generator = np.random.default_rng(0)
     rows = generator.standard_normal((_ROWS, _COLUMNS), dtype=np.float32) * np.float32(0.02)
     importance = generator.random(_COLUMNS, dtype=np.float32) + np.float32(0.1)
     found = {}
     for name, tensor_type in _MEASURED.items():
-        weighted = None if name == "plain" else importance
-        ggml.quantize(rows[:1], tensor_type, weighted)  # makes tables
-        seconds = _least(lambda t=tensor_type, w=weighted: ggml.quantize(rows, t, w))  # type: ignore[misc]
+        weighted = None if name in _UNWEIGHTED else importance
+        quantizer.quantize(rows[:1], tensor_type, weighted)  # tries the kernel
+        seconds = _least(lambda t=tensor_type, w=weighted: quantizer.quantize(rows, t, w))  # type: ignore[misc]
         found[name] = seconds / rows.size / (NANOSECONDS[tensor_type.name] * 1e-9)
     return found
 
@@ -218,16 +226,19 @@ def _bounded(speed: Speed) -> Speed:
     return Speed(
         flops=_near(speed.flops, usual.flops),
         python=_near(speed.python, usual.python),
-        quantize={name: _near(factor, 1.0) for name, factor in speed.quantize.items()},
+        quantize={
+            name: _near(factor, 1.0, _FARTHEST_QUANTIZING)
+            for name, factor in speed.quantize.items()
+        },
         hash_bytes=_near(speed.hash_bytes, usual.hash_bytes),
         read_bytes=_near(speed.read_bytes, usual.read_bytes),
         write_bytes=_near(speed.write_bytes, usual.write_bytes),
     )
 
 
-def _near(value: float, usual: float) -> float:
+def _near(value: float, usual: float, farthest: float = _FARTHEST) -> float:
     """The value, within some tens of the usual one."""
-    return min(max(value, usual / _FARTHEST), usual * _FARTHEST)
+    return min(max(value, usual / farthest), usual * farthest)
 
 
 def _cache_file() -> Path:
@@ -236,7 +247,9 @@ def _cache_file() -> Path:
         label = load_ggml().label
     except Reap2ggufError:
         label = ""
-    what = (_processor(), available_threads(), __version__, np.__version__, label)
+    kernels = load_kernels()
+    made_by = (label, "" if kernels is None else kernels.target)
+    what = (_processor(), available_threads(), __version__, np.__version__, *made_by)
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.path.expanduser(root)) / "reap2gguf" / f"speed-{key}.json"

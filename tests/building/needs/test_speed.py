@@ -14,6 +14,7 @@ from reap2gguf.building.needs import speed
 from reap2gguf.building.needs.speed import NANOSECONDS, Speed, machine_speed, measure
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import STORABLE
+from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +31,10 @@ def test_every_type_has_a_rate() -> None:
     assert NANOSECONDS.keys() == {one.name for one in STORABLE}
     for one in STORABLE:
         assert Speed().quantize_seconds(one, 10**9) == pytest.approx(NANOSECONDS[one.name])
-    slower = Speed(quantize={"plain": 1.0, "k": 2.0, "iq": 3.0})
-    assert slower.quantize_seconds(Type.Q8_0, 100) == Speed().quantize_seconds(Type.Q8_0, 100)
-    assert slower.quantize_seconds(Type.Q6_K, 10) == Speed().quantize_seconds(Type.Q6_K, 20)
-    assert slower.quantize_seconds(Type.IQ3_S, 10) == Speed().quantize_seconds(Type.IQ3_S, 30)
+    slower = Speed(quantize={"plain": 1.0, "k": 2.0, "iq4": 3.0, "ggml": 4.0})
+    for kind, factor in (("Q8_0", 1), ("Q6_K", 2), ("IQ3_S", 2), ("IQ4_NL", 3), ("IQ1_S", 4)):
+        usual = Speed().quantize_seconds(Type[kind], 100)
+        assert slower.quantize_seconds(Type[kind], 100) == pytest.approx(factor * usual)
 
 
 def test_measuring_finds_what_a_machine_may_have(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_measuring_finds_what_a_machine_may_have(tmp_path: Path) -> None:
     for one in fields(Speed):
         if one.name != "quantize":
             assert usual[one.name] / 30 <= found[one.name] <= usual[one.name] * 30
-    assert found["quantize"].keys() == {"plain", "k", "iq"}
+    assert found["quantize"].keys() == {"plain", "k", "iq4", "ggml"}
     assert not list(tmp_path.iterdir())  # the file that it writes has no name
 
 
@@ -57,7 +58,7 @@ def _damages() -> list[str]:
     whole = asdict(Speed())
     changes: list[Any] = [
         {"flops": "fast"}, {"flops": -1.0}, {"flops": True}, {"flops": None}, {"quantize": {}},
-        {"quantize": [1, 2]}, {"quantize": {"plain": 1.0, "k": 1.0, "iq": -1.0}}, {"more": 1.0},
+        {"quantize": [1, 2]}, {"quantize": whole["quantize"] | {"k": -1.0}}, {"more": 1.0},
     ]  # fmt: skip
     texts = [json.dumps(whole | change) for change in changes]
     texts.append(json.dumps({name: value for name, value in whole.items() if name != "python"}))
@@ -98,4 +99,18 @@ def test_without_libggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise DependencyError("libggml was not found")
 
     monkeypatch.setattr(speed, "load_ggml", missing)
+    monkeypatch.setattr(speed, "load_quantizer", missing)
     assert machine_speed().quantize == Speed().quantize
+
+
+def test_what_libggml_takes_without_kernels_is_measured(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And kept in a file of its own."""
+    with_kernels = machine_speed()
+    monkeypatch.setenv(VARIABLE, "off")
+    without = machine_speed()
+    if load_kernels() is not None or with_kernels.quantize["k"] < 3:
+        assert without.quantize["k"] > 3 * with_kernels.quantize["k"]
+        assert len(list((cache / "reap2gguf").iterdir())) == 2
+    assert without.quantize["k"] > 3
