@@ -172,8 +172,9 @@ def verify(
 ) -> VerifyReport:
     """Check a bundle, or a safetensors folder and GGUF files made from it.
 
-    With `source`, the MODEL that was pruned, the bundle is compared with it byte for byte. `exact`
-    quantizes every tensor again and compares the bytes, which takes as long as the export did. The
+    With `source`, the MODEL that was pruned, the bundle is compared with it byte for byte. Types
+    that compiled kernels make quickly are quantized again and compared by bytes; with `exact` all
+    types must have the bytes that are made again, which takes as long as the export did. The
     report lists what is wrong, how strictly each file was compared, and what could not be checked.
     Raises UsageError if the paths are neither, and what opening a model raises for `source`.
     """

@@ -202,8 +202,7 @@ def to_float32(raw: npt.NDArray[np.generic], dtype: str, name: str) -> npt.NDArr
         return raw.astype(np.float32)
     if dtype == "BF16":
         # bfloat16 is the upper half of a float32
-        widened = raw.astype(np.uint32)
-        widened <<= 16
+        widened: npt.NDArray[np.uint32] = np.left_shift(raw, np.uint32(16), dtype=np.uint32)
         return widened.view(np.float32)
     raise CheckpointError(
         f"tensor {name!r} is stored as {dtype}, expected F32, F16 or BF16; dequantize the "

@@ -151,7 +151,7 @@ def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
     "--exact",
     section=CHECKS,
     is_flag=True,
-    help="Quantize every tensor again and compare the bytes.",
+    help="Quantize every tensor again, also of slow types; all bytes must be equal.",
 )
 @option(
     "--require",
