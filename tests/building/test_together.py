@@ -322,7 +322,7 @@ def test_layers_are_written_while_later_ones_are_computed(
     ("module", "name"),
     [
         (stages, "write_pruned"), (stages, "export_model"), (verify_stage, "check_pruned"),
-        (verify_stage, "check_gguf"),
+        (verify_stage, "check_ggufs"),
     ],
 )  # fmt: skip
 def test_a_stage_that_fails_ends_the_build_with_its_error(
