@@ -1,7 +1,7 @@
 """Quantizing rows: by the compiled kernels where there are some, by libggml otherwise.
 
 libggml is the truth. A kernel is used for a type only after it made the same bytes as libggml of a
-few rows, once in each process; rows that leave its plain range are given to libggml; and libggml
+few rows, once for each quantizer; rows that leave its plain range are given to libggml; and libggml
 makes a share of all blocks again, which are compared. On arm64 libggml itself rounds otherwise:
 there nothing is compared, and the kernels make the bytes of x86-64.
 """
@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import Bytes, Floats, Ggml, load_ggml
+from reap2gguf.options import CheckQuants
 from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from reap2gguf.quantizing.kernels.codebooks import Tables
     from reap2gguf.quantizing.stored_rows import StoredRows
 
-SAMPLE = 1e-3  # of the blocks that a kernel makes
+SAMPLE = CheckQuants.SAMPLE.share  # of the blocks that a kernel makes
 _SUPER_BLOCK = 256  # values that no type quantizes apart, but for those that weigh by whole rows
 # With importance, their blocks depend on the whole row.
 _BY_ROW = frozenset(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"))

@@ -64,6 +64,11 @@ def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:
     is_short = plan.options.compute.likely_device == "cuda"
     has_room = room >= needs.overlapping_bytes - needs.states_bytes
     overlaps = keeps_beside or (is_short and has_room)
+    if keeps_states and overlaps and not keeps_beside:
+        progress.note(
+            "the importance pass saves no progress between layers: the disk has no space for it "
+            "beside the files that are written meanwhile"
+        )
     return Room(keeps_states, overlaps, keeps_beside)
 
 

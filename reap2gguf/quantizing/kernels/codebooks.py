@@ -54,6 +54,12 @@ _FORMS = {
 _LOW_BYTE = 2  # after the scale, in all of them
 
 
+def entries_shape(tensor_type: GGMLQuantizationType) -> tuple[int, int] | None:
+    """Points of a type's codebook, and the values that each stands for; None if it has none."""
+    form = _FORMS.get(tensor_type)
+    return None if form is None else (form.n_points, form.group)
+
+
 @dataclass(frozen=True)
 class Codebook:
     """A type's points and neighbours. A group's code is its levels, the first in the lowest bits.
@@ -65,7 +71,7 @@ class Codebook:
 
     places: npt.NDArray[np.int32]
     codes: npt.NDArray[np.uint16]
-    # (points, group): the sizes that points stand for, which dequantizing needs
+    # `entries_shape`: the sizes that points stand for, which dequantizing needs
     entries: npt.NDArray[np.uint8]
 
     def pointers(self) -> Tables:

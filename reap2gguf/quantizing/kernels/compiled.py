@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.machine import processor_flags
+from reap2gguf.quantizing.kernels.codebooks import Tables, entries_shape
 from reap2gguf.quantizing.kernels.compiling import TARGETS, machine, object_file, source_hash
 
 if TYPE_CHECKING:
@@ -30,15 +31,6 @@ _NEEDED = {
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "bmi2", "fma"},
     "armv8-a": set[str](),
-}
-
-# Entries of a codebook, and the bytes of each.
-_CODEBOOKS = {
-    "IQ2_XXS": (256, 8),
-    "IQ2_XS": (512, 8),
-    "IQ2_S": (1024, 8),
-    "IQ3_XXS": (256, 4),
-    "IQ3_S": (512, 4),
 }
 
 
@@ -59,7 +51,7 @@ class Kernels:
         rows: Floats,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
-        tables: ctypes.Array[ctypes.c_void_p] | None = None,
+        tables: Tables | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
 
@@ -96,7 +88,7 @@ class Kernels:
         """
         name = tensor_type.name
         block, size = GGML_QUANT_SIZES[tensor_type]
-        shape = _CODEBOOKS.get(name)
+        shape = entries_shape(tensor_type)
         if shape is not None and (codebook is None or codebook.shape != shape):
             found = "none" if codebook is None else str(codebook.shape)
             raise ValueError(f"{name} needs a codebook of {shape}, found {found}")

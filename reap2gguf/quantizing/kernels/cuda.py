@@ -37,6 +37,7 @@ from reap2gguf.quantizing.kernels.nvrtc import (
 if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
     from reap2gguf.progress import Progress
+    from reap2gguf.quantizing.kernels.codebooks import Tables
 
 _T = GGMLQuantizationType
 
@@ -188,7 +189,7 @@ class Gpu:
         rows: Floats,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None = None,
-        tables: ctypes.Array[ctypes.c_void_p] | None = None,
+        tables: Tables | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         """Rows (R, C) of float32 as `tensor_type`, as `Kernels.quantize` of `compiled.py` does."""
         source = np.ascontiguousarray(rows, dtype=np.float32)

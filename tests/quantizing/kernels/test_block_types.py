@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
@@ -11,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reap2gguf.ggml import load_ggml
-from reap2gguf.quantizing.kernels.compiled import Kernels, load_kernels
-from reap2gguf.quantizing.kernels.compiling import machine
-
-Floats = npt.NDArray[np.float32]
+from tests.quantizing.kernels.cases import Floats, kernels, needs_kernels, odd_rows
 
 TYPES = (T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.IQ4_NL, T.IQ4_XS)
 HALVES = (T.F16, T.BF16)
@@ -24,16 +20,7 @@ KINDS = (
 )  # fmt: skip
 WEIGHTS = ("none", "ones", "gamma", "12 decades", "half zero", "zero", "one", "tiny", "huge")
 
-pytestmark = pytest.mark.skipif(
-    load_kernels() is None or machine() != "x86_64",
-    reason="no kernels for this machine, or a libggml that rounds otherwise",
-)
-
-
-def kernels() -> Kernels:
-    loaded = load_kernels()
-    assert loaded is not None
-    return loaded
+pytestmark = needs_kernels
 
 
 def values(kind: str, random: np.random.Generator, shape: tuple[int, int]) -> Floats:
@@ -83,11 +70,7 @@ def importance(kind: str, random: np.random.Generator, c: int) -> Floats | None:
 
 def odd_share(rows: Floats, tensor_type: T, weights: Floats | None) -> float:
     """The share of odd rows; all others are compared with libggml."""
-    found, is_odd = kernels().quantize(rows, tensor_type, weights)
-    wanted = load_ggml()._quantize(rows, tensor_type, weights)
-    is_equal = (found == wanted).all(1)
-    assert (is_equal | is_odd).all(), f"rows {np.flatnonzero(~is_equal & ~is_odd)}"
-    return float(is_odd.mean())
+    return float(odd_rows(rows, tensor_type, weights).mean())
 
 
 @pytest.mark.parametrize("tensor_type", TYPES)

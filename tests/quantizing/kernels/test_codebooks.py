@@ -13,19 +13,12 @@ from hypothesis import strategies as st
 from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import Ggml, load_ggml
 from reap2gguf.quantizing.kernels.codebooks import CHUNK, codebook
-from reap2gguf.quantizing.kernels.compiled import Kernels, load_kernels
-from reap2gguf.quantizing.kernels.compiling import machine
+from tests.quantizing.kernels.cases import Floats, kernels, needs_kernels, odd_rows
 
-Floats = npt.NDArray[np.float32]
 TYPES = (T.IQ3_S, T.IQ3_XXS, T.IQ2_S, T.IQ2_XS, T.IQ2_XXS)
 # libggml makes them without importance too, IQ3_XXS only if it is asked directly
 WITHOUT = (T.IQ3_S, T.IQ3_XXS, T.IQ2_S)
 COLUMNS = 512
-KERNELS = load_kernels()
-needs_objects = pytest.mark.skipif(
-    KERNELS is None or machine() != "x86_64",
-    reason="no kernels for this machine, or a libggml that rounds otherwise",
-)
 rows_of = {
     "normal": lambda r, s: r.standard_normal(s) * 0.02,
     "far out": lambda r, s: r.standard_t(2, s),
@@ -55,18 +48,10 @@ importance_of = {
 
 def _compare(rows: Floats, tensor_type: T, importance: Floats | None) -> int:
     """Assert that rows that are not odd are libggml's; how many are odd."""
-    ggml, kernels = load_ggml(), load_kernels()
-    assert isinstance(kernels, Kernels)
-    book = codebook(ggml, tensor_type)
-    assert book is not None
-    found, is_odd = kernels.quantize(rows, tensor_type, importance, book.pointers())
-    if not is_odd.all():
-        wanted = ggml._quantize(rows[~is_odd], tensor_type, importance)
-        assert (found[~is_odd] == wanted).all()
-    return int(is_odd.sum())
+    return int(odd_rows(rows, tensor_type, importance).sum())
 
 
-@needs_objects
+@needs_kernels
 @pytest.mark.parametrize("tensor_type", TYPES)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -88,7 +73,7 @@ def test_blocks_are_those_of_libggml(
         assert n_odd == 0
 
 
-@needs_objects
+@needs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_type", TYPES)
 def test_a_million_weights_of_each_kind_are_those_of_libggml(tensor_type: T) -> None:
@@ -104,14 +89,13 @@ def test_a_million_weights_of_each_kind_are_those_of_libggml(tensor_type: T) -> 
             assert _compare(rows, tensor_type, importance) == 0
 
 
-@needs_objects
+@needs_kernels
 def test_no_block_is_made_without_the_importance_that_libggml_needs() -> None:
     rows = np.ones((1, 256), dtype=np.float32)
     book = codebook(load_ggml(), T.IQ2_XS)
     assert book is not None
-    assert KERNELS is not None
     with pytest.raises(AssertionError, match="IQ2_XS"):
-        KERNELS.quantize(rows, T.IQ2_XS, None, book.pointers())
+        kernels().quantize(rows, T.IQ2_XS, None, book.pointers())
 
 
 @pytest.mark.parametrize("tensor_type", TYPES)

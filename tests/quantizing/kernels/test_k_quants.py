@@ -9,11 +9,8 @@ from gguf import GGMLQuantizationType as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reap2gguf.ggml import load_ggml
 from reap2gguf.quantizing.kernels.compiled import load_kernels
-from reap2gguf.quantizing.kernels.compiling import machine
-
-Floats = npt.NDArray[np.float32]
+from tests.quantizing.kernels.cases import Floats, needs_kernels, odd_rows
 
 TYPES = (T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K)
 SUPER_BLOCK, GROUP = 256, 16
@@ -27,10 +24,7 @@ KINDS = (
 PLAIN_WEIGHTS = ("none", "ones", "gamma", "12 decades")
 WEIGHTS = (*PLAIN_WEIGHTS, "half zero", "zero groups", "zero", "one", "tiny", "huge")
 
-pytestmark = pytest.mark.skipif(
-    load_kernels() is None or machine() != "x86_64",
-    reason="no kernels for this machine, or a libggml that rounds otherwise",
-)
+pytestmark = needs_kernels
 
 
 def values(kind: str, random: np.random.Generator, shape: tuple[int, int]) -> Floats:
@@ -91,13 +85,7 @@ def importance(kind: str, random: np.random.Generator, c: int) -> Floats | None:
 
 def odd_share(rows: Floats, tensor_type: T, weights: Floats | None) -> float:
     """The share of odd rows; all others are compared with libggml."""
-    kernels = load_kernels()
-    assert kernels is not None
-    found, is_odd = kernels.quantize(rows, tensor_type, weights)
-    wanted = load_ggml()._quantize(rows, tensor_type, weights)
-    is_wrong = (found != wanted).any(1) & ~is_odd
-    assert not is_wrong.any(), f"rows {np.flatnonzero(is_wrong)}"
-    return float(is_odd.mean())
+    return float(odd_rows(rows, tensor_type, weights).mean())
 
 
 @pytest.mark.parametrize("tensor_type", TYPES)

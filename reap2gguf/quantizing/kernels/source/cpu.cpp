@@ -12,6 +12,14 @@
 #define SOURCE_HASH ""  // of a trial
 #endif
 
+// The numbers of the types in ggml.h and in GGUF files.
+enum GgmlType {
+    GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q4_1 = 3, GGML_Q5_0 = 6, GGML_Q5_1 = 7, GGML_Q8_0 = 8,
+    GGML_Q2_K = 10, GGML_Q3_K = 11, GGML_Q4_K = 12, GGML_Q5_K = 13, GGML_Q6_K = 14,
+    GGML_IQ2_XXS = 16, GGML_IQ2_XS = 17, GGML_IQ3_XXS = 18, GGML_IQ4_NL = 20, GGML_IQ3_S = 21,
+    GGML_IQ2_S = 22, GGML_IQ4_XS = 23, GGML_BF16 = 30,
+};
+
 // Transposes a square of WIDTH rows in registers: blocks of D x D change places, for D of 1, 2, 4 ...
 template <int D, int... K>
 FN void exchange(Floats &a, Floats &b, std::integer_sequence<int, K...>) {
@@ -120,35 +128,35 @@ EXPORT int reap_quantize(int type, const float *rows, i64 n_rows, i64 n_columns,
                          const float *importance, const void *tables, u8 *target, u8 *is_odd) {
 #define QUANTIZE(T, WEIGHTED, importance) \
     quantize_rows<T, WEIGHTED>(rows, n_rows, n_columns, importance, tables, target, is_odd)
-#define CASE(number, ...)                                        \
-    case number:                                                 \
+#define CASE(ggml_type, ...)                                      \
+    case ggml_type:                                              \
         if (importance) QUANTIZE(__VA_ARGS__, true, importance); \
         else QUANTIZE(__VA_ARGS__, false, rows);                 \
         return 1;
-#define CASE_WEIGHTED(number, ...) /* ggml ends the process without importance */ \
-    case number:                                                                  \
+#define CASE_WEIGHTED(ggml_type, ...) /* ggml ends the process without importance */ \
+    case ggml_type:                                                               \
         if (importance) QUANTIZE(__VA_ARGS__, true, importance);                  \
         return importance || !n_rows;
     switch (type) {
-        case 1: round_halves<false>(rows, n_rows, n_columns, target, is_odd); return 1;
-        case 30: round_halves<true>(rows, n_rows, n_columns, target, is_odd); return 1;
-        CASE(2, Symmetric<8>)
-        CASE(3, Affine<15>)
-        CASE(6, Symmetric<16>)
-        CASE(7, Affine<31>)
-        CASE(8, Q8)
-        CASE(10, Q2K)
-        CASE(11, Q3K)
-        CASE(12, AffineK<15>)
-        CASE(13, AffineK<31>)
-        CASE(14, Q6K)
-        CASE_WEIGHTED(16, Iq2Xxs)
-        CASE_WEIGHTED(17, Iq2<false>)
-        CASE(18, Iq3<false>)
-        CASE(20, IQ4NL)
-        CASE(21, Iq3<true>)
-        CASE(22, Iq2<true>)
-        CASE(23, IQ4XS)
+        case GGML_F16: round_halves<false>(rows, n_rows, n_columns, target, is_odd); return 1;
+        case GGML_BF16: round_halves<true>(rows, n_rows, n_columns, target, is_odd); return 1;
+        CASE(GGML_Q4_0, Symmetric<8>)
+        CASE(GGML_Q4_1, Affine<15>)
+        CASE(GGML_Q5_0, Symmetric<16>)
+        CASE(GGML_Q5_1, Affine<31>)
+        CASE(GGML_Q8_0, Q8)
+        CASE(GGML_Q2_K, Q2K)
+        CASE(GGML_Q3_K, Q3K)
+        CASE(GGML_Q4_K, AffineK<15>)
+        CASE(GGML_Q5_K, AffineK<31>)
+        CASE(GGML_Q6_K, Q6K)
+        CASE_WEIGHTED(GGML_IQ2_XXS, Iq2Xxs)
+        CASE_WEIGHTED(GGML_IQ2_XS, Iq2<false>)
+        CASE(GGML_IQ3_XXS, Iq3<false>)
+        CASE(GGML_IQ4_NL, IQ4NL)
+        CASE(GGML_IQ3_S, Iq3<true>)
+        CASE(GGML_IQ2_S, Iq2<true>)
+        CASE(GGML_IQ4_XS, IQ4XS)
     }
     return 0;
 }
@@ -166,26 +174,26 @@ static __attribute__((noinline)) void read_blocks(const u8 *RESTRICT raw, i64 n_
 
 // `codebook`: the entries of the type's grid, which only IQ2 and IQ3 types have.
 EXPORT int reap_dequantize(int type, const u8 *raw, i64 n_blocks, const u8 *codebook, float *out) {
-#define READ(number, ...) \
-    case number: read_blocks<__VA_ARGS__>(raw, n_blocks, codebook, out); return 1;
+#define READ(ggml_type, ...) \
+    case ggml_type: read_blocks<__VA_ARGS__>(raw, n_blocks, codebook, out); return 1;
     switch (type) {
-        READ(2, ReadPlain<false, false>)
-        READ(3, ReadPlain<false, true>)
-        READ(6, ReadPlain<true, false>)
-        READ(7, ReadPlain<true, true>)
-        READ(8, ReadQ8)
-        READ(10, ReadQ2K)
-        READ(11, ReadQ3K)
-        READ(12, ReadAffineK<false>)
-        READ(13, ReadAffineK<true>)
-        READ(14, ReadQ6K)
-        READ(16, ReadIQ2XXS)
-        READ(17, ReadIQ2XS)
-        READ(18, ReadIQ3XXS)
-        READ(20, ReadIQ4NL)
-        READ(21, ReadIQ3S)
-        READ(22, ReadIQ2S)
-        READ(23, ReadIQ4XS)
+        READ(GGML_Q4_0, ReadPlain<false, false>)
+        READ(GGML_Q4_1, ReadPlain<false, true>)
+        READ(GGML_Q5_0, ReadPlain<true, false>)
+        READ(GGML_Q5_1, ReadPlain<true, true>)
+        READ(GGML_Q8_0, ReadQ8)
+        READ(GGML_Q2_K, ReadQ2K)
+        READ(GGML_Q3_K, ReadQ3K)
+        READ(GGML_Q4_K, ReadAffineK<false>)
+        READ(GGML_Q5_K, ReadAffineK<true>)
+        READ(GGML_Q6_K, ReadQ6K)
+        READ(GGML_IQ2_XXS, ReadIQ2XXS)
+        READ(GGML_IQ2_XS, ReadIQ2XS)
+        READ(GGML_IQ3_XXS, ReadIQ3XXS)
+        READ(GGML_IQ4_NL, ReadIQ4NL)
+        READ(GGML_IQ3_S, ReadIQ3S)
+        READ(GGML_IQ2_S, ReadIQ2S)
+        READ(GGML_IQ4_XS, ReadIQ4XS)
     }
     return 0;
 }
