@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from reap2gguf.building import pipeline, stages, verify_stage
+from reap2gguf.building.needs import room
+from reap2gguf.building.needs.disk import DiskNeeds
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import Importance
 from reap2gguf.building.together import do_together
@@ -389,3 +391,27 @@ def test_a_pass_saves_nothing_where_the_files_beside_it_need_the_space(
     assert (sweep.compute_options.resume is not None) is keeps_beside
     run.room = Room(overlaps=False, keeps_states_beside=keeps_beside)
     assert sweep.compute_options.resume is not None
+
+
+@pytest.mark.parametrize(
+    ("free", "device", "expected"),
+    [
+        (100, "cpu", (True, True)),
+        (80, "cuda", (True, False)),
+        (80, "cpu", (False, False)),
+        (64, "cuda", (False, False)),
+    ],
+)
+def test_a_gpu_overlaps_stages_where_only_saved_states_have_no_space(
+    free: int, device: str, expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    progress = SimpleNamespace(note=notes.append)
+    needs = DiskNeeds(hf=30, gguf=35, shared=0, spool=0, state=10)
+    monkeypatch.setattr(room, "room_needs", lambda plan: needs)
+    compute = SimpleNamespace(likely_device=device)
+    plan: Any = SimpleNamespace(options=SimpleNamespace(check_space=False, compute=compute))
+    work: Any = SimpleNamespace(free_bytes=lambda: free, written_bytes=lambda: 0)
+    found = room.check_room(plan, work, progress)  # type: ignore[arg-type]
+    assert (found.overlaps, found.keeps_states_beside) == expected
+    assert any("saves no progress" in note for note in notes) is (free == 80 and device == "cuda")
