@@ -76,6 +76,7 @@ class Addition:
     order: Sequence[str] = ()  # file names of the new bundle, as far as they have an order
     inputs: Inputs = field(default_factory=lambda: Inputs(""))  # of the new bundle
     exact: frozenset[str] = frozenset()  # names of recipes whose files are quantized again
+    device: str = "auto"  # what quantizes, and quantizes again: auto, cpu or cuda
 
     @property
     def new_names(self) -> set[str]:
@@ -187,9 +188,8 @@ def _export(run: _Run, files: Mapping[Path, ResolvedRecipe], hashes: Hashes) -> 
     names = HeaderNames.of(manifest, __version__)
     imatrix = _imatrix(addition)
     weighted_by = None if imatrix is None else WeightedBy(imatrix)
-    export_model(
-        weights, model, names, files, weighted_by, run.threads, run.progress, journal, hashes
-    )
+    how = run.threads, run.progress, journal, hashes, addition.device
+    export_model(weights, model, names, files, weighted_by, *how)
 
 
 def _imatrix(addition: Addition) -> Imatrix | None:
@@ -214,7 +214,7 @@ def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
         checks.append(GgufCheck(path, expected, exactness))
         level = Level.EXACT if is_exact else Level.VALUES
         passed[path.name] = passed_file(path.name, len(recipe.table), level)
-    violations = check_ggufs(checks, run.reference, run.threads, run.progress)
+    violations = check_ggufs(checks, run.reference, run.threads, run.progress, addition.device)
     if violations:
         for path in files:
             remove(path)

@@ -1,7 +1,8 @@
 """Compares the values of GGUF files with the weights that they were made from, row by row.
 
 All files are compared in one pass: a range of the weights is read once, its blocks of each type are
-made once, and every file's bytes are compared with them (`comparison.py`).
+made once, and every file's bytes are compared with them (`comparison.py`). A GPU makes them where
+there is one and much is to do (`device_comparison.py`).
 
 Memory: what a thread holds of a range, at most 16 MiB as float32, is in `comparison.py`.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import DependencyError, Reap2ggufError
+from reap2gguf.exporting.device_blocks import BATCH_BYTES
 from reap2gguf.exporting.row_ranges import (
     Batch,
     BlockMaker,
@@ -29,12 +31,14 @@ from reap2gguf.ggml import STORABLE
 from reap2gguf.gguf_files.rows import MAX_VALUES
 from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.verifying.comparison import Comparison, Original
+from reap2gguf.verifying.device_comparison import opened_comparison
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
+    from reap2gguf.verifying.device_comparison import DeviceComparison
     from reap2gguf.verifying.exactness import Exactness
 
 _MAX_ROW = 2**22  # values; a row is read at once
@@ -109,16 +113,24 @@ def compare_values(
     exactness: Exactness,
     n_threads: int,
     progress: Progress,
+    device: str = "cpu",
 ) -> Compared:
     """`compare_files` of one file."""
     file = FileValues(header, tensors, exactness)
-    return compare_files([file], weights, n_threads, progress)[0]
+    return compare_files([file], weights, n_threads, progress, device)[0]
 
 
 def compare_files(
-    files: Sequence[FileValues], weights: Weights, n_threads: int, progress: Progress
+    files: Sequence[FileValues],
+    weights: Weights,
+    n_threads: int,
+    progress: Progress,
+    device: str = "cpu",
 ) -> list[Compared]:
     """What is found in each file, in one pass over the weights.
+
+    With `device` cuda, or auto where much is to do, a GPU makes the blocks that it has kernels for.
+    What is found does not depend on it.
 
     Raises DependencyError if a compiled kernel does not make libggml's bytes, and CheckpointError
     if the weights are gone.
@@ -135,7 +147,7 @@ def compare_files(
             knows = _knows_importance(file)
             comparisons[number] = Comparison(file.header, maker, file.exactness, knows)
     jobs = [(files[number].storable, one) for number, one in comparisons.items()]
-    _work(_Pass(weights, jobs), n_threads, progress)
+    _work(_Pass(weights, jobs), n_threads, progress, device)
     for number, one in comparisons.items():
         names = [tensor.name for tensor in files[number].storable if tensor.name in one.found]
         found[number].violations += [one.found[name][1] for name in names]
@@ -190,38 +202,48 @@ class _Pass:
                 self.comparisons.setdefault(tensor.name, []).append(comparison)
                 self.total += comparison.header.tensors[tensor.name].n_bytes
 
-    def check(self, rows: RowRange) -> int:
-        """Compare a range with every file; how many bytes the files have of it."""
-        comparisons = self.comparisons[rows.tensor.name]
+    def check(self, batch: Batch, gpu: DeviceComparison | None) -> int:
+        """Compare a batch with every file; how many bytes the files have of it."""
+        name = batch[0].tensor.name
+        comparisons = self.comparisons[name]
+        left = comparisons if gpu is None else gpu.unsettled(batch, comparisons)
+        for rows in batch if left else ():
+            self._check_range(rows, left)
+        n_rows = sum(rows.last - rows.first for rows in batch)
+        return sum(n_rows * one.header.tensors[name].row_bytes for one in comparisons)
+
+    def _check_range(self, rows: RowRange, comparisons: Sequence[Comparison]) -> None:
         wanting = [one for one in comparisons if one.wants(rows)]
         # those that share blocks side by side: of one type at a time
         wanting.sort(key=lambda one: (id(one.blocks), one.type_of(rows).value))
-        if wanting:
-            try:
-                original = Original(rows, wanting[0].blocks.read(rows))
-            except DependencyError:
-                raise
-            except Reap2ggufError as error:
-                for one in wanting:
-                    one.fail(rows, error)
-            else:
-                for one in wanting:
-                    one.check(original)
-        n_rows = rows.last - rows.first
-        return sum(n_rows * one.header.tensors[rows.tensor.name].row_bytes for one in comparisons)
+        if not wanting:
+            return
+        try:
+            original = Original(rows, wanting[0].blocks.read(rows))
+        except DependencyError:
+            raise
+        except Reap2ggufError as error:
+            for one in wanting:
+                one.fail(rows, error)
+        else:
+            for one in wanting:
+                one.check(original)
 
 
-def _work(compare: _Pass, n_threads: int, progress: Progress) -> None:
+def _work(compare: _Pass, n_threads: int, progress: Progress, device: str) -> None:
     if not compare.headers:
         return
-    with progress.task(_title(compare.headers), compare.total, "bytes") as task:
+    tensors, comparisons = compare.tensors, compare.comparisons
+    with (
+        progress.task(_title(compare.headers), compare.total, "bytes") as task,
+        opened_comparison(tensors, comparisons, device, n_threads, progress) as gpu,
+    ):
 
         def work(batch: Batch) -> None:
-            for rows in batch:
-                task.advance(compare.check(rows))
+            task.advance(compare.check(batch, gpu))
 
-        ranges = batches(compare.weights, list(compare.tensors.values()))
-        work_through(work, compare.weights, ranges, n_threads)
+        ranges = batches(compare.weights, list(tensors.values()), BATCH_BYTES if gpu else 0)
+        work_through(work, compare.weights, ranges, gpu.device.n_threads if gpu else n_threads)
 
 
 def _title(headers: Sequence[GgufHeader]) -> str:
