@@ -36,15 +36,21 @@ from reap2gguf.verifying import gguf_values
 from reap2gguf.verifying.comparison import Comparison
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_values import Compared, FileValues, compare_files
-from tests.exporting.files import export_files, gguf_tensors, plain, random_imatrix
+from tests.exporting.files import (
+    export_files,
+    gguf_tensors,
+    plain,
+    random_imatrix,
+    write_small_tokenizer,
+)
 from tests.exporting.test_device_blocks import FakeGpu, with_kernels
 from tests.tiny import TinyQwen3Moe
 from tests.verifying.gguf_changes import Rows, change_rows
 
 RECIPES = ("Q4_K_M", "IQ4_XS", "Q8_0", "Q3_K_M", "BF16", "MXFP4_MOE")
-UP = "blk.1.ffn_up_exps.weight"
-STORED_UP = "model.layers.1.mlp.experts.{}.up_proj.weight"
-SHAPE = TinyQwen3Moe(hidden=256, width=256, n_experts=3, head_dim=64, vocab=512)
+UP = "blk.0.ffn_up_exps.weight"
+STORED_UP = "model.layers.0.mlp.experts.{}.up_proj.weight"
+SHAPE = TinyQwen3Moe(n_layers=1, hidden=256, width=256, n_experts=3, head_dim=64, vocab=291)
 needs_kernels = pytest.mark.skipif(load_kernels() is None, reason="no kernels are compiled here")
 
 
@@ -81,6 +87,7 @@ class Files:
 
 def files_of(shape: TinyQwen3Moe, folder: Path, weighted: bool = True) -> Files:
     made = shape.write(folder / "model")
+    write_small_tokenizer(made)
     imatrix = random_imatrix(gguf_tensors(made)) if weighted else None
     paths = export_files(made, folder, map(plain, RECIPES), imatrix)
     return Files(made, list(paths.values()), imatrix)
@@ -324,7 +331,7 @@ def test_auto_takes_a_gpu_for_much_work_only(own: Files, monkeypatch: pytest.Mon
     monkeypatch.setattr(device_blocks, "_MUCH_WORK", 2**28)
     own.compared("auto")
     assert not gpu.batch_rows
-    monkeypatch.setattr(device_blocks, "_MUCH_WORK", 2**18)
+    monkeypatch.setattr(device_blocks, "_MUCH_WORK", 2**16)
     own.compared("auto")
     assert gpu.batch_rows
 
