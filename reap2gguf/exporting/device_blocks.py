@@ -183,6 +183,10 @@ class Device:
     usable: Collection[Weighted]
     n_threads: int
 
+    def blocks_of(self, host: BlockMaker) -> DeviceBlocks:
+        """What makes the blocks of these weights, with this importance."""
+        return DeviceBlocks(host, self.gpu, self.usable)
+
 
 @contextmanager
 def opened_device(
@@ -249,5 +253,4 @@ def making(
         if found is None:
             yield Making(host, 0, n_threads)
         else:
-            blocks = DeviceBlocks(host, found.gpu, found.usable)
-            yield Making(blocks, BATCH_BYTES, found.n_threads)
+            yield Making(found.blocks_of(host), BATCH_BYTES, found.n_threads)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import DependencyError, Reap2ggufError
-from reap2gguf.exporting.device_blocks import DeviceBlocks, opened_device
 from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.tensor_bytes import TensorBytes, opened_tensors
 from reap2gguf.quantizing.kernels.driver import CudaError
@@ -81,8 +80,7 @@ class DeviceComparison:
 
     def _settled(self, batch: Batch, maker: BlockMaker, group: Sequence[Comparison]) -> set[int]:
         types = {one.type_of(batch[0]) for one in group}
-        blocks = DeviceBlocks(maker, self.device.gpu, self.device.usable)
-        if (made := blocks.rows_of(batch, types)) is None:
+        if (made := self.device.blocks_of(maker).rows_of(batch, types)) is None:
             return set()
         sample = _Sample.of(batch, made)
         return {id(one) for one in group if self._is_right(one, batch, made, sample)}
@@ -139,38 +137,23 @@ class _Sample:
 
 
 @contextmanager
-def opened_comparison(
-    tensors: Mapping[str, GgufTensor],
-    comparisons: Comparisons,
-    device: str,
-    n_threads: int,
-    progress: Progress,
-) -> Iterator[DeviceComparison | None]:
-    """The GPU as `opened_device` has it, with all files open; None for the processor.
+def comparing_on(
+    device: Device, comparisons: Comparisons, progress: Progress
+) -> Iterator[DeviceComparison]:
+    """A comparison on an open GPU, with all files open.
 
     A file that cannot be opened is not among them, and is left to the comparison by range.
     """
     files = {id(one): one for group in comparisons.values() for one in group}
-    if device == "cpu" or not files:
-        yield None
-        return
-    quantizer = next(iter(files.values())).quantizer
-    keys, n_values = _wanted(tensors, comparisons)
-    with (
-        opened_device(quantizer, device, keys, n_values, n_threads, progress) as found,
-        ExitStack() as stack,
-    ):
-        if found is None:
-            yield None
-            return
-        opened = {}
+    opened = {}
+    with ExitStack() as stack:
         for number, one in files.items():
             with suppress(OSError):
                 opened[number] = stack.enter_context(opened_tensors(one.header))
-        yield DeviceComparison(found, opened, progress)
+        yield DeviceComparison(device, opened, progress)
 
 
-def _wanted(
+def wanted(
     tensors: Mapping[str, GgufTensor], comparisons: Comparisons
 ) -> tuple[set[Weighted], int]:
     """The types that are made again, with importance or without, and of how many weights."""

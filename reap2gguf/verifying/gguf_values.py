@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import DependencyError, Reap2ggufError
-from reap2gguf.exporting.device_blocks import BATCH_BYTES
+from reap2gguf.exporting.device_blocks import BATCH_BYTES, opened_device
 from reap2gguf.exporting.row_ranges import (
     Batch,
     BlockMaker,
@@ -31,13 +32,14 @@ from reap2gguf.ggml import STORABLE
 from reap2gguf.gguf_files.rows import MAX_VALUES
 from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.verifying.comparison import Comparison, Original
-from reap2gguf.verifying.device_comparison import opened_comparison
+from reap2gguf.verifying.device_comparison import comparing_on, wanted
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
+    from reap2gguf.quantizing.quantizer import Quantizer
     from reap2gguf.verifying.device_comparison import DeviceComparison
     from reap2gguf.verifying.exactness import Exactness
 
@@ -147,7 +149,7 @@ def compare_files(
             knows = _knows_importance(file)
             comparisons[number] = Comparison(file.header, maker, file.exactness, knows)
     jobs = [(files[number].storable, one) for number, one in comparisons.items()]
-    _work(_Pass(weights, jobs), n_threads, progress, device)
+    _work(_Pass(weights, quantizer, jobs), n_threads, progress, device)
     for number, one in comparisons.items():
         names = [tensor.name for tensor in files[number].storable if tensor.name in one.found]
         found[number].violations += [one.found[name][1] for name in names]
@@ -189,9 +191,12 @@ class _Pass:
     """One pass over the weights, for all files that hold a tensor of them."""
 
     def __init__(
-        self, weights: Weights, jobs: Sequence[tuple[Sequence[GgufTensor], Comparison]]
+        self,
+        weights: Weights,
+        quantizer: Quantizer,
+        jobs: Sequence[tuple[Sequence[GgufTensor], Comparison]],
     ) -> None:
-        self.weights = weights
+        self.weights, self.quantizer = weights, quantizer
         self.tensors: dict[str, GgufTensor] = {}
         self.comparisons: dict[str, list[Comparison]] = {}  # by tensor
         self.headers = [comparison.header for _, comparison in jobs]
@@ -233,17 +238,34 @@ class _Pass:
 def _work(compare: _Pass, n_threads: int, progress: Progress, device: str) -> None:
     if not compare.headers:
         return
-    tensors, comparisons = compare.tensors, compare.comparisons
     with (
         progress.task(_title(compare.headers), compare.total, "bytes") as task,
-        opened_comparison(tensors, comparisons, device, n_threads, progress) as gpu,
+        _on_gpu(compare, n_threads, progress, device) as gpu,
     ):
 
         def work(batch: Batch) -> None:
             task.advance(compare.check(batch, gpu))
 
-        ranges = batches(compare.weights, list(tensors.values()), BATCH_BYTES if gpu else 0)
+        ranges = batches(compare.weights, list(compare.tensors.values()), BATCH_BYTES if gpu else 0)
         work_through(work, compare.weights, ranges, gpu.device.n_threads if gpu else n_threads)
+
+
+@contextmanager
+def _on_gpu(
+    compare: _Pass, n_threads: int, progress: Progress, device: str
+) -> Iterator[DeviceComparison | None]:
+    """The GPU as `opened_device` has it; None for the processor."""
+    if device == "cpu":
+        yield None
+        return
+    keys, n_values = wanted(compare.tensors, compare.comparisons)
+    quantizer = compare.quantizer
+    with opened_device(quantizer, device, keys, n_values, n_threads, progress) as found:
+        if found is None:
+            yield None
+        else:
+            with comparing_on(found, compare.comparisons, progress) as gpu:
+                yield gpu
 
 
 def _title(headers: Sequence[GgufHeader]) -> str:
