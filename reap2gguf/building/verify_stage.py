@@ -16,6 +16,7 @@ from reap2gguf.building.stages import Export, Prune
 from reap2gguf.bundle.layout import CARD_FILE, MANIFEST_FILE
 from reap2gguf.bundle.members import check_members
 from reap2gguf.errors import VerificationError
+from reap2gguf.exporting.device_blocks import device_threads
 from reap2gguf.pruning.write import written_names
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Found = tuple[list[str], list[str]]  # violations, and what was checked
 _COMPARING_BYTES = 2**23  # of each thread, while safetensors are compared or hashed
+_BESIDE_A_GPU = 2**26  # of each, while it makes blocks: they and the weights, pinned, and a file's
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class Verify(Stage[Verified]):
 
     @property
     def held_bytes(self) -> int:
-        return _COMPARING_BYTES * self.run.plan.options.compute.threads
+        compute = self.run.plan.options.compute
+        on_gpu = compute.likely_device == "cuda"
+        most = _BESIDE_A_GPU * device_threads(compute.threads) if on_gpu else 0
+        return max(_COMPARING_BYTES * compute.threads, most)
 
     def compute(self) -> Mapping[str, Any]:
         """The safetensors are checked while the GGUF files are still written."""

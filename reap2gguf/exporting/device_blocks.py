@@ -188,6 +188,11 @@ class Device:
         return DeviceBlocks(host, self.gpu, self.usable)
 
 
+def device_threads(n_threads: int) -> int:
+    """How many threads work with a GPU where a processor has so many."""
+    return min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS)
+
+
 @contextmanager
 def opened_device(
     quantizer: Quantizer,
@@ -224,7 +229,7 @@ def opened_device(
             f"the GPU does not make libggml's bytes of {tensor_type.name}; the processor does"
         )
     try:
-        yield Device(gpu, usable, min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS))
+        yield Device(gpu, usable, device_threads(n_threads))
     finally:
         with suppress(CudaError):  # a GPU that failed fails again, and that has been reported
             gpu.close()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -91,6 +92,11 @@ class GgufHeader:
     infos_end: int = 0  # the byte after the tensor infos
     alignment: int = GGUF_DEFAULT_ALIGNMENT
     n_bytes: int = 0  # of the file
+
+    @property
+    def headers(self) -> Sequence[GgufHeader]:
+        """The header of each of its files: this one, or those of all parts."""
+        return (self,)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
         """Rows [first, last) of one tensor, as bytes (n_rows, row_bytes).

@@ -89,6 +89,10 @@ class SplitHeader(GgufHeader):
 
     parts: Sequence[GgufHeader] = ()
 
+    @property
+    def headers(self) -> Sequence[GgufHeader]:
+        return self.parts
+
     def read(self, name: str, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint8]:
         """Rows of a tensor, from the part that holds it; see GgufHeader.read."""
         for part in self.parts:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
-from reap2gguf.gguf_files.split import SplitHeader
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
@@ -46,10 +45,9 @@ class TensorBytes:
 @contextmanager
 def opened_tensors(header: GgufHeader) -> Iterator[TensorBytes]:
     """The tensors of a file, or of all its parts. Raises OSError if one cannot be opened."""
-    parts = header.parts if isinstance(header, SplitHeader) else (header,)
     with ExitStack() as files:
         places: dict[str, tuple[GgufHeader, int]] = {}
-        for part in parts:
+        for part in header.headers:
             descriptor = files.enter_context(open_plain(part.path)).fileno()
             places |= {name: (part, descriptor) for name in part.tensors}
         yield TensorBytes(places)
