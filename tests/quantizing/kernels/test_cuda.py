@@ -248,11 +248,12 @@ def test_its_source_makes_libggmls_bytes(
         matrix_of = np.arange(n_rows, dtype=np.int32) // 30
         weights = importance(3) if is_weighted else None
         n_blocks = COLUMNS // columns
+        n_threads = n_rows * n_blocks * FORMS[tensor_type].n_threads
         room = np.full(n_rows * n_blocks * size + 16, 7, np.uint8)
         made = room[-room.ctypes.data % 16 :][: n_rows * n_blocks * size].reshape(n_rows, -1)
         is_odd = np.zeros(n_rows, np.bool_)
         library.run_quantize(
-            -(-n_rows * n_blocks * FORMS[tensor_type].n_threads // 128), _address(aligned), stored_as, n_rows, COLUMNS,
+            -(-n_threads // 128), _address(aligned), stored_as, n_rows, COLUMNS,
             _address(weights), _address(matrix_of), _address(largest),
             _address(squares if is_weighted else None), books[tensor_type].tables,
             _address(made), _address(is_odd),
