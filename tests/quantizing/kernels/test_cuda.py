@@ -22,6 +22,7 @@ from reap2gguf.quantizing.kernels.codebooks import codebook, entries_shape
 from reap2gguf.quantizing.kernels.compiling import compiler, machine
 from reap2gguf.quantizing.kernels.cuda import FORMS, STORED_AS, Book, Channel, Gpu, Key, load_gpu
 from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Stream
+from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.stored_rows import StoredRows
 
 Floats = npt.NDArray[np.float32]
@@ -140,6 +141,48 @@ def test_threads_share_a_gpu(n_threads: int, gpu: Gpu) -> None:
     with ThreadPoolExecutor(n_threads) as pool:
         found = list(pool.map(lambda _: gpu.quantize(values, T.Q4_K), range(24)))
     assert all(np.array_equal(data[~is_odd], wanted[~is_odd]) for data, is_odd in found)
+
+
+def extreme_rows() -> Floats:
+    """Rows of every scale, of a scale for each block, of zeros between, far from zero, and equal."""
+    random = np.random.default_rng(5)
+    values = random.standard_normal((96, COLUMNS)).astype(np.float32)
+    values[:40] *= (10 ** np.linspace(-40, 18, 40)).astype(np.float32)[:, None]
+    blocks = values[40:60].reshape(20, -1, 16)
+    blocks *= 10 ** random.uniform(-9, 4, (20, blocks.shape[1], 1)).astype(np.float32)
+    values[60:70][random.random((10, COLUMNS)) < 0.97] = 0
+    values[70:80] = -np.abs(values[70:80]) - 3
+    values[80:90] = np.round(values[80:90]) / 4
+    values[90:] = values[90:, :1]
+    return values
+
+
+def extreme_importances() -> list[Floats]:
+    """Ones, 12 decades, half of zeros, one alone, very small, very large."""
+    random = np.random.default_rng(6)
+    found = np.ones((6, COLUMNS), np.float32)
+    found[1] = 10 ** random.uniform(-6, 6, COLUMNS)
+    found[2, random.random(COLUMNS) < 0.5] = 0
+    found[3] = np.arange(COLUMNS) == 100
+    found[4] *= np.float32(1e-38)
+    found[5] *= np.float32(1e30)
+    return list(found)
+
+
+@pytest.mark.parametrize("tensor_type", [pytest.param(one, marks=GPU) for one in BOOKS])
+def test_a_gpu_makes_libggmls_bytes_of_extremes(tensor_type: T, gpu: Gpu) -> None:
+    values = extreme_rows()
+    for weights in extreme_importances():
+        data, is_odd = gpu.quantize(values, tensor_type, weights)
+        wanted = load_ggml()._quantize(values[~is_odd], tensor_type, weights)
+        assert np.array_equal(data[~is_odd], wanted)
+        assert not is_odd[60:].all()
+
+
+@pytest.mark.parametrize("key", [pytest.param(one, marks=GPU, id=named(one)) for one in KEYS])
+def test_the_self_test_accepts_a_gpu(key: Key, gpu: Gpu) -> None:
+    assert key.tensor_type is not None
+    assert Quantizer(load_ggml(), gpu).uses_kernel(key.tensor_type, key.is_weighted)
 
 
 @pytest.mark.parametrize("tensor_type", [pytest.param(one, marks=GPU) for one in BOOKS])
