@@ -144,7 +144,7 @@ def test_threads_share_a_gpu(n_threads: int, gpu: Gpu) -> None:
 
 
 def extreme_rows() -> Floats:
-    """Rows of every scale, of a scale for each block, of zeros between, far from zero, and equal."""
+    """Rows of every scale, of a scale for each block, with zeros, far from zero, and equal."""
     random = np.random.default_rng(5)
     values = random.standard_normal((96, COLUMNS)).astype(np.float32)
     values[:40] *= (10 ** np.linspace(-40, 18, 40)).astype(np.float32)[:, None]
