@@ -149,7 +149,9 @@ class Book:
         memory, found = Memory(driver, is_pinned=False), codebook(load_ggml(), tensor_type)
         if found is None:
             return cls(memory, ctypes.c_void_p(0), ctypes.c_void_p(0))
-        parts = (found.places, found.codes, found.entries)
+        parts = [
+            one.reshape(-1).view(np.uint8) for one in (found.places, found.codes, found.entries)
+        ]
         starts = [_ALIGNED]  # after the two addresses
         for part in parts:
             starts.append(starts[-1] + -(-part.nbytes // _ALIGNED) * _ALIGNED)
@@ -157,7 +159,7 @@ class Book:
         image = np.zeros(starts[-1], np.uint8)
         image[:16] = np.array([base + start for start in starts[:2]], np.uint64).view(np.uint8)
         for start, part in zip(starts, parts, strict=False):
-            image[start : start + part.nbytes] = part.reshape(-1).view(np.uint8)
+            image[start : start + part.nbytes] = part
         stream.to_device(base, image)
         stream.wait()
         return cls(memory, ctypes.c_void_p(base), ctypes.c_void_p(base + starts[2]))
