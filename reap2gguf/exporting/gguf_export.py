@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 _HASHED_BYTES = 2**22
-_VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
+RANGE_VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def export_bytes(
     for tensor in tensors:
         _, n_rows = max(row_ranges(tensor), key=lambda rows: rows[1] - rows[0])
         blocks = sum(row_bytes(one, tensor.n_columns) for one in {of[tensor.name] for of in types})
-        most = max(most, n_rows * (_VALUE_BYTES * tensor.n_columns + blocks))
+        most = max(most, n_rows * (RANGE_VALUE_BYTES * tensor.n_columns + blocks))
     return n_threads * most + _HASHED_BYTES * len(types)
 
 
