@@ -23,9 +23,9 @@ from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.disk.hashing import Hashes
-from reap2gguf.exporting.device_memory import export_memory
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
+from reap2gguf.exporting.memory import export_memory
 from reap2gguf.exporting.model_files import (
     WeightedBy,
     export_model,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.building.needs.disk import side_bytes
 from reap2gguf.building.needs.rented import GPUS, H100
 from reap2gguf.calibration.spec import DEFAULT_MIX
-from reap2gguf.exporting.quantizers import quantizers_of
+from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.messages import duration, parameters, quantity, size
 from reap2gguf.pruning.select import friendly_count
 
@@ -32,8 +32,11 @@ def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Itera
 
     `with_tensors`: the type of every kind of tensor, too.
     """
-    found = quantizers_of(plan.recipes, plan.weighted, plan.options.compute.device)
-    return _lines(plan, needs, with_tensors, found.line)
+    return _lines(plan, needs, with_tensors, _quantizers(plan).line)
+
+
+def _quantizers(plan: Plan) -> Quantizers:
+    return quantizers_of(plan.recipes, plan.weighted, plan.options.compute.device)
 
 
 def _lines(
@@ -305,6 +308,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             }
             for recipe in plan.recipes
         ],
+        "quantizers": _quantizers_as_json(plan),
         "machine": _machine_as_json(needs),
         "estimate": _estimate_as_json(needs),
         "reused": list(needs.reused.stages),
@@ -312,6 +316,17 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "problems": list(needs.problems),
         "advice": list(needs.advice),
         "rented": [_rented_as_json(name, needs.rented(name)) for name in GPUS],
+    }
+
+
+def _quantizers_as_json(plan: Plan) -> dict[str, Any]:
+    found = _quantizers(plan)
+    return {
+        "kernels": found.target or None,
+        "problem": found.problem or None,
+        "on_gpu": list(found.on_gpu),
+        "by_kernels": list(found.by_kernels),
+        "by_libggml": list(found.by_libggml),
     }
 
 

@@ -26,7 +26,7 @@ from reap2gguf.messages import duration, size
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
-    from reap2gguf.exporting.device_memory import ExportMemory
+    from reap2gguf.exporting.memory import ExportMemory
 
 ALL = ("texts", "observe", "prune", "imatrix", "export", "verify")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for

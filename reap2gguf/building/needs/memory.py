@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
-from reap2gguf.exporting.device_memory import ExportMemory, export_memory
+from reap2gguf.exporting.memory import ExportMemory, export_memory
 from reap2gguf.machine import processes
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,

@@ -1,4 +1,4 @@
-"""The memory of an export on a GPU, from headers alone: upper bounds, for `plan` and for stages."""
+"""The memory of an export, from headers alone: upper bounds, for `plan` and for stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.exporting.device_blocks import BATCH_BYTES, device_threads, pays_on_gpu
-from reap2gguf.exporting.gguf_export import RANGE_VALUE_BYTES, export_bytes
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import row_ranges, rows_per_matrix, stored_bytes
 from reap2gguf.quantizing.kernels.cuda import FORMS
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
+_HASHED_BYTES = 2**22  # of each file, read back
+_VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
 _NUMBER = 4  # bytes of a float32 or an int32
 # For local variables of kernels, the driver keeps up to 3 KiB of each thread that can run on a GPU
 # at the same time: 2,048 on each of the 132 multiprocessors of an H100.
@@ -61,6 +62,23 @@ def export_memory(
         return on_cpu
     on_gpu = device_memory(view, tensors, types, threads)
     return replace(on_gpu, host=max(on_gpu.host, on_cpu.ram - on_gpu.pinned))
+
+
+def export_bytes(
+    tensors: Sequence[GgufTensor],
+    types: Sequence[Mapping[str, GGMLQuantizationType]],
+    n_threads: int,
+) -> int:
+    """The most that an export on a CPU holds: a range as stored and widened, and its blocks.
+
+    `types` are those of each file. 4 MiB more for each are read back to hash it.
+    """
+    most = 0
+    for tensor in tensors:
+        _, n_rows = max(row_ranges(tensor), key=lambda rows: rows[1] - rows[0])
+        blocks = sum(row_bytes(one, tensor.n_columns) for one in {of[tensor.name] for of in types})
+        most = max(most, n_rows * (_VALUE_BYTES * tensor.n_columns + blocks))
+    return n_threads * most + _HASHED_BYTES * len(types)
 
 
 def device_memory(
@@ -118,7 +136,7 @@ class _Batch:
             beside=_NUMBER * (n_matrices * columns + 3 * n_rows) if on_gpu else 0,
             # with whether a row is odd
             blocks={one: n_rows * (row_bytes(one, columns) + 1) for one in on_gpu},
-            host=reads * (last - first) * RANGE_VALUE_BYTES * columns + times * n_rows * made,
+            host=reads * (last - first) * _VALUE_BYTES * columns + times * n_rows * made,
         )
 
 

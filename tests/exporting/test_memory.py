@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting import device_blocks, device_memory, gguf_export
-from reap2gguf.exporting.device_memory import export_memory
+from reap2gguf.exporting import device_blocks, gguf_export, memory
+from reap2gguf.exporting.memory import export_memory
+from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.kernels.cuda import Gpu
 from reap2gguf.quantizing.kernels.driver import Function
-from reap2gguf.quantizing.quantizer import Quantizer, load_quantizer
+from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.resolve import resolve
 from tests.exporting.files import export_files, gguf_tensors, plain, random_imatrix
 from tests.tiny import TinyQwen3Moe
@@ -66,6 +67,11 @@ class CountingGpu(Gpu):
         return Function("", ctypes.c_void_p())
 
 
+def with_kernels(checked: float) -> Quantizer:
+    """A machine that has kernels, which do no type."""
+    return Quantizer(load_ggml(), object(), checked)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = TinyQwen3Moe(hidden=512, width=256, n_experts=16)
@@ -91,12 +97,12 @@ def test_buffers_are_no_more_than_planned_and_not_far_less(
     monkeypatch.setattr(device_blocks, "_MUCH_WORK", 0)
     for name in ("_FEWEST_THREADS", "_MOST_THREADS"):  # one, so that it meets all tensors
         monkeypatch.setattr(device_blocks, name, 1)
-    for module in (device_blocks, device_memory):
+    for module in (device_blocks, memory):
         monkeypatch.setattr(module, "BATCH_BYTES", batch_bytes)
-    monkeypatch.setattr(device_memory, "_LOCAL_BYTES", 0)  # the driver's own, not counted here
+    monkeypatch.setattr(memory, "_LOCAL_BYTES", 0)  # the driver's own, not counted here
     monkeypatch.setattr(ComputeOptions, "likely_device", property(lambda self: "cuda"))
-    monkeypatch.setattr(Quantizer, "uses_kernel", lambda *arguments: True)
-    monkeypatch.setattr(gguf_export, "load_quantizer", lambda checked: load_quantizer(0.0))
+    monkeypatch.setattr(Quantizer, "uses_kernel", lambda self, *key: self.kernels is gpu)
+    monkeypatch.setattr(gguf_export, "load_quantizer", lambda checked: with_kernels(0.0))
     export_files(wide, tmp_path, map(plain, RECIPES), imatrix)
     assert not any(driver.held.values())  # all is given back
     with Checkpoint.open(wide) as checkpoint:
