@@ -100,7 +100,7 @@ def device_memory(
     threads = device_threads(n_threads)
     return ExportMemory(
         pinned=threads * (stored + beside + sum(of_types.values())),
-        host=threads * max((one.host for one in batches), default=0),
+        host=threads * max((one.host for one in batches), default=0) + _HASHED_BYTES * len(types),
         device=threads * (stored + beside + largest) + (_LOCAL_BYTES if of_types else 0),
     )
 

@@ -45,8 +45,8 @@ class Quantizers:
             return ""
         if not self.target:
             return (
-                f"quantizing: libggml, about ten times slower than compiled kernels, of which "
-                f"there are none here ({self.problem})"
+                "quantizing: libggml, about ten times slower than compiled kernels; no kernels: "
+                f"{self.problem}"
             )
         parts = []
         if self.on_gpu or self.by_kernels:

@@ -78,8 +78,8 @@ def test_without_kernels_the_reason_is_said(
 ) -> None:
     monkeypatch.setattr(quantizers, "find_kernels", lambda: "REAP2GGUF_KERNELS is off")
     assert quantizers_of(recipes, (), "cuda").line == (
-        "quantizing: libggml, about ten times slower than compiled kernels, of which there are "
-        "none here (REAP2GGUF_KERNELS is off)"
+        "quantizing: libggml, about ten times slower than compiled kernels; no kernels: "
+        "REAP2GGUF_KERNELS is off"
     )
 
 
