@@ -72,9 +72,10 @@ def _run_stages(run: Run) -> BuildResult | None:
         return None if found is None else extend_finished(run, found)
     if run.is_first:  # the only one that writes files
         refuse_dropping(plan, run.work)
-        note_quantizers(plan.recipes, plan.weighted, plan.options.compute.device, run.progress)
         run.plan = plan = with_all_values(plan, run.progress.note)
     run.room = run.agree(lambda: check_room(plan, run.work, run.progress))
+    if run.is_first:
+        note_quantizers(plan.recipes, plan.weighted, plan.options.compute.device, run.progress)
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None

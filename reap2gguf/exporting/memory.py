@@ -57,11 +57,16 @@ def export_memory(
     tensors = view.model.gguf_tensors(view.tensors)
     types = [recipe.tensor_types() for recipe in recipes]
     on_cpu = ExportMemory(0, export_bytes(tensors, types, threads), 0)
-    n_values = sum(prod(tensor.shape) for tensor in tensors) * len(recipes)
-    if not has_gpu or not pays_on_gpu(device, n_values):
+    if not has_gpu or not export_pays_on_gpu(recipes, device):
         return on_cpu
     on_gpu = device_memory(view, tensors, types, threads)
     return replace(on_gpu, host=max(on_gpu.host, on_cpu.ram - on_gpu.pinned))
+
+
+def export_pays_on_gpu(recipes: Iterable[ResolvedRecipe], device: str) -> bool:
+    """Whether a GPU, where there is one, quantizes to these recipes; `device` as above."""
+    shapes = (entry.tensor.shape for recipe in recipes for entry in recipe.table)
+    return pays_on_gpu(device, sum(map(prod, shapes)))
 
 
 def export_bytes(
@@ -123,7 +128,9 @@ class _Batch:
         as_stored = stored_bytes(weights, tensor, tensor.slabs[0], first, last)
         value = _NUMBER if as_stored is None else as_stored.count // ((last - first) * columns)
         together = max(1, BATCH_BYTES // (value * columns))
-        n_rows = last - first if as_stored is None else min(prod(tensor.shape[:-1]), together)
+        n_rows = last - first  # of a batch: several ranges, as far as they are stored as they are
+        if as_stored is not None:
+            n_rows = max(n_rows, min(prod(tensor.shape[:-1]), together))
         sent = n_rows * columns * value
         on_gpu = {one for one in types if one in FORMS} if sent <= BATCH_BYTES else set()
         n_matrices = min(tensor.n_matrices, ceil(n_rows / per_matrix) + 1)

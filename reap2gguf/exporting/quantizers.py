@@ -83,8 +83,8 @@ def quantizers_of(
     if progress is not None:
         with working(progress, "Comparing the kernels with libggml"):
             failed = _failed(kernels, covered)
-    n_weights = sum(prod(entry.tensor.shape) for recipe in recipes for entry in recipe.table)
     has_gpu = ComputeOptions(device=device).likely_device == "cuda"
+    n_weights = sum(prod(entry.tensor.shape) for recipe in recipes for entry in recipe.table)
     uses_gpu = has_gpu and pays_on_gpu(device, n_weights)
     on_gpu = {key for key in keys if uses_gpu and key[0] in FORMS}
     return Quantizers(

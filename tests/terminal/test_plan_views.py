@@ -105,7 +105,8 @@ def test_what_will_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     needs = needs_on(planned(tmp_path / "out", compute=CPU))
     monkeypatch.setenv("REAP2GGUF_KERNELS", "off")
     assert one_line(needs, "quantizing") == (
-        "libggml, about ten times slower than compiled kernels; no kernels: REAP2GGUF_KERNELS is off"
+        "libggml, about ten times slower than compiled kernels; no kernels: "
+        "REAP2GGUF_KERNELS is off"
     )
     # a build says it itself, when it has tried the kernels
     assert not any("quantizing" in line for line in up_to_date_or_lines(needs.plan, needs))

@@ -21,6 +21,7 @@ from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_mac
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
+from reap2gguf.exporting.memory import export_pays_on_gpu
 from reap2gguf.messages import duration, size
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ class Estimate:
         """Seconds by stage; a stage that is reused takes none."""
         made = self.reused.recipes
         recipes = [one for one in self.plan.recipes if made is None or one.name in made]
-        found = stage_seconds(self.plan, self.sizes, self.amount, self.disk, self.host, recipes)
+        pays = export_pays_on_gpu(recipes, self.plan.options.compute.device)
+        found = stage_seconds(
+            self.plan, self.sizes, self.amount, self.disk, self.host, recipes, pays
+        )
         return {name: 0.0 if name in self.reused.stages else found[name] for name in found}
 
     @property

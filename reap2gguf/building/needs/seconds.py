@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.exporting.device_blocks import pays_on_gpu
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.cuda import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -96,11 +95,18 @@ class Host:
 
 
 def stage_seconds(
-    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host, recipes: Recipes
+    plan: Plan,
+    sizes: Sizes,
+    amount: Amount,
+    disk: DiskNeeds,
+    host: Host,
+    recipes: Recipes,
+    pays_on_gpu: bool,
 ) -> dict[str, float]:
     """Seconds of every stage of a build from scratch; 0 for a stage that it does not have.
 
-    `recipes` are those of the plan whose files are made.
+    `recipes` are those of the plan whose files are made; `pays_on_gpu`: a GPU, where there is one,
+    quantizes them.
     """
     python, speed, source = host.speed.python, host.speed, plan.checkpoint
     found = dict.fromkeys(STAGES, 0.0)
@@ -124,7 +130,7 @@ def stage_seconds(
         found["imatrix"] = max(passing, waiting) + python * _PASS
     else:
         found["imatrix"] = python * _GIVEN
-    found["export"] = _export(plan, recipes, host)
+    found["export"] = _export(recipes, host, host.gpu_factor if pays_on_gpu else None)
     found["verify"] = _verify(plan, recipes, sizes, disk, host)
     found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
     return found
@@ -191,18 +197,16 @@ def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
     }
 
 
-def _export(plan: Plan, recipes: Recipes, host: Host) -> float:
+def _export(recipes: Recipes, host: Host, gpu_factor: float | None) -> float:
     """Every tensor is read once, and quantized once per type."""
     types = _quantized(recipes)
     weights = {name: n for (name, _), n in types.items()}
     seconds = _EXPORT * sum(weights.values()) * host.speed.python / host.parallel
     on_gpu, sent = 0.0, set[str]()
-    device, total = plan.options.compute.device, sum(weights.values()) * len(recipes)
-    uses_gpu = host.gpu_factor is not None and pays_on_gpu(device, total)
     for (name, kind), n_weights in types.items():
-        if uses_gpu and kind in FORMS:
+        if gpu_factor is not None and kind in FORMS:
             rate = _GPU_QUANTIZED.get(kind.name, _GPU_UNMEASURED)
-            on_gpu += n_weights / rate * (host.gpu_factor or 1.0)
+            on_gpu += n_weights / rate * gpu_factor
             sent.add(name)
         else:
             seconds += host.speed.quantize_seconds(kind, n_weights) / host.parallel
