@@ -20,19 +20,20 @@ enum GgmlType {
     GGML_IQ2_S = 22, GGML_IQ4_XS = 23, GGML_BF16 = 30,
 };
 
-// Transposes a square of WIDTH rows in registers: blocks of D x D change places, for D of 1, 2, 4 ...
+// Transposes squares of SIDE x SIDE, side by side in SIDE registers: blocks of D x D change places, for
+// D of 1, 2, 4 ...
 template <int D, int... K>
 FN void exchange(Floats &a, Floats &b, std::integer_sequence<int, K...>) {
     Floats low = __builtin_shufflevector(a, b, (K & D ? WIDTH + (K ^ D) : K)...);
     b = __builtin_shufflevector(a, b, (K & D ? WIDTH + K : K ^ D)...);
     a = low;
 }
-template <int D> FN void transpose(Floats *square) {
-    if constexpr (D < WIDTH) {
-        for (int i = 0; i < WIDTH; i++)
+template <int D, int SIDE> FN void transpose(Floats *squares) {
+    if constexpr (D < SIDE) {
+        for (int i = 0; i < SIDE; i++)
             if (!(i & D))
-                exchange<D>(square[i], square[i | D], std::make_integer_sequence<int, WIDTH>());
-        transpose<2 * D>(square);
+                exchange<D>(squares[i], squares[i | D], std::make_integer_sequence<int, WIDTH>());
+        transpose<2 * D, SIDE>(squares);
     }
 }
 
@@ -47,8 +48,29 @@ static void gather(const float *rows, i64 stride, int n_rows, int columns, F *x)
                 const float *values = rows + stride * (row < n_rows ? row : n_rows - 1);
                 memcpy(&square[k], values + column, sizeof(Floats));
             }
-            transpose<1>(square);
+            transpose<1, WIDTH>(square);
             for (int k = 0; k < WIDTH; k++) x[column + k].v[r] = square[k];
+        }
+}
+
+// The first BYTES bytes of the words of each lane, to rows of a file that are `stride` bytes apart.
+template <int BYTES> FN void scatter(const I *words, u8 *target, i64 stride, int n_rows) {
+    enum { N_WORDS = (BYTES + 3) / 4, SIDE = WIDTH < 8 ? WIDTH : 8 };
+    for (int r = 0; r < REGISTERS; r++)
+        for (int first = 0; first < N_WORDS; first += SIDE) {
+            Floats squares[SIDE];
+            for (int k = 0; k < SIDE; k++)
+                squares[k] = (Floats)words[first + k < N_WORDS ? first + k : first].v[r];
+            transpose<1, SIDE>(squares);
+            const int n_bytes = BYTES - 4 * first;
+            for (int k = 0; k < WIDTH; k++) {
+                const int row = r * WIDTH + k;
+                if (row >= n_rows) break;
+                const u8 *from = (const u8 *)&squares[k % SIDE] + k / SIDE * (4 * SIDE);
+                u8 *to = target + stride * row + 4 * first;
+                if (n_bytes >= 4 * SIDE) memcpy(to, from, 4 * SIDE);
+                else memcpy(to, from, BYTES % (4 * SIDE));
+            }
         }
 }
 
@@ -83,13 +105,10 @@ static void quantize_rows(const float *rows, i64 n_rows, i64 n_columns, const fl
             gather(rows + first * n_columns + column, n_columns, n, T::COLUMNS, x);
             M odd = quantize_block<T, WEIGHTED>((const T *)0, x, importance + column, mean_square,
                                                 words, tables);
-            for (int row = 0; row < n; row++) {
-                const int r = row / WIDTH, k = row % WIDTH;
-                u32 packed[N_WORDS];
-                for (int i = 0; i < N_WORDS; i++) packed[i] = (u32)words[i].v[r][k];
-                memcpy(target + (first + row) * row_bytes + block * T::BYTES, packed, T::BYTES);
-                is_odd[first + row] |= odd.v[r][k] != 0;
-            }
+            scatter<T::BYTES>(words, target + first * row_bytes + block * T::BYTES, row_bytes, n);
+            if (any(odd))
+                for (int row = 0; row < n; row++)
+                    is_odd[first + row] |= odd.v[row / WIDTH][row % WIDTH] != 0;
         }
     }
 }

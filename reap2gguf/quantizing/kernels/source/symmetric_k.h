@@ -15,44 +15,50 @@ struct SymmetricFit {
 
 // The first of the N values that are furthest from zero.
 template <int N> FN F find_furthest(const F *x, F &magnitude) {
-    F found = 0.f;
-    magnitude = 0.f;
+    F most = 0.f, least = 0.f;
     UNROLL for (int i = 0; i < N; i++) {
-        F size = absolute(x[i]);
-        found = select(size > magnitude, x[i], found);
-        magnitude = larger(size, magnitude);
+        most = larger(x[i], most);
+        least = smaller(x[i], least);
+    }
+    magnitude = larger(most, -least);
+    F found = select(most > -least, most, least);
+    if (any((most == -least) & (most > 0.f))) {  // a value and its opposite
+        F so_far = 0.f;
+        UNROLL for (int i = 0; i < N; i++) {
+            F size = absolute(x[i]);
+            found = select(size > so_far, x[i], found);
+            so_far = larger(size, so_far);
+        }
     }
     return found;
 }
 
-// The nearest of the levels -MAX to MAX - 1 that the caller's step can reach: no value is rounded
-// beyond LOW or HIGH, so that an end which is out of reach costs nothing.
-template <int MAX, bool LOW, bool HIGH> FN F reached_level(F v) {
-    v = v + MAGIC;
-    if (LOW) v = larger(v, F(MAGIC - MAX));
-    if (HIGH) v = smaller(v, F(MAGIC + (MAX - 1)));
-    return v - MAGIC;
+// The values between two bounds, in whatever order these are.
+template <int N> FN void clip(const F *x, F one, F other, F *clipped) {
+    F low = smaller(one, other), high = larger(one, other);
+    UNROLL for (int i = 0; i < N; i++) clipped[i] = smaller(larger(x[i], low), high);
 }
 
-// What decides about a step: the sums of w * x * level and of w * level * level.
-template <int N, int MAX, bool LOW, bool HIGH>
-FN void sum_levels(const F *x, const F *w, const F *wx, F step, F &sum_xl, F &sum_l2) {
+// What decides about a step: the sums of w * x * level and of w * level * level. `reached` are the
+// values that the levels are of.
+template <int N>
+FN void sum_levels(const F *reached, const F *w, const F *wx, F step, F &sum_xl, F &sum_l2) {
     sum_xl = sum_l2 = 0.f;
     UNROLL for (int i = 0; i < N; i++) {
-        F l = reached_level<MAX, LOW, HIGH>(step * x[i]);
+        F l = (step * reached[i] + MAGIC) - MAGIC;
         sum_xl = sum_xl + wx[i] * l;
         sum_l2 = sum_l2 + (w[i] * l) * l;
     }
 }
 
 // The tries from `first` to `last`, each with the step -(MAX + try / 10) / largest.
-template <int N, int MAX, bool LOW, bool HIGH>
-FN void try_steps(const F *x, const F *w, const F *wx, F largest, int first, int last,
+template <int N, int MAX>
+FN void try_steps(const F *reached, const F *w, const F *wx, F largest, int first, int last,
                   SymmetricFit &fit, F &best) {
     for (int k = first; k <= last; k++) {
         if (k == 0) continue;
         F step = F(-(MAX + 0.1f * k)) / largest, sum_xl, sum_l2;
-        sum_levels<N, MAX, LOW, HIGH>(x, w, wx, step, sum_xl, sum_l2);
+        sum_levels<N>(reached, w, wx, step, sum_xl, sum_l2);
         M is_better = (sum_l2 > 0.f) & (sum_xl * sum_xl > best * sum_l2);
         F scale = sum_xl / sum_l2;
         fit.scale = select(is_better, scale, fit.scale);
@@ -64,20 +70,29 @@ FN void try_steps(const F *x, const F *w, const F *wx, F largest, int first, int
 // Minimizes the weighted squares of x - scale * level over N values and levels -MAX to MAX - 1.
 template <int N, int MAX> FN SymmetricFit fit_symmetric(const F *x, const F *w) {
     SymmetricFit fit;
-    F largest = find_furthest<N>(x, fit.furthest), wx[N], sum_xl, sum_l2;
+    F largest = find_furthest<N>(x, fit.furthest), wx[N], reached[N], sum_xl, sum_l2;
     fit.is_zero = fit.furthest < TINY_GROUP;
     UNROLL for (int i = 0; i < N; i++) wx[i] = w[i] * x[i];
+    // `largest` itself goes to -(MAX + k / 10), and its opposite to MAX + k / 10. Where that is beyond
+    // the levels, values are clipped once for several tries: a clipped value is nearest to the last
+    // level with each of their steps, as it would be if its level were clipped.
+    clip<N>(x, largest, largest * F((1 - MAX) / (MAX - 0.05f)), reached);
     fit.step = F((float)-MAX) / largest;
-    sum_levels<N, MAX, false, true>(x, w, wx, fit.step, sum_xl, sum_l2);
+    sum_levels<N>(reached, w, wx, fit.step, sum_xl, sum_l2);
     fit.scale = select(sum_l2 != 0.f, sum_xl / sum_l2, F(0.f));
     F best = fit.scale * sum_xl;
-    // `largest` itself goes to -(MAX + k / 10), and its opposite to MAX + k / 10
-    try_steps<N, MAX, false, false>(x, w, wx, largest, -9, -6, fit, best);
-    try_steps<N, MAX, false, true>(x, w, wx, largest, -5, 4, fit, best);
-    try_steps<N, MAX, true, true>(x, w, wx, largest, 5, 9, fit, best);
+    try_steps<N, MAX>(x, w, wx, largest, -9, -6, fit, best);
+    try_steps<N, MAX>(reached, w, wx, largest, -5, 4, fit, best);
+    clip<N>(x, largest * F(MAX / (MAX + 0.7f)), largest * F((1 - MAX) / (MAX + 0.7f)), reached);
+    try_steps<N, MAX>(reached, w, wx, largest, 5, 9, fit, best);
     fit.is_odd = !is_finite(fit.scale) & !fit.is_zero;
     fit.scale = select(fit.is_zero, F(0.f), fit.scale);
     return fit;
+}
+
+// The nearest of the levels -MAX to MAX - 1, where none can be below -MAX.
+template <int MAX> FN F reached_level(F v) {
+    return smaller(v + MAGIC, F(MAGIC + (MAX - 1))) - MAGIC;
 }
 
 // The same with the squares of the values as weights, and not by tries of the step: up to five rounds
@@ -89,7 +104,7 @@ template <int N, int MAX> FN SymmetricFit fit_moving(const F *x, I *levels) {
     fit.step = F((float)-MAX) / largest;
     UNROLL for (int i = 0; i < N; i++) {
         F w = x[i] * x[i];
-        l[i] = reached_level<MAX, false, true>(fit.step * x[i]);
+        l[i] = reached_level<MAX>(fit.step * x[i]);
         sum_xl = sum_xl + (w * x[i]) * l[i];
         sum_l2 = sum_l2 + (w * l[i]) * l[i];
     }
