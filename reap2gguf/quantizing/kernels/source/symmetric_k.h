@@ -140,9 +140,9 @@ template <int N, int MAX> FN void fitted_levels(const F *x, const SymmetricFit &
 
 // Each of N values as a level of `scale`, from 0 to 2 * MAX - 1. Returns the lanes where it is 0 and
 // which keep the levels of their fit instead.
-template <int N, int MAX> FN M scaled_levels(const F *x, const SymmetricFit &fit, F scale, I *levels) {
+template <int N, int MAX> FN M scaled_levels(const F *x, F furthest, F scale, I *levels) {
     const int LOWEST = 0x4b400000 - MAX;  // the bits of MAGIC - MAX
-    if (!any(!(fit.furthest < absolute(scale) * 4e6f))) {
+    if (!any(!(furthest < absolute(scale) * 4e6f))) {
         UNROLL for (int i = 0; i < N; i++) {
             F biased = larger(x[i] / scale + MAGIC, F(MAGIC - MAX));
             levels[i] = bits(smaller(biased, F(MAGIC + (MAX - 1)))) - LOWEST;
@@ -188,7 +188,7 @@ struct Q3K {
             I levels[16], kept[16], l = scale_levels[j];
             words[24 + j / 4 % 2] = words[24 + j / 4 % 2] | ((l & 15) << (8 * (j % 4) + 4 * (j / 8)));
             words[26] = words[26] | (shift_right(l, 4) << (8 * (j % 4) + 2 * (j / 4)));
-            M keeps = scaled_levels<16, 4>(x + 16 * j, fits[j], d * to_float(l - 32), levels);
+            M keeps = scaled_levels<16, 4>(x + 16 * j, fits[j].furthest, d * to_float(l - 32), levels);
             if (any(keeps)) {
                 if (WEIGHTED) fitted_levels<16, 4>(x + 16 * j, fits[j], kept);
                 UNROLL for (int i = 0; i < 16; i++) {
@@ -233,19 +233,15 @@ struct Q6K {
     enum { COLUMNS = 256, BYTES = 210 };
 
     template <bool WEIGHTED> FN M quantize(const F *x, const float *importance, F, I *words) {
-        SymmetricFit fits[16];
-        F largest = 0.f, magnitude = 0.f;
+        F scales[16], furthest[16], largest = 0.f, magnitude = 0.f;
         M is_odd = false;
         for (int j = 0; j < 16; j++) {
-            F w[16];
-            UNROLL for (int i = 0; i < 16; i++) {
-                F value = x[16 * j + i];
-                w[i] = WEIGHTED ? F(importance[16 * j + i]) : value * value;
-            }
-            fits[j] = fit_symmetric<16, 32>(x + 16 * j, w);
-            is_odd = is_odd | fits[j].is_odd;
-            F size = absolute(fits[j].scale);
-            largest = select(size > magnitude, fits[j].scale, largest);
+            SymmetricFit fit = fit_group<WEIGHTED>(x, importance, j);
+            scales[j] = fit.scale;
+            furthest[j] = fit.furthest;
+            is_odd = is_odd | fit.is_odd;
+            F size = absolute(fit.scale);
+            largest = select(size > magnitude, fit.scale, largest);
             magnitude = larger(size, magnitude);
         }
         M is_zero = magnitude < TINY_GROUP;
@@ -255,13 +251,14 @@ struct Q6K {
         F d = half_value(d_bits);
         for (int k = 0; k < 52; k++) words[k] = 0;
         for (int j = 0; j < 16; j++) {
-            I scale = smaller(nearest(inverse * fits[j].scale), I(127)), levels[16];
+            I scale = smaller(nearest(inverse * scales[j]), I(127)), levels[16];
             words[48 + j / 4] = words[48 + j / 4] | ((scale & 255) << 8 * (j % 4));
             scale = ((scale & 255) ^ 128) - 128;  // ggml has it in a signed byte
-            M keeps = scaled_levels<16, 32>(x + 16 * j, fits[j], d * to_float(scale), levels);
+            M keeps = scaled_levels<16, 32>(x + 16 * j, furthest[j], d * to_float(scale), levels);
             if (any(keeps)) {
-                I kept[16];
-                fitted_levels<16, 32>(x + 16 * j, fits[j], kept);
+                I kept[16];  // this is rare, so the best step is not kept but found again
+                SymmetricFit fit = fit_group<WEIGHTED>(x, importance, j);
+                fitted_levels<16, 32>(x + 16 * j, fit, kept);
                 UNROLL for (int i = 0; i < 16; i++) levels[i] = select(keeps, kept[i], levels[i]);
             }
             pack_levels(j, levels, words);
@@ -269,6 +266,15 @@ struct Q6K {
         words[52] = d_bits;
         for (int k = 0; k < 53; k++) words[k] = select(is_zero, I(0), words[k]);
         return is_odd;
+    }
+
+    template <bool WEIGHTED> FN SymmetricFit fit_group(const F *x, const float *importance, int j) {
+        F w[16];
+        UNROLL for (int i = 0; i < 16; i++) {
+            F value = x[16 * j + i];
+            w[i] = WEIGHTED ? F(importance[16 * j + i]) : value * value;
+        }
+        return fit_symmetric<16, 32>(x + 16 * j, w);
     }
 
     // The levels of group j: their lower four bits, and after all those the upper two.
