@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-
 from math import prod
 from pathlib import Path
 

@@ -59,8 +59,11 @@ class Kernels:
 
         Rows that are stored as BF16 are read as they are. The bytes are ggml's, but for odd rows,
         which left the range in which that is certain: their bytes mean nothing. `importance` is
-        (C,), `tables` what the type's codebook needs.
+        (C,), `tables` what the type's codebook needs. Raises ValueError for a type of a codebook
+        without tables.
         """
+        if tables is None and entries_shape(tensor_type) is not None:
+            raise ValueError(f"{tensor_type.name} needs the tables of its codebook, found none")
         n_rows, n_columns = rows.shape
         block, size = GGML_QUANT_SIZES[tensor_type]
         stored_as, source = _as_read(rows)
