@@ -46,7 +46,7 @@ class BlockKernels(Protocol):
 
     def quantize(
         self,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
         tables: Tables | None,
@@ -82,16 +82,19 @@ class Quantizer:
         return machine() == "x86_64"
 
     def quantize(
-        self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None = None
+        self,
+        rows: Floats | StoredRows,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None = None,
     ) -> Bytes:
-        """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row).
+        """Rows (R, C) of float32, or as stored, as `tensor_type`: (R, bytes of a row).
 
         `importance` is (C,): the mean square of what multiplies each column. Raises ValueError as
         `Ggml.quantize` does, and DependencyError if a block is not what libggml makes.
         """
         self.ggml.check_request(rows.shape, tensor_type, importance)
         if self.kernels is None or not self.uses_kernel(tensor_type, importance is not None):
-            return self.ggml.quantize(rows, tensor_type, importance)
+            return self.ggml.quantize(rows[:], tensor_type, importance)
         target, is_odd = self._by_kernel(self.kernels, rows, tensor_type, importance)
         if is_odd.any():
             target[is_odd] = self.ggml.quantize(rows[is_odd], tensor_type, importance)
@@ -123,7 +126,7 @@ class Quantizer:
     def _by_kernel(
         self,
         kernels: BlockKernels,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:

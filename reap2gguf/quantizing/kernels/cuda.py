@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.kernels.codebooks import Tables
+    from reap2gguf.quantizing.stored_rows import StoredRows
 
 _T = GGMLQuantizationType
 
@@ -234,16 +235,16 @@ class Gpu:
 
     def quantize(
         self,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None = None,
         tables: Tables | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
-        """Rows (R, C) of float32 as `tensor_type`, as `Kernels.quantize` of `compiled.py` does.
+        """Rows (R, C) as `tensor_type`, as `Kernels.quantize` of `compiled.py` does.
 
         `tables` are those of the host; the GPU has its own.
         """
-        source = np.ascontiguousarray(rows, dtype=np.float32)
+        source = np.ascontiguousarray(rows[:], dtype=np.float32)
         channel = self.channel()
         channel.stored(source.nbytes)[:] = source.reshape(-1).view(np.uint8)
         channel.send(0, source.nbytes)
