@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.child import MOST_SECONDS, Child, end_in_time
+from tests.child import MOST_SECONDS, Child, end_in_time, lines_for_forks
 from tests.loopback_hub.repository import Content
 from tests.loopback_hub.server import Hub
 from tests.loopback_hub.uploads import TOKEN, Uploads
@@ -192,7 +192,7 @@ def _serve() -> None:
     import reap2gguf.publishing.push  # noqa: F401
 
     huggingface_hub.close_session()
-    for line in sys.stdin:
+    for line in lines_for_forks():
         child = os.fork()
         if not child:
             _child(json.loads(line))
