@@ -30,6 +30,7 @@ from tests.loopback_hub.repository import Content
 from tests.loopback_hub.server import Hub
 from tests.loopback_hub.uploads import TOKEN, Uploads
 from tests.tiny import TinyQwen3Moe, child_environment
+from tests.tokens import FULL_VOCAB
 
 REPO = "me/thing"
 _MAX_FILE = "900000B"
@@ -44,7 +45,7 @@ def tiny_bundle(folder: Path) -> Path:
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
     from reap2gguf.progress import Silent
 
-    source = TinyQwen3Moe(n_shards=2).write(folder / "source")
+    source = TinyQwen3Moe(n_shards=2, vocab=FULL_VOCAB).write(folder / "source")
     text = folder / "text.txt"
     text.write_text(TEXT)
     options = BuildOptions(
