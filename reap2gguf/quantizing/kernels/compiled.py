@@ -56,8 +56,11 @@ class Kernels:
         """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
 
         The bytes are ggml's, but for odd rows, which left the range in which that is certain: their
-        bytes mean nothing. `importance` is (C,), `tables` what the type's codebook needs.
+        bytes mean nothing. `importance` is (C,), `tables` what the type's codebook needs. Raises
+        ValueError for a type of a codebook without tables.
         """
+        if tables is None and entries_shape(tensor_type) is not None:
+            raise ValueError(f"{tensor_type.name} needs the tables of its codebook, found none")
         n_rows, n_columns = rows.shape
         block, size = GGML_QUANT_SIZES[tensor_type]
         source = np.ascontiguousarray(rows, dtype=np.float32)

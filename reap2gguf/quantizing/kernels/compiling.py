@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("source")
@@ -78,19 +79,22 @@ def compile_objects() -> list[Path]:
     if compile_with is None:
         return []
     OBJECTS.mkdir(exist_ok=True)
-    made = []
-    for target in TARGETS.get(machine(), ()):
-        final = object_file(target)
-        part = final.with_name(f"{final.name}.{os.getpid()}")
-        try:
-            subprocess.run(
-                command(compile_with, target, part), check=True, capture_output=True, text=True
-            )
-            part.replace(final)
-        finally:
-            part.unlink(missing_ok=True)
-        made.append(final)
-    return made
+    targets = TARGETS.get(machine(), ())
+    with ThreadPoolExecutor(max(1, len(targets))) as pool:  # each waits for its compiler
+        return list(pool.map(lambda target: _compile(compile_with, target), targets))
+
+
+def _compile(compile_with: Sequence[str], target: str) -> Path:
+    final = object_file(target)
+    part = final.with_name(f"{final.name}.{os.getpid()}")
+    try:
+        subprocess.run(
+            command(compile_with, target, part), check=True, capture_output=True, text=True
+        )
+        part.replace(final)
+    finally:
+        part.unlink(missing_ok=True)
+    return final
 
 
 if __name__ == "__main__":
