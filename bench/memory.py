@@ -130,9 +130,12 @@ class Bench:
             for model, to in pairs
         )
         self.line("quantize", first + held, second)
+        built = ("--recipe", "q4km", "--name", "model", "--calibration", self.text, *RUNS)
+        peak(["build", self.example, *built, "--output", small / "build"], self.log)
+        folders = (small / "build", self.folder / "build")  # the last build of `main`
         first, second = (
-            peak(["verify", to / "m.gguf", "--source", model, *threads], self.log)
-            for model, to in pairs
+            peak(["verify", to / "model-GGUF", "--source", model, *threads], self.log)
+            for (model, _), to in zip(pairs, folders, strict=True)
         )
         self.line("verify", first + THREADS * COMPARED_BYTES, second)
         for model, to in pairs:

@@ -16,16 +16,29 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from reap2gguf.errors import PeerError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 TICK_SECONDS = 1.0
 PATIENCE_TICKS = 120  # a process that is swapped out, or on a slow network, may be silent as long
 _MOST_LETTERS = 2000  # of another process's message
+
+
+class Store(Protocol):
+    """What is used of torch's `Store`; a call raises RuntimeError where the store is gone."""
+
+    def set(self, key: str, value: str) -> None:
+        """Keep a value."""
+
+    def get(self, key: str) -> bytes:
+        """A value that is there."""
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Several of them."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of them are there."""
 
 
 def _end(message: str) -> None:

@@ -23,6 +23,8 @@ import torch.distributed as dist
 # threads alive when the interpreter ends, which aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from reap2gguf import __version__
 from reap2gguf.errors import PeerError, UsageError
@@ -131,7 +133,7 @@ def join() -> Ranks:
     if n_gpus:
         torch.cuda.set_device(min(ranks.local, n_gpus - 1))
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
         machines = _meet(store, ranks)
         backend = "cpu:gloo,cuda:nccl" if n_gpus else "gloo"
         dist.init_process_group(
@@ -144,12 +146,12 @@ def join() -> Ranks:
             "machines, GLOO_SOCKET_IFNAME has to name the network interface between them"
         ) from error
     global _pulse
-    _pulse = Pulse(dist.PrefixStore("reap2gguf", store.clone()), ranks.rank, machines)
+    _pulse = Pulse(PrefixStore("reap2gguf", store.clone()), ranks.rank, machines)
     _pulse.start()
     return ranks
 
 
-def _meet(store: dist.Store, ranks: Ranks) -> list[str]:
+def _meet(store: Store, ranks: Ranks) -> list[str]:
     """Wait until all processes are there; the machine of each."""
     own = f"{__version__} {platform.node()}"
     keys = [f"here/{rank}" for rank in range(ranks.size)]
