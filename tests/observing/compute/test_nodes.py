@@ -115,7 +115,8 @@ def test_a_build_on_two_machines_is_that_of_one(nodes: Nodes) -> None:
     alone = contents(first / "out")
     assert alone.keys() == together.keys()
     for name in alone:
-        if not name.endswith((".json", ".md")):  # those name the observations' hash
+        # those name the hash of the observations, whose sums may differ in the last bits
+        if not name.endswith((".json", ".md", "SHA256SUMS")):
             assert alone[name] == together[name], name
 
 
