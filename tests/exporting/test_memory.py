@@ -100,6 +100,7 @@ def test_buffers_are_no_more_than_planned_and_not_far_less(
     for module in (device_blocks, memory):
         monkeypatch.setattr(module, "BATCH_BYTES", batch_bytes)
     monkeypatch.setattr(memory, "_LOCAL_BYTES", 0)  # the driver's own, not counted here
+    monkeypatch.setattr(memory, "_CODEBOOK_BYTES", 2**17 + 2**13)  # as IQ3_S has it
     monkeypatch.setattr(ComputeOptions, "likely_device", property(lambda self: "cuda"))
     monkeypatch.setattr(Quantizer, "uses_kernel", lambda self, *key: self.kernels is gpu)
     monkeypatch.setattr(gguf_export, "load_quantizer", lambda checked: with_kernels(0.0))
