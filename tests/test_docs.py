@@ -26,6 +26,8 @@ from reap2gguf.building import likeness
 from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
+from reap2gguf.quantizing.kernels.compiling import SOURCE
+from reap2gguf.quantizing.kernels.cuda import FORMS
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.terminal import config_file
 from tests.child import Child
@@ -121,6 +123,17 @@ def test_the_table_of_recipes_is_that_of_the_program(page: Path) -> None:
 
 def test_the_table_of_models_is_that_of_the_program() -> None:
     assert sorted(first_cells(README.read_text(), "architecture")) == sorted(ARCHITECTURES)
+
+
+def test_the_table_of_kernels_is_that_of_their_source() -> None:
+    text = (DOCS / "kernels.md").read_text()
+    rows = re.findall(r"^\| ([A-Z0-9_, ]+) \| (\w+) \| (\w+|-) \|$", text, re.MULTILINE)
+    listed = {name: (cpu, gpu) for names, cpu, gpu in rows for name in names.split(", ")}
+    source = (SOURCE / "cpu.cpp").read_text()
+    compiled = re.findall(r"^ *(?:case|CASE\w*)\W*GGML_(\w+)[,:]", source, re.MULTILINE)
+    assert sorted(compiled) == sorted(name for name, (cpu, _) in listed.items() if cpu == "kernel")
+    on_gpu = {name for name, (_, gpu) in listed.items() if gpu == "kernel"}
+    assert on_gpu == {one.name for one in FORMS}
 
 
 def test_the_tables_of_calibration_are_those_of_the_program() -> None:

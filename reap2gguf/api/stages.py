@@ -233,6 +233,7 @@ def quantize(
     labels: Mapping[str, str] | None = None,
     tensor_types: Sequence[str] | Mapping[str, str] = (),
     threads: int | None = None,
+    device: str = "auto",
     check_quants: CheckQuants | str = CheckQuants.SAMPLE,
     follow_links: bool = False,
     progress: ProgressLike = None,
@@ -241,11 +242,13 @@ def quantize(
 
     `tensor_types` (pattern to type, or a list of PATTERN=TYPE) come before the recipe's rules. If
     `output` is a folder, the file in it is called NAME-LABEL.gguf; `labels` may give the recipe
-    another label. `check_quants` says how much of what the compiled kernels quantize is compared
-    with libggml's bytes: "all", "sample" (one super-block in a thousand) or "none". An interrupted
-    call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError, ArtifactError,
+    another label. `device` is what quantizes: "cpu", "cuda", or "auto", a GPU if there is one and
+    much to do. `check_quants` says how much of what the compiled kernels quantize is compared with
+    libggml's bytes: "all", "sample" (one super-block in a thousand) or "none". An interrupted call
+    resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError, ArtifactError,
     OutputError, UsageError, and what opening a model raises.
     """
+    from reap2gguf.building.needs.room import check_device
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
@@ -253,8 +256,10 @@ def quantize(
     from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
 
-    recipe, n_threads = one_recipe(recipe), check_threads(threads)
-    checked = check_quants_of(check_quants).share
+    recipe = one_recipe(recipe)
+    compute = ComputeOptions(
+        device, threads=check_threads(threads), check_quants=check_quants_of(check_quants)
+    )
     overrides = read_overrides(check_tensor_types(tensor_types))
     (asked,) = load_recipes([recipe], check_labels(labels or {}), overrides)
     found = find_recipe(recipe)
@@ -262,6 +267,7 @@ def quantize(
     if not isinstance(imatrix, Imatrix | None):
         inputs.append(imatrix := check_path("imatrix", imatrix))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
+    check_device(compute)
     is_folder, shown = bool(str(output)) and os.path.isdir(str(output)), to_progress(progress)
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
@@ -274,7 +280,7 @@ def quantize(
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
-        _export(opened, resolved, output, weighted_by, n_threads, checked, shown)
+        _export(opened, resolved, output, weighted_by, compute, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
 
@@ -284,8 +290,7 @@ def _export(
     recipe: ResolvedRecipe,
     output: Path,
     weighted_by: WeightedBy | None,
-    n_threads: int,
-    checked: float,
+    compute: ComputeOptions,
     progress: Progress,
 ) -> None:
     """Write one GGUF file; its journal lies beside it until it is complete."""
@@ -294,6 +299,7 @@ def _export(
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
+    from reap2gguf.exporting.quantizers import note_quantizers
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -303,16 +309,19 @@ def _export(
     files = {output: recipe}
     journal = ExportJournal(path, key)
     names, checkpoint = HeaderNames(name), opened.checkpoint
+    weighted = () if weighted_by is None else weighted_by.imatrix.entries.keys()
+    note_quantizers([recipe], weighted, compute.device, progress)
     export_model(
         checkpoint,
         opened.model,
         names,
         files,
         weighted_by,
-        n_threads,
+        compute.threads,
         progress,
         journal,
-        checked=checked,
+        device=compute.device,
+        checked=compute.check_quants.share,
     )
     remove(path)
 
