@@ -38,6 +38,7 @@ from reap2gguf.progress import Silent
 from tests.building.builds import build, options, refuse_at, stop_before_export
 from tests.building.needs.machines import GIB, H100, LAPTOP, laptop, needs_on
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, child_environment
+from tests.tokens import FULL_VOCAB
 
 # what `_guessed` makes of a plan whose texts are on the Hub
 LONG_TEXT = Amount(1024, 2**21, 2**21, 0, 2048, 2**23, "at most")
@@ -69,8 +70,8 @@ def test_what_keeps_all_experts_observes_nothing(tiny: Path, tmp_path: Path) -> 
     assert needs.stages["imatrix"] > 0
 
 
-def test_files_have_the_sizes_that_were_planned(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_files_have_the_sizes_that_were_planned(tmp_path: Path) -> None:
+    tiny, out = TinyQwen3Moe(vocab=FULL_VOCAB).write(tmp_path / "tiny"), tmp_path / "out"
     needs = needs_on(make_plan(options(tiny, out)))
     build(tiny, out)
     found = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
