@@ -38,6 +38,17 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.kernels.cuda import Blocks, Channel, Gpu
 
+
+def pays_on_gpu(device: str, n_values: int) -> bool:
+    """Whether a GPU, where there is one, quantizes so many weights; auto takes it for much work."""
+    return device == "cuda" or (device == "auto" and n_values >= _MUCH_WORK)
+
+
+def device_threads(n_threads: int) -> int:
+    """How many threads feed a GPU, where the processor's work has so many."""
+    return min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS)
+
+
 BATCH_BYTES = 2**24  # as stored
 _FEWEST_THREADS, _MOST_THREADS = 4, 16  # they mostly wait: for the disk, and for the GPU
 _MUCH_WORK = 2**28  # blocks' values; a processor needs a few seconds for fewer
@@ -188,7 +199,7 @@ def making(
     if ComputeOptions(device=device).likely_device == "cpu" or host.quantizer.kernels is None:
         yield on_host
         return
-    if device == "auto" and n_values < _MUCH_WORK:
+    if not pays_on_gpu(device, n_values):
         yield on_host
         return
     try:
@@ -206,7 +217,6 @@ def making(
             f"the GPU does not make libggml's bytes of {tensor_type.name}; the processor does"
         )
     try:
-        threads = min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS)
-        yield Making(DeviceBlocks(host, gpu, usable), BATCH_BYTES, threads)
+        yield Making(DeviceBlocks(host, gpu, usable), BATCH_BYTES, device_threads(n_threads))
     finally:
         gpu.close()

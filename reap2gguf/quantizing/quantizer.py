@@ -1,15 +1,14 @@
 """Quantizing rows: by the compiled kernels where there are some, by libggml otherwise.
 
 libggml is the truth. A kernel is used for a type only after it made the same bytes as libggml of a
-few rows, once for each quantizer; rows that leave its plain range are given to libggml; and libggml
-makes a share of all blocks again, which are compared. On arm64 libggml itself rounds otherwise:
-there nothing is compared, and the kernels make the bytes of x86-64.
+few rows, once per process (`self_tests.py`). Rows that leave its plain range are given to libggml,
+and libggml makes a share of all blocks again, which are compared. On arm64 libggml itself rounds
+otherwise: there nothing is compared, and the kernels make the bytes of x86-64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from reap2gguf.options import CheckQuants
 from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
+from reap2gguf.quantizing.self_tests import self_tests_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,9 +75,6 @@ class Quantizer:
     kernels: BlockKernels | None
     checked: float = SAMPLE  # share of the blocks that libggml makes again: 0 to 1
     reader: BlockReader | None = None
-    _equal: dict[tuple[GGMLQuantizationType, bool], bool] = field(default_factory=dict, init=False)
-    _read: dict[GGMLQuantizationType, bool] = field(default_factory=dict, init=False)
-    _lock: Lock = field(default_factory=Lock, init=False)
 
     @property
     def is_reference(self) -> bool:
@@ -108,11 +105,12 @@ class Quantizer:
         """Whether a kernel does this type, with importance or without."""
         if self.kernels is None or not self.kernels.covers(tensor_type):
             return False
-        key = tensor_type, is_weighted
-        with self._lock:
-            if key not in self._equal:
-                self._equal[key] = not self.is_reference or self._is_equal(*key)
-            return self._equal[key]
+        if not self.is_reference:
+            return True
+        return self_tests_of(self.kernels).passes(
+            ("makes", self.ggml, tensor_type, is_weighted),
+            lambda: self._is_equal(tensor_type, is_weighted),
+        )
 
     def _is_equal(self, tensor_type: GGMLQuantizationType, is_weighted: bool) -> bool:
         """Whether the kernel makes libggml's bytes of a few random rows."""
@@ -172,12 +170,11 @@ class Quantizer:
 
     def reads_by_kernel(self, tensor_type: GGMLQuantizationType) -> bool:
         """Whether a kernel reads blocks of this type."""
-        if self.reader is None:
+        if (reader := self.reader) is None:
             return False
-        with self._lock:
-            if tensor_type not in self._read:
-                self._read[tensor_type] = self._reads_equally(self.reader, tensor_type)
-            return self._read[tensor_type]
+        return self_tests_of(reader).passes(
+            ("reads", self.ggml, tensor_type), lambda: self._reads_equally(reader, tensor_type)
+        )
 
     def _reads_equally(self, reader: BlockReader, tensor_type: GGMLQuantizationType) -> bool:
         """Whether a kernel makes the values that libggml does, of random bytes.

@@ -32,7 +32,7 @@ from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_files, plain, stored
 from tests.tiny import ONE_THREAD, TinyQwen35Moe
 
-TOKENS = np.random.default_rng(3).integers(0, 4000, 200)
+TOKENS = np.random.default_rng(3).integers(0, 500, 200)
 LAYOUTS = {
     "eight value heads, MTP": TinyQwen35Moe(),
     "equal heads, MTP": TinyQwen35Moe(value_heads=4, n_kv_heads=2),

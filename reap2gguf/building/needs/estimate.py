@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.needs.amount import Amount, amount_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
-from reap2gguf.building.needs.memory import SweepNeeds, sweep_needs
+from reap2gguf.building.needs.memory import (
+    SweepNeeds,
+    export_needs,
+    peak_ram,
+    stages_bytes,
+    sweep_needs,
+)
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
+from reap2gguf.exporting.memory import export_pays_on_gpu
 from reap2gguf.messages import duration, size
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
+    from reap2gguf.exporting.memory import ExportMemory
 
 ALL = ("texts", "observe", "prune", "imatrix", "export", "verify")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
@@ -66,6 +74,23 @@ class Estimate:
         """More space, to save the progress of a calibration pass."""
         return self.disk.state_bytes
 
+    @cached_property
+    def memory_bytes(self) -> int:
+        """The most RAM at a time; with a problem of the passes, that of the other stages."""
+        beside = stages_bytes(self.plan, self.machine, self._export)
+        return peak_ram(self.plan, self.machine, self.sweeps, beside)
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        """The most memory of the GPU at a time; 0 on a CPU."""
+        if self.machine.device == "cpu":
+            return 0
+        return self.sweeps.device_bytes + self._export.device
+
+    @cached_property
+    def _export(self) -> ExportMemory:
+        return export_needs(self.plan, self.machine)
+
     @property
     def peak_bytes(self) -> int:
         """The most on the disk of the output at a time."""
@@ -90,7 +115,10 @@ class Estimate:
         """Seconds by stage; a stage that is reused takes none."""
         made = self.reused.recipes
         recipes = [one for one in self.plan.recipes if made is None or one.name in made]
-        found = stage_seconds(self.plan, self.sizes, self.amount, self.disk, self.host, recipes)
+        pays = export_pays_on_gpu(recipes, self.plan.options.compute.device)
+        found = stage_seconds(
+            self.plan, self.sizes, self.amount, self.disk, self.host, recipes, pays
+        )
         return {name: 0.0 if name in self.reused.stages else found[name] for name in found}
 
     @property

@@ -33,7 +33,7 @@ TARGETS = {
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "arm64": "arm64", "aarch64": "arm64"}
 # Fused multiplications and additions would round once where ggml rounds twice.
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
-_OF_A_LIBRARY = ("-fPIC", "-shared", "-fvisibility=hidden")
+OF_A_LIBRARY = ("-fPIC", "-shared", "-fvisibility=hidden")
 
 
 def machine() -> str:
@@ -65,7 +65,7 @@ def compiler() -> list[str] | None:
 
 def command(compile_with: Sequence[str], target: str, output: Path) -> list[str]:
     """What compiles the object of a target."""
-    flags = [*_FLAGS, *_OF_A_LIBRARY, f"-march={target}", f'-DSOURCE_HASH="{source_hash()}"']
+    flags = [*_FLAGS, *OF_A_LIBRARY, f"-march={target}", f'-DSOURCE_HASH="{source_hash()}"']
     return [*compile_with, *flags, "-o", str(output), str(SOURCE / "cpu.cpp")]
 
 
