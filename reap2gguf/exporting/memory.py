@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.exporting.device_blocks import BATCH_BYTES, device_threads, pays_on_gpu
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import row_ranges, rows_per_matrix, stored_bytes
+from reap2gguf.quantizing.kernels.codebooks import entries_shape
 from reap2gguf.quantizing.kernels.cuda import FORMS
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _NUMBER = 4  # bytes of a float32 or an int32
 # For local variables of kernels, the driver keeps up to 3 KiB of each thread that can run on a GPU
 # at the same time: 2,048 on each of the 132 multiprocessors of an H100.
 _LOCAL_BYTES = 3 * 2**10 * 2048 * 132
+_BOOK_BYTES = 2**20  # of a type's codebook, on the GPU, at most
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def device_memory(
     return ExportMemory(
         pinned=threads * (stored + beside + sum(of_types.values())),
         host=threads * max((one.host for one in batches), default=0) + _HASHED_BYTES * len(types),
-        device=threads * (stored + beside + largest) + (_LOCAL_BYTES if of_types else 0),
+        device=threads * (stored + beside + largest)
+        + sum(_BOOK_BYTES for one in of_types if entries_shape(one) is not None)
+        + (_LOCAL_BYTES if of_types else 0),
     )
 
 
