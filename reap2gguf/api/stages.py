@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import CalibrationError, OutputError, UsageError
+from reap2gguf.api.peers import Peers
+from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     METHODS,
@@ -28,7 +29,7 @@ from reap2gguf.options import (
     given_or_new,
     one_recipe,
 )
-from reap2gguf.outputs import drop_states, output_file, output_path
+from reap2gguf.outputs import output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
@@ -93,9 +94,11 @@ def observe(
     decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
     files = ScannedFiles()
     check_calibration(decided, files)
-    output, shown = output_file(output), to_progress(progress)
+    peers = Peers(output)
+    output, shown = peers.output, to_progress(progress)
     with open_named(model, shown, follow_links=follow_links) as opened:
         keep_files(opened, [output], files.paths)
+        peers.check_same_model(opened.checkpoint)
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
@@ -107,15 +110,13 @@ def observe(
         with working(shown, "Reading the calibration text"):
             tokenizer = Tokenizer(opened.source.folder)
             rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
-        _check_same_rows(rows.sha256)
+        peers.make_folder()
         where = _resuming(compute, output, opened.checkpoint, rows.sha256)
         with working(shown, "Loading torch and the first layer"):
             seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
     for line in observed_notes(seen):
         shown.note(line)
-    if processes().is_first:
-        seen.save(output)
-        drop_states(output)
+    peers.end(lambda: seen.save(output))
     return seen
 
 
@@ -190,7 +191,8 @@ def imatrix(
     resumes from the layer that `OUTPUT.state` holds. Raises CalibrationError, ObservationError,
     OutputError, UsageError, and what opening a model raises.
     """
-    output, text, shown = output_file(output), check_path("text", text), to_progress(progress)
+    peers = Peers(output)
+    output, text, shown = peers.output, check_path("text", text), to_progress(progress)
     check_number("chunk", chunk, 8)
     check_number("seed", seed, -(2**31 - 1))
     if imatrix_chunks is not None:
@@ -198,13 +200,16 @@ def imatrix(
     compute = given_or_new("compute", compute, ComputeOptions)
     if output.suffix == ".dat":
         raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
-    dat = output_file(output.with_suffix(".dat"))
+    dat = output.with_suffix(".dat")
+    if processes().is_first:
+        output_file(dat)
     from reap2gguf.calibration.scanned_files import ScannedFiles
 
     files = ScannedFiles()
     files.text(text)
     with open_named(model, shown, follow_links=follow_links) as opened:
         keep_files(opened, [output, dat], [text])
+        peers.check_same_model(opened.checkpoint)
         opened.check_tokenizer()
         from reap2gguf.calibration import drawing
         from reap2gguf.gguf_files.imatrix import save_both
@@ -215,12 +220,11 @@ def imatrix(
         with working(shown, f"Reading {text}"):
             tokenizer = Tokenizer(opened.source.folder)
             chunks = drawing.imatrix_chunks(tokenizer, text, size, files, imatrix_chunks, seed)
+        peers.make_folder()
         where = _resuming(compute, output, opened.checkpoint, chunks.tokens_sha256)
         with working(shown, "Loading torch and the first layer"):
             result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
-    if processes().is_first:
-        save_both(result, output)
-        drop_states(output)
+    peers.end(lambda: save_both(result, output))
     return result
 
 
@@ -350,18 +354,6 @@ def _select(
     kept = select_experts(seen, method, target, opened.model.facts)
     notes = tuple(selection_notes(seen, kept))
     return Selection(method, target.n_experts, target.n_kept, kept, notes)
-
-
-def _check_same_rows(digest: str) -> None:
-    """Refuse rows that differ among processes: a dataset may change while they start."""
-    if processes().size > 1:
-        from reap2gguf.observing.compute.ranks import join
-
-        if join().broadcast(digest) != digest:
-            raise CalibrationError(
-                "the processes of this run have read different calibration rows; pin a dataset on "
-                "the Hub as owner/name@revision, and run the command again"
-            )
 
 
 def _resuming(

@@ -67,8 +67,10 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
 def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
     plan = run.plan
+    run.check_same_model()
     found = standing(plan, run.keys, run.work) if run.is_first else None
     if run.agree(lambda: found is not None):
+        run.dismiss()
         return None if found is None else extend_finished(run, found)
     if run.is_first:  # the only one that writes files
         refuse_dropping(plan, run.work)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Found = tuple[list[str], list[str]]  # violations, and what was checked
 _COMPARING_BYTES = 2**23  # of each thread, while safetensors are compared or hashed
+_VALUES_BYTES = 7 * 2**24  # of each thread, while a GGUF file's ranges are: see `comparison.py`
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ class Verify(Stage[Verified]):
 
     @property
     def held_bytes(self) -> int:
-        return _COMPARING_BYTES * self.run.plan.options.compute.threads
+        threads = self.run.plan.options.compute.threads
+        # GGUF files are compared when the export, which is beside it until then, has ended
+        beyond_export = _VALUES_BYTES * threads - self._export.held_bytes
+        return max(_COMPARING_BYTES * threads, beyond_export)
 
     def compute(self) -> Mapping[str, Any]:
         """The safetensors are checked while the GGUF files are still written."""

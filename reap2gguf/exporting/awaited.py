@@ -59,6 +59,11 @@ class AwaitedImportance:
         if name in self._weighted:
             self.entries[name]
 
+    def stop(self) -> None:
+        """Stop all threads that wait: the export has failed."""
+        if isinstance(self.entries, GrowingEntries):
+            self.entries.stop()
+
     def in_order(self, tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
         """The tensors that can be written now, then those that wait, in the order of the file.
 

@@ -227,7 +227,7 @@ class _Job:
                 journal.add(name, importance.digest(name), outputs)
 
         try:
-            work_through(work, self.weights, iter(todo), self.making.n_threads)
+            work_through(work, self.weights, iter(todo), self.making.n_threads, importance.stop)
         except BaseException:
             if journal is not None:
                 with suppress(OutputError):  # the error that is being raised says more

@@ -212,8 +212,12 @@ def work_through(
     weights: Weights,
     batches: Iterator[Batch],
     n_threads: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Work on every batch: a thread takes the next as soon as it is free, so none waits."""
+    """Work on every batch: a thread takes the next as soon as it is free, so none waits.
+
+    When one fails, `stop` is called, for threads that wait for what this process still computes.
+    """
     lock, failed = threading.Lock(), threading.Event()
     coming = _prefetched(weights, batches, 2 * n_threads)
 
@@ -231,6 +235,7 @@ def work_through(
                 worker.result()
         except BaseException:
             failed.set()  # the other threads finish the range they work on
+            stop()
             with weights.without_fetching():  # or give up where they wait for a download
                 pool.shutdown()
             raise

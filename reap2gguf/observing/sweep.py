@@ -94,7 +94,9 @@ def sweep(
     started = time.monotonic()
     ranks = join()
     device, dtype = resolve_device(options)
-    n_threads = max(1, options.threads // ranks.size)
+    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    ranks.check_same("the device", where, "pass --device and --dtype on all machines")
+    n_threads = max(1, options.threads // ranks.on_machine)
     if device.type == "cuda":
         torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
     connect_on(ranks, device)

@@ -55,7 +55,7 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, sizes.has_linear_attention)
     need = _need(plan, sizes, amount, kind)
-    host = machine.memory_free_bytes // processes().size
+    host = machine.memory_free_bytes // processes().on_machine
     hidden = need.n_positions * need.hidden
     if on_gpu:
         assert machine.gpu is not None
@@ -63,7 +63,7 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
         free = machine.gpu.free_bytes - CONTEXT_BYTES
         memory = gpu_memory(free, machine.gpu.n_bytes, host, compute.memory)
     else:
-        memory = cpu_memory(host, compute.memory, BASE_BYTES, processes().size)
+        memory = cpu_memory(host, compute.memory, BASE_BYTES, processes().on_machine)
     try:
         budget = fit(need, machine.device, memory, compute.spool)
     except UsageError as error:
