@@ -20,10 +20,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from reap2gguf.machine import processor_flags
 from reap2gguf.quantizing.kernels.codebooks import Tables, entries_shape
 from reap2gguf.quantizing.kernels.compiling import TARGETS, machine, object_file, source_hash
-from reap2gguf.quantizing.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
+    from reap2gguf.quantizing.stored_rows import StoredRows
 
 _AS_F32, _AS_BF16 = 0, 1  # as in cpu.cpp
 VARIABLE = "REAP2GGUF_KERNELS"  # "off": libggml does everything
@@ -113,7 +113,7 @@ class Kernels:
 
 def _as_read(rows: Floats | StoredRows) -> tuple[int, npt.NDArray[np.generic]]:
     """What the object calls the type of rows, and rows that it can read: BF16 or float32."""
-    if isinstance(rows, StoredRows) and rows.dtype == "BF16":
+    if not isinstance(rows, np.ndarray) and rows.dtype == "BF16":
         return _AS_BF16, np.ascontiguousarray(rows.raw)
     return _AS_F32, np.ascontiguousarray(rows[:], dtype=np.float32)
 
