@@ -69,10 +69,11 @@ def test_what_keeps_all_experts_observes_nothing(tiny: Path, tmp_path: Path) -> 
     assert needs.stages["imatrix"] > 0
 
 
-def test_files_have_the_sizes_that_were_planned(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    needs = needs_on(make_plan(options(tiny, out)))
-    build(tiny, out)
+def test_files_have_the_sizes_that_were_planned(tmp_path: Path) -> None:
+    # so large that the allowance for cards is a small part
+    model, out = TinyQwen3Moe(hidden=128, width=128).write(tmp_path / "model"), tmp_path / "out"
+    needs = needs_on(make_plan(options(model, out)))
+    build(model, out)
     found = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     assert 0.6 * needs.disk_bytes < found <= needs.disk_bytes
 
