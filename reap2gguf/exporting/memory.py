@@ -27,7 +27,7 @@ _NUMBER = 4  # bytes of a float32 or an int32
 # For local variables of kernels, the driver keeps up to 3 KiB of each thread that can run on a GPU
 # at the same time: 2,048 on each of the 132 multiprocessors of an H100.
 _LOCAL_BYTES = 3 * 2**10 * 2048 * 132
-_BOOK_BYTES = 2**20  # of a type's codebook, on the GPU, at most
+_CODEBOOK_BYTES = 2**20  # of a type IQ2 or IQ3; the largest has 0.7 MiB
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,14 @@ def device_memory(
     return ExportMemory(
         pinned=threads * (stored + beside + sum(of_types.values())),
         host=threads * max((one.host for one in batches), default=0) + _HASHED_BYTES * len(types),
-        device=threads * (stored + beside + largest)
-        + sum(_BOOK_BYTES for one in of_types if entries_shape(one) is not None)
-        + (_LOCAL_BYTES if of_types else 0),
+        device=threads * (stored + beside + largest) + _kept_on_gpu(of_types),
     )
+
+
+def _kept_on_gpu(types: Collection[GGMLQuantizationType]) -> int:
+    """What all threads share on a GPU that makes these types."""
+    n_codebooks = sum(entries_shape(one) is not None for one in types)
+    return n_codebooks * _CODEBOOK_BYTES + (_LOCAL_BYTES if types else 0)
 
 
 @dataclass(frozen=True)
