@@ -119,4 +119,5 @@ def test_buffers_are_no_more_than_planned_and_not_far_less(
         assert not export_memory(view, recipes, "auto", 2, has_gpu=False).device
         assert not export_memory(view, recipes, "cpu", 2, has_gpu=True).pinned
     assert driver.most["pinned"] <= found.pinned <= 1.5 * driver.most["pinned"]
-    assert driver.most["device"] <= found.device <= 1.5 * driver.most["device"]
+    books = memory._CODEBOOK_BYTES * 3  # of IQ2_S, IQ3_S and IQ3_XXS, which are smaller
+    assert driver.most["device"] <= found.device <= 1.5 * driver.most["device"] + books

@@ -64,7 +64,9 @@ def test_the_gpu_is_named_where_it_pays(
     names = weighted(recipes)
     assert "GPU" not in quantizers_of(recipes, names, "auto").line  # too little work
     on_gpu = quantizers_of(recipes, names, "cuda").line
-    assert on_gpu.startswith("quantizing: kernels (x86-64-v4), on the GPU for Q2_K, Q4_K, ")
+    assert on_gpu.startswith(
+        "quantizing: kernels (x86-64-v4), on the GPU for IQ2_XXS, Q2_K, Q4_K, "
+    )
     assert on_gpu.endswith("; libggml for IQ1_M")
     assert "BF16" not in on_gpu
     monkeypatch.setattr(device_blocks, "_MUCH_WORK", 1)

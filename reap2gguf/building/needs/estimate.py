@@ -10,24 +10,17 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.needs.amount import Amount, amount_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
-from reap2gguf.building.needs.memory import (
-    SweepNeeds,
-    export_needs,
-    peak_ram,
-    stages_bytes,
-    sweep_needs,
-)
+from reap2gguf.building.needs.memory import SweepNeeds, peak_ram, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
-from reap2gguf.exporting.memory import export_pays_on_gpu
+from reap2gguf.exporting.memory import ExportMemory, export_memory, export_pays_on_gpu
 from reap2gguf.messages import duration, size
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
-    from reap2gguf.exporting.memory import ExportMemory
 
 ALL = ("texts", "observe", "prune", "imatrix", "export", "verify")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
@@ -77,8 +70,7 @@ class Estimate:
     @cached_property
     def memory_bytes(self) -> int:
         """The most RAM at a time; with a problem of the passes, that of the other stages."""
-        beside = stages_bytes(self.plan, self.machine, self._export)
-        return peak_ram(self.plan, self.machine, self.sweeps, beside)
+        return peak_ram(self.plan, self.machine, self.sweeps, self._export.ram)
 
     @property
     def gpu_memory_bytes(self) -> int:
@@ -89,7 +81,9 @@ class Estimate:
 
     @cached_property
     def _export(self) -> ExportMemory:
-        return export_needs(self.plan, self.machine)
+        plan, machine = self.plan, self.machine
+        device, has_gpu = plan.options.compute.device, machine.device == "cuda"
+        return export_memory(plan.pruned, plan.recipes, device, machine.cores, has_gpu)
 
     @property
     def peak_bytes(self) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UsageError
-from reap2gguf.exporting.memory import ExportMemory, export_memory
 from reap2gguf.machine import processes
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
@@ -78,23 +77,13 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     )
 
 
-def stages_bytes(plan: Plan, machine: Machine, export: ExportMemory) -> int:
-    """RAM that stages hold which may run beside a calibration pass, at most."""
-    return HELD_BYTES * plan.writes_hf + export.ram + _COMPARING_BYTES * machine.cores
+def peak_ram(plan: Plan, machine: Machine, sweeps: SweepNeeds, export: int) -> int:
+    """The most RAM of a build whose export holds `export` bytes.
 
-
-def export_needs(plan: Plan, machine: Machine) -> ExportMemory:
-    """What the export takes on a machine."""
-    device, has_gpu = plan.options.compute.device, machine.device == "cuda"
-    return export_memory(plan.pruned, plan.recipes, device, machine.cores, has_gpu)
-
-
-def peak_ram(plan: Plan, machine: Machine, sweeps: SweepNeeds, beside: int) -> int:
-    """The most RAM of a build whose stages beside a calibration pass hold `beside` bytes.
-
-    They run beside it only as far as the memory is free, or as --memory allows on a CPU, else
-    after it.
+    Stages run beside a calibration pass only as far as the memory is free, or as --memory allows
+    on a CPU, else after it.
     """
+    beside = HELD_BYTES * plan.writes_hf + export + _COMPARING_BYTES * machine.cores
     base = BASE_BYTES if machine.device == "cpu" else _BESIDE_A_GPU
     alone = max(sweeps.host_bytes, base + beside)
     if machine.cores == 1:

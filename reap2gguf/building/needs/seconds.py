@@ -56,8 +56,15 @@ _GPU_QUANTIZED = {
     "Q4_K": 19e9,
     "Q5_K": 19e9,
     "Q6_K": 27e9,
+    "IQ4_NL": 40e9,
+    "IQ4_XS": 40e9,
+    "IQ3_S": 4e9,
+    "IQ3_XXS": 2.6e9,
+    "IQ2_S": 6e9,
+    "IQ2_XS": 1.4e9,
+    "IQ2_XXS": 2.6e9,
 }
-_GPU_UNMEASURED = 5e9
+_GPU_UNMEASURED = 1e9
 _STORED_BYTES = 2  # of a weight, on its way to the GPU
 _BUS_BYTES = 2e10  # per second, to the GPU and back
 _MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory

@@ -17,8 +17,9 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
 from reap2gguf.ggml import NEEDS_IMPORTANCE, load_ggml
-from reap2gguf.quantizing.kernels import compiling
+from reap2gguf.quantizing.kernels import compiled, compiling
 from reap2gguf.quantizing.kernels.codebooks import codebook
+from reap2gguf.quantizing.stored_rows import StoredRows
 from tests.quantizing.kernels import test_block_types, test_codebooks, test_k_quants
 from tests.quantizing.kernels.cases import kernels, needs_kernels
 from tests.quantizing.kernels.test_block_types import importance, values
@@ -43,9 +44,15 @@ def case(tensor_type: T, kind: str, weights: str) -> tuple[bytes, npt.NDArray[np
         wanted[~is_odd] = load_ggml()._quantize(rows[~is_odd], tensor_type, weighing)
     before = [b"" if weighing is None else weighing.tobytes()]
     before += [array.tobytes() for array in arrays] or [b""] * 3
-    numbers = (tensor_type.value, ROWS, COLUMNS, wanted.shape[1], GGML_QUANT_SIZES[tensor_type][1])
+    block = GGML_QUANT_SIZES[tensor_type][1]
+    stored_as, stored = compiled._as_read(
+        StoredRows((rows.view(np.uint32) >> 16).astype(np.uint16), "BF16")
+        if kind == "bf16"
+        else rows
+    )
+    numbers = (tensor_type.value, ROWS, COLUMNS, wanted.shape[1], block, stored_as)
     read = load_ggml().dequantize(wanted, tensor_type)
-    parts = [struct.pack("<9q", *numbers, *map(len, before)), *before, rows.tobytes()]
+    parts = [struct.pack("<10q", *numbers, *map(len, before)), *before, stored.tobytes()]
     parts += [wanted.tobytes(), is_odd.tobytes(), read.tobytes()]
     return b"".join(parts), is_odd
 
