@@ -157,7 +157,7 @@ def clocks(figures: Figures, n_threads: int) -> Iterator[None]:
 
     begun = time.monotonic()
     with (
-        patch.object(Checkpoint, "read", timed("reading", Checkpoint.read)),
+        patch.object(Checkpoint, "read_bytes", timed("reading", Checkpoint.read_bytes)),
         patch.object(Quantizer, "quantize", timed("quantizing", Quantizer.quantize)),
         patch.object(os, "pwrite", timed("writing", os.pwrite)),
         patch.object(os, "fsync", timed("syncing", os.fsync)),

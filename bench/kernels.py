@@ -24,6 +24,7 @@ from gguf import GGMLQuantizationType as T
 from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE, load_ggml
 from reap2gguf.machine import available_threads
 from reap2gguf.progress import Silent
+from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.compiled import load_kernels
 from reap2gguf.quantizing.kernels.cuda import Channel, Gpu, load_gpu
 from reap2gguf.quantizing.kernels.driver import CudaError
@@ -96,10 +97,12 @@ class Bench:
         self, rates: Rates, rows: Floats, tensor_type: T, weights: Floats | None
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
         odd_rows: dict[int, npt.NDArray[np.bool_]] = {}
+        book = codebook(self.ggml, tensor_type)
+        tables = None if book is None else book.pointers()
 
         def make(part: Floats) -> Bytes:
             assert self.kernels is not None
-            data, is_odd = self.kernels.quantize(part, tensor_type, weights)
+            data, is_odd = self.kernels.quantize(part, tensor_type, weights, tables)
             odd_rows[part.ctypes.data] = is_odd
             return data
 

@@ -82,6 +82,10 @@ def _resume_advice(has_begun: bool) -> str:
 
 def _fail(error: Exception, code: int) -> NoReturn:
     say(f"Error: {error}", "error")
+    if processes().size > 1 and not isinstance(error, PeerError):
+        from reap2gguf.observing.compute.ranks import tell
+
+        tell(str(error))
     cause = error.__cause__
     while is_verbose() and cause is not None:
         say(f"  caused by {type(cause).__name__}: {cause}", "error")

@@ -35,6 +35,7 @@ class Processes:
     rank: int = 0
     local: int = 0  # rank among the processes of this machine, and the number of its GPU
     size: int = 1
+    on_machine: int = 1  # how many of them share this machine
 
     @property
     def is_first(self) -> bool:
@@ -46,7 +47,10 @@ def processes() -> Processes:
     values = [os.environ.get(name, "") for name in _SET_BY_TORCHRUN]
     if not all(values) or not all(value.isdecimal() for value in values[:3]):
         return Processes()
-    return Processes(*map(int, values[:3]))
+    rank, local, size = map(int, values[:3])
+    own = os.environ.get("LOCAL_WORLD_SIZE", "")  # which not all that start processes set
+    on_machine = int(own) if own.isdecimal() else size
+    return Processes(rank, local, size, min(max(on_machine, 1), size))
 
 
 def peak_bytes() -> int:

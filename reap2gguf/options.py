@@ -345,10 +345,10 @@ class AddOptions:
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe or file
     source: str | None = None  # the model, where the bundle has no safetensors
     exact: bool = False  # whether what was written is quantized again and compared by bytes
-    threads: int = field(default_factory=available_threads)
-    check_quants: CheckQuants = CheckQuants.SAMPLE  # what kernels quantized, with libggml's bytes
+    compute: ComputeOptions = field(default_factory=ComputeOptions)  # what quantizes, and where
 
     def __post_init__(self) -> None:
+        check_kind("compute", self.compute, ComputeOptions)
         object.__setattr__(self, "bundle", check_path("bundle", self.bundle))
         recipes = _recipes(self.recipes) if self.recipes else ()
         object.__setattr__(self, "recipes", recipes)
@@ -356,8 +356,6 @@ class AddOptions:
         object.__setattr__(self, "files", files)
         object.__setattr__(self, "labels", check_labels(self.labels))
         check_bool("exact", self.exact)
-        check_number("threads", self.threads, 1, MOST_THREADS)
-        object.__setattr__(self, "check_quants", check_quants_of(self.check_quants))
         if not recipes and not files:
             raise UsageError("nothing to add: pass a recipe, such as q8_0, or a GGUF file")
 

@@ -7,13 +7,14 @@ what the child has forked is ended by `end_in_time`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,17 @@ def end_in_time(seconds: float = MOST_FORK_SECONDS) -> None:
     """Let SIGALRM end the calling process, a fork, after `seconds`."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def lines_for_forks() -> Iterator[str]:
+    """The lines of the input, for a process that forks a child for each.
+
+    What it has loaded by then is left out of the children's collections of garbage, which would
+    copy its pages.
+    """
+    gc.collect()
+    gc.freeze()
+    yield from sys.stdin
 
 
 class Child:

@@ -216,8 +216,20 @@ def test_a_plan_is_built(steps: Steps, tmp_path: Path) -> None:
             "check_quants is 'few', expected one of all, sample, none",
         ),
         (
-            lambda: AddOptions(Path("b"), ("q8_0",), check_quants=None),  # type: ignore[arg-type]
+            lambda: reap2gguf.add("b", recipes="q8_0", check_quants=None),  # type: ignore[arg-type]
             "check_quants is None, expected one of all, sample, none",
+        ),
+        (
+            lambda: reap2gguf.add("b", recipes="q8_0", device="gpu"),
+            "device is 'gpu', expected one of auto, cpu, cuda",
+        ),
+        (
+            lambda: reap2gguf.quantize("model", "q8_0", "b", device="gpu"),
+            "device is 'gpu', expected one of auto, cpu, cuda",
+        ),
+        (
+            lambda: AddOptions(Path("b"), ("q8_0",), compute="cpu"),  # type: ignore[arg-type]
+            "compute is 'cpu', expected a value of ComputeOptions",
         ),
         (lambda: ComputeOptions(threads=0), "threads is 0, expected a whole number from 1"),
     ],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_what_is_written_is_flushed_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace = inspect.unwrap(os.fsync), os.replace
 
     def watched_fsync(descriptor: int) -> None:
         seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)

@@ -178,12 +178,13 @@ def test_the_stages_one_by_one_make_the_same_gguf(built: Bundle, tmp_path: Path)
         ("prune", built.source, "--observations", seen, "--compression", 0.25, "-o", pruned),
         ("imatrix", pruned, "--text", text, *flags, "-o", tmp_path / "imatrix.gguf"),
         ("quantize", pruned, "--recipe", "unsloth-iq4km", "--imatrix", tmp_path / "imatrix.gguf",
-         "-o", tmp_path / "example.gguf"),
+         *flags, "-o", tmp_path / "example.gguf"),
         ("verify", pruned, tmp_path / "example.gguf"),
     ]  # fmt: skip
     for step in steps:
         result = run(*step)
         assert result.exit_code == 0, result.output
+        assert ("quantizing: " in result.output) == (step[0] == "quantize")
     from reap2gguf.gguf_files.reader import read_gguf_header
 
     one = read_gguf_header(tmp_path / "example.gguf")

@@ -26,8 +26,12 @@ from reap2gguf.building import likeness
 from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
+from reap2gguf.quantizing.kernels.compiling import SOURCE
+from reap2gguf.quantizing.kernels.cuda import FORMS
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.terminal import config_file
+from tests.child import Child
+from tests.forked_program import client
 from tests.tiny import REPOSITORY, child_environment
 
 README = REPOSITORY / "README.md"
@@ -119,6 +123,17 @@ def test_the_table_of_recipes_is_that_of_the_program(page: Path) -> None:
 
 def test_the_table_of_models_is_that_of_the_program() -> None:
     assert sorted(first_cells(README.read_text(), "architecture")) == sorted(ARCHITECTURES)
+
+
+def test_the_table_of_kernels_is_that_of_their_source() -> None:
+    text = (DOCS / "kernels.md").read_text()
+    rows = re.findall(r"^\| ([A-Z0-9_, ]+) \| (\w+) \| (\w+|-) \|$", text, re.MULTILINE)
+    listed = {name: (cpu, gpu) for names, cpu, gpu in rows for name in names.split(", ")}
+    source = (SOURCE / "cpu.cpp").read_text()
+    compiled = re.findall(r"^ *(?:case|CASE\w*)\W*GGML_(\w+)[,:]", source, re.MULTILINE)
+    assert sorted(compiled) == sorted(name for name, (cpu, _) in listed.items() if cpu == "kernel")
+    on_gpu = {name for name, (_, gpu) in listed.items() if gpu == "kernel"}
+    assert on_gpu == {one.name for one in FORMS}
 
 
 def test_the_tables_of_calibration_are_those_of_the_program() -> None:
@@ -330,15 +345,12 @@ def test_a_block_that_is_not_run_says_why(page: Path) -> None:
     assert not {"```sh", "```shell", "```console"} & set(fences)
 
 
-# the program as the shell finds it; of long calibration texts a little is enough here
-_SHORT = f"""#!{sys.executable}
+# the program as the shell finds it, a process of its own
+_PROGRAM = f"""#!{sys.executable}
 import sys
 from reap2gguf.cli import main
-short = {{"--samples": "8", "--max-length": "64"}}
-if sys.argv[1:2] and sys.argv[1] in ("build", "plan", "observe"):
-    for option, value in short.items():
-        if option not in sys.argv:
-            sys.argv += [option, value]
+from tests.forked_program import shortened
+sys.argv[1:] = shortened(sys.argv[1:])
 main()
 """
 
@@ -365,17 +377,27 @@ def checkout(folder: Path) -> Path:
     return empty_folder(folder)
 
 
-def empty_folder(folder: Path) -> Path:
+def empty_folder(folder: Path, text: str = _PROGRAM) -> Path:
     """A folder that holds the program and nothing else, as after installing a wheel."""
     (folder / "bin").mkdir()
     program = folder / "bin" / "reap2gguf"
-    program.write_text(_SHORT)
+    program.write_text(text)
     program.chmod(0o755)
     return folder
 
 
 @pytest.fixture(scope="module")
-def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The program in forks; the first command and the Python example start processes."""
+    path = tmp_path_factory.mktemp("socket") / "program"
+    environment = child_environment({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    with Child("tests.forked_program", str(path), environment=environment) as child:
+        assert child.receive() == "ready\n"
+        yield client(path)
+
+
+@pytest.fixture(scope="module")
+def built_example(tmp_path_factory: pytest.TempPathFactory, forks: str) -> Path:
     """Where the README's first command has run, but for its installation."""
     folder = checkout(tmp_path_factory.mktemp("checkout"))
     first = next(block for block in blocks(README, "bash") if block.mark == DOWNLOAD)
@@ -383,6 +405,7 @@ def built_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert build.startswith("reap2gguf build ")
     done = shell(build, folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "bin" / "reap2gguf").write_text(forks)
     return folder
 
 
@@ -403,8 +426,8 @@ def test_commands_on_the_pages_run(page: Path, built_example: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_hour_runs_in_an_empty_folder(tmp_path: Path) -> None:
-    folder = empty_folder(tmp_path)
+def test_the_first_hour_runs_in_an_empty_folder(tmp_path: Path, forks: str) -> None:
+    folder = empty_folder(tmp_path, forks)
     run = [block for block in blocks(FIRST, "bash") if not block.mark]
     for block in run:
         done = shell(block.body, folder)

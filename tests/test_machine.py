@@ -111,7 +111,12 @@ def test_a_child_does_not_count_what_its_parent_held() -> None:
         (
             {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a",
              "MASTER_PORT": "1"},
-            Processes(3, 1, 4),
+            Processes(3, 1, 4, 4),
+        ),
+        (
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            Processes(3, 1, 4, 2),
         ),
         (
             {"RANK": "x", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a",
@@ -123,7 +128,8 @@ def test_a_child_does_not_count_what_its_parent_held() -> None:
 def test_place_among_processes(
     environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +12,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-EXAMPLE = REPOSITORY / "examples" / "tiny-qwen3-moe"
+from tests.tokens import EXAMPLE, REPOSITORY, SMALL_VOCAB, n_tokens, special_tokens, write_tokenizer
+
+__all__ = [
+    "EXAMPLE", "ONE_THREAD", "REPOSITORY", "TinyQwen3Moe", "TinyQwen35Moe", "child_environment",
+    "save_sharded",
+]  # fmt: skip
+
 # for `llama_cpp.Llama`: its threads wait actively, which takes processors from the other workers
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     """Variables of a child process that imports this checkout's package and tests."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, **more, "PYTHONPATH": path}
-
-
-def special_tokens(vocab: int) -> dict[str, int]:
-    """Those of the example's tokenizer; none for a vocabulary that does not have them."""
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return dict.fromkeys(keys, 4093) if vocab > 4093 else {}
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class TinyQwen3Moe:
     n_heads: int = 4
     n_kv_heads: int = 2
     head_dim: int = 16
-    vocab: int = 4096  # of the example's tokenizer
+    vocab: int = SMALL_VOCAB
     fused: bool = False  # 3D experts
     tied: bool = False
     dense_layers: tuple[int, ...] = ()
@@ -133,11 +130,10 @@ class TinyQwen3Moe:
         return found
 
     def write(self, folder: Path) -> Path:
-        """Write config, shards, index and the example's tokenizer; the folder."""
+        """Write config, shards, index and tokenizer; the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config(), indent=2))
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(EXAMPLE / name, folder / name)
+        write_tokenizer(folder, self.vocab)
         save_sharded(self.tensors(), folder, self.n_shards)
         return folder
 
@@ -186,7 +182,7 @@ class TinyQwen35Moe:
     key_heads: int = 4
     value_heads: int = 8
     linear_dim: int = 16  # of a key or value head of the linear attention
-    vocab: int = 4096  # of the example's tokenizer
+    vocab: int = SMALL_VOCAB
     nested: bool = True
     fused: bool = True  # 3D experts in the trunk
     fused_mtp: bool = False  # 3D experts in the MTP block
@@ -244,13 +240,14 @@ class TinyQwen35Moe:
         }
         if not self.nested:
             return {"architectures": ["Qwen3_5MoeForCausalLM"], **text}
+        last = n_tokens(self.vocab) - 1
         outer = {
             "architectures": ["Qwen3_5MoeForConditionalGeneration"],
             "model_type": "qwen3_5_moe",
-            "image_token_id": 4094,
-            "video_token_id": 4095,
-            "vision_start_token_id": 4094,
-            "vision_end_token_id": 4095,
+            "image_token_id": last - 1,
+            "video_token_id": last,
+            "vision_start_token_id": last - 1,
+            "vision_end_token_id": last,
             "tie_word_embeddings": self.tied,
             "text_config": text,
         }
@@ -393,11 +390,10 @@ class TinyQwen35Moe:
         return found
 
     def write(self, folder: Path) -> Path:
-        """Write config, shards, index and the example's tokenizer; the folder."""
+        """Write config, shards, index and tokenizer; the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config(), indent=2))
-        for name in TOKENIZER_FILES:
-            shutil.copyfile(EXAMPLE / name, folder / name)
+        write_tokenizer(folder, self.vocab)
         for name, values in VISION_FILES.items() if self.has_tower else ():
             (folder / name).write_text(json.dumps(values))
         save_sharded(self.tensors(), folder, self.n_shards)

@@ -12,6 +12,7 @@ from reap2gguf.options import (
     BuildOptions,
     BundleOptions,
     CheckQuants,
+    ComputeOptions,
     check_bool,
     check_choice,
     check_labels,
@@ -95,6 +96,7 @@ def add(
     source: PathLike | None = None,
     exact: bool = False,
     threads: int | None = None,
+    device: str = "auto",
     check_quants: CheckQuants | str = CheckQuants.SAMPLE,
     progress: ProgressLike = None,
 ) -> BuildResult:
@@ -103,16 +105,20 @@ def add(
     One file is written for each recipe, from the bundle's own safetensors and importance matrix.
     `files` are GGUF files of the same model, which are verified and then taken over as they are.
     A bundle without safetensors needs `source`, the MODEL that it was made from.
-    `exact` quantizes what was written again and compares the bytes. `check_quants` says how much
-    of what the compiled kernels quantize is compared with libggml's bytes while it is written:
-    "all", "sample" (one super-block in a thousand) or "none". Raises UsageError if it is not a
-    bundle, RecipeError, OutputError, and VerificationError if a file of the bundle is not as it was
-    built, or a new one is wrong: then the bundle is as it was.
+    `exact` quantizes what was written again and compares the bytes. `device` is what quantizes:
+    "cpu", "cuda", or "auto", a GPU if there is one and much to do. `check_quants` says how much of
+    what the compiled kernels quantize is compared with libggml's bytes while it is written: "all",
+    "sample" (one super-block in a thousand) or "none". Raises UsageError if it is not a bundle or
+    a GPU is asked for and there is none, RecipeError, OutputError, and VerificationError if a file
+    of the bundle is not as it was built, or a new one is wrong: then the bundle is as it was.
     """
     from reap2gguf.building.add import add as run
 
     paths = tuple(check_path("files", path) for path in files)
-    where, n_threads = check_path("bundle", bundle), check_threads(threads)
+    where = check_path("bundle", bundle)
+    compute = ComputeOptions(
+        device, threads=check_threads(threads), check_quants=check_quants_of(check_quants)
+    )
     given = (recipes,) if isinstance(recipes, str) else tuple(recipes)
     model = None if source is None else str(source)
     options = AddOptions(
@@ -122,8 +128,7 @@ def add(
         check_labels(labels or {}),
         model,
         exact,
-        n_threads,
-        check_quants_of(check_quants),
+        compute,
     )
     return run(options, to_progress(progress))
 

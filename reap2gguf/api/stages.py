@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
-from reap2gguf.errors import CalibrationError, OutputError, UsageError
+from reap2gguf.api.peers import Peers
+from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     METHODS,
@@ -28,7 +29,7 @@ from reap2gguf.options import (
     given_or_new,
     one_recipe,
 )
-from reap2gguf.outputs import drop_states, output_file, output_path
+from reap2gguf.outputs import output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
@@ -93,9 +94,11 @@ def observe(
     decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
     files = ScannedFiles()
     check_calibration(decided, files)
-    output, shown = output_file(output), to_progress(progress)
+    peers = Peers(output)
+    output, shown = peers.output, to_progress(progress)
     with open_named(model, shown, follow_links=follow_links) as opened:
         keep_files(opened, [output], files.paths)
+        peers.check_same_model(opened.checkpoint)
         opened.check_tokenizer()
         from reap2gguf.calibration.drawing import observation_rows
         from reap2gguf.observing import passes
@@ -107,15 +110,13 @@ def observe(
         with working(shown, "Reading the calibration text"):
             tokenizer = Tokenizer(opened.source.folder)
             rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
-        _check_same_rows(rows.sha256)
+        peers.make_folder()
         where = _resuming(compute, output, opened.checkpoint, rows.sha256)
         with working(shown, "Loading torch and the first layer"):
             seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
     for line in observed_notes(seen):
         shown.note(line)
-    if processes().is_first:
-        seen.save(output)
-        drop_states(output)
+    peers.end(lambda: seen.save(output))
     return seen
 
 
@@ -190,7 +191,8 @@ def imatrix(
     resumes from the layer that `OUTPUT.state` holds. Raises CalibrationError, ObservationError,
     OutputError, UsageError, and what opening a model raises.
     """
-    output, text, shown = output_file(output), check_path("text", text), to_progress(progress)
+    peers = Peers(output)
+    output, text, shown = peers.output, check_path("text", text), to_progress(progress)
     check_number("chunk", chunk, 8)
     check_number("seed", seed, -(2**31 - 1))
     if imatrix_chunks is not None:
@@ -198,13 +200,16 @@ def imatrix(
     compute = given_or_new("compute", compute, ComputeOptions)
     if output.suffix == ".dat":
         raise UsageError(f"{output}: name the .gguf file; the .dat is written beside it")
-    dat = output_file(output.with_suffix(".dat"))
+    dat = output.with_suffix(".dat")
+    if processes().is_first:
+        output_file(dat)
     from reap2gguf.calibration.scanned_files import ScannedFiles
 
     files = ScannedFiles()
     files.text(text)
     with open_named(model, shown, follow_links=follow_links) as opened:
         keep_files(opened, [output, dat], [text])
+        peers.check_same_model(opened.checkpoint)
         opened.check_tokenizer()
         from reap2gguf.calibration import drawing
         from reap2gguf.gguf_files.imatrix import save_both
@@ -215,12 +220,11 @@ def imatrix(
         with working(shown, f"Reading {text}"):
             tokenizer = Tokenizer(opened.source.folder)
             chunks = drawing.imatrix_chunks(tokenizer, text, size, files, imatrix_chunks, seed)
+        peers.make_folder()
         where = _resuming(compute, output, opened.checkpoint, chunks.tokens_sha256)
         with working(shown, "Loading torch and the first layer"):
             result, _ = compute_imatrix(opened.checkpoint, opened.model, chunks, where, shown)
-    if processes().is_first:
-        save_both(result, output)
-        drop_states(output)
+    peers.end(lambda: save_both(result, output))
     return result
 
 
@@ -233,6 +237,7 @@ def quantize(
     labels: Mapping[str, str] | None = None,
     tensor_types: Sequence[str] | Mapping[str, str] = (),
     threads: int | None = None,
+    device: str = "auto",
     check_quants: CheckQuants | str = CheckQuants.SAMPLE,
     follow_links: bool = False,
     progress: ProgressLike = None,
@@ -241,11 +246,13 @@ def quantize(
 
     `tensor_types` (pattern to type, or a list of PATTERN=TYPE) come before the recipe's rules. If
     `output` is a folder, the file in it is called NAME-LABEL.gguf; `labels` may give the recipe
-    another label. `check_quants` says how much of what the compiled kernels quantize is compared
-    with libggml's bytes: "all", "sample" (one super-block in a thousand) or "none". An interrupted
-    call resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError, ArtifactError,
+    another label. `device` is what quantizes: "cpu", "cuda", or "auto", a GPU if there is one and
+    much to do. `check_quants` says how much of what the compiled kernels quantize is compared with
+    libggml's bytes: "all", "sample" (one super-block in a thousand) or "none". An interrupted call
+    resumes from the tensor that `OUTPUT.journal` holds. Raises RecipeError, ArtifactError,
     OutputError, UsageError, and what opening a model raises.
     """
+    from reap2gguf.building.needs.room import check_device
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
@@ -253,8 +260,10 @@ def quantize(
     from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
 
-    recipe, n_threads = one_recipe(recipe), check_threads(threads)
-    checked = check_quants_of(check_quants).share
+    recipe = one_recipe(recipe)
+    compute = ComputeOptions(
+        device, threads=check_threads(threads), check_quants=check_quants_of(check_quants)
+    )
     overrides = read_overrides(check_tensor_types(tensor_types))
     (asked,) = load_recipes([recipe], check_labels(labels or {}), overrides)
     found = find_recipe(recipe)
@@ -262,6 +271,7 @@ def quantize(
     if not isinstance(imatrix, Imatrix | None):
         inputs.append(imatrix := check_path("imatrix", imatrix))
     weighted_by = None if imatrix is None else WeightedBy.of(imatrix)
+    check_device(compute)
     is_folder, shown = bool(str(output)) and os.path.isdir(str(output)), to_progress(progress)
     if labels and not is_folder:
         raise UsageError(f"{output}: names the file already; pass a folder, or no label")
@@ -274,7 +284,7 @@ def quantize(
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
-        _export(opened, resolved, output, weighted_by, n_threads, checked, shown)
+        _export(opened, resolved, output, weighted_by, compute, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)
 
@@ -284,8 +294,7 @@ def _export(
     recipe: ResolvedRecipe,
     output: Path,
     weighted_by: WeightedBy | None,
-    n_threads: int,
-    checked: float,
+    compute: ComputeOptions,
     progress: Progress,
 ) -> None:
     """Write one GGUF file; its journal lies beside it until it is complete."""
@@ -294,6 +303,7 @@ def _export(
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
+    from reap2gguf.exporting.quantizers import note_quantizers
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -303,16 +313,19 @@ def _export(
     files = {output: recipe}
     journal = ExportJournal(path, key)
     names, checkpoint = HeaderNames(name), opened.checkpoint
+    weighted = () if weighted_by is None else weighted_by.imatrix.entries.keys()
+    note_quantizers([recipe], weighted, compute.device, progress)
     export_model(
         checkpoint,
         opened.model,
         names,
         files,
         weighted_by,
-        n_threads,
+        compute.threads,
         progress,
         journal,
-        checked=checked,
+        device=compute.device,
+        checked=compute.check_quants.share,
     )
     remove(path)
 
@@ -341,18 +354,6 @@ def _select(
     kept = select_experts(seen, method, target, opened.model.facts)
     notes = tuple(selection_notes(seen, kept))
     return Selection(method, target.n_experts, target.n_kept, kept, notes)
-
-
-def _check_same_rows(digest: str) -> None:
-    """Refuse rows that differ among processes: a dataset may change while they start."""
-    if processes().size > 1:
-        from reap2gguf.observing.compute.ranks import join
-
-        if join().broadcast(digest) != digest:
-            raise CalibrationError(
-                "the processes of this run have read different calibration rows; pin a dataset on "
-                "the Hub as owner/name@revision, and run the command again"
-            )
 
 
 def _resuming(

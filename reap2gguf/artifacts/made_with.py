@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 
 from reap2gguf import __version__
 from reap2gguf.messages import shown
@@ -19,6 +21,8 @@ COMPUTING = ("torch", "transformers", "flash-linear-attention")
 MADE_WITH = "made_with"  # key in the metadata of a file
 _MOST_ENTRIES = 32
 _MOST_LETTERS = 128
+
+version = cache(metadata.version)  # a build asks many times, and each time reads a file
 
 
 def versions(libraries: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from reap2gguf.building.bundle_files import is_changed
 from reap2gguf.building.exact import is_always_exact
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.keys import recipe_key
+from reap2gguf.building.needs.room import check_device
 from reap2gguf.building.stage import BuildResult
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.layout import GGUF_SUFFIX
@@ -36,8 +37,10 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
     """Write and adopt files; those with a name that is there already replace it.
 
     A file whose recipe has not changed is not written again. Raises UsageError if it is not a
-    bundle, RecipeError, and what `adopt` and `extend` raise; then the bundle is as it was.
+    bundle, or if a GPU is asked for and there is none, RecipeError, and what `adopt` and `extend`
+    raise; then the bundle is as it was.
     """
+    check_device(options.compute)
     _recover(options.bundle)
     opened = open_bundle(options.bundle)
     if opened.hf is None and options.source is None:
@@ -106,7 +109,7 @@ def _add(
         else:
             recipes.append(recipe)
     adopted = [
-        adopt(path, of_files.get(str(path)), manifest, reference, options.threads, progress)
+        adopt(path, of_files.get(str(path)), manifest, reference, options.compute.threads, progress)
         for path in options.files
     ]
     _check_labels(recipes, adopted)
@@ -123,7 +126,7 @@ def _add(
         inputs=Inputs(inputs.base, {**inputs.recipes, **new}),
         exact=frozenset(r.name for r in recipes if options.exact or is_always_exact(r)),
     )
-    return extend(addition, reference, options.threads, progress)
+    return extend(addition, reference, options.compute, progress)
 
 
 def _resolved(

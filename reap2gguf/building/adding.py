@@ -43,6 +43,7 @@ from reap2gguf.errors import OutputError, VerificationError
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.model_files import WeightedBy, export_model
+from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.machine import peak_bytes
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.adopting import Adopted
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
+    from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.resolve import ResolvedRecipe
     from reap2gguf.verifying.context import Reference
@@ -76,7 +78,6 @@ class Addition:
     order: Sequence[str] = ()  # file names of the new bundle, as far as they have an order
     inputs: Inputs = field(default_factory=lambda: Inputs(""))  # of the new bundle
     exact: frozenset[str] = frozenset()  # names of recipes whose files are quantized again
-    device: str = "auto"  # what quantizes, and quantizes again: auto, cpu or cuda
 
     @property
     def new_names(self) -> set[str]:
@@ -91,7 +92,7 @@ class _Run:
 
     addition: Addition
     reference: Reference
-    threads: int
+    compute: ComputeOptions
     progress: Progress
     costs: list[StageCost] = field(default_factory=list)
 
@@ -110,17 +111,18 @@ def record_name(manifest: Manifest, recipe: ResolvedRecipe) -> str:
 
 
 def extend(
-    addition: Addition, reference: Reference, threads: int, progress: Progress
+    addition: Addition, reference: Reference, compute: ComputeOptions, progress: Progress
 ) -> BuildResult:
     """Add files to a bundle whose lock is held.
 
-    `reference` is the weights of the bundle's model, and the model. An interrupted call resumes
+    `reference` is the weights of the bundle's model, and the model; of `compute` device, threads
+    and `check_quants` count. An interrupted call resumes
     from the tensor that it had reached. Raises VerificationError if a file of the bundle is not as
     it was built or a new one is wrong, OutputError if the disk refuses; then the bundle is as it
     was.
     """
-    work, manifest = addition.work, addition.manifest
-    run = _Run(addition, reference, threads, progress)
+    work, manifest, threads = addition.work, addition.manifest, compute.threads
+    run = _Run(addition, reference, compute, progress)
     adopted = [one.path for one in addition.adopted]
     check_bundle_files(work, manifest, addition.stay, adopted, threads, progress)
     work.prepare_addition({"bundle": _digest(manifest.text())})
@@ -188,8 +190,22 @@ def _export(run: _Run, files: Mapping[Path, ResolvedRecipe], hashes: Hashes) -> 
     names = HeaderNames.of(manifest, __version__)
     imatrix = _imatrix(addition)
     weighted_by = None if imatrix is None else WeightedBy(imatrix)
-    how = run.threads, run.progress, journal, hashes, addition.device
-    export_model(weights, model, names, files, weighted_by, *how)
+    compute = run.compute
+    weighted = () if imatrix is None else imatrix.entries.keys()
+    note_quantizers(addition.recipes, weighted, compute.device, run.progress)
+    export_model(
+        weights,
+        model,
+        names,
+        files,
+        weighted_by,
+        compute.threads,
+        run.progress,
+        journal,
+        hashes,
+        compute.device,
+        compute.check_quants.share,
+    )
 
 
 def _imatrix(addition: Addition) -> Imatrix | None:
@@ -214,7 +230,8 @@ def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
         checks.append(GgufCheck(path, expected, exactness))
         level = Level.EXACT if is_exact else Level.VALUES
         passed[path.name] = passed_file(path.name, len(recipe.table), level)
-    violations = check_ggufs(checks, run.reference, run.threads, run.progress, addition.device)
+    how = run.compute.threads, run.progress, run.compute.device
+    violations = check_ggufs(checks, run.reference, *how)
     if violations:
         for path in files:
             remove(path)

@@ -257,13 +257,70 @@ def _source_model(source: OpenSource, view: PrunedView) -> MoeModel:
 
 def _manifest(parts: _Parts, name: str) -> Manifest:
     """The manifest as far as it is known before the files are in their places."""
-    source, view, checkpoint = parts.source.source, parts.view, parts.source.checkpoint
+    view, checkpoint = parts.view, parts.source.checkpoint
     model = _source_model(parts.source, view)
-    facts = model.facts
-    history = read_history(checkpoint, facts, lambda line: None)
-    kept = {layer: tuple(ids) for layer, ids in view.kept.items()}
+    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
+    n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
+    folder = FolderRecord(name, n_shards, view.n_parameters, view.n_bytes, {})
+    return Manifest(
+        name=name,
+        program=program_versions(),
+        source=_source_record(parts, model),
+        pruning=_pruning_record(parts, model),
+        calibration=_calibration_record(parts),
+        hf=folder if parts.is_pruned else None,
+        gguf=(),
+        caveats=(*model.caveats(), *caveats),
+    )
+
+
+def _source_record(parts: _Parts, model: MoeModel) -> SourceRecord:
+    """Where the weights came from."""
+    source, checkpoint = parts.source.source, parts.source.checkpoint
+    history = read_history(checkpoint, model.facts, lambda line: None)
+    kept = {layer: tuple(ids) for layer, ids in parts.view.kept.items()}
+    return SourceRecord(
+        source.label,
+        source.revision,
+        checkpoint.fingerprint(),
+        model.facts.architecture,
+        checkpoint.n_parameters,
+        checkpoint.n_bytes,
+        None if history is None else history.after(kept),
+    )
+
+
+def _pruning_record(parts: _Parts, model: MoeModel) -> PruningRecord:
+    """Which experts remain, and by what they were chosen, as far as that is known."""
+    file, sha256, seen = parts.seen or (None, "", None)
+    return PruningRecord(
+        method=parts.method,
+        n_experts=model.facts.n_experts,
+        n_kept=parts.view.n_kept,
+        experts_per_token=model.facts.experts_per_token,
+        kept={layer: tuple(ids) for layer, ids in parts.view.kept.items()},
+        observations_sha256=sha256,
+        n_rows=0 if seen is None else seen.n_rows,
+        n_tokens=0 if seen is None else seen.n_tokens,
+        n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
+        mtp=_mtp_record(parts, model),
+        observations_file=file,
+    )
+
+
+def _mtp_record(parts: _Parts, model: MoeModel) -> MtpRecord:
+    """What happened to a multi-token-prediction block."""
+    if model.facts.has_mtp:
+        return MtpRecord("pruned" if parts.is_pruned else "kept")
+    names = parts.source.checkpoint.tensors
+    drops = any(isinstance(model.role(name), Dropped) for name in names)
+    return MtpRecord("dropped" if drops else "none")
+
+
+def _calibration_record(parts: _Parts) -> CalibrationRecord:
+    """The texts of both passes, as far as they are known."""
     seen = None if parts.seen is None else parts.seen[2]
-    calibration = CalibrationRecord(
+    found = CalibrationRecord(
         spec=None if seen is None else seen.calibration,
         sha256=None if seen is None else seen.calibration_sha256,
         max_length=None,
@@ -275,48 +332,10 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
         imatrix_chunk_size=None,
     )
     if parts.imatrix is not None:
-        calibration = with_given_imatrix(calibration, parts.imatrix)
+        found = with_given_imatrix(found, parts.imatrix)
     if parts.text is not None:
-        sha256 = hash_file(parts.text).sha256
-        calibration = replace(calibration, imatrix_sha256=sha256)
-    drops = any(isinstance(model.role(name), Dropped) for name in checkpoint.tensors)
-    state = "dropped" if drops else "none"
-    if facts.has_mtp:
-        state = "pruned" if parts.is_pruned else "kept"
-    caveats = check_tokenizer(checkpoint.folder, facts.vocab_size, model.pre_tokenizers)
-    n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
-    return Manifest(
-        name=name,
-        program=program_versions(),
-        source=SourceRecord(
-            source.label,
-            source.revision,
-            checkpoint.fingerprint(),
-            facts.architecture,
-            checkpoint.n_parameters,
-            checkpoint.n_bytes,
-            None if history is None else history.after(kept),
-        ),
-        pruning=PruningRecord(
-            method=parts.method,
-            n_experts=facts.n_experts,
-            n_kept=view.n_kept,
-            experts_per_token=facts.experts_per_token,
-            kept=kept,
-            observations_sha256="" if parts.seen is None else parts.seen[1],
-            n_rows=0 if seen is None else seen.n_rows,
-            n_tokens=0 if seen is None else seen.n_tokens,
-            n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
-            mtp=MtpRecord(state),
-            observations_file=None if parts.seen is None else parts.seen[0],
-        ),
-        calibration=calibration,
-        hf=FolderRecord(name, n_shards, view.n_parameters, view.n_bytes, {})
-        if parts.is_pruned
-        else None,
-        gguf=(),
-        caveats=(*model.caveats(), *caveats),
-    )
+        found = replace(found, imatrix_sha256=hash_file(parts.text).sha256)
+    return found
 
 
 def _adopted(

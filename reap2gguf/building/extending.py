@@ -26,13 +26,13 @@ def extend_finished(run: Run, found: Standing) -> BuildResult:
     if found.is_up_to_date:
         return BuildResult.of(run.work, found.manifest)
     work, plan, manifest = run.work, run.plan, found.manifest
-    threads, addition = plan.options.compute.threads, _addition(run, found)
+    compute, addition = plan.options.compute, _addition(run, found)
     if manifest.hf is None:
         kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
         view = PrunedView(plan.checkpoint, plan.model, kept)
-        return extend(addition, (view, view.model), threads, run.progress)
+        return extend(addition, (view, view.model), compute, run.progress)
     with open_reference(manifest, work.final_hf) as reference:
-        return extend(addition, reference, threads, run.progress)
+        return extend(addition, reference, compute, run.progress)
 
 
 def _others(run: Run, found: Standing) -> list[str]:
@@ -71,5 +71,4 @@ def _addition(run: Run, found: Standing) -> Addition:
         order=[*stay, *made] if _others(run, found) else [*made],
         inputs=replace(run.keys.inputs, recipes={**kept, **made}),
         exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
-        device=plan.options.compute.device,
     )

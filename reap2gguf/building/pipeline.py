@@ -32,6 +32,7 @@ from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.together import do_together
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
+from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.coverage import selection_notes
@@ -66,13 +67,17 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
 def _run_stages(run: Run) -> BuildResult | None:
     """All stages in order; no other build of this name is running."""
     plan = run.plan
+    run.check_same_model()
     found = standing(plan, run.keys, run.work) if run.is_first else None
     if run.agree(lambda: found is not None):
+        run.dismiss()
         return None if found is None else extend_finished(run, found)
     if run.is_first:  # the only one that writes files
         refuse_dropping(plan, run.work)
         run.plan = plan = with_all_values(plan, run.progress.note)
     run.room = run.agree(lambda: check_room(plan, run.work, run.progress))
+    if run.is_first:
+        note_quantizers(plan.recipes, plan.weighted, plan.options.compute.device, run.progress)
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
+    from reap2gguf.quantizing.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,13 @@ class Plan:
         return min(self.calibration.max_length, self.model.facts.context_length)
 
     @property
+    def weighted(self) -> Collection[str]:
+        """The tensors that have importance, by their names in GGUF."""
+        if self.imatrix is not None:
+            return self.imatrix.imatrix.entries.keys()
+        return self.pruned.model.weighted_matrices()
+
+    @property
     def inputs(self) -> tuple[InputRecord, ...]:
         """The local files that decide the result, with their hashes. Raises CalibrationError."""
         reads = self.reads_calibration
@@ -173,7 +182,63 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     `note` receives each failed request to the Hub.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
-    # what is cheap to check comes first
+    asked = _read_options(options)
+    source = resolve_source(options.model, note, options.follow_links)
+    checkpoint = source.open(note)
+    model = describe(checkpoint, keep_mtp=options.mtp == "prune")
+    check_with_transformers(model)
+    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
+    target = choose_target(model.facts, options.keep_experts, options.compression)
+    pruned = _with_first_experts(checkpoint, model, target)
+    tensors = pruned.model.gguf_tensors(pruned.tensors)
+    recipes = tuple(
+        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True)
+        for recipe in asked.recipes
+    )
+    name = bundle_name(options, source, target, note)
+    folders = BundleFolders(options.output, name)
+    keep_given(folders, (options.observations, options.imatrix), target.prunes)
+    observations = _observations(options, checkpoint, model, target)
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix, tensors)
+    sides = _side_files(model, checkpoint)
+    for line in (line for side in sides for line in side.notes):
+        note(line)
+    plan = Plan(
+        options=options,
+        calibration=asked.calibration,
+        source=source,
+        checkpoint=checkpoint,
+        model=model,
+        target=target,
+        name=name,
+        pruned=pruned,
+        recipes=recipes,
+        side_files=sides,
+        files=asked.files,
+        tokenizer_caveats=caveats,
+        history=read_history(checkpoint, model.facts, note),
+        observations=observations,
+        imatrix=imatrix,
+    )
+    for recipe in recipes:
+        _check_importance(recipe, plan)
+    if plan.reads_calibration and not asked.is_checked:
+        check_calibration(plan.calibration, plan.files)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the options say by themselves, before any model is looked at."""
+
+    recipes: Sequence[Recipe]
+    calibration: Calibration
+    files: ScannedFiles
+    is_checked: bool  # whether the calibration has been checked
+
+
+def _read_options(options: BuildOptions) -> _Asked:
+    """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
     overrides = read_overrides(options.tensor_types)
     recipes = load_recipes(options.recipes, options.labels, overrides)
     if same := twice([recipe.label for recipe in recipes]):
@@ -182,59 +247,29 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
             f"two recipes have the label {labels} and so the same file name (where capitals do "
             "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
         )
-    calibration = decide(options.calibration)
-    files = ScannedFiles()
-    if reads_early := _surely_reads(options):
+    calibration, files = decide(options.calibration), ScannedFiles()
+    if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
     if options.imatrix_text is not None:
         _check_there(options.imatrix_text)
         files.text(options.imatrix_text)
-    source = resolve_source(options.model, note, options.follow_links)
-    checkpoint = source.open(note)
-    model = describe(checkpoint, keep_mtp=options.mtp == "prune")
-    check_with_transformers(model)
-    of_tokenizer = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
-    target = choose_target(model.facts, options.keep_experts, options.compression)
+    return _Asked(recipes, calibration, files, is_checked)
+
+
+def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
+    """The model with the first experts of each layer: of the sizes that any choice has."""
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
-    pruned = PrunedView(checkpoint, model, first_ones)
-    tensors = pruned.model.gguf_tensors(pruned.tensors)
-    resolved = tuple(
-        resolve(recipe, tensors, model.facts, target.n_kept, has_imatrix=True) for recipe in recipes
-    )
-    name = bundle_name(options, source, target, note)
-    folders = BundleFolders(options.output, name)
-    keep_given(folders, (options.observations, options.imatrix), target.prunes)
-    seen = imatrix = None
-    if options.observations is not None:
-        how = target, options.method
-        seen = read_observations(options.observations, checkpoint, model.facts, *how)
-    if options.imatrix is not None:
-        imatrix = read_imatrix(options.imatrix, tensors)
-    for recipe in resolved:
-        _check_importance(recipe, pruned.model, imatrix)
-    sides = _side_files(model, checkpoint)
-    for line in (line for side in sides for line in side.notes):
-        note(line)
-    plan = Plan(
-        options,
-        calibration,
-        source,
-        checkpoint,
-        model,
-        target,
-        name,
-        pruned,
-        resolved,
-        sides,
-        files,
-        of_tokenizer,
-        read_history(checkpoint, model.facts, note),
-        seen,
-        imatrix,
-    )
-    if plan.reads_calibration and not reads_early:
-        check_calibration(calibration, files)
-    return plan
+    return PrunedView(checkpoint, model, first_ones)
+
+
+def _observations(
+    options: BuildOptions, checkpoint: Checkpoint, model: MoeModel, target: Target
+) -> GivenObservations | None:
+    """Observations in place of those that would be made. Raises what `read_observations` does."""
+    if options.observations is None:
+        return None
+    how = target, options.method
+    return read_observations(options.observations, checkpoint, model.facts, *how)
 
 
 def _surely_reads(options: BuildOptions) -> bool:
@@ -244,13 +279,10 @@ def _surely_reads(options: BuildOptions) -> bool:
     return options.observations is None and options.compression != 0
 
 
-def _check_importance(
-    recipe: ResolvedRecipe, model: MoeModel, given: GivenImatrix | None = None
-) -> None:
+def _check_importance(recipe: ResolvedRecipe, plan: Plan) -> None:
     """Refuse a type that needs an importance where the importance matrix will have none."""
-    weighted = model.weighted_matrices() if given is None else given.imatrix.entries.keys()
-    if unweighted := sorted({*recipe.needs_importance()} - weighted):
-        name = unweighted[0]
+    if unweighted := sorted({*recipe.needs_importance()} - set(plan.weighted)):
+        name, given = unweighted[0], plan.imatrix
         why = "none is computed for it" if given is None else f"{given.file} has none for it"
         raise RecipeError(
             f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "

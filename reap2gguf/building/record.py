@@ -6,11 +6,12 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf import __version__
+from reap2gguf.artifacts.made_with import version
 from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.seals import Seal, refuse_changed

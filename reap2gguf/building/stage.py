@@ -10,6 +10,7 @@ the first.
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from reap2gguf.artifacts.made_with import other_versions, versions
-from reap2gguf.atomic import remove
+from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.marks import NOTHING, StageMarks
 from reap2gguf.building.seals import Seal, Stamps, changed, seal, stamps, unsealed
 from reap2gguf.building.workdir import Room
+from reap2gguf.errors import OutputError
 from reap2gguf.machine import peak_bytes, processes
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.progress import working
@@ -154,12 +156,12 @@ class Stage(ABC, Generic[Result]):
     @property
     def compute_options(self) -> ComputeOptions:
         """Where and how to compute, and where to keep what a sweep has done between layers."""
-        work = self.run.work
+        folder = self.run.scratch
         made_with = versions(self.libraries)
-        resume = Resume(work.root / f"{self.name}.state", self.key, made_with)
+        resume = Resume(folder / f"{self.name}.state", self.key, made_with)
         return replace(
             self.run.plan.options.compute,
-            scratch=work.root,
+            scratch=folder,
             resume=resume if self.run.room.keeps_states else None,
         )
 
@@ -184,6 +186,7 @@ class Run:
         self.progress = StoppableProgress(self.listener, self.joint)
         self._begun = time.monotonic()
         self._computing: list[str] = []  # names of stages
+        self._ending = threading.Lock()
 
     @cached_property
     def keys(self) -> BuildKeys:
@@ -273,9 +276,10 @@ class Run:
             remove(state)  # of a sweep whose result is there
         seconds = round(time.monotonic() - begun - stage.seconds_waited, 2)
         began = round(begun - self._begun, 2)
-        self.costs.append(StageCost(stage.name, seconds, peak_bytes(), reused, began))
         names = [one.name for one in self.order]
-        self.costs.sort(key=lambda cost: names.index(cost.name))
+        with self._ending:  # a list that grows while it is sorted raises ValueError
+            self.costs.append(StageCost(stage.name, seconds, peak_bytes(), reused, began))
+            self.costs.sort(key=lambda cost: names.index(cost.name))
 
     def _heading(self, stage: Stage[Any]) -> str:
         names = [one.name for one in self.order]
@@ -290,6 +294,36 @@ class Run:
         from reap2gguf.observing.compute.ranks import join
 
         return join().broadcast(decide() if self.is_first else None)
+
+    @cached_property
+    def scratch(self) -> Path:
+        """Where a sweep keeps what waits and what it has done, in this process.
+
+        Of a process on another machine, which does not have the work folder, a folder of its own.
+        """
+        if self.is_first or self.work.root.is_dir():
+            return self.work.root
+        try:
+            make_folder(self.work.peer)
+        except OutputError as error:  # it needs none, unless activations have to wait on the disk
+            self.progress.note(str(error))
+        return self.work.peer
+
+    def check_same_model(self) -> None:
+        """Refuse processes that see different checkpoints; PeerError in all of them."""
+        if processes().size > 1:
+            from reap2gguf.observing.compute.ranks import check_same_model
+
+            check_same_model(self.keys.fingerprint)
+
+    def dismiss(self) -> None:
+        """Release the other processes, which all call this: what follows is the first one's."""
+        if processes().size > 1:
+            from reap2gguf.observing.compute.ranks import release
+
+            release()
+            if not self.is_first:
+                self.work.drop_peer()
 
     def _is_marked(self, stage: Stage[Any]) -> bool:
         """Whether a stage was finished with these inputs and its outputs are there."""

@@ -23,9 +23,9 @@ from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.disk.hashing import Hashes
-from reap2gguf.exporting.gguf_export import export_bytes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
+from reap2gguf.exporting.memory import export_memory
 from reap2gguf.exporting.model_files import (
     WeightedBy,
     export_model,
@@ -313,10 +313,10 @@ class Export(Stage[None]):
 
     @property
     def held_bytes(self) -> int:
-        model = self._pruned.model
-        tensors = model.gguf_tensors(self._pruned.tensors)
-        types = [recipe.tensor_types() for recipe in self.files.values()]
-        return export_bytes(tensors, types, self.run.plan.options.compute.threads)
+        compute, recipes = self.run.plan.options.compute, self.run.plan.recipes
+        has_gpu = compute.likely_device == "cuda"
+        where = compute.device, compute.threads, has_gpu
+        return export_memory(self._pruned, recipes, *where).ram
 
     def clear(self) -> None:
         folder = self.run.work.gguf

@@ -35,12 +35,15 @@ def do_together(run: Run, leader: Stage[Any], *others: Stage[Any]) -> None:
     """
     if not run.is_first:
         run.do(leader)
+        run.dismiss()
         return
     names = [one.name for one in run.order]
     stages = sorted([leader, *others], key=lambda stage: names.index(stage.name))
     if run.plan.options.compute.threads == 1 or not run.room.overlaps:
         for stage in stages:
             run.do(stage)
+            if stage is leader:
+                run.dismiss()
         return
     found = [stage for stage in stages if run.open(stage)]
     run.joint.begin([stage.name for stage in found])
@@ -64,6 +67,7 @@ class _Threads:
             if leader is not None:
                 leader.beside = self._start
                 self._compute(leader)
+            self._run.dismiss()
             self._start(lambda n_bytes: True)
             self._run.joint.wait(self._run.joint.running)
         except BaseException as error:  # noqa: BLE001 - the first is raised by `work`
@@ -72,7 +76,8 @@ class _Threads:
         # a thread that waits for a download would not hear of the end
         with self._run.plan.checkpoint.without_fetching() if is_failed else nullcontext():
             for thread in self._threads:
-                thread.join()
+                if thread.ident is not None:  # it could be started
+                    thread.join()
         if self._errors:
             raise _first(self._errors)
 

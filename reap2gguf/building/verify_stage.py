@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 Found = tuple[list[str], list[str]]  # violations, and what was checked
 _COMPARING_BYTES = 2**23  # of each thread, while safetensors are compared or hashed
-_BESIDE_A_GPU = 2**26  # of each, while it makes blocks: they and the weights, pinned, and a file's
+_VALUES_BYTES = 7 * 2**24  # of each thread, while a GGUF file's ranges are: see `comparison.py`
+_BESIDE_A_GPU = 2**26  # of each thread: blocks and weights, pinned, and a file's rows
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ class Verify(Stage[Verified]):
     @property
     def held_bytes(self) -> int:
         compute = self.run.plan.options.compute
-        on_gpu = compute.likely_device == "cuda"
-        most = _BESIDE_A_GPU * device_threads(compute.threads) if on_gpu else 0
-        return max(_COMPARING_BYTES * compute.threads, most)
+        values = _VALUES_BYTES * compute.threads
+        if compute.likely_device == "cuda":
+            values = max(values, _BESIDE_A_GPU * device_threads(compute.threads))
+        # GGUF files are compared when the export, which is beside it until then, has ended
+        return max(_COMPARING_BYTES * compute.threads, values - self._export.held_bytes)
 
     def compute(self) -> Mapping[str, Any]:
         """The safetensors are checked while the GGUF files are still written."""

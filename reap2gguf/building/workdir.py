@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,19 @@ class Workdir:
     @property
     def root(self) -> Path:
         return self.shared / (f".{self.name}.adding" if self.is_addition else self.name)
+
+    @property
+    def peer(self) -> Path:
+        """For processes of this build on another machine, which does not have the work folder."""
+        return self.shared / f".{self.name}.peer"
+
+    def drop_peer(self) -> None:
+        """Remove that folder, and those around it if they are empty."""
+        if self.peer.is_dir():
+            remove(self.peer)
+            with suppress(OSError):  # not empty, or a mounted disk
+                self.shared.rmdir()
+                self.output.rmdir()
 
     def of_addition(self) -> Workdir:
         """The folders for files that are added to the finished bundle."""

@@ -7,7 +7,7 @@ its entry: in the thread that writes it, without a lock, and before any of its w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 TypesOf = Mapping[str, Collection["GGMLQuantizationType"]]  # of each tensor, in all files
 
 
+def is_weighted(name: str, types: Iterable[GGMLQuantizationType], entries: Container[str]) -> bool:
+    """Whether a tensor has importance, and a type that needs it."""
+    return name in entries and any(one.name not in UNWEIGHTED_TYPES for one in types)
+
+
 class AwaitedImportance:
     """Which tensors of an export need which importance; threads may share it."""
 
     def __init__(self, entries: Mapping[str, ImatrixEntry], types_of: TypesOf) -> None:
         self.entries = entries
         self._weighted = {
-            name
-            for name, types in types_of.items()
-            if name in entries and any(one.name not in UNWEIGHTED_TYPES for one in types)
+            name for name, types in types_of.items() if is_weighted(name, types, entries)
         }
         self._digests: dict[str, str] = {}
 
@@ -55,6 +58,11 @@ class AwaitedImportance:
         """Wait until a tensor can be written; Stopped if it never can."""
         if name in self._weighted:
             self.entries[name]
+
+    def stop(self) -> None:
+        """Stop all threads that wait: the export has failed."""
+        if isinstance(self.entries, GrowingEntries):
+            self.entries.stop()
 
     def in_order(self, tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
         """The tensors that can be written now, then those that wait, in the order of the file.

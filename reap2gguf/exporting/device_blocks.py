@@ -39,6 +39,17 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.kernels.cuda import Blocks, Channel, Gpu
 
+
+def pays_on_gpu(device: str, n_values: int) -> bool:
+    """Whether a GPU, where there is one, quantizes so many weights; auto takes it for much work."""
+    return device == "cuda" or (device == "auto" and n_values >= _MUCH_WORK)
+
+
+def device_threads(n_threads: int) -> int:
+    """How many threads feed a GPU, where the processor's work has so many."""
+    return min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS)
+
+
 BATCH_BYTES = 2**24  # as stored
 _FEWEST_THREADS, _MOST_THREADS = 4, 16  # they mostly wait: for the disk, and for the GPU
 _MUCH_WORK = 2**28  # blocks' values; a processor needs a few seconds for fewer
@@ -188,11 +199,6 @@ class Device:
         return DeviceBlocks(host, self.gpu, self.usable)
 
 
-def device_threads(n_threads: int) -> int:
-    """How many threads work with a GPU where a processor has so many."""
-    return min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS)
-
-
 @contextmanager
 def opened_device(
     quantizer: Quantizer,
@@ -211,7 +217,7 @@ def opened_device(
     if ComputeOptions(device=device).likely_device == "cpu" or quantizer.kernels is None:
         yield None
         return
-    if device == "auto" and n_values < _MUCH_WORK:
+    if not pays_on_gpu(device, n_values):
         yield None
         return
     try:

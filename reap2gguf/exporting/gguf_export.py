@@ -38,7 +38,6 @@ from reap2gguf.exporting.row_ranges import (
 )
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.reader import row_bytes
-from reap2gguf.gguf_files.rows import row_ranges
 from reap2gguf.quantizing.quantizer import SAMPLE, load_quantizer
 
 if TYPE_CHECKING:
@@ -53,33 +52,12 @@ if TYPE_CHECKING:
     from reap2gguf.progress import Progress, Task
 
 
-_HASHED_BYTES = 2**22
-_VALUE_BYTES = 4 + 4 + 1  # of a weight: as stored, widened, and whether it is finite
-
-
 @dataclass(frozen=True)
 class GgufOutput:
     """One file to write: its final name and its header."""
 
     path: Path
     header: HeaderFacts
-
-
-def export_bytes(
-    tensors: Sequence[GgufTensor],
-    types: Sequence[Mapping[str, GGMLQuantizationType]],
-    n_threads: int,
-) -> int:
-    """The most that `export_gguf` holds in RAM: a range as stored and widened, and its blocks.
-
-    `types` are those of each file. 4 MiB more for each are read back to hash it.
-    """
-    most = 0
-    for tensor in tensors:
-        _, n_rows = max(row_ranges(tensor), key=lambda rows: rows[1] - rows[0])
-        blocks = sum(row_bytes(one, tensor.n_columns) for one in {of[tensor.name] for of in types})
-        most = max(most, n_rows * (_VALUE_BYTES * tensor.n_columns + blocks))
-    return n_threads * most + _HASHED_BYTES * len(types)
 
 
 @dataclass(frozen=True)
@@ -249,7 +227,7 @@ class _Job:
                 journal.add(name, importance.digest(name), outputs)
 
         try:
-            work_through(work, self.weights, iter(todo), self.making.n_threads)
+            work_through(work, self.weights, iter(todo), self.making.n_threads, importance.stop)
         except BaseException:
             if journal is not None:
                 with suppress(OutputError):  # the error that is being raised says more

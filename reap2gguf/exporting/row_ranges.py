@@ -19,13 +19,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from reap2gguf.errors import ArtifactError, CheckpointError
-from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
+from reap2gguf.ggml import NEEDS_IMPORTANCE, TINY, UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.growing import entry_shape
 from reap2gguf.gguf_files.rows import (
     expect_rows,
@@ -34,6 +34,7 @@ from reap2gguf.gguf_files.rows import (
     rows_per_matrix,
     stored_bytes,
 )
+from reap2gguf.quantizing.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -76,6 +77,10 @@ class BlockMaker:
     weights: Weights
     quantizer: Quantizer
     importance: Mapping[str, ImatrixEntry]
+    # of each thread: a new one for each range would cost the system a page at a time
+    _kept: threading.local = field(
+        default_factory=threading.local, init=False, repr=False, compare=False
+    )
 
     def read(self, rows: RowRange) -> Floats:
         """The values (last - first, columns) that GGUF is to hold; CheckpointError for a NaN."""
@@ -84,12 +89,24 @@ class BlockMaker:
             raise self.not_finite(rows)
         return values
 
+    def _read_stored(self, rows: RowRange) -> StoredRows:
+        """The same values as they are stored, if they are; valid until this thread calls again."""
+        place = stored_bytes(self.weights, rows.tensor, rows.slab, rows.first, rows.last)
+        if place is None:
+            values = read_rows(self.weights, rows.tensor, rows.slab, rows.first, rows.last)
+            return StoredRows(np.ascontiguousarray(values), "F32")
+        buffer: npt.NDArray[np.uint8] | None = getattr(self._kept, "buffer", None)
+        if buffer is None or buffer.size < place.count:
+            buffer = self._kept.buffer = np.empty(place.count, np.uint8)
+        self.weights.read_bytes(place.name, place.first, buffer[: place.count])
+        return StoredRows.of(buffer[: place.count], place.dtype, rows.tensor.n_columns)
+
     def not_finite(self, rows: RowRange) -> CheckpointError:
         """The error of a range that holds NaN."""
         return CheckpointError(f"{self._where(rows)} holds NaN or infinite values")
 
     def quantize(
-        self, rows: RowRange, values: Floats, tensor_type: GGMLQuantizationType
+        self, rows: RowRange, values: Floats | StoredRows, tensor_type: GGMLQuantizationType
     ) -> npt.NDArray[np.uint8]:
         """Whole rows of a range as bytes (rows, bytes of a row).
 
@@ -120,10 +137,14 @@ class BlockMaker:
         """
         made: dict[GGMLQuantizationType, list[npt.NDArray[np.uint8]]] = {one: [] for one in types}
         for rows in batch:
-            values = self.read(rows)
+            values = self._read_stored(rows)
+            largest = values.largest
+            if largest == float("inf"):
+                raise self.not_finite(rows)
             for tensor_type, parts in made.items():
                 data = self.quantize(rows, values, tensor_type)
-                self.check_precision(rows, values, tensor_type, data)
+                if 0 < largest < TINY:
+                    self.check_precision(rows, values.values, tensor_type, data)
                 parts.append(data)
         return {
             one: parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -191,8 +212,12 @@ def work_through(
     weights: Weights,
     batches: Iterator[Batch],
     n_threads: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Work on every batch: a thread takes the next as soon as it is free, so none waits."""
+    """Work on every batch: a thread takes the next as soon as it is free, so none waits.
+
+    When one fails, `stop` is called, for threads that wait for what this process still computes.
+    """
     lock, failed = threading.Lock(), threading.Event()
     coming = _prefetched(weights, batches, 2 * n_threads)
 
@@ -210,6 +235,7 @@ def work_through(
                 worker.result()
         except BaseException:
             failed.set()  # the other threads finish the range they work on
+            stop()
             with weights.without_fetching():  # or give up where they wait for a download
                 pool.shutdown()
             raise

@@ -28,7 +28,7 @@ class GrowingEntries(Mapping[str, "ImatrixEntry"]):
         self._shapes = dict(shapes)  # rows and columns of the sums
         self._final: dict[str, ImatrixEntry] = {}
         self._changed = threading.Condition()
-        self._has_failed = False
+        self._is_stopped = False
         self.n_readers = 1  # threads that read entries
         self.seconds_idle = 0.0  # while each of them waited
         self._n_waiting = 0
@@ -45,7 +45,7 @@ class GrowingEntries(Mapping[str, "ImatrixEntry"]):
         with self._changed:
             self._n_waiting += 1
             begun = time.monotonic() if self._n_waiting == self.n_readers else None
-            self._changed.wait_for(lambda: self._has_failed or name in self._final)
+            self._changed.wait_for(lambda: self._is_stopped or name in self._final)
             if begun is not None:  # the last that came; when it goes on, others do
                 self.seconds_idle += time.monotonic() - begun
             self._n_waiting -= 1
@@ -77,15 +77,19 @@ class GrowingEntries(Mapping[str, "ImatrixEntry"]):
             self._final[entry.name] = entry
             self._changed.notify_all()
 
+    def stop(self) -> None:
+        """Stop all who wait, or will: no entry comes any more, or nobody needs one."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+
     @contextmanager
     def filled(self) -> Iterator[None]:
         """Publish all entries inside; if that fails, those who wait are stopped."""
         try:
             yield
         except BaseException:
-            with self._changed:
-                self._has_failed = True
-                self._changed.notify_all()
+            self.stop()
             raise
 
 

@@ -79,11 +79,10 @@ def needs_of(plan: Plan) -> Needs:
         else estimate(plan, nothing, *rented_cpu(_CORES))
     )
     source = plan.checkpoint.n_bytes
-    gpu_memory = needed.sweeps.device_bytes if on_gpu else 0
     transfers = source / _DOWNLOAD_BYTES + needed.disk_bytes / _UPLOAD_BYTES
     return Needs(
-        int(_SPARE * gpu_memory),
-        int(_SPARE * needed.sweeps.host_bytes) + _SYSTEM_MEMORY,
+        int(_SPARE * needed.gpu_memory_bytes),
+        int(_SPARE * needed.memory_bytes) + _SYSTEM_MEMORY,
         int(_SPARE * (source + needed.disk.room_bytes + needed.state_bytes)) + _SYSTEM_DISK,
         needed.seconds,
         _SETUP_SECONDS + transfers,

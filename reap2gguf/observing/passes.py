@@ -13,6 +13,7 @@ from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
+from reap2gguf.machine import processes
 from reap2gguf.observing.probe import mtp_probe
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def observe(
     from reap2gguf.observing.saliency import SaliencyObserver
     from reap2gguf.observing.sweep import sweep
 
+    _check_same_rows(rows.sha256)
     observer = SaliencyObserver(model)
     probe = mtp_probe(model, rows)
     report = sweep(
@@ -85,6 +87,7 @@ def compute_imatrix(
     from reap2gguf.observing.importance import ImportanceObserver
     from reap2gguf.observing.sweep import sweep
 
+    _check_same_rows(chunks.tokens_sha256)
     progress.note(f"imatrix: {chunks.summary}")
     observer = ImportanceObserver(model, None if entries is None else entries.publish)
     with nullcontext() if entries is None else entries.filled():
@@ -103,6 +106,18 @@ def compute_imatrix(
     if unseen := imatrix.unseen_experts():
         progress.note(f"imatrix: {_unweighted(imatrix, unseen)}")
     return imatrix, report
+
+
+def _check_same_rows(digest: str) -> None:
+    """Refuse rows that differ among processes: a dataset may change while they start."""
+    if processes().size > 1:
+        from reap2gguf.observing.compute.ranks import join
+
+        join().check_same(
+            "the hash of the calibration rows",
+            digest,
+            "pass the same texts on all machines, and a dataset on the Hub as owner/name@revision",
+        )
 
 
 def announced_entries(weights: Weights, model: MoeModel) -> GrowingEntries:

@@ -3,8 +3,10 @@
 A state is a safetensors file: the hidden states, tokens and lengths of every batch, and the sums of
 the finished layers. It is as large as the spool, so it is written only if that takes little time
 compared with the layers since the last save; on a GPU that computes a layer in a second, never.
-Memory: one batch on the host. Each of several processes saves a state of its own; all resume from
-the same layer, or all start from the first one.
+Memory: one batch on the host.
+
+Each of several processes saves a state of its own, on its machine, and keeps the last one until all
+have saved the next. So at any moment there is a layer that all of them can resume from.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.artifacts.made_with import MADE_WITH, computing, decode, encode, other_versions
-from reap2gguf.atomic import output_errors, part_of, remove
+from reap2gguf.atomic import output_errors, part_of, remove, rename
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import array_bytes, stored_array, write_safetensors
@@ -72,6 +74,8 @@ class StateKeeper:
     ) -> None:
         several = f".{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else ""
         self._path = resume.path.with_name(resume.path.name + several) if resume else None
+        # where one of several processes writes the next state
+        self._following = self._path.with_name(f"{self._path.name}.next") if self._path else None
         # batches of another size make other sums than a sweep that was not interrupted
         self._identity = {
             "key": resume.key if resume else "",
@@ -95,6 +99,7 @@ class StateKeeper:
                 "not saved; an interrupted pass starts again"
             )
             self._path = None
+        self._choose()
         state = self._read(width, dtype)
         layer = state.layer if state else 0
         first, last = self._ranks.least(layer), -self._ranks.least(-layer)
@@ -106,6 +111,28 @@ class StateKeeper:
     def _is_seen_by_all(self, folder: Path) -> bool:
         """Whether the folder is there for processes on other machines too."""
         return self._ranks.size == 1 or bool(self._ranks.least(int(folder.is_dir())))
+
+    def _choose(self) -> None:
+        """Keep the last state that all processes have: a kill may come between two renames."""
+        if self._path is None or self._ranks.size == 1:
+            return
+        assert self._following is not None
+        remove(part_of(self._following))
+        own = {self._layer(path): path for path in (self._following, self._path)}
+        saved = self._ranks.gather([layer for layer in own if layer])
+        common = set(saved[0]).intersection(*saved[1:])
+        if common and own[max(common)] == self._following:
+            rename(self._following, self._path)
+        remove(self._following)
+
+    def _layer(self, path: Path) -> int:
+        """The layer that a state of this sweep is before; 0 if it is none."""
+        try:
+            metadata = read_metadata(path) if path.is_file() else {}
+            is_own = {name: metadata.get(name) for name in self._identity} == self._identity
+            return int(metadata["layer"]) if is_own else 0
+        except (CheckpointError, KeyError, ValueError):
+            return 0  # `_read` reports it
 
     def _read(self, width: int, dtype: torch.dtype) -> SweepState | None:
         if self._path is None:
@@ -150,7 +177,7 @@ class StateKeeper:
         n_bytes = _hidden_bytes(batches, spool)
         with output_errors(self._path):
             free = shutil.disk_usage(self._path.parent).free
-        if not self._ranks.least(int(free > 1.1 * n_bytes * self._ranks.size)):
+        if not self._ranks.least(int(free > 1.1 * n_bytes * self._ranks.on_machine)):
             self._note("not enough disk space to save progress between layers")
             self._saved_at = time.monotonic()
             return
@@ -160,7 +187,14 @@ class StateKeeper:
             MADE_WITH: encode(self._made_with),
             "observed": "".join(str(int(batch.observed)) for batch in batches),
         }
-        _write(self._path, batches, spool, self._observer.finished_sums(), metadata)
+        path = self._path
+        if self._ranks.size > 1:
+            assert self._following is not None
+            path = self._following
+        _write(path, batches, spool, self._observer.finished_sums(), metadata)
+        if path != self._path:
+            self._ranks.least(1)  # all have written it
+            rename(path, self._path)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - begun
 

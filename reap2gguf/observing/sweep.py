@@ -84,8 +84,9 @@ def sweep(
 ) -> SweepReport:
     """Run all rows through the layers that `observer` wants to see.
 
-    `beside` is called once, when the memory is divided, with a function that says whether other
-    work in this process may take some bytes of RAM from now on: those that the sweep leaves.
+    `beside` is called once, when the memory is divided and before the first layer, with a function
+    that says whether other work in this process may take some bytes of RAM from now on: those that
+    the sweep leaves.
     Raises ObservationError if more than 1 % of the rows are not finite, UsageError if the memory
     is too little, OutputError if the disk has no room for the spool, PeerError if another process
     ended.
@@ -93,7 +94,9 @@ def sweep(
     started = time.monotonic()
     ranks = join()
     device, dtype = resolve_device(options)
-    n_threads = max(1, options.threads // ranks.size)
+    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    ranks.check_same("the device", where, "pass --device and --dtype on all machines")
+    n_threads = max(1, options.threads // ranks.on_machine)
     if device.type == "cuda":
         torch.set_num_threads(n_threads)  # on a CPU the decoder's crew sets them
     connect_on(ranks, device)
@@ -104,8 +107,9 @@ def sweep(
     context = SweepContext(decoder, observer, ranks, progress)
     with _gpu_errors(), closing(decoder):
         plan = plan_sweep(context, rows, probe, options)
-        beside(plan.has_room)
         with _started(context, plan, options) as run:
+            run.compile_kernels()
+            beside(plan.has_room)  # not before: the compilers need the interpreter themselves
             run.all_layers(title)
             hits, tried = run.count_mtp_hits() if model.facts.has_mtp else (0, 0)
     n_left = sum(len(batch.lengths) for batch in run.batches if batch.observed)
@@ -232,7 +236,6 @@ class Sweep:
     def all_layers(self, title: str) -> None:
         """Move every batch through all remaining layers, and report the progress."""
         first = self.plan.first_layer
-        self._compile_kernels(range(first, self.n_layers))
         with self.progress.task(title, self.n_observed, "tokens") as task:
             task.advance(first * self.n_observed / self.n_layers)
             for index in range(first, self.n_layers):
@@ -240,9 +243,10 @@ class Sweep:
                 self.layer(index, task)
             self._collect()
 
-    def _compile_kernels(self, layers: range) -> None:
+    def compile_kernels(self) -> None:
         """Compile what a GPU runs, while the first layer is read, if there is memory for two."""
         if has_triton(self.decoder.device) and self.prefetches:
+            layers = range(self.plan.first_layer, self.n_layers)
             warm_up(self.decoder, self.observer, layers, self.batches, self.progress)
 
     def layer(self, index: int, task: Task) -> None:

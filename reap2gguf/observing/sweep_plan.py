@@ -132,14 +132,14 @@ def _need(context: SweepContext, rows: Sequence[Row]) -> Need:
 
 def available_memory(device: torch.device, ranks: Ranks, limit: int | None) -> Memory:
     """What is free, and what `limit` leaves, on the process that has the least."""
-    host = ranks.least(available_bytes() // ranks.size)
+    host = ranks.least(available_bytes() // ranks.on_machine)
     if device.type == "cuda":  # each process has a GPU of its own
         free, total = torch.cuda.mem_get_info(device)
         # what torch has reserved and does not use is free too
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         found = gpu_memory(ranks.least(free), total, host, limit)
     else:
-        found = cpu_memory(host, limit, resident_bytes(), ranks.size)
+        found = cpu_memory(host, limit, resident_bytes(), ranks.on_machine)
     if found.allowed is None:
         return found
     return replace(found, allowed=ranks.least(found.allowed))

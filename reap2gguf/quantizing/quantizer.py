@@ -1,15 +1,14 @@
 """Quantizing rows: by the compiled kernels where there are some, by libggml otherwise.
 
 libggml is the truth. A kernel is used for a type only after it made the same bytes as libggml of a
-few rows, once for each quantizer; rows that leave its plain range are given to libggml; and libggml
-makes a share of all blocks again, which are compared. On arm64 libggml itself rounds otherwise:
-there nothing is compared, and the kernels make the bytes of x86-64.
+few rows, once per process (`self_tests.py`). Rows that leave its plain range are given to libggml,
+and libggml makes a share of all blocks again, which are compared. On arm64 libggml itself rounds
+otherwise: there nothing is compared, and the kernels make the bytes of x86-64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from reap2gguf.options import CheckQuants
 from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.compiled import VARIABLE, load_kernels
 from reap2gguf.quantizing.kernels.compiling import machine
+from reap2gguf.quantizing.self_tests import self_tests_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ class BlockKernels(Protocol):
 
     def quantize(
         self,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
         tables: Tables | None,
@@ -75,9 +75,6 @@ class Quantizer:
     kernels: BlockKernels | None
     checked: float = SAMPLE  # share of the blocks that libggml makes again: 0 to 1
     reader: BlockReader | None = None
-    _equal: dict[tuple[GGMLQuantizationType, bool], bool] = field(default_factory=dict, init=False)
-    _read: dict[GGMLQuantizationType, bool] = field(default_factory=dict, init=False)
-    _lock: Lock = field(default_factory=Lock, init=False)
 
     @property
     def is_reference(self) -> bool:
@@ -85,16 +82,19 @@ class Quantizer:
         return machine() == "x86_64"
 
     def quantize(
-        self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None = None
+        self,
+        rows: Floats | StoredRows,
+        tensor_type: GGMLQuantizationType,
+        importance: Floats | None = None,
     ) -> Bytes:
-        """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row).
+        """Rows (R, C) of float32, or as stored, as `tensor_type`: (R, bytes of a row).
 
         `importance` is (C,): the mean square of what multiplies each column. Raises ValueError as
         `Ggml.quantize` does, and DependencyError if a block is not what libggml makes.
         """
         self.ggml.check_request(rows.shape, tensor_type, importance)
         if self.kernels is None or not self.uses_kernel(tensor_type, importance is not None):
-            return self.ggml.quantize(rows, tensor_type, importance)
+            return self.ggml.quantize(rows[:], tensor_type, importance)
         target, is_odd = self._by_kernel(self.kernels, rows, tensor_type, importance)
         if is_odd.any():
             target[is_odd] = self.ggml.quantize(rows[is_odd], tensor_type, importance)
@@ -105,11 +105,12 @@ class Quantizer:
         """Whether a kernel does this type, with importance or without."""
         if self.kernels is None or not self.kernels.covers(tensor_type):
             return False
-        key = tensor_type, is_weighted
-        with self._lock:
-            if key not in self._equal:
-                self._equal[key] = not self.is_reference or self._is_equal(*key)
-            return self._equal[key]
+        if not self.is_reference:
+            return True
+        return self_tests_of(self.kernels).passes(
+            ("makes", self.ggml, tensor_type, is_weighted),
+            lambda: self._is_equal(tensor_type, is_weighted),
+        )
 
     def _is_equal(self, tensor_type: GGMLQuantizationType, is_weighted: bool) -> bool:
         """Whether the kernel makes libggml's bytes of a few random rows."""
@@ -125,7 +126,7 @@ class Quantizer:
     def _by_kernel(
         self,
         kernels: BlockKernels,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
@@ -169,12 +170,11 @@ class Quantizer:
 
     def reads_by_kernel(self, tensor_type: GGMLQuantizationType) -> bool:
         """Whether a kernel reads blocks of this type."""
-        if self.reader is None:
+        if (reader := self.reader) is None:
             return False
-        with self._lock:
-            if tensor_type not in self._read:
-                self._read[tensor_type] = self._reads_equally(self.reader, tensor_type)
-            return self._read[tensor_type]
+        return self_tests_of(reader).passes(
+            ("reads", self.ggml, tensor_type), lambda: self._reads_equally(reader, tensor_type)
+        )
 
     def _reads_equally(self, reader: BlockReader, tensor_type: GGMLQuantizationType) -> bool:
         """Whether a kernel makes the values that libggml does, of random bytes.

@@ -44,3 +44,20 @@ class StoredRows:
     def values(self) -> Floats:
         """All of them."""
         return self[:]
+
+    @property
+    def largest(self) -> float:
+        """The largest |x|; infinity if there is infinity or NaN, and 0 if there are no values.
+
+        The bits of floats have the order of their sizes, so nothing is widened or copied.
+        """
+        if not self.raw.size:
+            return 0.0
+        size = self.raw.dtype.itemsize
+        bits, sign = self.raw.view(f"<u{size}"), 1 << (8 * size - 1)
+        most = max(int(bits.view(f"<i{size}").max()), 0)  # of those without a sign
+        most_negative = int(bits.max())
+        if most_negative >= sign:
+            most = max(most, most_negative - sign)
+        largest = to_float32(np.array([most], bits.dtype).view(self.raw.dtype), self.dtype, "")[0]
+        return float(largest) if np.isfinite(largest) else float("inf")

@@ -15,6 +15,7 @@ from reap2gguf.terminal.click_options import (
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     llama_cpp_option,
+    quantizing_device_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say_all, say_json, terminal_progress
@@ -47,6 +48,7 @@ from reap2gguf.terminal.option_types import FilePath, FolderPath
     is_flag=True,
     help="Quantize every tensor of the new files again and compare the bytes.",
 )
+@quantizing_device_option
 @threads_option
 @check_quants_option
 @llama_cpp_option
@@ -59,6 +61,7 @@ def add(
     labels: tuple[tuple[str, str], ...],
     source: str | None,
     exact: bool,
+    device: str,
     threads: int,
     check_quants: str,
     as_json: bool,
@@ -86,6 +89,7 @@ def add(
         source=source,
         exact=exact,
         threads=threads,
+        device=device,
         check_quants=check_quants,
         progress=terminal_progress(),
     )

@@ -75,6 +75,10 @@ def build(
 
     progress = terminal_progress()
     options = collect(arguments, fresh, replace, space_check)
+    if processes().size > 1:
+        from reap2gguf.observing.compute.ranks import join
+
+        join()  # so that each hears of it if another one cannot begin
     plan = reap2gguf.plan(options, progress=progress)
     warn_of_differences(plan)
     if processes().is_first and replace and not dry_run:

@@ -13,13 +13,21 @@ from reap2gguf.options import DEVICES, DTYPES, SPOOLS, CheckQuants, ComputeOptio
 from reap2gguf.terminal.help import COMPUTE, Number, option, together
 from reap2gguf.terminal.option_types import FolderPath, SizeType
 
+quantizing_device_option = option(
+    "--device",
+    section=COMPUTE,
+    type=click.Choice(DEVICES),
+    default="auto",
+    help="Processor that quantizes: auto is a GPU if there is one and much to do.",
+)
+
 compute_options = together(
     option(
         "--device",
         section=COMPUTE,
         type=click.Choice(DEVICES),
         default="auto",
-        help="Processor for calibration passes: auto is a GPU if there is one.",
+        help="Processor that computes and quantizes: auto is a GPU if there is one.",
     ),
     option(
         "--memory",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.building.needs.disk import side_bytes
 from reap2gguf.building.needs.rented import GPUS, H100
 from reap2gguf.calibration.spec import DEFAULT_MIX
+from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.messages import duration, parameters, quantity, size
 from reap2gguf.pruning.select import friendly_count
 
@@ -31,6 +32,16 @@ def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Itera
 
     `with_tensors`: the type of every kind of tensor, too.
     """
+    return _lines(plan, needs, with_tensors, _quantizers(plan).line)
+
+
+def _quantizers(plan: Plan) -> Quantizers:
+    return quantizers_of(plan.recipes, plan.weighted, plan.options.compute.device)
+
+
+def _lines(
+    plan: Plan, needs: Estimate, with_tensors: bool = False, quantizers: str = ""
+) -> Iterator[str]:
     yield f"{plan.source.label} -> {plan.name}"
     for caveat in plan.caveats:  # first, since 24 lines of a terminal show the last ones
         yield from _wrapped(f"note: {caveat}")
@@ -40,13 +51,18 @@ def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Itera
     for warning in plan.warnings:
         yield from _wrapped(f"warning: {warning}")
     yield from _files(plan, with_tensors)
+    if quantizers and not needs.reused.is_up_to_date:
+        yield from _wrapped(quantizers)
     for line in _needs(needs):
         yield from _wrapped(line)
 
 
 def up_to_date_or_lines(plan: Plan, needs: Estimate) -> Iterable[str]:
-    """The same for a build that starts: nothing where the bundle is up to date."""
-    return () if needs.reused.is_up_to_date else plan_lines(plan, needs)
+    """The same for a build that starts: nothing where the bundle is up to date.
+
+    The build itself says what quantizes, when it has tried the kernels.
+    """
+    return () if needs.reused.is_up_to_date else _lines(plan, needs)
 
 
 def _wrapped(text: str, indent: str = "  ") -> Iterator[str]:
@@ -209,9 +225,9 @@ def _device(needs: Estimate) -> str:
 def _memory(needs: Estimate) -> str:
     if needs.sweeps.problem:
         return "NOT ENOUGH"
-    line = f"about {_about(needs.sweeps.host_bytes)}"
+    line = f"up to {_about(needs.memory_bytes)}"
     if needs.machine.gpu is not None:
-        line = f"about {_about(needs.sweeps.device_bytes)} of the GPU, {line} of RAM"
+        line = f"up to {_about(needs.gpu_memory_bytes)} of the GPU, {line} of RAM"
     if needs.mentions_hidden:
         where = _WHERE[needs.hidden_where]
         if needs.hidden_where == "device" and needs.machine.gpu is not None:
@@ -292,6 +308,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             }
             for recipe in plan.recipes
         ],
+        "quantizers": _quantizers_as_json(plan),
         "machine": _machine_as_json(needs),
         "estimate": _estimate_as_json(needs),
         "reused": list(needs.reused.stages),
@@ -299,6 +316,17 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "problems": list(needs.problems),
         "advice": list(needs.advice),
         "rented": [_rented_as_json(name, needs.rented(name)) for name in GPUS],
+    }
+
+
+def _quantizers_as_json(plan: Plan) -> dict[str, Any]:
+    found = _quantizers(plan)
+    return {
+        "kernels": found.target or None,
+        "problem": found.problem or None,
+        "on_gpu": list(found.on_gpu),
+        "by_kernels": list(found.by_kernels),
+        "by_libggml": list(found.by_libggml),
     }
 
 
@@ -317,13 +345,12 @@ def _machine_as_json(needs: Estimate) -> dict[str, Any]:
 
 
 def _estimate_as_json(needs: Estimate) -> dict[str, Any]:
-    on_gpu = needs.machine.gpu is not None
     return {
         "disk_bytes": needs.disk_bytes,
         "work_bytes": needs.work_bytes,
         "disk_peak_bytes": needs.peak_bytes,
-        "memory_bytes": needs.sweeps.host_bytes,
-        "gpu_memory_bytes": needs.sweeps.device_bytes if on_gpu else 0,
+        "memory_bytes": needs.memory_bytes,
+        "gpu_memory_bytes": needs.gpu_memory_bytes,
         "seconds": round(needs.seconds, 1),
         "stages": {name: round(seconds, 2) for name, seconds in needs.stages.items()},
         "hidden_states": {"bytes": needs.sweeps.hidden_bytes, "where": needs.hidden_where},
@@ -334,8 +361,8 @@ def _rented_as_json(name: str, needs: Estimate) -> dict[str, Any]:
     """A machine to rent: at least this much memory and disk, downloaded weights included."""
     return {
         "gpu": name,
-        "gpu_memory_bytes": needs.sweeps.device_bytes,
-        "memory_bytes": needs.sweeps.host_bytes,
+        "gpu_memory_bytes": needs.gpu_memory_bytes,
+        "memory_bytes": needs.memory_bytes,
         "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_bytes,
         "seconds": round(needs.seconds, 1),
         "fits": needs.fits,

@@ -25,6 +25,7 @@ from reap2gguf.terminal.compute_options import (
     collect_compute,
     compute_options,
     llama_cpp_option,
+    quantizing_device_option,
     threads_option,
 )
 from reap2gguf.terminal.console import say, terminal_progress
@@ -201,6 +202,7 @@ def imatrix(
 )
 @tensor_type_option
 @label_option
+@quantizing_device_option
 @threads_option
 @check_quants_option
 @follow_links_option
@@ -212,6 +214,7 @@ def quantize(
     imatrix_file: Path | None,
     tensor_types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
+    device: str,
     threads: int,
     check_quants: str,
     output: str,
@@ -236,6 +239,7 @@ def quantize(
         labels=dict(labels),
         tensor_types=tensor_types,
         threads=threads,
+        device=device,
         check_quants=check_quants,
         follow_links=follow_links,
         progress=terminal_progress(),

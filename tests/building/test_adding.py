@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import reap2gguf
 from reap2gguf.api.stages import quantize
@@ -18,7 +19,7 @@ from reap2gguf.building import adding, pipeline
 from reap2gguf.errors import OutputError, RecipeError, UsageError, VerificationError
 from reap2gguf.exporting import gguf_export
 from reap2gguf.gguf_files.reader import read_gguf_header
-from reap2gguf.options import AddOptions
+from reap2gguf.options import AddOptions, CheckQuants, ComputeOptions
 from reap2gguf.progress import ProgressEvent, Silent
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.building.builds import build, contents, stop_while_naming
@@ -102,6 +103,35 @@ def test_add_needs_no_source(
     result = add(moved / first.gguf_folder.name, "q4km")
     no_difference(contents(result), whole)
     assert verify_bundle(result.gguf_folder, 1, Silent()).violations == ()
+
+
+def test_what_is_added_is_quantized_as_the_command_says(
+    model: Path, first: pipeline.BuildResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+    export = adding.export_model
+
+    def told(*arguments: Any) -> None:
+        asked.append(arguments[-2:])
+        export(*arguments)
+
+    monkeypatch.setattr(adding, "export_model", told)
+    notes: list[str] = []
+    said = lambda event: notes.append(event.text) if event.kind == "note" else None  # noqa: E731
+    add(first.hf_folder, "q4km", device="cpu", check_quants="all", progress=said)
+    compute = ComputeOptions("cpu", threads=1, check_quants=CheckQuants.NONE)
+    build(model, first.hf_folder.parent, recipes=("Q6_K",), compute=compute)
+    assert asked == [("cpu", 1.0), ("cpu", 0.0)]
+    assert any(note.startswith("quantizing: ") for note in notes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused(first: pipeline.BuildResult, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
+        add(first.hf_folder, "q4km", device="cuda")
+    with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
+        quantize(first.hf_folder, "q8_0", tmp_path / "file.gguf", device="cuda")
+    assert not (tmp_path / "file.gguf").exists()
 
 
 def test_a_file_that_is_there_is_not_written_again(first: pipeline.BuildResult) -> None:

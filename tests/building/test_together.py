@@ -137,6 +137,54 @@ def test_stages_run_at_the_same_time_and_wait_for_what_they_need(tmp_path: Path)
     assert all(reused(again).values())
 
 
+class Slow(str):
+    """A stage's name; while it is compared, another stage ends."""
+
+    __slots__ = ()
+    is_sorting, has_ended = threading.Event(), threading.Event()
+
+    def __eq__(self, other: object) -> bool:
+        self.is_sorting.set()
+        self.has_ended.wait(0.2)
+        return str(self) == other
+
+    __hash__ = str.__hash__
+
+
+def test_two_stages_that_end_at_the_same_time(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    first, second = Writer(run), Sweep(run)
+    first.name = Slow("writer")  # type: ignore[misc]
+    errors: list[BaseException] = []
+
+    def end() -> None:
+        try:
+            run._end(first, 0.0)
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    wait_for(Slow.is_sorting)
+    run._end(second, 0.0)
+    Slow.has_ended.set()
+    thread.join()
+    assert not errors
+    assert [cost.name for cost in run.costs] == ["writer", "sweep"]
+
+
+def test_a_thread_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error is raised, and not one about a thread that never ran."""
+    run = started(tmp_path)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        do_together(run, Sweep(run), Writer(run))
+
+
 @pytest.mark.parametrize(
     ("n_free", "beside"), [(99, []), (149, ["writer"]), (150, ["writer", "reader"])]
 )

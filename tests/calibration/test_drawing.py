@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from reap2gguf.api import stages
 from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.pipeline import build
@@ -20,7 +19,8 @@ from reap2gguf.calibration.drawing import Drawn, draw, read_texts
 from reap2gguf.calibration.sources import load_corpus
 from reap2gguf.calibration.spec import decide
 from reap2gguf.checkpoint.safetensors_header import read_metadata
-from reap2gguf.errors import ArtifactError, CalibrationError
+from reap2gguf.errors import ArtifactError, CalibrationError, PeerError
+from reap2gguf.observing import passes
 from reap2gguf.observing.compute import ranks
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
@@ -211,13 +211,14 @@ def test_an_estimate_knows_the_components(files: tuple[Path, Path], tmp_path: Pa
 
 
 def test_processes_that_read_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first process's hash is another's, as where a dataset changes while they begin."""
-    monkeypatch.setattr(stages, "processes", lambda: Ranks(1, 1, 2))
-    monkeypatch.setattr(Ranks, "broadcast", lambda here, word: "first")
-    monkeypatch.setattr(ranks, "join", lambda: Ranks(1, 1, 2))
-    stages._check_same_rows("first")
-    with pytest.raises(CalibrationError, match="have read different calibration rows"):
-        stages._check_same_rows("other")
+    """The second process's hash is another's, as where a dataset changes while they begin."""
+    here = Ranks(1, 0, 2)
+    monkeypatch.setattr(passes, "processes", lambda: here)
+    monkeypatch.setattr(ranks, "join", lambda: here)
+    monkeypatch.setattr(Ranks, "gather", lambda here, own: [("first", "node0"), own])
+    passes._check_same_rows("first")
+    with pytest.raises(PeerError, match=r"rows of process 2 of 2, on .*, is other, but .* node0"):
+        passes._check_same_rows("other")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.exporting.awaited import AwaitedImportance
+from reap2gguf.exporting.row_ranges import work_through
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
 
@@ -43,6 +47,34 @@ def test_what_needs_no_importance_is_written_first() -> None:
     importance.wait("mixed")
     order = importance.in_order(tensors("mixed", "norm"))
     assert [one.name for one in order] == ["mixed", "norm"], "the order of the file"
+
+
+def test_a_failed_writer_stops_those_that_wait() -> None:
+    """A full disk is reported at once, and not when the layer has been computed."""
+    entries = growing()
+    importance = AwaitedImportance(entries, TYPES)
+    importance.expect_readers(1)
+    found: list[BaseException] = []
+    batches: list[Any] = [[], []]
+
+    def work(batch: Any) -> None:
+        if batch is batches[1]:
+            importance.wait("mixed")
+        while not entries._n_waiting:
+            time.sleep(0.001)
+        raise OSError(28, "No space left on device")
+
+    def export() -> None:
+        weights: Any = SimpleNamespace(without_fetching=nullcontext)
+        try:
+            work_through(work, weights, iter(batches), 2, importance.stop)
+        except OSError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=export, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [str(error) for error in found] == ["[Errno 28] No space left on device"]
 
 
 def test_a_whole_matrix_waits_for_nothing() -> None:

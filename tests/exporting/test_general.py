@@ -28,9 +28,13 @@ from reap2gguf.progress import CallbackProgress, ProgressEvent, Silent
 from tests.conftest import Bundle
 from tests.loopback_hub.model import layered_files, serving
 from tests.tiny import REPOSITORY, TinyQwen3Moe, TinyQwen35Moe
+from tests.tokens import FULL_VOCAB
 
 CONVERTER = json.loads((REPOSITORY / "tests" / "data" / "llama-general-keys.json").read_text())
-MODELS = {"Qwen3-30B-A3B-Instruct-2507": TinyQwen3Moe(), "Tiny-Qwen3.5-MoE": TinyQwen35Moe()}
+MODELS = {
+    "Qwen3-30B-A3B-Instruct-2507": TinyQwen3Moe(vocab=FULL_VOCAB),
+    "Tiny-Qwen3.5-MoE": TinyQwen35Moe(vocab=FULL_VOCAB),
+}
 FROM_HUB = PrunedFrom("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen3MoeForCausalLM")
 SIZE = 22_900_000_000  # of that model with three quarters of its experts
 

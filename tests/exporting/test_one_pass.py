@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.quantizing.quantizer import Quantizer
+from reap2gguf.quantizing.stored_rows import StoredRows
 from tests.exporting.files import (
     export_files,
     export_weights,
@@ -136,9 +138,9 @@ def test_a_tensor_is_quantized_once_for_each_type(
     quantize = Quantizer.quantize
 
     def counted(
-        self: Quantizer, rows: np.ndarray, kind: GGMLQuantizationType, weights: np.ndarray | None
+        self: Quantizer, rows: StoredRows, kind: GGMLQuantizationType, weights: np.ndarray | None
     ) -> np.ndarray:
-        quantized[kind.name] += rows.size
+        quantized[kind.name] += prod(rows.shape)
         return quantize(self, rows, kind, weights)
 
     monkeypatch.setattr(Quantizer, "quantize", counted)

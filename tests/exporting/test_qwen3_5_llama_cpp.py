@@ -31,15 +31,18 @@ from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_files, plain, stored
 from tests.tiny import ONE_THREAD, TinyQwen35Moe
+from tests.tokens import FULL_VOCAB
 
 TOKENS = np.random.default_rng(3).integers(0, 4000, 200)
 LAYOUTS = {
-    "eight value heads, MTP": TinyQwen35Moe(),
-    "equal heads, MTP": TinyQwen35Moe(value_heads=4, n_kv_heads=2),
-    "eight value heads": TinyQwen35Moe(mtp=False, fused=False),
-    "equal heads, flat": TinyQwen35Moe(value_heads=4, mtp=False, nested=False),
-    "layers in another order": TinyQwen35Moe(layers="lflfl"),
-    "four values a key, tied": TinyQwen35Moe(key_heads=2, nested=False, tied=True, n_shards=2),
+    "eight value heads, MTP": TinyQwen35Moe(vocab=FULL_VOCAB),
+    "equal heads, MTP": TinyQwen35Moe(vocab=FULL_VOCAB, value_heads=4, n_kv_heads=2),
+    "eight value heads": TinyQwen35Moe(vocab=FULL_VOCAB, mtp=False, fused=False),
+    "equal heads, flat": TinyQwen35Moe(vocab=FULL_VOCAB, value_heads=4, mtp=False, nested=False),
+    "layers in another order": TinyQwen35Moe(vocab=FULL_VOCAB, layers="lflfl"),
+    "four values a key, tied": TinyQwen35Moe(
+        vocab=FULL_VOCAB, key_heads=2, nested=False, tied=True, n_shards=2
+    ),
 }
 
 
@@ -122,7 +125,7 @@ def test_logits_tell_a_wrong_order_of_the_value_heads(
             return values
         return right(untiled, values)
 
-    folder = TinyQwen35Moe(mtp=False).write(tmp_path / "model")
+    folder = TinyQwen35Moe(vocab=FULL_VOCAB, mtp=False).write(tmp_path / "model")
     monkeypatch.setattr(DeltaNet, broken, wrong)
     found = of_llama_cpp(export(folder, tmp_path, "F32"))
     assert mean_kl(of_transformers(folder).logits, found) > 1e-3
@@ -133,7 +136,12 @@ def test_storage_changes_no_byte(mtp: bool, tmp_path: Path) -> None:
     found = []
     for number, (nested, fused, fused_mtp) in enumerate(product([True, False], repeat=3)):
         tiny = TinyQwen35Moe(
-            nested=nested, fused=fused, fused_mtp=fused_mtp, mtp=mtp, n_shards=1 + number % 3
+            vocab=FULL_VOCAB,
+            nested=nested,
+            fused=fused,
+            fused_mtp=fused_mtp,
+            mtp=mtp,
+            n_shards=1 + number % 3,
         )
         folder = tiny.write(tmp_path / str(number))
         found.append(stored(export(folder, folder, "BF16")))
@@ -215,7 +223,7 @@ def test_the_mtp_block_predicts_what_llama_cpps_does(
 @pytest.mark.parametrize("largest", [1.0, 1e5], ids=["F16", "beyond F16"])
 def test_the_projector_loads(tmp_path: Path, largest: float) -> None:
     """llama.cpp also encodes an image while it loads, with every matrix."""
-    folder = TinyQwen35Moe(vision_hidden=64).write(tmp_path / "model")
+    folder = TinyQwen35Moe(vocab=FULL_VOCAB, vision_hidden=64).write(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     matrices = [
         name

@@ -31,9 +31,10 @@ from reap2gguf.progress import Silent
 from reap2gguf.verifying.bundle import verify_bundle
 from tests.faults.fault_layer import KINDS, tree
 from tests.faults.fault_zygote import Outcome, Zygote
-from tests.tiny import TinyQwen3Moe
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 NAME = "model"
+MODELS = {"qwen3": TinyQwen3Moe(n_shards=2), "qwen3.5": TinyQwen35Moe(n_shards=2)}
 STAGES = ("texts", "observe", "prune", "imatrix", "export", "verify")
 TEXT = "".join(f"Line {i} says that {i} times {i} is {i * i}, and no more.\n" for i in range(60))
 
@@ -45,9 +46,10 @@ class Rig:
     folder: Path
     zygote: Zygote
     threads: int = 1  # with more, stages overlap, and operations come in another order each time
+    model: str = "qwen3"
 
     def __post_init__(self) -> None:
-        self.source = TinyQwen3Moe(n_shards=2).write(self.folder / "source")
+        self.source = MODELS[self.model].write(self.folder / "source")
         self.text = self.folder / "text.txt"
         self.text.write_text(TEXT)
         self.output = self.folder / "out"
@@ -136,11 +138,12 @@ def main() -> None:
     parser.add_argument("what", choices=("kill", "cut", "time", "interrupt", "fail", "read"))
     parser.add_argument("--points", type=int, default=0, help="how many; 0: all")
     parser.add_argument("--threads", type=int, default=1, help="with 2, stages overlap")
+    parser.add_argument("--model", choices=tuple(MODELS), default="qwen3")
     arguments = parser.parse_args()
     kinds = {"fail": ("write", "rename", "fsync"), "read": ("read",)}.get(arguments.what, KINDS)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, Zygote(Path(scratch)) as zygote:
-        rig = Rig(Path(scratch), zygote, arguments.threads)
+        rig = Rig(Path(scratch), zygote, arguments.threads, arguments.model)
         bundle, log = rig.reference(kinds)
         seconds = rig.build().seconds
         shutil.rmtree(rig.output)

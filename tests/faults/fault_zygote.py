@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.child import MOST_FORK_SECONDS, Child, end_in_time
+from tests.child import MOST_FORK_SECONDS, Child, end_in_time, lines_for_forks
 from tests.tiny import child_environment
 
 
@@ -131,7 +131,7 @@ def _child(request: dict[str, Any]) -> None:
 
 def _serve() -> None:
     _load()
-    for line in sys.stdin:
+    for line in lines_for_forks():
         child = os.fork()
         if not child:
             _child(json.loads(line))

@@ -6,7 +6,8 @@ reads one JSON object a line: {"arguments": [...], "folder": "..."}, and
 writes one JSON object a line: {"code", "cpu_seconds", "peak_bytes"}
 
 The children's output lies in `folder` as `stdout` and `stderr`. A fork costs milliseconds where an
-interpreter with numpy costs half a second. Nothing that starts threads is imported here.
+interpreter with numpy costs half a second, and transformers' configs with torch another two.
+Nothing that starts threads is imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.child import end_in_time
+from tests.child import end_in_time, lines_for_forks
 
 
 def main() -> None:
@@ -30,9 +31,20 @@ def main() -> None:
 
     if "torch" in sys.modules:
         sys.exit("the light parts of the program have imported torch")
-    for line in sys.stdin:
+    _load_configs()
+    if len(os.listdir("/proc/self/task")) != 1:
+        sys.exit("a thread was started, which forks would not have")
+    for line in lines_for_forks():
         request = json.loads(line)
         print(json.dumps(_run(request["arguments"], Path(request["folder"]))), flush=True)
+
+
+def _load_configs() -> None:
+    """What a plan imports to compare its reading of a config with that of transformers."""
+    from transformers import CONFIG_MAPPING, AutoTokenizer  # noqa: F401
+
+    for model_type in ("qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text"):
+        CONFIG_MAPPING[model_type]
 
 
 def _run(arguments: list[str], folder: Path) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Listener(Silent):
 def rows_of(*lengths: int, seed: int = 0) -> list[np.ndarray]:
     """Rows of random tokens."""
     generator = np.random.default_rng(seed)
-    return [generator.integers(0, 4000, length) for length in lengths]
+    return [generator.integers(0, 500, length) for length in lengths]
 
 
 def run_sweep(

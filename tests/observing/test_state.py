@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -143,7 +143,8 @@ def test_dropped_rows_remain_dropped(
 ) -> None:
     shape = TinyQwen3Moe(n_layers=N_LAYERS)
     folder = shape.write(tmp_path / "model")
-    spoil_token(folder, shape, int(ROWS[3][5]))
+    others = np.concatenate([*ROWS[:3], *ROWS[4:]])
+    spoil_token(folder, shape, int(np.setdiff1d(ROWS[3], others)[0]))
     monkeypatch.setattr("reap2gguf.observing.sweep.MAX_BAD_ROWS", 0.5)
     whole, report, _ = run(folder, SaliencyObserver, replace(options, resume=None))
     assert report.n_dropped_rows == 1
@@ -293,3 +294,49 @@ def test_nothing_is_saved_in_a_folder_that_another_machine_does_not_see(tmp_path
     ]
     spool = open_spool("device", (4, 8), torch.float32, torch.device("cpu"), tmp_path)
     assert not keeper.is_due([], spool)
+
+
+class SavedElsewhere(Ranks):
+    """Two processes, the other of which has saved the progress before some layers."""
+
+    layers: ClassVar[list[int]] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.layers]
+
+    def least(self, value: int) -> int:
+        return value
+
+
+def write_state(path: Path, layer: int) -> None:
+    metadata = {"key": "key", "batch_tokens": "64", "layer": str(layer)}
+    save_file({"none": np.zeros(1, np.float32)}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("own", "layers", "kept"),
+    [
+        ((2, 3), [3], 3),  # killed before this process renamed its state
+        ((2, 3), [2, 3], 3),
+        ((2, 3), [2], 2),  # killed before the other one had written its own
+        ((2, None), [2, 3], 2),
+        ((3, None), [2, 3], 3),
+        ((None, 3), [3], 3),
+    ],
+)
+def test_processes_keep_the_last_state_that_all_have(
+    own: tuple[int | None, int | None], layers: list[int], kept: int, tmp_path: Path
+) -> None:
+    SavedElsewhere.layers = layers
+    with Checkpoint.open(TinyQwen3Moe().write(tmp_path / "model")) as checkpoint:
+        observer = SaliencyObserver(describe(checkpoint))
+    notes: list[str] = []
+    resume = Resume(tmp_path / "x.state", "key")
+    keeper = StateKeeper(resume, observer, SavedElsewhere(1, 0, 2), 64, notes.append)
+    path, following = tmp_path / "x.state.1-of-2", tmp_path / "x.state.1-of-2.next"
+    for place, layer in zip((path, following), own, strict=True):
+        if layer is not None:
+            write_state(place, layer)
+    keeper._choose()
+    assert read_metadata(path)["layer"] == str(kept)
+    assert not following.exists()

@@ -86,11 +86,15 @@ def test_a_limit_counts_what_the_process_has_already() -> None:
 
 
 def test_processes_share_the_limit_and_the_memory_of_a_host() -> None:
-    two = Alike(0, 0, 2)
+    two = Alike(0, 0, 2, on_machine=2)
     memory = available_memory(CPU, two, 8 * GIB)
     assert (memory.host, memory.usable) == (50 * GIB, 4 * GIB - GIB // 2)
     alone = available_memory(GPU, Ranks(), 8 * GIB)
     assert available_memory(GPU, two, 8 * GIB) == replace(alone, host=50 * GIB)
+    elsewhere = Alike(0, 0, 2, on_machine=1)
+    for device in (CPU, GPU):
+        alone = available_memory(device, Ranks(), 8 * GIB)
+        assert available_memory(device, elsewhere, 8 * GIB) == alone, "a machine for each"
 
 
 def notes(device: torch.device, budget: Budget, gib: float, linear: bool = False) -> list[str]:

@@ -89,7 +89,7 @@ def test_both_spellings_are_rewritten(tmp_path: Path) -> None:
 
 def test_shards_and_index(tmp_path: Path) -> None:
     spec = TinyQwen3Moe()
-    pruned = prune(spec, tmp_path, max_shard_bytes=300_000)
+    pruned = prune(spec, tmp_path, max_shard_bytes=100_000)
     names = sorted(shard.name for shard in pruned.glob("*.safetensors"))
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"

@@ -25,11 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.child import MOST_SECONDS, Child, end_in_time
+from tests.child import MOST_SECONDS, Child, end_in_time, lines_for_forks
 from tests.loopback_hub.repository import Content
 from tests.loopback_hub.server import Hub
 from tests.loopback_hub.uploads import TOKEN, Uploads
 from tests.tiny import TinyQwen3Moe, child_environment
+from tests.tokens import FULL_VOCAB
 
 REPO = "me/thing"
 _MAX_FILE = "900000B"
@@ -44,7 +45,7 @@ def tiny_bundle(folder: Path) -> Path:
     from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
     from reap2gguf.progress import Silent
 
-    source = TinyQwen3Moe(n_shards=2).write(folder / "source")
+    source = TinyQwen3Moe(n_shards=2, vocab=FULL_VOCAB).write(folder / "source")
     text = folder / "text.txt"
     text.write_text(TEXT)
     options = BuildOptions(
@@ -192,7 +193,7 @@ def _serve() -> None:
     import reap2gguf.publishing.push  # noqa: F401
 
     huggingface_hub.close_session()
-    for line in sys.stdin:
+    for line in lines_for_forks():
         child = os.fork()
         if not child:
             _child(json.loads(line))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from reap2gguf.building.needs.amount import Amount
@@ -100,6 +101,17 @@ def test_where_hidden_states_wait(tmp_path: Path) -> None:
     assert one_line(on_gpu, "memory").endswith("hidden states (16 GiB) wait in GPU memory")
 
 
+def test_what_will_quantize_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = needs_on(planned(tmp_path / "out", compute=CPU))
+    monkeypatch.setenv("REAP2GGUF_KERNELS", "off")
+    assert one_line(needs, "quantizing") == (
+        "libggml, about ten times slower than compiled kernels; no kernels: "
+        "REAP2GGUF_KERNELS is off"
+    )
+    # a build says it itself, when it has tried the kernels
+    assert not any("quantizing" in line for line in up_to_date_or_lines(needs.plan, needs))
+
+
 def test_what_does_not_fit(tmp_path: Path) -> None:
     full = needs_on(planned(tmp_path / "out"), laptop(disk_free_bytes=2**20))
     assert one_line(full, "disk").endswith("1 MiB free: NOT ENOUGH")
@@ -141,6 +153,11 @@ def test_json_is_a_contract(tmp_path: Path) -> None:
         "disk_free_bytes": LAPTOP.disk_free_bytes,
         "cores": 2,
     }
+    assert values["quantizers"].keys() == {
+        "kernels", "problem", "on_gpu", "by_kernels", "by_libggml",
+    }  # fmt: skip
+    quantized = [name for key in ("by_kernels", "by_libggml") for name in values["quantizers"][key]]
+    assert {"Q4_K", "Q8_0"} <= set(quantized)
     found = values["estimate"]
     assert found.keys() == {
         "disk_bytes", "work_bytes", "disk_peak_bytes", "memory_bytes", "gpu_memory_bytes",

@@ -44,7 +44,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_padded_embedding_is_no_violation(tmp_path: Path) -> None:
     name = "model.embed_tokens.weight"
-    assert violations(tmp_path / "a", name, lambda rows: rows[2000:].zero_()) == []
+    assert violations(tmp_path / "a", name, lambda rows: rows[250:].zero_()) == []
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", EXPERTS])
@@ -55,8 +55,8 @@ def test_an_empty_matrix_is_no_violation(name: str, tmp_path: Path) -> None:
 
 def test_infinity_behind_padding_is_found(tmp_path: Path) -> None:
     def change(rows: torch.Tensor) -> None:
-        rows[:2000] = 0
-        rows[3000, 5] = torch.inf
+        rows[:250] = 0
+        rows[375, 5] = torch.inf
 
     (found,) = violations(tmp_path / "a", "model.embed_tokens.weight", change)
     assert "NaN or infinite" in found

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.needs.amount import Amount, amount_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
-from reap2gguf.building.needs.memory import SweepNeeds, sweep_needs
+from reap2gguf.building.needs.memory import SweepNeeds, peak_ram, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
+from reap2gguf.exporting.memory import ExportMemory, export_memory, export_pays_on_gpu
 from reap2gguf.messages import duration, size
 
 if TYPE_CHECKING:
@@ -66,6 +67,24 @@ class Estimate:
         """More space, to save the progress of a calibration pass."""
         return self.disk.state_bytes
 
+    @cached_property
+    def memory_bytes(self) -> int:
+        """The most RAM at a time; with a problem of the passes, that of the other stages."""
+        return peak_ram(self.plan, self.machine, self.sweeps, self._export.ram)
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        """The most memory of the GPU at a time; 0 on a CPU."""
+        if self.machine.device == "cpu":
+            return 0
+        return self.sweeps.device_bytes + self._export.device
+
+    @cached_property
+    def _export(self) -> ExportMemory:
+        plan, machine = self.plan, self.machine
+        device, has_gpu = plan.options.compute.device, machine.device == "cuda"
+        return export_memory(plan.pruned, plan.recipes, device, machine.cores, has_gpu)
+
     @property
     def peak_bytes(self) -> int:
         """The most on the disk of the output at a time."""
@@ -90,7 +109,10 @@ class Estimate:
         """Seconds by stage; a stage that is reused takes none."""
         made = self.reused.recipes
         recipes = [one for one in self.plan.recipes if made is None or one.name in made]
-        found = stage_seconds(self.plan, self.sizes, self.amount, self.disk, self.host, recipes)
+        pays = export_pays_on_gpu(recipes, self.plan.options.compute.device)
+        found = stage_seconds(
+            self.plan, self.sizes, self.amount, self.disk, self.host, recipes, pays
+        )
         return {name: 0.0 if name in self.reused.stages else found[name] for name in found}
 
     @property

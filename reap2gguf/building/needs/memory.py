@@ -17,6 +17,7 @@ from reap2gguf.observing.budget import (
     gpu_memory,
     held_bytes,
 )
+from reap2gguf.pruning.write import HELD_BYTES
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.amount import Amount
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BASE_BYTES = 650 * 2**20  # Python, torch, transformers
 _BESIDE_A_GPU = 11 * 2**28  # the same with CUDA's libraries, and buffers for weights
+_COMPARING_BYTES = 2**23  # of each thread, while files are verified
 _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
 
@@ -53,7 +55,7 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, sizes.has_linear_attention)
     need = _need(plan, sizes, amount, kind)
-    host = machine.memory_free_bytes // processes().size
+    host = machine.memory_free_bytes // processes().on_machine
     hidden = need.n_positions * need.hidden
     if on_gpu:
         assert machine.gpu is not None
@@ -61,7 +63,7 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
         free = machine.gpu.free_bytes - CONTEXT_BYTES
         memory = gpu_memory(free, machine.gpu.n_bytes, host, compute.memory)
     else:
-        memory = cpu_memory(host, compute.memory, BASE_BYTES, processes().size)
+        memory = cpu_memory(host, compute.memory, BASE_BYTES, processes().on_machine)
     try:
         budget = fit(need, machine.device, memory, compute.spool)
     except UsageError as error:
@@ -73,6 +75,22 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     return SweepNeeds(
         budget, "", CONTEXT_BYTES + held, _BESIDE_A_GPU + on_host, hidden, kind.itemsize
     )
+
+
+def peak_ram(plan: Plan, machine: Machine, sweeps: SweepNeeds, export: int) -> int:
+    """The most RAM of a build whose export holds `export` bytes.
+
+    Stages run beside a calibration pass only as far as the memory is free, or as --memory allows
+    on a CPU, else after it.
+    """
+    beside = HELD_BYTES * plan.writes_hf + export + _COMPARING_BYTES * machine.cores
+    base = BASE_BYTES if machine.device == "cpu" else _BESIDE_A_GPU
+    alone = max(sweeps.host_bytes, base + beside)
+    if machine.cores == 1:
+        return alone
+    limit = plan.options.compute.memory if machine.device == "cpu" else None
+    room = machine.memory_free_bytes if limit is None else min(limit, machine.memory_free_bytes)
+    return max(alone, min(sweeps.host_bytes + beside, room))
 
 
 def _need(plan: Plan, sizes: Sizes, amount: Amount, kind: Kind) -> Need:

@@ -44,7 +44,29 @@ _EXPORT = 2.4e-9  # per weight and core: to read, check and store
 _READ_AGAIN = 1.2e-9  # per weight and core: for verification
 _COMPARED = 0.5e-9  # per weight and core: bytes, and a sample of the values
 _BOUNDS = 3e-9  # per weight and core: verified within bounds
-_GPU_QUANTIZED = 1e10  # weights per second and type, on an H100
+# Weights per second that an H100 quantizes (bench/kernels.py), and types that were not measured.
+_GPU_QUANTIZED = {
+    "Q4_0": 80e9,
+    "Q4_1": 34e9,
+    "Q5_0": 75e9,
+    "Q5_1": 31e9,
+    "Q8_0": 83e9,
+    "Q2_K": 14e9,
+    "Q3_K": 22e9,
+    "Q4_K": 19e9,
+    "Q5_K": 19e9,
+    "Q6_K": 27e9,
+    "IQ4_NL": 40e9,
+    "IQ4_XS": 40e9,
+    "IQ3_S": 4e9,
+    "IQ3_XXS": 2.6e9,
+    "IQ2_S": 6e9,
+    "IQ2_XS": 1.4e9,
+    "IQ2_XXS": 2.6e9,
+}
+_GPU_UNMEASURED = 1e9
+_STORED_BYTES = 2  # of a weight, on its way to the GPU
+_BUS_BYTES = 2e10  # per second, to the GPU and back
 _MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
 _PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
 
@@ -80,11 +102,18 @@ class Host:
 
 
 def stage_seconds(
-    plan: Plan, sizes: Sizes, amount: Amount, disk: DiskNeeds, host: Host, recipes: Recipes
+    plan: Plan,
+    sizes: Sizes,
+    amount: Amount,
+    disk: DiskNeeds,
+    host: Host,
+    recipes: Recipes,
+    pays_on_gpu: bool,
 ) -> dict[str, float]:
     """Seconds of every stage of a build from scratch; 0 for a stage that it does not have.
 
-    `recipes` are those of the plan whose files are made.
+    `recipes` are those of the plan whose files are made; `pays_on_gpu`: a GPU, where there is one,
+    quantizes them.
     """
     python, speed, source = host.speed.python, host.speed, plan.checkpoint
     found = dict.fromkeys(STAGES, 0.0)
@@ -108,7 +137,7 @@ def stage_seconds(
         found["imatrix"] = max(passing, waiting) + python * _PASS
     else:
         found["imatrix"] = python * _GIVEN
-    found["export"] = _export(recipes, host)
+    found["export"] = _export(recipes, host, host.gpu_factor if pays_on_gpu else None)
     found["verify"] = _verify(plan, recipes, sizes, disk, host)
     found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
     return found
@@ -175,19 +204,23 @@ def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
     }
 
 
-def _export(recipes: Recipes, host: Host) -> float:
+def _export(recipes: Recipes, host: Host, gpu_factor: float | None) -> float:
     """Every tensor is read once, and quantized once per type."""
     types = _quantized(recipes)
     weights = {name: n for (name, _), n in types.items()}
     seconds = _EXPORT * sum(weights.values()) * host.speed.python / host.parallel
-    on_gpu = 0.0
-    for (_, kind), n_weights in types.items():
-        if host.gpu_factor is not None and kind in FORMS:
-            on_gpu += n_weights / _GPU_QUANTIZED * host.gpu_factor
+    on_gpu, sent = 0.0, set[str]()
+    for (name, kind), n_weights in types.items():
+        if gpu_factor is not None and kind in FORMS:
+            rate = _GPU_QUANTIZED.get(kind.name, _GPU_UNMEASURED)
+            on_gpu += n_weights / rate * gpu_factor
+            sent.add(name)
         else:
             seconds += host.speed.quantize_seconds(kind, n_weights) / host.parallel
-    writing = sum(recipe.n_bytes for recipe in recipes) / host.speed.write_bytes
-    return max(seconds, on_gpu, writing) + _tables(types, host)
+    written = sum(recipe.n_bytes for recipe in recipes)
+    moved = _STORED_BYTES * sum(weights[name] for name in sent) + (written if sent else 0)
+    on_gpu = max(on_gpu, moved / _BUS_BYTES)
+    return max(seconds, on_gpu, written / host.speed.write_bytes) + _tables(types, host)
 
 
 def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -> float:

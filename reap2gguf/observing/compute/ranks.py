@@ -2,7 +2,7 @@
 
 `torchrun --nproc-per-node N -m reap2gguf ...` starts them. Every process runs its batches through
 all layers; after each layer the sums of all processes are added. The first process reports and
-writes files.
+writes files. Processes may be on several machines, of which only the first one's has the output.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ import torch.distributed as dist
 # threads alive when the interpreter ends, which aborts the process.
 import torch.distributed.nn.functional
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
+from reap2gguf import __version__
 from reap2gguf.errors import PeerError, UsageError
 from reap2gguf.machine import Processes, processes
+from reap2gguf.observing.compute.pulse import Pulse
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(days=2)  # the others wait while the first process prunes
+_TIMEOUT = timedelta(days=2)  # the others wait while the first one exports, which `Pulse` watches
+MEETING = timedelta(minutes=10)  # for all processes to start
 
 
 @dataclass(frozen=True)
@@ -91,28 +96,97 @@ class Ranks(Processes):
         assert found is not None
         return found
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank, in all of them."""
+        values = [value] * self.size
+        if self.size > 1:
+            with _lost_peers():
+                dist.all_gather_object(values, value)
+        return values
+
+    def check_same(self, what: str, value: str, advice: str) -> None:
+        """Refuse to work on different inputs; every process raises the same PeerError."""
+        values = self.gather((value, platform.node()))
+        first, machine = values[0]
+        for rank, (found, where) in enumerate(values):
+            if found != first:
+                raise PeerError(
+                    f"{what} of process {rank + 1} of {self.size}, on {where}, is {found:.16}, but "
+                    f"that of the first process, on {machine}, is {first:.16}; {advice}"
+                )
+
+
+_pulse: Pulse | None = None  # of this process, from `join` to `leave`
+
 
 @cache
 def join() -> Ranks:
-    """This process among others; the first call connects to them.
+    """This process among others; the first call connects to them, and from then on each watches.
 
-    Raises PeerError if they cannot be reached.
+    Raises PeerError if they cannot be reached, or run another version of this program.
     """
     here = processes()
-    ranks = Ranks(here.rank, here.local, here.size)
+    ranks = Ranks(here.rank, here.local, here.size, here.on_machine)
     if ranks.size == 1:
         return ranks
     n_gpus = torch.cuda.device_count()
     if n_gpus:
         torch.cuda.set_device(min(ranks.local, n_gpus - 1))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if n_gpus else "gloo", timeout=_TIMEOUT)
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
+        machines = _meet(store, ranks)
+        backend = "cpu:gloo,cuda:nccl" if n_gpus else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=_TIMEOUT
+        )
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise PeerError(
-            f"the processes of this run cannot connect to each other ({reason})"
+            f"the processes of this run cannot connect to each other ({reason}); on several "
+            "machines, GLOO_SOCKET_IFNAME has to name the network interface between them"
         ) from error
+    global _pulse
+    _pulse = Pulse(PrefixStore("reap2gguf", store.clone()), ranks.rank, machines)
+    _pulse.start()
     return ranks
+
+
+def _meet(store: Store, ranks: Ranks) -> list[str]:
+    """Wait until all processes are there; the machine of each."""
+    own = f"{__version__} {platform.node()}"
+    keys = [f"here/{rank}" for rank in range(ranks.size)]
+    store.set(keys[ranks.rank], own)
+    try:
+        store.wait(keys, MEETING)
+    except RuntimeError as error:
+        missing = next((n for n, key in enumerate(keys) if not store.check([key])), 0)
+        raise PeerError(
+            f"process {missing + 1} of {ranks.size} did not connect within "
+            f"{MEETING.total_seconds():.0f} seconds; see the output on its machine"
+        ) from error
+    found = [store.get(key).decode("utf-8", "replace").partition(" ") for key in keys]
+    versions = [version for version, _, _ in found]
+    for rank, version in enumerate(versions):
+        if version != versions[0]:
+            raise PeerError(
+                f"process {rank + 1} of {ranks.size}, on {found[rank][2]}, runs reap2gguf "
+                f"{version}, but the first process, on {found[0][2]}, runs {versions[0]}; install "
+                "the same version on all machines"
+            )
+    return [machine for _, _, machine in found]
+
+
+def check_same_model(fingerprint: str) -> None:
+    """Refuse to divide the rows among different checkpoints; PeerError in all processes."""
+    join().check_same(
+        "the checkpoint", fingerprint, "copy the same files to all machines, or pin the revision"
+    )
+
+
+def tell(message: str) -> None:
+    """Let the other processes show why this one ends, if they are connected."""
+    if _pulse is not None:
+        _pulse.tell(message)
 
 
 def connect_on(ranks: Ranks, device: torch.device) -> None:
@@ -179,7 +253,19 @@ def _lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError("another process of this run ended; see its own message") from error
+        reason = "another process of this run ended; see its own message"
+        raise PeerError(reason if _pulse is None else _pulse.why_lost()) from error
+
+
+def release() -> None:
+    """All processes have done their share: the first one does the rest, without the others.
+
+    They wait until it ends, as torchrun expects, and may be lost meanwhile.
+    """
+    ranks = join()
+    ranks.total([0])
+    if ranks.is_first and _pulse is not None:
+        _pulse.needs_others = False
 
 
 def leave() -> None:
@@ -187,6 +273,14 @@ def leave() -> None:
 
     Not for a process that failed: it would wait for the others, which wait for it.
     """
-    if dist.is_available() and dist.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    is_needed = _pulse is None or _pulse.needs_others
+    try:
         join().total([0])  # a process that ends early would close connections that others use
-        dist.destroy_process_group()
+    except PeerError:
+        if is_needed:
+            raise
+    if _pulse is not None:
+        _pulse.stop()
+    dist.destroy_process_group()

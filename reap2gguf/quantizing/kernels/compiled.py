@@ -23,7 +23,9 @@ from reap2gguf.quantizing.kernels.compiling import TARGETS, machine, object_file
 
 if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
+    from reap2gguf.quantizing.stored_rows import StoredRows
 
+_AS_F32, _AS_BF16 = 0, 1  # as in cpu.cpp
 VARIABLE = "REAP2GGUF_KERNELS"  # "off": libggml does everything
 _REINSTALL = "install reap2gguf again from its checkout, or from a wheel"
 # What Linux calls the instructions of x86-64's levels, see the psABI.
@@ -44,28 +46,32 @@ class Kernels:
 
     def covers(self, tensor_type: GGMLQuantizationType) -> bool:
         """Whether it quantizes to this type."""
-        return bool(self._library.reap_quantize(tensor_type.value, None, 0, 0, *[None] * 4))
+        return bool(self._library.reap_quantize(tensor_type.value, 0, None, 0, 0, *[None] * 4))
 
     def quantize(
         self,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None,
         tables: Tables | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
-        """Rows (R, C) of float32 as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
+        """Rows (R, C) as `tensor_type`: (R, bytes of a row), and which (R,) are odd.
 
-        The bytes are ggml's, but for odd rows, which left the range in which that is certain: their
-        bytes mean nothing. `importance` is (C,), `tables` what the type's codebook needs.
+        Rows that are stored as BF16 are read as they are. The bytes are ggml's, but for odd rows,
+        which left the range in which that is certain: their bytes mean nothing. `importance` is
+        (C,), `tables` what the type's codebook needs. Raises ValueError for a type of a codebook
+        without tables.
         """
+        if tables is None and entries_shape(tensor_type) is not None:
+            raise ValueError(f"{tensor_type.name} needs the tables of its codebook, found none")
         n_rows, n_columns = rows.shape
         block, size = GGML_QUANT_SIZES[tensor_type]
-        source = np.ascontiguousarray(rows, dtype=np.float32)
+        stored_as, source = _as_read(rows)
         weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
         target = np.empty((n_rows, n_columns // block * size), dtype=np.uint8)
         is_odd = np.zeros(n_rows, dtype=np.bool_)
         done = self._library.reap_quantize(
-            tensor_type.value,
+            *(tensor_type.value, stored_as),
             *(source.ctypes.data, n_rows, n_columns),
             *(None if weights is None else weights.ctypes.data, tables),
             *(target.ctypes.data, is_odd.ctypes.data),
@@ -103,6 +109,13 @@ class Kernels:
         if not done:
             raise ValueError(f"{name} is not read by the compiled kernels")
         return values
+
+
+def _as_read(rows: Floats | StoredRows) -> tuple[int, npt.NDArray[np.generic]]:
+    """What the object calls the type of rows, and rows that it can read: BF16 or float32."""
+    if not isinstance(rows, np.ndarray) and rows.dtype == "BF16":
+        return _AS_BF16, np.ascontiguousarray(rows.raw)
+    return _AS_F32, np.ascontiguousarray(rows[:], dtype=np.float32)
 
 
 def load_kernels() -> Kernels | None:
@@ -149,7 +162,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.reap_source.argtypes = ()
     library.reap_quantize.restype = ctypes.c_int
     rows, others = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), (ctypes.c_void_p,) * 4
-    library.reap_quantize.argtypes = (ctypes.c_int, *rows, *others)
+    library.reap_quantize.argtypes = (ctypes.c_int, ctypes.c_int, *rows, *others)
     library.reap_dequantize.restype = ctypes.c_int
     pointers = (ctypes.c_void_p,) * 2
     library.reap_dequantize.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, *pointers)

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("source")
@@ -32,7 +33,7 @@ TARGETS = {
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "arm64": "arm64", "aarch64": "arm64"}
 # Fused multiplications and additions would round once where ggml rounds twice.
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti")
-_OF_A_LIBRARY = ("-fPIC", "-shared", "-fvisibility=hidden")
+OF_A_LIBRARY = ("-fPIC", "-shared", "-fvisibility=hidden")
 
 
 def machine() -> str:
@@ -64,7 +65,7 @@ def compiler() -> list[str] | None:
 
 def command(compile_with: Sequence[str], target: str, output: Path) -> list[str]:
     """What compiles the object of a target."""
-    flags = [*_FLAGS, *_OF_A_LIBRARY, f"-march={target}", f'-DSOURCE_HASH="{source_hash()}"']
+    flags = [*_FLAGS, *OF_A_LIBRARY, f"-march={target}", f'-DSOURCE_HASH="{source_hash()}"']
     return [*compile_with, *flags, "-o", str(output), str(SOURCE / "cpu.cpp")]
 
 
@@ -78,19 +79,22 @@ def compile_objects() -> list[Path]:
     if compile_with is None:
         return []
     OBJECTS.mkdir(exist_ok=True)
-    made = []
-    for target in TARGETS.get(machine(), ()):
-        final = object_file(target)
-        part = final.with_name(f"{final.name}.{os.getpid()}")
-        try:
-            subprocess.run(
-                command(compile_with, target, part), check=True, capture_output=True, text=True
-            )
-            part.replace(final)
-        finally:
-            part.unlink(missing_ok=True)
-        made.append(final)
-    return made
+    targets = TARGETS.get(machine(), ())
+    with ThreadPoolExecutor(max(1, len(targets))) as pool:  # each waits for its compiler
+        return list(pool.map(lambda target: _compile(compile_with, target), targets))
+
+
+def _compile(compile_with: Sequence[str], target: str) -> Path:
+    final = object_file(target)
+    part = final.with_name(f"{final.name}.{os.getpid()}")
+    try:
+        subprocess.run(
+            command(compile_with, target, part), check=True, capture_output=True, text=True
+        )
+        part.replace(final)
+    finally:
+        part.unlink(missing_ok=True)
+    return final
 
 
 if __name__ == "__main__":

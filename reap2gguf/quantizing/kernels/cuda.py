@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from reap2gguf.ggml import NEEDS_IMPORTANCE, load_ggml
 from reap2gguf.progress import working
+from reap2gguf.quantizing.kernels.codebooks import codebook, entries_shape
 from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Function, Memory, Stream
 from reap2gguf.quantizing.kernels.nvrtc import (
     Compiler,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from reap2gguf.ggml import Bytes, Floats
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.kernels.codebooks import Tables
+    from reap2gguf.quantizing.stored_rows import StoredRows
 
 _T = GGMLQuantizationType
 
@@ -50,6 +53,7 @@ class Form:
     reader: str
     weighs_rows: bool = False  # with importance, by the mean square of the whole row
     registers: int = 128  # of a thread, at most: with fewer, more of them run at the same time
+    n_threads: int = 1  # that work on a block: PARTS of a type with a codebook
 
 
 # Every type that a GPU quantizes. A type is added here and nowhere else.
@@ -66,6 +70,11 @@ FORMS = {
     _T.Q6_K: Form("Q6K", "ReadQ6K"),
     _T.IQ4_NL: Form("IQ4NL", "ReadIQ4NL", registers=255),
     _T.IQ4_XS: Form("IQ4XS", "ReadIQ4XS", registers=255),
+    _T.IQ3_S: Form("Iq3<true>", "ReadIQ3S", registers=168, n_threads=8),
+    _T.IQ3_XXS: Form("Iq3<false>", "ReadIQ3XXS", registers=168, n_threads=8),
+    _T.IQ2_S: Form("Iq2<true>", "ReadIQ2S", registers=96, n_threads=16),
+    _T.IQ2_XS: Form("Iq2<false>", "ReadIQ2XS", registers=96, n_threads=16),
+    _T.IQ2_XXS: Form("Iq2Xxs", "ReadIQ2XXS", registers=168, n_threads=8),
 }
 
 
@@ -85,7 +94,8 @@ class Key:
         form = FORMS[self.tensor_type]
         if self.kernel == "dequantize":
             return [f"READER={form.reader}"]
-        return [f"QUANTIZER={form.struct}", f"WITH_IMPORTANCE={int(self.is_weighted)}"]
+        name = "QUANTIZER" if entries_shape(self.tensor_type) is None else "FITTED"
+        return [f"{name}={form.struct}", f"WITH_IMPORTANCE={int(self.is_weighted)}"]
 
     @property
     def registers(self) -> int:
@@ -101,6 +111,7 @@ _THREADS = 128  # in a block; find_mean_squares has 32
 _FEWEST_IN_A_GROUP = 16  # values that a thread reads, or 32
 _ROWS_OF_LARGEST = 8  # rows that a block looks at, a warp each
 _FIND_LARGEST, _FIND_MEAN_SQUARES = Key("find_largest"), Key("find_mean_squares")
+_ALIGNED = 256  # bytes at which tables begin
 _COMPILING = "Compiling kernels, once on this machine"
 
 
@@ -125,12 +136,43 @@ class Quantized:
         return np.isfinite(self.largest)
 
 
+@dataclass(frozen=True)
+class Book:
+    """A type's codebook in the GPU's memory; null where a type has none."""
+
+    memory: Memory
+    tables: ctypes.c_void_p  # `struct Codebook` of codebooks.h
+    entries: ctypes.c_void_p  # what dequantizing needs
+
+    @classmethod
+    def of(cls, tensor_type: GGMLQuantizationType, driver: Driver, stream: Stream) -> Book:
+        """Make it, and wait until it is there."""
+        memory, found = Memory(driver, is_pinned=False), codebook(load_ggml(), tensor_type)
+        if found is None:
+            return cls(memory, ctypes.c_void_p(0), ctypes.c_void_p(0))
+        parts = [
+            one.reshape(-1).view(np.uint8) for one in (found.places, found.codes, found.entries)
+        ]
+        starts = [_ALIGNED]  # after the two addresses
+        for part in parts:
+            starts.append(starts[-1] + -(-part.nbytes // _ALIGNED) * _ALIGNED)
+        base = memory.at_least(starts[-1])
+        image = np.zeros(starts[-1], np.uint8)
+        image[:16] = np.array([base + start for start in starts[:2]], np.uint64).view(np.uint8)
+        for start, part in zip(starts, parts, strict=False):
+            image[start : start + part.nbytes] = part
+        stream.to_device(base, image)
+        stream.wait()
+        return cls(memory, ctypes.c_void_p(base), ctypes.c_void_p(base + starts[2]))
+
+
 class Gpu:
     """The quantizers on this process's first GPU. Threads may share one."""
 
     def __init__(self, driver: Driver, compiler: Compiler) -> None:
         self.driver, self._compiler = driver, compiler
         self._functions: dict[Key, Function] = {}
+        self._books: dict[GGMLQuantizationType, Book] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
         self._channels: list[Channel] = []
@@ -163,6 +205,13 @@ class Gpu:
                 (self._functions[key],) = self.driver.load(self._code(key), key.kernel)
             return self._functions[key]
 
+    def book(self, tensor_type: GGMLQuantizationType, stream: Stream) -> Book:
+        """The codebook of a type, sent to the GPU when it is first asked for."""
+        with self._lock:
+            if tensor_type not in self._books:
+                self._books[tensor_type] = Book.of(tensor_type, self.driver, stream)
+            return self._books[tensor_type]
+
     def _code(self, key: Key) -> bytes:
         path = self._cache_file(key)
         if (code := read_cached(path)) is None:
@@ -186,13 +235,16 @@ class Gpu:
 
     def quantize(
         self,
-        rows: Floats,
+        rows: Floats | StoredRows,
         tensor_type: GGMLQuantizationType,
         importance: Floats | None = None,
         tables: Tables | None = None,
     ) -> tuple[Bytes, npt.NDArray[np.bool_]]:
-        """Rows (R, C) of float32 as `tensor_type`, as `Kernels.quantize` of `compiled.py` does."""
-        source = np.ascontiguousarray(rows, dtype=np.float32)
+        """Rows (R, C) as `tensor_type`, as `Kernels.quantize` of `compiled.py` does.
+
+        `tables` are those of the host; the GPU has its own.
+        """
+        source = np.ascontiguousarray(rows[:], dtype=np.float32)
         channel = self.channel()
         channel.stored(source.nbytes)[:] = source.reshape(-1).view(np.uint8)
         channel.send(0, source.nbytes)
@@ -211,7 +263,10 @@ class Gpu:
         with self._lock:
             for channel in self._channels:
                 channel.close()
+            for book in self._books.values():
+                book.memory.free()
             self._channels.clear()
+            self._books.clear()
             self._local = threading.local()
 
 
@@ -250,9 +305,12 @@ class Channel:
         """The rows (R, C) that were sent, stored as `dtype`, as blocks of each type.
 
         `importance` is (M, C), and `matrix_of` (R,) says which of the M matrices a row is of; the
-        first one if it is left out. Raises CudaError if the GPU fails.
+        first one if it is left out. Raises CudaError if the GPU fails, and ValueError for a type
+        that needs an importance and has none.
         """
         n_rows, n_columns = shape
+        if importance is None and (without := sorted(NEEDS_IMPORTANCE.intersection(types))):
+            raise ValueError(f"{without[0].name} needs an importance")
         given = np.zeros(n_rows, np.int32) if matrix_of is None else np.asarray(matrix_of, np.int32)
         rows = (
             ctypes.c_void_p(self._device["stored"].address),
@@ -283,14 +341,14 @@ class Channel:
             key = Key("quantize", one, importance is not None)
             self._run(
                 key,
-                -(-n_rows * n_blocks // _THREADS),
+                -(-n_rows * n_blocks * FORMS[one].n_threads // _THREADS),
                 _THREADS,
                 *rows,
                 weights,
                 matrices,
                 largest,
                 squares,
-                ctypes.c_void_p(0),
+                self.gpu.book(one, self._stream).tables,
                 target,
                 is_odd,
             )
@@ -318,7 +376,7 @@ class Channel:
             _THREADS,
             source,
             ctypes.c_int64(n_blocks),
-            ctypes.c_void_p(0),
+            self.gpu.book(tensor_type, self._stream).entries,
             target,
         )
         values = self._get("values", 4 * n_blocks * columns, target)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +37,8 @@ from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from tests.building.builds import build, options, refuse_at, stop_before_export
 from tests.building.needs.machines import GIB, H100, LAPTOP, laptop, needs_on
-from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
+from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, child_environment
+from tests.tokens import FULL_VOCAB
 
 # what `_guessed` makes of a plan whose texts are on the Hub
 LONG_TEXT = Amount(1024, 2**21, 2**21, 0, 2048, 2**23, "at most")
@@ -66,12 +70,49 @@ def test_what_keeps_all_experts_observes_nothing(tiny: Path, tmp_path: Path) -> 
     assert needs.stages["imatrix"] > 0
 
 
-def test_files_have_the_sizes_that_were_planned(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    needs = needs_on(make_plan(options(tiny, out)))
-    build(tiny, out)
+def test_files_have_the_sizes_that_were_planned(tmp_path: Path) -> None:
+    # so large that the allowance for cards is a small part
+    model, out = (
+        TinyQwen3Moe(hidden=128, width=128, vocab=FULL_VOCAB).write(tmp_path / "model"),
+        tmp_path / "out",
+    )
+    needs = needs_on(make_plan(options(model, out)))
+    build(model, out)
     found = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     assert 0.6 * needs.disk_bytes < found <= needs.disk_bytes
+
+
+@pytest.mark.slow
+def test_memory_and_disk_stay_below_the_plan(tmp_path: Path) -> None:
+    """In a process of its own: the tests' own memory does not count."""
+    shape = TinyQwen3Moe(hidden=1024, width=1024, n_experts=16)
+    arguments = [
+        str(shape.write(tmp_path / "model")), "--recipe", "Q4_K_M,Q8_0,BF16", "--device", "cpu",
+        "--output", str(tmp_path / "out"), "--samples", "8", "--max-length", "64", "--json",
+    ]  # fmt: skip
+    found = []
+    for command in ("plan", "build"):
+        program = [sys.executable, "-m", "reap2gguf", command, *arguments]
+        child = subprocess.run(
+            program, env=child_environment({}), check=True, capture_output=True, text=True
+        )
+        found.append(json.loads(child.stdout))
+    planned, built = found
+    peak = max(stage["peak_bytes"] for stage in built["stages"])
+    assert peak <= planned["estimate"]["memory_bytes"] <= 3 * peak
+
+
+def test_stages_beside_a_pass_count_in_memory(tiny: Path, tmp_path: Path) -> None:
+    plan = make_plan(options(tiny, tmp_path / "out"))
+    alone, both = needs_on(plan, laptop(cores=1)), needs_on(plan, laptop(cores=2))
+    assert both.memory_bytes > alone.memory_bytes >= alone.sweeps.host_bytes
+    least = both.sweeps.host_bytes + 1
+    assert needs_on(plan, laptop(memory_free_bytes=least)).memory_bytes < both.memory_bytes
+    assert not both.gpu_memory_bytes
+    on_gpu = make_plan(options(tiny, tmp_path / "out", compute=ComputeOptions("cuda")))
+    needs = needs_on(on_gpu, H100)
+    assert needs.gpu_memory_bytes > needs.sweeps.device_bytes
+    assert needs.memory_bytes > needs.sweeps.host_bytes
 
 
 def test_what_is_done_takes_no_time(

@@ -1,8 +1,14 @@
-"""What each of two processes does for test_ranks: `compute FOLDER`, or `resume ARGUMENTS...`."""
+"""What each of two processes does for test_ranks: `compute FOLDER`, or `resume ARGUMENTS...`.
+
+For test_nodes: `node DIES SILENCE ARGUMENTS...` runs the program. The process of the rank DIES dies
+before the last layer, or, where SILENCE is not zero, stands still there; the others wait SILENCE
+seconds for it.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +16,9 @@ from typing import Any
 import torch
 
 from reap2gguf import cli
+from reap2gguf.machine import processes
 from reap2gguf.observing import budget, state
+from reap2gguf.observing.compute import pulse
 from reap2gguf.observing.compute.ranks import HostPeers, _host_peers, join
 from reap2gguf.observing.sweep import Sweep
 from tests.tiny import EXAMPLE
@@ -21,6 +29,7 @@ BUILD = ("--recipe", "q8_0", "--name", "shared", "--max-length", "512", "--sampl
 BATCH_TOKENS = 1024  # so that few rows make several batches
 DIES_BEFORE = 2  # layers
 DIED = 9
+NOBODY = -1
 
 
 def exchange() -> None:
@@ -73,6 +82,25 @@ def run(*arguments: object) -> None:
     cli.cli([*map(str, arguments)], standalone_mode=False)
 
 
+def stand_still(self: Sweep, index: int, task: Any) -> None:
+    """A layer in a process that nobody hears of any more."""
+    print("STOPPED", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def on_node(dies: int, silence: int, *arguments: str) -> None:
+    """The program on a machine of its own; states are saved after every layer."""
+    state.MOST_OF_TIME = 1e9
+    if silence:
+        pulse.PATIENCE_TICKS = silence
+    if processes().rank == dies and silence:
+        Sweep.layer = stand_still  # type: ignore[method-assign]
+    elif processes().rank == dies:
+        die_before(1)
+    sys.argv = ["reap2gguf", *arguments]
+    cli.main()
+
+
 def resume(*arguments: str) -> None:
     """The program itself, to its end; no thread of the connections may outlive it.
 
@@ -91,5 +119,7 @@ if __name__ == "__main__":
     budget.MOST_TOKENS["cpu"] = BATCH_TOKENS
     if sys.argv[1] == "compute":
         compute(Path(sys.argv[2]))
+    elif sys.argv[1] == "node":
+        on_node(int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
     else:
         resume(*sys.argv[2:])

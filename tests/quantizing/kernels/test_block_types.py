@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reap2gguf.ggml import load_ggml
+from reap2gguf.quantizing.kernels.codebooks import codebook
+from reap2gguf.quantizing.stored_rows import StoredRows
 from tests.quantizing.kernels.cases import Floats, kernels, needs_kernels, odd_rows
 
 TYPES = (T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.IQ4_NL, T.IQ4_XS)
@@ -99,6 +101,39 @@ def test_many_rows_of_every_kind(tensor_type: T, weights: str) -> None:
     for kind in KINDS:
         rows = values(kind, random, (96, 1024))
         odd_share(rows, tensor_type, importance(weights, random, 1024))
+
+
+@pytest.mark.parametrize("weights", ["none", "gamma"])
+@pytest.mark.parametrize(
+    "tensor_type", [*TYPES, *HALVES, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ3_S]
+)
+@pytest.mark.parametrize("n_rows", [1, 37])
+def test_bfloat16_as_it_is_stored_makes_the_same_blocks(
+    tensor_type: T, weights: str, n_rows: int
+) -> None:
+    random = np.random.default_rng(4)
+    rows = values("bf16", random, (n_rows, 768))
+    stored = StoredRows((rows.view(np.uint32) >> 16).astype(np.uint16), "BF16")
+    book = codebook(load_ggml(), tensor_type)
+    others = (importance(weights, random, 768), None if book is None else book.pointers())
+    wanted, is_odd = kernels().quantize(rows, tensor_type, *others)
+    found, found_odd = kernels().quantize(stored, tensor_type, *others)
+    assert not is_odd.any()
+    assert not found_odd.any()
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("weights", ["none", "gamma", "one"])
+@pytest.mark.parametrize("tensor_type", [T.Q3_K, T.Q6_K, T.Q4_0, T.Q5_0])
+def test_the_first_of_a_value_and_its_opposite_gives_the_step(tensor_type: T, weights: str) -> None:
+    random = np.random.default_rng(5)
+    rows = random.standard_normal((64, 1024)).astype(np.float32)
+    groups = rows.reshape(-1, 16)
+    largest = np.abs(groups).max(axis=1) * np.float32(1.01)
+    places = np.argsort(random.random(groups.shape), axis=1)
+    np.put_along_axis(groups, places[:, :1], largest[:, None], axis=1)
+    np.put_along_axis(groups, places[:, 1:2], -largest[:, None], axis=1)
+    assert not odd_share(rows, tensor_type, importance(weights, random, 1024))
 
 
 @pytest.mark.parametrize("weights", ["none", "gamma", "12 decades"])

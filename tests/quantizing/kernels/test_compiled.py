@@ -80,3 +80,12 @@ def test_a_processor_without_the_instructions_uses_none(monkeypatch: pytest.Monk
     monkeypatch.setattr(compiled, "machine", lambda: "x86_64")
     monkeypatch.setattr(compiled, "processor_flags", lambda: frozenset({"sse2"}))
     assert "no AVX2" in str(compiled.find_kernels())
+
+
+@needs_objects
+@pytest.mark.parametrize("tensor_type", [T.IQ3_S, T.IQ2_XXS])
+def test_a_codebook_that_is_not_given_is_an_error(tensor_type: T) -> None:
+    kernels = compiled.load_kernels()
+    assert kernels is not None
+    with pytest.raises(ValueError, match=f"{tensor_type.name} needs the tables"):
+        kernels.quantize(np.ones((2, 256), np.float32), tensor_type, np.ones(256, np.float32))

@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,14 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
-from reap2gguf.ggml import load_ggml
+from reap2gguf.ggml import NEEDS_IMPORTANCE, load_ggml
 from reap2gguf.progress import CallbackProgress, Silent
 from reap2gguf.quantizing.kernels import nvrtc
+from reap2gguf.quantizing.kernels.codebooks import codebook, entries_shape
 from reap2gguf.quantizing.kernels.compiling import compiler, machine
-from reap2gguf.quantizing.kernels.cuda import FORMS, STORED_AS, Gpu, Key, load_gpu
-from reap2gguf.quantizing.kernels.driver import CudaError, Driver
+from reap2gguf.quantizing.kernels.cuda import FORMS, STORED_AS, Book, Channel, Gpu, Key, load_gpu
+from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Stream
+from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.stored_rows import StoredRows
 
 Floats = npt.NDArray[np.float32]
@@ -32,7 +35,20 @@ on_host = pytest.mark.skipif(
     compiler() is None or machine() != "x86_64", reason="needs a C++ compiler and libggml on x86-64"
 )
 COLUMNS = 512
-QUICK = (T.Q4_K, T.Q8_0, T.Q4_0)
+QUICK = (Key("quantize", T.Q4_K), Key("quantize", T.Q8_0), Key("quantize", T.IQ2_S, True))
+KEYS = [
+    Key("quantize", one, is_weighted)
+    for one in FORMS
+    for is_weighted in (False, True)
+    if is_weighted or one not in NEEDS_IMPORTANCE
+]
+BOOKS = [one for one in FORMS if entries_shape(one)]
+READ_QUICKLY = (T.Q4_K, T.IQ3_S)
+
+
+def named(key: Key) -> str:
+    assert key.tensor_type is not None
+    return f"{key.tensor_type.name}-{'weighted' if key.is_weighted else 'plain'}"
 
 
 def rows(n_rows: int, dtype: str) -> tuple[Bytes, Floats]:
@@ -78,7 +94,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         found = load_gpu()
-        keys = [(one, is_weighted) for one in FORMS for is_weighted in (False, True)]
+        keys = [(key.tensor_type, key.is_weighted) for key in KEYS if key.tensor_type]
         said: list[str] = []
         found.prepare(keys, 4, CallbackProgress(lambda event: said.append(event.title)))
         assert said[0] == "Compiling kernels, once on this machine"
@@ -89,11 +105,10 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
 
 
 @pytest.mark.parametrize("dtype", STORED_AS)
-@pytest.mark.parametrize("is_weighted", [False, True])
-@pytest.mark.parametrize("tensor_type", [pytest.param(one, marks=GPU) for one in FORMS])
-def test_a_gpu_makes_libggmls_bytes(
-    tensor_type: T, is_weighted: bool, dtype: str, gpu: Gpu
-) -> None:
+@pytest.mark.parametrize("key", [pytest.param(one, marks=GPU, id=named(one)) for one in KEYS])
+def test_a_gpu_makes_libggmls_bytes(key: Key, dtype: str, gpu: Gpu) -> None:
+    assert key.tensor_type is not None
+    tensor_type, is_weighted = key.tensor_type, key.is_weighted
     channel = gpu.channel()
     for n_rows in (1, 37, 700):
         stored, values = rows(n_rows, dtype)
@@ -128,6 +143,105 @@ def test_threads_share_a_gpu(n_threads: int, gpu: Gpu) -> None:
     assert all(np.array_equal(data[~is_odd], wanted[~is_odd]) for data, is_odd in found)
 
 
+def extreme_rows() -> Floats:
+    """Rows of every scale, of a scale for each block, with zeros, far from zero, and equal."""
+    random = np.random.default_rng(5)
+    values = random.standard_normal((96, COLUMNS)).astype(np.float32)
+    values[:40] *= (10 ** np.linspace(-40, 18, 40)).astype(np.float32)[:, None]
+    blocks = values[40:60].reshape(20, -1, 16)
+    blocks *= 10 ** random.uniform(-9, 4, (20, blocks.shape[1], 1)).astype(np.float32)
+    values[60:70][random.random((10, COLUMNS)) < 0.97] = 0
+    values[70:80] = -np.abs(values[70:80]) - 3
+    values[80:90] = np.round(values[80:90]) / 4
+    values[90:] = values[90:, :1]
+    return values
+
+
+def extreme_importances() -> list[Floats]:
+    """Ones, 12 decades, half of zeros, one alone, very small, very large."""
+    random = np.random.default_rng(6)
+    found = np.ones((6, COLUMNS), np.float32)
+    found[1] = 10 ** random.uniform(-6, 6, COLUMNS)
+    found[2, random.random(COLUMNS) < 0.5] = 0
+    found[3] = np.arange(COLUMNS) == 100
+    found[4] *= np.float32(1e-38)
+    found[5] *= np.float32(1e30)
+    return list(found)
+
+
+@pytest.mark.parametrize("tensor_type", [pytest.param(one, marks=GPU) for one in BOOKS])
+def test_a_gpu_makes_libggmls_bytes_of_extremes(tensor_type: T, gpu: Gpu) -> None:
+    values = extreme_rows()
+    for weights in extreme_importances():
+        data, is_odd = gpu.quantize(values, tensor_type, weights)
+        wanted = load_ggml()._quantize(values[~is_odd], tensor_type, weights)
+        assert np.array_equal(data[~is_odd], wanted)
+        assert not is_odd[60:].all()
+
+
+@pytest.mark.parametrize("key", [pytest.param(one, marks=GPU, id=named(one)) for one in KEYS])
+def test_the_self_test_accepts_a_gpu(key: Key, gpu: Gpu) -> None:
+    assert key.tensor_type is not None
+    assert Quantizer(load_ggml(), gpu).uses_kernel(key.tensor_type, key.is_weighted)
+
+
+@pytest.mark.parametrize("tensor_type", [pytest.param(one, marks=GPU) for one in BOOKS])
+def test_a_codebook_is_sent_once_and_given_back(tensor_type: T, gpu: Gpu) -> None:
+    values, weights = rows(9, "F32")[1], importance(1)
+    data, _ = gpu.quantize(values, tensor_type, weights)
+    book = gpu.book(tensor_type, Stream(gpu.driver))
+    assert gpu.book(tensor_type, Stream(gpu.driver)) is book
+    gpu.close()
+    assert book.memory.address == 0
+    assert np.array_equal(gpu.quantize(values, tensor_type, weights)[0], data)
+
+
+@pytest.mark.parametrize("tensor_type", sorted(NEEDS_IMPORTANCE.intersection(FORMS)))
+def test_a_type_without_its_importance_is_refused(tensor_type: T) -> None:
+    channel = Channel.__new__(Channel)  # refused before the GPU is asked for anything
+    with pytest.raises(ValueError, match=f"{tensor_type.name} needs an importance"):
+        channel.quantize("F32", (4, COLUMNS), [tensor_type])
+
+
+class HostDriver:
+    """Memory of this machine in place of a GPU's."""
+
+    def __init__(self) -> None:
+        self.kept: list[Bytes] = []
+
+    def call(self, name: str, address: Any, n_bytes: int) -> None:
+        assert name == "cuMemAlloc_v2"
+        self.kept.append(np.full(n_bytes + 256, 255, np.uint8))
+        found = self.kept[-1].ctypes.data
+        address._obj.value = found + -found % 256
+
+    def to_device(self, target: int, source: Bytes) -> None:
+        ctypes.memmove(target, source.ctypes.data, source.nbytes)
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def books() -> dict[T, Book]:
+    driver: Any = HostDriver()
+    return {one: Book.of(one, driver, driver) for one in FORMS}
+
+
+def test_a_codebook_is_laid_out_as_the_kernels_read_it(books: dict[T, Book]) -> None:
+    for one, book in books.items():
+        wanted = codebook(load_ggml(), one)
+        if wanted is None:
+            assert (book.tables.value, book.entries.value) == (None, None)
+            continue
+        places, codes = (ctypes.c_void_p * 2).from_address(book.tables.value or 0)
+        sent = {places: wanted.places, codes: wanted.codes, book.entries.value: wanted.entries}
+        for address, part in sent.items():
+            assert address is not None
+            assert address % 256 == 0
+            assert ctypes.string_at(address, part.nbytes) == part.tobytes()
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Key], ctypes.CDLL]:
     """gpu.cu as C++, for one kernel."""
@@ -152,15 +266,18 @@ def _address(values: npt.NDArray[np.generic] | None) -> ctypes.c_void_p:
 
 
 @on_host
-@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize(
-    "tensor_type",
-    [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in FORMS],
+    "key",
+    [
+        pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow], id=named(one))
+        for one in KEYS
+    ],
 )
 def test_its_source_makes_libggmls_bytes(
-    tensor_type: T, is_weighted: bool, compiled: Callable[[Key], ctypes.CDLL]
+    key: Key, compiled: Callable[[Key], ctypes.CDLL], books: dict[T, Book]
 ) -> None:
-    library = compiled(Key("quantize", tensor_type, is_weighted))
+    assert key.tensor_type is not None
+    library, tensor_type, is_weighted = compiled(key), key.tensor_type, key.is_weighted
     columns, size = GGML_QUANT_SIZES[tensor_type]
     for dtype, stored_as in STORED_AS.items():
         n_rows = 75
@@ -174,13 +291,15 @@ def test_its_source_makes_libggmls_bytes(
         matrix_of = np.arange(n_rows, dtype=np.int32) // 30
         weights = importance(3) if is_weighted else None
         n_blocks = COLUMNS // columns
+        n_threads = n_rows * n_blocks * FORMS[tensor_type].n_threads
         room = np.full(n_rows * n_blocks * size + 16, 7, np.uint8)
         made = room[-room.ctypes.data % 16 :][: n_rows * n_blocks * size].reshape(n_rows, -1)
         is_odd = np.zeros(n_rows, np.bool_)
         library.run_quantize(
-            -(-n_rows * n_blocks // 128), _address(aligned), stored_as, n_rows, COLUMNS,
+            -(-n_threads // 128), _address(aligned), stored_as, n_rows, COLUMNS,
             _address(weights), _address(matrix_of), _address(largest),
-            _address(squares if is_weighted else None), _address(made), _address(is_odd),
+            _address(squares if is_weighted else None), books[tensor_type].tables,
+            _address(made), _address(is_odd),
         )  # fmt: skip
         assert (made[50] == 7).all()
         kept = np.arange(n_rows) != 50
@@ -190,10 +309,10 @@ def test_its_source_makes_libggmls_bytes(
 @on_host
 @pytest.mark.parametrize(
     "tensor_type",
-    [pytest.param(one, marks=[] if one in QUICK else [pytest.mark.slow]) for one in FORMS],
+    [pytest.param(one, marks=[] if one in READ_QUICKLY else [pytest.mark.slow]) for one in FORMS],
 )
 def test_its_source_reads_blocks_as_libggml_does(
-    tensor_type: T, compiled: Callable[[Key], ctypes.CDLL]
+    tensor_type: T, compiled: Callable[[Key], ctypes.CDLL], books: dict[T, Book]
 ) -> None:
     library = compiled(Key("dequantize", tensor_type))
     _, values = rows(40, "F32")
@@ -201,15 +320,14 @@ def test_its_source_reads_blocks_as_libggml_does(
     n_blocks = raw.size // GGML_QUANT_SIZES[tensor_type][1]
     out = np.empty_like(values)
     library.run_dequantize(
-        -(-values.size // 16 // 128), _address(raw), ctypes.c_int64(n_blocks), _address(out)
-    )
+        -(-values.size // 16 // 128), _address(raw), ctypes.c_int64(n_blocks),
+        books[tensor_type].entries, _address(out),
+    )  # fmt: skip
     assert np.array_equal(out, load_ggml().dequantize(raw, tensor_type))
 
 
 def test_every_kernel_has_a_request_of_its_own() -> None:
-    keys = [Key("find_largest")]
-    for one in FORMS:
-        keys += [Key("quantize", one, False), Key("quantize", one, True), Key("dequantize", one)]
+    keys = [Key("find_largest"), *KEYS, *(Key("dequantize", one) for one in FORMS)]
     requests = {(tuple(key.definitions), key.registers) for key in keys}
     assert len(requests) == len(keys)
 

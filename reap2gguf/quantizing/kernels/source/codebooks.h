@@ -25,25 +25,31 @@ template <int GROUP> struct Grid {
 #ifdef __CUDACC__
 
 // The nearest of a code's neighbours: the first one with the smallest weighted distance of
-// scale * point from x. The code itself if it is a point, or if `wanted` is no.
+// scale * point from x. The code itself if it is a point, or if `wanted` is no. Four codes are loaded at
+// a time; those that fill a list up are the first again, which is not nearer than itself.
 template <int GROUP>
 FN I nearest_point(I code, I place, M wanted, const F *x, const F *w, F scale, const Codebook &book,
                    M &is_odd) {
     enum { BITS = Grid<GROUP>::BITS, MASK = Grid<GROUP>::MASK };
     if (place < 0 || !wanted) return code;
-    const u16 *list = book.codes + 16 * (place >> 10);
+    const ushort4 *list = (const ushort4 *)book.codes + 4 * (place >> 10);
     const int count = place & 1023;
     F least = FARTHEST;
-    for (int j = 0; j < count; j++) {
-        I other = list[j];
-        F distance = 0.f;
-        UNROLL for (int i = 0; i < GROUP; i++) {
-            F difference = scale * to_float(2 * (other >> BITS * i & MASK) + 1) - x[i];
-            distance = distance + (w[i] * difference) * difference;
-        }
-        if (distance < least) {
-            least = distance;
-            code = other;
+    for (int j = 0; j < count; j += 4) {
+        const ushort4 four = *list++;
+        const I others[4] = {four.x, four.y, four.z, four.w};
+        UNROLL for (int k = 0; k < 4; k++) {
+            F distance = 0.f;
+            UNROLL for (int i = 0; i < GROUP; i++) {
+                // an odd number as a float by its bits, faster than by converting it
+                I odd = (others[k] << 1 >> BITS * i & 2 * MASK) | 1;
+                F difference = scale * (from_bits(0x4b000000 | odd) - 0x1p23f) - x[i];
+                distance = distance + (w[i] * difference) * difference;
+            }
+            if (distance < least) {
+                least = distance;
+                code = others[k];
+            }
         }
     }
     is_odd |= !(least < FARTHEST);
@@ -204,7 +210,7 @@ FN void try_scales(const Values<GROUP, N> &v, M wanted, F extent, float top, flo
     for (int k = -last_try; k <= last_try; k++) {
         F inverse = F(top + delta * k) / extent, scale = F(1.f) / inverse, sum_xq, sum_q2;
         I codes[GROUPS], off_grid = 0;
-        UNROLL for (int g = 0; g < GROUPS; g++) {
+        ROLL_ALL for (int g = 0; g < GROUPS; g++) {
             I code = nearest_levels<GROUP, true>(v.x + GROUP * g, inverse);
             I place = look_up(book.places, code);
             off_grid = off_grid | select(place < I(0), I(0), I(1 << g));
@@ -226,7 +232,7 @@ FN void fit_again(const Values<GROUP, N> &v, M wanted, I which, const Codebook &
                   GridFit<GROUP, N> &fit) {
     wanted = wanted & (fit.scale > 0.f) & (which != I(0));
     F inverse = F(1.f) / fit.scale, sum_xq, sum_q2;
-    UNROLL for (int g = 0; g < N / GROUP; g++) {
+    ROLL_ALL for (int g = 0; g < N / GROUP; g++) {
         M moves = wanted & ((which & 1 << g) != I(0));
         I code = nearest_levels<GROUP, false>(v.x + GROUP * g, inverse);
         I place = look_up(book.places, code);
@@ -286,17 +292,17 @@ FN void make_positive(F &scale, I *signs, int n, int mask) {
     scale = select(is_negative, -scale, scale);
 }
 
-// Four bits for each of N scales, as (level + 1/2) * 2 d where 31 d is the largest, and d as a half.
+// Four bits for each scale of N parts, as (level + 1/2) * 2 d where 31 d is the largest, and d as a half.
 // `is_zero` says where all are.
-template <int N>
-FN I four_bits(const F *scales, float factor, I *levels, M &is_zero, M &is_odd) {
+template <int N, class P>
+FN I four_bits(const P *parts, float factor, I *levels, M &is_zero, M &is_odd) {
     F largest = 0.f;
-    for (int j = 0; j < N; j++) largest = larger(largest, scales[j]);
+    for (int j = 0; j < N; j++) largest = larger(largest, parts[j].scale);
     is_zero = largest == 0.f;
     F d = largest / F(31.f), inverse = F(1.f) / d;
     is_odd = is_odd | (!is_zero & !is_roundable(inverse * largest));
     for (int j = 0; j < N; j++) {
-        I level = clamp(nearest(0.5f * (inverse * scales[j] - 1.f)), 0, 15);
+        I level = clamp(nearest(0.5f * (inverse * parts[j].scale - 1.f)), 0, 15);
         levels[j] = select(is_zero, I(0), level);
     }
     I half = select(is_zero, I(0), half_bits(d * factor));
@@ -310,16 +316,40 @@ template <int N> FN void pack_halves(const I *halves, I *words) {
     if (N % 2) words[N / 2] = halves[N - 1];
 }
 
-template <int N> FN F sum_of_squares(const F *x) {
-    F sum = 0.f;
+template <int N> FN F add_squares(F sum, const F *x) {
     for (int i = 0; i < N; i++) sum = sum + x[i] * x[i];
     return sum;
 }
 
 FN I point_number(const Codebook &book, I code) { return look_up(book.places, code) & 0xffff; }
 
-// A type with a codebook derives from this: it is given the table besides values and importance.
+// A type with a codebook derives from this. Its super-blocks have PARTS parts of WIDE values, which
+// `fit` fits one by one and `pack` puts together; a part knows of the others only `spread`, the mean
+// square of all values times SPREAD. So a GPU can have a thread for each part.
 struct HasCodebook {};
+
+// What the fit of a part leaves: zeros where it is not used.
+template <int N_POINTS, int N_SIGNS> struct Fitted {
+    F scale;
+    M is_used;
+    I points[N_POINTS], signs[N_SIGNS];
+};
+
+template <class T> FN F spread_of(F sum_of_squares) {
+    return F((float)T::SPREAD) * sum_of_squares / F((float)T::COLUMNS);
+}
+
+// The fit's scale without its sign, and the points' numbers; SIGN_MASK are the signs that are stored.
+template <int SIGN_MASK, int GROUP, int N, class P>
+FN void leave_part(GridFit<GROUP, N> &fit, M is_used, const Codebook &book, P &part, M &is_odd) {
+    make_positive(fit.scale, part.signs, N / 8, SIGN_MASK);
+    is_odd = is_odd | (is_used & (fit.is_odd | !(fit.scale >= 0.f)));
+    part.is_used = is_used;
+    part.scale = select(is_used, fit.scale, F(0.f));
+    UNROLL for (int g = 0; g < N / GROUP; g++)
+        part.points[g] = select(is_used, point_number(book, fit.codes[g]), I(0));
+    UNROLL for (int k = 0; k < N / 8; k++) part.signs[k] = select(is_used, part.signs[k], I(0));
+}
 
 template <class T, bool WEIGHTED>
 FN M quantize_block(const void *, const F *x, const float *importance, F mean_square, I *words,
@@ -329,5 +359,12 @@ FN M quantize_block(const void *, const F *x, const float *importance, F mean_sq
 template <class T, bool WEIGHTED>
 FN M quantize_block(const HasCodebook *, const F *x, const float *importance, F, I *words,
                     const void *book) {
-    return T::template quantize<WEIGHTED>(x, importance, words, *(const Codebook *)book);
+    typename T::Part parts[T::PARTS];
+    const F spread = spread_of<T>(add_squares<T::COLUMNS>(F(0.f), x));
+    M is_odd = !is_finite(spread);
+    for (int j = 0; j < T::PARTS; j++)
+        T::template fit<WEIGHTED>(x + T::WIDE * j, importance + T::WIDE * j, spread, *(const Codebook *)book,
+                                  parts[j], is_odd);
+    T::pack(parts, words, is_odd);
+    return is_odd;
 }

@@ -1,11 +1,14 @@
-// The quantizers on a GPU: a thread quantizes one block of one row. Compiled at run time by NVRTC, one
-// type at a time: QUANTIZER names its struct, WEIGHTED says whether there is an importance.
+// The quantizers on a GPU: a thread quantizes one block of one row, or, of a type with a codebook, fits
+// one part of a super-block. Compiled at run time by NVRTC, one type at a time: QUANTIZER or FITTED names
+// its struct, WITH_IMPORTANCE says whether there is an importance.
 //
 // Neighbouring threads have neighbouring rows of the same columns, as lanes have on a CPU. So they read
 // the same importance. A block's values wait in the thread's local memory, which the hardware keeps
 // transposed: neighbouring threads read neighbouring words.
 namespace reap {  // CUDA has some of the names itself
 #include "dequantize.h"
+#include "iq2.h"
+#include "iq3.h"
 #include "k_quants.h"
 #include "nonlinear.h"
 #include "plain.h"
@@ -31,7 +34,7 @@ FN void widen(uint4 loaded, int stored_as, F *x) {
     }
 }
 
-// COUNT values from number `first` on. Both are multiples of 32, so that reads are aligned.
+// COUNT values from number `first` on. Both are multiples of 16, so that reads are aligned.
 template <int COUNT> FN void read(const uint4 *values, int stored_as, i64 first, F *x) {
     if (stored_as == AS_F32) {
         for (int i = 0; i < COUNT / 4; i++) widen(values[first / 4 + i], AS_F32, x + 4 * i);
@@ -82,7 +85,7 @@ extern "C" __global__ void find_mean_squares(const uint4 *values, int stored_as,
     if (first + own < n_rows) mean_squares[first + own] = sum / (F)n_columns;
 }
 
-#ifdef QUANTIZER
+#if defined(QUANTIZER) || defined(FITTED)
 
 template <int N_BYTES> FN void store(const I *words, u8 *target) {
     if (N_BYTES % 16 == 0) {
@@ -95,6 +98,10 @@ template <int N_BYTES> FN void store(const I *words, u8 *target) {
             ((u16 *)target)[i] = (u16)((u32)words[i / 2] >> 16 * (i % 2));
     }
 }
+
+#endif
+
+#ifdef QUANTIZER
 
 // Rows of `values` (n_rows x n_columns) as blocks of one type. `importance` holds a value for each column
 // of each matrix, and `matrix_of` says which matrix a row is of. A row with `largest` beyond NOT_FINITE
@@ -116,6 +123,48 @@ quantize(const uint4 *values, int stored_as, int n_rows, int n_columns, const fl
     const F mean_square = mean_squares ? mean_squares[row] : 0.f;
     M odd = T::template quantize<WITH_IMPORTANCE>(x, weights, mean_square, words);
     store<T::BYTES>(words, target + ((i64)row * n_blocks + block) * T::BYTES);
+    if (odd) is_odd[row] = 1;
+}
+
+#endif
+
+#ifdef FITTED
+
+// The same for a type with a codebook, which `tables` has: a thread for each part of a super-block,
+// neighbours beside each other. Each adds up the squares of all values, which is little beside its fit;
+// the first one packs what all left. Start it with THREADS threads in a block.
+extern "C" __global__ void
+quantize(const uint4 *values, int stored_as, int n_rows, int n_columns, const float *importance,
+         const int *matrix_of, const u32 *largest, const float *, const void *tables, u8 *target,
+         u8 *is_odd) {
+    typedef FITTED T;
+    enum { THREADS = 128 };
+    __shared__ T::Part parts[THREADS];
+    const int n_blocks = n_columns / T::COLUMNS, part = threadIdx.x % T::PARTS;
+    const i64 number = ((i64)blockIdx.x * THREADS + threadIdx.x) / T::PARTS;  // of the super-block
+    const int row = (int)(number / n_blocks), column = (int)(number % n_blocks) * T::COLUMNS;
+    const bool is_wanted = row < n_rows && largest[row] < NOT_FINITE;
+    M odd = false;
+    if (is_wanted) {
+        const i64 first = (i64)row * n_columns + column;
+        F x[32], sum = 0.f;
+        for (int i = 0; i < T::COLUMNS; i += 32) {
+            read<32>(values, stored_as, first + i, x);
+            sum = add_squares<32>(sum, x);
+        }
+        const F spread = spread_of<T>(sum);
+        odd = !is_finite(spread);
+        read<T::WIDE>(values, stored_as, first + T::WIDE * part, x);
+        const float *weights =
+            WITH_IMPORTANCE ? importance + (i64)matrix_of[row] * n_columns + column + T::WIDE * part : 0;
+        T::template fit<WITH_IMPORTANCE>(x, weights, spread, *(const Codebook *)tables, parts[threadIdx.x], odd);
+    }
+    __syncthreads();
+    if (is_wanted && part == 0) {
+        I words[(T::BYTES + 3) / 4];
+        T::pack(parts + threadIdx.x, words, odd);
+        store<T::BYTES>(words, target + number * T::BYTES);
+    }
     if (odd) is_odd[row] = 1;
 }
 

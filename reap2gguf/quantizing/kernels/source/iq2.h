@@ -70,114 +70,101 @@ FN void take_block(const F *x, const float *importance, F spread, Values<8, N> &
         v.x[i] = x[i];
         v.w[i] = F(importance[i]) * sqrt_of(spread + x[i] * x[i]);
     }
-    for (int k = 0; k < N / 8; k++) {
+    UNROLL for (int k = 0; k < N / 8; k++) {
         signs[k] = take_signs(v.x + 8 * k);
         if (EVEN) signs[k] = make_even(signs[k], v.x + 8 * k, v.w + 8 * k);
     }
     prepare(v);
 }
 
-// What a block leaves, zeros where it is not used.
-template <int N>
-FN void leave_block(GridFit<8, N> &fit, M is_used, int sign_mask, const Codebook &book, F &scale,
-                    I *points, I *signs, M &is_odd) {
-    make_positive(fit.scale, signs, N / 8, sign_mask);
-    is_odd = is_odd | (is_used & (fit.is_odd | !(fit.scale >= 0.f)));
-    scale = select(is_used, fit.scale, F(0.f));
-    for (int g = 0; g < N / 8; g++) {
-        points[g] = select(is_used, point_number(book, fit.codes[g]), I(0));
-        signs[g] = select(is_used, signs[g], I(0));
-    }
-}
-
 // IS_S: IQ2_S, 1024 points and a sign for each value; else IQ2_XS, 512 points and seven signs for
 // eight values. Blocks of 16.
 template <bool IS_S> struct Iq2 : HasCodebook {
-    enum { COLUMNS = 256, BYTES = IS_S ? 82 : 74 };
+    enum { COLUMNS = 256, BYTES = IS_S ? 82 : 74, PARTS = 16, WIDE = 16, SPREAD = IS_S ? 2 : 1 };
+    typedef Fitted<2, 2> Part;
 
     template <bool WEIGHTED>
-    FN M quantize(const F *x, const float *importance, I *words, const Codebook &book) {
-        F scales[16], spread = F(IS_S ? 2.f : 1.f) * sum_of_squares<256>(x) / F(256.f);
-        I points[32], signs[32], levels[16];
-        M is_odd = !is_finite(spread);
-        for (int j = 0; j < 16; j++) {
-            Values<8, 16> v;
-            GridFit<8, 16> fit;
-            if (WEIGHTED) {
-                take_block<16, !IS_S>(x + 16 * j, importance + 16 * j, spread, v, signs + 2 * j);
-            } else {
-                UNROLL for (int i = 0; i < 16; i++) {
-                    v.x[i] = x[16 * j + i];
-                    v.w[i] = 0.25f * spread + v.x[i] * v.x[i];
-                }
-                for (int k = 0; k < 2; k++) signs[2 * j + k] = take_signs(v.x + 8 * k);
-                prepare(v);
+    FN void fit(const F *x, const float *importance, F spread, const Codebook &book, Part &part, M &is_odd) {
+        Values<8, 16> v;
+        GridFit<8, 16> fit;
+        if (WEIGHTED) {
+            take_block<16, !IS_S>(x, importance, spread, v, part.signs);
+        } else {
+            UNROLL for (int i = 0; i < 16; i++) {
+                v.x[i] = x[i];
+                v.w[i] = 0.25f * spread + v.x[i] * v.x[i];
             }
-            M is_used = !(v.high < (IS_S ? 1e-8f : 1e-15f));
-            fit.is_odd = false;
-            fit.scale = v.high / F(5.f);
-            fit.off_grid = fit.codes[0] = fit.codes[1] = 0;
-            try_scales(v, is_used, v.high, 5.f, 0.1f, 9, book, fit);
-            fit_again(v, is_used, fit.off_grid, book, fit);
-            leave_block(fit, is_used, IS_S ? 255 : 127, book, scales[j], points + 2 * j, signs + 2 * j,
-                        is_odd);
+            UNROLL for (int k = 0; k < 2; k++) part.signs[k] = take_signs(v.x + 8 * k);
+            prepare(v);
         }
+        M is_used = !(v.high < (IS_S ? 1e-8f : 1e-15f));
+        fit.is_odd = false;
+        fit.scale = v.high / F(5.f);
+        fit.off_grid = fit.codes[0] = fit.codes[1] = 0;
+        try_scales(v, is_used, v.high, 5.f, 0.1f, 9, book, fit);
+        fit_again(v, is_used, fit.off_grid, book, fit);
+        leave_part<IS_S ? 255 : 127>(fit, is_used, book, part, is_odd);
+    }
+
+    FN void pack(const Part *parts, I *words, M &is_odd) {
+        I levels[16], halves[IS_S ? 41 : 37];
         M is_zero;
-        I d = four_bits<16>(scales, IS_S ? 0.9875f : 1.f, levels, is_zero, is_odd);
-        I halves[IS_S ? 41 : 37];
-        halves[0] = d;
+        halves[0] = four_bits<16>(parts, IS_S ? 0.9875f : 1.f, levels, is_zero, is_odd);
         if (IS_S) {
             for (int i = 0; i < 16; i++) {
-                halves[1 + i] = (points[2 * i] & 255) | ((points[2 * i + 1] & 255) << 8);
-                halves[17 + i] = signs[2 * i] | (signs[2 * i + 1] << 8);
+                const I *p = parts[i].points, *s = parts[i].signs;
+                halves[1 + i] = (p[0] & 255) | ((p[1] & 255) << 8);
+                halves[17 + i] = s[0] | (s[1] << 8);
             }
             for (int i = 0; i < 4; i++) {
                 I high = 0;
-                for (int k = 0; k < 8; k++) high = high | (shift_right(points[8 * i + k], 8) << 2 * k);
+                for (int k = 0; k < 8; k++)
+                    high = high | (shift_right(parts[4 * i + k / 2].points[k % 2], 8) << 2 * k);
                 halves[33 + i] = high;
             }
         } else {
-            for (int i = 0; i < 32; i++) halves[1 + i] = select(is_zero, I(0), points[i] | (signs[i] << 9));
+            for (int i = 0; i < 32; i++) {
+                I both = parts[i / 2].points[i % 2] | (parts[i / 2].signs[i % 2] << 9);
+                halves[1 + i] = select(is_zero, I(0), both);
+            }
         }
         for (int i = 0; i < 4; i++) {
             const I *l = levels + 4 * i;
             halves[(IS_S ? 37 : 33) + i] = l[0] | (l[1] << 4) | (l[2] << 8) | (l[3] << 12);
         }
         pack_halves<IS_S ? 41 : 37>(halves, words);
-        return is_odd;
     }
 };
 
 // 256 points, seven signs for eight values, blocks of 32.
 struct Iq2Xxs : HasCodebook {
-    enum { COLUMNS = 256, BYTES = 66 };
+    enum { COLUMNS = 256, BYTES = 66, PARTS = 8, WIDE = 32, SPREAD = 1 };
+    typedef Fitted<4, 4> Part;
 
     template <bool WEIGHTED>
-    FN M quantize(const F *x, const float *importance, I *words, const Codebook &book) {
-        F scales[8], spread = sum_of_squares<256>(x) / F(256.f);
-        I points[32], signs[32], levels[8];
-        M is_odd = !is_finite(spread);
-        for (int j = 0; j < 8; j++) {
-            Values<8, 32> v;
-            GridFit<8, 32> fit;
-            take_block<32, true>(x + 32 * j, importance + 32 * j, spread, v, signs + 4 * j);
-            M is_used = !(v.high < 1e-15f);
-            fit.is_odd = false;
-            fit.scale = first_scale<4, 32>(v.x, v.w, v.low, v.high, is_used, fit.is_odd);
-            is_odd = is_odd | (is_used & fit.is_odd);
-            F extent = fit.scale * F(3.f);
-            is_used = is_used & !(extent <= 0.f);
-            fit.off_grid = 0;
-            for (int g = 0; g < 4; g++) fit.codes[g] = 0;
-            try_scales(v, is_used, extent, 5.f, 0.1f, 6, book, fit);
-            fit_again(v, is_used, I(15), book, fit);
-            leave_block(fit, is_used, 127, book, scales[j], points + 4 * j, signs + 4 * j, is_odd);
-        }
+    FN void fit(const F *x, const float *importance, F spread, const Codebook &book, Part &part, M &is_odd) {
+        Values<8, 32> v;
+        GridFit<8, 32> fit;
+        take_block<32, true>(x, importance, spread, v, part.signs);
+        M is_used = !(v.high < 1e-15f);
+        fit.is_odd = false;
+        fit.scale = first_scale<4, 32>(v.x, v.w, v.low, v.high, is_used, fit.is_odd);
+        is_odd = is_odd | (is_used & fit.is_odd);
+        F extent = fit.scale * F(3.f);
+        is_used = is_used & !(extent <= 0.f);
+        fit.off_grid = 0;
+        UNROLL for (int g = 0; g < 4; g++) fit.codes[g] = 0;
+        try_scales(v, is_used, extent, 5.f, 0.1f, 6, book, fit);
+        fit_again(v, is_used, I(15), book, fit);
+        leave_part<127>(fit, is_used, book, part, is_odd);
+    }
+
+    FN void pack(const Part *parts, I *words, M &is_odd) {
         M is_zero;
-        I halves[33];
-        halves[0] = four_bits<8>(scales, 1.f, levels, is_zero, is_odd);
+        I levels[8], halves[33];
+        halves[0] = four_bits<8>(parts, 1.f, levels, is_zero, is_odd);
         for (int j = 0; j < 8; j++) {
-            const I *p = points + 4 * j, *s = signs + 4 * j;
+            const I *p = parts[j].points, *s = parts[j].signs;
             I word = s[0] | (s[1] << 7) | (s[2] << 14) | (s[3] << 21) | (levels[j] << 28);
             halves[1 + 4 * j] = p[0] | (p[1] << 8);
             halves[2 + 4 * j] = p[2] | (p[3] << 8);
@@ -186,6 +173,5 @@ struct Iq2Xxs : HasCodebook {
         }
         for (int i = 0; i < 33; i++) halves[i] = select(is_zero, I(0), halves[i]);
         pack_halves<33>(halves, words);
-        return is_odd;
     }
 };

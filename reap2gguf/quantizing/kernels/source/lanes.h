@@ -25,6 +25,7 @@ typedef unsigned long long u64;
 #define __builtin_inff() __int_as_float(0x7f800000)
 #endif
 #define ROLL _Pragma("unroll 8")  // a long loop, which would need too many registers
+#define ROLL_ALL _Pragma("unroll 1")  // copies of a long body would not fit the cache of instructions
 #define NEIGHBOURS UNROLL
 typedef float F;
 typedef int I;
@@ -69,6 +70,7 @@ FN F look_up(const float *table, I index) { return table[index]; }
 #define FN static inline __attribute__((always_inline))
 #define UNROLL
 #define ROLL
+#define ROLL_ALL
 // Before a loop over neighbours that is to become lanes: a GCC that unrolls it first finds none.
 #if defined(__GNUC__) && !defined(__clang__)
 #define NEIGHBOURS _Pragma("GCC unroll 1")

@@ -15,44 +15,50 @@ struct SymmetricFit {
 
 // The first of the N values that are furthest from zero.
 template <int N> FN F find_furthest(const F *x, F &magnitude) {
-    F found = 0.f;
-    magnitude = 0.f;
+    F most = 0.f, least = 0.f;
     UNROLL for (int i = 0; i < N; i++) {
-        F size = absolute(x[i]);
-        found = select(size > magnitude, x[i], found);
-        magnitude = larger(size, magnitude);
+        most = larger(x[i], most);
+        least = smaller(x[i], least);
+    }
+    magnitude = larger(most, -least);
+    F found = select(most > -least, most, least);
+    if (any((most == -least) & (most > 0.f))) {  // a value and its opposite
+        F so_far = 0.f;
+        UNROLL for (int i = 0; i < N; i++) {
+            F size = absolute(x[i]);
+            found = select(size > so_far, x[i], found);
+            so_far = larger(size, so_far);
+        }
     }
     return found;
 }
 
-// The nearest of the levels -MAX to MAX - 1 that the caller's step can reach: no value is rounded
-// beyond LOW or HIGH, so that an end which is out of reach costs nothing.
-template <int MAX, bool LOW, bool HIGH> FN F reached_level(F v) {
-    v = v + MAGIC;
-    if (LOW) v = larger(v, F(MAGIC - MAX));
-    if (HIGH) v = smaller(v, F(MAGIC + (MAX - 1)));
-    return v - MAGIC;
+// The values between two bounds, in whatever order these are.
+template <int N> FN void clip(const F *x, F one, F other, F *clipped) {
+    F low = smaller(one, other), high = larger(one, other);
+    UNROLL for (int i = 0; i < N; i++) clipped[i] = smaller(larger(x[i], low), high);
 }
 
-// What decides about a step: the sums of w * x * level and of w * level * level.
-template <int N, int MAX, bool LOW, bool HIGH>
-FN void sum_levels(const F *x, const F *w, const F *wx, F step, F &sum_xl, F &sum_l2) {
+// What decides about a step: the sums of w * x * level and of w * level * level. `reached` are the
+// values that the levels are of.
+template <int N>
+FN void sum_levels(const F *reached, const F *w, const F *wx, F step, F &sum_xl, F &sum_l2) {
     sum_xl = sum_l2 = 0.f;
     UNROLL for (int i = 0; i < N; i++) {
-        F l = reached_level<MAX, LOW, HIGH>(step * x[i]);
+        F l = (step * reached[i] + MAGIC) - MAGIC;
         sum_xl = sum_xl + wx[i] * l;
         sum_l2 = sum_l2 + (w[i] * l) * l;
     }
 }
 
 // The tries from `first` to `last`, each with the step -(MAX + try / 10) / largest.
-template <int N, int MAX, bool LOW, bool HIGH>
-FN void try_steps(const F *x, const F *w, const F *wx, F largest, int first, int last,
+template <int N, int MAX>
+FN void try_steps(const F *reached, const F *w, const F *wx, F largest, int first, int last,
                   SymmetricFit &fit, F &best) {
     for (int k = first; k <= last; k++) {
         if (k == 0) continue;
         F step = F(-(MAX + 0.1f * k)) / largest, sum_xl, sum_l2;
-        sum_levels<N, MAX, LOW, HIGH>(x, w, wx, step, sum_xl, sum_l2);
+        sum_levels<N>(reached, w, wx, step, sum_xl, sum_l2);
         M is_better = (sum_l2 > 0.f) & (sum_xl * sum_xl > best * sum_l2);
         F scale = sum_xl / sum_l2;
         fit.scale = select(is_better, scale, fit.scale);
@@ -64,20 +70,29 @@ FN void try_steps(const F *x, const F *w, const F *wx, F largest, int first, int
 // Minimizes the weighted squares of x - scale * level over N values and levels -MAX to MAX - 1.
 template <int N, int MAX> FN SymmetricFit fit_symmetric(const F *x, const F *w) {
     SymmetricFit fit;
-    F largest = find_furthest<N>(x, fit.furthest), wx[N], sum_xl, sum_l2;
+    F largest = find_furthest<N>(x, fit.furthest), wx[N], reached[N], sum_xl, sum_l2;
     fit.is_zero = fit.furthest < TINY_GROUP;
     UNROLL for (int i = 0; i < N; i++) wx[i] = w[i] * x[i];
+    // `largest` itself goes to -(MAX + k / 10), and its opposite to MAX + k / 10. Where that is beyond
+    // the levels, values are clipped once for several tries: a clipped value is nearest to the last
+    // level with each of their steps, as it would be if its level were clipped.
+    clip<N>(x, largest, largest * F((1 - MAX) / (MAX - 0.05f)), reached);
     fit.step = F((float)-MAX) / largest;
-    sum_levels<N, MAX, false, true>(x, w, wx, fit.step, sum_xl, sum_l2);
+    sum_levels<N>(reached, w, wx, fit.step, sum_xl, sum_l2);
     fit.scale = select(sum_l2 != 0.f, sum_xl / sum_l2, F(0.f));
     F best = fit.scale * sum_xl;
-    // `largest` itself goes to -(MAX + k / 10), and its opposite to MAX + k / 10
-    try_steps<N, MAX, false, false>(x, w, wx, largest, -9, -6, fit, best);
-    try_steps<N, MAX, false, true>(x, w, wx, largest, -5, 4, fit, best);
-    try_steps<N, MAX, true, true>(x, w, wx, largest, 5, 9, fit, best);
+    try_steps<N, MAX>(x, w, wx, largest, -9, -6, fit, best);
+    try_steps<N, MAX>(reached, w, wx, largest, -5, 4, fit, best);
+    clip<N>(x, largest * F(MAX / (MAX + 0.7f)), largest * F((1 - MAX) / (MAX + 0.7f)), reached);
+    try_steps<N, MAX>(reached, w, wx, largest, 5, 9, fit, best);
     fit.is_odd = !is_finite(fit.scale) & !fit.is_zero;
     fit.scale = select(fit.is_zero, F(0.f), fit.scale);
     return fit;
+}
+
+// The nearest of the levels -MAX to MAX - 1, where none can be below -MAX.
+template <int MAX> FN F reached_level(F v) {
+    return smaller(v + MAGIC, F(MAGIC + (MAX - 1))) - MAGIC;
 }
 
 // The same with the squares of the values as weights, and not by tries of the step: up to five rounds
@@ -89,7 +104,7 @@ template <int N, int MAX> FN SymmetricFit fit_moving(const F *x, I *levels) {
     fit.step = F((float)-MAX) / largest;
     UNROLL for (int i = 0; i < N; i++) {
         F w = x[i] * x[i];
-        l[i] = reached_level<MAX, false, true>(fit.step * x[i]);
+        l[i] = reached_level<MAX>(fit.step * x[i]);
         sum_xl = sum_xl + (w * x[i]) * l[i];
         sum_l2 = sum_l2 + (w * l[i]) * l[i];
     }
@@ -125,9 +140,9 @@ template <int N, int MAX> FN void fitted_levels(const F *x, const SymmetricFit &
 
 // Each of N values as a level of `scale`, from 0 to 2 * MAX - 1. Returns the lanes where it is 0 and
 // which keep the levels of their fit instead.
-template <int N, int MAX> FN M scaled_levels(const F *x, const SymmetricFit &fit, F scale, I *levels) {
+template <int N, int MAX> FN M scaled_levels(const F *x, F furthest, F scale, I *levels) {
     const int LOWEST = 0x4b400000 - MAX;  // the bits of MAGIC - MAX
-    if (!any(!(fit.furthest < absolute(scale) * 4e6f))) {
+    if (!any(!(furthest < absolute(scale) * 4e6f))) {
         UNROLL for (int i = 0; i < N; i++) {
             F biased = larger(x[i] / scale + MAGIC, F(MAGIC - MAX));
             levels[i] = bits(smaller(biased, F(MAGIC + (MAX - 1)))) - LOWEST;
@@ -173,7 +188,7 @@ struct Q3K {
             I levels[16], kept[16], l = scale_levels[j];
             words[24 + j / 4 % 2] = words[24 + j / 4 % 2] | ((l & 15) << (8 * (j % 4) + 4 * (j / 8)));
             words[26] = words[26] | (shift_right(l, 4) << (8 * (j % 4) + 2 * (j / 4)));
-            M keeps = scaled_levels<16, 4>(x + 16 * j, fits[j], d * to_float(l - 32), levels);
+            M keeps = scaled_levels<16, 4>(x + 16 * j, fits[j].furthest, d * to_float(l - 32), levels);
             if (any(keeps)) {
                 if (WEIGHTED) fitted_levels<16, 4>(x + 16 * j, fits[j], kept);
                 UNROLL for (int i = 0; i < 16; i++) {
@@ -218,19 +233,15 @@ struct Q6K {
     enum { COLUMNS = 256, BYTES = 210 };
 
     template <bool WEIGHTED> FN M quantize(const F *x, const float *importance, F, I *words) {
-        SymmetricFit fits[16];
-        F largest = 0.f, magnitude = 0.f;
+        F scales[16], furthest[16], largest = 0.f, magnitude = 0.f;
         M is_odd = false;
         for (int j = 0; j < 16; j++) {
-            F w[16];
-            UNROLL for (int i = 0; i < 16; i++) {
-                F value = x[16 * j + i];
-                w[i] = WEIGHTED ? F(importance[16 * j + i]) : value * value;
-            }
-            fits[j] = fit_symmetric<16, 32>(x + 16 * j, w);
-            is_odd = is_odd | fits[j].is_odd;
-            F size = absolute(fits[j].scale);
-            largest = select(size > magnitude, fits[j].scale, largest);
+            SymmetricFit fit = fit_group<WEIGHTED>(x, importance, j);
+            scales[j] = fit.scale;
+            furthest[j] = fit.furthest;
+            is_odd = is_odd | fit.is_odd;
+            F size = absolute(fit.scale);
+            largest = select(size > magnitude, fit.scale, largest);
             magnitude = larger(size, magnitude);
         }
         M is_zero = magnitude < TINY_GROUP;
@@ -240,13 +251,14 @@ struct Q6K {
         F d = half_value(d_bits);
         for (int k = 0; k < 52; k++) words[k] = 0;
         for (int j = 0; j < 16; j++) {
-            I scale = smaller(nearest(inverse * fits[j].scale), I(127)), levels[16];
+            I scale = smaller(nearest(inverse * scales[j]), I(127)), levels[16];
             words[48 + j / 4] = words[48 + j / 4] | ((scale & 255) << 8 * (j % 4));
             scale = ((scale & 255) ^ 128) - 128;  // ggml has it in a signed byte
-            M keeps = scaled_levels<16, 32>(x + 16 * j, fits[j], d * to_float(scale), levels);
+            M keeps = scaled_levels<16, 32>(x + 16 * j, furthest[j], d * to_float(scale), levels);
             if (any(keeps)) {
-                I kept[16];
-                fitted_levels<16, 32>(x + 16 * j, fits[j], kept);
+                I kept[16];  // this is rare, so the best step is not kept but found again
+                SymmetricFit fit = fit_group<WEIGHTED>(x, importance, j);
+                fitted_levels<16, 32>(x + 16 * j, fit, kept);
                 UNROLL for (int i = 0; i < 16; i++) levels[i] = select(keeps, kept[i], levels[i]);
             }
             pack_levels(j, levels, words);
@@ -254,6 +266,15 @@ struct Q6K {
         words[52] = d_bits;
         for (int k = 0; k < 53; k++) words[k] = select(is_zero, I(0), words[k]);
         return is_odd;
+    }
+
+    template <bool WEIGHTED> FN SymmetricFit fit_group(const F *x, const float *importance, int j) {
+        F w[16];
+        UNROLL for (int i = 0; i < 16; i++) {
+            F value = x[16 * j + i];
+            w[i] = WEIGHTED ? F(importance[16 * j + i]) : value * value;
+        }
+        return fit_symmetric<16, 32>(x + 16 * j, w);
     }
 
     // The levels of group j: their lower four bits, and after all those the upper two.
