@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.options import (
+    DEVICES,
     AddOptions,
     BuildOptions,
     BundleOptions,
     CheckQuants,
     ComputeOptions,
     check_bool,
+    check_choice,
     check_labels,
     check_path,
     check_quants_of,
@@ -172,6 +174,7 @@ def verify(
     *paths: PathLike,
     source: PathLike | None = None,
     exact: bool = False,
+    device: str = "auto",
     threads: int | None = None,
     progress: ProgressLike = None,
 ) -> VerifyReport:
@@ -179,19 +182,21 @@ def verify(
 
     With `source`, the MODEL that was pruned, the bundle is compared with it byte for byte. Types
     that compiled kernels make quickly are quantized again and compared by bytes; with `exact` all
-    types must have the bytes that are made again, which takes as long as the export did. The
-    report lists what is wrong, how strictly each file was compared, and what could not be checked.
-    Raises UsageError if the paths are neither, and what opening a model raises for `source`.
+    types must have the bytes that are made again, which takes as long as the export did. `device`
+    is auto, cpu or cuda; auto quantizes on a GPU for much work only. The report lists what is
+    wrong, how strictly each file was compared, and what could not be checked. Raises UsageError if
+    the paths are neither, and what opening a model raises for `source`.
     """
     from reap2gguf.verifying.bundle import verify_paths
     from reap2gguf.verifying.context import Strictness
 
     check_bool("exact", exact)
+    check_choice("device", device, DEVICES)
     given, n_threads = [check_path("path", path) for path in paths], check_threads(threads)
     shown = to_progress(progress)
     if source is None:
-        return verify_paths(given, n_threads, shown, Strictness(exact))
+        return verify_paths(given, n_threads, shown, Strictness(exact, device=device))
     from reap2gguf.verifying.against_source import open_source
 
     with open_source(str(source), shown) as opened:
-        return verify_paths(given, n_threads, shown, Strictness(exact, opened))
+        return verify_paths(given, n_threads, shown, Strictness(exact, opened, device=device))

@@ -134,17 +134,18 @@ class Verify(Stage[Verified]):
     def _check_files(self) -> Found:
         """The same of the GGUF files."""
         run, pruned, model = self.run, self._pruned, self._pruned.model
-        threads, progress = run.plan.options.compute.threads, run.progress
+        compute, progress = run.plan.options.compute, run.progress
+        threads = compute.threads
         violations: list[str] = []
         passed: list[str] = []
-        exact = exact_recipes(run.plan, run.plan.options.compute.likely_device == "cuda")
+        exact = exact_recipes(run.plan, compute.likely_device == "cuda")
         checks = [
             GgufCheck(
                 path, self._export.expected(recipe), self._export.exactness(recipe.name in exact)
             )
             for path, recipe in self._export.files.items()
         ]
-        violations += check_ggufs(checks, (pruned, model), threads, progress)
+        violations += check_ggufs(checks, (pruned, model), threads, progress, compute.device)
         for check, recipe in zip(checks, self._export.files.values(), strict=True):
             level = Level.EXACT if check.exactness.every_type else Level.VALUES
             passed.append(passed_file(check.path.name, len(recipe.table), level))

@@ -12,9 +12,10 @@ memory; the GPU holds the batch and its blocks of one type. There are at most 16
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +56,16 @@ _MUCH_WORK = 2**28  # blocks' values; a processor needs a few seconds for fewer
 
 
 @dataclass(frozen=True)
+class DeviceRows:
+    """A batch as a GPU has made it; valid until the same thread makes another."""
+
+    stored: StoredRows  # of all ranges, one after another
+    parts: Sequence[slice]  # the rows of each range
+    largest: Floats  # (rows,): the largest |x| of each row
+    blocks: Mapping[GGMLQuantizationType, npt.NDArray[np.uint8]]  # (rows, bytes of a row)
+
+
+@dataclass(frozen=True)
 class DeviceBlocks:
     """Makes the blocks of batches on a GPU, and on the host what the GPU does not do."""
 
@@ -71,47 +82,55 @@ class DeviceBlocks:
         DependencyError if the GPU fails.
         """
         wanted = list(types)
-        is_weighted = self.host.importance_of(batch[0], wanted) is not None
-        on_gpu = [one for one in wanted if (one, is_weighted) in self.usable]
-        if not on_gpu or _stored_size(self.host, batch) > BATCH_BYTES:
-            return self.host.make(batch, wanted)
         try:
-            return self._make(batch, on_gpu, wanted)
+            made = self.rows_of(batch, wanted)
         except CudaError as error:
             raise DependencyError(
                 f"the GPU failed while it quantized {batch[0].tensor.name} ({error}); run the "
                 "command again, with CUDA_VISIBLE_DEVICES=-1 if it fails again"
             ) from error
+        if made is None:
+            return self.host.make(batch, wanted)
+        for rows, part in zip(batch, made.parts, strict=True):
+            if 0 < float(made.largest[part].max()) < TINY:
+                values = made.stored[part]
+                for tensor_type, data in made.blocks.items():
+                    self.host.check_precision(rows, values, tensor_type, data[part])
+        on_host = [one for one in wanted if one not in made.blocks]
+        return dict(made.blocks) | (self.host.make(batch, on_host) if on_host else {})
 
-    def _make(
-        self,
-        batch: Batch,
-        on_gpu: Sequence[GGMLQuantizationType],
-        wanted: Sequence[GGMLQuantizationType],
-    ) -> dict[GGMLQuantizationType, npt.NDArray[np.uint8]]:
-        tensor, channel = batch[0].tensor, self.gpu.channel()
+    def rows_of(self, batch: Batch, types: Collection[GGMLQuantizationType]) -> DeviceRows | None:
+        """A batch in those of the types that the GPU does; None if it does none of them.
+
+        Rows that it leaves out are made by libggml, and a sample of all blocks is compared with
+        libggml's. How small the values are is not looked at. Raises CheckpointError if a value is
+        not finite or beyond a type's range, DependencyError if a block is not what libggml makes,
+        CudaError if the GPU fails.
+        """
+        is_weighted = self.host.importance_of(batch[0], types) is not None
+        on_gpu = [one for one in types if (one, is_weighted) in self.usable]
+        if not on_gpu or _stored_size(self.host, batch) > BATCH_BYTES:
+            return None
+        channel = self.gpu.channel()
         stored = self._send(channel, batch)
-        importance, matrix_of = self._importance(batch, wanted)
-        n_rows = sum(one.shape[0] for one in stored)
-        found = channel.quantize(
-            stored[0].dtype, (n_rows, tensor.n_columns), on_gpu, importance, matrix_of
-        )
-        made = {one: found.blocks[one].data for one in on_gpu}
-        place = 0
-        for rows, values in zip(batch, stored, strict=True):
-            part = slice(place, place := place + values.shape[0])
+        importance, matrix_of = self._importance(batch, types)
+        found = channel.quantize(stored.dtype, stored.shape, on_gpu, importance, matrix_of)
+        ends = np.cumsum([rows.last - rows.first for rows in batch]).tolist()
+        parts = [slice(first, last) for first, last in pairwise([0, *ends])]
+        for rows, part in zip(batch, parts, strict=True):
             if not found.is_finite[part].all():
                 raise self.host.not_finite(rows)
             for tensor_type in on_gpu:
-                blocks, largest = found.blocks[tensor_type], float(found.largest[part].max())
-                self._complete(rows, values, tensor_type, blocks, part, largest)
-        on_host = [one for one in wanted if one not in made]
-        return made | (self.host.make(batch, on_host) if on_host else {})
+                self._complete(
+                    rows, stored.part(part), tensor_type, found.blocks[tensor_type], part
+                )
+        made = {one: found.blocks[one].data for one in on_gpu}
+        return DeviceRows(stored, parts, found.largest, made)
 
-    def _send(self, channel: Channel, batch: Batch) -> list[StoredRows]:
+    def _send(self, channel: Channel, batch: Batch) -> StoredRows:
         """Read all ranges into pinned memory, each on its way to the GPU as soon as it is there."""
         buffer = channel.stored(_stored_size(self.host, batch))
-        found, first = [], 0
+        dtype, first = "F32", 0
         for rows in batch:
             place = stored_bytes(self.host.weights, rows.tensor, rows.slab, rows.first, rows.last)
             if place is not None:
@@ -122,12 +141,11 @@ class DeviceBlocks:
                 part, dtype = buffer[first : first + values.nbytes], "F32"
                 part[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
             channel.send(first, first + part.size)
-            found.append(StoredRows.of(part, dtype, rows.tensor.n_columns))
             first += part.size
-        return found
+        return StoredRows.of(buffer, dtype, batch[0].tensor.n_columns)
 
     def _importance(
-        self, batch: Batch, types: Sequence[GGMLQuantizationType]
+        self, batch: Batch, types: Collection[GGMLQuantizationType]
     ) -> tuple[Floats | None, npt.NDArray[np.int32]]:
         """The importance (M, C) of the batch's matrices, and the matrix of each row."""
         of_matrix = {rows.matrix: rows for rows in batch}
@@ -147,9 +165,8 @@ class DeviceBlocks:
         tensor_type: GGMLQuantizationType,
         blocks: Blocks,
         part: slice,
-        largest: float,
     ) -> None:
-        """Have libggml make the rows that the GPU could not, and check the range as a CPU does."""
+        """Have libggml make the rows that the GPU could not, and compare a sample with it."""
         data, is_odd = blocks.data[part], blocks.is_odd[part]
         importance = self.host.importance_of(rows, (tensor_type,))
         quantizer = self.host.quantizer
@@ -157,8 +174,6 @@ class DeviceBlocks:
             if is_odd.any():
                 data[is_odd] = quantizer.ggml.quantize(values[is_odd], tensor_type, importance)
             quantizer.compare(values, data, tensor_type, importance)
-        if 0 < largest < TINY:
-            self.host.check_precision(rows, values.values, tensor_type, data)
 
 
 def _stored_size(host: BlockMaker, batch: Batch) -> int:
@@ -169,6 +184,61 @@ def _stored_size(host: BlockMaker, batch: Batch) -> int:
         as_float32 = 4 * (rows.last - rows.first) * rows.tensor.n_columns
         found += as_float32 if place is None else place.count
     return found
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU that makes libggml's bytes of some types, and how many threads it needs."""
+
+    gpu: Gpu
+    usable: Collection[Weighted]
+    n_threads: int
+
+    def blocks_of(self, host: BlockMaker) -> DeviceBlocks:
+        """What makes the blocks of these weights, with this importance."""
+        return DeviceBlocks(host, self.gpu, self.usable)
+
+
+@contextmanager
+def opened_device(
+    quantizer: Quantizer,
+    device: str,
+    keys: Collection[Weighted],
+    n_values: int,
+    n_threads: int,
+    progress: Progress,
+) -> Iterator[Device | None]:
+    """The GPU if `device` says so and there is one, else None; a note if there should be one.
+
+    `device` is auto, cpu or cuda; auto takes the GPU for much work only, since its kernels have to
+    be compiled and loaded. `keys` are the types that are wanted, with importance or without, and
+    `n_values` how many weights all files have together.
+    """
+    if ComputeOptions(device=device).likely_device == "cpu" or quantizer.kernels is None:
+        yield None
+        return
+    if not pays_on_gpu(device, n_values):
+        yield None
+        return
+    try:
+        gpu = load_gpu()
+        covered = [key for key in sorted(keys) if gpu.covers(key[0])]
+        gpu.prepare(covered, n_threads, progress)
+        tried = Quantizer(quantizer.ggml, gpu, quantizer.checked)
+        usable = {key for key in covered if tried.uses_kernel(*key)}
+    except (CudaError, CompileError) as error:
+        progress.note(f"the GPU does not quantize: {error}; the processor does")
+        yield None
+        return
+    for tensor_type, _ in sorted(set(covered) - usable):
+        progress.note(
+            f"the GPU does not make libggml's bytes of {tensor_type.name}; the processor does"
+        )
+    try:
+        yield Device(gpu, usable, device_threads(n_threads))
+    finally:
+        with suppress(CudaError):  # a GPU that failed fails again, and that has been reported
+            gpu.close()
 
 
 @dataclass(frozen=True)
@@ -189,34 +259,9 @@ def making(
     n_threads: int,
     progress: Progress,
 ) -> Iterator[Making]:
-    """The GPU if `device` says so and there is one, else the processor; a note if it should be.
-
-    `device` is auto, cpu or cuda; auto takes the GPU for much work only, since its kernels have to
-    be compiled and loaded. `keys` are the types that the files want, with importance or without,
-    and `n_values` how many weights all files have together.
-    """
-    on_host = Making(host, 0, n_threads)
-    if ComputeOptions(device=device).likely_device == "cpu" or host.quantizer.kernels is None:
-        yield on_host
-        return
-    if not pays_on_gpu(device, n_values):
-        yield on_host
-        return
-    try:
-        gpu = load_gpu()
-        covered = [key for key in sorted(keys) if gpu.covers(key[0])]
-        gpu.prepare(covered, n_threads, progress)
-        tried = Quantizer(host.quantizer.ggml, gpu, host.quantizer.checked)
-        usable = {key for key in covered if tried.uses_kernel(*key)}
-    except (CudaError, CompileError) as error:
-        progress.note(f"the GPU does not quantize: {error}; the processor does")
-        yield on_host
-        return
-    for tensor_type, _ in sorted(set(covered) - usable):
-        progress.note(
-            f"the GPU does not make libggml's bytes of {tensor_type.name}; the processor does"
-        )
-    try:
-        yield Making(DeviceBlocks(host, gpu, usable), BATCH_BYTES, device_threads(n_threads))
-    finally:
-        gpu.close()
+    """What makes the blocks of an export: `opened_device`, else the processor."""
+    with opened_device(host.quantizer, device, keys, n_values, n_threads, progress) as found:
+        if found is None:
+            yield Making(host, 0, n_threads)
+        else:
+            yield Making(found.blocks_of(host), BATCH_BYTES, found.n_threads)

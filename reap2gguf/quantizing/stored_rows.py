@@ -13,7 +13,7 @@ from reap2gguf.checkpoint.weights import NUMPY_TYPES, to_float32
 if TYPE_CHECKING:
     from reap2gguf.ggml import Floats
 
-Part = slice | npt.NDArray[np.bool_]
+Part = slice | npt.NDArray[np.bool_] | npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class StoredRows:
 
     def __getitem__(self, key: Part | tuple[Part, Part]) -> Floats:
         return to_float32(self.raw[key], self.dtype, "")
+
+    def part(self, rows: slice) -> StoredRows:
+        """Some neighbouring rows, still as they are stored."""
+        return StoredRows(self.raw[rows], self.dtype)
 
     @property
     def values(self) -> Floats:

@@ -12,6 +12,7 @@ import reap2gguf
 from reap2gguf.errors import VerificationError
 from reap2gguf.machine import processes
 from reap2gguf.messages import size
+from reap2gguf.options import DEVICES
 from reap2gguf.terminal.click_options import (
     build_options,
     collect,
@@ -24,7 +25,7 @@ from reap2gguf.terminal.compute_options import (
 )
 from reap2gguf.terminal.config_file import warn_of_differences
 from reap2gguf.terminal.console import is_verbose, say, say_all, say_json, terminal_progress
-from reap2gguf.terminal.help import CHECKS, command, option
+from reap2gguf.terminal.help import CHECKS, COMPUTE, command, option
 from reap2gguf.terminal.option_types import FolderPath
 
 if TYPE_CHECKING:
@@ -163,6 +164,13 @@ def plan_command(tensors: bool, as_json: bool, **arguments: Any) -> None:
     type=click.Choice(["hashes", "values", "exact"]),
     help="Fail if a file was compared less strictly.",
 )
+@option(
+    "--device",
+    section=COMPUTE,
+    type=click.Choice(DEVICES),
+    default="auto",
+    help="What quantizes again: auto is a GPU, if there is one, for large files.",
+)
 @threads_option
 @llama_cpp_option
 @json_option
@@ -172,6 +180,7 @@ def verify(
     source: str | None,
     exact: bool,
     require: str | None,
+    device: str,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -190,8 +199,9 @@ def verify(
 
     from reap2gguf.terminal.report_views import report_as_json, report_lines, too_weak
 
+    shown = terminal_progress()
     report = reap2gguf.verify(
-        *paths, source=source, exact=exact, threads=threads, progress=terminal_progress()
+        *paths, source=source, exact=exact, device=device, threads=threads, progress=shown
     )
     missing = too_weak(report, require)
     if as_json:

@@ -136,7 +136,8 @@ def verify_pair(
             for check in checks:
                 found.violations += check_gguf_header(check.path, expected)
         else:
-            _check_pair(checks, files, opened, n_threads, progress, found)
+            how = n_threads, progress, strictness.device
+            _check_pair(checks, files, opened, how, found)
     return found.report()
 
 
@@ -144,15 +145,17 @@ def _check_pair(
     checks: Sequence[GgufCheck],
     files: Sequence[Path],
     opened: Opened,
-    n_threads: int,
-    progress: Progress,
+    how: tuple[int, Progress, str],
     found: Findings,
 ) -> None:
-    """GGUF files without a manifest, against the safetensors; `files` are all of their parts."""
+    """GGUF files without a manifest, against the safetensors; `files` are all of their parts.
+
+    `how` is the number of threads, the progress and the device.
+    """
     headers = [
         list(with_error(check.header_violations(opened), check.path.name)) for check in checks
     ]
-    values = values_or_error(checks, opened, n_threads, progress)
+    values = values_or_error(checks, opened, *how)
     for header, value in zip(headers, values, strict=True):
         found.violations += [*header, *value]
     exact = {path for check in checks if check.is_exact for path in check.files}

@@ -26,6 +26,7 @@ from reap2gguf.verifying.matrices import (
     bound_of,
     errs_no_more,
     is_beyond_its_type,
+    is_within_its_type,
     range_bound,
     relative_error,
 )
@@ -46,6 +47,21 @@ _OTHER_LIBRARY = 1.5  # another libggml may round otherwise, and errs at most th
 _EVEN_IMPORTANCE = 1.2  # of a sparse row, over quantizing it with even importance
 _MOST_LAST_BITS = 2  # by which exponentials of two processors differ
 _SAMPLED_VALUES = 2**17  # of a range whose bytes are equal
+
+
+def are_equal(one: Bytes, other: Bytes) -> bool:
+    """Whether two contiguous arrays have the same shape and bytes. Memory: an eighth of one."""
+    if one.shape != other.shape:
+        return False
+    flat = one.reshape(-1), other.reshape(-1)
+    whole = one.size // 8 * 8  # eight bytes at a time
+    words, others = (part[:whole].view(np.uint64) for part in flat)
+    return np.array_equal(words, others) and np.array_equal(flat[0][whole:], flat[1][whole:])
+
+
+def sample_step(n_values: int) -> int:
+    """Of how many rows of a range one is dequantized where all bytes are equal."""
+    return max(1, n_values // _SAMPLED_VALUES)
 
 
 @dataclass
@@ -115,7 +131,7 @@ class Comparison:
         rows, stored = original.rows, original.stored
         tensor_type, first = self.type_of(rows), rows.first_in_tensor
         raw = self.header.read(rows.tensor.name, first, first + rows.last - rows.first)
-        if self.exactness.every_type or tensor_type in EXACT_TYPES:
+        if self._must_be_equal(tensor_type):
             violation = self._compare_bytes(original, raw, tensor_type)
             return violation or self._compare_sample(rows, raw, stored, tensor_type)
         if self._tries(tensor_type):
@@ -126,6 +142,13 @@ class Comparison:
         errors = RowErrors.of(self.quantizer.dequantize(raw, tensor_type), stored)
         violation = self._compare_rows(rows, raw, stored, tensor_type, errors)
         return violation or self._compare_range(rows, stored, tensor_type, errors)
+
+    def makes_again(self, tensor_type: GGMLQuantizationType) -> bool:
+        """Whether blocks of a type are made again, and compared by bytes."""
+        return self._must_be_equal(tensor_type) or self._tries(tensor_type)
+
+    def _must_be_equal(self, tensor_type: GGMLQuantizationType) -> bool:
+        return self.exactness.every_type or tensor_type in EXACT_TYPES
 
     def _tries(self, tensor_type: GGMLQuantizationType) -> bool:
         """Whether blocks are made again although they may be others.
@@ -144,7 +167,7 @@ class Comparison:
         self, original: Original, raw: Bytes, tensor_type: GGMLQuantizationType
     ) -> bool:
         try:
-            return np.array_equal(raw, original.blocks(self.blocks, tensor_type))
+            return are_equal(raw, original.blocks(self.blocks, tensor_type))
         except DependencyError:
             raise
         except Reap2ggufError:  # beyond the type's range: it was made in another way
@@ -154,8 +177,11 @@ class Comparison:
         self, rows: RowRange, raw: Bytes, stored: Floats, tensor_type: GGMLQuantizationType
     ) -> str | None:
         """The violation if quantizing lost the values; all are compared if some seem lost."""
-        step = max(1, stored.size // _SAMPLED_VALUES)
-        errors = RowErrors.of(self.quantizer.dequantize(raw[::step], tensor_type), stored[::step])
+        step = sample_step(stored.size)
+        found = self.quantizer.dequantize(raw[::step], tensor_type)
+        if is_within_its_type(found, stored[::step], tensor_type):
+            return None
+        errors = RowErrors.of(found, stored[::step])
         if step > 1 and is_beyond_its_type(errors, stored[::step], tensor_type):
             errors, step = RowErrors.of(self.quantizer.dequantize(raw, tensor_type), stored), 1
         return self._compare_range(rows, stored[::step], tensor_type, errors)
@@ -200,7 +226,7 @@ class Comparison:
         """The violation if a range does not have the bytes that the export makes."""
         rows, stored = original.rows, original.stored
         wanted = original.blocks(self.blocks, tensor_type)
-        if np.array_equal(raw, wanted):
+        if are_equal(raw, wanted):
             return None
         if not self.exactness.every_type and is_rounded(rows.tensor.name):
             values = raw.view(np.int32), wanted.view(np.int32)

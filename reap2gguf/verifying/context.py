@@ -28,6 +28,7 @@ class Strictness:
     is_exact: bool = False  # every type is quantized again and compared byte for byte
     source: OpenSource | None = None  # the model that was pruned
     reads_values: bool = True  # without it, hashes and headers are read, and no tensor
+    device: str = "auto"  # what makes blocks again: auto, cpu or cuda
 
 
 @dataclass(frozen=True)

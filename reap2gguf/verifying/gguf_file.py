@@ -110,10 +110,12 @@ class GgufCheck:
         opened: tuple[Weights, MoeModel] | None,
         n_threads: int,
         progress: Progress,
+        device: str = "auto",
     ) -> list[list[str]]:
         """Violations in the values of each file, in one pass over the weights.
 
-        Without weights, values are only checked for NaN and infinity.
+        Without weights, values are only checked for NaN and infinity. `device` is that of
+        `compare_files`.
         """
         found: list[list[str]] = [[] for _ in checks]
         if opened is None:
@@ -126,9 +128,8 @@ class GgufCheck:
             if check.header is not None and check._fitting is not None:
                 numbers.append(number)
                 files.append(FileValues(check.header, check._fitting, check.exactness))
-        for number, one in zip(
-            numbers, compare_files(files, opened[0], n_threads, progress), strict=True
-        ):
+        compared = compare_files(files, opened[0], n_threads, progress, device)
+        for number, one in zip(numbers, compared, strict=True):
             found[number] = one.violations
             checks[number].is_exact, checks[number].differing = one.is_exact, one.differing
         return found
@@ -139,14 +140,15 @@ def check_ggufs(
     opened: tuple[Weights, MoeModel] | None,
     n_threads: int,
     progress: Progress,
+    device: str = "auto",
 ) -> list[str]:
     """Violations of GGUF files of one model: headers against what is expected, then every value.
 
     `opened` is the model that they were made from; its weights are read once for all files. If it
-    is None, values are only checked for NaN and infinity.
+    is None, values are only checked for NaN and infinity. `device` is that of `compare_files`.
     """
     headers = [list(check.header_violations(opened)) for check in checks]
-    values = GgufCheck.value_violations(checks, opened, n_threads, progress)
+    values = GgufCheck.value_violations(checks, opened, n_threads, progress, device)
     pairs = zip(headers, values, strict=True)
     return [violation for header, value in pairs for violation in (*header, *value)]
 
@@ -156,13 +158,14 @@ def values_or_error(
     opened: tuple[Weights, MoeModel] | None,
     n_threads: int,
     progress: Progress,
+    device: str = "auto",
 ) -> list[list[str]]:
     """`GgufCheck.value_violations`; an error that ends the pass is a violation of each file.
 
     Raises DependencyError, which is no file's.
     """
     try:
-        return GgufCheck.value_violations(checks, opened, n_threads, progress)
+        return GgufCheck.value_violations(checks, opened, n_threads, progress, device)
     except (Reap2ggufError, OSError) as error:
         return [list(with_error(_raising(error), check.path.name)) for check in checks]
 

@@ -136,7 +136,7 @@ class GgufPart:
     ) -> list[list[str]]:
         """Violations in the values of each file; an error that ends the pass is one of each."""
         check = self.check
-        how = self.reference, check.n_threads, check.progress
+        how = self.reference, check.n_threads, check.progress, check.strictness.device
         found = values_or_error(list(files.values()), *how)
         for record in records:
             file = files[record.file]

@@ -1,7 +1,8 @@
 """Compares the values of GGUF files with the weights that they were made from, row by row.
 
 All files are compared in one pass: a range of the weights is read once, its blocks of each type are
-made once, and every file's bytes are compared with them (`comparison.py`).
+made once, and every file's bytes are compared with them (`comparison.py`). A GPU makes them where
+there is one and much is to do (`device_comparison.py`).
 
 Memory: what a thread holds of a range, at most 16 MiB as float32, is in `comparison.py`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import DependencyError, Reap2ggufError
+from reap2gguf.exporting.device_blocks import BATCH_BYTES, opened_device
 from reap2gguf.exporting.row_ranges import (
     Batch,
     BlockMaker,
@@ -29,12 +32,15 @@ from reap2gguf.ggml import STORABLE
 from reap2gguf.gguf_files.rows import MAX_VALUES
 from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.verifying.comparison import Comparison, Original
+from reap2gguf.verifying.device_comparison import comparing_on, wanted
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.gguf_files.reader import GgufHeader, GgufTensorInfo
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
+    from reap2gguf.quantizing.quantizer import Quantizer
+    from reap2gguf.verifying.device_comparison import DeviceComparison
     from reap2gguf.verifying.exactness import Exactness
 
 _MAX_ROW = 2**22  # values; a row is read at once
@@ -109,16 +115,24 @@ def compare_values(
     exactness: Exactness,
     n_threads: int,
     progress: Progress,
+    device: str = "cpu",
 ) -> Compared:
     """`compare_files` of one file."""
     file = FileValues(header, tensors, exactness)
-    return compare_files([file], weights, n_threads, progress)[0]
+    return compare_files([file], weights, n_threads, progress, device)[0]
 
 
 def compare_files(
-    files: Sequence[FileValues], weights: Weights, n_threads: int, progress: Progress
+    files: Sequence[FileValues],
+    weights: Weights,
+    n_threads: int,
+    progress: Progress,
+    device: str = "cpu",
 ) -> list[Compared]:
     """What is found in each file, in one pass over the weights.
+
+    With `device` cuda, or auto where much is to do, a GPU makes the blocks that it has kernels for.
+    What is found does not depend on it.
 
     Raises DependencyError if a compiled kernel does not make libggml's bytes, and CheckpointError
     if the weights are gone.
@@ -135,7 +149,7 @@ def compare_files(
             knows = _knows_importance(file)
             comparisons[number] = Comparison(file.header, maker, file.exactness, knows)
     jobs = [(files[number].storable, one) for number, one in comparisons.items()]
-    _work(_Pass(weights, jobs), n_threads, progress)
+    _work(_Pass(weights, quantizer, jobs), n_threads, progress, device)
     for number, one in comparisons.items():
         names = [tensor.name for tensor in files[number].storable if tensor.name in one.found]
         found[number].violations += [one.found[name][1] for name in names]
@@ -177,9 +191,12 @@ class _Pass:
     """One pass over the weights, for all files that hold a tensor of them."""
 
     def __init__(
-        self, weights: Weights, jobs: Sequence[tuple[Sequence[GgufTensor], Comparison]]
+        self,
+        weights: Weights,
+        quantizer: Quantizer,
+        jobs: Sequence[tuple[Sequence[GgufTensor], Comparison]],
     ) -> None:
-        self.weights = weights
+        self.weights, self.quantizer = weights, quantizer
         self.tensors: dict[str, GgufTensor] = {}
         self.comparisons: dict[str, list[Comparison]] = {}  # by tensor
         self.headers = [comparison.header for _, comparison in jobs]
@@ -190,38 +207,65 @@ class _Pass:
                 self.comparisons.setdefault(tensor.name, []).append(comparison)
                 self.total += comparison.header.tensors[tensor.name].n_bytes
 
-    def check(self, rows: RowRange) -> int:
-        """Compare a range with every file; how many bytes the files have of it."""
-        comparisons = self.comparisons[rows.tensor.name]
+    def check(self, batch: Batch, gpu: DeviceComparison | None) -> int:
+        """Compare a batch with every file; how many bytes the files have of it."""
+        name = batch[0].tensor.name
+        comparisons = self.comparisons[name]
+        left = comparisons if gpu is None else gpu.unsettled(batch, comparisons)
+        for rows in batch if left else ():
+            self._check_range(rows, left)
+        n_rows = sum(rows.last - rows.first for rows in batch)
+        return sum(n_rows * one.header.tensors[name].row_bytes for one in comparisons)
+
+    def _check_range(self, rows: RowRange, comparisons: Sequence[Comparison]) -> None:
         wanting = [one for one in comparisons if one.wants(rows)]
         # those that share blocks side by side: of one type at a time
         wanting.sort(key=lambda one: (id(one.blocks), one.type_of(rows).value))
-        if wanting:
-            try:
-                original = Original(rows, wanting[0].blocks.read(rows))
-            except DependencyError:
-                raise
-            except Reap2ggufError as error:
-                for one in wanting:
-                    one.fail(rows, error)
-            else:
-                for one in wanting:
-                    one.check(original)
-        n_rows = rows.last - rows.first
-        return sum(n_rows * one.header.tensors[rows.tensor.name].row_bytes for one in comparisons)
+        if not wanting:
+            return
+        try:
+            original = Original(rows, wanting[0].blocks.read(rows))
+        except DependencyError:
+            raise
+        except Reap2ggufError as error:
+            for one in wanting:
+                one.fail(rows, error)
+        else:
+            for one in wanting:
+                one.check(original)
 
 
-def _work(compare: _Pass, n_threads: int, progress: Progress) -> None:
+def _work(compare: _Pass, n_threads: int, progress: Progress, device: str) -> None:
     if not compare.headers:
         return
-    with progress.task(_title(compare.headers), compare.total, "bytes") as task:
+    with (
+        progress.task(_title(compare.headers), compare.total, "bytes") as task,
+        _on_gpu(compare, n_threads, progress, device) as gpu,
+    ):
 
         def work(batch: Batch) -> None:
-            for rows in batch:
-                task.advance(compare.check(rows))
+            task.advance(compare.check(batch, gpu))
 
-        ranges = batches(compare.weights, list(compare.tensors.values()))
-        work_through(work, compare.weights, ranges, n_threads)
+        ranges = batches(compare.weights, list(compare.tensors.values()), BATCH_BYTES if gpu else 0)
+        work_through(work, compare.weights, ranges, gpu.device.n_threads if gpu else n_threads)
+
+
+@contextmanager
+def _on_gpu(
+    compare: _Pass, n_threads: int, progress: Progress, device: str
+) -> Iterator[DeviceComparison | None]:
+    """The GPU as `opened_device` has it; None for the processor."""
+    if device == "cpu":
+        yield None
+        return
+    keys, n_values = wanted(compare.tensors, compare.comparisons)
+    quantizer = compare.quantizer
+    with opened_device(quantizer, device, keys, n_values, n_threads, progress) as found:
+        if found is None:
+            yield None
+        else:
+            with comparing_on(found, compare.comparisons, progress) as gpu:
+                yield gpu
 
 
 def _title(headers: Sequence[GgufHeader]) -> str:

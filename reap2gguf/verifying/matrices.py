@@ -13,6 +13,7 @@ again cannot find is a fault of the quantizer, so whole ranges have a bound of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,7 @@ _RANGE_BOUNDS = {
     "MXFP4": 0.3,
 }
 _RANGE_BOUND = 0.95  # of other types
+_SURELY = 0.999  # of a bound, so that no order of sums matters
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,28 @@ def is_beyond_its_type(
         return False
     # types of few bits have no zeros: an identity matrix errs more, and is sound
     return int(np.count_nonzero(stored)) > _SPARSE * stored.size
+
+
+def is_within_its_type(
+    found: Floats,
+    stored: Floats,
+    tensor_type: GGMLQuantizationType,
+    firsts: Sequence[int] = (0,),
+) -> bool:
+    """Whether ranges of rows are so near to what is stored that `is_beyond_its_type` is false.
+
+    `firsts` are the numbers of each range's first row. This costs little; where it is false, the
+    ranges have to be looked at one by one. Memory: the difference of all rows.
+    """
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        sums = [
+            np.add.reduceat(np.einsum("rv,rv->r", rows, rows), firsts, dtype=np.float64)
+            for rows in (stored, found - stored)
+        ]
+        limit = (range_bound(tensor_type) * _SURELY) ** 2
+        near = sums[1] <= limit * sums[0]  # false for NaN
+    low, high = _MEASURABLE
+    return bool((near & (low < sums[0]) & (sums[0] < high)).all())
 
 
 def range_bound(tensor_type: GGMLQuantizationType) -> float:

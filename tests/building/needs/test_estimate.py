@@ -72,7 +72,10 @@ def test_what_keeps_all_experts_observes_nothing(tiny: Path, tmp_path: Path) -> 
 
 def test_files_have_the_sizes_that_were_planned(tmp_path: Path) -> None:
     # so large that the allowance for cards is a small part
-    model, out = TinyQwen3Moe(hidden=128, width=128, vocab=FULL_VOCAB).write(tmp_path / "model"), tmp_path / "out"
+    model, out = (
+        TinyQwen3Moe(hidden=128, width=128, vocab=FULL_VOCAB).write(tmp_path / "model"),
+        tmp_path / "out",
+    )
     needs = needs_on(make_plan(options(model, out)))
     build(model, out)
     found = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
