@@ -71,5 +71,4 @@ def _addition(run: Run, found: Standing) -> Addition:
         order=[*stay, *made] if _others(run, found) else [*made],
         inputs=replace(run.keys.inputs, recipes={**kept, **made}),
         exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
-        device=plan.options.compute.device,
     )
