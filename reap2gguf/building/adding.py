@@ -230,8 +230,8 @@ def _verify(run: _Run, files: Mapping[Path, ResolvedRecipe]) -> dict[str, str]:
         checks.append(GgufCheck(path, expected, exactness))
         level = Level.EXACT if is_exact else Level.VALUES
         passed[path.name] = passed_file(path.name, len(recipe.table), level)
-    how = run.compute.threads, run.progress, run.compute.device
-    violations = check_ggufs(checks, run.reference, *how)
+    compute = run.compute
+    violations = check_ggufs(checks, run.reference, compute.threads, run.progress, compute.device)
     if violations:
         for path in files:
             remove(path)
