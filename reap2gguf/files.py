@@ -8,11 +8,13 @@ except in a snapshot of the Hub's cache, whose files are links to the cache's ow
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,8 @@ _AHEAD_BYTES = 2**25  # that the disk reads while a block is hashed
 # Linux reads no more than the disk's own readahead for one advice and forgets the rest; 128 KiB is
 # its default
 _ADVICE_BYTES = 2**17
+# of `struct statfs` (statfs(2)), which begins with the kind of the file system; with room to spare
+_STATFS_BYTES, _TMPFS = 512, 0x01021994
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # a file in the folder of blobs that several repositories of the Hub's cache share
 _SHARED_MARK = ".huggingface-shared-blobs"
@@ -193,9 +197,40 @@ def expect_range(descriptor: int, first: int, n_bytes: int) -> None:
     if not hasattr(os, "posix_fadvise"):  # macOS does not have it
         return
     with suppress(OSError):  # advice that a file system does not take costs nothing but speed
+        if n_bytes < 1 or _is_in_memory(descriptor, first, first + n_bytes):
+            return
         for begin in range(first, first + n_bytes, _ADVICE_BYTES):
             count = min(_ADVICE_BYTES, first + n_bytes - begin)
             os.posix_fadvise(descriptor, begin, count, os.POSIX_FADV_WILLNEED)
+
+
+def _is_in_memory(descriptor: int, first: int, last: int) -> bool:
+    """Whether both ends of a range are in memory: then hundreds of calls need not be made.
+
+    Each call gives up the interpreter's lock, which other threads may keep for long.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):  # Linux alone has it
+        return False
+    try:
+        return all(
+            os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) for at in (first, last - 1)
+        )
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that cannot say, as tmpfs, where all is in memory
+        return _is_tmpfs(descriptor, os.fstat(descriptor).st_dev)
+
+
+_tmpfs_by_device: dict[int, bool] = {}
+
+
+def _is_tmpfs(descriptor: int, device: int) -> bool:
+    if device not in _tmpfs_by_device:
+        found = ctypes.create_string_buffer(_STATFS_BYTES)
+        failed = ctypes.CDLL(None).fstatfs(descriptor, found)
+        kind = int.from_bytes(found.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
+        _tmpfs_by_device[device] = not failed and kind == _TMPFS
+    return _tmpfs_by_device[device]
 
 
 def cached_blob(path: Path) -> str | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -136,21 +137,49 @@ def test_what_repositories_of_a_cache_share(tmp_path: Path) -> None:
     assert leads_away(snapshot / "model.safetensors")
 
 
+def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The ranges that the system is asked to read from now on."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, *place_and_kind: asked.append(place_and_kind[:2])
+    )
+    return asked
+
+
 def test_advice_is_given_in_steps_that_the_system_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux reads no more than the disk's readahead for one advice."""
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("this system takes no advice on files")
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda _, *place_and_kind: asked.append(place_and_kind[:2])
-    )
+    asked = advice(monkeypatch)
+
+    def not_in_memory(*_: object) -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "preadv", not_in_memory)
     expect_range(3, 1000, 300_000)
     assert all(count <= 2**17 for _, count in asked)
     ends = [first + count for first, count in asked]
     assert [first for first, _ in asked] == [1000, *ends[:-1]]
     assert ends[-1] == 301_000
+
+
+def test_what_is_in_memory_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(os, "RWF_NOWAIT"):
+        pytest.skip("this system does not say what is in memory")
+    asked = advice(monkeypatch)
+    in_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else tmp_path) as folder:
+        for path in (tmp_path / "file", Path(folder) / "file"):
+            path.write_bytes(bytes(2**20))
+            with path.open("rb") as file:
+                file.read()
+                expect_range(file.fileno(), 5, 2**19)
+                expect_range(file.fileno(), 5, 0)
+    assert not asked
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 2**22 - 1, 2**22, 2**22 + 5])

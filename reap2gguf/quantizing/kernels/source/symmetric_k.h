@@ -30,7 +30,8 @@ template <int N> FN F find_furthest(const F *x, F &magnitude) {
             so_far = larger(size, so_far);
         }
     }
-    return found;
+    // NVIDIA's compiler makes a minimum of the comparison with 0, and the minimum of -0 and 0 is -0
+    return select(magnitude > 0.f, found, F(0.f));
 }
 
 // The values between two bounds, in whatever order these are.
