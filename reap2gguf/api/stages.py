@@ -304,6 +304,7 @@ def _export(
     from reap2gguf.exporting.journal import ExportJournal
     from reap2gguf.exporting.model_files import export_model
     from reap2gguf.exporting.quantizers import note_quantizers
+    from reap2gguf.exporting.row_ranges import check_imatrix
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -313,7 +314,10 @@ def _export(
     files = {output: recipe}
     journal = ExportJournal(path, key)
     names, checkpoint = HeaderNames(name), opened.checkpoint
-    weighted = () if weighted_by is None else weighted_by.imatrix.entries.keys()
+    imatrix = None if weighted_by is None else weighted_by.imatrix
+    types = {tensor: {kind} for tensor, kind in recipe.tensor_types().items()}
+    check_imatrix(opened.model.gguf_tensors(checkpoint.tensors), types, imatrix)
+    weighted = () if imatrix is None else imatrix.entries.keys()
     note_quantizers([recipe], weighted, compute.device, progress)
     export_model(
         checkpoint,
