@@ -212,15 +212,14 @@ def _is_in_memory(descriptor: int, first: int, last: int) -> bool:
     if not hasattr(os, "RWF_NOWAIT"):  # Linux alone has it
         return False
     try:
-        return all(
-            os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) for at in (first, last - 1)
-        )
+        return all(_peek(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) for at in (first, last - 1))
     except BlockingIOError:
         return False
     except OSError:  # a file system that cannot say, as tmpfs, where all is in memory
         return _is_tmpfs(descriptor, os.fstat(descriptor).st_dev)
 
 
+_peek: Callable[..., int] = os.preadv  # looks at a byte, which is not used
 _tmpfs_by_device: dict[int, bool] = {}
 
 

@@ -157,7 +157,7 @@ def test_advice_is_given_in_steps_that_the_system_takes(
     def not_in_memory(*_: object) -> int:
         raise BlockingIOError
 
-    monkeypatch.setattr(os, "preadv", not_in_memory)
+    monkeypatch.setattr("reap2gguf.files._peek", not_in_memory)
     expect_range(3, 1000, 300_000)
     assert all(count <= 2**17 for _, count in asked)
     ends = [first + count for first, count in asked]
