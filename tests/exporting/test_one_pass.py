@@ -176,6 +176,7 @@ def test_only_what_will_be_read_is_fetched_ahead(
         return preadv(descriptor, buffers, position)
 
     expected = export_files(tiny, tmp_path, [plain("Q8_0")])["Q8_0"].read_bytes()
+    monkeypatch.setattr("reap2gguf.files._is_in_memory", lambda *place: False)
     monkeypatch.setattr(os, "posix_fadvise", refused)
     monkeypatch.setattr("reap2gguf.files._ADVICE_BYTES", 2**30)
     monkeypatch.setattr(os, "preadv", recorded)
