@@ -23,7 +23,7 @@ from pathlib import Path
 from synthetic import write_checkpoint
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.exporting.gguf_export import export_bytes
+from reap2gguf.exporting.memory import export_bytes
 from reap2gguf.models.table import describe
 from reap2gguf.pruning.write import HELD_BYTES
 from reap2gguf.quantizing.recipe import load_recipes

@@ -209,7 +209,7 @@ def _is_in_memory(descriptor: int, first: int, last: int) -> bool:
 
     Each call gives up the interpreter's lock, which other threads may keep for long.
     """
-    if not hasattr(os, "RWF_NOWAIT"):  # Linux alone has it
+    if _peek is None or not hasattr(os, "RWF_NOWAIT"):  # Linux alone has both
         return False
     try:
         return all(_peek(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) for at in (first, last - 1))
@@ -219,7 +219,7 @@ def _is_in_memory(descriptor: int, first: int, last: int) -> bool:
         return _is_tmpfs(descriptor, os.fstat(descriptor).st_dev)
 
 
-_peek: Callable[..., int] = os.preadv  # looks at a byte, which is not used
+_peek: Callable[..., int] | None = getattr(os, "preadv", None)  # at a byte, which is not used
 _tmpfs_by_device: dict[int, bool] = {}
 
 

@@ -27,7 +27,7 @@ from reap2gguf.calibration.spec import shipped_mixes
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.quantizing.kernels.compiling import SOURCE
-from reap2gguf.quantizing.kernels.cuda import FORMS
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.terminal import config_file
 from tests.child import Child

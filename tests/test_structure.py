@@ -28,6 +28,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "quantizing/kernels/test_cuda.py",
+        "each kernel is compiled and run",
+        ("quantizing/kernels/gpu_kernels.py",),
+    ),
+    (
         "observing/compute/test_nodes.py",
         "processes on machines of their own",
         ("api/peers.py",),

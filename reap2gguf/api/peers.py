@@ -1,7 +1,7 @@
 """A pass over a model in several processes, perhaps on several machines.
 
-The first process writes the output. The others check it as little as they have its folder: on
-another machine they make that folder for their own progress, and remove it at the end.
+The first process writes the output, and it alone checks that it can. A process on another machine
+may not have the output's folder: it makes one for its own progress, and removes it at the end.
 """
 
 from __future__ import annotations

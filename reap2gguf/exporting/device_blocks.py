@@ -24,7 +24,7 @@ from reap2gguf.errors import DependencyError
 from reap2gguf.ggml import TINY
 from reap2gguf.gguf_files.rows import stored_bytes
 from reap2gguf.options import ComputeOptions
-from reap2gguf.quantizing.kernels.cuda import Weighted, load_gpu
+from reap2gguf.quantizing.kernels.cuda import load_gpu
 from reap2gguf.quantizing.kernels.driver import CudaError
 from reap2gguf.quantizing.kernels.nvrtc import CompileError
 from reap2gguf.quantizing.quantizer import Quantizer
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from reap2gguf.exporting.row_ranges import Batch, BlockMaker, RowRange
     from reap2gguf.progress import Progress
     from reap2gguf.quantizing.kernels.cuda import Blocks, Channel, Gpu
+    from reap2gguf.quantizing.kernels.gpu_kernels import Weighted
+
+BATCH_BYTES = 2**24  # as stored
+_FEWEST_THREADS, _MOST_THREADS = 4, 16  # they mostly wait: for the disk, and for the GPU
+_MUCH_WORK = 2**28  # blocks' values; a processor needs a few seconds for fewer
 
 
 def pays_on_gpu(device: str, n_values: int) -> bool:
@@ -48,11 +53,6 @@ def pays_on_gpu(device: str, n_values: int) -> bool:
 def device_threads(n_threads: int) -> int:
     """How many threads feed a GPU, where the processor's work has so many."""
     return min(max(n_threads, _FEWEST_THREADS), _MOST_THREADS)
-
-
-BATCH_BYTES = 2**24  # as stored
-_FEWEST_THREADS, _MOST_THREADS = 4, 16  # they mostly wait: for the disk, and for the GPU
-_MUCH_WORK = 2**28  # blocks' values; a processor needs a few seconds for fewer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from reap2gguf.exporting.device_blocks import BATCH_BYTES, device_threads, pays_
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import row_ranges, rows_per_matrix, stored_bytes
 from reap2gguf.quantizing.kernels.codebooks import entries_shape
-from reap2gguf.quantizing.kernels.cuda import FORMS
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

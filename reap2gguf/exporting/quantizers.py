@@ -13,7 +13,7 @@ from reap2gguf.ggml import load_ggml
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import working
 from reap2gguf.quantizing.kernels.compiled import find_kernels
-from reap2gguf.quantizing.kernels.cuda import FORMS, Weighted
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS, Weighted
 from reap2gguf.quantizing.quantizer import Quantizer
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from reap2gguf.exporting.row_ranges import Batch, BlockMaker
     from reap2gguf.models.description import GgufTensor
     from reap2gguf.progress import Progress
-    from reap2gguf.quantizing.kernels.cuda import Weighted
+    from reap2gguf.quantizing.kernels.gpu_kernels import Weighted
     from reap2gguf.verifying.comparison import Comparison
 
 Comparisons = Mapping[str, Sequence["Comparison"]]  # of the files that hold each tensor

@@ -27,8 +27,9 @@ from reap2gguf.gguf_files.imatrix import Imatrix
 from reap2gguf.models.table import describe
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import CallbackProgress
-from reap2gguf.quantizing.kernels.cuda import FORMS, Blocks, Quantized
+from reap2gguf.quantizing.kernels.cuda import Blocks, Quantized
 from reap2gguf.quantizing.kernels.driver import CudaError
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.quantizing.kernels.nvrtc import CompileError
 from reap2gguf.quantizing.quantizer import BlockKernels, Quantizer
 from reap2gguf.quantizing.stored_rows import StoredRows

@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.observing.linear_attention import installed_version
-from reap2gguf.quantizing.kernels.cuda import FORMS
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
 
 if TYPE_CHECKING:

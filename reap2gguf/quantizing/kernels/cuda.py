@@ -18,16 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.ggml import NEEDS_IMPORTANCE, load_ggml
+from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.progress import working
-from reap2gguf.quantizing.kernels.codebooks import codebook, entries_shape
+from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Function, Memory, Stream
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS, Key, Weighted
 from reap2gguf.quantizing.kernels.nvrtc import (
     Compiler,
     cache_file,
@@ -42,70 +44,6 @@ if TYPE_CHECKING:
     from reap2gguf.quantizing.kernels.codebooks import Tables
     from reap2gguf.quantizing.stored_rows import StoredRows
 
-_T = GGMLQuantizationType
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a type is quantized on a GPU, and how it is read: both as structs of source/."""
-
-    struct: str
-    reader: str
-    weighs_rows: bool = False  # with importance, by the mean square of the whole row
-    registers: int = 128  # of a thread, at most: with fewer, more of them run at the same time
-    n_threads: int = 1  # that work on a block: PARTS of a type with a codebook
-
-
-# Every type that a GPU quantizes. A type is added here and nowhere else.
-FORMS = {
-    _T.Q4_0: Form("Symmetric<8>", "ReadPlain<false, false>", weighs_rows=True),
-    _T.Q4_1: Form("Affine<15>", "ReadPlain<false, true>", weighs_rows=True),
-    _T.Q5_0: Form("Symmetric<16>", "ReadPlain<true, false>", weighs_rows=True),
-    _T.Q5_1: Form("Affine<31>", "ReadPlain<true, true>", weighs_rows=True),
-    _T.Q8_0: Form("Q8", "ReadQ8"),
-    _T.Q2_K: Form("Q2K", "ReadQ2K"),
-    _T.Q3_K: Form("Q3K", "ReadQ3K"),
-    _T.Q4_K: Form("AffineK<15>", "ReadAffineK<false>"),
-    _T.Q5_K: Form("AffineK<31>", "ReadAffineK<true>"),
-    _T.Q6_K: Form("Q6K", "ReadQ6K"),
-    _T.IQ4_NL: Form("IQ4NL", "ReadIQ4NL", registers=255),
-    _T.IQ4_XS: Form("IQ4XS", "ReadIQ4XS", registers=255),
-    _T.IQ3_S: Form("Iq3<true>", "ReadIQ3S", registers=168, n_threads=8),
-    _T.IQ3_XXS: Form("Iq3<false>", "ReadIQ3XXS", registers=168, n_threads=8),
-    _T.IQ2_S: Form("Iq2<true>", "ReadIQ2S", registers=96, n_threads=16),
-    _T.IQ2_XS: Form("Iq2<false>", "ReadIQ2XS", registers=96, n_threads=16),
-    _T.IQ2_XXS: Form("Iq2Xxs", "ReadIQ2XXS", registers=168, n_threads=8),
-}
-
-
-@dataclass(frozen=True)
-class Key:
-    """A kernel of gpu.cu, for a type where it is one of a type."""
-
-    kernel: Literal["find_largest", "find_mean_squares", "quantize", "dequantize"]
-    tensor_type: GGMLQuantizationType | None = None
-    is_weighted: bool = False
-
-    @property
-    def definitions(self) -> list[str]:
-        """What gpu.cu is told."""
-        if self.tensor_type is None:
-            return []
-        form = FORMS[self.tensor_type]
-        if self.kernel == "dequantize":
-            return [f"READER={form.reader}"]
-        name = "QUANTIZER" if entries_shape(self.tensor_type) is None else "FITTED"
-        return [f"{name}={form.struct}", f"WITH_IMPORTANCE={int(self.is_weighted)}"]
-
-    @property
-    def registers(self) -> int:
-        """The most registers of a thread."""
-        if self.tensor_type is None or self.kernel != "quantize":
-            return 64
-        return FORMS[self.tensor_type].registers
-
-
-Weighted = tuple[GGMLQuantizationType, bool]  # a type, with importance or without
 STORED_AS = {"F32": 0, "F16": 1, "BF16": 2}  # as gpu.cu numbers them
 _THREADS = 128  # in a block; find_mean_squares has 32
 _FEWEST_IN_A_GROUP = 16  # values that a thread reads, or 32
@@ -323,41 +261,56 @@ class Channel:
         if importance is not None:
             assert importance.shape[1] == n_columns
             weights = self._put("importance", np.ascontiguousarray(importance, np.float32))
-        largest = ctypes.c_void_p(self._device["largest"].at_least(4 * n_rows))
-        n_blocks = -(-n_rows // _ROWS_OF_LARGEST)
-        self._run(_FIND_LARGEST, n_blocks, 32 * _ROWS_OF_LARGEST, *rows, largest)
-        squares = ctypes.c_void_p(0)
-        if importance is not None and any(FORMS[one].weighs_rows for one in types):
-            squares = ctypes.c_void_p(self._device["squares"].at_least(4 * n_rows))
-            self._run(_FIND_MEAN_SQUARES, -(-n_rows // 32), 32, *rows, squares)
-        sizes = {one: n_columns // GGML_QUANT_SIZES[one][0] for one in types}
-        most = max((n_rows * n * GGML_QUANT_SIZES[one][1] for one, n in sizes.items()), default=0)
+        weighs_rows = importance is not None and any(FORMS[one].weighs_rows for one in types)
+        largest, squares = self._measure(rows, n_rows, weighs_rows)
+        most = n_rows * max((row_bytes(one, n_columns) for one in types), default=0)
         target = ctypes.c_void_p(self._device["blocks"].at_least(max(1, most)))
         is_odd = ctypes.c_void_p(self._device["odd"].at_least(n_rows))
         found_largest = self._get("largest", 4 * n_rows, largest).view(np.float32)
-        blocks = {}
-        for one, n_blocks in sizes.items():
-            self._stream.clear(is_odd.value or 0, n_rows)
-            key = Key("quantize", one, importance is not None)
-            self._run(
-                key,
-                -(-n_rows * n_blocks * FORMS[one].n_threads // _THREADS),
-                _THREADS,
-                *rows,
-                weights,
-                matrices,
-                largest,
-                squares,
-                self.gpu.book(one, self._stream).tables,
-                target,
-                is_odd,
+        made_of = *rows, weights, matrices, largest, squares
+        blocks = {
+            one: self._make(
+                Key("quantize", one, importance is not None), shape, made_of, target, is_odd
             )
-            width = n_blocks * GGML_QUANT_SIZES[one][1]
-            data = self._get(f"{one.name} blocks", n_rows * width, target)
-            odd = self._get(f"{one.name} odd", n_rows, is_odd)
-            blocks[one] = Blocks(data.reshape(n_rows, width), odd.view(np.bool_))
+            for one in types
+        }
         self._stream.wait()
         return Quantized(found_largest, blocks)
+
+    def _measure(
+        self, rows: Sequence[object], n_rows: int, weighs_rows: bool
+    ) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+        """Where the GPU has the largest |x| of each row, and its mean square, if it is needed."""
+        largest = ctypes.c_void_p(self._device["largest"].at_least(4 * n_rows))
+        n_blocks = -(-n_rows // _ROWS_OF_LARGEST)
+        self._run(_FIND_LARGEST, n_blocks, 32 * _ROWS_OF_LARGEST, *rows, largest)
+        if not weighs_rows:
+            return largest, ctypes.c_void_p(0)
+        squares = ctypes.c_void_p(self._device["squares"].at_least(4 * n_rows))
+        self._run(_FIND_MEAN_SQUARES, -(-n_rows // 32), 32, *rows, squares)
+        return largest, squares
+
+    def _make(
+        self,
+        key: Key,
+        shape: tuple[int, ...],
+        made_of: Sequence[object],
+        target: ctypes.c_void_p,
+        is_odd: ctypes.c_void_p,
+    ) -> Blocks:
+        """Begin to make the rows as blocks of the key's type, by way of two buffers on the GPU."""
+        tensor_type = key.tensor_type
+        assert tensor_type is not None
+        n_rows, n_columns = shape
+        n_blocks = n_rows * n_columns // GGML_QUANT_SIZES[tensor_type][0]
+        n_threads = n_blocks * FORMS[tensor_type].n_threads
+        self._stream.clear(is_odd.value or 0, n_rows)
+        tables = self.gpu.book(tensor_type, self._stream).tables
+        self._run(key, -(-n_threads // _THREADS), _THREADS, *made_of, tables, target, is_odd)
+        width = row_bytes(tensor_type, n_columns)
+        data = self._get(f"{tensor_type.name} blocks", n_rows * width, target)
+        odd = self._get(f"{tensor_type.name} odd", n_rows, is_odd)
+        return Blocks(data.reshape(n_rows, width), odd.view(np.bool_))
 
     def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
         """The values (R, C) of rows (R, bytes of a row); valid until the channel is used again.

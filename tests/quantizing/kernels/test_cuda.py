@@ -20,8 +20,9 @@ from reap2gguf.progress import CallbackProgress, Silent
 from reap2gguf.quantizing.kernels import nvrtc
 from reap2gguf.quantizing.kernels.codebooks import codebook, entries_shape
 from reap2gguf.quantizing.kernels.compiling import compiler, machine
-from reap2gguf.quantizing.kernels.cuda import FORMS, STORED_AS, Book, Channel, Gpu, Key, load_gpu
+from reap2gguf.quantizing.kernels.cuda import STORED_AS, Book, Channel, Gpu, load_gpu
 from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Stream
+from reap2gguf.quantizing.kernels.gpu_kernels import FORMS, Key
 from reap2gguf.quantizing.quantizer import Quantizer
 from reap2gguf.quantizing.stored_rows import StoredRows
 

@@ -13,7 +13,7 @@ struct SymmetricFit {
     M is_odd;       // beyond the plain range
 };
 
-// The first of the N values that are furthest from zero.
+// The first of the N values that are furthest from zero; +0 if all are zeros.
 template <int N> FN F find_furthest(const F *x, F &magnitude) {
     F most = 0.f, least = 0.f;
     UNROLL for (int i = 0; i < N; i++) {
