@@ -28,6 +28,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "evaluating/test_engine.py",
+        "variants of every kind are evaluated",
+        ("evaluating/variants.py",),
+    ),
+    (
         "quantizing/kernels/test_cuda.py",
         "each kernel is compiled and run",
         ("quantizing/kernels/gpu_kernels.py",),

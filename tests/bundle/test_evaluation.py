@@ -1,0 +1,76 @@
+"""The record of an evaluation: written, read, and refused where it is damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
+from reap2gguf.errors import ArtifactError
+from tests.evaluations import EXAMPLE
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    EXAMPLE.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json") == EXAMPLE
+
+
+def test_figures_are_found_by_names() -> None:
+    first = EXAMPLE.variants[-1].name
+    assert EXAMPLE.variant(first) is EXAMPLE.variants[-1]
+    assert EXAMPLE.divergence(first, "pruned") is not None
+    assert EXAMPLE.divergence("source", first) is None
+    assert [one.task for one in EXAMPLE.scores("pruned")] == ["arc_easy", "arc_easy"]
+
+
+def damaged(path: str, value: Any) -> dict[str, Any]:
+    """The example as JSON with one other value."""
+    values: Any = json.loads(json.dumps(EXAMPLE.as_json()))
+    *steps, last = path.split(".")
+    at = values
+    for step in steps:
+        at = at[int(step) if step.isdigit() else step]
+    at[last] = value
+    found: dict[str, Any] = values
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("engine", "guess"),
+        ("text", []),
+        ("text.n_tokens", -1),
+        ("text.has_bos", 1),
+        ("variants", {}),
+        ("variants.0.kind", "other"),
+        ("variants.0.name", "x" * 5000),
+        ("variants.0.perplexity", 9.5),
+        ("variants.0.perplexity.value", float("nan")),
+        ("variants.0.bits_per_weight", float("inf")),
+        ("comparisons.0.variant", "unknown"),
+        ("comparisons.0.divergence.mean", None),
+        ("comparisons.0.divergence.other", {"value": 1.0, "error": 0.0}),
+        ("speeds.0.peak_bytes", 2**70),
+        ("made_with", {"torch": 2}),
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, path: str, value: Any) -> None:
+    values = damaged(path, value)
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        evaluation_of(values)
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({"format": 1, **values}))
+    with pytest.raises(ArtifactError, match="not a complete evaluation"):
+        Evaluation.load(file)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', "[" * 100_000])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(text)
+    with pytest.raises(ArtifactError):
+        Evaluation.load(file)

@@ -1,0 +1,1 @@
+"""Streamed scores against whole models."""
