@@ -155,7 +155,7 @@ def test_scores_are_those_of_whole_models(case: Case) -> None:
         ]
         np.testing.assert_allclose(found.divergences[reference, other], torch.cat(kl), atol=1e-4)
     assert max(found.divergences["folder", "pruned"]) == 0.0
-    assert min(found.divergences["source", "pruned"]) > 0.0
+    assert max(found.divergences["source", "pruned"]) > 0.01
 
 
 def equal(one: Scores, other: Scores) -> bool:
