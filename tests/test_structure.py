@@ -210,7 +210,8 @@ COVERED_BY = [
         "local/test_chat.py",
         "both engines are run by `chat`",
         (
-            "local/engine.py", "local/engine_process.py", "local/programs.py", "local/running.py",
+            "local/engine.py", "local/engine_process.py", "local/frames.py",
+            "local/llama_process.py", "local/programs.py", "local/running.py",
             "terminal/local_commands.py",
         ),
     ),
