@@ -33,6 +33,16 @@ COVERED_BY = [
         ("evaluating/variants.py",),
     ),
     (
+        "evaluating/llama/test_scoring.py",
+        "files are loaded and read through these",
+        ("evaluating/llama/decoding.py", "evaluating/llama/model.py"),
+    ),
+    (
+        "evaluating/llama/test_smoke.py",
+        "both answers of a smoke test",
+        ("evaluating/llama/transformers_answer.py",),
+    ),
+    (
         "quantizing/kernels/test_cuda.py",
         "each kernel is compiled and run",
         ("quantizing/kernels/gpu_kernels.py",),

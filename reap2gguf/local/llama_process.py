@@ -90,6 +90,8 @@ class LlamaProcess:
     def receive_into(self, target: memoryview) -> None:
         """Fill `target` with what follows an answer. Raises ArtifactError if it has ended."""
         assert self._process.stdout is not None
+        if not target.nbytes:  # which memoryview does not cast
+            return
         target = target.cast("B")
         while target.nbytes:
             n_bytes = self._process.stdout.readinto(target)  # type: ignore[attr-defined]
@@ -100,6 +102,7 @@ class LlamaProcess:
     def error(self, answer: Mapping[str, Any]) -> Reap2ggufError:
         """The error of an answer that reports one."""
         reason = shown(answer["problem"])[1:-1].rstrip(".")
+        more = f"if memory is too small, {self._advice.less_memory}"
         if answer["kind"] == Problem.IMPORT:
             return DependencyError(
                 f"llama-cpp-python does not load ({reason}); run `{INSTALL}`, or "
@@ -107,8 +110,8 @@ class LlamaProcess:
             )
         if answer["kind"] == Problem.LOAD:
             return ArtifactError(
-                f"{self._path}: llama.cpp cannot run it ({reason}); check the file with "
-                f"`reap2gguf verify`; if memory is too small, {self._advice.less_memory}"
+                f"{self._path}: llama.cpp cannot run it ({reason}{self._said()}); check the file "
+                f"with `reap2gguf verify`; {more}"
             )
         # "Requested tokens (900) exceed context window of 512"
         hint = "; pass a larger --context" if "context window" in reason else ""
@@ -118,14 +121,17 @@ class LlamaProcess:
         """The error for a process that has ended by itself."""
         status = self._process.wait()
         how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+        return ArtifactError(
+            f"{self._path}: llama.cpp ended while it ran this file ({how}{self._said()}); check "
+            f"the file with `reap2gguf verify`; if memory is too small, {self._advice.less_memory}"
+        )
+
+    def _said(self) -> str:
+        """The last error that llama.cpp printed, after a colon; empty if it printed none."""
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LOG_BYTES))
         lines = self._log.read().decode("utf-8", "replace").splitlines()
         said = [line for line in lines if "GGML_ASSERT" in line or "error" in line.lower()]
-        reason = f": {shown(said[-1].strip())[1:-1]}" if said else ""
-        return ArtifactError(
-            f"{self._path}: llama.cpp ended while it ran this file ({how}{reason}); check the file "
-            f"with `reap2gguf verify`; if memory is too small, {self._advice.less_memory}"
-        )
+        return f": {shown(said[-1].strip())[1:-1]}" if said else ""
 
     def close(self) -> None:
         """End the process, whatever it does."""

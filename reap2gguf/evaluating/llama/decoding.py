@@ -143,8 +143,6 @@ class Context:
         self._library.llama_synchronize(self._context)
 
     def logits(self, count: int) -> Floats:
-        """Those of the last call, (count, V), as they lie in llama.cpp's memory until the next."""
-        if not count:
-            return np.empty((0, self._model.n_tokens), dtype=np.float32)
+        """All of the last call, (count, V), as they lie in llama.cpp's memory until the next."""
         pointer = self._library.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, (count, self._model.n_tokens))

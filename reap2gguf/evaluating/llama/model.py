@@ -89,8 +89,11 @@ class LlamaModel:
     def answers(
         self, request: Mapping[str, Any], data: memoryview | None = None
     ) -> Iterator[dict[str, Any]]:
-        """All answers to a request. Raises ArtifactError if llama.cpp fails or ends."""
+        """Send a request, and take its answers. Raises ArtifactError if llama.cpp fails or ends."""
         self._process.send(request, data)
+        return self._answers()
+
+    def _answers(self) -> Iterator[dict[str, Any]]:
         while "peak" not in (answer := self._process.receive()):
             if "problem" in answer:
                 raise self._process.error(answer)

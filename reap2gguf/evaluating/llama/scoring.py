@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.evaluating.llama.model import LlamaModel, LlamaOptions
@@ -36,18 +37,19 @@ def llama_scores(
     that are not finite; UsageError for rows or options that llama.cpp does not take; and
     DependencyError if llama-cpp-python does not load. Memory of the process of llama.cpp, besides
     the model and the cache of `options.batch` tokens: at most 512 MiB of logits (or those of one
-    token); here 16 bytes per scored token.
+    token), and `options.ubatch` x V x 4 bytes to compute them in; here 16 bytes per scored token.
     """
-    n_scored = sum(row.n_scored for row in rows)
+    scored = _scored(rows)
+    n_scored = sum(row.n_scored for row in scored)
     nll, top = np.empty(n_scored), np.empty(n_scored, dtype=np.int64)
-    n_tokens, at = sum(len(row.tokens) for row in rows), 0
+    n_tokens, at = sum(len(row.tokens) for row in scored), 0
     with LlamaModel(path, options) as model:
-        tokens = _checked(model, rows)
+        tokens = _checked(model, scored)
         with progress.task(f"llama.cpp: {path.name}", n_tokens, "tokens") as task:
-            for answer in model.answers(_request("scores", rows), memoryview(tokens)):
+            for answer in model.answers(_request("scores", scored), tokens.data):
                 span = slice(at, at + answer["count"])
-                model.read_into(memoryview(nll[span]))
-                model.read_into(memoryview(top[span]))
+                model.read_into(nll[span].data)
+                model.read_into(top[span].data)
                 if not np.isfinite(nll[span]).all():
                     raise _not_finite(path)
                 at += answer["count"]
@@ -70,16 +72,19 @@ class LlamaLogits:
       the chunk that is asked for; there: see `llama_scores`.
     - Use it as a context manager, or `close` it, which ends the process at any point.
 
-    A tokens' logits are read once: open another to read them again.
+    The logits of a token are read once: open another to read them again.
     """
 
     def __init__(self, path: Path, rows: Sequence[ScoredRow], options: LlamaOptions) -> None:
         """Load the file and start. Raises as `llama_scores` does."""
-        self.path, self._left = path, 0  # tokens of the current call that are not read yet
+        scored = _scored(rows)
+        self.path = path
+        self._left = 0  # tokens of the current call that are not read yet
+        self._to_come = sum(row.n_scored for row in scored)  # these included
         self._model = LlamaModel(path, options)
         try:
-            tokens = _checked(self._model, rows)
-            self._answers = self._model.answers(_request("logits", rows), memoryview(tokens))
+            tokens = _checked(self._model, scored)
+            self._answers = self._model.answers(_request("logits", scored), tokens.data)
         except BaseException:
             self.close()
             raise
@@ -105,28 +110,29 @@ class LlamaLogits:
 
         Raises ArtifactError if llama.cpp fails or ends, or if a value is not finite.
         """
+        count = min(count, self._to_come)
         found = np.empty((count, self.n_tokens), dtype=np.float32)
         at = 0
-        while at < count and self._has_more():
+        while at < count:
+            self._next_call()
             n = min(count - at, self._left)
-            self._model.read_into(memoryview(found[at : at + n]).cast("B"))
+            self._model.read_into(found[at : at + n].data)
             self._left -= n
+            self._to_come -= n
             at += n
-        if not np.isfinite(found[:at]).all():
+        if not np.isfinite(found).all():
             raise _not_finite(self.path)
-        return found[:at]
+        return found
 
     def __iter__(self) -> Iterator[Floats]:
-        while self._has_more():
+        while self._to_come:
+            self._next_call()
             yield self.read(self._left)
 
-    def _has_more(self) -> bool:
+    def _next_call(self) -> None:
+        """Wait for another call if all of the last one is read."""
         while not self._left:
-            answer = next(self._answers, None)
-            if answer is None:
-                return False
-            self._left = answer["count"]
-        return True
+            self._left = next(self._answers)["count"]
 
 
 def llama_logits(path: Path, rows: Sequence[ScoredRow], options: LlamaOptions) -> LlamaLogits:
@@ -145,18 +151,22 @@ def _request(what: str, rows: Sequence[ScoredRow]) -> dict[str, object]:
     }
 
 
-def _checked(
-    model: LlamaModel, rows: Sequence[ScoredRow]
-) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """All tokens, one row after the other, as llama.cpp takes them."""
-    if not rows:
-        raise UsageError("there are no rows of tokens to score; pass a longer text")
+def _scored(rows: Sequence[ScoredRow]) -> list[ScoredRow]:
+    """The rows that have scored tokens: no other row changes what is found."""
     for number, row in enumerate(rows):
-        if not 1 <= row.first < len(row.tokens):
+        if not 1 <= row.first <= len(row.tokens):
             raise UsageError(
                 f"row {number} has {len(row.tokens):,} tokens, scored from {row.first:,} on; "
-                "expected a first scored token from 1 to the last one"
+                "expected a first scored token from 1 to their number"
             )
+    scored = [row for row in rows if row.n_scored]
+    if not scored:
+        raise UsageError("there are no tokens to score; pass a longer text")
+    return scored
+
+
+def _checked(model: LlamaModel, rows: Sequence[ScoredRow]) -> npt.NDArray[np.int32]:
+    """All tokens, one row after the other, as llama.cpp takes them."""
     longest = max(len(row.tokens) for row in rows)
     if longest > model.context_length:
         raise UsageError(
@@ -164,10 +174,11 @@ def _checked(
             f"{model.context_length:,}; cut the text into shorter chunks"
         )
     tokens = np.concatenate([row.tokens for row in rows])
-    if tokens.min() < 0 or tokens.max() >= model.n_tokens:
+    wrong = tokens[(tokens < 0) | (tokens >= model.n_tokens)]
+    if len(wrong):
         raise ArtifactError(
             f"{model.path}: its vocabulary has {model.n_tokens:,} tokens, but the text has token "
-            f"{tokens.max():,}; it is the file of another model"
+            f"{wrong[0]:,}; it is the file of another model"
         )
     return tokens.astype(np.int32)
 

@@ -90,10 +90,11 @@ class _Worker:
                 targets = np.concatenate([_targets(rows[part.row], part) for part in parts])
                 n_read = sum(part.stop - part.start for part in parts)
                 send(self._answers, {"count": count, "n_read": n_read})
-                write(context.logits(count), targets)
+                if count:
+                    write(context.logits(count), targets)
 
     def _write_logits(self, logits: Floats, targets: npt.NDArray[np.int64]) -> None:
-        self._answers.write(memoryview(logits).cast("B"))
+        self._answers.write(logits.data.cast("B"))
         self._answers.flush()
 
     def _write_scores(self, logits: Floats, targets: npt.NDArray[np.int64]) -> None:
