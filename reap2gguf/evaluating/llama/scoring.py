@@ -66,6 +66,8 @@ class LlamaLogits:
       and (0, V) after it. Row i of it is what llama.cpp predicts from all tokens before the scored
       one. Iterating gives the same in chunks of one call of llama.cpp; the two may be mixed.
     - V is `n_tokens`, the vocabulary of the file, with the padding that the checkpoint has.
+    - Tokens come first and the whole vocabulary of each: `HeadSums.add` takes all of `read(n)` as
+      one block from token 0 on, beside the logits (n, V) of the streamed variants.
     - An array is the caller's own: it stays as it is, and may be changed.
     - Values are as llama.cpp computes them; those that are not finite raise ArtifactError.
     - llama.cpp computes ahead by one call and then waits until its logits are taken. Memory here:

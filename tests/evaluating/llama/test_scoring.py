@@ -17,6 +17,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.errors import ArtifactError, DependencyError, Reap2ggufError, UsageError
+from reap2gguf.evaluating.head_sums import HeadSums
 from reap2gguf.evaluating.llama import model as model_module
 from reap2gguf.evaluating.llama.batches import likelihoods
 from reap2gguf.evaluating.llama.model import LlamaModel, LlamaOptions
@@ -131,6 +132,35 @@ def test_logits_are_a_stream_of_the_scored_tokens(counts: tuple[int, ...], small
             number += 1
     assert np.concatenate(read).tobytes() == whole.tobytes()
     assert all(part.flags.owndata and part.flags.writeable for part in read)
+
+
+def test_a_file_in_llama_cpp_is_compared_with_a_model_elsewhere(
+    example: Path, tmp_path: Path
+) -> None:
+    """The stream in the place of a variant: sums of the head against the definition in float64."""
+    path = export(example, tmp_path, "Q4_0")
+    rows = text_rows(example, 3, 64)
+    model: Any = AutoModelForCausalLM.from_pretrained(example, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = [model(torch.from_numpy(row.tokens)[None]).logits[0] for row in rows]
+    source = torch.cat([own[row.first - 1 : -1] for own, row in zip(logits, rows, strict=True)])
+    right = torch.from_numpy(np.concatenate([row.tokens[row.first :] for row in rows]))
+    pair = ("source", path.name)
+    sums = HeadSums(pair, [pair], len(right), torch.device("cpu"))
+    with llama_logits(path, rows, ONE_THREAD) as stream:
+        for first in range(0, len(right), 20):
+            span = slice(first, first + 20)
+            other = torch.from_numpy(stream.read(20))
+            sums.add(span, 0, {"source": source[span], path.name: other}, right[span])
+    with llama_logits(path, rows, ONE_THREAD) as stream:
+        whole = torch.from_numpy(np.concatenate(list(stream))).double().log_softmax(-1)
+    wanted = source.double().log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - whole)).sum(-1)
+    assert divergence.mean() > 1e-3
+    assert (sums.divergence(pair) - divergence).abs().max() < 1e-5
+    scores = llama_scores(path, rows, ONE_THREAD, Silent())
+    assert np.abs(sums.nll(path.name).numpy() - scores.nll).max() < 1e-5
+    assert sums.top(path.name).tolist() == scores.top.tolist()
 
 
 def test_a_stream_that_is_closed_early_leaves_no_process(small: Path) -> None:
