@@ -28,6 +28,16 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "terminal/test_evaluate_command.py",
+        "bundles and files as they are named",
+        (
+            "api/evaluating.py",
+            "evaluating/measure.py",
+            "evaluating/opening.py",
+            "terminal/evaluate_views.py",
+        ),
+    ),
+    (
         "observing/test_loader.py",
         "loaders read with them",
         ("observing/readers.py",),
@@ -35,7 +45,7 @@ COVERED_BY = [
     (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
-        ("evaluating/variants.py",),
+        ("evaluating/head.py", "evaluating/run.py", "evaluating/variants.py"),
     ),
     (
         "evaluating/llama/test_scoring.py",
