@@ -62,7 +62,7 @@ class ObservationError(Reap2ggufError):
 
 
 class EvaluationError(Reap2ggufError):
-    """A task or a text cannot be evaluated, or its scores are not finite."""
+    """Variants or tasks cannot be evaluated together, or computed values are not finite."""
 
 
 class PeerError(Reap2ggufError):

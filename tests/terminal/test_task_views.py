@@ -26,19 +26,31 @@ def scores_of(*variants: str) -> list[TaskScore]:
 
 def test_scores_errors_and_differences_from_the_source() -> None:
     assert list(task_lines(scores_of("source", "pruned", FILES[3]))) == [
-        "task         metric                n         source                  pruned"
-        "                  Q4_K_M",
-        "mmlu         acc              14,042   84.34 ± 0.31     83.34 ± 0.31  -1.00"
-        "     82.34 ± 0.31  -2.00",
-        "  mmlu_stem  acc               3,153   81.46 ± 0.31     80.46 ± 0.31  -1.00"
-        "     79.46 ± 0.31  -2.00",
-        "boolq        acc                 250   88.00 ± 0.31     87.00 ± 0.31  -1.00"
-        "     86.00 ± 0.31  -2.00",
-        "wikitext     word_perplexity      62  9.500 ± 0.100  10.500 ± 0.100  +1.000"
-        "  11.500 ± 0.100  +2.000",
+        (
+            "task         metric                n         source                  pruned"
+            "                  Q4_K_M"
+        ),
+        (
+            "mmlu         acc              14,042   84.34 ± 0.31     83.34 ± 0.31  -1.00"
+            "     82.34 ± 0.31  -2.00"
+        ),
+        (
+            "  mmlu_stem  acc               3,153   81.46 ± 0.31     80.46 ± 0.31  -1.00"
+            "     79.46 ± 0.31  -2.00"
+        ),
+        (
+            "boolq        acc                 250   88.00 ± 0.31     87.00 ± 0.31  -1.00"
+            "     86.00 ± 0.31  -2.00"
+        ),
+        (
+            "wikitext     word_perplexity      62  9.500 ± 0.100  10.500 ± 0.100  +1.000"
+            "  11.500 ± 0.100  +2.000"
+        ),
         "1 task that is part of a group is not listed.",
-        "acc and other shares in %; ± is the standard error; + and - are differences from source; "
-        "0-shot.",
+        (
+            "acc and other shares in %; ± is the standard error; + and - are differences from source; "
+            "0-shot."
+        ),
     ]
 
 
