@@ -48,8 +48,8 @@ def test_scores_errors_and_differences_from_the_source() -> None:
         ),
         "1 task that is part of a group is not listed.",
         (
-            "acc and other shares in %; ± is the standard error; + and - are differences from source; "
-            "0-shot."
+            "acc and other shares in %; ± is the standard error; + and - are differences from "
+            "source; 0-shot."
         ),
     ]
 

@@ -109,18 +109,13 @@ def load(folder: Path) -> Any:
 
 
 class Scorer:
-    """Scores rows with whole models, one row at a time, and remembers what it found."""
+    """Scores rows with whole models, one row at a time."""
 
     def __init__(self, models: Mapping[str, Any]) -> None:
-        self.models = models
-        self.scores = Scores((), {})
-        self.n_calls = 0
+        self._models = models
 
     def __call__(self, rows: Sequence[ScoredRow]) -> Scores:
-        self.n_calls += 1
-        found = {name: _score(model, rows) for name, model in self.models.items()}
-        self.scores = Scores(rows, found)
-        return self.scores
+        return Scores(rows, {name: _score(model, rows) for name, model in self._models.items()})
 
 
 def _score(model: Any, rows: Sequence[ScoredRow]) -> VariantScores:

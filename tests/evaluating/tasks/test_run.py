@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from reap2gguf.bundle.evaluation import TaskScore
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.scores import ScoredRow, Scores
 from reap2gguf.evaluating.tasks.encoding import Encoded, encode, encoder_of
 from reap2gguf.evaluating.tasks.harness import harness
@@ -20,6 +22,9 @@ from reap2gguf.evaluating.tasks.loading import load_tasks
 from reap2gguf.evaluating.tasks.replay import answers_of
 from reap2gguf.evaluating.tasks.run import run_tasks
 from reap2gguf.evaluating.tasks.spec import TaskSpec
+from reap2gguf.evaluating.variants import Variant
+from reap2gguf.models.table import describe
+from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import CallbackProgress, ProgressEvent, Silent
 from tests.evaluating.tasks.task_folders import (
     Scorer,
@@ -38,13 +43,31 @@ from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 NAMES = ("plain", "normed", "rolling")
 
 
+class Remembering:
+    """A scorer that keeps what it found."""
+
+    def __init__(self, score: Callable[[Sequence[ScoredRow]], Scores]) -> None:
+        self._score = score
+        self.scores = Scores((), {})
+        self.n_calls = 0
+
+    def __call__(self, rows: Sequence[ScoredRow]) -> Scores:
+        self.n_calls += 1
+        self.scores = self._score(rows)
+        return self.scores
+
+
 def compare(
-    folders: dict[str, Path], tasks: Path, max_length: int | None, patch: pytest.MonkeyPatch
+    folders: dict[str, Path],
+    tasks: Path,
+    max_length: int | None,
+    patch: pytest.MonkeyPatch,
+    score: Callable[[Sequence[ScoredRow]], Scores] | None = None,
 ) -> None:
     """Hold every answer and every score beside those of lm-eval's own model."""
     models = {name: load(folder) for name, folder in folders.items()}
     spec = TaskSpec(NAMES, folder=tasks, max_length=max_length)
-    scorer = Scorer(models)
+    scorer = Remembering(score or Scorer(models))
     found = run_tasks(spec, folders["source"], scorer, list(models), Silent())
     assert scorer.n_calls == 1
     with harness(allows_code=False):
@@ -114,6 +137,26 @@ def test_long_questions_and_texts_are_cut_as_by_lm_eval(
     pruned = write_pruned_copy(source, tmp_path / "pruned", 6)
     folders = {"source": source, "pruned": pruned}
     compare(folders, write_three_tasks(tmp_path / "tasks"), 24, monkeypatch)
+
+
+def test_streamed_scores_give_the_same_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source, and its pruned folder, by the engine that streams layers."""
+    source = TinyQwen3Moe().write(tmp_path / "source")
+    pruned = write_pruned_copy(source, tmp_path / "pruned", 6)
+    tasks = write_three_tasks(tmp_path / "tasks")
+    with Checkpoint.open(source) as whole, Checkpoint.open(pruned) as smaller:
+        variants = [
+            Variant("source", "source", whole, describe(whole), 0, 16.0),
+            Variant("pruned", "pruned", smaller, describe(smaller), 0, 16.0),
+        ]
+        options = ComputeOptions(device="cpu", dtype="float32", threads=1)
+
+        def score(rows: Sequence[ScoredRow]) -> Scores:
+            return evaluate_variants(variants, rows, (), options, Silent())
+
+        compare({"source": source, "pruned": pruned}, tasks, 64, monkeypatch, score)
 
 
 @pytest.mark.slow
