@@ -68,15 +68,18 @@ def load_tasks(spec: TaskSpec, progress: Progress) -> Loaded:
     with progress.task("Finding tasks", 0, ""):
         manager = _manager_of(spec)
         names = _resolved(manager, spec)
-        found = [one for name in names for one in _walk(manager, name, {})]
-        _check_before(found, spec)
+        found = {name: list(_walk(manager, name, {})) for name in names}
+        _refuse_repeated(found)
+        _check_before([one for ones in found.values() for one in ones], spec)
     loaded = Loaded()
     with progress.task("Loading tasks", len(names), "names") as bar:
         for name in names:
             bar.at(name)
-            with _errors_of(name, manager):
+            with _errors_of(_place(name, manager, spec)):
                 one = manager.load([name])
-            _add(loaded, one, name)
+            loaded.tasks.update(one["tasks"])
+            loaded.groups.update(one.get("groups", {}))
+            loaded.members.update(one.get("group_map", {}))
             bar.advance()
     _check_after(loaded)
     _set_shots(loaded, spec, progress)
@@ -178,6 +181,18 @@ def _walk_members(
             yield from _walk_members(manager, name, overrides, depth + 1)
 
 
+def _refuse_repeated(found: Mapping[str, Sequence[_Found]]) -> None:
+    """A task that is part of two names would be asked with the options of one of them."""
+    names: dict[str, str] = {}
+    for name, ones in found.items():
+        for task in {one.name for one in ones if one.is_task}:
+            if task in names:
+                raise UsageError(
+                    f"the task {task} is part of {names[task]} and of {name}; name one of them"
+                )
+            names[task] = name
+
+
 def _check_before(found: Sequence[_Found], spec: TaskSpec) -> None:
     """Refuse what must not be loaded: code of the user's folder, and tasks that generate."""
     from lm_eval.api.registry import metric_registry
@@ -217,17 +232,6 @@ def _refuse_generating(names: Iterable[str]) -> None:
     )
 
 
-def _add(loaded: Loaded, one: Mapping[str, Any], name: str) -> None:
-    for task in one["tasks"]:
-        if task in loaded.tasks:
-            raise UsageError(
-                f"the task {task} is in {name} and in what is named before it; name one of them"
-            )
-    loaded.tasks.update(one["tasks"])
-    loaded.groups.update(one.get("groups", {}))
-    loaded.members.update(one.get("group_map", {}))
-
-
 def _check_after(loaded: Loaded) -> None:
     """Refuse what only a built task tells of itself."""
     _refuse_generating(
@@ -257,16 +261,23 @@ def _set_shots(loaded: Loaded, spec: TaskSpec, progress: Progress) -> None:
         progress.note(f"{some}: asked without examples, since the task itself says 0")
 
 
+def _place(name: str, manager: Manager, spec: TaskSpec) -> str:
+    """A task's name, with its file if that is the user's."""
+    path = getattr(manager.task_index.get(name), "yaml_path", None)
+    if path is None or spec.folder is None:
+        return name
+    is_own = path.resolve().is_relative_to(spec.folder.resolve())
+    return f"{name} ({path})" if is_own else name
+
+
 @contextmanager
-def _errors_of(name: str, manager: Manager) -> Iterator[None]:
+def _errors_of(place: str) -> Iterator[None]:
     """Whatever lm-eval and `datasets` raise while they build a task, in our words."""
     try:
         yield
     except Reap2ggufError:
         raise
     except Exception as error:  # a task can raise any error
-        entry = manager.task_index.get(name)
-        place = f"{name} ({entry.yaml_path})" if entry and entry.yaml_path else name
         raise _refusal(error, place) from error
 
 
