@@ -38,6 +38,16 @@ COVERED_BY = [
         ("evaluating/variants.py",),
     ),
     (
+        "evaluating/llama/test_scoring.py",
+        "files are loaded and read through these",
+        ("evaluating/llama/decoding.py", "evaluating/llama/model.py"),
+    ),
+    (
+        "evaluating/llama/test_smoke.py",
+        "both answers of a smoke test",
+        ("evaluating/llama/transformers_answer.py",),
+    ),
+    (
         "quantizing/kernels/test_cuda.py",
         "each kernel is compiled and run",
         ("quantizing/kernels/gpu_kernels.py",),
@@ -215,7 +225,8 @@ COVERED_BY = [
         "local/test_chat.py",
         "both engines are run by `chat`",
         (
-            "local/engine.py", "local/engine_process.py", "local/programs.py", "local/running.py",
+            "local/engine.py", "local/engine_process.py", "local/frames.py",
+            "local/llama_process.py", "local/programs.py", "local/running.py",
             "terminal/local_commands.py",
         ),
     ),
