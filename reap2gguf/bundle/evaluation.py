@@ -109,6 +109,7 @@ class TaskScore:
     score: Estimate
     n_items: int
     n_shots: int = 0
+    group: str = ""  # the group of tasks that this task or group is a part of, if any
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ def _task(values: Mapping[str, Any]) -> TaskScore:
         _estimate(values["score"]),
         _count(values["n_items"]),
         _count(values["n_shots"]),
+        _text(values["group"]),
     )
 
 
