@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,12 @@ from reap2gguf.pruning.select import CRITERIA
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.bundle.evaluation import Evaluation
+    from reap2gguf.bundle.evaluation import Comparison, Evaluation
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
 
 Counts = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
+Damage = Literal["pruning", "quantizing", "both"]
 _NO_LAYER = -1
 
 
@@ -46,7 +47,6 @@ class ReportFacts:
     """All that a page shows."""
 
     manifest: Manifest
-    evaluation: Evaluation | None = None
     observations: Observations | None = None
     used_after: Mapping[int, Counts] = field(default_factory=dict)
     # layer -> tokens of each kept expert, on the text of the importance matrix; may be empty
@@ -57,6 +57,38 @@ class ReportFacts:
     @property
     def is_pruned(self) -> bool:
         return self.manifest.pruning.n_kept < self.manifest.pruning.n_experts
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        return self.manifest.evaluation
+
+    def variant_of(self, record: GgufRecord) -> str | None:
+        """The name under which a file was evaluated; None if it was not."""
+        if self.evaluation is None:
+            return None
+        names = {one.name for one in self.evaluation.variants}
+        names |= {one.variant for one in (*self.evaluation.tasks, *self.evaluation.speeds)}
+        return next((name for name in (record.file, record.first) if name in names), None)
+
+    def label(self, variant: str) -> str:
+        """A short name of a variant: of a file its label, where no other file has the same."""
+        labels = [record.label for record in self.manifest.gguf]
+        for record in self.manifest.gguf:
+            if variant in (record.file, record.first) and labels.count(record.label) == 1:
+                return record.label
+        return variant
+
+    def damage(self, comparison: Comparison) -> Damage:
+        """What lies between the two variants of a comparison."""
+        evaluation = self.evaluation
+        kinds = [
+            None if evaluation is None or found is None else found.kind
+            for name in (comparison.reference, comparison.variant)
+            for found in [evaluation.variant(name) if evaluation else None]
+        ]
+        if kinds == ["source", "pruned"]:
+            return "pruning"
+        return "both" if kinds == ["source", "gguf"] and self.is_pruned else "quantizing"
 
     def scores(self) -> dict[int, Doubles]:
         """The score of every expert by layer, by the bundle's own method; empty if not known.
@@ -85,12 +117,7 @@ class ReportFacts:
         return {layer: layers[layer].count for layer in sorted(self.manifest.pruning.kept)}
 
 
-def read_facts(
-    manifest: Manifest,
-    folder: Path,
-    observations: Observations | None,
-    evaluation: Evaluation | None,
-) -> ReportFacts:
+def read_facts(manifest: Manifest, folder: Path, observations: Observations | None) -> ReportFacts:
     """What lies in the folders of a bundle, found from one of them.
 
     Reads headers of GGUF files, the hashes, and the importance matrix, which is in memory for a
@@ -105,7 +132,7 @@ def read_facts(
         if all(is_plain(gguf / part) for part in record.files)
     }
     return ReportFacts(
-        manifest, evaluation, observations, _used_after(gguf / IMATRIX_FILE, manifest), sizes, sums
+        manifest, observations, _used_after(gguf / IMATRIX_FILE, manifest), sizes, sums
     )
 
 

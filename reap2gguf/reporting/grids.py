@@ -8,7 +8,7 @@ block of JSON that the script reads when one points at it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from reap2gguf.reporting.html import Child, Html, element, verbatim
 
 _NARROWEST = 3  # pixels of a column
 _MOST_HEIGHT = 640
+_MOST_WITH_GAPS = 144  # columns
+_MOST_TABS = 12  # as many as style.css has rules for
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ def cell_grid(
     `cut` draws a line before that column.
     """
     height = _row_height(len(rows)) * len(rows)
+    has_gaps = n_columns <= _MOST_WITH_GAPS
     paths: list[Html] = [
-        element("path", d="".join(f"M{x} {y}h{n}" for y, x, n in one.runs), class_=one.name)
-        for one in cells
+        element("path", d="".join(_strokes(one.runs, has_gaps)), class_=one.name) for one in cells
     ]
     line = element("path", d=f"M{cut} -.5V{len(rows) - 0.5}", class_="cut") if cut else None
     drawn = element(
@@ -82,6 +84,15 @@ def cell_grid(
         element("div", canvas, class_="scroll bare"),
         class_="grid-box",
     )
+
+
+def _strokes(runs: Sequence[tuple[int, int, int]], has_gaps: bool) -> Iterator[str]:
+    """Runs as strokes; with gaps, each cell is a stroke of its own and a little shorter."""
+    for y, x, n in runs:
+        if has_gaps:
+            yield from (f"M{x + i}.04 {y}h.92" for i in range(n))
+        else:
+            yield f"M{x} {y}h{n}"
 
 
 def _row_height(n_rows: int) -> int:
@@ -161,6 +172,9 @@ def tabs(name: str, panes: Iterable[tuple[str, Child]]) -> Html:
     found = list(panes)
     if len(found) == 1:
         return element("div", found[0][1])
+    if len(found) > _MOST_TABS:
+        bodies = [_pane(title, content) for title, content in found]
+        return element("div", bodies, class_="tabs stacked")
     buttons, bodies = [], []
     for number, (title, content) in enumerate(found):
         key = f"{name}-{number}"
@@ -168,8 +182,11 @@ def tabs(name: str, panes: Iterable[tuple[str, Child]]) -> Html:
             element("input", type="radio", name=name, id=key, checked=number == 0),
             element("label", title, for_=key),
         ]
-        heading = element("p", title, class_="pane-title")
-        bodies.append(element("div", heading, content, class_="pane"))
+        bodies.append(_pane(title, content))
     return element(
         "div", buttons, bodies, class_="tabs", role="group", aria_label="Choose what is shown"
     )
+
+
+def _pane(title: str, content: Child) -> Html:
+    return element("div", element("p", title, class_="pane-title"), content, class_="pane")

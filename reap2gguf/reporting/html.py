@@ -59,18 +59,18 @@ def _shown(child: Child) -> str:
     return "".join(_shown(one) for one in child)
 
 
-def element(name: str, *children: Child, **attributes: Attribute) -> Html:
+def element(tag: str, /, *children: Child, **attributes: Attribute) -> Html:
     """An element; `class_` is the attribute `class`, `data_value` is `data-value`.
 
     An attribute that is None or False is left out; True has no value. Raises ValueError for a name
     that HTML does not know, and for a link that does not go to the Hub or into the page.
     """
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is not the name of an element")
-    opening = f"<{name}{''.join(_attribute(*one) for one in attributes.items())}>"
-    if name in _VOID:
+    if not _NAME.fullmatch(tag):
+        raise ValueError(f"{tag!r} is not the name of an element")
+    opening = f"<{tag}{''.join(_attribute(*one) for one in attributes.items())}>"
+    if tag in _VOID:
         return Html(opening)
-    return Html(f"{opening}{together(*children)}</{name}>")
+    return Html(f"{opening}{together(*children)}</{tag}>")
 
 
 def _attribute(key: str, value: Attribute) -> str:

@@ -58,12 +58,6 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     return Estimate(one.value - other.value, math.hypot(one.error, other.error))
 
 
-def signed(found: Estimate, scale: float = 1.0, unit: str = "") -> str:
-    """A difference with its sign and its error."""
-    plus = "+" if found.value > 0 else ""
-    return f"{plus}{with_error(found, scale, unit)}"
-
-
 def exact(value: float) -> str:
     """A number for a program: it reads back as the same number."""
     return repr(value)
