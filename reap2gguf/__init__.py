@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -81,6 +82,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "report",
     "select",
     "verify",
 ]
@@ -88,6 +90,7 @@ _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
+    "api.reporting": ("report",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",

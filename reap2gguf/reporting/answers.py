@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from reap2gguf.reporting.facts import ReportFacts
 
 _SHOTS = {0: "zero-shot"}
-SERIES = ("source", "pruning", "quantizing", "file-2", "file-3", "file-4", "file-5")
+_FIRST_LOOKS = ("source", "pruning")
+_FILE_LOOKS = ("quantizing", "file-2", "file-3", "file-4", "file-5")  # then from the first again
 
 
 def tasks(facts: ReportFacts) -> Html:
@@ -37,13 +38,13 @@ def tasks(facts: ReportFacts) -> Html:
     variants = list(dict.fromkeys(one.variant for one in evaluation.tasks))
     kinds = list(dict.fromkeys((one.task, one.metric) for one in evaluation.tasks))
     scores = {(one.task, one.metric, one.variant): one for one in evaluation.tasks}
-    looks = dict(zip(variants, SERIES, strict=False))
+    looks = _looks(variants)
     title = "Scores of the tasks"
     rows = [
         DotRow(
             f"{task}, {metric}",
             [
-                _dot(facts, scores[task, metric, variant], looks.get(variant, SERIES[-1]))
+                _dot(facts, scores[task, metric, variant], looks[variant])
                 for variant in variants
                 if (task, metric, variant) in scores
             ],
@@ -60,12 +61,19 @@ def tasks(facts: ReportFacts) -> Html:
         figure(
             "scores",
             title,
-            legend([Legend(looks.get(v, SERIES[-1]), facts.label(v)) for v in variants]),
+            legend([Legend(looks[v], facts.label(v)) for v in variants]),
             dot_rows(title, rows, linear_scale(edges), "%"),
-            note="Bars are one standard error.",
+            note="Bars are one standard error. From top to bottom in the order of the names.",
         ),
         _score_table(facts, kinds, variants, scores),
     )
+
+
+def _looks(variants: Sequence[str]) -> dict[str, str]:
+    """The class that colours each variant."""
+    looks = {"source": _FIRST_LOOKS[0], "pruned": _FIRST_LOOKS[1]}
+    files = [one for one in variants if one not in looks]
+    return looks | {one: _FILE_LOOKS[n % len(_FILE_LOOKS)] for n, one in enumerate(files)}
 
 
 def _dot(facts: ReportFacts, one: TaskScore, series: str) -> Dot:
@@ -100,7 +108,7 @@ def _score_table(
         found = [scores.get((task, metric, variant)) for variant in variants]
         some = next(one for one in found if one is not None)
         row = [
-            words(task if not some.n_shots else f"{task} ({_shots(some.n_shots)})"),
+            words(_task(task, some)),
             words(metric),
             count(some.n_items),
         ]
@@ -112,6 +120,10 @@ def _score_table(
         "the same items, so it is too large rather than too small."
     )
     return table("Scores and changes", columns, rows, note)
+
+
+def _task(name: str, one: TaskScore) -> str:
+    return f"{name} ({_shots(one.n_shots)})" if one.n_shots else name
 
 
 def _change(one: TaskScore | None, base: TaskScore | None) -> Cell:
@@ -133,7 +145,7 @@ def speeds(facts: ReportFacts) -> Html:
 
 def _speed_chart(facts: ReportFacts, evaluation: Evaluation) -> list[Html]:
     """One chart per test: tokens per second of a prompt and of generation differ by far."""
-    found = []
+    found: list[Html] = []
     for test in dict.fromkeys(one.test for one in evaluation.speeds):
         some = [one for one in evaluation.speeds if one.test == test]
         title = f"{_test(test)}, in tokens per second"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from reap2gguf.reporting.html import Child, Html, element, together
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.reporting.scales import Scale
 
 _ROW = 28  # height of a row of dots
+_FAN = 9  # between two dots of a row that have error bars
 _BAR = 4  # half the height of the ends of an error bar
 
 
@@ -39,7 +41,7 @@ class DotRow:
     label: Child
     dots: Sequence[Dot]
     shown: Child = None
-    is_joined: bool = False  # a line from the smallest to the largest dot
+    is_joined: bool = False  # a line from dot to dot
     has_stem: bool = False  # a line from zero to the only dot
 
 
@@ -94,16 +96,21 @@ def chart(title: str, *content: Child) -> Html:
 
 
 def _track(row: DotRow, scale: Scale, ticks: Sequence[float]) -> Html:
-    middle = _ROW // 2
-    grid = [line(scale.at(tick), 0, scale.at(tick), _ROW, "rule") for tick in ticks]
-    joined = None
-    if row.is_joined and len(row.dots) > 1:
-        places = [scale.at(dot.value) for dot in row.dots]
-        joined = line(min(places), middle, max(places), middle, "joint")
+    """Dots with error bars are fanned out, so that their bars do not lie over one another."""
+    is_fanned = len(row.dots) > 1 and any(dot.error for dot in row.dots)
+    height = _ROW + _FAN * (len(row.dots) - 1) if is_fanned else _ROW
+    levels = [height / 2] * len(row.dots)
+    if is_fanned:
+        levels = [_ROW / 2 + _FAN * number for number in range(len(row.dots))]
+    grid = [line(scale.at(tick), 0, scale.at(tick), height, "rule") for tick in ticks]
+    joined: list[Html] = []
     if row.has_stem:
-        joined = line(0, middle, scale.at(row.dots[0].value), middle, "stem")
-    marks = [_dot(dot, scale, middle) for dot in row.dots]
-    return element("svg", grid, joined, marks, class_="track", height=_ROW, role="presentation")
+        joined = [line(0, levels[0], scale.at(row.dots[0].value), levels[0], "stem")]
+    elif row.is_joined and len(row.dots) > 1:
+        ends = [(scale.at(d.value), y) for d, y in zip(row.dots, levels, strict=True)]
+        joined = [line(*one, *other, "joint") for one, other in pairwise(ends)]
+    marks = [_dot(dot, scale, y) for dot, y in zip(row.dots, levels, strict=True)]
+    return element("svg", grid, joined, marks, class_="track", height=height, role="presentation")
 
 
 def _dot(dot: Dot, scale: Scale, y: float) -> Html:
@@ -165,7 +172,13 @@ def slots(numbers: Sequence[int], most: int = 12) -> Html:
     """An axis of equal slots, such as layers or experts; some of them have their number."""
     width, step = 100 / len(numbers), _slot_step(len(numbers), most)
     labels = [
-        element("text", str(number), x=f"{coordinate((i + 0.5) * width)}%", y=14)
+        element(
+            "text",
+            str(number),
+            x=f"{coordinate((i + 0.5) * width)}%",
+            y=14,
+            class_="first" if not i and width < 1 else None,
+        )
         for i, number in enumerate(numbers)
         if i % step == 0
     ]

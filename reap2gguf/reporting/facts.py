@@ -80,12 +80,9 @@ class ReportFacts:
 
     def damage(self, comparison: Comparison) -> Damage:
         """What lies between the two variants of a comparison."""
-        evaluation = self.evaluation
-        kinds = [
-            None if evaluation is None or found is None else found.kind
-            for name in (comparison.reference, comparison.variant)
-            for found in [evaluation.variant(name) if evaluation else None]
-        ]
+        names = (comparison.reference, comparison.variant)
+        variants = () if self.evaluation is None else self.evaluation.variants
+        kinds = [one.kind for name in names for one in variants if one.name == name]
         if kinds == ["source", "pruned"]:
             return "pruning"
         return "both" if kinds == ["source", "gguf"] and self.is_pruned else "quantizing"

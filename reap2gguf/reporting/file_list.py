@@ -140,8 +140,8 @@ def _recommendation(facts: ReportFacts) -> Html:
     best = "the one closest to the source" if facts.evaluation else "the one with the most bits"
     note = (
         f"Of the files that fit, {best}. Memory is that of GPU and computer together. A file needs "
-        f"its own size, {_MORE_SHARE:.0%} more, and {size(_MORE_BYTES)} for context and buffers; long "
-        "contexts need more."
+        f"its own size, {_MORE_SHARE:.0%} more, and {size(_MORE_BYTES)} for context and buffers; "
+        "long contexts need more."
     )
     return table("Which file for how much memory", columns, rows, note)
 
@@ -171,7 +171,9 @@ def _kl_against_size(facts: ReportFacts) -> Html | None:
     entries = [Legend("both", "from the source"), Legend("quantizing", "from the pruned model")]
     level = None
     if pruning is not None:
-        level = (pruning.mean.value, f"pruned, not quantized: {with_error(pruning.mean)}")
+        text = f"pruned, not quantized: {with_error(pruning.mean)}"
+        level = (pruning.mean.value, text)
+        entries.append(Legend("pruning", text))
     return figure(
         "kl-size",
         title,

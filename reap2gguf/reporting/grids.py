@@ -16,6 +16,7 @@ from reap2gguf.reporting.charts import chart, mark, slots
 from reap2gguf.reporting.html import Child, Html, element, verbatim
 
 _NARROWEST = 3  # pixels of a column
+_NARROWEST_OF_ALL = 950  # pixels of all columns, where they are so many
 _MOST_HEIGHT = 640
 _MOST_WITH_GAPS = 144  # columns
 _MOST_TABS = 12  # as many as style.css has rules for
@@ -69,7 +70,7 @@ def cell_grid(
         class_="cells",
         viewBox=f"0 0 {n_columns} {len(rows)}",
         preserveAspectRatio="none",
-        width=n_columns * _NARROWEST,
+        width=min(n_columns * _NARROWEST, max(_NARROWEST_OF_ALL, n_columns)),
         height=height,
         data_cells=data,
         data_order=order,

@@ -160,8 +160,7 @@ def _box(place: tuple[float, float], side: _Side, n_letters: int) -> _Box:
 
 
 def _level(y: float, tip: str) -> Html:
-    label = element("text", tip, x="100%", y=coordinate(y), dy=-6, text_anchor="end")
-    return mark(tip, line(0, y, 100, y, "level"), label, series="pruning")
+    return mark(tip, line(0, y, 100, y, "level"), series="pruning")
 
 
 def _below(x: Scale, axes: tuple[str, str]) -> Html:

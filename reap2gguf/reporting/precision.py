@@ -13,7 +13,7 @@ from reap2gguf.reporting.facts import ROLES, TensorSize, in_layer, layer_of, rol
 from reap2gguf.reporting.grids import Strip, strips, tabs
 from reap2gguf.reporting.html import Html, absent, code, details, element, section
 from reap2gguf.reporting.numbers import layers as ranges
-from reap2gguf.reporting.tables import Cell, Column, byte_size, count, number, table, words
+from reap2gguf.reporting.tables import Cell, Column, count, missing, table, words
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord
@@ -110,45 +110,40 @@ def _runs(name: str, types: Mapping[int, str], layers: Sequence[int]) -> Iterato
 
 
 def _role_table(facts: ReportFacts) -> Html:
-    """Bits by role of each file that is there."""
-    columns = [
-        Column("role", is_number=False),
-        Column("file", is_number=False),
-        Column("tensors"),
-        Column("weights"),
-        Column("size"),
-        Column("bits per weight"),
-    ]
-    rows: list[list[Cell]] = []
+    """Bits by role, a column for each file that is there."""
+    records = [one for one in facts.manifest.gguf if one.file in facts.sizes]
     lacking = [one.file for one in facts.manifest.gguf if one.file not in facts.sizes]
-    for record in facts.manifest.gguf:
-        if record.file in facts.sizes:
-            rows += _role_rows(record, facts.sizes[record.file])
-    if not rows:
+    if not records:
         why = "No GGUF file lies beside this bundle, so weights and bytes by role are not known."
         return absent(why)
+    by_file = [_by_role(facts.sizes[one.file]) for one in records]
+    columns = [Column("role", is_number=False), Column("tensors"), Column("weights")]
+    columns += [Column(one.label, note="bits per weight") for one in records]
+    rows: list[list[Cell]] = []
+    for role in ROLES:
+        known = [roles[role] for roles in by_file if role in roles]
+        if known:
+            row = [words(role), count(len(known[0])), count(sum(one.n_weights for one in known[0]))]
+            rows.append([*row, *(_bits_cell(roles.get(role, ())) for roles in by_file)])
     note = f"Not there, and so not counted: {', '.join(lacking)}." if lacking else ""
     return table("Weights and bits by role", columns, rows, note)
 
 
-def _role_rows(record: GgufRecord, sizes: Mapping[str, TensorSize]) -> Iterator[list[Cell]]:
+def _by_role(sizes: Mapping[str, TensorSize]) -> dict[str, list[TensorSize]]:
     found: dict[str, list[TensorSize]] = {}
     for tensor, one in sizes.items():
         found.setdefault(role_of(tensor), []).append(one)
-    for role in ROLES:
-        if role not in found:
-            continue
-        n_weights = sum(one.n_weights for one in found[role])
-        n_bytes = sum(one.n_bytes for one in found[role])
-        bits = 8 * n_bytes / n_weights if n_weights else 0.0
-        yield [
-            words(role),
-            words(record.label, code(record.label)),
-            count(len(found[role])),
-            count(n_weights),
-            byte_size(n_bytes),
-            number(bits, f"{bits:.2f}"),
-        ]
+    return found
+
+
+def _bits_cell(tensors: Sequence[TensorSize]) -> Cell:
+    """Bits per weight, and under them the bytes."""
+    n_weights, n_bytes = sum(t.n_weights for t in tensors), sum(t.n_bytes for t in tensors)
+    if not n_weights:
+        return missing("not in this file")
+    bits = 8 * n_bytes / n_weights
+    shown = [f"{bits:.2f}", element("span", size(n_bytes), class_="title")]
+    return Cell(shown, bits)
 
 
 def _type_table(record: GgufRecord) -> Html:

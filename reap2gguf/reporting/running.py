@@ -79,8 +79,12 @@ def _safetensors(manifest: Manifest) -> list[Html]:
             "transformers",
             f"from transformers import {model}, {reader}",
             "",
-            f"reader = {reader}.from_pretrained({quoted(name)})",
+            f"{_variable(reader)} = {reader}.from_pretrained({quoted(name)})",
             f'model = {model}.from_pretrained({quoted(name)}, dtype="auto", device_map="auto")',
         ),
         _program("vLLM", f"vllm serve {argument(name)}"),
     ]
+
+
+def _variable(name: str) -> str:
+    return name.removeprefix("Auto").lower()
