@@ -28,6 +28,20 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "reporting/test_page.py",
+        "the sections of one page, whose numbers are compared with what they are of",
+        (
+            "reporting/answers.py", "reporting/damage.py", "reporting/experts.py",
+            "reporting/file_list.py", "reporting/making.py", "reporting/overview.py",
+            "reporting/precision.py", "reporting/running.py",
+        ),
+    ),
+    (
+        "terminal/test_report_command.py",
+        "a report is what the command writes",
+        ("api/reporting.py",),
+    ),
+    (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
         ("evaluating/variants.py",),

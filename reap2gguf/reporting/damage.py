@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.reporting.charts import Dot, DotRow, Legend, dot_rows, figure, legend
-from reap2gguf.reporting.html import Html, absent, paragraph, section
+from reap2gguf.reporting.html import Html, absent, code, paragraph, section
 from reap2gguf.reporting.numbers import plain, with_error
 from reap2gguf.reporting.overview import DAMAGE_TITLES
 from reap2gguf.reporting.scales import log_scale
@@ -23,9 +23,10 @@ _EXPLAINED: dict[Damage, str] = {
     "both": "file from source: what one feels",
 }
 _QUANTILES = (("median", 50.0), ("p90", 90.0), ("p99", 99.0), ("p999", 99.9))
-NOT_MEASURED = (
-    "What pruning and quantizing cost was not measured for this bundle. "
-    "Run reap2gguf evaluate, and make this report again."
+_NOT_MEASURED = (
+    "What pruning and quantizing cost was not measured for this bundle. ",
+    code("reap2gguf evaluate"),
+    " measures it; then make this report again.",
 )
 
 
@@ -33,7 +34,7 @@ def damage(facts: ReportFacts) -> Html:
     """The section of perplexities and divergences."""
     evaluation = facts.evaluation
     if evaluation is None or not evaluation.variants:
-        return section("damage", "What it cost", absent(NOT_MEASURED))
+        return section("damage", "What it cost", absent(*_NOT_MEASURED))
     return section(
         "damage",
         "What it cost",

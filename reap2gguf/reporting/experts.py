@@ -140,10 +140,8 @@ def _kept_title(step: int, has_scores: bool) -> str:
 
 def _swatch(look: str) -> Html:
     line = element("path", d="M0 .5h1", class_=look)
-    return element(
-        "svg", line, class_="cells", viewBox="0 0 1 1", width=16, height=12,
-        preserveAspectRatio="none", aria_hidden="true",
-    )  # fmt: skip
+    shape = {"class_": "cells", "viewBox": "0 0 1 1", "preserveAspectRatio": "none"}
+    return element("svg", line, **shape, width=16, height=12, aria_hidden="true")
 
 
 def _grid_data(facts: ReportFacts, scores: Mapping[int, Doubles]) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class ReportFacts:
         if self.evaluation is None:
             return None
         names = {one.name for one in self.evaluation.variants}
-        names |= {one.variant for one in (*self.evaluation.tasks, *self.evaluation.speeds)}
+        names |= {one.variant for one in self.evaluation.tasks}
+        names |= {one.variant for one in self.evaluation.speeds}
         return next((name for name in (record.file, record.first) if name in names), None)
 
     def label(self, variant: str) -> str:

@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MEMORIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
+_NOT_EVALUATED = "How good these files are was not measured."
 _MORE_SHARE, _MORE_BYTES = 0.1, GIB // 2  # beside the file: context, buffers, the program
-NOT_EVALUATED = (
-    "The quality of these files was not measured. `reap2gguf evaluate` measures perplexity and "
-    "KL divergence, and adds them here."
-)
 
 
 def files(facts: ReportFacts) -> Html:
@@ -42,7 +39,7 @@ def files(facts: ReportFacts) -> Html:
         "files",
         "Files",
         _table(facts),
-        None if facts.evaluation is not None else absent(NOT_EVALUATED.replace("`", "")),
+        None if facts.evaluation is not None else absent(_NOT_EVALUATED),
         _kl_against_size(facts),
         _recommendation(facts),
     )

