@@ -148,8 +148,8 @@ def _sizes(path: Path, record: GgufRecord) -> dict[str, TensorSize]:
 
 
 def _used_after(path: Path, manifest: Manifest) -> dict[int, Counts]:
-    if not is_plain(path):
-        return {}
+    if not is_plain(path) or manifest.calibration.imatrix_file is not None:
+        return {}  # a matrix that was given may not count tokens
     found = {}
     for entry in load_imatrix(path).expert_entries():
         layer = layer_of(entry.name)

@@ -23,14 +23,14 @@ from reap2gguf.reporting.tables import (
 )
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.evaluation import Divergence, Evaluation
+    from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
     from reap2gguf.bundle.manifest import GgufRecord
     from reap2gguf.reporting.facts import ReportFacts
 
 GIB = 2**30
-MEMORIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
+MEMORIES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _NOT_EVALUATED = "How good these files are was not measured."
-_MORE_SHARE, _MORE_BYTES = 0.1, GIB // 2  # beside the file: context, buffers, the program
+_MORE_SHARE, _MORE_BYTES = 0.1, GIB  # beside the file: context, buffers, the program
 
 
 def files(facts: ReportFacts) -> Html:
@@ -96,15 +96,25 @@ def needed_bytes(facts: ReportFacts, record: GgufRecord) -> int:
 
 
 def recommended(facts: ReportFacts, memory: int) -> GgufRecord | None:
-    """The best file that fits: of the measured ones the closest to the source, else the largest.
+    """The best file that fits: the closest to the source, or with the most bits; None if none fits.
 
-    Files are compared by divergence only if it is known of all that fit.
+    Files are compared by divergence if it is known of all. Of those that cannot be told apart
+    within the standard error, the smallest is taken.
     """
     fitting = [one for one in facts.manifest.gguf if needed_bytes(facts, one) <= memory]
-    found = [(from_source(facts, one), one) for one in fitting]
-    if found and all(divergence is not None for divergence, _ in found):
-        return min(found, key=lambda pair: (pair[0].mean.value, pair[1].n_bytes))[1]  # type: ignore[union-attr]
-    return max(fitting, key=lambda one: (one.bits_per_weight, one.n_bytes), default=None)
+    means = _means(facts)
+    if not fitting or not means:
+        return max(fitting, key=lambda one: (one.bits_per_weight, -one.n_bytes), default=None)
+    lowest = min((means[one.file] for one in fitting), key=lambda mean: mean.value)
+    alike = [one for one in fitting if means[one.file].value <= lowest.value + lowest.error]
+    return min(alike, key=lambda one: one.n_bytes)
+
+
+def _means(facts: ReportFacts) -> dict[str, Estimate]:
+    """The mean divergence of every file from the source; empty if one was not measured."""
+    found = {one.file: from_source(facts, one) for one in facts.manifest.gguf}
+    measured = {name: one.mean for name, one in found.items() if one is not None}
+    return measured if len(measured) == len(found) else {}
 
 
 def by_memory(facts: ReportFacts) -> list[tuple[int, int | None, GgufRecord]]:
@@ -134,7 +144,9 @@ def _recommendation(facts: ReportFacts) -> Html:
         Column("needs"),
         Column("KL divergence", note="from the source, nats"),
     ]
-    best = "the one closest to the source" if facts.evaluation else "the one with the most bits"
+    best = "the one with the most bits per weight"
+    if _means(facts):
+        best = "the closest to the source, or the smallest of those that the standard error allows"
     note = (
         f"Of the files that fit, {best}. Memory is that of GPU and computer together. A file needs "
         f"its own size, {_MORE_SHARE:.0%} more, and {size(_MORE_BYTES)} for context and buffers; "
