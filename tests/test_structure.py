@@ -42,9 +42,24 @@ COVERED_BY = [
         ("api/reporting.py",),
     ),
     (
+        "observing/test_loader.py",
+        "loaders read with them",
+        ("observing/readers.py",),
+    ),
+    (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
         ("evaluating/variants.py",),
+    ),
+    (
+        "evaluating/llama/test_scoring.py",
+        "files are loaded and read through these",
+        ("evaluating/llama/decoding.py", "evaluating/llama/model.py"),
+    ),
+    (
+        "evaluating/llama/test_smoke.py",
+        "both answers of a smoke test",
+        ("evaluating/llama/transformers_answer.py",),
     ),
     (
         "quantizing/kernels/test_cuda.py",
@@ -224,7 +239,8 @@ COVERED_BY = [
         "local/test_chat.py",
         "both engines are run by `chat`",
         (
-            "local/engine.py", "local/engine_process.py", "local/programs.py", "local/running.py",
+            "local/engine.py", "local/engine_process.py", "local/frames.py",
+            "local/llama_process.py", "local/programs.py", "local/running.py",
             "terminal/local_commands.py",
         ),
     ),

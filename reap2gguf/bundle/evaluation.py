@@ -116,8 +116,10 @@ class Speed:
     """How quickly llama.cpp runs a GGUF file on one machine."""
 
     variant: str
-    test: str  # pp512: a prompt of 512 tokens; tg128: 128 tokens generated one by one
-    tokens_per_second: Estimate
+    # pp512: a prompt of 512 tokens; tg128: 128 tokens generated one by one; tg128x4: the same for
+    # four sequences at once, whose tokens count together
+    test: str
+    tokens_per_second: Estimate  # with the standard deviation of repetitions, as of llama-bench
     n_threads: int
     on_gpu: bool
     peak_bytes: int  # of the process

@@ -10,20 +10,28 @@
 
   const hide = () => { tip.hidden = true; };
 
-  // `box` is what the tooltip is about: it lies above it, or below where there is no room
-  const show = (text, box) => {
+  // The tooltip lies above what it is about, or below where there is no room; it moves with it when
+  // the page is scrolled. `boxOf` says where that is now.
+  let boxOf = null;
+  const place = () => {
+    if (tip.hidden || !boxOf) return;
+    const box = boxOf(), edge = 8;
+    const middle = box.left + box.width / 2 - tip.offsetWidth / 2;
+    const right = document.documentElement.clientWidth - tip.offsetWidth - edge;
+    const above = box.top - tip.offsetHeight - 10;
+    tip.style.left = `${Math.max(edge, Math.min(middle, right))}px`;
+    tip.style.top = `${above > edge ? above : box.bottom + 10}px`;
+  };
+  const show = (text, where) => {
     const [first, ...rest] = text.split("\n");
     const head = document.createElement("b");
     head.textContent = first;
     tip.replaceChildren(head, rest.join("\n"));
     tip.hidden = false;
-    const width = tip.offsetWidth, height = tip.offsetHeight, edge = 8;
-    const middle = box.left + box.width / 2 - width / 2;
-    const left = Math.max(edge, Math.min(middle, document.documentElement.clientWidth - width - edge));
-    const above = box.top - height - 10;
-    tip.style.left = `${left}px`;
-    tip.style.top = `${above > edge ? above : box.bottom + 10}px`;
+    boxOf = where;
+    place();
   };
+  window.addEventListener("scroll", place, { passive: true, capture: true });
 
   // ---------------------------------------------------------------- tables
   const value = (row, index) => {
@@ -72,7 +80,7 @@
       current = index;
       marks[current].classList.add("current");
       const shape = marks[current].querySelector("circle, .area, rect, line");
-      show(marks[current].dataset.tip, shape.getBoundingClientRect());
+      show(marks[current].dataset.tip, () => shape.getBoundingClientRect());
     };
     for (const mark of marks) {
       const title = mark.querySelector("title");
@@ -81,7 +89,7 @@
       mark.addEventListener("pointerenter", () => {
         leave();
         const shape = mark.querySelector("circle, .area, rect, line");
-        show(mark.dataset.tip, shape.getBoundingClientRect());
+        show(mark.dataset.tip, () => shape.getBoundingClientRect());
       });
       mark.addEventListener("pointerleave", leave);
     }
@@ -143,8 +151,7 @@
       });
       cursor.hidden = false;
       const found = data(grid.dataset.cells);
-      const left = box.left + column * width, top = box.top + row * height;
-      show(cellText(found, row, column, isRanked), { left, top, width, height, bottom: top + height });
+      show(cellText(found, row, column, isRanked), () => cursor.getBoundingClientRect());
     };
     const leave = () => {
       cursor.hidden = true;
@@ -171,7 +178,6 @@
     });
     grid.addEventListener("blur", leave);
   }
-  window.addEventListener("scroll", hide, { passive: true });
 
   // ---------------------------------------------------------------- commands and print
   for (const block of document.querySelectorAll("pre")) {
