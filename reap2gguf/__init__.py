@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -85,6 +86,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "report",
     "select",
     "verify",
 ]
@@ -93,6 +95,7 @@ _HOMES = {
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
+    "api.reporting": ("report",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",

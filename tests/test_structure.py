@@ -38,6 +38,20 @@ COVERED_BY = [
         ),
     ),
     (
+        "reporting/test_page.py",
+        "the sections of one page, whose numbers are compared with what they are of",
+        (
+            "reporting/answers.py", "reporting/damage.py", "reporting/experts.py",
+            "reporting/file_list.py", "reporting/making.py", "reporting/overview.py",
+            "reporting/precision.py", "reporting/running.py",
+        ),
+    ),
+    (
+        "terminal/test_report_command.py",
+        "a report is what the command writes",
+        ("api/reporting.py",),
+    ),
+    (
         "observing/test_loader.py",
         "loaders read with them",
         ("observing/readers.py",),
