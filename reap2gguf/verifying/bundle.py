@@ -14,6 +14,7 @@ from reap2gguf.bundle.layout import (
     CARD_FILE,
     MANIFEST_FILE,
     MODELFILE,
+    OBSERVATIONS_FILE,
     gguf_name,
     is_hf_folder,
 )
@@ -46,6 +47,7 @@ from reap2gguf.verifying.generated import (
     check_calibration_text,
     check_cards,
     check_modelfile,
+    check_observations,
 )
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
@@ -358,6 +360,8 @@ def _check_generated(check: Check, hf: Path | None, gguf: Path | None, source: P
     manifest, found = check.manifest, check.found
     if gguf is not None and is_own_file(gguf / CALIBRATION_FILE):
         check.take(check_calibration_text(manifest, gguf / CALIBRATION_FILE), gguf.name)
+    if gguf is not None and manifest.has_observations and is_own_file(gguf / OBSERVATIONS_FILE):
+        check.take(check_observations(manifest, gguf / OBSERVATIONS_FILE), gguf.name)
     version = manifest.card_version
     if version != __version__:
         found.not_checked.append(
