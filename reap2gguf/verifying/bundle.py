@@ -12,6 +12,7 @@ from reap2gguf import __version__
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     CARD_FILE,
+    HF_PICTURES,
     MANIFEST_FILE,
     MODELFILE,
     OBSERVATIONS_FILE,
@@ -310,7 +311,7 @@ def _compare_with_source(
     yield from compare_files(folder, copies)
     names = {file.name for file in copies} | {shard.name for shard in checkpoint.shards}
     names |= {"config.json", INDEX_NAME}
-    for name in sorted(listed - names - {CARD_FILE}):
+    for name in sorted(listed - names - {CARD_FILE, *HF_PICTURES}):
         yield f"{folder.name}: {shown_name(name)} is not a file of the source"
     check.found.reach(Level.EXACT, (folder / name for name in names & listed))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 WIDTH = 10.0  # inches, of every picture
@@ -128,6 +129,13 @@ def own_settings() -> Iterator[None]:
                 matplotlib.rcParams[name] = value
         matplotlib.rcParams["text.parse_math"] = False  # a name of a file may hold two dollars
         yield
+
+
+def colours(name: str) -> Colormap:
+    """A colour map of matplotlib's; a value that is missing is MISSING."""
+    import matplotlib
+
+    return matplotlib.colormaps[name].with_extremes(bad=MISSING)
 
 
 def plain(label: str) -> str:

@@ -19,6 +19,7 @@ from reap2gguf.bundle.pictures.canvas import (
     RED,
     Canvas,
     Place,
+    colours,
     steps,
 )
 
@@ -77,7 +78,7 @@ def saliency_picture(layers: Sequence[ExpertUse], method: str) -> bytes:
     power = _power(values)
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=_colours(),
+        cmap=colours("viridis"),
         vmin=-power,
         vmax=power,
         aspect="auto",
@@ -108,14 +109,6 @@ def _power(values: Doubles) -> int:
     seen = np.abs(values[np.isfinite(values)])
     reach = float(np.percentile(seen, 99)) if len(seen) else 1.0
     return int(np.clip(np.ceil(reach), 1, _MOST_POWERS))
-
-
-def _colours() -> Any:
-    import matplotlib
-
-    colours = matplotlib.colormaps["viridis"].copy()
-    colours.set_bad(MISSING)
-    return colours
 
 
 def _mark_cut(axes: Axes, n_experts: int, n_kept: int, n_layers: int) -> None:
@@ -168,7 +161,7 @@ def _scale(canvas: Canvas, image: Any, power: int, place: Place) -> None:
     axes = canvas.axes(place)
     powers = range(-power, power + 1)
     bar = canvas.figure.colorbar(image, cax=axes, orientation="horizontal", ticks=powers)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     names = _POWERS[_MOST_POWERS - power : _MOST_POWERS + power + 1]
     axes.set_xticks(powers, names)
     axes.tick_params(length=0, labelsize=8.5, labelcolor=FAINT, pad=3)
@@ -186,7 +179,7 @@ def usage_picture(layers: Sequence[ExpertUse]) -> bytes:
         4.4,
         "Expert usage before and after pruning",
         [
-            "Left: tokens of each expert; 1 is an even share. Line: median layer; band: most layers.",
+            "Left: tokens per expert; 1 is an even share. Line: median of the layers; band: 90 %.",
             "Right: how many experts are in use, by the entropy of their shares; dashed: all.",
         ],
     )

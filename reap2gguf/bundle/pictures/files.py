@@ -22,6 +22,7 @@ from reap2gguf.bundle.pictures.canvas import (
     RED,
     Canvas,
     Place,
+    colours,
     plain,
     steps,
 )
@@ -189,7 +190,7 @@ def bits_picture(files: Sequence[FileTypes], shapes: Mapping[str, Sequence[int]]
     roles = list(dict.fromkeys(role for table in tables for role in table))
     panel = _ROW * len(roles)
     lines = [
-        "A block per file, a column per layer; embeddings and output are in no layer. Right: means.",
+        "A block per file, a column per layer; embeddings belong to none. Right: mean of the row.",
     ]
     if left_out > 0:
         lines.append(f"{left_out} more files are not drawn.")
@@ -269,15 +270,12 @@ def _bits_of(tensor_type: str) -> float:
 
 
 def _draw_table(axes: Axes, rows: Sequence[Mapping[int, _Cell]], n_layers: int) -> Any:
-    import matplotlib
     from matplotlib.colors import FuncNorm
 
     values = np.full((len(rows), n_layers), np.nan)
     for number, row in enumerate(rows):
         for layer, cell in row.items():
             values[number, slice(None) if layer < 0 else layer] = cell.bits / cell.weights
-    colours = matplotlib.colormaps["viridis_r"].copy()
-    colours.set_bad(MISSING)
     places = np.linspace(0, 1, len(_BITS))
     norm = FuncNorm(
         (lambda bits: np.interp(bits, _BITS, places), lambda at: np.interp(at, places, _BITS)),
@@ -287,7 +285,7 @@ def _draw_table(axes: Axes, rows: Sequence[Mapping[int, _Cell]], n_layers: int) 
     )
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=colours, norm=norm, aspect="auto", interpolation="nearest",
+        cmap=colours("viridis_r"), norm=norm, aspect="auto", interpolation="nearest",
         extent=(0, n_layers, len(rows), 0),
     )  # fmt: skip
     for line in range(1, len(rows)):
