@@ -156,7 +156,7 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     is_hub = repository(label) is not None
     yield f"reap2gguf build {argument(f'{label}@{revision}' if is_hub and revision else label)}"
     for record in manifest.gguf:
-        if record.recipe:
+        if not record.adopted:
             yield f"--recipe {argument(record.recipe)}"
     if manifest.pruning.method != NO_METHOD:
         yield f"--keep-experts {manifest.pruning.n_kept}"

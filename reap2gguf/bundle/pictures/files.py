@@ -187,7 +187,7 @@ def bits_picture(files: Sequence[FileTypes], shapes: Mapping[str, Sequence[int]]
     shown, left_out = files[:MOST_FILES], len(files) - MOST_FILES
     tables = [_table(one, shapes) for one in shown]
     n_layers = max(_n_layers(shapes), 1)
-    roles = list(dict.fromkeys(role for table in tables for role in table))
+    roles = list(dict.fromkeys(role for table in tables for role in table)) or ["no matrices"]
     panel = _ROW * len(roles)
     lines = [
         "A block per file, a column per layer; embeddings belong to none. Right: mean of the row.",
@@ -207,9 +207,9 @@ def bits_picture(files: Sequence[FileTypes], shapes: Mapping[str, Sequence[int]]
             size=9, color=FAINT,
         )  # fmt: skip
         axes = canvas.axes(place)
-        image = _draw_table(axes, [table[role] for role in roles], n_layers)
+        image = _draw_table(axes, [table.get(role, {}) for role in roles], n_layers)
         axes.set_yticks([row + 0.5 for row in range(len(roles))], roles)
-        _row_means(axes, [table[role] for role in roles], n_layers)
+        _row_means(axes, [table.get(role, {}) for role in roles], n_layers)
         is_last = number == len(shown) - 1
         columns = steps(n_layers, 12)
         axes.set_xticks(
@@ -297,6 +297,8 @@ def _draw_table(axes: Axes, rows: Sequence[Mapping[int, _Cell]], n_layers: int) 
 
 def _row_means(axes: Axes, rows: Sequence[Mapping[int, _Cell]], n_layers: int) -> None:
     for number, row in enumerate(rows):
+        if not row:
+            continue
         bits = sum(cell.bits for cell in row.values())
         mean = bits / sum(cell.weights for cell in row.values())
         axes.text(
