@@ -34,6 +34,7 @@ from reap2gguf.bundle.layout import (
     IMATRIX_FILE,
     MANIFEST_FILE,
     MODELFILE,
+    PICTURES,
     SUMS_FILE,
     model_file,
 )
@@ -61,8 +62,8 @@ if TYPE_CHECKING:
     from reap2gguf.quantizing.resolve import ResolvedRecipe
     from reap2gguf.verifying.context import Reference
 
-_REWRITTEN = (CARD_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE)
-_CARD_BYTES = 2**20  # cards, manifests and marks
+_REWRITTEN = (CARD_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE, *PICTURES)
+_CARD_BYTES = 2**22  # cards, pictures, manifests and marks
 _ADVICE = "the bundle is as it was; run the command again, and report it if it happens twice"
 
 
@@ -276,7 +277,16 @@ def _manifest(
     lines = _passed(old, gguf, passed)
     written_by = "" if old.program.get("reap2gguf") == __version__ else __version__
     verification = {"summary": passed_summary(lines), "passed": lines}
-    return replace(old, gguf=gguf, verification=verification, written_by=written_by)
+    evaluation = old.evaluation
+    if evaluation is not None:  # what was measured of a file that is replaced is not of the new one
+        evaluation = evaluation.of_files([record.file for record in addition.stay])
+    return replace(
+        old,
+        gguf=gguf,
+        verification=verification,
+        written_by=written_by,
+        evaluation=evaluation,
+    )
 
 
 def _versions(manifest: Manifest) -> dict[str, str]:

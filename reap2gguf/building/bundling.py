@@ -37,7 +37,12 @@ from reap2gguf.building.record import (
 )
 from reap2gguf.building.stage import BuildResult
 from reap2gguf.building.workdir import Workdir
-from reap2gguf.bundle.layout import CALIBRATION_FILE, IMATRIX_FILE, side_file
+from reap2gguf.bundle.layout import (
+    CALIBRATION_FILE,
+    IMATRIX_FILE,
+    OBSERVATIONS_FILE,
+    side_file,
+)
 from reap2gguf.bundle.manifest import (
     NO_METHOD,
     CalibrationRecord,
@@ -152,6 +157,8 @@ def _bundle(
         link_or_copy(Path(os.path.realpath(one.path)), work.gguf / one.record.file)
     if parts.text is not None:
         link_or_copy(parts.text, work.gguf / CALIBRATION_FILE)
+    if parts.seen is not None:
+        parts.seen[2].save(work.gguf / OBSERVATIONS_FILE)
     if parts.imatrix is not None:
         save_both(parts.imatrix.imatrix, work.gguf / IMATRIX_FILE)
     sides = side_files(view.model, view)
@@ -271,6 +278,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
         hf=folder if parts.is_pruned else None,
         gguf=(),
         caveats=(*model.caveats(), *caveats),
+        has_observations=parts.seen is not None,
     )
 
 

@@ -14,13 +14,16 @@ from reap2gguf import __version__
 from reap2gguf.artifacts.made_with import version
 from reap2gguf.atomic import PART, remove, write_whole
 from reap2gguf.building.bundle_files import BundleFiles
+from reap2gguf.building.illustrate import draw_pictures
 from reap2gguf.building.seals import Seal, refuse_changed
 from reap2gguf.bundle.card import gguf_card, hf_card
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     CARD_FILE,
+    HF_PICTURES,
     MANIFEST_FILE,
     MODELFILE,
+    OBSERVATIONS_FILE,
     SUMS_FILE,
     model_file,
     side_file,
@@ -95,6 +98,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         options=_options_record(plan),
         made_with=evidence.made_with,
         evaluation=evidence.evaluation,
+        has_observations=evidence.observations is not None,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -221,34 +225,46 @@ def _write(plan: Plan, work: Workdir, evidence: Evidence, manifest: Manifest) ->
     files = BundleFiles(_sealed(work, work.hf, evidence), _sealed(work, work.gguf, evidence))
     if chunks is not None:
         files.gguf[CALIBRATION_FILE] = hash_file(work.gguf / CALIBRATION_FILE)
+    if evidence.observations is not None:
+        evidence.observations.save(work.gguf / OBSERVATIONS_FILE)
+        files.gguf[OBSERVATIONS_FILE] = hash_file(work.gguf / OBSERVATIONS_FILE)
     return write_texts(work, manifest, files, plan.source.folder)
 
 
 def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: Path) -> Manifest:
-    """Write cards, manifests, Modelfile and SHA256SUMS around finished files; the manifest.
+    """Write pictures, cards, manifests, Modelfile and SHA256SUMS around finished files.
 
-    `source` is the folder whose card and generation config are inherited. Raises VerificationError
-    for a file that is no part of the bundle.
+    Returns the manifest. The pictures are drawn from the files in the GGUF folder. `source` is the
+    folder whose card and generation config are inherited. Raises VerificationError for a file that
+    is no part of the bundle.
     """
     source_card = source / CARD_FILE
+    pictures = draw_pictures(manifest, work.gguf)
+    manifest = replace(manifest, pictures=tuple(pictures))
     gguf_text = gguf_card(manifest, source_card)
     if manifest.hf is not None:
-        write_whole(work.hf / CARD_FILE, hf_card(manifest, source_card))
-        hf_files = {**files.hf, CARD_FILE: hash_file(work.hf / CARD_FILE)}
+        made: dict[str, str | bytes] = {CARD_FILE: hf_card(manifest, source_card)}
+        made |= {name: pictures[name] for name in HF_PICTURES if name in pictures}
+        hf_files = {**files.hf, **_written(work.hf, made)}
         manifest = replace(manifest, hf=replace(manifest.hf, files=dict(sorted(hf_files.items()))))
         manifest.save(work.hf)
-    written = {
+    texts: dict[str, str | bytes] = {
         CARD_FILE: gguf_text,
         MODELFILE: modelfile(manifest, source),
         MANIFEST_FILE: manifest.text(),
     }
-    for name, text in written.items():
-        write_whole(work.gguf / name, text)
-    gguf_files = {**files.gguf, **{name: hash_file(work.gguf / name) for name in written}}
+    gguf_files = {**files.gguf, **_written(work.gguf, texts | pictures)}
     sums = compose_sums({name: file.sha256 for name, file in gguf_files.items()})
     write_whole(work.gguf / SUMS_FILE, sums)
     _refuse_strays(work, manifest)
     return manifest
+
+
+def _written(folder: Path, contents: Mapping[str, str | bytes]) -> dict[str, FileRecord]:
+    """Write small files; their records."""
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return {name: hash_file(folder / name) for name in contents}
 
 
 def _sealed(work: Workdir, folder: Path, evidence: Evidence) -> dict[str, FileRecord]:

@@ -13,7 +13,7 @@ from reap2gguf.building.keys import VERIFY_FORMAT, stage_key
 from reap2gguf.building.seals import Seal, read_seals, stamps
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import Export, Prune
-from reap2gguf.bundle.layout import CARD_FILE, MANIFEST_FILE
+from reap2gguf.bundle.layout import CARD_FILE, HF_PICTURES, MANIFEST_FILE
 from reap2gguf.bundle.members import check_members
 from reap2gguf.errors import VerificationError
 from reap2gguf.exporting.device_blocks import device_threads
@@ -88,7 +88,7 @@ class Verify(Stage[Verified]):
         """The safetensors are checked while the GGUF files are still written."""
         work, passed = self.run.work, list[str]()
         seals: dict[str, Mapping[str, Any]] = {}
-        for name in (CARD_FILE, MANIFEST_FILE):
+        for name in (CARD_FILE, MANIFEST_FILE, *HF_PICTURES):
             remove(work.hf / name)  # of an interrupted record, made again after this
         for outputs, check in self._parts:
             before = stamps(work.root, outputs)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.card_calibration import (
     at_revision,
     calibration_facts,
-    calibration_table,
     coverage_rows,
     imatrix_text,
     importance,
 )
-from reap2gguf.bundle.card_files import CardNames, files_section, use_section
+from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
+from reap2gguf.bundle.card_making import caveats_section, experts_section, method_section
+from reap2gguf.bundle.card_quality import quality_section
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
@@ -29,7 +30,6 @@ from reap2gguf.bundle.markdown import (
     code,
     hub_link,
     inline,
-    prose,
     quoted,
     repository,
     table,
@@ -43,15 +43,6 @@ if TYPE_CHECKING:
         Manifest,
         MtpRecord,
     )
-
-_REAP_CITATION = """\
-@article{lasby-reap,
-  title   = {{REAP} the Experts: Why Pruning Prevails for One-Shot {MoE} Compression},
-  author  = {Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani
-             and Thangarasa, Vithursan},
-  journal = {arXiv preprint arXiv:2510.13999},
-  year    = {2025}
-}"""
 
 
 def local_names(manifest: Manifest) -> CardNames:
@@ -81,13 +72,7 @@ def hf_body(manifest: Manifest, names: CardNames) -> str:
     if folder is None:
         raise ValueError("the bundle has no safetensors, so they have no card")
     shards = _count_shards(folder.n_shards)
-    return f"""# {inline(_last(names.hf))}
-
-{_summary(manifest)}
-
-{_facts_table(manifest)}
-
-## Use it
+    use = f"""## Use it
 
 {_transformers(manifest, names.hf)}
 
@@ -96,10 +81,21 @@ vllm serve {argument(names.hf)}
 ```
 
 {_mtp_use(manifest, names.hf)}The weights take {size(folder.n_bytes)} in {shards}.
-GGUF files of the same model are in {names.link(names.gguf)}.
+GGUF files for llama.cpp, Ollama and LM Studio are in {names.link(names.gguf)}."""
+    return _sections(
+        f"# {inline(_last(names.hf))}",
+        _summary(manifest),
+        f"## In numbers\n\n{_facts_table(manifest)}",
+        use,
+        quality_section(manifest, of_files=False),
+        experts_section(manifest),
+        caveats_section(manifest, ()),
+        method_section(manifest),
+    )
 
-{_method(manifest)}
-"""
+
+def _sections(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _transformers(manifest: Manifest, name: str) -> str:
@@ -159,24 +155,25 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
 
     `samples` says whether the model's generation config recommends a sampling.
     """
-    files = files_section(manifest, names)
+    weights = ""
     if manifest.hf is None:
-        files += f"The safetensors are those of {_source_link(manifest)}.\n\n"
+        weights = f"For transformers and vLLM, use the safetensors of {_source_link(manifest)}."
     elif names.on_hub:
-        files += f"The safetensors are in {names.link(names.hf)}.\n\n"
-    files += "".join(f"Note: {prose(caveat)}.\n\n" for caveat in manifest.caveats)
-    return f"""# {inline(gguf_name(_last(names.hf)))}
-
-{_summary(manifest)}
-
-{files}{imatrix_text(manifest)}To check the files after a download: `sha256sum -c {SUMS_FILE}`.
-
-{use_section(manifest, names, samples)}
-
-{_facts_table(manifest)}
-
-{_method(manifest)}
-"""
+        weights = f"For transformers and vLLM, the safetensors are in {names.link(names.hf)}."
+    check = f"To check the files after a download: `sha256sum -c {SUMS_FILE}`."
+    return _sections(
+        f"# {inline(gguf_name(_last(names.hf)))}",
+        _summary(manifest),
+        files_section(manifest, names),
+        weights,
+        f"{imatrix_text(manifest)}{check}",
+        use_section(manifest, names, samples),
+        quality_section(manifest, of_files=True),
+        experts_section(manifest),
+        f"## In numbers\n\n{_facts_table(manifest)}",
+        caveats_section(manifest, caveats(manifest)),
+        method_section(manifest),
+    )
 
 
 def _last(name: str) -> str:
@@ -256,82 +253,6 @@ def _mtp(mtp: MtpRecord) -> str:
         f"{inline(mtp.state)} like the other layers; top-1 accuracy {before:.1%} before pruning, "
         f"{after:.1%} after"
     )
-
-
-def _observed(manifest: Manifest) -> str:
-    """What ranked the experts: a calibration pass, here or before."""
-    pruning = manifest.pruning
-    if not pruning.n_tokens:
-        return "What the experts were ranked on is not recorded."
-    skipped = ""
-    if pruning.n_dropped_rows:
-        skipped = f" ({pruning.n_dropped_rows:,} rows with NaN or infinite values were skipped)"
-    before = ""
-    if pruning.observations_file is not None:
-        before = f" Its observations were reused from the file {code(pruning.observations_file)}."
-    return (
-        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.{before}"
-    )
-
-
-def _method(manifest: Manifest) -> str:
-    pruning = manifest.pruning
-    matrix = "The\nimportance matrix was computed on the pruned model."
-    if pruning.method == NO_METHOD:
-        matrix = "The\nimportance matrix was computed on the source."
-    if not manifest.has_imatrix:
-        matrix = ""
-    elif manifest.calibration.imatrix_file is not None:
-        matrix = "The\nimportance matrix was not computed in this build."
-    if pruning.method == NO_METHOD:
-        return f"""## How it was made
-
-{_from_source(manifest)} nothing was removed, and nothing was retrained. {matrix}
-Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the type of each tensor.
-
-{calibration_table(manifest)}
-
-{_made_with(manifest)}"""
-    return f"""## How it was made
-
-{_observed(manifest)}
-{_score(pruning.method)} The experts with the lowest scores were removed from each layer. The pruned
-safetensors keep all other weights of the source byte for byte: nothing was retrained. {matrix}
-Calibration used text only. `{MANIFEST_FILE}`
-records versions, hashes, the experts kept in each layer, and the type of each tensor.
-
-{calibration_table(manifest)}
-
-{_made_with(manifest)}
-
-```bibtex
-{_REAP_CITATION}
-```"""
-
-
-def _made_with(manifest: Manifest) -> str:
-    """The program, and the command that builds the same again."""
-    made = f"Made with reap2gguf {inline(manifest.card_version or '?')}."
-    if manifest.options is None:
-        return made
-    model = "" if repository(manifest.source.label) else "MODEL "
-    needed = f", where MODEL is {code(manifest.source.label)}" if model else ""
-    return f"{made} Reproduce: `reap2gguf build {model}--like {MANIFEST_FILE}`{needed}."
-
-
-def _from_source(manifest: Manifest) -> str:
-    if manifest.hf is None:
-        return "The GGUF files were made from the weights of the source as they are:"
-    return "The safetensors keep the weights of the source byte for byte:"
-
-
-def _score(method: str) -> str:
-    if method == "reap":
-        return (
-            "An expert's score is the mean of its gate weight times the norm of its output, over "
-            "all tokens routed to it ([REAP](https://arxiv.org/abs/2510.13999))."
-        )
-    return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
 
 
 def _count_shards(count: int) -> str:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import MODELFILE, gguf_name
-from reap2gguf.bundle.markdown import argument, code, hub_link, inline, table
-from reap2gguf.messages import size
+from reap2gguf.bundle.card_choice import choice_section
+from reap2gguf.bundle.card_quality import file_figures, file_headings, has_figures
+from reap2gguf.bundle.layout import BITS_PICTURE, MODELFILE, gguf_name
+from reap2gguf.bundle.markdown import argument, code, hub_link, inline, picture, prose, table
+from reap2gguf.messages import one_line, size
 from reap2gguf.quantizing.labels import LabelledFile, hub_note, tags_of
 
 if TYPE_CHECKING:
@@ -49,16 +51,31 @@ def join_command(record: GgufRecord) -> str:
 def files_section(manifest: Manifest, names: CardNames) -> str:
     """The table of the files, with the tag that finds each on the Hub, and notes about them."""
     tags = tags_of(labelled_files(manifest.gguf))
+    measured = has_figures(manifest)
     rows = []
     for record in manifest.gguf:
         tag = tags[record.first].llama_cpp
-        shown = (code(record.first), _size(record), f"{record.bits_per_weight:.2f}")
+        shown = [code(record.first), _size(record), f"{record.bits_per_weight:.2f}"]
+        shown += file_figures(manifest, record) if measured else ()
         rows.append((*shown, code(tag) if tag else "-", inline(record.title)))
+    figures = file_headings(manifest) if measured else ()
     for side in manifest.side_files:
-        rows.append((code(side.file), size(side.n_bytes), "16", "-", inline(side.title)))
-    found = table(("file", "size", "bits per weight", "tag", "description"), rows)
-    notes = [*_labels(manifest.gguf), *_choice(manifest), *_parts(manifest.gguf)]
-    return "## Files\n\n" + "\n\n".join([found, _from_the_hub(manifest, names), *notes, ""])
+        empty = ("-",) * (len(figures) + 1)
+        rows.append((code(side.file), size(side.n_bytes), "16", *empty, inline(side.title)))
+    found = table(("file", "size", "bits per weight", *figures, "tag", "description"), rows)
+    bits = [picture("Bits per weight by layer and role", BITS_PICTURE)]
+    if BITS_PICTURE not in manifest.pictures:
+        bits = []
+    notes = [choice_section(manifest), *_parts(manifest.gguf)]
+    parts = [found, *bits, *notes, _from_the_hub(manifest, names)]
+    return "## Files\n\n" + "\n\n".join(part for part in parts if part)
+
+
+def caveats(manifest: Manifest) -> Iterator[str]:
+    """What to know of the files: what differs between programs, and what their labels mean."""
+    for caveat in manifest.caveats:
+        yield f"{prose(caveat)}."
+    yield from _labels(manifest.gguf)
 
 
 def _size(record: GgufRecord) -> str:
@@ -70,20 +87,24 @@ def _from_the_hub(manifest: Manifest, names: CardNames) -> str:
     """How programs load a file from its repository by its tag, and how to download it."""
     tags = tags_of(labelled_files(manifest.gguf))
     first, repo = manifest.gguf[0], names.repository
-    lines = []
-    if names.on_hub:
-        lines += [
-            f"hf download {argument(repo)} {_chosen(record, record is first)}"
-            for record in manifest.gguf
-        ]
+    lines: list[str] = []
+    for record in manifest.gguf:
+        lines += [*([""] if lines else []), f"# {one_line(record.label)}, {size(record.n_bytes)}"]
+        if names.on_hub:
+            lines.append(f"hf download {argument(repo)} {_chosen(record, record is first)}")
+        tag = tags[record.first]
+        if tag.llama_cpp:
+            lines.append(f"llama-server -hf {argument(f'{repo}:{tag.llama_cpp}')}")
+        if not record.parts:
+            lines.append(f"ollama run {argument(f'hf.co/{repo}:{tag.hub}')}")
+        quant = f"@{record.label}" if tag.hub == record.label else ""  # else it asks which file
+        lines.append(f"lms get {argument(f'https://huggingface.co/{repo}{quant}')}")
+    if names.on_hub and manifest.side_files:
+        lines += ["", "# projector for images"]
         lines += [f"hf download {argument(repo)} {_local(s.file)}" for s in manifest.side_files]
-    if tag := tags[first.first].llama_cpp:
-        lines.append(f"llama-server -hf {argument(f'{repo}:{tag}')}")
-    if not first.parts:
-        lines.append(f"ollama run {argument(f'hf.co/{repo}:{tags[first.first].hub}')}")
     commands = "\n".join(lines)
     where = "From the Hub" if names.on_hub else "After `reap2gguf push`, from the Hub"
-    text = f"{where} (for another file, use its tag):\n\n```bash\n{commands}\n```"
+    text = f"{where}, with llama.cpp, Ollama and LM Studio:\n\n```bash\n{commands}\n```"
     by_name = [r for r in manifest.gguf if tags[r.first].hub != tags[r.first].llama_cpp]
     if by_name:
         files = ", ".join(code(record.first) for record in by_name)
@@ -116,16 +137,6 @@ def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:
                 f"some tensors in other types{recipe}; it is not a separate tensor type."
                 + (f" {seen[0].upper()}{seen[1:]}." if seen else "")
             )
-
-
-def _choice(manifest: Manifest) -> Iterator[str]:
-    """Which file to choose, where there is a choice."""
-    if len(manifest.gguf) > 1:
-        yield (
-            "Which file to choose: the largest one that fits your memory and leaves room for the "
-            "context. With more bits per weight a file is closer to the unquantized model; below "
-            "4 bits the difference is often felt. The files were not compared on tasks."
-        )
 
 
 def _parts(records: Sequence[GgufRecord]) -> Iterator[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -158,6 +158,19 @@ class Evaluation:
     def scores(self, variant: str) -> list[TaskScore]:
         """A variant's scores, in the order of the tasks."""
         return [one for one in self.tasks if one.variant == variant]
+
+    def of_files(self, files: Collection[str]) -> Evaluation | None:
+        """The same without GGUF files other than these; None if nothing remains."""
+        kept = [one for one in self.variants if one.kind != "gguf" or one.name in files]
+        names = {one.name for one in kept} | {"source", "pruned", *files}
+        found = replace(
+            self,
+            variants=kept,
+            comparisons=[one for one in self.comparisons if {one.variant, one.reference} <= names],
+            tasks=[one for one in self.tasks if one.variant in names],
+            speeds=[one for one in self.speeds if one.variant in names],
+        )
+        return found if found.variants or found.tasks or found.speeds else None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, which `evaluation_of` reads."""

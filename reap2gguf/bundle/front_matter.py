@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.bundle.markdown import repository
+from reap2gguf.bundle.model_index import eval_results
 from reap2gguf.bundle.source_card import SourceCard, read_card
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def new_front_matter(manifest: Manifest, source_card: Path, library: str) -> str
         values["tags"] = [*values["tags"], *_GGUF_TAGS]
         if "base_model" in values:
             values["base_model_relation"] = "quantized"
+    if results := eval_results(manifest, of_files=library == "gguf"):
+        values |= {"model_name": manifest.name, "eval_results": results}
     return as_yaml(values)
 
 

@@ -2,6 +2,7 @@
 
 OUTPUT/NAME/               the pruned checkpoint: safetensors, config, tokenizer; only if pruned
 OUTPUT/NAME/README.md             its card
+OUTPUT/NAME/saliency.png, usage.png   pictures of its experts
 OUTPUT/NAME/reap2gguf.json        the manifest, the same in both folders
 OUTPUT/NAME-GGUF/          everything for llama.cpp
 OUTPUT/NAME-GGUF/README.md        its card
@@ -10,6 +11,8 @@ OUTPUT/NAME-GGUF/NAME-LABEL.gguf  one file per recipe
 OUTPUT/NAME-GGUF/mmproj-NAME-F16.gguf   the vision projector, if the model has one
 OUTPUT/NAME-GGUF/imatrix.gguf     the importance matrix, and imatrix.dat for ik_llama.cpp
 OUTPUT/NAME-GGUF/calibration.txt  the text it was computed on
+OUTPUT/NAME-GGUF/observations.safetensors  of the experts, to prune at other ratios
+OUTPUT/NAME-GGUF/saliency.png ... pictures: saliency, usage, quality, bits
 OUTPUT/NAME-GGUF/Modelfile        for Ollama
 OUTPUT/NAME-GGUF/SHA256SUMS       the hash of every other file in this folder
 OUTPUT/.work/              unfinished work; .NAME.lock is held by whoever writes the bundle NAME
@@ -37,6 +40,13 @@ MODELFILE = "Modelfile"
 IMATRIX_FILE = "imatrix.gguf"
 IMATRIX_DAT_FILE = "imatrix.dat"
 CALIBRATION_FILE = "calibration.txt"
+OBSERVATIONS_FILE = "observations.safetensors"
+SALIENCY_PICTURE = "saliency.png"
+USAGE_PICTURE = "usage.png"
+QUALITY_PICTURE = "quality.png"
+BITS_PICTURE = "bits.png"
+HF_PICTURES = (SALIENCY_PICTURE, USAGE_PICTURE)  # also in the safetensors folder
+PICTURES = (*HF_PICTURES, QUALITY_PICTURE, BITS_PICTURE)
 MMPROJ_PREFIX = "mmproj"
 HUB_FILES = frozenset({".gitattributes"})  # the Hub adds it to every repository
 _NOT_MODELS = ("imatrix", MMPROJ_PREFIX)  # how the names of other GGUF files begin

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
-from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
 from reap2gguf.bundle.options_record import InputRecord, OptionsRecord
 from reap2gguf.bundle.records import (
     CalibrationRecord,
@@ -95,6 +95,8 @@ class Manifest:
     written_by: str = ""  # the reap2gguf that wrote the cards, if not `program`'s
     options: OptionsRecord | None = None  # None: written before options were recorded
     evaluation: Evaluation | None = None  # None: quality was not measured
+    has_observations: bool = False  # whether the GGUF folder has those of `pruning`
+    pictures: Sequence[str] = ()  # in the GGUF folder, some of them also beside the safetensors
 
     @property
     def card_version(self) -> str:
@@ -194,6 +196,8 @@ def _decode(values: dict[str, Any]) -> Manifest:
         caveats=tuple(map(str, values.get("caveats", ()))),
         options=_options_record(values.get("options")),
         evaluation=_evaluation(values.get("evaluation")),
+        has_observations=_flag("has_observations", values.get("has_observations", False)),
+        pictures=_pictures(values.get("pictures", [])),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
     )
@@ -215,6 +219,20 @@ def _evaluation(values: Any) -> Evaluation | None:
         raise TypeError(f"evaluation is {shown(values)}, expected a record")
     _made_with({"evaluation": values["made_with"]})
     return evaluation_of(values)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {shown(value)}, expected true or false")
+    return value
+
+
+def _pictures(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(name in PICTURES for name in values):
+        raise ValueError(f"pictures is {shown(values)}, expected some of {', '.join(PICTURES)}")
+    if len(set(values)) < len(values):
+        raise ValueError("pictures names a picture twice")
+    return tuple(values)
 
 
 def _made_with(values: Any) -> dict[str, Mapping[str, str]]:

@@ -70,6 +70,11 @@ def hub_link(name: str, kind: str = "", text: str | None = None) -> str:
     return f"[{label}](https://huggingface.co/{kind}{name})"
 
 
+def picture(words: str, file: str) -> str:
+    """A picture beside the card; `words` and the name are the program's own."""
+    return f"![{words}]({file})"
+
+
 def argument(text: str) -> str:
     """A text as one argument of a shell command in a code block."""
     return shlex.quote(one_line(_shortened(text)))

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     CARD_FILE,
+    HF_PICTURES,
     HUB_FILES,
     IMATRIX_DAT_FILE,
     IMATRIX_FILE,
     MANIFEST_FILE,
     MODELFILE,
+    OBSERVATIONS_FILE,
     SUMS_FILE,
 )
 from reap2gguf.checkpoint.companions import Purpose, serves
@@ -41,7 +43,9 @@ def gguf_members(manifest: Manifest) -> set[str]:
     """The names of the files in the GGUF folder."""
     models = {name for record in manifest.gguf for name in record.files}
     sides = {side.file for side in manifest.side_files}
-    own = {CARD_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE}
+    own = {CARD_FILE, MANIFEST_FILE, MODELFILE, SUMS_FILE, *manifest.pictures}
+    if manifest.has_observations:
+        own.add(OBSERVATIONS_FILE)
     if manifest.has_imatrix:
         own |= {IMATRIX_DAT_FILE, IMATRIX_FILE}
     return models | sides | own | ({CALIBRATION_FILE} if manifest.has_text else set())
@@ -56,7 +60,7 @@ def hf_members(manifest: Manifest) -> set[str]:
 
 def _may_be_in_hf(name: str) -> bool:
     """Whether a build can write a file of that name beside the safetensors."""
-    own = (CARD_FILE, INDEX_NAME, SINGLE_NAME, "config.json")
+    own = (CARD_FILE, INDEX_NAME, SINGLE_NAME, "config.json", *HF_PICTURES)
     if name in own or _SHARD.fullmatch(name):
         return True
     return serves(name, Purpose.BUNDLE) and not name.lower().endswith(_NEVER)

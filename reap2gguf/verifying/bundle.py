@@ -12,8 +12,10 @@ from reap2gguf import __version__
 from reap2gguf.bundle.layout import (
     CALIBRATION_FILE,
     CARD_FILE,
+    HF_PICTURES,
     MANIFEST_FILE,
     MODELFILE,
+    OBSERVATIONS_FILE,
     gguf_name,
     is_hf_folder,
 )
@@ -46,6 +48,7 @@ from reap2gguf.verifying.generated import (
     check_calibration_text,
     check_cards,
     check_modelfile,
+    check_observations,
 )
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
@@ -308,7 +311,7 @@ def _compare_with_source(
     yield from compare_files(folder, copies)
     names = {file.name for file in copies} | {shard.name for shard in checkpoint.shards}
     names |= {"config.json", INDEX_NAME}
-    for name in sorted(listed - names - {CARD_FILE}):
+    for name in sorted(listed - names - {CARD_FILE, *HF_PICTURES}):
         yield f"{folder.name}: {shown_name(name)} is not a file of the source"
     check.found.reach(Level.EXACT, (folder / name for name in names & listed))
 
@@ -358,6 +361,8 @@ def _check_generated(check: Check, hf: Path | None, gguf: Path | None, source: P
     manifest, found = check.manifest, check.found
     if gguf is not None and is_own_file(gguf / CALIBRATION_FILE):
         check.take(check_calibration_text(manifest, gguf / CALIBRATION_FILE), gguf.name)
+    if gguf is not None and manifest.has_observations and is_own_file(gguf / OBSERVATIONS_FILE):
+        check.take(check_observations(manifest, gguf / OBSERVATIONS_FILE), gguf.name)
     version = manifest.card_version
     if version != __version__:
         found.not_checked.append(

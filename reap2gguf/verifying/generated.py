@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.layout import CARD_FILE, GGUF_SUFFIX, gguf_name
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.bundle.sampling import read_sampling
+from reap2gguf.errors import ArtifactError
 from reap2gguf.files import is_own_file
 from reap2gguf.verifying.differences import compare_text, where_of
 
@@ -151,6 +153,25 @@ def check_calibration_text(manifest: Manifest, path: Path) -> Iterator[str]:
             f"{where_of(path)} is not the text of the importance matrix: its SHA-256 differs from "
             "imatrix_sha256 of the manifest"
         )
+
+
+def check_observations(manifest: Manifest, path: Path) -> Iterator[str]:
+    """The observations: of this source, and of the rows and experts that the manifest names."""
+    pruning, where = manifest.pruning, where_of(path)
+    try:
+        seen = Observations.load(path)
+    except ArtifactError as error:
+        yield str(error)
+        return
+    if seen.model_fingerprint != manifest.source.fingerprint:
+        yield f"{where} are of another checkpoint than the manifest's source"
+    for name in ("n_rows", "n_tokens", "n_dropped_rows"):
+        found, expected = getattr(seen, name), getattr(pruning, name)
+        if found != expected:
+            yield f"{where}: {name} is {found:,}, expected {expected:,} as in the manifest"
+    for layer in sorted(pruning.kept):
+        if layer not in seen.layers or len(seen.layers[layer].count) != pruning.n_experts:
+            yield f"{where}: layer {layer} does not have {pruning.n_experts} experts"
 
 
 def _read(path: Path) -> str | None:

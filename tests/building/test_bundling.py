@@ -94,8 +94,9 @@ def test_verify_and_push_take_it(made: Made, tmp_path: Path) -> None:
     result = made.bundle(tmp_path / "out", name="model")
     assert result.hf_folder == tmp_path / "out" / "model"
     assert {file.name for file in result.gguf_folder.iterdir()} == {
-        "README.md", "Modelfile", "SHA256SUMS", "calibration.txt", "imatrix.dat", "imatrix.gguf",
-        "model-Q8_0.gguf", "model-BF16.gguf", "reap2gguf.json",
+        "README.md", "Modelfile", "SHA256SUMS", "bits.png", "calibration.txt", "imatrix.dat",
+        "imatrix.gguf", "model-Q8_0.gguf", "model-BF16.gguf", "observations.safetensors",
+        "reap2gguf.json", "saliency.png", "usage.png",
     }  # fmt: skip
     assert "kept_experts.json" not in {file.name for file in result.hf_folder.iterdir()}
     verified(result, None)

@@ -51,11 +51,13 @@ from tests.tiny import EXAMPLE, TinyQwen3Moe
 def test_what_a_build_leaves(built: Bundle) -> None:
     assert {path.name for path in built.hf.iterdir()} == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors", "reap2gguf.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "reap2gguf.json", "saliency.png", "tokenizer.json",
+        "tokenizer_config.json", "usage.png",
     }  # fmt: skip
     assert {path.name for path in built.gguf.iterdir()} == {
-        "Modelfile", "README.md", "SHA256SUMS", "calibration.txt", "example-BF16.gguf",
-        "example-IQ4_K_M.gguf", "imatrix.dat", "imatrix.gguf", "reap2gguf.json",
+        "Modelfile", "README.md", "SHA256SUMS", "bits.png", "calibration.txt",
+        "example-BF16.gguf", "example-IQ4_K_M.gguf", "imatrix.dat", "imatrix.gguf",
+        "observations.safetensors", "reap2gguf.json", "saliency.png", "usage.png",
     }  # fmt: skip
 
 
@@ -64,7 +66,7 @@ def test_sha256sum_agrees(built: Bundle) -> None:
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=built.gguf, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(b": OK") == 8
+    assert done.stdout.count(b": OK") == 12
 
 
 def test_the_manifest_records_the_build(built: Bundle) -> None:
@@ -105,7 +107,7 @@ def test_the_same_inputs_make_the_same_bundle(tiny: Path, tmp_path: Path) -> Non
         )
         for threads in (1, 2, 8)
     ]  # fmt: skip
-    assert len(bundles[0]) == 16
+    assert len(bundles[0]) == 22
     assert bundles[0].keys() == bundles[1].keys() == bundles[2].keys()
     for name, data in bundles[0].items():
         assert bundles[1][name] == data, name

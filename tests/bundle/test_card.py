@@ -50,13 +50,13 @@ def test_every_file_is_listed_under_an_honest_name(built: Bundle, manifest: Mani
 def test_what_differs_between_programs_is_said(built: Bundle, manifest: Manifest) -> None:
     (caveat,) = manifest.caveats
     assert "form NFC first and llama.cpp does not" in caveat
-    assert f"\nNote: {caveat}.\n" in (built.gguf / "README.md").read_text()
+    assert f"\n- {caveat}.\n" in (built.gguf / "README.md").read_text()
 
 
 def test_a_caveat_is_only_text(built: Bundle, manifest: Manifest) -> None:
     strange = replace(manifest, caveats=("the text </s> [x](y) is `one`\n# token",))
     card = gguf_body(strange, local_names(strange))
-    assert "\nNote: the text &#60;/s&#62; &#91;x&#93;(y) is &#96;one&#96;&#92;n# token.\n" in card
+    assert "\n- the text &#60;/s&#62; &#91;x&#93;(y) is &#96;one&#96;&#92;n# token.\n" in card
 
 
 def test_a_model_of_the_hub_is_named_as_base_model(manifest: Manifest, tmp_path: Path) -> None:

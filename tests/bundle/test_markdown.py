@@ -93,6 +93,10 @@ def _structure(tokens: list[Token]) -> Iterator[Any]:
             yield from _structure(token.children or [])
         elif token.type == "fence":
             yield token.type, token.info, len(token.content.splitlines())
+        elif token.type == "html_block":
+            yield token.type, token.content, None
+        elif token.type == "image":
+            yield token.type, token.attrGet("src"), None
         elif token.type not in ("text", "code_inline", "text_special", "softbreak"):
             yield token.type, token.tag, token.attrGet("href")
 
@@ -135,10 +139,17 @@ def test_names_of_files_change_nothing_either(built: Bundle, manifest: Manifest,
         card = hf_body(named, CardNames(text, f"{text}-GGUF", on_hub))
         card += gguf_body(named, CardNames(text, f"{text}-GGUF", on_hub), True)
         assert all(map(is_visible, card.splitlines()))
-        kinds = {entry[0] for entry in structure(card)}
-        assert not kinds & {"html_block", "html_inline", "image", "blockquote_open"}
-        headings = [token for token in PARSER.parse(card) if token.type == "heading_open"]
-        assert [token.tag for token in headings] == ["h1", "h2", "h2", "h1", "h2", "h2", "h2"]
+        found = structure(card)
+        assert not {entry[0] for entry in found} & {"html_inline", "blockquote_open"}
+        html = {entry[1] for entry in found if entry[0] == "html_block"}
+        removed = "<details>\n<summary>Experts removed in each layer</summary>\n"
+        assert html == {removed, "</details>\n"}
+        assert {entry[1] for entry in found if entry[0] == "image"} == {*manifest.pictures}
+        headings = [token.tag for token in PARSER.parse(card) if token.type == "heading_open"]
+        whole = hf_body(manifest, CardNames("a", "a-GGUF")) + gguf_body(
+            manifest, CardNames("a", "a-GGUF")
+        )
+        assert headings == [t.tag for t in PARSER.parse(whole) if t.type == "heading_open"]
     lines = modelfile(named, built.source).splitlines()
     expected = modelfile(manifest, built.source).splitlines()
     assert [line.split(" ")[0] for line in lines] == [line.split(" ")[0] for line in expected]

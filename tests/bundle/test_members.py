@@ -155,10 +155,10 @@ def test_the_other_folder_behind_a_link(light: Bundle, tmp_path: Path) -> None:
     [
         (lambda lines: [f"{'0' * 64}{lines[0][64:]}", *lines], "line 2 names Modelfile again"),
         (lambda lines: [*lines, lines[0]], "names Modelfile again"),
-        (lambda lines: lines[::-1], "is not in the order of names (6 more are wrong)"),
+        (lambda lines: lines[::-1], "is not in the order of names (10 more are wrong)"),
         (lambda lines: lines[1:], "Modelfile is not in SHA256SUMS"),
         (lambda lines: [*lines, f"{'0' * 64}  zzz"], "names zzz, which is no part of the bundle"),
-        (lambda lines: [*lines, ""], "line 9 is not a hash and a name"),
+        (lambda lines: [*lines, ""], "line 13 is not a hash and a name"),
         (lambda lines: [lines[0].upper(), *lines[1:]], "line 1 is not a hash and a name"),
         (lambda lines: [line.replace("  ", " *") for line in lines], "line 1 is not a hash"),
     ],

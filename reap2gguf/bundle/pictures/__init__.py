@@ -1,0 +1,1 @@
+"""The pictures of a card, drawn with matplotlib from manifest and observations."""
