@@ -6,7 +6,7 @@ the GGUF file gets its tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -87,6 +87,11 @@ class Tokenizer:
             yield parts[0] if len(parts) == 1 else np.concatenate(parts)
             parts = []
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        with panics_as(CheckpointError, "the tokenizer fails on token ids"):
+            return str(self._encoder.decode(ids, skip_special_tokens=True))
+
     def _batch(self, texts: list[str]) -> list[TokenIds]:
         """Token ids of some texts, made by the library's own threads."""
         with panics_as(CalibrationError, "the tokenizer fails on the calibration text"):
@@ -100,8 +105,16 @@ class Tokenizer:
         """
         return next_cut(text, position) if self._in_pieces else None
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return self._chat is not None
+
     def render_chat(
-        self, messages: list[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None = None
+        self,
+        messages: list[Mapping[str, Any]],
+        tools: list[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
     ) -> str:
         """Messages as the model's chat template writes them, in a process of its own.
 
@@ -110,7 +123,7 @@ class Tokenizer:
         """
         if self._chat is None:
             return "\n".join(_text_of(message["content"]) for message in messages)
-        return self._chat.render(messages, tools)
+        return self._chat.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
     def reads_parts(self) -> bool:
         """Whether the template reads content that is a list of parts, such as text and images."""

@@ -93,9 +93,9 @@ def require_guards(limits: Limits, is_unsandboxed_allowed: bool) -> tuple[str, .
     if missing and not is_unsandboxed_allowed:
         raise UsageError(
             "--run-code runs programs that the model wrote, and this machine cannot keep them from "
-            f"{_listed(missing)} (needed: Linux 5.13 or later on x86-64 or arm64, with Landlock and "
-            "seccomp); run it on such a machine, pass --allow-unsandboxed to run them all the same, "
-            "or leave out --run-code and evaluate the written answers elsewhere"
+            f"{_listed(missing)} (needed: Linux 5.13 or later on x86-64 or arm64, with Landlock "
+            "and seccomp); run it on such a machine, pass --allow-unsandboxed to run them all the "
+            "same, or leave out --run-code and evaluate the written answers elsewhere"
         )
     return tuple(found)
 
@@ -284,9 +284,9 @@ def _packages() -> list[str]:
 
 def _give(process: subprocess.Popen[bytes], setup: Mapping[str, Any]) -> None:
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended, which shows when its answer is read
-        with process.stdin:
-            process.stdin.write(json.dumps(setup).encode())
+    # it may have ended, which shows when its answer is read
+    with suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(json.dumps(setup).encode())
 
 
 def _read(

@@ -70,7 +70,7 @@ def _is_equal(arguments: Any, found: Any, expected: Any, tolerance: float) -> bo
 def _is_root(arguments: Any, found: Any, expected: Any, tolerance: float) -> bool:
     """HumanEval/32: any root of the polynomial, whose coefficients begin with the constant."""
     value = sum(one * math.pow(found, power) for power, one in enumerate(arguments[0]))
-    return abs(value) <= tolerance
+    return bool(abs(value) <= tolerance)
 
 
 def _is_same_set(arguments: Any, found: Any, expected: Any, tolerance: float) -> bool:

@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reap2gguf.evaluating.generation.sandbox.landlock import restrict_files
@@ -42,7 +42,7 @@ def enter(setup: Mapping[str, Any]) -> list[str]:
         _drop_capabilities(libc)
         restrict_files(libc, setup["readable"], [setup["folder"], *_DEVICES])
         install_filter(libc)
-    tried = {
+    tried: dict[str, Callable[[], bool]] = {
         NETWORK: _has_no_network,
         FILES: lambda: _has_no_files(setup["folder"]),
         PROCESSES: _cannot_fork,

@@ -90,7 +90,7 @@ def install_filter(libc: ctypes.CDLL) -> bool:
     program = _Program(len(code) // _INSTRUCTION.size, ctypes.addressof(buffer))
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
-    return libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0) == 0
+    return bool(libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0) == 0)
 
 
 def _instructions(column: int, architecture: int) -> list[_Instruction]:
