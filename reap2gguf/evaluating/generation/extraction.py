@@ -15,8 +15,10 @@ from collections.abc import Iterable, Sequence
 from reap2gguf.evaluating.generation.prompts import FENCE
 
 _LONGEST = 100_000  # characters of an answer that are read
-_MOST_STARTS = 200  # lines from which a program is tried
-_MOST_PARSES = 400  # of one answer, which may be no program at all
+# How much of one answer is parsed, which may be no program at all: parsing once, and a thousand
+# characters, count as one. Of texts that are none, Python parses some thousand characters a second.
+_MOST_WORK = 150
+_START = re.compile(r"import |from |def |class |async |@|[A-Za-z_]\w* *(?::[^=]*)?=[^=]")
 _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _BEFORE_ANSWER = re.compile(r".*</think(?:ing)?>", re.DOTALL)
 _BLOCK = re.compile(rf"^ *{FENCE}[^\n`]*\n(.*?)(?:^ *{FENCE}|\Z)", re.DOTALL | re.MULTILINE)
@@ -115,9 +117,9 @@ def _source(lines: Sequence[str], node: ast.stmt) -> str:
 def _longest_program(text: str, entry_point: str) -> str:
     """The longest run of lines that is Python; one with the function before all others."""
     lines = text.split("\n")
-    best, best_worth, budget = "", (False, 0), _MOST_PARSES
-    starts = [0, *(n for n, line in enumerate(lines) if line[:1].isalpha() or line[:1] in "@_")]
-    for start in list(dict.fromkeys(starts))[:_MOST_STARTS]:
+    best, best_worth, budget = "", (False, 0), _MOST_WORK
+    starts = [0, *(n for n, line in enumerate(lines) if n and _START.match(line))]
+    for start in starts:
         run, budget = _run_from(lines[start:], budget)
         code = "\n".join(run)
         worth = (defines(code, entry_point), sum(1 for line in run if line.strip()))
@@ -129,16 +131,17 @@ def _longest_program(text: str, entry_point: str) -> str:
 
 
 def _run_from(lines: list[str], budget: int) -> tuple[list[str], int]:
-    """The most lines from the first on that are Python, and how often may be parsed from now on.
+    """The most lines from the first on that are Python, and how much may be parsed from now on.
 
     The parser says where it stops, so a program with some lines behind it takes few steps.
     """
     end = len(lines)
     while end > 0:
-        if budget == 0:
+        code = "\n".join(lines[:end])
+        budget -= 1 + len(code) // 1000
+        if budget < 0:
             return [], 0
-        budget -= 1
-        failed = _failed_line("\n".join(lines[:end]))
+        failed = _failed_line(code)
         if failed is None:
             break
         end = min(end - 1, failed - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class TransformersGenerator:
         if not ids or room < 1:
             return ""
         given = torch.tensor([ids], device=self._model.device)
-        with torch.inference_mode():
+        with _quiet(), torch.inference_mode():
             found = self._model.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
@@ -107,15 +108,9 @@ def check_fits(folder: Path, n_bytes: int, device: str) -> None:
 
 def _load(folder: Path, device: str) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto",
@@ -129,12 +124,26 @@ def _load(folder: Path, device: str) -> Any:
             f"{folder}: transformers cannot load it ({reason_of(error)}); check the folder, or "
             "evaluate a GGUF file"
         ) from error
-    finally:
-        logging.set_verbosity(before)
-        if was_shown:
-            logging.enable_progress_bar()
     # greedy, whatever the folder says of temperatures
     ends = model.generation_config.eos_token_id
     first = ends[0] if isinstance(ends, list) and ends else ends
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=first)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars, and its advice on faster kernels."""
+    from transformers.utils import logging
+
+    before, was_shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if was_shown:
+            logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from reap2gguf.errors import DependencyError, SourceError, UsageError
-from reap2gguf.evaluating.generation.sandbox.checking import Test
+from reap2gguf.evaluating.generation.sandbox.checking import Judging
 from reap2gguf.evaluating.generation.sandbox.comparing import BY_FUNCTION
 from reap2gguf.evaluating.generation.sandbox.values import encode
 from reap2gguf.messages import shown
@@ -38,7 +38,7 @@ class Problem:
     prompt: str  # the beginning of a program: a signature and what the function does
     entry_point: str  # the function's name
     canonical: str  # a right answer, which follows the prompt
-    tests: Mapping[str, Test]  # by the task whose score needs it; see `ProblemSet.tasks`
+    tests: Mapping[str, Judging]  # by the task whose score needs it; see `ProblemSet.tasks`
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _human_eval() -> Iterator[Problem]:
 def _of_human_eval(values: Mapping[str, Any]) -> Problem:
     prompt, name = _text(values, "prompt"), _text(values, "entry_point")
     details = {"prompt": prompt, "test": _text(values, "test")}
-    test = Test("tests", name, details, _SECONDS)
+    test = Judging("tests", name, details, _SECONDS)
     canonical = _text(values, "canonical_solution")
     return Problem(_text(values, "task_id"), prompt, name, canonical, {"humaneval": test})
 
@@ -152,7 +152,9 @@ def _of_plus(name: str, values: Mapping[str, Any], rules: Mapping[str, str]) -> 
         "factor": _FACTOR,
     }
     tests = {
-        task: Test("reference", function, {**details, "inputs": _inputs(values[key])}, _ALL_SECONDS)
+        task: Judging(
+            "reference", function, {**details, "inputs": _inputs(values[key])}, _ALL_SECONDS
+        )
         for task, key in ((name.removesuffix("+"), "base_input"), (name, "plus_input"))
     }
     # as EvalPlus asks it

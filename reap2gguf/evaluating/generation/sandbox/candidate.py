@@ -39,6 +39,8 @@ def _serve(setup: dict[str, Any], requests: int, answers: int) -> None:
     sys.modules[NAME] = module
     try:
         exec(compile(setup["code"], f"<{NAME}>", "exec"), module.__dict__)
+        if setup["entry_point"] not in module.__dict__:
+            raise NameError(f"it defines no {setup['entry_point']}")
         function = module.__dict__[setup["entry_point"]]
     except BaseException as error:  # noqa: BLE001 - a program can raise anything
         _write(answers, _failure(error))

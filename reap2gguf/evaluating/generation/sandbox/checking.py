@@ -58,7 +58,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Test:
+class Judging:
     """How to judge a program: what `judge.py` reads, see there."""
 
     way: str  # "tests" or "reference"
@@ -77,7 +77,7 @@ class Verdict:
 
 def guards_here(limits: Limits) -> list[str]:
     """Which of GUARDS hold on this machine, tried with a program that does nothing."""
-    nothing = Test("tests", "", {}, seconds=10.0)
+    nothing = Judging("tests", "", {}, seconds=10.0)
     with _started(limits, "", nothing, required=()) as candidate:
         return candidate.guards
 
@@ -110,7 +110,7 @@ def _listed(guards: Sequence[str]) -> str:
     return ", ".join(words[one] for one in guards)
 
 
-def check(code: str, test: Test, limits: Limits, required: Sequence[str] = GUARDS) -> Verdict:
+def check(code: str, test: Judging, limits: Limits, required: Sequence[str] = GUARDS) -> Verdict:
     """Run a program and judge it.
 
     `required` are the guards without which nothing is run. Raises DependencyError if the processes
@@ -128,7 +128,7 @@ def check(code: str, test: Test, limits: Limits, required: Sequence[str] = GUARD
 
 @contextmanager
 def _started(
-    limits: Limits, code: str, test: Test, required: Sequence[str]
+    limits: Limits, code: str, test: Judging, required: Sequence[str]
 ) -> Iterator[_Candidate]:
     folder = Path(tempfile.mkdtemp(prefix="reap2gguf-")).resolve()
     candidate = _Candidate(folder, limits, tuple(required))
@@ -153,7 +153,7 @@ class _Candidate:
         self._process: subprocess.Popen[bytes] | None = None
         self.guards: list[str] = []
 
-    def start(self, code: str, test: Test) -> None:
+    def start(self, code: str, test: Judging) -> None:
         """Start its process, which enters its jail and says which guards hold."""
         mine = (self._to_candidate[0], self._from_candidate[1])
         self._process = _spawn("candidate", self._home, [*map(str, mine)], mine)
@@ -173,7 +173,7 @@ class _Candidate:
             )
         self.guards = [str(name) for name in json.loads(line)]
 
-    def judged(self, test: Test) -> str:
+    def judged(self, test: Judging) -> str:
         """The judge's verdict in words; the program's own fault if there is none."""
         assert self._process is not None
         mine = (self._to_candidate[1], self._from_candidate[0])

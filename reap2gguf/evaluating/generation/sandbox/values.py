@@ -109,7 +109,7 @@ def decode(value: Any) -> Any:
         raise BrokenFrameError("a list of another kind")
     try:
         return _DECODERS[value[0]](value[1])
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise BrokenFrameError(f"no {value[0]}") from error
 
 
