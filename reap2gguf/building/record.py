@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.select import Kept
     from reap2gguf.quantizing.resolve import ResolvedRecipe
@@ -72,6 +73,7 @@ class Evidence:
     checks: Sequence[str]  # what was verified, one line each
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
+    evaluation: Evaluation | None = None  # None: not measured
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
@@ -92,6 +94,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
         caveats=plan.caveats,
         options=_options_record(plan),
         made_with=evidence.made_with,
+        evaluation=evidence.evaluation,
     )
     return _write(plan, work, evidence, manifest)
 

@@ -13,12 +13,14 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
     from reap2gguf.bundle.manifest import CalibrationRecord, CoverageRecord, Manifest
 
 MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
 _MOST_TENSORS = 200_000
 _MOST_BITS = 64
+_LARGEST_FIGURE = 1e12  # of an evaluation: a larger perplexity or rate is none
 MTP_STATES = ("none", "pruned", "kept", "dropped")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
 
@@ -98,6 +100,8 @@ def check_bounds(manifest: Manifest) -> None:
     elif pruning.n_kept < pruning.n_experts:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
     _check_calibration(manifest.calibration)
+    if manifest.evaluation is not None:
+        _check_evaluation(manifest.evaluation)
 
 
 def _check_calibration(calibration: CalibrationRecord) -> None:
@@ -114,6 +118,49 @@ def _check_calibration(calibration: CalibrationRecord) -> None:
         raise ValueError("imatrix_file or imatrix_sha256 is known of an unknown importance matrix")
     if None not in said and more == (None, None):
         raise ValueError("imatrix_sha256 is null, expected the hash of the calibration text")
+
+
+def _check_evaluation(evaluation: Evaluation) -> None:
+    """Figures that cards and pictures can show; every variant and comparison is there once."""
+    for variant in evaluation.variants:
+        _within("n_experts", variant.n_experts, 1, MAX_EXPERTS)
+        _figure("bits_per_weight", variant.bits_per_weight, 0, _MOST_BITS)
+        _estimated("perplexity", variant.perplexity, 0)
+    for one in evaluation.comparisons:
+        _check_divergence(one.divergence)
+    for task in evaluation.tasks:
+        _estimated("score", task.score, -_LARGEST_FIGURE)
+    for speed in evaluation.speeds:
+        _estimated("tokens_per_second", speed.tokens_per_second, 0)
+    _once("variant", [one.name for one in evaluation.variants])
+    _once("comparison", [(one.variant, one.reference) for one in evaluation.comparisons])
+    _once("score", [(one.task, one.variant, one.metric) for one in evaluation.tasks])
+
+
+def _check_divergence(found: Divergence) -> None:
+    # the mean is a sum of rounded numbers, so it may be just below 0
+    for name in ("mean", "median", "p90", "p99", "p999"):
+        _estimated(name, getattr(found, name), -1)
+    _figure("maximum", found.maximum, -1)
+    _estimated("same_top", found.same_top, 0, 1)
+    _estimated("rms_probability", found.rms_probability, 0, 1)
+    _estimated("perplexity_ratio", found.perplexity_ratio, 0)
+
+
+def _estimated(name: str, found: Estimate, low: float, high: float | None = None) -> None:
+    _figure(name, found.value, low, high)
+    _figure(f"the error of {name}", found.error, 0)
+
+
+def _figure(name: str, value: float, low: float, high: float | None = None) -> None:
+    high = _LARGEST_FIGURE if high is None else high
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}, expected a number from {low:g} to {high:g}")
+
+
+def _once(what: str, keys: Sequence[object]) -> None:
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"evaluation has the same {what} twice")
 
 
 def _check_coverage(coverage: CoverageRecord) -> None:

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
+from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.options_record import InputRecord, OptionsRecord
 from reap2gguf.bundle.records import (
@@ -93,6 +94,7 @@ class Manifest:
     # of a stage whose result may be older than the rest: the versions that computed it
     written_by: str = ""  # the reap2gguf that wrote the cards, if not `program`'s
     options: OptionsRecord | None = None  # None: written before options were recorded
+    evaluation: Evaluation | None = None  # None: quality was not measured
 
     @property
     def card_version(self) -> str:
@@ -191,6 +193,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         verification=dict(values["verification"]),
         caveats=tuple(map(str, values.get("caveats", ()))),
         options=_options_record(values.get("options")),
+        evaluation=_evaluation(values.get("evaluation")),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
     )
@@ -203,6 +206,15 @@ def _options_record(values: Any) -> OptionsRecord | None:
         raise TypeError(f"options is {shown(values)}, expected a record with a list of inputs")
     inputs = tuple(_record(InputRecord, value) for value in values["inputs"])
     return _record(OptionsRecord, {**values, "inputs": inputs})
+
+
+def _evaluation(values: Any) -> Evaluation | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise TypeError(f"evaluation is {shown(values)}, expected a record")
+    _made_with({"evaluation": values["made_with"]})
+    return evaluation_of(values)
 
 
 def _made_with(values: Any) -> dict[str, Mapping[str, str]]:

@@ -87,11 +87,6 @@ class Tokenizer:
             yield parts[0] if len(parts) == 1 else np.concatenate(parts)
             parts = []
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        with panics_as(CheckpointError, "the tokenizer fails on token ids"):
-            return str(self._encoder.decode(ids, skip_special_tokens=True))
-
     def _batch(self, texts: list[str]) -> list[TokenIds]:
         """Token ids of some texts, made by the library's own threads."""
         with panics_as(CalibrationError, "the tokenizer fails on the calibration text"):
@@ -109,6 +104,11 @@ class Tokenizer:
     def has_template(self) -> bool:
         """Whether the checkpoint has a chat template."""
         return self._chat is not None
+
+    def decode(self, tokens: Sequence[int], skip_special: bool = False) -> str:
+        """The text of token ids, with special ones or without."""
+        with panics_as(CheckpointError, "the tokenizer fails on token ids"):
+            return self._encoder.decode(list(tokens), skip_special_tokens=skip_special)
 
     def render_chat(
         self,

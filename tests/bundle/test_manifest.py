@@ -22,6 +22,7 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.errors import ArtifactError
+from tests.evaluations import EXAMPLE
 
 RECIPE = 'title = "Q4"\n[[rule]]\nlayers = [0, 1]\ntensors = "größe \\\\ \\"x\\""\n'
 
@@ -338,3 +339,50 @@ def test_an_earlier_pruning_of_the_wrong_kind(tmp_path: Path, value: Any) -> Non
     sample().save(tmp_path)
     changed(tmp_path, "source", "earlier", value=value)
     refusal(tmp_path)
+
+
+def test_an_evaluation_is_part_of_it(tmp_path: Path) -> None:
+    manifest = replace(sample(), evaluation=EXAMPLE)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+
+
+def test_a_manifest_from_before_quality_was_measured(tmp_path: Path) -> None:
+    sample().save(tmp_path)
+    changed(tmp_path, "evaluation", remove=True)
+    assert Manifest.load(tmp_path) == sample()
+
+
+DIVERGENCE = ("comparisons", 0, "divergence")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ((), 7, "evaluation is 7"),
+        ((), [], "evaluation is []"),
+        (("text",), 7, "not subscriptable"),
+        (("engine",), "x", "none of streamed"),
+        (("made_with",), {str(n): "1" for n in range(17)}, "made_with holds 17 values"),
+        (("made_with",), {"torch": "1" * 201}, "is not a version"),
+        (("variants", 0, "n_experts"), 0, "n_experts is 0"),
+        (("variants", 0, "bits_per_weight"), 65.0, "bits_per_weight is 65.0"),
+        (("variants", 0, "perplexity", "value"), -1.0, "perplexity is -1.0"),
+        (("variants", 0, "perplexity", "value"), 1e13, "perplexity is"),
+        (("variants", 0, "perplexity", "error"), -0.1, "the error of perplexity is -0.1"),
+        (("variants",), EXAMPLE.as_json()["variants"] * 2, "the same variant twice"),
+        ((*DIVERGENCE, "same_top", "value"), 1.5, "same_top is 1.5"),
+        ((*DIVERGENCE, "mean", "value"), -2.0, "mean is -2.0"),
+        ((*DIVERGENCE, "maximum"), 1e300, "maximum is 1e+300"),
+        (("comparisons", 2, "variant"), "pruned", "evaluation has the same comparison twice"),
+        (("tasks", 0, "score", "value"), 1e13, "score is"),
+        (("tasks", 1, "metric"), "acc", "evaluation has the same score twice"),
+        (("speeds", 0, "tokens_per_second", "value"), -1.0, "tokens_per_second is -1.0"),
+    ],
+)
+def test_figures_that_no_evaluation_has(
+    tmp_path: Path, path: tuple[str | int, ...], value: Any, words: str
+) -> None:
+    replace(sample(), evaluation=EXAMPLE).save(tmp_path)
+    changed(tmp_path, "evaluation", *path, value=value)
+    assert words in refusal(tmp_path)

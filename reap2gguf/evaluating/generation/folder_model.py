@@ -70,7 +70,7 @@ class TransformersGenerator:
                 do_sample=False,
                 stopping_criteria=[self._is_at_end(prompt, len(ids))] if prompt.stops else None,
             )
-        return prompt.cut(self._tokenizer.decode(found[0, len(ids) :].tolist()))
+        return prompt.cut(self._tokenizer.decode(found[0, len(ids) :].tolist(), skip_special=True))
 
     def _is_at_end(self, prompt: Prompt, n_given: int) -> Any:
         """What transformers calls after each token."""
@@ -78,7 +78,7 @@ class TransformersGenerator:
 
         def is_at_end(ids: Any, scores: Any, **others: Any) -> Any:
             latest = ids[0, n_given:][-_STOP_TOKENS:].tolist()
-            text = self._tokenizer.decode(latest)
+            text = self._tokenizer.decode(latest, skip_special=True)
             found = any(stop in text for stop in prompt.stops)
             return torch.tensor([found], dtype=torch.bool, device=ids.device)
 

@@ -209,7 +209,9 @@ def test_programs_end_with_their_parent(tmp_path: Path) -> None:
         "c.check('import time; time.sleep(600)', c.Judging('tests', 'f', {}, 60.0), c.Limits())\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=child_environment({})
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env=child_environment({"TMPDIR": str(tmp_path)}),
     ) as parent:
         assert parent.stdout is not None
         children = [int(parent.stdout.readline()) for _ in range(2)]
