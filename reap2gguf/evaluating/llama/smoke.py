@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reap2gguf.bundle.evaluation import Answer, SmokeTest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.llama.model import LlamaModel, LlamaOptions
@@ -25,60 +25,6 @@ from reap2gguf.tokenizer.tokenizer import Tokenizer
 QUESTION = "Write a Python function that returns the sum of a list of numbers."
 N_TOKENS = 32
 _BYTES_PER_PARAMETER = 4  # float32
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was read, and what was answered."""
-
-    prompt: str  # the question, as the chat template writes it
-    prompt_tokens: Sequence[int]
-    tokens: Sequence[int]
-    text: str
-
-
-@dataclass(frozen=True)
-class SmokeTest:
-    """A question, and both answers."""
-
-    file: str
-    question: str
-    has_template: bool  # without one, the prompt is the question alone
-    llama_cpp: Answer
-    transformers: Answer | None  # None: nothing was compared, and `note` says why
-    note: str = ""
-
-    @property
-    def same_prompt(self) -> bool | None:
-        """Whether both read the same tokens; None if nothing was compared."""
-        if self.transformers is None:
-            return None
-        return list(self.llama_cpp.prompt_tokens) == list(self.transformers.prompt_tokens)
-
-    @property
-    def n_agree(self) -> int | None:
-        """How many first tokens of the answers are the same; None if nothing was compared."""
-        if self.transformers is None:
-            return None
-        pairs = zip(self.llama_cpp.tokens, self.transformers.tokens, strict=False)
-        return next(
-            (number for number, (one, other) in enumerate(pairs) if one != other),
-            min(len(self.llama_cpp.tokens), len(self.transformers.tokens)),
-        )
-
-    def __str__(self) -> str:
-        if self.transformers is None:
-            return f"{self.file}: answers in llama.cpp; not compared with transformers: {self.note}"
-        prompt = "the same prompt" if self.same_prompt else "ANOTHER PROMPT"
-        longest = max(len(self.llama_cpp.tokens), len(self.transformers.tokens))
-        return (
-            f"{self.file}: {self.n_agree} of the first {longest} tokens are as in transformers, "
-            f"after {prompt}"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON, with what was counted."""
-        return {**asdict(self), "same_prompt": self.same_prompt, "n_agree": self.n_agree}
 
 
 def smoke_test(
