@@ -20,9 +20,10 @@ from torch import Tensor
 
 from reap2gguf.evaluating.head_sums import HeadSums
 from reap2gguf.observing.targets import rows_of
-from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.run import VariantRun
     from reap2gguf.evaluating.scores import Pair, ScoredRow
@@ -105,7 +106,7 @@ class Head:
         self._decoder = next(iter(runs.values())).decoder
         self.device = self._decoder.device
         self._heads: dict[str, VariantRun] = {}  # by variant, the run that reads its head
-        by_origin: dict[tuple[int, str], VariantRun] = {}
+        by_origin: dict[tuple[Path, str], VariantRun] = {}
         for name, run in runs.items():
             origin = _origin(run.decoder.weights, run.decoder.model.head_name)
             self._heads[name] = by_origin.setdefault(origin, run)
@@ -216,9 +217,6 @@ def product(hidden: Tensor, block: Tensor) -> Tensor:
     return hidden.float() @ block.float().t()
 
 
-def _origin(weights: Weights, name: str) -> tuple[int, str]:
-    """Whose tensor it is, and its name there: a pruned view has the tensors of its source."""
-    while isinstance(weights, PrunedView):
-        name, _ = weights.origin(name)
-        weights = weights.source
-    return id(weights), name
+def _origin(weights: Weights, name: str) -> tuple[Path, str]:
+    """The tensor's folder, and its name there: a pruned view has the tensors of its source."""
+    return weights.folder, weights.origin(name)[0]
