@@ -25,6 +25,7 @@ METHODS = (
     "weighted_frequency",
 )
 MTP_CHOICES = ("prune", "drop")
+EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 SPOOLS = ("auto", "device", "host", "disk")
@@ -305,6 +306,7 @@ class BuildOptions:
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
+    evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", _recipes(self.recipes))
@@ -321,6 +323,7 @@ class BuildOptions:
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
+        check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)

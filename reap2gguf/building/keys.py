@@ -41,6 +41,7 @@ OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
+EVALUATE_FORMAT = 1  # what is measured, and how
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
 

@@ -1,18 +1,18 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> { prune, imatrix, export, verify } -> record
+    plan -> texts -> observe -> { prune, imatrix, export, verify } -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`).
 
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
-alone. Given observations, and a given importance
-matrix, take the place of the stages that make them; with both, no text is read.
+alone. Given observations, and a given importance matrix, take the place of the stages that make
+them; with both, no text is read. Quality is measured where that is asked for, or costs little.
 
-`stages.py` and `verify_stage.py` declare each stage, `stage.py` says how one is reused and resumed.
-Nothing gets its final name before everything is verified. Started by torchrun, every process runs
-this list; those that are not the first compute their share of both sweeps and leave after the
-second.
+`stages.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, `stage.py` says how one
+is reused and resumed. Nothing gets its final name before everything is verified. Started by
+torchrun, every process runs this list; those that are not the first compute their share of both
+sweeps and leave after the second.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.room import check_device, check_room
+from reap2gguf.building.needs.scoring import chunks_of
 from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
@@ -44,7 +46,10 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-STAGES: Sequence[type[Stage[Any]]] = (ReadTexts, Observe, Prune, Importance, Export, Verify)
+STAGES: Sequence[type[Stage[Any]]] = (
+    *(ReadTexts, Observe, Prune, Importance, Export, Verify),
+    Evaluate,
+)
 
 
 def build(plan: Plan, progress: Progress) -> BuildResult | None:
@@ -97,6 +102,8 @@ def _run_stages(run: Run) -> BuildResult | None:
     do_together(run, importance, *([prune] if prune else []), export, verify)
     if not run.is_first:
         return None
+    n_chunks = chunks_of(plan, texts.result if texts else None)
+    evaluate = run.do(Evaluate(run, pruned, export, verify, n_chunks)) if n_chunks else None
 
     evidence = Evidence(
         _observations(plan, observed),
@@ -107,6 +114,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         verify.result.passed,
         {**importance.seals, **verify.result.seals},
         {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
+        evaluation=evaluate.result if evaluate else None,
     )
     manifest = write_record(plan, run.work, evidence)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])

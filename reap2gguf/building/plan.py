@@ -99,6 +99,11 @@ class Plan:
         return self.observes + (self.imatrix is None)
 
     @property
+    def n_variants(self) -> int:
+        """How many forms of the model an evaluation compares: source, pruned, and every file."""
+        return 1 + self.writes_hf + len(self.recipes)
+
+    @property
     def writes_hf(self) -> bool:
         """Whether the bundle has safetensors: those of a source that keeps all are not copied."""
         return self.target.prunes

@@ -210,6 +210,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
+        evaluate=options.evaluate,
     )
 
 

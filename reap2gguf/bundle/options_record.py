@@ -47,3 +47,4 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    evaluate: str = "never"  # whether quality was measured; older manifests do not say it

@@ -27,7 +27,7 @@ from reap2gguf.evaluating.run import Unobserved, VariantRun
 from reap2gguf.evaluating.scores import Scores, VariantScores
 from reap2gguf.observing.batches import padded_batches
 from reap2gguf.observing.budget import Budget, fit
-from reap2gguf.observing.compute.ranks import connect_on, host_peers, join
+from reap2gguf.observing.compute.ranks import Ranks, connect_on, host_peers, join
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
 from reap2gguf.observing.sweep import gpu_errors, open_sweep
 from reap2gguf.observing.sweep_plan import (
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from reap2gguf.evaluating.outside import Outside
     from reap2gguf.evaluating.scores import Pair, ScoredRow
     from reap2gguf.evaluating.variants import Variant
-    from reap2gguf.observing.compute.ranks import Ranks
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
 
@@ -58,18 +57,19 @@ def evaluate_variants(
     pairs: Sequence[Pair],
     options: ComputeOptions,
     progress: Progress,
+    alone: bool = False,
     outside: Sequence[Outside] = (),
 ) -> Scores:
     """What every variant predicts at the scored tokens of all rows, and how far `pairs` are apart.
 
-    Every process of torchrun computes its share of the rows and returns all scores. Variants of
-    `outside` are computed by another program, after the others and in one process alone; they may
-    be the second of a pair.
+    Every process of torchrun computes its share of the rows and returns all scores; `alone`: the
+    others have left, and this one computes all rows. Variants of `outside` are computed by another
+    program, after the others and in one process; they may be the second of a pair.
     Raises EvaluationError if variants do not fit together or compute what is not finite, and
     UsageError, OutputError, CheckpointError, ArtifactError and PeerError as a sweep does.
     """
     _check(variants, rows)
-    ranks = join()
+    ranks = Ranks() if alone else join()
     device, dtype = resolve_device(options)
     n_threads = max(1, options.threads // ranks.on_machine)
     if device.type == "cuda":

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from reap2gguf.observing.targets import rows_of
-from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.run import VariantRun
 
@@ -27,7 +28,7 @@ class HeadWeights:
 
     def __init__(self, runs: Mapping[str, VariantRun]) -> None:
         self._heads: dict[str, VariantRun] = {}  # by variant, the run that reads its head
-        by_origin: dict[tuple[int, str], VariantRun] = {}
+        by_origin: dict[tuple[Path, str], VariantRun] = {}
         for name, run in runs.items():
             origin = _origin(run.decoder.weights, run.decoder.model.head_name)
             self._heads[name] = by_origin.setdefault(origin, run)
@@ -61,9 +62,6 @@ class HeadWeights:
         return {name: taken[run] for name, run in self._heads.items()}
 
 
-def _origin(weights: Weights, name: str) -> tuple[int, str]:
-    """Whose tensor it is, and its name there: a pruned view has the tensors of its source."""
-    while isinstance(weights, PrunedView):
-        name, _ = weights.origin(name)
-        weights = weights.source
-    return id(weights), name
+def _origin(weights: Weights, name: str) -> tuple[Path, str]:
+    """The tensor's folder, and its name there: a pruned view has the tensors of its source."""
+    return weights.folder, weights.origin(name)[0]

@@ -24,14 +24,16 @@ def measure(
     text: EvaluationText,
     options: ComputeOptions,
     progress: Progress,
+    alone: bool = False,
 ) -> Evaluation:
     """Perplexity of every variant, and how far it is from those that it was made from.
 
-    Raises what `evaluate_variants` raises.
+    `alone` is `evaluate_variants`'s. Raises what that raises.
     """
     from reap2gguf.evaluating.engine import evaluate_variants
 
-    scores = evaluate_variants(variants, text.rows, pairs_of(variants), options, progress)
+    pairs = pairs_of(variants)
+    scores = evaluate_variants(variants, text.rows, pairs, options, progress, alone)
     return evaluation_of_scores(variants, text, scores, options)
 
 

@@ -196,7 +196,10 @@ def outside_scores(
     """
     pairs = [pair for pair in pairs if pair[1] == outside.name]
     references = {name: run for name, run in runs.items() if name in {pair[0] for pair in pairs}}
-    is_chosen = lambda row: row.is_compared and bool(pairs)  # noqa: E731
+
+    def is_chosen(row: ScoredRow) -> bool:
+        return row.is_compared and bool(pairs)
+
     rows = [row for group in groups for row in group]
     chosen = np.concatenate([np.full(row.n_scored, is_chosen(row)) for row in rows])
     nll, top = np.empty(len(chosen)), np.empty(len(chosen), np.int64)

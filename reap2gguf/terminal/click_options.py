@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from reap2gguf.options import (
     DEFAULT_RECIPE,
+    EVALUATE_CHOICES,
     METHODS,
     MTP_CHOICES,
     BuildOptions,
@@ -27,6 +28,7 @@ from reap2gguf.terminal.config_file import config_option, like_option, settled
 from reap2gguf.terminal.console import Detail, printing
 from reap2gguf.terminal.help import (
     CALIBRATION,
+    CHECKS,
     MODEL,
     MOST,
     PRUNE,
@@ -304,6 +306,14 @@ build_options = together(
         default_text="--samples x --max-length tokens of the calibration text, or all of FILE of "
         "--imatrix-text",
     ),
+    option(
+        "--evaluate",
+        section=CHECKS,
+        type=click.Choice(EVALUATE_CHOICES),
+        default="auto",
+        help="Measure perplexity and KL divergence: auto does so where it reads less than a fifth "
+        "of the tokens that the other passes read.",
+    ),
     compute_options,
     threads_option,
     check_quants_option,
@@ -332,6 +342,7 @@ def collect(
         name=arguments["name"],
         method=arguments["method"],
         mtp=arguments["mtp"],
+        evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
             arguments["spec"],
             arguments["samples"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.needs.disk import side_bytes
 from reap2gguf.building.needs.rented import GPUS, H100
+from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.messages import duration, parameters, quantity, size
@@ -48,6 +49,7 @@ def _lines(
     for line in _model(plan):
         yield from _wrapped(line)
     yield from _wrapped(_calibration(plan, needs))
+    yield from _wrapped(_quality(plan, needs))
     for warning in plan.warnings:
         yield from _wrapped(f"warning: {warning}")
     yield from _files(plan, with_tensors)
@@ -119,6 +121,18 @@ def _calibration(plan: Plan, needs: Estimate) -> str:
     if plan.reads_calibration:
         parts.append(_text(plan, needs))
     return f"calibration: {', '.join(parts)}"
+
+
+def _quality(plan: Plan, needs: Estimate) -> str:
+    """Whether perplexity and KL divergence are measured, and on how much text."""
+    if not (n_chunks := needs.n_scored_chunks):
+        why = "" if plan.options.evaluate == "never" else "; --evaluate always measures it"
+        return f"quality: not measured{why}"
+    pruned = ", the pruned model" if plan.writes_hf else ""
+    return (
+        f"quality: the source{pruned} and every GGUF file are measured on {n_chunks} chunks of "
+        f"{CHUNK} tokens"
+    )
 
 
 def _text(plan: Plan, needs: Estimate) -> str:
@@ -292,6 +306,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "max_length": plan.max_length,
             "pack": plan.calibration.pack,
         },
+        "scored_chunks": needs.n_scored_chunks,
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,

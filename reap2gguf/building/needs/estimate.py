@@ -12,6 +12,7 @@ from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
 from reap2gguf.building.needs.memory import SweepNeeds, peak_ram, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
+from reap2gguf.building.needs.scoring import planned_chunks
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.needs.speed import Speed, machine_speed
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
 
-ALL = ("texts", "observe", "prune", "imatrix", "export", "verify")  # stages
+ALL = ("texts", "observe", "prune", "imatrix", "export", "verify", "evaluate")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least
@@ -123,6 +124,11 @@ class Estimate:
             for name in ("observe", "imatrix")
             if self.stages[name]
         }
+
+    @property
+    def n_scored_chunks(self) -> int:
+        """Chunks of text by which quality is measured; 0 if it is not."""
+        return planned_chunks(self.plan, self.amount)
 
     @property
     def hidden_where(self) -> str:

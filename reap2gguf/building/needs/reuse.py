@@ -67,7 +67,8 @@ def _in_finished_bundle(run: Run) -> Reused | None:
     written = sum(record.n_bytes for record in found.stay)
     written += 0 if found.manifest.hf is None else found.manifest.hf.n_bytes
     missing = frozenset(recipe.name for recipe in found.missing)
-    stages = ALL[:_BEFORE_EXPORT] if missing else ALL
+    # what is added is not measured with the rest
+    stages = (*ALL[:_BEFORE_EXPORT], "evaluate") if missing else ALL
     return Reused(stages, None, missing, written, found.is_up_to_date)
 
 

@@ -8,10 +8,11 @@ compares the result with real builds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.needs.scoring import CHUNK, planned_chunks
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Recipes = Sequence[ResolvedRecipe]
 
-STAGES = ("start", "texts", "observe", "prune", "imatrix", "export", "verify", "finish")
+STAGES = ("start", "texts", "observe", "prune", "imatrix", "export", "verify", "evaluate", "finish")
 
 # Seconds on the reference machine of speed.py, of Python code where nothing else is said.
 _IMPORTS = 2.1  # torch, transformers and the rest
@@ -68,6 +69,7 @@ _GPU_UNMEASURED = 1e9
 _STORED_BYTES = 2  # of a weight, on its way to the GPU
 _BUS_BYTES = 2e10  # per second, to the GPU and back
 _MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
+_DEQUANTIZE = 0.5e-9  # per weight and core
 _PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
 
 # A pass on a CPU, per position and layer.
@@ -139,6 +141,7 @@ def stage_seconds(
         found["imatrix"] = python * _GIVEN
     found["export"] = _export(recipes, host, host.gpu_factor if pays_on_gpu else None)
     found["verify"] = _verify(plan, recipes, sizes, disk, host)
+    found["evaluate"] = _evaluate(plan, sizes, amount, recipes, host)
     found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
     return found
 
@@ -193,6 +196,24 @@ def _attention(plan: Plan, amount: Amount) -> int:
     """Operations of a position in all layers: scores and values, half of them masked."""
     facts = plan.model.facts
     return 2 * amount.mean_row * facts.n_heads * facts.head_dim * facts.n_blocks
+
+
+def _evaluate(plan: Plan, sizes: Sizes, amount: Amount, recipes: Recipes, host: Host) -> float:
+    """All variants through all layers, and the logits of all scored tokens."""
+    n_tokens = CHUNK * planned_chunks(plan, amount)
+    if not n_tokens:
+        return 0.0
+    facts, python = plan.model.facts, host.speed.python
+    n_variants = 1 + plan.writes_hf + len(recipes)
+    passing = n_variants * _pass(plan, sizes, n_tokens, replace(amount, probe_tokens=0), host)
+    flops = n_variants * n_tokens * facts.vocab_size * facts.hidden_size  # of half of the tokens
+    if host.gpu_factor is not None:
+        passing += flops / _H100_FLOPS * host.gpu_factor
+    else:
+        passing += flops / (_EFFICIENCY * host.speed.flops) / host.parallel
+    n_weights = sum(prod(entry.tensor.shape) for recipe in recipes for entry in recipe.table)
+    reading = _read_seconds(plan.checkpoint.n_bytes, host) + _DEQUANTIZE * n_weights / host.parallel
+    return max(passing, reading) + python * n_variants * _PASS
 
 
 def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
