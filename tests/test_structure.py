@@ -240,6 +240,11 @@ COVERED_BY = [
         ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
     ),
     (
+        "models/test_from_gguf.py",
+        "what is read from a header is compared as a whole model",
+        ("models/gguf_keys.py", "models/linear_from_gguf.py"),
+    ),
+    (
         "exporting/test_against_llama_cpp.py",
         "tables and rules of llama.cpp, compared with it type by type",
         ("quantizing/file_types.py", "quantizing/mixture.py"),
