@@ -267,7 +267,8 @@ def test_tensors_that_do_not_fit(remove: str | None, add: str | None, said: str)
     if remove:
         del tensors[remove]
     if add:
-        tensors[add] = replace(tensors["output_norm.weight"], name=add)
+        like = "blk.0.ffn_gate_exps.weight" if "_exps" in add else "output_norm.weight"
+        tensors[add] = replace(tensors[like], name=add)
     with pytest.raises((UnsupportedModelError, CheckpointError), match=said):
         model_from_gguf(replace(header, tensors=tensors), BY_GGUF, keep_mtp=False)
 
