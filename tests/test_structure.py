@@ -240,6 +240,11 @@ COVERED_BY = [
         ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
     ),
     (
+        "hub/test_gguf_file.py",
+        "ranges of a file are what is read of it",
+        ("hub/ranges.py",),
+    ),
+    (
         "models/test_from_gguf.py",
         "what is read from a header is compared as a whole model",
         ("models/gguf_keys.py", "models/linear_from_gguf.py"),

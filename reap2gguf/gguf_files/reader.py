@@ -116,6 +116,9 @@ class GgufHeader:
             raise ArtifactError(f"{self.path}: ends inside tensor {shown(name)}")
         return raw.reshape(-1, info.row_bytes)
 
+    def expect(self, name: str) -> None:
+        """Begin to fetch a tensor that will be read soon; returns at once. Here it is on disk."""
+
 
 def _unreadable(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(f"{path}: cannot be read ({error.strerror or error})")
@@ -242,7 +245,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def parse_gguf_header(path: Path, raw: bytes, n_bytes: int) -> GgufHeader:
     """The header that `raw` holds, of a file of `n_bytes` that is called `path`."""
-    return _read_header(_HeaderCursor(path, BytesIO(raw), n_bytes))
+    return read_header_from(path, BytesIO(raw), n_bytes)
+
+
+def read_header_from(path: Path, file: BinaryIO, n_bytes: int) -> GgufHeader:
+    """The header of a file of `n_bytes` that `file` reads from its beginning."""
+    return _read_header(_HeaderCursor(path, file, n_bytes))
 
 
 def _read_header(cursor: _HeaderCursor) -> GgufHeader:

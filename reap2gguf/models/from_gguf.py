@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 _LARGEST = 2**31 - 1
 _THETA = 10_000.0  # llama.cpp's, of a header without one
+# what YaRN is computed with in these architectures, and transformers' names of it
 _YARN_FIXED = {
-    Keys.Rope.SCALING_YARN_EXT_FACTOR: 1.0,
-    Keys.Rope.SCALING_YARN_BETA_FAST: 32.0,
-    Keys.Rope.SCALING_YARN_BETA_SLOW: 1.0,
+    Keys.Rope.SCALING_YARN_EXT_FACTOR: ("extrapolation_factor", 1.0),
+    Keys.Rope.SCALING_YARN_BETA_FAST: ("beta_fast", 32.0),
+    Keys.Rope.SCALING_YARN_BETA_SLOW: ("beta_slow", 1.0),
 }
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
@@ -219,8 +220,10 @@ def rope_values(keys: GgufKeys) -> dict[str, Any]:
             f"{keys.where}: {keys.arch}.rope.scaling.type is {shown(kind)}, expected none, linear "
             "or yarn"
         )
-    for key, fixed in _YARN_FIXED.items():
+    for key, (name, fixed) in _YARN_FIXED.items():
         keys.expect(key, fixed, why="YaRN is computed with this in this architecture")
+        if keys.has(key):
+            found[name] = fixed
     implied = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
     context = keys.integer(Keys.LLM.CONTEXT_LENGTH, 1, _LARGEST)
     original = rope.SCALING_ORIG_CTX_LEN
