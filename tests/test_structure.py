@@ -28,6 +28,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "observing/test_loader.py",
+        "loaders read with them",
+        ("observing/readers.py",),
+    ),
+    (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
         ("evaluating/variants.py",),

@@ -166,6 +166,8 @@ def _started(context: SweepContext, plan: SweepPlan, options: ComputeOptions) ->
             )
             stack.enter_context(closing(spool))
             run = Sweep(context, plan, keeper, spool)
+            for line in opening_notes(context, plan.budget, spool.n_bytes):
+                context.progress.note(line)
             run.fill_spool(state)
         yield run
 
@@ -199,12 +201,8 @@ class Sweep:
 
     def fill_spool(self, state: SweepState | None) -> None:
         """Put the hidden states of every batch into the spool: saved ones, or embedded rows."""
-        n_positions, width = self.spool.shape
-        spool_bytes = n_positions * width * self.spool.dtype.itemsize
-        for line in opening_notes(self.context, self.plan.budget, spool_bytes):
-            self.progress.note(line)
         self.decoder.load_embedding()
-        self._prefetch(self.plan.first_layer)
+        self.prefetch(self.plan.first_layer)
         self._fill_batches(state)
         if state is not None:
             self.progress.note(f"resuming from layer {state.layer} of {self.n_layers}")
@@ -221,7 +219,7 @@ class Sweep:
                 hidden = state.hidden(index, self.decoder.dtype).to(self.decoder.device)
             self.spool.store(batch.span, hidden)
 
-    def _prefetch(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Begin to read a layer, if there is memory for two."""
         if not self.prefetches:
             return
@@ -254,7 +252,7 @@ class Sweep:
 
         On a GPU its sums are kept while the next layer computes.
         """
-        layer = self.decoder.load_layer(index)
+        layer = self._load(index)
         self._has_begun = False  # to read the next layer
         on_gpu = self.decoder.device.type == "cuda"
         if not on_gpu:
@@ -281,16 +279,22 @@ class Sweep:
         if not on_gpu or saves:
             self._collect()
         if index != self.decoder.mtp_layer:
-            self.decoder.drop_layer(index)
+            self._drop(index)
         if saves:
             self.keeper.save(index + 1, self.batches, self.spool)
+
+    def _load(self, index: int) -> torch.nn.Module:
+        return self.decoder.load_layer(index)
+
+    def _drop(self, index: int) -> None:
+        self.decoder.drop_layer(index)
 
     def _begin_next(self, index: int) -> None:
         """Begin to read the layer after `index`."""
         if index + 1 < self.n_layers and not self._has_begun:
             self._has_begun = True
             self.decoder.fetch_layer(index + 1)
-            self._prefetch(index + 1)
+            self.prefetch(index + 1)
 
     def _collect(self) -> None:
         """Keep the sums of the layer that has ended, if they are not kept yet."""
