@@ -62,5 +62,7 @@ def role_of(name: str, linear: Collection[int] = (), mtp: Collection[int] = ()) 
     if block in mtp:
         return "MTP"
     rest = name.split(".", 2)[2]
-    role: Role = next((role for pattern, role in _INSIDE.items() if re.match(pattern, rest)), "other")
+    role: Role = next(
+        (role for pattern, role in _INSIDE.items() if re.match(pattern, rest)), "other"
+    )
     return "DeltaNet" if role == "attention" and block in linear else role
