@@ -60,6 +60,10 @@ class ObservationError(Reap2ggufError):
     """Too many rows of a calibration pass were not finite, so its sums cannot be trusted."""
 
 
+class EvaluationError(Reap2ggufError):
+    """A variant does not fit the others, or computes values that are not finite."""
+
+
 class PeerError(Reap2ggufError):
     """Another process of the same run ended early."""
 

@@ -85,7 +85,7 @@ class StreamedDecoder:
         shared: SharedThreads | None = None,
     ) -> None:
         """`shared`: threads of several decoders; None for threads of its own."""
-        self._weights = weights
+        self.weights = weights
         self.model = model
         self._dtype = dtype
         self._device = device
@@ -168,7 +168,7 @@ class StreamedDecoder:
 
     def embedding_bytes(self) -> int:
         """Memory of the token embedding, and of the head."""
-        stored = self._weights.tensors[self.model.embedding_name]
+        stored = self.weights.tensors[self.model.embedding_name]
         return stored.n_elements * self._dtype.itemsize
 
     def layer_bytes(self, index: int) -> int:
@@ -187,7 +187,7 @@ class StreamedDecoder:
     def fetch_layer(self, index: int) -> None:
         """Begin to download what a layer needs, if it is still on the Hub."""
         targets = self._targets(index).values()
-        self._weights.fetch_ahead({run.stored for target in targets for run in target.runs})
+        self.weights.fetch_ahead({run.stored for target in targets for run in target.runs})
 
     def load_layer(self, index: int) -> torch.nn.Module:
         """Give layer `index` its weights; CheckpointError if they do not fit it."""
@@ -204,19 +204,21 @@ class StreamedDecoder:
         except RuntimeError as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self._weights.folder}: layer {index} does not fit the model: {problem}"
+                f"{self.weights.folder}: layer {index} does not fit the model: {problem}"
             ) from error
         return layer
 
     def layer_shapes(self, index: int) -> dict[str, torch.Size]:
         """The shapes of layer `index`'s weights, under the names of its module."""
-        return {name: value.shape for name, value in self._layers[index].state_dict().items()}
+        return {name: value.shape for name, value in self.layer_tensors(index).items()}
 
-    def take_layer(self, index: int) -> Tensors:
-        """The weights of layer `index`, which it gives up."""
-        tensors: Tensors = dict(self._layers[index].state_dict())
-        self.drop_layer(index)
-        return tensors
+    def layer_tensors(self, index: int) -> Tensors:
+        """The weights of layer `index`, under the names of its module."""
+        return dict(self._layers[index].state_dict())
+
+    def has_layer(self, index: int) -> bool:
+        """Whether layer `index` was asked for and not yet loaded."""
+        return self.loader.has(f"layer {index}")
 
     def drop_layer(self, index: int) -> None:
         """Free the weights of layer `index`."""
@@ -345,20 +347,20 @@ class StreamedDecoder:
         widen = self._device.type != "cpu"
         dtypes = {name: value.dtype for name, value in self._layers[index].state_dict().items()}
         names = self._names[index]
-        return layer_targets(self._weights, self.model, index, self._dtype, widen, dtypes, names)
+        return layer_targets(self.weights, self.model, index, self._dtype, widen, dtypes, names)
 
     def _read(self, name: str, shared: bool = False) -> Tensor:
-        self.loader.ask(name, {name: whole(self._weights, name, self._dtype)}, shared)
+        self.loader.ask(name, {name: whole(self.weights, name, self._dtype)}, shared)
         return self.loader.take(name)[name]
 
     def why_not_finite(self, index: int) -> str:
         """Why what layer `index` computes is not finite: a weight by name, or an overflow."""
-        names = [n for n in self._weights.tensors if self.model.role(n).layer == index]
+        names = [n for n in self.weights.tensors if self.model.role(n).layer == index]
         if index == 0:
             names.append(self.model.embedding_name)
-        if bad := first_not_finite(self._weights, names):
+        if bad := first_not_finite(self.weights, names):
             return (
-                f"tensor {bad!r} of {self._weights.folder} holds NaN or infinite values; download "
+                f"tensor {bad!r} of {self.weights.folder} holds NaN or infinite values; download "
                 "it again, or repair the checkpoint"
             )
         advice = "" if self._dtype is torch.float32 else "; use --dtype float32"
