@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
+    from reap2gguf.api.comparing import compare
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
+    from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
@@ -58,6 +60,7 @@ __all__ = [
     "Estimate",
     "Imatrix",
     "ImatrixInspection",
+    "ModelComparison",
     "Observations",
     "ObservationsInspection",
     "Plan",
@@ -71,6 +74,7 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "compare",
     "estimate",
     "example",
     "imatrix",
@@ -86,6 +90,7 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
+    "api.comparing": ("compare",),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
     "api.stages": (
@@ -102,6 +107,7 @@ _HOMES = {
     "building.needs.estimate": ("Estimate",),
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
+    "comparing.compared": ("ModelComparison",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),

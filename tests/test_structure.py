@@ -245,6 +245,15 @@ COVERED_BY = [
         ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
     ),
     (
+        "comparing/test_compared.py",
+        "whole comparisons, and what is shown of them",
+        (
+            "api/comparing.py", "comparing/contents.py", "comparing/opening.py",
+            "comparing/picture.py", "comparing/quality.py", "terminal/compare_command.py",
+            "terminal/compare_views.py",
+        ),
+    ),
+    (
         "hub/test_gguf_file.py",
         "ranges of a file are what is read of it",
         ("hub/ranges.py",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from reap2gguf.comparing.roles import ROLES, Role
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
     from reap2gguf.comparing.contents import Contents
+    from reap2gguf.comparing.opening import Opened
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,17 @@ class ModelComparison:
             ],
             "evaluation": None if self.evaluation is None else self.evaluation.as_json(),
         }
+
+
+def compared(
+    opened: Sequence[Opened],
+    reference: str = "",
+    evaluation: Evaluation | None = None,
+    problems: Mapping[str, str] | None = None,
+) -> ModelComparison:
+    """The comparison of models that are open; `problems` says by label why some lack figures."""
+    models = [
+        ComparedModel(one.label, one.kind, one.contents, (problems or {}).get(one.label, ""))
+        for one in opened
+    ]
+    return ModelComparison(models, reference if evaluation else "", evaluation)

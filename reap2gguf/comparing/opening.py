@@ -43,6 +43,7 @@ class Opened:
     label: str  # unique
     kind: Literal["gguf", "checkpoint"]
     contents: Contents
+    named: str = ""  # by the user
     header: GgufHeader | None = None  # of a GGUF file
     in_gguf: GgufModel | None = None  # None if it cannot be computed
     checkpoint: Checkpoint | None = None
@@ -59,7 +60,7 @@ def open_all(names: Sequence[str], stack: ExitStack, progress: Progress) -> list
     found: list[Opened] = []
     for name in names:
         for one in _open(name, stack, progress):
-            found.append(one)
+            found.append(replace(one, named=name))
             if len(found) > _MOST:
                 raise UsageError(f"more than {_MOST} files to compare; pass fewer")
     return _with_own_labels(found)
@@ -86,8 +87,8 @@ def _gguf(label: str, header: GgufHeader) -> Opened:
         found = model_from_gguf(header, BY_GGUF)
         check_with_transformers(found.model)
     except (UnsupportedModelError, CheckpointError) as error:
-        return Opened(label, "gguf", contents, header, problem=str(error))
-    return Opened(label, "gguf", contents, header, found, model=found.model)
+        return Opened(label, "gguf", contents, header=header, problem=str(error))
+    return Opened(label, "gguf", contents, header=header, in_gguf=found, model=found.model)
 
 
 def _checkpoint(name: str, stack: ExitStack, progress: Progress) -> Opened:

@@ -91,7 +91,7 @@ def draw(found: ModelComparison) -> bytes:
             )
         _name(axes, points, n_bytes)
         raw = io.BytesIO()
-        canvas.print_png(raw, metadata={"Software": None})
+        canvas.print_png(raw, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return raw.getvalue()
 
 
@@ -109,6 +109,7 @@ def _frame(axes: Any, width: str, height: str, points: Sequence[Point]) -> None:
     heights = [point.height for point in points if point.height > 0]
     if len(heights) == len(points) and max(heights) > _MANY_TIMES * min(heights):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(color=_GRID, linewidth=0.8, zorder=0)
     axes.tick_params(colors=_INK, length=0)
     for name, spine in axes.spines.items():

@@ -116,9 +116,6 @@ class GgufHeader:
             raise ArtifactError(f"{self.path}: ends inside tensor {shown(name)}")
         return raw.reshape(-1, info.row_bytes)
 
-    def expect(self, name: str) -> None:
-        """Begin to fetch a tensor that will be read soon; returns at once. Here it is on disk."""
-
 
 def _unreadable(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(f"{path}: cannot be read ({error.strerror or error})")

@@ -100,11 +100,6 @@ class SplitHeader(GgufHeader):
                 return part.read(name, first, last)
         raise KeyError(name)
 
-    def expect(self, name: str) -> None:
-        for part in self.parts:
-            if name in part.tensors:
-                part.expect(name)
-
 
 def read_whole_header(path: Path) -> GgufHeader:
     """The header of a GGUF file; of all parts together if `path` is the first of several.

@@ -53,11 +53,6 @@ class HubGgufHeader(GgufHeader):
         raw = self.blocks.read(info.offset + first * info.row_bytes, until, soon=end)
         return np.frombuffer(raw, np.uint8).reshape(-1, info.row_bytes)
 
-    def expect(self, name: str) -> None:
-        info = self.tensors[name]
-        assert self.blocks is not None
-        self.blocks.expect(info.offset, info.offset + info.n_bytes)
-
 
 def hub_gguf_name(text: str) -> tuple[str, str | None, str] | None:
     """Repository, revision and file of `owner/name[@REVISION]:FILE`, or of the file's page.

@@ -22,9 +22,9 @@ from reap2gguf.hub.retry import Note, Sleep, ignore_note, model_retry
 if TYPE_CHECKING:
     from reap2gguf.hub.snapshot import HubFile
 
-_BLOCK = 2**22  # bytes
-_MOST_KEPT = 32  # blocks of a file, so 128 MiB
-_AHEAD = 8  # blocks that are fetched while an earlier one is read
+_BLOCK = 2**21  # bytes
+_MOST_KEPT = 64  # blocks of a file, so 128 MiB
+_AHEAD = 6  # blocks that are fetched while an earlier one is read
 _MOST_REQUESTS = 8  # at once, of a file
 
 
@@ -115,11 +115,6 @@ class HubBlocks:
             block = waiting.popleft().result()
             waiting.extend(map(self._block, islice(ahead, 1)))
             yield number, block
-
-    def expect(self, begin: int, end: int) -> None:
-        """Begin to fetch a range that will be read soon; returns at once."""
-        for number in islice(range(begin // _BLOCK, -(-end // _BLOCK)), _AHEAD):
-            self._block(number)
 
     def _block(self, number: int) -> Future[bytes]:
         """A block that is here or under way."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH
-from reap2gguf.models.layer_types import FULL, LINEAR
 
 if TYPE_CHECKING:
     from reap2gguf.models.gguf_keys import GgufKeys
@@ -19,8 +19,8 @@ _INTERVAL = 4  # llama.cpp's, of a header without one
 _SHARED = "blk.0.ffn_up_shexp.weight"
 
 
-def linear_attention_config(keys: GgufKeys, n_layers: int) -> dict[str, Any]:
-    """The types of all layers, the heads of the linear attention, and the shared expert's width."""
+def linear_attention_config(keys: GgufKeys) -> dict[str, Any]:
+    """The heads of the linear attention, and the shared expert's width."""
     ssm = Keys.SSM
     key_dim = keys.integer(ssm.STATE_SIZE, 1, MAX_WIDTH)
     n_values = keys.integer(ssm.TIME_STEP_RANK, 1, MAX_HEADS)
@@ -33,7 +33,6 @@ def linear_attention_config(keys: GgufKeys, n_layers: int) -> dict[str, Any]:
     shared_key = Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH
     shared = keys.rows(_SHARED) if not keys.has(shared_key) else None
     return {
-        "layer_types": _layer_types(keys, n_layers),
         "linear_conv_kernel_dim": keys.integer(ssm.CONV_KERNEL, 1, MAX_WIDTH),
         "linear_key_head_dim": key_dim,
         "linear_num_key_heads": keys.integer(ssm.GROUP_COUNT, 1, MAX_HEADS),
@@ -43,12 +42,13 @@ def linear_attention_config(keys: GgufKeys, n_layers: int) -> dict[str, Any]:
     }
 
 
-def _layer_types(keys: GgufKeys, n_layers: int) -> list[str]:
+def recurrent_layers(keys: GgufKeys, n_layers: int) -> Sequence[bool]:
+    """Which layers have linear attention."""
     recurrent = keys.flags(RECURRENT, n_layers)
     if recurrent is None:
         step = keys.integer(Keys.LLM.FULL_ATTENTION_INTERVAL, 1, MAX_WIDTH, default=_INTERVAL)
-        recurrent = [(layer + 1) % step != 0 for layer in range(n_layers)]
-    return [LINEAR if one else FULL for one in recurrent]
+        return [(layer + 1) % step != 0 for layer in range(n_layers)]
+    return recurrent
 
 
 def partial_rope(keys: GgufKeys, head_dim: int) -> dict[str, Any]:

@@ -28,8 +28,13 @@ from reap2gguf.models.facts import (
     read_epsilon,
 )
 from reap2gguf.models.from_gguf import common_config, trunk_layers
-from reap2gguf.models.layer_types import read_layer_types
-from reap2gguf.models.linear_from_gguf import RECURRENT, linear_attention_config, partial_rope
+from reap2gguf.models.layer_types import read_layer_types, types_of
+from reap2gguf.models.linear_from_gguf import (
+    RECURRENT,
+    linear_attention_config,
+    partial_rope,
+    recurrent_layers,
+)
 from reap2gguf.models.mrope import read_sections
 from reap2gguf.models.qwen_vision import vision_projector
 from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
@@ -138,7 +143,8 @@ class Qwen35Moe(DecoderModel):
             "architectures": ["Qwen3_5MoeForCausalLM"],
             "model_type": f"{cls.model_type}_text",
             **common,
-            **linear_attention_config(keys, common["num_hidden_layers"]),
+            **linear_attention_config(keys),
+            "layer_types": types_of(recurrent_layers(keys, common["num_hidden_layers"])),
             "rope_parameters": common["rope_parameters"] | partial_rope(keys, common["head_dim"]),
             _MTP_KEY: trunk_layers(keys)[1],
         }

@@ -20,8 +20,14 @@ _MOST_TYPES = 6  # of a role in one model
 
 def comparison_lines(found: ModelComparison, width: int, by_layer: bool = False) -> Iterator[str]:
     """A comparison for people, in lines of at most `width` letters."""
-    yield from _models(found, width)
+    yield from _table(
+        found, ["size", "bits", "experts", "type"], [_facts(one) for one in found.models], width
+    )
     yield ""
+    if found.evaluation is not None:
+        rows = [_figures(found, one.label) for one in found.models]
+        yield from _table(found, ["perplexity", "KL divergence", "same top"], rows, width)
+        yield ""
     yield "bits per weight"
     yield from _by_model(
         [(role, [one.contents.roles.get(role) for one in found.models]) for role in found.roles],
@@ -31,46 +37,41 @@ def comparison_lines(found: ModelComparison, width: int, by_layer: bool = False)
     if by_layer:
         yield ""
         yield "bits per weight of each layer"
-        rows = [
+        layers = [
             (f"layer {layer}", [one.contents.layer(layer) for one in found.models])
             for layer in found.layers
         ]
-        yield from _by_model(rows, width)
+        yield from _by_model(layers, width)
     yield ""
     yield "types"
     yield from _types(found, width)
     yield from _notes(found, width)
 
 
-def _models(found: ModelComparison, width: int) -> Iterator[str]:
-    """A row for each model, or a few lines where rows do not fit."""
-    heads = ["size", "bits", "experts"]
-    rows = [_facts(one) for one in found.models]
-    if found.evaluation is not None:
-        heads += ["perplexity", "KL", "same top"]
-        rows = [
-            [*row, *_figures(found, one.label)] for row, one in zip(rows, found.models, strict=True)
-        ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    room = width - 4 - sum(w + 2 for w in widths)
+def _table(
+    found: ModelComparison, heads: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> Iterator[str]:
+    """A row for each model with its number and name, or a few lines where rows do not fit."""
     names = [one.label for one in found.models]
-    if room < min(_LEAST_NAME, max(map(len, names))):
-        yield from _blocks(found, heads, rows, width)
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    longest = max(map(len, names))
+    room = min(width - 4 - sum(w + 2 for w in widths), longest, _MOST_NAME)
+    if room < min(_LEAST_NAME, longest):
+        yield from _blocks(names, heads, rows, width)
         return
-    room = min(room, _MOST_NAME, max(map(len, names)))
-    cells = "".join(f"  {head:>{w}}" for head, w in zip(heads, widths, strict=True))
-    yield f"{'':>2}  {'':<{room}}{cells}".rstrip()
-    for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
-        cells = "".join(f"  {cell:>{w}}" for cell, w in zip(row, widths, strict=True))
-        yield f"{number:>2}  {_cut(name, room):<{room}}{cells}".rstrip()
+    for number, name, cells in zip(
+        ["", *map(str, range(1, len(names) + 1))], ["", *names], [heads, *rows], strict=True
+    ):
+        padded = "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+        yield f"{number:>2}  {_cut(name, room):<{room}}{padded}".rstrip()
 
 
 def _blocks(
-    found: ModelComparison, heads: Sequence[str], rows: Sequence[Sequence[str]], width: int
+    names: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> Iterator[str]:
-    for number, (one, row) in enumerate(zip(found.models, rows, strict=True), start=1):
-        yield f"{number:>2}  {_cut(one.label, width - 4)}"
-        lead = max(map(len, heads))
+    lead = max(map(len, heads))
+    for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
+        yield f"{number:>2}  {_cut(name, width - 4)}"
         for head, cell in zip(heads, row, strict=True):
             if cell:
                 yield f"    {head:<{lead}}  {cell}"
@@ -78,7 +79,12 @@ def _blocks(
 
 def _facts(one: ComparedModel) -> list[str]:
     contents = one.contents
-    return [size(contents.n_file_bytes), f"{contents.bits_per_weight:.2f}", _experts(contents)]
+    return [
+        size(contents.n_file_bytes),
+        f"{contents.bits_per_weight:.2f}",
+        _experts(contents),
+        contents.file_type,
+    ]
 
 
 def _experts(contents: Contents) -> str:
@@ -92,13 +98,15 @@ def _experts(contents: Contents) -> str:
 def _figures(found: ModelComparison, label: str) -> list[str]:
     perplexity, divergence = found.perplexity(label), found.divergence(label)
     if perplexity is None:
-        return ["-", "-", "-"]
+        return ["-", "", ""]
+    first = f"{perplexity.value:.4f} ± {perplexity.error:.4f}"
     if divergence is None:
-        return [f"{perplexity.value:.4f} ± {perplexity.error:.4f}", "reference", ""]
+        return [first, "reference", ""]
+    mean, top = divergence.mean, divergence.same_top
     return [
-        f"{perplexity.value:.4f} ± {perplexity.error:.4f}",
-        f"{divergence.mean.value:.5f} ± {divergence.mean.error:.5f}",
-        f"{100 * divergence.same_top.value:.2f} %",
+        first,
+        f"{mean.value:.5f} ± {mean.error:.5f}",
+        f"{100 * top.value:.2f} ± {100 * top.error:.2f} %",
     ]
 
 
@@ -162,9 +170,9 @@ def _notes(found: ModelComparison, width: int) -> Iterator[str]:
         text = evaluation.text
         lines.append(
             f"perplexity of {text.n_scored:,} tokens of {text.label} in {text.n_chunks:,} chunks "
-            f"of {text.chunk_size}; KL: mean KL divergence from {found.reference}, in nats; same "
-            "top: tokens where both find the same token likeliest. Weights are exact, activations "
-            "are not rounded as in llama.cpp."
+            f"of {text.chunk_size}; KL divergence: mean from {found.reference}, in nats; same top: "
+            "tokens where both find the same token likeliest. llama.cpp also rounds activations "
+            "of quantized files, which is not done here."
         )
     lines += [
         f"{one.label}: not evaluated: {one.not_evaluated}"
