@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
     from reap2gguf.api.comparing import compare
+    from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.stages import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
+    from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
@@ -58,6 +60,7 @@ __all__ = [
     "CheckQuants",
     "ComputeOptions",
     "Estimate",
+    "Evaluation",
     "Imatrix",
     "ImatrixInspection",
     "ModelComparison",
@@ -76,6 +79,7 @@ __all__ = [
     "build",
     "compare",
     "estimate",
+    "evaluate",
     "example",
     "imatrix",
     "inspect",
@@ -91,6 +95,7 @@ __all__ = [
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
     "api.comparing": ("compare",),
+    "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
     "api.stages": (
@@ -107,6 +112,7 @@ _HOMES = {
     "building.needs.estimate": ("Estimate",),
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
+    "bundle.evaluation": ("Evaluation",),
     "comparing.compared": ("ModelComparison",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),

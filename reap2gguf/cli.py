@@ -20,6 +20,7 @@ from reap2gguf.terminal.bundle_command import bundle
 from reap2gguf.terminal.compare_command import compare
 from reap2gguf.terminal.console import LogHandler, abandon, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.evaluate_command import evaluate
 from reap2gguf.terminal.example_command import example
 from reap2gguf.terminal.inspect_command import inspect_command
 from reap2gguf.terminal.interrupts import INTERRUPTED, interrupts
@@ -161,7 +162,19 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(inspect_command, compare, bundle, chat, serve, push, example, mixes, jobs, help_command),
+    *(
+        evaluate,
+        compare,
+        inspect_command,
+        bundle,
+        chat,
+        serve,
+        push,
+        example,
+        mixes,
+        jobs,
+        help_command,
+    ),
 ):
     cli.add_command(command)
 

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reap2gguf.artifacts.made_with import COMPUTING, versions
-from reap2gguf.bundle.evaluation import Comparison, Evaluation, VariantRecord
 from reap2gguf.comparing.compared import ModelComparison, compared
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
 from reap2gguf.evaluating.engine import evaluate_variants
-from reap2gguf.evaluating.figures import divergence, perplexity
 from reap2gguf.evaluating.gguf_weights import GgufWeights
+from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.texts import EvaluationText, cut_text, read_text
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.messages import shown
@@ -81,7 +79,9 @@ def measure(
     variants = [variant for variant in variants if variant.name not in problems]
     if len(variants) < 2 and len(models) > 1:
         return compared(models, problems=problems)
-    found = _evaluation(variants, reference.label, text, question, progress)
+    pairs = [(reference.label, one.name) for one in variants if one.name != reference.label]
+    scores = evaluate_variants(variants, text.rows, pairs, question.compute, progress)
+    found = evaluation_of_scores(variants, text, scores, question.compute)
     return compared(models, reference.label, found, problems)
 
 
@@ -154,34 +154,3 @@ def _other_tokens(one: Opened, expected: list[str], used: list[int], reference: 
             other = shown(found[index]) if index < len(found) else "missing"
             return f"token {index} is {other}, but {shown(expected[index])} in {reference}"
     return ""
-
-
-def _evaluation(
-    variants: Sequence[Variant],
-    reference: str,
-    text: EvaluationText,
-    question: Question,
-    progress: Progress,
-) -> Evaluation:
-    pairs = [(reference, variant.name) for variant in variants if variant.name != reference]
-    scores = evaluate_variants(variants, text.rows, pairs, question.compute, progress)
-    records = [
-        VariantRecord(
-            variant.name,
-            variant.kind,
-            perplexity(scores.variants[variant.name].nll),
-            variant.model.facts.n_experts,
-            variant.n_bytes,
-            variant.bits_per_weight,
-        )
-        for variant in variants
-    ]
-    return Evaluation(
-        engine="streamed",
-        text=text.record,
-        variants=records,
-        comparisons=[Comparison(*pair, divergence(scores.pair(*pair))) for pair in pairs],
-        device=question.compute.likely_device,
-        dtype=question.compute.likely_dtype,
-        made_with=versions(COMPUTING),
-    )
