@@ -280,6 +280,25 @@ COVERED_BY = [
         ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
     ),
     (
+        "comparing/test_compared.py",
+        "whole comparisons, and what is shown of them",
+        (
+            "api/comparing.py", "comparing/contents.py", "comparing/opening.py",
+            "comparing/picture.py", "comparing/quality.py", "terminal/compare_command.py",
+            "terminal/compare_views.py",
+        ),
+    ),
+    (
+        "hub/test_gguf_file.py",
+        "ranges of a file are what is read of it",
+        ("hub/ranges.py",),
+    ),
+    (
+        "models/test_from_gguf.py",
+        "what is read from a header is compared as a whole model",
+        ("models/gguf_keys.py", "models/linear_from_gguf.py"),
+    ),
+    (
         "exporting/test_against_llama_cpp.py",
         "tables and rules of llama.cpp, compared with it type by type",
         ("quantizing/file_types.py", "quantizing/mixture.py"),
