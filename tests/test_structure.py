@@ -72,6 +72,28 @@ COVERED_BY = [
         ("evaluating/llama/transformers_answer.py",),
     ),
     (
+        "evaluating/generation/test_run.py",
+        "whole runs with every engine",
+        (
+            "evaluating/generation/folder_model.py", "evaluating/generation/generators.py",
+            "evaluating/generation/llama_model.py", "evaluating/generation/vllm_model.py",
+        ),
+    ),
+    (
+        "evaluating/generation/test_extraction.py",
+        "programs are what is taken out of answers",
+        ("evaluating/generation/programs.py",),
+    ),
+    (
+        "evaluating/generation/sandbox/test_checking.py",
+        "both processes and their jail, attacked",
+        (
+            "evaluating/generation/sandbox/candidate.py", "evaluating/generation/sandbox/jail.py",
+            "evaluating/generation/sandbox/judge.py", "evaluating/generation/sandbox/landlock.py",
+            "evaluating/generation/sandbox/system_calls.py",
+        ),
+    ),
+    (
         "quantizing/kernels/test_cuda.py",
         "each kernel is compiled and run",
         ("quantizing/kernels/gpu_kernels.py",),
@@ -367,6 +389,7 @@ COVERED_BY = [
 NOT_DECLARED = {
     "hatchling": "builds the wheel, see [build-system]",
     "triton": "a dependency of torch's CUDA builds; used only on a GPU",
+    "vllm": "used where it is installed, with a torch of its own",
 }
 # extras that the package itself does not need
 FOR_TESTS = ("test", "fuzz")

@@ -61,9 +61,25 @@ class Engine:
         not fit the context, or if the template refuses the messages, and ArtifactError if
         llama.cpp ends.
         """
+        yield from self.continuation(self._prompts.render(messages), self.has_template, options)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """A conversation as the model reads it; with the beginning of an answer, or as it is.
+
+        Raises UsageError if the template refuses the messages.
+        """
+        return self._prompts.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def continuation(
+        self, prompt: str, is_rendered: bool, options: AnswerOptions
+    ) -> Generator[str]:
+        """What follows a text, piece by piece, as `pieces` gives it.
+
+        `is_rendered`: the text is a template's, and has the token for its beginning.
+        """
         request = {
-            "prompt": self._prompts.render(messages),
-            "is_chat": self.has_template,
+            "prompt": prompt,
+            "is_chat": is_rendered,
             "temperature": options.temperature,
             "max_tokens": options.max_tokens,
             "seed": options.seed,

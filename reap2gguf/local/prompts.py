@@ -47,6 +47,7 @@ class Prompts:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The prompt for the next answer; without a template, the contents of the messages.
 
@@ -56,7 +57,10 @@ class Prompts:
             return "\n".join(str(message["content"]) for message in messages)
         try:
             return self._template.render(
-                messages, tools, add_generation_prompt=True, variables=variables
+                messages,
+                tools,
+                add_generation_prompt=add_generation_prompt,
+                variables=variables,
             )
         except CalibrationError as error:
             raise UsageError(f"{self._path}: {error}") from error

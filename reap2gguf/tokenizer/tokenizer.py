@@ -100,10 +100,15 @@ class Tokenizer:
         """
         return next_cut(text, position) if self._in_pieces else None
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, special ones included."""
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return self._chat is not None
+
+    def decode(self, tokens: Sequence[int], skip_special: bool = False) -> str:
+        """The text of token ids, with special ones or without."""
         with panics_as(CheckpointError, "the tokenizer fails on token ids"):
-            return self._encoder.decode(list(tokens), skip_special_tokens=False)
+            return self._encoder.decode(list(tokens), skip_special_tokens=skip_special)
 
     def render_chat(
         self,

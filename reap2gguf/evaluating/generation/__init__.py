@@ -1,0 +1,1 @@
+"""Generative tasks: models write programs, and tests say whether these are right."""

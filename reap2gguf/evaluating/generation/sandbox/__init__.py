@@ -1,0 +1,1 @@
+"""Running programs that models wrote, with limits, and judging them from outside."""
