@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
+    from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
+    from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
@@ -56,6 +59,7 @@ __all__ = [
     "CheckQuants",
     "ComputeOptions",
     "Estimate",
+    "Evaluation",
     "Imatrix",
     "ImatrixInspection",
     "Observations",
@@ -72,6 +76,7 @@ __all__ = [
     "add",
     "build",
     "estimate",
+    "evaluate",
     "example",
     "imatrix",
     "inspect",
@@ -81,13 +86,16 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "report",
     "select",
     "verify",
 ]
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
+    "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
+    "api.reporting": ("report",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
@@ -102,6 +110,7 @@ _HOMES = {
     "building.needs.estimate": ("Estimate",),
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
+    "bundle.evaluation": ("Evaluation",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),

@@ -19,6 +19,7 @@ from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, ve
 from reap2gguf.terminal.bundle_command import bundle
 from reap2gguf.terminal.console import LogHandler, abandon, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
+from reap2gguf.terminal.evaluate_command import evaluate
 from reap2gguf.terminal.example_command import example
 from reap2gguf.terminal.inspect_command import inspect_command
 from reap2gguf.terminal.interrupts import INTERRUPTED, interrupts
@@ -27,6 +28,7 @@ from reap2gguf.terminal.local_commands import chat, serve
 from reap2gguf.terminal.mixes_command import mixes
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
+from reap2gguf.terminal.report_command import report
 from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
 from reap2gguf.terminal.suggestions import Group, option_message
 
@@ -160,7 +162,8 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(inspect_command, bundle, chat, serve, push, example, mixes, jobs, help_command),
+    *(evaluate, inspect_command, report, bundle, chat, serve, push, example, mixes, jobs),
+    help_command,
 ):
     cli.add_command(command)
 

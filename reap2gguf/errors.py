@@ -9,6 +9,7 @@
     ├── CalibrationError            text or samples cannot become rows of tokens
     │   └── BadSampleError          one sample cannot be used; a few of them are skipped
     ├── ObservationError            the results of a calibration pass are not finite
+    ├── EvaluationError             a task or a text cannot be evaluated
     ├── PeerError                   another process of the same run ended early
     ├── RecipeError                 a recipe is malformed or does not fit this model
     ├── ArtifactError               a GGUF, imatrix or observations file is broken
@@ -58,6 +59,10 @@ class BadSampleError(CalibrationError):
 
 class ObservationError(Reap2ggufError):
     """Too many rows of a calibration pass were not finite, so its sums cannot be trusted."""
+
+
+class EvaluationError(Reap2ggufError):
+    """Variants or tasks cannot be evaluated together, or computed values are not finite."""
 
 
 class PeerError(Reap2ggufError):

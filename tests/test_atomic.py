@@ -158,7 +158,7 @@ def test_nothing_is_written_but_through_this_module() -> None:
     }
     assert found == {
         '__main__.py: "w"',  # a standard stream that was closed is opened on /dev/null
-        'local/engine_process.py: "wb"',  # the child of `chat` answers through a pipe
+        'local/frames.py: "wb"',  # a process that runs llama.cpp answers through a pipe
         # a mounted bucket has no renames: a saved state ends with its own hash
         'jobs/storage.py: "wb"',
     }

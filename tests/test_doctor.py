@@ -88,7 +88,7 @@ def test_without_packaging_only_the_version_is_printed(monkeypatch: pytest.Monke
 
 def test_llama_cpp_python_is_for_chat_and_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "missing_for_server", list)
-    assert software.llama_cpp_python().found.endswith("for `chat` and `serve`")
+    assert software.llama_cpp_python().found.endswith("for `chat`, `serve` and `evaluate`")
     monkeypatch.setattr(software, "missing_for_server", lambda: ["uvicorn"])
     assert "pip install 'llama-cpp-python[server]>=0.3.30'" in software.llama_cpp_python().advice
     without(monkeypatch, llama_cpp_python=None)

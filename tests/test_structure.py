@@ -28,9 +28,48 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "terminal/test_evaluate_command.py",
+        "bundles and files as they are named",
+        (
+            "api/evaluating.py",
+            "evaluating/measure.py",
+            "evaluating/opening.py",
+            "terminal/evaluate_views.py",
+        ),
+    ),
+    (
+        "reporting/test_page.py",
+        "the sections of one page, whose numbers are compared with what they are of",
+        (
+            "reporting/answers.py", "reporting/damage.py", "reporting/experts.py",
+            "reporting/file_list.py", "reporting/making.py", "reporting/overview.py",
+            "reporting/precision.py", "reporting/running.py",
+        ),
+    ),
+    (
+        "terminal/test_report_command.py",
+        "a report is what the command writes",
+        ("api/reporting.py",),
+    ),
+    (
+        "observing/test_loader.py",
+        "loaders read with them",
+        ("observing/readers.py",),
+    ),
+    (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
-        ("evaluating/variants.py",),
+        ("evaluating/head.py", "evaluating/run.py", "evaluating/variants.py"),
+    ),
+    (
+        "evaluating/llama/test_scoring.py",
+        "files are loaded and read through these",
+        ("evaluating/llama/decoding.py", "evaluating/llama/model.py"),
+    ),
+    (
+        "evaluating/llama/test_smoke.py",
+        "both answers of a smoke test",
+        ("evaluating/llama/transformers_answer.py",),
     ),
     (
         "quantizing/kernels/test_cuda.py",
@@ -223,7 +262,8 @@ COVERED_BY = [
         "local/test_chat.py",
         "both engines are run by `chat`",
         (
-            "local/engine.py", "local/engine_process.py", "local/programs.py", "local/running.py",
+            "local/engine.py", "local/engine_process.py", "local/frames.py",
+            "local/llama_process.py", "local/programs.py", "local/running.py",
             "terminal/local_commands.py",
         ),
     ),

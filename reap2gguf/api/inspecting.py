@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
 
 _MOST_RATIOS = 64
+_OBSERVATIONS = "observations*.safetensors"  # in a folder of a bundle
+_SHARED, _ENDING = "observations", "*.safetensors"  # in the work folder
 
 
 def inspect(
@@ -51,7 +53,7 @@ def inspect(
     path = Path(os.path.realpath(check_path("path", what)))  # the user named it
     if path.is_dir():
         manifest = _manifest(path)
-        seen = _observations_of(manifest, path)
+        seen = observations_of(manifest, path)
         if ratios is None:
             return inspect_bundle(manifest, seen, method)
         if seen is None:
@@ -87,22 +89,29 @@ def _manifest(folder: Path) -> Manifest:
     return Manifest.load(folder)
 
 
-def _observations_of(manifest: Manifest, folder: Path) -> Observations | None:
-    """The observations that a bundle was pruned by, if they are still beside it."""
+def observations_of(manifest: Manifest, folder: Path) -> Observations | None:
+    """The observations that a bundle was pruned by, if they are in it or still beside it.
+
+    Raises ArtifactError if they cannot be read.
+    """
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.layout import folders_of
     from reap2gguf.bundle.manifest import hash_file
     from reap2gguf.files import is_plain
 
-    shared = Workdir(folder.parent, manifest.name).shared / "observations"
-    if not manifest.pruning.observations_sha256 or not shared.is_dir():
+    if not manifest.pruning.observations_sha256:
         return None
+    folders = folders_of(folder, None if manifest.hf is None else manifest.hf.folder)
+    places = [folder] if folders is None else [folders.gguf, folders.hf]
+    found = [path for place in places for path in sorted(place.glob(_OBSERVATIONS))]
+    found += sorted((Workdir(folder.parent, manifest.name).shared / _SHARED).glob(_ENDING))
     try:
-        for path in sorted(shared.glob("*.safetensors")):
+        for path in found:
             if is_plain(path) and hash_file(path).sha256 == manifest.pruning.observations_sha256:
                 return Observations.load(path)
     except OSError as error:
-        raise ArtifactError(f"{shared}: cannot be read ({error.strerror or error})") from error
+        raise ArtifactError(f"{folder}: cannot be read ({error.strerror or error})") from error
     return None
 
 

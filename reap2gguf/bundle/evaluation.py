@@ -109,6 +109,7 @@ class TaskScore:
     score: Estimate
     n_items: int
     n_shots: int = 0
+    group: str = ""  # the group of tasks that this task or group is a part of, if any
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,10 @@ class Speed:
     """How quickly llama.cpp runs a GGUF file on one machine."""
 
     variant: str
-    test: str  # pp512: a prompt of 512 tokens; tg128: 128 tokens generated one by one
-    tokens_per_second: Estimate
+    # pp512: a prompt of 512 tokens; tg128: 128 tokens generated one by one; tg128x4: the same for
+    # four sequences at once, whose tokens count together
+    test: str
+    tokens_per_second: Estimate  # with the standard deviation of repetitions, as of llama-bench
     n_threads: int
     on_gpu: bool
     peak_bytes: int  # of the process
@@ -257,6 +260,7 @@ def _task(values: Mapping[str, Any]) -> TaskScore:
         _estimate(values["score"]),
         _count(values["n_items"]),
         _count(values["n_shots"]),
+        _text(values["group"]),
     )
 
 

@@ -43,9 +43,11 @@ _MISSING = (
 
 
 def open_dataset(
-    component: Component, seed: int, note: Note, sleep: Sleep = time.sleep
+    component: Component, seed: int | None, note: Note, sleep: Sleep = time.sleep
 ) -> tuple[str, Iterator[Record]]:
     """The commit of a dataset, and its records in the order in which they are drawn.
+
+    They are drawn by `seed`; without one they come in the order of the dataset.
 
     No record is read before the iterator is asked for one. Raises CalibrationError if there is no
     such dataset, subset or split, it may not be read, or the Hub cannot be reached in five tries;
@@ -83,7 +85,7 @@ def _resolve_commit(component: Component) -> str:
 
 
 def _resuming(
-    component: Component, commit: str, seed: int, first: Iterator[Record], retry: Retry
+    component: Component, commit: str, seed: int | None, first: Iterator[Record], retry: Retry
 ) -> Iterator[Record]:
     """The records of `first`; where it breaks off, those of the same stream from there on."""
     n_done = 0
@@ -104,7 +106,7 @@ def _resuming(
         yield record
 
 
-def _stream(component: Component, commit: str, seed: int) -> Iterator[Record]:
+def _stream(component: Component, commit: str, seed: int | None) -> Iterator[Record]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -114,6 +116,8 @@ def _stream(component: Component, commit: str, seed: int) -> Iterator[Record]:
     )
     if dataset.column_names is not None:
         dataset = dataset.select_columns(columns(list(dataset.column_names)))
+    if seed is None:
+        return iter(dataset)
     # numpy takes no negative seed
     return iter(dataset.shuffle(seed=seed % 2**32, buffer_size=BUFFER))
 

@@ -146,23 +146,23 @@ def shipped() -> Finding:
 
 
 def llama_cpp_python() -> Finding:
-    """The package for `chat` and `serve`, and its server."""
+    """The package for `chat`, `serve` and `evaluate --engine llama.cpp`, and its server."""
     found = installed("llama-cpp-python")
     if found is None:
         return Finding(
             "llama-cpp-python",
             "not installed",
             State.ABSENT,
-            f"not needed to build; for `chat` and `serve`: {install_command('serve')}",
+            f"not needed to build; for `chat`, `serve` and `evaluate`: {install_command('serve')}",
         )
     if missing_for_server():
         return Finding(
             "llama-cpp-python",
-            f"{found}, for `chat`",
+            f"{found}, for `chat` and `evaluate`",
             State.ABSENT,
             "not needed to build; for `serve` without llama-server: " + install_command("serve"),
         )
-    return Finding("llama-cpp-python", f"{found}, for `chat` and `serve`")
+    return Finding("llama-cpp-python", f"{found}, for `chat`, `serve` and `evaluate`")
 
 
 def llama_programs() -> Iterator[Finding]:

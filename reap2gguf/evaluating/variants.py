@@ -25,3 +25,4 @@ class Variant:
     model: MoeModel
     n_bytes: int  # of its files
     bits_per_weight: float
+    identity: str = ""  # changes when its files change; progress is kept for it alone

@@ -1,7 +1,7 @@
 """The process that runs a model for `chat`; `engine.py` starts it.
 
 It loads the model of the first message and answers each later one, piece by piece. An empty message
-stops an answer. Messages are frames: four bytes for the length, then JSON.
+stops an answer. `frames.py` reads and writes messages.
 
 Nothing here may load the package's own libggml: llama_cpp contains one of the same name and fails
 if the other was loaded first.
@@ -9,46 +9,11 @@ if the other was loaded first.
 
 from __future__ import annotations
 
-import json
-import os
 import select
-import struct
 from collections.abc import Callable, Iterator, Mapping
-from enum import StrEnum
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-_LENGTH = struct.Struct(">I")
-
-
-class Pipe(Protocol):
-    """A pipe that gives as many bytes as were asked for, but at its end."""
-
-    def read(self, count: int, /) -> bytes: ...
-
-
-class Problem(StrEnum):
-    """What failed."""
-
-    IMPORT = "import"
-    LOAD = "load"
-    ANSWER = "answer"
-
-
-def send(pipe: IO[bytes], message: Mapping[str, Any]) -> None:
-    """Write a message."""
-    body = json.dumps(message).encode()
-    pipe.write(_LENGTH.pack(len(body)) + body)
-    pipe.flush()
-
-
-def receive(pipe: Pipe) -> dict[str, Any] | None:
-    """Read a message; None at the end."""
-    header = pipe.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        return None
-    length = _LENGTH.unpack(header)[0]
-    body = pipe.read(length)
-    return dict(json.loads(body)) if len(body) == length else None
+from reap2gguf.local.frames import Problem, own_pipes, receive_whole, send
 
 
 class _Uncompiled:
@@ -79,10 +44,8 @@ def use_rendered_prompts(name: str, prompt: Callable[[], str], stop: Callable[[]
 
 def main() -> None:
     """Load a model and answer messages until there are no more."""
-    requests = os.fdopen(os.dup(0), "rb", buffering=0)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what llama.cpp prints is no answer
-    setup = _receive_whole(requests)
+    requests, answers = own_pipes()
+    setup = receive_whole(requests)
     if setup is None:
         return
     try:
@@ -96,7 +59,7 @@ def main() -> None:
         send(answers, {"problem": str(error) or type(error).__name__, "kind": Problem.LOAD})
         return
     send(answers, {"n_tokens": 0})
-    while (request := _receive_whole(requests)) is not None:
+    while (request := receive_whole(requests)) is not None:
         if request:  # else a request to stop came after the end
             model.answer(request, requests, answers)
 
@@ -137,21 +100,3 @@ class _Model:
         else:
             for chunk in self._llama.create_completion(self._prompt, **request, stream=True):
                 yield chunk["choices"][0]["text"]
-
-
-def _receive_whole(pipe: IO[bytes]) -> dict[str, Any] | None:
-    """As `receive`, from a pipe without a buffer, so that `select` sees what is not read yet."""
-    return receive(_Whole(pipe))
-
-
-class _Whole:
-    """Reads as many bytes as were asked for, where a pipe gives what is there."""
-
-    def __init__(self, pipe: IO[bytes]) -> None:
-        self._pipe = pipe
-
-    def read(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count and (piece := self._pipe.read(count - len(data))):
-            data += piece
-        return data

@@ -20,8 +20,8 @@ _ADVICE = "use a file with another chat template"
 class Prompts:
     """Turns messages into prompts, with the chat template of a file if it has one."""
 
-    def __init__(self, path: Path, header: GgufHeader) -> None:
-        """Compile the templates of a file.
+    def __init__(self, path: Path, header: GgufHeader, now: datetime | None = None) -> None:
+        """Compile the templates of a file. `now` is the time that they may ask for.
 
         llama-cpp-python compiles all of them without a limit when it loads the file. Raises
         UsageError for one that is no template, or exceeds a limit.
@@ -35,7 +35,7 @@ class Prompts:
         }
         self.stop = _token_text(header, "eos")  # the text that ends an answer; may be empty
         tokens = {"bos_token": _token_text(header, "bos"), "eos_token": self.stop}
-        self._template = ChatTemplate(templates, tokens, now=datetime.now(), advice=_ADVICE)
+        self._template = ChatTemplate(templates, tokens, now=now or datetime.now(), advice=_ADVICE)
         try:
             self._template.check()
         except CalibrationError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from reap2gguf.models.description import Floats, Transform, picked
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,51 @@ class DeltaNet:
         places = np.arange(self.n_value_heads * width)
         return places.reshape(self.n_key_heads, per_key, width).swapaxes(0, 1).reshape(-1)
 
-    def heads(self, values: Floats) -> Floats:
+    @property
+    def heads(self) -> Transform:
         """One row or value per head: alpha, beta, the time step's bias."""
-        return values[self.value_order(1)]
+        return picked(self.value_order(1))
 
-    def gates(self, values: Floats) -> Floats:
+    @property
+    def gates(self) -> Transform:
         """Rows of `value_dim` per head: the output gate."""
-        return values[self.value_order(self.value_dim)]
+        return picked(self.value_order(self.value_dim))
 
-    def mixed(self, values: Floats) -> Floats:
+    @property
+    def mixed(self) -> Transform:
         """Rows of queries, then keys, then values; only the values are reordered."""
+        return picked(self._mixed_order)
+
+    @property
+    def _mixed_order(self) -> npt.NDArray[np.int64]:
         keys = 2 * self.key_width
-        return np.concatenate((values[:keys], self.gates(values[keys:])))
+        return np.concatenate((np.arange(keys), keys + self.value_order(self.value_dim)))
 
-    def convolution(self, values: Floats) -> Floats:
+    @property
+    def convolution(self) -> Transform:
         """The same rows of a convolution (rows, 1, kernel), without the axis of one."""
-        return self.mixed(values.reshape(values.shape[0], -1))
+        rows = self.mixed
 
-    def outputs(self, values: Floats) -> Floats:
+        def put_back(values: Floats, stored: Floats) -> None:
+            rows.put_back(values, stored.reshape(values.shape))
+
+        return Transform(lambda values: rows(values.reshape(len(values), -1)), put_back)
+
+    @property
+    def outputs(self) -> Transform:
         """Columns of `value_dim` per head: the projection after the attention."""
-        return np.ascontiguousarray(values[:, self.value_order(self.value_dim)])
+        return picked(self.value_order(self.value_dim), axis=1)
 
-    def decay(self, values: Floats) -> Floats:
+    @property
+    def decay(self) -> Transform:
         """The logarithm of the decay, stored, as the decay rate that GGML multiplies with."""
+        return Transform(self._rate, self._put_back_rate)
+
+    def _rate(self, values: Floats) -> Floats:
         import torch  # its exponential is the one llama.cpp's converter takes
 
         rate: Floats = -torch.exp(torch.from_numpy(self.heads(values))).numpy()
         return rate
+
+    def _put_back_rate(self, values: Floats, stored: Floats) -> None:
+        self.heads.put_back(np.log(-values.astype(np.float64)).astype(np.float32), stored)

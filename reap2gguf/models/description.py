@@ -19,7 +19,7 @@ from reap2gguf.errors import CheckpointError
 
 Projection = Literal["gate", "up", "down", "gate_up"]
 Part = Literal["weight", "bias", "scale"]
-Transform = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+Floats = npt.NDArray[np.float32]
 
 # Bounds on the numbers of a config: well above any model, and low enough to count up to.
 MAX_LAYERS = 4096
@@ -113,6 +113,34 @@ class Dropped:
 
 
 Role = Expert | Router | Plain | Carried | Dropped
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What llama.cpp's converter does to the values of a stored tensor, and the way back.
+
+    `put_back(values, stored)` writes GGUF's values to where they belong in an array of the stored
+    shape, which is C-contiguous. Several GGUF tensors may fill one stored tensor.
+    """
+
+    apply: Callable[[Floats], Floats]  # stored values -> GGUF's
+    put_back: Callable[[Floats, Floats], None]
+
+    def __call__(self, values: Floats) -> Floats:
+        return self.apply(values)
+
+
+def picked(places: npt.NDArray[np.int64] | slice | int, axis: int = 0) -> Transform:
+    """GGUF's entries along an axis are the stored ones at `places`."""
+    key = (*[slice(None)] * axis, places)
+
+    def apply(values: Floats) -> Floats:
+        return np.ascontiguousarray(values[key])
+
+    def put_back(values: Floats, stored: Floats) -> None:
+        stored[key] = values
+
+    return Transform(apply, put_back)
 
 
 @dataclass(frozen=True)

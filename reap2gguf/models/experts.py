@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import (
     Expert,
@@ -19,8 +16,8 @@ from reap2gguf.models.description import (
     Part,
     Projection,
     Slab,
-    Transform,
     missing,
+    picked,
 )
 
 if TYPE_CHECKING:
@@ -172,7 +169,7 @@ class ExpertLayout:
             name = f"{prefix}{self.path}.{self.stored_name(fused)}_bias"
             _check_shape(stored, name, (facts.n_experts, _matrix(fused, facts)[0]))
             share = self._share(projection, facts.expert_width)
-            chosen = None if share is None else _columns(share)
+            chosen = None if share is None else picked(_slice(share), axis=1)
             shape = (facts.n_experts, _matrix(projection, facts)[0])
             gguf_name = f"blk.{layer}.ffn_{projection}_exps.bias"
             found.append(GgufTensor(gguf_name, shape, (Slab(name),), True, chosen))
@@ -187,11 +184,8 @@ def _matrix(projection: Projection, facts: ModelFacts) -> tuple[int, int]:
     return (2 * width if projection == "gate_up" else width), hidden
 
 
-def _columns(chosen: range) -> Transform:
-    def take(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return np.ascontiguousarray(values[:, chosen.start : chosen.stop : chosen.step])
-
-    return take
+def _slice(chosen: range) -> slice:
+    return slice(chosen.start, chosen.stop, chosen.step)
 
 
 def _with_suffix(stored: Mapping[str, StoredTensor], name: str) -> str | None:

@@ -32,6 +32,7 @@ from reap2gguf.models.mrope import read_sections
 from reap2gguf.models.qwen_vision import vision_projector
 from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
 from reap2gguf.models.rules import (
+    ADD_ONE,
     ATTENTION,
     ATTN_NORM,
     EMBEDDING,
@@ -42,7 +43,6 @@ from reap2gguf.models.rules import (
     SHARED_EXPERT,
     MtpLayout,
     TensorRule,
-    add_one,
 )
 from reap2gguf.models.shared import (
     ARRAY,
@@ -252,7 +252,7 @@ class Qwen35Moe(DecoderModel):
             "ssm_out.weight": net.outputs,
         }
         is_norm = rule.gguf.endswith("norm.weight")
-        return transforms.get(rule.gguf, add_one if is_norm else None)
+        return transforms.get(rule.gguf, ADD_ONE if is_norm else None)
 
     def header(self) -> list[Entry]:
         facts, net, read = self.facts, self.deltanet, self.text

@@ -24,6 +24,7 @@ from reap2gguf.models.description import (
     SideFile,
     Slab,
     Transform,
+    picked,
 )
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def vision_projector(
         "mm.2": (text_hidden, merged),
     }
     tensors = [
-        _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight", patches, _frame(0)),
-        _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight.1", patches, _frame(1)),
+        _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight", patches, picked(0, axis=2)),
+        _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight.1", patches, picked(1, axis=2)),
         _tensor(prefix + _PATCH + ".bias", "v.patch_embd.bias", (hidden,)),
         _tensor(prefix + "pos_embed.weight", "v.position_embd.weight", (positions, hidden)),
     ]
@@ -133,15 +134,6 @@ def _tensor(
         transform=transform,
         needs_f16=transform is not None,  # the kernel of a convolution
     )
-
-
-def _frame(index: int) -> Transform:
-    """One of the two frames of a patch embedding stored as (out, in, 2, height, width)."""
-
-    def take(values: Floats) -> Floats:
-        return np.ascontiguousarray(values[:, :, index])
-
-    return take
 
 
 def _check_all_used(

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from reap2gguf.models.description import GgufTensor, Slab, Transform, missing
+from reap2gguf.models.description import Floats, GgufTensor, Slab, Transform, missing
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -109,10 +108,12 @@ def single(
     return GgufTensor(gguf_name, shape, (Slab(name),), always_f32=pinned, transform=transform)
 
 
-def add_one(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Norms stored around zero, as llama.cpp wants them: around one."""
-    return values + np.float32(1)
+def _subtract_one(values: Floats, stored: Floats) -> None:
+    stored[...] = values - np.float32(1)
 
+
+# Norms stored around zero, as llama.cpp wants them: around one.
+ADD_ONE = Transform(lambda values: values + np.float32(1), _subtract_one)
 
 # Outside the layers; `{text}` is the text model's prefix.
 EMBEDDING = TensorRule("{text}embed_tokens.weight", "token_embd.weight", "V H")

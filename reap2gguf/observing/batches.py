@@ -6,9 +6,9 @@ right: causal attention does not see the padding, and no sum counts it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from reap2gguf.observing.compute.experts import RealTokens
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
     from reap2gguf.observing.spool import Span
+
+AnyRow = TypeVar("AnyRow", bound=Sized)  # whose length is its number of tokens
 
 
 @dataclass
@@ -68,9 +70,9 @@ class Batch:
         return first, second
 
 
-def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
+def group(rows: Iterable[AnyRow], max_tokens: int) -> list[list[AnyRow]]:
     """Rows from the longest to the shortest, in groups of at most `max_tokens` padded tokens."""
-    groups: list[list[Row]] = []
+    groups: list[list[AnyRow]] = []
     for row in sorted(rows, key=len, reverse=True):
         # the first row of a group is its longest
         if groups and (len(groups[-1]) + 1) * len(groups[-1][0]) <= max_tokens:
@@ -80,7 +82,7 @@ def group(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
     return groups
 
 
-def dealt(rows: Iterable[Row], max_tokens: int, n_shares: int) -> list[list[list[Row]]]:
+def dealt(rows: Iterable[AnyRow], max_tokens: int, n_shares: int) -> list[list[list[AnyRow]]]:
     """The groups of each of `n_shares` processes, which get nearly the same number of positions.
 
     Whole groups are dealt while there are many of them, the rows of the last ones one by one.
@@ -89,7 +91,7 @@ def dealt(rows: Iterable[Row], max_tokens: int, n_shares: int) -> list[list[list
     n_whole = max(0, len(groups) // n_shares - 1) * n_shares
     shares = [groups[number:n_whole:n_shares] for number in range(n_shares)]
     sizes = [sum(len(chosen) * len(chosen[0]) for chosen in share) for share in shares]
-    last: list[list[Row]] = [[] for _ in shares]
+    last: list[list[AnyRow]] = [[] for _ in shares]
     for row in (row for chosen in groups[n_whole:] for row in chosen):
         least = sizes.index(min(sizes))
         last[least].append(row)

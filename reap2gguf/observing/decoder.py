@@ -22,8 +22,9 @@ from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
 from reap2gguf.observing.compute.kernels import has_triton
-from reap2gguf.observing.loader import Target, WeightLoader, target_bytes
+from reap2gguf.observing.loader import Target, Tensors, WeightLoader, target_bytes
 from reap2gguf.observing.mtp import MtpBlock, next_tokens
+from reap2gguf.observing.readers import Readers
 from reap2gguf.observing.targets import layer_targets, names_by_layer, whole
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ class _Recorder(torch.nn.Module):
         return hidden_states
 
 
+class SharedThreads:
+    """Threads of one decoder, or of several that run one after another."""
+
+    def __init__(self, device: torch.device, n_threads: int) -> None:
+        self.crew = Crew(n_threads) if device.type == "cpu" else None
+        self.readers = Readers(device, _READERS[device.type])
+
+    def close(self) -> None:
+        """End the threads."""
+        self.readers.close()
+        if self.crew is not None:
+            self.crew.close()
+
+
 class StreamedDecoder:
     """The decoder layers of a model: one in memory, and one that is being read."""
 
@@ -67,8 +82,10 @@ class StreamedDecoder:
         device: torch.device,
         n_threads: int = 1,
         peers: HostPeers | None = None,
+        shared: SharedThreads | None = None,
     ) -> None:
-        self._weights = weights
+        """`shared`: threads of several decoders; None for threads of its own."""
+        self.weights = weights
         self.model = model
         self._dtype = dtype
         self._device = device
@@ -84,9 +101,11 @@ class StreamedDecoder:
         self._base.rotary_emb = rotary.to(device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
-        # before anything is computed, because it sets the number of torch's threads
-        self._crew = Crew(n_threads) if device.type == "cpu" else None
-        self.loader = WeightLoader(weights, device, _READERS[device.type], peers)
+        # before anything is computed, because a crew sets the number of torch's threads
+        self._closes_threads = shared is None
+        self._threads = shared or SharedThreads(device, n_threads)
+        self.crew = self._threads.crew
+        self.loader = WeightLoader(weights, device, self._threads.readers, peers)
         self._names = names_by_layer(weights.tensors, model)
         self._found_targets: dict[int, dict[str, Target]] = {}
         self._shapes = Shapes()
@@ -149,7 +168,7 @@ class StreamedDecoder:
 
     def embedding_bytes(self) -> int:
         """Memory of the token embedding, and of the head."""
-        stored = self._weights.tensors[self.model.embedding_name]
+        stored = self.weights.tensors[self.model.embedding_name]
         return stored.n_elements * self._dtype.itemsize
 
     def layer_bytes(self, index: int) -> int:
@@ -168,22 +187,38 @@ class StreamedDecoder:
     def fetch_layer(self, index: int) -> None:
         """Begin to download what a layer needs, if it is still on the Hub."""
         targets = self._targets(index).values()
-        self._weights.fetch_ahead({run.stored for target in targets for run in target.runs})
+        self.weights.fetch_ahead({run.stored for target in targets for run in target.runs})
 
     def load_layer(self, index: int) -> torch.nn.Module:
         """Give layer `index` its weights; CheckpointError if they do not fit it."""
-        layer = self._layers[index]
         key = f"layer {index}"
         if not self.loader.has(key):
             self.ask_layer(index)
+        return self.place_layer(index, self.loader.take(key))
+
+    def place_layer(self, index: int, tensors: Tensors) -> torch.nn.Module:
+        """Give layer `index` weights that are in memory; CheckpointError if they do not fit it."""
+        layer = self._layers[index]
         try:
-            layer.load_state_dict(self.loader.take(key), assign=True)
+            layer.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             problem = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self._weights.folder}: layer {index} does not fit the model: {problem}"
+                f"{self.weights.folder}: layer {index} does not fit the model: {problem}"
             ) from error
         return layer
+
+    def layer_shapes(self, index: int) -> dict[str, torch.Size]:
+        """The shapes of layer `index`'s weights, under the names of its module."""
+        return {name: value.shape for name, value in self.layer_tensors(index).items()}
+
+    def layer_tensors(self, index: int) -> Tensors:
+        """The weights of layer `index`, under the names of its module."""
+        return dict(self._layers[index].state_dict())
+
+    def has_layer(self, index: int) -> bool:
+        """Whether layer `index` was asked for and not yet loaded."""
+        return self.loader.has(f"layer {index}")
 
     def drop_layer(self, index: int) -> None:
         """Free the weights of layer `index`."""
@@ -219,9 +254,9 @@ class StreamedDecoder:
         return self._by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
 
     def _by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
-        if self._crew is None:
+        if self.crew is None:
             return function(slice(None))
-        return self._crew.by_rows(function, hidden.shape)
+        return self.crew.by_rows(function, hidden.shape)
 
     def _call_layer(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         output = self._layers[index](hidden, **arguments)
@@ -235,7 +270,17 @@ class StreamedDecoder:
     def load_ends(self) -> None:
         """Read the embedding and the last norm, which the MTP block needs."""
         self.load_embedding()
+        self.load_norm()
+
+    def load_norm(self) -> None:
+        """Read the norm after the last layer."""
         self._base.norm.load_state_dict({"weight": self._read(self.model.norm_name)}, assign=True)
+
+    @torch.inference_mode()
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the head multiplies, of hidden states (n, H) after the last layer."""
+        normed: Tensor = self._base.norm(hidden)
+        return normed
 
     @torch.inference_mode()
     def run_mtp(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -271,7 +316,7 @@ class StreamedDecoder:
         """
         slices = torch.split(hidden.flatten(0, 1), _HEAD_TOKENS)
         self.mtp_logits(slices[0][:1, None])  # reads the head
-        each = map if self._crew is None else self._crew.in_order
+        each = map if self.crew is None else self.crew.in_order
         best = list(each(lambda part: self.mtp_logits(part[None])[0].argmax(-1), slices))
         return torch.cat(best).view(hidden.shape[:2])
 
@@ -302,20 +347,20 @@ class StreamedDecoder:
         widen = self._device.type != "cpu"
         dtypes = {name: value.dtype for name, value in self._layers[index].state_dict().items()}
         names = self._names[index]
-        return layer_targets(self._weights, self.model, index, self._dtype, widen, dtypes, names)
+        return layer_targets(self.weights, self.model, index, self._dtype, widen, dtypes, names)
 
     def _read(self, name: str, shared: bool = False) -> Tensor:
-        self.loader.ask(name, {name: whole(self._weights, name, self._dtype)}, shared)
+        self.loader.ask(name, {name: whole(self.weights, name, self._dtype)}, shared)
         return self.loader.take(name)[name]
 
     def why_not_finite(self, index: int) -> str:
         """Why what layer `index` computes is not finite: a weight by name, or an overflow."""
-        names = [n for n in self._weights.tensors if self.model.role(n).layer == index]
+        names = [n for n in self.weights.tensors if self.model.role(n).layer == index]
         if index == 0:
             names.append(self.model.embedding_name)
-        if bad := first_not_finite(self._weights, names):
+        if bad := first_not_finite(self.weights, names):
             return (
-                f"tensor {bad!r} of {self._weights.folder} holds NaN or infinite values; download "
+                f"tensor {bad!r} of {self.weights.folder} holds NaN or infinite values; download "
                 "it again, or repair the checkpoint"
             )
         advice = "" if self._dtype is torch.float32 else "; use --dtype float32"
@@ -324,8 +369,8 @@ class StreamedDecoder:
     def close(self) -> None:
         """Stop reading and free what was read."""
         self.loader.close()
-        if self._crew is not None:
-            self._crew.close()
+        if self._closes_threads:
+            self._threads.close()
 
 
 def _build(weights: Weights, dtype: torch.dtype) -> Any:

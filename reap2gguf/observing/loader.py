@@ -2,8 +2,8 @@
 
 A layer is a set of tensors, each assembled from bytes of stored tensors. Threads read the bytes: on
 a CPU straight into the tensors, for a GPU into small pinned buffers from which they are copied on a
-stream of their own. Memory: the tensors that are asked for and not yet taken, and for a GPU two
-buffers of 16 MiB per thread.
+stream of their own (`readers.py`). Memory: the tensors that are asked for and not yet taken, and
+for a GPU the threads' buffers.
 
 Several GPUs of one machine share the reading: each process reads its part of a set, and the parts
 are exchanged from GPU to GPU.
@@ -11,10 +11,9 @@ are exchanged from GPU to GPU.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Protocol
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import CheckpointError
+from reap2gguf.observing.readers import BUFFER_BYTES, Readers
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
 
 TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_BUFFER_BYTES = 2**24
 _ALIGNMENT = 256  # bytes, of the tensors of a set that several processes read
 
 
@@ -104,18 +103,16 @@ class WeightLoader:
         self,
         weights: Weights,
         device: torch.device,
-        n_threads: int,
+        readers: Readers,
         sharers: Sharers | None = None,
     ) -> None:
+        """`readers` may read for several loaders; the caller closes them."""
         self._sharers = sharers
         self.seconds_waited = 0.0  # in `take`
         self._weights = weights
         self._device = device
-        self._pool = ThreadPoolExecutor(n_threads, "weights")
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._buffers = threading.local()
+        self._readers = readers
+        self._stream = self._readers.stream
         self._asked: dict[str, _Asked] = {}
 
     def ask(self, key: str, targets: Mapping[str, Target], shared: bool = False) -> None:
@@ -136,7 +133,7 @@ class WeightLoader:
             # their memory may still be in use by what was computed before
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         futures = [
-            self._pool.submit(self._fill, tensors[name], runs)
+            self._readers.pool.submit(self._fill, tensors[name], runs)
             for name, target in targets.items()
             for runs in _buffers(self._own(target, tensors[name], whole))
         ]
@@ -206,19 +203,15 @@ class WeightLoader:
 
     def close(self) -> None:
         """Stop reading."""
+        futures = [future for asked in self._asked.values() for future in asked.futures]
         with self._weights.without_fetching():  # or threads that read would wait for it
-            self._pool.shutdown(cancel_futures=True)
+            wait([future for future in futures if not future.cancel()])
         self._finish_copies()
         self._asked.clear()
 
     def _finish_copies(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
-
-    @staticmethod
-    def _new_buffer() -> tuple[Tensor, torch.cuda.Event]:
-        buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
-        return buffer, torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def _fill(self, tensor: Tensor, runs: Sequence[ByteRun]) -> None:
         if self._stream is not None:
@@ -241,10 +234,7 @@ class WeightLoader:
         assert self._stream is not None
         # a new thread would otherwise pin its buffers for the first GPU
         with torch.cuda.device(self._device):
-            if not hasattr(self._buffers, "pair"):
-                self._buffers.pair = [self._new_buffer(), self._new_buffer()]
-            self._buffers.pair.reverse()
-            buffer, copied = self._buffers.pair[0]
+            buffer, copied = self._readers.next_buffer()
             copied.synchronize()
             run = replace(runs[0], n_values=sum(run.n_values for run in runs))
             target = _part_of(tensor, run)
@@ -346,7 +336,7 @@ def _buffers(runs: Iterable[ByteRun]) -> Iterator[list[ByteRun]]:
     for run in _buffer_sized(runs):
         size = run.n_values * run.dtype.itemsize
         if group and (
-            n_bytes + size > _BUFFER_BYTES
+            n_bytes + size > BUFFER_BYTES
             or run.columns is not None
             or group[-1].columns is not None
             or run.dtype != group[-1].dtype
@@ -364,7 +354,7 @@ def _buffer_sized(runs: Iterable[ByteRun]) -> Iterator[ByteRun]:
     """The same values in as few runs as possible, each of which fits a buffer."""
     for run in _joined(runs):
         width = 1 if run.columns is None else run.columns.width
-        step = max(1, _BUFFER_BYTES // run.dtype.itemsize // width) * width
+        step = max(1, BUFFER_BYTES // run.dtype.itemsize // width) * width
         for first in range(0, run.n_values, step):
             yield replace(
                 run,

@@ -35,6 +35,11 @@ class Spool(ABC):
         self.shape = (n_positions, width)
         self.dtype = dtype
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all hidden states."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
     @abstractmethod
     def load(self, span: Span, following: Span | None = None) -> Tensor:
         """Hidden states (n, H) of a span, on the device; `following` will be loaded next."""

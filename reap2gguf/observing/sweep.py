@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress, Task
 
+AnySweep = TypeVar("AnySweep", bound="Sweep")
 MAX_BAD_ROWS = 0.01
 _LONG_WAIT = 0.05  # share of the time, at least
 _LONG_SECONDS = 1.0
@@ -105,9 +106,11 @@ def sweep(
     peers = host_peers(ranks, device)
     decoder = StreamedDecoder(weights, model, dtype, device, n_threads, peers)
     context = SweepContext(decoder, observer, ranks, progress)
-    with _gpu_errors(), closing(decoder):
+    with gpu_errors(), closing(decoder):
         plan = plan_sweep(context, rows, probe, options)
-        with _started(context, plan, options) as run:
+        with open_sweep(context, plan, options, Sweep) as run:
+            for line in opening_notes(context, plan.budget, run.spool.n_bytes):
+                progress.note(line)
             run.compile_kernels()
             beside(plan.has_room)  # not before: the compilers need the interpreter themselves
             run.all_layers(title)
@@ -122,13 +125,13 @@ def sweep(
 
 
 @contextmanager
-def _gpu_errors() -> Iterator[None]:
+def gpu_errors() -> Iterator[None]:
     """Turn torch's error for a full GPU into one that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ObservationError(
-            "not enough GPU memory for the layers and activations of this calibration pass; use "
+            "not enough GPU memory for the layers and activations of this pass; use "
             "--spool host, a smaller --max-length, or --device cpu"
         ) from error
 
@@ -141,7 +144,9 @@ def _waiting_note(title: str, waited: float, seconds: float) -> str | None:
 
 
 @contextmanager
-def _started(context: SweepContext, plan: SweepPlan, options: ComputeOptions) -> Iterator[Sweep]:
+def open_sweep(
+    context: SweepContext, plan: SweepPlan, options: ComputeOptions, new: type[AnySweep]
+) -> Iterator[AnySweep]:
     """A sweep whose spool is open and holds the hidden states of all batches.
 
     They come from the state of an interrupted sweep, if there is one, else from embedded rows.
@@ -165,7 +170,7 @@ def _started(context: SweepContext, plan: SweepPlan, options: ComputeOptions) ->
                 plan.budget.spool, shape, decoder.dtype, decoder.device, options.scratch
             )
             stack.enter_context(closing(spool))
-            run = Sweep(context, plan, keeper, spool)
+            run = new(context, plan, keeper, spool)
             run.fill_spool(state)
         yield run
 
@@ -199,12 +204,8 @@ class Sweep:
 
     def fill_spool(self, state: SweepState | None) -> None:
         """Put the hidden states of every batch into the spool: saved ones, or embedded rows."""
-        n_positions, width = self.spool.shape
-        spool_bytes = n_positions * width * self.spool.dtype.itemsize
-        for line in opening_notes(self.context, self.plan.budget, spool_bytes):
-            self.progress.note(line)
         self.decoder.load_embedding()
-        self._prefetch(self.plan.first_layer)
+        self._begin_first()
         self._fill_batches(state)
         if state is not None:
             self.progress.note(f"resuming from layer {state.layer} of {self.n_layers}")
@@ -221,7 +222,10 @@ class Sweep:
                 hidden = state.hidden(index, self.decoder.dtype).to(self.decoder.device)
             self.spool.store(batch.span, hidden)
 
-    def _prefetch(self, index: int) -> None:
+    def _begin_first(self) -> None:
+        self.prefetch(self.plan.first_layer)
+
+    def prefetch(self, index: int) -> None:
         """Begin to read a layer, if there is memory for two."""
         if not self.prefetches:
             return
@@ -241,7 +245,7 @@ class Sweep:
             for index in range(first, self.n_layers):
                 task.at(f"layer {index + 1}/{self.n_layers}")
                 self.layer(index, task)
-            self._collect()
+            self.collect()
 
     def compile_kernels(self) -> None:
         """Compile what a GPU runs, while the first layer is read, if there is memory for two."""
@@ -254,7 +258,7 @@ class Sweep:
 
         On a GPU its sums are kept while the next layer computes.
         """
-        layer = self.decoder.load_layer(index)
+        layer = self._load(index)
         self._has_begun = False  # to read the next layer
         on_gpu = self.decoder.device.type == "cuda"
         if not on_gpu:
@@ -264,7 +268,7 @@ class Sweep:
             self.decoder.load_ends()
         flags = self._all_batches(index, task)
         self.decoder.complete_layer(index + 1)
-        self._collect()
+        self.collect()
         is_last = index + 1 == self.n_layers
         saves = not is_last and self.keeper.is_due(self.batches, self.spool)
         self.spool.flush()
@@ -279,20 +283,26 @@ class Sweep:
         totals = Totals(self.ranks, self.decoder.device, observer.sums(), observer.peaks(), losses)
         self._coming = (index, totals)
         if not on_gpu or saves:
-            self._collect()
+            self.collect()
         if index != self.decoder.mtp_layer:
-            self.decoder.drop_layer(index)
+            self._drop(index)
         if saves:
             self.keeper.save(index + 1, self.batches, self.spool)
+
+    def _load(self, index: int) -> torch.nn.Module:
+        return self.decoder.load_layer(index)
+
+    def _drop(self, index: int) -> None:
+        self.decoder.drop_layer(index)
 
     def _begin_next(self, index: int) -> None:
         """Begin to read the layer after `index`."""
         if index + 1 < self.n_layers and not self._has_begun:
             self._has_begun = True
             self.decoder.fetch_layer(index + 1)
-            self._prefetch(index + 1)
+            self.prefetch(index + 1)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Keep the sums of the layer that has ended, if they are not kept yet."""
         if self._coming is None:
             return

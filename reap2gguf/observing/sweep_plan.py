@@ -10,7 +10,7 @@ import torch
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_bytes, resident_bytes
-from reap2gguf.observing.batches import Batch, dealt, group, padded_batches
+from reap2gguf.observing.batches import AnyRow, Batch, dealt, group, padded_batches
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
     Budget,
@@ -100,15 +100,12 @@ def plan_sweep(
     Raises UsageError if the memory is too little.
     """
     ranks, device = context.ranks, context.decoder.device
-    need = _need(context, [*rows, *probe])
+    need = need_of(context, [*rows, *probe])
     memory = available_memory(device, ranks, options.memory)
     budget = fit(need, device.type, memory, options.spool)
     batches: list[Batch] = []
     for chosen, observed in ((rows, True), (probe, False)):
-        if device.type == "cuda":
-            groups = dealt(chosen, budget.batch_tokens, ranks.size)[ranks.rank]
-        else:
-            groups = ranks.share(group(chosen, budget.batch_tokens))
+        groups = groups_of(chosen, budget.batch_tokens, ranks, device)
         batches += padded_batches(groups, observed)
     n_rows = sum(len(batch.lengths) for batch in batches)
 
@@ -118,7 +115,17 @@ def plan_sweep(
     return SweepPlan(budget, batches, n_rows, has_room)
 
 
-def _need(context: SweepContext, rows: Sequence[Row]) -> Need:
+def groups_of(
+    rows: Sequence[AnyRow], batch_tokens: int, ranks: Ranks, device: torch.device
+) -> list[list[AnyRow]]:
+    """The rows of this process's batches."""
+    if device.type == "cuda":
+        return dealt(rows, batch_tokens, ranks.size)[ranks.rank]
+    return ranks.share(group(rows, batch_tokens))
+
+
+def need_of(context: SweepContext, rows: Sequence[Row]) -> Need:
+    """What a sweep over some rows needs in this process, of several a share of them."""
     decoder, n_layers = context.decoder, context.n_layers
     on_gpu = decoder.device.type == "cuda"
     kind = Kind(decoder.model, decoder.dtype.itemsize, on_gpu, decoder.has_linear_attention)

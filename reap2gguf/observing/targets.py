@@ -23,6 +23,17 @@ def whole(weights: Weights, name: str, dtype: torch.dtype) -> Target:
     return Target(stored.shape, dtype, (run,))
 
 
+def rows_of(weights: Weights, name: str, first: int, last: int, dtype: torch.dtype) -> Target:
+    """Rows [first, last) of a stored matrix."""
+    stored = weights.tensors[name]
+    n_columns = stored.shape[-1]
+    n_values = (last - first) * n_columns
+    run = ByteRun(
+        name, stored_type(weights, name), first * n_columns * stored.item_bytes, n_values, 0
+    )
+    return Target((last - first, n_columns), dtype, (run,))
+
+
 def names_by_layer(names: Iterable[str], model: MoeModel) -> list[list[str]]:
     """The stored tensors of each layer, in their order; a checkpoint has tens of thousands."""
     layers = [model.block_prefix(index) for index in range(model.facts.n_blocks)]

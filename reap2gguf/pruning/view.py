@@ -72,6 +72,11 @@ class PrunedView(Weights):
         self.tensors = tensors
         self.model = describe(self)
 
+    @property
+    def source(self) -> Weights:
+        """The weights that it is a view of."""
+        return self._source
+
     def origin(self, name: str, entry: int = 0) -> tuple[str, int]:
         origin = self._origins[name]
         at = entry if origin.entries is None else origin.entries[entry]

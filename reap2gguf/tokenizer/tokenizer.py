@@ -6,7 +6,7 @@ the GGUF file gets its tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -100,8 +100,16 @@ class Tokenizer:
         """
         return next_cut(text, position) if self._in_pieces else None
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special ones included."""
+        with panics_as(CheckpointError, "the tokenizer fails on token ids"):
+            return self._encoder.decode(list(tokens), skip_special_tokens=False)
+
     def render_chat(
-        self, messages: list[Mapping[str, Any]], tools: list[Mapping[str, Any]] | None = None
+        self,
+        messages: list[Mapping[str, Any]],
+        tools: list[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
     ) -> str:
         """Messages as the model's chat template writes them, in a process of its own.
 
@@ -110,7 +118,7 @@ class Tokenizer:
         """
         if self._chat is None:
             return "\n".join(_text_of(message["content"]) for message in messages)
-        return self._chat.render(messages, tools)
+        return self._chat.render(messages, tools, add_generation_prompt=add_generation_prompt)
 
     def reads_parts(self) -> bool:
         """Whether the template reads content that is a list of parts, such as text and images."""

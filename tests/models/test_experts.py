@@ -22,6 +22,7 @@ from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.models.table import ARCHITECTURES, describe
 from reap2gguf.observing import loader
 from reap2gguf.observing.loader import WeightLoader
+from reap2gguf.observing.readers import Readers
 from reap2gguf.observing.targets import layer_targets
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
@@ -131,15 +132,17 @@ def test_what_a_layer_is_read_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The loader's tensors, whole or in small buffers, are those that transformers has."""
-    monkeypatch.setattr(loader, "_BUFFER_BYTES", buffer)
+    monkeypatch.setattr(loader, "BUFFER_BYTES", buffer)
     tensors = TINY.tensors()
     with opened(tmp_path / "model", LAYOUTS[name], stored_as(name, tensors)) as (weights, model):
         widen = dtype is not None
         targets = layer_targets(weights, model, 1, dtype or torch.bfloat16, widen)
-        reads = WeightLoader(weights, torch.device("cpu"), 2)
+        readers = Readers(torch.device("cpu"), 2)
+        reads = WeightLoader(weights, torch.device("cpu"), readers)
         reads.ask("layer", targets)
         found = reads.take("layer")
         reads.close()
+        readers.close()
     parts = {p: values.to(dtype or torch.bfloat16) for p, values in experts_of(tensors, 1).items()}
     base = "mlp.experts."
     assert torch.equal(found[base + "down_proj"], parts["down"])

@@ -17,6 +17,7 @@ from reap2gguf.errors import CheckpointError
 from reap2gguf.models.table import describe
 from reap2gguf.observing import loader as loader_module
 from reap2gguf.observing.loader import ByteRun, Columns, WeightLoader, _buffer_sized, _within
+from reap2gguf.observing.readers import Readers
 from reap2gguf.observing.targets import layer_targets, whole
 from tests.observing.devices import DEVICES
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
@@ -30,12 +31,13 @@ def test_a_layer(
     device: str, fused: bool, stored: torch.dtype, dtype: torch.dtype, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(loader_module, "_BUFFER_BYTES", 1 << 12)  # so that tensors are cut
+    monkeypatch.setattr(loader_module, "BUFFER_BYTES", 1 << 12)  # so that tensors are cut
     folder = TinyQwen3Moe(fused=fused, dtype=stored).write(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
-        loader = WeightLoader(checkpoint, torch.device(device), 3)
+        readers = Readers(torch.device(device), 3)
+        loader = WeightLoader(checkpoint, torch.device(device), readers)
         for index in range(model.facts.n_layers):
             loader.ask(f"{index}", layer_targets(checkpoint, model, index, dtype, True))
         for index in range(model.facts.n_layers):
@@ -44,6 +46,7 @@ def test_a_layer(
                 assert torch.equal(found.pop(name), expected.to(dtype)), name
             assert not found
         loader.close()
+        readers.close()
     assert loader.seconds_waited > 0
 
 
@@ -76,11 +79,13 @@ def test_a_file_that_was_cut_is_said_by_whoever_takes(tiny: Path) -> None:
         name = "model.layers.1.self_attn.q_proj.weight"
         with (tiny / "model.safetensors").open("r+b") as file:
             file.truncate(checkpoint.tensors[name].offset + 10)
-        loader = WeightLoader(checkpoint, torch.device("cpu"), 2)
+        readers = Readers(torch.device("cpu"), 2)
+        loader = WeightLoader(checkpoint, torch.device("cpu"), readers)
         loader.ask("q", {"q": whole(checkpoint, name, torch.float32)})
         with pytest.raises(CheckpointError, match=r"ends inside tensor .*q_proj.weight': 10 of"):
             loader.take("q")
         loader.close()
+        readers.close()
 
 
 @given(
@@ -104,12 +109,12 @@ def test_cut_and_joined_runs_cover_the_same_bytes(
             for i in range(run.n_values)
         )
 
-    before = loader_module._BUFFER_BYTES
-    loader_module._BUFFER_BYTES = buffer_bytes
+    before = loader_module.BUFFER_BYTES
+    loader_module.BUFFER_BYTES = buffer_bytes
     try:
         small = list(_buffer_sized(reversed(chosen)))
     finally:
-        loader_module._BUFFER_BYTES = before
+        loader_module.BUFFER_BYTES = before
     assert cells(small) == cells(chosen)
     assert all(run.n_values * 2 <= buffer_bytes for run in small)
 
@@ -155,7 +160,8 @@ def test_two_processes_share_the_reading(
         cpu = torch.device("cpu")
         pairs = Pair(0), Pair(1)
         pairs[0].others, pairs[1].others = pairs[1], pairs[0]
-        loaders = [WeightLoader(checkpoint, cpu, 2, pair) for pair in pairs]
+        readers = Readers(cpu, 2)  # of all of them
+        loaders = [WeightLoader(checkpoint, cpu, readers, pair) for pair in pairs]
         n_read = []
         for loader in loaders:
             counted: list[int] = []
@@ -164,7 +170,7 @@ def test_two_processes_share_the_reading(
             loader.complete("layer")
             n_read.append(counted)
         taken = [loader.take("layer") for loader in loaders]
-        alone = WeightLoader(checkpoint, cpu, 2)
+        alone = WeightLoader(checkpoint, cpu, readers)
         alone.ask("layer", targets)
         expected = alone.take("layer")
         for found in taken:
@@ -176,6 +182,7 @@ def test_two_processes_share_the_reading(
         assert 0.4 * total < sum(n_read[0]) < 0.6 * total
         for loader in (*loaders, alone):
             loader.close()
+        readers.close()
 
 
 def test_runs_are_cut_to_a_part() -> None:

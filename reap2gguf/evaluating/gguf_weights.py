@@ -1,0 +1,204 @@
+"""The weights in a GGUF file, under the names and in the shapes of a checkpoint.
+
+Blocks are read and dequantized when they are asked for, and what llama.cpp's converter did to a
+tensor is undone: heads go back to their places, one is subtracted from norms. So a GGUF file can be
+computed like the checkpoint that it was made from, with the weights that llama.cpp computes with.
+llama.cpp also rounds what it multiplies them with, to 8 bits or so; that is not done here.
+
+The names come from a template: a checkpoint of the same model, or a view of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
+from reap2gguf.checkpoint.weights import Weights
+from reap2gguf.errors import ArtifactError
+from reap2gguf.ggml import STORABLE
+from reap2gguf.messages import shown
+from reap2gguf.models.table import describe
+from reap2gguf.quantizing.quantizer import load_quantizer
+
+if TYPE_CHECKING:
+    from reap2gguf.gguf_files.reader import GgufHeader
+    from reap2gguf.models.contract import MoeModel
+    from reap2gguf.models.description import Floats, GgufTensor, Slab
+
+_ITEM = 4  # bytes of a float32
+_KEPT_WHOLE = 2  # tensors that cannot be read in parts; the largest of a model take 64 MiB or so
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One matrix of a GGUF tensor, which fills a stored matrix or some of its rows."""
+
+    tensor: GgufTensor
+    matrix: int
+    slab: Slab
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the matrix in the GGUF file."""
+        return prod(self.tensor.shape[:-1]) // len(self.tensor.slabs)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether any part of the stored matrix needs all of the GGUF's."""
+        is_vector = len(self.tensor.shape) == 1
+        return self.tensor.transform is not None or self.slab.transposed or is_vector
+
+
+class GgufWeights(Weights):
+    """The weights of a GGUF file, of all its parts, as a checkpoint of float32 would have them.
+
+    Threads may share it. Memory: what a read returns, twice; and the last tensors that are stored
+    in another order than GGUF's.
+    """
+
+    def __init__(
+        self, header: GgufHeader, model: MoeModel, template: Mapping[str, StoredTensor]
+    ) -> None:
+        """`model` describes a checkpoint with the names and shapes of `template`.
+
+        Raises ArtifactError if the file does not hold exactly the tensors that the model needs, and
+        what `describe` raises. A block for multi-token prediction may be missing.
+        """
+        self.folder: Path = header.path
+        self.config = dict(model.config)
+        self._header = header
+        self._quantizer = load_quantizer()
+        names = self._found(model, template)
+        self.tensors = {
+            name: StoredTensor(name, "F32", tensor.shape)
+            for name, tensor in template.items()
+            if name in names
+        }
+        self.model = describe(self)
+        self._pieces = self._find_pieces()
+        self._whole = lru_cache(_KEPT_WHOLE)(self._read_whole)
+
+    def _found(self, model: MoeModel, template: Mapping[str, StoredTensor]) -> set[str]:
+        """Names of the template's tensors that the file has; ArtifactError if it has others."""
+        found: set[str] = set()
+        infos = self._header.tensors
+        expected = model.gguf_tensors(template)
+        for tensor in expected:
+            where = f"{self._header.path}: tensor {shown(tensor.name)}"
+            info = infos.get(tensor.name)
+            if info is None:
+                if _in_mtp(tensor, model):
+                    continue
+                raise ArtifactError(f"{where} is missing, which the model needs")
+            if prod(info.shape) != prod(tensor.shape) or info.shape[-1] != tensor.n_columns:
+                raise ArtifactError(
+                    f"{where} has the shape {list(info.shape)}, expected {list(tensor.shape)}; it "
+                    "is of another model, or of one with another number of experts"
+                )
+            if info.tensor_type not in STORABLE:
+                raise ArtifactError(
+                    f"{where} is {info.tensor_type.name}, which is not a type for weights"
+                )
+            found.update(slab.stored for slab in tensor.slabs)
+        if unknown := sorted(infos.keys() - {tensor.name for tensor in expected}):
+            raise ArtifactError(
+                f"{self._header.path}: holds {shown(unknown[0])}, which the model of this config "
+                "does not have; it is of another model"
+            )
+        return found
+
+    def _find_pieces(self) -> dict[tuple[str, int], list[_Piece]]:
+        """By stored tensor and entry on axis 0 (0 for a matrix), what its values are in."""
+        found: dict[tuple[str, int], list[_Piece]] = {}
+        for tensor in self.model.gguf_tensors(self.tensors):
+            for matrix, slab in enumerate(tensor.slabs):
+                pieces = found.setdefault((slab.stored, slab.index or 0), [])
+                pieces.append(_Piece(tensor, matrix, slab))
+        return found
+
+    def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+        self._check_range(name, first, buffer.nbytes)
+        matrix_bytes = _ITEM * prod(self._matrix_shape(name))
+        done = 0
+        while done < buffer.nbytes:
+            entry, inside = divmod(first + done, matrix_bytes)
+            count = min(buffer.nbytes - done, matrix_bytes - inside)
+            buffer[done : done + count] = self._bytes(name, entry, inside, count)
+            done += count
+
+    def _matrix_shape(self, name: str) -> tuple[int, ...]:
+        """Of one entry, where a stored tensor has one per expert; else of all of it."""
+        shape = self.tensors[name].shape
+        has_entries = self._pieces[name, 0][0].slab.index is not None
+        return shape[1:] if has_entries else shape
+
+    def _bytes(self, name: str, entry: int, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """Bytes [first, first + count) of one stored matrix."""
+        pieces, shape = self._pieces[name, entry], self._matrix_shape(name)
+        if any(piece.needs_all for piece in pieces):
+            return self._whole(name, entry).reshape(-1).view(np.uint8)[first : first + count]
+        row = _ITEM * shape[-1]
+        begin, end = first // row, -(-(first + count) // row)
+        rows = np.empty((end - begin, shape[-1]), dtype=np.float32)
+        for piece in pieces:
+            self._fill_rows(piece, begin, rows)
+        skipped = first - begin * row
+        return rows.reshape(-1).view(np.uint8)[skipped : skipped + count]
+
+    def _fill_rows(self, piece: _Piece, begin: int, rows: Floats) -> None:
+        """Fill those of a matrix's rows from `begin` on that are in a piece."""
+        step = piece.slab.step
+        start, _ = piece.slab.rows or (0, piece.n_rows)
+        first = max(0, -(-(begin - start) // step))
+        last = min(piece.n_rows, -(-(begin + len(rows) - start) // step))
+        if first < last:
+            at = start + first * step - begin
+            rows[at : at + (last - first - 1) * step + 1 : step] = self._read(piece, first, last)
+
+    def _read_whole(self, name: str, entry: int) -> Floats:
+        """A stored matrix of which no part can be read alone."""
+        stored = np.empty(self._matrix_shape(name), dtype=np.float32)
+        for piece in self._pieces[name, entry]:
+            values = self._read(piece, 0, piece.n_rows)
+            if piece.tensor.transform is not None:
+                piece.tensor.transform.put_back(values.reshape(piece.tensor.shape), stored)
+            elif piece.slab.transposed:
+                low, high = piece.slab.rows or (0, piece.n_rows)
+                stored[:, low : high : piece.slab.step] = values.T
+            else:
+                stored[...] = values.reshape(stored.shape)
+        return stored
+
+    def _read(self, piece: _Piece, first: int, last: int) -> Floats:
+        """Rows [first, last) of a piece, dequantized: (last - first, columns)."""
+        info = self._header.tensors[piece.tensor.name]
+        before = piece.matrix * piece.n_rows
+        raw = self._header.read(info.name, before + first, before + last)
+        return self._quantizer.dequantize(raw, info.tensor_type)
+
+    def have_same_values(self, one: str, other: str) -> bool:
+        return one == other  # a file that has an output matrix has it because it is another one
+
+    def expect_bytes(self, name: str, first: int, n_bytes: int) -> None:
+        self._check_range(name, first, n_bytes)  # a block is small: reading it takes no time
+
+    def fetch_ahead(self, names: Iterable[str]) -> None:
+        """Nothing has to be downloaded."""
+
+    def without_fetching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def _in_mtp(tensor: GgufTensor, model: MoeModel) -> bool:
+    """Whether a tensor is of the multi-token-prediction block."""
+    layers = {model.role(slab.stored).layer for slab in tensor.slabs}
+    return model.facts.mtp_layer is not None and layers == {model.facts.mtp_layer}

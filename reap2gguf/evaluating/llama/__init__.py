@@ -1,0 +1,1 @@
+"""What llama.cpp itself says of GGUF files: logits, likelihoods, speed, and first answers."""

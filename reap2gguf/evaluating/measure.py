@@ -1,0 +1,72 @@
+"""Measures variants on a text: from open variants to the record of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from reap2gguf.artifacts.made_with import COMPUTING, versions
+from reap2gguf.bundle.evaluation import Comparison, Evaluation, VariantRecord
+from reap2gguf.errors import EvaluationError
+from reap2gguf.evaluating.figures import divergence, perplexity
+from reap2gguf.evaluating.opening import pairs_of
+
+if TYPE_CHECKING:
+    from reap2gguf.evaluating.scores import Scores
+    from reap2gguf.evaluating.texts import EvaluationText
+    from reap2gguf.evaluating.variants import Variant
+    from reap2gguf.options import ComputeOptions
+    from reap2gguf.progress import Progress
+
+
+def measure(
+    variants: Sequence[Variant],
+    text: EvaluationText,
+    options: ComputeOptions,
+    progress: Progress,
+) -> Evaluation:
+    """Perplexity of every variant, and how far it is from those that it was made from.
+
+    Raises what `evaluate_variants` raises.
+    """
+    from reap2gguf.evaluating.engine import evaluate_variants
+
+    scores = evaluate_variants(variants, text.rows, pairs_of(variants), options, progress)
+    return evaluation_of_scores(variants, text, scores, options)
+
+
+def evaluation_of_scores(
+    variants: Sequence[Variant], text: EvaluationText, scores: Scores, options: ComputeOptions
+) -> Evaluation:
+    """The record of what was found at every scored token."""
+    records = []
+    for variant in variants:
+        try:
+            found = perplexity(scores.variants[variant.name].nll)
+        except OverflowError as error:
+            raise EvaluationError(
+                f"{variant.name}: its perplexity is beyond all numbers; the model is broken"
+            ) from error
+        records.append(
+            VariantRecord(
+                variant.name,
+                variant.kind,
+                found,
+                variant.model.facts.n_experts,
+                variant.n_bytes,
+                variant.bits_per_weight,
+            )
+        )
+    comparisons = [
+        Comparison(reference, other, divergence(scores.pair(reference, other)))
+        for reference, other in scores.divergences
+    ]
+    return Evaluation(
+        engine="streamed",
+        text=text.record,
+        variants=records,
+        comparisons=comparisons,
+        device=options.likely_device,
+        dtype=options.likely_dtype,
+        made_with=versions(COMPUTING),
+    )

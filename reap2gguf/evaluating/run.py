@@ -1,0 +1,132 @@
+"""One variant's way through the layers, side by side with the other variants.
+
+It is a sweep that observes nothing. The weights of a pruned model that is a view of another variant
+are not read: they are taken over from that variant's layer, in place, when it has computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reap2gguf.errors import EvaluationError
+from reap2gguf.observing.observer import Arrays, LayerObserver
+from reap2gguf.observing.sweep import Sweep
+
+if TYPE_CHECKING:
+    from reap2gguf.observing.compute.experts import RoutedPairs
+    from reap2gguf.observing.loader import Tensors
+    from reap2gguf.pruning.select import Kept
+
+
+class Unobserved(LayerObserver):
+    """Watches nothing, in all layers of the trunk."""
+
+    def last_layer(self) -> int:
+        return self._model.facts.n_layers - 1
+
+    def attach(self, index: int, layer: torch.nn.Module) -> None:
+        """Nothing is hooked."""
+
+    def see(self, pairs: RoutedPairs) -> None:
+        """Nothing is counted."""
+
+    def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:
+        """Nothing is kept."""
+
+    def sums(self) -> Iterable[Tensor]:
+        return ()
+
+    def finished_sums(self) -> Arrays:
+        return {}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Nothing was kept."""
+
+
+class VariantRun(Sweep):
+    """A variant's batches, and the spool where their hidden states wait."""
+
+    base: VariantRun | None = None  # whose layers this variant has, with fewer experts
+    kept: Kept | None = None  # the base's experts that it has
+    n_views = 0  # variants that take over its layers
+    begin_next: Callable[[], None] = staticmethod(lambda: None)  # begins to read what comes next
+    _held: tuple[int, int] | None = None  # a layer whose weights wait, and for how many views
+
+    def takes_over(self, index: int) -> bool:
+        """Whether the weights of a layer are taken over, not read."""
+        return self.base is not None and index >= self.base.plan.first_layer
+
+    def begin(self, index: int) -> None:
+        """Begin to read a layer, if there is memory for two."""
+        if not self.decoder.has_layer(index):
+            self.decoder.fetch_layer(index)
+            self.prefetch(index)
+
+    def _begin_first(self) -> None:
+        """All variants are embedded first."""
+
+    def _begin_next(self, index: int) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self.begin_next()
+
+    def _load(self, index: int) -> torch.nn.Module:
+        if self.base is None or not self.takes_over(index):
+            return super()._load(index)
+        tensors, is_last = self.base.hand_over(index)
+        shapes, kept = self.decoder.layer_shapes(index), (self.kept or {}).get(index, ())
+        return self.decoder.place_layer(index, narrowed(tensors, shapes, kept, is_last))
+
+    def _drop(self, index: int) -> None:
+        if self.n_views:
+            self._held = index, self.n_views
+        else:
+            super()._drop(index)
+
+    def hand_over(self, index: int) -> tuple[Tensors, bool]:
+        """The weights of a layer that it has computed, and whether nobody else waits for them."""
+        assert self._held is not None
+        tensors, n_left = self.decoder.layer_tensors(index), self._held[1] - 1
+        self._held = (index, n_left) if n_left else None
+        if not n_left:
+            self.decoder.drop_layer(index)
+        return tensors, not n_left
+
+    def _without_bad_rows(self, index: int, finite: Tensor) -> None:
+        """Rows cannot be dropped, since the other variants have them."""
+        n_bad = int((~finite).sum())
+        raise EvaluationError(
+            f"{self.decoder.weights.folder}: layer {index}: {n_bad} of {len(finite)} rows are NaN "
+            f"or infinite; {self.decoder.why_not_finite(index)}"
+        )
+
+
+@torch.no_grad()  # a module takes no tensors of inference mode as its parameters
+def narrowed(
+    tensors: Tensors, shapes: Mapping[str, torch.Size], kept: Sequence[int], in_place: bool
+) -> Tensors:
+    """A layer's weights with some of its experts.
+
+    `shapes` are those of the result; where one differs, its axis is that of the experts. In place
+    they move to the front of the memory that they are in: `kept` ascends, so none is overwritten
+    before it has moved.
+    """
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.shape == shapes[name]:
+            found[name] = tensor
+            continue
+        pairs = zip(tensor.shape, shapes[name], strict=True)
+        axis = next(axis for axis, (before, after) in enumerate(pairs) if before != after)
+        if not in_place:
+            found[name] = tensor.index_select(axis, torch.tensor(kept, device=tensor.device))
+            continue
+        for new, old in enumerate(kept):
+            if new != old:
+                tensor.select(axis, new).copy_(tensor.select(axis, old))
+        found[name] = tensor.narrow(axis, 0, len(kept))
+    return found

@@ -1,0 +1,1 @@
+"""`reap2gguf report`: one self-contained HTML page about a finished bundle."""

@@ -1,0 +1,83 @@
+"""What an evaluation looks like in a terminal: lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from reap2gguf.messages import size
+
+if TYPE_CHECKING:
+    from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
+
+
+def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
+    """What was scored, the perplexity of every variant, and how far apart they are."""
+    yield ""
+    yield text_line(evaluation)
+    yield ""
+    yield from table_lines(_perplexities(evaluation))
+    if evaluation.comparisons:
+        yield ""
+        yield from table_lines(_divergences(evaluation), n_names=2)
+        yield ""
+        yield "KL divergence in nats per token; Δp: change of the right token's probability"
+
+
+def text_line(evaluation: Evaluation) -> str:
+    """What was scored, in one line."""
+    text = evaluation.text
+    if text is None:
+        return "no text was scored"
+    return (
+        f"{text.label}: {text.n_scored:,} tokens scored, in {text.n_chunks:,} chunks of "
+        f"{text.chunk_size:,} (the second half of each)"
+    )
+
+
+def _perplexities(evaluation: Evaluation) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [("variant", "experts", "size", "bpw", "perplexity")]
+    for one in evaluation.variants:
+        bits = f"{one.bits_per_weight:.2f}"
+        found = figure(one.perplexity, 4)
+        rows.append((one.name, str(one.n_experts), size(one.n_bytes), bits, found))
+    return rows
+
+
+def _divergences(evaluation: Evaluation) -> list[Sequence[str]]:
+    title = ("variant", "from", "mean KL", "median", "99 %", "max", "same top token", "RMS Δp")
+    rows: list[Sequence[str]] = [title]
+    rows += [
+        (one.variant, one.reference, *_cells(one.divergence)) for one in evaluation.comparisons
+    ]
+    return rows
+
+
+def _cells(found: Divergence) -> Iterator[str]:
+    yield figure(found.mean, 4)
+    yield f"{found.median.value:.4f}"
+    yield f"{found.p99.value:.3f}"
+    yield f"{found.maximum:.2f}"
+    yield percent(found.same_top)
+    yield percent(found.rms_probability)
+
+
+def table_lines(rows: Sequence[Sequence[str]], n_names: int = 1) -> Iterator[str]:
+    """Rows in columns: the first `n_names` begin at the left, figures end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if number < n_names else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def figure(found: Estimate, digits: int) -> str:
+    """A value with its standard error."""
+    return f"{found.value:.{digits}f} ± {found.error:.{digits}f}"
+
+
+def percent(found: Estimate) -> str:
+    """A share in percent, with its standard error."""
+    return f"{100 * found.value:.2f} ± {100 * found.error:.2f} %"
