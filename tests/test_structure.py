@@ -184,7 +184,20 @@ COVERED_BY = [
     (
         "bundle/test_card.py",
         "the parts of a card",
-        ("bundle/card_calibration.py", "bundle/card_files.py", "bundle/front_matter.py"),
+        (
+            "bundle/card_calibration.py", "bundle/card_files.py", "bundle/card_making.py",
+            "bundle/front_matter.py",
+        ),
+    ),
+    (
+        "bundle/test_card_quality.py",
+        "the results in a card's front matter",
+        ("bundle/model_index.py",),
+    ),
+    (
+        "bundle/pictures/test_experts.py",
+        "what all pictures share",
+        ("bundle/pictures/canvas.py",),
     ),
     (
         "publishing/test_prepare.py",
