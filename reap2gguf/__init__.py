@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
+    from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.inspecting import inspect
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.bundle.evaluation import Evaluation
+    from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
@@ -62,6 +64,7 @@ __all__ = [
     "Evaluation",
     "Imatrix",
     "ImatrixInspection",
+    "ModelComparison",
     "Observations",
     "ObservationsInspection",
     "Plan",
@@ -75,6 +78,7 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "compare",
     "estimate",
     "evaluate",
     "example",
@@ -92,6 +96,7 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
+    "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.inspecting": ("inspect",),
@@ -111,6 +116,7 @@ _HOMES = {
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "bundle.evaluation": ("Evaluation",),
+    "comparing.compared": ("ModelComparison",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),

@@ -17,6 +17,7 @@ from reap2gguf.machine import processes
 from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.bundle_command import bundle
+from reap2gguf.terminal.compare_command import compare
 from reap2gguf.terminal.console import LogHandler, abandon, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.evaluate_command import evaluate
@@ -162,7 +163,7 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, prune, imatrix, quantize, recipes, doctor),
-    *(evaluate, inspect_command, report, bundle, chat, serve, push, example, mixes, jobs),
+    *(evaluate, compare, inspect_command, report, bundle, chat, serve, push, example, mixes, jobs),
     help_command,
 ):
     cli.add_command(command)

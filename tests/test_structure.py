@@ -184,7 +184,20 @@ COVERED_BY = [
     (
         "bundle/test_card.py",
         "the parts of a card",
-        ("bundle/card_calibration.py", "bundle/card_files.py", "bundle/front_matter.py"),
+        (
+            "bundle/card_calibration.py", "bundle/card_files.py", "bundle/card_making.py",
+            "bundle/front_matter.py",
+        ),
+    ),
+    (
+        "bundle/test_card_quality.py",
+        "the results in a card's front matter",
+        ("bundle/model_index.py",),
+    ),
+    (
+        "bundle/pictures/test_experts.py",
+        "what all pictures share",
+        ("bundle/pictures/canvas.py",),
     ),
     (
         "publishing/test_prepare.py",
@@ -300,6 +313,25 @@ COVERED_BY = [
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
         ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
+    ),
+    (
+        "comparing/test_compared.py",
+        "whole comparisons, and what is shown of them",
+        (
+            "api/comparing.py", "comparing/contents.py", "comparing/opening.py",
+            "comparing/picture.py", "comparing/quality.py", "terminal/compare_command.py",
+            "terminal/compare_views.py",
+        ),
+    ),
+    (
+        "hub/test_gguf_file.py",
+        "ranges of a file are what is read of it",
+        ("hub/ranges.py",),
+    ),
+    (
+        "models/test_from_gguf.py",
+        "what is read from a header is compared as a whole model",
+        ("models/gguf_keys.py", "models/linear_from_gguf.py"),
     ),
     (
         "exporting/test_against_llama_cpp.py",

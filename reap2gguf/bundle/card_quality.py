@@ -177,9 +177,16 @@ def _compared(evaluation: Evaluation, pruning: Divergence, records: Sequence[Ggu
 
 
 _DIVERGENCE = (
-    "KL mean", "KL median", "KL 90 %", "KL 99 %", "KL 99.9 %", "KL maximum", "same top token",
-    "RMS of probability differences", "perplexity ratio",
-)  # fmt: skip
+    "KL mean",
+    "KL median",
+    "KL 90 %",
+    "KL 99 %",
+    "KL 99.9 %",
+    "KL maximum",
+    "same top token",
+    "RMS of probability differences",
+    "perplexity ratio",
+)
 
 
 def _divergence_cells(found: Divergence | None) -> tuple[str, ...]:

@@ -49,9 +49,11 @@ def _of_text(evaluation: Evaluation, variant: str, end: str) -> Iterator[EvalRes
     label = _name(text.label)
     dataset, config, split = _DATASETS.get(text.label, (label, None, None))
     where = {
-        "dataset_type": dataset, "dataset_name": label, "dataset_config": config,
+        "dataset_type": dataset,
+        "dataset_name": label,
+        "dataset_config": config,
         "dataset_split": split,
-    }  # fmt: skip
+    }
     yield _result("perplexity", f"perplexity{end}", record.perplexity.value, **where)
     for reference in ("source", "pruned"):
         found = evaluation.divergence(variant, reference)

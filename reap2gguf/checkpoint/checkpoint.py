@@ -204,6 +204,11 @@ class Checkpoint(Weights):
         ]
 
     @property
+    def n_file_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(map(self._size, self.shards))
+
+    @property
     def unfetched_bytes(self) -> int:
         """Bytes of shards that are still to be downloaded."""
         if self._hub is None:

@@ -242,7 +242,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def parse_gguf_header(path: Path, raw: bytes, n_bytes: int) -> GgufHeader:
     """The header that `raw` holds, of a file of `n_bytes` that is called `path`."""
-    return _read_header(_HeaderCursor(path, BytesIO(raw), n_bytes))
+    return read_header_from(path, BytesIO(raw), n_bytes)
+
+
+def read_header_from(path: Path, file: BinaryIO, n_bytes: int) -> GgufHeader:
+    """The header of a file of `n_bytes` that `file` reads from its beginning."""
+    return _read_header(_HeaderCursor(path, file, n_bytes))
 
 
 def _read_header(cursor: _HeaderCursor) -> GgufHeader:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,7 +107,23 @@ def read_whole_header(path: Path) -> GgufHeader:
     Memory: the headers, each bounded as in `read_gguf_header`. Raises ArtifactError if a part is
     missing, broken or from another split, or if a tensor is in two parts.
     """
-    header = read_gguf_header(path)
+    return join_parts(read_gguf_header(path), _read_next)
+
+
+def _read_next(path: Path) -> GgufHeader:
+    part = parse_part_name(path.name)
+    if part is not None and not is_plain(path):
+        raise ArtifactError(f"{path}: part {part.number + 1} of {part.count} is missing")
+    return read_gguf_header(path)
+
+
+def join_parts(header: GgufHeader, read: Callable[[Path], GgufHeader]) -> GgufHeader:
+    """The header of all parts together, if `header` is that of the first of several; else itself.
+
+    `read` gives the headers of the others. Raises ArtifactError if a part is from another split, or
+    if a tensor is in two parts.
+    """
+    path = header.path
     count = header.metadata.get(_COUNT_KEY, 0)
     if not count:
         return header
@@ -123,17 +139,18 @@ def read_whole_header(path: Path) -> GgufHeader:
     if number:
         first = part_name(name.stem, 0, count)
         raise ArtifactError(f"{path}: is part {number + 1} of {count}; pass the first, {first}")
-    return _join(header, [path.with_name(part_name(name.stem, n, count)) for n in range(count)])
+    paths = [path.with_name(part_name(name.stem, n, count)) for n in range(count)]
+    return _join(header, paths, read)
 
 
-def _join(first: GgufHeader, paths: Sequence[Path]) -> SplitHeader:
+def _join(
+    first: GgufHeader, paths: Sequence[Path], read: Callable[[Path], GgufHeader]
+) -> SplitHeader:
     """One header from the first part's and the files of all parts."""
     parts = [first]
     tensors = dict(first.tensors)
     for number, path in enumerate(paths[1:], start=1):
-        if not is_plain(path):
-            raise ArtifactError(f"{path}: part {number + 1} of {len(paths)} is missing")
-        part = read_gguf_header(path)
+        part = read(path)
         split_keys = {
             _NUMBER_KEY: number,
             _COUNT_KEY: len(paths),

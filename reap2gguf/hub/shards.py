@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.safetensors_header import MAX_HEADER_BYTES
-from reap2gguf.errors import SourceError
 from reap2gguf.hub.download import (
     AbandonedError,
     DownloadProgress,
@@ -26,10 +25,11 @@ from reap2gguf.hub.download import (
     remove_partial_files,
     run_in_threads,
 )
-from reap2gguf.hub.retry import Note, Sleep, model_retry
+from reap2gguf.hub.ranges import HubRanges
 from reap2gguf.progress import Progress, Silent, Task
 
 if TYPE_CHECKING:
+    from reap2gguf.hub.retry import Note, Sleep
     from reap2gguf.hub.snapshot import HubFile, Snapshot
 
 _MAX_DOWNLOADS = 4  # at once
@@ -193,37 +193,6 @@ class HubShards:
 
     def _range(self, name: str, begin: int, end: int) -> bytes:
         """Bytes from `begin` up to `end` of a file."""
-        from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]
-            build_hf_headers,
-            hf_raise_for_status,
-        )
-
-        repository, commit = self._snapshot.name, self._snapshot.commit
-        if begin == end:
-            return b""
-
-        def read() -> bytes:
-            wanted = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-            headers = build_hf_headers() | wanted
-            url = hf_hub_url(repository, name, revision=commit)
-            limit = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without data; the session has no limit
-            with get_session().stream("GET", url, headers=headers, timeout=limit) as answer:
-                hf_raise_for_status(answer)
-                found = b""
-                for block in answer.iter_bytes():
-                    found += block
-                    if len(found) >= end - begin:  # a server may ignore ranges
-                        break
-            if answer.status_code != 206 and begin:
-                raise ValueError("it does not send parts of files")
-            return found[: end - begin]
-
-        retry = model_retry(repository, commit, self._note, self._sleep or time.sleep)
-        found = retry.call(read)
-        if len(found) != end - begin:
-            raise SourceError(
-                f"{repository}: {name}: got {len(found):,} bytes from byte {begin:,} on, expected "
-                f"{end - begin:,}; try again later"
-            )
-        return found
+        snapshot = self._snapshot
+        ranges = HubRanges(snapshot.name, snapshot.commit, self._note, self._sleep or time.sleep)
+        return ranges.read(name, begin, end)

@@ -85,7 +85,7 @@ def find(
 
     def ask() -> tuple[str, dict[str, HubFile]] | Path:
         try:
-            return _list_files(name, revision)
+            return list_files(name, revision)
         except request_errors() as error:
             # a complete copy needs no Hub, unless the Hub says that there is no such revision
             is_final = problem_of(error) in (Problem.NO_REVISION, Problem.INVALID_NAME)
@@ -114,8 +114,11 @@ def find(
     return Snapshot(name, commit, folder, files)
 
 
-def _list_files(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
-    """The commit of a revision and its files, as the Hub lists them."""
+def list_files(name: str, revision: str | None) -> tuple[str, dict[str, HubFile]]:
+    """The commit of a revision and its files, as the Hub lists them.
+
+    Raises what huggingface_hub raises, and ValueError for an answer that is not the Hub's.
+    """
     from huggingface_hub import HfApi, constants
 
     files: dict[str, HubFile] = {}

@@ -35,6 +35,7 @@ from reap2gguf.models.quantized import refuse_quantized
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.models.gguf_keys import GgufKeys
 
 SameValues = Callable[[str, str], bool]
 
@@ -43,6 +44,7 @@ class MoeModel(ABC):
     """One model of one architecture: reads its config and explains its tensors."""
 
     model_type: ClassVar[str]
+    gguf_arch: ClassVar[str]  # general.architecture
     # regular expressions by which tokenizer.json splits text -> llama.cpp's name of that splitting
     pre_tokenizers: ClassVar[Mapping[tuple[str, ...], str]]
 
@@ -100,6 +102,20 @@ class MoeModel(ABC):
     @abstractmethod
     def gguf_metadata(self) -> tuple[HeaderValue, ...]:
         """The architecture's own keys of the GGUF header."""
+
+    @classmethod
+    @abstractmethod
+    def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
+        """The config.json of the model in a GGUF file, flat, as transformers reads it.
+
+        From it, `gguf_metadata` and `gguf_tensors` give the header's keys and tensors again.
+        Raises UnsupportedModelError for numbers that are not possible.
+        """
+
+    @classmethod
+    def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
+        """Stored names by which the model knows that it has a head and an MTP block of its own."""
+        return ("lm_head.weight",) if "output.weight" in keys.tensors else ()
 
     def config_values(self) -> dict[str, Any]:
         """What was read from the config, under transformers' names of it."""
@@ -167,6 +183,10 @@ class MoeModel(ABC):
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """What the config says of the shapes of stored tensors that are not experts."""
+
+    @abstractmethod
+    def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
+        """Stored names and shapes of the experts of a MoE layer, one tensor per expert."""
 
     def weight_of(self, name: str) -> tuple[str, Part]:
         """The weight that a stored tensor is a part of, and which part.

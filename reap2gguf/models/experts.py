@@ -108,6 +108,14 @@ class ExpertLayout:
             for projection in self.projections
         }
 
+    def apart(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+        """Stored names and shapes of a layer's experts where they are one tensor each (2D)."""
+        return {
+            f"{prefix}{self.path}.{expert}.{name}.weight": _matrix(projection, facts)
+            for projection, name in ((p, self.stored_name(p)) for p in self.projections)
+            for expert in range(facts.n_experts)
+        }
+
     def _slabs(
         self,
         stored: Mapping[str, StoredTensor],

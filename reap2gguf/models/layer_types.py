@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import UnsupportedModelError
@@ -52,6 +53,11 @@ def read_layer_types(read: ConfigReader) -> tuple[tuple[str, ...], int | None]:
     interval = types.index(FULL) + 1
     is_regular = types == _regular(n_layers, interval)
     return tuple(types), interval if is_regular else None
+
+
+def types_of(is_linear: Sequence[bool]) -> list[str]:
+    """The names of the types of layers, of which each has linear attention or not."""
+    return [LINEAR if one else FULL for one in is_linear]
 
 
 def moe_layers_by_step(read: ConfigReader) -> tuple[int, ...]:

@@ -27,7 +27,14 @@ from reap2gguf.models.facts import (
     FACT_KEYS,
     read_epsilon,
 )
-from reap2gguf.models.layer_types import read_layer_types
+from reap2gguf.models.from_gguf import common_config, trunk_layers
+from reap2gguf.models.layer_types import read_layer_types, types_of
+from reap2gguf.models.linear_from_gguf import (
+    RECURRENT,
+    linear_attention_config,
+    partial_rope,
+    recurrent_layers,
+)
 from reap2gguf.models.mrope import read_sections
 from reap2gguf.models.qwen_vision import vision_projector
 from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
@@ -56,6 +63,7 @@ from reap2gguf.models.shared import (
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
+    from reap2gguf.models.gguf_keys import GgufKeys
 
 # In every layer.
 _COMMON = (
@@ -105,7 +113,6 @@ _MTP = MtpLayout(
 )
 _MTP_KEY = "mtp_num_hidden_layers"
 _VISION = ("model.visual.", "visual.")
-_RECURRENT = "{arch}.attention.recurrent_layers"  # newer than gguf-py 0.19's constants
 _LINEAR_KEYS = (
     "linear_conv_kernel_dim",
     "linear_key_head_dim",
@@ -128,6 +135,24 @@ class Qwen35Moe(DecoderModel):
     carried_prefixes = _VISION
     fact_keys = (*FACT_KEYS, *_LINEAR_KEYS, "shared_expert_intermediate_size")
     defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 2, "head_dim": 256}
+
+    @classmethod
+    def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
+        common = common_config(keys)
+        return {
+            "architectures": ["Qwen3_5MoeForCausalLM"],
+            "model_type": f"{cls.model_type}_text",
+            **common,
+            **linear_attention_config(keys),
+            "layer_types": types_of(recurrent_layers(keys, common["num_hidden_layers"])),
+            "rope_parameters": common["rope_parameters"] | partial_rope(keys, common["head_dim"]),
+            _MTP_KEY: trunk_layers(keys)[1],
+        }
+
+    @classmethod
+    def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
+        has_mtp = keep_mtp and trunk_layers(keys)[1] > 0
+        return super().names_from_gguf(keys, keep_mtp) + (("mtp.fc.weight",) if has_mtp else ())
 
     def read_facts(self) -> ModelFacts:
         self._refuse()
@@ -279,7 +304,7 @@ class Qwen35Moe(DecoderModel):
             (ssm.GROUP_COUNT, net.n_key_heads, UINT32),
             (ssm.TIME_STEP_RANK, net.n_value_heads, UINT32),
             (ssm.INNER_SIZE, net.value_width, UINT32),
-            (_RECURRENT, recurrent, ARRAY),
+            (RECURRENT, recurrent, ARRAY),
             (llm.FULL_ATTENTION_INTERVAL, self.interval, UINT32),
             (Keys.Rope.DIMENSION_COUNT, self.rotary_width, UINT32),
         ]

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gguf import Keys
+
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.models.description import MAX_WIDTH
 from reap2gguf.models.facts import FACT_KEYS
+from reap2gguf.models.from_gguf import common_config
 from reap2gguf.models.layer_types import moe_layers_by_step
 from reap2gguf.models.rope import check_rotary_width
 from reap2gguf.models.rules import (
@@ -27,6 +31,7 @@ from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS, DecoderModel
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
+    from reap2gguf.models.gguf_keys import GgufKeys
 
 
 class Qwen3Moe(DecoderModel):
@@ -73,6 +78,22 @@ class Qwen3Moe(DecoderModel):
             "the chosen experts' weights; published Qwen3-MoE models have it true, so set it if "
             "yours was trained so"
         )
+
+    @classmethod
+    def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
+        config = common_config(keys)
+        n_layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+        keys.expect(Keys.Rope.DIMENSION_COUNT, head_dim, why="whole heads are rotated")
+        routed = keys.blocks_with(ROUTER.gguf)
+        if keys.has(Keys.LLM.FEED_FORWARD_LENGTH):
+            config["intermediate_size"] = keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH)
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": cls.model_type,
+            **config,
+            "mlp_only_layers": [layer for layer in range(n_layers) if layer not in routed],
+            "norm_topk_prob": True,
+        }
 
     def config_values(self) -> dict[str, Any]:
         return {**super().config_values(), "norm_topk_prob": True, "sliding_window": None}

@@ -84,7 +84,6 @@ UINT32, FLOAT32, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueT
 class DecoderModel(MoeModel):
     """A model whose decoder layers are described by tables of rules."""
 
-    gguf_arch: ClassVar[str]
     outer: ClassVar[tuple[TensorRule, ...]] = (EMBEDDING, NORM, HEAD)  # outside the layers
     experts: ClassVar[ExpertLayout] = ExpertLayout()
     mtp: ClassVar[MtpLayout | None] = None
@@ -366,6 +365,9 @@ class DecoderModel(MoeModel):
         self, layer: int, stored: Mapping[str, StoredTensor]
     ) -> Mapping[Projection, GgufTensor]:
         return self.experts.weights(stored, self.layer_prefix(layer), layer, self.facts)
+
+    def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
+        return self.experts.apart(self.layer_prefix(layer), self.facts)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         sizes = self.sizes()

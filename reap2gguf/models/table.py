@@ -22,6 +22,8 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }
 
+BY_GGUF: dict[str, type[MoeModel]] = {one.gguf_arch: one for one in ARCHITECTURES.values()}
+
 _MAX_LABELS = 2**16
 
 

@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 def expert_use(manifest: Manifest, folder: Path) -> list[ExpertUse]:
     """Every pruned layer, in order; empty if the GGUF folder has no observations.
 
-    Tokens after pruning are those of the importance matrix, where it was computed in the build.
-    Memory: that of the observations, and of a GGUF header. Raises ArtifactError if a file is
-    broken or of another model.
+    It is empty too if the observations are not those of the manifest. Tokens after pruning are
+    those of the importance matrix, where it was computed in the build. Memory: that of the
+    observations, and of a GGUF header. Raises ArtifactError if a file is broken.
     """
     pruning = manifest.pruning
-    if not manifest.has_observations or pruning.n_kept == pruning.n_experts:
+    if not manifest.has_observations or pruning.method not in CRITERIA:
         return []
     seen = Observations.load(folder / OBSERVATIONS_FILE)
     after = _tokens_after(manifest, folder)
     found = []
     for layer, kept in sorted(pruning.kept.items()):
-        if (one := seen.layers.get(layer)) is None or len(one.count) != pruning.n_experts:
+        one = seen.layers.get(layer)
+        if one is None or (len(one.count), len(kept)) != (pruning.n_experts, pruning.n_kept):
             return []
         scores = CRITERIA[pruning.method](one)
         found.append(ExpertUse(layer, scores, one.count, one.reap_sum, kept, after.get(layer)))

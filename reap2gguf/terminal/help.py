@@ -26,7 +26,7 @@ SECTIONS = (PRUNE, WRITE, CALIBRATION, MODEL, ANSWER, SERVER, CHECKS, COMPUTE, O
 COMMAND_HEADINGS: Final[Mapping[str, Sequence[str]]] = {
     "The whole job": ("plan", "build", "add"),
     "Step by step": ("observe", "inspect", "prune", "imatrix", "quantize", "bundle"),
-    "With a finished bundle": ("verify", "chat", "serve", "push"),
+    "With a finished bundle": ("verify", "compare", "chat", "serve", "push"),
     "Recipes, texts and help": ("recipes", "mixes", "example", "help"),
     "This machine": ("doctor", "jobs"),
 }

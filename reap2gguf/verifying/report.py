@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from reap2gguf.bundle.layout import CALIBRATION_FILE, IMATRIX_FILE
+from reap2gguf.bundle.layout import CALIBRATION_FILE, IMATRIX_FILE, OBSERVATIONS_FILE, PICTURES
 from reap2gguf.errors import DependencyError, Reap2ggufError
 
-# inputs of the build: there is nothing to compare them with but the hash that was recorded
-_INPUTS = (CALIBRATION_FILE, IMATRIX_FILE)
+# Inputs of the build: there is nothing to compare them with but the hash that was recorded. The
+# bytes of pictures depend on the version of matplotlib.
+_INPUTS = (CALIBRATION_FILE, IMATRIX_FILE, OBSERVATIONS_FILE, *PICTURES)
 
 
 class Level(IntEnum):

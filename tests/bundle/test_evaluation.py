@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.errors import ArtifactError
-from tests.evaluations import EXAMPLE
+from tests.evaluations import EXAMPLE, Q4, Q8
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -74,3 +75,16 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ArtifactError):
         Evaluation.load(file)
+
+
+def test_figures_of_files_that_are_gone_are_left_out() -> None:
+    found = EXAMPLE.of_files([Q8])
+    assert found is not None
+    assert [one.name for one in found.variants] == ["source", "pruned", Q8]
+    assert found.divergence(Q8, "pruned") == EXAMPLE.divergence(Q8, "pruned")
+    assert found.divergence(Q4, "pruned") is None
+    assert {one.variant for one in found.tasks} == {"source", "pruned", Q8}
+    assert found.speeds == []
+    assert EXAMPLE.of_files([Q4, Q8]) == EXAMPLE
+    only = replace(EXAMPLE, variants=EXAMPLE.variants[2:], comparisons=(), tasks=())
+    assert only.of_files(()) is None

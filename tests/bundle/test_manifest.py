@@ -386,3 +386,19 @@ def test_figures_that_no_evaluation_has(
     replace(sample(), evaluation=EXAMPLE).save(tmp_path)
     changed(tmp_path, "evaluation", *path, value=value)
     assert words in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pictures", "bits.png"), ("pictures", [7]), ("pictures", ["../bits.png"]),
+        ("pictures", ["bits.png", "bits.png"]), ("has_observations", 1),
+        ("has_observations", None),
+    ],
+)  # fmt: skip
+def test_only_known_pictures_are_named(tmp_path: Path, key: str, value: Any) -> None:
+    manifest = replace(sample(), pictures=("bits.png", "usage.png"), has_observations=True)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    changed(tmp_path, key, value=value)
+    assert key in refusal(tmp_path) or "picture" in refusal(tmp_path)

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from gguf import Keys
 from safetensors.torch import save_file
 
-from reap2gguf.models.description import ModelFacts
+from reap2gguf.models.description import MAX_WIDTH, ModelFacts
 from reap2gguf.models.experts import ExpertLayout
+from reap2gguf.models.from_gguf import common_config, trunk_layers
+from reap2gguf.models.gguf_keys import GgufKeys
 from reap2gguf.models.layer_types import moe_layers_after_dense
 from reap2gguf.models.rules import (
     ATTENTION,
@@ -66,6 +69,28 @@ class SyntheticMoe(DecoderModel):
     mtp: ClassVar[MtpLayout | None] = MTP
     experts: ClassVar[ExpertLayout] = RENAMED
     router: ClassVar[tuple[TensorRule, ...]] = (ROUTER, BIAS)
+
+    @classmethod
+    def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
+        config = common_config(keys)
+        routed = keys.blocks_with("ffn_gate_inp.weight")
+        return {
+            "architectures": ["SyntheticMoe"],
+            "model_type": cls.model_type,
+            **{key: value for key, value in config.items() if key != "num_experts"},
+            "n_routed_experts": config["num_experts"],
+            "first_k_dense_replace": min(routed, default=0),
+            "intermediate_size": keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
+            "n_group": keys.integer(Keys.LLM.EXPERT_GROUP_COUNT, 1, 2**10, default=1),
+            "topk_group": keys.integer(Keys.LLM.EXPERT_GROUP_USED_COUNT, 1, 2**10, default=1),
+        }
+
+    @classmethod
+    def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
+        n_layers, n_mtp = trunk_layers(keys)
+        found = super().names_from_gguf(keys, keep_mtp)
+        has_mtp = keep_mtp and n_mtp
+        return (*found, f"model.layers.{n_layers}.eh_proj.weight") if has_mtp else found
 
     def read_facts(self) -> ModelFacts:
         read = self.text

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.layout import OBSERVATIONS_FILE
 from reap2gguf.bundle.sums import write_sums
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix, save_both, save_gguf
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -384,6 +387,55 @@ def test_a_changed_text_is_not_what_the_manifest_gives(
     fix_hashes(light)
     found = violations(light)
     assert any(named in one for one in found), found
+
+
+def save_observations(bundle: Bundle, **changes: Any) -> None:
+    path = bundle.gguf / OBSERVATIONS_FILE
+    changed = replace(Observations.load(path), **changes)
+    path.unlink()
+    changed.save(path)
+    fix_hashes(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_tokens": 5}, "n_tokens is 5, expected"),
+        ({"n_rows": 1}, "n_rows is 1, expected"),
+        ({"model_fingerprint": "0" * 64}, "are of another checkpoint than the manifest's source"),
+        ({"layers": {}}, "layer 0 does not have 16 experts"),
+    ],
+)
+def test_observations_of_something_else(changes: dict[str, Any], named: str, light: Bundle) -> None:
+    save_observations(light)
+    assert violations(light) == ()
+    save_observations(light, **changes)
+    found = violations(light)
+    assert any(named in one for one in found), found
+
+
+def test_observations_that_are_none(light: Bundle) -> None:
+    rewrite(light.gguf / OBSERVATIONS_FILE, lambda raw: b"x" * 100)
+    fix_hashes(light)
+    assert any(OBSERVATIONS_FILE in one for one in violations(light))
+
+
+def test_a_bundle_from_before_there_were_pictures(light: Bundle) -> None:
+    """Its cards are another version's, and so are not compared."""
+
+    def forget(values: Values) -> None:
+        for name in ("pictures", "has_observations", "evaluation"):
+            del values[name]
+        for name in ("saliency.png", "usage.png"):
+            del values["hf"]["files"][name]
+        values["written_by"] = "0.0.9"
+
+    for folder in (light.hf, light.gguf):
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+    (light.gguf / OBSERVATIONS_FILE).unlink()
+    change_manifest(light, forget)
+    assert violations(light) == ()
 
 
 def test_a_modelfile_alone_is_compared_by_its_instructions(light: Bundle, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.models.description import SideFile
 
-_CARD_BYTES = 2**18  # cards, manifests and marks
+_CARD_BYTES = 2**20  # cards, pictures, manifests and marks
 _OBSERVED_BYTES = 5 * 8  # per expert
 _COUNTED = 16  # other matrices of a layer in an importance matrix, at most
 _STATES = 2  # a new state of a sweep is written beside the one before
@@ -90,10 +90,11 @@ def disk_needs(plan: Plan, amount: Amount, sweeps: SweepNeeds) -> DiskNeeds:
     imatrix = 2 * 4 * len(facts.moe_layers) * (plan.target.n_kept + _COUNTED) * columns
     files = sum(recipe.n_bytes for recipe in plan.recipes)
     files += sum(side_bytes(side) for side in plan.side_files)
+    observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
     # a header holds the tokenizer
     gguf = files + companions * len(plan.recipes) + imatrix + amount.text_bytes + _CARD_BYTES
+    gguf += observed if plan.target.prunes else 0
     texts = 8 * (amount.n_tokens + amount.n_chunk_tokens) + amount.text_bytes
-    observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
     return DiskNeeds(
         hf=plan.hf_bytes + companions + _CARD_BYTES if plan.writes_hf else 0,
         gguf=gguf,

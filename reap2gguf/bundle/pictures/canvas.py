@@ -147,7 +147,9 @@ def plain(label: str) -> str:
 def steps(count: int, most: int) -> list[int]:
     """At most about `most` round numbers from 0 to `count` - 1, for ticks."""
     step = next(
-        base * 10**power for power in range(9) for base in (1, 2, 4, 5, 8)
+        base * 10**power
+        for power in range(9)
+        for base in (1, 2, 4, 5, 8)
         if base * 10**power * most >= count
-    )  # fmt: skip
+    )
     return list(range(0, count, step))

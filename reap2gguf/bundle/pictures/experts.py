@@ -151,9 +151,15 @@ def _removed_shares(canvas: Canvas, place: Place, layers: Sequence[ExpertUse]) -
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("share that removed experts had", color=FAINT, size=9)
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.03, 1.0), frameon=False, fontsize=8.5,
-        labelcolor=INK, handlelength=1, borderpad=0.1, labelspacing=0.25,
-    )  # fmt: skip
+        loc="lower left",
+        bbox_to_anchor=(-0.03, 1.0),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        handlelength=1,
+        borderpad=0.1,
+        labelspacing=0.25,
+    )
 
 
 def _scale(canvas: Canvas, image: Any, power: int, place: Place) -> None:

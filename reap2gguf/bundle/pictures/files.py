@@ -95,9 +95,12 @@ def quality_picture(files: Sequence[FilePoint], pruning: Estimate | None) -> byt
         level = max(pruning.value, _LOWEST)
         axes.axhline(level, color=RED, linewidth=1.6, linestyle=(0, (5, 3)), label="pruning alone")
         axes.axhspan(
-            max(level - pruning.error, _LOWEST / 2), level + pruning.error, color=RED, alpha=0.1,
+            max(level - pruning.error, _LOWEST / 2),
+            level + pruning.error,
+            color=RED,
+            alpha=0.1,
             linewidth=0,
-        )  # fmt: skip
+        )
         drawn.append(pruning.value)
     ordered = sorted(files, key=lambda one: one.n_bytes)
     has_both = pruning is not None
@@ -116,9 +119,16 @@ def quality_picture(files: Sequence[FilePoint], pruning: Estimate | None) -> byt
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(which="minor", length=0, labelleft=False)
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.02), ncols=3, frameon=False, fontsize=9,
-        labelcolor=INK, columnspacing=1.6, handlelength=1.8, borderpad=0,
-    )  # fmt: skip
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.02),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        columnspacing=1.6,
+        handlelength=1.8,
+        borderpad=0,
+    )
     return canvas.png()
 
 
@@ -142,9 +152,17 @@ def _points(
         [one.n_bytes / unit for one, _ in found],
         values,
         yerr=(below, [value.error for _, value in found]),
-        color=colour, marker=marker, markersize=6.5, markeredgecolor=PAPER, markeredgewidth=1,
-        linewidth=1.4, elinewidth=1.2, capsize=2.5, label=label, zorder=3,
-    )  # fmt: skip
+        color=colour,
+        marker=marker,
+        markersize=6.5,
+        markeredgecolor=PAPER,
+        markeredgewidth=1,
+        linewidth=1.4,
+        elinewidth=1.2,
+        capsize=2.5,
+        label=label,
+        zorder=3,
+    )
 
 
 def _limits(axes: Axes, files: Sequence[FilePoint], unit: int, values: Sequence[float]) -> None:
@@ -203,9 +221,12 @@ def bits_picture(files: Sequence[FileTypes], shapes: Mapping[str, Sequence[int]]
         place = Place(1.75, top + number * (panel + gap), 7.1, panel)
         canvas.text(0.28, place.top - 0.08, plain(one.label), size=10, weight="bold")
         canvas.text(
-            place.left, place.top - 0.08, f"{one.bits_per_weight:.2f} bits per weight in all",
-            size=9, color=FAINT,
-        )  # fmt: skip
+            place.left,
+            place.top - 0.08,
+            f"{one.bits_per_weight:.2f} bits per weight in all",
+            size=9,
+            color=FAINT,
+        )
         axes = canvas.axes(place)
         image = _draw_table(axes, [table.get(role, {}) for role in roles], n_layers)
         axes.set_yticks([row + 0.5 for row in range(len(roles))], roles)
@@ -285,9 +306,12 @@ def _draw_table(axes: Axes, rows: Sequence[Mapping[int, _Cell]], n_layers: int) 
     )
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=colours("viridis_r"), norm=norm, aspect="auto", interpolation="nearest",
+        cmap=colours("viridis_r"),
+        norm=norm,
+        aspect="auto",
+        interpolation="nearest",
         extent=(0, n_layers, len(rows), 0),
-    )  # fmt: skip
+    )
     for line in range(1, len(rows)):
         axes.axhline(line, color=PAPER, linewidth=1.4)
     for line in range(1, n_layers) if n_layers <= 100 else ():

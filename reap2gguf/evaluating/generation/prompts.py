@@ -22,8 +22,13 @@ STYLES: tuple[Style, ...] = get_args(Style)
 # of the paper, section 2.1, and of EvalPlus for models without a chat template
 _OF_PAPER = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _OF_EVALPLUS = (
-    "<|endoftext|>", "<|endofmask|>", "</s>", "\nif __name__", "\ndef main(", "\nprint(",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|endofmask|>",
+    "</s>",
+    "\nif __name__",
+    "\ndef main(",
+    "\nprint(",
+)
 _OF_COMPLETION: Mapping[SetName, tuple[str, ...]] = {
     "humaneval": _OF_PAPER,
     "humaneval+": (*_OF_EVALPLUS, "\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert "),

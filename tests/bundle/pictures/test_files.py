@@ -71,7 +71,7 @@ def test_bits_are_means_over_the_weights() -> None:
 def test_files_are_drawn_under_one_another() -> None:
     with own_settings():
         heights = [
-            opened(bits_picture([FileTypes("Q4_K_M", 5.0, TYPES)] * count, SHAPES)).height
+            opened(bits_picture([FileTypes("Q4_K_M", 5.0, TYPES)] * count, SHAPES)).shape[0]
             for count in (1, 2, MOST_FILES, MOST_FILES + 1)
         ]
     assert heights[0] < heights[1] < heights[2]

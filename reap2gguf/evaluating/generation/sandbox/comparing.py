@@ -68,7 +68,11 @@ def _is_equal(arguments: Any, found: Any, expected: Any, tolerance: float) -> bo
 
 
 def _is_root(arguments: Any, found: Any, expected: Any, tolerance: float) -> bool:
-    """HumanEval/32: any root of the polynomial, whose coefficients begin with the constant."""
+    """HumanEval/32: any root of the polynomial, whose coefficients begin with the constant.
+
+    evalplus 0.3.1 calls no answer of this problem right, not even its own
+    (https://github.com/evalplus/evalplus/pull/201); its scores are up to 1 / 164 lower.
+    """
     value = sum(one * math.pow(found, power) for power, one in enumerate(arguments[0]))
     return bool(abs(value) <= tolerance)
 

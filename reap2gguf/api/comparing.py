@@ -1,0 +1,82 @@
+"""Models of any publisher side by side."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
+from reap2gguf.errors import UsageError
+from reap2gguf.options import ComputeOptions, check_bool, check_number, given_or_new
+from reap2gguf.outputs import output_file
+from reap2gguf.progress import working
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from reap2gguf.comparing.compared import ModelComparison
+    from reap2gguf.comparing.opening import Opened
+
+
+def compare(
+    *models: PathLike,
+    reference: PathLike | None = None,
+    text: str = "held-out",
+    chunk: int = 512,
+    chunks: int | None = None,
+    quality: bool = True,
+    picture: PathLike | None = None,
+    compute: ComputeOptions | None = None,
+    progress: ProgressLike = None,
+) -> ModelComparison:
+    """Compare sizes, types, bits per weight and quality of models.
+
+    Each of `models` is a GGUF file (the first part of several), a folder of them, a checkpoint, or
+    a name on the Hub: `owner/name` or `owner/name:FILE.gguf`, which is read by ranges and never
+    downloaded whole. Quality is perplexity on `text` (`held-out`, `wikitext2` or a file, of which
+    the first `chunks` chunks of `chunk` tokens are scored), and KL divergence from `reference`: one
+    of the models or another one; None takes the largest that can be computed. A model that does not
+    fit the reference has sizes alone, and a reason. `picture` is a PNG file to write.
+
+    Raises UsageError for a reference that cannot be computed, and what opening a model raises.
+    """
+    check_bool("quality", quality)
+    check_number("chunk", chunk, 8)
+    if chunks is not None:
+        check_number("chunks", chunks, 2)
+    if not models:
+        raise UsageError("no model to compare; pass GGUF files or folders")
+    target = None if picture is None else output_file(picture)
+    compute = given_or_new("compute", compute, ComputeOptions)
+    shown = to_progress(progress)
+    with ExitStack() as stack:
+        with working(shown, "Reading headers"):
+            from reap2gguf.comparing.compared import compared
+            from reap2gguf.comparing.opening import open_all
+
+            named = [os.fspath(model) for model in models]
+            wanted = None if reference is None else os.fspath(reference)
+            if wanted is not None and wanted not in named:
+                named.insert(0, wanted)
+            opened = open_all(named, stack, shown)
+        if not quality:
+            result = compared(opened)
+        else:
+            from reap2gguf.comparing.quality import Question, measure
+
+            asked = Question(text, chunks, chunk, compute)
+            result = measure(opened, _reference(opened, wanted), asked, shown)
+    if target is not None:
+        from reap2gguf.comparing.picture import write_picture
+
+        write_picture(result, target)
+    return result
+
+
+def _reference(opened: Sequence[Opened], wanted: str | None) -> Opened:
+    """The model that the others are measured against."""
+    if wanted is not None:
+        return next(one for one in opened if one.named == wanted)
+    computable = [one for one in opened if one.model is not None] or opened
+    return max(computable, key=lambda one: one.contents.n_file_bytes)

@@ -1,0 +1,150 @@
+"""A `tokenizer.json` made from the header of a GGUF file, for files that come without one.
+
+Texts are split by llama.cpp's own patterns, merged by the merges of the header, and not normalized,
+as in llama.cpp. Chat templates are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gguf import Keys, TokenType
+
+from reap2gguf.atomic import write_whole
+from reap2gguf.errors import ArtifactError, UnsupportedModelError
+from reap2gguf.messages import shown
+from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+
+if TYPE_CHECKING:
+    from reap2gguf.gguf_files.reader import GgufHeader
+
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+_ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
+
+
+def header_tokens(header: GgufHeader) -> list[str]:
+    """The text of every token. Raises ArtifactError if the header does not have them."""
+    return _texts(header, Keys.Tokenizer.LIST)
+
+
+def write_tokenizer(header: GgufHeader, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file into a folder that is there, as transformers reads it.
+
+    Raises UnsupportedModelError for a kind of tokenizer that is not byte-level BPE, or that
+    splits text in a way that is not known; ArtifactError for a broken header.
+    """
+    write_whole(folder / "tokenizer.json", json.dumps(tokenizer_json(header), ensure_ascii=False))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "backend": "tokenizers"}
+    write_whole(folder / "tokenizer_config.json", json.dumps(config))
+
+
+def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
+    """The contents of the file; raises as `write_tokenizer` does."""
+    metadata, keys = header.metadata, Keys.Tokenizer
+    model, pre = metadata.get(keys.MODEL), metadata.get(keys.PRE)
+    if model != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"{header.path}: its tokenizer is {shown(model)} with the pre-tokenizer {shown(pre)}, "
+            f"expected gpt2 with one of {', '.join(PRE_TOKENIZERS)}; name the checkpoint that it "
+            "was made from with --reference"
+        )
+    tokens = header_tokens(header)
+    types = metadata.get(keys.TOKEN_TYPE)
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ArtifactError(
+            f"{header.path}: {keys.TOKEN_TYPE} does not have a type for each of {len(tokens):,} "
+            "tokens"
+        )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise ArtifactError(f"{header.path}: {keys.LIST} has a token twice")
+    kind = PRE_TOKENIZERS[pre]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added(index, token, types[index] == TokenType.CONTROL)
+            for index, token in enumerate(tokens)
+            if types[index] in _ADDED
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [*map(_split, kind.splits), _BYTE_LEVEL],
+        },
+        "post_processor": _beginning(header, tokens, kind.adds_bos),
+        "decoder": {**_BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": kind.ignore_merges,
+            "vocab": vocabulary,
+            "merges": _merges(header, vocabulary),
+        },
+    }
+
+
+def _added(index: int, text: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": text, **flags, "special": special}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def _merges(header: GgufHeader, vocabulary: dict[str, int]) -> list[list[str]]:
+    found = []
+    for merge in _texts(header, Keys.Tokenizer.MERGES):
+        first, _, second = merge.partition(" ")
+        if not {first, second, first + second} <= vocabulary.keys():
+            raise ArtifactError(
+                f"{header.path}: the merge {shown(merge)} is of texts that are not tokens"
+            )
+        found.append([first, second])
+    return found
+
+
+def _beginning(header: GgufHeader, tokens: list[str], adds_bos: bool) -> dict[str, Any] | None:
+    """What is put before a text: BOS, if the header says so."""
+    index = header.metadata.get(Keys.Tokenizer.BOS_ID)
+    if not header.metadata.get(Keys.Tokenizer.ADD_BOS, adds_bos):
+        return None
+    if type(index) is not int or not 0 <= index < len(tokens):
+        raise ArtifactError(
+            f"{header.path}: {Keys.Tokenizer.BOS_ID} is {shown(index)}, expected the id of a token"
+        )
+    bos = tokens[index]
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    texts = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+    return {
+        "type": "TemplateProcessing",
+        "single": first + texts[:1],
+        "pair": first + texts,
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
+    }
+
+
+def _texts(header: GgufHeader, key: str) -> list[str]:
+    value = header.metadata.get(key)
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ArtifactError(f"{header.path}: {key} is {shown(value)}, expected a list of texts")
+    return value
