@@ -67,7 +67,9 @@ def evaluate(
     with ExitStack() as stack:
         opened = _open(stack, model, given, source, follow_links, shown)
         from reap2gguf.evaluating import texts
-        from reap2gguf.evaluating.measure import measure
+        from reap2gguf.evaluating.engine import evaluate_variants
+        from reap2gguf.evaluating.measure import evaluation_of_scores
+        from reap2gguf.evaluating.opening import pairs_of
         from reap2gguf.tokenizer.tokenizer import Tokenizer
 
         label, content = texts.read_text(str(text), shown.note)
@@ -79,7 +81,9 @@ def evaluate(
             cut = texts.cut_text(label, content, tokenizer, first.vocab_size, size, chunks)
         if target is not None:
             compute = _resuming(compute, target, opened, cut)
-        found = measure(opened.variants, cut, compute, shown)
+        variants, pairs = opened.variants, pairs_of(opened.variants)
+        scores = evaluate_variants(variants, cut.rows, pairs, compute, shown)
+        found = evaluation_of_scores(variants, cut, scores, compute)
     if target is not None and processes().is_first:
         found.save(target)
         drop_states(target)
