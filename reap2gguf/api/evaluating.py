@@ -81,9 +81,9 @@ def evaluate(
             cut = texts.cut_text(label, content, tokenizer, first.vocab_size, size, chunks)
         if target is not None:
             compute = _resuming(compute, target, opened, cut)
-        variants, pairs = opened.variants, pairs_of(opened.variants)
-        scores = evaluate_variants(variants, cut.rows, pairs, compute, shown)
-        found = evaluation_of_scores(variants, cut, scores, compute)
+        every = opened.variants
+        scores = evaluate_variants(every, cut.rows, pairs_of(every), compute, shown)
+        found = evaluation_of_scores(every, cut, scores, compute)
     if target is not None and processes().is_first:
         found.save(target)
         drop_states(target)
