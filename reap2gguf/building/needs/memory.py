@@ -12,10 +12,12 @@ from reap2gguf.observing.budget import (
     Budget,
     Kind,
     Need,
+    copies_experts,
     cpu_memory,
     fit,
     gpu_memory,
     held_bytes,
+    importance_bytes,
 )
 from reap2gguf.pruning.write import HELD_BYTES
 
@@ -53,7 +55,16 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     compute = plan.options.compute
     on_gpu = machine.device == "cuda"
     dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
-    kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, sizes.has_linear_attention)
+    itemsize = _BYTES_PER_VALUE[dtype]
+    kind = Kind(
+        plan.model,
+        itemsize,
+        on_gpu,
+        sizes.has_linear_attention,
+        max(1, compute.threads // processes().on_machine),
+        importance_bytes(plan.model),
+        copies_experts(plan.model, plan.checkpoint.tensors, itemsize, on_gpu),
+    )
     need = _need(plan, sizes, amount, kind)
     host = machine.memory_free_bytes // processes().on_machine
     hidden = need.n_positions * need.hidden

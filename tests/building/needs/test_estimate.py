@@ -26,12 +26,14 @@ from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.observing.budget import (
     MOST_OF_TIME,
     Kind,
+    copies_experts,
     cpu_memory,
     fit,
     layer_bytes,
     save_seconds,
 )
 from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
@@ -202,7 +204,15 @@ def test_a_plan_decides_like_the_sweep(shape: TinyQwen3Moe | TinyQwen35Moe, tmp_
         )
         with closing(decoder):
             layers = {n: decoder.layer_bytes(n) for n in range(plan.model.facts.n_blocks)}
-            kind = Kind(plan.model, 4, False, decoder.has_linear_attention)
+            kind = Kind(
+                plan.model,
+                4,
+                False,
+                decoder.has_linear_attention,
+                plan.options.compute.threads,
+                ImportanceObserver(plan.model).held_bytes(),
+                copies_experts(plan.model, decoder.tensors, 4, False),
+            )
             rows = [*texts.rows.rows, *mtp_probe(plan.model, texts.rows)]
             need = kind.need(
                 layers, decoder.embedding_bytes(), sum(map(len, rows)), max(map(len, rows))
