@@ -341,7 +341,7 @@ def test_strings_are_read_in_pieces_of_any_size(
         assert read_gguf_header(path).metadata == {"a": texts, "b": 7}
         head = encode((array, after), alignment=1)
         path.write_bytes(head[: max(24, len(head) - cut)])
-        with pytest.raises(ArtifactError, match="truncated"):
+        with pytest.raises(ArtifactError, match=r"truncated|array items"):
             read_gguf_header(path)
 
 
