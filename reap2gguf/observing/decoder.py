@@ -128,7 +128,7 @@ class StreamedDecoder:
     @property
     def n_threads(self) -> int:
         """Threads that compute; 1 for a GPU."""
-        return 1 if self.crew is None else self._crew.n_threads
+        return 1 if self.crew is None else self.crew.n_threads
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
