@@ -25,6 +25,7 @@ from reap2gguf.evaluating.head import Head, scored_batches
 from reap2gguf.evaluating.outside import outside_scores
 from reap2gguf.evaluating.run import Unobserved, VariantRun
 from reap2gguf.evaluating.scores import Scores, VariantScores
+from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.batches import padded_batches
 from reap2gguf.observing.budget import Budget, fit
 from reap2gguf.observing.compute.ranks import Ranks, connect_on, host_peers, join
@@ -77,6 +78,8 @@ def evaluate_variants(
     connect_on(ranks, device)
     limit_gpu_memory(device, options.memory)
     with gpu_errors(), ExitStack() as stack:
+        if device.type == "cpu" and options.memory is not None:
+            stack.enter_context(frees_at_once())
         threads = stack.enter_context(closing(SharedThreads(device, n_threads)))
         peers = host_peers(ranks, device)
         contexts: list[SweepContext] = []

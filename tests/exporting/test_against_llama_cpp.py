@@ -153,6 +153,7 @@ MORE_SHAPES = {
     "three-experts",
     "rows-of-48",
     "tied-rows-of-64",
+    "two-layers",
 }
 
 
