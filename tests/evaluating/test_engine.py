@@ -21,7 +21,7 @@ from reap2gguf.errors import EvaluationError, UsageError
 from reap2gguf.evaluating import head as head_module
 from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.gguf_weights import GgufWeights
-from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores
+from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores, joined
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import describe
@@ -167,6 +167,26 @@ def equal(one: Scores, other: Scores) -> bool:
     ) and all(
         np.array_equal(one.divergences[pair], other.divergences[pair]) for pair in one.divergences
     )
+
+
+def test_rows_that_share_tokens_and_are_not_compared(case: Case) -> None:
+    """One pass instead of four gives the same; and pairs leave such rows out."""
+    vocab = case.variants[0].model.facts.vocab_size
+    question = np.random.default_rng(3).integers(0, vocab, 30)
+    apart = [ScoredRow(np.append(question, token), 30, is_compared=False) for token in range(4)]
+    rows = [*case.rows, *joined(apart)]
+    assert len(rows) == len(case.rows) + 1
+    pairs = PAIRS[:2]
+    found = evaluate_variants(case.variants, rows, pairs, CPU, Silent())
+    alone = evaluate_variants(case.variants, case.rows, pairs, CPU, Silent())
+    together = evaluate_variants(case.variants, [*case.rows, *apart], pairs, CPU, Silent())
+    for name in found.variants:
+        np.testing.assert_allclose(found.variants[name].nll, together.variants[name].nll, atol=1e-4)
+    n_scored = len(alone.variants["source"].nll)
+    part = found.part(0, len(case.rows))
+    for pair in pairs:
+        assert np.isnan(found.divergences[pair][n_scored:]).all()
+        np.testing.assert_allclose(part.divergences[pair], alone.divergences[pair], atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 5}, {"spool": "disk"}])
