@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 
 from reap2gguf import cli
+from reap2gguf.api.evaluating import evaluate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import make_plan
+from reap2gguf.bundle.evaluation import Evaluation
 from reap2gguf.errors import PeerError
+from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.observing import budget
 from reap2gguf.observing.compute import ranks as ranks_module
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
-from tests.observing.compute.ranks_child import BATCH_TOKENS, DIED, OBSERVE
+from tests.evaluating.tasks.task_folders import write_pruned_copy, write_three_tasks
+from tests.observing.compute.ranks_child import BATCH_TOKENS, COMPUTE, DIED, OBSERVE
 from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe, child_environment
 
 CHILD = "tests.observing.compute.ranks_child"
@@ -138,6 +143,29 @@ def test_a_build_is_the_same(
         np.testing.assert_array_equal(found.norm_max, expected.norm_max)
         for name in ("reap_sum", "gate_sum", "norm_sum"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+
+
+@pytest.mark.slow  # two processes load torch and lm-eval
+def test_an_evaluation_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several batches of a text and of tasks; the first process alone prints and writes."""
+    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", BATCH_TOKENS)
+    tasks = write_three_tasks(tmp_path / "tasks")
+    options = EvaluateOptions(
+        chunk=64, chunks=40, tasks=("plain", "normed", "rolling"), task_folder=tasks
+    )
+    compute = ComputeOptions("cpu", "float32", threads=1)
+    pruned = write_pruned_copy(EXAMPLE, tmp_path / "pruned", 12)
+    alone = evaluate(EXAMPLE, pruned, options=options, compute=compute)
+    output = tmp_path / "out" / "evaluation.json"
+    output.parent.mkdir()
+    done = torchrun(
+        "resume", "evaluate", EXAMPLE, pruned, "--chunk", 64, "--chunks", 40, *COMPUTE,
+        "--tasks", "plain,normed,rolling", "--task-folder", tasks, "-o", output, "--json",
+    )  # fmt: skip
+    found = Evaluation.load(output)
+    assert found.as_json() == json.loads(done.stdout) == json.loads(json.dumps(alone.as_json()))
+    assert [path.name for path in output.parent.iterdir()] == ["evaluation.json"]
+    assert done.stderr.count("Evaluating: done") == 1
 
 
 def test_a_lost_process_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
