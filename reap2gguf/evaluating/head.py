@@ -11,7 +11,7 @@ Letters: V vocabulary, H hidden, n tokens that are computed together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 
 from reap2gguf.evaluating.head_sums import HeadSums
-from reap2gguf.observing.targets import rows_of
+from reap2gguf.evaluating.head_weights import HeadWeights
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.run import VariantRun
     from reap2gguf.evaluating.scores import Pair, ScoredRow
     from reap2gguf.observing.batches import Batch
@@ -45,23 +42,30 @@ class ScoredBatch:
     positions: Tensor  # (n,) int64, of the batch: those whose hidden states predict the tokens
     right: Tensor  # (n,) int64, the tokens
     first: int  # place of the first one in the arrays
+    is_compared: bool  # whether variants are compared at any of them
 
 
 def scored_batches(
-    batches: Sequence[Batch], groups: Sequence[Sequence[ScoredRow]]
+    batches: Sequence[Batch],
+    groups: Sequence[Sequence[ScoredRow]],
+    is_chosen: Callable[[ScoredRow], bool] = lambda row: True,
 ) -> list[ScoredBatch]:
-    """The scored tokens of each batch, whose rows are those of a group, one after another."""
+    """The scored tokens of each batch, whose rows are those of a group, one after another.
+
+    Rows that are not chosen, and batches without others, are left out.
+    """
     found: list[ScoredBatch] = []
     first = 0
     for batch, rows in zip(batches, groups, strict=True):
         width = batch.tokens.shape[1]
-        positions = [
-            torch.arange(row.first - 1, len(row.tokens) - 1) + number * width
-            for number, row in enumerate(rows)
-        ]
-        right = [torch.from_numpy(row.tokens[row.first :]) for row in rows]
-        found.append(ScoredBatch(batch.span, torch.cat(positions), torch.cat(right), first))
-        first += len(found[-1].right)
+        chosen = [(number * width, row) for number, row in enumerate(rows) if is_chosen(row)]
+        if not chosen:
+            continue
+        positions = [torch.from_numpy(row.positions) + start for start, row in chosen]
+        right = torch.cat([torch.from_numpy(row.right) for _, row in chosen])
+        is_compared = any(row.is_compared for _, row in chosen)
+        found.append(ScoredBatch(batch.span, torch.cat(positions), right, first, is_compared))
+        first += len(right)
     return found
 
 
@@ -105,19 +109,13 @@ class Head:
         self._runs = runs
         self._decoder = next(iter(runs.values())).decoder
         self.device = self._decoder.device
-        self._heads: dict[str, VariantRun] = {}  # by variant, the run that reads its head
-        by_origin: dict[tuple[Path, str], VariantRun] = {}
-        for name, run in runs.items():
-            origin = _origin(run.decoder.weights, run.decoder.model.head_name)
-            self._heads[name] = by_origin.setdefault(origin, run)
-        facts = self._decoder.model.facts
-        self._vocabulary = facts.vocab_size
+        self._weights = HeadWeights(runs)
         n_threads = self._decoder.crew.n_threads if self._decoder.crew else 1
         self.cut = Cut.into(
             usable,
-            facts.vocab_size,
-            facts.hidden_size * self._decoder.dtype.itemsize,
-            len(by_origin),
+            self._weights.vocabulary,
+            self._decoder.model.facts.hidden_size * self._decoder.dtype.itemsize,
+            self._weights.n_heads,
             (len(runs) + 2) * n_threads,
             self.device.type,
         )
@@ -131,33 +129,11 @@ class Head:
         sums = HeadSums(list(self._runs), pairs, n_scored, self.device)
         for run in self._runs.values():
             run.decoder.load_norm()
-        self._ask(0)
-        with progress.task("Predictions", n_scored * self._vocabulary, "logits") as task:
-            for first in range(0, self._vocabulary, self.cut.block):
-                blocks = self._take(first)
-                self._ask(first + self.cut.block)
+        with progress.task("Predictions", n_scored * self._weights.vocabulary, "logits") as task:
+            for first, blocks in self._weights.blocks(self.cut.block):
                 for count in self._each(scored, sums, first, blocks):
                     task.advance(count * len(next(iter(blocks.values()))))
         return sums
-
-    def _ask(self, first: int) -> None:
-        """Begin to read the heads' rows from token `first` on, if there are any."""
-        last = min(first + self.cut.block, self._vocabulary)
-        if first >= last:
-            return
-        for run in set(self._heads.values()):
-            decoder = run.decoder
-            name = decoder.model.head_name
-            target = rows_of(decoder.weights, name, first, last, decoder.dtype)
-            decoder.loader.ask(f"head {first}", {name: target})
-
-    def _take(self, first: int) -> dict[str, Tensor]:
-        """The heads' rows (B, H), by variant."""
-        taken = {
-            run: run.decoder.loader.take(f"head {first}")[run.decoder.model.head_name]
-            for run in set(self._heads.values())
-        }
-        return {name: taken[run] for name, run in self._heads.items()}
 
     def _each(
         self,
@@ -168,43 +144,43 @@ class Head:
     ) -> Iterator[int]:
         """Count a block of the vocabulary for all tokens, a few at a time; how many these were."""
 
-        def count(part: _Part) -> int:
+        def count(part: Part) -> int:
             logits = {
                 name: product(self._runs[name].decoder.final_norm(hidden), blocks[name])
                 for name, hidden in part.hidden.items()
             }
-            sums.add(part.place, first, logits, part.right)
+            sums.add(part.place, first, logits, part.right, part.is_compared)
             return len(part.right)
 
         crew = self._decoder.crew
-        return (
-            map(count, self._parts(scored))
-            if crew is None
-            else crew.in_order(count, self._parts(scored))
-        )
-
-    def _parts(self, scored: Sequence[ScoredBatch]) -> Iterator[_Part]:
-        """The hidden states of all variants at the scored tokens, a few tokens at a time."""
-        for batch, following in zip(scored, [*scored[1:], None], strict=True):
-            after = None if following is None else following.span
-            positions, right = batch.positions.to(self.device), batch.right.to(self.device)
-            hidden = {
-                name: run.spool.load(batch.span, after)[positions]
-                for name, run in self._runs.items()
-            }
-            for begin in range(0, len(right), self.cut.tokens):
-                part = slice(begin, begin + self.cut.tokens)
-                place = slice(batch.first + begin, batch.first + begin + len(right[part]))
-                yield _Part(place, right[part], {name: h[part] for name, h in hidden.items()})
+        parts = parts_of(scored, self._runs, self.cut.tokens)
+        return map(count, parts) if crew is None else crew.in_order(count, parts)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Some scored tokens: their places in the arrays, and what every variant has of them."""
 
     place: slice
     right: Tensor  # (n,) int64
     hidden: Mapping[str, Tensor]  # (n, H), after the last layer
+    is_compared: bool
+
+
+def parts_of(
+    scored: Sequence[ScoredBatch], runs: Mapping[str, VariantRun], most: int
+) -> Iterator[Part]:
+    """The hidden states of all variants at the scored tokens, at most `most` tokens at a time."""
+    device = next(iter(runs.values())).decoder.device
+    for batch, following in zip(scored, [*scored[1:], None], strict=True):
+        after = None if following is None else following.span
+        positions, right = batch.positions.to(device), batch.right.to(device)
+        hidden = {name: run.spool.load(batch.span, after)[positions] for name, run in runs.items()}
+        for begin in range(0, len(right), most):
+            own = slice(begin, begin + most)
+            place = slice(batch.first + begin, batch.first + begin + len(right[own]))
+            states = {name: h[own] for name, h in hidden.items()}
+            yield Part(place, right[own], states, batch.is_compared)
 
 
 def product(hidden: Tensor, block: Tensor) -> Tensor:
@@ -215,8 +191,3 @@ def product(hidden: Tensor, block: Tensor) -> Tensor:
     if hidden.is_cuda and hidden.dtype is not torch.float32:
         return torch.mm(hidden, block.t(), out_dtype=torch.float32)
     return hidden.float() @ block.float().t()
-
-
-def _origin(weights: Weights, name: str) -> tuple[Path, str]:
-    """The tensor's folder, and its name there: a pruned view has the tensors of its source."""
-    return weights.folder, weights.origin(name)[0]
