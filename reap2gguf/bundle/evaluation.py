@@ -231,7 +231,7 @@ class Evaluation:
             comparisons=[one for one in self.comparisons if {one.variant, one.reference} <= names],
             tasks=[one for one in self.tasks if one.variant in names],
             speeds=[one for one in self.speeds if one.variant in names],
-            smoke_tests=[one for one in self.smoke_tests if one.variant in names],
+            smoke_tests=[one for one in self.smoke_tests if one.file in names],
         )
         return found if found.variants or found.tasks or found.speeds else None
 
