@@ -90,9 +90,10 @@ def written(process: int, inputs: Path) -> int:
 def run(command: Sequence[str | Path], inputs: Path, scratch: Path, log: Path) -> Watched:
     """Run a command to its end, watched."""
     found, begun = Watched(), time.monotonic()
-    with log.open("w") as file, subprocess.Popen(
-        list(map(str, command)), stdout=file, stderr=file, cwd=scratch
-    ) as process:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, cwd=scratch) as process,
+    ):
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             lines = status.read_text().splitlines()

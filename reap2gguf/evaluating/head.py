@@ -35,6 +35,10 @@ _MOST_TOKENS = {"cpu": 256, "cuda": 4096}  # on a CPU, what stays in its caches
 _MOST_BLOCK = {"cpu": 8192, "cuda": 2**20}  # tokens of the vocabulary
 _LEAST_BLOCK = 256
 _LEAST_TOKENS = 16
+_SPAN = (
+    4  # positions that are loaded at once, in multiples of the tokens that are computed together
+)
+_PARTS = 4  # parts whose hidden states are there, beside those that threads compute
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,28 @@ class Cut:
 
     @classmethod
     def into(
-        cls, usable: int, vocabulary: int, row_bytes: int, n_heads: int, n_logits: int, kind: str
+        cls,
+        usable: int,
+        vocabulary: int,
+        row_bytes: int,
+        n_heads: int,
+        n_logits: int,
+        kind: str,
+        token_bytes: int = 0,
     ) -> Cut:
         """The largest cut that fits into `usable` bytes; the smallest one if none does.
 
         `row_bytes`: of the heads for one token of the vocabulary; `n_logits`: arrays of logits that
-        are there at the same time; `kind`: cpu or cuda.
+        are there at the same time; `kind`: cpu or cuda; `token_bytes`: what a token of the text
+        takes beside its logits.
         """
         block = min(vocabulary, _MOST_BLOCK[kind])
         tokens = _MOST_TOKENS[kind]
 
         def taken() -> int:
             blocks = 1 if block == vocabulary else 2
-            return block * (blocks * n_heads * row_bytes + 4 * n_logits * tokens)
+            weights = block * blocks * n_heads * row_bytes
+            return weights + tokens * (4 * n_logits * block + token_bytes)
 
         while taken() > usable and (block > _LEAST_BLOCK or tokens > _LEAST_TOKENS):
             # logits and weights get smaller by turns
@@ -112,14 +125,17 @@ class Head:
             self._heads[name] = by_origin.setdefault(origin, run)
         facts = self._decoder.model.facts
         self._vocabulary = facts.vocab_size
+        state = facts.hidden_size * self._decoder.dtype.itemsize
         n_threads = self._decoder.crew.n_threads if self._decoder.crew else 1
+        n_waiting = len(runs) * (2 * n_threads + _PARTS) + _SPAN
         self.cut = Cut.into(
             usable,
             facts.vocab_size,
-            facts.hidden_size * self._decoder.dtype.itemsize,
+            state,
             len(by_origin),
             (len(runs) + 2) * n_threads,
             self.device.type,
+            state * n_waiting,
         )
 
     @torch.inference_mode()
@@ -129,6 +145,7 @@ class Head:
         """What all variants predict at the scored tokens, in the order of the batches."""
         n_scored = sum(len(batch.right) for batch in scored)
         sums = HeadSums(list(self._runs), pairs, n_scored, self.device)
+        parts = list(_parts(scored, self.cut.tokens))
         for run in self._runs.values():
             run.decoder.load_norm()
         self._ask(0)
@@ -136,7 +153,7 @@ class Head:
             for first in range(0, self._vocabulary, self.cut.block):
                 blocks = self._take(first)
                 self._ask(first + self.cut.block)
-                for count in self._each(scored, sums, first, blocks):
+                for count in self._each(parts, sums, first, blocks):
                     task.advance(count * len(next(iter(blocks.values()))))
         return sums
 
@@ -160,51 +177,68 @@ class Head:
         return {name: taken[run] for name, run in self._heads.items()}
 
     def _each(
-        self,
-        scored: Sequence[ScoredBatch],
-        sums: HeadSums,
-        first: int,
-        blocks: Mapping[str, Tensor],
+        self, parts: Sequence[_Part], sums: HeadSums, first: int, blocks: Mapping[str, Tensor]
     ) -> Iterator[int]:
         """Count a block of the vocabulary for all tokens, a few at a time; how many these were."""
 
-        def count(part: _Part) -> int:
+        def count(given: tuple[_Part, Mapping[str, Tensor]]) -> int:
+            part, hidden = given
             logits = {
-                name: product(self._runs[name].decoder.final_norm(hidden), blocks[name])
-                for name, hidden in part.hidden.items()
+                name: product(self._runs[name].decoder.final_norm(states), blocks[name])
+                for name, states in hidden.items()
             }
-            sums.add(part.place, first, logits, part.right)
+            sums.add(part.place, first, logits, part.right.to(self.device))
             return len(part.right)
 
         crew = self._decoder.crew
-        return (
-            map(count, self._parts(scored))
-            if crew is None
-            else crew.in_order(count, self._parts(scored))
-        )
+        loaded = self._loaded(parts)
+        return map(count, loaded) if crew is None else crew.in_order(count, loaded)
 
-    def _parts(self, scored: Sequence[ScoredBatch]) -> Iterator[_Part]:
-        """The hidden states of all variants at the scored tokens, a few tokens at a time."""
-        for batch, following in zip(scored, [*scored[1:], None], strict=True):
-            after = None if following is None else following.span
-            positions, right = batch.positions.to(self.device), batch.right.to(self.device)
-            hidden = {
-                name: run.spool.load(batch.span, after)[positions]
-                for name, run in self._runs.items()
-            }
-            for begin in range(0, len(right), self.cut.tokens):
-                part = slice(begin, begin + self.cut.tokens)
-                place = slice(batch.first + begin, batch.first + begin + len(right[part]))
-                yield _Part(place, right[part], {name: h[part] for name, h in hidden.items()})
+    def _loaded(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Mapping[str, Tensor]]]:
+        """The hidden states (n, H) of all variants at the tokens of each part."""
+        coming = [span for part in parts for span, _ in part.pieces][1:]
+        following = iter([*coming, None])
+        for part in parts:
+            found: dict[str, list[Tensor]] = {name: [] for name in self._runs}
+            for span, at in part.pieces:
+                after, places = next(following), at.to(self.device)
+                for name, run in self._runs.items():
+                    found[name].append(run.spool.load(span, after)[places])
+            yield part, {name: torch.cat(pieces) for name, pieces in found.items()}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some scored tokens: their places in the arrays, and what every variant has of them."""
+    """Some scored tokens of a batch that are computed together."""
 
-    place: slice
+    place: slice  # in the arrays
     right: Tensor  # (n,) int64
-    hidden: Mapping[str, Tensor]  # (n, H), after the last layer
+    pieces: Sequence[tuple[Span, Tensor]]  # of the spool, and the places in it that are scored
+
+
+def _parts(scored: Sequence[ScoredBatch], n_tokens: int) -> Iterator[_Part]:
+    """The scored tokens, at most `n_tokens` at a time.
+
+    Few of a batch's tokens may be scored: it is loaded in pieces of `_SPAN` x `n_tokens` positions.
+    """
+    for batch in scored:
+        for begin in range(0, len(batch.right), n_tokens):
+            positions = batch.positions[begin : begin + n_tokens]
+            place = slice(batch.first + begin, batch.first + begin + len(positions))
+            pieces: list[tuple[Span, Tensor]] = []
+            for some in positions.split(_counts(positions, _SPAN * n_tokens)):
+                low, high = batch.span[0] + int(some[0]), batch.span[0] + int(some[-1]) + 1
+                pieces.append(((low, high), some - some[0]))
+            yield _Part(place, batch.right[begin : begin + n_tokens], pieces)
+
+
+def _counts(positions: Tensor, n_positions: int) -> list[int]:
+    """How many of ascending positions (n,) lie in each piece of at most `n_positions`."""
+    counts: list[int] = []
+    while (done := sum(counts)) < len(positions):
+        left = positions[done:]
+        counts.append(int(torch.searchsorted(left, left[0] + n_positions)))
+    return counts
 
 
 def product(hidden: Tensor, block: Tensor) -> Tensor:
