@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.errors import Reap2ggufError, VerificationError
+    from reap2gguf.evaluating.options import EvaluateOptions
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import (
@@ -61,6 +62,7 @@ __all__ = [
     "CheckQuants",
     "ComputeOptions",
     "Estimate",
+    "EvaluateOptions",
     "Evaluation",
     "Imatrix",
     "ImatrixInspection",
@@ -118,6 +120,7 @@ _HOMES = {
     "bundle.evaluation": ("Evaluation",),
     "comparing.compared": ("ModelComparison",),
     "errors": ("Reap2ggufError", "VerificationError"),
+    "evaluating.options": ("EvaluateOptions",),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": (

@@ -28,6 +28,11 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "building/test_evaluate_stage.py",
+        "how much text a build scores",
+        ("building/needs/scoring.py",),
+    ),
+    (
         "terminal/test_evaluate_command.py",
         "bundles and files as they are named",
         (

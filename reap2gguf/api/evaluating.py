@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
+from reap2gguf.evaluating.checks import check_options
+from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.files import is_plain
 from reap2gguf.machine import processes
-from reap2gguf.options import (
-    ComputeOptions,
-    Resume,
-    check_bool,
-    check_number,
-    check_path,
-    given_or_new,
-)
+from reap2gguf.options import ComputeOptions, check_bool, check_path, given_or_new
 from reap2gguf.outputs import drop_states, output_file
-from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.evaluating.opening import OpenVariants
-    from reap2gguf.evaluating.texts import EvaluationText
     from reap2gguf.progress import Progress
 
 
@@ -34,56 +26,62 @@ def evaluate(
     model: PathLike,
     *variants: PathLike,
     source: PathLike | None = None,
-    text: str = "held-out",
-    chunk: int = 512,
-    chunks: int | None = None,
+    options: EvaluateOptions | None = None,
     output: PathLike | None = None,
+    update: bool = False,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> Evaluation:
-    """Measure a model and its variants on a text, all of them in one pass over the layers.
+    """Measure a model and its variants: on a text, on tasks, and by what llama.cpp says.
 
     `model` is a bundle, or the MODEL that `variants` were made from: pruned folders and GGUF files.
     With a bundle, its folder and files are the variants, and `source` is the MODEL that was pruned;
-    None takes it from the Hub, if the bundle names it there. `text` is `held-out` (shipped),
-    `wikitext2` (from the Hub) or a file, of which the first `chunks` chunks of `chunk` tokens are
-    scored, as by llama-perplexity. `output` is a JSON file to write; with it, an interrupted call
-    resumes from the layer that `OUTPUT.state` holds.
+    None takes it from the Hub, if the bundle names it there. `options` say what is measured: by
+    default perplexity and KL divergence on a text, in one pass over the layers of all variants.
+    `output` is a JSON file to write; with it, an interrupted call resumes from what is kept beside
+    it, in files whose names begin with `OUTPUT.state`. With `update`, the figures get into the
+    bundle's manifest and cards, in place of earlier ones.
 
-    Raises EvaluationError, CalibrationError, UsageError, OutputError, ArtifactError, and what
-    opening a model raises.
+    Raises EvaluationError, CalibrationError, UsageError, OutputError, ArtifactError,
+    DependencyError, and what opening a model raises.
     """
     check_bool("follow_links", follow_links)
-    check_number("chunk", chunk, 8)
-    if chunks is not None:
-        check_number("chunks", chunks, 2)
+    check_bool("update", update)
+    options = given_or_new("options", options, EvaluateOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     target = None if output is None else check_path("output", output)
     if target is not None and processes().is_first:
         output_file(target)
+    check_options(options, target)
     given = [check_path("variant", path) for path in variants]
+    if update and (given or not _is_bundle(model)):
+        raise UsageError(f"{model}: not a bundle; update writes into a bundle alone")
     shown = to_progress(progress)
     with ExitStack() as stack:
         opened = _open(stack, model, given, source, follow_links, shown)
-        from reap2gguf.evaluating import texts
-        from reap2gguf.evaluating.measure import measure
-        from reap2gguf.tokenizer.tokenizer import Tokenizer
+        from reap2gguf.evaluating.whole import WholeEvaluation
 
-        label, content = texts.read_text(str(text), shown.note)
-        first = opened.variants[0].model.facts
-        with working(shown, f"Reading {label}"):
-            assert opened.tokenizer is not None
-            tokenizer = Tokenizer(opened.tokenizer)
-            size = min(chunk, first.context_length)
-            cut = texts.cut_text(label, content, tokenizer, first.vocab_size, size, chunks)
-        if target is not None:
-            compute = _resuming(compute, target, opened, cut)
-        found = measure(opened.variants, cut, compute, shown)
+        assert opened.tokenizer is not None
+        found = WholeEvaluation(
+            opened.variants, opened.tokenizer, options, compute, target, shown
+        ).run()
+        if update and processes().is_first:
+            from reap2gguf.building.measured import record_evaluation
+
+            first = opened.variants[0]
+            measured = first.weights, first.model
+            record_evaluation(Path(model).expanduser(), found, measured, compute, shown)
     if target is not None and processes().is_first:
         found.save(target)
         drop_states(target)
     return found
+
+
+def _is_bundle(model: PathLike) -> bool:
+    from reap2gguf.bundle.layout import MANIFEST_FILE
+
+    return is_plain(Path(model).expanduser() / MANIFEST_FILE)
 
 
 def _open(
@@ -95,13 +93,11 @@ def _open(
     progress: Progress,
 ) -> OpenVariants:
     """Open all that is to be evaluated. Raises UsageError if it cannot be told what is what."""
-    from reap2gguf.bundle.layout import MANIFEST_FILE
     from reap2gguf.evaluating.opening import OpenVariants
 
     opened = OpenVariants(stack, progress)
-    folder = Path(model).expanduser()
-    if is_plain(folder / MANIFEST_FILE) and not variants:
-        _open_bundle(opened, folder, source, follow_links)
+    if _is_bundle(model) and not variants:
+        _open_bundle(opened, Path(model).expanduser(), source, follow_links)
         return opened
     if source is not None:
         raise UsageError(
@@ -140,16 +136,3 @@ def _open_bundle(
         opened.folder(bundle.hf)
     for record in manifest.gguf:
         opened.gguf(bundle.gguf / record.first)
-
-
-def _resuming(
-    compute: ComputeOptions, output: Path, opened: OpenVariants, text: EvaluationText
-) -> ComputeOptions:
-    """Keep the progress of an evaluation that writes `output` beside it."""
-    from reap2gguf.artifacts.made_with import COMPUTING, versions
-    from reap2gguf.building.keys import stage_key
-
-    what = [(one.name, one.identity) for one in opened.variants]
-    key = stage_key(what, text.tokens_sha256, compute.likely_device, compute.likely_dtype)
-    path = output.with_name(f"{output.name}.state")
-    return replace(compute, scratch=output.parent, resume=Resume(path, key, versions(COMPUTING)))

@@ -41,7 +41,7 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
     raise; then the bundle is as it was.
     """
     check_device(options.compute)
-    _recover(options.bundle)
+    recover(options.bundle)
     opened = open_bundle(options.bundle)
     if opened.hf is None and options.source is None:
         label = shell_word(one_line(opened.manifest.source.label))
@@ -58,7 +58,7 @@ def add(options: AddOptions, progress: Progress) -> BuildResult:
             return _add(options, work, manifest, reference, progress)
 
 
-def _recover(bundle: Path) -> None:
+def recover(bundle: Path) -> None:
     """Finish what was killed while the folders of this bundle got their final names."""
     folder = Path(os.path.realpath(bundle))
     for name in dict.fromkeys((folder.name, folder.name.removesuffix(GGUF_SUFFIX))):

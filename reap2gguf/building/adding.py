@@ -56,6 +56,7 @@ from reap2gguf.verifying.report import Level, passed_file, passed_summary
 if TYPE_CHECKING:
     from reap2gguf.building.adopting import Adopted
     from reap2gguf.building.workdir import Workdir
+    from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.bundle.manifest import GgufRecord, Manifest
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
@@ -79,6 +80,7 @@ class Addition:
     order: Sequence[str] = ()  # file names of the new bundle, as far as they have an order
     inputs: Inputs = field(default_factory=lambda: Inputs(""))  # of the new bundle
     exact: frozenset[str] = frozenset()  # names of recipes whose files are quantized again
+    evaluation: Evaluation | None = None  # in place of the one in the manifest
 
     @property
     def new_names(self) -> set[str]:
@@ -278,7 +280,9 @@ def _manifest(
     written_by = "" if old.program.get("reap2gguf") == __version__ else __version__
     verification = {"summary": passed_summary(lines), "passed": lines}
     evaluation = old.evaluation
-    if evaluation is not None:  # what was measured of a file that is replaced is not of the new one
+    if addition.evaluation is not None:
+        evaluation = addition.evaluation
+    elif evaluation is not None:  # of a file that is replaced, it is not of the new one
         evaluation = evaluation.of_files([record.file for record in addition.stay])
     return replace(
         old,

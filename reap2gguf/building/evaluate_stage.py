@@ -15,8 +15,10 @@ from reap2gguf.building.keys import EVALUATE_FORMAT, stage_key
 from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.evaluation import EVALUATION_FILE, Evaluation
+from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.gguf_weights import GgufWeights
-from reap2gguf.evaluating.measure import measure
+from reap2gguf.evaluating.measure import evaluation_of_scores
+from reap2gguf.evaluating.opening import pairs_of
 from reap2gguf.evaluating.texts import HELD_OUT, EvaluationText, cut_text, read_text
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -68,11 +70,11 @@ class Evaluate(Stage[Evaluation]):
         return (self.path,)
 
     def compute(self) -> Mapping[str, Any]:
+        variants, options = self._variants(), self.compute_options
+        pairs, progress = pairs_of(variants), self.run.progress
         # the other processes of torchrun have left
-        found = measure(
-            self._variants(), self._text, self.compute_options, self.run.progress, alone=True
-        )
-        found.save(self.path)
+        scores = evaluate_variants(variants, self._text.rows, pairs, options, progress, alone=True)
+        evaluation_of_scores(variants, self._text, scores, options).save(self.path)
         return {}
 
     def _variants(self) -> list[Variant]:

@@ -16,7 +16,6 @@ from reap2gguf.building.stages import Export, Prune
 from reap2gguf.bundle.layout import CARD_FILE, HF_PICTURES, MANIFEST_FILE
 from reap2gguf.bundle.members import check_members
 from reap2gguf.errors import VerificationError
-from reap2gguf.exporting.device_blocks import device_threads
 from reap2gguf.pruning.write import written_names
 from reap2gguf.verifying.gguf_file import (
     ExpectedGguf,
@@ -25,6 +24,7 @@ from reap2gguf.verifying.gguf_file import (
     check_side_file,
 )
 from reap2gguf.verifying.hf_folder import check_pruned
+from reap2gguf.verifying.memory import COMPARING_BYTES, comparing_bytes
 from reap2gguf.verifying.report import Level, passed_file, passed_folder
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 
 Found = tuple[list[str], list[str]]  # violations, and what was checked
-_COMPARING_BYTES = 2**23  # of each thread, while safetensors are compared or hashed
-_VALUES_BYTES = 7 * 2**24  # of each thread, while a GGUF file's ranges are: see `comparison.py`
-_BESIDE_A_GPU = 2**26  # of each thread: blocks and weights, pinned, and a file's rows
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,9 @@ class Verify(Stage[Verified]):
     @property
     def held_bytes(self) -> int:
         compute = self.run.plan.options.compute
-        values = _VALUES_BYTES * compute.threads
-        if compute.likely_device == "cuda":
-            values = max(values, _BESIDE_A_GPU * device_threads(compute.threads))
+        values = comparing_bytes(compute.threads, compute.likely_device == "cuda")
         # GGUF files are compared when the export, which is beside it until then, has ended
-        return max(_COMPARING_BYTES * compute.threads, values - self._export.held_bytes)
+        return max(COMPARING_BYTES * compute.threads, values - self._export.held_bytes)
 
     def compute(self) -> Mapping[str, Any]:
         """The safetensors are checked while the GGUF files are still written."""

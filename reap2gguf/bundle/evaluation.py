@@ -25,9 +25,11 @@ Kind = Literal["source", "pruned", "gguf"]
 Engine = Literal["streamed", "llama.cpp"]
 KINDS: tuple[Kind, ...] = ("source", "pruned", "gguf")
 ENGINES: tuple[Engine, ...] = ("streamed", "llama.cpp")
-_MAX_BYTES = 2**22
+_MAX_BYTES = 2**23
 _MOST_ENTRIES = 4096  # of a list
 _LONGEST_TEXT = 4096  # characters
+_LONGEST_PROMPT = 2**20  # characters
+_MOST_TOKENS = 2**18  # of a prompt
 _MAX_COUNT = 2**63
 _T = TypeVar("_T")
 
@@ -127,18 +129,78 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What was read, and what was answered."""
+
+    prompt: str  # the question, as the chat template writes it
+    prompt_tokens: Sequence[int]
+    tokens: Sequence[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class SmokeTest:
+    """A question, answered greedily by a file in llama.cpp and by its folder in transformers."""
+
+    file: str  # the variant
+    question: str
+    has_template: bool  # without one, the prompt is the question alone
+    llama_cpp: Answer
+    transformers: Answer | None  # None: nothing was compared, and `note` says why
+    note: str = ""
+
+    @property
+    def same_prompt(self) -> bool | None:
+        """Whether both read the same tokens; None if nothing was compared."""
+        if self.transformers is None:
+            return None
+        return list(self.llama_cpp.prompt_tokens) == list(self.transformers.prompt_tokens)
+
+    @property
+    def n_agree(self) -> int | None:
+        """How many first tokens of the answers are the same; None if nothing was compared."""
+        if self.transformers is None:
+            return None
+        pairs = zip(self.llama_cpp.tokens, self.transformers.tokens, strict=False)
+        return next(
+            (number for number, (one, other) in enumerate(pairs) if one != other),
+            min(len(self.llama_cpp.tokens), len(self.transformers.tokens)),
+        )
+
+    def __str__(self) -> str:
+        if self.transformers is None:
+            return f"{self.file}: answers in llama.cpp; not compared with transformers: {self.note}"
+        prompt = "the same prompt" if self.same_prompt else "ANOTHER PROMPT"
+        longest = max(len(self.llama_cpp.tokens), len(self.transformers.tokens))
+        return (
+            f"{self.file}: {self.n_agree} of the first {longest} tokens are as in transformers, "
+            f"after {prompt}"
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """All that was measured by one engine on one text, and on tasks."""
+    """All that was measured: on a text and tasks, and by other tests.
+
+    `engine` computed GGUF files on the text and the tasks; folders are always streamed. Without a
+    text there are no records of variants.
+    """
 
     engine: Engine
-    text: TextRecord | None  # None: only tasks or speeds were measured
+    text: TextRecord | None  # None: only tasks, speeds or answers were measured
     variants: Sequence[VariantRecord] = ()
     comparisons: Sequence[Comparison] = ()
     tasks: Sequence[TaskScore] = ()
     speeds: Sequence[Speed] = ()
+    smoke_tests: Sequence[SmokeTest] = ()
     device: str = "cpu"  # where it was computed
     dtype: str = "float32"  # in which type
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of libraries
+
+    def __post_init__(self) -> None:
+        # what is read from a file equals what was written
+        for name in ("variants", "comparisons", "tasks", "speeds", "smoke_tests"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def variant(self, name: str) -> VariantRecord | None:
         """The record of a variant; None if it was not measured."""
@@ -169,6 +231,7 @@ class Evaluation:
             comparisons=[one for one in self.comparisons if {one.variant, one.reference} <= names],
             tasks=[one for one in self.tasks if one.variant in names],
             speeds=[one for one in self.speeds if one.variant in names],
+            smoke_tests=[one for one in self.smoke_tests if one.file in names],
         )
         return found if found.variants or found.tasks or found.speeds else None
 
@@ -208,6 +271,7 @@ def evaluation_of(values: Mapping[str, Any]) -> Evaluation:
         comparisons=[_comparison(one) for one in _items(values["comparisons"])],
         tasks=[_task(one) for one in _items(values["tasks"])],
         speeds=[_speed(one) for one in _items(values["speeds"])],
+        smoke_tests=[_smoke_test(one) for one in _items(values.get("smoke_tests", []))],
         device=_text(values["device"]),
         dtype=_text(values["dtype"]),
         made_with={_text(name): _text(one) for name, one in dict(values["made_with"]).items()},
@@ -275,6 +339,33 @@ def _speed(values: Mapping[str, Any]) -> Speed:
     )
 
 
+def _smoke_test(values: Mapping[str, Any]) -> SmokeTest:
+    theirs = values["transformers"]
+    return SmokeTest(
+        _text(values["file"]),
+        _text(values["question"]),
+        _flag(values["has_template"]),
+        _answer(values["llama_cpp"]),
+        None if theirs is None else _answer(theirs),
+        _text(values["note"]),
+    )
+
+
+def _answer(values: Mapping[str, Any]) -> Answer:
+    return Answer(
+        _text(values["prompt"], _LONGEST_PROMPT),
+        _tokens(values["prompt_tokens"]),
+        _tokens(values["tokens"]),
+        _text(values["text"], _LONGEST_PROMPT),
+    )
+
+
+def _tokens(values: Any) -> list[int]:
+    if not isinstance(values, list) or len(values) > _MOST_TOKENS:
+        raise TypeError(f"{shown(values)} is not a list of at most {_MOST_TOKENS:,} tokens")
+    return [_count(value) for value in values]
+
+
 def _items(values: Any) -> Iterable[Mapping[str, Any]]:
     if not isinstance(values, list) or len(values) > _MOST_ENTRIES:
         raise TypeError(f"{shown(values)} is not a list of at most {_MOST_ENTRIES:,} records")
@@ -299,8 +390,8 @@ def _count(value: Any) -> int:
     return value
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
+def _text(value: Any, longest: int = _LONGEST_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > longest:
         raise TypeError(f"{shown(value)} is not a short text")
     return value
 

@@ -22,8 +22,10 @@ import torch
 
 from reap2gguf.errors import EvaluationError, UsageError
 from reap2gguf.evaluating.head import Head, scored_batches
+from reap2gguf.evaluating.outside import outside_scores
 from reap2gguf.evaluating.run import Unobserved, VariantRun
 from reap2gguf.evaluating.scores import Scores, VariantScores
+from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.batches import padded_batches
 from reap2gguf.observing.budget import Budget, fit
 from reap2gguf.observing.compute.ranks import Ranks, connect_on, host_peers, join
@@ -43,6 +45,7 @@ from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.evaluating.figures import Doubles
+    from reap2gguf.evaluating.outside import Outside
     from reap2gguf.evaluating.scores import Pair, ScoredRow
     from reap2gguf.evaluating.variants import Variant
     from reap2gguf.options import ComputeOptions
@@ -56,11 +59,13 @@ def evaluate_variants(
     options: ComputeOptions,
     progress: Progress,
     alone: bool = False,
+    outside: Sequence[Outside] = (),
 ) -> Scores:
     """What every variant predicts at the scored tokens of all rows, and how far `pairs` are apart.
 
     Every process of torchrun computes its share of the rows and returns all scores; `alone`: the
-    others have left, and this one computes all rows.
+    others have left, and this one computes all rows. Variants of `outside` are computed by another
+    program, after the others and in one process; they may be the second of a pair.
     Raises EvaluationError if variants do not fit together or compute what is not finite, and
     UsageError, OutputError, CheckpointError, ArtifactError and PeerError as a sweep does.
     """
@@ -73,6 +78,8 @@ def evaluate_variants(
     connect_on(ranks, device)
     limit_gpu_memory(device, options.memory)
     with gpu_errors(), ExitStack() as stack:
+        if device.type == "cpu" and options.memory is not None:
+            stack.enter_context(frees_at_once())
         threads = stack.enter_context(closing(SharedThreads(device, n_threads)))
         peers = host_peers(ranks, device)
         contexts: list[SweepContext] = []
@@ -85,7 +92,7 @@ def evaluate_variants(
         evaluation = _Evaluation(variants, contexts, rows, options, progress)
         evaluation.open(stack)
         evaluation.all_layers()
-        return evaluation.scores(pairs)
+        return evaluation.scores(pairs, outside)
 
 
 def _check(variants: Sequence[Variant], rows: Sequence[ScoredRow]) -> None:
@@ -220,27 +227,39 @@ class _Evaluation:
         """The place of a variant, of a view that of its base."""
         return self._runs.index(run.base or run)
 
-    def scores(self, pairs: Sequence[Pair]) -> Scores:
+    def scores(self, pairs: Sequence[Pair], outside: Sequence[Outside]) -> Scores:
         """What all variants predict, after the last layer."""
         names = [variant.name for variant in self._variants]
-        on_device = self._need.n_positions * self._need.hidden if self._on_device else 0
-        head = Head(dict(zip(names, self._runs, strict=True)), self._memory.usable - on_device)
+        runs = dict(zip(names, self._runs, strict=True))
         rows = [[one.row for one in group] for group in self._groups]
-        sums = head.sums(scored_batches(self._runs[0].batches, rows), pairs, self._progress)
         spread = _Spread(self._rows, self._groups, self._ranks)
-        variants = {
-            name: VariantScores(
-                spread.floats(sums.nll(name)), spread.floats(sums.top(name)).astype(np.int64)
+        usable = self._usable_by_heads
+        own = [pair for pair in pairs if set(pair) <= runs.keys()]
+        batches = scored_batches(self._runs[0].batches, rows)
+        sums = Head(runs, usable).sums(batches, own, self._progress)
+        variants = {name: spread.scores(sums.nll(name), sums.top(name)) for name in names}
+        apart = {pair: spread.divergences(sums.divergence(pair)) for pair in own}
+        del sums
+        for other in outside:
+            found, from_it = outside_scores(other, runs, rows, pairs, usable, self._progress)
+            variants[other.name] = spread.scores(
+                torch.from_numpy(found.nll), torch.from_numpy(found.top)
             )
-            for name in names
-        }
+            apart |= {
+                pair: spread.divergences(torch.from_numpy(one)) for pair, one in from_it.items()
+            }
         for name, found in variants.items():
             if not np.isfinite(found.nll).all():
                 raise EvaluationError(
                     f"{name}: its head computes NaN or infinite logits; it cannot be evaluated"
                 )
-        apart = {pair: spread.floats(sums.divergence(pair)) for pair in pairs}
-        return Scores(self._rows, variants, apart)
+        return Scores(self._rows, variants, {pair: apart[pair] for pair in pairs})
+
+    @property
+    def _usable_by_heads(self) -> int:
+        """Bytes of the device that hidden states leave."""
+        on_device = self._need.n_positions * self._need.hidden if self._on_device else 0
+        return self._memory.usable - on_device
 
     @property
     def _on_device(self) -> bool:
@@ -273,10 +292,21 @@ class _Spread:
             for one in group
         ]
         self._n_scored = int(ends[-1])
+        self._is_compared = np.concatenate([np.full(row.n_scored, row.is_compared) for row in rows])
         self._places = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *places]))
         self._ranks = ranks
 
-    def floats(self, found: torch.Tensor) -> Doubles:
+    def scores(self, nll: torch.Tensor, top: torch.Tensor) -> VariantScores:
+        """What a variant gives the tokens of this process, in the order of all."""
+        return VariantScores(self._floats(nll), self._floats(top).astype(np.int64))
+
+    def divergences(self, found: torch.Tensor) -> Doubles:
+        """The same of divergences: NaN in rows that are not compared."""
+        everything = self._floats(found)
+        everything[~self._is_compared] = np.nan
+        return everything
+
+    def _floats(self, found: torch.Tensor) -> Doubles:
         """Values (n,) of this process's tokens in the order of its batches -> (S,) of all."""
         everything = torch.zeros(self._n_scored, dtype=torch.float64, device=found.device)
         everything[self._places.to(found.device)] = found.double()

@@ -11,7 +11,7 @@ Letters: V vocabulary, H hidden, n tokens that are computed together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 
 from reap2gguf.evaluating.head_sums import HeadSums
-from reap2gguf.observing.targets import rows_of
+from reap2gguf.evaluating.head_weights import HeadWeights
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.run import VariantRun
     from reap2gguf.evaluating.scores import Pair, ScoredRow
     from reap2gguf.observing.batches import Batch
@@ -38,7 +35,7 @@ _LEAST_TOKENS = 16
 _SPAN = (
     4  # positions that are loaded at once, in multiples of the tokens that are computed together
 )
-_PARTS = 4  # parts whose hidden states are there, beside those that threads compute
+_PARTS = 4  # parts whose hidden states are there, beside those that wait for a thread
 
 
 @dataclass(frozen=True)
@@ -49,23 +46,30 @@ class ScoredBatch:
     positions: Tensor  # (n,) int64, of the batch: those whose hidden states predict the tokens
     right: Tensor  # (n,) int64, the tokens
     first: int  # place of the first one in the arrays
+    is_compared: bool  # whether variants are compared at any of them
 
 
 def scored_batches(
-    batches: Sequence[Batch], groups: Sequence[Sequence[ScoredRow]]
+    batches: Sequence[Batch],
+    groups: Sequence[Sequence[ScoredRow]],
+    is_chosen: Callable[[ScoredRow], bool] = lambda row: True,
 ) -> list[ScoredBatch]:
-    """The scored tokens of each batch, whose rows are those of a group, one after another."""
+    """The scored tokens of each batch, whose rows are those of a group, one after another.
+
+    Rows that are not chosen, and batches without others, are left out.
+    """
     found: list[ScoredBatch] = []
     first = 0
     for batch, rows in zip(batches, groups, strict=True):
         width = batch.tokens.shape[1]
-        positions = [
-            torch.arange(row.first - 1, len(row.tokens) - 1) + number * width
-            for number, row in enumerate(rows)
-        ]
-        right = [torch.from_numpy(row.tokens[row.first :]) for row in rows]
-        found.append(ScoredBatch(batch.span, torch.cat(positions), torch.cat(right), first))
-        first += len(found[-1].right)
+        chosen = [(number * width, row) for number, row in enumerate(rows) if is_chosen(row)]
+        if not chosen:
+            continue
+        positions = [torch.from_numpy(row.positions) + start for start, row in chosen]
+        right = torch.cat([torch.from_numpy(row.right) for _, row in chosen])
+        is_compared = any(row.is_compared for _, row in chosen)
+        found.append(ScoredBatch(batch.span, torch.cat(positions), right, first, is_compared))
+        first += len(right)
     return found
 
 
@@ -84,22 +88,22 @@ class Cut:
         row_bytes: int,
         n_heads: int,
         n_logits: int,
+        n_states: int,
         kind: str,
-        token_bytes: int = 0,
     ) -> Cut:
         """The largest cut that fits into `usable` bytes; the smallest one if none does.
 
-        `row_bytes`: of the heads for one token of the vocabulary; `n_logits`: arrays of logits that
-        are there at the same time; `kind`: cpu or cuda; `token_bytes`: what a token of the text
-        takes beside its logits.
+        `row_bytes`: of a head for one token of the vocabulary, and of a hidden state; `n_logits`
+        and `n_states`: arrays of logits and of hidden states, of as many tokens as are computed
+        together, that are there at the same time; `kind`: cpu or cuda.
         """
         block = min(vocabulary, _MOST_BLOCK[kind])
         tokens = _MOST_TOKENS[kind]
 
         def taken() -> int:
             blocks = 1 if block == vocabulary else 2
-            weights = block * blocks * n_heads * row_bytes
-            return weights + tokens * (4 * n_logits * block + token_bytes)
+            weights, states = block * blocks * n_heads, tokens * n_states
+            return row_bytes * (weights + states) + 4 * n_logits * tokens * block
 
         while taken() > usable and (block > _LEAST_BLOCK or tokens > _LEAST_TOKENS):
             # logits and weights get smaller by turns
@@ -118,24 +122,16 @@ class Head:
         self._runs = runs
         self._decoder = next(iter(runs.values())).decoder
         self.device = self._decoder.device
-        self._heads: dict[str, VariantRun] = {}  # by variant, the run that reads its head
-        by_origin: dict[tuple[Path, str], VariantRun] = {}
-        for name, run in runs.items():
-            origin = _origin(run.decoder.weights, run.decoder.model.head_name)
-            self._heads[name] = by_origin.setdefault(origin, run)
-        facts = self._decoder.model.facts
-        self._vocabulary = facts.vocab_size
-        state = facts.hidden_size * self._decoder.dtype.itemsize
+        self._weights = HeadWeights(runs)
         n_threads = self._decoder.crew.n_threads if self._decoder.crew else 1
-        n_waiting = len(runs) * (2 * n_threads + _PARTS) + _SPAN
         self.cut = Cut.into(
             usable,
-            facts.vocab_size,
-            state,
-            len(by_origin),
+            self._weights.vocabulary,
+            self._decoder.model.facts.hidden_size * self._decoder.dtype.itemsize,
+            self._weights.n_heads,
             (len(runs) + 2) * n_threads,
+            len(runs) * (2 * n_threads + _PARTS) + _SPAN,
             self.device.type,
-            state * n_waiting,
         )
 
     @torch.inference_mode()
@@ -145,100 +141,82 @@ class Head:
         """What all variants predict at the scored tokens, in the order of the batches."""
         n_scored = sum(len(batch.right) for batch in scored)
         sums = HeadSums(list(self._runs), pairs, n_scored, self.device)
-        parts = list(_parts(scored, self.cut.tokens))
         for run in self._runs.values():
             run.decoder.load_norm()
-        self._ask(0)
-        with progress.task("Predictions", n_scored * self._vocabulary, "logits") as task:
-            for first in range(0, self._vocabulary, self.cut.block):
-                blocks = self._take(first)
-                self._ask(first + self.cut.block)
-                for count in self._each(parts, sums, first, blocks):
+        with progress.task("Predictions", n_scored * self._weights.vocabulary, "logits") as task:
+            for first, blocks in self._weights.blocks(self.cut.block):
+                for count in self._each(scored, sums, first, blocks):
                     task.advance(count * len(next(iter(blocks.values()))))
         return sums
 
-    def _ask(self, first: int) -> None:
-        """Begin to read the heads' rows from token `first` on, if there are any."""
-        last = min(first + self.cut.block, self._vocabulary)
-        if first >= last:
-            return
-        for run in set(self._heads.values()):
-            decoder = run.decoder
-            name = decoder.model.head_name
-            target = rows_of(decoder.weights, name, first, last, decoder.dtype)
-            decoder.loader.ask(f"head {first}", {name: target})
-
-    def _take(self, first: int) -> dict[str, Tensor]:
-        """The heads' rows (B, H), by variant."""
-        taken = {
-            run: run.decoder.loader.take(f"head {first}")[run.decoder.model.head_name]
-            for run in set(self._heads.values())
-        }
-        return {name: taken[run] for name, run in self._heads.items()}
-
     def _each(
-        self, parts: Sequence[_Part], sums: HeadSums, first: int, blocks: Mapping[str, Tensor]
+        self,
+        scored: Sequence[ScoredBatch],
+        sums: HeadSums,
+        first: int,
+        blocks: Mapping[str, Tensor],
     ) -> Iterator[int]:
         """Count a block of the vocabulary for all tokens, a few at a time; how many these were."""
 
-        def count(given: tuple[_Part, Mapping[str, Tensor]]) -> int:
-            part, hidden = given
+        def count(part: Part) -> int:
             logits = {
-                name: product(self._runs[name].decoder.final_norm(states), blocks[name])
-                for name, states in hidden.items()
+                name: product(self._runs[name].decoder.final_norm(hidden), blocks[name])
+                for name, hidden in part.hidden.items()
             }
-            sums.add(part.place, first, logits, part.right.to(self.device))
+            sums.add(part.place, first, logits, part.right, part.is_compared)
             return len(part.right)
 
         crew = self._decoder.crew
-        loaded = self._loaded(parts)
-        return map(count, loaded) if crew is None else crew.in_order(count, loaded)
-
-    def _loaded(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Mapping[str, Tensor]]]:
-        """The hidden states (n, H) of all variants at the tokens of each part."""
-        coming = [span for part in parts for span, _ in part.pieces][1:]
-        following = iter([*coming, None])
-        for part in parts:
-            found: dict[str, list[Tensor]] = {name: [] for name in self._runs}
-            for span, at in part.pieces:
-                after, places = next(following), at.to(self.device)
-                for name, run in self._runs.items():
-                    found[name].append(run.spool.load(span, after)[places])
-            yield part, {name: torch.cat(pieces) for name, pieces in found.items()}
+        parts = parts_of(scored, self._runs, self.cut.tokens)
+        return map(count, parts) if crew is None else crew.in_order(count, parts)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some scored tokens of a batch that are computed together."""
+class Part:
+    """Some scored tokens: their places in the arrays, and what every variant has of them."""
 
-    place: slice  # in the arrays
+    place: slice
     right: Tensor  # (n,) int64
-    pieces: Sequence[tuple[Span, Tensor]]  # of the spool, and the places in it that are scored
+    hidden: Mapping[str, Tensor]  # (n, H), after the last layer
+    is_compared: bool
 
 
-def _parts(scored: Sequence[ScoredBatch], n_tokens: int) -> Iterator[_Part]:
-    """The scored tokens, at most `n_tokens` at a time.
+def parts_of(
+    scored: Sequence[ScoredBatch], runs: Mapping[str, VariantRun], most: int
+) -> Iterator[Part]:
+    """The hidden states of all variants at the scored tokens, at most `most` tokens at a time.
 
-    Few of a batch's tokens may be scored: it is loaded in pieces of `_SPAN` x `n_tokens` positions.
+    A batch is long, and few of its tokens may be scored: of the spool, `_SPAN` x `most` positions
+    are loaded at a time.
     """
-    for batch in scored:
-        for begin in range(0, len(batch.right), n_tokens):
-            positions = batch.positions[begin : begin + n_tokens]
-            place = slice(batch.first + begin, batch.first + begin + len(positions))
-            pieces: list[tuple[Span, Tensor]] = []
-            for some in positions.split(_counts(positions, _SPAN * n_tokens)):
-                low, high = batch.span[0] + int(some[0]), batch.span[0] + int(some[-1]) + 1
-                pieces.append(((low, high), some - some[0]))
-            yield _Part(place, batch.right[begin : begin + n_tokens], pieces)
+    device = next(iter(runs.values())).decoder.device
+    places = [(batch, begin) for batch in scored for begin in range(0, len(batch.right), most)]
+    pieces = [_pieces(batch, slice(begin, begin + most)) for batch, begin in places]
+    following = iter([*(span for part in pieces for span, _ in part), None])
+    next(following, None)
+    for (batch, begin), part in zip(places, pieces, strict=True):
+        found: dict[str, list[Tensor]] = {name: [] for name in runs}
+        for span, chosen in part:
+            after, own = next(following), chosen.to(device)
+            for name, run in runs.items():
+                found[name].append(run.spool.load(span, after)[own])
+        right = batch.right[begin : begin + most]
+        place = slice(batch.first + begin, batch.first + begin + len(right))
+        states = {name: torch.cat(parts) for name, parts in found.items()}
+        yield Part(place, right.to(device), states, batch.is_compared)
 
 
-def _counts(positions: Tensor, n_positions: int) -> list[int]:
-    """How many of ascending positions (n,) lie in each piece of at most `n_positions`."""
-    counts: list[int] = []
-    while (done := sum(counts)) < len(positions):
-        left = positions[done:]
-        counts.append(int(torch.searchsorted(left, left[0] + n_positions)))
-    return counts
+def _pieces(batch: ScoredBatch, own: slice) -> list[tuple[Span, Tensor]]:
+    """Where in the spool some scored tokens of a batch are: spans, and places in each of them."""
+    left, most = batch.positions[own], _SPAN * len(batch.positions[own])
+    found: list[tuple[Span, Tensor]] = []
+    while len(left):
+        count = int(torch.searchsorted(left, left[0] + most))  # they ascend
+        chosen, left = left[:count], left[count:]
+        low = int(chosen[0])
+        span = batch.span[0] + low, batch.span[0] + int(chosen[-1]) + 1
+        found.append((span, chosen - low))
+    return found
 
 
 def product(hidden: Tensor, block: Tensor) -> Tensor:
@@ -249,8 +227,3 @@ def product(hidden: Tensor, block: Tensor) -> Tensor:
     if hidden.is_cuda and hidden.dtype is not torch.float32:
         return torch.mm(hidden, block.t(), out_dtype=torch.float32)
     return hidden.float() @ block.float().t()
-
-
-def _origin(weights: Weights, name: str) -> tuple[Path, str]:
-    """The tensor's folder, and its name there: a pruned view has the tensors of its source."""
-    return weights.folder, weights.origin(name)[0]

@@ -98,15 +98,23 @@ class HeadSums:
         }  # sum of exp(l_p - largest) (l_p - l_q)
 
     @torch.inference_mode()
-    def add(self, span: slice, first: int, logits: Mapping[str, Tensor], right: Tensor) -> None:
+    def add(
+        self,
+        span: slice,
+        first: int,
+        logits: Mapping[str, Tensor],
+        right: Tensor,
+        is_compared: bool = True,
+    ) -> None:
         """Count a block of the vocabulary, from token `first` on, for the scored tokens of `span`.
 
         logits: (n, B) float32 of every variant    right: (n,) the tokens that are there
+        Without `is_compared`, pairs are left out.
         """
         for name, own in logits.items():
             shares, shrunk = self._softmax[name].add(span, first, own, right)
             for (reference, other), apart in self._apart.items():
-                if reference == name:
+                if is_compared and reference == name:
                     change = _sum((own - logits[other]).mul_(shares))
                     apart[span] = apart[span] * shrunk + change
 

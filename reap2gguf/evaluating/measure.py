@@ -1,4 +1,4 @@
-"""Measures variants on a text: from open variants to the record of an evaluation."""
+"""From what was found at every scored token to the record of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,32 +9,12 @@ from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.bundle.evaluation import Comparison, Evaluation, VariantRecord
 from reap2gguf.errors import EvaluationError
 from reap2gguf.evaluating.figures import divergence, perplexity
-from reap2gguf.evaluating.opening import pairs_of
 
 if TYPE_CHECKING:
     from reap2gguf.evaluating.scores import Scores
     from reap2gguf.evaluating.texts import EvaluationText
     from reap2gguf.evaluating.variants import Variant
     from reap2gguf.options import ComputeOptions
-    from reap2gguf.progress import Progress
-
-
-def measure(
-    variants: Sequence[Variant],
-    text: EvaluationText,
-    options: ComputeOptions,
-    progress: Progress,
-    alone: bool = False,
-) -> Evaluation:
-    """Perplexity of every variant, and how far it is from those that it was made from.
-
-    `alone` is `evaluate_variants`'s. Raises what that raises.
-    """
-    from reap2gguf.evaluating.engine import evaluate_variants
-
-    pairs = pairs_of(variants)
-    scores = evaluate_variants(variants, text.rows, pairs, options, progress, alone)
-    return evaluation_of_scores(variants, text, scores, options)
 
 
 def evaluation_of_scores(

@@ -54,7 +54,9 @@ class OpenVariants:
         name = self._free_name(path)
         files = [one.path.stat() for one in header.headers]
         stamps = str([(file.st_size, file.st_mtime_ns) for file in files])
-        self.variants.append(Variant(name, "gguf", weights, weights.model, n_bytes, bits, stamps))
+        self.variants.append(
+            Variant(name, "gguf", weights, weights.model, n_bytes, bits, stamps, path)
+        )
 
     def _template(self, header: GgufHeader) -> Variant:
         """The variant whose names and shapes a GGUF file has: one with as many experts."""
@@ -92,6 +94,7 @@ class OpenVariants:
             checkpoint.n_bytes,
             bits,
             f"{checkpoint.fingerprint()} {checkpoint.stamps()}",
+            opened.source.folder if opened.source.snapshot is None else None,
         )
         self.variants.append(variant)
 

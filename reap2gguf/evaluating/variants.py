@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.bundle.evaluation import Kind
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
@@ -26,3 +28,4 @@ class Variant:
     n_bytes: int  # of its files
     bits_per_weight: float
     identity: str = ""  # changes when its files change; progress is kept for it alone
+    path: Path | None = None  # its folder or (first) file; None: nothing whole on this machine

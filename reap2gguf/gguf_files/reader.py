@@ -34,6 +34,8 @@ KEYS_BEGIN = 24  # after magic, version and two counts
 _VERSIONS = (2, 3)
 _MAX_TENSORS = 2**17
 _MAX_KEYS = 2**16
+_LENGTH = struct.Struct("<Q")  # of a string, before its bytes
+_PIECE_BYTES = 2**16  # of the file, cut into strings; less than the longest string
 _MAX_STRING_BYTES = 2**26
 _MAX_KEY_BYTES = 2**16 - 1  # the limit of the format
 _MAX_NAME_BYTES = 2**12  # ggml's own limit is 64
@@ -186,6 +188,40 @@ class _HeaderCursor(Cursor):
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{self.path}: a string is not UTF-8 ({error.reason})") from error
 
+    def _strings(self, count: int) -> list[str]:
+        """The next `count` strings: a tokenizer has hundreds of thousands, mostly of few bytes.
+
+        They are cut out of pieces of the file. What does not fit a piece, or is no string, is left
+        to `string`.
+        """
+        found: list[str] = []
+        while len(found) < count:
+            piece = self._file.read(min(_PIECE_BYTES, self.left, _MAX_HEADER_BYTES - self.position))
+            used = self._cut(piece, count, found)
+            self.position += used
+            self._file.seek(self.position)
+            if len(found) < count:
+                found.append(self.string())
+        return found
+
+    @staticmethod
+    def _cut(piece: bytes, count: int, found: list[str]) -> int:
+        """Add the strings that lie whole in a piece, up to `count`; the bytes that they take."""
+        used, most = 0, len(piece)
+        for _ in range(count - len(found)):
+            begin = used + _LENGTH.size
+            if begin > most:
+                break
+            end = begin + _LENGTH.unpack_from(piece, used)[0]
+            if end > most:
+                break
+            try:
+                found.append(piece[begin:end].decode("utf-8"))
+            except UnicodeDecodeError:
+                break
+            used = end
+        return used
+
     def value_type(self) -> GGUFValueType:
         raw = self.number("<I")
         try:
@@ -220,7 +256,7 @@ class _HeaderCursor(Cursor):
         count = self.count("array items", min(self.left // smallest, _MAX_ITEMS - self.n_items))
         self.n_items += count
         if value_type is GGUFValueType.STRING:
-            return [self.string() for _ in range(count)]
+            return self._strings(count)
         raw = self.take(count * smallest)
         if value_type is GGUFValueType.BOOL:
             return [byte != 0 for byte in raw]

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 # Larger batches are no faster: the tokens of each expert are enough to keep the machine busy.
 MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
+# Of a CPU: the code that torch's libraries load for the first batch, and per thread their buffers,
+# its stack and the small blocks that its heap keeps (measured with 2 to 16 threads).
+LIBRARY_BYTES = 24 * 2**20
+THREAD_BYTES = 8 * 2**20
 CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensors aside
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
@@ -47,6 +51,7 @@ class Need:
     longest_row: int  # positions
     embedding: int = 0  # the token embedding, and the head
     has_mtp: bool = False  # an MTP block runs last, beside the embedding
+    others: int = 0  # threads of a CPU, and the sums that the observer holds
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,28 @@ def layer_bytes(
     return found
 
 
+def copies_experts(
+    model: MoeModel, tensors: Mapping[str, StoredTensor], itemsize: int, on_gpu: bool
+) -> bool:
+    """Whether a thread of a CPU converts the experts that it computes with."""
+    computing = {2: "BF16", 4: "F32"}[itemsize]
+    return not on_gpu and any(
+        tensor.dtype != computing and isinstance(model.role(name), Expert)
+        for name, tensor in tensors.items()
+    )
+
+
+def importance_bytes(model: MoeModel) -> int:
+    """Memory of an importance matrix while it is computed: the sums of its expert matrices.
+
+    Finished layers are float32. The current one has float64 sums, their copy at its end, and a
+    batch's float32 sums before and after they are settled. Other matrices have one row of sums.
+    """
+    facts = model.facts
+    n_values = facts.n_experts * (facts.hidden_size + facts.expert_width)
+    return n_values * (4 * len(facts.moe_layers) + 2 * 8 + 2 * 4)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What kind of sweep runs: of which model, in values of how many bytes, and where."""
@@ -100,6 +127,9 @@ class Kind:
     itemsize: int
     on_gpu: bool
     has_linear_attention: bool
+    n_threads: int = 1  # of a CPU
+    sums: int = 0  # bytes that the observer holds, on a CPU
+    copies_experts: bool = False  # a CPU's thread holds one expert in the computing type
 
     @property
     def hidden_bytes(self) -> int:
@@ -119,7 +149,17 @@ class Kind:
             longest_row=longest_row,
             embedding=embedding,
             has_mtp=self.model.facts.mtp_layer in layers,
+            others=self._others(),
         )
+
+    def _others(self) -> int:
+        """Bytes on a CPU that neither the batch nor the layers change."""
+        if self.on_gpu:
+            return 0
+        facts = self.model.facts
+        expert = 3 * facts.hidden_size * facts.expert_width * self.itemsize
+        thread = THREAD_BYTES + expert * self.copies_experts
+        return LIBRARY_BYTES + self.n_threads * thread + self.sums
 
 
 def cpu_memory(host: int, limit: int | None, resident: int, n_sharing: int = 1) -> Memory:
@@ -237,7 +277,8 @@ def _fixed(need: Need, spool: str, prefetch: bool) -> int:
     # the embedding is in memory while the first layer is read, and beside an MTP block's layer
     beside = need.layer if prefetch or need.has_mtp else 0
     weights = max(need.layer * (2 if prefetch else 1), need.embedding + beside)
-    return weights + (need.n_positions * need.hidden if spool == "device" else 0)
+    waiting = need.n_positions * need.hidden if spool == "device" else 0
+    return weights + waiting + need.others
 
 
 def _position(need: Need, spool: str) -> int:

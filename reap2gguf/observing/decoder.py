@@ -8,7 +8,7 @@ so every architecture behaves as its authors wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from reap2gguf.observing.readers import Readers
 from reap2gguf.observing.targets import layer_targets, names_by_layer, whole
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.observing.compute.ranks import HostPeers
@@ -123,6 +124,16 @@ class StreamedDecoder:
     def dtype(self) -> torch.dtype:
         """The type of the hidden states."""
         return self._dtype
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that compute; 1 for a GPU."""
+        return 1 if self.crew is None else self.crew.n_threads
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The stored tensors, by name."""
+        return self.weights.tensors
 
     @property
     def has_linear_attention(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.gguf_files.imatrix import ImatrixEntry
+from reap2gguf.observing.budget import importance_bytes
 from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.observing.compute.kernels import all_square_sums, square_sums
@@ -137,6 +138,9 @@ class ImportanceObserver(LayerObserver):
         if self._publish is not None:
             for name in chain.from_iterable(matrices):
                 self._publish(self.entries[name])
+
+    def held_bytes(self) -> int:
+        return importance_bytes(self._model)
 
     def finished_sums(self) -> Arrays:
         sums = {f"{name}.sums": entry.sums for name, entry in self.entries.items()}

@@ -83,6 +83,10 @@ class LayerObserver(ABC):
     def restore(self, arrays: Arrays) -> None:
         """Take over what `finished_sums` returned. Raises KeyError or ValueError if it is not."""
 
+    def held_bytes(self) -> int:
+        """Bytes of host memory that the sums take at most, where they are many."""
+        return 0
+
     def peaks(self) -> Iterable[Tensor]:
         """The layer's maxima so far."""
         return ()

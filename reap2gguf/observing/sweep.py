@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import ObservationError
+from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.batches import Batch, assign_spans
 from reap2gguf.observing.compute.kernels import finite_rows, has_triton
 from reap2gguf.observing.compute.ranks import connect_on, host_peers, join
@@ -106,7 +107,8 @@ def sweep(
     peers = host_peers(ranks, device)
     decoder = StreamedDecoder(weights, model, dtype, device, n_threads, peers)
     context = SweepContext(decoder, observer, ranks, progress)
-    with gpu_errors(), closing(decoder):
+    freeing = frees_at_once() if device.type == "cpu" and options.memory else nullcontext()
+    with gpu_errors(), closing(decoder), freeing:
         plan = plan_sweep(context, rows, probe, options)
         with open_sweep(context, plan, options, Sweep) as run:
             for line in opening_notes(context, plan.budget, run.spool.n_bytes):

@@ -17,6 +17,7 @@ from reap2gguf.observing.budget import (
     Kind,
     Memory,
     Need,
+    copies_experts,
     cpu_memory,
     fit,
     fits_beside,
@@ -128,7 +129,16 @@ def need_of(context: SweepContext, rows: Sequence[Row]) -> Need:
     """What a sweep over some rows needs in this process, of several a share of them."""
     decoder, n_layers = context.decoder, context.n_layers
     on_gpu = decoder.device.type == "cuda"
-    kind = Kind(decoder.model, decoder.dtype.itemsize, on_gpu, decoder.has_linear_attention)
+    model, itemsize = decoder.model, decoder.dtype.itemsize
+    kind = Kind(
+        model,
+        itemsize,
+        on_gpu,
+        decoder.has_linear_attention,
+        decoder.n_threads,
+        context.observer.held_bytes(),
+        copies_experts(model, decoder.tensors, itemsize, on_gpu),
+    )
     return kind.need(
         {index: decoder.layer_bytes(index) for index in range(n_layers)},
         decoder.embedding_bytes(),

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.messages import size
+from reap2gguf.terminal.task_views import task_lines
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
+    from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation, Speed
 
 
-def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
-    """What was scored, the perplexity of every variant, and how far apart they are."""
-    yield ""
-    yield text_line(evaluation)
-    yield ""
-    yield from table_lines(_perplexities(evaluation))
+def evaluation_lines(evaluation: Evaluation, width: int | None = None) -> Iterator[str]:
+    """All that was measured, in tables, which tasks keep within `width` letters.
+
+    None: the width of the terminal.
+    """
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    if evaluation.text is not None:
+        yield ""
+        yield text_line(evaluation)
+        yield ""
+        yield from table_lines(_perplexities(evaluation))
     if evaluation.comparisons:
         yield ""
         yield from table_lines(_divergences(evaluation), n_names=2)
         yield ""
         yield "KL divergence in nats per token; Δp: change of the right token's probability"
+    if evaluation.engine == "llama.cpp":
+        yield "GGUF files were computed by llama.cpp, folders layer by layer"
+    if evaluation.tasks:
+        yield ""
+        yield from task_lines(evaluation.tasks, width=width)
+    if evaluation.speeds:
+        yield ""
+        yield from _speed_lines(evaluation.speeds)
+    if evaluation.smoke_tests:
+        yield ""
+        yield from map(str, evaluation.smoke_tests)
 
 
 def text_line(evaluation: Evaluation) -> str:
@@ -33,6 +51,19 @@ def text_line(evaluation: Evaluation) -> str:
         f"{text.label}: {text.n_scored:,} tokens scored, in {text.n_chunks:,} chunks of "
         f"{text.chunk_size:,} (the second half of each)"
     )
+
+
+def _speed_lines(speeds: Sequence[Speed]) -> Iterator[str]:
+    rows: list[Sequence[str]] = [("file", "test", "tokens/s", "memory")]
+    rows += [
+        (one.variant, one.test, figure(one.tokens_per_second, 2), size(one.peak_bytes))
+        for one in speeds
+    ]
+    yield from table_lines(rows, n_names=2)
+    where = "a GPU" if speeds[0].on_gpu else f"{speeds[0].n_threads} threads"
+    yield ""
+    yield f"llama.cpp on {where}; memory: RAM of the process"
+    yield "pp512: a prompt of 512 tokens; tg128: 128 tokens generated; x4: for 4 sequences at once"
 
 
 def _perplexities(evaluation: Evaluation) -> list[Sequence[str]]:

@@ -14,13 +14,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 PRUNE: Final = "What to prune"
 WRITE: Final = "What to write"
 CALIBRATION: Final = "Calibration"
+MEASURE: Final = "What to measure"
+PROGRAMS: Final = "Programs that models write"
 MODEL: Final = "Which model"
 ANSWER: Final = "How to answer"
 SERVER: Final = "Where to listen"
 CHECKS: Final = "What to compare"
 COMPUTE: Final = "Where to compute"
 OTHER: Final = "Other"
-SECTIONS = (PRUNE, WRITE, CALIBRATION, MODEL, ANSWER, SERVER, CHECKS, COMPUTE, OTHER)
+SECTIONS = (
+    PRUNE,
+    WRITE,
+    MEASURE,
+    PROGRAMS,
+    CALIBRATION,
+    MODEL,
+    ANSWER,
+    SERVER,
+    CHECKS,
+    COMPUTE,
+    OTHER,
+)
 # headings of the program's own help, and the commands below each; a command that stands nowhere
 # here comes last, under "Commands"
 COMMAND_HEADINGS: Final[Mapping[str, Sequence[str]]] = {

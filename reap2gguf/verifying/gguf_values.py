@@ -115,7 +115,7 @@ def compare_values(
     exactness: Exactness,
     n_threads: int,
     progress: Progress,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Compared:
     """`compare_files` of one file."""
     file = FileValues(header, tensors, exactness)
@@ -127,7 +127,7 @@ def compare_files(
     weights: Weights,
     n_threads: int,
     progress: Progress,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> list[Compared]:
     """What is found in each file, in one pass over the weights.
 

@@ -38,9 +38,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     ("command", "where", "fault", "number"),
     [
         (PLAN, "/api/models/", Fault(), signal.SIGINT),
-        (PLAN, "config.json", Fault(method="HEAD"), signal.SIGINT),
+        pytest.param(
+            PLAN, "config.json", Fault(method="HEAD"), signal.SIGINT, marks=pytest.mark.slow
+        ),
         (PLAN, "tokenizer.json", Fault(), signal.SIGTERM),
-        (PLAN, ENDS, Fault(), signal.SIGINT),
+        pytest.param(PLAN, ENDS, Fault(), signal.SIGINT, marks=pytest.mark.slow),
         (QUANTIZE, shard_of(0), Fault(after=2_000, range_end="-"), signal.SIGINT),
         (OBSERVE, ENDS, Fault(after=2_000, range_end="-"), signal.SIGINT),
         pytest.param(

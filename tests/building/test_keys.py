@@ -210,7 +210,9 @@ def call_the_model_otherwise(tiny: Path, folder: Path) -> dict[str, Any]:
     return {"model": str(folder / "moved")}
 
 
-@pytest.mark.parametrize("end", ["exported", "finished"])
+@pytest.mark.parametrize(
+    "end", [pytest.param("exported", marks=pytest.mark.slow), "finished"]
+)  # fmt: skip
 @pytest.mark.parametrize(
     "change",
     [

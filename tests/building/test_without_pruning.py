@@ -73,7 +73,7 @@ def test_nothing_says_that_it_was_pruned(whole: BuildResult) -> None:
     assert "prun" not in front
     assert "Nothing was pruned" in card
     assert "the pruned model" not in card
-    assert "The safetensors are those of `tiny`" in card
+    assert "use the safetensors of `tiny`" in card
     assert "| experts per layer | 8 |" in card
     (file,) = whole.gguf_folder.glob("*Q8_0.gguf")
     assert file.name == "tiny-Q8_0.gguf"

@@ -248,7 +248,7 @@ MIXED = {
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [(name, "jsonl") for name in SHAPES]
-    + [(name, "json") for name in SHAPES]
+    + [pytest.param(name, "json", marks=pytest.mark.slow) for name in SHAPES]
     + [(name, "parquet") for name in SHAPES if name not in MIXED],
 )
 def test_a_row_holds_the_text_of_its_sample(

@@ -158,7 +158,14 @@ def on_cpu(
         return export_files(folder, target, map(plain, RECIPES), imatrix)
 
 
-@pytest.mark.parametrize(("odd", "most_values"), [(0, 2**22), (5, 2**22), (3, 20_000)])
+@pytest.mark.parametrize(
+    ("odd", "most_values"),
+    [
+        pytest.param(0, 2**22, marks=pytest.mark.slow),
+        pytest.param(5, 2**22, marks=pytest.mark.slow),
+        (3, 20_000),
+    ],
+)
 def test_files_are_those_of_a_cpu(
     odd: int,
     most_values: int,

@@ -2,7 +2,8 @@
 
 Every write, read, rename and flush of the files under one folder is counted, by wrapping the
 functions of `os` that the program uses. At the n-th one the layer raises an OSError, or signals the
-process, or ends it as a power cut would: what was not flushed by then is lost.
+process, once or twice, or ends it as a power cut would: what was not flushed by then is lost. Or it
+takes another file away.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Fault:
     at: int = -1  # counted from zero; -1: never
     error: int | None = None  # errno; None: the process is killed
     signal: int = signal.SIGKILL
+    again_after: int = 0  # operations until the same signal comes again; 0: never
+    gone: str = ""  # a file that is renamed, and nothing else happens
     power_cut: bool = False  # when killed, what was not flushed is lost
     count: int = 0
     log: list[str] = field(default_factory=list)
@@ -74,6 +77,7 @@ class Fault:
             if (
                 self.is_next(kind)
                 and self.signal == signal.SIGKILL
+                and not self.gone
                 and function.__name__ in ("write", "pwrite")
             ):
                 data, *rest = arguments
@@ -131,9 +135,14 @@ class Fault:
             self.count += 1
             if self.count - 1 == self.at:
                 self._strike()
+            elif self.again_after and self.count - 1 == self.at + self.again_after:
+                os.kill(os.getpid(), self.signal)
 
     def _strike(self) -> None:
         """Do what is to happen; no other thread counts meanwhile."""
+        if self.gone:
+            os.rename(self.gone, f"{self.gone}.gone")
+            return
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error))
         if self.power_cut:

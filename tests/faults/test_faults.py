@@ -346,3 +346,43 @@ def test_asked_to_end_while_stages_overlap(rig_of_two: Rig, n_points: int) -> No
             assert is_one_line(outcome), outcome.errors
             assert "Interrupted. Resume with: reap2gguf build " in outcome.errors
         assert not rig.resume(bundle)
+
+
+@pytest.mark.parametrize("n_points", few_or(12, few=2))
+def test_asked_to_end_twice_while_stages_overlap(rig_of_two: Rig, n_points: int) -> None:
+    """The second Ctrl-C comes while the threads of the first one's stages still end."""
+    rig = rig_of_two
+    bundle, operations = rig.reference(ALL)
+    ended = []
+    for at in while_stages_overlap(operations, n_points + 2)[1:-1]:
+        fault = {"kinds": ALL, "at": at, "signal": 2, "again_after": 1}
+        outcome = rig.build(fault)
+        ended.append(outcome.code)
+        assert outcome.code in (130, 0), outcome.errors
+        if outcome.code == 130:
+            assert is_one_line(outcome), outcome.errors
+            assert "Interrupted. Resume with: reap2gguf build " in outcome.errors
+        assert "Traceback" not in outcome.errors
+        assert not rig.resume(bundle)
+    assert 130 in ended
+
+
+@pytest.mark.parametrize("n_points", few_or(12, few=2))
+def test_a_source_file_vanishes_while_stages_overlap(rig_of_two: Rig, n_points: int) -> None:
+    """One line that names it; and when it is there again, the build resumes."""
+    rig = rig_of_two
+    bundle, operations = rig.reference(ALL)
+    shards = sorted(rig.source.glob("*.safetensors"))
+    ended = []
+    for number, at in enumerate(while_stages_overlap(operations, 2 * n_points)[:n_points]):
+        shard = shards[number % len(shards)]
+        outcome = rig.build({"kinds": ALL, "at": at, "gone": str(shard)})
+        shard.with_name(f"{shard.name}.gone").rename(shard)
+        ended.append(outcome.code)
+        assert outcome.code in (2, 0), outcome.errors  # 0: nobody opened it any more
+        if outcome.code == 2:
+            assert is_one_line(outcome), outcome.errors
+            assert shard.name in outcome.error_lines[0]
+        assert "Traceback" not in outcome.errors
+        assert not rig.resume(bundle)
+    assert 2 in ended

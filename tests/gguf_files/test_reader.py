@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reap2gguf.errors import ArtifactError
+from reap2gguf.gguf_files import reader
 from reap2gguf.gguf_files.reader import read_gguf_header, row_bytes
 
 U32, U64, STRING, ARRAY = 4, 10, 8, 9
@@ -318,3 +319,38 @@ def test_metadata_values_are_plain_python(tmp_path: Path) -> None:
     for value in read_gguf_header(path).metadata.values():
         items = value if isinstance(value, list) else [value]
         assert all(type(item) in allowed for item in items)
+
+
+@settings(max_examples=60)
+@given(
+    texts=st.lists(st.text(max_size=12) | st.sampled_from(["", "x" * 63, "ü" * 40]), max_size=40),
+    piece=st.integers(0, 70),
+    cut=st.integers(1, 60),
+)
+def test_strings_are_read_in_pieces_of_any_size(
+    texts: list[str], piece: int, cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Strings lie anywhere in the pieces, over their ends, and some are longer than a piece."""
+    path = tmp_path_factory.mktemp("pieces") / "a.gguf"
+    kinds = struct.pack("<IQ", GGUFValueType.STRING, len(texts))
+    array = key("a", GGUFValueType.ARRAY, kinds + b"".join(map(string, texts)))
+    after = key("b", GGUFValueType.UINT32, struct.pack("<I", 7))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "_PIECE_BYTES", piece)
+        path.write_bytes(encode((array, after)))
+        assert read_gguf_header(path).metadata == {"a": texts, "b": 7}
+        head = encode((array, after), alignment=1)
+        path.write_bytes(head[: max(24, len(head) - cut)])
+        with pytest.raises(ArtifactError, match=r"truncated|array items"):
+            read_gguf_header(path)
+
+
+@pytest.mark.parametrize("piece", [0, 9, 30, 2**16])
+def test_a_string_in_an_array_that_is_no_text(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_PIECE_BYTES", piece)
+    kinds = struct.pack("<IQ", GGUFValueType.STRING, 3)
+    array = kinds + string("one") + string(b"\xff\xfe") + string("three")
+    found = refusal(tmp_path / "a.gguf", encode((key("a", GGUFValueType.ARRAY, array),)))
+    assert "a string is not UTF-8" in found

@@ -21,12 +21,22 @@ from tests.child import end_in_time, lines_for_forks
 
 
 def main() -> None:
+    import encodings.utf_8_sig  # noqa: F401
+
     import reap2gguf.api.builds
     import reap2gguf.api.stages
+    import reap2gguf.building.needs.room
     import reap2gguf.building.plan
     import reap2gguf.building.stages
     import reap2gguf.calibration.drawing
     import reap2gguf.cli
+    import reap2gguf.hub.opened
+    import reap2gguf.models.reference
+    import reap2gguf.pruning.coverage
+    import reap2gguf.terminal.lines
+    import reap2gguf.terminal.meter
+    import reap2gguf.terminal.recipe_views
+    import reap2gguf.terminal.report_views
     import reap2gguf.verifying.bundle  # noqa: F401
 
     if "torch" in sys.modules:

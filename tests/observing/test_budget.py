@@ -6,9 +6,24 @@ from dataclasses import replace
 
 import pytest
 
+from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
+from reap2gguf.models.table import describe
 from reap2gguf.observing import budget as budget_module
-from reap2gguf.observing.budget import CONTEXT_BYTES, MOST_TOKENS, Budget, Memory, Need, size_text
+from reap2gguf.observing.budget import (
+    CONTEXT_BYTES,
+    LIBRARY_BYTES,
+    MOST_TOKENS,
+    THREAD_BYTES,
+    Budget,
+    Kind,
+    Memory,
+    Need,
+    copies_experts,
+    importance_bytes,
+    size_text,
+)
+from tests.tiny import EXAMPLE
 
 GIB = 2**30
 # Qwen3.5-35B-A3B, 250 rows of 4,096 tokens, bfloat16, without flash-linear-attention
@@ -153,3 +168,32 @@ def test_work_beside_a_sweep_on_a_cpu_counts_in_its_limit() -> None:
         if budget_module.fits_beside(n_bytes, budget, need, "cpu", memory, "auto"):
             assert held + n_bytes <= 5 * GIB
     assert not budget_module.fits_beside(5 * GIB, budget, need, "cpu", memory, "auto")
+
+
+def test_threads_and_sums_of_a_cpu_count() -> None:
+    """Each thread has buffers, and an expert in the computing type; an imatrix grows."""
+    with Checkpoint.open(EXAMPLE) as checkpoint:
+        model = describe(checkpoint)
+        copied = {size: copies_experts(model, checkpoint.tensors, size, False) for size in (2, 4)}
+        assert not copies_experts(model, checkpoint.tensors, 4, True)
+    assert copied == {2: False, 4: True}  # it is stored in bfloat16
+    facts = model.facts
+    expert = 3 * facts.hidden_size * facts.expert_width * 4
+    sums = importance_bytes(model)
+    per_layer = facts.n_experts * (facts.hidden_size + facts.expert_width) * 4
+    assert sums > per_layer * len(facts.moe_layers)
+    for n_threads in (1, 64):
+        kind = Kind(model, 4, False, False, n_threads, sums, True)
+        others = kind.need({0: 1000}, 10, 512, 512).others
+        assert others == LIBRARY_BYTES + n_threads * (THREAD_BYTES + expert) + sums
+        assert replace(kind, on_gpu=True).need({0: 1000}, 10, 512, 512).others == 0
+
+
+def test_the_others_are_taken_from_the_batches() -> None:
+    need = Need(layer=GIB, position=2**18, hidden=8192, n_positions=65536, longest_row=2048)
+    memory = Memory(100 * GIB, 100 * GIB, 6 * GIB, 5 * GIB)
+    budget = budget_module.fit(need, "cpu", memory, "auto")
+    less = budget_module.fit(replace(need, others=GIB), "cpu", memory, "auto")
+    assert (less.batch_tokens, less.prefetch) < (budget.batch_tokens, budget.prefetch)
+    held = budget_module.held_bytes(replace(need, others=GIB), budget)
+    assert held == budget_module.held_bytes(need, budget) + GIB

@@ -53,7 +53,7 @@ def test_a_lone_download_has_fewer(bundle: Bundle) -> None:
     manifest = Manifest.load(bundle.gguf)
     first, second = manifest.gguf
     (bundle.gguf / second.file).unlink()
-    for name in ("imatrix.gguf", "SHA256SUMS"):
+    for name in ("imatrix.gguf", "observations.safetensors", "SHA256SUMS"):
         (bundle.gguf / name).unlink()
     facts = read_facts(manifest, bundle.gguf, find_observations(manifest, bundle.gguf))
     assert list(facts.sizes) == [first.file]

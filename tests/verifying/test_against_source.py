@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import reap2gguf
 from reap2gguf import BuildOptions, CalibrationOptions, ComputeOptions
-from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.layout import MANIFEST_FILE, OBSERVATIONS_FILE, PICTURES
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.cli import cli
@@ -46,8 +48,11 @@ def test_the_bundle_as_built_is_that_of_its_source(built: Bundle) -> None:
     assert report.violations == ()
     assert report.not_checked == ()
     levels = {name: str(level) for name, level in report.levels.items()}
-    inputs = ("example-GGUF/imatrix.gguf", "example-GGUF/calibration.txt")
-    assert {levels.pop(name) for name in inputs} == {"hashes"}
+    inputs = {"imatrix.gguf", "calibration.txt", "observations.safetensors", *PICTURES}
+    hashed = {name for name, level in levels.items() if level == "hashes"}
+    assert {name.partition("/")[2] for name in hashed} == inputs - {"quality.png"}
+    for name in hashed:
+        del levels[name]
     assert levels.pop("example-GGUF/example-IQ4_K_M.gguf") == BY_KERNELS
     assert set(levels.values()) == {"exact"}
 
@@ -110,6 +115,10 @@ def test_weights_that_were_wrong_before_the_first_gguf(
     def of_this_source(values: dict[str, Any]) -> None:
         values["source"]["fingerprint"] = fingerprint_of(source)
 
+    path = bundle.gguf / OBSERVATIONS_FILE
+    seen = replace(Observations.load(path), model_fingerprint=fingerprint_of(source))
+    path.unlink()
+    seen.save(path)
     change_manifest(bundle, of_this_source)
     report = reap2gguf.verify(bundle.gguf, threads=1)
     assert report.violations == ()

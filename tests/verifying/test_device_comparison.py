@@ -93,7 +93,10 @@ def files_of(shape: TinyQwen3Moe, folder: Path, weighted: bool = True) -> Files:
     return Files(made, list(paths.values()), imatrix)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
+@pytest.fixture(
+    scope="module",
+    params=["bfloat16", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float16", "float32"))],
+)
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Files of a checkpoint that is stored in that dtype; tests leave them as they are."""
     shape = replace(SHAPE, dtype=getattr(torch, request.param))
@@ -131,7 +134,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[T]:
     return made
 
 
-@pytest.mark.parametrize(("odd", "most_values"), [(0, 2**22), (5, 2**22), (3, 20_000)])
+@pytest.mark.parametrize(
+    ("odd", "most_values"),
+    [
+        pytest.param(0, 2**22, marks=pytest.mark.slow),
+        pytest.param(5, 2**22, marks=pytest.mark.slow),
+        (3, 20_000),
+    ],
+)
 def test_sound_files_are_settled_on_the_gpu(
     odd: int, most_values: int, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,9 @@ class Estimate:
     @cached_property
     def memory_bytes(self) -> int:
         """The most RAM at a time; with a problem of the passes, that of the other stages."""
-        return peak_ram(self.plan, self.machine, self.sweeps, self._export.ram)
+        pays = export_pays_on_gpu(self.plan.recipes, self.plan.options.compute.device)
+        on_gpu = self.machine.device == "cuda" and pays
+        return peak_ram(self.plan, self.machine, self.sweeps, self._export.ram, on_gpu)
 
     @property
     def gpu_memory_bytes(self) -> int:

@@ -12,12 +12,15 @@ from reap2gguf.observing.budget import (
     Budget,
     Kind,
     Need,
+    copies_experts,
     cpu_memory,
     fit,
     gpu_memory,
     held_bytes,
+    importance_bytes,
 )
 from reap2gguf.pruning.write import HELD_BYTES
+from reap2gguf.verifying.memory import COMPARING_BYTES, comparing_bytes
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.amount import Amount
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
 BASE_BYTES = 650 * 2**20  # Python, torch, transformers
 _BESIDE_A_GPU = 11 * 2**28  # the same with CUDA's libraries, and buffers for weights
-_COMPARING_BYTES = 2**23  # of each thread, while files are verified
 _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
 
@@ -53,7 +55,16 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     compute = plan.options.compute
     on_gpu = machine.device == "cuda"
     dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
-    kind = Kind(plan.model, _BYTES_PER_VALUE[dtype], on_gpu, sizes.has_linear_attention)
+    itemsize = _BYTES_PER_VALUE[dtype]
+    kind = Kind(
+        plan.model,
+        itemsize,
+        on_gpu,
+        sizes.has_linear_attention,
+        max(1, compute.threads // processes().on_machine),
+        importance_bytes(plan.model),
+        copies_experts(plan.model, plan.checkpoint.tensors, itemsize, on_gpu),
+    )
     need = _need(plan, sizes, amount, kind)
     host = machine.memory_free_bytes // processes().on_machine
     hidden = need.n_positions * need.hidden
@@ -77,13 +88,19 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
     )
 
 
-def peak_ram(plan: Plan, machine: Machine, sweeps: SweepNeeds, export: int) -> int:
+def peak_ram(
+    plan: Plan, machine: Machine, sweeps: SweepNeeds, export: int, verifies_on_gpu: bool
+) -> int:
     """The most RAM of a build whose export holds `export` bytes.
+
+    The safetensors are verified beside the export, and the GGUF files after it, in its place.
 
     Stages run beside a calibration pass only as far as the memory is free, or as --memory allows
     on a CPU, else after it.
     """
-    beside = HELD_BYTES * plan.writes_hf + export + _COMPARING_BYTES * machine.cores
+    comparing = comparing_bytes(machine.cores, verifies_on_gpu) - export
+    verifying = max(COMPARING_BYTES * machine.cores, comparing)
+    beside = HELD_BYTES * plan.writes_hf + export + verifying
     base = BASE_BYTES if machine.device == "cpu" else _BESIDE_A_GPU
     alone = max(sweeps.host_bytes, base + beside)
     if machine.cores == 1:

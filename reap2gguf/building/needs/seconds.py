@@ -139,8 +139,9 @@ def stage_seconds(
         found["imatrix"] = max(passing, waiting) + python * _PASS
     else:
         found["imatrix"] = python * _GIVEN
-    found["export"] = _export(recipes, host, host.gpu_factor if pays_on_gpu else None)
-    found["verify"] = _verify(plan, recipes, sizes, disk, host)
+    gpu_factor = host.gpu_factor if pays_on_gpu else None
+    found["export"] = _export(recipes, host, gpu_factor)
+    found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
     found["evaluate"] = _evaluate(plan, sizes, amount, recipes, host)
     found["finish"] = python * _FINISH + disk.gguf / speed.hash_bytes / host.parallel * 0.1
     return found
@@ -230,18 +231,30 @@ def _export(recipes: Recipes, host: Host, gpu_factor: float | None) -> float:
     types = _quantized(recipes)
     weights = {name: n for (name, _), n in types.items()}
     seconds = _EXPORT * sum(weights.values()) * host.speed.python / host.parallel
-    on_gpu, sent = 0.0, set[str]()
+    written = sum(recipe.n_bytes for recipe in recipes)
+    on_cpu, on_gpu = _quantizing(types, written, host, gpu_factor)
+    seconds += on_cpu / host.parallel
+    return max(seconds, on_gpu, written / host.speed.write_bytes) + _tables(types, host)
+
+
+def _quantizing(
+    types: Mapping[tuple[str, GGMLQuantizationType], int],
+    n_bytes: int,
+    host: Host,
+    gpu_factor: float | None,
+) -> tuple[float, float]:
+    """Seconds of one core, and of a GPU, which gets weights once and returns `n_bytes` at most."""
+    on_cpu, on_gpu = 0.0, 0.0
+    sent: dict[str, int] = {}
     for (name, kind), n_weights in types.items():
         if gpu_factor is not None and kind in FORMS:
             rate = _GPU_QUANTIZED.get(kind.name, _GPU_UNMEASURED)
             on_gpu += n_weights / rate * gpu_factor
-            sent.add(name)
+            sent[name] = n_weights
         else:
-            seconds += host.speed.quantize_seconds(kind, n_weights) / host.parallel
-    written = sum(recipe.n_bytes for recipe in recipes)
-    moved = _STORED_BYTES * sum(weights[name] for name in sent) + (written if sent else 0)
-    on_gpu = max(on_gpu, moved / _BUS_BYTES)
-    return max(seconds, on_gpu, written / host.speed.write_bytes) + _tables(types, host)
+            on_cpu += host.speed.quantize_seconds(kind, n_weights)
+    moved = _STORED_BYTES * sum(sent.values()) + (n_bytes if sent else 0)
+    return on_cpu, max(on_gpu, moved / _BUS_BYTES)
 
 
 def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -> float:
@@ -249,8 +262,18 @@ def _tables(types: Mapping[tuple[str, GGMLQuantizationType], int], host: Host) -
     return sum(host.speed.table_seconds(kind) for kind in {kind for _, kind in types})
 
 
-def _verify(plan: Plan, recipes: Recipes, sizes: Sizes, disk: DiskNeeds, host: Host) -> float:
-    """Both formats are read back and compared; most types are quantized again, once."""
+def _verify(
+    plan: Plan,
+    recipes: Recipes,
+    sizes: Sizes,
+    disk: DiskNeeds,
+    host: Host,
+    gpu_factor: float | None,
+) -> float:
+    """Both formats are read back and compared; most types are quantized again, once.
+
+    With `gpu_factor` a GPU does that for the types that it has kernels for, beside the processor.
+    """
     speed = host.speed
     exact = sizes.exact(host.gpu_factor is not None)
     weights = {name: n for (name, _), n in _quantized(recipes).items()}
@@ -264,7 +287,8 @@ def _verify(plan: Plan, recipes: Recipes, sizes: Sizes, disk: DiskNeeds, host: H
                 seconds += _COMPARED * n_weights * speed.python
             else:
                 seconds += _BOUNDS * n_weights * speed.python
-    seconds += sum(speed.quantize_seconds(kind, n) for (_, kind), n in again.items())
+    on_cpu, on_gpu = _quantizing(again, disk.gguf, host, gpu_factor)
+    seconds += on_cpu
     hashing = (disk.hf + disk.gguf) / speed.hash_bytes
     comparing = 2 * plan.hf_bytes / _MEMORY_BYTES
-    return (seconds + hashing) / host.parallel + comparing
+    return max((seconds + hashing) / host.parallel, on_gpu) + comparing

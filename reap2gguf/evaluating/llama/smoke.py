@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reap2gguf.bundle.evaluation import Answer, SmokeTest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.llama.model import LlamaModel, LlamaOptions
@@ -25,60 +25,7 @@ from reap2gguf.tokenizer.tokenizer import Tokenizer
 QUESTION = "Write a Python function that returns the sum of a list of numbers."
 N_TOKENS = 32
 _BYTES_PER_PARAMETER = 4  # float32
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was read, and what was answered."""
-
-    prompt: str  # the question, as the chat template writes it
-    prompt_tokens: Sequence[int]
-    tokens: Sequence[int]
-    text: str
-
-
-@dataclass(frozen=True)
-class SmokeTest:
-    """A question, and both answers."""
-
-    file: str
-    question: str
-    has_template: bool  # without one, the prompt is the question alone
-    llama_cpp: Answer
-    transformers: Answer | None  # None: nothing was compared, and `note` says why
-    note: str = ""
-
-    @property
-    def same_prompt(self) -> bool | None:
-        """Whether both read the same tokens; None if nothing was compared."""
-        if self.transformers is None:
-            return None
-        return list(self.llama_cpp.prompt_tokens) == list(self.transformers.prompt_tokens)
-
-    @property
-    def n_agree(self) -> int | None:
-        """How many first tokens of the answers are the same; None if nothing was compared."""
-        if self.transformers is None:
-            return None
-        pairs = zip(self.llama_cpp.tokens, self.transformers.tokens, strict=False)
-        return next(
-            (number for number, (one, other) in enumerate(pairs) if one != other),
-            min(len(self.llama_cpp.tokens), len(self.transformers.tokens)),
-        )
-
-    def __str__(self) -> str:
-        if self.transformers is None:
-            return f"{self.file}: answers in llama.cpp; not compared with transformers: {self.note}"
-        prompt = "the same prompt" if self.same_prompt else "ANOTHER PROMPT"
-        longest = max(len(self.llama_cpp.tokens), len(self.transformers.tokens))
-        return (
-            f"{self.file}: {self.n_agree} of the first {longest} tokens are as in transformers, "
-            f"after {prompt}"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON, with what was counted."""
-        return {**asdict(self), "same_prompt": self.same_prompt, "n_agree": self.n_agree}
+_NO_FOLDER = "the folder that it was made from is not whole on this machine"
 
 
 def smoke_test(
@@ -94,7 +41,7 @@ def smoke_test(
 
 def smoke_tests(
     ggufs: Sequence[Path],
-    folder: Path,
+    folder: Path | None,
     options: LlamaOptions,
     question: str = QUESTION,
     n_tokens: int = N_TOKENS,
@@ -102,14 +49,15 @@ def smoke_tests(
     """Ask each file in llama.cpp, and their folder once in transformers; compare the answers.
 
     The folder is that of the pruned model, and transformers computes in float32 on the CPU. If the
-    weights in float32 do not fit the free memory, only llama.cpp is asked, and the tests say so.
+    weights in float32 do not fit the free memory, or there is no folder, only llama.cpp is asked,
+    and the tests say so.
     Raises ArtifactError or CheckpointError if one of them cannot be run, UsageError if a file's
     chat template fails or the answer does not fit the context, CalibrationError if the folder's
     template fails, and DependencyError if llama-cpp-python does not load.
     """
     messages: list[Mapping[str, Any]] = [{"role": "user", "content": question}]
-    theirs, note = None, _too_large(folder)
-    if not note:
+    theirs, note = None, _NO_FOLDER if folder is None else _too_large(folder)
+    if folder is not None and not note:
         theirs = _transformers_answer(folder, messages, n_tokens, options.threads)
     found = []
     for gguf in ggufs:

@@ -14,6 +14,7 @@ Letters: N tokens, K experts per token, S routed pairs, E experts, H hidden, F e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +191,7 @@ def _one_by_one(
 ) -> Tensor:
     """One expert after another, by `each`; a thread converts the weights of one at a time."""
     combined = torch.zeros_like(hidden)
+    widened = _Widened(hidden.dtype)
     limits = [0, *ends.tolist()]
     top_k = weights.shape[-1]
 
@@ -197,8 +199,8 @@ def _one_by_one(
         chosen = order[limits[expert] : limits[expert + 1]]
         tokens, gates = chosen // top_k, weights.reshape(-1)[chosen]
         inputs = hidden[tokens]
-        activations = self._apply_gate(linear(inputs, self.gate_up_proj[expert].to(hidden.dtype)))
-        outputs = linear(activations, self.down_proj[expert].to(hidden.dtype))
+        activations = self._apply_gate(linear(inputs, widened(self.gate_up_proj[expert])))
+        outputs = linear(activations, widened(self.down_proj[expert]))
         if observer is not None:
             norms = None
             if observer.wants_norms:
@@ -212,3 +214,23 @@ def _one_by_one(
         # order, because the order of additions changes the last bits
         combined.index_add_(0, tokens, weighted)
     return combined
+
+
+class _Widened(threading.local):
+    """Weights in the computing type, in memory that each thread uses again for every expert.
+
+    New memory for each would have to be cleared by the system first, which takes longer than the
+    conversion, and would leave holes of its size among what the other threads allocate.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._held: dict[torch.Size, Tensor] = {}
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`weight` itself if it has the type; else a copy, until the next one of its shape."""
+        if weight.dtype == self._dtype:
+            return weight
+        if weight.shape not in self._held:
+            self._held[weight.shape] = torch.empty_like(weight, dtype=self._dtype)
+        return self._held[weight.shape].copy_(weight)

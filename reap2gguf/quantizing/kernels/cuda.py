@@ -104,11 +104,24 @@ class Book:
         return cls(memory, ctypes.c_void_p(base), ctypes.c_void_p(base + starts[2]))
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """What kernels are compiled for, and by which versions; the first GPU does not change."""
+
+    arch: str
+    versions: tuple[int, ...]
+
+
+_COMPILED: dict[_Compiled, _Compiled] = {}  # of this process; the first one that is equal
+
+
 class Gpu:
     """The quantizers on this process's first GPU. Threads may share one."""
 
     def __init__(self, driver: Driver, compiler: Compiler) -> None:
         self.driver, self._compiler = driver, compiler
+        compiled = _Compiled(driver.arch, (*compiler.version, driver.version))
+        self.tested_as = _COMPILED.setdefault(compiled, compiled)  # each export loads them again
         self._functions: dict[Key, Function] = {}
         self._books: dict[GGMLQuantizationType, Book] = {}
         self._lock = threading.Lock()

@@ -26,15 +26,18 @@ from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.observing.budget import (
     MOST_OF_TIME,
     Kind,
+    copies_experts,
     cpu_memory,
     fit,
     layer_bytes,
     save_seconds,
 )
 from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.verifying.memory import comparing_bytes
 from tests.building.builds import build, options, refuse_at, stop_before_export
 from tests.building.needs.machines import GIB, H100, LAPTOP, laptop, needs_on
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, child_environment
@@ -113,6 +116,31 @@ def test_stages_beside_a_pass_count_in_memory(tiny: Path, tmp_path: Path) -> Non
     needs = needs_on(on_gpu, H100)
     assert needs.gpu_memory_bytes > needs.sweeps.device_bytes
     assert needs.memory_bytes > needs.sweeps.host_bytes
+
+
+def test_a_gpu_verifies_where_it_pays(wide: Path, tmp_path: Path) -> None:
+    """`auto` takes a GPU for much work only; types are then made again sooner, in more RAM."""
+    plans = {
+        device: make_plan(
+            options(
+                wide,
+                tmp_path / "out",
+                recipes=("IQ3_S",),
+                compression=0.0,
+                compute=ComputeOptions(device),
+            )
+        )
+        for device in ("cuda", "auto")
+    }
+    machine = replace(H100, cores=1)
+    needs = {device: needs_on(plan, machine) for device, plan in plans.items()}
+    assert needs["cuda"].stages["verify"] < needs["auto"].stages["verify"] / 1.5
+    assert needs["cuda"].stages["export"] < needs["auto"].stages["export"]
+    sweeps = {device: replace(one.sweeps, host_bytes=0) for device, one in needs.items()}
+    held = {device: replace(needs[device], sweeps=sweeps[device]).memory_bytes for device in plans}
+    assert (
+        held["cuda"] - held["auto"] >= comparing_bytes(1, True) - comparing_bytes(1, False) - 2**26
+    )
 
 
 def test_what_is_done_takes_no_time(
@@ -202,7 +230,15 @@ def test_a_plan_decides_like_the_sweep(shape: TinyQwen3Moe | TinyQwen35Moe, tmp_
         )
         with closing(decoder):
             layers = {n: decoder.layer_bytes(n) for n in range(plan.model.facts.n_blocks)}
-            kind = Kind(plan.model, 4, False, decoder.has_linear_attention)
+            kind = Kind(
+                plan.model,
+                4,
+                False,
+                decoder.has_linear_attention,
+                plan.options.compute.threads,
+                ImportanceObserver(plan.model).held_bytes(),
+                copies_experts(plan.model, decoder.tensors, 4, False),
+            )
             rows = [*texts.rows.rows, *mtp_probe(plan.model, texts.rows)]
             need = kind.need(
                 layers, decoder.embedding_bytes(), sum(map(len, rows)), max(map(len, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -131,3 +132,18 @@ def test_experts_of_another_kind_are_refused() -> None:
     module.has_bias = True
     with pytest.raises(UnsupportedModelError, match="Qwen3MoeExperts: experts with biases"):
         watch(module, Keeper(False, None))
+
+
+def test_a_thread_widens_all_experts_into_the_same_memory() -> None:
+    weights = torch.randn(3, 4, 5).to(torch.bfloat16)
+    widened = experts_module._Widened(torch.float32)
+    places = set()
+    for weight in weights:
+        values = widened(weight)
+        assert torch.equal(values, weight.float())
+        places.add(values.data_ptr())
+    assert len(places) == 1
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(widened, weights[0]).result().data_ptr() not in places
+    exact = weights.float()
+    assert widened(exact[0]).data_ptr() == exact[0].data_ptr()

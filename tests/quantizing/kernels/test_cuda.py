@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from gguf import GGMLQuantizationType as T
 
 from reap2gguf.ggml import NEEDS_IMPORTANCE, load_ggml
 from reap2gguf.progress import CallbackProgress, Silent
-from reap2gguf.quantizing.kernels import nvrtc
+from reap2gguf.quantizing.kernels import cuda, nvrtc
 from reap2gguf.quantizing.kernels.codebooks import codebook, entries_shape
 from reap2gguf.quantizing.kernels.compiling import compiler, machine
 from reap2gguf.quantizing.kernels.cuda import STORED_AS, Book, Channel, Gpu, load_gpu
@@ -331,6 +332,39 @@ def test_every_kernel_has_a_request_of_its_own() -> None:
     keys = [Key("find_largest"), *KEYS, *(Key("dequantize", one) for one in FORMS)]
     requests = {(tuple(key.definitions), key.registers) for key in keys}
     assert len(requests) == len(keys)
+
+
+class Counting(Gpu):
+    """libggml in place of the kernels, which counts what it makes."""
+
+    made: list[T]
+
+    def quantize(self, rows: Any, tensor_type: T, *others: Any) -> Any:
+        self.made.append(tensor_type)
+        return load_ggml().quantize(rows, tensor_type, others[0]), np.zeros(len(rows), np.bool_)
+
+
+def test_kernels_are_tried_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each export loads the same kernels again; others are tried for themselves."""
+    monkeypatch.setattr(Quantizer, "is_reference", True)
+    monkeypatch.setattr(cuda, "_COMPILED", {})
+    made: list[T] = []
+    monkeypatch.setattr(Counting, "made", made, raising=False)
+
+    def tries(arch: str, driver: int = 12, compiler: int = 4) -> int:
+        gpu = Counting(
+            SimpleNamespace(arch=arch, version=driver),  # type: ignore[arg-type]
+            SimpleNamespace(version=(12, compiler)),  # type: ignore[arg-type]
+        )
+        before = len(made)
+        for is_weighted in (True, False):
+            kind = T.Q4_K
+            assert Quantizer(load_ggml(), gpu).uses_kernel(kind, is_weighted)
+        return len(made) - before
+
+    assert [tries("sm_90"), tries("sm_90")] == [2, 0]
+    assert [tries("sm_80"), tries("sm_90", driver=13), tries("sm_90", compiler=5)] == [2, 2, 2]
+    assert [tries("sm_80"), tries("sm_90")] == [0, 0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
