@@ -77,7 +77,8 @@ def _sum(values: Tensor) -> Tensor:
     if values.is_cuda:
         return values.sum(-1, dtype=torch.float64)
     end = values.shape[1] // _NEIGHBOURS * _NEIGHBOURS
-    parts = values[:, :end].unflatten(1, (-1, _NEIGHBOURS)).sum(-1)
+    groups: Tensor = values[:, :end].unflatten(1, (-1, _NEIGHBOURS))  # type: ignore[no-untyped-call]
+    parts = groups.sum(-1)
     rest = values[:, end:]
     return parts.sum(-1, dtype=torch.float64) + rest.sum(-1, dtype=torch.float64)
 
