@@ -49,7 +49,9 @@ LONGEST = (
     "test_faults.py", "test_in_build.py", "test_source.py", "test_beside.py",
     "test_against_llama_cpp.py", "test_hostile.py", "test_docs.py", "test_ranks.py",
     "test_k_quants.py", "test_deploy.py", "test_keys.py", "test_push.py",
-    "test_template_worker.py", "test_any_config.py", "test_damage.py", "test_adding.py",
+    "test_damage.py", "test_any_config.py", "test_adding.py", "test_against_source.py",
+    "test_hub_datasets.py", "test_facts.py", "test_contract.py", "test_device_comparison.py",
+    "test_binary_files.py", "test_cli.py", "test_qwen3_5_llama_cpp.py", "test_template_worker.py",
     "test_from_hub_interrupted.py",
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ def evaluate(
     source: PathLike | None = None,
     options: EvaluateOptions | None = None,
     output: PathLike | None = None,
+    update: bool = False,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
@@ -39,12 +40,14 @@ def evaluate(
     None takes it from the Hub, if the bundle names it there. `options` say what is measured: by
     default perplexity and KL divergence on a text, in one pass over the layers of all variants.
     `output` is a JSON file to write; with it, an interrupted call resumes from what is kept beside
-    it, in files whose names begin with `OUTPUT.state`.
+    it, in files whose names begin with `OUTPUT.state`. With `update`, the figures get into the
+    bundle's manifest and cards, in place of earlier ones.
 
     Raises EvaluationError, CalibrationError, UsageError, OutputError, ArtifactError,
     DependencyError, and what opening a model raises.
     """
     check_bool("follow_links", follow_links)
+    check_bool("update", update)
     options = given_or_new("options", options, EvaluateOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     target = None if output is None else check_path("output", output)
@@ -52,6 +55,8 @@ def evaluate(
         output_file(target)
     check_options(options, target)
     given = [check_path("variant", path) for path in variants]
+    if update and (given or not _is_bundle(model)):
+        raise UsageError(f"{model}: not a bundle; update writes into a bundle alone")
     shown = to_progress(progress)
     with ExitStack() as stack:
         opened = _open(stack, model, given, source, follow_links, shown)
@@ -61,10 +66,22 @@ def evaluate(
         found = WholeEvaluation(
             opened.variants, opened.tokenizer, options, compute, target, shown
         ).run()
+        if update and processes().is_first:
+            from reap2gguf.building.measured import record_evaluation
+
+            first = opened.variants[0]
+            measured = first.weights, first.model
+            record_evaluation(Path(model).expanduser(), found, measured, compute, shown)
     if target is not None and processes().is_first:
         found.save(target)
         drop_states(target)
     return found
+
+
+def _is_bundle(model: PathLike) -> bool:
+    from reap2gguf.bundle.layout import MANIFEST_FILE
+
+    return is_plain(Path(model).expanduser() / MANIFEST_FILE)
 
 
 def _open(
@@ -76,13 +93,11 @@ def _open(
     progress: Progress,
 ) -> OpenVariants:
     """Open all that is to be evaluated. Raises UsageError if it cannot be told what is what."""
-    from reap2gguf.bundle.layout import MANIFEST_FILE
     from reap2gguf.evaluating.opening import OpenVariants
 
     opened = OpenVariants(stack, progress)
-    folder = Path(model).expanduser()
-    if is_plain(folder / MANIFEST_FILE) and not variants:
-        _open_bundle(opened, folder, source, follow_links)
+    if _is_bundle(model) and not variants:
+        _open_bundle(opened, Path(model).expanduser(), source, follow_links)
         return opened
     if source is not None:
         raise UsageError(

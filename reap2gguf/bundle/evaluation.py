@@ -197,6 +197,11 @@ class Evaluation:
     dtype: str = "float32"  # in which type
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of libraries
 
+    def __post_init__(self) -> None:
+        # what is read from a file equals what was written
+        for name in ("variants", "comparisons", "tasks", "speeds", "smoke_tests"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def variant(self, name: str) -> VariantRecord | None:
         """The record of a variant; None if it was not measured."""
         return next((one for one in self.variants if one.name == name), None)
@@ -226,6 +231,7 @@ class Evaluation:
             comparisons=[one for one in self.comparisons if {one.variant, one.reference} <= names],
             tasks=[one for one in self.tasks if one.variant in names],
             speeds=[one for one in self.speeds if one.variant in names],
+            smoke_tests=[one for one in self.smoke_tests if one.file in names],
         )
         return found if found.variants or found.tasks or found.speeds else None
 

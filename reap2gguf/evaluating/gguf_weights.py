@@ -10,10 +10,10 @@ The names come from a template: a checkpoint of the same model, or a view of one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import Floats, GgufTensor, Slab
 
 _ITEM = 4  # bytes of a float32
-_KEPT_WHOLE = 2  # tensors that cannot be read in parts; the largest of a model take 64 MiB or so
+_MOST_WHOLE = 2  # tensors that are held because no part can be read alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,36 @@ class _Piece:
         return self.tensor.transform is not None or self.slab.transposed or is_vector
 
 
+class _Whole:
+    """Matrices of which no part can be read alone, each held until all its bytes were taken.
+
+    Threads that take parts of one matrix wait for one another, so that it is read once. If parts
+    of many are taken and others are not, the last two are held.
+    """
+
+    def __init__(self, read: Callable[[str, int], Floats]) -> None:
+        self._read = read
+        self._lock = threading.Lock()
+        self._held: dict[tuple[str, int], tuple[Floats, int]] = {}  # and bytes that were taken
+
+    def part(self, name: str, entry: int, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """Bytes [first, first + count) of a matrix."""
+        with self._lock:
+            values, n_taken = self._held.pop((name, entry), (None, 0))
+            if values is None:
+                values = self._read(name, entry)
+            if n_taken + count < values.nbytes:
+                self._held[name, entry] = values, n_taken + count
+            if len(self._held) > _MOST_WHOLE:
+                del self._held[next(iter(self._held))]
+        return values.reshape(-1).view(np.uint8)[first : first + count]
+
+
 class GgufWeights(Weights):
     """The weights of a GGUF file, of all its parts, as a checkpoint of float32 would have them.
 
-    Threads may share it. Memory: what a read returns, twice; and the last tensors that are stored
-    in another order than GGUF's.
+    Threads may share it. Memory: blocks and values of the rows of one matrix that a read asks for;
+    and while a tensor is read that is stored in another order than GGUF's, all of it.
     """
 
     def __init__(
@@ -85,7 +110,7 @@ class GgufWeights(Weights):
         }
         self.model = describe(self)
         self._pieces = self._find_pieces()
-        self._whole = lru_cache(_KEPT_WHOLE)(self._read_whole)
+        self._whole = _Whole(self._read_whole)
 
     def _found(self, model: MoeModel, template: Mapping[str, StoredTensor]) -> set[str]:
         """Names of the template's tensors that the file has; ArtifactError if it has others."""
@@ -132,7 +157,7 @@ class GgufWeights(Weights):
         while done < buffer.nbytes:
             entry, inside = divmod(first + done, matrix_bytes)
             count = min(buffer.nbytes - done, matrix_bytes - inside)
-            buffer[done : done + count] = self._bytes(name, entry, inside, count)
+            self._fill(name, entry, inside, buffer[done : done + count])
             done += count
 
     def _matrix_shape(self, name: str) -> tuple[int, ...]:
@@ -141,18 +166,21 @@ class GgufWeights(Weights):
         has_entries = self._pieces[name, 0][0].slab.index is not None
         return shape[1:] if has_entries else shape
 
-    def _bytes(self, name: str, entry: int, first: int, count: int) -> npt.NDArray[np.uint8]:
-        """Bytes [first, first + count) of one stored matrix."""
-        pieces, shape = self._pieces[name, entry], self._matrix_shape(name)
+    def _fill(self, name: str, entry: int, first: int, target: npt.NDArray[np.uint8]) -> None:
+        """Fill `target` with the bytes of one stored matrix from `first` on."""
+        pieces, n_columns = self._pieces[name, entry], self._matrix_shape(name)[-1]
         if any(piece.needs_all for piece in pieces):
-            return self._whole(name, entry).reshape(-1).view(np.uint8)[first : first + count]
-        row = _ITEM * shape[-1]
-        begin, end = first // row, -(-(first + count) // row)
-        rows = np.empty((end - begin, shape[-1]), dtype=np.float32)
+            target[...] = self._whole.part(name, entry, first, len(target))
+            return
+        row = _ITEM * n_columns
+        begin, end = first // row, -(-(first + len(target)) // row)
+        is_whole = (end - begin) * row == len(target)
+        raw = target if is_whole else np.empty((end - begin) * row, dtype=np.uint8)
         for piece in pieces:
-            self._fill_rows(piece, begin, rows)
-        skipped = first - begin * row
-        return rows.reshape(-1).view(np.uint8)[skipped : skipped + count]
+            self._fill_rows(piece, begin, raw.view(np.float32).reshape(-1, n_columns))
+        if not is_whole:
+            skipped = first - begin * row
+            target[...] = raw[skipped : skipped + len(target)]
 
     def _fill_rows(self, piece: _Piece, begin: int, rows: Floats) -> None:
         """Fill those of a matrix's rows from `begin` on that are in a piece."""

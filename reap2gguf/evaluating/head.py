@@ -32,6 +32,10 @@ _MOST_TOKENS = {"cpu": 256, "cuda": 4096}  # on a CPU, what stays in its caches
 _MOST_BLOCK = {"cpu": 8192, "cuda": 2**20}  # tokens of the vocabulary
 _LEAST_BLOCK = 256
 _LEAST_TOKENS = 16
+_SPAN = (
+    4  # positions that are loaded at once, in multiples of the tokens that are computed together
+)
+_PARTS = 4  # parts whose hidden states are there, beside those that wait for a thread
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,28 @@ class Cut:
 
     @classmethod
     def into(
-        cls, usable: int, vocabulary: int, row_bytes: int, n_heads: int, n_logits: int, kind: str
+        cls,
+        usable: int,
+        vocabulary: int,
+        row_bytes: int,
+        n_heads: int,
+        n_logits: int,
+        n_states: int,
+        kind: str,
     ) -> Cut:
         """The largest cut that fits into `usable` bytes; the smallest one if none does.
 
-        `row_bytes`: of the heads for one token of the vocabulary; `n_logits`: arrays of logits that
-        are there at the same time; `kind`: cpu or cuda.
+        `row_bytes`: of a head for one token of the vocabulary, and of a hidden state; `n_logits`
+        and `n_states`: arrays of logits and of hidden states, of as many tokens as are computed
+        together, that are there at the same time; `kind`: cpu or cuda.
         """
         block = min(vocabulary, _MOST_BLOCK[kind])
         tokens = _MOST_TOKENS[kind]
 
         def taken() -> int:
             blocks = 1 if block == vocabulary else 2
-            return block * (blocks * n_heads * row_bytes + 4 * n_logits * tokens)
+            weights, states = block * blocks * n_heads, tokens * n_states
+            return row_bytes * (weights + states) + 4 * n_logits * tokens * block
 
         while taken() > usable and (block > _LEAST_BLOCK or tokens > _LEAST_TOKENS):
             # logits and weights get smaller by turns
@@ -117,6 +130,7 @@ class Head:
             self._decoder.model.facts.hidden_size * self._decoder.dtype.itemsize,
             self._weights.n_heads,
             (len(runs) + 2) * n_threads,
+            len(runs) * (2 * n_threads + _PARTS) + _SPAN,
             self.device.type,
         )
 
@@ -170,17 +184,39 @@ class Part:
 def parts_of(
     scored: Sequence[ScoredBatch], runs: Mapping[str, VariantRun], most: int
 ) -> Iterator[Part]:
-    """The hidden states of all variants at the scored tokens, at most `most` tokens at a time."""
+    """The hidden states of all variants at the scored tokens, at most `most` tokens at a time.
+
+    A batch is long, and few of its tokens may be scored: of the spool, `_SPAN` x `most` positions
+    are loaded at a time.
+    """
     device = next(iter(runs.values())).decoder.device
-    for batch, following in zip(scored, [*scored[1:], None], strict=True):
-        after = None if following is None else following.span
-        positions, right = batch.positions.to(device), batch.right.to(device)
-        hidden = {name: run.spool.load(batch.span, after)[positions] for name, run in runs.items()}
-        for begin in range(0, len(right), most):
-            own = slice(begin, begin + most)
-            place = slice(batch.first + begin, batch.first + begin + len(right[own]))
-            states = {name: h[own] for name, h in hidden.items()}
-            yield Part(place, right[own], states, batch.is_compared)
+    places = [(batch, begin) for batch in scored for begin in range(0, len(batch.right), most)]
+    pieces = [_pieces(batch, slice(begin, begin + most)) for batch, begin in places]
+    following = iter([*(span for part in pieces for span, _ in part), None])
+    next(following, None)
+    for (batch, begin), part in zip(places, pieces, strict=True):
+        found: dict[str, list[Tensor]] = {name: [] for name in runs}
+        for span, chosen in part:
+            after, own = next(following), chosen.to(device)
+            for name, run in runs.items():
+                found[name].append(run.spool.load(span, after)[own])
+        right = batch.right[begin : begin + most]
+        place = slice(batch.first + begin, batch.first + begin + len(right))
+        states = {name: torch.cat(parts) for name, parts in found.items()}
+        yield Part(place, right.to(device), states, batch.is_compared)
+
+
+def _pieces(batch: ScoredBatch, own: slice) -> list[tuple[Span, Tensor]]:
+    """Where in the spool some scored tokens of a batch are: spans, and places in each of them."""
+    left, most = batch.positions[own], _SPAN * len(batch.positions[own])
+    found: list[tuple[Span, Tensor]] = []
+    while len(left):
+        count = int(torch.searchsorted(left, left[0] + most))  # they ascend
+        chosen, left = left[:count], left[count:]
+        low = int(chosen[0])
+        span = batch.span[0] + low, batch.span[0] + int(chosen[-1]) + 1
+        found.append((span, chosen - low))
+    return found
 
 
 def product(hidden: Tensor, block: Tensor) -> Tensor:

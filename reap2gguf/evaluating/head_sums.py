@@ -19,6 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from reap2gguf.evaluating.scores import Pair
 
+_NEIGHBOURS = 128  # values of a row that a CPU adds in float32
+
 
 class _Softmax:
     """The likeliest token, the right token's logit and log Z of one variant: (S,) each."""
@@ -37,22 +39,48 @@ class _Softmax:
         `right` (n,): the tokens that are there.
         """
         before = self.largest[span]
-        highest, place = logits.max(-1)
+        highest = logits.amax(-1)
         largest = torch.maximum(before, highest)
         shrunk = torch.exp(before.double() - largest.double())
-        shares = torch.exp(logits - largest[:, None])
-        self.total[span] = self.total[span] * shrunk + shares.sum(-1, dtype=torch.float64)
-        self.top[span] = torch.where(highest > before, place + first, self.top[span])
+        shares = (logits - largest[:, None]).exp_()
+        self.total[span] = self.total[span] * shrunk + _sum(shares)
+        self._find_top(span, first, logits, highest > before)
         self.largest[span] = largest
         inside = (right >= first) & (right < first + logits.shape[1])
         found = logits.gather(1, (right - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         self.right[span] = torch.where(inside, found.double(), self.right[span])
         return shares, shrunk
 
+    def _find_top(self, span: slice, first: int, logits: Tensor, is_higher: Tensor) -> None:
+        """Find the likeliest token where a block has a higher logit than those before it."""
+        if logits.is_cuda:  # where the host does not wait to learn which rows these are
+            place = logits.argmax(-1) + first
+            self.top[span] = torch.where(is_higher, place, self.top[span])
+            return
+        rows = is_higher.nonzero()[:, 0]
+        if len(rows):
+            chosen = logits if len(rows) == len(logits) else logits[rows]
+            self.top[span][rows] = chosen.argmax(-1) + first
+
     @property
     def log_total(self) -> Tensor:
         """log Z: (S,) float64."""
         return self.largest.double() + self.total.log()
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sums (n,) in float64 of rows (n, B) of float32.
+
+    A CPU adds a few neighbours in float32, which rounds less than the values were rounded before,
+    because it converts each value to float64 ten times slower than it adds it.
+    """
+    if values.is_cuda:
+        return values.sum(-1, dtype=torch.float64)
+    end = values.shape[1] // _NEIGHBOURS * _NEIGHBOURS
+    groups: Tensor = values[:, :end].unflatten(1, (-1, _NEIGHBOURS))  # type: ignore[no-untyped-call]
+    parts = groups.sum(-1)
+    rest = values[:, end:]
+    return parts.sum(-1, dtype=torch.float64) + rest.sum(-1, dtype=torch.float64)
 
 
 class HeadSums:
@@ -88,7 +116,7 @@ class HeadSums:
             shares, shrunk = self._softmax[name].add(span, first, own, right)
             for (reference, other), apart in self._apart.items():
                 if is_compared and reference == name:
-                    change = (own - logits[other]).mul_(shares).sum(-1, dtype=torch.float64)
+                    change = _sum((own - logits[other]).mul_(shares))
                     apart[span] = apart[span] * shrunk + change
 
     def nll(self, name: str) -> Tensor:

@@ -180,6 +180,12 @@ _SAME = (
 @compute_options
 @threads_option
 @option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
+@option(
+    "--update",
+    section=WRITE,
+    is_flag=True,
+    help="Write the figures into the bundle's manifest and cards.",
+)
 @follow_links_option
 @json_option
 @output_options
@@ -188,6 +194,7 @@ def evaluate(
     variants: tuple[Path, ...],
     source: str | None,
     output: Path | None,
+    update: bool,
     follow_links: bool,
     as_json: bool,
     **arguments: Any,
@@ -211,6 +218,7 @@ def evaluate(
         source=source,
         options=_options(arguments),
         output=output,
+        update=update,
         compute=collect_compute(arguments),
         follow_links=follow_links,
         progress=terminal_progress(),

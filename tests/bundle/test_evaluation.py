@@ -84,7 +84,7 @@ def test_figures_of_files_that_are_gone_are_left_out() -> None:
     assert found.divergence(Q8, "pruned") == EXAMPLE.divergence(Q8, "pruned")
     assert found.divergence(Q4, "pruned") is None
     assert {one.variant for one in found.tasks} == {"source", "pruned", Q8}
-    assert found.speeds == []
+    assert found.speeds == ()
     assert EXAMPLE.of_files([Q4, Q8]) == EXAMPLE
     only = replace(EXAMPLE, variants=EXAMPLE.variants[2:], comparisons=(), tasks=())
     assert only.of_files(()) is None

@@ -174,7 +174,7 @@ def rows_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     return [list(row) for row in observation_rows(tokenizer, calibration, 4096, 4096).rows]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", [pytest.param("jsonl", marks=pytest.mark.slow), "parquet"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("template", ["example", "tools"])
 def test_a_published_layout(

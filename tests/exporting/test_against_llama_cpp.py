@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,13 +158,15 @@ MORE_SHAPES = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(shape, id=name, marks=pytest.mark.slow if name in MORE_SHAPES else ())
+def shapes(slow: Collection[str]) -> list[Any]:
+    """All shapes as parameters, of which some are slow."""
+    return [
+        pytest.param(shape, id=name, marks=pytest.mark.slow if name in slow else ())
         for name, shape in SHAPES.items()
-    ],
-)
+    ]
+
+
+@pytest.fixture(scope="module", params=shapes(MORE_SHAPES))
 def synthetic(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Synthetic:
@@ -174,11 +177,24 @@ def synthetic(
     return Synthetic(shape, tensors, path, mean_squares(random_imatrix(tensors)))
 
 
-@pytest.mark.parametrize("has_imatrix", [True, False], ids=["imatrix", "no-imatrix"])
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_types_are_those_llama_cpp_chooses(
-    synthetic: Synthetic, file_type: str, has_imatrix: bool, tmp_path: Path
+    synthetic: Synthetic, file_type: str, tmp_path: Path
 ) -> None:
+    compare_types(synthetic, file_type, True, tmp_path)
+
+
+# few rules ask for importance, and none of them for the shape as well
+WITHOUT = shapes(SHAPES.keys() - {"plain", "eight-experts", "rows-of-64-and-32"})
+
+
+@pytest.mark.parametrize("synthetic", WITHOUT, indirect=True, scope="module")
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_types_without_an_imatrix(synthetic: Synthetic, file_type: str, tmp_path: Path) -> None:
+    compare_types(synthetic, file_type, False, tmp_path)
+
+
+def compare_types(synthetic: Synthetic, file_type: str, has_imatrix: bool, tmp_path: Path) -> None:
     shape, target = synthetic.shape, tmp_path / "quantized.gguf"
     resolved = resolve(
         plain(file_type), synthetic.tensors, shape.facts(), shape.n_experts, has_imatrix

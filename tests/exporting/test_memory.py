@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +93,8 @@ def test_buffers_are_no_more_than_planned_and_not_far_less(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = CountingDriver()
-    gpu = CountingGpu(driver, None)  # type: ignore[arg-type]
+    compiler = SimpleNamespace(version=(12, 4))
+    gpu = CountingGpu(driver, compiler)  # type: ignore[arg-type]
     monkeypatch.setattr(device_blocks, "load_gpu", lambda: gpu)
     monkeypatch.setattr(device_blocks, "_MUCH_WORK", 0)
     for name in ("_FEWEST_THREADS", "_MOST_THREADS"):  # one, so that it meets all tensors

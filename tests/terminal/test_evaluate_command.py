@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from reap2gguf.bundle.evaluation import Evaluation
+from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.terminal.evaluate_views import evaluation_lines
 from tests.conftest import Bundle
 from tests.evaluations import EXAMPLE as EVALUATION
@@ -55,6 +56,18 @@ def test_single_files(built: Bundle) -> None:
     file = next(path for path in built.gguf.glob("*.gguf") if "imatrix" not in path.name)
     found = evaluated(EXAMPLE, built.hf, file)
     assert [one["kind"] for one in found["variants"]] == ["source", "pruned", "gguf"]
+
+
+def test_a_bundle_gets_the_figures(built: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(built.output, output, ignore=shutil.ignore_patterns(".work"))
+    folder = output / built.gguf.name
+    found = evaluated(folder, "--source", EXAMPLE, "--update")
+    kept = Manifest.load(folder).evaluation
+    assert kept is not None
+    assert kept.as_json() == found
+    assert "perplexity" in (folder / "README.md").read_text()
+    assert "update writes into a bundle alone" in failure(EXAMPLE, built.hf, "--update")
 
 
 def failure(*arguments: object) -> str:

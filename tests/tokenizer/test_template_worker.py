@@ -147,12 +147,13 @@ def seconds_of(process_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+# of each kind every second one is in the plain run: a worker is started for each
 @pytest.mark.parametrize(
     ("template", "what"),
     [
-        pytest.param(template, what, id=name)
+        pytest.param(template, what, id=name, marks=pytest.mark.slow if number % 2 else ())
         for what, table in WHOLE.items()
-        for name, template in table.items()
+        for number, (name, template) in enumerate(table.items())
     ],
 )
 def test_harm_ends_soon_and_in_one_line(template: str, what: str) -> None:
