@@ -12,7 +12,7 @@ vocabulary. `ComputeOptions.memory` limits the sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -45,6 +45,7 @@ from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.evaluating.figures import Doubles
+    from reap2gguf.evaluating.kept import KeptScores
     from reap2gguf.evaluating.outside import Outside
     from reap2gguf.evaluating.scores import Pair, ScoredRow
     from reap2gguf.evaluating.variants import Variant
@@ -60,12 +61,14 @@ def evaluate_variants(
     progress: Progress,
     alone: bool = False,
     outside: Sequence[Outside] = (),
+    kept: KeptScores | None = None,
 ) -> Scores:
     """What every variant predicts at the scored tokens of all rows, and how far `pairs` are apart.
 
     Every process of torchrun computes its share of the rows and returns all scores; `alone`: the
     others have left, and this one computes all rows. Variants of `outside` are computed by another
-    program, after the others and in one process; they may be the second of a pair.
+    program, after the others and in one process; they may be the second of a pair. What each of
+    them gives is put into `kept`, and not computed if it is there.
     Raises EvaluationError if variants do not fit together or compute what is not finite, and
     UsageError, OutputError, CheckpointError, ArtifactError and PeerError as a sweep does.
     """
@@ -92,7 +95,7 @@ def evaluate_variants(
         evaluation = _Evaluation(variants, contexts, rows, options, progress)
         evaluation.open(stack)
         evaluation.all_layers()
-        return evaluation.scores(pairs, outside)
+        return evaluation.scores(pairs, outside, kept)
 
 
 def _check(variants: Sequence[Variant], rows: Sequence[ScoredRow]) -> None:
@@ -227,33 +230,48 @@ class _Evaluation:
         """The place of a variant, of a view that of its base."""
         return self._runs.index(run.base or run)
 
-    def scores(self, pairs: Sequence[Pair], outside: Sequence[Outside]) -> Scores:
+    def scores(
+        self, pairs: Sequence[Pair], outside: Sequence[Outside], kept: KeptScores | None
+    ) -> Scores:
         """What all variants predict, after the last layer."""
         names = [variant.name for variant in self._variants]
         runs = dict(zip(names, self._runs, strict=True))
-        rows = [[one.row for one in group] for group in self._groups]
+        groups = [[one.row for one in group] for group in self._groups]
         spread = _Spread(self._rows, self._groups, self._ranks)
-        usable = self._usable_by_heads
         own = [pair for pair in pairs if set(pair) <= runs.keys()]
-        batches = scored_batches(self._runs[0].batches, rows)
-        sums = Head(runs, usable).sums(batches, own, self._progress)
+        batches = scored_batches(self._runs[0].batches, groups)
+        sums = Head(runs, self._usable_by_heads).sums(batches, own, self._progress)
         variants = {name: spread.scores(sums.nll(name), sums.top(name)) for name in names}
         apart = {pair: spread.divergences(sums.divergence(pair)) for pair in own}
         del sums
         for other in outside:
-            found, from_it = outside_scores(other, runs, rows, pairs, usable, self._progress)
-            variants[other.name] = spread.scores(
-                torch.from_numpy(found.nll), torch.from_numpy(found.top)
-            )
-            apart |= {
-                pair: spread.divergences(torch.from_numpy(one)) for pair, one in from_it.items()
-            }
-        for name, found in variants.items():
-            if not np.isfinite(found.nll).all():
+            theirs = [pair for pair in pairs if pair[1] == other.name]
+            found = None if kept is None else kept.get(other.name, self._rows, theirs)
+            if found is None:
+                found = self._from_outside(other, runs, theirs, spread)
+                if kept is not None:
+                    kept.put(other.name, found)
+            variants |= found.variants
+            apart |= found.divergences
+        for name, one in variants.items():
+            if not np.isfinite(one.nll).all():
                 raise EvaluationError(
                     f"{name}: its head computes NaN or infinite logits; it cannot be evaluated"
                 )
         return Scores(self._rows, variants, {pair: apart[pair] for pair in pairs})
+
+    def _from_outside(
+        self, other: Outside, runs: Mapping[str, VariantRun], pairs: Sequence[Pair], spread: _Spread
+    ) -> Scores:
+        """What another program gives all scored tokens, in the order of the rows."""
+        groups = [[one.row for one in group] for group in self._groups]
+        usable = self._usable_by_heads
+        found, apart = outside_scores(other, runs, groups, pairs, usable, self._progress)
+        return Scores(
+            self._rows,
+            {other.name: spread.scores(torch.from_numpy(found.nll), torch.from_numpy(found.top))},
+            {pair: spread.divergences(torch.from_numpy(one)) for pair, one in apart.items()},
+        )
 
     @property
     def _usable_by_heads(self) -> int:

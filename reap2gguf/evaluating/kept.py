@@ -1,11 +1,13 @@
 """What an interrupted evaluation has found so far, beside its output.
 
-Two files: the scores of the last sweep, as safetensors, and what was measured file by file, as
-JSON. Each has the keys of its inputs; what has another key, or cannot be read, is measured again.
+The scores of the last sweep, and those of each GGUF file that llama.cpp computes after it, are
+safetensors; what was measured file by file is one file of JSON. Each has the keys of its inputs; what has another key, or cannot be read, is measured
+again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +66,26 @@ def load_scores(
         return Scores(rows, variants, apart)
     except (CheckpointError, ValueError, KeyError):
         return None  # damaged: it is measured again
+
+
+class KeptScores:
+    """Scores of variants that are computed one after the other, each in a file of its own."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """`path`: what the names of the files begin with; `key`: of all that they depend on."""
+        self._path, self._key = path, key
+
+    def get(self, name: str, rows: Sequence[ScoredRow], pairs: Sequence[Pair]) -> Scores | None:
+        """The scores of a variant, and of the pairs that it is the second of, if they are kept."""
+        return load_scores(self._file(name), self._key, rows, [name], pairs)
+
+    def put(self, name: str, scores: Scores) -> None:
+        """Keep them. Raises OutputError if the disk fails."""
+        save_scores(self._file(name), self._key, scores)
+
+    def _file(self, name: str) -> Path:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return self._path.with_name(f"{self._path.name}.{digest}")
 
 
 class KeptRecords:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.evaluating.engine import evaluate_variants
-from reap2gguf.evaluating.kept import load_scores, save_scores
+from reap2gguf.evaluating.kept import KeptScores, load_scores, save_scores
 from reap2gguf.evaluating.llama.model import LlamaOptions
 from reap2gguf.evaluating.llama.outside import LlamaVariant
 from reap2gguf.evaluating.opening import pairs_of
@@ -86,8 +86,16 @@ class Scorer:
             for one in self.variants
             if is_outside and one.kind == "gguf" and one.path is not None
         ]
-        compute = self._resuming(key)
-        return evaluate_variants(streamed, rows, pairs, compute, self.progress, outside=outside)
+        kept = None if self.state is None else KeptScores(self._scores_file(self.state), key)
+        return evaluate_variants(
+            streamed,
+            rows,
+            pairs,
+            self._resuming(key),
+            self.progress,
+            outside=outside,
+            kept=kept,
+        )
 
     def _resuming(self, key: str) -> ComputeOptions:
         """Keep the progress between layers beside the output."""

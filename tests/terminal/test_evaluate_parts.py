@@ -11,6 +11,7 @@ import pytest
 from reap2gguf.bundle.evaluation import Evaluation
 from reap2gguf.evaluating import whole as whole_module
 from reap2gguf.evaluating.llama import smoke, speed
+from reap2gguf.evaluating.llama.outside import LlamaVariant
 from reap2gguf.evaluating.llama.speed import SpeedOptions
 from reap2gguf.evaluating.tasks import harness
 from reap2gguf.machine import Processes
@@ -52,7 +53,7 @@ def test_text_and_tasks_in_one_sweep(built: Bundle, tasks: Path, tmp_path: Path)
     asked = ("--tasks", "plain,normed,rolling", "--task-folder", tasks)
     output = tmp_path / "evaluation.json"
     both = evaluated(EXAMPLE, built.hf, q4(built), *asked, "-o", output)
-    assert Evaluation.load(output).as_json() == both
+    assert json.loads(json.dumps(Evaluation.load(output).as_json())) == both
     names = ["source", "pruned", q4(built).name]
     assert [one["name"] for one in both["variants"]] == names
     scores = {(one["variant"], one["task"], one["metric"]) for one in both["tasks"]}
@@ -152,6 +153,32 @@ def test_an_interrupted_call_keeps_what_is_done(
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
+def test_files_that_llama_cpp_has_computed_are_kept(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = sorted(built.gguf.glob("example-*.gguf"))
+    output = tmp_path / "e.json"
+    arguments = (EXAMPLE, built.hf, *files, "--engine", "llama.cpp", "-o", output, *SMALL)
+    whole, compute = run("evaluate", *arguments), LlamaVariant.logits
+    figures = Evaluation.load(output)
+    asked: list[str] = []
+
+    def once(variant: LlamaVariant, rows: Any) -> Any:
+        asked.append(variant.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return compute(variant, rows)
+
+    monkeypatch.setattr(LlamaVariant, "logits", once)
+    assert run("evaluate", *arguments).exit_code == 130
+    again = run("evaluate", *arguments)
+    assert again.exit_code == 0, again.output
+    assert asked == [files[0].name, files[1].name, files[1].name]
+    assert again.stdout == whole.stdout
+    assert Evaluation.load(output) == figures
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+
+
 def test_programs(built: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What models write lies beside the output; here it is not run."""
     from reap2gguf.evaluating.generation import run as run_module
@@ -165,7 +192,7 @@ def test_programs(built: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     folder = whole_module.programs_folder(output)
     assert [path.name for path in folder.iterdir()] == [q4(built).name]
     assert len((folder / q4(built).name / "humaneval.jsonl").read_text().splitlines()) == 2
-    assert Evaluation.load(output).tasks == []
+    assert not Evaluation.load(output).tasks
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is(
