@@ -43,6 +43,16 @@ COVERED_BY = [
         ),
     ),
     (
+        "terminal/test_evaluate_parts.py",
+        "all that one command measures, refuses and keeps",
+        (
+            "evaluating/checks.py",
+            "evaluating/llama/outside.py",
+            "evaluating/scoring.py",
+            "evaluating/whole.py",
+        ),
+    ),
+    (
         "reporting/test_page.py",
         "the sections of one page, whose numbers are compared with what they are of",
         (
@@ -64,7 +74,7 @@ COVERED_BY = [
     (
         "evaluating/test_engine.py",
         "variants of every kind are evaluated",
-        ("evaluating/head.py", "evaluating/run.py", "evaluating/variants.py"),
+        ("evaluating/head.py", "evaluating/head_weights.py", "evaluating/run.py", "evaluating/variants.py"),
     ),
     (
         "evaluating/llama/test_scoring.py",

@@ -199,7 +199,7 @@ def evaluate(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Measure what pruning cost and what quantizing cost.
+    """Measure what pruning and quantizing cost.
 
     MODEL is a bundle, or the model that VARIANTS were made from: pruned folders and GGUF files.
     All of them go through the layers together, one layer in memory at a time: no logits file, and

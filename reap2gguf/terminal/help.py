@@ -40,7 +40,7 @@ SECTIONS = (
 COMMAND_HEADINGS: Final[Mapping[str, Sequence[str]]] = {
     "The whole job": ("plan", "build", "add"),
     "Step by step": ("observe", "inspect", "prune", "imatrix", "quantize", "bundle"),
-    "With a finished bundle": ("verify", "compare", "chat", "serve", "push"),
+    "With a finished bundle": ("verify", "evaluate", "compare", "report", "chat", "serve", "push"),
     "Recipes, texts and help": ("recipes", "mixes", "example", "help"),
     "This machine": ("doctor", "jobs"),
 }

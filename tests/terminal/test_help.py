@@ -82,6 +82,7 @@ def test_the_options_of_build_stand_in_sections() -> None:
         "What to write",
         "Calibration",
         "Which model",
+        "What to compare",
         "Where to compute",
         "Other",
     ]
