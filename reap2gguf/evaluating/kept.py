@@ -1,8 +1,8 @@
 """What an interrupted evaluation has found so far, beside its output.
 
 The scores of the last sweep, and those of each GGUF file that llama.cpp computes after it, are
-safetensors; what was measured file by file is one file of JSON. Each has the keys of its inputs; what has another key, or cannot be read, is measured
-again.
+safetensors; what was measured file by file is one file of JSON. Each has the keys of its inputs;
+what has another key, or cannot be read, is measured again.
 """
 
 from __future__ import annotations
