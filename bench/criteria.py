@@ -93,11 +93,12 @@ def main() -> None:
     for variant in sorted(others, key=lambda one: one.perplexity.value):
         figures = apart[variant.name]
         cells = [
+            f"{variant.perplexity.value:.3f} ± {variant.perplexity.error:.3f}",
             f"{figures.perplexity_ratio.value:.4f} ± {figures.perplexity_ratio.error:.4f}",
             f"{figures.mean.value:.4f} ± {figures.mean.error:.4f}",
             f"{figures.same_top.value:.1%} ± {figures.same_top.error:.1%}",
         ]
-        print(f"| {variant.name} | {variant.perplexity.value:.3f} | {' | '.join(cells)} |")
+        print(f"| {variant.name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

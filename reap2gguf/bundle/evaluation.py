@@ -237,7 +237,8 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, which `evaluation_of` reads."""
-        return asdict(self)
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists, not tuples
+        return values
 
     def save(self, path: Path) -> None:
         """Write a file, whole or not at all. Raises OutputError if the disk fails."""

@@ -53,7 +53,7 @@ def test_text_and_tasks_in_one_sweep(built: Bundle, tasks: Path, tmp_path: Path)
     asked = ("--tasks", "plain,normed,rolling", "--task-folder", tasks)
     output = tmp_path / "evaluation.json"
     both = evaluated(EXAMPLE, built.hf, q4(built), *asked, "-o", output)
-    assert json.loads(json.dumps(Evaluation.load(output).as_json())) == both
+    assert Evaluation.load(output).as_json() == both
     names = ["source", "pruned", q4(built).name]
     assert [one["name"] for one in both["variants"]] == names
     scores = {(one["variant"], one["task"], one["metric"]) for one in both["tasks"]}

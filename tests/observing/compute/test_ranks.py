@@ -164,7 +164,7 @@ def test_an_evaluation_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     found = Evaluation.load(output)
     assert found == alone
-    assert json.loads(json.dumps(found.as_json())) == json.loads(done.stdout)
+    assert found.as_json() == json.loads(done.stdout)
     assert [path.name for path in output.parent.iterdir()] == ["evaluation.json"]
     assert done.stderr.count("Evaluating: done") == 1
 
