@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from reap2gguf.bundle.evaluation import (
+    Answer,
     Comparison,
     Divergence,
     Estimate,
     Evaluation,
+    SmokeTest,
     Speed,
     TaskScore,
     TextRecord,
@@ -65,6 +67,16 @@ EXAMPLE = Evaluation(
     speeds=[
         Speed(Q4, "pp512", Estimate(812.5, 4.1), 2, on_gpu=False, peak_bytes=64_000_000),
         Speed(Q4, "tg128", Estimate(97.3, 0.6), 2, on_gpu=False, peak_bytes=64_000_000),
+    ],
+    smoke_tests=[
+        SmokeTest(
+            Q4,
+            "What is two and two?",
+            has_template=True,
+            llama_cpp=Answer("Q: What is two and two?", (5, 6, 7), (8, 9), " It is"),
+            transformers=Answer("Q: What is two and two?", (5, 6, 7), (8, 1), " It was"),
+        ),
+        SmokeTest(Q8, "Why?", False, Answer("Why?", (2,), (3,), "So"), None, "it is too large"),
     ],
     made_with={"reap2gguf": "0.1.0", "torch": "2.13.0"},
 )

@@ -361,10 +361,10 @@ def _answer(values: Mapping[str, Any]) -> Answer:
     )
 
 
-def _tokens(values: Any) -> list[int]:
+def _tokens(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) > _MOST_TOKENS:
         raise TypeError(f"{shown(values)} is not a list of at most {_MOST_TOKENS:,} tokens")
-    return [_count(value) for value in values]
+    return tuple(_count(value) for value in values)
 
 
 def _items(values: Any) -> Iterable[Mapping[str, Any]]:

@@ -27,6 +27,19 @@ def test_figures_are_found_by_names() -> None:
     assert [one.task for one in EXAMPLE.scores("pruned")] == ["arc_easy", "arc_easy"]
 
 
+def test_answers_are_compared_token_by_token() -> None:
+    compared, alone = EXAMPLE.smoke_tests
+    assert (compared.n_agree, compared.same_prompt) == (1, True)
+    assert (alone.n_agree, alone.same_prompt) == (None, None)
+    assert str(alone).endswith("not compared with transformers: it is too large")
+
+
+def test_an_older_file_has_no_smoke_tests() -> None:
+    values = EXAMPLE.as_json()
+    del values["smoke_tests"]
+    assert evaluation_of(values) == replace(EXAMPLE, smoke_tests=())
+
+
 def damaged(path: str, value: Any) -> dict[str, Any]:
     """The example as JSON with one other value."""
     values: Any = json.loads(json.dumps(EXAMPLE.as_json()))
@@ -56,6 +69,12 @@ def damaged(path: str, value: Any) -> dict[str, Any]:
         ("comparisons.0.divergence.mean", None),
         ("comparisons.0.divergence.other", {"value": 1.0, "error": 0.0}),
         ("speeds.0.peak_bytes", 2**70),
+        ("smoke_tests", {}),
+        ("smoke_tests.0.has_template", 1),
+        ("smoke_tests.0.llama_cpp", None),
+        ("smoke_tests.0.llama_cpp.tokens", [-1]),
+        ("smoke_tests.0.llama_cpp.prompt_tokens", [1] * (2**18 + 1)),
+        ("smoke_tests.0.transformers.text", "x" * (2**20 + 1)),
         ("made_with", {"torch": 2}),
     ],
 )

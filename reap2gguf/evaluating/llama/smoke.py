@@ -92,7 +92,8 @@ def _llama_answer(model: LlamaModel, prompt: str, n_tokens: int) -> Answer:
             f"fit the context of {model.path}, {model.context_length:,} tokens; ask a shorter one"
         )
     (answer,) = model.answers({"do": "greedy", "prompt": prompt, "most": n_tokens})
-    return Answer(prompt, answer["prompt_tokens"], answer["tokens"], answer["text"])
+    read, written = tuple(answer["prompt_tokens"]), tuple(answer["tokens"])
+    return Answer(prompt, read, written, answer["text"])
 
 
 def _transformers_answer(
@@ -102,4 +103,4 @@ def _transformers_answer(
         prompt = tokenizer.render_chat(messages, add_generation_prompt=True)
         tokens = tokenizer.encode(prompt).tolist()
         found = transformers_answer(folder, tokens, n_tokens, threads)
-        return Answer(prompt, tokens, found, tokenizer.decode(found))
+        return Answer(prompt, tuple(tokens), tuple(found), tokenizer.decode(found))
