@@ -20,8 +20,9 @@ import numpy as np
 import reap2gguf
 from reap2gguf.bundle.evaluation import Evaluation
 from reap2gguf.evaluating import texts
-from reap2gguf.evaluating.measure import measure
-from reap2gguf.evaluating.opening import OpenVariants
+from reap2gguf.evaluating.engine import evaluate_variants
+from reap2gguf.evaluating.measure import evaluation_of_scores
+from reap2gguf.evaluating.opening import OpenVariants, pairs_of
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.options import METHODS, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
@@ -68,7 +69,9 @@ def evaluated(arguments: argparse.Namespace, compute: ComputeOptions) -> Evaluat
         tokenizer = Tokenizer(Path(arguments.model))
         vocabulary = source.model.facts.vocab_size
         text = texts.cut_text(label, content, tokenizer, vocabulary, 512, arguments.chunks)
-        return measure([source, *pruned], text, compute, Silent())
+        variants = [source, *pruned]
+        scores = evaluate_variants(variants, text.rows, pairs_of(variants), compute, Silent())
+        return evaluation_of_scores(variants, text, scores, compute)
 
 
 def main() -> None:

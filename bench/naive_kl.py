@@ -30,6 +30,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.evaluating import texts
 from reap2gguf.evaluating.gguf_weights import GgufWeights
+from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.models.table import describe
 from reap2gguf.options import CalibrationOptions, ComputeOptions
@@ -94,9 +95,8 @@ def compared(given: argparse.Namespace, root: Path) -> tuple[Evaluation, dict[st
     pruned = root / "pruned"
     reap2gguf.prune(given.model, seen, pruned, keep_experts=given.keep_experts)
     file = reap2gguf.quantize(pruned, "Q4_K_M", root / "Q4_K_M.gguf").path
-    found = reap2gguf.evaluate(
-        given.model, pruned, file, text=given.text, chunks=given.chunks, compute=compute
-    )
+    options = EvaluateOptions(text=given.text, chunks=given.chunks)
+    found = reap2gguf.evaluate(given.model, pruned, file, options=options, compute=compute)
     with Checkpoint.open(pruned) as checkpoint:
         model = describe(checkpoint)
         weights = GgufWeights(read_gguf_header(file), model, checkpoint.tensors)
