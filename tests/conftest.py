@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from reap2gguf.machine import available_threads
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from tests import plain_pictures
 from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ CALIBRATION = REPOSITORY / "calibration"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what `plan` measures of this machine in a folder of this run, for all workers."""
+    plain_pictures.use()
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = tempfile.mkdtemp(prefix="reap2gguf-tests-")
         os.environ["XDG_CACHE_HOME"] = folder

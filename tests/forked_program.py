@@ -54,6 +54,9 @@ def main() -> None:
     import reap2gguf.building.pipeline
     import reap2gguf.cli
     import reap2gguf.observing.sweep  # noqa: F401
+    from tests import plain_pictures
+
+    plain_pictures.use()
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX) as listener:

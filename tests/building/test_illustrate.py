@@ -9,6 +9,7 @@ from reap2gguf.building.illustrate import draw_pictures, file_points
 from reap2gguf.bundle.evaluation import Estimate, evaluation_of
 from reap2gguf.bundle.layout import HF_PICTURES, PICTURES
 from reap2gguf.bundle.manifest import Manifest
+from tests import plain_pictures
 from tests.conftest import Bundle
 from tests.evaluations import EXAMPLE, Q4
 
@@ -33,6 +34,16 @@ def test_a_bundle_holds_what_is_drawn_of_it(built: Bundle) -> None:
 
 def test_figures_bring_a_picture(built: Bundle, manifest: Manifest) -> None:
     assert (*draw_pictures(manifest, built.gguf),) == PICTURES
+
+
+def test_the_same_inputs_make_the_same_pictures(
+    built: Bundle, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_pictures.draw(monkeypatch)
+    drawn = draw_pictures(manifest, built.gguf)
+    assert (*drawn,) == PICTURES
+    assert draw_pictures(manifest, built.gguf) == drawn
+    assert all(png.startswith(b"\x89PNG") and len(png) > 10_000 for png in drawn.values())
 
 
 def test_a_bundle_from_before_there_were_observations(built: Bundle) -> None:

@@ -87,6 +87,9 @@ def _load() -> None:
     import reap2gguf.observing.sweep
     import reap2gguf.terminal.console
     import reap2gguf.terminal.views  # noqa: F401
+    from tests import plain_pictures
+
+    plain_pictures.use()
 
 
 def _child(request: dict[str, Any]) -> None:
