@@ -15,7 +15,6 @@ from reap2gguf.building.keys import EVALUATE_FORMAT, stage_key
 from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.bundle.evaluation import EVALUATION_FILE, Evaluation
-from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.opening import pairs_of
@@ -70,6 +69,8 @@ class Evaluate(Stage[Evaluation]):
         return (self.path,)
 
     def compute(self) -> Mapping[str, Any]:
+        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+
         variants, options = self._variants(), self.compute_options
         pairs, progress = pairs_of(variants), self.run.progress
         # the other processes of torchrun have left

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from io import RawIOBase
+from io import SEEK_CUR, SEEK_END, SEEK_SET, RawIOBase
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,18 @@ class HubStream(RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        """Go to a byte; what was read before lies in memory, as far as its bound allows."""
+        bases = {SEEK_SET: 0, SEEK_CUR: self._position, SEEK_END: self._blocks.file.n_bytes}
+        self._position = max(0, bases[whence] + offset)
+        return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         end = min(self._position + len(buffer), self._blocks.file.n_bytes)

@@ -23,6 +23,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.model_files import export_side
 from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.description import Transform, picked
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
 from reap2gguf.observing.decoder import StreamedDecoder
@@ -117,16 +118,17 @@ def test_logits_of_pruned_models(layout: str, keep_mtp: bool, tmp_path: Path) ->
 def test_logits_tell_a_wrong_order_of_the_value_heads(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = getattr(DeltaNet, broken)
+    right = getattr(DeltaNet, broken).fget
 
-    def wrong(self: DeltaNet, values: Any) -> Any:
+    def wrong(self: DeltaNet) -> Transform:
         untiled = DeltaNet(self.n_value_heads, self.n_value_heads, self.key_dim, self.value_dim)
         if broken == "mixed":
-            return values
-        return right(untiled, values)
+            return picked(slice(None))
+        transform: Transform = right(untiled)
+        return transform
 
     folder = TinyQwen35Moe(vocab=FULL_VOCAB, mtp=False).write(tmp_path / "model")
-    monkeypatch.setattr(DeltaNet, broken, wrong)
+    monkeypatch.setattr(DeltaNet, broken, property(wrong))
     found = of_llama_cpp(export(folder, tmp_path, "F32"))
     assert mean_kl(of_transformers(folder).logits, found) > 1e-3
 

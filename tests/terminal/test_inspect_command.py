@@ -107,6 +107,11 @@ def test_other_ratios_of_a_bundle(built: Bundle, observations: Path, tmp_path: P
     of_bundle = run("inspect", built.hf, "--ratios", "0.125,50%", "--csv").output
     assert of_bundle == run("inspect", observations, "--ratios", "0.125,50%", "--csv").output
     shutil.copytree(built.gguf, tmp_path / "alone-GGUF")
+    assert (
+        of_bundle
+        == run("inspect", tmp_path / "alone-GGUF", "--ratios", "0.125,50%", "--csv").output
+    )
+    (tmp_path / "alone-GGUF" / "observations.safetensors").unlink()
     result = run("inspect", tmp_path / "alone-GGUF", "--ratios", "0.5")
     assert result.exit_code == 2
     assert "the observations are no longer in .work/observations" in result.output
