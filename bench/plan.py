@@ -118,7 +118,7 @@ class Sampler:
             try:
                 done = [k for k, v in json.loads(marks.read_text()).items() if v["is_done"]]
             except (OSError, ValueError):
-                continue
+                continue  # replaced just now; the next look finds it whole
             for name in done:
                 self.ended.setdefault(name, (time.monotonic(), cpu))
         self.last_cpu = cpu

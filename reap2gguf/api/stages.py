@@ -316,7 +316,7 @@ def _export(
     names, checkpoint = HeaderNames(name), opened.checkpoint
     imatrix = None if weighted_by is None else weighted_by.imatrix
     types = {tensor: {kind} for tensor, kind in recipe.tensor_types().items()}
-    # as the export does, which begins after the line about quantizers
+    # the export checks it too, but later: an error is to come before the line about quantizers
     check_imatrix(opened.model.gguf_tensors(checkpoint.tensors), types, imatrix)
     weighted = () if imatrix is None else imatrix.entries.keys()
     note_quantizers([recipe], weighted, compute.device, progress)

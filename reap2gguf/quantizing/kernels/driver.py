@@ -218,7 +218,7 @@ def _load() -> ctypes.CDLL:
                 getattr(library, function).restype = ctypes.c_int
             return library
         except OSError:
-            continue
+            continue  # not here under this name
         except AttributeError as error:
             raise CudaError(f"{name}: too old ({error})") from error
     raise CudaError("no CUDA driver was found")
