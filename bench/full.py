@@ -8,7 +8,8 @@ writes the model first (48 or 40 layers of its shape and random bfloat16 weights
 made on a GPU where there is one), and a text to calibrate on. Then it builds as a user does, in a
 process of its own, from an empty cache of compiled kernels with --fresh-caches. `--layers` and
 `--experts` make it smaller. --cold drops the model from the page cache first, where the disk has
-one. Other options are given to `build`.
+one. Other options are given to `build`. --evaluate-chunks N then measures the bundle: the source,
+the pruned model and all GGUF files on N chunks of 512 tokens, in one sweep.
 
 Qwen3: half of the experts, 1,024 rows of 2,048 tokens, three recipes. Qwen3.5: half of the experts,
 1,000 rows of 4,096 tokens, one recipe, `--memory 12GiB --spool disk`.
@@ -86,8 +87,8 @@ def drop_from_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def build(command: Sequence[str], output: Path, log: Path, fresh_caches: bool) -> GpuSampler:
-    """Run a build to its end, watched."""
+def watch(command: Sequence[str], output: Path, log: Path, fresh_caches: bool) -> GpuSampler:
+    """Run a command to its end, watched."""
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as empty, log.open("wb") as file:
         if fresh_caches:
@@ -103,8 +104,31 @@ def build(command: Sequence[str], output: Path, log: Path, fresh_caches: bool) -
     return sampler
 
 
+def peaks(watched: GpuSampler) -> str:
+    return (
+        f"peaks: host {watched.memory / GIB:.2f} GiB, GPU {watched.gpu / GIB:.2f} GiB, disk "
+        f"{watched.disk / GIB:.2f} GiB; processor seconds {watched.last_cpu:.0f}"
+    )
+
+
+def evaluate(arguments: argparse.Namespace, log: Path) -> None:
+    """Measure all variants of the bundle in one sweep."""
+    n_chunks, found = arguments.evaluate_chunks, arguments.output / "evaluation.json"
+    command = [
+        *(sys.executable, "-m", "reap2gguf", "evaluate", str(arguments.output / "full")),
+        *("--source", str(arguments.folder), "--text", f"{arguments.folder}.txt"),
+        *("--chunks", str(n_chunks), "--device", arguments.device, "--output", str(found)),
+    ]
+    begun = time.monotonic()
+    watched = watch(command, arguments.output, log, fresh_caches=False)
+    seconds = time.monotonic() - begun
+    print(f"evaluated on {512 * n_chunks:,} tokens in **{seconds:.1f} s**; {peaks(watched)}")
+    print(log.read_text())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="where the model is, or is written")
     parser.add_argument("shape", choices=sorted(LAYERS))
     parser.add_argument("--output", type=Path, required=True)
@@ -114,6 +138,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--fresh-caches", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave the bundle there")
+    parser.add_argument("--evaluate-chunks", type=int)
     arguments, more = parser.parse_known_args()  # others are options of `build`
     shape = arguments.shape
     layers = arguments.layers or LAYERS[shape]
@@ -130,17 +155,16 @@ def main() -> None:
     ]
     begun = time.monotonic()
     log = arguments.folder.with_name(f"{arguments.folder.name}.log")
-    watched = build(command, arguments.output, log, arguments.fresh_caches)
+    watched = watch(command, arguments.output, log, arguments.fresh_caches)
     seconds = time.monotonic() - begun
     record = json.loads((arguments.output / ".work/.full.finished.json").read_text())
     size = folder_bytes(arguments.folder) / GIB
     print(f"{shape}, {layers} layers, {size:.1f} GiB, written in {wrote:.0f} s")
     stages = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in record["stages"])
     print(f"**{seconds:.1f} s** from the start of the program to its end: {stages}")
-    print(
-        f"peaks: host {watched.memory / GIB:.2f} GiB, GPU {watched.gpu / GIB:.2f} GiB, disk "
-        f"{watched.disk / GIB:.2f} GiB; processor seconds {watched.last_cpu:.0f}"
-    )
+    print(peaks(watched))
+    if arguments.evaluate_chunks:
+        evaluate(arguments, log)
     if not arguments.keep:
         shutil.rmtree(arguments.output)
 
