@@ -219,9 +219,9 @@ def test_a_wrong_new_file_leaves_the_bundle_as_it_was(
     def damage(weights: Any, model: Any, names: Any, files: Any, *more: Any) -> None:
         export(weights, model, names, files, *more)
         for path in files:
-            data = bytearray(path.read_bytes())
-            data[-64:] = b"\xff" * 64
-            path.write_bytes(data)
+            with path.open("r+b") as file:  # as long as before: it may be read meanwhile
+                file.seek(-64, os.SEEK_END)
+                file.write(b"\xff" * 64)
 
     with monkeypatch.context() as patch:
         patch.setattr(adding, "export_model", damage)
