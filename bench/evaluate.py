@@ -2,13 +2,14 @@
 
     python bench/evaluate.py FOLDER
     python bench/evaluate.py FOLDER --memory 2816MiB --memory 8GiB --spool disk --chunks 16
+    python bench/evaluate.py FOLDER --memory 12GiB --device cuda --chunks 586
 
 FOLDER keeps the variants (11 GB, made once): Qwen3.5-35B-A3B's layer shape with random weights, one
 DeltaNet layer and one of full attention, 256 experts of width 512 and the vocabulary of 248,320; a
 model of 128 experts in the place of its pruned form, whose embedding and head are the same file;
 and three GGUF files of that one. `evaluate` runs as a user runs it, in a process of its own, which
-is watched fifty times a second: its peak memory, and the files that it holds open or has in its
-folder beside the inputs, which may be no larger than the hidden states.
+is watched fifty times a second: its peak memory, on a GPU that of the GPU too, and the files that
+it holds open or has in its folder beside the inputs, which may be no larger than the hidden states.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from full import gpu_bytes
+from plan import long_text
 from synthetic import write_checkpoint
 
 from reap2gguf.terminal.option_types import read_size
@@ -39,6 +42,7 @@ class Watched:
     """What a process took at most."""
 
     memory: int = 0
+    gpu: int = 0
     files: int = 0  # bytes that are open for writing, or in its folder
     seconds: float = 0.0
 
@@ -87,7 +91,9 @@ def written(process: int, inputs: Path) -> int:
     return total
 
 
-def run(command: Sequence[str | Path], inputs: Path, scratch: Path, log: Path) -> Watched:
+def run(
+    command: Sequence[str | Path], inputs: Path, scratch: Path, log: Path, on_gpu: bool
+) -> Watched:
     """Run a command to its end, watched."""
     found, begun = Watched(), time.monotonic()
     with (
@@ -99,6 +105,7 @@ def run(command: Sequence[str | Path], inputs: Path, scratch: Path, log: Path) -
             lines = status.read_text().splitlines()
             peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
             found.memory = max(found.memory, *(1024 * peak for peak in peaks), 0)
+            found.gpu = max(found.gpu, gpu_bytes() if on_gpu else 0)
             named = sum(path.stat().st_blocks * 512 for path in scratch.iterdir())
             found.files = max(found.files, named + written(process.pid, inputs))
             time.sleep(0.02)
@@ -115,15 +122,19 @@ def main() -> None:
     parser.add_argument("--spool", default="auto")
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     variants = Variants(folder)
     variants.make()
     text = folder / "text.txt"
-    text.write_bytes((Path(__file__).parents[1] / "calibration/prose.txt").read_bytes())
+    text.write_text(long_text())
+    on_gpu = arguments.device == "cuda"
     spooled = arguments.chunks * CHUNK * HIDDEN * 4 * len(variants.all)
     print(f"hidden states of {len(variants.all)} variants: {spooled / MIB:,.0f} MiB")
-    print("| `--memory` | peak | share | temporary files | seconds |\n|---|---|---|---|---|")
+    print(f"limit on the memory of the {'GPU' if on_gpu else 'process'}")
+    print("| `--memory` | peak: host | GPU | share of the limit | temporary files | seconds |")
+    print("|---|---|---|---|---|---|")
     for limit in arguments.memory or ["4GiB"]:
         scratch = folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -131,12 +142,15 @@ def main() -> None:
         command = [
             *PROGRAM, "evaluate", *variants.all, "--text", text, "--chunk", str(CHUNK),
             "--chunks", str(arguments.chunks), "--memory", limit, "--spool", arguments.spool,
-            "--device", "cpu", "--threads", str(arguments.threads), "-o", scratch / "found.json",
+            "--device", arguments.device, "--threads", str(arguments.threads),
+            "-o", scratch / "found.json",
         ]  # fmt: skip
-        found = run(command, folder, scratch, folder / "log")
+        found = run(command, folder, scratch, folder / "log", on_gpu)
+        limited = found.gpu if on_gpu else found.memory
         print(
-            f"| {limit} | {found.memory / MIB:,.0f} MiB | {found.memory / read_size(limit):.2f} | "
-            f"{found.files / MIB:,.0f} MiB | {found.seconds:.0f} |",
+            f"| {limit} | {found.memory / MIB:,.0f} MiB | {found.gpu / MIB:,.0f} MiB | "
+            f"{limited / read_size(limit):.2f} | {found.files / MIB:,.0f} MiB | "
+            f"{found.seconds:.0f} |",
             flush=True,
         )
 

@@ -1,6 +1,7 @@
 """Times the export of a synthetic Qwen3-MoE checkpoint to three GGUF files in one pass.
 
     python bench/export.py FOLDER --peer llama.cpp
+    python bench/export.py FOLDER --model /dev/shm/model --layers 48 --dd
 
 FOLDER receives a checkpoint of Qwen3-30B-A3B's layer shape with random weights and a random
 imatrix, unless an earlier run left them there, and the files: 10 GB at the default size. Each
@@ -15,7 +16,8 @@ export read from the disk, and prints a line:
     shares              where the threads' time went; the rest is Python, waiting and idling
 
 `--peer` times llama.cpp's quantizer on the same three files, from a BF16 GGUF that is written
-before, and compares every tensor's type and bytes.
+before, and compares every tensor's type and bytes. `--dd` lets `dd` write as many bytes to the same
+disk before and after, flushed at the end and past the page cache.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,13 +213,13 @@ def n_different_tensors(ours: Path, theirs: Path) -> int:
 
 
 def compare_with_llama_cpp(
-    folder: Path, recipes: Recipes, n_threads: int, our_seconds: float
+    model: Path, folder: Path, recipes: Recipes, n_threads: int, our_seconds: float
 ) -> None:
     peer = folder / "peer"
-    source, imatrix = peer / "bf16.gguf", folder / "model" / "imatrix.gguf"
+    source, imatrix = peer / "bf16.gguf", model / "imatrix.gguf"
     if not peer.exists():
         peer.mkdir()
-        export_apart(folder / "model", peer, ("bf16",), n_threads)
+        export_apart(model, peer, ("bf16",), n_threads)
     for name in recipes:
         (peer / f"{name}.gguf").unlink(missing_ok=True)
     warm(source)
@@ -230,6 +233,38 @@ def compare_with_llama_cpp(
     print(json.dumps({"job": "comparison", "ratio": ratio, "different_tensors": different}))
 
 
+def dd_rates(folder: Path, n_bytes: int) -> Figures:
+    """GB that `dd` writes in a second, in either way."""
+    rates = {}
+    for way in ("conv=fdatasync", "oflag=direct"):
+        path, begun = folder / "dd", time.monotonic()
+        command = ["dd", "if=/dev/zero", f"of={path}", "bs=16M", f"count={n_bytes >> 24}", way]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            rates[way] = round(n_bytes / 1e9 / (time.monotonic() - begun), 2)
+        finally:
+            path.unlink(missing_ok=True)
+    return rates
+
+
+def compare_with_dd(
+    model: Path, folder: Path, recipes: Recipes, n_threads: int, n_bytes: int
+) -> None:
+    """Our export between two runs of `dd`, for disks change."""
+    for name in recipes:
+        (folder / f"{name}.gguf").unlink()
+    os.sync()
+    before = dd_rates(folder, n_bytes)
+    figures = export_apart(model, folder, recipes, n_threads)
+    for name in recipes:
+        (folder / f"{name}.gguf").unlink()
+    after = dd_rates(folder, n_bytes)
+    ours = round(n_bytes / 1e9 / figures["seconds"], 2)
+    ratios = [round(ours / max(rates.values()), 2) for rates in (before, after)]
+    print(json.dumps({"job": "dd", "before": before, "gb_per_second": ours, "after": after}))
+    print(json.dumps({"job": "comparison", "ratios": ratios} | figures))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -239,14 +274,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cold", action="store_true", help="the checkpoint from the disk")
     parser.add_argument("--peer", choices=["llama.cpp"])
+    parser.add_argument("--model", type=Path, help="where it is, or is written")
+    parser.add_argument("--dd", action="store_true", help="let dd write as many bytes")
     arguments = parser.parse_args()
-    model, recipes = arguments.folder / "model", tuple(arguments.recipes)
+    model = arguments.model or arguments.folder / "model"
+    recipes = tuple(arguments.recipes)
     if not model.exists():
         write_model(model, arguments.layers, arguments.experts)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     figures = export_apart(model, arguments.folder, recipes, arguments.threads, arguments.cold)
+    paths = [arguments.folder / f"{name}.gguf" for name in recipes]
+    n_bytes = sum(path.stat().st_size for path in paths)
+    figures["gb_per_second"] = round(n_bytes / 1e9 / figures["seconds"], 2)
     print(json.dumps({"job": "reap2gguf"} | figures), flush=True)
     if arguments.peer:
-        compare_with_llama_cpp(arguments.folder, recipes, arguments.threads, figures["seconds"])
+        compare_with_llama_cpp(
+            model, arguments.folder, recipes, arguments.threads, figures["seconds"]
+        )
+    if arguments.dd:
+        compare_with_dd(model, arguments.folder, recipes, arguments.threads, n_bytes)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,17 @@ class GpuSampler(Sampler):
 
     def sample(self) -> None:
         super().sample()
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        try:
-            said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return  # there is none
-        self.gpu = max(self.gpu, 2**20 * int(said.stdout.split()[0]))
+        self.gpu = max(self.gpu, gpu_bytes())
+
+
+def gpu_bytes() -> int:
+    """What all programs hold in the memory of the first GPU; 0 where there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return 2**20 * int(said.stdout.split()[0])
 
 
 def write_model(shape: str, folder: Path, layers: int, experts: int | None) -> float:
