@@ -223,7 +223,7 @@ class _Evaluation:
             for place, (index, run) in enumerate(steps):
                 run.begin_next = _Reading(steps[place + 1 :])
                 task.at(f"layer {index + 1}/{n_layers}")
-                run.layer(index, task)
+                run.run_layers(range(index, index + 1), task)
                 run.collect()
 
     def _rank_of(self, run: VariantRun) -> int:

@@ -18,6 +18,7 @@ from reap2gguf.observing.sweep import Sweep
 
 if TYPE_CHECKING:
     from reap2gguf.observing.compute.experts import RoutedPairs
+    from reap2gguf.observing.layer_group import LayerGroup
     from reap2gguf.observing.loader import Tensors
     from reap2gguf.pruning.select import Kept
 
@@ -96,12 +97,13 @@ class VariantRun(Sweep):
             self.decoder.drop_layer(index)
         return tensors, not n_left
 
-    def _without_bad_rows(self, index: int, finite: Tensor) -> None:
+    def _without_bad_rows(self, group: LayerGroup, finite: Tensor) -> list[int]:
         """Rows cannot be dropped, since the other variants have them."""
+        index = group.layers[-1]
         n_bad = int((~finite).sum())
         raise EvaluationError(
-            f"{self.decoder.weights.folder}: layer {index}: {n_bad} of {len(finite)} rows are NaN "
-            f"or infinite; {self.decoder.why_not_finite(index)}"
+            f"{self.decoder.weights.folder}: layer {index}: {n_bad} of {finite.shape[1]} rows are "
+            f"NaN or infinite; {self.decoder.why_not_finite(index)}"
         )
 
 

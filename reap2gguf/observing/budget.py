@@ -27,6 +27,9 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
 # its stack and the small blocks that its heap keeps (measured with 2 to 16 threads).
 LIBRARY_BYTES = 24 * 2**20
 THREAD_BYTES = 8 * 2**20
+# Layers that a batch goes through at once, at most. More make the disk's share hardly smaller, and
+# the progress is saved between two groups of layers.
+MOST_LAYERS = 8
 CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensors aside
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
@@ -49,6 +52,7 @@ class Need:
     hidden: int  # hidden state of one position
     n_positions: int
     longest_row: int  # positions
+    n_layers: int = 1
     embedding: int = 0  # the token embedding, and the head
     has_mtp: bool = False  # an MTP block runs last, beside the embedding
     others: int = 0  # threads of a CPU, and the sums that the observer holds
@@ -77,6 +81,7 @@ class Budget:
     batch_tokens: int
     spool: str  # device, host or disk
     prefetch: bool  # read a layer's weights while another layer computes
+    depth: int = 1  # layers that a batch goes through before its hidden states wait again
 
 
 def layer_bytes(
@@ -147,6 +152,7 @@ class Kind:
             hidden=self.hidden_bytes,
             n_positions=n_positions,
             longest_row=longest_row,
+            n_layers=len(layers),
             embedding=embedding,
             has_mtp=self.model.facts.mtp_layer in layers,
             others=self._others(),
@@ -215,9 +221,25 @@ def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
         for kind, prefetch in ways:
             tokens = _tokens(need, memory.usable, kind, prefetch)
             if tokens >= least and prefetch >= must_prefetch:
+                depth = _depth(need, device_type, memory.usable, kind, prefetch, least)
+                tokens = _tokens(need, memory.usable, kind, prefetch, depth)
                 # a batch holds at least one row
-                return Budget(max(_rounded(min(most, tokens)), need.longest_row), kind, prefetch)
+                size = max(_rounded(min(most, tokens)), need.longest_row)
+                return Budget(size, kind, prefetch, depth)
     raise _too_little(need, memory, min(_least_bytes(need, *way) for way in ways))
+
+
+def _depth(
+    need: Need, device_type: str, usable: int, spool: str, prefetch: bool, least: int
+) -> int:
+    """Layers that a batch of `least` positions can go through between two visits to the spool.
+
+    A GPU computes faster than a disk writes; a CPU does not, and other spools are fast enough.
+    """
+    if device_type == "cpu" or spool != "disk" or not prefetch:
+        return 1
+    depths = range(min(MOST_LAYERS, need.n_layers - 1), 1, -1)
+    return next((d for d in depths if _tokens(need, usable, spool, prefetch, d) >= least), 1)
 
 
 def fits_beside(
@@ -246,7 +268,7 @@ def held_bytes(need: Need, budget: Budget) -> int:
     """Memory of the device that a sweep usually takes, divided like this."""
     batch = min(budget.batch_tokens, max(need.n_positions, need.longest_row))
     held = int(batch * _position(need, budget.spool) * _USUAL)
-    return _fixed(need, budget.spool, budget.prefetch) + held
+    return _fixed(need, budget.spool, budget.prefetch, budget.depth) + held
 
 
 def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str, bool]]:
@@ -261,9 +283,9 @@ def _ways(need: Need, device_type: str, spool: str, host: int) -> list[tuple[str
     return [("device", True), (kind, True), (kind, False)]
 
 
-def _tokens(need: Need, usable: int, spool: str, prefetch: bool) -> int:
+def _tokens(need: Need, usable: int, spool: str, prefetch: bool, depth: int = 1) -> int:
     """Positions of a batch that fit into `usable` bytes."""
-    left = usable * _SLACK - _fixed(need, spool, prefetch)
+    left = usable * _SLACK - _fixed(need, spool, prefetch, depth)
     return max(0, int(left // _position(need, spool)))
 
 
@@ -272,11 +294,11 @@ def _least_bytes(need: Need, spool: str, prefetch: bool) -> float:
     return (_fixed(need, spool, prefetch) + need.longest_row * _position(need, spool)) / _SLACK
 
 
-def _fixed(need: Need, spool: str, prefetch: bool) -> int:
+def _fixed(need: Need, spool: str, prefetch: bool, depth: int = 1) -> int:
     """Bytes that do not depend on the batch: weights, and hidden states on the device."""
     # the embedding is in memory while the first layer is read, and beside an MTP block's layer
     beside = need.layer if prefetch or need.has_mtp else 0
-    weights = max(need.layer * (2 if prefetch else 1), need.embedding + beside)
+    weights = max(need.layer * (depth + prefetch), need.embedding + beside)
     waiting = need.n_positions * need.hidden if spool == "device" else 0
     return weights + waiting + need.others
 

@@ -42,7 +42,6 @@ class ImportanceObserver(LayerObserver):
         super().__init__(model)
         self.entries: dict[str, ImatrixEntry] = {}
         self._publish = publish
-        self._has_begun = False
         self._sums: dict[MatrixNames, Tensor] = {}  # (1 or E, columns) float64
         self._counts: dict[MatrixNames, Tensor] = {}  # (1 or E,) int64
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -52,11 +51,12 @@ class ImportanceObserver(LayerObserver):
     def last_layer(self) -> int:
         return self._model.facts.n_blocks - 1
 
+    def start(self, index: int) -> None:
+        """Publish the entries of the layers that an earlier sweep has finished."""
+        self._publish_all(names for layer in range(index) for names in self._names(layer))
+
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Start a layer: hook into its matrices and experts, with sums of zero."""
-        if not self._has_begun:  # a sweep that resumes from here has restored those before
-            self._publish_all(names for layer in range(index) for names in self._names(layer))
-        self._has_begun = True
         self._sums, self._counts = {}, {}
         for path, names in self._model.matrices(index).items():
             module: Any = layer.get_submodule(path)

@@ -44,7 +44,10 @@ class LayerObserver(ABC):
         self._device = device
 
     def unused(self) -> LayerObserver:
-        """Another observer of this class, for the same model and device, that has seen nothing."""
+        """Another observer of this class, for the same model and device, that has seen nothing.
+
+        A sweep lets one of them see each layer, and gives the first one what it found.
+        """
         other = type(self)(self._model)
         other.use(self._device)
         return other
@@ -52,6 +55,9 @@ class LayerObserver(ABC):
     @abstractmethod
     def last_layer(self) -> int:
         """The last layer that it wants to see."""
+
+    def start(self, index: int) -> None:  # noqa: B027, nothing to do where nothing is published
+        """Begin a sweep with layer `index`: the sums of those before it are restored."""
 
     @abstractmethod
     def attach(self, index: int, layer: torch.nn.Module) -> None:

@@ -1,12 +1,14 @@
 """One sweep over a model: every row through every layer, one layer in memory at a time.
 
 While a layer computes, the weights of the next one are read, and the sums of the one before come
-from the GPU. Between layers the hidden states of all rows wait in a spool. The host waits for the
-device once per layer, to learn which rows are finite. An MTP block runs as one more layer, on the
+from the GPU. Between layers the hidden states of all rows wait in a spool; from a spool on a disk
+they go through several layers at once (`layer_group.py`). The host waits for the device once per
+layer or group, to learn which rows are finite. An MTP block runs as one more layer, on the
 positions that have a next token.
 
-Memory: the embedding or two decoder layers, the activations of one batch, and the spool, which is
-tokens x H x 2 or 4 bytes. `ComputeOptions.memory` limits the sum (`budget.py`).
+Memory: the embedding or two decoder layers (of a group: all its layers and one more), the
+activations of one batch, and the spool, which is tokens x H x 2 or 4 bytes. `ComputeOptions.memory`
+limits the sum (`budget.py`).
 
 Bits: on one kind of machine and device the same rows, weights and dtype give the same sums, bit for
 bit, for any number of threads (`compute/crew.py`) and any spool. The last bits may differ on
@@ -29,9 +31,10 @@ from torch import Tensor
 from reap2gguf.errors import ObservationError
 from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.batches import Batch, assign_spans
-from reap2gguf.observing.compute.kernels import finite_rows, has_triton
+from reap2gguf.observing.compute.kernels import has_triton
 from reap2gguf.observing.compute.ranks import connect_on, host_peers, join
 from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.layer_group import LayerGroup, groups_of_layers
 from reap2gguf.observing.mtp import count_hits
 from reap2gguf.observing.spool import Spool, open_spool
 from reap2gguf.observing.state import StateKeeper, SweepState
@@ -43,6 +46,7 @@ from reap2gguf.observing.sweep_plan import (
     opening_notes,
     plan_sweep,
     resolve_device,
+    waiting_note,
 )
 from reap2gguf.observing.totals import Totals
 from reap2gguf.observing.warm_up import warm_up
@@ -57,8 +61,6 @@ if TYPE_CHECKING:
 
 AnySweep = TypeVar("AnySweep", bound="Sweep")
 MAX_BAD_ROWS = 0.01
-_LONG_WAIT = 0.05  # share of the time, at least
-_LONG_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def sweep(
     n_left, hits, tried = ranks.total([n_left, hits, tried])
     n_tokens = sum(len(row) for row in rows)
     waited = decoder.loader.seconds_waited
-    if note := _waiting_note(title, waited, time.monotonic() - started):
+    if note := waiting_note(title, waited, time.monotonic() - started):
         progress.note(note)
     return SweepReport(len(rows), n_tokens, len(rows) - n_left, hits, tried, waited)
 
@@ -136,13 +138,6 @@ def gpu_errors() -> Iterator[None]:
             "not enough GPU memory for the layers and activations of this pass; use "
             "--spool host, a smaller --max-length, or --device cpu"
         ) from error
-
-
-def _waiting_note(title: str, waited: float, seconds: float) -> str | None:
-    """A line for the user if a sweep of `seconds` waited long for weights."""
-    if waited < _LONG_SECONDS or waited < _LONG_WAIT * seconds:
-        return None
-    return f"{title}: {waited:.1f} of {seconds:.1f} s spent waiting for weights"
 
 
 @contextmanager
@@ -200,7 +195,9 @@ class Sweep:
         observed = [sum(batch.n_tokens for batch in self.batches if batch.observed)]
         self.n_observed = self.ranks.total(observed)[0]
         self._share = self.n_observed / max(n_tokens, 1) / self.n_layers
-        self._coming: tuple[int, Totals] | None = None  # the sums of a layer that has ended
+        self._coming: list[tuple[int, Totals]] = []  # the sums of layers that have ended
+        # rows that were dropped, in this process
+        self._n_lost = plan.n_rows - sum(len(batch.lengths) for batch in self.batches)
         self._has_begun = False
         self.prefetches = plan.budget.prefetch  # until the GPU's memory turns out too small
 
@@ -241,12 +238,13 @@ class Sweep:
 
     def all_layers(self, title: str) -> None:
         """Move every batch through all remaining layers, and report the progress."""
-        first = self.plan.first_layer
+        first, depth = self.plan.first_layer, self.plan.budget.depth
+        self.observer.start(first)
         with self.progress.task(title, self.n_observed, "tokens") as task:
             task.advance(first * self.n_observed / self.n_layers)
-            for index in range(first, self.n_layers):
-                task.at(f"layer {index + 1}/{self.n_layers}")
-                self.layer(index, task)
+            for layers in groups_of_layers(first, self.n_layers, depth, self.decoder.mtp_layer):
+                task.at(f"layer {layers[-1] + 1}/{self.n_layers}")
+                self.run_layers(layers, task)
             self.collect()
 
     def compile_kernels(self) -> None:
@@ -255,41 +253,56 @@ class Sweep:
             layers = range(self.plan.first_layer, self.n_layers)
             warm_up(self.decoder, self.observer, layers, self.batches, self.progress)
 
-    def layer(self, index: int, task: Task) -> None:
-        """Move every batch through a layer.
+    def run_layers(self, layers: range, task: Task) -> None:
+        """Move every batch through neighbouring layers.
 
-        On a GPU its sums are kept while the next layer computes.
+        On a GPU their sums are kept while the next layer computes.
         """
-        layer = self._load(index)
+        group = LayerGroup(self.decoder, layers, self.observer)
+        modules = [self._load(index) for index in self._asked(layers)]
         self._has_begun = False  # to read the next layer
         on_gpu = self.decoder.device.type == "cuda"
         if not on_gpu:
-            self._begin_next(index)
-        self.observer.attach(index, layer)
-        if index == self.decoder.mtp_layer:
+            self._begin_next(layers[-1])
+        for index, module in zip(layers, modules, strict=True):
+            group.attach(index, module)
+        if layers[0] == self.decoder.mtp_layer:
             self.decoder.load_ends()
-        flags = self._all_batches(index, task)
-        self.decoder.complete_layer(index + 1)
+        flags = self._all_batches(group, task)
+        self.decoder.complete_layer(layers.stop)
         self.collect()
-        is_last = index + 1 == self.n_layers
+        is_last = layers.stop == self.n_layers
         saves = not is_last and self.keeper.is_due(self.batches, self.spool)
         self.spool.flush()
         # the only time that the host waits for the device; a process may have no batch at all
-        finite = torch.cat(flags).cpu() if flags else torch.ones(0, dtype=torch.bool)
+        finite = torch.cat(flags, dim=1).cpu() if flags else torch.ones(len(layers), 0).bool()
+        lost = [self._n_lost] * len(layers)
         if not bool(finite.all()):
-            self._without_bad_rows(index, finite)
-        self.observer.detach()
-        n_left = sum(len(batch.lengths) for batch in self.batches)
-        losses = (self.plan.n_rows, self.plan.n_rows - n_left)
-        observer = self.observer
-        totals = Totals(self.ranks, self.decoder.device, observer.sums(), observer.peaks(), losses)
-        self._coming = (index, totals)
+            lost = self._without_bad_rows(group, finite)
+        group.detach()
+        self._coming = [
+            (index, self._totals(observer, n_lost))
+            for index, observer, n_lost in zip(layers, group.observers, lost, strict=True)
+        ]
         if not on_gpu or saves:
             self.collect()
-        if index != self.decoder.mtp_layer:
-            self._drop(index)
+        if layers[0] != self.decoder.mtp_layer:
+            for index in layers:
+                self._drop(index)
         if saves:
-            self.keeper.save(index + 1, self.batches, self.spool)
+            self.keeper.save(layers.stop, self.batches, self.spool)
+
+    def _asked(self, layers: range) -> range:
+        """The same layers, all of which are being read."""
+        if len(layers) > 1:
+            for index in layers:
+                if not self.decoder.has_layer(index):
+                    self.decoder.ask_layer(index)
+        return layers
+
+    def _totals(self, observer: LayerObserver, n_lost: int) -> Totals:
+        losses = (self.plan.n_rows, n_lost)
+        return Totals(self.ranks, self.decoder.device, observer.sums(), observer.peaks(), losses)
 
     def _load(self, index: int) -> torch.nn.Module:
         return self.decoder.load_layer(index)
@@ -305,80 +318,80 @@ class Sweep:
             self.prefetch(index + 1)
 
     def collect(self) -> None:
-        """Keep the sums of the layer that has ended, if they are not kept yet."""
-        if self._coming is None:
-            return
-        index, totals = self._coming
-        self._coming = None
-        sums, peaks, (n_rows, lost) = totals.collect()
-        if lost > MAX_BAD_ROWS * n_rows:
-            raise ObservationError(
-                f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
-                f"{MAX_BAD_ROWS:.0%}; {self.decoder.why_not_finite(index)}"
-            )
-        self.observer.finish(index, sums, peaks)
+        """Keep the sums of the layers that have ended, if they are not kept yet."""
+        coming, self._coming = self._coming, []
+        for index, totals in coming:
+            sums, peaks, (n_rows, lost) = totals.collect()
+            if lost > MAX_BAD_ROWS * n_rows:
+                raise ObservationError(
+                    f"layer {index}: {lost} of {n_rows} rows are NaN or infinite, expected at most "
+                    f"{MAX_BAD_ROWS:.0%}; {self.decoder.why_not_finite(index)}"
+                )
+            self.observer.finish(index, sums, peaks)
 
-    def _all_batches(self, index: int, task: Task) -> list[Tensor]:
-        """Per batch, which rows (B,) came out finite. A batch that does not fit is halved."""
+    def _all_batches(self, group: LayerGroup, task: Task) -> list[Tensor]:
+        """Per batch, which rows are finite (layers, B). A batch that does not fit is halved."""
         waiting, done, flags = deque(self.batches), [], []
+        last = group.layers[-1]
         while waiting:
             batch = waiting.popleft()
             try:
                 hidden = self.spool.load(batch.span, waiting[0].span if waiting else None)
-                flags.append(self._through(index, batch, hidden))
+                flags.append(self._through(group, batch, hidden))
             except torch.OutOfMemoryError as error:
-                self.observer.discard()
+                group.discard()
                 waiting.extendleft(reversed(self._halved(batch, error)))
                 continue
             done.append(batch)
             # after the first batch, so that a GPU has something to do meanwhile
-            self._begin_next(index)
-            task.advance(batch.n_tokens * self._share)
-        self._begin_next(index)  # a process may have no batch
+            self._begin_next(last)
+            task.advance(batch.n_tokens * self._share * len(group.layers))
+        self._begin_next(last)  # a process may have no batch
         self.batches = done
         return flags
 
     @torch.inference_mode()
-    def _through(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """Run one batch through one layer, into the spool; which rows (B,) are finite.
+    def _through(
+        self, group: LayerGroup, batch: Batch, hidden: Tensor, n_counted: int = 0
+    ) -> Tensor:
+        """Run one batch through a group, into the spool; which rows are finite, (layers, B).
 
-        If any row is not finite, nothing is counted and the spool keeps the layer's input.
+        If any row is not finite, the layer that made it so and those after it count nothing, and
+        the spool keeps the group's input. `n_counted` layers have counted the batch already.
         """
-        is_mtp = index == self.decoder.mtp_layer
-        shape = (*batch.tokens.shape, hidden.shape[-1])
-        real = batch.real(self.decoder.device, n_ahead=1 if is_mtp else 0)
-        self.observer.real_tokens = real
-        if is_mtp:
-            output = self.decoder.run_mtp(hidden.view(shape), batch.tokens)
-        else:
-            output = self.decoder.run_layer(index, hidden.view(shape))
-        finite = finite_rows(output)  # (B, T)
-        if real is not None:
-            finite |= ~real.mask.view_as(finite)
-        rows = finite.all(-1)
-        good = rows.all()
-        self.observer.settle(good & batch.observed)
-        self.spool.replace(batch.span, good, output.flatten(0, 1), hidden)
-        self.observer.commit()
-        return rows
+        output, finite = group.run(batch, hidden, n_counted)
+        self.spool.replace(batch.span, finite.all(), output.flatten(0, 1), hidden)
+        group.commit()
+        return finite
 
     @torch.inference_mode()
-    def _without_bad_rows(self, index: int, finite: Tensor) -> None:
-        """Drop rows that are not finite, and run their batches again without them."""
+    def _without_bad_rows(self, group: LayerGroup, finite: Tensor) -> list[int]:
+        """Drop rows that are not finite, and run their batches again without them.
+
+        Returns how many rows are lost after each layer, since the first one of the model.
+        """
+        lost = [self._n_lost] * len(group.layers)
         first = 0
         for batch in self.batches:
-            rows = finite[first : first + len(batch.lengths)]
-            first += len(rows)
+            rows = finite[:, first : first + len(batch.lengths)]
+            first += rows.shape[1]
+            n_counted = 0
             while not bool(rows.all()):
+                bad = int((~rows.all(dim=1)).int().argmax())  # the first layer
+                left, n_counted = rows[bad], max(n_counted, bad)
+                for number in range(bad, len(lost)):
+                    lost[number] += int((~left).sum())
                 hidden = self.spool.load(batch.span).view(*batch.tokens.shape, -1)
-                hidden = hidden[rows.to(hidden.device)].flatten(0, 1)
-                batch.keep(rows)
+                hidden = hidden[left.to(hidden.device)].flatten(0, 1)
+                batch.keep(left)
                 if not len(batch.lengths):
                     break
                 self.spool.store(batch.span, hidden)
-                rows = self._through(index, batch, hidden).cpu()
+                rows = self._through(group, batch, hidden, n_counted).cpu()
                 self.spool.flush()
         self.batches = [batch for batch in self.batches if len(batch.lengths)]
+        self._n_lost = lost[-1]
+        return lost
 
     def _halved(self, batch: Batch, error: torch.OutOfMemoryError) -> tuple[Batch, Batch]:
         n_tokens = batch.tokens.numel()

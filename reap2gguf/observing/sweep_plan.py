@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 HasRoom = Callable[[int], bool]  # whether other work may take some bytes of RAM
 _MENTIONED = 2**30  # bytes of activations, at least
+_LONG_WAIT = 0.05  # share of the time, at least
+_LONG_SECONDS = 1.0
 
 
 def resolve_device(options: ComputeOptions) -> tuple[torch.device, torch.dtype]:
@@ -181,3 +183,10 @@ def opening_notes(context: SweepContext, budget: Budget, spool_bytes: int) -> It
     yield line
     if decoder.has_linear_attention and on_gpu:
         yield linear_attention_note()
+
+
+def waiting_note(title: str, waited: float, seconds: float) -> str | None:
+    """A line for the user if a sweep of `seconds` waited long for weights."""
+    if waited < _LONG_SECONDS or waited < _LONG_WAIT * seconds:
+        return None
+    return f"{title}: {waited:.1f} of {seconds:.1f} s spent waiting for weights"

@@ -69,6 +69,23 @@ def test_a_small_gpu_keeps_hidden_states_on_the_host() -> None:
     assert fit(LARGE, "cuda", 8 * GIB, "auto") == Budget(8192, "host", True)
 
 
+def test_from_a_disk_a_batch_goes_through_as_many_layers_as_the_limit_holds() -> None:
+    need = replace(LARGE, position=2**17, n_layers=40)
+    depths = {}
+    for limit in (6, 8, 12, 16, 24, None):
+        size = None if limit is None else limit * GIB
+        budget = fit(need, "cuda", size, "disk")
+        depths[limit] = budget.depth
+        assert budget.prefetch
+        weights = need.layer * (budget.depth - 1)  # one, and one that is read, are in `takes`
+        assert takes(need, budget) + weights < (limit or 79) * GIB - 640 * 2**20
+    assert depths == {6: 1, 8: 1, 12: 3, 16: 6, 24: budget_module.MOST_LAYERS, None: 8}
+    assert fit(replace(need, n_layers=4), "cuda", None, "disk").depth == 3
+    for spool in ("device", "host"):
+        assert fit(need, "cuda", 24 * GIB, spool).depth == 1, "they are as fast as a GPU"
+    assert fit(need, "cpu", None, "disk").depth == 1
+
+
 def test_a_small_host_keeps_them_on_disk() -> None:
     assert fit(LARGE, "cuda", 8 * GIB, "auto", host=3).spool == "disk"
 

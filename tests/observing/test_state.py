@@ -61,15 +61,15 @@ def stop_before(
     layer: int, folder: Path, kind: type[LayerObserver], options: ComputeOptions
 ) -> None:
     """A sweep that is interrupted when a layer is about to begin."""
-    begin = Sweep.layer
+    begin = Sweep.run_layers
 
-    def stop(self: Sweep, index: int, task: Any) -> None:
-        if index == layer:
+    def stop(self: Sweep, layers: range, task: Any) -> None:
+        if layers[0] == layer:
             raise KeyboardInterrupt
-        begin(self, index, task)
+        begin(self, layers, task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sweep, "layer", stop)
+        patch.setattr(Sweep, "run_layers", stop)
         with pytest.raises(KeyboardInterrupt):
             run(folder, kind, options)
 

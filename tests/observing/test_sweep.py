@@ -18,7 +18,6 @@ from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.loader import WeightLoader
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.spool import DeviceSpool
-from reap2gguf.observing.sweep import _waiting_note
 from tests.observing.sweeps import CPU, Listener, rows_of, run_sweep
 from tests.tiny import TinyQwen3Moe
 
@@ -252,10 +251,3 @@ def test_memory_that_runs_out_elsewhere_is_an_error(
 def test_a_limit_that_is_too_small_is_an_error(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--memory 8 bytes is too small; .* at least [0-9.]+ GiB"):
         run_sweep(SaliencyObserver, folder, ROWS, replace(CPU, memory=8))
-
-
-def test_only_long_waits_for_weights_are_reported() -> None:
-    assert _waiting_note("Observing experts", 4.9, 100.0) is None
-    assert _waiting_note("Observing experts", 0.9, 1.0) is None
-    note = _waiting_note("Observing experts", 5.1, 100.0)
-    assert note == "Observing experts: 5.1 of 100.0 s spent waiting for weights"

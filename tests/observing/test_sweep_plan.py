@@ -129,3 +129,10 @@ def test_the_code_of_linear_attention_is_named_on_a_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(linear_attention, "installed_version", lambda: None)
     assert "half the speed" in notes(GPU, budget, 0, linear=True)[1]
     assert len(notes(CPU, budget, 0, linear=True)) == 1
+
+
+def test_only_long_waits_for_weights_are_reported() -> None:
+    assert sweep_plan.waiting_note("Observing experts", 4.9, 100.0) is None
+    assert sweep_plan.waiting_note("Observing experts", 0.9, 1.0) is None
+    note = sweep_plan.waiting_note("Observing experts", 5.1, 100.0)
+    assert note == "Observing experts: 5.1 of 100.0 s spent waiting for weights"

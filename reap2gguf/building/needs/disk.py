@@ -33,6 +33,7 @@ class DiskNeeds:
     shared: int  # texts and observations, which stay for other builds
     spool: int  # hidden states that wait on the disk
     state: int  # one saved state of a calibration pass
+    depth: int = 1  # layers that a batch goes through before its hidden states wait again
 
     @property
     def final_bytes(self) -> int:
@@ -100,6 +101,7 @@ def disk_needs(plan: Plan, amount: Amount, sweeps: SweepNeeds) -> DiskNeeds:
         gguf=gguf,
         shared=texts + (observed if plan.observes else 0),
         spool=sweeps.spool_bytes if plan.n_sweeps else 0,
+        depth=1 if sweeps.budget is None else sweeps.budget.depth,
         state=sweeps.hidden_bytes if plan.n_sweeps else 0,
     )
 

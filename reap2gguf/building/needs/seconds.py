@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.needs.scoring import CHUNK, planned_chunks
@@ -69,6 +69,7 @@ _GPU_UNMEASURED = 1e9
 _STORED_BYTES = 2  # of a weight, on its way to the GPU
 _BUS_BYTES = 2e10  # per second, to the GPU and back
 _MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
+_HELD_BACK = 0.1  # of the memory that is free: what Linux does not write to a disk at once
 _DEQUANTIZE = 0.5e-9  # per weight and core
 _PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
 
@@ -127,7 +128,8 @@ def stage_seconds(
     waiting = max(reading, source.unfetched_bytes / host.download_bytes)
     if plan.observes:
         passing = _pass(plan, sizes, amount.n_tokens, amount, host)
-        found["observe"] = max(passing, waiting) + python * _FIRST_PASS
+        spooling = _spooling(plan, amount.n_tokens, amount, disk, host)
+        found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
         waiting = _read_seconds(plan.pruned.n_bytes, host)
     if plan.writes_hf:
@@ -136,7 +138,8 @@ def stage_seconds(
     if plan.imatrix is None:
         passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
         passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
-        found["imatrix"] = max(passing, waiting) + python * _PASS
+        spooling = _spooling(plan, amount.n_chunk_tokens, amount, disk, host)
+        found["imatrix"] = max(passing, waiting, spooling) + python * _PASS
     else:
         found["imatrix"] = python * _GIVEN
     gpu_factor = host.gpu_factor if pays_on_gpu else None
@@ -191,6 +194,16 @@ def _pass(plan: Plan, sizes: Sizes, n_tokens: int, amount: Amount, host: Host) -
     around = _AROUND * facts.hidden_size * (_DELTANET if is_linear else 1.0)
     shared = flops / (_EFFICIENCY * host.speed.flops) + positions * around
     return shared / host.parallel + positions * _SERIAL * host.speed.python
+
+
+def _spooling(plan: Plan, n_tokens: int, amount: Amount, disk: DiskNeeds, host: Host) -> float:
+    """Seconds in which a disk writes the hidden states of a pass, more than memory holds back."""
+    if disk.spool <= _HELD_BACK * host.page_cache:
+        return 0.0
+    share = n_tokens / max(amount.n_tokens, amount.n_chunk_tokens, 1)
+    return (
+        share * disk.spool * ceil(plan.model.facts.n_blocks / disk.depth) / host.speed.write_bytes
+    )
 
 
 def _attention(plan: Plan, amount: Amount) -> int:

@@ -67,6 +67,18 @@ def test_the_whole_is_the_longest_way_through_its_stages(tiny: Path, tmp_path: P
     assert not needs.advice
 
 
+def test_a_disk_that_is_slower_than_the_gpu_sets_the_time(tiny: Path, tmp_path: Path) -> None:
+    needs = needs_on(make_plan(options(tiny, tmp_path / "out")), H100)
+    quick = needs.stages["observe"]
+    n_layers = needs.plan.model.facts.n_blocks
+    for depth in (1, n_layers):
+        slow = replace(needs, disk=replace(needs.disk, spool=10**12, depth=depth))
+        written = 10**12 * n_layers / depth / needs.host.speed.write_bytes
+        assert slow.stages["observe"] == pytest.approx(written, rel=0.01)
+    held_back = replace(needs, disk=replace(needs.disk, spool=needs.host.page_cache // 20))
+    assert held_back.stages["observe"] == quick
+
+
 def test_what_keeps_all_experts_observes_nothing(tiny: Path, tmp_path: Path) -> None:
     needs = needs_on(make_plan(options(tiny, tmp_path / "out", compression=0.0)))
     assert needs.stages["observe"] == 0

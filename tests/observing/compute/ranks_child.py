@@ -55,15 +55,15 @@ def exchange() -> None:
 
 def die_before(layer: int) -> None:
     """Let sweeps save their state after every layer, and the process die before `layer`."""
-    compute = Sweep.layer
+    compute = Sweep.run_layers
 
-    def layer_or_death(self: Sweep, index: int, task: Any) -> None:
-        if index == layer:
+    def layer_or_death(self: Sweep, layers: range, task: Any) -> None:
+        if layers[0] == layer:
             os._exit(DIED)
-        compute(self, index, task)
+        compute(self, layers, task)
 
     state.MOST_OF_TIME = 1e9
-    Sweep.layer = layer_or_death  # type: ignore[method-assign]
+    Sweep.run_layers = layer_or_death  # type: ignore[method-assign]
 
 
 def compute(folder: Path) -> None:
@@ -82,7 +82,7 @@ def run(*arguments: object) -> None:
     cli.cli([*map(str, arguments)], standalone_mode=False)
 
 
-def stand_still(self: Sweep, index: int, task: Any) -> None:
+def stand_still(self: Sweep, layers: range, task: Any) -> None:
     """A layer in a process that nobody hears of any more."""
     print("STOPPED", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -94,7 +94,7 @@ def on_node(dies: int, silence: int, *arguments: str) -> None:
     if silence:
         pulse.PATIENCE_TICKS = silence
     if processes().rank == dies and silence:
-        Sweep.layer = stand_still  # type: ignore[method-assign]
+        Sweep.run_layers = stand_still  # type: ignore[method-assign]
     elif processes().rank == dies:
         die_before(1)
     sys.argv = ["reap2gguf", *arguments]
