@@ -210,6 +210,11 @@ COVERED_BY = [
         ("bundle/model_index.py",),
     ),
     (
+        "evaluating/test_head.py",
+        "the cut of the heads",
+        ("evaluating/head_cut.py",),
+    ),
+    (
         "bundle/pictures/test_experts.py",
         "what all pictures share",
         ("bundle/pictures/canvas.py",),

@@ -25,7 +25,7 @@ from reap2gguf.evaluating.head import Head, scored_batches
 from reap2gguf.evaluating.outside import outside_scores
 from reap2gguf.evaluating.run import Unobserved, VariantRun
 from reap2gguf.evaluating.scores import Scores, VariantScores
-from reap2gguf.observing.allocator import frees_at_once
+from reap2gguf.observing.allocator import frees_at_once, return_free_memory
 from reap2gguf.observing.batches import padded_batches
 from reap2gguf.observing.budget import Budget, fit
 from reap2gguf.observing.compute.ranks import Ranks, connect_on, host_peers, join
@@ -225,6 +225,8 @@ class _Evaluation:
                 task.at(f"layer {index + 1}/{n_layers}")
                 run.run_layers(range(index, index + 1), task)
                 run.collect()
+                if self._device.type == "cpu":
+                    return_free_memory()
 
     def _rank_of(self, run: VariantRun) -> int:
         """The place of a variant, of a view that of its base."""

@@ -4,7 +4,8 @@ The vocabulary is read in blocks. For each block the hidden states of all varian
 tokens at a time, so that logits are never more than tokens x block (`head_sums.py`). Variants that
 share a head, as a model and its pruned form do, share its blocks.
 
-Memory: `Cut` divides what there is among two blocks per head and the logits of the tokens.
+Memory: `Cut` (`head_cut.py`) divides what there is among two blocks per head and the logits of the
+tokens.
 
 Letters: V vocabulary, H hidden, n tokens that are computed together.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reap2gguf.evaluating.head_cut import SPAN, Cut, HeadShape
 from reap2gguf.evaluating.head_sums import HeadSums
 from reap2gguf.evaluating.head_weights import HeadWeights
 
@@ -27,15 +29,6 @@ if TYPE_CHECKING:
     from reap2gguf.observing.batches import Batch
     from reap2gguf.observing.spool import Span
     from reap2gguf.progress import Progress
-
-_MOST_TOKENS = {"cpu": 256, "cuda": 4096}  # on a CPU, what stays in its caches
-_MOST_BLOCK = {"cpu": 8192, "cuda": 2**20}  # tokens of the vocabulary
-_LEAST_BLOCK = 256
-_LEAST_TOKENS = 16
-_SPAN = (
-    4  # positions that are loaded at once, in multiples of the tokens that are computed together
-)
-_PARTS = 4  # parts whose hidden states are there, beside those that wait for a thread
 
 
 @dataclass(frozen=True)
@@ -73,47 +66,6 @@ def scored_batches(
     return found
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How many tokens of the vocabulary, and of the text, are computed together."""
-
-    block: int
-    tokens: int
-
-    @classmethod
-    def into(
-        cls,
-        usable: int,
-        vocabulary: int,
-        row_bytes: int,
-        n_heads: int,
-        n_logits: int,
-        n_states: int,
-        kind: str,
-    ) -> Cut:
-        """The largest cut that fits into `usable` bytes; the smallest one if none does.
-
-        `row_bytes`: of a head for one token of the vocabulary, and of a hidden state; `n_logits`
-        and `n_states`: arrays of logits and of hidden states, of as many tokens as are computed
-        together, that are there at the same time; `kind`: cpu or cuda.
-        """
-        block = min(vocabulary, _MOST_BLOCK[kind])
-        tokens = _MOST_TOKENS[kind]
-
-        def taken() -> int:
-            blocks = 1 if block == vocabulary else 2
-            weights, states = block * blocks * n_heads, tokens * n_states
-            return row_bytes * (weights + states) + 4 * n_logits * tokens * block
-
-        while taken() > usable and (block > _LEAST_BLOCK or tokens > _LEAST_TOKENS):
-            # logits and weights get smaller by turns
-            if tokens > _LEAST_TOKENS and (tokens >= block // 64 or block <= _LEAST_BLOCK):
-                tokens //= 2
-            else:
-                block //= 2
-        return cls(block, tokens)
-
-
 class Head:
     """The heads of some variants that have been through all layers."""
 
@@ -126,11 +78,13 @@ class Head:
         n_threads = self._decoder.crew.n_threads if self._decoder.crew else 1
         self.cut = Cut.into(
             usable,
-            self._weights.vocabulary,
-            self._decoder.model.facts.hidden_size * self._decoder.dtype.itemsize,
-            self._weights.n_heads,
-            (len(runs) + 2) * n_threads,
-            len(runs) * (2 * n_threads + _PARTS) + _SPAN,
+            HeadShape(
+                self._weights.vocabulary,
+                self._decoder.model.facts.hidden_size * self._decoder.dtype.itemsize,
+                self._weights.n_heads,
+                len(runs),
+                n_threads,
+            ),
             self.device.type,
         )
 
@@ -186,7 +140,7 @@ def parts_of(
 ) -> Iterator[Part]:
     """The hidden states of all variants at the scored tokens, at most `most` tokens at a time.
 
-    A batch is long, and few of its tokens may be scored: of the spool, `_SPAN` x `most` positions
+    A batch is long, and few of its tokens may be scored: of the spool, `SPAN` x `most` positions
     are loaded at a time.
     """
     device = next(iter(runs.values())).decoder.device
@@ -208,7 +162,7 @@ def parts_of(
 
 def _pieces(batch: ScoredBatch, own: slice) -> list[tuple[Span, Tensor]]:
     """Where in the spool some scored tokens of a batch are: spans, and places in each of them."""
-    left, most = batch.positions[own], _SPAN * len(batch.positions[own])
+    left, most = batch.positions[own], SPAN * len(batch.positions[own])
     found: list[tuple[Span, Tensor]] = []
     while len(left):
         count = int(torch.searchsorted(left, left[0] + most))  # they ascend

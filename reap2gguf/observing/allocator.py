@@ -20,6 +20,13 @@ _LARGE = 2**20  # bytes: the tensors of a batch have more; what is smaller is qu
 _USUAL = 2**25  # the most that glibc raises its own threshold to, which a sweep does at once
 
 
+def return_free_memory() -> None:
+    """Return what is free now to the system, once; some milliseconds."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
+
+
 @contextmanager
 def frees_at_once() -> Iterator[None]:
     """Return what is free to the system now, and large blocks as soon as they are freed.

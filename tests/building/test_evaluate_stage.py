@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reap2gguf.building.evaluate_stage import Evaluate
+from reap2gguf.building.needs.memory import evaluation_needs
 from reap2gguf.building.needs.scoring import MOST_CHUNKS, chunks_to_score
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.observing.budget import Budget, Need, fit, layer_bytes
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
 from reap2gguf.terminal.json_views import result_as_json
 from reap2gguf.terminal.views import result_lines
+from tests.building.needs.machines import H100, LAPTOP, laptop, needs_on
 from tests.tiny import TinyQwen3Moe
 
 
@@ -136,3 +140,61 @@ def test_a_build_killed_while_it_measures_goes_on(
     reused = {stage.name: stage.reused for stage in result.stages}
     assert reused["verify"]
     assert not reused["evaluate"]
+
+
+@pytest.mark.usefixtures("few")
+def test_a_plan_decides_like_the_stage(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By headers alone, and by the decoders of all variants."""
+    needs: list[Need] = []
+
+    def noted(need: Need, *others: Any) -> Budget:
+        needs.append(need)
+        return fit(need, *others)
+
+    monkeypatch.setattr("reap2gguf.building.needs.memory.CHUNK", 64)
+    monkeypatch.setattr("reap2gguf.building.needs.memory.fit", noted)
+    monkeypatch.setattr("reap2gguf.evaluating.engine.fit", noted)
+    plan = make_plan(options(model, tmp_path / "out", evaluate="always"))
+    found = needs_on(plan)
+    assert found.evaluation is not None
+    assert found.memory_bytes >= found.evaluation.host_bytes
+    planned = needs[-1]
+    build(plan, Silent())
+    measured = needs[-1]
+    assert replace(planned, layer=0) == replace(measured, layer=0)
+    # some values stay float32 in any type
+    assert planned.layer == pytest.approx(measured.layer, rel=0.001)
+    view = max(layer_bytes(plan.model, plan.checkpoint.tensors, 4, on_gpu=False).values())
+    assert planned.layer > view  # that of a file: its weights are float32, and the source's are not
+    never = needs_on(make_plan(options(model, tmp_path / "out", evaluate="never")))
+    assert never.evaluation is None
+
+
+def test_more_text_takes_more_memory(model: Path, tmp_path: Path) -> None:
+    plan = make_plan(options(model, tmp_path / "out", evaluate="always"))
+    found = needs_on(plan)
+    few, many = (evaluation_needs(plan, found.sizes, n, LAPTOP) for n in (64, 6400))
+    assert few is not None
+    assert many is not None
+    states = 6336 * 512 * plan.n_variants * plan.model.facts.hidden_size * 4
+    assert many.hidden_bytes - few.hidden_bytes == states
+    assert (few.spool_bytes, many.host_bytes - few.host_bytes) == (0, states)
+    on_disk = evaluation_needs(plan, found.sizes, 64_000, LAPTOP)
+    assert on_disk is not None
+    assert on_disk.spool_bytes == on_disk.hidden_bytes
+    assert on_disk.host_bytes < many.host_bytes
+    no_room = evaluation_needs(plan, found.sizes, 64, laptop(memory_free_bytes=520 * 2**20))
+    assert no_room is not None
+    assert "not enough memory" in no_room.problem
+
+
+def test_on_a_gpu_the_heads_take_what_is_free(model: Path, tmp_path: Path) -> None:
+    compute = ComputeOptions("cuda")
+    plan = make_plan(replace(options(model, tmp_path / "out", evaluate="always"), compute=compute))
+    needs = needs_on(plan, H100)
+    assert needs.evaluation is not None
+    vocabulary, n_variants = plan.model.facts.vocab_size, plan.n_variants
+    assert needs.gpu_memory_bytes >= 4 * (n_variants + 2) * 4096 * vocabulary
+    assert needs.gpu_memory_bytes >= needs.evaluation.device_bytes

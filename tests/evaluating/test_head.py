@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reap2gguf.evaluating import head
-from reap2gguf.evaluating.head import Cut, ScoredBatch, parts_of
+from reap2gguf.evaluating.head import ScoredBatch, parts_of
+from reap2gguf.evaluating.head_cut import SPAN, Cut, HeadShape
 from reap2gguf.observing.spool import DeviceSpool, Span
 
 CPU = torch.device("cpu")
@@ -53,14 +53,16 @@ def test_all_scored_states_come_in_their_order(batches: list[list[int]], most: i
         assert torch.equal(part.hidden["one"][:, 0].long(), part.right)
         seen = part.place.stop
     assert seen == first
-    assert spool.longest <= head._SPAN * most
+    assert spool.longest <= SPAN * most
     assert spool.announced is None
 
 
 def test_a_cut_fits_and_leaves_room_for_hidden_states() -> None:
     for usable in (2**24, 2**26, 2**28, 2**30, 2**33):
-        cut = Cut.into(usable, 248_320, 8192, 5, 14, 44, "cpu")
+        shape = HeadShape(248_320, 8192, n_heads=5, n_variants=5, n_threads=2)
+        cut = Cut.into(usable, shape, "cpu")
         weights = 2 * 5 * cut.block * 8192
         taken = weights + cut.tokens * (4 * 14 * cut.block + 44 * 8192)
+        assert cut.n_bytes(shape) == taken
         assert taken <= usable or cut == Cut(256, 16)
     assert cut == Cut(8192, 256)

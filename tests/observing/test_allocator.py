@@ -90,6 +90,17 @@ def test_another_allocator_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     with allocator.frees_at_once():
         pass
+    allocator.return_free_memory()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_free_memory_is_returned() -> None:
+    program = HOLES.partition("usual = held()")[0].replace(
+        "    now = resident", "    return_free_memory()\n    now = resident"
+    )
+    found = run(f"{program.replace('frees_at_once', 'return_free_memory')}print(held())")
+    assert not found.stderr
+    assert int(found.stdout) / MIB < 136
 
 
 @pytest.mark.slow

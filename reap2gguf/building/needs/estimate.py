@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.needs.amount import Amount, amount_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
-from reap2gguf.building.needs.memory import SweepNeeds, peak_ram, sweep_needs
+from reap2gguf.building.needs.memory import SweepNeeds, evaluation_needs, peak_ram, sweep_needs
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
 from reap2gguf.building.needs.scoring import planned_chunks
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
@@ -70,17 +70,24 @@ class Estimate:
 
     @cached_property
     def memory_bytes(self) -> int:
-        """The most RAM at a time; with a problem of the passes, that of the other stages."""
+        """The most RAM at a time; with a problem of a pass, that of the other stages."""
         pays = export_pays_on_gpu(self.plan.recipes, self.plan.options.compute.device)
         on_gpu = self.machine.device == "cuda" and pays
-        return peak_ram(self.plan, self.machine, self.sweeps, self._export.ram, on_gpu)
+        found = peak_ram(self.plan, self.machine, self.sweeps, self._export.ram, on_gpu)
+        return found if self.evaluation is None else max(found, self.evaluation.host_bytes)
 
     @property
     def gpu_memory_bytes(self) -> int:
         """The most memory of the GPU at a time; 0 on a CPU."""
         if self.machine.device == "cpu":
             return 0
-        return self.sweeps.device_bytes + self._export.device
+        evaluating = 0 if self.evaluation is None else self.evaluation.device_bytes
+        return max(self.sweeps.device_bytes + self._export.device, evaluating)
+
+    @cached_property
+    def evaluation(self) -> SweepNeeds | None:
+        """What the stage takes that measures quality; None if it is left out."""
+        return evaluation_needs(self.plan, self.sizes, self.n_scored_chunks, self.machine)
 
     @cached_property
     def _export(self) -> ExportMemory:
@@ -95,6 +102,8 @@ class Estimate:
         free = self.machine.disk_free_bytes + self.reused.written_bytes
         overlaps = self.host.cores > 1 and self.disk.overlapping_bytes <= free
         found = self.disk.peak_bytes(self._passes, overlaps)
+        if self.evaluation is not None:
+            found = max(found, self.disk.final_bytes + self.evaluation.spool_bytes)
         return found if found <= free else self.disk.room_bytes
 
     @property
@@ -155,6 +164,8 @@ class Estimate:
             found.append("--device cuda: there is no GPU here; the figures are for an H100")
         if self.sweeps.problem:
             found.append(self.sweeps.problem)
+        elif self.evaluation is not None and self.evaluation.problem:
+            found.append(f"{self.evaluation.problem}; or pass --evaluate never")
         return [*found, *self._disk_problems()]
 
     def _disk_problems(self) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.needs.scoring import CHUNK
+from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UsageError
+from reap2gguf.evaluating.head_cut import Cut, HeadShape
 from reap2gguf.machine import processes
 from reap2gguf.observing.budget import (
     CONTEXT_BYTES,
@@ -18,6 +21,7 @@ from reap2gguf.observing.budget import (
     gpu_memory,
     held_bytes,
     importance_bytes,
+    layer_bytes,
 )
 from reap2gguf.pruning.write import HELD_BYTES
 from reap2gguf.verifying.memory import COMPARING_BYTES, comparing_bytes
@@ -35,13 +39,13 @@ _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class SweepNeeds:
-    """What the calibration passes take."""
+    """What the calibration passes take, or an evaluation."""
 
     budget: Budget | None  # None: they do not fit
     problem: str  # why not
     device_bytes: int  # of the GPU, or of RAM on a CPU
     host_bytes: int  # RAM
-    hidden_bytes: int  # hidden states of all rows, of the longer pass
+    hidden_bytes: int  # hidden states of all rows: of the longer pass, of all variants
     itemsize: int
 
     @property
@@ -52,21 +56,73 @@ class SweepNeeds:
 
 def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds:
     """What both passes take on a machine: what `fit`, which the sweep calls, makes of it."""
-    compute = plan.options.compute
-    on_gpu = machine.device == "cuda"
+    n_here = processes().on_machine
+    kind = _kind(plan, sizes, machine, n_here)
+    kind = replace(kind, sums=importance_bytes(plan.model))
+    need = _need(plan, sizes, amount, kind)
+    return _fitted(plan, need, kind, machine, n_here)
+
+
+def evaluation_needs(
+    plan: Plan, sizes: Sizes, n_chunks: int, machine: Machine
+) -> SweepNeeds | None:
+    """What the stage takes that measures quality, with this many chunks; None if it is left out.
+
+    All variants share the memory as in `evaluating/engine.py`: the largest layer may be one of a
+    GGUF file, whose weights are float32 there. One process computes it.
+    """
+    if not n_chunks:
+        return None
+    kind = _kind(plan, sizes, machine, 1)
+    tensors, model = plan.checkpoint.tensors, plan.model
+    embedding = tensors[model.embedding_name].n_elements * kind.itemsize
+    length = min(CHUNK, model.facts.context_length)
+    n_positions = n_chunks * length * plan.n_variants
+    sources = sizes.layers(kind.itemsize, kind.on_gpu)
+    trunk = {n: sources[n] for n in range(model.facts.n_layers) if n in sources}
+    need = kind.need(trunk, embedding, n_positions, length)
+    quantized = {
+        name: StoredTensor(name, "F32", tensor.shape)
+        for name, tensor in plan.pruned.tensors.items()
+    }
+    files = layer_bytes(plan.pruned.model, quantized, kind.itemsize, kind.on_gpu)
+    need = replace(need, layer=max(need.layer, *files.values()))
+    heads = HeadShape(
+        model.facts.vocab_size,
+        kind.hidden_bytes,
+        1 + len(plan.recipes),  # the pruned model has the source's
+        plan.n_variants,
+        kind.n_threads,
+    )
+    return _fitted(plan, need, kind, machine, 1, heads)
+
+
+def _kind(plan: Plan, sizes: Sizes, machine: Machine, n_here: int) -> Kind:
+    """How a machine computes the source; `n_here` processes share its threads."""
+    compute, on_gpu = plan.options.compute, machine.device == "cuda"
     dtype = compute.dtype if compute.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     itemsize = _BYTES_PER_VALUE[dtype]
-    kind = Kind(
+    return Kind(
         plan.model,
         itemsize,
         on_gpu,
         sizes.has_linear_attention,
-        max(1, compute.threads // processes().on_machine),
-        importance_bytes(plan.model),
-        copies_experts(plan.model, plan.checkpoint.tensors, itemsize, on_gpu),
+        max(1, compute.threads // n_here),
+        copies_experts=copies_experts(plan.model, plan.checkpoint.tensors, itemsize, on_gpu),
     )
-    need = _need(plan, sizes, amount, kind)
-    host = machine.memory_free_bytes // processes().on_machine
+
+
+def _fitted(
+    plan: Plan,
+    need: Need,
+    kind: Kind,
+    machine: Machine,
+    n_here: int,
+    heads: HeadShape | None = None,
+) -> SweepNeeds:
+    """What `fit` makes of a need in each of `n_here` processes; heads follow the layers."""
+    compute, on_gpu = plan.options.compute, kind.on_gpu
+    host = machine.memory_free_bytes // n_here
     hidden = need.n_positions * need.hidden
     if on_gpu:
         assert machine.gpu is not None
@@ -74,12 +130,19 @@ def sweep_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> S
         free = machine.gpu.free_bytes - CONTEXT_BYTES
         memory = gpu_memory(free, machine.gpu.n_bytes, host, compute.memory)
     else:
-        memory = cpu_memory(host, compute.memory, BASE_BYTES, processes().on_machine)
+        memory = cpu_memory(host, compute.memory, BASE_BYTES, n_here)
     try:
         budget = fit(need, machine.device, memory, compute.spool)
     except UsageError as error:
         return SweepNeeds(None, str(error), 0, 0, hidden, kind.itemsize)
     held = held_bytes(need, budget)
+    if heads is not None:
+        # a batch is of one variant
+        most = need.n_positions // heads.n_variants
+        held = held_bytes(need, replace(budget, batch_tokens=min(budget.batch_tokens, most)))
+        on_device = hidden if budget.spool == "device" else 0
+        cut = Cut.into(memory.usable - on_device, heads, machine.device)
+        held = max(held, on_device + cut.n_bytes(heads))
     if not on_gpu:
         return SweepNeeds(budget, "", BASE_BYTES + held, BASE_BYTES + held, hidden, kind.itemsize)
     on_host = hidden if budget.spool == "host" else 0
