@@ -71,9 +71,12 @@ def _say_interrupted(ctx: click.Context) -> None:
     if processes().is_first:
         is_here = sys.argv[1:3] == ["jobs", "here"]
         is_resumable = is_here or ctx.invoked_subcommand in _RESUMABLE
-        if ctx.invoked_subcommand == "evaluate":  # keeps its progress beside the output
+        advice = ""
+        if ctx.invoked_subcommand in ("evaluate", "compare"):  # keep progress beside the output
             is_resumable = any(word.startswith(("-o", "--output")) for word in sys.argv)
-        advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN))) if is_resumable else ""
+            advice = " Nothing is kept of it: only a run with --output FILE can be resumed."
+        if is_resumable:
+            advice = _resume_advice(bool(ctx.meta.get(HAS_BEGUN)))
         say(f"Interrupted.{advice}", "error")
 
 

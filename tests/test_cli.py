@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+import reap2gguf
 from reap2gguf.cli import cli
 from reap2gguf.hub import retry
 from tests.conftest import CALIBRATION, Bundle
-from tests.tiny import TinyQwen3Moe
+from tests.tiny import EXAMPLE, TinyQwen3Moe
 
 
 def run(*arguments: object) -> Result:
@@ -310,6 +311,23 @@ def test_an_interrupt_says_how_to_resume(
     monkeypatch.setattr(plan, "make_plan", interrupt)
     result = run(*words, "--fresh")
     assert result.output.splitlines()[-1] == f"Interrupted. Resume with: {command} --fresh"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare"])
+def test_an_interrupt_says_that_nothing_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **others: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reap2gguf, name, interrupt)
+    for more in ([], ["-o", "found.json"]):
+        words = [name, str(EXAMPLE), *more]
+        monkeypatch.setattr("sys.argv", ["reap2gguf", *words])
+        last = run(*words).output.splitlines()[-1]
+        resumes = f"Interrupted. Resume with: reap2gguf {' '.join(words)}"
+        restarts = (
+            "Interrupted. Nothing is kept of it: only a run with --output FILE can be resumed."
+        )
+        assert last == (resumes if more else restarts)
 
 
 def test_an_interrupted_quantization_goes_on(

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
+from reap2gguf.machine import processes
 from reap2gguf.options import ComputeOptions, check_bool, check_number, given_or_new
-from reap2gguf.outputs import output_file
+from reap2gguf.outputs import drop_states, output_file
 from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.comparing.opening import Opened
@@ -27,6 +29,7 @@ def compare(
     chunks: int | None = None,
     quality: bool = True,
     picture: PathLike | None = None,
+    output: PathLike | None = None,
     compute: ComputeOptions | None = None,
     progress: ProgressLike = None,
 ) -> ModelComparison:
@@ -37,9 +40,12 @@ def compare(
     downloaded whole. Quality is perplexity on `text` (`held-out`, `wikitext2` or a file, of which
     the first `chunks` chunks of `chunk` tokens are scored), and KL divergence from `reference`: one
     of the models or another one; None takes the largest that can be computed. A model that does not
-    fit the reference has sizes alone, and a reason. `picture` is a PNG file to write.
+    fit the reference has sizes alone, and a reason. `picture` is a PNG file to write, and `output`
+    a JSON file; with it, an interrupted call resumes from what is kept beside it, in files whose
+    names begin with `OUTPUT.state`.
 
-    Raises UsageError for a reference that cannot be computed, and what opening a model raises.
+    Raises UsageError for a reference that cannot be computed and for an output that is one of the
+    models, OutputError, and what opening a model raises.
     """
     check_bool("quality", quality)
     check_number("chunk", chunk, 8)
@@ -47,7 +53,7 @@ def compare(
         check_number("chunks", chunks, 2)
     if not models:
         raise UsageError("no model to compare; pass GGUF files or folders")
-    target = None if picture is None else output_file(picture)
+    drawn, target = (None if path is None else _output(path, models) for path in (picture, output))
     compute = given_or_new("compute", compute, ComputeOptions)
     shown = to_progress(progress)
     with ExitStack() as stack:
@@ -65,13 +71,29 @@ def compare(
         else:
             from reap2gguf.comparing.quality import Question, measure
 
-            asked = Question(text, chunks, chunk, compute)
+            state = None if target is None else target.with_name(f"{target.name}.state")
+            asked = Question(text, chunks, chunk, compute, state)
             result = measure(opened, _reference(opened, wanted), asked, shown)
-    if target is not None:
+    if drawn is not None and processes().is_first:
         from reap2gguf.comparing.picture import write_picture
 
-        write_picture(result, target)
+        write_picture(result, drawn)
+    if target is not None and processes().is_first:
+        result.save(target)
+        drop_states(target)
     return result
+
+
+def _output(path: PathLike, models: Sequence[PathLike]) -> Path:
+    """A file to write. Raises UsageError if it is a model, or a file of one."""
+    found = output_file(path)
+    for model in (os.fspath(one) for one in models):
+        place = os.path.expanduser(model)
+        inside = os.path.isfile(os.path.join(place, found.name)) and os.path.isdir(place)
+        same = os.path.join(place, found.name) if inside else place
+        if os.path.exists(same) and found.exists() and os.path.samefile(same, found):
+            raise UsageError(f"output {found}: it is of the model {model}; pass another output")
+    return found
 
 
 def _reference(opened: Sequence[Opened], wanted: str | None) -> Opened:

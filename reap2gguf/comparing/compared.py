@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.atomic import write_whole
 from reap2gguf.comparing.roles import ROLES, Role
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
     from reap2gguf.comparing.contents import Contents
     from reap2gguf.comparing.opening import Opened
@@ -50,6 +54,10 @@ class ModelComparison:
     def divergence(self, label: str) -> Divergence | None:
         """How far a model is from the reference; None if it is not known, or the reference."""
         return self.evaluation.divergence(label, self.reference) if self.evaluation else None
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all. Raises OutputError if the disk fails."""
+        write_whole(path, json.dumps(self.as_json(), indent=1, ensure_ascii=False) + "\n")
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; `evaluation` is as `reap2gguf evaluate` has it."""

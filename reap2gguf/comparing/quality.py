@@ -16,11 +16,12 @@ import numpy as np
 
 from reap2gguf.comparing.compared import ModelComparison, compared
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, UsageError
-from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.measure import evaluation_of_scores
+from reap2gguf.evaluating.scoring import Scorer
 from reap2gguf.evaluating.texts import EvaluationText, cut_text, read_text
 from reap2gguf.evaluating.variants import Variant
+from reap2gguf.hub.gguf_file import HubGgufHeader
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.from_gguf import header_tokens, write_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from reap2gguf.tokenizer.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from reap2gguf.comparing.opening import Opened
+    from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
 
@@ -43,6 +45,7 @@ class Question:
     n_chunks: int | None  # None: all
     chunk_size: int
     compute: ComputeOptions
+    state: Path | None = None  # what the names of saved progress begin with
 
 
 def measure(
@@ -80,7 +83,8 @@ def measure(
     if len(variants) < 2 and len(models) > 1:
         return compared(models, problems=problems)
     pairs = [(reference.label, one.name) for one in variants if one.name != reference.label]
-    scores = evaluate_variants(variants, text.rows, pairs, question.compute, progress)
+    score = Scorer(variants, "streamed", question.compute, question.state, progress, pairs)
+    scores = score(text.rows)
     found = evaluation_of_scores(variants, text, scores, question.compute)
     return compared(models, reference.label, found, problems)
 
@@ -101,11 +105,21 @@ def _variant(one: Opened) -> Variant:
     assert one.model is not None
     bits, n_bytes = one.contents.bits_per_weight, one.contents.n_file_bytes
     if one.checkpoint is not None:
-        return Variant(one.label, "source", one.checkpoint, one.model, n_bytes, bits)
+        identity = f"{one.checkpoint.fingerprint()} {one.checkpoint.stamps()}"
+        return Variant(one.label, "source", one.checkpoint, one.model, n_bytes, bits, identity)
     assert one.header is not None
     assert one.in_gguf is not None
     weights = GgufWeights(one.header, one.in_gguf.model, one.in_gguf.template)
-    return Variant(one.label, "gguf", weights, weights.model, n_bytes, bits)
+    identity = str([_identity(header) for header in one.header.headers])
+    return Variant(one.label, "gguf", weights, weights.model, n_bytes, bits, identity)
+
+
+def _identity(header: GgufHeader) -> object:
+    """What changes when a file changes, also one on the Hub."""
+    if isinstance(header, HubGgufHeader) and header.blocks is not None:
+        return header.blocks.file
+    found = header.path.stat()
+    return str(header.path.resolve()), found.st_size, found.st_mtime_ns
 
 
 def _rows(

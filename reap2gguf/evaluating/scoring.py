@@ -53,10 +53,12 @@ class Scorer:
     compute: ComputeOptions
     state: Path | None
     progress: Progress
+    pairs: Sequence[Pair] | None = None  # what is compared; None: as `pairs_of` says
 
     def __call__(self, rows: Sequence[ScoredRow]) -> Scores:
         """What all variants give the rows. Raises what `evaluate_variants` raises."""
-        ranks, pairs = join(), pairs_of(self.variants)
+        ranks = join()
+        pairs = pairs_of(self.variants) if self.pairs is None else self.pairs
         same = [(one.name, one.n_bytes, one.model.facts.n_experts) for one in self.variants]
         tokens = rows_sha256(rows)
         ranks.check_same(
@@ -64,6 +66,7 @@ class Scorer:
         )
         key = key_of(
             tokens,
+            pairs,
             [(one.name, one.identity) for one in self.variants],
             [self.engine, self.compute.likely_device, self.compute.likely_dtype],
             versions(COMPUTING),

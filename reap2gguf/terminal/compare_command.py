@@ -67,6 +67,7 @@ _COLUMNS = 80  # of what is not a terminal
     metavar="FILE.png",
     help="Draw quality against size.",
 )
+@option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
 @compute_options
 @threads_option
 @llama_cpp_option
@@ -81,6 +82,7 @@ def compare(
     no_quality: bool,
     by_layer: bool,
     picture: Path | None,
+    output: Path | None,
     as_json: bool,
     **more: Any,
 ) -> None:
@@ -90,7 +92,8 @@ def compare(
     divergence from a reference. MODEL is a GGUF file, a folder, or a name on the Hub. A GGUF file
     on the Hub, owner/name:FILE.gguf or owner/name:Q4_K_M, is read layer by layer and never
     downloaded whole. Files of other publishers and other expert counts can be compared; all need
-    the same layers and vocabulary, else only their sizes are compared.
+    the same layers and vocabulary, else only their sizes are compared. To resume an interrupted
+    run, run the same command with the same --output again; without it, the run restarts.
 
     \b
     Example:
@@ -107,6 +110,7 @@ def compare(
         chunks=chunks,
         quality=not no_quality,
         picture=picture,
+        output=output,
         compute=collect_compute(more),
         progress=terminal_progress(),
     )

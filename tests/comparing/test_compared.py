@@ -322,6 +322,54 @@ def test_a_picture(three: reap2gguf.ModelComparison, tmp_path: Path, files: Path
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 20
 
 
+class Killed(Exception):
+    """The comparison was stopped."""
+
+
+def test_an_interrupted_comparison_resumes(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reap2gguf.observing.state.StateKeeper.is_due", lambda *_: True)
+    output = tmp_path / "found.json"
+    ours, theirs = files / "ours-Q4_K_M.gguf", files / "theirs-Q3_K_M.gguf"
+    seen = 0
+
+    def stop(event: reap2gguf.ProgressEvent) -> None:
+        nonlocal seen
+        seen += event.kind == "advance"
+        if seen > 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compared(ours, theirs, output=output, progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "found.json.state.0", "found.json.state.1",
+    }  # fmt: skip
+    notes: list[str] = []
+
+    def note(event: reap2gguf.ProgressEvent) -> None:
+        if event.kind == "note":
+            notes.append(event.text)
+
+    found = compared(ours, theirs, output=output, progress=note)
+    assert any("resuming" in text for text in notes)
+    assert found.evaluation == compared(ours, theirs).evaluation
+    assert json.loads(output.read_text()) == found.as_json()
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_output_is_no_model(files: Path, tmp_path: Path) -> None:
+    ours = files / "ours-Q4_K_M.gguf"
+    link = tmp_path / "link.json"
+    link.hardlink_to(ours)
+    before = ours.read_bytes()
+    for output, model in ((ours, ours), (link, ours), (ours, files)):
+        for what in ("output", "picture"):
+            with pytest.raises(UsageError, match="it is of the model"):
+                compared(model, quality=False, **{what: output})
+    assert ours.read_bytes() == before
+
+
 def test_two_models_are_shown_by_perplexity(three: reap2gguf.ModelComparison, files: Path) -> None:
     found = replace(three, models=three.models[:2])
     title, points = points_of(found)

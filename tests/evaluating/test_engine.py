@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import EvaluationError, UsageError
-from reap2gguf.evaluating import head as head_module
+from reap2gguf.evaluating import head_cut
 from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores, joined
@@ -195,8 +195,8 @@ def test_scores_do_not_depend_on_how(case: Case, options: dict[str, Any], tmp_pa
 
 
 def test_small_blocks_and_batches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_MOST_BLOCK", {"cpu": 100})
-    monkeypatch.setattr(head_module, "_MOST_TOKENS", {"cpu": 3})
+    monkeypatch.setattr(head_cut, "_MOST_BLOCK", {"cpu": 100})
+    monkeypatch.setattr(head_cut, "_MOST_TOKENS", {"cpu": 3})
     small = case.scores()
     for name, scores in case.scores().variants.items():
         np.testing.assert_allclose(small.variants[name].nll, scores.nll, atol=1e-4)
