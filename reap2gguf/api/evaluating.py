@@ -41,7 +41,7 @@ def evaluate(
     default perplexity and KL divergence on a text, in one pass over the layers of all variants.
     `output` is a JSON file to write; with it, an interrupted call resumes from what is kept beside
     it, in files whose names begin with `OUTPUT.state`. With `update`, the figures get into the
-    bundle's manifest and cards, in place of earlier ones.
+    bundle's manifest and cards, in place of earlier ones; what is not measured again stays there.
 
     Raises EvaluationError, CalibrationError, UsageError, OutputError, ArtifactError,
     DependencyError, and what opening a model raises.
@@ -135,4 +135,4 @@ def _open_bundle(
     if bundle.hf is not None:
         opened.folder(bundle.hf)
     for record in manifest.gguf:
-        opened.gguf(bundle.gguf / record.first)
+        opened.gguf(bundle.gguf / record.first, record.file)

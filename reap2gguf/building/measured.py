@@ -10,6 +10,7 @@ from reap2gguf.building.adding import Addition, extend, open_reference
 from reap2gguf.building.bundle_files import is_changed
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.workdir import Workdir
+from reap2gguf.bundle.evaluation_update import updated
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import UsageError
 
@@ -28,8 +29,9 @@ def record_evaluation(
     compute: ComputeOptions,
     progress: Progress,
 ) -> BuildResult:
-    """Write the cards of a bundle again, with this evaluation in place of an earlier one.
+    """Write the cards of a bundle again, with this evaluation.
 
+    Of an earlier evaluation, what was not measured again stays (`bundle/evaluation_update.py`).
     `source` is the model that was measured, and what a bundle without safetensors was made from.
     Raises UsageError if the evaluation is of other files, and what `extend` raises; then the bundle
     is as it was.
@@ -40,9 +42,11 @@ def record_evaluation(
     with work.locked():
         work.finish_interrupted()
         manifest = open_bundle(bundle).manifest
-        names = {record.first for record in manifest.gguf}
+        names = {record.file for record in manifest.gguf}
         if others := sorted({one.name for one in evaluation.of_kind("gguf")} - names):
             raise UsageError(f"{bundle}: {others[0]} was measured, but the bundle has no such file")
+        if manifest.evaluation is not None:
+            evaluation = _updated(manifest.evaluation, evaluation, progress)
         finished = work.finished()
         is_own = finished is not None and not is_changed(work, manifest)
         addition = Addition(
@@ -59,3 +63,27 @@ def record_evaluation(
         if source is None:
             raise UsageError(f"{bundle}: has no safetensors; pass the model it was made from")
         return extend(addition, source, compute, progress)
+
+
+def _updated(earlier: Evaluation, newer: Evaluation, progress: Progress) -> Evaluation:
+    """Both together; what of the earlier one is given up is reported."""
+    found = updated(earlier, newer)
+    names = {one.name for one in found.variants}
+    if dropped := [one.name for one in earlier.variants if one.name not in names]:
+        progress.note(
+            f"the earlier figures of {', '.join(dropped)} are removed: they are of another text, "
+            "engine or type than the new ones; measure all variants together to have both"
+        )
+    kept = [
+        what
+        for what, before, now in (
+            ("the text", earlier.text, newer.text),
+            ("tasks", earlier.tasks, newer.tasks),
+            ("speeds", earlier.speeds, newer.speeds),
+            ("answers", earlier.smoke_tests, newer.smoke_tests),
+        )
+        if before and not now
+    ]
+    if kept:
+        progress.note(f"earlier figures that were not measured again stay: {', '.join(kept)}")
+    return found

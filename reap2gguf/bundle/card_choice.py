@@ -1,7 +1,11 @@
-"""Which file of a bundle for which memory, by what was measured or else by bits per weight."""
+"""Which file of a bundle for which memory, by what was measured or else by bits per weight.
+
+Cards and reports recommend the same.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.markdown import code, table
@@ -17,11 +21,34 @@ _MEMORIES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512
 _CONTEXT = _GIB  # left free at least, and a tenth of the file: context and buffers
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The best file from some memory on, in bytes."""
+
+    memory: int
+    record: GgufRecord
+
+    @property
+    def title(self) -> str:
+        """The memory in words."""
+        whole, rest = divmod(self.memory, _GIB)
+        is_listed = whole in _MEMORIES and not rest
+        return f"from {whole:,} GiB" if is_listed else f"from {size(self.memory)}"
+
+
 def choice_section(manifest: Manifest) -> str:
     """The table of memories; "" if there is only one file."""
-    rows = [(memory, code(one.label), code(one.file)) for memory, one in choices(manifest)]
     if len(manifest.gguf) < 2:
         return ""
+    rows = [(one.title, code(one.record.label), code(one.record.file)) for one in choices(manifest)]
+    return (
+        f"### Which file to choose\n\n{table(('memory', 'type', 'file'), rows)}\n\n"
+        f"{how_chosen(manifest)}"
+    )
+
+
+def how_chosen(manifest: Manifest) -> str:
+    """What the choice is made by, and what memory stands for."""
     how = (
         "the one with the lowest KL divergence from the source that fits; of files that cannot be "
         "told apart within the standard error, the smallest"
@@ -30,30 +57,29 @@ def choice_section(manifest: Manifest) -> str:
         "quality; below 4 bits the difference is often felt"
     )
     return (
-        f"### Which file to choose\n\n{table(('memory', 'type', 'file'), rows)}\n\nMemory is that "
-        "of the GPU, or of GPU and computer together where llama.cpp keeps experts in the "
-        f"computer's. The choice is {how}. A file leaves 1 GiB and a tenth of its size for context "
-        "and buffers; a long context needs more."
+        "Memory is that of the GPU, or of GPU and computer together where llama.cpp keeps experts "
+        f"in the computer's. The choice is {how}. A file leaves 1 GiB and a tenth of its size for "
+        "context and buffers; a long context needs more."
     )
 
 
-def choices(manifest: Manifest) -> list[tuple[str, GgufRecord]]:
+def choices(manifest: Manifest) -> list[Choice]:
     """The best file from each memory on, from the smallest memory to the largest."""
-    found: list[tuple[str, GgufRecord]] = []
+    found: list[Choice] = []
     for memory in _MEMORIES:
-        fitting = [one for one in manifest.gguf if _needed(manifest, one) <= memory * _GIB]
+        fitting = [one for one in manifest.gguf if needed_bytes(manifest, one) <= memory * _GIB]
         if not fitting:
             continue
         best = _best(manifest, fitting)
-        if not found or found[-1][1] is not best:
-            found.append((f"from {memory:,} GiB", best))
+        if not found or found[-1].record is not best:
+            found.append(Choice(memory * _GIB, best))
     if not found:  # larger than any machine of the list
         smallest = min(manifest.gguf, key=lambda one: one.n_bytes)
-        found.append((f"from {size(_needed(manifest, smallest))}", smallest))
+        found.append(Choice(needed_bytes(manifest, smallest), smallest))
     return found
 
 
-def _needed(manifest: Manifest, record: GgufRecord) -> int:
+def needed_bytes(manifest: Manifest, record: GgufRecord) -> int:
     """Memory for a file with its projector, some context and buffers, in bytes."""
     n_bytes = record.n_bytes + sum(side.n_bytes for side in manifest.side_files)
     return n_bytes + n_bytes // 10 + _CONTEXT

@@ -182,8 +182,8 @@ class SmokeTest:
 class Evaluation:
     """All that was measured: on a text and tasks, and by other tests.
 
-    `engine` computed GGUF files on the text and the tasks; folders are always streamed. Without a
-    text there are no records of variants.
+    `engine` computed GGUF files on the text, or on the tasks if no text was scored; folders are
+    always streamed. Without a text there are no records of variants.
     """
 
     engine: Engine

@@ -41,8 +41,8 @@ class OpenVariants:
         taken = any(variant.name == PRUNED for variant in self.variants)
         self._add(opened, PRUNED, path.resolve().name if taken else PRUNED)
 
-    def gguf(self, path: Path) -> None:
-        """Open a GGUF file; of several parts, the first one.
+    def gguf(self, path: Path, name: str | None = None) -> None:
+        """Open a GGUF file; of several parts, the first one. Its name is that of the variant.
 
         Raises ArtifactError if it is broken, EvaluationError if no variant so far has its shape.
         """
@@ -51,7 +51,7 @@ class OpenVariants:
         weights = GgufWeights(header, template.model, template.weights.tensors)
         n_bytes = sum(info.n_bytes for info in header.tensors.values())
         bits = 8 * n_bytes / weights.n_parameters
-        name = self._free_name(path)
+        name = self._free_name(path) if name is None else name
         files = [one.path.stat() for one in header.headers]
         stamps = str([(file.st_size, file.st_mtime_ns) for file in files])
         self.variants.append(

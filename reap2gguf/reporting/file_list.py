@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.card_choice import Choice, choices, how_chosen, needed_bytes
 from reap2gguf.messages import size
 from reap2gguf.reporting.charts import Legend, figure, legend
-from reap2gguf.reporting.html import Html, absent, code, element, paragraph, section
+from reap2gguf.reporting.html import Html, absent, code, element, section
 from reap2gguf.reporting.numbers import with_error
 from reap2gguf.reporting.plots import Point, points
 from reap2gguf.reporting.scales import linear_scale, log_scale
@@ -23,14 +24,12 @@ from reap2gguf.reporting.tables import (
 )
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
+    from reap2gguf.bundle.evaluation import Divergence, Evaluation
     from reap2gguf.bundle.manifest import GgufRecord
     from reap2gguf.reporting.facts import ReportFacts
 
 GIB = 2**30
-MEMORIES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _NOT_EVALUATED = "How good these files are was not measured."
-_MORE_SHARE, _MORE_BYTES = 0.1, GIB  # beside the file: context, buffers, the program
 
 
 def files(facts: ReportFacts) -> Html:
@@ -89,79 +88,23 @@ def _row(facts: ReportFacts, record: GgufRecord) -> list[Cell]:
     ]
 
 
-def needed_bytes(facts: ReportFacts, record: GgufRecord) -> int:
-    """Memory that a file needs, with room for context, buffers and the projector."""
-    side = sum(one.n_bytes for one in facts.manifest.side_files)
-    return round((record.n_bytes + side) * (1 + _MORE_SHARE)) + _MORE_BYTES
-
-
-def recommended(facts: ReportFacts, memory: int) -> GgufRecord | None:
-    """The best file that fits: the closest to the source, or with the most bits; None if none fits.
-
-    Files are compared by divergence if it is known of all. Of those that cannot be told apart
-    within the standard error, the smallest is taken.
-    """
-    fitting = [one for one in facts.manifest.gguf if needed_bytes(facts, one) <= memory]
-    means = _means(facts)
-    if not fitting or not means:
-        return max(fitting, key=lambda one: (one.bits_per_weight, -one.n_bytes), default=None)
-    lowest = min((means[one.file] for one in fitting), key=lambda mean: mean.value)
-    alike = [one for one in fitting if means[one.file].value <= lowest.value + lowest.error]
-    return min(alike, key=lambda one: one.n_bytes)
-
-
-def _means(facts: ReportFacts) -> dict[str, Estimate]:
-    """The mean divergence of every file from the source; empty if one was not measured."""
-    found = {one.file: from_source(facts, one) for one in facts.manifest.gguf}
-    measured = {name: one.mean for name, one in found.items() if one is not None}
-    return measured if len(measured) == len(found) else {}
-
-
-def by_memory(facts: ReportFacts) -> list[tuple[int, int | None, GgufRecord]]:
-    """Spans of memory in GiB (None: and more), each with the file to take."""
-    spans: list[tuple[int, int | None, GgufRecord]] = []
-    for memory in MEMORIES:
-        record = recommended(facts, memory * GIB)
-        if record is None:
-            continue
-        if spans and spans[-1][2] is record:
-            spans[-1] = (spans[-1][0], memory, record)
-        else:
-            spans.append((memory, memory, record))
-    if spans:
-        spans[-1] = (spans[-1][0], None, spans[-1][2])
-    return spans
-
-
 def _recommendation(facts: ReportFacts) -> Html:
-    spans = by_memory(facts)
-    if not spans:
-        return paragraph(f"No file fits into {MEMORIES[-1]} GiB.")
-    rows = [_span_row(facts, *span) for span in spans]
+    rows = [_choice_row(facts, one) for one in choices(facts.manifest)]
     columns = [
         Column("memory", is_number=False),
         Column("file", is_number=False),
         Column("needs"),
         Column("KL divergence", note="from the source, nats"),
     ]
-    best = "the one with the most bits per weight"
-    if _means(facts):
-        best = "the closest to the source, or the smallest of those that the standard error allows"
-    note = (
-        f"Of the files that fit, {best}. Memory is that of GPU and computer together. A file needs "
-        f"its own size, {_MORE_SHARE:.0%} more, and {size(_MORE_BYTES)} for context and buffers; "
-        "long contexts need more."
-    )
-    return table("Which file for how much memory", columns, rows, note)
+    return table("Which file for how much memory", columns, rows, how_chosen(facts.manifest))
 
 
-def _span_row(facts: ReportFacts, low: int, high: int | None, record: GgufRecord) -> list[Cell]:
-    span = f"{low} GiB" if high == low else f"{low} to {high} GiB"
-    found = from_source(facts, record)
+def _choice_row(facts: ReportFacts, choice: Choice) -> list[Cell]:
+    record, found = choice.record, from_source(facts, choice.record)
     return [
-        Cell(f"{low} GiB and more" if high is None else span, low),
+        Cell(choice.title, choice.memory),
         words(record.file, code(record.file)),
-        byte_size(needed_bytes(facts, record)),
+        byte_size(needed_bytes(facts.manifest, record)),
         measured(None if found is None else found.mean),
     ]
 

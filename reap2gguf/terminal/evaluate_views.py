@@ -42,6 +42,18 @@ def evaluation_lines(evaluation: Evaluation, width: int | None = None) -> Iterat
         yield from map(str, evaluation.smoke_tests)
 
 
+def quality_lines(evaluation: Evaluation) -> Iterator[str]:
+    """A short line per variant: its perplexity, and its divergence from what it was made of."""
+    for one in evaluation.variants:
+        apart = [
+            f"{divergence.mean.value:.4f} from {reference}"
+            for reference in ("source", "pruned")
+            if (divergence := evaluation.divergence(one.name, reference)) is not None
+        ]
+        means = f", mean KL {', '.join(apart)}" if apart else ""
+        yield f"{one.name}: perplexity {figure(one.perplexity, 2)}{means}"
+
+
 def text_line(evaluation: Evaluation) -> str:
     """What was scored, in one line."""
     text = evaluation.text

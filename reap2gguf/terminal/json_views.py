@@ -48,6 +48,7 @@ def result_as_json(result: BuildResult, log: Path | None = None) -> dict[str, An
             for stage in result.stages
         ],
         "verified": list(manifest.verification["passed"]),
+        "evaluation": None if manifest.evaluation is None else manifest.evaluation.as_json(),
     }
 
 

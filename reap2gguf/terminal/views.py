@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from reap2gguf.messages import shell_word, size
+from reap2gguf.terminal.evaluate_views import quality_lines
 
 if TYPE_CHECKING:
     from reap2gguf.building.stage import BuildResult, StageCost
@@ -42,6 +43,10 @@ def result_lines(result: BuildResult) -> Iterable[str]:
     if any(stage.name == "verify" and not stage.reused for stage in result.stages):
         for check in manifest.verification["passed"]:
             yield f"  verified  {check}"
+        yield ""
+    if manifest.evaluation is not None and manifest.evaluation.variants:
+        for line in quality_lines(manifest.evaluation):
+            yield f"  quality   {line}"
         yield ""
     if manifest.hf is not None:
         yield f"  {result.hf_folder}/  {size(manifest.hf.n_bytes)}"

@@ -15,6 +15,8 @@ from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.terminal.json_views import result_as_json
+from reap2gguf.terminal.views import result_lines
 from tests.tiny import TinyQwen3Moe
 
 
@@ -58,6 +60,18 @@ def test_a_build_measures_all_its_variants(model: Path, tmp_path: Path) -> None:
     assert result is not None
     found = result.manifest.evaluation
     assert found is not None
+    shown = [line for line in result_lines(result) if line.startswith("  quality   ")]
+    source, pruned, first, _ = shown
+    assert source == (
+        f"  quality   source: perplexity {found.variants[0].perplexity.value:.2f} ± "
+        f"{found.variants[0].perplexity.error:.2f}"
+    )
+    (from_source,) = (one for one in found.comparisons if one.variant == "pruned")
+    assert pruned.endswith(f", mean KL {from_source.divergence.mean.value:.4f} from source")
+    assert first.startswith("  quality   tiny-Q8_0.gguf: perplexity ")
+    assert " from source, " in first
+    assert first.endswith(" from pruned")
+    assert result_as_json(result)["evaluation"] == found.as_json()
     files = [record.file for record in result.manifest.gguf]
     assert [one.name for one in found.variants] == ["source", "pruned", *files]
     assert len(found.comparisons) == 1 + 2 * len(files)

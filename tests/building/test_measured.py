@@ -22,6 +22,16 @@ from tests.evaluations import EXAMPLE as EVALUATION
 CPU = ComputeOptions(device="cpu")
 
 
+class Noting(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def note(self, text: str) -> None:
+        self._told.append(text)
+
+
 @pytest.fixture
 def bundle(built: Bundle, tmp_path: Path) -> Path:
     """A copy of a finished bundle; its GGUF folder."""
@@ -32,7 +42,7 @@ def bundle(built: Bundle, tmp_path: Path) -> Path:
 
 def evaluation_of(folder: Path) -> Evaluation:
     """An evaluation of a bundle's files, of made-up figures."""
-    names = [record.first for record in Manifest.load(folder).gguf]
+    names = [record.file for record in Manifest.load(folder).gguf]
     files = EVALUATION.of_kind("gguf")
     new = {old.name: name for old, name in zip(files, names, strict=True)}
     return replace(
@@ -61,9 +71,33 @@ def test_cards_and_manifests_have_it(bundle: Path) -> None:
     assert {path.name: path.read_bytes() for path in bundle.glob("*.gguf")} == before
     report = verify_paths([bundle], 1, Silent(), Strictness(False))
     assert not report.violations
-    again = record_evaluation(bundle, replace(found, tasks=()), None, CPU, Silent())
-    assert again.manifest.evaluation is not None
-    assert not again.manifest.evaluation.tasks
+
+
+def test_what_is_not_measured_again_stays(bundle: Path) -> None:
+    found = evaluation_of(bundle)
+    record_evaluation(bundle, found, None, CPU, Silent())
+    told: list[str] = []
+    progress = Noting(told)
+    speed = replace(found.speeds[0], n_threads=7)
+    only_speed = Evaluation("streamed", None, speeds=[speed])
+    again = record_evaluation(bundle, only_speed, None, CPU, progress).manifest.evaluation
+    assert again is not None
+    assert (again.text, again.variants, again.tasks) == (found.text, found.variants, found.tasks)
+    assert again.comparisons == found.comparisons
+    assert again.speeds == (speed,)
+    assert "earlier figures that were not measured again stay: the text, tasks, answers" in told
+    assert f"{found.variants[1].perplexity.value:.2f}" in (bundle / "README.md").read_text()
+    assert not verify_paths([bundle], 1, Silent(), Strictness(False)).violations
+    # another text, without the source
+    assert found.text is not None
+    other = replace(
+        found, text=replace(found.text, label="other"), variants=found.variants[1:],
+        comparisons=[one for one in found.comparisons if one.reference != "source"],
+    )  # fmt: skip
+    last = record_evaluation(bundle, other, None, CPU, progress).manifest.evaluation
+    assert last is not None
+    assert (last.variants, last.comparisons) == (other.variants, other.comparisons)
+    assert "the earlier figures of source are removed" in told[-1]
 
 
 def test_other_files_are_refused(bundle: Path) -> None:

@@ -22,7 +22,7 @@ FILES = (file("Q8_0", 30, 8.5), file("Q4_K_M", 16, 4.8), file("IQ2_M", 9, 2.7))
 
 
 def labels(manifest: Manifest) -> list[tuple[str, str]]:
-    return [(memory, one.label) for memory, one in choices(manifest)]
+    return [(one.title, one.record.label) for one in choices(manifest)]
 
 
 def measured(**means: tuple[float, float]) -> Manifest:

@@ -311,8 +311,8 @@ def test_a_picture(three: reap2gguf.ModelComparison, tmp_path: Path, files: Path
     from matplotlib.image import imread
 
     title, points = points_of(three)
-    assert title == "KL divergence from tiny-qwen3-moe (nats)"
-    assert [point.label for point in points] == ["ours-Q4_K_M.gguf", "theirs-Q3_K_M.gguf"]
+    assert title == "KL divergence from tiny-qwen3-moe"
+    assert [point.name for point in points] == ["ours-Q4_K_M", "theirs-Q3_K_M"]
     path = tmp_path / "sizes.png"
     found = reap2gguf.compare(EXAMPLE, files / "BF16.gguf", quality=False, picture=path)
     assert points_of(found)[0] == "bits per weight"
@@ -326,7 +326,7 @@ def test_two_models_are_shown_by_perplexity(three: reap2gguf.ModelComparison, fi
     found = replace(three, models=three.models[:2])
     title, points = points_of(found)
     assert title == "perplexity"
-    assert all(math.isfinite(point.error) for point in points)
+    assert all(math.isfinite(point.height.error) for point in points)
 
 
 def test_the_command(files: Path, tmp_path: Path) -> None:

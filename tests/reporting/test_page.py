@@ -12,9 +12,10 @@ from itertools import pairwise
 
 import pytest
 
+from reap2gguf.bundle.card_choice import choice_section, how_chosen
 from reap2gguf.bundle.evaluation import Estimate, Evaluation, TaskScore
 from reap2gguf.bundle.manifest import NO_METHOD
-from reap2gguf.reporting import file_list, grids
+from reap2gguf.reporting import grids
 from reap2gguf.reporting.experts import heat
 from reap2gguf.reporting.facts import ReportFacts
 from reap2gguf.reporting.page import page
@@ -27,6 +28,8 @@ SECTIONS = [
     "summary", "files", "damage", "tasks", "speed", "experts", "bits", "run", "calibration",
     "caveats", "provenance",
 ]  # fmt: skip
+
+CHOICE = "Which file for how much memory"
 
 
 @pytest.fixture(scope="module")
@@ -361,30 +364,22 @@ def test_no_difference_can_be_drawn(facts: ReportFacts) -> None:
     assert "0 ± 0" in [row["KL divergence"].text for row in rows]
 
 
-def test_recommendations_by_memory(facts: ReportFacts) -> None:
+def test_recommendations_are_those_of_the_card(facts: ReportFacts) -> None:
     big = [
         replace(one, n_bytes=n * 2**30) for one, n in zip(facts.manifest.gguf, (12, 7), strict=True)
     ]
     found = replace(facts, manifest=replace(facts.manifest, gguf=big))
-    spans = [(low, high, record.label) for low, high, record in file_list.by_memory(found)]
-    assert spans == [(12, 12, "Q4_K_M"), (16, None, "Q8_0")]
-    assert file_list.recommended(found, 8 * 2**30) is None
+    for manifest in (found.manifest, without_evaluation(found).manifest):
+        rows = table_of(read_page(page(replace(facts, manifest=manifest))), CHOICE)
+        shown = [(row["memory"].text, row["file"].text) for row in rows]
+        assert shown == [("from 12 GiB", Q4), ("from 16 GiB", Q8)]
+        card = choice_section(manifest)
+        assert all(f"| {memory} | " in card and f"`{file}`" in card for memory, file in shown)
+        assert how_chosen(manifest) in section(replace(facts, manifest=manifest), "files").text
+    needs = [row["needs"].text for row in table_of(read_page(page(found)), CHOICE)]
+    assert needs == ["8.70 GiB", "14.20 GiB"]
     huge = replace(facts, manifest=replace(facts.manifest, gguf=[replace(big[0], n_bytes=2**41)]))
-    assert "No file fits into 1024 GiB" in section(huge, "files").text
-
-
-def test_of_files_that_cannot_be_told_apart_the_smaller_is_recommended(facts: ReportFacts) -> None:
-    assert [one.file for _, _, one in file_list.by_memory(facts)] == [Q8]
-    worse = [
-        replace(one, divergence=replace(one.divergence, mean=Estimate(0.1401, 0.01)))
-        if (one.variant, one.reference) == (Q8, "source")
-        else one
-        for one in EXAMPLE.comparisons
-    ]
-    evaluation = replace(EXAMPLE, comparisons=worse)
-    found = replace(facts, manifest=replace(facts.manifest, evaluation=evaluation))
-    assert [one.file for _, _, one in file_list.by_memory(found)] == [Q4]
-    assert [one.file for _, _, one in file_list.by_memory(without_evaluation(facts))] == [Q8]
+    assert "from 2.20 TiB" in section(huge, "files").text
 
 
 def test_large_models_make_small_pages() -> None:

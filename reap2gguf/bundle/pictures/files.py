@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +14,22 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from reap2gguf.bundle.pictures.canvas import (
     BLUE,
     FAINT,
-    INK,
-    LINES,
     MISSING,
     ORANGE,
     PAPER,
-    RED,
     Canvas,
     Place,
     colours,
     plain,
     steps,
 )
+from reap2gguf.bundle.pictures.sizes import Level, Series, SizePoint, sizes_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from reap2gguf.bundle.evaluation import Estimate
 
-_LOWEST = 1e-6  # nats: a mean divergence below this is rounding
 _LEFT = 0.85  # inches
 _BITS = (1, 2, 3, 4, 5, 6, 8, 16)  # at which the colours of bits per weight change evenly
 MOST_FILES = 12  # in the picture of bits per weight
@@ -76,125 +73,28 @@ def quality_picture(files: Sequence[FilePoint], pruning: Estimate | None) -> byt
 
     `pruning` is the divergence of the pruned model from the source, where anything was pruned.
     """
-    canvas = Canvas(
-        4.6,
-        "KL divergence against size of the files",
-        [
-            "Mean over the tokens of the evaluation, with its standard error; lower is closer.",
-        ],
-    )
-    axes = canvas.axes(Place(_LEFT, 1.1, 8.75, 2.9))
-    axes.set_yscale("log")
-    unit, unit_bytes = (
-        ("GiB", 2**30) if max(one.n_bytes for one in files) >= 2**29 else ("MiB", 2**20)
-    )
-    axes.set_xlabel(f"size of the file, {unit}", color=FAINT, size=9)
-    axes.set_ylabel("KL divergence, nats", color=FAINT, size=9)
-    drawn = [value.value for one in files for value in (one.from_pruned, one.from_source) if value]
+    from_source = _points((one, one.from_source) for one in files)
+    series = [Series("from the source: quantizing", BLUE, from_source, "s")]
     if pruning is not None:
-        level = max(pruning.value, _LOWEST)
-        axes.axhline(level, color=RED, linewidth=1.6, linestyle=(0, (5, 3)), label="pruning alone")
-        axes.axhspan(
-            max(level - pruning.error, _LOWEST / 2),
-            level + pruning.error,
-            color=RED,
-            alpha=0.1,
-            linewidth=0,
-        )
-        drawn.append(pruning.value)
-    ordered = sorted(files, key=lambda one: one.n_bytes)
-    has_both = pruning is not None
-    series = [
-        ("from_source", "from the source: what you feel", ORANGE, "o"),
-        ("from_pruned", "from the pruned model: quantizing alone", BLUE, "s"),
+        from_pruned = _points((one, one.from_pruned) for one in files)
+        series = [
+            Series("from the source: what you feel", ORANGE, from_source),
+            Series("from the pruned model: quantizing alone", BLUE, from_pruned, "s"),
+        ]
+    return sizes_picture(
+        "KL divergence against size of the files",
+        ["Mean over the tokens of the evaluation, with its standard error; lower is closer."],
+        "KL divergence, nats",
+        series,
+        None if pruning is None else Level("pruning alone", pruning),
+    )
+
+
+def _points(files: Iterable[tuple[FilePoint, Estimate | None]]) -> list[SizePoint]:
+    """Those that were measured."""
+    return [
+        SizePoint(plain(one.label), one.n_bytes, value) for one, value in files if value is not None
     ]
-    if not has_both:
-        series = [("from_source", "from the source: quantizing", BLUE, "s")]
-    for name, label, colour, marker in series:
-        _points(axes, ordered, unit_bytes, name, label, colour, marker)
-    _limits(axes, ordered, unit_bytes, drawn)
-    _name_points(axes, ordered, unit_bytes, "from_source")
-    axes.grid(color=LINES, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.tick_params(which="minor", length=0, labelleft=False)
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.02),
-        ncols=3,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        columnspacing=1.6,
-        handlelength=1.8,
-        borderpad=0,
-    )
-    return canvas.png()
-
-
-def _points(
-    axes: Axes,
-    files: Sequence[FilePoint],
-    unit: int,
-    name: str,
-    label: str,
-    colour: str,
-    marker: str,
-) -> None:
-    """One series: points with standard errors, joined in the order of their sizes."""
-    found = [(one, value) for one in files if (value := getattr(one, name)) is not None]
-    if not found:
-        return
-    values = [max(value.value, _LOWEST) for _, value in found]
-    # no bar reaches 0, which has no place on this axis
-    below = [min(value.error, 0.9 * high) for (_, value), high in zip(found, values, strict=True)]
-    axes.errorbar(
-        [one.n_bytes / unit for one, _ in found],
-        values,
-        yerr=(below, [value.error for _, value in found]),
-        color=colour,
-        marker=marker,
-        markersize=6.5,
-        markeredgecolor=PAPER,
-        markeredgewidth=1,
-        linewidth=1.4,
-        elinewidth=1.2,
-        capsize=2.5,
-        label=label,
-        zorder=3,
-    )
-
-
-def _limits(axes: Axes, files: Sequence[FilePoint], unit: int, values: Sequence[float]) -> None:
-    """Room around all points; at least a factor of ten upwards."""
-    sizes = [one.n_bytes / unit for one in files]
-    margin = max(0.08 * (max(sizes) - min(sizes)), 0.05 * max(sizes))
-    axes.set_xlim(min(sizes) - margin, max(sizes) + margin)
-    low, high = max(min(values), _LOWEST), max(max(values), _LOWEST)
-    middle = math.sqrt(low * high)
-    axes.set_ylim(min(low / 2, middle / 3), max(high * 2.6, middle * 4))
-
-
-def _name_points(axes: Axes, files: Sequence[FilePoint], unit: int, name: str) -> None:
-    """The labels above the points, each as low as it can be without touching another."""
-    from matplotlib.transforms import Bbox
-
-    taken: list[Bbox] = []
-    found = [(one, value) for one in files if (value := getattr(one, name)) is not None]
-    for one, value in found:
-        at = (one.n_bytes / unit, max(value.value + value.error, _LOWEST))
-        x, y = axes.transData.transform(at)
-        width = 9.5 * len(plain(one.label)) + 8  # pixels, generous for this font
-        for step in range(12):
-            bottom = y + 12 + 19 * step
-            box = Bbox.from_extents(x - width / 2, bottom, x + width / 2, bottom + 18)
-            if not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
-        place = axes.transData.inverted().transform((x, bottom))
-        if step:
-            axes.plot([at[0], at[0]], [at[1], place[1]], color=FAINT, linewidth=0.6, alpha=0.6)
-        axes.text(place[0], place[1], plain(one.label), ha="center", va="bottom", size=9, color=INK)
 
 
 def bits_picture(files: Sequence[FileTypes], shapes: Mapping[str, Sequence[int]]) -> bytes:
