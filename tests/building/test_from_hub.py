@@ -18,6 +18,7 @@ from reap2gguf.building import pipeline
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.errors import OutputError, SourceError
 from reap2gguf.hub.source import Source
+from reap2gguf.observing.layer_group import LayerGroup
 from reap2gguf.observing.sweep import Sweep
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
@@ -148,9 +149,9 @@ def after_each_layer(
 ) -> Iterator[None]:
     real = Sweep._all_batches
 
-    def wrapped(self: Sweep, index: int, task: Any) -> Any:
-        flags = real(self, index, task)
-        look(index)
+    def wrapped(self: Sweep, group: LayerGroup, task: Any) -> Any:
+        flags = real(self, group, task)
+        look(group.layers[-1])
         return flags
 
     with monkeypatch.context() as patch:

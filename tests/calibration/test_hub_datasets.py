@@ -168,6 +168,7 @@ def by_hand(messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+@pytest.mark.slow
 def test_a_whole_subset_is_its_rows(client: Client) -> None:
     rows, label, notes = client.ask(f"{MOT}[math]:50")
     assert sorted(rows) == sorted(by_hand(chat("math", n)["messages"]) for n in range(10))
@@ -276,6 +277,7 @@ def test_a_subset_that_ends_leaves_its_last_row(client: Client) -> None:
     assert f"{sum(map(len, rows))} tokens of 10 samples; 50 rows were requested" in note
 
 
+@pytest.mark.slow
 def test_a_build_goes_on_without_the_hub(client: Client, tmp_path: Path) -> None:
     local = tmp_path / "mine.jsonl"
     local.write_bytes(lines([chat("mine", n) for n in range(8)]))

@@ -84,6 +84,7 @@ def imatrix(wide: Path) -> Imatrix:
     return random_imatrix(gguf_tensors(wide))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_bytes", [2**24, 2**19, 2**17])
 def test_buffers_are_no_more_than_planned_and_not_far_less(
     batch_bytes: int,

@@ -194,7 +194,8 @@ def test_a_storage_that_is_gone_for_a_while_does_not_end_the_build(
     monkeypatch.setattr(Storage, "save", refuse)
     notes: list[str] = []
     assert work_here(options(tmp_path, "model"), notes.append) == 0
-    assert notes == ["the work is not saved this time (storage: cannot be written)"]
+    # as often as it is tried, on a slow machine more than once
+    assert set(notes) == {"the work is not saved this time (storage: cannot be written)"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

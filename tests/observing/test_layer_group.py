@@ -111,6 +111,7 @@ def bad_from(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     return marks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OBSERVERS)
 @pytest.mark.parametrize("batch_tokens", [8192, 18, 1])
 def test_a_row_counts_up_to_the_layer_that_makes_it_not_finite(

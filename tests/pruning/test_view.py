@@ -83,6 +83,7 @@ def kept_maps(draw: st.DrawFn, facts: ModelFacts) -> dict[int, tuple[int, ...]]:
     return {layer: draw(ids) for layer in facts.moe_layers}
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @pytest.mark.parametrize("which", SPECS)
 @given(data=st.data())

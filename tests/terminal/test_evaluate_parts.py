@@ -49,6 +49,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_three_tasks(tmp_path_factory.mktemp("tasks") / "tasks")
 
 
+@pytest.mark.slow
 def test_text_and_tasks_in_one_sweep(built: Bundle, tasks: Path, tmp_path: Path) -> None:
     asked = ("--tasks", "plain,normed,rolling", "--task-folder", tasks)
     output = tmp_path / "evaluation.json"
@@ -87,6 +88,7 @@ def test_the_table_of_tasks(built: Bundle, tasks: Path) -> None:
     assert "perplexity" not in result.output
 
 
+@pytest.mark.slow
 def test_llama_cpp_as_engine(built: Bundle, tasks: Path) -> None:
     """GGUF files by llama.cpp, folders streamed: nearly the same figures."""
     asked = ("--tasks", "plain", "--task-folder", tasks)
@@ -153,6 +155,7 @@ def test_an_interrupted_call_keeps_what_is_done(
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
+@pytest.mark.slow
 def test_files_that_llama_cpp_has_computed_are_kept(
     built: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -184,6 +184,7 @@ DAMAGE = (flip, lose_a_row, lose_all, fill_with_ones, swap_thirds, reverse)
 SOURCES = (np.nan, np.inf, -np.inf, 1e-30, 1e-6, 0.0, 1e30, 60.0)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=12,
     deadline=None,

@@ -56,17 +56,19 @@ def smoke_tests(
     template fails, and DependencyError if llama-cpp-python does not load.
     """
     messages: list[Mapping[str, Any]] = [{"role": "user", "content": question}]
-    theirs, note = None, _NO_FOLDER if folder is None else _too_large(folder)
-    if folder is not None and not note:
-        theirs = _transformers_answer(folder, messages, n_tokens, options.threads)
-    found = []
-    for gguf in ggufs:
+    asked = []
+    for gguf in ggufs:  # first: a question that is too long is refused at once
         with LlamaModel(gguf, options) as model:
             with closing(Prompts(gguf, model.header, TODAY)) as prompts:
                 prompt = prompts.render(messages)
-            ours = _llama_answer(model, prompt, n_tokens)
-        has_template = prompts.has_template
-        found.append(SmokeTest(gguf.name, question, has_template, ours, theirs, note))
+            asked.append((gguf, prompts.has_template, _llama_answer(model, prompt, n_tokens)))
+    theirs, note = None, _NO_FOLDER if folder is None else _too_large(folder)
+    if folder is not None and not note:
+        theirs = _transformers_answer(folder, messages, n_tokens, options.threads)
+    found = [
+        SmokeTest(gguf.name, question, has_template, ours, theirs, note)
+        for gguf, has_template, ours in asked
+    ]
     return found
 
 

@@ -71,6 +71,7 @@ def test_the_first_function_that_returns() -> None:
     assert needed("def f(x):\n    x.append(1)\n", "f") == "def f(x):\n    x.append(1)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

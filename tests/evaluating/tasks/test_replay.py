@@ -114,6 +114,7 @@ def test_one_question_has_no_error_and_that_is_said(tmp_path: Path) -> None:
     assert "single: one question has no standard error; it is given as 0" in notes
 
 
+@pytest.mark.slow
 def test_errors_by_draws_and_filters_of_answers(tmp_path: Path) -> None:
     """f1 has no formula for its error; a filter with a name is part of the metric's."""
     data = write_data(tmp_path / "data", "questions", questions(40))
