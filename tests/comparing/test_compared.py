@@ -14,11 +14,11 @@ from gguf import GGUFReader, LlamaFileType
 
 import reap2gguf
 from reap2gguf.bundle.evaluation import evaluation_of
-from reap2gguf.comparing import quality
 from reap2gguf.comparing.contents import Contents, contents_of_gguf
 from reap2gguf.comparing.opening import open_all
 from reap2gguf.comparing.picture import points_of
 from reap2gguf.errors import SourceError, UsageError
+from reap2gguf.evaluating import scoring
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_files.split import plan_split, write_part
 from reap2gguf.options import ComputeOptions
@@ -269,7 +269,7 @@ def test_names_that_are_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_computed_for_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "evaluate_variants", None)
+    monkeypatch.setattr(scoring, "evaluate_variants", None)
     found = reap2gguf.compare(EXAMPLE, quality=False)
     assert found.evaluation is None
     assert found.reference == ""
@@ -329,7 +329,7 @@ class Killed(Exception):
 def test_an_interrupted_comparison_resumes(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reap2gguf.observing.state.StateKeeper.is_due", lambda *_: True)
+    monkeypatch.setattr("reap2gguf.observing.state.MOST_OF_TIME", 1e9)  # each layer is saved
     output = tmp_path / "found.json"
     ours, theirs = files / "ours-Q4_K_M.gguf", files / "theirs-Q3_K_M.gguf"
     seen = 0
