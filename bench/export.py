@@ -191,11 +191,16 @@ def cool(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def remove_files(folder: Path, recipes: Recipes) -> None:
+    """Remove what an earlier run has written, so that it takes no part of the disk."""
+    for name in recipes:
+        (folder / f"{name}.gguf").unlink(missing_ok=True)
+
+
 def export_apart(
     folder: Path, target: Path, recipes: Recipes, n_threads: int, cold: bool = False
 ) -> Figures:
-    for name in recipes:
-        (target / f"{name}.gguf").unlink(missing_ok=True)
+    remove_files(target, recipes)
     for shard in folder.glob("*.safetensors"):
         cool(shard) if cold else warm(shard)
     return apart(export, folder, target, recipes, n_threads)
@@ -220,8 +225,7 @@ def compare_with_llama_cpp(
     if not peer.exists():
         peer.mkdir()
         export_apart(model, peer, ("bf16",), n_threads)
-    for name in recipes:
-        (peer / f"{name}.gguf").unlink(missing_ok=True)
+    remove_files(peer, recipes)
     warm(source)
     figures = apart(llama_export, source, peer, imatrix, recipes, n_threads)
     print(json.dumps({"job": "llama.cpp"} | figures), flush=True)
@@ -251,13 +255,11 @@ def compare_with_dd(
     model: Path, folder: Path, recipes: Recipes, n_threads: int, n_bytes: int
 ) -> None:
     """Our export between two runs of `dd`, for disks change."""
-    for name in recipes:
-        (folder / f"{name}.gguf").unlink()
+    remove_files(folder, recipes)
     os.sync()
     before = dd_rates(folder, n_bytes)
     figures = export_apart(model, folder, recipes, n_threads)
-    for name in recipes:
-        (folder / f"{name}.gguf").unlink()
+    remove_files(folder, recipes)
     after = dd_rates(folder, n_bytes)
     ours = round(n_bytes / 1e9 / figures["seconds"], 2)
     ratios = [round(ours / max(rates.values()), 2) for rates in (before, after)]

@@ -196,10 +196,13 @@ class Sweep:
         self.n_observed = self.ranks.total(observed)[0]
         self._share = self.n_observed / max(n_tokens, 1) / self.n_layers
         self._coming: list[tuple[int, Totals]] = []  # the sums of layers that have ended
-        # rows that were dropped, in this process
-        self._n_lost = plan.n_rows - sum(len(batch.lengths) for batch in self.batches)
         self._has_begun = False
         self.prefetches = plan.budget.prefetch  # until the GPU's memory turns out too small
+
+    @property
+    def n_lost(self) -> int:
+        """Rows that were dropped since the first layer, in this process."""
+        return self.plan.n_rows - sum(len(batch.lengths) for batch in self.batches)
 
     def fill_spool(self, state: SweepState | None) -> None:
         """Put the hidden states of every batch into the spool: saved ones, or embedded rows."""
@@ -259,7 +262,9 @@ class Sweep:
         On a GPU their sums are kept while the next layer computes.
         """
         group = LayerGroup(self.decoder, layers, self.observer)
-        modules = [self._load(index) for index in self._asked(layers)]
+        if len(layers) > 1:
+            self._ask_all(layers)
+        modules = [self._load(index) for index in layers]
         self._has_begun = False  # to read the next layer
         on_gpu = self.decoder.device.type == "cuda"
         if not on_gpu:
@@ -276,7 +281,7 @@ class Sweep:
         self.spool.flush()
         # the only time that the host waits for the device; a process may have no batch at all
         finite = torch.cat(flags, dim=1).cpu() if flags else torch.ones(len(layers), 0).bool()
-        lost = [self._n_lost] * len(layers)
+        lost = [self.n_lost] * len(layers)
         if not bool(finite.all()):
             lost = self._without_bad_rows(group, finite)
         group.detach()
@@ -292,13 +297,11 @@ class Sweep:
         if saves:
             self.keeper.save(layers.stop, self.batches, self.spool)
 
-    def _asked(self, layers: range) -> range:
-        """The same layers, all of which are being read."""
-        if len(layers) > 1:
-            for index in layers:
-                if not self.decoder.has_layer(index):
-                    self.decoder.ask_layer(index)
-        return layers
+    def _ask_all(self, layers: range) -> None:
+        """Begin to read the layers of a group, of which the first may be on its way."""
+        for index in layers:
+            if not self.decoder.has_layer(index):
+                self.decoder.ask_layer(index)
 
     def _totals(self, observer: LayerObserver, n_lost: int) -> Totals:
         losses = (self.plan.n_rows, n_lost)
@@ -370,7 +373,7 @@ class Sweep:
 
         Returns how many rows are lost after each layer, since the first one of the model.
         """
-        lost = [self._n_lost] * len(group.layers)
+        lost = [self.n_lost] * len(group.layers)
         first = 0
         for batch in self.batches:
             rows = finite[:, first : first + len(batch.lengths)]
@@ -390,7 +393,6 @@ class Sweep:
                 rows = self._through(group, batch, hidden, n_counted).cpu()
                 self.spool.flush()
         self.batches = [batch for batch in self.batches if len(batch.lengths)]
-        self._n_lost = lost[-1]
         return lost
 
     def _halved(self, batch: Batch, error: torch.OutOfMemoryError) -> tuple[Batch, Batch]:
