@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from sparse_checkpoint import QWEN3_30B
+from shapes.qwen import QWEN3_30B
 from synthetic import VOCABULARY, shortened
 from torch.utils.data import DataLoader, Dataset
 

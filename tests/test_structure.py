@@ -349,6 +349,16 @@ COVERED_BY = [
         ("hub/ranges.py",),
     ),
     (
+        "models/test_contract.py",
+        "headers of every family, compared as a whole with llama.cpp's",
+        ("models/scored_router.py",),
+    ),
+    (
+        "tokenizer/test_form.py",
+        "the patterns of each family, as its tokenizers have them",
+        ("models/tokenizer_families.py",),
+    ),
+    (
         "models/test_from_gguf.py",
         "what is read from a header is compared as a whole model",
         ("models/gguf_keys.py", "models/linear_from_gguf.py"),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
-    from reap2gguf.tokenizer.form import PreTokenizers
+    from reap2gguf.models.tokenizer_families import PreTokenizers
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.foreign import foreign_layout
 from reap2gguf.models.quantized import refuse_quantized
+from reap2gguf.models.tokenizer_families import PreTokenizers, pre_tokenizers_of
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -45,8 +46,6 @@ class MoeModel(ABC):
 
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
-    # regular expressions by which tokenizer.json splits text -> llama.cpp's name of that splitting
-    pre_tokenizers: ClassVar[Mapping[tuple[str, ...], str]]
 
     def __init__(
         self,
@@ -116,6 +115,11 @@ class MoeModel(ABC):
     def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
         """Stored names by which the model knows that it has a head and an MTP block of its own."""
         return ("lm_head.weight",) if "output.weight" in keys.tensors else ()
+
+    @property
+    def pre_tokenizers(self) -> PreTokenizers:
+        """The split patterns that its tokenizer may have, and llama.cpp's name of each."""
+        return pre_tokenizers_of(self.model_type)
 
     def config_values(self) -> dict[str, Any]:
         """What was read from the config, under transformers' names of it."""

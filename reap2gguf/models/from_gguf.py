@@ -40,6 +40,7 @@ _YARN_FIXED = {
     Keys.Rope.SCALING_YARN_BETA_FAST: ("beta_fast", 32.0),
     Keys.Rope.SCALING_YARN_BETA_SLOW: ("beta_slow", 1.0),
 }
+_SCORES = {1: "a softmax", 2: "sigmoids"}  # of its logits
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 
@@ -155,8 +156,11 @@ def trunk_layers(keys: GgufKeys) -> tuple[int, int]:
     return n_blocks - n_mtp, n_mtp
 
 
-def common_config(keys: GgufKeys) -> dict[str, Any]:
-    """The values of a config that most decoders have, rotary embedding included."""
+def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
+    """The values of a config that most decoders have, rotary embedding included.
+
+    `scores` is llama.cpp's number of what the router makes of its logits: 1 is a softmax.
+    """
     llm, attention = Keys.LLM, Keys.Attention
     hidden = keys.integer(llm.EMBEDDING_LENGTH, 1, MAX_WIDTH)
     n_heads = keys.integer(attention.HEAD_COUNT, 1, MAX_HEADS)
@@ -170,7 +174,7 @@ def common_config(keys: GgufKeys) -> dict[str, Any]:
             f"{keys.where}: {EMBEDDING} has {vocab:,} rows, expected at most {MAX_VOCABULARY:,}"
         )
     keys.expect(llm.VOCAB_SIZE, vocab, why=f"{EMBEDDING} has as many rows")
-    keys.expect(llm.EXPERT_GATING_FUNC, 1, why="the router's scores are a softmax")
+    keys.expect(llm.EXPERT_GATING_FUNC, scores, why=f"this router makes {_SCORES[scores]}")
     return {
         "attention_bias": False,
         "dtype": "float32",

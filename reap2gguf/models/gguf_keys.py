@@ -78,6 +78,10 @@ class GgufKeys:
             )
         return value
 
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false."""
+        return self._read.boolean(self._name(key), default=default)
+
     def integers(self, key: str, low: int, high: int, n_items: int) -> tuple[int, ...]:
         """A list of `n_items` whole numbers within [low, high]."""
         name = self._name(key)

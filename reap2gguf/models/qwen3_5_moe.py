@@ -54,7 +54,6 @@ from reap2gguf.models.rules import (
 from reap2gguf.models.shared import (
     ARRAY,
     FLOAT32,
-    QWEN_PRE_TOKENIZERS,
     UINT32,
     DecoderModel,
     Entry,
@@ -127,7 +126,6 @@ class Qwen35Moe(DecoderModel):
 
     model_type: ClassVar[str] = "qwen3_5_moe"
     gguf_arch: ClassVar[str] = "qwen35moe"
-    pre_tokenizers = QWEN_PRE_TOKENIZERS
     outer = (HEAD, EMBEDDING, NORM)
     mtp = _MTP
     count_keys = ("num_experts",)  # transformers has no other spelling for this family

@@ -27,7 +27,7 @@ from reap2gguf.models.rules import (
     ROUTER,
     TensorRule,
 )
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS, DecoderModel
+from reap2gguf.models.shared import DecoderModel
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
@@ -39,7 +39,6 @@ class Qwen3Moe(DecoderModel):
 
     model_type: ClassVar[str] = "qwen3_moe"
     gguf_arch: ClassVar[str] = "qwen3moe"
-    pre_tokenizers = QWEN_PRE_TOKENIZERS
     fact_keys = (
         *FACT_KEYS,
         "intermediate_size",

@@ -151,3 +151,28 @@ SHARED_EXPERT = (
     ),
     TensorRule("mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", "H S"),
 )
+# What is added to a router's scores for the choice of experts alone (DeepSeek-V3, GLM).
+SCORE_BIAS = TensorRule("mlp.gate.e_score_correction_bias", "exp_probs_b.bias", "E")
+# Experts that every token goes through, stored as one wide one (S: the widths of all together).
+SHARED_EXPERTS = (
+    TensorRule("mlp.shared_experts.gate_proj.weight", "ffn_gate_shexp.weight", "S H"),
+    TensorRule(
+        "mlp.shared_experts.up_proj.weight",
+        "ffn_up_shexp.weight",
+        "S H",
+        input_of="mlp.shared_experts.gate_proj",
+    ),
+    TensorRule("mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", "H S"),
+)
+# An MTP block stored as one more decoder layer (DeepSeek-V3, GLM).
+NEXTN = MtpLayout(
+    layer="",
+    rules=(
+        TensorRule("eh_proj.weight", "nextn.eh_proj.weight", "H 2H", parameter="fc.weight"),
+        TensorRule("enorm.weight", "nextn.enorm.weight", "H", parameter="embedding_norm.weight"),
+        TensorRule("hnorm.weight", "nextn.hnorm.weight", "H", parameter="hidden_norm.weight"),
+        TensorRule(
+            "shared_head.norm.weight", "nextn.shared_head_norm.weight", "H", parameter="norm.weight"
+        ),
+    ),
+)

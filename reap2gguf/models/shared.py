@@ -63,20 +63,6 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
-# the two patterns of Qwen's tokenizers differ only in how they treat marks (\p{M})
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN35_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
-    (_QWEN2_PATTERN,): "qwen2",
-    (_QWEN35_PATTERN,): "qwen35",
-}
-
 Entry = tuple[str, Any, GGUFValueType]  # of a header; the value None is left out
 UINT32, FLOAT32, ARRAY = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
 

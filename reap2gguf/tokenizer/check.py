@@ -15,7 +15,7 @@ from reap2gguf.tokenizer.probe import check_against_library
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from reap2gguf.tokenizer.form import PreTokenizers
+    from reap2gguf.models.tokenizer_families import PreTokenizers
 
 
 def check_tokenizer(

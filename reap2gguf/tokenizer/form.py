@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.pre_tokenizers import NO_NORMALIZER, PRE_TOKENIZERS
 
-PreTokenizers = Mapping[tuple[str, ...], str]  # split patterns -> llama.cpp's name of them
+if TYPE_CHECKING:
+    from reap2gguf.models.tokenizer_families import PreTokenizers
 
 _ANY_FLAG = (True, False)
 # step or part -> its settings and the values that each may have; a missing setting is None

@@ -14,7 +14,7 @@ also the ids of a text (probe).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, Keys, SpecialVocab
 
@@ -23,13 +23,15 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import (
-    PreTokenizers,
     added_by_post_processor,
     check_form,
 )
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.tokenizer_files import loaded_templates, read_tokenizer_json
 from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
+
+if TYPE_CHECKING:
+    from reap2gguf.models.tokenizer_families import PreTokenizers
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Encoder
 
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 
 PIECE = 2**14  # characters of a piece, about
 _CUT = re.compile(

@@ -1,10 +1,17 @@
-"""A tiny checkpoint of every architecture in the table, in every layout that it is stored in."""
+"""A tiny checkpoint of every architecture in the table, in every layout that it is stored in.
+
+A file of tests/families has, of one family: `LAYOUTS` by the name that config.json has in
+`architectures`, each a factory of a checkpoint, the published layout first; `FIELDS`, what is read,
+refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +19,6 @@ import torch
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.table import ARCHITECTURES
-from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 DTYPES = {
     torch.bfloat16: "BF16",
@@ -23,6 +29,9 @@ DTYPES = {
 }
 
 
+FAMILIES = Path(__file__).resolve().parent.parent / "families"
+
+
 class Tiny(Protocol):
     """A factory of tests/tiny.py: hashable, and the same checkpoint every time."""
 
@@ -31,34 +40,17 @@ class Tiny(Protocol):
     def write(self, folder: Any) -> Any: ...
 
 
-QWEN3 = TinyQwen3Moe()
-QWEN35 = TinyQwen35Moe()
-FLAT = replace(QWEN35, nested=False)
+def every_family() -> list[Any]:
+    """The files of tests/families, in the order of their names."""
+    names = sorted(file.stem for file in FAMILIES.glob("*.py"))
+    return [import_module(f"tests.families.{name}") for name in names]
+
+
 # By architecture. The first of each is the published layout.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "Qwen3MoeForCausalLM": {
-        "2D": QWEN3,
-        "3D": replace(QWEN3, fused=True),
-        "tied": replace(QWEN3, tied=True),
-        "dense": replace(QWEN3, n_layers=4, dense_layers=(0, 3)),
-        "3D dense": replace(QWEN3, n_layers=3, fused=True, dense_layers=(2,)),
-        "local experts": replace(QWEN3, count_key="num_local_experts"),
-    },
-    "Qwen3_5MoeForConditionalGeneration": {
-        "the Hub's": QWEN35,
-        "2D": replace(QWEN35, fused=False),
-        "3D": replace(QWEN35, fused_mtp=True),
-        "2D trunk, 3D MTP": replace(QWEN35, fused=False, fused_mtp=True),
-        "without MTP": replace(QWEN35, mtp=False),
-        "without tower": replace(QWEN35, vision=False),
-        "tied": replace(QWEN35, tied=True),
-        "equal heads": replace(QWEN35, value_heads=4),
-        "other layers": replace(QWEN35, layers="flfl"),
-    },
-    "Qwen3_5MoeForCausalLM": {
-        "flat": FLAT,
-        "flat 2D without MTP": replace(FLAT, fused=False, mtp=False),
-    },
+    architecture: layouts
+    for family in every_family()
+    for architecture, layouts in family.LAYOUTS.items()
 }
 
 

@@ -5,10 +5,9 @@ Configs are drawn with every field inside and outside of its range, in every spe
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from hypothesis import strategies as st
 
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.models.rope import Rope
-from tests.exporting.files import write_small_tokenizer
+from tests.models.drawn import Drawn
+from tests.models.layouts import every_family
 from tests.models.oracles import (
     SMALL_VOCAB,
     mean_kl,
@@ -28,221 +28,9 @@ from tests.models.oracles import (
     planned,
     pruned,
 )
-from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, save_sharded
+from tests.tiny import TinyQwen3Moe
 
 MOST_KL = 1e-4
-VISION_CONFIG = TinyQwen35Moe().config()["vision_config"]
-ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A checkpoint to write: what its tensors are, and what its config says instead."""
-
-    tiny: TinyQwen3Moe | TinyQwen35Moe
-    head: str  # "as configured", "own", "copy" or "none"
-    text: tuple[tuple[str, Any], ...]  # changes of the text model's config
-    outer: tuple[tuple[str, Any], ...]  # changes of the config around it
-
-    def write(self, folder: Path) -> None:
-        self.tiny.write(folder)
-        assert write_small_tokenizer(folder) <= SMALL_VOCAB
-        config = self.tiny.config()
-        text = config.get("text_config", config)
-        for level in (config, text):
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                level.pop(key, None)
-        if "text_config" in config:  # else transformers makes a large tower
-            config.setdefault("vision_config", VISION_CONFIG)
-        for level, changes in ((text, self.text), (config, self.outer)):
-            for key, value in changes:
-                level.pop(key, None)
-                if value is not ABSENT:
-                    level[key] = value
-        (folder / "config.json").write_text(json.dumps(config))
-        self._write_tensors(folder)
-
-    def _write_tensors(self, folder: Path) -> None:
-        tensors = self.tiny.tensors()
-        embedding = next(t for name, t in tensors.items() if name.endswith("embed_tokens.weight"))
-        if isinstance(self.tiny, TinyQwen3Moe):
-            # so large that what a layer does is seen in the logits
-            large = {n: t * 4 for n, t in tensors.items() if t.ndim > 1 and "mlp.gate." not in n}
-            tensors |= large
-            embedding = tensors["model.embed_tokens.weight"]
-        if self.head == "none":
-            tensors.pop("lm_head.weight", None)
-        elif self.head != "as configured":
-            noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(7))
-            own = (noise * 0.3).to(embedding.dtype)
-            tensors["lm_head.weight"] = own if self.head == "own" else embedding.clone()
-        save_sharded(tensors, folder, 1)
-
-
-# what is drawn in place of numbers that should be there
-NUMBERS = st.sampled_from([ABSENT, None, 0, 1, 2, 3, 4, -1, 8.0, "4", True, [2]])
-FLAGS = st.sampled_from([ABSENT, None, True, False, 0, 1, "false"])
-FACTORS = st.sampled_from([0.5, 1.0, 1, 2.0, 4.0, 40.0, 0, -1.0, None, "4"])
-
-_YARN = {
-    "attention_factor": st.sampled_from([None, 1.0, 0.5, 1.3, 0.0, -1.0, "1"]),
-    "beta_fast": st.sampled_from([None, 32, 32.0, 0, 16.0, "32"]),
-    "beta_slow": st.sampled_from([None, 1, 1.0, 0, 4.0]),
-    "mscale": st.sampled_from([None, 1.0, 0.7, 0, 1, -1.0]),
-    "mscale_all_dim": st.sampled_from([None, 1.0, 0.5, 0, 1]),
-    "truncate": st.sampled_from([None, True, False, 0]),
-    "extrapolation_factor": st.sampled_from([None, 1.0, 0.5, 0]),
-    "original_max_position_embeddings": st.sampled_from([128, 512, 16, 4, 1, 0, None, 128.0, "9"]),
-    "partial_rotary_factor": st.sampled_from([0.25, 0.5, 1.0, 1, 0.1, 0.0, 2.0, None]),
-    "rope_theta": st.sampled_from([1e4, 10000, 1e6, 5.0, 1.0, 0.5, 0, None, "1e4"]),
-    "mrope_section": st.sampled_from([[2, 1, 1], [1, 1, 2], [4, 2, 2], [11, 11, 10], [0, 0, 0],
-                                      [1, 1], [1, 1, 1, 1], [3], None, "2"]),
-    "mrope_interleaved": st.sampled_from([True, False, None]),
-    "finetuned": st.just(True),
-    "low_freq_factor": st.just(1.0),
-    "unheard_of": st.sampled_from([None, 3]),
-    "full_attention": st.sampled_from([{"rope_type": "default"}, None]),
-}  # fmt: skip
-
-
-@st.composite
-def rotary(draw: st.DrawFn) -> dict[str, Any]:
-    """Settings of a rotary embedding: mostly sound, with a few settings of any kind."""
-    kinds = ["default", "yarn", "yarn", "yarn", "linear", "dynamic", "llama3", "longrope", None, 7]
-    kind = draw(st.sampled_from(kinds))
-    found: dict[str, Any] = {draw(st.sampled_from(["rope_type", "rope_type", "type"])): kind}
-    if kind != "default" or draw(st.booleans()):
-        found["factor"] = draw(st.one_of(st.sampled_from([2.0, 4.0]), FACTORS))
-    for key in draw(st.lists(st.sampled_from(sorted(_YARN)), max_size=3, unique=True)):
-        found[key] = draw(_YARN[key])
-    return found
-
-
-@st.composite
-def rope_changes(draw: st.DrawFn) -> dict[str, Any]:
-    """Where a config has the settings: in either key, in both, and beside them."""
-    changes: dict[str, Any] = {}
-    settings_of_both = draw(rotary())
-    for key in draw(st.sampled_from([("rope_scaling",), ("rope_parameters",),
-                                     ("rope_scaling", "rope_parameters"), ()])):  # fmt: skip
-        changes[key] = settings_of_both if draw(st.booleans()) else draw(rotary())
-    if draw(st.booleans()):
-        keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-        key = draw(st.sampled_from(keys))
-        changes[key] = draw(st.one_of(_YARN[key], st.just(ABSENT)))
-    return changes
-
-
-_COMMON = {
-    "num_experts": NUMBERS, "num_local_experts": NUMBERS, "n_routed_experts": NUMBERS,
-    "num_experts_per_tok": NUMBERS, "num_hidden_layers": NUMBERS, "num_attention_heads": NUMBERS,
-    "num_key_value_heads": NUMBERS, "moe_intermediate_size": NUMBERS, "hidden_size": NUMBERS,
-    "vocab_size": NUMBERS, "head_dim": NUMBERS, "intermediate_size": NUMBERS,
-    "max_position_embeddings": st.sampled_from([ABSENT, None, 64, 128, 512, 1, 0, 64.0, "64"]),
-    "rms_norm_eps": st.sampled_from([ABSENT, None, 1e-6, 1e-5, 0.1, 0.0, 1, -1.0, "1e-6"]),
-    "hidden_act": st.sampled_from([ABSENT, None, "silu", "swish", "gelu", "relu", 1]),
-    "attention_bias": FLAGS, "norm_topk_prob": FLAGS, "use_sliding_window": FLAGS,
-    "tie_word_embeddings": FLAGS, "use_cache": FLAGS, "output_router_logits": FLAGS,
-    "sliding_window": NUMBERS, "attention_dropout": st.sampled_from([ABSENT, None, 0.0, 0.5, 1]),
-    "decoder_sparse_step": NUMBERS, "mlp_only_layers": st.sampled_from([ABSENT, None, [], [0], 0]),
-    "initializer_range": st.sampled_from([ABSENT, None, 0.02, 2]),
-    "pad_token_id": st.sampled_from([ABSENT, None, 0, 7, -1, 290, 291, 10**6, "0"]),
-    "layer_types": st.sampled_from([ABSENT, None, [], ["full_attention"], ["full_attention"] * 2,
-                                    ["sliding_attention", "full_attention"], "full_attention",
-                                    ["linear_attention", "full_attention"],
-                                    ["full_attention", "linear_attention"],
-                                    ["linear_attention"] * 2, ["attention"] * 2]),
-    "dtype": st.sampled_from([ABSENT, None, "bfloat16", "float32", "auto"]),
-    "torch_dtype": st.sampled_from([ABSENT, None, "bfloat16", "float32"]),
-    "model_type": st.sampled_from([ABSENT, None, "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text",
-                                   "qwen2_moe", "unheard_of", 3]),
-    "quantization_config": st.sampled_from([None, {}, {"quant_method": "bitsandbytes"}, "fp8"]),
-    "per_layer_config": st.sampled_from([None, {}, {"0": {"hidden_size": 8}}]),
-    "num_labels": st.sampled_from([None, 2, 10**9]), "is_causal": FLAGS, "logit_scale": NUMBERS,
-    "pruned_heads": st.sampled_from([None, {}]), "auto_map": st.just({"AutoConfig": "x.Y"}),
-    "id2label": st.sampled_from([None, {"0": "a"}, []]), "is_encoder_decoder": FLAGS,
-    "transformers_weights": st.sampled_from([None, "x.safetensors"]),
-    "attention_chunk_size": NUMBERS, "output_attentions": FLAGS, "fusion_config": FLAGS,
-    "output_hidden_states": FLAGS, "return_dict": FLAGS, "chunk_size_feed_forward": NUMBERS,
-}  # fmt: skip
-_QWEN35 = {
-    **_COMMON,
-    "full_attention_interval": st.sampled_from([ABSENT, None, 1, 2, 3, 4, 0, -1, 2.0]),
-    "linear_conv_kernel_dim": NUMBERS, "linear_key_head_dim": NUMBERS,
-    "linear_value_head_dim": NUMBERS, "linear_num_key_heads": NUMBERS,
-    "linear_num_value_heads": NUMBERS, "shared_expert_intermediate_size": NUMBERS,
-    "attn_output_gate": FLAGS, "mtp_num_hidden_layers": NUMBERS,
-    "mtp_use_dedicated_embeddings": FLAGS,
-}  # fmt: skip
-
-
-@st.composite
-def changes_of(draw: st.DrawFn, pool: dict[str, Any], most: int) -> tuple[tuple[str, Any], ...]:
-    keys = draw(st.lists(st.sampled_from(sorted(pool)), max_size=most, unique=True))
-    return tuple((key, draw(pool[key])) for key in keys)
-
-
-HEADS = st.sampled_from(["as configured"] * 3 + ["own", "copy", "none"])
-DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float16])
-
-
-@st.composite
-def qwen3(draw: st.DrawFn) -> Drawn:
-    n_experts = draw(st.integers(2, 6))
-    n_kv_heads = draw(st.sampled_from([1, 2, 4]))
-    tiny = TinyQwen3Moe(
-        n_layers=draw(st.integers(1, 3)),
-        hidden=draw(st.sampled_from([32, 64, 40])),
-        width=draw(st.sampled_from([8, 24, 32])),
-        n_experts=n_experts,
-        top_k=draw(st.integers(1, n_experts)),
-        n_heads=n_kv_heads * draw(st.sampled_from([1, 2])),
-        n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([8, 16, 16, 32, 10, 24])),
-        vocab=draw(st.sampled_from([SMALL_VOCAB, 320])),
-        fused=draw(st.booleans()),
-        tied=draw(st.booleans()),
-        count_key=draw(st.sampled_from(["num_experts", "num_local_experts"])),
-        dtype=draw(DTYPES),
-        dense_layers=draw(st.sampled_from([(), (), (), (), (0,)])),
-    )
-    text = dict(draw(changes_of(_COMMON, 2)))
-    if draw(st.booleans()):
-        text |= draw(rope_changes())
-    return Drawn(tiny, draw(HEADS), tuple(text.items()), ())
-
-
-@st.composite
-def qwen35(draw: st.DrawFn) -> Drawn:
-    n_experts = draw(st.integers(2, 5))
-    key_heads = draw(st.sampled_from([1, 2, 4]))
-    n_kv_heads = draw(st.sampled_from([1, 2]))
-    tiny = TinyQwen35Moe(
-        hidden=draw(st.sampled_from([32, 64])),
-        width=draw(st.sampled_from([16, 32])),
-        n_experts=n_experts,
-        top_k=draw(st.integers(1, n_experts)),
-        layers=draw(st.sampled_from(["lf", "lf", "lf", "fl", "fll", "llf", "lllf", "lffl"])),
-        n_heads=n_kv_heads * draw(st.sampled_from([1, 2])),
-        n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([16, 32, 32, 64, 8, 48])),
-        key_heads=key_heads,
-        value_heads=key_heads * draw(st.sampled_from([1, 2, 3])),
-        linear_dim=draw(st.sampled_from([16, 32])),
-        vocab=SMALL_VOCAB,
-        nested=draw(st.booleans()),
-        fused=draw(st.booleans()),
-        fused_mtp=draw(st.booleans()),
-        mtp=draw(st.booleans()),
-        vision=draw(st.sampled_from([False, False, True])),
-        tied=draw(st.booleans()),
-        dtype=draw(DTYPES),
-    )
-    text = dict(draw(changes_of(_QWEN35, 2)))
-    if draw(st.booleans()):
-        text |= draw(rope_changes())
-    outer = draw(changes_of(_QWEN35, 1)) if tiny.nested and draw(st.booleans()) else ()
-    return Drawn(tiny, draw(HEADS), tuple(text.items()), outer)
 
 
 def check(drawn: Drawn) -> str:
@@ -287,7 +75,7 @@ def compared(drawn: Drawn) -> str:
         shutil.rmtree(folder)
 
 
-ANY = st.one_of(qwen3(), qwen35())
+ANY = st.one_of(*(drawn for family in every_family() for drawn in family.CONFIGS))
 PLAIN = TinyQwen3Moe(
     n_layers=2, hidden=64, n_experts=4, n_heads=4, n_kv_heads=2, head_dim=16, vocab=SMALL_VOCAB
 )

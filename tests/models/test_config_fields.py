@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,109 +17,12 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import (
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import Reap2ggufError, UnsupportedModelError
-from reap2gguf.models.qwen3_5_moe import Qwen35Moe
-from reap2gguf.models.qwen3_moe import Qwen3Moe
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers, transformers_config
-from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
+from tests.families.qwen import NESTED
+from tests.models.config_rows import EVERY_CONFIG, Carried, Elsewhere, Read, Refused, Row
+from tests.models.layouts import every_family
 
-
-@dataclass(frozen=True)
-class Read:
-    """Read as transformers reads it; another value is one more that is possible."""
-
-    other: Any
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Refused unless it has one value; the others are some that are refused."""
-
-    others: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Carried:
-    """Of no effect on weights or logits; another value changes nothing but the config."""
-
-    other: Any
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """Tested by another file."""
-
-    file: str
-
-
-Row = Read | Refused | Carried | Elsewhere
-EVERY_CONFIG: dict[str, Row] = {
-    "transformers_version": Carried("4.51.0"),
-    "architectures": Elsewhere("test_table.py"),
-    "output_hidden_states": Carried(True),
-    "return_dict": Refused((False, None)),
-    "dtype": Carried("float32"),
-    "chunk_size_feed_forward": Carried(2),
-    "is_encoder_decoder": Carried(True),
-    "id2label": Carried({"0": "a", "1": "b", "2": "c"}),
-    "label2id": Carried({"a": 0, "b": 1}),
-    "problem_type": Carried("regression"),
-}
-TEXT: dict[str, Row] = {
-    **EVERY_CONFIG,
-    "vocab_size": Read(5000),
-    "hidden_size": Read(128),
-    "num_hidden_layers": Read(8),
-    "num_attention_heads": Read(16),
-    "num_key_value_heads": Read(4),
-    "hidden_act": Refused(("gelu", "swish", None)),
-    "max_position_embeddings": Read(1024),
-    "initializer_range": Carried(0.5),
-    "rms_norm_eps": Read(1e-5),
-    "use_cache": Carried(False),
-    "tie_word_embeddings": Elsewhere("test_tying.py"),
-    "rope_parameters": Elsewhere("test_rope.py"),
-    "attention_bias": Refused((True, None, 1)),
-    "attention_dropout": Carried(0.5),
-    "moe_intermediate_size": Read(64),
-    "num_experts_per_tok": Read(3),
-    "num_experts": Read(16),
-    "output_router_logits": Carried(True),
-    "router_aux_loss_coef": Carried(0.5),
-    "pad_token_id": Carried(3),
-    "bos_token_id": Carried(3),
-    "eos_token_id": Carried([3, 4]),
-}
-QWEN3: dict[str, Row] = {
-    **TEXT,
-    "intermediate_size": Read(128),
-    "use_sliding_window": Refused((True, None)),
-    "sliding_window": Carried(16),  # without use_sliding_window
-    "decoder_sparse_step": Read(2),
-    "norm_topk_prob": Refused((False, None, "absent")),
-    "mlp_only_layers": Read([1]),
-}
-QWEN35_TEXT: dict[str, Row] = {
-    **TEXT,
-    "head_dim": Read(64),
-    "linear_conv_kernel_dim": Read(3),
-    "linear_key_head_dim": Refused((32,)),  # llama.cpp has one size for both
-    "linear_value_head_dim": Refused((32,)),
-    "linear_num_key_heads": Read(2),
-    "linear_num_value_heads": Read(16),
-    "shared_expert_intermediate_size": Read(64),
-    "layer_types": Read(["linear_attention", "full_attention"] * 2),
-}
-QWEN35: dict[str, Row] = {
-    **EVERY_CONFIG,
-    "text_config": Refused((None, "absent", {})),
-    "vision_config": Elsewhere("test_qwen_vision.py"),
-    "image_token_id": Carried(7),
-    "video_token_id": Carried(7),
-    "vision_start_token_id": Carried(7),
-    "vision_end_token_id": Carried(7),
-    "tie_word_embeddings": Elsewhere("test_tying.py"),
-}
 VISION: dict[str, Row] = {
     **EVERY_CONFIG,
     "return_dict": Carried(False),  # the tower is not run
@@ -138,14 +40,9 @@ VISION: dict[str, Row] = {
     "initializer_range": Carried(0.5),
     "rope_parameters": Refused(({"rope_theta": 5.0}, {"rope_type": "linear"})),
 }
-TINY3 = TinyQwen3Moe(n_layers=4, vocab=4096)
-FLAT = TinyQwen35Moe(nested=False, n_heads=4, n_kv_heads=2)
-NESTED = TinyQwen35Moe(mtp=False)
 # transformers' class -> its table, a config of it, and the family that reads it
 CLASSES: dict[Any, tuple[dict[str, Row], Any, Any]] = {
-    Qwen3MoeConfig: (QWEN3, TINY3, Qwen3Moe),
-    Qwen3_5MoeTextConfig: (QWEN35_TEXT, FLAT, Qwen35Moe),
-    Qwen3_5MoeConfig: (QWEN35, NESTED, Qwen35Moe),
+    cls: entry for family in every_family() for cls, entry in family.FIELDS.items()
 }
 ROWS = [(cls, name) for cls, (table, _, _) in CLASSES.items() for name in table]
 
@@ -183,7 +80,7 @@ def test_the_table_has_every_field(cls: Any) -> None:
 
 
 def test_what_is_tested_elsewhere_is_there() -> None:
-    for table in (QWEN3, QWEN35_TEXT, QWEN35, VISION):
+    for table in (*(table for table, _, _ in CLASSES.values()), VISION):
         for row in table.values():
             if isinstance(row, Elsewhere):
                 assert (Path(__file__).parent / row.file).is_file()

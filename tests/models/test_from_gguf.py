@@ -24,10 +24,11 @@ from reap2gguf.models.from_gguf import GgufModel, model_from_gguf
 from reap2gguf.models.table import BY_GGUF
 from reap2gguf.models.transformers_config import check_with_transformers
 from tests.exporting.files import export_files, plain
+from tests.models.drawn import Drawn
 from tests.models.layouts import CASES, Case, stored_of
 from tests.models.oracles import mean_kl, of_transformers, planned
 from tests.models.synthetic import SyntheticMoe, TinySynthetic
-from tests.models.test_any_config import ANY, Drawn
+from tests.models.test_any_config import ANY
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 

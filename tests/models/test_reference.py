@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models.reference import REFERENCE_FACTS, reference_tensors
@@ -13,14 +15,11 @@ from reap2gguf.quantizing.resolve import resolve
 from tests.tiny import REPOSITORY
 
 
-def test_names_and_shapes_are_those_of_the_real_config(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "sparse_checkpoint", REPOSITORY / "bench" / "sparse_checkpoint.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_names_and_shapes_are_those_of_the_real_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "bench")
+    module = import_module("sparse_checkpoint")
     config, shapes = module.SHAPES["qwen3-30b-a3b"]
     module.write(config, shapes(config), tmp_path / "model")
     with Checkpoint.open(tmp_path / "model") as checkpoint:

@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 from gguf import GGUFWriter
 
-from reap2gguf.tokenizer.form import PreTokenizers
+from reap2gguf.models.tokenizer_families import PreTokenizers
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from reap2gguf.tokenizer.vocabulary import byte_symbols
 

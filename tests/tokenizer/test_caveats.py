@@ -10,7 +10,7 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.caveats import NFC_CAVEAT, ORDINARY_CAVEAT, tokenizer_caveats
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.form import added_by_post_processor, check_form
 from tests.tokenizer.small import QWEN2, byte_level, split, tokenizer
 

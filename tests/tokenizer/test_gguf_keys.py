@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.check import check_tokenizer
 from tests.tokenizer.mutations import HARMFUL, HARMLESS, Draft
 from tests.tokenizer.small import llama_cpp_tokenizer, mixed_text

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
 
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.pieces import cuts_anywhere, next_cut, pieces
 from tests.tiny import EXAMPLE
 

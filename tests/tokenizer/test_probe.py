@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.shared import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
 from reap2gguf.tokenizer.probe import HARD_CASES, check_against_library
 from reap2gguf.tokenizer.vocabulary import is_nfc, read_vocabulary
 from tests.tokenizer.mutations import HARMLESS, Draft

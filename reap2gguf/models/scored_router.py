@@ -1,0 +1,63 @@
+"""The routers of DeepSeek and GLM: what their configs say, and the keys that llama.cpp reads.
+
+An expert's score is a sigmoid or softmax of its logit; a bias is added for the choice alone; the
+chosen scores may be normalised, and are multiplied by a factor (arXiv 2412.19437, section 2.1.2).
+llama.cpp's loaders guess the kind of score where the key is absent, so it is always written.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from gguf import GGUFValueType, Keys
+
+if TYPE_CHECKING:
+    from reap2gguf.checkpoint.config import ConfigReader
+    from reap2gguf.models.gguf_keys import GgufKeys
+    from reap2gguf.models.shared import Entry
+
+_UINT32, _FLOAT32, _BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL
+_MOST_SCALE = 1e4  # of `routed_scaling_factor`, far above any model's
+_MOST_SHARED = 2**10
+
+
+class Scores(IntEnum):
+    """What a router makes of its logits, with llama.cpp's number of it."""
+
+    SOFTMAX = 1
+    SIGMOID = 2
+
+
+def read_n_shared(read: ConfigReader) -> int:
+    """How many experts every token goes through, stored as one."""
+    return read.integer("n_shared_experts", low=0, high=_MOST_SHARED, default=0)
+
+
+def read_scale(read: ConfigReader) -> float:
+    """The factor of the chosen experts' scores."""
+    return read.number("routed_scaling_factor", low=0, high=_MOST_SCALE, default=1.0)
+
+
+def router_entries(read: ConfigReader, n_dense: int, scores: Scores) -> list[Entry]:
+    """The keys of a header: shared experts, dense layers first, and how scores are made."""
+    normalised = read.boolean("norm_topk_prob", default=False)
+    return [
+        (Keys.LLM.EXPERT_SHARED_COUNT, read_n_shared(read), _UINT32),
+        (Keys.LLM.LEADING_DENSE_BLOCK_COUNT, n_dense, _UINT32),
+        (Keys.LLM.EXPERT_GATING_FUNC, int(scores), _UINT32),
+        (Keys.LLM.EXPERT_WEIGHTS_SCALE, read_scale(read), _FLOAT32),
+        (Keys.LLM.EXPERT_WEIGHTS_NORM, True if normalised else None, _BOOL),
+    ]
+
+
+def router_config(keys: GgufKeys) -> dict[str, Any]:
+    """The config of such a router in a GGUF file, the kind of its scores apart."""
+    llm = Keys.LLM
+    return {
+        "n_shared_experts": keys.integer(llm.EXPERT_SHARED_COUNT, 0, _MOST_SHARED, default=0),
+        "routed_scaling_factor": keys.number(llm.EXPERT_WEIGHTS_SCALE, 0, _MOST_SCALE, default=1.0),
+        "norm_topk_prob": keys.boolean(llm.EXPERT_WEIGHTS_NORM, default=False),
+        "n_group": keys.integer(llm.EXPERT_GROUP_COUNT, 1, _MOST_SHARED, default=1),
+        "topk_group": keys.integer(llm.EXPERT_GROUP_USED_COUNT, 1, _MOST_SHARED, default=1),
+    }
