@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plan import Sampler, folder_bytes, long_text
-from synthetic import write_checkpoint
+from synthetic import write_apart
 
 GIB = 2**30
 LAYERS = {"qwen3-30b-a3b": 48, "qwen3.5-35b-a3b": 40}
@@ -77,9 +77,7 @@ def write_model(shape: str, folder: Path, layers: int, experts: int | None) -> f
         made = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
-        write_checkpoint(
-            shape, layers, made, **({} if experts is None else {"num_experts": experts})
-        )
+        write_apart(shape, layers, made, **({} if experts is None else {"num_experts": experts}))
         made.rename(folder)
     return time.monotonic() - begun
 
