@@ -14,6 +14,7 @@ from reap2gguf.errors import CheckpointError, UsageError
 from reap2gguf.evaluating.generation.generators import GeneratorOptions, reason_of, token_ids
 from reap2gguf.machine import available_bytes
 from reap2gguf.messages import size
+from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def _load(folder: Path, device: str) -> Any:
                 use_safetensors=True,
             )
             model = model.to(device).eval()
+            follow_devices(model.modules())
     except Exception as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({reason_of(error)}); check the folder, or "

@@ -65,6 +65,8 @@ def _greedy(folder: str, prompt: list[int], most: int, threads: int) -> list[int
     import torch
     from transformers import AutoModelForCausalLM
 
+    from reap2gguf.observing.compute.by_device import follow_devices
+
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -73,6 +75,7 @@ def _greedy(folder: str, prompt: list[int], most: int, threads: int) -> list[int
         trust_remote_code=False,
         use_safetensors=True,
     )
+    follow_devices(model.modules())
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     found: list[int] = []
