@@ -355,7 +355,12 @@ COVERED_BY = [
     ),
     (
         "tokenizer/test_form.py",
-        "the patterns of each family, as its tokenizers have them",
+        "parts of a tokenizer.json",
+        ("tokenizer/post_processor.py", "tokenizer/settings.py"),
+    ),
+    (
+        "tokenizer/test_published.py",
+        "the patterns and special tokens of each family, as its tokenizers have them",
         ("models/tokenizer_families.py",),
     ),
     (

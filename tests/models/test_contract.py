@@ -343,7 +343,9 @@ def test_columns_are_moved_as_column_order_says(case: Case) -> None:
 @every_architecture
 def test_the_tokenizer_of_the_example_is_known(case: Case) -> None:
     tokenizer = read_tokenizer_json(EXAMPLE)
-    assert recognise_pre_tokenizer(tokenizer, EXAMPLE, case.model.pre_tokenizers) == "qwen2"
+    assert (
+        recognise_pre_tokenizer(tokenizer, EXAMPLE, case.model.tokenizers.pre_tokenizers) == "qwen2"
+    )
 
 
 @every_architecture
