@@ -291,6 +291,17 @@ class DecoderModel(MoeModel):
         return name, "weight"
 
     def role(self, name: str) -> Role:
+        found = self._roles.get(name)
+        if found is None:
+            found = self._roles[name] = self._role_or_error(name)
+        return found
+
+    # many stages ask for the role of each tensor, of which there may be 100,000
+    @cached_property
+    def _roles(self) -> dict[str, Role]:
+        return {}
+
+    def _role_or_error(self, name: str) -> Role:
         weight, part = self.weight_of(name)
         role = self._role(weight)
         if role is None:
