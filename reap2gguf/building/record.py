@@ -47,7 +47,6 @@ from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.coverage import coverage_record
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
@@ -79,11 +79,13 @@ class Evidence:
     evaluation: Evaluation | None = None  # None: not measured
 
 
-def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
-    """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
+def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedView) -> Manifest:
+    """Write cards, manifests and SHA256SUMS of a verified build; the manifest.
+
+    `written` is the model with the experts that are kept: the plan counts with any, and experts may
+    differ in their types.
+    """
     passed = list(evidence.checks)
-    # the plan counts with any experts, and experts may differ in their types
-    written = PrunedView(plan.checkpoint, plan.model, evidence.kept)
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),

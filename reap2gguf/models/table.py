@@ -11,6 +11,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
+from reap2gguf.models.qwen3_next import Qwen3Next
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3NextForCausalLM": Qwen3Next,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }

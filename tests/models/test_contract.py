@@ -121,15 +121,21 @@ def test_every_stored_value_is_used_once(case: Case) -> None:
             n_rows = len(rows_of_slabs([tensor], stored))
             per_row = tensor.n_columns if len(tensor.shape) > 1 else 1
             assert n_rows == int(np.prod(tensor.shape)) // per_row
+    # these take a whole tensor; that they miss nothing, test_transforms_are_undone shows
+    transformed: Counter[str] = Counter()
+    for tensor in made:
+        if tensor.transform is not None:
+            transformed[tensor.slabs[0].stored] += int(np.prod(tensor.shape))
+    assert transformed == {name: int(np.prod(stored[name].shape)) for name in transformed}
     expected = set()
     for name, one in stored.items():
         role = case.model.role(name)
-        if not isinstance(role, Carried | Dropped):
+        if name not in transformed and not isinstance(role, Carried | Dropped):
             fused = isinstance(role, Expert) and role.expert is None
             n_rows = one.shape[1] if fused else one.shape[0]
             for index in range(one.shape[0] if fused else 1):
                 expected |= {(name, index, row) for row in range(n_rows)}
-    used = Counter(rows_of_slabs(made, stored))
+    used = Counter(rows_of_slabs([t for t in made if t.transform is None], stored))
     assert set(used) == expected
     assert set(used.values()) == {1}
 
