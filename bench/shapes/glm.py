@@ -64,6 +64,8 @@ def trunk(config: dict) -> Shapes:
 
 def glm46(config: dict) -> Shapes:
     yield from trunk(config)
+    if not config["num_nextn_predict_layers"]:
+        return
     hidden, prefix = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
     yield from layer(prefix, config, dense=False)
     yield f"{prefix}eh_proj.weight", (hidden, 2 * hidden)
@@ -74,6 +76,8 @@ def glm46(config: dict) -> Shapes:
 def glm45(config: dict) -> Shapes:
     """With an embedding and a head of the MTP block's own."""
     yield from glm46(config)
+    if not config["num_nextn_predict_layers"]:
+        return
     hidden, prefix = config["hidden_size"], f"model.layers.{config['num_hidden_layers']}."
     for name in ("embed_tokens", "shared_head.head"):
         yield f"{prefix}{name}.weight", (config["vocab_size"], hidden)
