@@ -57,7 +57,7 @@ from reap2gguf.models.rules import (
     single,
     sizes_of,
 )
-from reap2gguf.models.tying import Tying, read_tying, with_tying
+from reap2gguf.models.tying import Tying, TyingKeys, read_tying, with_tying
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
@@ -77,6 +77,9 @@ class DecoderModel(MoeModel):
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
+    epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)  # of norms: key and default
+    default_theta: ClassVar[float] = 10_000.0  # of the rotary embedding
+    tying_keys: ClassVar[TyingKeys] = TyingKeys()
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
@@ -123,7 +126,7 @@ class DecoderModel(MoeModel):
     @cached_property
     def rope(self) -> Rope:
         """The rotary embedding."""
-        return read_rope(self.text)
+        return read_rope(self.text, default_theta=self.default_theta)
 
     @cached_property
     def tying(self) -> Tying:
@@ -135,7 +138,7 @@ class DecoderModel(MoeModel):
                 return True
             return self.have_same_values(embedding, head)
 
-        return read_tying(self.reader, self.text, head in self.names, head_is_copy)
+        return read_tying(self.reader, self.text, head in self.names, head_is_copy, self.tying_keys)
 
     def refuse_common(self) -> None:
         """Refuse, by name, what no family here does, and a fact with two values."""
@@ -167,14 +170,15 @@ class DecoderModel(MoeModel):
         return {
             **config_values(self.facts),
             self.count_keys[0]: self.facts.n_experts,
-            "rms_norm_eps": read_epsilon(self.text),
+            self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
             "rope_parameters": self.rope.config_values(),
         }
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         config = self.rewritten_config(dict.fromkeys(COUNT_KEYS, n_experts))
         sections = self.text_sections if self.is_nested else ()
-        return without_quantization(with_tying(config, sections, self.facts.tied_embeddings))
+        tied = self.facts.tied_embeddings
+        return without_quantization(with_tying(config, sections, tied, self.tying_keys))
 
     def rewritten_config(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The config with other values under the keys that it has, the text model's included."""
@@ -202,7 +206,7 @@ class DecoderModel(MoeModel):
             (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
             (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
             (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read), FLOAT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read, *self.epsilon), FLOAT32),
             (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
             (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
             (llm.EXPERT_COUNT, facts.n_experts, UINT32),
