@@ -15,6 +15,8 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.table import describe
+from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.targets import layer_targets
 from reap2gguf.quantizing.file_types import MIXTURES
 from tests.exporting.files import export_files as export
@@ -22,6 +24,7 @@ from tests.exporting.files import llama_quantize, mean_squares, plain, random_im
 from tests.families.lfm2 import TINY, TinyLfm2Moe
 from tests.models.layouts import stored_of
 from tests.models.oracles import mean_kl, of_llama_cpp, of_transformers, pruned
+from tests.observing.sweeps import rows_of, run_sweep
 
 
 def model_of(tiny: TinyLfm2Moe = TINY, **changes: Any) -> Lfm2Moe:
@@ -143,6 +146,40 @@ def test_the_bias_of_the_router_stays_exact(tmp_path: Path) -> None:
         targets = layer_targets(checkpoint, model, 1, torch.bfloat16, True, dtypes)
         assert targets["feed_forward.expert_bias"].dtype is torch.float32
         assert targets["feed_forward.gate.weight"].dtype is torch.bfloat16
+
+
+def test_layers_and_last_norm_are_computed_as_in_transformers(tmp_path: Path) -> None:
+    """Convolutions and attention get arguments of their own; the norm is where it is called so."""
+    folder = TINY.write(tmp_path / "model")
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 500, (3, 21)))
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with Checkpoint.open(folder) as checkpoint, torch.inference_mode():
+        model, cpu = describe(checkpoint), torch.device("cpu")
+        decoder = StreamedDecoder(checkpoint, model, torch.float32, cpu)
+        try:
+            decoder.load_embedding()
+            hidden = decoder.embed(tokens)
+            for layer in range(model.facts.n_layers):
+                decoder.load_layer(layer)
+                hidden = decoder.run_layer(layer, hidden)
+            decoder.load_norm()
+            found = decoder.final_norm(hidden)
+        finally:
+            decoder.close()
+        expected = theirs.model(tokens).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    """Rows of several lengths are computed in one batch, and convolutions see no padding."""
+    folder = TINY.write(tmp_path / "model")
+    rows = rows_of(32, 19, 5)
+    together, _ = run_sweep(ImportanceObserver, folder, rows)
+    apart = [run_sweep(ImportanceObserver, folder, [row])[0].entries for row in rows]
+    for name, entry in together.entries.items():
+        np.testing.assert_array_equal(entry.counts, sum(one[name].counts for one in apart))
+        sums = sum(one[name].sums for one in apart)
+        np.testing.assert_allclose(entry.sums, sums, rtol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("layers", "n_experts"), [("cfcf", 3), ("fccf", 3), ("cfcf", 8)])
