@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.errors import UnsupportedModelError
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.lfm2_moe import Lfm2Moe
-from reap2gguf.models.table import describe
+from reap2gguf.models.table import BY_GGUF, describe
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.targets import layer_targets
@@ -24,6 +25,7 @@ from tests.exporting.files import llama_quantize, mean_squares, plain, random_im
 from tests.families.lfm2 import TINY, TinyLfm2Moe
 from tests.models.layouts import stored_of
 from tests.models.oracles import mean_kl, of_llama_cpp, of_transformers, pruned
+from tests.models.test_from_gguf import header_of
 from tests.observing.sweeps import rows_of, run_sweep
 
 
@@ -146,6 +148,47 @@ def test_the_bias_of_the_router_stays_exact(tmp_path: Path) -> None:
         targets = layer_targets(checkpoint, model, 1, torch.bfloat16, True, dtypes)
         assert targets["feed_forward.expert_bias"].dtype is torch.float32
         assert targets["feed_forward.gate.weight"].dtype is torch.bfloat16
+
+
+HEADS_KEY, FIRST_DENSE = "lfm2moe.attention.head_count_kv", "lfm2moe.leading_dense_block_count"
+
+
+def foreign_config(**changes: Any) -> dict[str, Any]:
+    """The config of a header with other values; None removes a key."""
+    stored = stored_of(TINY.tensors())
+    found = header_of(model_of(), stored)
+    metadata = {k: v for k, v in (found.metadata | changes).items() if v is not None}
+    return model_from_gguf(replace(found, metadata=metadata), BY_GGUF).config
+
+
+def test_a_header_with_heads_per_layer() -> None:
+    config = foreign_config(**{"lfm2moe.attention.key_length": 16})
+    assert config["layer_types"] == TINY.config()["layer_types"]
+    assert config["num_key_value_heads"] == 2
+    expected = model_of().facts
+    assert Lfm2Moe(config, "some.gguf").facts == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (HEADS_KEY, [0, 2, 0, 1], r"is \[0, 2, 0, 1\], expected 0 or one number of heads"),
+        (HEADS_KEY, [0, 0, 0, 0], "expected 0 or one number of heads"),
+        (HEADS_KEY, [0, 2], "has 2 values, expected 4"),
+        (HEADS_KEY, 2, "expected a list of integers"),
+        (HEADS_KEY, None, "has 0 values, expected 4"),
+        (HEADS_KEY, [0, 0, 2, 0], "'blk.1.shortconv.conv.weight' is missing"),
+        (FIRST_DENSE, None, "'blk.0.ffn_gate_inp.weight' is missing"),
+        (FIRST_DENSE, 5, "leading_dense_block_count is 5, expected an integer from 0 to 4"),
+        ("lfm2moe.expert_gating_func", 1, "this router makes sigmoids"),
+        ("lfm2moe.shortconv.l_cache", None, "l_cache is missing"),
+        ("lfm2moe.shortconv.l_cache", 4, "has the shape .*, expected"),
+    ],
+)
+def test_a_header_that_cannot_be(key: str, value: Any, said: str) -> None:
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=said) as caught:
+        foreign_config(**{key: value})
+    assert "some.gguf" in str(caught.value)
 
 
 def test_layers_and_last_norm_are_computed_as_in_transformers(tmp_path: Path) -> None:
