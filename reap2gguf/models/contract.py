@@ -46,6 +46,7 @@ class MoeModel(ABC):
 
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
+    norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
 
     def __init__(
         self,
@@ -231,7 +232,7 @@ class MoeModel(ABC):
 
     @property
     def norm_name(self) -> str:
-        return f"{self.text_prefix}norm.weight"
+        return f"{self.text_prefix}{self.norm_module}.weight"
 
     @property
     def head_name(self) -> str:

@@ -55,6 +55,14 @@ class ModelFacts:
     # the router first chooses groups_per_token of n_groups equal runs of neighbouring experts
     n_groups: int = 1
     groups_per_token: int = 1
+    # query heads per key-value head in the file's first layer, where those of layers differ;
+    # 0 if that layer has no attention
+    first_gqa: int | None = None
+
+    @property
+    def gqa(self) -> int:
+        """Query heads per key-value head as llama.cpp's quantizer counts them: in layer 0."""
+        return self.n_heads // self.n_kv_heads if self.first_gqa is None else self.first_gqa
 
     @property
     def mtp_layer(self) -> int | None:

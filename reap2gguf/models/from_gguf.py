@@ -156,10 +156,11 @@ def trunk_layers(keys: GgufKeys) -> tuple[int, int]:
     return n_blocks - n_mtp, n_mtp
 
 
-def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
+def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None) -> dict[str, Any]:
     """The values of a config that most decoders have, rotary embedding included.
 
     `scores` is llama.cpp's number of what the router makes of its logits: 1 is a softmax.
+    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`).
     """
     llm, attention = Keys.LLM, Keys.Attention
     hidden = keys.integer(llm.EMBEDDING_LENGTH, 1, MAX_WIDTH)
@@ -174,6 +175,8 @@ def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
             f"{keys.where}: {EMBEDDING} has {vocab:,} rows, expected at most {MAX_VOCABULARY:,}"
         )
     keys.expect(llm.VOCAB_SIZE, vocab, why=f"{EMBEDDING} has as many rows")
+    if n_kv_heads is None:
+        n_kv_heads = keys.integer(attention.HEAD_COUNT_KV, 1, MAX_HEADS, default=n_heads)
     keys.expect(llm.EXPERT_GATING_FUNC, scores, why=f"this router makes {_SCORES[scores]}")
     return {
         "attention_bias": False,
@@ -187,12 +190,28 @@ def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
         "num_experts": n_experts,
         "num_experts_per_tok": keys.integer(llm.EXPERT_USED_COUNT, 1, n_experts),
         "num_hidden_layers": trunk_layers(keys)[0],
-        "num_key_value_heads": keys.integer(attention.HEAD_COUNT_KV, 1, MAX_HEADS, default=n_heads),
+        "num_key_value_heads": n_kv_heads,
         "rms_norm_eps": keys.number(attention.LAYERNORM_RMS_EPS, 0, 1),
         "rope_parameters": rope_values(keys),
         "tie_word_embeddings": OUTPUT not in keys.tensors,
         "vocab_size": vocab,
     }
+
+
+def kv_heads_by_layer(keys: GgufKeys) -> tuple[tuple[bool, ...], int]:
+    """Which layers have attention, in a header with a number per layer; and their number.
+
+    Raises UnsupportedModelError if it differs among them, or none has any.
+    """
+    key = Keys.Attention.HEAD_COUNT_KV
+    found = keys.integers(key, 0, MAX_HEADS, trunk_layers(keys)[0])
+    counts = set(found) - {0}
+    if len(counts) != 1:
+        raise UnsupportedModelError(
+            f"{keys.where}: {key.format(arch=keys.arch)} is {shown(list(found))}, expected 0 or "
+            "one number of heads"
+        )
+    return tuple(count > 0 for count in found), counts.pop()
 
 
 def expert_width(keys: GgufKeys) -> int:

@@ -57,7 +57,7 @@ from reap2gguf.models.rules import (
     single,
     sizes_of,
 )
-from reap2gguf.models.tying import Tying, read_tying, with_tying
+from reap2gguf.models.tying import Tying, TyingKeys, read_tying, with_tying
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
@@ -79,6 +79,8 @@ class DecoderModel(MoeModel):
     defaults: ClassVar[Mapping[str, int]] = {}
     epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)  # of norms: key and default
     has_attention_biases: ClassVar[bool] = False  # whether `attention_bias` may be true
+    default_theta: ClassVar[float] = 10_000.0  # of the rotary embedding
+    tying_keys: ClassVar[TyingKeys] = TyingKeys()
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
@@ -129,7 +131,7 @@ class DecoderModel(MoeModel):
     @cached_property
     def rope(self) -> Rope:
         """The rotary embedding."""
-        return read_rope(self.text)
+        return read_rope(self.text, default_theta=self.default_theta)
 
     @cached_property
     def tying(self) -> Tying:
@@ -141,7 +143,7 @@ class DecoderModel(MoeModel):
                 return True
             return self.have_same_values(embedding, head)
 
-        return read_tying(self.reader, self.text, head in self.names, head_is_copy)
+        return read_tying(self.reader, self.text, head in self.names, head_is_copy, self.tying_keys)
 
     def refuse_common(self) -> None:
         """Refuse, by name, what no family here does, and a fact with two values."""
@@ -181,7 +183,8 @@ class DecoderModel(MoeModel):
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         config = self.rewritten_config(dict.fromkeys(COUNT_KEYS, n_experts))
         sections = self.text_sections if self.is_nested else ()
-        return without_quantization(with_tying(config, sections, self.facts.tied_embeddings))
+        tied = self.facts.tied_embeddings
+        return without_quantization(with_tying(config, sections, tied, self.tying_keys))
 
     def rewritten_config(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The config with other values under the keys that it has, the text model's included."""

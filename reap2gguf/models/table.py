@@ -10,6 +10,7 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.lfm2_moe import Lfm2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 from reap2gguf.models.qwen3_next import Qwen3Next
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3NextForCausalLM": Qwen3Next,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
+    "Lfm2MoeForCausalLM": Lfm2Moe,
 }
 
 BY_GGUF: dict[str, type[MoeModel]] = {one.gguf_arch: one for one in ARCHITECTURES.values()}
