@@ -234,8 +234,13 @@ class MoeModel(ABC):
         return f"{self.text_prefix}norm.weight"
 
     @property
+    def own_head_name(self) -> str:
+        """The stored name of the output matrix, where it is not the embedding."""
+        return "lm_head.weight"
+
+    @property
     def head_name(self) -> str:
-        return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
+        return self.embedding_name if self.facts.tied_embeddings else self.own_head_name
 
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""

@@ -90,7 +90,7 @@ def stored_template(model: MoeModel) -> dict[str, StoredTensor]:
     """The tensors of a model as a checkpoint in float32 stores them, one per expert's matrix."""
     shapes = dict(model.shapes())
     if model.facts.tied_embeddings:
-        shapes.pop("lm_head.weight", None)
+        shapes.pop(model.own_head_name, None)
     for layer in model.facts.moe_layers:
         shapes |= model.expert_shapes(layer)
     return {name: StoredTensor(name, "F32", shape) for name, shape in shapes.items()}

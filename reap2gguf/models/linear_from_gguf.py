@@ -52,14 +52,18 @@ def recurrent_layers(keys: GgufKeys, n_layers: int) -> Sequence[bool]:
 
 
 def partial_rope(keys: GgufKeys, head_dim: int) -> dict[str, Any]:
-    """Which share of a head is rotated, and how its pairs are shared out to the axes of images."""
+    """Which share of a head is rotated, and to which axes."""
     width = keys.integer(Keys.Rope.DIMENSION_COUNT, 1, head_dim, default=head_dim)
     share = width / head_dim
     if int(head_dim * share) != width:  # transformers cuts the product off
         share = math.nextafter(share, 1)
+    return {"partial_rotary_factor": share, **rope_sections(keys)}
+
+
+def rope_sections(keys: GgufKeys) -> dict[str, Any]:
+    """How the pairs of a head are shared out to the axes of images."""
     sections = keys.integers(Keys.Rope.DIMENSION_SECTIONS, 0, MAX_WIDTH, 4)
     return {
-        "partial_rotary_factor": share,
         "mrope_section": list(sections if sections[3] else sections[:3]),
         "mrope_interleaved": True,
     }

@@ -49,12 +49,8 @@ class Qwen3Moe(DecoderModel):
     defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 4}
 
     def read_facts(self) -> ModelFacts:
-        read = self.reader
-        if (found := self.config.get("model_type")) != self.model_type:
-            raise UnsupportedModelError(
-                f"{read.where}: model_type is {shown(found)}, expected '{self.model_type}': "
-                "transformers chooses the architecture by it"
-            )
+        read = self.text
+        self.refuse_model_types()
         self.refuse_common()
         why = f"llama.cpp's {self.gguf_arch} has full attention"
         read.expect("use_sliding_window", False, why=why)
@@ -66,6 +62,14 @@ class Qwen3Moe(DecoderModel):
         self.rope.values.expect("partial_rotary_factor", 1, why=why)
         check_rotary_width(self.rope, facts.head_dim, facts.head_dim)
         return facts
+
+    def refuse_model_types(self) -> None:
+        """Refuse a config by whose type transformers would build another architecture."""
+        if (found := self.config.get("model_type")) != self.model_type:
+            raise UnsupportedModelError(
+                f"{self.reader.where}: model_type is {shown(found)}, expected '{self.model_type}': "
+                "transformers chooses the architecture by it"
+            )
 
     def check_routing(self) -> None:
         key = "norm_topk_prob"

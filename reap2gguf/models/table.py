@@ -11,6 +11,8 @@ from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
+from reap2gguf.models.qwen3_omni_moe import Qwen3OmniMoe
+from reap2gguf.models.qwen3_vl_moe import Qwen3VlMoe
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -18,10 +20,13 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VlMoe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }
 
+# of several with one name in GGUF files, the last one reads them
 BY_GGUF: dict[str, type[MoeModel]] = {one.gguf_arch: one for one in ARCHITECTURES.values()}
 
 _MAX_LABELS = 2**16

@@ -97,6 +97,8 @@ def apart(drawn: Drawn) -> Drawn:
     """The same values with flat names and one tensor per expert, as a template has them."""
     if isinstance(drawn.tiny, TinyQwen3Moe):
         return replace(drawn, tiny=replace(drawn.tiny, fused=False))
+    if hasattr(drawn.tiny, "apart"):
+        return replace(drawn, tiny=drawn.tiny.apart())
     tiny = replace(drawn.tiny, nested=False, fused=False, fused_mtp=False, vision=False)
     return replace(drawn, tiny=tiny)
 
