@@ -195,6 +195,15 @@ def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
     }
 
 
+def full_attention_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same of a model whose layers all have full attention that rotates whole heads."""
+    config = common_config(keys)
+    keys.expect(Keys.Rope.DIMENSION_COUNT, config["head_dim"], why="whole heads are rotated")
+    if not keys.has(Keys.Attention.KEY_LENGTH):
+        del config["head_dim"]  # transformers takes the same share of the hidden size
+    return config
+
+
 def expert_width(keys: GgufKeys) -> int:
     """The width of an expert; without its key, llama.cpp's: a share of a dense layer's."""
     llm = Keys.LLM

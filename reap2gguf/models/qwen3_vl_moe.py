@@ -1,9 +1,13 @@
-"""Qwen3-VL-MoE (Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B): Qwen3-MoE's text model and a vision tower.
+"""Qwen3-VL-MoE (Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B) and Qwen3-Omni-MoE (Qwen3-Omni-30B-A3B).
 
-The config nests the text model's (`text_config`) and its names begin with `model.language_model.`.
-Experts are fused (3D): published checkpoints store matrices as (in, out), and those that
-transformers has saved as (out, in); the shape shows which. GGUF names, types and keys are those of
-llama.cpp's `qwen3vlmoe`.
+Their text model is Qwen3-MoE's. Qwen3-VL nests its config (`text_config`) and its names
+(`model.language_model.*`). Its experts are fused (3D): published checkpoints store matrices as
+(in, out), and those that transformers has saved as (out, in); the shape shows which.
+
+Qwen3-Omni's is that of the thinker (`thinker_config.text_config`, `thinker.model.*`), with one
+tensor per expert (2D). Its towers for images and sound, and what speaks (the talker, which has
+experts of its own, and code2wav), stay in the safetensors: llama.cpp's converter writes the text
+model alone. GGUF names, types and keys are those of llama.cpp's `qwen3vlmoe`.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_LAYERS, SideFile
 from reap2gguf.models.experts import ExpertLayout
+from reap2gguf.models.facts import refuse_hidden_effects
 from reap2gguf.models.linear_from_gguf import rope_sections
 from reap2gguf.models.mrope import read_sections, unrotated_pairs
 from reap2gguf.models.qwen3_moe import Qwen3Moe
@@ -30,6 +35,7 @@ from reap2gguf.models.qwen_vision import (
     vision_projector,
 )
 from reap2gguf.models.shared import ARRAY, UINT32, Entry
+from reap2gguf.models.tying import KEY as TIE_KEY
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
@@ -39,10 +45,9 @@ if TYPE_CHECKING:
 
 # Radians. A pair of dimensions that turns by less over the whole context need not be rotated.
 _STILL = 0.25
-_APART = (
-    "experts are one tensor each, which transformers does not load in this architecture, neither "
-    "from the source nor from the pruned folder; the GGUF files are not affected"
-)
+_NESTED = "model.language_model."
+_SPEECH = ("talker.", "code2wav.")
+_OMNI_TOWERS = ("thinker.visual.", "thinker.audio_tower.")
 
 
 class Qwen3VlMoe(Qwen3Moe):
@@ -77,6 +82,7 @@ class Qwen3VlMoe(Qwen3Moe):
         }
 
     def read_facts(self) -> ModelFacts:
+        self._refuse_nesting()
         facts = super().read_facts()
         rotary = self.rope.values
         for key in ("mrope_interleaved", "interleaved"):
@@ -115,8 +121,8 @@ class Qwen3VlMoe(Qwen3Moe):
             )
         return len(deepstack_layers(read))
 
-    def refuse_model_types(self) -> None:
-        super().refuse_model_types()
+    def _refuse_nesting(self) -> None:
+        """Refuse sections that are missing, or whose types transformers would build otherwise."""
         read = self.reader
         for section in self.text_sections:
             if not read.section(section):
@@ -142,8 +148,7 @@ class Qwen3VlMoe(Qwen3Moe):
 
     @cached_property
     def text_prefix(self) -> str:
-        nested = any(name.startswith("model.language_model.") for name in self.names)
-        return "model.language_model." if nested else "model."
+        return _NESTED if any(name.startswith(_NESTED) for name in self.names) else "model."
 
     def header(self) -> list[Entry]:
         return [
@@ -151,6 +156,17 @@ class Qwen3VlMoe(Qwen3Moe):
             (Keys.Rope.DIMENSION_SECTIONS, [*self.sections], ARRAY),
             (Keys.LLM.NUM_DEEPSTACK_LAYERS, self.n_deepstack, UINT32),
         ]
+
+    def check_tensors(self, stored: Mapping[str, StoredTensor]) -> None:
+        super().check_tensors(stored)
+        # a GGUF header's tensors are described one per expert, under flat names
+        first = f"{_NESTED}layers.{self.facts.moe_layers[0]}.{self.experts.path}.0."
+        if found := [name for name in stored if name.startswith(first)]:
+            raise UnsupportedModelError(
+                f"tensor {found[0]!r}: experts are one tensor each, and transformers reads only "
+                "fused ones in this architecture; store gate_up_proj and down_proj of all experts "
+                "of a layer as one tensor each"
+            )
 
     @property
     def has_tower(self) -> bool:
@@ -166,14 +182,67 @@ class Qwen3VlMoe(Qwen3Moe):
     def caveats(self) -> tuple[str, ...]:
         found = [*super().caveats()]
         found += tower_caveats(self.has_tower, bool(self.tower.section("vision_config")))
-        apart = f".{self.experts.path}.0."
-        if self.experts.orientation == "either" and any(apart in name for name in self.names):
-            found.append(_APART)
         if self.unrotated:
             named = ", ".join(map(str, self.unrotated))
             found.append(
                 f"llama.cpp does not rotate the pairs {named} of a head, which transformers turns "
                 f"by up to {max(self.unrotated.values()):.2g} radians over the whole context of "
                 f"{self.facts.context_length:,} tokens; this is so in every GGUF file of this model"
+            )
+        return tuple(found)
+
+
+class Qwen3OmniMoe(Qwen3VlMoe):
+    """One Qwen3-Omni-MoE model."""
+
+    model_type: ClassVar[str] = "qwen3_omni_moe"
+    text_sections: ClassVar[tuple[str, ...]] = ("thinker_config", "text_config")
+    carried_prefixes = (*_OMNI_TOWERS, *_SPEECH)
+    head_prefix: ClassVar[str] = "thinker."
+    count_keys = ("num_experts",)  # transformers has no other spelling for this text model
+    experts: ClassVar[ExpertLayout] = ExpertLayout()
+    # transformers' value of an absent key, in Qwen3OmniMoeTextConfig
+    defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 4}
+    section_types: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "thinker_config": ("qwen3_omni_moe_thinker",),
+        "text_config": ("qwen3_omni_moe_text",),
+        "vision_config": ("qwen3_omni_moe_vision_encoder",),
+    }
+
+    @property
+    def tower(self) -> ConfigReader:
+        return self.reader.with_values(self.reader.section("thinker_config"))
+
+    def read_n_deepstack(self) -> int:
+        return 0  # what the converter writes, whatever the tower has
+
+    def check_routing(self) -> None:
+        super().check_routing()
+        refuse_hidden_effects(self.tower)
+        why = f"llama.cpp's {self.gguf_arch} has full attention"
+        self.text.expect("sliding_window", why=why)
+        why = "a head that is the embedding is not implemented in this architecture"
+        for reader in (self.reader, self.tower, self.text):
+            reader.expect(TIE_KEY, False, why=why)
+
+    @cached_property
+    def text_prefix(self) -> str:
+        return "thinker.model."
+
+    def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
+        return ()
+
+    def caveats(self) -> tuple[str, ...]:
+        found = [*super().caveats()]
+        if any(name.startswith(_OMNI_TOWERS) for name in self.names):
+            found.append(
+                "GGUF files hold the text model alone: llama.cpp's converter (October 2026) does "
+                "not write a projector of this architecture, so images and sound need the "
+                "safetensors"
+            )
+        if any(name.startswith(_SPEECH) for name in self.names):
+            found.append(
+                "what speaks (talker, code2wav) is unchanged and reads hidden states of the pruned "
+                "thinker; speech is not evaluated"
             )
         return tuple(found)

@@ -9,16 +9,17 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
-from reap2gguf.models.qwen3_omni_moe import Qwen3OmniMoe
-from reap2gguf.models.qwen3_vl_moe import Qwen3VlMoe
+from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe, Qwen3VlMoe
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VlMoe,

@@ -17,8 +17,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import (
 )
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 
-from reap2gguf.models.qwen3_omni_moe import Qwen3OmniMoe
-from reap2gguf.models.qwen3_vl_moe import Qwen3VlMoe
+from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe, Qwen3VlMoe
 from tests.models.config_rows import EVERY_CONFIG, TEXT, Carried, Elsewhere, Read, Refused, Row
 from tests.models.drawn import COMMON, DTYPES, HEADS, Drawn, changes_of, rope_changes
 from tests.models.oracles import SMALL_VOCAB

@@ -29,7 +29,7 @@ def text_of(config: dict[str, Any]) -> dict[str, Any]:
 class Drawn:
     """A checkpoint to write: what its tensors are, and what its config says instead."""
 
-    tiny: Any  # a factory of a checkpoint
+    tiny: Any  # a dataclass of tests/families
     head: str  # "as configured", "own", "copy" or "none"
     text: tuple[tuple[str, Any], ...]  # changes of the text model's config
     outer: tuple[tuple[str, Any], ...]  # changes of the config around it

@@ -57,7 +57,7 @@ def changed(cls: Any, name: str, value: Any) -> dict[str, Any]:
     config: dict[str, Any] = copy.deepcopy(CLASSES[cls][1].config())
     config.pop(name, None)
     if name == "layer_types":
-        config.pop("full_attention_interval")
+        config.pop("full_attention_interval", None)
     if name == "dtype":
         config.pop("torch_dtype", None)
     if name == "head_dim" and "rope_parameters" in config:

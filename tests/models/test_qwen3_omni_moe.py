@@ -13,7 +13,7 @@ import torch
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.models.description import Carried, Expert
-from reap2gguf.models.qwen3_omni_moe import Qwen3OmniMoe
+from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from tests.families.qwen_vl import OMNI
