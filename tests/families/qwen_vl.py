@@ -436,6 +436,8 @@ FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
 def qwen3_vl(draw: st.DrawFn, kind: type[TinyQwen3Vl]) -> Drawn:
     n_experts = draw(st.integers(2, 6))
     n_kv_heads = draw(st.sampled_from([1, 2, 4]))
+    head_dim = draw(st.sampled_from([8, 16, 32, 32, 24, 12]))
+    fitting = tuple((head_dim // 2 + 2 - axis) // 3 for axis in range(3))
     tiny = kind(
         n_layers=draw(st.integers(1, 3)),
         hidden=draw(st.sampled_from([32, 64, 40])),
@@ -444,24 +446,21 @@ def qwen3_vl(draw: st.DrawFn, kind: type[TinyQwen3Vl]) -> Drawn:
         top_k=draw(st.integers(1, n_experts)),
         n_heads=n_kv_heads * draw(st.sampled_from([1, 2])),
         n_kv_heads=n_kv_heads,
-        head_dim=draw(st.sampled_from([8, 16, 32, 32, 24, 10])),
-        sections=draw(st.sampled_from([(8, 4, 4), (6, 5, 5), (3, 3, 2), (2, 1, 1)])),
+        head_dim=head_dim,
+        sections=draw(st.sampled_from([fitting, fitting, fitting, (8, 4, 4), (2, 1, 1)])),
         theta=draw(st.sampled_from([5e6, 1e6, 1e4])),
         vocab=draw(st.sampled_from([SMALL_VOCAB, 320])),
         vision=draw(st.booleans()),
         deepstack=draw(st.sampled_from([(), (0,), (0, 2)])),
-        tied=draw(st.sampled_from([False, False, True])),
+        tied=kind is TinyQwen3Vl and draw(st.booleans()),
         dtype=draw(DTYPES),
     )
-    if kind is TinyQwen3Vl:
-        tiny = replace(tiny, resaved=draw(st.booleans()), fused=draw(st.booleans()))
-    else:
-        tiny = replace(tiny, fused=draw(st.booleans()))
+    either = {"resaved" if kind is TinyQwen3Vl else "fused": draw(st.booleans())}
     text = dict(draw(changes_of(COMMON, 2)))
     if draw(st.integers(0, 3)) == 0:
         text |= draw(rope_changes())
-    outer = draw(changes_of(COMMON, 1)) if draw(st.booleans()) else ()
-    return Drawn(tiny, draw(HEADS), tuple(text.items()), outer)
+    outer = draw(changes_of(COMMON, 1)) if draw(st.integers(0, 3)) == 0 else ()
+    return Drawn(replace(tiny, **either), draw(HEADS), tuple(text.items()), outer)
 
 
 # what configs are drawn of
