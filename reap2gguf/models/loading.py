@@ -43,6 +43,14 @@ def classes_of(architecture: Any) -> Classes:
     return _OTHERS.get(architecture, _MOST) if isinstance(architecture, str) else _MOST
 
 
+def classes_for_all(architecture: Any, has_tower: bool) -> tuple[str, str]:
+    """The names of what loads all that a folder holds: its model, and what makes its input."""
+    classes = classes_of(architecture)
+    if has_tower and not classes.text:
+        return "AutoModelForImageTextToText", "AutoProcessor"
+    return classes.whole, classes.processor
+
+
 def whole_class(config: Mapping[str, Any]) -> Any:
     """The class whose `from_pretrained` loads a folder with this config.json, for text."""
     import transformers
