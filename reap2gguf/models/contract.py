@@ -235,8 +235,13 @@ class MoeModel(ABC):
         return f"{self.text_prefix}{self.norm_module}.weight"
 
     @property
+    def own_head_name(self) -> str:
+        """The stored name of the output matrix, where it is not the embedding."""
+        return "lm_head.weight"
+
+    @property
     def head_name(self) -> str:
-        return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
+        return self.embedding_name if self.facts.tied_embeddings else self.own_head_name
 
     @property
     def mtp_embedding_name(self) -> str:

@@ -90,7 +90,7 @@ def stored_template(model: MoeModel) -> dict[str, StoredTensor]:
     """The tensors of a model as a checkpoint in float32 stores them, one per expert's matrix."""
     shapes = dict(model.shapes())
     if model.facts.tied_embeddings:
-        shapes.pop("lm_head.weight", None)
+        shapes.pop(model.own_head_name, None)
     for layer in model.facts.moe_layers:
         shapes |= model.expert_shapes(layer)
     return {name: StoredTensor(name, "F32", shape) for name, shape in shapes.items()}
@@ -212,6 +212,15 @@ def kv_heads_by_layer(keys: GgufKeys) -> tuple[tuple[bool, ...], int]:
             "one number of heads"
         )
     return tuple(count > 0 for count in found), counts.pop()
+
+
+def full_attention_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same of a model whose layers all have full attention that rotates whole heads."""
+    config = common_config(keys)
+    keys.expect(Keys.Rope.DIMENSION_COUNT, config["head_dim"], why="whole heads are rotated")
+    if not keys.has(Keys.Attention.KEY_LENGTH):
+        del config["head_dim"]  # transformers takes the same share of the hidden size
+    return config
 
 
 def expert_width(keys: GgufKeys) -> int:

@@ -84,6 +84,7 @@ class DecoderModel(MoeModel):
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
+    head_prefix: ClassVar[str] = ""  # what the stored name of the output matrix begins with
     # what the names of a quantized weight's tensors end with beyond the weight's own name
     part_suffixes: ClassVar[Mapping[str, Part]] = {}
 
@@ -136,7 +137,7 @@ class DecoderModel(MoeModel):
     @cached_property
     def tying(self) -> Tying:
         """Whether the output matrix is the token embedding."""
-        embedding, head = self.embedding_name, HEAD.stored
+        embedding, head = self.embedding_name, self.own_head_name
 
         def head_is_copy() -> bool:
             if self.have_same_values is None or embedding not in self.names:
@@ -236,6 +237,10 @@ class DecoderModel(MoeModel):
 
     # the tensors
 
+    @property
+    def own_head_name(self) -> str:
+        return HEAD.stored.format(head=self.head_prefix)
+
     @cached_property
     def mtp_prefix(self) -> str:
         """What the stored names of the MTP block begin with: those of one more decoder layer."""
@@ -280,7 +285,8 @@ class DecoderModel(MoeModel):
 
     @cached_property
     def _outside(self) -> Mapping[str, TensorRule]:
-        return {rule.stored.format(text=self.text_prefix): rule for rule in self.outer}
+        prefixes = {"text": self.text_prefix, "head": self.head_prefix}
+        return {rule.stored.format(**prefixes): rule for rule in self.outer}
 
     @cached_property
     def sparse_layers(self) -> frozenset[int]:

@@ -11,9 +11,11 @@ from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 from reap2gguf.models.qwen3_next import Qwen3Next
+from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe, Qwen3VlMoe
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Glm4MoeForCausalLM": Glm4Moe,
+    "Lfm2MoeForCausalLM": Lfm2Moe,
+    "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3NextForCausalLM": Qwen3Next,
+    "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VlMoe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
-    "Lfm2MoeForCausalLM": Lfm2Moe,
 }
 
+# of several with one name in GGUF files, the last one reads them
 BY_GGUF: dict[str, type[MoeModel]] = {one.gguf_arch: one for one in ARCHITECTURES.values()}
 
 _MAX_LABELS = 2**16

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.transformers_config import transformers_config
+from reap2gguf.models.loading import text_model
 from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
@@ -391,23 +391,16 @@ class StreamedDecoder:
 
 def _build(weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model on the meta device, without its head."""
-    from transformers import AutoModelForCausalLM
-
     register()
     try:
-        config = transformers_config(weights.config)
-        config = config.get_text_config()  # vision towers are not run
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+        model = text_model(weights.config, dtype)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
             f"{weights.folder}: transformers cannot build the model of its config ({reason})"
         ) from error
     model.set_experts_implementation(IMPLEMENTATION)
-    return model.eval().base_model
+    return model
 
 
 def _build_rotary(base: Any, device: torch.device) -> None:
