@@ -9,6 +9,7 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
