@@ -223,6 +223,14 @@ def full_attention_config(keys: GgufKeys) -> dict[str, Any]:
     return config
 
 
+def uniform_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same where `intermediate_size` is an expert's width, and all layers have experts."""
+    config = full_attention_config(keys)
+    del config["moe_intermediate_size"]
+    width = keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH)
+    return {**config, "intermediate_size": width}
+
+
 def expert_width(keys: GgufKeys) -> int:
     """The width of an expert; without its key, llama.cpp's: a share of a dense layer's."""
     llm = Keys.LLM

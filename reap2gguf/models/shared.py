@@ -37,6 +37,7 @@ from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
     COUNT_KEYS,
     FACT_KEYS,
+    WIDTH_KEY,
     config_values,
     read_epsilon,
     read_facts,
@@ -74,6 +75,7 @@ class DecoderModel(MoeModel):
     experts: ClassVar[ExpertLayout] = ExpertLayout()
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
+    width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
@@ -166,6 +168,7 @@ class DecoderModel(MoeModel):
             self.text,
             self.count_keys,
             self.defaults,
+            self.width_key,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -177,6 +180,7 @@ class DecoderModel(MoeModel):
         return {
             **config_values(self.facts),
             self.count_keys[0]: self.facts.n_experts,
+            self.width_key: self.facts.expert_width,
             self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
             "rope_parameters": self.rope.config_values(),
         }
@@ -199,7 +203,7 @@ class DecoderModel(MoeModel):
 
     def header(self) -> list[Entry]:
         """The architecture's own keys, rotary embedding apart, in the order of the file."""
-        facts, read, llm = self.facts, self.text, Keys.LLM
+        facts, llm = self.facts, Keys.LLM
         groups: list[Entry] = []
         if facts.n_groups > 1:
             groups = [
@@ -213,7 +217,7 @@ class DecoderModel(MoeModel):
             (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
             (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
             (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read, *self.epsilon), FLOAT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(self.text, *self.epsilon), FLOAT32),
             (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
             (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
             (llm.EXPERT_COUNT, facts.n_experts, UINT32),

@@ -11,6 +11,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Glm4MoeForCausalLM": Glm4Moe,
     "Lfm2MoeForCausalLM": Lfm2Moe,
+    "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3NextForCausalLM": Qwen3Next,
