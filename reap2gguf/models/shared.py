@@ -329,23 +329,27 @@ class DecoderModel(MoeModel):
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         for name, rule in self._outside.items():
             if not isinstance(self.role(name), Carried):
-                yield self._single(stored, name, rule, "")
+                yield from self.made_of(stored, name, rule, "")
         for layer in range(self.facts.n_blocks):
             blk, prefix = f"blk.{layer}.", self.block_prefix(layer)
             for rule in self._block_rules(layer):
-                yield self._single(stored, prefix + rule.stored, rule, blk)
+                yield from self.made_of(stored, prefix + rule.stored, rule, blk)
             if layer in self.sparse_layers:
                 yield from self.expert_tensors(layer, stored).values()
                 yield from self.experts.biases(stored, self.layer_prefix(layer), layer, self.facts)
             for rule in self._rules_beside(layer):
-                yield self._single(stored, prefix + rule.stored, rule, blk)
+                yield from self.made_of(stored, prefix + rule.stored, rule, blk)
 
-    def _single(
+    def made_of(
         self, stored: Mapping[str, StoredTensor], name: str, rule: TensorRule, prefix: str
-    ) -> GgufTensor:
+    ) -> tuple[GgufTensor, ...]:
+        """The GGUF tensors that a stored tensor becomes: one, where a family does not split it.
+
+        `prefix` begins their names. Raises CheckpointError if it is not stored.
+        """
         shape = sizes_of(rule.gguf_shape, self.sizes()) if rule.gguf_shape else None
         transform = self.transform(rule)
-        return single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape)
+        return (single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape),)
 
     def expert_tensors(
         self, layer: int, stored: Mapping[str, StoredTensor]

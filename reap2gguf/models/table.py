@@ -9,6 +9,7 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.glm4_moe_lite import Glm4MoeLite
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }
 
-BY_GGUF: dict[str, type[MoeModel]] = {one.gguf_arch: one for one in ARCHITECTURES.values()}
+# Several classes of transformers may be one architecture of llama.cpp.
+BY_GGUF: dict[str, list[type[MoeModel]]] = {
+    arch: list(dict.fromkeys(one for one in ARCHITECTURES.values() if one.gguf_arch == arch))
+    for arch in dict.fromkeys(one.gguf_arch for one in ARCHITECTURES.values())
+}
 
 _MAX_LABELS = 2**16
 
