@@ -26,6 +26,7 @@ from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
+from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.models.table import describe
 from reap2gguf.quantizing.quantizer import load_quantizer
 
@@ -232,5 +233,4 @@ class GgufWeights(Weights):
 
 def _in_mtp(tensor: GgufTensor, model: MoeModel) -> bool:
     """Whether a tensor is of the multi-token-prediction block."""
-    layers = {model.role(slab.stored).layer for slab in tensor.slabs}
-    return model.facts.mtp_layer is not None and layers == {model.facts.mtp_layer}
+    return model.facts.has_mtp and block_of(tensor.name) == model.facts.mtp_layer

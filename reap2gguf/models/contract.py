@@ -249,6 +249,16 @@ class MoeModel(ABC):
     def head_name(self) -> str:
         return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
 
+    @property
+    def mtp_embedding_name(self) -> str:
+        """The embedding in which the MTP block looks up the next token."""
+        return self.embedding_name
+
+    @property
+    def mtp_head_name(self) -> str:
+        """The head that makes logits of what the MTP block computes."""
+        return self.head_name
+
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""
         return self.facts.n_layers - 1

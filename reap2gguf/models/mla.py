@@ -22,13 +22,13 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH, GgufTensor, HeadMatrices, Slab, missing
 from reap2gguf.models.facts import FACT_KEYS, read_epsilon
-from reap2gguf.models.from_gguf import headless_config, trunk_layers
+from reap2gguf.models.from_gguf import headless_config
+from reap2gguf.models.nextn import NextnDecoder
 from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
 from reap2gguf.models.rules import (
     ATTN_NORM,
     DENSE_FFN,
     FFN_NORM,
-    NEXTN,
     ROUTER,
     SCORE_BIAS,
     SHARED_EXPERTS,
@@ -41,7 +41,7 @@ from reap2gguf.models.scored_router import (
     router_config,
     router_entries,
 )
-from reap2gguf.models.shared import UINT32, DecoderModel, Entry
+from reap2gguf.models.shared import UINT32, Entry
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
@@ -136,11 +136,10 @@ class LatentRope(Rope):
         return found
 
 
-class MlaModel(DecoderModel):
+class MlaModel(NextnDecoder):
     """A model with latent attention, dense layers first, and experts that all tokens share."""
 
     gguf_arch: ClassVar[str] = "deepseek2"
-    mtp = NEXTN
     count_keys = ("n_routed_experts",)
     fact_keys = (*FACT_KEYS, *_HEAD_KEYS, "intermediate_size", "n_shared_experts")
     scores: ClassVar[Scores] = Scores.SIGMOID
@@ -150,9 +149,8 @@ class MlaModel(DecoderModel):
     def read_facts(self) -> ModelFacts:
         self._refuse()
         self.heads = _read_heads(self.text)
-        has_mtp = self.keep_mtp and any(self.in_mtp(name) for name in self.names)
         moe = self.trunk_moe_layers()
-        facts = self.common_facts(moe, has_mtp)
+        facts = self.facts_with_block(moe)
         self.n_dense = facts.n_layers - len(moe)
         if moe != tuple(range(self.n_dense, facts.n_layers)):
             raise UnsupportedModelError(
@@ -160,8 +158,6 @@ class MlaModel(DecoderModel):
                 f"expected dense layers first: llama.cpp's {self.gguf_arch} has no others"
             )
         check_rotary_width(self.rope, self.heads.rotated, self.heads.rotated)
-        if has_mtp:
-            facts = replace(facts, moe_layers=(*moe, facts.n_layers))
         groups, chosen = self.read_groups(facts.n_experts)
         return replace(
             facts,
@@ -296,7 +292,7 @@ class MlaModel(DecoderModel):
         # llama.cpp's converter leaves a missing rank out, and then only models of certain numbers
         # of layers can be loaded
         query_rank = heads.query_rank or (None if self._is_lite else 0)
-        found: list[Entry] = [
+        return [
             *(entry for entry in super().header() if entry[0] not in replaced),
             *router_entries(self.text, self.n_dense, self.scores),
             (llm.VOCAB_SIZE, facts.vocab_size, UINT32),
@@ -308,9 +304,6 @@ class MlaModel(DecoderModel):
             (attention.VALUE_LENGTH_MLA, heads.value, UINT32),
             (Keys.Rope.DIMENSION_COUNT, heads.rotated, UINT32),
         ]
-        if facts.has_mtp:
-            found.append((llm.NEXTN_PREDICT_LAYERS, 1, UINT32))
-        return found
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
@@ -326,13 +319,6 @@ class MlaModel(DecoderModel):
             **router_config(keys),
             "rope_parameters": _rope_from_gguf(keys, config["rope_parameters"]),
         }
-
-    @classmethod
-    def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
-        n_layers, n_mtp = trunk_layers(keys)
-        found = super().names_from_gguf(keys, keep_mtp)
-        has_mtp = keep_mtp and n_mtp
-        return (*found, f"model.layers.{n_layers}.eh_proj.weight") if has_mtp else found
 
     # the tensors
 

@@ -39,9 +39,14 @@ def read_scale(read: ConfigReader) -> float:
     return read.number("routed_scaling_factor", low=0, high=_MOST_SCALE, default=1.0)
 
 
-def router_entries(read: ConfigReader, n_dense: int, scores: Scores) -> list[Entry]:
-    """The keys of a header: shared experts, dense layers first, and how scores are made."""
-    normalised = read.boolean("norm_topk_prob", default=False)
+def router_entries(
+    read: ConfigReader, n_dense: int, scores: Scores, normalises: bool = False
+) -> list[Entry]:
+    """The keys of a header: shared experts, dense layers first, and how scores are made.
+
+    `normalises`: what an absent `norm_topk_prob` means.
+    """
+    normalised = read.boolean("norm_topk_prob", default=normalises)
     return [
         (Keys.LLM.EXPERT_SHARED_COUNT, read_n_shared(read), _UINT32),
         (Keys.LLM.LEADING_DENSE_BLOCK_COUNT, n_dense, _UINT32),

@@ -77,6 +77,7 @@ class DecoderModel(MoeModel):
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
+    has_attention_biases: ClassVar[bool] = False  # whether `attention_bias` may be true
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
@@ -142,7 +143,8 @@ class DecoderModel(MoeModel):
         read, section = self.text, ".".join(self.text_sections) if self.is_nested else ""
         refuse_contradictions(self.reader, read, section, self.fact_keys)
         read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
-        read.expect("attention_bias", False, why="attention biases are not implemented")
+        if not self.has_attention_biases:
+            read.expect("attention_bias", False, why="attention biases are not implemented")
         if read.values.get("pad_token_id") is not None:
             # transformers builds no embedding with a padding token outside of it
             vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
@@ -251,7 +253,7 @@ class DecoderModel(MoeModel):
             return self.rules(layer)
         return nested(self.rules(self.mtp_template()), self.mtp.layer, "layer.")
 
-    def _rules_beside(self, layer: int) -> tuple[TensorRule, ...]:
+    def rules_beside(self, layer: int) -> tuple[TensorRule, ...]:
         """The rules of what the MTP block has besides its decoder layer."""
         return self.mtp.rules if self.mtp and layer == self.facts.mtp_layer else ()
 
@@ -259,7 +261,7 @@ class DecoderModel(MoeModel):
     @cached_property
     def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
         return tuple(
-            {rule.stored: rule for rule in self._block_rules(layer) + self._rules_beside(layer)}
+            {rule.stored: rule for rule in self._block_rules(layer) + self.rules_beside(layer)}
             for layer in range(self.facts.n_blocks)
         )
 
@@ -307,8 +309,10 @@ class DecoderModel(MoeModel):
         if layer is None:
             return None
         if rule := self._in_blocks[layer].get(rest):
-            axis = rule.axis_of_experts
-            return Plain(layer) if axis is None else Router(layer, axis)
+            if (axis := rule.axis_of_experts) is not None:
+                return Router(layer, axis)
+            # no layer's module has the MTP block's own embedding and head
+            return Plain(None if rule.replaces else layer)
         inside = self.layer_prefix(layer).removeprefix(self.block_prefix(layer))
         if layer not in self.sparse_layers or not rest.startswith(inside):
             return None
@@ -337,7 +341,7 @@ class DecoderModel(MoeModel):
             if layer in self.sparse_layers:
                 yield from self.expert_tensors(layer, stored).values()
                 yield from self.experts.biases(stored, self.layer_prefix(layer), layer, self.facts)
-            for rule in self._rules_beside(layer):
+            for rule in self.rules_beside(layer):
                 yield from self.made_of(stored, prefix + rule.stored, rule, blk)
 
     def made_of(

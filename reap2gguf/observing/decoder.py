@@ -147,7 +147,10 @@ class StreamedDecoder:
 
     def load_embedding(self) -> None:
         """Read the token embedding."""
-        weight = self._read(self.model.embedding_name, shared=True)
+        self._load_embedding(self.model.embedding_name)
+
+    def _load_embedding(self, name: str) -> None:
+        weight = self._read(name, shared=True)
         self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
 
     def drop_embedding(self) -> None:
@@ -279,8 +282,8 @@ class StreamedDecoder:
         return output
 
     def load_ends(self) -> None:
-        """Read the embedding and the last norm, which the MTP block needs."""
-        self.load_embedding()
+        """Read the last norm and the embedding, which the MTP block needs."""
+        self._load_embedding(self.model.mtp_embedding_name)
         self.load_norm()
 
     def load_norm(self) -> None:
@@ -313,11 +316,11 @@ class StreamedDecoder:
         block: Any = self._layers[-1]
         if self._head is None:
             block.layer.to("meta")  # what is left to compute is a norm and the head
-            if self.model.facts.tied_embeddings:
+            if self.model.mtp_head_name == self.model.mtp_embedding_name:
                 self._head = self._base.embed_tokens.weight
             else:
                 self.drop_embedding()
-                self._head = self._read(self.model.head_name)
+                self._head = self._read(self.model.mtp_head_name)
         return torch.nn.functional.linear(block.norm(hidden), self._head)
 
     def mtp_best(self, hidden: Tensor) -> Tensor:
