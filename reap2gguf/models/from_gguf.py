@@ -74,9 +74,10 @@ def model_from_gguf(
         )
     architecture = next((one for one in architectures[keys.arch] if one.is_in_gguf(keys)), None)
     if architecture is None:
-        names = sorted(one.model_type for one in architectures[keys.arch])
+        known = ", ".join(one.model_type for one in architectures[keys.arch])
         raise UnsupportedModelError(
-            f"{keys.where}: a {keys.arch} whose header is none of {', '.join(names)}"
+            f"{keys.where}: the header of a {keys.arch} that is not implemented, expected one of "
+            f"{known}"
         )
     config = architecture.config_from_gguf(keys)
     names = architecture.names_from_gguf(keys, keep_mtp)

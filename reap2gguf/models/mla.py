@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as llama.cpp's `deepseek2` has it.
 
-Keys and values of all heads are products of one latent vector per token, of rank R, and `kv_b_proj`
+Keys and values of all heads are made of one latent vector per token, of size R, by `kv_b_proj`
 (heads * (nope + v), R). llama.cpp computes with the latents themselves: what makes keys of them is
-applied to the queries, what makes values of them to each head's weighted sum. So `kv_b_proj` becomes
-two GGUF tensors: `attn_k_b` (heads, R, nope), transposed, and `attn_v_b` (heads, v, R). To llama.cpp
+applied to the queries, what makes values of them to each head's weighted sum. So `kv_b_proj` is two
+GGUF tensors: `attn_k_b` (heads, R, nope), transposed, and `attn_v_b` (heads, v, R). To llama.cpp
 this is an attention with one head of keys and values, which is what the header says.
 """
 
@@ -20,9 +20,16 @@ from gguf import GGUFValueType, Keys
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.description import MAX_HEADS, MAX_WIDTH, GgufTensor, HeadMatrices, Slab, missing
+from reap2gguf.models.description import (
+    MAX_HEADS,
+    MAX_WIDTH,
+    GgufTensor,
+    HeadMatrices,
+    Slab,
+    missing,
+)
 from reap2gguf.models.facts import FACT_KEYS, read_epsilon
-from reap2gguf.models.from_gguf import headless_config
+from reap2gguf.models.from_gguf import EMBEDDING, headless_config, trunk_layers
 from reap2gguf.models.nextn import NextnDecoder
 from reap2gguf.models.rope import Rope, check_rotary_width, read_rope
 from reap2gguf.models.rules import (
@@ -71,6 +78,8 @@ _LATENT_EPSILON = 1e-6
 _MOST_EPSILON = 1e-5  # of published models, where the difference is not seen
 _LITE_LAYERS = (26, 27)  # llama.cpp takes these for models without low-rank queries
 _LITE_VOCABULARY = {48: 128_256}  # and these layers with this vocabulary
+# of a file that does not say how scores are made, these are llama.cpp's GLM-4.7-Flash
+_FLASH_LAYERS, _FLASH_VOCABULARY = (47, 48), 154_880
 
 
 @dataclass(frozen=True)
@@ -140,8 +149,13 @@ class MlaModel(NextnDecoder):
     """A model with latent attention, dense layers first, and experts that all tokens share."""
 
     gguf_arch: ClassVar[str] = "deepseek2"
-    count_keys = ("n_routed_experts",)
-    fact_keys = (*FACT_KEYS, *_HEAD_KEYS, "intermediate_size", "n_shared_experts")
+    count_keys: ClassVar[tuple[str, ...]] = ("n_routed_experts",)
+    fact_keys: ClassVar[tuple[str, ...]] = (
+        *FACT_KEYS,
+        *_HEAD_KEYS,
+        "intermediate_size",
+        "n_shared_experts",
+    )
     scores: ClassVar[Scores] = Scores.SIGMOID
 
     # the config
@@ -200,7 +214,7 @@ class MlaModel(NextnDecoder):
         read.expect("rope_interleave", True, why=f"llama.cpp's {arch} rotates neighbours")
         read.expect("moe_layer_freq", 1, why="all layers after the dense ones have experts")
         n_heads = read.integer("num_attention_heads", low=1, high=MAX_HEADS)
-        why = "every head has keys and values of its own, made of the latents"
+        why = "as num_attention_heads: every head has its own keys and values, made of latents"
         read.expect("num_key_value_heads", n_heads, why=why)
         why = f"llama.cpp's {arch} has such experts in every layer with experts"
         if read_n_shared(read) < 1:
@@ -292,8 +306,10 @@ class MlaModel(NextnDecoder):
         # llama.cpp's converter leaves a missing rank out, and then only models of certain numbers
         # of layers can be loaded
         query_rank = heads.query_rank or (None if self._is_lite else 0)
+        one_group = [(llm.EXPERT_GROUP_COUNT, 1, UINT32), (llm.EXPERT_GROUP_USED_COUNT, 1, UINT32)]
         return [
             *(entry for entry in super().header() if entry[0] not in replaced),
+            *(one_group if facts.n_groups == 1 else ()),
             *router_entries(self.text, self.n_dense, self.scores),
             (llm.VOCAB_SIZE, facts.vocab_size, UINT32),
             (attention.Q_LORA_RANK, query_rank, UINT32),
@@ -306,8 +322,18 @@ class MlaModel(NextnDecoder):
         ]
 
     @classmethod
+    def scores_in_gguf(cls, keys: GgufKeys) -> Scores:
+        """What the router of a file makes of its logits; without a key, what llama.cpp takes."""
+        key = Keys.LLM.EXPERT_GATING_FUNC
+        if keys.has(key):
+            return Scores(keys.integer(key, min(Scores), max(Scores)))
+        n_layers, _ = trunk_layers(keys)
+        is_flash = n_layers in _FLASH_LAYERS and keys.rows(EMBEDDING) == _FLASH_VOCABULARY
+        return Scores.SIGMOID if is_flash else Scores.SOFTMAX
+
+    @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
-        config = headless_config(keys, cls.scores)
+        config = headless_config(keys, cls.scores)  # refuses other scores
         return {
             "model_type": cls.model_type,
             **{key: value for key, value in config.items() if key != "num_experts"},
@@ -404,6 +430,9 @@ def _rope_from_gguf(keys: GgufKeys, found: dict[str, Any]) -> dict[str, Any]:
     all_dims = float(f"{10 * tenth:.7g}")
     if not all_dims:
         factor = found["attention_factor"]
-        return {**found, "attention_factor": 1.0 if math.isclose(factor, 1, rel_tol=1e-6) else factor}
+        return {
+            **found,
+            "attention_factor": 1.0 if math.isclose(factor, 1, rel_tol=1e-6) else factor,
+        }
     factor = keys.number(Keys.Rope.SCALING_ATTN_FACTOR, 0, 2**20, default=1.0)
     return {**found, "attention_factor": factor, "mscale": all_dims, "mscale_all_dim": all_dims}
