@@ -51,7 +51,7 @@ def recurrent_layers(keys: GgufKeys, n_layers: int) -> Sequence[bool]:
     return recurrent
 
 
-def rotary_share(keys: GgufKeys, head_dim: int) -> float:
+def rotated_share(keys: GgufKeys, head_dim: int) -> float:
     """Which share of a head is rotated."""
     width = keys.integer(Keys.Rope.DIMENSION_COUNT, 1, head_dim, default=head_dim)
     share = width / head_dim
@@ -63,7 +63,7 @@ def partial_rope(keys: GgufKeys, head_dim: int) -> dict[str, Any]:
     """Which share of a head is rotated, and how its pairs are shared out to the axes of images."""
     sections = keys.integers(Keys.Rope.DIMENSION_SECTIONS, 0, MAX_WIDTH, 4)
     return {
-        "partial_rotary_factor": rotary_share(keys, head_dim),
+        "partial_rotary_factor": rotated_share(keys, head_dim),
         "mrope_section": list(sections if sections[3] else sections[:3]),
         "mrope_interleaved": True,
     }

@@ -16,7 +16,6 @@ from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.models.facts import read_n_layers
-from reap2gguf.models.from_gguf import trunk_layers
 from reap2gguf.models.rules import NEXTN, MtpLayout, TensorRule
 from reap2gguf.models.shared import UINT32, DecoderModel, Entry
 
@@ -36,12 +35,13 @@ class NextnDecoder(DecoderModel):
     @classmethod
     def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
         found = super().names_from_gguf(keys, keep_mtp)
-        # files that llama.cpp's converter made of a checkpoint without the block count it, too
-        n_layers, n_mtp = trunk_layers(keys)
-        if not (keep_mtp and n_mtp):
-            return found
-        there = [r.stored for r in NEXTN.rules if f"blk.{n_layers}.{r.gguf}" in keys.tensors]
-        return (*found, *(f"model.layers.{n_layers}.{stored}" for stored in there))
+        # not by the header's count: llama.cpp's converter also counts a block that is not there
+        there = tuple(
+            f"model.layers.{block}.{rule.stored}"
+            for rule in NEXTN.rules
+            for block in sorted(keys.blocks_with(rule.gguf))
+        )
+        return (*found, *there) if keep_mtp else found
 
     @cached_property
     def stores_block(self) -> bool:

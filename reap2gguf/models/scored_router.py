@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.shared import Entry
 
 _UINT32, _FLOAT32, _BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL
-_MOST_SCALE = 1e4  # of `routed_scaling_factor`, far above any model's
+_LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4  # of `routed_scaling_factor`, far from any model's
 _MOST_SHARED = 2**10
 
 
@@ -36,7 +36,8 @@ def read_n_shared(read: ConfigReader) -> int:
 
 def read_scale(read: ConfigReader) -> float:
     """The factor of the chosen experts' scores."""
-    return read.number("routed_scaling_factor", low=0, high=_MOST_SCALE, default=1.0)
+    # llama.cpp takes 0 for no factor
+    return read.number("routed_scaling_factor", low=_LEAST_SCALE, high=_MOST_SCALE, default=1.0)
 
 
 def router_entries(

@@ -77,6 +77,7 @@ class DecoderModel(MoeModel):
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
+    epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)  # of norms: key and default
     has_attention_biases: ClassVar[bool] = False  # whether `attention_bias` may be true
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
@@ -169,7 +170,7 @@ class DecoderModel(MoeModel):
         return {
             **config_values(self.facts),
             self.count_keys[0]: self.facts.n_experts,
-            "rms_norm_eps": read_epsilon(self.text),
+            self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
             "rope_parameters": self.rope.config_values(),
         }
 
@@ -204,7 +205,7 @@ class DecoderModel(MoeModel):
             (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
             (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
             (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read), FLOAT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read, *self.epsilon), FLOAT32),
             (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
             (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
             (llm.EXPERT_COUNT, facts.n_experts, UINT32),

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.models.deepseek2 import Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
-from reap2gguf.models.glm4_moe_lite import Glm4MoeLite
+from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from transformers import Glm4MoeLiteConfig
 
-from reap2gguf.models.glm4_moe_lite import Glm4MoeLite
+from reap2gguf.models.deepseek2 import Glm4MoeLite
 from tests.models.config_rows import TEXT, Carried, Read, Refused, Row
 from tests.models.drawn import (
     ABSENT,
