@@ -23,6 +23,7 @@ from reap2gguf.models.description import (
     Expert,
     GgufTensor,
     HeaderValue,
+    HeadMatrices,
     ModelFacts,
     Part,
     Projection,
@@ -113,6 +114,11 @@ class MoeModel(ABC):
         """
 
     @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        """Whether a GGUF file of `gguf_arch`, which several classes may have, is of this one."""
+        return True
+
+    @classmethod
     def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
         """Stored names by which the model knows that it has a head and an MTP block of its own."""
         return ("lm_head.weight",) if "output.weight" in keys.tensors else ()
@@ -165,6 +171,10 @@ class MoeModel(ABC):
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """GGUF names of the matrices fed by the experts' inputs and by their activations."""
 
+    def head_matrices(self, layer: int) -> HeadMatrices | None:
+        """Matrices of that module's attention whose inputs transformers does not form."""
+        return None
+
     def weighted_matrices(self) -> set[str]:
         """GGUF names of all matrices that an importance matrix has entries for.
 
@@ -174,6 +184,8 @@ class MoeModel(ABC):
         for block in range(self.facts.n_blocks):
             for names in self.matrices(block).values():
                 found.update(names)
+            if (heads := self.head_matrices(block)) is not None:
+                found.update(heads.names)
             if block in self.facts.moe_layers:
                 for names in self.expert_matrices(block):
                     found.update(names)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gguf import GGUFValueType, Keys
+from gguf import GGUFValueType
 
 from reap2gguf.errors import UnknownTensorError
 from reap2gguf.models.contract import MoeModel
@@ -46,6 +46,7 @@ from reap2gguf.models.facts import (
     refuse_hidden_effects,
     rewritten,
 )
+from reap2gguf.models.header_entries import common_entries
 from reap2gguf.models.quantized import leftover_caveats, without_quantization
 from reap2gguf.models.rope import Rope, read_rope
 from reap2gguf.models.rules import (
@@ -203,28 +204,8 @@ class DecoderModel(MoeModel):
 
     def header(self) -> list[Entry]:
         """The architecture's own keys, rotary embedding apart, in the order of the file."""
-        facts, llm = self.facts, Keys.LLM
-        groups: list[Entry] = []
-        if facts.n_groups > 1:
-            groups = [
-                (llm.EXPERT_GROUP_COUNT, facts.n_groups, UINT32),
-                (llm.EXPERT_GROUP_USED_COUNT, facts.groups_per_token, UINT32),
-            ]
-        return [
-            (llm.BLOCK_COUNT, facts.n_blocks, UINT32),
-            (llm.CONTEXT_LENGTH, facts.context_length, UINT32),
-            (llm.EMBEDDING_LENGTH, facts.hidden_size, UINT32),
-            (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
-            (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
-            (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(self.text, *self.epsilon), FLOAT32),
-            (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
-            (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
-            (llm.EXPERT_COUNT, facts.n_experts, UINT32),
-            (llm.EXPERT_USED_COUNT, facts.experts_per_token, UINT32),
-            (llm.EXPERT_FEED_FORWARD_LENGTH, facts.expert_width, UINT32),
-            *groups,
-        ]
+        epsilon = read_epsilon(self.text, *self.epsilon)
+        return common_entries(self.facts, self.dense_width(), epsilon)
 
     def dense_width(self) -> int | None:
         """The width of dense feed-forward layers; None where the config has none."""
@@ -367,23 +348,27 @@ class DecoderModel(MoeModel):
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         for name, rule in self._outside.items():
             if not isinstance(self.role(name), Carried):
-                yield self._single(stored, name, rule, "")
+                yield from self.made_of(stored, name, rule, "")
         for layer in range(self.facts.n_blocks):
             blk, prefix = f"blk.{layer}.", self.block_prefix(layer)
             for rule in self._block_rules(layer):
-                yield self._single(stored, prefix + rule.stored, rule, blk)
+                yield from self.made_of(stored, prefix + rule.stored, rule, blk)
             if layer in self.sparse_layers:
                 yield from self.expert_tensors(layer, stored).values()
                 yield from self.experts.biases(stored, self.layer_prefix(layer), layer, self.facts)
             for rule in self.rules_beside(layer):
-                yield self._single(stored, prefix + rule.stored, rule, blk)
+                yield from self.made_of(stored, prefix + rule.stored, rule, blk)
 
-    def _single(
+    def made_of(
         self, stored: Mapping[str, StoredTensor], name: str, rule: TensorRule, prefix: str
-    ) -> GgufTensor:
+    ) -> tuple[GgufTensor, ...]:
+        """The GGUF tensors that a stored tensor becomes: one, where a family does not split it.
+
+        `prefix` begins their names. Raises CheckpointError if it is not stored.
+        """
         shape = sizes_of(rule.gguf_shape, self.sizes()) if rule.gguf_shape else None
         transform = self.transform(rule)
-        return single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape)
+        return (single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape),)
 
     def expert_tensors(
         self, layer: int, stored: Mapping[str, StoredTensor]

@@ -132,6 +132,8 @@ def test_every_stored_value_is_used_once(case: Case) -> None:
         if tensor.transform is None:
             n_rows = len(rows_of_slabs([tensor], stored))
             per_row = tensor.n_columns if len(tensor.shape) > 1 else 1
+            if tensor.slabs[0].columns is not None:
+                per_row = tensor.shape[-2]
             assert n_rows == int(np.prod(tensor.shape)) // per_row
     # these take a whole tensor; that they miss nothing, test_transforms_are_undone shows
     transformed: Counter[str] = Counter()
@@ -305,6 +307,10 @@ def test_matrices_are_all_those_of_a_layer(case: Case) -> None:
     made = {tensor.name: tensor for tensor in tensors(case)}
     for layer in range(model.facts.n_blocks):
         named = [name for names in model.matrices(layer).values() for name in names]
+        if (heads := model.head_matrices(layer)) is not None:
+            named += heads.names
+            assert made[heads.queries].shape[::2] == (heads.n_heads, heads.query_width)
+            assert made[heads.sums].shape[::2] == (heads.n_heads, heads.sum_width)
         for names in model.expert_matrices(layer) if layer in model.facts.moe_layers else ():
             named += names
         expected = {
