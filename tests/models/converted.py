@@ -3,8 +3,8 @@
     python -m tests.models.converted LLAMA_CPP_FOLDER
 
 runs `convert_hf_to_gguf.py`'s classes from the source of llama.cpp on a checkpoint of every
-architecture and writes tests/data/converted. The tests compare what this program writes with it, and
-need no source of llama.cpp.
+architecture and writes tests/data/converted. The tests compare what this program writes with it,
+and need no source of llama.cpp.
 """
 
 from __future__ import annotations
