@@ -181,7 +181,7 @@ class Lfm2Moe(DecoderModel):
             if one not in types:
                 raise UnsupportedModelError(
                     f"{self.reader.where}: no layer of layer_types is {one}, expected layers of "
-                    "both kinds: transformers fails without attention, llama.cpp without convolution"
+                    "both kinds: transformers fails without attention, llama.cpp without conv"
                 )
         return tuple(types)
 
