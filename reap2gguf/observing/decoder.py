@@ -17,7 +17,8 @@ from torch import Tensor
 
 from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.transformers_config import transformers_config
+from reap2gguf.models.loading import text_model
+from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
@@ -96,6 +97,8 @@ class StreamedDecoder:
         count = len(self._layers)
         if model.facts.has_mtp:
             self._layers.append(self._build_mtp(dtype))
+        if device.type == "cpu":
+            follow_devices(part for layer in self._layers for part in layer.modules())
         self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
         self._base.layers = torch.nn.ModuleList(self._recorders)
         _build_rotary(self._base, device)
@@ -146,7 +149,10 @@ class StreamedDecoder:
 
     def load_embedding(self) -> None:
         """Read the token embedding."""
-        weight = self._read(self.model.embedding_name, shared=True)
+        self._load_embedding(self.model.embedding_name)
+
+    def _load_embedding(self, name: str) -> None:
+        weight = self._read(name, shared=True)
         self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
 
     def drop_embedding(self) -> None:
@@ -278,8 +284,8 @@ class StreamedDecoder:
         return output
 
     def load_ends(self) -> None:
-        """Read the embedding and the last norm, which the MTP block needs."""
-        self.load_embedding()
+        """Read the last norm and the embedding, which the MTP block needs."""
+        self._load_embedding(self.model.mtp_embedding_name)
         self.load_norm()
 
     def load_norm(self) -> None:
@@ -312,11 +318,11 @@ class StreamedDecoder:
         block: Any = self._layers[-1]
         if self._head is None:
             block.layer.to("meta")  # what is left to compute is a norm and the head
-            if self.model.facts.tied_embeddings:
+            if self.model.mtp_head_name == self.model.mtp_embedding_name:
                 self._head = self._base.embed_tokens.weight
             else:
                 self.drop_embedding()
-                self._head = self._read(self.model.head_name)
+                self._head = self._read(self.model.mtp_head_name)
         return torch.nn.functional.linear(block.norm(hidden), self._head)
 
     def mtp_best(self, hidden: Tensor) -> Tensor:
@@ -385,23 +391,16 @@ class StreamedDecoder:
 
 def _build(weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model on the meta device, without its head."""
-    from transformers import AutoModelForCausalLM
-
     register()
     try:
-        config = transformers_config(weights.config)
-        config = config.get_text_config()  # vision towers are not run
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+        model = text_model(weights.config, dtype)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
             f"{weights.folder}: transformers cannot build the model of its config ({reason})"
         ) from error
     model.set_experts_implementation(IMPLEMENTATION)
-    return model.eval().base_model
+    return model
 
 
 def _build_rotary(base: Any, device: torch.device) -> None:

@@ -92,8 +92,8 @@ def test_a_field_is_read_as_transformers_reads_it(cls: Any, name: str) -> None:
     assert isinstance(row, Read)
     before = model_of(cls, CLASSES[cls][1].config())
     config = changed(cls, name, row.other)
-    if name == "num_hidden_layers" and "layer_types" in config:
-        config["layer_types"] *= 2
+    for key in {"layer_types", "mlp_layer_types"} & config.keys():
+        config[key] *= 1 + (name == "num_hidden_layers")
     after = model_of(cls, config)
     theirs = getattr(transformers_config(config), name)
     assert theirs == row.other
