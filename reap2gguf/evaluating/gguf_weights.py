@@ -202,7 +202,11 @@ class GgufWeights(Weights):
                 piece.tensor.transform.put_back(values.reshape(piece.tensor.shape), stored)
             elif piece.slab.transposed:
                 low, high = piece.slab.rows or (0, piece.n_rows)
-                stored[:, low : high : piece.slab.step] = values.T
+                columns = slice(*(piece.slab.columns or (None,)))
+                stored[columns, low : high : piece.slab.step] = values.T
+            elif piece.slab.rows is not None:
+                first, last = piece.slab.rows
+                stored[first : last : piece.slab.step] = values
             else:
                 stored[...] = values.reshape(stored.shape)
         return stored
