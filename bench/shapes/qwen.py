@@ -104,6 +104,10 @@ def vision(config: dict) -> Shapes:
     pairs = [("patch_embed.proj", patch), ("merger.norm", (hidden,))]
     pairs += [("merger.linear_fc1", (merged, merged))]
     pairs += [("merger.linear_fc2", (config["out_hidden_size"], merged))]
+    for number in range(len(config["deepstack_visual_indexes"])):
+        at = f"deepstack_merger_list.{number}."
+        pairs += [(f"{at}norm", (merged,)), (f"{at}linear_fc1", (merged, merged))]
+        pairs += [(f"{at}linear_fc2", (config["out_hidden_size"], merged))]
     for block in range(config["depth"]):
         at = f"blocks.{block}."
         pairs += [(f"{at}norm1", (hidden,)), (f"{at}norm2", (hidden,))]

@@ -110,6 +110,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
         importance.texts,
         kept,
+        pruned,
         importance.facts,
         verify.result.passed,
         {**importance.seals, **verify.result.seals},

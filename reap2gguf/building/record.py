@@ -72,6 +72,7 @@ class Evidence:
     observations_sha256: str
     texts: Texts
     kept: Kept
+    pruned: PrunedView  # of the source, with these experts
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
@@ -92,7 +93,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
-        hf=_folder_record(work, written) if plan.writes_hf else None,
+        hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
         gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},

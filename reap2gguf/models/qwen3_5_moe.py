@@ -23,7 +23,7 @@ from reap2gguf.models.from_gguf import trunk_layers
 from reap2gguf.models.hybrid import MTP_KEY, HybridMoe
 from reap2gguf.models.linear_from_gguf import rope_sections
 from reap2gguf.models.mrope import read_sections
-from reap2gguf.models.qwen_vision import vision_projector
+from reap2gguf.models.qwen_vision import DEEPSTACK, refuse_tower, tower_caveats, vision_projector
 from reap2gguf.models.rules import TensorRule
 
 if TYPE_CHECKING:
@@ -116,34 +116,13 @@ class Qwen35Moe(HybridMoe):
     def side_files(self, folder: Path, stored: Mapping[str, StoredTensor]) -> tuple[SideFile, ...]:
         if not any(name.startswith(_VISION) for name in self.names):
             return ()
-        self._refuse_tower()
-        return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
-
-    def _refuse_tower(self) -> None:
-        """Refuse a tower that does not fit the text model, or that llama.cpp computes otherwise."""
+        refuse_tower(self.reader, self.facts.hidden_size)
         read = self.reader.with_values(self.reader.section("vision_config"))
-        hidden = self.facts.hidden_size
-        if (found := read.integer("out_hidden_size", default=3584)) != hidden:
-            raise UnsupportedModelError(
-                f"{read.where}: vision_config.out_hidden_size is {found}, expected {hidden}, the "
-                "text model's hidden_size"
-            )
-        rotary = read.with_values(read.section("rope_parameters"))
-        why = "llama.cpp rotates the tower's heads in one way"
-        rotary.expect("rope_theta", 10_000, why=why)
-        rotary.expect("rope_type", "default", "axial", why=why)
+        read.expect(DEEPSTACK, [], why="llama.cpp's qwen35moe takes the tower's last layer alone")
+        return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
 
     def caveats(self) -> tuple[str, ...]:
         found = [*super().caveats()]
         has_tower = any(name.startswith(_VISION) for name in self.names)
-        if has_tower:
-            found.append(
-                "experts are observed on text alone; the vision tower is unchanged, but experts "
-                "that only images need may be removed"
-            )
-        if not has_tower and self.config.get("vision_config"):
-            found.append(
-                "the config names a vision tower that the checkpoint does not contain: in "
-                "transformers it has random weights, so use the model for text alone"
-            )
+        found += tower_caveats(has_tower, bool(self.config.get("vision_config")))
         return tuple(found)
