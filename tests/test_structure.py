@@ -322,7 +322,7 @@ COVERED_BY = [
     (
         "models/test_shared.py",
         "rules that architectures share",
-        ("gguf_files/rows.py", "models/rules.py"),
+        ("models/rules.py",),
     ),
     (
         "observing/test_sweep.py",
