@@ -32,7 +32,7 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.foreign import foreign_layout
 from reap2gguf.models.quantized import refuse_quantized
-from reap2gguf.models.tokenizer_families import PreTokenizers, pre_tokenizers_of
+from reap2gguf.models.tokenizer_families import TokenizerFamily, tokenizer_family
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -117,9 +117,9 @@ class MoeModel(ABC):
         return ("lm_head.weight",) if "output.weight" in keys.tensors else ()
 
     @property
-    def pre_tokenizers(self) -> PreTokenizers:
-        """The split patterns that its tokenizer may have, and llama.cpp's name of each."""
-        return pre_tokenizers_of(self.model_type)
+    def tokenizers(self) -> TokenizerFamily:
+        """The ways of splitting text that its tokenizer may have, with llama.cpp's names."""
+        return tokenizer_family(self.model_type)
 
     def config_values(self) -> dict[str, Any]:
         """What was read from the config, under transformers' names of it."""

@@ -86,7 +86,11 @@ class DecoderModel(MoeModel):
 
     @abstractmethod
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
-        """What a trunk layer is made of besides its experts, in the order of the GGUF file."""
+        """What a trunk layer is made of besides its experts, in the order of the GGUF file.
+
+        A stored tensor of which GGUF makes several has a rule for each, with its part of the values
+        as the transform, and its shape.
+        """
 
     def sizes(self) -> Mapping[str, int]:
         """The sizes that the rules name."""
@@ -262,11 +266,16 @@ class DecoderModel(MoeModel):
 
     # found once: every name is asked for its role by these
     @cached_property
-    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+    def _all_rules(self) -> tuple[tuple[TensorRule, ...], ...]:
         return tuple(
-            {rule.stored: rule for rule in self._block_rules(layer) + self._rules_beside(layer)}
+            self._block_rules(layer) + self._rules_beside(layer)
             for layer in range(self.facts.n_blocks)
         )
+
+    @cached_property
+    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+        """By stored name; the rules of one name differ in what GGUF makes of it alone."""
+        return tuple({rule.stored: rule for rule in rules} for rules in self._all_rules)
 
     @cached_property
     def _outside(self) -> Mapping[str, TensorRule]:
@@ -288,6 +297,17 @@ class DecoderModel(MoeModel):
         return name, "weight"
 
     def role(self, name: str) -> Role:
+        found = self._roles.get(name)
+        if found is None:
+            found = self._roles[name] = self._role_or_error(name)
+        return found
+
+    # many stages ask for the role of each tensor, of which there may be 100,000
+    @cached_property
+    def _roles(self) -> dict[str, Role]:
+        return {}
+
+    def _role_or_error(self, name: str) -> Role:
         weight, part = self.weight_of(name)
         role = self._role(weight)
         if role is None:
@@ -385,7 +405,7 @@ class DecoderModel(MoeModel):
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
-        for rule in self._in_blocks[layer].values():
+        for rule in self._all_rules[layer]:
             if (module := rule.fed_by) is not None:
                 found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
         return found

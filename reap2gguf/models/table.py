@@ -12,6 +12,7 @@ from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
+from reap2gguf.models.qwen3_next import Qwen3Next
 from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe, Qwen3VlMoe
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
     "Qwen3VLMoeForConditionalGeneration": Qwen3VlMoe,
+    "Qwen3NextForCausalLM": Qwen3Next,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }

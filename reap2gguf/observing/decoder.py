@@ -18,6 +18,7 @@ from torch import Tensor
 from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.loading import text_model
+from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
@@ -95,6 +96,8 @@ class StreamedDecoder:
         count = len(self._layers)
         if model.facts.has_mtp:
             self._layers.append(self._build_mtp(dtype))
+        if device.type == "cpu":
+            follow_devices(part for layer in self._layers for part in layer.modules())
         self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
         self._base.layers = torch.nn.ModuleList(self._recorders)
         # buffers are computed, not stored: build them where they are used

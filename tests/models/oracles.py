@@ -33,7 +33,7 @@ def planned(folder: Path) -> MoeModel:
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
         check_with_transformers(model)
-        check_tokenizer(folder, model.facts.vocab_size, model.pre_tokenizers)
+        check_tokenizer(folder, model.facts.vocab_size, model.tokenizers)
         model.side_files(folder, checkpoint.tensors)
         return model
 

@@ -16,6 +16,7 @@ from reap2gguf.evaluating.generation.generators import GeneratorOptions, reason_
 from reap2gguf.machine import available_bytes
 from reap2gguf.messages import size
 from reap2gguf.models.loading import whole_class
+from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def _load(folder: Path, device: str) -> Any:
                 use_safetensors=True,
             )
             model = model.to(device).eval()
+            follow_devices(model.modules())
     except Exception as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({reason_of(error)}); check the folder, or "

@@ -66,6 +66,8 @@ def main() -> None:
 def _greedy(folder: str, prompt: list[int], most: int, threads: int) -> list[int]:
     import torch
 
+    from reap2gguf.observing.compute.by_device import follow_devices
+
     torch.set_num_threads(threads)
     loader = whole_class(read_json(Path(folder) / "config.json"))
     model: Any = loader.from_pretrained(
@@ -75,6 +77,7 @@ def _greedy(folder: str, prompt: list[int], most: int, threads: int) -> list[int
         trust_remote_code=False,
         use_safetensors=True,
     )
+    follow_devices(model.modules())
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     found: list[int] = []
