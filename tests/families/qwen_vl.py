@@ -310,7 +310,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "tied": replace(VL, tied=True),
         "without tower": replace(VL, vision=False),
         "no deepstack": replace(VL, deepstack=()),
-        "wide": replace(VL, hidden=256, width=96, n_layers=2, sections=(6, 5, 5)),
+        "wide": replace(VL, hidden=256, width=96, sections=(6, 5, 5)),
     },
     "Qwen3OmniMoeForConditionalGeneration": {
         "the Hub's": OMNI,
