@@ -17,8 +17,8 @@ VOCABULARY = 4096  # of the example's tokenizer
 
 def shortened(config: dict[str, Any], layers: int, **others: int) -> dict[str, Any]:
     """The same config with fewer layers, a small vocabulary and no MTP block, and `others`."""
-    changes = {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "mtp_num_hidden_layers": 0}
-    changes |= others
+    changes = {"num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    changes |= dict.fromkeys(("mtp_num_hidden_layers", "num_nextn_predict_layers"), 0) | others
     text = config.get("text_config")
     if text is None:
         return config | {key: value for key, value in changes.items() if key in config}

@@ -42,7 +42,8 @@ def attention(prefix: str, config: dict, query_rows: int) -> Shapes:
 
 
 def experts(prefix: str, config: dict, fused: bool) -> Shapes:
-    count, width = config["num_experts"], config["moe_intermediate_size"]
+    count = config["num_experts"]
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
     hidden = config["hidden_size"]
     yield f"{prefix}mlp.gate.weight", (count, hidden)
     if fused:

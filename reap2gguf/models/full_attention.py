@@ -11,6 +11,7 @@ from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.models.facts import FACT_KEYS, WIDTH_KEY, read_n_layers
 from reap2gguf.models.rope import check_rotary_width
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.models.shared import DecoderModel, Entry
 
+# configs of experts as wide as `intermediate_size`: that is what may not be null
+UNIFORM_FACT_KEYS = tuple("intermediate_size" if key == WIDTH_KEY else key for key in FACT_KEYS)
 _HEAD_KEYS = (Keys.Attention.KEY_LENGTH, Keys.Attention.VALUE_LENGTH)
 
 
@@ -68,3 +71,26 @@ def without_derived_sizes(model: DecoderModel, entries: Sequence[Entry]) -> list
     """
     is_derived = model.text.values.get("head_dim") is None
     return [entry for entry in entries if not (is_derived and entry[0] in _HEAD_KEYS)]
+
+
+def uniform_header(model: DecoderModel, entries: Sequence[Entry]) -> list[Entry]:
+    """A header of experts as wide as `intermediate_size`, which is the length of all layers."""
+    return [
+        entry
+        for entry in without_derived_sizes(model, entries)
+        if entry[0] != Keys.LLM.EXPERT_FEED_FORWARD_LENGTH
+    ]
+
+
+def read_uniform_facts(model: DecoderModel) -> ModelFacts:
+    """The facts of a model whose layers are all alike: full attention, and experts.
+
+    Refuses, by name, what is otherwise.
+    """
+    refuse_other_types(model)
+    model.refuse_common()
+    why = f"llama.cpp's {model.gguf_arch} has full attention"
+    model.text.expect("sliding_window", why=why)
+    facts = model.common_facts(range(read_n_layers(model.text)))
+    refuse_partial_attention(model, facts)
+    return facts

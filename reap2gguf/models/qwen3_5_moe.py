@@ -122,6 +122,7 @@ class Qwen35Moe(HybridMoe):
         return (vision_projector(self.reader, folder, stored, self.facts.hidden_size),)
 
     def caveats(self) -> tuple[str, ...]:
+        found = [*super().caveats()]
         has_tower = any(name.startswith(_VISION) for name in self.names)
-        of_tower = tower_caveats(has_tower, bool(self.config.get("vision_config")))
-        return (*super().caveats(), *of_tower)
+        found += tower_caveats(has_tower, bool(self.config.get("vision_config")))
+        return tuple(found)

@@ -215,6 +215,10 @@ class Qwen3OmniMoe(Qwen3VlMoe):
         "vision_config": ("qwen3_omni_moe_vision_encoder",),
     }
 
+    @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        return False  # its text model is written as Qwen3-VL's, which reads it
+
     @property
     def tower(self) -> ConfigReader:
         return self.reader.with_values(self.reader.section("thinker_config"))

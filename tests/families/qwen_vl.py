@@ -374,7 +374,7 @@ _MOE_TEXT: dict[str, Row] = {
     **TEXT,
     "intermediate_size": Read(128),
     "decoder_sparse_step": Read(2),
-    "mlp_only_layers": Read([1]),
+    "mlp_only_layers": Read([1], may_be_null=True),
 }
 _VL_TEXT: dict[str, Row] = {**_MOE_TEXT, "head_dim": Read(64)}
 _OMNI_TEXT: dict[str, Row] = {
@@ -465,3 +465,12 @@ def qwen3_vl(draw: st.DrawFn, kind: type[TinyQwen3Vl]) -> Drawn:
 
 # what configs are drawn of
 CONFIGS = (qwen3_vl(TinyQwen3Vl), qwen3_vl(TinyQwen3Omni))
+
+# Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+_ADDED_TOKENS = "the converter looks for <|im_end|> in added_tokens_decoder alone, which is absent"
+DIFFERENCES = {
+    "Qwen3OmniMoeForConditionalGeneration": {
+        "tokenizer.ggml.bos_token_id": _ADDED_TOKENS,
+        "tokenizer.ggml.eos_token_id": _ADDED_TOKENS,
+    },
+}

@@ -2,7 +2,8 @@
 
 A file of tests/families has, of one family: `LAYOUTS` by the name that config.json has in
 `architectures`, each a factory of a checkpoint, the published layout first; `FIELDS`, what is read,
-refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs.
+refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs; and,
+where it has any, `DIFFERENCES` from the header that llama.cpp's converter writes.
 """
 
 from __future__ import annotations
@@ -112,5 +113,9 @@ def rows_of_slabs(
             matrix = shape if slab.index is None else shape[1:]
             n_rows = matrix[-1] if slab.transposed else matrix[0]
             rows = range(*(slab.rows or (0, n_rows)), slab.step)
+            if slab.columns is not None:  # whole stored rows, of which a matrix has all entries
+                assert slab.transposed
+                assert rows == range(n_rows)
+                rows = range(*slab.columns)
             found += [(slab.stored, slab.index or 0, row) for row in rows]
     return found

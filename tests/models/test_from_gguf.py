@@ -78,7 +78,7 @@ def test_a_family_that_is_not_in_the_table() -> None:
     model = SyntheticMoe(TinySynthetic().config(), "here", tensors.keys())
     header = header_of(model, stored_of(tensors))
     metadata = header.metadata | {"synthetic.nextn_predict_layers": 1}
-    known: dict[str, type[MoeModel]] = {"synthetic": SyntheticMoe}
+    known: dict[str, list[type[MoeModel]]] = {"synthetic": [SyntheticMoe]}
     found = model_from_gguf(replace(header, metadata=metadata), known)
     assert found.model.facts == model.facts
     assert found.template.keys() == tensors.keys()
@@ -112,7 +112,8 @@ def compare_drawn(drawn: Drawn, with_logits: bool) -> str:
         with Checkpoint.open(folder / "model") as checkpoint:
             found = expect_same_model(model, header_of(model, checkpoint.tensors))
         check_with_transformers(found.model)
-        if not with_logits:
+        # transformers cannot load the source with what is left of its quantization
+        if not with_logits or any("pruned config.json" in caveat for caveat in model.caveats()):
             return "the same"
         apart(drawn).write(folder / "apart")
         (folder / "apart" / "config.json").write_text(json.dumps(found.config))

@@ -11,9 +11,12 @@ from reap2gguf.models.table import ARCHITECTURES
 from tests.models.drawn import ABSENT
 from tests.models.layouts import LAYOUTS
 
-FAMILIES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+FAMILIES = ("OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 # whose loaders in llama.cpp are stricter
-STRICT = ("Qwen2MoeForCausalLM",)
+STRICT = (
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+)
 
 
 def model_of(architecture: str, **changes: Any) -> Any:

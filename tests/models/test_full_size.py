@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,5 +26,6 @@ def test_a_published_model_is_described(name: str, tmp_path: Path) -> None:
     with Checkpoint.open(tmp_path / "model") as checkpoint:
         model = describe(checkpoint)
         check_with_transformers(model)
-        assert model.facts.n_layers == text_of(config)["num_hidden_layers"]
+        text: dict[str, Any] = text_of(config)
+        assert model.facts.n_layers == text["num_hidden_layers"]
         assert model.facts.has_mtp == any("eh_proj" in n or "mtp." in n for n in model.names)
