@@ -237,6 +237,11 @@ class MoeModel(ABC):
     def head_name(self) -> str:
         return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
 
+    @property
+    def logits_divisor(self) -> float:
+        """What the products of hidden states and head are divided by to be logits."""
+        return 1.0
+
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""
         return self.facts.n_layers - 1

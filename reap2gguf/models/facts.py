@@ -53,9 +53,10 @@ def read_n_layers(read: ConfigReader) -> int:
     return read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
 
 
-def read_epsilon(read: ConfigReader, default: float = 1e-6) -> float:
-    """What norms add; `default` is transformers' value of an absent key."""
-    return read.number("rms_norm_eps", low=0, high=1, default=default)
+def read_epsilon(read: ConfigReader, key: str = "rms_norm_eps", default: float = 1e-6) -> float:
+    # `default`: transformers' value of an absent key, here of Qwen3MoeConfig and
+    # Qwen3_5MoeTextConfig
+    return read.number(key, low=0, high=1, default=default)
 
 
 def read_facts(

@@ -43,7 +43,7 @@ class Olmoe(DecoderModel):
     gguf_arch: ClassVar[str] = "olmoe"
     width_key = "intermediate_size"
     fact_keys = (*UNIFORM_FACT_KEYS, "norm_topk_prob")
-    default_epsilon = 1e-5
+    epsilon = ("rms_norm_eps", 1e-5)
 
     def read_facts(self) -> ModelFacts:
         read = self.text

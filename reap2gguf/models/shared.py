@@ -79,7 +79,8 @@ class DecoderModel(MoeModel):
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
-    default_epsilon: ClassVar[float] = 1e-6
+    epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)  # of norms: key and default
+    default_theta: ClassVar[float] = 10_000.0  # of the rotary embedding
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
@@ -88,7 +89,11 @@ class DecoderModel(MoeModel):
 
     @abstractmethod
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
-        """What a trunk layer is made of besides its experts, in the order of the GGUF file."""
+        """What a trunk layer is made of besides its experts, in the order of the GGUF file.
+
+        A stored tensor of which GGUF makes several has a rule for each, with its part of the values
+        as the transform, and its shape.
+        """
 
     def sizes(self) -> Mapping[str, int]:
         """The sizes that the rules name."""
@@ -126,7 +131,7 @@ class DecoderModel(MoeModel):
     @cached_property
     def rope(self) -> Rope:
         """The rotary embedding."""
-        return read_rope(self.text)
+        return read_rope(self.text, default_theta=self.default_theta)
 
     @cached_property
     def tying(self) -> Tying:
@@ -139,11 +144,6 @@ class DecoderModel(MoeModel):
             return self.have_same_values(embedding, head)
 
         return read_tying(self.reader, self.text, head in self.names, head_is_copy)
-
-    @property
-    def epsilon(self) -> float:
-        """What norms add."""
-        return read_epsilon(self.text, self.default_epsilon)
 
     def refuse_common(self) -> None:
         """Refuse, by name, what no family here does, and a fact with two values."""
@@ -177,7 +177,7 @@ class DecoderModel(MoeModel):
             **config_values(self.facts),
             self.count_keys[0]: self.facts.n_experts,
             self.width_key: self.facts.expert_width,
-            "rms_norm_eps": self.epsilon,
+            self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
             "rope_parameters": self.rope.config_values(),
         }
 
@@ -198,7 +198,7 @@ class DecoderModel(MoeModel):
 
     def header(self) -> list[Entry]:
         """The architecture's own keys, rotary embedding apart, in the order of the file."""
-        facts, llm = self.facts, Keys.LLM
+        facts, read, llm = self.facts, self.text, Keys.LLM
         groups: list[Entry] = []
         if facts.n_groups > 1:
             groups = [
@@ -212,7 +212,7 @@ class DecoderModel(MoeModel):
             (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
             (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
             (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, self.epsilon, FLOAT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read, *self.epsilon), FLOAT32),
             (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
             (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
             (llm.EXPERT_COUNT, facts.n_experts, UINT32),
@@ -267,11 +267,16 @@ class DecoderModel(MoeModel):
 
     # found once: every name is asked for its role by these
     @cached_property
-    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+    def _all_rules(self) -> tuple[tuple[TensorRule, ...], ...]:
         return tuple(
-            {rule.stored: rule for rule in self._block_rules(layer) + self._rules_beside(layer)}
+            self._block_rules(layer) + self._rules_beside(layer)
             for layer in range(self.facts.n_blocks)
         )
+
+    @cached_property
+    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+        """By stored name; the rules of one name differ in what GGUF makes of it alone."""
+        return tuple({rule.stored: rule for rule in rules} for rules in self._all_rules)
 
     @cached_property
     def _outside(self) -> Mapping[str, TensorRule]:
@@ -389,7 +394,7 @@ class DecoderModel(MoeModel):
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
-        for rule in self._in_blocks[layer].values():
+        for rule in self._all_rules[layer]:
             if (module := rule.fed_by) is not None:
                 found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
         return found

@@ -9,6 +9,8 @@ from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
+from reap2gguf.models.mixtral import Mixtral
 from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    # one architecture of GGUF files: what is read from these may have shared experts
+    "GraniteMoeForCausalLM": GraniteMoe,
+    "GraniteMoeSharedForCausalLM": GraniteMoeShared,
+    "MixtralForCausalLM": Mixtral,
     "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,
