@@ -86,7 +86,20 @@ class Mixtral(PairedHeads):
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
-        return {"architectures": ["MixtralForCausalLM"], **super().config_from_gguf(keys)}
+        config = super().config_from_gguf(keys)
+        if config["rope_parameters"]["rope_type"] == "yarn":
+            # transformers computes it from this alone
+            config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        return {"architectures": ["MixtralForCausalLM"], **config}
+
+    def read_facts(self) -> ModelFacts:
+        facts = super().read_facts()
+        if self.rope.kind == "yarn" and self.text.values.get("head_dim") is None:
+            raise UnsupportedModelError(
+                f"{self.reader.where}: head_dim is missing, without which transformers does not "
+                f"compute YaRN in this architecture; set it to {facts.head_dim}"
+            )
+        return facts
 
     def config_values(self) -> dict[str, Any]:
         head_dim = self.text.values.get("head_dim")

@@ -52,6 +52,7 @@ _KNOWN = frozenset(
         "truncate",
         "mrope_section",
         "mrope_interleaved",
+        "interleaved",
         "extrapolation_factor",
         "finetuned",
     }

@@ -29,6 +29,10 @@ def model_of(**changes: Any) -> Mixtral:
         ({"sliding_window": 4096}, "sliding_window is 4096.*llama has full attention"),
         ({"num_experts": 4}, "num_local_experts is 8, but num_experts is 4|num_experts is 4"),
         ({"intermediate_size": None}, "intermediate_size is null"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "head_dim is missing.*set it to 16",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
     ],
     ids=str,
@@ -79,6 +83,16 @@ def test_rows_of_queries_and_keys() -> None:
         expected = [head * 16 + row for head in range(n_heads) for row in order]
         assert transform(rows)[:, 0].tolist() == expected
     assert named["blk.0.attn_v.weight"].transform is None
+
+
+def test_yarn_in_a_file_without_the_size_of_a_head() -> None:
+    """The config that is read from it has the size, which transformers needs."""
+    header = header_of(model_of(), stored_of(TINY.tensors()))
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 128}
+    scaled = {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
+    found = model_from_gguf(replace(header, metadata={**header.metadata, **scaled}), BY_GGUF)
+    assert found.config["head_dim"] == 16
+    check_with_transformers(found.model)
 
 
 @pytest.mark.parametrize("count", [None, 0])
