@@ -11,7 +11,9 @@ from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.mixtral import Mixtral
 from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    # one architecture of GGUF files: what is read from these may have shared experts
+    "GraniteMoeForCausalLM": GraniteMoe,
+    "GraniteMoeSharedForCausalLM": GraniteMoeShared,
+    "MixtralForCausalLM": Mixtral,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "OlmoeForCausalLM": Olmoe,
