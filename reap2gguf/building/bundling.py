@@ -266,7 +266,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
     """The manifest as far as it is known before the files are in their places."""
     view, checkpoint = parts.view, parts.source.checkpoint
     model = _source_model(parts.source, view)
-    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
+    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
     folder = FolderRecord(name, n_shards, view.n_parameters, view.n_bytes, {})
     return Manifest(

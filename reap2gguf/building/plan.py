@@ -192,7 +192,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
-    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.pre_tokenizers)
+    caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)

@@ -80,8 +80,12 @@ class Evidence:
     evaluation: Evaluation | None = None  # None: not measured
 
 
-def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
-    """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
+def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedView) -> Manifest:
+    """Write cards, manifests and SHA256SUMS of a verified build; the manifest.
+
+    `written` is the model with the experts that are kept: the plan counts with any, and experts may
+    differ in their types.
+    """
     passed = list(evidence.checks)
     manifest = Manifest(
         name=plan.name,

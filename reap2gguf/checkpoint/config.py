@@ -42,6 +42,12 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     return parse_json_object(text, str(path))
 
 
+def read_optional(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a folder, empty if there is no such file."""
+    path = folder / name
+    return read_json(path) if path.is_file() else {}
+
+
 def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """The JSON object in `text`.
 

@@ -65,7 +65,7 @@ def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) ->
     writer.add_file_type(facts.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if facts.vocab_size is not None:
-        add_tokenizer(writer, tokenizer_folder, facts.vocab_size, facts.pre_tokenizers)
+        add_tokenizer(writer, tokenizer_folder, facts.vocab_size, facts.tokenizers)
     if facts.imatrix is not None:
         writer.add_string("quantize.imatrix.file", facts.imatrix_file)
         writer.add_string("quantize.imatrix.dataset", facts.imatrix.dataset)

@@ -7,7 +7,7 @@ bytes are `header.lay_out`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.exporting.general import General, general_values
 from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.models.description import HeaderValue
+from reap2gguf.models.tokenizer_families import QWEN, TokenizerFamily
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
-    from reap2gguf.models.tokenizer_families import PreTokenizers
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class HeaderFacts:
     imatrix_file: str = ""
     general_type: str = "model"  # general.type
     vocab_size: int | None = None  # None: the file has no tokenizer
-    pre_tokenizers: PreTokenizers = field(default_factory=dict)  # which the model may have
+    tokenizers: TokenizerFamily = QWEN  # which the model may have
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def model_facts(
         arch=model.facts.gguf_arch,
         values=model_header(weights, model, names, types.recipe),
         vocab_size=model.facts.vocab_size,
-        pre_tokenizers=model.pre_tokenizers,
+        tokenizers=model.tokenizers,
         file_type=types.file_type,
         tensor_types=types.tensor_types,
         imatrix=imatrix if types.is_weighted else None,

@@ -28,7 +28,7 @@ class OpenModel(AbstractContextManager["OpenModel"]):
         """Refuse a tokenizer that could not be written later."""
         from reap2gguf.tokenizer.check import check_tokenizer
 
-        check_tokenizer(self.source.folder, self.model.facts.vocab_size, self.model.pre_tokenizers)
+        check_tokenizer(self.source.folder, self.model.facts.vocab_size, self.model.tokenizers)
 
     def __exit__(self, *error: object) -> None:
         self.checkpoint.close()

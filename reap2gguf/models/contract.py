@@ -33,7 +33,7 @@ from reap2gguf.models.description import (
 )
 from reap2gguf.models.foreign import foreign_layout
 from reap2gguf.models.quantized import refuse_quantized
-from reap2gguf.models.tokenizer_families import PreTokenizers, pre_tokenizers_of
+from reap2gguf.models.tokenizer_families import TokenizerFamily, tokenizer_family
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
@@ -47,6 +47,7 @@ class MoeModel(ABC):
 
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
+    norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
 
     def __init__(
         self,
@@ -123,9 +124,9 @@ class MoeModel(ABC):
         return ("lm_head.weight",) if "output.weight" in keys.tensors else ()
 
     @property
-    def pre_tokenizers(self) -> PreTokenizers:
-        """The split patterns that its tokenizer may have, and llama.cpp's name of each."""
-        return pre_tokenizers_of(self.model_type)
+    def tokenizers(self) -> TokenizerFamily:
+        """The ways of splitting text that its tokenizer may have, with llama.cpp's names."""
+        return tokenizer_family(self.model_type)
 
     def config_values(self) -> dict[str, Any]:
         """What was read from the config, under transformers' names of it."""
@@ -243,11 +244,16 @@ class MoeModel(ABC):
 
     @property
     def norm_name(self) -> str:
-        return f"{self.text_prefix}norm.weight"
+        return f"{self.text_prefix}{self.norm_module}.weight"
+
+    @property
+    def own_head_name(self) -> str:
+        """The stored name of the output matrix, where it is not the embedding."""
+        return "lm_head.weight"
 
     @property
     def head_name(self) -> str:
-        return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
+        return self.embedding_name if self.facts.tied_embeddings else self.own_head_name
 
     @property
     def mtp_embedding_name(self) -> str:

@@ -55,6 +55,14 @@ class ModelFacts:
     # the router first chooses groups_per_token of n_groups equal runs of neighbouring experts
     n_groups: int = 1
     groups_per_token: int = 1
+    # query heads per key-value head in the file's first layer, where those of layers differ;
+    # 0 if that layer has no attention
+    first_gqa: int | None = None
+
+    @property
+    def gqa(self) -> int:
+        """Query heads per key-value head as llama.cpp's quantizer counts them: in layer 0."""
+        return self.n_heads // self.n_kv_heads if self.first_gqa is None else self.first_gqa
 
     @property
     def mtp_layer(self) -> int | None:
@@ -67,7 +75,7 @@ class ModelFacts:
         return self.n_layers + self.has_mtp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Expert:
     """Stored values of one expert, or (`expert` None) of all experts of a layer on axis 0.
 
@@ -80,7 +88,7 @@ class Expert:
     part: Part = "weight"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Router:
     """Stored router values with one entry per expert on `axis`: weight (E, H), bias (E,) or (1, E).
 
@@ -91,21 +99,21 @@ class Router:
     axis: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plain:
     """A stored tensor that pruning leaves alone; `layer` is None outside the decoder layers."""
 
     layer: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Carried:
     """A tensor that stays in the safetensors and that no GGUF of the text model holds."""
 
     layer: None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """A stored tensor that is left out of everything that is written."""
 
@@ -143,7 +151,7 @@ def picked(places: npt.NDArray[np.int64] | slice | int, axis: int = 0) -> Transf
     return Transform(apply, put_back)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slab:
     """Where one matrix of a GGUF tensor is in the checkpoint.
 

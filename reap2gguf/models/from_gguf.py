@@ -100,7 +100,7 @@ def stored_template(model: MoeModel) -> dict[str, StoredTensor]:
     """The tensors of a model as a checkpoint in float32 stores them, one per expert's matrix."""
     shapes = dict(model.shapes())
     if model.facts.tied_embeddings:
-        shapes.pop("lm_head.weight", None)
+        shapes.pop(model.own_head_name, None)
     for layer in model.facts.moe_layers:
         shapes |= model.expert_shapes(layer)
     return {name: StoredTensor(name, "F32", shape) for name, shape in shapes.items()}
@@ -166,10 +166,11 @@ def trunk_layers(keys: GgufKeys) -> tuple[int, int]:
     return n_blocks - n_mtp, n_mtp
 
 
-def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
+def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None) -> dict[str, Any]:
     """The values of a config that most decoders have, rotary embedding included.
 
     `scores` is llama.cpp's number of what the router makes of its logits: 1 is a softmax.
+    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`).
     """
     attention = Keys.Attention
     found = headless_config(keys, scores)
@@ -178,7 +179,8 @@ def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
     share = max(1, found["hidden_size"] // n_heads)
     head_dim = keys.integer(attention.KEY_LENGTH, 1, MAX_WIDTH, default=share)
     keys.expect(attention.VALUE_LENGTH, head_dim, why="keys and values have one size")
-    n_kv_heads = keys.integer(attention.HEAD_COUNT_KV, 1, MAX_HEADS, default=n_heads)
+    if n_kv_heads is None:
+        n_kv_heads = keys.integer(attention.HEAD_COUNT_KV, 1, MAX_HEADS, default=n_heads)
     return {**found, "head_dim": head_dim, "num_key_value_heads": n_kv_heads}
 
 
@@ -209,6 +211,39 @@ def headless_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
         "tie_word_embeddings": OUTPUT not in keys.tensors,
         "vocab_size": vocab,
     }
+
+
+def kv_heads_by_layer(keys: GgufKeys) -> tuple[tuple[bool, ...], int]:
+    """Which layers have attention, in a header with a number per layer; and their number.
+
+    Raises UnsupportedModelError if it differs among them, or none has any.
+    """
+    key = Keys.Attention.HEAD_COUNT_KV
+    found = keys.integers(key, 0, MAX_HEADS, trunk_layers(keys)[0])
+    counts = set(found) - {0}
+    if len(counts) != 1:
+        raise UnsupportedModelError(
+            f"{keys.where}: {key.format(arch=keys.arch)} is {shown(list(found))}, expected 0 or "
+            "one number of heads"
+        )
+    return tuple(count > 0 for count in found), counts.pop()
+
+
+def full_attention_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same of a model whose layers all have full attention that rotates whole heads."""
+    config = common_config(keys)
+    keys.expect(Keys.Rope.DIMENSION_COUNT, config["head_dim"], why="whole heads are rotated")
+    if not keys.has(Keys.Attention.KEY_LENGTH):
+        del config["head_dim"]  # transformers takes the same share of the hidden size
+    return config
+
+
+def uniform_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same where `intermediate_size` is an expert's width, and all layers have experts."""
+    config = full_attention_config(keys)
+    del config["moe_intermediate_size"]
+    width = keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH)
+    return {**config, "intermediate_size": width}
 
 
 def expert_width(keys: GgufKeys) -> int:

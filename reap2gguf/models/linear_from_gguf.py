@@ -59,11 +59,8 @@ def rotated_share(keys: GgufKeys, head_dim: int) -> float:
     return share if int(head_dim * share) == width else math.nextafter(share, 1)
 
 
-def partial_rope(keys: GgufKeys, head_dim: int) -> dict[str, Any]:
-    """Which share of a head is rotated, and how its pairs are shared out to the axes of images."""
+def rope_sections(keys: GgufKeys) -> dict[str, Any]:
+    """How the rotated pairs of a head are shared out to the axes of images."""
     sections = keys.integers(Keys.Rope.DIMENSION_SECTIONS, 0, MAX_WIDTH, 4)
-    return {
-        "partial_rotary_factor": rotated_share(keys, head_dim),
-        "mrope_section": list(sections if sections[3] else sections[:3]),
-        "mrope_interleaved": True,
-    }
+    found = list(sections if sections[3] else sections[:3])
+    return {"mrope_section": found, "mrope_interleaved": True}

@@ -121,10 +121,10 @@ def _subtract_one(values: Floats, stored: Floats) -> None:
 # Norms stored around zero, as llama.cpp wants them: around one.
 ADD_ONE = Transform(lambda values: values + np.float32(1), _subtract_one)
 
-# Outside the layers; `{text}` is the text model's prefix.
+# Outside the layers; `{text}` is the prefix of the text model, `{head}` that of its head.
 EMBEDDING = TensorRule("{text}embed_tokens.weight", "token_embd.weight", "V H")
 NORM = TensorRule("{text}norm.weight", "output_norm.weight", "H")
-HEAD = TensorRule("lm_head.weight", "output.weight", "V H")
+HEAD = TensorRule("{head}lm_head.weight", "output.weight", "V H")
 # Within a layer.
 ATTN_NORM = TensorRule("input_layernorm.weight", "attn_norm.weight", "H")
 ATTENTION = (

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 _UINT32, _FLOAT32, _BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL
 _LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4  # of `routed_scaling_factor`, far from any model's
 _MOST_SHARED = 2**10
+# what pruning does to a softmax over all experts where `norm_topk_prob` is false
+NOT_NORMALISED = (
+    "the chosen experts' weights are shares of a softmax over all experts and are not normalised "
+    "(norm_topk_prob is false): without the pruned experts, the shares of the remaining ones are "
+    "larger, so they count for more than before"
+)
 
 
 class Scores(IntEnum):

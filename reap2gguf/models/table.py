@@ -11,8 +11,13 @@ from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.olmoe import Olmoe
+from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
+from reap2gguf.models.qwen3_next import Qwen3Next
+from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe, Qwen3VlMoe
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
@@ -20,8 +25,14 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "Glm4MoeForCausalLM": Glm4Moe,
+    "Lfm2MoeForCausalLM": Lfm2Moe,
+    "OlmoeForCausalLM": Olmoe,
+    "Qwen2MoeForCausalLM": Qwen2Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3NextForCausalLM": Qwen3Next,
+    "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VlMoe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from reap2gguf.tokenizer.vocabulary import Vocabulary
 
@@ -24,7 +25,12 @@ ORDINARY_CAVEAT = (
 )
 # transformers 5 builds these classes from the vocabulary and merges alone, and splits text in the
 # class's own way, here by llama.cpp's name of it
-_OWN_SPLITTING = {"Qwen2Tokenizer": "qwen2", "Qwen3_5Tokenizer": "qwen35"}
+_OWN_SPLITTING = {
+    "Qwen2Tokenizer": "qwen2",
+    "Qwen3_5Tokenizer": "qwen35",
+    "GPT2Tokenizer": "olmo",
+    "GPTNeoXTokenizer": "olmo",
+}
 # these do what tokenizer.json says; a Llama one with byte-level text is loaded as the first
 _AS_THE_FILE = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend", "LlamaTokenizer")
 # it takes this class whatever tokenizer_config.json says
@@ -40,17 +46,20 @@ _WITHOUT_A_NAME = "Qwen2Tokenizer"  # where neither config names a class
 
 
 def tokenizer_caveats(
-    folder: Path, pre: str, vocabulary: Vocabulary, eos: int | None = None
+    folder: Path, pre: str, vocabulary: Vocabulary, ends: Collection[int | None] = ()
 ) -> tuple[str, ...]:
     """Differences that remain, one sentence each.
 
-    `pre` is llama.cpp's name of the pre-tokenizer, `vocabulary` that of tokenizer.json, `eos` the
-    header's end of text. Raises CheckpointError if a config cannot be read.
+    `pre` is llama.cpp's name of the pre-tokenizer, `vocabulary` that of tokenizer.json, `ends`
+    are the header's ends of text, of turn and of message. Raises CheckpointError if a config
+    cannot be read.
     """
     found = [NFC_CAVEAT] if vocabulary.normalizes else []
+    if (differs := PRE_TOKENIZERS[pre].differs) is not None:
+        found.append(differs)
     if vocabulary.hides_ordinary:
         found.append(ORDINARY_CAVEAT)
-    name = _class_in_transformers(_optional(folder, "config.json"), folder)
+    name = _class_in_transformers(read_optional(folder, "config.json"), folder)
     own = _OWN_SPLITTING.get(name)
     how = f"like {own}" if own else "in a way that is not known here"
     if name not in _AS_THE_FILE and own != pre:
@@ -59,14 +68,16 @@ def tokenizer_caveats(
             f"tokenizer.json splits it like {pre}; calibration and GGUF follow tokenizer.json; if "
             "that was saved by mistake, use the one of the base model"
         )
-    return (*found, *_end_caveats(folder, vocabulary, eos))
+    return (*found, *_end_caveats(folder, vocabulary, ends))
 
 
-def _end_caveats(folder: Path, vocabulary: Vocabulary, eos: int | None) -> Iterator[str]:
+def _end_caveats(
+    folder: Path, vocabulary: Vocabulary, known: Collection[int | None]
+) -> Iterator[str]:
     """The tokens at which transformers ends an answer, and llama.cpp does not."""
     name, wanted = _ends_in_transformers(folder)
     tokens = vocabulary.tokens
-    ends = _ends_in_llama_cpp(tokens) | {eos}
+    ends = _ends_in_llama_cpp(tokens).union(known)
     more = [i for i in dict.fromkeys(wanted) if 0 <= i < len(tokens) and i not in ends]
     if not more:
         return
@@ -92,7 +103,7 @@ def _ends_in_transformers(folder: Path) -> tuple[str, list[int]]:
         ids = read_json(folder / name).get("eos_token_id")
     else:  # transformers makes one of the model's config then
         name = "config.json"
-        config = _optional(folder, name)
+        config = read_optional(folder, name)
         text, ids = config.get("text_config"), config.get("eos_token_id")
         if ids is None and isinstance(text, dict):
             ids = text.get("eos_token_id")
@@ -117,12 +128,7 @@ def _class_in_transformers(config: dict[str, Any], folder: Path) -> str:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in _ALWAYS:
         return _ALWAYS[model_type]
-    settings = _optional(folder, "tokenizer_config.json")
+    settings = read_optional(folder, "tokenizer_config.json")
     name = settings.get("tokenizer_class") or config.get("tokenizer_class") or _WITHOUT_A_NAME
     name = str(name).removesuffix("Fast")
     return name if name.isidentifier() else "another class"  # it is printed on the model card
-
-
-def _optional(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return read_json(path) if path.is_file() else {}

@@ -15,12 +15,10 @@ from reap2gguf.tokenizer.probe import check_against_library
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from reap2gguf.models.tokenizer_families import PreTokenizers
+    from reap2gguf.models.tokenizer_families import TokenizerFamily
 
 
-def check_tokenizer(
-    folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
-) -> tuple[str, ...]:
+def check_tokenizer(folder: Path, vocab_size: int, family: TokenizerFamily) -> tuple[str, ...]:
     """Refuse a tokenizer that `add_tokenizer` would refuse later, or that does not load.
 
     Compares the token ids of a text of hard cases, too. For a vocabulary of 150,000 tokens it takes
@@ -31,7 +29,7 @@ def check_tokenizer(
     before, logger.disabled = logger.disabled, True  # writing the file logs the same lines
     writer = GGUFWriter(None, "none")
     try:
-        pre, vocabulary = add_tokenizer(writer, folder, vocab_size, pre_tokenizers)
+        pre, vocabulary = add_tokenizer(writer, folder, vocab_size, family)
     finally:
         logger.disabled = before
     eos = header_value(writer, Keys.Tokenizer.EOS_ID)
@@ -42,4 +40,6 @@ def check_tokenizer(
             "in tokenizer_config.json"
         )
     check_against_library(vocabulary, folder / "tokenizer.json", pre)
-    return tokenizer_caveats(folder, pre, vocabulary, eos)
+    keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+    ends = [header_value(writer, key) for key in keys]
+    return tokenizer_caveats(folder, pre, vocabulary, ends)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 
@@ -38,7 +38,7 @@ def check_files_beside(folder: Path, added: list[AddedToken]) -> None:
     `added` are the added tokens of `tokenizer.json`. Raises CheckpointError for files that
     disagree, and UnsupportedModelError for a setting that llama.cpp does not support.
     """
-    config, special, ids = (_read(folder / name) for name in (_CONFIG, _MAP, _ADDED))
+    config, special, ids = (read_optional(folder, name) for name in (_CONFIG, _MAP, _ADDED))
     for key, allowed in _SETTINGS.items():
         if config.get(key) not in allowed:
             raise UnsupportedModelError(
@@ -56,10 +56,6 @@ def check_files_beside(folder: Path, added: list[AddedToken]) -> None:
                 raise _disagree(path, f"{key} is {shown(text)}")
     if "added_tokens_decoder" not in config:  # transformers prefers special_tokens_map.json then
         _check_same_names(config, special, folder)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _check_decoder(decoder: Any, by_text: dict[str, AddedToken], path: Path) -> None:

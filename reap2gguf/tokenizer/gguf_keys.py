@@ -3,8 +3,8 @@
 llama.cpp implements each pre-tokenizer again, under a name. The name is found by the tokenizer's
 own split patterns, so a fine-tune under any model name gets the right one. llama.cpp's converter
 hashes the tokens of a sample text instead, which fails for every new vocabulary. The architecture
-says which patterns a model may have, and what llama.cpp calls them (`MoeModel.pre_tokenizers`):
-one pattern has several names.
+says which patterns a model may have, and what llama.cpp calls them (`MoeModel.tokenizers`): one
+pattern has several names.
 
 A tokenizer is written only if llama.cpp makes the same token ids of it: its form, its vocabulary
 and the files beside it are compared (form, vocabulary, files_beside), and before a plan is made
@@ -18,26 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, Keys, SpecialVocab
 
-from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.files_beside import check_files_beside
-from reap2gguf.tokenizer.form import (
-    added_by_post_processor,
-    check_form,
-)
+from reap2gguf.tokenizer.form import check_form
+from reap2gguf.tokenizer.post_processor import added_by_post_processor, has_step
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.tokenizer_files import loaded_templates, read_tokenizer_json
 from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
-    from reap2gguf.models.tokenizer_families import PreTokenizers
+    from reap2gguf.models.tokenizer_families import TokenizerFamily
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
 
 
 def add_tokenizer(
-    writer: GGUFWriter, folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
+    writer: GGUFWriter, folder: Path, vocab_size: int, family: TokenizerFamily
 ) -> tuple[str, Vocabulary]:
     """Add the tokenizer of the checkpoint in `folder`: tokens, types, merges, template.
 
@@ -46,11 +44,15 @@ def add_tokenizer(
     """
     path = folder / "tokenizer.json"
     tokenizer = read_tokenizer_json(folder)
-    pre = check_form(tokenizer, path, pre_tokenizers)
+    pre = check_form(tokenizer, path, family.pre_tokenizers)
+    before = added_by_post_processor(tokenizer, path)
     vocabulary = read_vocabulary(tokenizer, vocab_size, path)
     check_files_beside(folder, vocabulary.added)
     templates = loaded_templates(folder)
-    _check_config_ids(folder / "config.json")
+    _check_config_ids(folder)
+    space = read_optional(folder, "tokenizer_config.json").get("add_prefix_space")
+    if family.space_prefix and isinstance(space, bool):
+        writer.add_add_space_prefix(space)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
@@ -64,18 +66,42 @@ def add_tokenizer(
             special.chat_template = [
                 {"name": name, "template": text} for name, text in sorted(templates.items())
             ]
+        if has_step(tokenizer, "ByteLevel"):
+            # as later versions of gguf-py, and transformers 5, which do not follow add_bos_token
+            has_template = has_step(tokenizer, "TemplateProcessing")
+            nothing = {"eos": False} if has_template else {"bos": False, "eos": False}
+            special.add_special_token |= nothing
+        special.special_token_ids |= _family_ids(special, family, pre, vocabulary, path)
         special.add_to_gguf(writer, quiet=True)
         if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
             named.value.sort()
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
-    _check_added_ids(writer, added_by_post_processor(tokenizer, path), pre, folder)
+    _check_added_ids(writer, before, pre, folder)
     return pre, vocabulary
 
 
-def _check_config_ids(path: Path) -> None:
+def _family_ids(
+    special: SpecialVocab, family: TokenizerFamily, pre: str, vocabulary: Vocabulary, path: Path
+) -> dict[str, int]:
+    """The ids of special tokens that the family names, beside or in place of those of the files."""
+    ids = {token.text: token.index for token in vocabulary.added}
+    found = {}
+    for kind, text in family.added_special.get(pre, {}).items():
+        if text not in ids:
+            raise CheckpointError(
+                f"{path}: no token {shown(text)} among the added tokens, expected the one that "
+                f"llama.cpp takes as {kind} for {pre}; use the tokenizer.json of the base model"
+            )
+        if kind not in special.special_token_ids:
+            found[kind] = ids[text]
+    replaced = family.replaced_special.items()
+    return found | {kind: ids[text] for kind, text in replaced if text in ids}
+
+
+def _check_config_ids(folder: Path) -> None:
     """Refuse ids of special tokens that gguf-py and llama.cpp's converter stop at."""
-    config = read_json(path) if path.is_file() else {}
+    path, config = folder / "config.json", read_optional(folder, "config.json")
     text = config.get("text_config")
     for values in (config, text if isinstance(text, dict) else {}):
         for key in (f"{name}_token_id" for name in _SPECIAL):
@@ -94,9 +120,9 @@ def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Pa
     adds_eos = header_value(writer, Keys.Tokenizer.ADD_EOS, False)
     if bos != before or adds_eos:
         raise UnsupportedModelError(
-            f"{folder}: the post_processor of tokenizer.json puts the ids {before} before a text, "
-            f"and by bos_token, add_bos_token and add_eos_token llama.cpp would put {bos} before it"
-            f"{' and EOS after it' if adds_eos else ''}, "
+            f"{folder}: the post_processor of tokenizer.json puts the ids {before} before a "
+            "text, and by bos_token, add_bos_token and add_eos_token llama.cpp would put "
+            f"{bos} before it{' and EOS after it' if adds_eos else ''}, "
             "expected the same; correct tokenizer_config.json, or save the tokenizer with "
             "transformers' save_pretrained()"
         )

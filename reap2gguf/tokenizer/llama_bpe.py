@@ -14,8 +14,9 @@ from itertools import pairwise
 
 from gguf import TokenType
 
+from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.pre_tokenizers import PreTokenizer, split_words
-from reap2gguf.tokenizer.vocabulary import HIDES_S, SPECIAL_BY_NAME, byte_symbols
+from reap2gguf.tokenizer.vocabulary import HIDES_S, SPECIAL_BY_NAME
 
 _UNRANKED = 2**62
 _SPECIAL_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)

@@ -21,6 +21,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+from reap2gguf.models.tokenizer_families import (
+    ALL_DIGITS,
+    DEEPSEEK_LLM_STEPS,
+    DEEPSEEK_V3_STEPS,
+    GPT2_PATTERN,
+    ONE_DIGIT,
+)
+
 # what a tokenizer.json has that changes no text before it is split
 NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -28,9 +36,13 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 )
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES
+# a word is letters that are not Han, or Han; what llama.cpp does for Kimi, which has no marks and
+# no upper case in it
+_KIMI = (
+    r"\p{Han}+|[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})\p{L})+"
+    + _CONTRACTIONS
+    + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    + _SPACES
 )
 
 
@@ -42,14 +54,20 @@ class PreTokenizer:
         splits: Patterns; each splits further what the ones before it left.
         ignore_merges: Whether a word that is a token becomes that token without merging.
         adds_bos: Whether BOS is added where the header does not say it.
+        joins: A pattern that tokenizer.json splits by too and llama.cpp does not, as no token is
+            longer than one match of it.
+        differs: Where llama.cpp gives other ids than tokenizer.json although it means to give the
+            same, as a sentence for the user.
     """
 
     splits: tuple[str, ...]
     ignore_merges: bool = False
     adds_bos: bool = False
+    joins: str | None = None
+    differs: str | None = None
 
 
-# A new family adds its name here, and the patterns of its tokenizer.json to its MoeModel.
+# A new family adds its name here, and the patterns of its tokenizer.json to tokenizer_families.
 PRE_TOKENIZERS = {
     "qwen2": PreTokenizer(
         (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES,)
@@ -62,14 +80,31 @@ PRE_TOKENIZERS = {
         )
     ),
     "llama-bpe": PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True),
+    "lfm2": PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True),
     "glm4": PreTokenizer((_LLAMA3,), ignore_merges=True),
-    "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    "deepseek-v3": PreTokenizer(DEEPSEEK_V3_STEPS),
+    "deepseek-llm": PreTokenizer(
+        (*DEEPSEEK_LLM_STEPS[:-1], ALL_DIGITS),
+        joins=ONE_DIGIT,
+        differs="llama.cpp takes every wide space, such as U+3000, for a space, where "
+        "tokenizer.json takes it for a Chinese character or punctuation: beside one of those it "
+        "gets other token ids there",
+    ),
+    "olmo": PreTokenizer((GPT2_PATTERN,)),
+    "refact": PreTokenizer((ONE_DIGIT, GPT2_PATTERN)),
+    "kimi-k2": PreTokenizer(
+        (_KIMI,),
+        differs="llama.cpp's kimi-k2 begins no new word at a capital letter or a combining mark, "
+        "and transformers does: text such as camelCase can get other token ids there",
+    ),
 }
 
 # Characters that stand for a class of characters outside ASCII, as llama.cpp does it: one pattern
 # language without Unicode classes is enough then.
 _STAND_INS = {"L": "\ue001", "M": "\ue002", "N": "\ue003", "P": "\ue004", "S": "\ue005"}
-_SPACE, _OTHER = "\x0b", "\ue000"
+_SPACE, _OTHER, _HAN_LETTER = "\x0b", "\ue000", "\udc06"  # no text has the last one
+# what llama.cpp takes for Han (unicode_cpt_is_han)
+_HAN = "㐀-䶿一-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
 # White_Space beyond ASCII; the tokenizers library and llama.cpp have the same set
 _WIDE_SPACES = frozenset(
     map(chr, (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
@@ -78,17 +113,20 @@ _WIDE_SPACES = frozenset(
 
 def split_words(text: str, splits: tuple[str, ...]) -> list[str]:
     """The words that llama.cpp merges each by itself; together they are `text`."""
-    collapsed = "".join(map(_collapsed, text))
     bounds = [0, len(text)]
     for pattern in splits:
-        by_class = r"\p{" in pattern
-        subject, expression = collapsed if by_class else text, _compiled(pattern)
+        subject, expression = _subject(text, pattern), _compiled(pattern)
         bounds = [
             bound
             for start, end in pairwise(bounds)
             for bound in _cuts(expression, subject[start:end], start)
         ] + [len(text)]
     return [text[start:end] for start, end in pairwise(bounds)]
+
+
+def pattern_for_library(pattern: str) -> str:
+    """A pattern of llama.cpp as the tokenizers library reads it."""
+    return pattern.replace(r"\p{Han}", f"[{_HAN}]")
 
 
 def is_settled(text: str) -> bool:
@@ -109,6 +147,16 @@ def _cuts(expression: re.Pattern[str], piece: str, start: int) -> Iterator[int]:
         yield start + end
 
 
+def _subject(text: str, pattern: str) -> str:
+    """`text` with the characters that the classes of `pattern` mean replaced by their stand-ins."""
+    if r"\p{Han}" in pattern:
+        text = re.sub(f"[{_HAN}]", _HAN_LETTER, text)
+        return "".join(char if char == _HAN_LETTER else _collapsed(char) for char in text)
+    if r"\p{" in pattern:
+        return "".join(map(_collapsed, text))
+    return "".join(_SPACE if char in _WIDE_SPACES else char for char in text)
+
+
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     r"""A pattern of llama.cpp with its `\p{X}` as sets of ASCII characters and stand-ins."""
@@ -119,12 +167,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         + stand_in
         for name, stand_in in _STAND_INS.items()
     }
+    members |= {"L": members["L"] + _HAN_LETTER, "Han": _HAN_LETTER}
     result, inside, at = "", False, 0
     while at < len(pattern):
-        name = pattern[at + 3] if pattern.startswith(r"\p{", at) else ""
-        if name:
+        if pattern.startswith(r"\p{", at):
+            end = pattern.index("}", at)
+            name = pattern[at + 3 : end]
             result += members[name] if inside else f"[{members[name]}]"
-            at += len(r"\p{X}")
+            at = end + 1
             continue
         size = 2 if pattern[at] == "\\" else 1
         piece = pattern[at : at + size]

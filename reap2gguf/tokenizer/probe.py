@@ -16,10 +16,11 @@ from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, Vocabulary, byte_symbols, is_nfc
+from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, Vocabulary, is_nfc
 
 HARD_CASES = (
     # languages
@@ -84,14 +85,15 @@ def check_against_library(vocabulary: Vocabulary, path: Path, pre: str) -> None:
         n_tokens = library.get_vocab_size(with_added_tokens=True)
         ids = {token.text: library.token_to_id(token.text) for token in vocabulary.added}
     _check_ids(vocabulary, ids, n_tokens, path)
-    splits = PRE_TOKENIZERS[pre].splits
+    _check_joined(vocabulary, pre, path)
     for text in HARD_CASES:
-        with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
-            words = _words(library, text)
-        _compare(text, words, [_as_symbols(word) for word in split_words(text, splits)], path)
+        if PRE_TOKENIZERS[pre].differs is None:
+            _compare(text, _words(library, text, path), _llama_words(text, pre), path)
     ours = LlamaBpe(vocabulary.tokens, vocabulary.types, vocabulary.merges, PRE_TOKENIZERS[pre])
     texts = [*HARD_CASES, *_from_vocabulary(vocabulary), *_with_added(vocabulary)]
     for text in [*texts, "\n".join(texts)]:
+        if PRE_TOKENIZERS[pre].differs and _words(library, text, path) != _llama_words(text, pre):
+            continue  # the user is told where
         with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
             theirs = library.encode(text, add_special_tokens=False).ids
         _compare(text, theirs, ours.encode(text), path)
@@ -120,13 +122,38 @@ def _check_ids(
         )
 
 
-def _words(library: Library, text: str) -> list[str]:
+def _check_joined(vocabulary: Vocabulary, pre: str, path: Path) -> None:
+    """Refuse a token that llama.cpp could make where the library splits text before it."""
+    pattern = PRE_TOKENIZERS[pre].joins
+    if pattern is None:
+        return
+    bytes_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    for left, right in vocabulary.merges:
+        text = bytes(bytes_of[symbol] for symbol in left + right).decode(errors="replace")
+        n_together = len(split_words(text, (f"(?:{pattern})+",)))
+        if n_together == 1 < len(split_words(text, (pattern,))):
+            raise UnsupportedModelError(
+                f"{path}: has the token {shown(text)}, but splits text by {pattern} before, which "
+                f"llama.cpp's {pre} does not, expected no such token; use the tokenizer.json of "
+                "the model that this one was made from"
+            )
+
+
+def _words(library: Library, text: str, path: Path) -> list[str]:
     """The words that the library merges each by itself, in symbols of bytes."""
-    if library.normalizer is not None:
-        text = library.normalizer.normalize_str(text)
-    if library.pre_tokenizer is None:
-        return [text]
-    return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(text)]
+    with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
+        if library.normalizer is not None:
+            text = library.normalizer.normalize_str(text)
+        if library.pre_tokenizer is None:
+            return [text]
+        return [word for word, _ in library.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _llama_words(text: str, pre: str) -> list[str]:
+    """The words of llama.cpp, in symbols of bytes, split where only the library splits too."""
+    kind = PRE_TOKENIZERS[pre]
+    splits = kind.splits if kind.joins is None else (*kind.splits, kind.joins)
+    return [_as_symbols(word) for word in split_words(text, splits)]
 
 
 def _as_symbols(word: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from gguf import TokenType
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
+from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.pre_tokenizers import NO_NORMALIZER
 
 Merge = tuple[str, str]
@@ -54,23 +54,14 @@ _OTHER_NAMES = """
     <|channel|> <|message|> <|start|> <|constrain|>
 """
 SPECIAL_BY_NAME = ENDS_BY_NAME.union(_OTHER_NAMES.split(), *ENDS_BY_GROUP)
+# texts that llama.cpp's converter takes for special tokens, though files say that they are not
+_SEEM_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_SPECIAL_FORMS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 # All of Qwen's vocabularies have this as an ordinary token, which no text reaches in transformers:
 # it is split into `</`, `s` and `>` before. For llama.cpp it is a special one.
 ORDINARY_IN_QWEN = "</s>"
 # Where one of these is in the vocabulary, llama.cpp makes `</s>` an ordinary token.
 HIDES_S = ("<|tool_response>", "<|plamo:eos|>")
-
-
-@cache
-def byte_symbols() -> tuple[str, ...]:
-    """The character that stands for each byte, as in GPT-2: 256 characters, none of them a space.
-
-    >>> byte_symbols()[0x41], byte_symbols()[0x20]
-    ('A', 'Ġ')
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (chr(0x100 + position) for position in range(256))
-    return tuple(chr(byte) if byte in printable else next(others) for byte in range(256))
 
 
 @dataclass(frozen=True)
@@ -195,7 +186,9 @@ def _added_token(entry: dict[str, Any], where: Path, normalizes: bool) -> AddedT
 
 def _added_type(token: AddedToken) -> TokenType:
     """CONTROL for tokens that never reach the output text, as llama.cpp decides it."""
-    looks_special = token.text.startswith("<|") and token.text.endswith("|>")
+    looks_special = token.text in _SEEM_SPECIAL or any(
+        token.text.startswith(start) and token.text.endswith(end) for start, end in _SPECIAL_FORMS
+    )
     return TokenType.CONTROL if token.special or looks_special else TokenType.USER_DEFINED
 
 

@@ -217,7 +217,7 @@ _MLA: dict[str, Row] = {
     "n_routed_experts": Read(16),
     "routed_scaling_factor": Read(2.5),
     "kv_lora_rank": Read(48),
-    "q_lora_rank": Read(24),
+    "q_lora_rank": Read(24, may_be_null=True),
     "qk_rope_head_dim": Read(32),
     "v_head_dim": Read(32),
     "qk_nope_head_dim": Read(32),
@@ -229,7 +229,7 @@ _GLM4_LITE: dict[str, Row] = {
     **_MLA,
     "norm_topk_prob": Read(False),
     "rope_interleave": Refused((False,)),
-    "mlp_layer_types": Read(["dense", "dense", "dense", "sparse"]),
+    "mlp_layer_types": Read(["dense", "dense", "dense", "sparse"], may_be_null=True),
 }
 GLM4_LITE = replace(FLASH, n_layers=4, n_dense=0, mtp=False, vocab=4096, dense_as="types")
 # transformers' class -> its table, a config of it, and the family that reads it

@@ -12,10 +12,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.loading import whole_class
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.progress import Silent
@@ -34,7 +36,7 @@ def planned(folder: Path) -> MoeModel:
     with Checkpoint.open(folder) as checkpoint:
         model = describe(checkpoint)
         check_with_transformers(model)
-        check_tokenizer(folder, model.facts.vocab_size, model.pre_tokenizers)
+        check_tokenizer(folder, model.facts.vocab_size, model.tokenizers)
         model.side_files(folder, checkpoint.tensors)
         return model
 
@@ -55,11 +57,19 @@ def tokens(vocab: int) -> list[int]:
     return found
 
 
+def loaded(folder: Path) -> Any:
+    """transformers' model of a folder, in float32, of the class that loads it for text."""
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)
+    return whole_class(read_json(folder / "config.json")).from_pretrained(
+        folder, dtype=torch.float32
+    )
+
+
 def of_transformers(folder: Path, vocab: int, with_tower: bool = False) -> torch.Tensor:
     """Logits (T, V) in float32."""
-    loader: Any = AutoModelForImageTextToText if with_tower else AutoModelForCausalLM
-    logging.getLogger("transformers").setLevel(logging.CRITICAL)
-    model = loader.from_pretrained(folder, dtype=torch.float32)
+    model = loaded(folder)
+    if with_tower and isinstance(model, tuple(MODEL_FOR_CAUSAL_LM_MAPPING.values())):
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([tokens(vocab)])).logits[0]
     return logits
@@ -110,7 +120,7 @@ def mtp_of_llama_cpp(
     batch.n_seq_id = (ctypes.c_int32 * count)(*[1] * count)
     batch.seq_id = sequences
     batch.logits = (ctypes.c_int8 * count)(*[1] * count)
-    with loaded(path) as model:
+    with llama_model(path) as model:
         context = llama_cpp.llama_init_from_model(model, params)
         assert context
         assert llama_cpp.llama_decode(context, batch) == 0
@@ -122,7 +132,7 @@ def mtp_of_llama_cpp(
 
 
 @contextmanager
-def loaded(path: Path) -> Iterator[Any]:
+def llama_model(path: Path) -> Iterator[Any]:
     """llama.cpp's model, MTP block included."""
     params = llama_cpp.llama_model_default_params()
     params.load_mtp = True

@@ -64,7 +64,6 @@ class SyntheticMoe(DecoderModel):
 
     model_type: ClassVar[str] = "synthetic_moe"
     gguf_arch: ClassVar[str] = "synthetic"
-    pre_tokenizers: ClassVar[Mapping[tuple[str, ...], str]] = {("one", "two"): "synthetic"}
     count_keys = ("n_routed_experts",)
     mtp: ClassVar[MtpLayout | None] = MTP
     experts: ClassVar[ExpertLayout] = RENAMED

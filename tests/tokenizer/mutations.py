@@ -156,6 +156,7 @@ HARMLESS: list[Mutation] = [
     as_transformers_4,
     as_transformers_5,
     lambda draft, draw: draft.description.update(normalizer=None),
+    lambda draft, draw: draft.model.update(ignore_merges=True),
     lambda draft, draw: draft.model.update(fuse_unk=True, continuing_subword_prefix=""),
     lambda draft, draw: draft.config.update(fast_tokenizer_files=["tokenizer.json"]),
 ]
@@ -276,6 +277,11 @@ def adds_a_token_first(draft: Draft, draw: Random) -> None:
     draft.description["post_processor"]["special_tokens"] = {"<|im_end|>": known}
 
 
+def a_word_that_merging_does_not_reach(draft: Draft, draw: Random) -> None:
+    draft.model["ignore_merges"] = True
+    del draft.model["merges"][draw.randrange(100)]
+
+
 HARMFUL: list[Mutation] = [
     _bytes(add_prefix_space=True),
     _bytes(use_regex=True),
@@ -298,7 +304,7 @@ HARMFUL: list[Mutation] = [
     _top(decoder={"type": "Fuse"}),
     _top(pre_tokenizer=None),
     adds_a_token_first,
-    _model(ignore_merges=True),
+    a_word_that_merging_does_not_reach,
     _model(byte_fallback=True),
     _model(unk_token="a"),
     _model(dropout=0.1),

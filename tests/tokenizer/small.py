@@ -14,9 +14,9 @@ from typing import Any
 import llama_cpp
 from gguf import GGUFWriter
 
-from reap2gguf.models.tokenizer_families import PreTokenizers
+from reap2gguf.models.tokenizer_families import TokenizerFamily
+from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
-from reap2gguf.tokenizer.vocabulary import byte_symbols
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -110,11 +110,11 @@ class LlamaCpp:
 
 @contextmanager
 def llama_cpp_tokenizer(
-    folder: Path, vocab_size: int, pre_tokenizers: PreTokenizers
+    folder: Path, vocab_size: int, family: TokenizerFamily
 ) -> Iterator[LlamaCpp]:
     """What llama.cpp makes of the tokenizer in `folder` as this package writes it."""
     writer = GGUFWriter(folder / "vocabulary.gguf", "qwen3moe")
-    add_tokenizer(writer, folder, vocab_size, pre_tokenizers)
+    add_tokenizer(writer, folder, vocab_size, family)
     with loaded_by_llama_cpp(writer, folder / "vocabulary.gguf") as llama:
         yield llama
 

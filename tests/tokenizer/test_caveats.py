@@ -10,12 +10,13 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN
+from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.caveats import NFC_CAVEAT, ORDINARY_CAVEAT, tokenizer_caveats
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, Vocabulary, byte_symbols
+from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, Vocabulary
 from tests.tokenizer.mutations import Draft
 from tests.tokenizer.small import (
     QWEN2,
@@ -55,7 +56,7 @@ def test_a_class_that_splits_in_its_own_way_is_named(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    found = tokenizer_caveats(tmp_path, QWEN_PRE_TOKENIZERS[(pattern,)], PLAIN)
+    found = tokenizer_caveats(tmp_path, QWEN.pre_tokenizers[(pattern,)], PLAIN)
     assert bool(found) is (words(loaded.backend_tokenizer) != words(library))
     assert all(type(loaded).__name__ in caveat for caveat in found)
 
@@ -71,9 +72,9 @@ def test_the_name_of_a_class_is_not_text_for_a_card(tmp_path: Path) -> None:
 def test_text_that_is_not_in_normal_form_gets_other_ids(tmp_path: Path) -> None:
     draft = Draft.of_example()
     draft.write(tmp_path)
-    assert check_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) == (NFC_CAVEAT,)
+    assert check_tokenizer(tmp_path, 4096, QWEN) == (NFC_CAVEAT,)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    with llama_cpp_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) as llama:
+    with llama_cpp_tokenizer(tmp_path, 4096, QWEN) as llama:
         assert llama.encode("e\u0301") != library.encode("e\u0301").ids
         assert llama.encode("\u00e9") == library.encode("e\u0301").ids
 
@@ -82,7 +83,7 @@ def test_a_tokenizer_without_normalizer_has_no_caveat(tmp_path: Path) -> None:
     draft = Draft.of_example()
     draft.description["normalizer"] = None
     draft.write(tmp_path)
-    assert check_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) == ()
+    assert check_tokenizer(tmp_path, 4096, QWEN) == ()
 
 
 def test_an_ordinary_token_of_qwen_that_llama_cpp_takes_for_a_special_one(tmp_path: Path) -> None:
@@ -92,16 +93,16 @@ def test_an_ordinary_token_of_qwen_that_llama_cpp_takes_for_a_special_one(tmp_pa
     for token in draft.added:
         token["id"] += 1
     draft.write(tmp_path)
-    assert check_tokenizer(tmp_path, 4097, QWEN_PRE_TOKENIZERS) == (NFC_CAVEAT, ORDINARY_CAVEAT)
+    assert check_tokenizer(tmp_path, 4097, QWEN) == (NFC_CAVEAT, ORDINARY_CAVEAT)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    with llama_cpp_tokenizer(tmp_path, 4097, QWEN_PRE_TOKENIZERS) as llama:
+    with llama_cpp_tokenizer(tmp_path, 4097, QWEN) as llama:
         assert llama.encode("a</s>") == [*library.encode("a").ids, 4093]
         assert len(library.encode("a</s>").ids) == 4
         assert llama.encode("a</s b>") == library.encode("a</s b>").ids
     draft.add("</s>")  # added as well: special for both
     draft.added[-1]["id"] = 4093
     draft.write(tmp_path)
-    assert check_tokenizer(tmp_path, 4097, QWEN_PRE_TOKENIZERS) == (NFC_CAVEAT,)
+    assert check_tokenizer(tmp_path, 4097, QWEN) == (NFC_CAVEAT,)
 
 
 def test_calibration_follows_the_file_that_the_gguf_is_made_of(tmp_path: Path) -> None:
@@ -115,11 +116,11 @@ def test_calibration_follows_the_file_that_the_gguf_is_made_of(tmp_path: Path) -
         token["id"] = len(draft.model["vocab"]) + index
     draft.write(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_moe", "eos_token_id": 4095}')
-    (_, caveat) = check_tokenizer(tmp_path, 4100, QWEN_PRE_TOKENIZERS)
+    (_, caveat) = check_tokenizer(tmp_path, 4100, QWEN)
     assert "loads the tokenizer as Qwen3_5Tokenizer, which splits text like qwen35" in caveat
     loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     ids = Tokenizer(tmp_path).encode("q\u0301").tolist()
-    with llama_cpp_tokenizer(tmp_path, 4100, QWEN_PRE_TOKENIZERS) as llama:
+    with llama_cpp_tokenizer(tmp_path, 4100, QWEN) as llama:
         assert ids == llama.encode("q\u0301")
     assert ids != loaded("q\u0301")["input_ids"]
 
@@ -157,17 +158,17 @@ def test_an_end_that_llama_cpp_does_not_know_is_named_with_a_flag_that_helps(
     (tmp_path / "config.json").write_text("{}")
     wanted = [SMALL_SIZE, *ids.values(), 10**6, -1, None, True]
     (tmp_path / name).write_text(json.dumps({"eos_token_id": wanted}))
-    found = check_tokenizer(tmp_path, size, QWEN_PRE_TOKENIZERS)
+    found = check_tokenizer(tmp_path, size, QWEN)
     caveat = next((text for text in found if "eos_token_id" in text), "")
     writer = GGUFWriter(tmp_path / "v.gguf", "qwen3moe")
-    add_tokenizer(writer, tmp_path, size, QWEN_PRE_TOKENIZERS)
+    add_tokenizer(writer, tmp_path, size, QWEN)
     missed = set(ids.values()) - ends_in_llama_cpp(writer, tmp_path / "v.gguf")
     assert {i for i in ids.values() if f"(id {i})" in caveat} == missed
     assert bool(caveat) is bool(missed)
     if missed:
         assert f"by the eos_token_id of {name}, transformers" in caveat
         again = GGUFWriter(tmp_path / "v.gguf", "qwen3moe")
-        add_tokenizer(again, tmp_path, size, QWEN_PRE_TOKENIZERS)
+        add_tokenizer(again, tmp_path, size, QWEN)
         without = {i for text, i in ids.items() if text == "<|end|>"}  # nothing helps there
         assert ("--override-kv" in caveat) is bool(missed - without)
         for change in re.findall(r"[a-z._]+=int:\d+", caveat):
@@ -180,6 +181,6 @@ def test_many_ends_are_counted(tmp_path: Path) -> None:
     draft = Draft.of_example()
     draft.write(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(9)]}))
-    (_, caveat) = check_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS)
+    (_, caveat) = check_tokenizer(tmp_path, 4096, QWEN)
     assert "(id 3) and 5 more, and llama.cpp does not" in caveat
     assert caveat.endswith("=int:1 to end it at 0 and 1; no flag does so for the others")

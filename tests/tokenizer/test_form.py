@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
-from reap2gguf.tokenizer.form import added_by_post_processor, check_form
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.models.tokenizer_families import QWEN
+from reap2gguf.tokenizer.form import check_form
+from reap2gguf.tokenizer.post_processor import added_by_post_processor
 from tests.tokenizer.small import QWEN2, byte_level, split, tokenizer
 
 WHERE = Path("m/tokenizer.json")
@@ -16,7 +17,8 @@ NOTHING_ADDED = {"type": "TemplateProcessing", "single": [TEXT], "special_tokens
 
 
 def check(**parts: Any) -> str:
-    return check_form(tokenizer() | parts, WHERE, QWEN_PRE_TOKENIZERS)
+    added_by_post_processor(tokenizer() | parts, WHERE)
+    return check_form(tokenizer() | parts, WHERE, QWEN.pre_tokenizers)
 
 
 def steps(*found: Any) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def test_another_form_is_refused_by_name(parts: dict[str, Any], words: str) -> N
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("ignore_merges", True), ("byte_fallback", True), ("unk_token", "<unk>"), ("dropout", 0.1),
+        ("ignore_merges", "yes"), ("byte_fallback", True), ("unk_token", "<unk>"), ("dropout", 0.1),
         ("dropout", False), ("continuing_subword_prefix", "##"), ("end_of_word_suffix", "</w>"),
         ("fuse_unk", "yes"), ("cache_capacity", 5),
     ],
@@ -95,14 +97,27 @@ def test_flags_of_the_model_are_compared(setting: str, value: Any) -> None:
     description = tokenizer()
     description["model"][setting] = value
     with pytest.raises(UnsupportedModelError, match=rf"model\.{setting} is .*, expected"):
-        check_form(description, WHERE, QWEN_PRE_TOKENIZERS)
+        check_form(description, WHERE, QWEN.pre_tokenizers)
+
+
+def test_words_that_are_tokens_may_be_merged_or_not_where_that_is_the_same() -> None:
+    description = tokenizer()
+    description["model"]["ignore_merges"] = True
+    assert check_form(description, WHERE, QWEN.pre_tokenizers) == "qwen2"
+    description["model"]["vocab"]["aba"] = 300
+    message = r"ignore_merges is True, expected False, as the merges do not lead to the token 'aba'"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_form(description, WHERE, QWEN.pre_tokenizers)
+    del description["model"]["merges"]
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        check_form(description, WHERE, QWEN.pre_tokenizers)
 
 
 def test_older_files_leave_flags_out() -> None:
     description = tokenizer()
     for setting in ("ignore_merges", "byte_fallback", "fuse_unk", "dropout", "unk_token"):
         del description["model"][setting]
-    assert check_form(description, WHERE, QWEN_PRE_TOKENIZERS) == "qwen2"
+    assert check_form(description, WHERE, QWEN.pre_tokenizers) == "qwen2"
 
 
 def test_a_family_whose_splitting_is_not_known_is_refused() -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 from tests.tiny import EXAMPLE, REPOSITORY
@@ -36,7 +36,7 @@ def header(
     (folder / "tokenizer.json").write_text(json.dumps(description))
     writer = GGUFWriter(folder / "header.gguf", "qwen3moe")
     try:
-        add_tokenizer(writer, folder, vocab_size, QWEN_PRE_TOKENIZERS)
+        add_tokenizer(writer, folder, vocab_size, QWEN)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -129,7 +129,7 @@ def test_an_absurd_vocabulary_size_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        add_tokenizer(GGUFWriter(tmp_path / "x.gguf", "qwen3moe"), tmp_path, 8, QWEN_PRE_TOKENIZERS)
+        add_tokenizer(GGUFWriter(tmp_path / "x.gguf", "qwen3moe"), tmp_path, 8, QWEN)
 
 
 def test_special_ids_and_template_come_from_the_other_files(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_template_beyond_reason_is_not_copied(name: str, tmp_path: Path, examp
     path.parent.mkdir(exist_ok=True)
     path.write_text("x" * (2**20 + 1))
     with pytest.raises(CheckpointError, match=r"1,048,577 bytes, expected a chat template of at"):
-        check_tokenizer(tmp_path / "model", 4096, QWEN_PRE_TOKENIZERS)
+        check_tokenizer(tmp_path / "model", 4096, QWEN)
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
     write(tmp_path, tokenizer())
     (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2]}')  # gguf-py reads no lists
     with pytest.raises(CheckpointError, match=r"no eos_token .* token 11; set eos_token in"):
-        check_tokenizer(tmp_path, SMALL_SIZE, QWEN_PRE_TOKENIZERS)
+        check_tokenizer(tmp_path, SMALL_SIZE, QWEN)
 
 
 START = {"SpecialToken": {"id": "<s>", "type_id": 0}}
@@ -230,7 +230,7 @@ def test_llama_cpp_adds_the_tokens_that_the_post_processor_adds(
         return
     header(tmp_path, description)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    with llama_cpp_tokenizer(tmp_path, SMALL_SIZE + 2, QWEN_PRE_TOKENIZERS) as llama:
+    with llama_cpp_tokenizer(tmp_path, SMALL_SIZE + 2, QWEN) as llama:
         assert llama.encode("ab", add_special=True) == library.encode("ab").ids
 
 

@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
+from reap2gguf.models.tokenizer_families import (
+    DEEPSEEK_LLM_STEPS,
+    DEEPSEEK_V3_STEPS,
+    KIMI_STEPS,
+    TokenizerFamily,
+)
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, byte_symbols, read_vocabulary
+from reap2gguf.tokenizer.steps import split_patterns
+from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, read_vocabulary
 from tests.tiny import EXAMPLE
 from tests.tokenizer.small import (
     QWEN2,
@@ -24,25 +37,61 @@ from tests.tokenizer.small import (
 )
 
 LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-_DEEPSEEK3_WORDS = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-DEEPSEEK3 = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3_WORDS)
-PATTERNS = {
-    "qwen2": (QWEN2,),
-    "qwen35": (QWEN35,),
-    "llama-bpe": (LLAMA3,),
-    "glm4": (LLAMA3,),
-    "deepseek-v3": DEEPSEEK3,
+SPLITS_ITSELF = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LAST = byte_level(use_regex=False)
+# the pre-tokenizers of published tokenizer.json files
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "qwen2": [split(QWEN2), LAST],
+    "qwen35": [split(QWEN35), LAST],
+    "llama-bpe": [split(LLAMA3), LAST],
+    "glm4": [split(LLAMA3), LAST],
+    "lfm2": [split(LLAMA3), LAST],
+    "deepseek-v3": [*map(split, DEEPSEEK_V3_STEPS), LAST],
+    "deepseek-llm": [*map(split, DEEPSEEK_LLM_STEPS[:-1]), DIGITS, LAST],
+    "olmo": [SPLITS_ITSELF],
+    "refact": [DIGITS, {**SPLITS_ITSELF, "use_regex": True}],
+    "kimi-k2": [*map(split, KIMI_STEPS), LAST],
 }
 
 
+# texts in which llama.cpp gives other ids, as its users are told
+DIFFERENT: dict[str, Callable[[str], str]] = {
+    "deepseek-llm": lambda text: "".join(
+        " " if char.isspace() else char
+        for char in text
+        if char < "\x80" or not char.isnumeric() or unicodedata.category(char)[0] != "N"
+    ),
+    "kimi-k2": lambda text: "".join(
+        char for char in text.lower() if unicodedata.category(char)[0] != "M"
+    ),
+}
+
+
+@cache
+def crossing_merges(one_digit: bool) -> tuple[dict[str, int], list[list[str]]]:
+    """A vocabulary and merges that join words of any pattern, so that each split changes ids."""
+    library = Library(BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = BpeTrainer(
+        vocab_size=4093, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    text = mixed_text(seed=2, length=60_000).replace("<|", "")
+    if one_digit:
+        text = "".join(text[i] for i in range(len(text)) if not text[i - 1 : i + 1].isnumeric())
+    library.train_from_iterator([text[i : i + 50] for i in range(0, len(text), 50)], trainer)
+    model = json.loads(library.to_str())["model"]
+    return model["vocab"], model["merges"]
+
+
 def of_family(name: str) -> dict[str, Any]:
-    """The example's tokenizer, split and merged as those of a family are."""
+    """A tokenizer that is split and merged as those of a family are."""
     description = json.loads((EXAMPLE / "tokenizer.json").read_text())
-    steps = [*map(split, PATTERNS[name]), byte_level(use_regex=False)]
-    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    vocab, merges = crossing_merges(PRE_TOKENIZERS[name].joins is not None)
+    description["model"] |= {"vocab": vocab, "merges": merges}
+    steps = STEPS[name]
+    sequence = {"type": "Sequence", "pretokenizers": steps}
+    description["pre_tokenizer"] = sequence if len(steps) > 1 else steps[0]
     description["model"]["ignore_merges"] = PRE_TOKENIZERS[name].ignore_merges
     if PRE_TOKENIZERS[name].adds_bos:
         start = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
@@ -52,22 +101,29 @@ def of_family(name: str) -> dict[str, Any]:
     return description
 
 
+def family_of(name: str) -> TokenizerFamily:
+    """A family whose tokenizers are split in one way, called `name`."""
+    return TokenizerFamily({split_patterns(of_family(name)["pre_tokenizer"]): name})
+
+
 def test_every_pre_tokenizer_is_compared() -> None:
-    assert PATTERNS.keys() == PRE_TOKENIZERS.keys()
+    assert STEPS.keys() == PRE_TOKENIZERS.keys()
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", STEPS)
 def test_ids_are_those_of_llama_cpp_and_of_the_library(name: str, tmp_path: Path) -> None:
     description = of_family(name)
     write(tmp_path, description)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
     text = mixed_text(seed=1, length=20_000)
+    if name in DIFFERENT:
+        text = DIFFERENT[name](text)
     vocabulary = read_vocabulary(description, 4096, tmp_path)
     ours = LlamaBpe(
         vocabulary.tokens, vocabulary.types, vocabulary.merges, PRE_TOKENIZERS[name]
     ).encode(text)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    with llama_cpp_tokenizer(tmp_path, 4096, {PATTERNS[name]: name}) as llama:
+    with llama_cpp_tokenizer(tmp_path, 4096, family_of(name)) as llama:
         assert ours == llama.encode(text)
         assert library.encode(text).ids == llama.encode(text, add_special=True)
     assert ours == library.encode(text, add_special_tokens=False).ids
@@ -109,11 +165,6 @@ def test_a_longer_special_token_takes_its_text_first() -> None:
 def test_of_two_equal_pairs_the_left_one_is_merged_first() -> None:
     ours = LlamaBpe(["a", "aa"], [TokenType.NORMAL] * 2, [("a", "a")], PRE_TOKENIZERS["qwen2"])
     assert ours.encode("aaaaa") == [1, 1, 0]
-
-
-def test_bytes_have_256_symbols() -> None:
-    assert len(set(byte_symbols())) == 256
-    assert not any(symbol.isspace() for symbol in byte_symbols())
 
 
 def test_names_of_special_tokens_are_those_of_llama_cpp(tmp_path: Path) -> None:

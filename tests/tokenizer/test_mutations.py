@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN
 from reap2gguf.tokenizer.check import check_tokenizer
 from tests.tokenizer.mutations import HARMFUL, HARMLESS, Draft
 from tests.tokenizer.small import llama_cpp_tokenizer, mixed_text
@@ -35,13 +35,13 @@ def outcome(draft: Draft, folder: Path, seed: int) -> str:
     """What becomes of a tokenizer: "refused", or "equal" after the ids were compared."""
     draft.write(folder)
     try:
-        check_tokenizer(folder, SIZE, QWEN_PRE_TOKENIZERS)
+        check_tokenizer(folder, SIZE, QWEN)
     except (CheckpointError, UnsupportedModelError):
         return "refused"
     text = with_tokens(mixed_text(seed, LENGTH), draft, Random(seed))
     reference = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     expected = reference(text, add_special_tokens=False)["input_ids"]
-    with llama_cpp_tokenizer(folder, SIZE, QWEN_PRE_TOKENIZERS) as llama:
+    with llama_cpp_tokenizer(folder, SIZE, QWEN) as llama:
         assert llama.encode(text) == expected
     return "equal"
 
@@ -72,7 +72,7 @@ def test_what_changes_ids_is_refused(mutate: object, tmp_path: Path) -> None:
     mutate(draft, Random(0))
     draft.write(tmp_path)
     with pytest.raises((CheckpointError, UnsupportedModelError), match=r"expected|must|use the"):
-        check_tokenizer(tmp_path, SIZE, QWEN_PRE_TOKENIZERS)
+        check_tokenizer(tmp_path, SIZE, QWEN)
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
 
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN
 from reap2gguf.tokenizer.pieces import cuts_anywhere, next_cut, pieces
 from tests.tiny import EXAMPLE
 
-PATTERNS = sorted(QWEN_PRE_TOKENIZERS)
+PATTERNS = sorted(QWEN.pre_tokenizers)
 # what a pattern or a normal form might take together with a neighbour
 PARTS = (
     *("a", "Z", "the", " word", " ", "  ", "\n", "\r", "\r\n", "\n\n", "\t", "\u00a0", "\u2028"),

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import QWEN
 from reap2gguf.tokenizer.probe import HARD_CASES, check_against_library
 from reap2gguf.tokenizer.vocabulary import is_nfc, read_vocabulary
 from tests.tokenizer.mutations import HARMLESS, Draft
@@ -33,7 +33,7 @@ def test_llama_cpp_makes_the_ids_that_are_compared(tmp_path: Path) -> None:
     draft = Draft.of_example()
     draft.write(tmp_path)
     library = Library.from_file(str(tmp_path / "tokenizer.json"))
-    with llama_cpp_tokenizer(tmp_path, 4096, QWEN_PRE_TOKENIZERS) as llama:
+    with llama_cpp_tokenizer(tmp_path, 4096, QWEN) as llama:
         for text in HARD_CASES:
             assert llama.encode(text) == library.encode(text).ids, text
 

@@ -1,0 +1,91 @@
+"""Tokenizers like those of published models: what llama.cpp's converter writes of them, and ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFWriter
+from tokenizers import Tokenizer as Library
+
+from reap2gguf.errors import CheckpointError
+from reap2gguf.models.tokenizer_families import tokenizer_family
+from reap2gguf.tokenizer.check import check_tokenizer
+from reap2gguf.tokenizer.gguf_keys import add_tokenizer
+from reap2gguf.tokenizer.tokenizer import Tokenizer
+from tests.tiny import REPOSITORY
+from tests.tokenizer.families import PUBLISHED, Published, plain
+from tests.tokenizer.small import llama_cpp_tokenizer, mixed_text
+
+# what llama.cpp's converter (commit 0c1e570) writes for each, its guess of `pre` replaced
+EXPECTED = json.loads((REPOSITORY / "tests" / "data" / "tokenizer-keys.json").read_text())
+each = pytest.mark.parametrize("published", PUBLISHED, ids=lambda one: one.model_type)
+
+
+def keys_of(published: Published, folder: Path) -> dict[str, Any]:
+    writer = GGUFWriter(None, "x")
+    family = tokenizer_family(published.model_type)
+    add_tokenizer(writer, folder, published.vocab_size, family)
+    return {
+        key: plain(entry.value)
+        for key, entry in writer.kv_data[0].items()
+        if key.startswith("tokenizer.")
+    }
+
+
+def test_each_family_is_recorded() -> None:
+    assert EXPECTED.keys() == {published.model_type for published in PUBLISHED}
+
+
+@each
+def test_keys_are_those_of_the_converter(published: Published, tmp_path: Path) -> None:
+    assert keys_of(published, published.write(tmp_path)) == EXPECTED[published.model_type]
+
+
+@each
+def test_ids_are_those_of_llama_cpp_and_of_the_library(
+    published: Published, tmp_path: Path
+) -> None:
+    published.write(tmp_path)
+    size, family = published.vocab_size, tokenizer_family(published.model_type)
+    check_tokenizer(tmp_path, size, family)
+    tokenizer = Tokenizer(tmp_path)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    text = mixed_text(seed=3, length=3_000)
+    for token in [*published.special, *published.ordinary]:
+        text = text.replace(" ", token, 1)
+    with llama_cpp_tokenizer(tmp_path, size, family) as llama:
+        ids = llama.encode(text, add_special=True)
+    assert ids == library.encode(text).ids
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
+    assert [*first, *tokenizer.encode(text)] == ids
+
+
+@each
+def test_an_answer_ends_where_the_header_says_it(published: Published, tmp_path: Path) -> None:
+    published.write(tmp_path)
+    size, family = published.vocab_size, tokenizer_family(published.model_type)
+    expected = EXPECTED[published.model_type]
+    ends = [expected.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    with llama_cpp_tokenizer(tmp_path, size, family) as llama:
+        assert all(llama.ends_at(end) for end in ends if end is not None)
+
+
+def test_the_ends_of_glm_need_no_flag(tmp_path: Path) -> None:
+    """transformers ends an answer at three tokens, and the header names two of them."""
+    glm = PUBLISHED[0]
+    glm.write(tmp_path)
+    found = check_tokenizer(tmp_path, glm.vocab_size, tokenizer_family(glm.model_type))
+    assert not any("ends an answer" in caveat for caveat in found)
+
+
+def test_a_token_that_the_family_needs_is_missing(tmp_path: Path) -> None:
+    glm = PUBLISHED[0]
+    description = json.loads((glm.write(tmp_path) / "tokenizer.json").read_text())
+    for token in description["added_tokens"]:
+        token["content"] = token["content"].replace("[gMASK]", "[MASK2]")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"no token '\[gMASK\]' .* takes as bos for glm4"):
+        keys_of(glm, tmp_path)
