@@ -145,7 +145,8 @@ def test_every_stored_value_is_used_once(case: Case) -> None:
     turned = {slab.stored for tensor in made for slab in tensor.slabs if slab.transposed}
     for name, one in stored.items():
         role = case.model.role(name)
-        if name not in transformed and not isinstance(role, Carried | Dropped):
+        unused = isinstance(role, Carried | Dropped) or case.model.is_beside_gguf(name)
+        if name not in transformed and not unused:
             fused = isinstance(role, Expert) and role.expert is None
             n_rows = one.shape[2 if name in turned else 1] if fused else one.shape[0]
             for index in range(one.shape[0] if fused else 1):
@@ -185,7 +186,7 @@ def test_names_are_those_of_gguf_py(case: Case) -> None:
     known = {
         gguf.TENSOR_NAMES[one].format(bid=layer)
         for one in gguf.MODEL_TENSORS[arch]
-        for layer in range(facts.n_blocks)
+        for layer in range(case.model.n_gguf_blocks)
     }
     # gguf-py does not name these for every architecture whose loader takes them
     known |= {gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.OUTPUT]} if not facts.tied_embeddings else set()
@@ -232,13 +233,13 @@ def test_the_header_is_complete(case: Case) -> None:
     for value in values:
         assert value.value_type is types.get(type(value.value), GGUFValueType.ARRAY)
     expected = {
-        "block_count": facts.n_blocks,
+        "block_count": case.model.n_gguf_blocks,
         "embedding_length": facts.hidden_size,
         "expert_count": facts.n_experts,
         "expert_used_count": facts.experts_per_token,
     }
     assert {key: found[key].value for key in expected} == expected
-    if facts.has_mtp:
+    if case.model.n_gguf_blocks > facts.n_layers:
         assert found["nextn_predict_layers"].value == 1
 
 
@@ -305,7 +306,7 @@ def values_of(checkpoint: Checkpoint, tensor: GgufTensor) -> np.ndarray:
 def test_matrices_are_all_those_of_a_layer(case: Case) -> None:
     model = case.model
     made = {tensor.name: tensor for tensor in tensors(case)}
-    for layer in range(model.facts.n_blocks):
+    for layer in range(model.n_gguf_blocks):
         named = [name for names in model.matrices(layer).values() for name in names]
         if (heads := model.head_matrices(layer)) is not None:
             named += heads.names
