@@ -52,6 +52,7 @@ from reap2gguf.models.rules import (
 )
 from reap2gguf.models.scored_router import (
     Scores,
+    read_groups,
     read_n_shared,
     read_scale,
     router_config,
@@ -122,15 +123,7 @@ class Deepseek2(NextnDecoder):
 
     def read_groups(self, n_experts: int) -> tuple[int, int]:
         """How many groups of experts the router has, and how many of them it chooses."""
-        groups = self.text.integer("n_group", low=1, high=n_experts, default=1)
-        chosen = self.text.integer("topk_group", low=1, high=groups, default=1)
-        if n_experts < 2 * groups:
-            raise UnsupportedModelError(
-                f"{self.text.where}: n_group is {groups}, expected at least two of the "
-                f"{n_experts} experts in each group: the best two score it"
-            )
-        # all of them are the same as one
-        return (1, 1) if chosen == groups else (groups, chosen)
+        return read_groups(self.text, n_experts)
 
     def refuse_routing(self) -> None:
         """Refuse, by name, values of the router's keys that are not implemented."""

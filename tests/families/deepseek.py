@@ -14,8 +14,10 @@ from tests.models.config_rows import Carried, Read, Refused, Row
 V2_LITE = TinyMla(
     model_type="deepseek_v2", query_rank=None, n_shared=2, normalises=False, scale=1.0, mtp=False
 )
-V3 = TinyMla(model_type="deepseek_v3", n_groups=4, groups_per_token=2, scale=2.5)
-MOONLIGHT = replace(V3, n_groups=1, groups_per_token=1, query_rank=None, n_shared=2, mtp=False)
+V3 = TinyMla(
+    model_type="deepseek_v3", n_experts=16, n_groups=4, groups_per_token=2, top_k=3, scale=2.5
+)
+MOONLIGHT = TinyMla(model_type="deepseek_v3", query_rank=None, n_shared=2, mtp=False, scale=2.446)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": {
         "V2-Lite": V2_LITE,
@@ -31,7 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "3D": replace(V3, fused=True),
         "MTP with its own ends": replace(V3, own_ends=True),
         "without MTP": replace(V3, mtp=False, n_dense=2),
-        "all groups": replace(V3, n_groups=2, groups_per_token=2),
+        "one of two groups": replace(V3, n_groups=2, groups_per_token=1),
     },
 }
 _DENSE: dict[str, Row] = {"first_k_dense_replace": Read(2)}
@@ -57,8 +59,8 @@ _V3: dict[str, Row] = {
     "rope_interleave": Refused((False, None)),
     "num_mtp_layers": Refused((2, None)),
 }
-V2_FIELDS = replace(V2_LITE, n_layers=4, vocab=4096, query_rank=40)
-V3_FIELDS = replace(MOONLIGHT, n_layers=4, vocab=4096, query_rank=40)
+V2_FIELDS = replace(V2_LITE, n_layers=4, n_shared=1, vocab=4096, query_rank=40)
+V3_FIELDS = replace(MOONLIGHT, n_layers=4, n_shared=1, vocab=4096, query_rank=40, scale=1.5)
 # transformers' class -> its table, a config of it, and the family that reads it
 FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
     DeepseekV2Config: (_V2, V2_FIELDS, DeepseekV2),
