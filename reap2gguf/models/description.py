@@ -248,6 +248,22 @@ def is_of_experts(name: str) -> bool:
     return "_exps." in name
 
 
+def sums_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of what an importance matrix has of a GGUF tensor; each row has a count.
+
+    Experts have a row each. The matrices of other tensors, such as those of each head, share one.
+
+    >>> sums_shape("blk.3.ffn_up_exps.weight", (16, 32, 64))
+    (16, 64)
+    >>> sums_shape("blk.3.attn_v_b.weight", (4, 32, 64))
+    (1, 256)
+    """
+    n_matrices = shape[0] if len(shape) == 3 else 1
+    if is_of_experts(name):
+        return n_matrices, shape[-1]
+    return 1, n_matrices * shape[-1]
+
+
 def missing(name: str) -> CheckpointError:
     """The error for a tensor that the model needs and the checkpoint does not have."""
     return CheckpointError(f"tensor {name!r} is missing from the checkpoint")

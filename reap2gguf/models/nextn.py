@@ -91,7 +91,8 @@ class NextnDecoder(DecoderModel):
 
     def header(self) -> list[Entry]:
         block: Entry = (Keys.LLM.NEXTN_PREDICT_LAYERS, 1, UINT32)
-        return [*super().header(), *([block] if self.facts.has_mtp else [])]
+        is_there = self.n_gguf_blocks > self.facts.n_layers
+        return [*super().header(), *([block] if is_there else [])]
 
     @property
     def claimed_blocks(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.models.deepseek2 import Glm4MoeLite
+from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
 from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "DeepseekV2ForCausalLM": DeepseekV2,
+    "DeepseekV3ForCausalLM": DeepseekV3,
     # one architecture of GGUF files: what is read from these may have shared experts
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
