@@ -381,7 +381,7 @@ COVERED_BY = [
     (
         "tokenizer/test_llama_bpe.py",
         "words are split and then merged, which llama.cpp does in one",
-        ("tokenizer/pre_tokenizers.py",),
+        ("tokenizer/pre_tokenizers.py", "tokenizer/special_split.py"),
     ),
     (
         "terminal/test_recipe_commands.py",

@@ -80,12 +80,14 @@ class TokenizerFamily:
         replaced_special: Special tokens by kind that a header names whatever the files say.
         space_prefix: Whether a header repeats `add_prefix_space` of tokenizer_config.json, as
             llama.cpp's converter does for Llama and what it derives from it.
+        sentencepiece: Whether they may also be SentencePiece models, which split no text.
     """
 
     pre_tokenizers: PreTokenizers
     added_special: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced_special: Mapping[str, str] = field(default_factory=dict)
     space_prefix: bool = False
+    sentencepiece: bool = False
 
 
 QWEN = TokenizerFamily(QWEN_PRE_TOKENIZERS)
@@ -113,6 +115,7 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "deepseek_v3": _DEEPSEEK,
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True),
+    "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "qwen3_omni_moe": TokenizerFamily(
         {}, replaced_special={"bos": "<|im_end|>", "eos": "<|im_end|>"}
     ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
 from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ _WITHOUT_A_NAME = "Qwen2Tokenizer"  # where neither config names a class
 
 
 def tokenizer_caveats(
-    folder: Path, pre: str, vocabulary: Vocabulary, ends: Collection[int | None] = ()
+    folder: Path,
+    pre: str,
+    vocabulary: Vocabulary | SpmVocabulary,
+    ends: Collection[int | None] = (),
 ) -> tuple[str, ...]:
     """Differences that remain, one sentence each.
 
@@ -54,6 +58,8 @@ def tokenizer_caveats(
     are the header's ends of text, of turn and of message. Raises CheckpointError if a config
     cannot be read.
     """
+    if isinstance(vocabulary, SpmVocabulary):
+        return (*_spm_caveats(vocabulary), *_end_caveats(folder, vocabulary.tokens, ends))
     found = [NFC_CAVEAT] if vocabulary.normalizes else []
     if (differs := PRE_TOKENIZERS[pre].differs) is not None:
         found.append(differs)
@@ -68,15 +74,26 @@ def tokenizer_caveats(
             f"tokenizer.json splits it like {pre}; calibration and GGUF follow tokenizer.json; if "
             "that was saved by mistake, use the one of the base model"
         )
-    return (*found, *_end_caveats(folder, vocabulary, ends))
+    return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
 
 
-def _end_caveats(
-    folder: Path, vocabulary: Vocabulary, known: Collection[int | None]
-) -> Iterator[str]:
+def _spm_caveats(vocabulary: SpmVocabulary) -> Iterator[str]:
+    """Where llama.cpp puts a space before a text, and tokenizer.json does not."""
+    if not vocabulary.prepends_after_special:
+        yield (
+            "llama.cpp puts a space before what follows a special token, and tokenizer.json only "
+            "before a whole text: after a special token text gets other token ids there"
+        )
+    if not vocabulary.prepends_always:
+        yield (
+            "llama.cpp puts a space before each text, and tokenizer.json does not where it begins "
+            "with one: such a text has one space more there"
+        )
+
+
+def _end_caveats(folder: Path, tokens: list[str], known: Collection[int | None]) -> Iterator[str]:
     """The tokens at which transformers ends an answer, and llama.cpp does not."""
     name, wanted = _ends_in_transformers(folder)
-    tokens = vocabulary.tokens
     ends = _ends_in_llama_cpp(tokens).union(known)
     more = [i for i in dict.fromkeys(wanted) if 0 <= i < len(tokens) and i not in ends]
     if not more:

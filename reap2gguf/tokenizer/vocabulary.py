@@ -103,7 +103,7 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
         )
     vocab = tokenizer["model"]["vocab"]
     normalizes = tokenizer.get("normalizer") not in NO_NORMALIZER
-    added = _added_tokens(tokenizer, where, normalizes)
+    added = read_added_tokens(tokenizer, where, normalizes)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for text, index in [*vocab.items(), *((token.text, token.index) for token in added)]:
@@ -124,16 +124,21 @@ def read_vocabulary(tokenizer: dict[str, Any], vocab_size: int, where: Path) -> 
                 f"{where}: added token {shown(token.text)} has the id {token.index}, but the "
                 f"vocabulary has it as {vocab[token.text]}; {_RESAVE}"
             )
-        types[token.index] = _added_type(token)
+        types[token.index] = added_type(token)
     _check_texts(tokens, types, where)
-    merges = _merges(tokenizer["model"], where)
+    merges = merges_of(tokenizer["model"], where)
     _check_merges(merges, vocab, where)
     _check_order(added, where)
     return Vocabulary(tokens, types, merges, added, normalizes)
 
 
-def _added_tokens(tokenizer: dict[str, Any], where: Path, normalizes: bool) -> list[AddedToken]:
-    """The `added_tokens`, each checked by itself."""
+def read_added_tokens(
+    tokenizer: dict[str, Any], where: Path, normalizes: bool = False
+) -> list[AddedToken]:
+    """The `added_tokens`, each checked by itself; `normalizes` says whether text is put into NFC.
+
+    Raises CheckpointError or UnsupportedModelError that names the first that cannot be written.
+    """
     entries = tokenizer.get("added_tokens") or []
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and isinstance(entry.get("content"), str) and "id" in entry
@@ -184,7 +189,7 @@ def _added_token(entry: dict[str, Any], where: Path, normalizes: bool) -> AddedT
     return AddedToken(text, entry["id"], special, normalized)
 
 
-def _added_type(token: AddedToken) -> TokenType:
+def added_type(token: AddedToken) -> TokenType:
     """CONTROL for tokens that never reach the output text, as llama.cpp decides it."""
     looks_special = token.text in _SEEM_SPECIAL or any(
         token.text.startswith(start) and token.text.endswith(end) for start, end in _SPECIAL_FORMS
@@ -228,7 +233,8 @@ def _check_texts(tokens: list[str], types: list[TokenType], where: Path) -> None
         )
 
 
-def _merges(model: dict[str, Any], where: Path) -> list[Merge]:
+def merges_of(model: dict[str, Any], where: Path) -> list[Merge]:
+    """The merges of a BPE model as pairs; CheckpointError if they are none."""
     merges = model.get("merges")
     if merges == []:
         raise CheckpointError(f"{where}: no merges; llama.cpp's byte-level BPE needs them")
