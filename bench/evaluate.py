@@ -26,7 +26,7 @@ from pathlib import Path
 
 from full import gpu_bytes
 from plan import long_text
-from synthetic import write_checkpoint
+from synthetic import write_apart
 
 from reap2gguf.terminal.option_types import read_size
 
@@ -61,7 +61,7 @@ class Variants:
             if not (path / "config.json").is_file():
                 shutil.rmtree(path, ignore_errors=True)
                 path.mkdir(parents=True)
-                write_checkpoint(SHAPE, LAYERS, path, **OTHERS, **more)
+                write_apart(SHAPE, LAYERS, path, **OTHERS, **more)
         ends = self.pruned / "ends.safetensors"  # the same numbers in both
         if ends.stat().st_nlink == 1:
             ends.unlink()

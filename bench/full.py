@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plan import Sampler, folder_bytes, long_text
-from synthetic import write_checkpoint
+from synthetic import write_apart
 
 GIB = 2**30
 LAYERS = {"qwen3-30b-a3b": 48, "qwen3.5-35b-a3b": 40}
@@ -70,16 +70,17 @@ def gpu_bytes() -> int:
     return 2**20 * int(said.stdout.split()[0])
 
 
-def write_model(shape: str, folder: Path, layers: int, experts: int | None) -> float:
+def write_model(
+    shape: str, folder: Path, layers: int, experts: int | None, same_layers: bool
+) -> float:
     """Write the model unless it is there; the seconds that took."""
     begun = time.monotonic()
     if not folder.is_dir():
         made = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
-        write_checkpoint(
-            shape, layers, made, **({} if experts is None else {"num_experts": experts})
-        )
+        others = {} if experts is None else {"num_experts": experts}
+        write_apart(shape, layers, made, same_layers, **others)
         made.rename(folder)
     return time.monotonic() - begun
 
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--experts", type=int)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--same-layers", action="store_true", help="write the model quickly")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--fresh-caches", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave the bundle there")
@@ -147,7 +149,8 @@ def main() -> None:
     arguments, more = parser.parse_known_args()  # others are options of `build`
     shape = arguments.shape
     layers = arguments.layers or LAYERS[shape]
-    wrote = write_model(shape, arguments.folder, layers, arguments.experts)
+    same = arguments.same_layers
+    wrote = write_model(shape, arguments.folder, layers, arguments.experts, same)
     text = arguments.folder.with_name(f"{arguments.folder.name}.txt")
     text.write_text(long_text())
     if arguments.cold:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ VOCABULARY = 4096  # of the example's tokenizer
 
 def shortened(config: dict[str, Any], layers: int, **others: int) -> dict[str, Any]:
     """The same config with fewer layers, a small vocabulary and no MTP block, and `others`."""
-    changes = {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "mtp_num_hidden_layers": 0}
-    changes |= others
+    changes = {"num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    changes |= dict.fromkeys(("mtp_num_hidden_layers", "num_nextn_predict_layers"), 0) | others
     text = config.get("text_config")
     if text is None:
         return config | {key: value for key, value in changes.items() if key in config}
@@ -63,6 +64,15 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((EXAMPLE / name).read_bytes())
+
+
+def write_apart(*arguments: Any, **others: Any) -> None:
+    """`write_checkpoint` in a process of its own, which gives back its memory of a GPU."""
+    process = get_context("spawn").Process(target=write_checkpoint, args=arguments, kwargs=others)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"writing the checkpoint failed with {process.exitcode}")
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:

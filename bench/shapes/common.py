@@ -7,6 +7,29 @@ from collections.abc import Iterator
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
+def projections(prefix: str, hidden: int, query: int, key: int) -> Shapes:
+    """The four matrices of an attention whose queries and keys are this wide."""
+    yield f"{prefix}self_attn.q_proj.weight", (query, hidden)
+    yield f"{prefix}self_attn.k_proj.weight", (key, hidden)
+    yield f"{prefix}self_attn.v_proj.weight", (key, hidden)
+    yield f"{prefix}self_attn.o_proj.weight", (hidden, query)
+
+
+def ends(config: dict) -> Shapes:
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (vocab, hidden)
+
+
+def plain_attention(prefix: str, config: dict) -> Shapes:
+    """Heads that are, together, as wide as the hidden states."""
+    hidden = config["hidden_size"]
+    head = hidden // config["num_attention_heads"]
+    yield from projections(prefix, hidden, hidden, config["num_key_value_heads"] * head)
+
+
 def attention(prefix: str, config: dict, query_rows: int) -> Shapes:
     hidden, head = config["hidden_size"], config["head_dim"]
     query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -19,7 +42,8 @@ def attention(prefix: str, config: dict, query_rows: int) -> Shapes:
 
 
 def experts(prefix: str, config: dict, fused: bool) -> Shapes:
-    count, width = config["num_experts"], config["moe_intermediate_size"]
+    count = config["num_experts"]
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
     hidden = config["hidden_size"]
     yield f"{prefix}mlp.gate.weight", (count, hidden)
     if fused:

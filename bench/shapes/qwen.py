@@ -1,4 +1,4 @@
-"""Qwen3-MoE and Qwen3.5-MoE at full size."""
+"""Qwen3-MoE and Qwen3.5-MoE (with Qwen3.6, which is the same) at full size."""
 
 from __future__ import annotations
 
@@ -38,6 +38,37 @@ QWEN35_35B = {
 }  # fmt: skip
 
 
+def qwen35_like(hidden: int, **text: int) -> dict:
+    """The config of a larger model of the family, with other sizes than Qwen3.5-35B-A3B."""
+    return {
+        **QWEN35_35B,
+        "text_config": {**QWEN35_TEXT, "hidden_size": hidden, **text},
+        "vision_config": {**QWEN35_VISION, "out_hidden_size": hidden},
+    }
+
+
+# The text models have the sizes that their model cards state. Those of the towers are not known
+# here, and taken from Qwen3.5-35B-A3B.
+QWEN35_122B = qwen35_like(
+    3072,
+    linear_num_value_heads=64,
+    moe_intermediate_size=1024,
+    num_attention_heads=32,
+    num_hidden_layers=48,
+    shared_expert_intermediate_size=1024,
+)
+QWEN35_397B = qwen35_like(
+    4096,
+    linear_num_value_heads=64,
+    moe_intermediate_size=1024,
+    num_attention_heads=32,
+    num_experts=512,
+    num_experts_per_tok=10,
+    num_hidden_layers=60,
+    shared_expert_intermediate_size=1024,
+)
+
+
 def qwen3(config: dict) -> Shapes:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield "model.embed_tokens.weight", (vocab, hidden)
@@ -73,6 +104,10 @@ def vision(config: dict) -> Shapes:
     pairs = [("patch_embed.proj", patch), ("merger.norm", (hidden,))]
     pairs += [("merger.linear_fc1", (merged, merged))]
     pairs += [("merger.linear_fc2", (config["out_hidden_size"], merged))]
+    for number in range(len(config["deepstack_visual_indexes"])):
+        at = f"deepstack_merger_list.{number}."
+        pairs += [(f"{at}norm", (merged,)), (f"{at}linear_fc1", (merged, merged))]
+        pairs += [(f"{at}linear_fc2", (config["out_hidden_size"], merged))]
     for block in range(config["depth"]):
         at = f"blocks.{block}."
         pairs += [(f"{at}norm1", (hidden,)), (f"{at}norm2", (hidden,))]
@@ -108,4 +143,10 @@ def qwen35(config: dict) -> Shapes:
     yield from vision(config["vision_config"])
 
 
-SHAPES = {"qwen3-30b-a3b": (QWEN3_30B, qwen3), "qwen3.5-35b-a3b": (QWEN35_35B, qwen35)}
+SHAPES = {
+    "qwen3-30b-a3b": (QWEN3_30B, qwen3),
+    "qwen3.5-35b-a3b": (QWEN35_35B, qwen35),
+    "qwen3.5-122b-a10b": (QWEN35_122B, qwen35),
+    "qwen3.5-397b-a17b": (QWEN35_397B, qwen35),
+    "qwen3.6-35b-a3b": (QWEN35_35B, qwen35),  # the same sizes
+}

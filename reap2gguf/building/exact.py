@@ -77,6 +77,7 @@ def _tokens_in(component: Component) -> int:
 def active_parameters(plan: Plan) -> int:
     """Parameters that one token uses, without the embedding."""
     facts = plan.model.facts
+    looked_up = (plan.model.embedding_name, plan.model.mtp_embedding_name)
     total = 0
     for name, tensor in plan.checkpoint.tensors.items():
         role = plan.model.role(name)
@@ -84,6 +85,6 @@ def active_parameters(plan: Plan) -> int:
             continue
         if isinstance(role, Expert):
             total += tensor.n_elements * facts.experts_per_token // facts.n_experts
-        elif name != plan.model.embedding_name:
+        elif name not in looked_up:
             total += tensor.n_elements
     return total

@@ -110,13 +110,14 @@ def _run_stages(run: Run) -> BuildResult | None:
         observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
         importance.texts,
         kept,
+        pruned,
         importance.facts,
         verify.result.passed,
         {**importance.seals, **verify.result.seals},
         {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
         evaluation=evaluate.result if evaluate else None,
     )
-    manifest = write_record(plan, run.work, evidence)
+    manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
 

@@ -47,7 +47,6 @@ from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
 from reap2gguf.pruning.coverage import coverage_record
-from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.models.description import SideFile
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "numpy", "tokenizers")
@@ -72,6 +72,7 @@ class Evidence:
     observations_sha256: str
     texts: Texts
     kept: Kept
+    pruned: PrunedView  # of the source, with these experts
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
@@ -79,18 +80,20 @@ class Evidence:
     evaluation: Evaluation | None = None  # None: not measured
 
 
-def write_record(plan: Plan, work: Workdir, evidence: Evidence) -> Manifest:
-    """Write cards, manifests and SHA256SUMS of a verified build; the manifest."""
+def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedView) -> Manifest:
+    """Write cards, manifests and SHA256SUMS of a verified build; the manifest.
+
+    `written` is the model with the experts that are kept: the plan counts with any, and experts may
+    differ in their types.
+    """
     passed = list(evidence.checks)
-    # the plan counts with any experts, and experts may differ in their types
-    written = PrunedView(plan.checkpoint, plan.model, evidence.kept)
     manifest = Manifest(
         name=plan.name,
         program=program_versions(),
         source=_source_record(plan, evidence.kept),
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
-        hf=_folder_record(work, written) if plan.writes_hf else None,
+        hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
         gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},

@@ -37,6 +37,7 @@ from reap2gguf.bundle.markdown import (
 from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
+from reap2gguf.models.loading import classes_for_all, classes_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
@@ -100,20 +101,17 @@ def _sections(*parts: str) -> str:
 
 def _transformers(manifest: Manifest, name: str) -> str:
     """The classes that load all that the folder holds."""
-    shown = quoted(name)
-    if not manifest.side_files:
-        return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    shown, architecture = quoted(name), manifest.source.architecture
+    model, reader = classes_for_all(architecture, bool(manifest.side_files))
+    code = f"""```python
+from transformers import {model}, {reader}
 
-tokenizer = AutoTokenizer.from_pretrained({shown})
-model = AutoModelForCausalLM.from_pretrained({shown}, dtype="auto", device_map="auto")
+{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained({shown})
+model = {model}.from_pretrained({shown}, dtype="auto", device_map="auto")
 ```"""
-    return f"""```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained({shown})
-model = AutoModelForImageTextToText.from_pretrained({shown}, dtype="auto", device_map="auto")
-```
+    if model == classes_of(architecture).whole:
+        return code
+    return f"""{code}
 
 For text alone, `AutoTokenizer` and `AutoModelForCausalLM` load it without the vision tower."""
 

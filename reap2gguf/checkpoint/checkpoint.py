@@ -166,6 +166,9 @@ class Checkpoint(Weights):
         """
         digest = hashlib.sha256()
         digest.update(self._config_bytes())
+        tensors: dict[Path, list[FileTensor]] = {}
+        for tensor in self.tensors.values():
+            tensors.setdefault(tensor.path, []).append(tensor)
         for shard in self.shards:
             size = self._size(shard)
             digest.update(f"{shard.name} {size}\n".encode())
@@ -175,10 +178,9 @@ class Checkpoint(Weights):
             step = max(size // _SAMPLES_PER_FILE, _SAMPLE_BYTES)
             descriptor = self._descriptor(shard)
             samples = [(position, _SAMPLE_BYTES) for position in range(0, size, step)]
-            for tensor in self.tensors.values():
-                if tensor.path == shard:
-                    middle = tensor.offset + tensor.n_bytes // 2
-                    samples.append((middle, min(_TENSOR_SAMPLE_BYTES, tensor.n_bytes)))
+            for tensor in tensors.get(shard, ()):
+                middle = tensor.offset + tensor.n_bytes // 2
+                samples.append((middle, min(_TENSOR_SAMPLE_BYTES, tensor.n_bytes)))
             try:
                 for position, count in samples:
                     digest.update(os.pread(descriptor, count, position))

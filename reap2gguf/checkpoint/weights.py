@@ -109,12 +109,12 @@ class Weights(ABC):
                 return False
         return True
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def n_parameters(self) -> int:
         return sum(tensor.n_elements for tensor in self.tensors.values())
 

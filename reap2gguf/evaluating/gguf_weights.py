@@ -26,6 +26,7 @@ from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
+from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.models.table import describe
 from reap2gguf.quantizing.quantizer import load_quantizer
 
@@ -201,7 +202,11 @@ class GgufWeights(Weights):
                 piece.tensor.transform.put_back(values.reshape(piece.tensor.shape), stored)
             elif piece.slab.transposed:
                 low, high = piece.slab.rows or (0, piece.n_rows)
-                stored[:, low : high : piece.slab.step] = values.T
+                columns = slice(*(piece.slab.columns or (None,)))
+                stored[columns, low : high : piece.slab.step] = values.T
+            elif piece.slab.rows is not None:
+                first, last = piece.slab.rows
+                stored[first : last : piece.slab.step] = values
             else:
                 stored[...] = values.reshape(stored.shape)
         return stored
@@ -228,5 +233,4 @@ class GgufWeights(Weights):
 
 def _in_mtp(tensor: GgufTensor, model: MoeModel) -> bool:
     """Whether a tensor is of the multi-token-prediction block."""
-    layers = {model.role(slab.stored).layer for slab in tensor.slabs}
-    return model.facts.mtp_layer is not None and layers == {model.facts.mtp_layer}
+    return model.facts.has_mtp and block_of(tensor.name) == model.facts.mtp_layer

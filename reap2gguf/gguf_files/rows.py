@@ -90,7 +90,9 @@ def _stored_rows(tensor: GgufTensor, slab: Slab, first: int, last: int) -> tuple
 
     A transform needs all of it, and so do rows that are stored as columns.
     """
-    if slab.transposed or len(tensor.shape) == 1:
+    if slab.transposed:
+        return slab.columns or (0, None)
+    if len(tensor.shape) == 1:
         return 0, None
     if tensor.transform is not None:
         return slab.rows or (0, None)

@@ -23,6 +23,7 @@ from reap2gguf.models.description import (
     Expert,
     GgufTensor,
     HeaderValue,
+    HeadMatrices,
     ModelFacts,
     Part,
     Projection,
@@ -46,6 +47,7 @@ class MoeModel(ABC):
 
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
+    norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
 
     def __init__(
         self,
@@ -112,6 +114,11 @@ class MoeModel(ABC):
         """
 
     @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        """Whether a GGUF file of `gguf_arch`, which several classes may have, is of this one."""
+        return True
+
+    @classmethod
     def names_from_gguf(cls, keys: GgufKeys, keep_mtp: bool) -> tuple[str, ...]:
         """Stored names by which the model knows that it has a head and an MTP block of its own."""
         return ("lm_head.weight",) if "output.weight" in keys.tensors else ()
@@ -164,6 +171,10 @@ class MoeModel(ABC):
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """GGUF names of the matrices fed by the experts' inputs and by their activations."""
 
+    def head_matrices(self, layer: int) -> HeadMatrices | None:
+        """Matrices of that module's attention whose inputs transformers does not form."""
+        return None
+
     def weighted_matrices(self) -> set[str]:
         """GGUF names of all matrices that an importance matrix has entries for.
 
@@ -173,6 +184,8 @@ class MoeModel(ABC):
         for block in range(self.facts.n_blocks):
             for names in self.matrices(block).values():
                 found.update(names)
+            if (heads := self.head_matrices(block)) is not None:
+                found.update(heads.names)
             if block in self.facts.moe_layers:
                 for names in self.expert_matrices(block):
                     found.update(names)
@@ -231,11 +244,26 @@ class MoeModel(ABC):
 
     @property
     def norm_name(self) -> str:
-        return f"{self.text_prefix}norm.weight"
+        return f"{self.text_prefix}{self.norm_module}.weight"
+
+    @property
+    def own_head_name(self) -> str:
+        """The stored name of the output matrix, where it is not the embedding."""
+        return "lm_head.weight"
 
     @property
     def head_name(self) -> str:
-        return self.embedding_name if self.facts.tied_embeddings else "lm_head.weight"
+        return self.embedding_name if self.facts.tied_embeddings else self.own_head_name
+
+    @property
+    def mtp_embedding_name(self) -> str:
+        """The embedding in which the MTP block looks up the next token."""
+        return self.embedding_name
+
+    @property
+    def mtp_head_name(self) -> str:
+        """The head that makes logits of what the MTP block computes."""
+        return self.head_name
 
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""

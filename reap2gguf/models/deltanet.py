@@ -3,6 +3,11 @@
 A DeltaNet may have more value heads than key heads. Checkpoints keep the value heads that share a
 key head together: [k0v0 k0v1 k1v0 k1v1]. GGML repeats key heads as a whole, [k0 k1 k0 k1], so its
 value heads are stored as [k0v0 k1v0 k0v1 k1v1].
+
+GGML's older graph, of Qwen3-Next, repeats each key head in its place, so value heads stay where
+they are. There, one stored matrix has the rows of each key head together, [q0 k0 v0 z0 q1 k1 ...],
+with the value heads of the key head and their gates z; GGUF has [q0 q1 ... k0 ... v0 ...] and [z0
+z1 ...].
 """
 
 from __future__ import annotations
@@ -37,6 +42,19 @@ class DeltaNet:
         per_key = self.n_value_heads // self.n_key_heads
         places = np.arange(self.n_value_heads * width)
         return places.reshape(self.n_key_heads, per_key, width).swapaxes(0, 1).reshape(-1)
+
+    def transforms(self) -> dict[str, Transform]:
+        """What becomes of the tensors of a layer, by GGUF's names below `blk.N.`."""
+        return {
+            "attn_qkv.weight": self.mixed,
+            "attn_gate.weight": self.gates,
+            "ssm_alpha.weight": self.heads,
+            "ssm_beta.weight": self.heads,
+            "ssm_conv1d.weight": self.convolution,
+            "ssm_a": self.decay,
+            "ssm_dt.bias": self.heads,
+            "ssm_out.weight": self.outputs,
+        }
 
     @property
     def heads(self) -> Transform:
@@ -86,3 +104,36 @@ class DeltaNet:
 
     def _put_back_rate(self, values: Floats, stored: Floats) -> None:
         self.heads.put_back(np.log(-values.astype(np.float64)).astype(np.float32), stored)
+
+
+@dataclass(frozen=True)
+class PackedDeltaNet(DeltaNet):
+    """Value heads that stay in their order, and one matrix of queries, keys, values and gates."""
+
+    def value_order(self, width: int) -> npt.NDArray[np.int64]:
+        return np.arange(self.n_value_heads * width)
+
+    def transforms(self) -> dict[str, Transform]:
+        return {
+            "attn_qkv.weight": self.packed_mixed,
+            "attn_gate.weight": self.packed_gates,
+            "ssm_conv1d.weight": self.convolution,
+            "ssm_a": self.decay,
+        }
+
+    @property
+    def packed_mixed(self) -> Transform:
+        """The rows of queries, then keys, then values, out of the packed matrix."""
+        return picked(np.concatenate(self._packed_rows()[:3]))
+
+    @property
+    def packed_gates(self) -> Transform:
+        """The rows of the output gate, out of the packed matrix."""
+        return picked(self._packed_rows()[3])
+
+    def _packed_rows(self) -> list[npt.NDArray[np.int64]]:
+        """Where the rows of queries, keys, values and gates are in the packed matrix."""
+        per_key = self.n_value_heads // self.n_key_heads * self.value_dim
+        ends = np.cumsum((self.key_dim, self.key_dim, per_key, per_key))
+        rows = np.arange(self.n_key_heads * ends[-1]).reshape(self.n_key_heads, -1)
+        return [part.reshape(-1) for part in np.split(rows, ends[:-1], axis=1)]

@@ -55,6 +55,14 @@ class ModelFacts:
     # the router first chooses groups_per_token of n_groups equal runs of neighbouring experts
     n_groups: int = 1
     groups_per_token: int = 1
+    # query heads per key-value head in the file's first layer, where those of layers differ;
+    # 0 if that layer has no attention
+    first_gqa: int | None = None
+
+    @property
+    def gqa(self) -> int:
+        """Query heads per key-value head as llama.cpp's quantizer counts them: in layer 0."""
+        return self.n_heads // self.n_kv_heads if self.first_gqa is None else self.first_gqa
 
     @property
     def mtp_layer(self) -> int | None:
@@ -67,7 +75,7 @@ class ModelFacts:
         return self.n_layers + self.has_mtp
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Expert:
     """Stored values of one expert, or (`expert` None) of all experts of a layer on axis 0.
 
@@ -80,7 +88,7 @@ class Expert:
     part: Part = "weight"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Router:
     """Stored router values with one entry per expert on `axis`: weight (E, H), bias (E,) or (1, E).
 
@@ -91,21 +99,21 @@ class Router:
     axis: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plain:
     """A stored tensor that pruning leaves alone; `layer` is None outside the decoder layers."""
 
     layer: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Carried:
     """A tensor that stays in the safetensors and that no GGUF of the text model holds."""
 
     layer: None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """A stored tensor that is left out of everything that is written."""
 
@@ -143,13 +151,14 @@ def picked(places: npt.NDArray[np.int64] | slice | int, axis: int = 0) -> Transf
     return Transform(apply, put_back)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slab:
     """Where one matrix of a GGUF tensor is in the checkpoint.
 
     `index` picks from axis 0 of a 3D tensor (an expert). `rows` begin, end and step through the
     rows of the matrix: the gate or the up half of a fused gate_up, or every second row where the
-    two alternate. With `transposed` the stored matrix has them as columns.
+    two alternate. With `transposed` the stored matrix has them as columns; then `columns` begin and
+    end the stored rows that are the matrix's columns, where these are not all.
     """
 
     stored: str
@@ -157,6 +166,7 @@ class Slab:
     rows: tuple[int, int] | None = None
     step: int = 1
     transposed: bool = False
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,29 @@ class GgufTensor:
         one_row = all(size == 1 for size in self.shape[:-1])
         is_weight = self.name.endswith(".weight")
         return one_row or not is_weight or any(part in self.name for part in _NEVER_QUANTIZED)
+
+
+@dataclass(frozen=True)
+class HeadMatrices:
+    """GGUF matrices of a layer's attention that multiply something else in each head.
+
+    Of a latent attention, llama.cpp multiplies each head's queries, as they are before the rotation
+    and without what will be rotated, and each head's sum of latents, weighted by its attention.
+    transformers forms neither: it expands the latents to keys and values.
+    """
+
+    attention: str  # path of the attention within the layer's module
+    latents: str  # of what makes the latents (B, T, R)
+    queries: str  # the matrix (heads, R, query_width) that multiplies queries
+    sums: str  # the matrix (heads, rows, R) that multiplies sums of latents
+    n_heads: int
+    query_width: int  # the first values of a head's queries
+    sum_width: int  # R
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Both matrices."""
+        return self.queries, self.sums
 
 
 def is_rounded(name: str) -> bool:

@@ -158,7 +158,8 @@ class ExpertLayout:
         if straight == turned:
             raise UnsupportedModelError(
                 f"tensor {name!r}: shape {list(straight)} does not show whether its matrices are "
-                "transposed, which is possible in this architecture; store one tensor per expert"
+                "transposed, and both are stored in this architecture; expected a hidden_size that "
+                "is neither moe_intermediate_size nor twice that"
             )
         if stored[name].shape == turned:
             return True

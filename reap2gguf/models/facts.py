@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # how configs of any architecture spell their number of routed experts
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+WIDTH_KEY = "moe_intermediate_size"  # most configs' name of an expert's width
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # what decides weights or logits in every family, and may not be null
 FACT_KEYS = (
@@ -33,7 +34,7 @@ FACT_KEYS = (
     "max_position_embeddings",
     "rms_norm_eps",
     "attention_bias",
-    "moe_intermediate_size",
+    WIDTH_KEY,
     "num_experts_per_tok",
 )
 # the same, where null is the same as absent
@@ -52,21 +53,24 @@ def read_n_layers(read: ConfigReader) -> int:
     return read.integer("num_hidden_layers", low=1, high=MAX_LAYERS)
 
 
-def read_epsilon(read: ConfigReader) -> float:
-    # transformers' value of an absent key, in Qwen3MoeConfig and Qwen3_5MoeTextConfig
-    return read.number("rms_norm_eps", low=0, high=1, default=1e-6)
+def read_epsilon(read: ConfigReader, key: str = "rms_norm_eps", default: float = 1e-6) -> float:
+    # `default`: transformers' value of an absent key, here of Qwen3MoeConfig and
+    # Qwen3_5MoeTextConfig
+    return read.number(key, low=0, high=1, default=default)
 
 
 def read_facts(
     read: ConfigReader,
     count_keys: Sequence[str],
     defaults: Mapping[str, int],
+    width_key: str = WIDTH_KEY,
     **decided: Any,
 ) -> ModelFacts:
     """The facts that a text model's config states, and those that are `decided` elsewhere.
 
     `count_keys` are spellings of the number of experts, `defaults` transformers' values of absent
-    keys. Raises UnsupportedModelError for numbers out of range.
+    keys, `width_key` names an expert's width. Raises UnsupportedModelError for numbers out of
+    range.
     """
     n_experts = read.integer(*count_keys, low=2, high=MAX_EXPERTS)
     hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
@@ -76,7 +80,7 @@ def read_facts(
     return ModelFacts(
         n_layers=read_n_layers(read),
         hidden_size=hidden,
-        expert_width=read.integer("moe_intermediate_size", low=1, high=MAX_WIDTH),
+        expert_width=read.integer(width_key, low=1, high=MAX_WIDTH),
         n_experts=n_experts,
         experts_per_token=read.integer("num_experts_per_tok", low=1, high=n_experts),
         n_heads=n_heads,
@@ -89,11 +93,10 @@ def read_facts(
 
 
 def config_values(facts: ModelFacts) -> dict[str, Any]:
-    """Facts under transformers' names of them, the number of experts left out."""
+    """Facts under transformers' names of them, number and width of experts left out."""
     return {
         "num_hidden_layers": facts.n_layers,
         "hidden_size": facts.hidden_size,
-        "moe_intermediate_size": facts.expert_width,
         "num_experts_per_tok": facts.experts_per_token,
         "num_attention_heads": facts.n_heads,
         "num_key_value_heads": facts.n_kv_heads,

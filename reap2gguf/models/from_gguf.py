@@ -9,7 +9,7 @@ those of the model that it describes. Memory: a name and a shape for each expert
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,13 @@ class GgufModel:
 
 
 def model_from_gguf(
-    header: GgufHeader, architectures: Mapping[str, type[MoeModel]], keep_mtp: bool = True
+    header: GgufHeader,
+    architectures: Mapping[str, Sequence[type[MoeModel]]],
+    keep_mtp: bool = True,
 ) -> GgufModel:
     """The model in a GGUF file; `architectures` are the known ones by `general.architecture`.
+
+    Where several classes have one, the first whose file it is.
 
     Without `keep_mtp`, a multi-token-prediction block is left out. Raises UnsupportedModelError for
     an architecture that is not known and for numbers that are not possible, CheckpointError for a
@@ -68,7 +72,13 @@ def model_from_gguf(
             f"{keys.where}: architecture {shown(keys.arch)} is not implemented, expected one of "
             f"{', '.join(sorted(architectures))}"
         )
-    architecture = architectures[keys.arch]
+    architecture = next((one for one in architectures[keys.arch] if one.is_in_gguf(keys)), None)
+    if architecture is None:
+        known = ", ".join(one.model_type for one in architectures[keys.arch])
+        raise UnsupportedModelError(
+            f"{keys.where}: the header of a {keys.arch} that is not implemented, expected one of "
+            f"{known}"
+        )
     config = architecture.config_from_gguf(keys)
     names = architecture.names_from_gguf(keys, keep_mtp)
     model = architecture(config, keys.where, names, keep_mtp)
@@ -90,7 +100,7 @@ def stored_template(model: MoeModel) -> dict[str, StoredTensor]:
     """The tensors of a model as a checkpoint in float32 stores them, one per expert's matrix."""
     shapes = dict(model.shapes())
     if model.facts.tied_embeddings:
-        shapes.pop("lm_head.weight", None)
+        shapes.pop(model.own_head_name, None)
     for layer in model.facts.moe_layers:
         shapes |= model.expert_shapes(layer)
     return {name: StoredTensor(name, "F32", shape) for name, shape in shapes.items()}
@@ -156,17 +166,27 @@ def trunk_layers(keys: GgufKeys) -> tuple[int, int]:
     return n_blocks - n_mtp, n_mtp
 
 
-def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
+def common_config(keys: GgufKeys, scores: int = 1, n_kv_heads: int | None = None) -> dict[str, Any]:
     """The values of a config that most decoders have, rotary embedding included.
 
     `scores` is llama.cpp's number of what the router makes of its logits: 1 is a softmax.
+    `n_kv_heads`: where not all layers have attention (`kv_heads_by_layer`).
     """
-    llm, attention = Keys.LLM, Keys.Attention
-    hidden = keys.integer(llm.EMBEDDING_LENGTH, 1, MAX_WIDTH)
-    n_heads = keys.integer(attention.HEAD_COUNT, 1, MAX_HEADS)
+    attention = Keys.Attention
+    found = headless_config(keys, scores)
+    n_heads = found["num_attention_heads"]
     # llama.cpp's values of absent keys
-    head_dim = keys.integer(attention.KEY_LENGTH, 1, MAX_WIDTH, default=max(1, hidden // n_heads))
+    share = max(1, found["hidden_size"] // n_heads)
+    head_dim = keys.integer(attention.KEY_LENGTH, 1, MAX_WIDTH, default=share)
     keys.expect(attention.VALUE_LENGTH, head_dim, why="keys and values have one size")
+    if n_kv_heads is None:
+        n_kv_heads = keys.integer(attention.HEAD_COUNT_KV, 1, MAX_HEADS, default=n_heads)
+    return {**found, "head_dim": head_dim, "num_key_value_heads": n_kv_heads}
+
+
+def headless_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
+    """The same values but for the sizes of heads, and the number of those of keys and values."""
+    llm, attention = Keys.LLM, Keys.Attention
     n_experts = keys.integer(llm.EXPERT_COUNT, 2, MAX_EXPERTS)
     vocab = keys.rows(EMBEDDING)
     if vocab > MAX_VOCABULARY:
@@ -178,21 +198,52 @@ def common_config(keys: GgufKeys, scores: int = 1) -> dict[str, Any]:
     return {
         "attention_bias": False,
         "dtype": "float32",
-        "head_dim": head_dim,
         "hidden_act": "silu",
-        "hidden_size": hidden,
+        "hidden_size": keys.integer(llm.EMBEDDING_LENGTH, 1, MAX_WIDTH),
         "max_position_embeddings": keys.integer(llm.CONTEXT_LENGTH, 1, _LARGEST),
         "moe_intermediate_size": expert_width(keys),
-        "num_attention_heads": n_heads,
+        "num_attention_heads": keys.integer(attention.HEAD_COUNT, 1, MAX_HEADS),
         "num_experts": n_experts,
         "num_experts_per_tok": keys.integer(llm.EXPERT_USED_COUNT, 1, n_experts),
         "num_hidden_layers": trunk_layers(keys)[0],
-        "num_key_value_heads": keys.integer(attention.HEAD_COUNT_KV, 1, MAX_HEADS, default=n_heads),
         "rms_norm_eps": keys.number(attention.LAYERNORM_RMS_EPS, 0, 1),
         "rope_parameters": rope_values(keys),
         "tie_word_embeddings": OUTPUT not in keys.tensors,
         "vocab_size": vocab,
     }
+
+
+def kv_heads_by_layer(keys: GgufKeys) -> tuple[tuple[bool, ...], int]:
+    """Which layers have attention, in a header with a number per layer; and their number.
+
+    Raises UnsupportedModelError if it differs among them, or none has any.
+    """
+    key = Keys.Attention.HEAD_COUNT_KV
+    found = keys.integers(key, 0, MAX_HEADS, trunk_layers(keys)[0])
+    counts = set(found) - {0}
+    if len(counts) != 1:
+        raise UnsupportedModelError(
+            f"{keys.where}: {key.format(arch=keys.arch)} is {shown(list(found))}, expected 0 or "
+            "one number of heads"
+        )
+    return tuple(count > 0 for count in found), counts.pop()
+
+
+def full_attention_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same of a model whose layers all have full attention that rotates whole heads."""
+    config = common_config(keys)
+    keys.expect(Keys.Rope.DIMENSION_COUNT, config["head_dim"], why="whole heads are rotated")
+    if not keys.has(Keys.Attention.KEY_LENGTH):
+        del config["head_dim"]  # transformers takes the same share of the hidden size
+    return config
+
+
+def uniform_config(keys: GgufKeys) -> dict[str, Any]:
+    """The same where `intermediate_size` is an expert's width, and all layers have experts."""
+    config = full_attention_config(keys)
+    del config["moe_intermediate_size"]
+    width = keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH)
+    return {**config, "intermediate_size": width}
 
 
 def expert_width(keys: GgufKeys) -> int:

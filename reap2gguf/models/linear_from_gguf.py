@@ -51,15 +51,16 @@ def recurrent_layers(keys: GgufKeys, n_layers: int) -> Sequence[bool]:
     return recurrent
 
 
-def partial_rope(keys: GgufKeys, head_dim: int) -> dict[str, Any]:
-    """Which share of a head is rotated, and how its pairs are shared out to the axes of images."""
+def rotated_share(keys: GgufKeys, head_dim: int) -> float:
+    """Which share of a head is rotated."""
     width = keys.integer(Keys.Rope.DIMENSION_COUNT, 1, head_dim, default=head_dim)
     share = width / head_dim
-    if int(head_dim * share) != width:  # transformers cuts the product off
-        share = math.nextafter(share, 1)
+    # transformers cuts the product off
+    return share if int(head_dim * share) == width else math.nextafter(share, 1)
+
+
+def rope_sections(keys: GgufKeys) -> dict[str, Any]:
+    """How the rotated pairs of a head are shared out to the axes of images."""
     sections = keys.integers(Keys.Rope.DIMENSION_SECTIONS, 0, MAX_WIDTH, 4)
-    return {
-        "partial_rotary_factor": share,
-        "mrope_section": list(sections if sections[3] else sections[:3]),
-        "mrope_interleaved": True,
-    }
+    found = list(sections if sections[3] else sections[:3])
+    return {"mrope_section": found, "mrope_interleaved": True}

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gguf import Keys
 
 from reap2gguf.errors import UnsupportedModelError
-from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_WIDTH
 from reap2gguf.models.facts import FACT_KEYS
-from reap2gguf.models.from_gguf import common_config
+from reap2gguf.models.from_gguf import full_attention_config
+from reap2gguf.models.full_attention import (
+    refuse_other_types,
+    refuse_partial_attention,
+    without_derived_sizes,
+)
 from reap2gguf.models.layer_types import moe_layers_by_step
-from reap2gguf.models.rope import check_rotary_width
 from reap2gguf.models.rules import (
     ATTENTION,
     ATTN_NORM,
@@ -27,7 +30,7 @@ from reap2gguf.models.rules import (
     ROUTER,
     TensorRule,
 )
-from reap2gguf.models.shared import DecoderModel
+from reap2gguf.models.shared import DecoderModel, Entry
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
@@ -39,7 +42,7 @@ class Qwen3Moe(DecoderModel):
 
     model_type: ClassVar[str] = "qwen3_moe"
     gguf_arch: ClassVar[str] = "qwen3moe"
-    fact_keys = (
+    fact_keys: ClassVar[tuple[str, ...]] = (
         *FACT_KEYS,
         "intermediate_size",
         "decoder_sparse_step",
@@ -49,22 +52,13 @@ class Qwen3Moe(DecoderModel):
     defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 4}
 
     def read_facts(self) -> ModelFacts:
-        read = self.reader
-        if (found := self.config.get("model_type")) != self.model_type:
-            raise UnsupportedModelError(
-                f"{read.where}: model_type is {shown(found)}, expected '{self.model_type}': "
-                "transformers chooses the architecture by it"
-            )
+        refuse_other_types(self)
         self.refuse_common()
         why = f"llama.cpp's {self.gguf_arch} has full attention"
-        read.expect("use_sliding_window", False, why=why)
+        self.text.expect("use_sliding_window", False, why=why)
         self.check_routing()
-        facts = self.common_facts(moe_layers_by_step(read))
-        full = ["full_attention"] * facts.n_layers
-        read.expect("layer_types", full, why=why)
-        why = f"llama.cpp's {self.gguf_arch} rotates whole heads"
-        self.rope.values.expect("partial_rotary_factor", 1, why=why)
-        check_rotary_width(self.rope, facts.head_dim, facts.head_dim)
+        facts = self.common_facts(moe_layers_by_step(self.text))
+        refuse_partial_attention(self, facts)
         return facts
 
     def check_routing(self) -> None:
@@ -80,9 +74,8 @@ class Qwen3Moe(DecoderModel):
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
-        config = common_config(keys)
-        n_layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-        keys.expect(Keys.Rope.DIMENSION_COUNT, head_dim, why="whole heads are rotated")
+        config = full_attention_config(keys)
+        n_layers = config["num_hidden_layers"]
         routed = keys.blocks_with(ROUTER.gguf)
         if keys.has(Keys.LLM.FEED_FORWARD_LENGTH):
             config["intermediate_size"] = keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH)
@@ -109,6 +102,9 @@ class Qwen3Moe(DecoderModel):
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
         ffn = (ROUTER,) if layer in self.sparse_layers else DENSE_FFN
         return (ATTN_NORM, *ATTENTION, *QK_NORMS, FFN_NORM, *ffn)
+
+    def header(self) -> list[Entry]:
+        return without_derived_sizes(self, super().header())
 
     def caveats(self) -> tuple[str, ...]:
         if len(self.facts.moe_layers) == self.facts.n_layers:

@@ -54,7 +54,18 @@ _BLOCK = {
     "norm2": "ln2",
 }
 _MERGER = {"merger.norm": "v.post_ln", "merger.linear_fc1": "mm.0", "merger.linear_fc2": "mm.2"}
+_DEEPSTACK = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
 _PATCH = "patch_embed.proj"
+DEEPSTACK = "deepstack_visual_indexes"
+_TEXT_ALONE = (
+    "experts are observed on text alone; the vision tower is unchanged, but experts that only "
+    "images need may be removed"
+)
+_NO_TOWER = (
+    "the config names a vision tower that the checkpoint does not contain: in transformers it has "
+    "random weights, so use the model for text alone"
+)
+_OUT_HIDDEN = 3584  # transformers' value of an absent key
 
 
 def vision_projector(
@@ -73,15 +84,59 @@ def vision_projector(
     read = ConfigReader(config.section("vision_config"), where)
     read.expect("hidden_act", "gelu_pytorch_tanh", why="llama.cpp's qwen3vl_merger uses GELU")
     read.expect("temporal_patch_size", 2, why="llama.cpp splits patches into two frames")
-    read.expect("deepstack_visual_indexes", [], why="deepstack layers are not implemented")
     depth = read.integer("depth", low=1, high=MAX_LAYERS)
+    prefix = "model.visual." if any(n.startswith("model.visual.") for n in stored) else "visual."
+    tensors = _tensors(read, prefix, depth, text_hidden)
+    _check_all_used(tensors, {n: t for n, t in stored.items() if n.startswith(prefix)}, depth)
+    images = read_image_settings(folder)
+    values = _header(read, config, images, text_hidden)
+    title = "vision projector"
+    return SideFile("mmproj", "mmproj", "clip", title, tuple(tensors), values, images.notes)
+
+
+def deepstack_layers(read: ConfigReader) -> tuple[int, ...]:
+    """The tower's layers whose outputs enter the text model beside its last one's.
+
+    `read` has vision_config. Raises UnsupportedModelError for one that the tower does not have, and
+    for one that is named twice.
+    """
+    depth = read.integer("depth", low=1, high=MAX_LAYERS)
+    found = read.integers(DEEPSTACK, 0, depth - 1)
+    if len(set(found)) < len(found):
+        raise UnsupportedModelError(
+            f"{read.where}: {DEEPSTACK} is {shown(list(found))}, expected each layer once"
+        )
+    return found
+
+
+def refuse_tower(config: ConfigReader, text_hidden: int) -> None:
+    """Refuse a tower that does not fit the text model, or that llama.cpp computes otherwise."""
+    read = config.with_values(config.section("vision_config"))
+    if (found := read.integer("out_hidden_size", default=_OUT_HIDDEN)) != text_hidden:
+        raise UnsupportedModelError(
+            f"{read.where}: vision_config.out_hidden_size is {found}, expected {text_hidden}, the "
+            "text model's hidden_size"
+        )
+    rotary = read.with_values(read.section("rope_parameters"))
+    why = "llama.cpp rotates the tower's heads in one way"
+    rotary.expect("rope_theta", 10_000, why=why)
+    rotary.expect("rope_type", "default", "axial", why=why)
+
+
+def tower_caveats(has_tower: bool, has_config: bool) -> list[str]:
+    """What a user must know of a vision tower, or of a config of one that is not there."""
+    if has_tower:
+        return [_TEXT_ALONE]
+    return [_NO_TOWER] if has_config else []
+
+
+def _tensors(read: ConfigReader, prefix: str, depth: int, text_hidden: int) -> list[GgufTensor]:
     hidden = read.integer("hidden_size", low=1, high=MAX_WIDTH)
     patch = read.integer("patch_size", low=1, high=_MAX_PATCH)
     channels = read.integer("in_channels", low=1, high=_MAX_PATCH, default=3)
     ffn = read.integer("intermediate_size", low=1, high=MAX_WIDTH)
     merged = hidden * read.integer("spatial_merge_size", low=1, high=_MAX_PATCH) ** 2
     positions = read.integer("num_position_embeddings", low=1, high=MAX_WIDTH, default=2304)
-    prefix = "model.visual." if any(n.startswith("model.visual.") for n in stored) else "visual."
     patches = (hidden, channels, patch, patch)
     shapes = {
         "attn_qkv": (3 * hidden, hidden),
@@ -93,6 +148,9 @@ def vision_projector(
         "v.post_ln": (hidden,),
         "mm.0": (merged, merged),
         "mm.2": (text_hidden, merged),
+        "norm": (merged,),
+        "fc1": (merged, merged),
+        "fc2": (text_hidden, merged),
     }
     tensors = [
         _tensor(prefix + _PATCH + ".weight", "v.patch_embd.weight", patches, picked(0, axis=2)),
@@ -102,16 +160,16 @@ def vision_projector(
     ]
     for name, gguf_name in _MERGER.items():
         tensors += _pair(prefix + name, gguf_name, shapes[gguf_name])
-    for index in range(depth):
-        for name, gguf_name in _BLOCK.items():
-            tensors += _pair(
-                f"{prefix}blocks.{index}.{name}", f"v.blk.{index}.{gguf_name}", shapes[gguf_name]
-            )
-    _check_all_used(tensors, {n: t for n, t in stored.items() if n.startswith(prefix)}, depth)
-    images = read_image_settings(folder)
-    values = _header(read, config, images, text_hidden)
-    title = "vision projector"
-    return SideFile("mmproj", "mmproj", "clip", title, tuple(tensors), values, images.notes)
+    places = [(f"blocks.{i}.", f"v.blk.{i}.", _BLOCK) for i in range(depth)]
+    # mergers are counted, and llama.cpp has each under the number of its layer
+    places += [
+        (f"deepstack_merger_list.{i}.", f"v.deepstack.{layer}.", _DEEPSTACK)
+        for i, layer in enumerate(deepstack_layers(read))
+    ]
+    for stored, gguf, names in places:
+        for name, gguf_name in names.items():
+            tensors += _pair(prefix + stored + name, gguf + gguf_name, shapes[gguf_name])
+    return tensors
 
 
 def _pair(stored: str, gguf_name: str, shape: tuple[int, ...]) -> list[GgufTensor]:
@@ -168,7 +226,7 @@ def _header(
 ) -> tuple[HeaderValue, ...]:
     patch = read.integer("patch_size", low=1, high=_MAX_PATCH)
     positions = read.integer("num_position_embeddings", low=1, high=MAX_WIDTH, default=2304)
-    depth = read.integer("depth", low=1, high=MAX_LAYERS)
+    depth, deepstack = read.integer("depth", low=1, high=MAX_LAYERS), deepstack_layers(read)
     text = ConfigReader(config.section("text_config") or config.values, config.where)
     clip = Keys.ClipVision
     entries: list[tuple[str, Any, GGUFValueType]] = [
@@ -199,7 +257,7 @@ def _header(
             text.number("rms_norm_eps", low=0, high=1, default=1e-6),
             _FLOAT32,
         ),
-        (clip.IS_DEEPSTACK_LAYERS, [False] * depth, _ARRAY),
+        (clip.IS_DEEPSTACK_LAYERS, [layer in deepstack for layer in range(depth)], _ARRAY),
     ]
     return tuple(HeaderValue(key, value, value_type) for key, value, value_type in entries)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
 
 _SCALINGS = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
-_DEFAULT_THETA = 10_000.0  # transformers', of a config without one
+_DEFAULT_THETA = 10_000.0  # transformers', of most configs without one
 _ORIGINAL = "original_max_position_embeddings"
 DEFAULT_SECTIONS = (11, 11, 10)  # transformers' `mrope_section` where the config has none
 # what llama.cpp computes YaRN with in these architectures, which read no key for it
@@ -52,6 +52,7 @@ _KNOWN = frozenset(
         "truncate",
         "mrope_section",
         "mrope_interleaved",
+        "interleaved",
         "extrapolation_factor",
         "finetuned",
     }
@@ -104,14 +105,19 @@ class Rope:
         return [(key, value, GGUFValueType.FLOAT32) for key, value in numbers] + scaling
 
 
-def read_rope(read: ConfigReader, default_share: float | None = None) -> Rope:
+def read_rope(
+    read: ConfigReader,
+    default_share: float | None = None,
+    default_theta: float = _DEFAULT_THETA,
+) -> Rope:
     """The rotary embedding of a text model's config.
 
-    `default_share` is the `partial_rotary_factor` of a config without one. Raises
-    UnsupportedModelError for a scaling that is not none, linear or yarn, for a setting that
-    llama.cpp cannot express or that is not known, and for two settings that contradict each other.
+    `default_share` is the `partial_rotary_factor` of a config without one, `default_theta` its
+    `rope_theta`. Raises UnsupportedModelError for a scaling that is not none, linear or yarn, for a
+    setting that llama.cpp cannot express or that is not known, and for two settings that contradict
+    each other.
     """
-    values = _settings(read, default_share)
+    values = _settings(read, default_share, default_theta)
     kind = values.values.get("rope_type", values.values.get("type", "default"))
     if kind not in ("default", *_SCALINGS):
         raise UnsupportedModelError(
@@ -160,14 +166,16 @@ def check_rotary_width(rope: Rope, width: int, head_dim: int) -> None:
         )
 
 
-def _settings(read: ConfigReader, default_share: float | None) -> ConfigReader:
+def _settings(
+    read: ConfigReader, default_share: float | None, default_theta: float
+) -> ConfigReader:
     """All settings as transformers sees them; refuses two that disagree."""
     scaling, parameters = (read.section(key) for key in ("rope_scaling", "rope_parameters"))
     name = "rope_scaling" if scaling else "rope_parameters"
     found = dict(scaling or parameters)
     _refuse_unknown(read, name, found)
     read.with_values(found).refuse_spellings(("rope_type", "type"))
-    defaults = {"rope_theta": _DEFAULT_THETA}
+    defaults = {"rope_theta": default_theta}
     if default_share is not None:
         defaults["partial_rotary_factor"] = default_share
     # transformers moves the original length for the types that use it

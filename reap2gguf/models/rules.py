@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class TensorRule:
     parameter: str = ""  # transformers' name within the layer, where that is another
     input_of: str = ""  # the module whose input this matrix multiplies too
     always_f32: bool = False
+    # of an MTP block: what of the model's it has its own of; such a rule holds where it is stored
+    replaces: Literal["", "embedding", "head"] = ""
 
     @property
     def axis_of_experts(self) -> int | None:
@@ -38,8 +40,12 @@ class TensorRule:
 
     @property
     def fed_by(self) -> str | None:
-        """The linear module whose input a matrix multiplies; None if it is not a matrix."""
-        if len(self.shape.split()) != 2 or not self.stored.endswith(".weight"):
+        """The linear module whose input a matrix multiplies.
+
+        None if it is not a matrix, or an embedding or a head, which have no importance.
+        """
+        is_matrix = len(self.shape.split()) == 2 and self.stored.endswith(".weight")
+        if not is_matrix or self.replaces:
             return None
         return self.input_of or self.in_module.removesuffix(".weight")
 
@@ -115,10 +121,10 @@ def _subtract_one(values: Floats, stored: Floats) -> None:
 # Norms stored around zero, as llama.cpp wants them: around one.
 ADD_ONE = Transform(lambda values: values + np.float32(1), _subtract_one)
 
-# Outside the layers; `{text}` is the text model's prefix.
+# Outside the layers; `{text}` is the prefix of the text model, `{head}` that of its head.
 EMBEDDING = TensorRule("{text}embed_tokens.weight", "token_embd.weight", "V H")
 NORM = TensorRule("{text}norm.weight", "output_norm.weight", "H")
-HEAD = TensorRule("lm_head.weight", "output.weight", "V H")
+HEAD = TensorRule("{head}lm_head.weight", "output.weight", "V H")
 # Within a layer.
 ATTN_NORM = TensorRule("input_layernorm.weight", "attn_norm.weight", "H")
 ATTENTION = (
@@ -126,6 +132,11 @@ ATTENTION = (
     TensorRule("self_attn.k_proj.weight", "attn_k.weight", "KV H", input_of="self_attn.q_proj"),
     TensorRule("self_attn.v_proj.weight", "attn_v.weight", "KV H", input_of="self_attn.q_proj"),
     TensorRule("self_attn.o_proj.weight", "attn_output.weight", "H Q"),
+)
+QKV_BIASES = (
+    TensorRule("self_attn.q_proj.bias", "attn_q.bias", "Q"),
+    TensorRule("self_attn.k_proj.bias", "attn_k.bias", "KV"),
+    TensorRule("self_attn.v_proj.bias", "attn_v.bias", "KV"),
 )
 QK_NORMS = (
     TensorRule("self_attn.q_norm.weight", "attn_q_norm.weight", "D"),
@@ -164,7 +175,8 @@ SHARED_EXPERTS = (
     ),
     TensorRule("mlp.shared_experts.down_proj.weight", "ffn_down_shexp.weight", "H S"),
 )
-# An MTP block stored as one more decoder layer (DeepSeek-V3, GLM).
+# An MTP block stored as one more decoder layer (DeepSeek-V3, GLM). GLM-4.5 has an embedding and a
+# head of its own there, GLM-4.6 has not.
 NEXTN = MtpLayout(
     layer="",
     rules=(
@@ -173,6 +185,10 @@ NEXTN = MtpLayout(
         TensorRule("hnorm.weight", "nextn.hnorm.weight", "H", parameter="hidden_norm.weight"),
         TensorRule(
             "shared_head.norm.weight", "nextn.shared_head_norm.weight", "H", parameter="norm.weight"
+        ),
+        TensorRule("embed_tokens.weight", "nextn.embed_tokens.weight", "V H", replaces="embedding"),
+        TensorRule(
+            "shared_head.head.weight", "nextn.shared_head_head.weight", "V H", replaces="head"
         ),
     ),
 )

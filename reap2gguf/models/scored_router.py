@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from reap2gguf.models.shared import Entry
 
 _UINT32, _FLOAT32, _BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL
-_MOST_SCALE = 1e4  # of `routed_scaling_factor`, far above any model's
+_LEAST_SCALE, _MOST_SCALE = 1e-4, 1e4  # of `routed_scaling_factor`, far from any model's
 _MOST_SHARED = 2**10
+# what pruning does to a softmax over all experts where `norm_topk_prob` is false
+NOT_NORMALISED = (
+    "the chosen experts' weights are shares of a softmax over all experts and are not normalised "
+    "(norm_topk_prob is false): without the pruned experts, the shares of the remaining ones are "
+    "larger, so they count for more than before"
+)
 
 
 class Scores(IntEnum):
@@ -36,12 +42,18 @@ def read_n_shared(read: ConfigReader) -> int:
 
 def read_scale(read: ConfigReader) -> float:
     """The factor of the chosen experts' scores."""
-    return read.number("routed_scaling_factor", low=0, high=_MOST_SCALE, default=1.0)
+    # llama.cpp takes 0 for no factor
+    return read.number("routed_scaling_factor", low=_LEAST_SCALE, high=_MOST_SCALE, default=1.0)
 
 
-def router_entries(read: ConfigReader, n_dense: int, scores: Scores) -> list[Entry]:
-    """The keys of a header: shared experts, dense layers first, and how scores are made."""
-    normalised = read.boolean("norm_topk_prob", default=False)
+def router_entries(
+    read: ConfigReader, n_dense: int, scores: Scores, normalises: bool = False
+) -> list[Entry]:
+    """The keys of a header: shared experts, dense layers first, and how scores are made.
+
+    `normalises`: what an absent `norm_topk_prob` means.
+    """
+    normalised = read.boolean("norm_topk_prob", default=normalises)
     return [
         (Keys.LLM.EXPERT_SHARED_COUNT, read_n_shared(read), _UINT32),
         (Keys.LLM.LEADING_DENSE_BLOCK_COUNT, n_dense, _UINT32),

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gguf import GGUFValueType, Keys
+from gguf import GGUFValueType
 
 from reap2gguf.errors import UnknownTensorError
 from reap2gguf.models.contract import MoeModel
@@ -37,6 +37,7 @@ from reap2gguf.models.experts import INDEX, ExpertLayout
 from reap2gguf.models.facts import (
     COUNT_KEYS,
     FACT_KEYS,
+    WIDTH_KEY,
     config_values,
     read_epsilon,
     read_facts,
@@ -45,6 +46,7 @@ from reap2gguf.models.facts import (
     refuse_hidden_effects,
     rewritten,
 )
+from reap2gguf.models.header_entries import common_entries
 from reap2gguf.models.quantized import leftover_caveats, without_quantization
 from reap2gguf.models.rope import Rope, read_rope
 from reap2gguf.models.rules import (
@@ -57,7 +59,7 @@ from reap2gguf.models.rules import (
     single,
     sizes_of,
 )
-from reap2gguf.models.tying import Tying, read_tying, with_tying
+from reap2gguf.models.tying import Tying, TyingKeys, read_tying, with_tying
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
@@ -74,18 +76,28 @@ class DecoderModel(MoeModel):
     experts: ClassVar[ExpertLayout] = ExpertLayout()
     mtp: ClassVar[MtpLayout | None] = None
     count_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
+    width_key: ClassVar[str] = WIDTH_KEY  # the config's name of an expert's width
     fact_keys: ClassVar[tuple[str, ...]] = FACT_KEYS  # may not be null, and have one value
     # transformers' values of absent keys, where they are not those of most families
     defaults: ClassVar[Mapping[str, int]] = {}
+    epsilon: ClassVar[tuple[str, float]] = ("rms_norm_eps", 1e-6)  # of norms: key and default
+    has_attention_biases: ClassVar[bool] = False  # whether `attention_bias` may be true
+    default_theta: ClassVar[float] = 10_000.0  # of the rotary embedding
+    tying_keys: ClassVar[TyingKeys] = TyingKeys()
     # keys of nested objects that lead to the text model's config, where a config has them
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
+    head_prefix: ClassVar[str] = ""  # what the stored name of the output matrix begins with
     # what the names of a quantized weight's tensors end with beyond the weight's own name
     part_suffixes: ClassVar[Mapping[str, Part]] = {}
 
     @abstractmethod
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
-        """What a trunk layer is made of besides its experts, in the order of the GGUF file."""
+        """What a trunk layer is made of besides its experts, in the order of the GGUF file.
+
+        A stored tensor of which GGUF makes several has a rule for each, with its part of the values
+        as the transform, and its shape.
+        """
 
     def sizes(self) -> Mapping[str, int]:
         """The sizes that the rules name."""
@@ -123,26 +135,27 @@ class DecoderModel(MoeModel):
     @cached_property
     def rope(self) -> Rope:
         """The rotary embedding."""
-        return read_rope(self.text)
+        return read_rope(self.text, default_theta=self.default_theta)
 
     @cached_property
     def tying(self) -> Tying:
         """Whether the output matrix is the token embedding."""
-        embedding, head = self.embedding_name, HEAD.stored
+        embedding, head = self.embedding_name, self.own_head_name
 
         def head_is_copy() -> bool:
             if self.have_same_values is None or embedding not in self.names:
                 return True
             return self.have_same_values(embedding, head)
 
-        return read_tying(self.reader, self.text, head in self.names, head_is_copy)
+        return read_tying(self.reader, self.text, head in self.names, head_is_copy, self.tying_keys)
 
     def refuse_common(self) -> None:
         """Refuse, by name, what no family here does, and a fact with two values."""
         read, section = self.text, ".".join(self.text_sections) if self.is_nested else ""
         refuse_contradictions(self.reader, read, section, self.fact_keys)
         read.expect("hidden_act", "silu", why=f"llama.cpp's {self.gguf_arch} computes SwiGLU")
-        read.expect("attention_bias", False, why="attention biases are not implemented")
+        if not self.has_attention_biases:
+            read.expect("attention_bias", False, why="attention biases are not implemented")
         if read.values.get("pad_token_id") is not None:
             # transformers builds no embedding with a padding token outside of it
             vocab = read.integer("vocab_size", low=1, high=MAX_VOCABULARY)
@@ -156,6 +169,7 @@ class DecoderModel(MoeModel):
             self.text,
             self.count_keys,
             self.defaults,
+            self.width_key,
             architecture=str(self.config["architectures"][0]),
             gguf_arch=self.gguf_arch,
             moe_layers=tuple(moe_layers),
@@ -167,14 +181,16 @@ class DecoderModel(MoeModel):
         return {
             **config_values(self.facts),
             self.count_keys[0]: self.facts.n_experts,
-            "rms_norm_eps": read_epsilon(self.text),
+            self.width_key: self.facts.expert_width,
+            self.epsilon[0]: read_epsilon(self.text, *self.epsilon),
             "rope_parameters": self.rope.config_values(),
         }
 
     def pruned_config(self, n_experts: int) -> dict[str, Any]:
         config = self.rewritten_config(dict.fromkeys(COUNT_KEYS, n_experts))
         sections = self.text_sections if self.is_nested else ()
-        return without_quantization(with_tying(config, sections, self.facts.tied_embeddings))
+        tied = self.facts.tied_embeddings
+        return without_quantization(with_tying(config, sections, tied, self.tying_keys))
 
     def rewritten_config(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """The config with other values under the keys that it has, the text model's included."""
@@ -188,28 +204,8 @@ class DecoderModel(MoeModel):
 
     def header(self) -> list[Entry]:
         """The architecture's own keys, rotary embedding apart, in the order of the file."""
-        facts, read, llm = self.facts, self.text, Keys.LLM
-        groups: list[Entry] = []
-        if facts.n_groups > 1:
-            groups = [
-                (llm.EXPERT_GROUP_COUNT, facts.n_groups, UINT32),
-                (llm.EXPERT_GROUP_USED_COUNT, facts.groups_per_token, UINT32),
-            ]
-        return [
-            (llm.BLOCK_COUNT, facts.n_blocks, UINT32),
-            (llm.CONTEXT_LENGTH, facts.context_length, UINT32),
-            (llm.EMBEDDING_LENGTH, facts.hidden_size, UINT32),
-            (llm.FEED_FORWARD_LENGTH, self.dense_width(), UINT32),
-            (Keys.Attention.HEAD_COUNT, facts.n_heads, UINT32),
-            (Keys.Attention.HEAD_COUNT_KV, facts.n_kv_heads, UINT32),
-            (Keys.Attention.LAYERNORM_RMS_EPS, read_epsilon(read), FLOAT32),
-            (Keys.Attention.KEY_LENGTH, facts.head_dim, UINT32),
-            (Keys.Attention.VALUE_LENGTH, facts.head_dim, UINT32),
-            (llm.EXPERT_COUNT, facts.n_experts, UINT32),
-            (llm.EXPERT_USED_COUNT, facts.experts_per_token, UINT32),
-            (llm.EXPERT_FEED_FORWARD_LENGTH, facts.expert_width, UINT32),
-            *groups,
-        ]
+        epsilon = read_epsilon(self.text, *self.epsilon)
+        return common_entries(self.facts, self.dense_width(), epsilon)
 
     def dense_width(self) -> int | None:
         """The width of dense feed-forward layers; None where the config has none."""
@@ -225,6 +221,10 @@ class DecoderModel(MoeModel):
         )
 
     # the tensors
+
+    @property
+    def own_head_name(self) -> str:
+        return HEAD.stored.format(head=self.head_prefix)
 
     @cached_property
     def mtp_prefix(self) -> str:
@@ -251,21 +251,27 @@ class DecoderModel(MoeModel):
             return self.rules(layer)
         return nested(self.rules(self.mtp_template()), self.mtp.layer, "layer.")
 
-    def _rules_beside(self, layer: int) -> tuple[TensorRule, ...]:
+    def rules_beside(self, layer: int) -> tuple[TensorRule, ...]:
         """The rules of what the MTP block has besides its decoder layer."""
         return self.mtp.rules if self.mtp and layer == self.facts.mtp_layer else ()
 
     # found once: every name is asked for its role by these
     @cached_property
-    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+    def _all_rules(self) -> tuple[tuple[TensorRule, ...], ...]:
         return tuple(
-            {rule.stored: rule for rule in self._block_rules(layer) + self._rules_beside(layer)}
+            self._block_rules(layer) + self.rules_beside(layer)
             for layer in range(self.facts.n_blocks)
         )
 
     @cached_property
+    def _in_blocks(self) -> tuple[Mapping[str, TensorRule], ...]:
+        """By stored name; the rules of one name differ in what GGUF makes of it alone."""
+        return tuple({rule.stored: rule for rule in rules} for rules in self._all_rules)
+
+    @cached_property
     def _outside(self) -> Mapping[str, TensorRule]:
-        return {rule.stored.format(text=self.text_prefix): rule for rule in self.outer}
+        prefixes = {"text": self.text_prefix, "head": self.head_prefix}
+        return {rule.stored.format(**prefixes): rule for rule in self.outer}
 
     @cached_property
     def sparse_layers(self) -> frozenset[int]:
@@ -282,6 +288,17 @@ class DecoderModel(MoeModel):
         return name, "weight"
 
     def role(self, name: str) -> Role:
+        found = self._roles.get(name)
+        if found is None:
+            found = self._roles[name] = self._role_or_error(name)
+        return found
+
+    # many stages ask for the role of each tensor, of which there may be 100,000
+    @cached_property
+    def _roles(self) -> dict[str, Role]:
+        return {}
+
+    def _role_or_error(self, name: str) -> Role:
         weight, part = self.weight_of(name)
         role = self._role(weight)
         if role is None:
@@ -307,8 +324,10 @@ class DecoderModel(MoeModel):
         if layer is None:
             return None
         if rule := self._in_blocks[layer].get(rest):
-            axis = rule.axis_of_experts
-            return Plain(layer) if axis is None else Router(layer, axis)
+            if (axis := rule.axis_of_experts) is not None:
+                return Router(layer, axis)
+            # no layer's module has the MTP block's own embedding and head
+            return Plain(None if rule.replaces else layer)
         inside = self.layer_prefix(layer).removeprefix(self.block_prefix(layer))
         if layer not in self.sparse_layers or not rest.startswith(inside):
             return None
@@ -329,23 +348,27 @@ class DecoderModel(MoeModel):
     def _gguf_tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[GgufTensor]:
         for name, rule in self._outside.items():
             if not isinstance(self.role(name), Carried):
-                yield self._single(stored, name, rule, "")
+                yield from self.made_of(stored, name, rule, "")
         for layer in range(self.facts.n_blocks):
             blk, prefix = f"blk.{layer}.", self.block_prefix(layer)
             for rule in self._block_rules(layer):
-                yield self._single(stored, prefix + rule.stored, rule, blk)
+                yield from self.made_of(stored, prefix + rule.stored, rule, blk)
             if layer in self.sparse_layers:
                 yield from self.expert_tensors(layer, stored).values()
                 yield from self.experts.biases(stored, self.layer_prefix(layer), layer, self.facts)
-            for rule in self._rules_beside(layer):
-                yield self._single(stored, prefix + rule.stored, rule, blk)
+            for rule in self.rules_beside(layer):
+                yield from self.made_of(stored, prefix + rule.stored, rule, blk)
 
-    def _single(
+    def made_of(
         self, stored: Mapping[str, StoredTensor], name: str, rule: TensorRule, prefix: str
-    ) -> GgufTensor:
+    ) -> tuple[GgufTensor, ...]:
+        """The GGUF tensors that a stored tensor becomes: one, where a family does not split it.
+
+        `prefix` begins their names. Raises CheckpointError if it is not stored.
+        """
         shape = sizes_of(rule.gguf_shape, self.sizes()) if rule.gguf_shape else None
         transform = self.transform(rule)
-        return single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape)
+        return (single(stored, name, prefix + rule.gguf, rule.always_f32, transform, shape),)
 
     def expert_tensors(
         self, layer: int, stored: Mapping[str, StoredTensor]
@@ -379,7 +402,7 @@ class DecoderModel(MoeModel):
 
     def matrices(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         found: dict[str, tuple[str, ...]] = {}
-        for rule in self._in_blocks[layer].values():
+        for rule in self._all_rules[layer]:
             if (module := rule.fed_by) is not None:
                 found[module] = (*found.get(module, ()), f"blk.{layer}.{rule.gguf}")
         return found

@@ -8,21 +8,40 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.models.deepseek2 import Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
+from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.olmoe import Olmoe
+from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
 from reap2gguf.models.qwen3_moe import Qwen3Moe
+from reap2gguf.models.qwen3_next import Qwen3Next
+from reap2gguf.models.qwen3_vl_moe import Qwen3OmniMoe, Qwen3VlMoe
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
 
 ARCHITECTURES: dict[str, type[MoeModel]] = {
+    "Glm4MoeForCausalLM": Glm4Moe,
+    "Lfm2MoeForCausalLM": Lfm2Moe,
+    "OlmoeForCausalLM": Olmoe,
+    "Qwen2MoeForCausalLM": Qwen2Moe,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3NextForCausalLM": Qwen3Next,
+    "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
+    "Qwen3VLMoeForConditionalGeneration": Qwen3VlMoe,
     "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
 }
 
-BY_GGUF: dict[str, type[MoeModel]] = {one.gguf_arch: one for one in ARCHITECTURES.values()}
+# Several classes of transformers may be one architecture of llama.cpp.
+BY_GGUF: dict[str, list[type[MoeModel]]] = {
+    arch: list(dict.fromkeys(one for one in ARCHITECTURES.values() if one.gguf_arch == arch))
+    for arch in dict.fromkeys(one.gguf_arch for one in ARCHITECTURES.values())
+}
 
 _MAX_LABELS = 2**16
 

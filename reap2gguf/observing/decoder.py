@@ -17,7 +17,8 @@ from torch import Tensor
 
 from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
-from reap2gguf.models.transformers_config import transformers_config
+from reap2gguf.models.loading import text_model
+from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
@@ -91,15 +92,16 @@ class StreamedDecoder:
         self._dtype = dtype
         self._device = device
         self._base = _build(weights, dtype)
+        self._norm = self._base.get_submodule(model.norm_module)
         self._layers: list[torch.nn.Module] = list(self._base.layers)
         count = len(self._layers)
         if model.facts.has_mtp:
             self._layers.append(self._build_mtp(dtype))
+        if device.type == "cpu":
+            follow_devices(part for layer in self._layers for part in layer.modules())
         self._recorders = [_Recorder(is_last=i == count - 1) for i in range(count)]
         self._base.layers = torch.nn.ModuleList(self._recorders)
-        # buffers are computed, not stored: build them where they are used
-        rotary = type(self._base.rotary_emb)(config=self._base.config)
-        self._base.rotary_emb = rotary.to(device)
+        _build_rotary(self._base, device)
         self._arguments: dict[int, list[Arguments]] = {}  # by row length
         self._head: Tensor | None = None  # read when an MTP block is asked for its predictions
         # before anything is computed, because a crew sets the number of torch's threads
@@ -112,7 +114,7 @@ class StreamedDecoder:
         self._shapes = Shapes()
         if has_triton(device):
             self._shapes.prepare(device, dtype, getattr(self._base.config, "head_dim", None))
-            for layer in (*self._layers, self._base.norm):
+            for layer in (*self._layers, self._norm):
                 fuse(layer, self._shapes)
 
     @property
@@ -147,7 +149,10 @@ class StreamedDecoder:
 
     def load_embedding(self) -> None:
         """Read the token embedding."""
-        weight = self._read(self.model.embedding_name, shared=True)
+        self._load_embedding(self.model.embedding_name)
+
+    def _load_embedding(self, name: str) -> None:
+        weight = self._read(name, shared=True)
         self._base.embed_tokens.load_state_dict({"weight": weight}, assign=True)
 
     def drop_embedding(self) -> None:
@@ -279,18 +284,18 @@ class StreamedDecoder:
         return output
 
     def load_ends(self) -> None:
-        """Read the embedding and the last norm, which the MTP block needs."""
-        self.load_embedding()
+        """Read the last norm and the embedding, which the MTP block needs."""
+        self._load_embedding(self.model.mtp_embedding_name)
         self.load_norm()
 
     def load_norm(self) -> None:
         """Read the norm after the last layer."""
-        self._base.norm.load_state_dict({"weight": self._read(self.model.norm_name)}, assign=True)
+        self._norm.load_state_dict({"weight": self._read(self.model.norm_name)}, assign=True)
 
     @torch.inference_mode()
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What the head multiplies, of hidden states (n, H) after the last layer."""
-        normed: Tensor = self._base.norm(hidden)
+        normed: Tensor = self._norm(hidden)
         return normed
 
     @torch.inference_mode()
@@ -302,7 +307,7 @@ class StreamedDecoder:
 
         def run(rows: slice) -> Tensor:
             embedded = self._base.embed_tokens(following[rows]).to(self._dtype)
-            output: Tensor = block(self._base.norm(hidden[rows]), embedded, **arguments)
+            output: Tensor = block(self._norm(hidden[rows]), embedded, **arguments)
             return output
 
         return self._by_rows(run, hidden)
@@ -313,11 +318,11 @@ class StreamedDecoder:
         block: Any = self._layers[-1]
         if self._head is None:
             block.layer.to("meta")  # what is left to compute is a norm and the head
-            if self.model.facts.tied_embeddings:
+            if self.model.mtp_head_name == self.model.mtp_embedding_name:
                 self._head = self._base.embed_tokens.weight
             else:
                 self.drop_embedding()
-                self._head = self._read(self.model.head_name)
+                self._head = self._read(self.model.mtp_head_name)
         return torch.nn.functional.linear(block.norm(hidden), self._head)
 
     def mtp_best(self, hidden: Tensor) -> Tensor:
@@ -340,7 +345,7 @@ class StreamedDecoder:
         try:
             with torch.device("meta"):
                 layer = type(self._layers[template])(config, template)
-                block = MtpBlock(self._base.norm, layer, config.hidden_size, config.rms_norm_eps)
+                block = MtpBlock(self._norm, layer, config.hidden_size, config.rms_norm_eps)
         finally:
             torch.set_default_dtype(before)
         return block.eval()
@@ -386,20 +391,20 @@ class StreamedDecoder:
 
 def _build(weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model on the meta device, without its head."""
-    from transformers import AutoModelForCausalLM
-
     register()
     try:
-        config = transformers_config(weights.config)
-        config = config.get_text_config()  # vision towers are not run
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+        model = text_model(weights.config, dtype)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
             f"{weights.folder}: transformers cannot build the model of its config ({reason})"
         ) from error
     model.set_experts_implementation(IMPLEMENTATION)
-    return model.eval().base_model
+    return model
+
+
+def _build_rotary(base: Any, device: torch.device) -> None:
+    """Give a model its rotary embedding: buffers that are computed, not stored."""
+    for name, module in list(base.named_children()):
+        if hasattr(module, "inv_freq"):
+            setattr(base, name, type(module)(config=base.config).to(device))

@@ -1,6 +1,7 @@
 """The importance matrix, collected as llama-imatrix does: sums of squares of every matrix's input.
 
 Expert matrices have one sum per expert; matrices that multiply the same input share their sums.
+Matrices of a latent attention have the sums of all heads in one row, and one count.
 Two matrices have no entry, as in llama-imatrix: the token embedding, which is looked up and not
 multiplied, and the output matrix.
 """
@@ -22,10 +23,12 @@ from reap2gguf.observing.budget import importance_bytes
 from reap2gguf.observing.compute.crew import current_slice
 from reap2gguf.observing.compute.experts import RoutedPairs, watch
 from reap2gguf.observing.compute.kernels import all_square_sums, square_sums
+from reap2gguf.observing.latents import LatentWatch
 from reap2gguf.observing.observer import Arrays, LayerObserver
 
 if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.models.description import HeadMatrices
 
 MatrixNames = tuple[str, ...]  # GGUF matrices that share an input
 
@@ -47,6 +50,7 @@ class ImportanceObserver(LayerObserver):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._by_inputs: MatrixNames = ()
         self._by_activations: MatrixNames = ()
+        self._watch: LatentWatch | None = None
 
     def last_layer(self) -> int:
         return self._model.facts.n_blocks - 1
@@ -69,6 +73,26 @@ class ImportanceObserver(LayerObserver):
             self._begin(self._by_inputs, facts.n_experts, facts.hidden_size)
             self._begin(self._by_activations, facts.n_experts, facts.expert_width)
             watch(layer.get_submodule(self._model.experts_path(index)), self)
+        if (heads := self._model.head_matrices(index)) is not None:
+            self._attach_heads(layer, heads)
+
+    def _attach_heads(self, layer: torch.nn.Module, heads: HeadMatrices) -> None:
+        """Watch an attention whose heads have matrices of their own: sums of all in one row."""
+        queries, sums = (heads.queries,), (heads.sums,)
+        self._begin(queries, 1, heads.n_heads * heads.query_width)
+        self._begin(sums, 1, heads.n_heads * heads.sum_width)
+        total = self._sums[sums].view(heads.n_heads, heads.sum_width)
+
+        def see_queries(values: Tensor) -> None:
+            self._see_values(queries, values.flatten(2))
+
+        def see_sums(values: Tensor, columns: slice) -> None:
+            real = self._of_real_tokens(values.flatten(2))
+            self._add(total[:, columns], all_square_sums(real).view(heads.n_heads, -1))
+            if columns.start == 0:
+                self._count(sums, real)
+
+        self._watch = LatentWatch(layer, heads, see_queries, see_sums)
 
     def _begin(self, names: MatrixNames, n_matrices: int, n_columns: int) -> None:
         shape = (n_matrices, n_columns)
@@ -78,13 +102,24 @@ class ImportanceObserver(LayerObserver):
     def _see_input(
         self, names: MatrixNames, module: torch.nn.Module, arguments: tuple[Any, ...]
     ) -> None:
-        values = arguments[0].reshape(-1, arguments[0].shape[-1])
-        if self.real_tokens is not None:
-            part = current_slice()
-            real = self.real_tokens
-            values = values[real.positions if part is None else real.mask[part.begin : part.end]]
+        self._see_values(names, arguments[0])
+
+    def _see_values(self, names: MatrixNames, values: Tensor) -> None:
+        """Take in what matrices multiply, (B, T, columns)."""
+        real = self._of_real_tokens(values)
+        self._add(self._sums[names], all_square_sums(real))
+        self._count(names, real)
+
+    def _of_real_tokens(self, values: Tensor) -> Tensor:
+        """Rows (N, columns) of values (B, T, columns), those of padding left out."""
+        values = values.reshape(-1, values.shape[-1])
+        if self.real_tokens is None:
+            return values
+        part, real = current_slice(), self.real_tokens
+        return values[real.positions if part is None else real.mask[part.begin : part.end]]
+
+    def _count(self, names: MatrixNames, values: Tensor) -> None:
         count = torch.full((1,), len(values), device=values.device)
-        self._add(self._sums[names], all_square_sums(values))
         self._add(self._counts[names], count)
 
     def see(self, pairs: RoutedPairs) -> None:
@@ -107,12 +142,17 @@ class ImportanceObserver(LayerObserver):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def _names(self, index: int) -> list[MatrixNames]:
         """The matrices of a layer, in the order of their sums."""
         names = list(self._model.matrices(index).values())
         if index in self._model.facts.moe_layers:
             names += self._model.expert_matrices(index)
+        if (heads := self._model.head_matrices(index)) is not None:
+            names += [(heads.queries,), (heads.sums,)]
         return names
 
     def finish(self, index: int, sums: Sequence[Tensor], peaks: Sequence[Tensor]) -> None:

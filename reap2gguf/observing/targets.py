@@ -71,6 +71,8 @@ def layer_targets(
         if not name.startswith(prefix):
             continue
         role = model.role(name)
+        if role.layer is None:
+            continue  # the MTP block's own embedding and head
         parameter = model.parameter(index, name.removeprefix(prefix))
         if not isinstance(role, Expert):
             own = (module_dtypes or {}).get(parameter, dtype)

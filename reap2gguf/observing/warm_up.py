@@ -3,7 +3,7 @@
 Triton compiles a kernel when it is called for the first time with arguments of a kind, and
 flash-linear-attention then tries several variants of each. The compiled code is kept on disk
 (`TRITON_CACHE_DIR`, by default `~/.triton/cache`), so it is made once per machine and version; but
-the first time takes up to a minute, which is no speed from which the time left can be told.
+the first time takes long, which is no speed from which the time left can be told.
 
 So one layer of each kind runs on a batch of zeros, with weights of zero, and is observed as a real
 one would be: whatever is compiled for it is compiled here. Memory: one more layer and the
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reap2gguf.errors import ObservationError
+from reap2gguf.observing.compute.compiling import variants_compiled_together
 from reap2gguf.observing.compute.kernels import copy_if, finite_rows
 from reap2gguf.progress import COMPILING, working_if_long
 
@@ -45,7 +46,10 @@ def warm_up(
         return
     shape = (*batches[0].tokens.shape, decoder.model.facts.hidden_size)
     try:
-        with working_if_long(progress, COMPILING):
+        with (
+            working_if_long(progress, COMPILING),
+            variants_compiled_together(torch.get_num_threads()),
+        ):
             for index in decoder.first_of_each_kind(layers):
                 _try_layer(decoder, observer.unused(), index, shape)
             if decoder.device.type == "cuda":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
+from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.quantizing.file_types import Mixture, Part, Place
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ _PARTS = (
     ("ffn_gate", Part.FFN_GATE),
     ("ffn_down", Part.FFN_DOWN),
 )
+
+# an embedding and a head of the MTP block's own, to llama.cpp matrices like any other
+_WITHOUT_IMPORTANCE = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
 
 # If a row is not a multiple of 256, a type with blocks of 32 replaces the one wanted.
 _FALLBACK = {
@@ -101,6 +105,9 @@ class MixtureChooser:
             ),
             mixture.base,
         )
+        weighted = NEEDS_IMPORTANCE | mixture.needs_importance
+        if tensor_type in weighted and tensor.name.endswith(_WITHOUT_IMPORTANCE):
+            tensor_type = mixture.output  # llama-quantize refuses to write such a file
         return fitting(tensor_type, tensor.n_columns)
 
     def _place(self, part: Part, tensor: GgufTensor) -> Place:

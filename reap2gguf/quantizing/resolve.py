@@ -119,7 +119,7 @@ def resolve(
         tensors,
         n_layers=_n_blocks(tensors),
         n_experts=n_experts,
-        gqa=facts.n_heads // facts.n_kv_heads,
+        gqa=facts.gqa,
         has_imatrix=has_imatrix,
     )
     n_steps = sum(1 + rule.match.count("*") for rule in recipe.rules) * len(tensors)

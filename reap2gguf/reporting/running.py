@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MODELFILE, SUMS_FILE, gguf_name
 from reap2gguf.bundle.markdown import argument, quoted
+from reap2gguf.models.loading import classes_for_all
 from reap2gguf.quantizing.labels import LabelledFile, tags_of
 from reap2gguf.reporting.html import Html, commands, element, paragraph, section
 
@@ -70,10 +71,7 @@ def _safetensors(manifest: Manifest) -> list[Html]:
     if manifest.hf is None:
         return [paragraph("The safetensors are those of the source: nothing was pruned.")]
     name = manifest.name
-    if manifest.side_files:
-        model, reader = "AutoModelForImageTextToText", "AutoProcessor"
-    else:
-        model, reader = "AutoModelForCausalLM", "AutoTokenizer"
+    model, reader = classes_for_all(manifest.source.architecture, bool(manifest.side_files))
     return [
         _program(
             "transformers",

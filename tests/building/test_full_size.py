@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import huggingface_hub
@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from reap2gguf.cli import cli
+from reap2gguf.models.shared import DecoderModel
 from tests.loopback_hub.repository import Content, OnDisk, Repository
 from tests.loopback_hub.server import Hub
 from tests.tiny import REPOSITORY
@@ -33,22 +34,14 @@ TOKENIZERS = {
 }  # fmt: skip
 MOST_BYTES = 20e6
 
-
-def sparse_checkpoint() -> ModuleType:
-    path = ROOT / "bench" / "sparse_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("sparse_checkpoint", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.append(str(ROOT / "bench"))
+BENCH = import_module("sparse_checkpoint")
 
 
 def repository(name: str, folder: Path) -> Repository:
     """A repository of a published model's shapes: its weights are holes, the rest is as large."""
-    writer = sparse_checkpoint()
-    config, shapes = writer.SHAPES[SHAPES[name]]
-    writer.write(config, shapes(config), folder)
+    config, shapes = BENCH.SHAPES[SHAPES[name]]
+    BENCH.write(config, shapes(config), folder)
     files: dict[str, Content] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -125,3 +118,41 @@ def test_a_published_model_is_planned_from_headers(
     )
     assert plan["unfetched_bytes"] == weights > 50e9
     assert hub.bytes_sent < MOST_BYTES
+
+
+# as each is named: parameters in billions, tensors that GGUF files have
+SIZES = {
+    "qwen3-next-80b-a3b": (80, 863),
+    "qwen3-coder-next": (80, 843),
+    "qwen3.6-35b-a3b": (35, 753),
+    "qwen3.5-122b-a10b": (122, 899),
+    "qwen3.5-397b-a17b": (397, 1118),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_model_is_planned_at_its_size(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that each of up to 76,000 names is asked for its role once: plans must be quick."""
+    billions, n_tensors = SIZES[name]
+    config, shapes = BENCH.SHAPES[name]
+    BENCH.write(config, shapes(config), tmp_path / name)
+    asked: list[str] = []
+    find = DecoderModel._role
+
+    def counting(model: DecoderModel, stored: str) -> Any:
+        asked.append(stored)
+        return find(model, stored)
+
+    monkeypatch.setattr(DecoderModel, "_role", counting)
+    command = f"reap2gguf build {tmp_path / name} --recipe unsloth-iq4km,Q8_0 --compression 0.5"
+    plan = planned(command, tmp_path, monkeypatch)
+    experts, parameters = plan["experts"], plan["parameters"]
+    n_experts = config.get("text_config", config)["num_experts"]
+    assert (experts["source"], experts["kept"]) == (n_experts, n_experts // 2)
+    assert 0.995 * billions < parameters["source"] / 1e9 < 1.04 * billions
+    assert 0.49 < parameters["kept"] / parameters["source"] < 0.56
+    assert [len(file["tensors"]) for file in plan["files"]] == [n_tensors] * 2
+    n_stored = sum(1 for _ in shapes(config))
+    assert len(asked) <= 2 * n_stored  # of the source, and of the pruned model

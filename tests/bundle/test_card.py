@@ -109,6 +109,25 @@ def test_text_models_are_offered_as_such(built: Bundle, manifest: Manifest) -> N
         assert "ik_llama.cpp (" not in text
 
 
+@pytest.mark.parametrize(
+    ("architecture", "classes"),
+    [
+        ("Qwen3VLMoeForConditionalGeneration", "AutoModelForImageTextToText, AutoProcessor"),
+        (
+            "Qwen3OmniMoeForConditionalGeneration",
+            "Qwen3OmniMoeThinkerForConditionalGeneration, AutoProcessor",
+        ),
+    ],
+)
+def test_what_causal_lm_does_not_load_is_offered_otherwise(
+    manifest: Manifest, architecture: str, classes: str
+) -> None:
+    source = replace(manifest.source, architecture=architecture)
+    one = hf_body(replace(manifest, source=source), HUB)
+    assert f"from transformers import {classes}\n" in one
+    assert "AutoModelForCausalLM" not in one
+
+
 def test_tower_and_mtp_block_are_offered(multimodal: Manifest, tmp_path: Path) -> None:
     one, other = hf_body(multimodal, HUB), gguf_body(multimodal, HUB)
     assert "from transformers import AutoModelForImageTextToText, AutoProcessor" in one

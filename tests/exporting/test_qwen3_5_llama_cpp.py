@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,6 +28,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_files, plain, stored
+from tests.models.oracles import loaded, mtp_of_llama_cpp
 from tests.tiny import ONE_THREAD, TinyQwen35Moe
 from tests.tokens import FULL_VOCAB
 
@@ -151,50 +149,6 @@ def test_storage_changes_no_byte(mtp: bool, tmp_path: Path) -> None:
     assert any(".nextn." in name for name in found[0]) is mtp
 
 
-@contextmanager
-def loaded(path: Path) -> Iterator[Any]:
-    params = llama_cpp.llama_model_default_params()
-    params.load_mtp = True
-    model = llama_cpp.llama_model_load_from_file(bytes(path), params)
-    assert model
-    try:
-        yield model
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-def mtp_of_llama_cpp(path: Path, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (T - 1, V) of the MTP block, from the trunk's hidden states and the next tokens."""
-    count = len(TOKENS) - 1
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 256
-    params.n_outputs_max = params.n_outputs_max_per_seq = 256
-    params.n_threads = params.n_threads_batch = 2
-    params.ctx_type = llama_cpp.LLAMA_CONTEXT_TYPE_MTP
-    states = hidden[:count].contiguous().numpy()
-    one = (ctypes.c_int32 * 1)(0)
-    sequences = (ctypes.POINTER(ctypes.c_int32) * (count + 1))()
-    for i in range(count):
-        sequences[i] = one
-    batch = llama_cpp.llama_batch()
-    batch.n_tokens = count
-    batch.token = (ctypes.c_int32 * count)(*TOKENS[1:].tolist())
-    batch.embd = states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    batch.pos = (ctypes.c_int32 * (4 * count))(*[*range(count)] * 3, *[0] * count)
-    batch.n_seq_id = (ctypes.c_int32 * count)(*[1] * count)
-    batch.seq_id = sequences
-    batch.logits = (ctypes.c_int8 * count)(*[1] * count)
-    with loaded(path) as model:
-        context = llama_cpp.llama_init_from_model(model, params)
-        assert context
-        assert llama_cpp.llama_decode(context, batch) == 0
-        logits = llama_cpp.llama_get_logits(context)
-        vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        found = np.ctypeslib.as_array(logits, (count, vocab)).copy()
-        llama_cpp.llama_free(context)
-    return torch.from_numpy(found)
-
-
 @pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
 @pytest.mark.parametrize("layout", ["eight value heads, MTP", "four values a key, tied"])
 def test_the_mtp_block_predicts_what_llama_cpps_does(
@@ -216,7 +170,8 @@ def test_the_mtp_block_predicts_what_llama_cpps_does(
         decoder.load_layer(model.facts.n_layers)
         ours = decoder.mtp_logits(decoder.run_mtp(hidden, tokens))[0, :-1]
     trunk = of_transformers(folder)
-    theirs = mtp_of_llama_cpp(export(folder, tmp_path, "F32"), trunk.hidden)
+    path = export(folder, tmp_path, "F32")
+    theirs = mtp_of_llama_cpp(path, trunk.hidden, TOKENS.tolist(), n_axes=4)
     assert theirs.std() > 1
     assert mean_kl(ours, theirs) < 1e-6
     assert mean_kl(trunk.logits[:-1], theirs) > 0.1

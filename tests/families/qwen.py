@@ -62,7 +62,7 @@ QWEN3: dict[str, Row] = {
     "sliding_window": Carried(16),  # without use_sliding_window
     "decoder_sparse_step": Read(2),
     "norm_topk_prob": Refused((False, None, "absent")),
-    "mlp_only_layers": Read([1]),
+    "mlp_only_layers": Read([1], may_be_null=True),
 }
 QWEN35_TEXT: dict[str, Row] = {
     **TEXT,
@@ -73,7 +73,7 @@ QWEN35_TEXT: dict[str, Row] = {
     "linear_num_key_heads": Read(2),
     "linear_num_value_heads": Read(16),
     "shared_expert_intermediate_size": Read(64),
-    "layer_types": Read(["linear_attention", "full_attention"] * 2),
+    "layer_types": Read(["linear_attention", "full_attention"] * 2, may_be_null=True),
 }
 QWEN35: dict[str, Row] = {
     **EVERY_CONFIG,

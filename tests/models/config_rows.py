@@ -11,6 +11,7 @@ class Read:
     """Read as transformers reads it; another value is one more that is possible."""
 
     other: Any
+    may_be_null: bool = False  # in transformers too
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,18 @@ VISION_CONFIG = TinyQwen35Moe().config()["vision_config"]
 ABSENT = object()
 
 
+def text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The section of a config that is the text model's, or the config."""
+    for section in ("thinker_config", "text_config"):
+        config = config.get(section, config)
+    return config
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A checkpoint to write: what its tensors are, and what its config says instead."""
 
-    tiny: TinyQwen3Moe | TinyQwen35Moe
+    tiny: Any  # a dataclass of tests/families
     head: str  # "as configured", "own", "copy" or "none"
     text: tuple[tuple[str, Any], ...]  # changes of the text model's config
     outer: tuple[tuple[str, Any], ...]  # changes of the config around it
@@ -31,7 +38,7 @@ class Drawn:
         self.tiny.write(folder)
         assert write_small_tokenizer(folder) <= SMALL_VOCAB
         config = self.tiny.config()
-        text = config.get("text_config", config)
+        text = text_of(config)
         for level in (config, text):
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 level.pop(key, None)
@@ -53,12 +60,13 @@ class Drawn:
             large = {n: t * 4 for n, t in tensors.items() if t.ndim > 1 and "mlp.gate." not in n}
             tensors |= large
             embedding = tensors["model.embed_tokens.weight"]
+        head_name = f"{getattr(self.tiny, 'head_path', '')}lm_head.weight"
         if self.head == "none":
-            tensors.pop("lm_head.weight", None)
+            tensors.pop(head_name, None)
         elif self.head != "as configured":
             noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(7))
             own = (noise * 0.3).to(embedding.dtype)
-            tensors["lm_head.weight"] = own if self.head == "own" else embedding.clone()
+            tensors[head_name] = own if self.head == "own" else embedding.clone()
         save_sharded(tensors, folder, 1)
 
 

@@ -112,5 +112,9 @@ def rows_of_slabs(
             matrix = shape if slab.index is None else shape[1:]
             n_rows = matrix[-1] if slab.transposed else matrix[0]
             rows = range(*(slab.rows or (0, n_rows)), slab.step)
+            if slab.columns is not None:  # whole stored rows, of which a matrix has all entries
+                assert slab.transposed
+                assert rows == range(n_rows)
+                rows = range(*slab.columns)
             found += [(slab.stored, slab.index or 0, row) for row in rows]
     return found

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.models.contract import MoeModel
+from reap2gguf.models.loading import whole_class
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.progress import Silent
@@ -52,11 +57,19 @@ def tokens(vocab: int) -> list[int]:
     return found
 
 
+def loaded(folder: Path) -> Any:
+    """transformers' model of a folder, in float32, of the class that loads it for text."""
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)
+    return whole_class(read_json(folder / "config.json")).from_pretrained(
+        folder, dtype=torch.float32
+    )
+
+
 def of_transformers(folder: Path, vocab: int, with_tower: bool = False) -> torch.Tensor:
     """Logits (T, V) in float32."""
-    loader: Any = AutoModelForImageTextToText if with_tower else AutoModelForCausalLM
-    logging.getLogger("transformers").setLevel(logging.CRITICAL)
-    model = loader.from_pretrained(folder, dtype=torch.float32)
+    model = loaded(folder)
+    if with_tower and isinstance(model, tuple(MODEL_FOR_CAUSAL_LM_MAPPING.values())):
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([tokens(vocab)])).logits[0]
     return logits
@@ -78,3 +91,54 @@ def of_llama_cpp(folder: Path, target: Path, vocab: int) -> torch.Tensor:
 def mean_kl(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     expected, found = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def mtp_of_llama_cpp(
+    path: Path, hidden: torch.Tensor, row: list[int], n_axes: int = 1
+) -> torch.Tensor:
+    """Logits (T - 1, V) of the MTP block, from the trunk's hidden states (T, H) after its norm.
+
+    `n_axes`: the numbers of a position: 1, or 4 where images have axes too.
+    """
+    count = len(row) - 1
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 256
+    params.n_outputs_max = params.n_outputs_max_per_seq = 256
+    params.n_threads = params.n_threads_batch = 2
+    params.ctx_type = llama_cpp.LLAMA_CONTEXT_TYPE_MTP
+    states = hidden[:count].contiguous().numpy()
+    one = (ctypes.c_int32 * 1)(0)
+    sequences = (ctypes.POINTER(ctypes.c_int32) * (count + 1))()
+    for i in range(count):
+        sequences[i] = one
+    positions = [*range(count)] * min(n_axes, 3) + [0] * count * (n_axes - 3)
+    batch = llama_cpp.llama_batch()
+    batch.n_tokens = count
+    batch.token = (ctypes.c_int32 * count)(*row[1:])
+    batch.embd = states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    batch.pos = (ctypes.c_int32 * (n_axes * count))(*positions)
+    batch.n_seq_id = (ctypes.c_int32 * count)(*[1] * count)
+    batch.seq_id = sequences
+    batch.logits = (ctypes.c_int8 * count)(*[1] * count)
+    with llama_model(path) as model:
+        context = llama_cpp.llama_init_from_model(model, params)
+        assert context
+        assert llama_cpp.llama_decode(context, batch) == 0
+        logits = llama_cpp.llama_get_logits(context)
+        vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        found = np.ctypeslib.as_array(logits, (count, vocab)).copy()
+        llama_cpp.llama_free(context)
+    return torch.from_numpy(found)
+
+
+@contextmanager
+def llama_model(path: Path) -> Iterator[Any]:
+    """llama.cpp's model, MTP block included."""
+    params = llama_cpp.llama_model_default_params()
+    params.load_mtp = True
+    model = llama_cpp.llama_model_load_from_file(bytes(path), params)
+    assert model
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from reap2gguf.models.deltanet import DeltaNet
+from reap2gguf.models.deltanet import DeltaNet, PackedDeltaNet
 
 NETS = {
     "two values a key": DeltaNet(4, 8, 3, 3),
@@ -128,3 +128,32 @@ def test_the_gate_still_meets_its_value(net: DeltaNet) -> None:
     before = weight @ (values * gates)
     after = net.outputs(weight) @ (net.gates(values) * net.gates(gates))
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keys", "per_key", "width"), [(2, 3, 4), (3, 1, 2), (1, 4, 2)])
+def test_the_packed_projection(keys: int, per_key: int, width: int) -> None:
+    """Each row is a number that says what it is: kind, head, and place within the head."""
+    packed: list[tuple[str, int, int]] = []
+    for key in range(keys):
+        packed += [("q", key, row) for row in range(width)]
+        packed += [("k", key, row) for row in range(width)]
+        values = [(key * per_key + value, row) for value in range(per_key) for row in range(width)]
+        packed += [("v", head, row) for head, row in values]
+        packed += [("z", head, row) for head, row in values]
+    net = PackedDeltaNet(keys, keys * per_key, width, width)
+    numbers = np.arange(len(packed), dtype=np.float32)[:, None]
+
+    def heads(kind: str, count: int) -> list[tuple[str, int, int]]:
+        return [(kind, head, row) for head in range(count) for row in range(width)]
+
+    mixed = [packed[int(row)] for row in net.packed_mixed(numbers)[:, 0]]
+    assert mixed == [*heads("q", keys), *heads("k", keys), *heads("v", keys * per_key)]
+    gates = [packed[int(row)] for row in net.packed_gates(numbers)[:, 0]]
+    assert gates == heads("z", keys * per_key)
+
+
+def test_value_heads_of_a_packed_net_stay_where_they_are() -> None:
+    net = PackedDeltaNet(2, 6, 3, 3)
+    assert net.value_order(3).tolist() == list(range(18))
+    values = random(2 * net.key_width + net.value_width, 1, 4)
+    np.testing.assert_array_equal(net.convolution(values), values[:, 0])

@@ -234,6 +234,22 @@ def needing(asked: Recipe, tensors: list[GgufTensor]) -> set[str]:
     return {name.split(".")[-2] for name in resolved(asked, tensors).needs_importance()}
 
 
+@pytest.mark.parametrize(
+    ("file_type", "kind"),
+    [("IQ1_S", "Q5_K"), ("IQ2_XXS", "Q5_K"), ("IQ2_M", "Q5_K"), ("IQ3_XXS", "Q5_K"),
+     ("Q2_K_S", "Q6_K"), ("Q2_K", "Q2_K"), ("IQ3_S", "IQ3_S"), ("Q4_K_M", "Q4_K")],
+)  # fmt: skip
+def test_an_embedding_and_a_head_of_the_mtp_blocks_own(file_type: str, kind: str) -> None:
+    """No importance matrix has entries for them; llama-quantize refuses the first five files."""
+    own = [f"blk.47.nextn.{name}.weight" for name in ("embed_tokens", "shared_head_head")]
+    tensors = [*tensors_of(), *(matrix(name, 151936, 2048) for name in own)]
+    found = resolved(recipe(file_type=file_type), tensors)
+    assert {found.tensor_types()[name].name for name in own} == {kind}
+    assert not {*own} & {*found.needs_importance()}
+    asked = recipe(("*.nextn.*", "IQ2_XXS"), file_type=file_type)
+    assert {*own} <= {*resolved(asked, tensors).needs_importance()}
+
+
 def test_q2_k_needs_importance_in_files_of_q2_k_s_alone() -> None:
     experts = {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
     attention = {"attn_q", "attn_k", "attn_output"}

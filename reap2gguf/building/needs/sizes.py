@@ -28,12 +28,10 @@ class Sizes:
 
     @property
     def in_layers(self) -> int:
-        """The same without the output matrix, which calibration passes do not compute."""
+        """The same without output matrices, which calibration passes do not compute."""
         model, tensors = self._plan.model, self._plan.checkpoint.tensors
-        head = tensors.get(model.head_name)
-        if head is None or model.head_name == model.embedding_name:
-            return self.active
-        return self.active - head.n_elements
+        heads = {model.head_name, model.mtp_head_name} - {model.embedding_name}
+        return self.active - sum(tensors[name].n_elements for name in heads if name in tensors)
 
     @cached_property
     def has_linear_attention(self) -> bool:

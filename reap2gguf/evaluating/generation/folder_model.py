@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, UsageError
 from reap2gguf.evaluating.generation.generators import GeneratorOptions, reason_of, token_ids
 from reap2gguf.machine import available_bytes
 from reap2gguf.messages import size
+from reap2gguf.models.loading import whole_class
+from reap2gguf.observing.compute.by_device import follow_devices
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -107,11 +110,12 @@ def check_fits(folder: Path, n_bytes: int, device: str) -> None:
 
 
 def _load(folder: Path, device: str) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         with _quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loader = whole_class(read_json(folder / "config.json"))
+            model: Any = loader.from_pretrained(
                 folder,
                 dtype="auto",
                 local_files_only=True,
@@ -119,6 +123,7 @@ def _load(folder: Path, device: str) -> Any:
                 use_safetensors=True,
             )
             model = model.to(device).eval()
+            follow_devices(model.modules())
     except Exception as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({reason_of(error)}); check the folder, or "

@@ -112,8 +112,9 @@ def _length_of(folder: Path, tokenizer: Any) -> int:
     from lm_eval.defaults import DEFAULT_MAX_LENGTH
 
     config = read_json(folder / "config.json")
-    text = config.get("text_config")
-    values: Mapping[str, Any] = text if isinstance(text, dict) else config
+    values: Mapping[str, Any] = config
+    for key in ("thinker_config", "text_config"):
+        values = part if isinstance(part := values.get(key), dict) else values
     found = next((values[key] for key in _LENGTH_KEYS if values.get(key) is not None), None)
     if found is None:
         length = getattr(tokenizer, "model_max_length", None)

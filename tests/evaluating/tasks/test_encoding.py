@@ -119,6 +119,7 @@ def write_config(folder: Path, **values: Any) -> Path:
 def test_the_length_of_a_context_is_found_as_by_lm_eval(tmp_path: Path) -> None:
     nested = {"text_config": {"max_position_embeddings": 99}, "max_position_embeddings": 7}
     assert encoder(None, write_config(tmp_path, **nested)).max_length == 99
+    assert encoder(None, write_config(tmp_path, thinker_config=nested)).max_length == 99
     assert encoder(None, write_config(tmp_path, n_ctx=50)).max_length == 50
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     for length, expected in ((333, 333), (None, 2048)):

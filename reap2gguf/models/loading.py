@@ -1,0 +1,83 @@
+"""transformers' models of a config: its text model without weights, and the class that loads it.
+
+AutoModelForCausalLM knows most architectures, but not every one that has images or sound as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.models.transformers_config import transformers_config
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The names of an architecture's classes in transformers."""
+
+    whole: str  # its `from_pretrained` loads a checkpoint, and it computes logits of text
+    text: str = ""  # the text model without its head; empty where `whole` makes it of a config
+    processor: str = "AutoTokenizer"  # what makes the input of `whole`
+
+
+_MOST = Classes("AutoModelForCausalLM")
+# by the name in config.json's `architectures`
+_OTHERS: Mapping[str, Classes] = {
+    "Qwen3VLMoeForConditionalGeneration": Classes(
+        "AutoModelForImageTextToText", "Qwen3VLMoeTextModel", "AutoProcessor"
+    ),
+    "Qwen3OmniMoeForConditionalGeneration": Classes(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        "Qwen3OmniMoeThinkerTextModel",
+        "AutoProcessor",
+    ),
+}
+
+
+def classes_of(architecture: Any) -> Classes:
+    """The classes of an architecture."""
+    return _OTHERS.get(architecture, _MOST) if isinstance(architecture, str) else _MOST
+
+
+def classes_for_all(architecture: Any, has_tower: bool) -> tuple[str, str]:
+    """The names of what loads all that a folder holds: its model, and what makes its input."""
+    classes = classes_of(architecture)
+    if has_tower and not classes.text:
+        return "AutoModelForImageTextToText", "AutoProcessor"
+    return classes.whole, classes.processor
+
+
+def whole_class(config: Mapping[str, Any]) -> Any:
+    """The class whose `from_pretrained` loads a folder with this config.json, for text."""
+    import transformers
+
+    return getattr(transformers, classes_of(_architecture(config)).whole)
+
+
+def text_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The text model without its head, on the meta device: vision towers are not run.
+
+    Raises whatever transformers raises for a config that it cannot build.
+    """
+    import torch
+    import transformers
+
+    name = classes_of(_architecture(config)).text
+    text = transformers_config(config).get_text_config()
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    with torch.device("meta"):
+        if name:
+            model = getattr(transformers, name)._from_config(text, **how)
+        else:
+            auto = transformers.AutoModelForCausalLM
+            model = auto.from_config(text, trust_remote_code=False, **how)
+    return model.eval().base_model
+
+
+def _architecture(config: Mapping[str, Any]) -> Any:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names else None
