@@ -113,6 +113,7 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True),
     "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),

@@ -9,7 +9,8 @@ from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
-from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
+from reap2gguf.tokenizer.special_names import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
+from reap2gguf.tokenizer.tokenizer_files import RANKS_FILE, tokenizer_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -23,6 +24,10 @@ NFC_CAVEAT = (
 ORDINARY_CAVEAT = (
     f"the text {ORDINARY_IN_QWEN} is one token for llama.cpp, which takes that token of the "
     "vocabulary for a special one, and several tokens for transformers"
+)
+RANKS_CAVEAT = (
+    f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
+    "copy its tokenization_*.py into the pruned checkpoint to load the tokenizer there"
 )
 # transformers 5 builds these classes from the vocabulary and merges alone, and splits text in the
 # class's own way, here by llama.cpp's name of it
@@ -63,6 +68,14 @@ def tokenizer_caveats(
     found = [NFC_CAVEAT] if vocabulary.normalizes else []
     if (differs := PRE_TOKENIZERS[pre].differs) is not None:
         found.append(differs)
+        if unreached := len(vocabulary.unreached):
+            found.append(
+                f"no merge leads to {unreached:,} tokens of the vocabulary, so llama.cpp never "
+                "makes them: a word that is such a token gets other ids there"
+            )
+    if tokenizer_path(folder).name == RANKS_FILE:
+        found.append(RANKS_CAVEAT)
+        return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
     if vocabulary.hides_ordinary:
         found.append(ORDINARY_CAVEAT)
     name = _class_in_transformers(read_optional(folder, "config.json"), folder)

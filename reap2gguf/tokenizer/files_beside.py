@@ -15,7 +15,7 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
-    from reap2gguf.tokenizer.vocabulary import AddedToken
+    from reap2gguf.tokenizer.added_tokens import AddedToken
 
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FLAGS = ("lstrip", "rstrip", "single_word")

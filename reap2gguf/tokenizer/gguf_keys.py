@@ -26,11 +26,16 @@ from reap2gguf.tokenizer.form import check_form
 from reap2gguf.tokenizer.post_processor import added_by_post_processor, has_step
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, is_sentencepiece, read_spm
-from reap2gguf.tokenizer.tokenizer_files import loaded_templates, read_tokenizer_json
-from reap2gguf.tokenizer.vocabulary import AddedToken, Vocabulary, read_vocabulary
+from reap2gguf.tokenizer.tokenizer_files import (
+    loaded_templates,
+    read_tokenizer_json,
+    tokenizer_path,
+)
+from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     from reap2gguf.models.tokenizer_families import TokenizerFamily
+    from reap2gguf.tokenizer.added_tokens import AddedToken
 
 SPM_PRE = "default"  # what llama.cpp's converter calls the splitting of a SentencePiece model
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
@@ -44,8 +49,9 @@ def add_tokenizer(
     Returns llama.cpp's name of its pre-tokenizer and its vocabulary. Raises CheckpointError if the
     files are broken or disagree, and UnsupportedModelError if llama.cpp would make other ids.
     """
-    path = folder / "tokenizer.json"
+    path = tokenizer_path(folder)
     tokenizer = read_tokenizer_json(folder)
+    has_file = path.name == "tokenizer.json"
     config = read_optional(folder, "tokenizer_config.json")
     vocabulary: Vocabulary | SpmVocabulary
     if family.sentencepiece and is_sentencepiece(tokenizer):
@@ -56,7 +62,8 @@ def add_tokenizer(
     before = added_by_post_processor(tokenizer, path)
     is_spm = isinstance(vocabulary, SpmVocabulary)
     puts_space = isinstance(vocabulary, SpmVocabulary) and vocabulary.space_prefix
-    check_files_beside(folder, vocabulary.added, puts_space)
+    if has_file:  # else it is made of the files beside it
+        check_files_beside(folder, vocabulary.added, puts_space)
     templates = loaded_templates(folder)
     _check_config_ids(folder)
     if family.space_prefix and isinstance(config.get("add_prefix_space"), bool):
@@ -67,9 +74,11 @@ def add_tokenizer(
     if isinstance(vocabulary, SpmVocabulary):
         writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    if isinstance(vocabulary, Vocabulary) and not has_file:
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
     try:
         # gguf-py knows where merges and special ids are stored; it prefers other chat templates
-        special = SpecialVocab(folder, load_merges=not is_spm, n_vocab=vocab_size)
+        special = SpecialVocab(folder, load_merges=has_file and not is_spm, n_vocab=vocab_size)
         special.chat_template = templates if isinstance(templates, str) else None
         if isinstance(templates, dict):
             # sorted, as gguf-py takes the names in the order of a set, which is no fixed order

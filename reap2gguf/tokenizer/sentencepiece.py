@@ -18,17 +18,12 @@ from gguf import TokenType
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_VOCABULARY
+from reap2gguf.tokenizer.added_tokens import AddedToken, added_type, read_added_tokens
+from reap2gguf.tokenizer.merges import Merge, merges_of
 from reap2gguf.tokenizer.piece_model import Piece, read_piece_model
 from reap2gguf.tokenizer.settings import check_settings, unknown
+from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
 from reap2gguf.tokenizer.steps import steps_of
-from reap2gguf.tokenizer.vocabulary import (
-    SPECIAL_BY_NAME,
-    AddedToken,
-    Merge,
-    added_type,
-    merges_of,
-    read_added_tokens,
-)
 
 SPACE = "▁"  # U+2581 stands for a space in tokens
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gguf import TokenType
 
-from reap2gguf.tokenizer.vocabulary import HIDES_S, SPECIAL_BY_NAME
+from reap2gguf.tokenizer.special_names import HIDES_S, SPECIAL_BY_NAME
 
 _SPECIAL_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 
