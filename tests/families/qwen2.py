@@ -91,7 +91,7 @@ ROWS: dict[str, Row] = {
     "decoder_sparse_step": Read(2),
     "shared_expert_intermediate_size": Read(64),
     "norm_topk_prob": Refused((True, None)),
-    "mlp_only_layers": Read([1]),
+    "mlp_only_layers": Read([1], may_be_null=True),
     "qkv_bias": Elsewhere("test_qwen2_moe.py"),
 }
 FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {Qwen2MoeConfig: (ROWS, TINY, Qwen2Moe)}

@@ -130,7 +130,7 @@ ROWS: dict[str, Row] = {
     "num_experts_per_tok": Read(2),
     "norm_topk_prob": Refused((False, None)),
     "mlp_only_layers": Refused(([1],)),
-    "layer_types": Read(["linear_attention", "full_attention"] * 2),
+    "layer_types": Read(["linear_attention", "full_attention"] * 2, may_be_null=True),
 }
 FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
     Qwen3NextConfig: (ROWS, replace(NEXT, mtp=False, vocab=4096), Qwen3Next),

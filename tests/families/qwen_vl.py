@@ -374,7 +374,7 @@ _MOE_TEXT: dict[str, Row] = {
     **TEXT,
     "intermediate_size": Read(128),
     "decoder_sparse_step": Read(2),
-    "mlp_only_layers": Read([1]),
+    "mlp_only_layers": Read([1], may_be_null=True),
 }
 _VL_TEXT: dict[str, Row] = {**_MOE_TEXT, "head_dim": Read(64)}
 _OMNI_TEXT: dict[str, Row] = {

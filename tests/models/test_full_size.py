@@ -12,6 +12,7 @@ import pytest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from tests.models.drawn import text_of
 from tests.tiny import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "bench"))
@@ -25,6 +26,6 @@ def test_a_published_model_is_described(name: str, tmp_path: Path) -> None:
     with Checkpoint.open(tmp_path / "model") as checkpoint:
         model = describe(checkpoint)
         check_with_transformers(model)
-        text: dict[str, Any] = config.get("text_config", config)
+        text: dict[str, Any] = text_of(config)
         assert model.facts.n_layers == text["num_hidden_layers"]
         assert model.facts.has_mtp == any("eh_proj" in n or "mtp." in n for n in model.names)
