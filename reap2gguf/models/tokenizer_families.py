@@ -127,3 +127,9 @@ def tokenizer_family(model_type: str) -> TokenizerFamily:
     """What the tokenizers of models of a `model_type` may be: its own ways, and those of Qwen."""
     own = _FAMILIES.get(model_type, QWEN)
     return replace(own, pre_tokenizers={**QWEN_PRE_TOKENIZERS, **own.pre_tokenizers})
+
+
+def known_patterns() -> frozenset[tuple[str, ...]]:
+    """The ways of splitting text that the tokenizers of any family have."""
+    own = (pattern for family in _FAMILIES.values() for pattern in family.pre_tokenizers)
+    return frozenset([*QWEN_PRE_TOKENIZERS, *own])
