@@ -78,9 +78,7 @@ def _splits_words(part: Any) -> bool:
     has_split = any(step.get("type") == "Split" for step in splits)
     return (
         split_patterns(part) in KNOWN_PATTERNS
-        and all(
-            step.get("type") == "Digits" or _SPLIT.items() <= step.items() for step in splits
-        )
+        and all(step.get("type") == "Digits" or _SPLIT.items() <= step.items() for step in splits)
         and _BYTE_LEVEL.items() <= last.items()
         and last.get("use_regex", True) is not has_split
     )
