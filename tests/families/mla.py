@@ -286,3 +286,11 @@ def glm4_lite(draw: st.DrawFn) -> Drawn:
 
 # what configs are drawn of
 CONFIGS = (glm4_lite(),)
+
+# Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+DIFFERENCES = {
+    "Glm4MoeLiteForCausalLM": {
+        "deepseek2.expert_gating_func": "the converter writes none, and the loader then guesses a "
+        "softmax but for 47 and 48 layers",
+    },
+}
