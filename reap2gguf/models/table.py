@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
+    "Glm4MoeForCausalLM": Glm4Moe,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     # one architecture of GGUF files: what is read from these may have shared experts
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
-    "MixtralForCausalLM": Mixtral,
-    "Glm4MoeForCausalLM": Glm4Moe,
     "Lfm2MoeForCausalLM": Lfm2Moe,
+    "MixtralForCausalLM": Mixtral,
     "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
-    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3NextForCausalLM": Qwen3Next,
     "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,
