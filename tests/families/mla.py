@@ -302,3 +302,11 @@ def drawn_mla(draw: st.DrawFn, model_type: str) -> Drawn:
 
 # what configs are drawn of
 CONFIGS = (drawn_mla("glm4_moe_lite"),)
+
+# Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+DIFFERENCES = {
+    "Glm4MoeLiteForCausalLM": {
+        "deepseek2.expert_gating_func": "the converter writes none, and the loader then guesses a "
+        "softmax but for 47 and 48 layers",
+    },
+}

@@ -465,3 +465,12 @@ def qwen3_vl(draw: st.DrawFn, kind: type[TinyQwen3Vl]) -> Drawn:
 
 # what configs are drawn of
 CONFIGS = (qwen3_vl(TinyQwen3Vl), qwen3_vl(TinyQwen3Omni))
+
+# Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+_ADDED_TOKENS = "the converter looks for <|im_end|> in added_tokens_decoder alone, which is absent"
+DIFFERENCES = {
+    "Qwen3OmniMoeForConditionalGeneration": {
+        "tokenizer.ggml.bos_token_id": _ADDED_TOKENS,
+        "tokenizer.ggml.eos_token_id": _ADDED_TOKENS,
+    },
+}

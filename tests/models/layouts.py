@@ -2,7 +2,8 @@
 
 A file of tests/families has, of one family: `LAYOUTS` by the name that config.json has in
 `architectures`, each a factory of a checkpoint, the published layout first; `FIELDS`, what is read,
-refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs.
+refused and carried of transformers' config classes; `CONFIGS`, strategies that draw configs; and,
+where it has any, `DIFFERENCES` from the header that llama.cpp's converter writes.
 """
 
 from __future__ import annotations

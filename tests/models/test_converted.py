@@ -1,0 +1,45 @@
+"""Files in F32 and BF16 are those of llama.cpp's own converter: every key and every byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.exporting.files import export_files, plain
+from tests.models.converted import FOLDER, KINDS, contents
+from tests.models.layouts import FIRST, Case, every_family
+
+# by architecture: keys that differ on purpose, each with the reason
+DIFFERENCES: dict[str, dict[str, str]] = {
+    architecture: keys
+    for family in every_family()
+    for architecture, keys in getattr(family, "DIFFERENCES", {}).items()
+}
+
+
+def recorded(architecture: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / f"{architecture}.json").read_text("utf-8"))
+    return found
+
+
+def test_every_record_is_of_an_architecture() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == {case.architecture for case in FIRST}
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_keys_and_bytes(case: Case, tmp_path: Path) -> None:
+    theirs = recorded(case.architecture)
+    folder = case.tiny.write(tmp_path / "model")
+    files = export_files(folder, tmp_path, map(plain, KINDS))
+    for kind, path in files.items():
+        ours = contents(path)
+        assert ours["tensors"] == theirs[kind]
+        differ = {
+            key
+            for key in ours["keys"].keys() | theirs["keys"].keys()
+            if ours["keys"].get(key) != theirs["keys"].get(key)
+        }
+        assert differ == DIFFERENCES.get(case.architecture, {}).keys()
