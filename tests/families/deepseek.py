@@ -68,3 +68,11 @@ FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
 }
 # what configs are drawn of
 CONFIGS = (drawn_mla("deepseek_v2"), drawn_mla("deepseek_v3"))
+
+# Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
+DIFFERENCES = {
+    "DeepseekV2ForCausalLM": {
+        "deepseek2.attention.q_lora_rank": "the converter writes none where queries are one "
+        "product, and the loader then takes no numbers of layers but 26, 27 and 48",
+    },
+}
