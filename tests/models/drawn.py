@@ -15,7 +15,16 @@ from tests.models.oracles import SMALL_VOCAB
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe, save_sharded
 
 VISION_CONFIG = TinyQwen35Moe().config()["vision_config"]
-ABSENT = object()
+
+
+class _Absent:
+    """Stands for a key that is not there; its name is the same in every process."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
