@@ -28,8 +28,8 @@ ORDINARY_CAVEAT = (
     "vocabulary for a special one, and several tokens for transformers"
 )
 PREFIX_CAVEAT = (
-    "tokenizer.json puts two tokens before a text, [gMASK] and <sop>, and llama.cpp and calibration "
-    "put only the first; chat templates write both"
+    "tokenizer.json puts two tokens before a text, [gMASK] and <sop>, and llama.cpp puts only the "
+    "first, as calibration does; chat templates write both"
 )
 RANKS_CAVEAT = (
     f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
@@ -49,6 +49,10 @@ _AS_THE_FILE = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend", "Ll
 _ALWAYS = {
     "qwen3_5_moe": "Qwen3_5Tokenizer",
     "qwen3_5_moe_text": "Qwen3_5Tokenizer",
+    "granitemoe": "TokenizersBackend",
+    "granitemoeshared": "TokenizersBackend",
+    "glm4_moe": "TokenizersBackend",
+    "glm4_moe_lite": "TokenizersBackend",
 }
 # keys of llama.cpp by which a user can give it two more tokens that end an answer
 _END_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")

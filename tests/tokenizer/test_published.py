@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer_families import tokenizer_family
@@ -66,6 +67,18 @@ def test_ids_are_those_of_llama_cpp_and_of_the_library(
     assert ids == expected
     first = [] if tokenizer.bos is None else [tokenizer.bos]
     assert [*first, *tokenizer.encode(text)] == ids
+
+
+@each
+def test_transformers_makes_the_same_ids(published: Published, tmp_path: Path) -> None:
+    """And where it did not, the user would be told of a class that splits in its own way."""
+    published.write(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    text = mixed_text(seed=4, length=3_000)
+    assert loaded.encode(text) == library.encode(text).ids
+    found = check_tokenizer(tmp_path, published.vocab_size, tokenizer_family(published.model_type))
+    assert not any("loads the tokenizer as" in caveat for caveat in found)
 
 
 @each
