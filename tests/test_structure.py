@@ -362,6 +362,11 @@ COVERED_BY = [
         ("tokenizer/advice.py", "tokenizer/post_processor.py", "tokenizer/settings.py"),
     ),
     (
+        "tokenizer/test_tokenizer.py",
+        "what transformers loads, beside the ids of calibration",
+        ("tokenizer/in_transformers.py",),
+    ),
+    (
         "tokenizer/test_vocabulary.py",
         "what a header stores of a tokenizer.json",
         ("tokenizer/added_tokens.py", "tokenizer/merges.py"),

@@ -39,16 +39,16 @@ _COMPANIONS = {
     "special_tokens_map.json": _PLANNED | Purpose.GGUF,
     "added_tokens.json": _PLANNED | Purpose.GGUF,
     "tokenizer*.json": _PLANNED,
+    "tokenizer.model": _PLANNED,  # the scores of a SentencePiece vocabulary
     "tiktoken.model": _PLANNED,  # in place of tokenizer.json
     "*processor_config.json": _PLANNED,
     "chat_template.json": _PLANNED | Purpose.GGUF,
     "chat_template.jinja": _PLANNED | Purpose.TEMPLATE,
     f"{TEMPLATES_FOLDER}/*.jinja": Purpose.PLAN | Purpose.TEMPLATE,
     "*chat_templates/*.jinja": Purpose.TEMPLATE,  # other versions of transformers: other names
-    # the vocabulary once more, as slow tokenizers read it; a plan needs tokenizer.json alone
+    # the vocabulary once more, as slow tokenizers read it; a plan does not need it
     "vocab.json": _LICENCE,
     "merges.txt": _LICENCE,
-    "tokenizer.model": _LICENCE,
     "*.txt": Purpose.BUILD,
     "*.model": Purpose.BUILD,
     "README.md": Purpose.BUILD,

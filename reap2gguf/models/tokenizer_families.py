@@ -78,6 +78,8 @@ class TokenizerFamily:
         added_special: llama.cpp's name of a splitting -> special tokens by their kind, such as
             `eot`, that a header names where the checkpoint's files name none of that kind.
         replaced_special: Special tokens by kind that a header names whatever the files say.
+        prefix: Tokens that a tokenizer.json may put before a text, of which llama.cpp puts the
+            first, as it knows no more than one.
         space_prefix: Whether a header repeats `add_prefix_space` of tokenizer_config.json, as
             llama.cpp's converter does for Llama and what it derives from it.
         sentencepiece: Whether they may also be SentencePiece models, which split no text.
@@ -86,6 +88,7 @@ class TokenizerFamily:
     pre_tokenizers: PreTokenizers
     added_special: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced_special: Mapping[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
     space_prefix: bool = False
     sentencepiece: bool = False
 
@@ -98,7 +101,7 @@ _GLM_SPECIAL = {
     "unk": "<|endoftext|>",
     "eom": "<|observation|>",
 }
-_GLM = TokenizerFamily({LLAMA3_STEPS: "glm4"}, {"glm4": _GLM_SPECIAL})
+_GLM = TokenizerFamily({LLAMA3_STEPS: "glm4"}, {"glm4": _GLM_SPECIAL}, prefix=("[gMASK]", "<sop>"))
 _DEEPSEEK = TokenizerFamily(
     {
         DEEPSEEK_V3_STEPS: "deepseek-v3",
@@ -106,6 +109,7 @@ _DEEPSEEK = TokenizerFamily(
         KIMI_STEPS: "kimi-k2",
     }
 )
+_GRANITE = TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True)
 # by `model_type`, where a family has more than what means one thing only
 _FAMILIES: Mapping[str, TokenizerFamily] = {
     "glm4_moe": _GLM,
@@ -115,7 +119,8 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "deepseek_v3": _DEEPSEEK,
     "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
-    "granitemoe": TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
     "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "qwen3_omni_moe": TokenizerFamily(
         {}, replaced_special={"bos": "<|im_end|>", "eos": "<|im_end|>"}

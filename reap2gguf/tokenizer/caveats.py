@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.messages import shown
+from reap2gguf.models.tokenizer_families import tokenizer_family
+from reap2gguf.tokenizer.post_processor import added_by_post_processor
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
 from reap2gguf.tokenizer.special_names import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
-from reap2gguf.tokenizer.tokenizer_files import RANKS_FILE, tokenizer_path
+from reap2gguf.tokenizer.tokenizer_files import RANKS_FILE, read_tokenizer_json, tokenizer_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -24,6 +26,10 @@ NFC_CAVEAT = (
 ORDINARY_CAVEAT = (
     f"the text {ORDINARY_IN_QWEN} is one token for llama.cpp, which takes that token of the "
     "vocabulary for a special one, and several tokens for transformers"
+)
+PREFIX_CAVEAT = (
+    "tokenizer.json puts two tokens before a text, [gMASK] and <sop>, and llama.cpp puts only the "
+    "first, as calibration does; chat templates write both"
 )
 RANKS_CAVEAT = (
     f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
@@ -43,6 +49,10 @@ _AS_THE_FILE = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend", "Ll
 _ALWAYS = {
     "qwen3_5_moe": "Qwen3_5Tokenizer",
     "qwen3_5_moe_text": "Qwen3_5Tokenizer",
+    "granitemoe": "TokenizersBackend",
+    "granitemoeshared": "TokenizersBackend",
+    "glm4_moe": "TokenizersBackend",
+    "glm4_moe_lite": "TokenizersBackend",
 }
 # keys of llama.cpp by which a user can give it two more tokens that end an answer
 _END_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
@@ -73,6 +83,8 @@ def tokenizer_caveats(
                 f"no merge leads to {unreached:,} tokens of the vocabulary, so llama.cpp never "
                 "makes them: a word that is such a token gets other ids there"
             )
+    if pre == "glm4" and _puts_two_tokens(folder):
+        found.append(PREFIX_CAVEAT)
     if tokenizer_path(folder).name == RANKS_FILE:
         found.append(RANKS_CAVEAT)
         return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
@@ -88,6 +100,12 @@ def tokenizer_caveats(
             "that was saved by mistake, use the one of the base model"
         )
     return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
+
+
+def _puts_two_tokens(folder: Path) -> bool:
+    tokenizer, family = read_tokenizer_json(folder), tokenizer_family("glm4_moe")
+    where = tokenizer_path(folder)
+    return len(added_by_post_processor(tokenizer, where, family.prefix)) > 1
 
 
 def _spm_caveats(vocabulary: SpmVocabulary) -> Iterator[str]:

@@ -59,7 +59,7 @@ def add_tokenizer(
     else:
         pre = check_form(tokenizer, path, family.pre_tokenizers)
         vocabulary = read_vocabulary(tokenizer, vocab_size, path)
-    before = added_by_post_processor(tokenizer, path)
+    before = added_by_post_processor(tokenizer, path, family.prefix)
     is_spm = isinstance(vocabulary, SpmVocabulary)
     puts_space = isinstance(vocabulary, SpmVocabulary) and vocabulary.space_prefix
     if has_file:  # else it is made of the files beside it
@@ -90,13 +90,16 @@ def add_tokenizer(
             has_template = has_step(tokenizer, "TemplateProcessing")
             nothing = {"eos": False} if has_template else {"bos": False, "eos": False}
             special.add_special_token |= nothing
+        if len(before) > 1:
+            special.add_special_token["bos"] = True
+            special.special_token_ids["bos"] = before[0]
         special.special_token_ids |= _family_ids(special, family, pre, vocabulary.added, path)
         special.add_to_gguf(writer, quiet=True)
         if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
             named.value.sort()
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise CheckpointError(f"{folder}: its tokenizer files are broken ({error!r})") from error
-    _check_added_ids(writer, before, pre, folder)
+    _check_added_ids(writer, before[:1], pre, folder)
     return pre, vocabulary
 
 

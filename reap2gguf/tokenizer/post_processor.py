@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from reap2gguf.tokenizer.settings import BYTE_LEVEL_AFTER, check_settings, unkno
 from reap2gguf.tokenizer.steps import is_sequence, steps_of
 
 
-def added_by_post_processor(tokenizer: dict[str, Any], where: Path) -> list[int]:
-    """The ids that the post-processor puts before each text: none, or one.
+def added_by_post_processor(
+    tokenizer: dict[str, Any], where: Path, prefix: Sequence[str] = ()
+) -> list[int]:
+    """The ids that the post-processor puts before each text: none, one, or those of `prefix`.
 
     Raises UnsupportedModelError for a post-processor that does anything else.
     """
@@ -22,7 +25,8 @@ def added_by_post_processor(tokenizer: dict[str, Any], where: Path) -> list[int]
             check_settings(step, BYTE_LEVEL_AFTER, "ByteLevel", where, name)
         else:
             first += _template_prefix(step, where, name)
-    if len(first) > 1:
+    ids = {token.get("content"): token.get("id") for token in tokenizer.get("added_tokens") or []}
+    if len(first) > 1 and first != [ids.get(text) for text in prefix]:
         raise unknown(where, "post_processor", part, "at most one token before a text")
     return first
 

@@ -21,13 +21,14 @@ from reap2gguf.pruning.write import companion_files, write_pruned
 LISTS = {
     Purpose.PLAN: (
         "config.json generation_config.json model.safetensors.index.json tokenizer*.json "
-        "reap2gguf.json "
+        "reap2gguf.json tokenizer.model tiktoken.model "
         "special_tokens_map.json added_tokens.json *processor_config.json "
         "chat_template.jinja chat_template.json additional_chat_templates/*.jinja"
     ),
     Purpose.BUILD: "vocab.json *.txt *.model README.md LICENSE* NOTICE*",
     Purpose.BUNDLE: (
-        "tokenizer*.json tokenizer.model special_tokens_map.json added_tokens.json vocab.json "
+        "tokenizer*.json tokenizer.model tiktoken.model special_tokens_map.json added_tokens.json "
+        "vocab.json "
         "merges.txt generation_config.json *processor_config.json LICENSE* NOTICE* "
         "chat_template.jinja chat_template.json"
     ),
@@ -40,7 +41,7 @@ LISTS = {
 }
 NAMES = [
     "config.json", "reap2gguf.json", "generation_config.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "tiktoken.model",
     "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json", "chat_template.json", "chat_template.jinja", "chat_template.txt",

@@ -36,8 +36,12 @@ class Published:
     config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json
     ids: dict[str, Any] = field(default_factory=dict)  # of config.json
     normalizer: Any = None
-    begins_with: str | None = None  # a token that the post-processor puts before a text
+    begins_with: tuple[str, ...] = ()  # tokens that the post-processor puts before a text
     ignore_merges: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model_type} {' '.join(self.begins_with)}".strip()
 
     @property
     def vocab_size(self) -> int:
@@ -69,21 +73,18 @@ class Published:
         return folder
 
     def _post_processor(self) -> dict[str, Any]:
-        if self.begins_with is None:
+        if not self.begins_with:
             return BYTES_AFTER
-        start, index = self.begins_with, SMALL_SIZE + self.special.index(self.begins_with)
+        ids = {text: SMALL_SIZE + self.special.index(text) for text in self.begins_with}
+        start = [{"SpecialToken": {"id": text, "type_id": 0}} for text in ids]
+        one, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
         template = {
             "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": start, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [
-                {"SpecialToken": {"id": start, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {start: {"id": start, "ids": [index], "tokens": [start]}},
+            "single": [*start, one],
+            "pair": [*start, one, other],
+            "special_tokens": {
+                text: {"id": text, "ids": [index], "tokens": [text]} for text, index in ids.items()
+            },
         }
         return {"type": "Sequence", "processors": [BYTES_AFTER, template]}
 
@@ -128,6 +129,7 @@ _GLM: dict[str, Any] = {
 PUBLISHED = (
     Published("glm4_moe", "Glm4MoeForCausalLM", **_GLM),
     Published("glm4_moe_lite", "Glm4MoeLiteForCausalLM", **_GLM),
+    Published("glm4_moe", "Glm4MoeForCausalLM", **_GLM, begins_with=("[gMASK]", "<sop>")),
     Published(
         "lfm2_moe",
         "Lfm2MoeForCausalLM",
@@ -142,7 +144,7 @@ PUBLISHED = (
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
         {"bos_token_id": 258, "eos_token_id": 261, "pad_token_id": 257},
-        begins_with="<|startoftext|>",
+        begins_with=("<|startoftext|>",),
         ignore_merges=True,
     ),
     Published(

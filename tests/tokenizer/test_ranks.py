@@ -19,6 +19,7 @@ from reap2gguf.models.tokenizer_families import tokenizer_family
 from reap2gguf.tokenizer.caveats import RANKS_CAVEAT
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
+from reap2gguf.tokenizer.in_transformers import load_in_transformers
 from reap2gguf.tokenizer.probe import HARD_CASES
 from reap2gguf.tokenizer.ranks import merges_of_ranks, tokenizer_of_ranks
 from reap2gguf.tokenizer.tokenizer import Tokenizer
@@ -114,6 +115,13 @@ def test_a_chat_is_written_by_the_template_of_the_files(tmp_path: Path) -> None:
         assert mine.render_chat([{"role": "user", "content": "hi"}]) == "<|im_user|>hi[EOS]"
     finally:
         mine.close()
+
+
+def test_transformers_has_the_special_tokens(tmp_path: Path) -> None:
+    found = load_in_transformers(write_ranks(tmp_path))
+    assert (found.bos_token, found.eos_token_id) == ("[BOS]", N_RANKS + 1)
+    text = "It's camelCase<|im_user|> 世界"
+    assert found.encode(text) == Tokenizer(tmp_path).encode(text).tolist()
 
 
 def test_special_tokens_are_named_or_reserved(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError, EvaluationError
 from reap2gguf.evaluating.scores import ScoredRow
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.in_transformers import load_in_transformers
 from reap2gguf.tokenizer.panics import panics_as
-from reap2gguf.tokenizer.tokenizer_files import check_template_files
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
@@ -92,13 +92,7 @@ def encoder_of(folder: Path, max_length: int | None) -> Any:
     `max_length`: tokens before the last one of a row; None for what the config says. Raises
     CheckpointError if the folder has no tokenizer that transformers can load.
     """
-    from transformers import AutoTokenizer
-
-    check_template_files(folder)
-    with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+    tokenizer = load_in_transformers(folder)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"{folder}: the tokenizer has no token for the beginning or end of a text, and tasks "
