@@ -19,6 +19,7 @@ from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.messages import one_line, shown
+from reap2gguf.models.description import sums_shape
 from reap2gguf.pruning.select import select_experts
 
 if TYPE_CHECKING:
@@ -95,12 +96,12 @@ def read_imatrix(path: Path, tensors: Sequence[GgufTensor]) -> GivenImatrix:
 
 
 def fitted(imatrix: Imatrix, tensors: Iterable[GgufTensor], where: str) -> Imatrix:
-    """The matrix with one row of sums per matrix of each tensor.
+    """The matrix with one row of sums per expert of each tensor.
 
     A `.dat` file has all experts of a tensor in one row. Raises ArtifactError for a tensor that the
     model does not have, or with another number of values.
     """
-    shapes = {tensor.name: (tensor.n_matrices, tensor.n_columns) for tensor in tensors}
+    shapes = {tensor.name: sums_shape(tensor.name, tensor.shape) for tensor in tensors}
     entries = {}
     for name, entry in imatrix.entries.items():
         if name not in shapes:
@@ -110,15 +111,16 @@ def fitted(imatrix: Imatrix, tensors: Iterable[GgufTensor], where: str) -> Imatr
             )
         n_matrices, n_columns = shapes[name]
         rows, width = entry.sums.shape
+        counts = entry.counts
+        if rows > n_matrices == 1 and (counts == counts[0]).all():
+            counts, rows, width = counts[:1], 1, rows * width  # older files count for each head
         if rows * width != n_matrices * n_columns or width % n_columns:
             raise ArtifactError(
                 f"{where}: {name} has {rows} x {width} values, expected {n_matrices} x "
                 f"{n_columns}; {_OTHER_MODEL}"
             )
         sums = entry.sums.reshape(n_matrices, n_columns)
-        entries[name] = replace(
-            entry, sums=sums, counts=np.repeat(entry.counts, width // n_columns)
-        )
+        entries[name] = replace(entry, sums=sums, counts=np.repeat(counts, width // n_columns))
     # headers, manifest and cards repeat the name of the text
     return replace(imatrix, entries=entries, dataset=one_line(imatrix.dataset))
 

@@ -30,6 +30,7 @@ from reap2gguf.models.description import (
     Role,
     Router,
     SideFile,
+    missing,
 )
 from reap2gguf.models.foreign import foreign_layout
 from reap2gguf.models.quantized import refuse_quantized
@@ -171,6 +172,21 @@ class MoeModel(ABC):
     def expert_matrices(self, layer: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """GGUF names of the matrices fed by the experts' inputs and by their activations."""
 
+    @property
+    def n_gguf_blocks(self) -> int:
+        """GGUF's block_count.
+
+        One less than the facts' where no file holds the MTP block: it is observed and pruned like
+        the others, and stays in the safetensors.
+        """
+        return self.facts.n_blocks
+
+    def is_beside_gguf(self, name: str) -> bool:
+        """Whether a stored tensor is of a block that no GGUF file holds."""
+        block = self.facts.mtp_layer
+        left_out = block is not None and block >= self.n_gguf_blocks
+        return left_out and name.startswith(self.block_prefix(self.facts.n_layers))
+
     def head_matrices(self, layer: int) -> HeadMatrices | None:
         """Matrices of that module's attention whose inputs transformers does not form."""
         return None
@@ -181,7 +197,7 @@ class MoeModel(ABC):
         Those are the layers' own: embeddings and head have none, as in llama.cpp.
         """
         found: set[str] = set()
-        for block in range(self.facts.n_blocks):
+        for block in range(self.n_gguf_blocks):
             for names in self.matrices(block).values():
                 found.update(names)
             if (heads := self.head_matrices(block)) is not None:
@@ -265,6 +281,11 @@ class MoeModel(ABC):
         """The head that makes logits of what the MTP block computes."""
         return self.head_name
 
+    @property
+    def logits_divisor(self) -> float:
+        """What the products of hidden states and head are divided by to be logits."""
+        return 1.0
+
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""
         return self.facts.n_layers - 1
@@ -288,12 +309,21 @@ class MoeModel(ABC):
                     f"tensor {name!r}: shape {list(stored[name].shape)}, expected {list(shape)}, "
                     "as config.json says"
                 )
+        self._check_beside_gguf(stored)
         used = {slab.stored for t in self.gguf_tensors(stored) for slab in t.slabs}
         for name in sorted(stored.keys() - used):
-            if not isinstance(roles[name], Carried | Dropped):
+            if not isinstance(roles[name], Carried | Dropped) and not self.is_beside_gguf(name):
                 raise CheckpointError(
                     f"tensor {name!r} is stored, but another tensor holds the same weights"
                 )
+
+    def _check_beside_gguf(self, stored: Mapping[str, StoredTensor]) -> None:
+        """A block that no GGUF tensor is made of has all its tensors too."""
+        for name in self.shapes():
+            if name not in stored and self.is_beside_gguf(name):
+                raise missing(name)
+        for layer in range(self.n_gguf_blocks, self.facts.n_blocks):
+            self.expert_tensors(layer, stored)
 
     def _refuse_quantized(self, stored: Mapping[str, StoredTensor]) -> None:
         for name in stored:

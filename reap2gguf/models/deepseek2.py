@@ -1,4 +1,8 @@
-"""Families that are `deepseek2` to llama.cpp: GLM-4.7-Flash (`glm4_moe_lite`).
+"""Families that are `deepseek2` to llama.cpp.
+
+* `deepseek_v2`: DeepSeek-V2-Lite, whose router is a softmax
+* `deepseek_v3`: DeepSeek-V3 and R1, Moonlight, Kimi-K2; sigmoids, and groups of experts in V3
+* `glm4_moe_lite`: GLM-4.7-Flash; sigmoids, one group
 
 They have latent attention, dense layers first, experts that all tokens share, and a router whose
 scores may be sigmoids with a bias for the choice. Stored names follow transformers; experts are one
@@ -20,7 +24,12 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_WIDTH, GgufTensor, HeadMatrices, missing
 from reap2gguf.models.facts import FACT_KEYS, read_epsilon
 from reap2gguf.models.from_gguf import EMBEDDING, headless_config, trunk_layers
-from reap2gguf.models.layer_types import moe_layers_after_dense
+from reap2gguf.models.layer_types import (
+    MLP_TYPES,
+    dense_first,
+    moe_layers_after_dense,
+    moe_layers_counted,
+)
 from reap2gguf.models.mla import (
     HEAD_KEYS,
     KV_B,
@@ -43,6 +52,7 @@ from reap2gguf.models.rules import (
 )
 from reap2gguf.models.scored_router import (
     Scores,
+    read_groups,
     read_n_shared,
     read_scale,
     router_config,
@@ -51,6 +61,7 @@ from reap2gguf.models.scored_router import (
 from reap2gguf.models.shared import UINT32, Entry
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.config import ConfigReader
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.models.gguf_keys import GgufKeys
@@ -62,8 +73,8 @@ _LITE_LAYERS = (26, 27)  # llama.cpp takes these for models without low-rank que
 _LITE_VOCABULARY = {48: 128_256}  # and these layers with this vocabulary
 # of a file that does not say how scores are made, these are llama.cpp's GLM-4.7-Flash
 _FLASH_LAYERS, _FLASH_VOCABULARY = (47, 48), 154_880
-_TYPES_KEY, _DENSE_KEY = "mlp_layer_types", "first_k_dense_replace"
-_DENSE, _SPARSE = "dense", "sparse"
+_DENSE_KEY = "first_k_dense_replace"
+_GROUP_KEYS = ("n_group", "topk_group")
 
 
 class Deepseek2(NextnDecoder):
@@ -72,6 +83,7 @@ class Deepseek2(NextnDecoder):
     gguf_arch: ClassVar[str] = "deepseek2"
     scores: ClassVar[Scores] = Scores.SIGMOID
     normalises: ClassVar[bool] = True  # what an absent `norm_topk_prob` means
+    topk_method: ClassVar[str] = "noaux_tc"
     fact_keys: ClassVar[tuple[str, ...]] = (
         *FACT_KEYS,
         *HEAD_KEYS,
@@ -104,23 +116,22 @@ class Deepseek2(NextnDecoder):
     def trunk_moe_layers(self) -> tuple[int, ...]:
         """The layers of the trunk that have experts."""
 
+    def counted_layers(self, n_dense: int) -> tuple[int, ...]:
+        """Those after the dense ones that the config counts; `n_dense` is transformers' default."""
+        self.text.expect(MLP_TYPES, why=f"transformers reads {_DENSE_KEY} instead")
+        return moe_layers_counted(self.text, _DENSE_KEY, n_dense)
+
     def read_groups(self, n_experts: int) -> tuple[int, int]:
         """How many groups of experts the router has, and how many of them it chooses."""
-        groups = self.text.integer("n_group", low=1, high=n_experts, default=1)
-        chosen = self.text.integer("topk_group", low=1, high=groups, default=1)
-        if n_experts < 2 * groups:
-            raise UnsupportedModelError(
-                f"{self.text.where}: n_group is {groups}, expected at least two of the "
-                f"{n_experts} experts in each group: the best two score it"
-            )
-        # all of them are the same as one
-        return (1, 1) if chosen == groups else (groups, chosen)
+        return read_groups(self.text, n_experts)
 
     def refuse_routing(self) -> None:
         """Refuse, by name, values of the router's keys that are not implemented."""
-        name = self.scores.name.lower()
-        why = f"transformers' {self.model_type} computes no other"
-        self.text.expect("scoring_func", name, why=why)
+        read, name = self.text, self.scores.name.lower()
+        read.expect("scoring_func", name, why=f"transformers' {self.model_type} computes no other")
+        # of DeepSeek-V2's group_limited_greedy, the best expert scores a group; here, the best two
+        why = f"llama.cpp's {self.gguf_arch} chooses these models' experts in no other way"
+        read.expect("topk_method", self.topk_method, why=why)
 
     def _refuse(self) -> None:
         """Refuse, by name, what llama.cpp's deepseek2 or this program does not do."""
@@ -195,6 +206,7 @@ class Deepseek2(NextnDecoder):
         # leaves it out
         query_rank = self.heads.query_rank or (None if self._is_lite else 0)
         sizes = self.heads.entries(query_rank)
+        sizes.append((llm.BLOCK_COUNT, self.n_gguf_blocks, UINT32))
         replaced = {key for key, _, _ in sizes}
         one_group = [(llm.EXPERT_GROUP_COUNT, 1, UINT32), (llm.EXPERT_GROUP_USED_COUNT, 1, UINT32)]
         return [
@@ -216,6 +228,9 @@ class Deepseek2(NextnDecoder):
             "model_type": cls.model_type,
             **{key: value for key, value in config.items() if key != "num_experts"},
             "n_routed_experts": config["num_experts"],
+            _DENSE_KEY: keys.integer(
+                Keys.LLM.LEADING_DENSE_BLOCK_COUNT, 0, config["num_hidden_layers"], default=0
+            ),
             "intermediate_size": keys.integer(Keys.LLM.FEED_FORWARD_LENGTH, 1, MAX_WIDTH),
             "num_key_value_heads": config["num_attention_heads"],
             **heads_from_gguf(keys),
@@ -263,19 +278,110 @@ def _scores_in_gguf(keys: GgufKeys) -> int:
     return Scores.SIGMOID if is_flash else Scores.SOFTMAX
 
 
+def _is_glm(keys: GgufKeys) -> bool:
+    """Whether a file with sigmoids is of GLM: its tokenizer's, or with an MTP block."""
+    has_block = bool(keys.blocks_with("nextn.enorm.weight"))
+    return has_block or keys.text(Keys.Tokenizer.PRE, "") == "glm4"
+
+
+class DeepseekV2(Deepseek2):
+    """One DeepSeek-V2-Lite."""
+
+    model_type: ClassVar[str] = "deepseek_v2"
+    count_keys = ("n_routed_experts", "num_experts")
+    scores = Scores.SOFTMAX
+    normalises = False
+    topk_method = "greedy"
+    mtp = None
+    fact_keys = (*Deepseek2.fact_keys, _DENSE_KEY, "topk_method")
+
+    def refuse_routing(self) -> None:
+        super().refuse_routing()
+        why = "transformers' deepseek_v2 does not normalise the chosen experts' weights"
+        self.text.expect("norm_topk_prob", False, why=why)
+        self.text.expect("mlp_bias", False, why="llama.cpp's deepseek2 has no biases there")
+
+    def read_groups(self, n_experts: int) -> tuple[int, int]:
+        return 1, 1  # greedy: the config's have no effect
+
+    def trunk_moe_layers(self) -> tuple[int, ...]:
+        return self.counted_layers(0)
+
+    def config_values(self) -> dict[str, Any]:
+        return {**super().config_values(), _DENSE_KEY: self.n_dense}
+
+    def caveats(self) -> tuple[str, ...]:
+        caveat = (
+            "the router's softmax runs over all experts and is not normalised after the choice: "
+            "without the removed ones, those that stay get larger weights"
+        )
+        return (*super().caveats(), caveat)
+
+    @classmethod
+    def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
+        why = "groups of a softmax are not implemented"
+        keys.expect(Keys.LLM.EXPERT_GROUP_COUNT, 0, 1, why=why)
+        return {"architectures": ["DeepseekV2ForCausalLM"], **super().config_from_gguf(keys)}
+
+
+class DeepseekV3(Deepseek2):
+    """One DeepSeek-V3, DeepSeek-R1, Moonlight or Kimi-K2."""
+
+    model_type: ClassVar[str] = "deepseek_v3"
+    count_keys = ("n_routed_experts", "num_local_experts")
+    fact_keys = (
+        *Deepseek2.fact_keys,
+        *_GROUP_KEYS,
+        _DENSE_KEY,
+        "norm_topk_prob",
+        "rope_interleave",
+        "num_mtp_layers",
+    )
+    # transformers' value of an absent key
+    defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 128}
+
+    @property
+    def n_gguf_blocks(self) -> int:
+        return self.facts.n_layers  # llama.cpp's converter leaves the MTP block out
+
+    def trunk_moe_layers(self) -> tuple[int, ...]:
+        return self.counted_layers(3)
+
+    def config_values(self) -> dict[str, Any]:
+        return {**super().config_values(), **_groups(self.text), _DENSE_KEY: self.n_dense}
+
+    def caveats(self) -> tuple[str, ...]:
+        if not self.facts.has_mtp:
+            return super().caveats()
+        caveat = (
+            "the MTP block is pruned in the safetensors; the GGUF files do not have it, like those "
+            "of llama.cpp's converter"
+        )
+        return (*super().caveats(), caveat)
+
+    @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        return super().is_in_gguf(keys) and not _is_glm(keys)
+
+    @classmethod
+    def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
+        return {"architectures": ["DeepseekV3ForCausalLM"], **super().config_from_gguf(keys)}
+
+
+def _groups(read: ConfigReader) -> dict[str, int]:
+    """What the config says of groups; llama.cpp's values of absent keys."""
+    return {key: read.integer(key, default=1) for key in _GROUP_KEYS}
+
+
 class Glm4MoeLite(Deepseek2):
     """One GLM-4.7-Flash."""
 
     model_type: ClassVar[str] = "glm4_moe_lite"
     count_keys = ("n_routed_experts", "num_local_experts")
     epsilon = ("rms_norm_eps", 1e-5)
-    fact_keys = (*Deepseek2.fact_keys, "n_group", "topk_group", "norm_topk_prob")
+    fact_keys = (*Deepseek2.fact_keys, *_GROUP_KEYS, "norm_topk_prob")
     # transformers' value of an absent key
     defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 20}
-
-    def refuse_routing(self) -> None:
-        super().refuse_routing()
-        self.text.expect("topk_method", "noaux_tc", why="a bias alone balances the experts")
 
     def trunk_moe_layers(self) -> tuple[int, ...]:
         """All after the dense ones.
@@ -284,27 +390,24 @@ class Glm4MoeLite(Deepseek2):
         layer where there is none.
         """
         read, found = self.text, self.text.values
-        if found.get(_TYPES_KEY) is None and found.get(_DENSE_KEY) is None:
+        if found.get(MLP_TYPES) is None and found.get(_DENSE_KEY) is None:
             read = read.with_values({**found, _DENSE_KEY: 1})
         moe = moe_layers_after_dense(read, _DENSE_KEY)
-        if moe and found.get(_TYPES_KEY) is not None:
-            what = f"the number of dense layers in {_TYPES_KEY}"
+        if moe and found.get(MLP_TYPES) is not None:
+            what = f"the number of dense layers in {MLP_TYPES}"
             read.refuse_difference(what, moe[0], _DENSE_KEY, found.get(_DENSE_KEY))
         return moe
 
     def config_values(self) -> dict[str, Any]:
-        types = _types(self.n_dense, self.facts.n_layers)
-        return {**super().config_values(), _TYPES_KEY: types}
+        types = dense_first(self.n_dense, self.facts.n_layers)
+        return {**super().config_values(), **_groups(self.text), MLP_TYPES: types}
+
+    @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        return super().is_in_gguf(keys) and _is_glm(keys)
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
         config = super().config_from_gguf(keys)
-        n_layers = config["num_hidden_layers"]
-        n_dense = keys.integer(Keys.LLM.LEADING_DENSE_BLOCK_COUNT, 0, n_layers, default=0)
-        types = {_TYPES_KEY: _types(n_dense, n_layers)}
-        return {"architectures": ["Glm4MoeLiteForCausalLM"], **config, **types}
-
-
-def _types(n_dense: int, n_layers: int) -> list[str]:
-    """The types of layers, the dense ones first."""
-    return [_DENSE] * n_dense + [_SPARSE] * (n_layers - n_dense)
+        types = dense_first(config.pop(_DENSE_KEY), config["num_hidden_layers"])
+        return {"architectures": ["Glm4MoeLiteForCausalLM"], **config, MLP_TYPES: types}

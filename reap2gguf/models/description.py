@@ -8,7 +8,7 @@ layer. Shapes are given slowest dimension first (PyTorch, numpy); GGML's `ne` is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +133,8 @@ class Transform:
 
     apply: Callable[[Floats], Floats]  # stored values -> GGUF's
     put_back: Callable[[Floats, Floats], None]
+    # if each of GGUF's rows is a stored one, which: then a range of them can be read alone
+    rows: npt.NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __call__(self, values: Floats) -> Floats:
         return self.apply(values)
@@ -148,7 +150,8 @@ def picked(places: npt.NDArray[np.int64] | slice | int, axis: int = 0) -> Transf
     def put_back(values: Floats, stored: Floats) -> None:
         stored[key] = values
 
-    return Transform(apply, put_back)
+    rows = places if axis == 0 and isinstance(places, np.ndarray) else None
+    return Transform(apply, put_back, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,22 @@ def experts_of(name: str, shape: tuple[int, ...]) -> int | None:
 def is_of_experts(name: str) -> bool:
     """Whether a GGUF tensor holds weights, biases or scales of experts."""
     return "_exps." in name
+
+
+def sums_shape(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of what an importance matrix has of a GGUF tensor; each row has a count.
+
+    Experts have a row each. The matrices of other tensors, such as those of each head, share one.
+
+    >>> sums_shape("blk.3.ffn_up_exps.weight", (16, 32, 64))
+    (16, 64)
+    >>> sums_shape("blk.3.attn_v_b.weight", (4, 32, 64))
+    (1, 256)
+    """
+    n_matrices = shape[0] if len(shape) == 3 else 1
+    if is_of_experts(name):
+        return n_matrices, shape[-1]
+    return 1, n_matrices * shape[-1]
 
 
 def missing(name: str) -> CheckpointError:

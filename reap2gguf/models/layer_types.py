@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
 
 FULL, LINEAR = "full_attention", "linear_attention"
+DENSE, SPARSE = "dense", "sparse"
+MLP_TYPES = "mlp_layer_types"
 _INTERVAL = "full_attention_interval"
 _DEFAULT_INTERVAL = 4  # transformers', and llama.cpp's
 
@@ -74,16 +76,27 @@ def moe_layers_after_dense(read: ConfigReader, key: str) -> tuple[int, ...]:
     Raises UnsupportedModelError if neither is there, or a layer is neither dense nor sparse.
     """
     n_layers = read_n_layers(read)
-    types = read.values.get("mlp_layer_types")
+    types = read.values.get(MLP_TYPES)
     if types is None:
-        return tuple(range(read.integer(key, high=n_layers), n_layers))
-    known = ("dense", "sparse")
+        return moe_layers_counted(read, key)
+    known = (DENSE, SPARSE)
     if not isinstance(types, list) or len(types) != n_layers or any(t not in known for t in types):
         raise UnsupportedModelError(
             f"{read.where}: mlp_layer_types is {shown(types)}, expected {n_layers} of dense and "
             "sparse"
         )
-    return tuple(layer for layer, one in enumerate(types) if one == "sparse")
+    return tuple(layer for layer, one in enumerate(types) if one == SPARSE)
+
+
+def moe_layers_counted(read: ConfigReader, key: str, default: int | None = None) -> tuple[int, ...]:
+    """All layers after the first dense ones, which `key` counts; `default` of them without it."""
+    n_layers = read_n_layers(read)
+    return tuple(range(read.integer(key, high=n_layers, default=default), n_layers))
+
+
+def dense_first(n_dense: int, n_layers: int) -> list[str]:
+    """The `mlp_layer_types` of a model with dense layers first."""
+    return [DENSE] * n_dense + [SPARSE] * (n_layers - n_dense)
 
 
 def _regular(n_layers: int, step: int) -> list[str]:

@@ -75,8 +75,8 @@ class NextnDecoder(DecoderModel):
     def facts_with_block(self, moe_layers: Sequence[int]) -> ModelFacts:
         """`common_facts` of a trunk with these MoE layers, and of the block if there is one.
 
-        Raises UnsupportedModelError if the trunk's last layer, like which the block's is built,
-        has no experts.
+        Raises UnsupportedModelError if the trunk's last layer has no experts: the block's layer is
+        built like that one.
         """
         self.refuse_blocks()
         n_layers = read_n_layers(self.text)
@@ -91,7 +91,8 @@ class NextnDecoder(DecoderModel):
 
     def header(self) -> list[Entry]:
         block: Entry = (Keys.LLM.NEXTN_PREDICT_LAYERS, 1, UINT32)
-        return [*super().header(), *([block] if self.facts.has_mtp else [])]
+        is_there = self.n_gguf_blocks > self.facts.n_layers
+        return [*super().header(), *([block] if is_there else [])]
 
     @property
     def claimed_blocks(self) -> int:

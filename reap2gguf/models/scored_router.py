@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFValueType, Keys
 
+from reap2gguf.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.config import ConfigReader
     from reap2gguf.models.gguf_keys import GgufKeys
@@ -44,6 +46,26 @@ def read_scale(read: ConfigReader) -> float:
     """The factor of the chosen experts' scores."""
     # llama.cpp takes 0 for no factor
     return read.number("routed_scaling_factor", low=_LEAST_SCALE, high=_MOST_SCALE, default=1.0)
+
+
+def read_groups(read: ConfigReader, n_experts: int) -> tuple[int, int]:
+    """How many groups of experts a router has, and how many of them it chooses.
+
+    Raises UnsupportedModelError for groups that llama.cpp does not load, or of a single expert.
+    """
+    groups = read.integer("n_group", low=1, high=n_experts, default=1)
+    chosen = read.integer("topk_group", low=1, high=groups, default=1)
+    if n_experts < 2 * groups:
+        raise UnsupportedModelError(
+            f"{read.where}: n_group is {groups}, expected at least two of the {n_experts} experts "
+            "in each group: the best two score it"
+        )
+    if chosen == groups > 1:
+        raise UnsupportedModelError(
+            f"{read.where}: topk_group is {chosen}, all of n_group, expected fewer: llama.cpp does "
+            "not load such a model; to choose all, set both to 1"
+        )
+    return groups, chosen
 
 
 def router_entries(

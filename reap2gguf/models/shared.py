@@ -349,7 +349,7 @@ class DecoderModel(MoeModel):
         for name, rule in self._outside.items():
             if not isinstance(self.role(name), Carried):
                 yield from self.made_of(stored, name, rule, "")
-        for layer in range(self.facts.n_blocks):
+        for layer in range(self.n_gguf_blocks):
             blk, prefix = f"blk.{layer}.", self.block_prefix(layer)
             for rule in self._block_rules(layer):
                 yield from self.made_of(stored, prefix + rule.stored, rule, blk)

@@ -62,6 +62,8 @@ class ImportanceObserver(LayerObserver):
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         """Start a layer: hook into its matrices and experts, with sums of zero."""
         self._sums, self._counts = {}, {}
+        if index >= self._model.n_gguf_blocks:
+            return  # no file has matrices of it
         for path, names in self._model.matrices(index).items():
             module: Any = layer.get_submodule(path)
             self._begin(names, 1, module.weight.shape[-1])
@@ -148,6 +150,8 @@ class ImportanceObserver(LayerObserver):
 
     def _names(self, index: int) -> list[MatrixNames]:
         """The matrices of a layer, in the order of their sums."""
+        if index >= self._model.n_gguf_blocks:
+            return []
         names = list(self._model.matrices(index).values())
         if index in self._model.facts.moe_layers:
             names += self._model.expert_matrices(index)

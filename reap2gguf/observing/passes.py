@@ -14,7 +14,7 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.machine import processes
-from reap2gguf.models.description import is_of_experts
+from reap2gguf.models.description import sums_shape
 from reap2gguf.observing.probe import mtp_probe
 
 if TYPE_CHECKING:
@@ -124,12 +124,8 @@ def _check_same_rows(digest: str) -> None:
 def announced_entries(weights: Weights, model: MoeModel) -> GrowingEntries:
     """The entries that `compute_imatrix` will fill, by the headers of the weights alone."""
     names = model.weighted_matrices()
-    tensors = [t for t in model.gguf_tensors(weights.tensors) if t.name in names]
-    # only experts are counted apart
-    counted = [(t, t.n_matrices if is_of_experts(t.name) else 1) for t in tensors]
-    return GrowingEntries(
-        {t.name: (rows, t.n_matrices * t.n_columns // rows) for t, rows in counted}
-    )
+    tensors = model.gguf_tensors(weights.tensors)
+    return GrowingEntries({t.name: sums_shape(t.name, t.shape) for t in tensors if t.name in names})
 
 
 def imatrix_of(entries: Mapping[str, ImatrixEntry], chunks: ImatrixChunks) -> Imatrix:

@@ -14,6 +14,7 @@ from reap2gguf.errors import ArtifactError
 from reap2gguf.gguf_files.imatrix import Imatrix, dat_bytes, load_imatrix
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.messages import shown
+from reap2gguf.models.description import sums_shape
 from reap2gguf.verifying.gguf_layout import check_layout
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def check_imatrix(
         if shape is None or len(shape) < 2:
             yield f"{IMATRIX_FILE}: {shown(name)} is not a matrix of the model"
             continue
-        expected_shape = (shape[0] if len(shape) == 3 else 1, shape[-1])
+        expected_shape = sums_shape(name, shape)
         if entry.sums.shape != expected_shape:
             yield (
                 f"{IMATRIX_FILE}: {name} has sums of shape {list(entry.sums.shape)}, expected "

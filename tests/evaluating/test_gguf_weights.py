@@ -24,6 +24,7 @@ from reap2gguf.models.experts import ExpertLayout
 from reap2gguf.models.qwen3_moe import Qwen3Moe
 from reap2gguf.models.table import describe
 from tests.exporting.files import export_files, plain
+from tests.families.mla import TinyMla
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 TYPES = ("F32", "Q8_0", "Q4_K_M", "IQ4_NL", "BF16")
@@ -31,6 +32,7 @@ SPECS: dict[str, Any] = {
     "qwen3": TinyQwen3Moe(hidden=256, width=256, n_experts=3, dense_layers=(0,)),
     "qwen3, fused": TinyQwen3Moe(n_layers=1, hidden=256, width=256, n_experts=3, fused=True),
     "qwen3, tied": TinyQwen3Moe(n_layers=1, hidden=256, width=256, n_experts=3, tied=True),
+    "latent attention": TinyMla(hidden=256, width=256, n_experts=3, n_layers=2, rank=256),
     "qwen3.5": TinyQwen35Moe(hidden=256, width=256),
     "qwen3.5, flat": TinyQwen35Moe(hidden=256, width=256, nested=False, fused=False),
 }
@@ -84,6 +86,8 @@ def test_values_are_those_of_gguf_py(made: Made, name: str) -> None:
             values = weights.read_float32(slab.stored, index=slab.index)
             if slab.rows:
                 values = values[slab.rows[0] : slab.rows[1] : slab.step]
+            if slab.columns:
+                values = values[slice(*slab.columns)].T
             slabs.append(values if tensor.transform is None else tensor.transform(values))
             covered.add(slab.stored)
         found = np.stack(slabs).reshape(tensor.shape)

@@ -118,6 +118,41 @@ def llama_quantize(
     recipe: Recipe | None = None,
 ) -> bool:
     """Quantize with llama.cpp; False if it refuses."""
+    params = _quantize_params(file_type, importance, recipe)
+    return llama_cpp.llama_model_quantize(bytes(source), bytes(target), params) == 0
+
+
+_PLANNED = re.compile(
+    r"\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = *(\w+), size = [^\n(]*(?:\((\w+)\))?"
+)
+
+
+def types_of_llama_cpp(
+    source: Path, file_type: int, importance: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    """The types that llama.cpp would quantize to: it says them, and quantizes nothing."""
+    said: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def listen(level: int, text: bytes, data: object) -> None:
+        said.append(text.decode("utf-8", "replace"))
+
+    params = _quantize_params(file_type, importance)
+    params.dry_run = True
+    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
+    try:
+        assert llama_cpp.llama_model_quantize(bytes(source), b"", params) == 0
+    finally:
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    found = _PLANNED.findall("".join(said))
+    return {name: (to or was).upper() for name, was, to in found}
+
+
+def _quantize_params(
+    file_type: int,
+    importance: Mapping[str, np.ndarray] | None = None,
+    recipe: Recipe | None = None,
+) -> llama_cpp.llama_model_quantize_params:
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = 2
     params.ftype = file_type
@@ -138,7 +173,7 @@ def llama_quantize(
         overrides.append(llama_cpp.llama_model_tensor_override())
         array = (llama_cpp.llama_model_tensor_override * len(overrides))(*overrides)
         params.tt_overrides = array
-    return llama_cpp.llama_model_quantize(bytes(source), bytes(target), params) == 0
+    return params
 
 
 def _regex(glob: str) -> str:

@@ -30,7 +30,17 @@ from tests.tiny import save_sharded
 from tests.tokens import SMALL_VOCAB as VOCAB
 from tests.tokens import special_tokens, write_tokenizer
 
-_TYPES = {"glm4_moe_lite": "Glm4MoeLiteForCausalLM"}
+_CLASSES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+}
+# what published configs say of the router
+_ROUTERS = {
+    "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax"},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"topk_method": "noaux_tc"},
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class TinyMla:
 
     def config(self) -> dict[str, Any]:
         return {
-            "architectures": [_TYPES[self.model_type]],
+            "architectures": [_CLASSES[self.model_type]],
             "model_type": self.model_type,
             "attention_bias": False,
             **special_tokens(self.vocab),
@@ -100,7 +110,7 @@ class TinyMla:
             "routed_scaling_factor": self.scale,
             "tie_word_embeddings": self.tied,
             "topk_group": self.groups_per_token,
-            "topk_method": "noaux_tc",
+            **_ROUTERS[self.model_type],
             "v_head_dim": self.value,
             "vocab_size": self.vocab,
         }
@@ -139,9 +149,10 @@ class TinyMla:
                 yield prefix + "mlp.down_proj.weight", weight(hidden, self.dense_width)
                 continue
             yield prefix + "mlp.gate.weight", weight(self.n_experts, hidden, scale=0.2)
-            # so large that other experts are chosen
-            bias = torch.randn(self.n_experts, generator=generator) * 0.3
-            yield prefix + "mlp.gate.e_score_correction_bias", bias
+            if self.model_type != "deepseek_v2":
+                # so large that other experts are chosen
+                bias = torch.randn(self.n_experts, generator=generator) * 0.3
+                yield prefix + "mlp.gate.e_score_correction_bias", bias
             yield from self._experts(prefix + "mlp.", weight)
         if self.mtp:
             prefix = f"model.layers.{self.n_layers}."
@@ -207,7 +218,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 
-_MLA: dict[str, Row] = {
+MLA: dict[str, Row] = {
     **{key: row for key, row in TEXT.items() if key not in ("num_experts", "router_aux_loss_coef")},
     "num_attention_heads": Refused((8,)),  # num_key_value_heads is another
     "num_key_value_heads": Refused((2,)),
@@ -226,7 +237,7 @@ _MLA: dict[str, Row] = {
     "pretraining_tp": Carried(2),
 }
 _GLM4_LITE: dict[str, Row] = {
-    **_MLA,
+    **MLA,
     "norm_topk_prob": Read(False),
     "rope_interleave": Refused((False,)),
     "mlp_layer_types": Read(["dense", "dense", "dense", "sparse"], may_be_null=True),
@@ -237,7 +248,7 @@ FIELDS: dict[Any, tuple[dict[str, Row], Any, Any]] = {
     Glm4MoeLiteConfig: (_GLM4_LITE, GLM4_LITE, Glm4MoeLite),
 }
 
-_CHANGES = {
+CHANGES = {
     **COMMON,
     "kv_lora_rank": NUMBERS, "q_lora_rank": NUMBERS, "qk_nope_head_dim": NUMBERS,
     "qk_rope_head_dim": NUMBERS, "v_head_dim": NUMBERS, "n_shared_experts": NUMBERS,
@@ -252,10 +263,15 @@ _CHANGES = {
 
 
 @st.composite
-def glm4_lite(draw: st.DrawFn) -> Drawn:
+def drawn_mla(draw: st.DrawFn, model_type: str) -> Drawn:
     n_layers = draw(st.integers(1, 3))
-    n_experts = draw(st.integers(2, 6))
+    n_experts = draw(st.sampled_from([2, 3, 4, 6, 8]))
+    is_lite, is_v2 = model_type == "glm4_moe_lite", model_type == "deepseek_v2"
+    n_groups = draw(st.sampled_from([1, 1, 2, 4]))
     tiny = TinyMla(
+        model_type=model_type,
+        n_groups=n_groups,
+        groups_per_token=draw(st.integers(1, n_groups)),
         n_layers=n_layers,
         n_dense=draw(st.integers(0, n_layers - 1)),
         hidden=draw(st.sampled_from([32, 64, 40])),
@@ -270,22 +286,22 @@ def glm4_lite(draw: st.DrawFn) -> Drawn:
         rank=draw(st.sampled_from([16, 32])),
         query_rank=draw(st.sampled_from([None, 16, 24])),
         vocab=SMALL_VOCAB,
-        mtp=draw(st.booleans()),
+        mtp=not is_v2 and draw(st.booleans()),
         own_ends=draw(st.booleans()),
-        dense_as=draw(st.sampled_from(["count", "types", "both"])),
+        dense_as=draw(st.sampled_from(["count", "types", "both"])) if is_lite else "count",
         fused=draw(st.booleans()),
         tied=draw(st.booleans()),
-        normalises=draw(st.booleans()),
+        normalises=not is_v2 and draw(st.booleans()),
         dtype=draw(DTYPES),
     )
-    text = dict(draw(changes_of(_CHANGES, 2)))
+    text = dict(draw(changes_of(CHANGES, 2)))
     if draw(st.booleans()):
         text |= draw(rope_changes())
     return Drawn(tiny, draw(HEADS), tuple(text.items()), ())
 
 
 # what configs are drawn of
-CONFIGS = (glm4_lite(),)
+CONFIGS = (drawn_mla("glm4_moe_lite"),)
 
 # Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
 DIFFERENCES = {

@@ -52,7 +52,11 @@ def expect_same_model(
     """What a header gives, if it describes the same model."""
     found = model_from_gguf(header, known, keep_mtp)
     name = model.facts.architecture
-    assert replace(found.model.facts, architecture=name) == model.facts
+    facts = model.facts
+    if model.n_gguf_blocks == facts.n_layers:  # a file does not have the MTP block
+        trunk = tuple(layer for layer in facts.moe_layers if layer != facts.mtp_layer)
+        facts = replace(facts, has_mtp=False, moe_layers=trunk)
+    assert replace(found.model.facts, architecture=name) == facts
     again = header_of(found.model, found.template)
     assert again.metadata.keys() == header.metadata.keys()
     for key, value in header.metadata.items():
@@ -222,7 +226,7 @@ def test_a_quantizer_drops_leading_sizes_of_one() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("general.architecture", "llama", "architecture 'llama' is not implemented"),
+        ("general.architecture", "falcon", "architecture 'falcon' is not implemented"),
         ("general.architecture", None, "expected the name of an architecture"),
         (Q3 + "block_count", 2**40, "block_count is 1099511627776"),
         (Q3 + "block_count", 0, "block_count is 0"),

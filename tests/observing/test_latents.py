@@ -15,7 +15,9 @@ from reap2gguf.models.table import describe
 from reap2gguf.observing.importance import ImportanceObserver
 from reap2gguf.observing.latents import LatentWatch
 from reap2gguf.observing.passes import announced_entries
+from reap2gguf.observing.saliency import SaliencyObserver
 from tests.exporting.files import export_files, plain
+from tests.families.deepseek import V2_LITE, V3
 from tests.families.mla import FLASH
 from tests.observing.llama_collector import collect
 from tests.observing.sweeps import rows_of, run_sweep
@@ -27,6 +29,8 @@ TINIES = {
     "whole queries": replace(FLASH, query_rank=None),
     "wide": replace(FLASH, rank=96, mtp=False),
     "twice": replace(FLASH, rank=80, mtp=False),
+    "softmax": V2_LITE,
+    "groups": V3,
     "no latents": TinyQwen3Moe(),
 }
 
@@ -101,3 +105,15 @@ def test_an_attention_is_left_as_it_was(tmp_path: Path) -> None:
     # the first position attends to itself alone: the sum is its own latent
     latents = sums[0, 0]
     assert torch.equal(latents, latents[:1].expand_as(latents))
+
+
+def test_a_block_that_no_file_has_gets_no_entries(tmp_path: Path) -> None:
+    """It runs all the same: its predictions are counted before and after pruning."""
+    folder = V3.write(tmp_path / "model")
+    rows = rows_of(40, 19)
+    observer, report = run_sweep(ImportanceObserver, folder, rows)
+    assert not any(name.startswith(f"blk.{V3.n_layers}.") for name in observer.entries)
+    assert report.n_tokens == 59
+    saliency, _ = run_sweep(SaliencyObserver, folder, rows)
+    assert max(saliency.layers) == V3.n_layers
+    assert saliency.layers[V3.n_layers].count.sum() == V3.top_k * (59 - len(rows))
