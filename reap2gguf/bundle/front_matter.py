@@ -29,6 +29,7 @@ _HUB_TAG = re.compile(r"(?:base_model|license|dataset|region|doi):.*|.*_compatib
 _FORMAT_TAGS = re.compile(r"gguf|imatrix|mlx|gptq|awq|exl\d|fp8|nvfp4|mxfp4|int[48]", re.IGNORECASE)
 _MOST_TAGS = 100
 _FAMILY = re.compile(r"([A-Za-z0-9_]{1,64}?)For(?:CausalLM|ConditionalGeneration)")
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where they begin
 _WITH_IMAGES = ("image-text-to-text", "any-to-any", "visual-question-answering")
 
 
@@ -59,7 +60,7 @@ class PrunedFrom:
     def family(self) -> str | None:
         """The model type, such as `qwen3_moe`, from the name of the class."""
         match = _FAMILY.fullmatch(self.architecture)
-        return None if match is None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", match[1]).lower()
+        return None if match is None else _WORDS.sub("_", match[1]).lower()
 
 
 def hub_datasets(components: Sequence[ComponentRecord]) -> tuple[str, ...]:

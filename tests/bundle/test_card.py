@@ -110,20 +110,27 @@ def test_text_models_are_offered_as_such(built: Bundle, manifest: Manifest) -> N
 
 
 @pytest.mark.parametrize(
-    ("architecture", "classes"),
+    ("architecture", "classes", "family"),
     [
-        ("Qwen3VLMoeForConditionalGeneration", "AutoModelForImageTextToText, AutoProcessor"),
+        (
+            "Qwen3VLMoeForConditionalGeneration",
+            "AutoModelForImageTextToText, AutoProcessor",
+            "qwen3_vl_moe",
+        ),
         (
             "Qwen3OmniMoeForConditionalGeneration",
             "Qwen3OmniMoeThinkerForConditionalGeneration, AutoProcessor",
+            "qwen3_omni_moe",
         ),
     ],
 )
 def test_what_causal_lm_does_not_load_is_offered_otherwise(
-    manifest: Manifest, architecture: str, classes: str
+    manifest: Manifest, architecture: str, classes: str, family: str
 ) -> None:
     source = replace(manifest.source, architecture=architecture)
-    one = hf_body(replace(manifest, source=source), HUB)
+    changed = replace(manifest, source=source)
+    assert PrunedFrom.of(changed).family == family
+    one = hf_body(changed, HUB)
     assert f"from transformers import {classes}\n" in one
     assert "AutoModelForCausalLM" not in one
 
