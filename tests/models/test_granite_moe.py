@@ -94,6 +94,12 @@ def test_no_shared_expert(width: Any) -> None:
             model_of(SHARED, shared_intermediate_size=other).sizes()
 
 
+def test_files_with_and_without_a_shared_expert() -> None:
+    for tiny, name in ((TINY, "GraniteMoeForCausalLM"), (SHARED, "GraniteMoeSharedForCausalLM")):
+        found = model_from_gguf(header_of(model_of(tiny), stored_of(tiny.tensors())), BY_GGUF)
+        assert found.config["architectures"] == [name]
+
+
 def test_what_llama_cpp_takes_for_absent_keys() -> None:
     header = header_of(model_of(), stored_of(TINY.tensors()))
     gone = {f"granitemoe.{SCALES[name][0]}" for name in SCALES if name != "logits_scaling"}
