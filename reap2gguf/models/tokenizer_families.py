@@ -106,6 +106,7 @@ _DEEPSEEK = TokenizerFamily(
         KIMI_STEPS: "kimi-k2",
     }
 )
+_GRANITE = TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True)
 # by `model_type`, where a family has more than what means one thing only
 _FAMILIES: Mapping[str, TokenizerFamily] = {
     "glm4_moe": _GLM,
@@ -115,7 +116,8 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "deepseek_v3": _DEEPSEEK,
     "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
-    "granitemoe": TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True),
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
     "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "qwen3_omni_moe": TokenizerFamily(
         {}, replaced_special={"bos": "<|im_end|>", "eos": "<|im_end|>"}

@@ -49,6 +49,11 @@ def test_a_multiplier(name: str) -> None:
             values_of(model_of(**{name: other}))
 
 
+def test_tokenizers_are_those_of_both_forms() -> None:
+    assert model_of(SHARED).tokenizers == model_of().tokenizers
+    assert "refact" in model_of(SHARED).tokenizers.pre_tokenizers.values()
+
+
 def test_logits_are_divided() -> None:
     assert model_of().logits_divisor == 6.0
 
