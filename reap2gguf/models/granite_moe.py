@@ -47,6 +47,7 @@ _SCALES = {
 # to llama.cpp, 0 is the same as no key
 _LEAST, _MOST = 1e-6, 1e6
 _SHARED_WIDTH = "shared_intermediate_size"
+_SHARED_KEY = Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH
 
 
 class GraniteMoe(PairedHeads):
@@ -68,6 +69,10 @@ class GraniteMoe(PairedHeads):
         facts = super().read_facts()
         refuse_other_widths(self, facts)
         return facts
+
+    @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        return _shared_width(keys) == 0
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
@@ -111,12 +116,15 @@ class GraniteMoeShared(GraniteMoe):
     fact_keys = (*GraniteMoe.fact_keys, _SHARED_WIDTH)
 
     @classmethod
+    def is_in_gguf(cls, keys: GgufKeys) -> bool:
+        return _shared_width(keys) > 0
+
+    @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
-        key = Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH
         return {
             **super().config_from_gguf(keys),
             "architectures": ["GraniteMoeSharedForCausalLM"],
-            _SHARED_WIDTH: keys.integer(key, 0, MAX_WIDTH, default=0),
+            _SHARED_WIDTH: _shared_width(keys),
         }
 
     def config_values(self) -> dict[str, Any]:
@@ -142,6 +150,9 @@ class GraniteMoeShared(GraniteMoe):
         return picked(halves[rule.gguf]) if rule.gguf in halves else super().transform(rule)
 
     def header(self) -> list[Entry]:
-        width = self._shared_width or None
-        key = Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH
-        return [*super().header(), (key, width, UINT32)]
+        return [*super().header(), (_SHARED_KEY, self._shared_width or None, UINT32)]
+
+
+def _shared_width(keys: GgufKeys) -> int:
+    """The width of the shared expert in a GGUF file, 0 without one."""
+    return keys.integer(_SHARED_KEY, 0, MAX_WIDTH, default=0)

@@ -30,7 +30,6 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV3ForCausalLM": DeepseekV3,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
-    # one architecture of GGUF files: what is read from these may have shared experts
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeSharedForCausalLM": GraniteMoeShared,
     "Lfm2MoeForCausalLM": Lfm2Moe,

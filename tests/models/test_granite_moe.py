@@ -49,6 +49,11 @@ def test_a_multiplier(name: str) -> None:
             values_of(model_of(**{name: other}))
 
 
+def test_tokenizers_are_those_of_both_forms() -> None:
+    assert model_of(SHARED).tokenizers == model_of().tokenizers
+    assert "refact" in model_of(SHARED).tokenizers.pre_tokenizers.values()
+
+
 def test_logits_are_divided() -> None:
     assert model_of().logits_divisor == 6.0
 
@@ -92,6 +97,12 @@ def test_no_shared_expert(width: Any) -> None:
     for other in (-1, None, "8"):
         with pytest.raises(UnsupportedModelError, match="shared_intermediate_size"):
             model_of(SHARED, shared_intermediate_size=other).sizes()
+
+
+def test_files_with_and_without_a_shared_expert() -> None:
+    for tiny, name in ((TINY, "GraniteMoeForCausalLM"), (SHARED, "GraniteMoeSharedForCausalLM")):
+        found = model_from_gguf(header_of(model_of(tiny), stored_of(tiny.tensors())), BY_GGUF)
+        assert found.config["architectures"] == [name]
 
 
 def test_what_llama_cpp_takes_for_absent_keys() -> None:
