@@ -92,6 +92,19 @@ def multimodal(manifest: Manifest) -> Manifest:
     )
 
 
+def test_files_without_the_mtp_block_draft_nothing(multimodal: Manifest) -> None:
+    """As of a DeepSeek-V3: the safetensors have the block."""
+    with_block = gguf_card(multimodal, names=HUB)
+    assert "--spec-type draft-mtp" in with_block
+    mtp = replace(multimodal.pruning.mtp, in_gguf=False)
+    without = replace(multimodal, pruning=replace(multimodal.pruning, mtp=mtp))
+    card = gguf_card(without, names=HUB)
+    assert "draft" not in card
+    assert "multi-token prediction (MTP) | pruned" in card
+    assert "draft_num_predict" not in modelfile(without, None)
+    assert "--speculative-config" in hf_card(without, names=HUB)
+
+
 def test_tables_have_a_header(built: Bundle) -> None:
     for folder in (built.hf, built.gguf):
         text = (folder / "README.md").read_text()
