@@ -39,6 +39,7 @@ _COMPANIONS = {
     "special_tokens_map.json": _PLANNED | Purpose.GGUF,
     "added_tokens.json": _PLANNED | Purpose.GGUF,
     "tokenizer*.json": _PLANNED,
+    "tiktoken.model": _PLANNED,  # in place of tokenizer.json
     "*processor_config.json": _PLANNED,
     "chat_template.json": _PLANNED | Purpose.GGUF,
     "chat_template.jinja": _PLANNED | Purpose.TEMPLATE,

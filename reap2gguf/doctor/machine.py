@@ -64,7 +64,7 @@ def _gpu(index: int) -> Finding:
 
 
 def flash_linear_attention() -> Finding:
-    """The GPU kernels for Qwen3.5's linear attention."""
+    """The GPU kernels for the linear attention of Qwen3-Next and Qwen3.5."""
     found = installed_version()
     if found is not None:
         return Finding(PACKAGE, found)
@@ -72,7 +72,7 @@ def flash_linear_attention() -> Finding:
         PACKAGE,
         "not installed",
         State.ABSENT,
-        f"without it a GPU runs Qwen3.5's DeltaNet at {REFERENCE_SPEED} the speed: "
+        f"without it a GPU runs DeltaNet (Qwen3-Next, Qwen3.5) at {REFERENCE_SPEED} the speed: "
         + install_command("gpu"),
     )
 

@@ -114,8 +114,8 @@ class Head:
 
         def count(part: Part) -> int:
             logits = {
-                name: product(self._runs[name].decoder.final_norm(hidden), blocks[name])
-                for name, hidden in part.hidden.items()
+                name: logits_of(run, run.decoder.final_norm(part.hidden[name]), blocks[name])
+                for name, run in self._runs.items()
             }
             sums.add(part.place, first, logits, part.right, part.is_compared)
             return len(part.right)
@@ -173,8 +173,15 @@ def _pieces(batch: ScoredBatch, own: slice) -> list[tuple[Span, Tensor]]:
     return found
 
 
+def logits_of(run: VariantRun, normed: Tensor, block: Tensor) -> Tensor:
+    """A variant's logits (n, B) in float32 of normed hidden states (n, H) and rows of its head."""
+    found = product(normed, block)
+    divisor = run.decoder.model.logits_divisor
+    return found if divisor == 1 else found.div_(divisor)
+
+
 def product(hidden: Tensor, block: Tensor) -> Tensor:
-    """Logits (n, B) in float32 of hidden states (n, H) and rows of a head (B, H).
+    """The product (n, B) in float32 of hidden states (n, H) and rows of a head (B, H).
 
     Sums are in float32 also where both are bfloat16: rounded logits would differ by chance.
     """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.errors import EvaluationError
-from reap2gguf.evaluating.head import parts_of, product, scored_batches
+from reap2gguf.evaluating.head import logits_of, parts_of, scored_batches
 from reap2gguf.evaluating.head_sums import HeadSums
 from reap2gguf.evaluating.head_weights import Blocks, HeadWeights
 from reap2gguf.evaluating.scores import VariantScores
@@ -149,7 +149,8 @@ class Beside:
             def fill(own: slice, first: int = first, blocks: Blocks = blocks) -> None:
                 for name, hidden in normed.items():
                     block = blocks[name]
-                    found[name][own, first : first + len(block)] = product(hidden[own], block)
+                    logits = logits_of(self._runs[name], hidden[own], block)
+                    found[name][own, first : first + len(block)] = logits
 
             self._each(fill, shape[0])
         return found

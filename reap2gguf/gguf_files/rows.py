@@ -34,9 +34,10 @@ def rows_per_matrix(tensor: GgufTensor) -> int:
 
 
 def row_ranges(tensor: GgufTensor) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) that cover a matrix; a single one if it is transposed or transformed."""
+    """Ranges [first, last) that cover a matrix; a single one if they need all that is stored."""
     n_rows = rows_per_matrix(tensor)
-    is_whole = tensor.transform is not None or any(slab.transposed for slab in tensor.slabs[:1])
+    is_transformed = tensor.transform is not None and _picked_rows(tensor) is None
+    is_whole = is_transformed or any(slab.transposed for slab in tensor.slabs[:1])
     step = n_rows if is_whole else max(1, MAX_VALUES // tensor.n_columns)
     for first in range(0, n_rows, step):
         yield first, min(first + step, n_rows)
@@ -46,8 +47,11 @@ def read_rows(
     weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int
 ) -> npt.NDArray[np.float32]:
     """Rows [first, last) of one matrix, (last - first, columns), as GGUF is to hold them."""
-    begin, end = _stored_rows(tensor, slab, first, last)
-    values = weights.read_float32(slab.stored, begin, end, slab.index)
+    runs = _runs(tensor, slab, first, last)
+    parts = [weights.read_float32(slab.stored, *run, slab.index) for run in runs]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if _picked_rows(tensor) is not None:
+        return values
     if tensor.transform is not None:
         return tensor.transform(values).reshape(-1, tensor.n_columns)[first:last]
     if slab.transposed:
@@ -81,8 +85,25 @@ def stored_bytes(
 
 def expect_rows(weights: Weights, tensor: GgufTensor, slab: Slab, first: int, last: int) -> None:
     """Prefetch what `read_rows` will read; returns at once."""
-    begin, end = _stored_rows(tensor, slab, first, last)
-    weights.expect(slab.stored, begin, end, slab.index)
+    for begin, end in _runs(tensor, slab, first, last):
+        weights.expect(slab.stored, begin, end, slab.index)
+
+
+def _picked_rows(tensor: GgufTensor) -> npt.NDArray[np.int64] | None:
+    """Which stored row each row of a matrix is, where a transform does no more than pick them."""
+    if tensor.transform is None or len(tensor.shape) == 1:
+        return None
+    return tensor.transform.rows
+
+
+def _runs(tensor: GgufTensor, slab: Slab, first: int, last: int) -> list[tuple[int, int | None]]:
+    """Where the stored rows begin and end that rows [first, last) are made of, run by run."""
+    picked = _picked_rows(tensor)
+    if picked is None:
+        return [_stored_rows(tensor, slab, first, last)]
+    chosen = picked[first:last] + (slab.rows[0] if slab.rows else 0)
+    breaks = np.flatnonzero(np.diff(chosen) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(chosen, breaks)]
 
 
 def _stored_rows(tensor: GgufTensor, slab: Slab, first: int, last: int) -> tuple[int, int | None]:

@@ -118,7 +118,7 @@ class _Checks:
             raise self._refuse("rope.dimension_count", expected)
 
     def recurrence(self) -> None:
-        """Qwen3.5's linear attention, and the sections of its rotation."""
+        """The linear attention of Qwen3-Next and Qwen3.5, and the sections of its rotation."""
         heads, width = self._value("ssm.time_step_rank"), self._value("ssm.state_size")
         is_deltanet = self.arch in _DELTANET and type(heads) is type(width) is int
         if is_deltanet and self._value("ssm.inner_size") != heads * width:

@@ -282,6 +282,11 @@ class MoeModel(ABC):
         """The head that makes logits of what the MTP block computes."""
         return self.head_name
 
+    @property
+    def logits_divisor(self) -> float:
+        """What the products of hidden states and head are divided by to be logits."""
+        return 1.0
+
     def mtp_template(self) -> int:
         """A trunk layer of the kind that the MTP block's decoder layer is."""
         return self.facts.n_layers - 1

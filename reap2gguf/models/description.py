@@ -8,7 +8,7 @@ layer. Shapes are given slowest dimension first (PyTorch, numpy); GGML's `ne` is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +133,8 @@ class Transform:
 
     apply: Callable[[Floats], Floats]  # stored values -> GGUF's
     put_back: Callable[[Floats, Floats], None]
+    # if each of GGUF's rows is a stored one, which: then a range of them can be read alone
+    rows: npt.NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __call__(self, values: Floats) -> Floats:
         return self.apply(values)
@@ -148,7 +150,8 @@ def picked(places: npt.NDArray[np.int64] | slice | int, axis: int = 0) -> Transf
     def put_back(values: Floats, stored: Floats) -> None:
         stored[key] = values
 
-    return Transform(apply, put_back)
+    rows = places if axis == 0 and isinstance(places, np.ndarray) else None
+    return Transform(apply, put_back, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class ExpertLayout:
     """
 
     path: str = "mlp.experts"  # in stored names, below the layer's prefix
+    path_apart: str = ""  # of 2D experts, where it is another
     module: str = "mlp.experts"  # in transformers' layer
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -52,6 +53,10 @@ class ExpertLayout:
     def inputs(self) -> tuple[Projection, ...]:
         """The projections that multiply the experts' input; `down` multiplies the activations."""
         return tuple(projection for projection in self.projections if projection != "down")
+
+    @property
+    def _path_apart(self) -> str:
+        return self.path_apart or self.path
 
     def stored_name(self, projection: Projection) -> str:
         """What stored names call a projection."""
@@ -81,12 +86,11 @@ class ExpertLayout:
     def role(self, layer: int, name: str) -> Expert | None:
         """What a stored tensor below the layer's prefix is; None if it is not of the experts."""
         rest = name.removeprefix(f"{self.path}.")
-        if rest == name:
-            return None
-        if rest in self._fused:
+        if rest != name and rest in self._fused:
             projection, part = self._fused[rest]
             return Expert(layer, projection, None, part)
-        match = _APART.fullmatch(rest)
+        rest = name.removeprefix(f"{self._path_apart}.")
+        match = None if rest == name else _APART.fullmatch(rest)
         if match is None or match[2] not in self._apart:
             return None
         return Expert(layer, self._apart[match[2]], int(match[1]))
@@ -103,7 +107,7 @@ class ExpertLayout:
             projection: GgufTensor(
                 f"blk.{layer}.ffn_{projection}_exps.weight",
                 (facts.n_experts, *_matrix(projection, facts)),
-                self._slabs(stored, prefix + self.path, projection, facts),
+                self._slabs(stored, prefix, projection, facts),
             )
             for projection in self.projections
         }
@@ -111,7 +115,7 @@ class ExpertLayout:
     def apart(self, prefix: str, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
         """Stored names and shapes of a layer's experts where they are one tensor each (2D)."""
         return {
-            f"{prefix}{self.path}.{expert}.{name}.weight": _matrix(projection, facts)
+            f"{prefix}{self._path_apart}.{expert}.{name}.weight": _matrix(projection, facts)
             for projection, name in ((p, self.stored_name(p)) for p in self.projections)
             for expert in range(facts.n_experts)
         }
@@ -119,15 +123,15 @@ class ExpertLayout:
     def _slabs(
         self,
         stored: Mapping[str, StoredTensor],
-        base: str,
+        prefix: str,
         projection: Projection,
         facts: ModelFacts,
     ) -> tuple[Slab, ...]:
         count = facts.n_experts
         fused = self.fused(projection)
-        name = _with_suffix(stored, f"{base}.{self.stored_name(fused)}")
+        name = _with_suffix(stored, f"{prefix}{self.path}.{self.stored_name(fused)}")
         if name is None:
-            own = self.stored_name(projection)
+            base, own = prefix + self._path_apart, self.stored_name(projection)
             slabs = tuple(Slab(f"{base}.{e}.{own}.weight") for e in range(count))
             for slab in slabs:
                 _check_shape(stored, slab.stored, _matrix(projection, facts))

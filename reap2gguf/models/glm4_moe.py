@@ -100,6 +100,11 @@ class Glm4Moe(NextnDecoder):
         for key in ("n_group", "topk_group"):
             read.expect(key, 1, why="these models have no groups of experts")
         read.expect("mlp_layer_types", why=f"transformers reads {_DENSE_KEY} instead")
+        # by these, transformers' cache would forget tokens
+        full = ["full_attention"] * read_n_layers(read)
+        why = f"llama.cpp's {self.gguf_arch} has full attention"
+        read.expect("sliding_window", why=why)
+        read.expect("layer_types", full, why=why)
         self.has_biases = read.boolean("attention_bias", default=False)
         self.has_qk_norms = read.boolean("use_qk_norm", default=False)
         facts = self.facts_with_block(self._moe_layers())

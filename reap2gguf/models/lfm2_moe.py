@@ -181,7 +181,7 @@ class Lfm2Moe(DecoderModel):
             if one not in types:
                 raise UnsupportedModelError(
                     f"{self.reader.where}: no layer of layer_types is {one}, expected layers of "
-                    "both kinds, as llama.cpp does"
+                    "both kinds: transformers fails without attention, llama.cpp without conv"
                 )
         return tuple(types)
 
@@ -220,14 +220,11 @@ class Lfm2Moe(DecoderModel):
     def header(self) -> list[Entry]:
         facts, llm, attention = self.facts, Keys.LLM, Keys.Attention
         kv_heads = [facts.n_kv_heads if one == FULL else 0 for one in self.layer_types]
-        changed: dict[str, Entry] = {
-            attention.HEAD_COUNT_KV: (attention.HEAD_COUNT_KV, kv_heads, ARRAY)
-        }
-        # the heads' size is the hidden size's share of a head, and has no key
-        absent = (attention.KEY_LENGTH, attention.VALUE_LENGTH)
-        entries = [changed.get(e[0], e) for e in super().header() if e[0] not in absent]
+        # the size of a head is its share of the hidden size, and has no key
+        others = (attention.HEAD_COUNT_KV, attention.KEY_LENGTH, attention.VALUE_LENGTH)
         return [
-            *entries,
+            *(entry for entry in super().header() if entry[0] not in others),
+            (attention.HEAD_COUNT_KV, kv_heads, ARRAY),
             (llm.LEADING_DENSE_BLOCK_COUNT, facts.moe_layers[0], UINT32),
             (llm.EXPERT_GATING_FUNC, int(Scores.SIGMOID), UINT32),
             (llm.VOCAB_SIZE, facts.vocab_size, UINT32),

@@ -75,8 +75,8 @@ class NextnDecoder(DecoderModel):
     def facts_with_block(self, moe_layers: Sequence[int]) -> ModelFacts:
         """`common_facts` of a trunk with these MoE layers, and of the block if there is one.
 
-        Raises UnsupportedModelError if the trunk's last layer, like which the block's is built,
-        has no experts.
+        Raises UnsupportedModelError if the trunk's last layer has no experts: the block's layer is
+        built like that one.
         """
         self.refuse_blocks()
         n_layers = read_n_layers(self.text)

@@ -19,6 +19,7 @@ from reap2gguf.models.rules import (
     ATTN_NORM,
     DENSE_FFN,
     FFN_NORM,
+    QKV_BIASES,
     ROUTER,
     SHARED_EXPERT,
     TensorRule,
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
     from reap2gguf.models.gguf_keys import GgufKeys
 
-_BIASES = (
-    TensorRule("self_attn.q_proj.bias", "attn_q.bias", "Q"),
-    TensorRule("self_attn.k_proj.bias", "attn_k.bias", "KV"),
-    TensorRule("self_attn.v_proj.bias", "attn_v.bias", "KV"),
-)
 _SHARED_WIDTH = "shared_expert_intermediate_size"
 
 
@@ -87,7 +83,7 @@ class Qwen2Moe(Qwen3Moe):
 
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
         ffn = (ROUTER, *SHARED_EXPERT) if layer in self.sparse_layers else DENSE_FFN
-        biases = _BIASES if self.has_biases else ()
+        biases = QKV_BIASES if self.has_biases else ()
         return (ATTN_NORM, *ATTENTION, *biases, FFN_NORM, *ffn)
 
     def header(self) -> list[Entry]:

@@ -98,6 +98,12 @@ class Qwen3VlMoe(Qwen3Moe):
         unrotated = unrotated_pairs(facts.head_dim, self.sections)
         self.unrotated = {pair: turns[pair] for pair in unrotated}
         self.n_deepstack = self.read_n_deepstack()
+        if self.n_deepstack >= facts.n_layers:
+            raise UnsupportedModelError(
+                f"{rotary.where}: {DEEPSTACK} names {self.n_deepstack} layers of the tower, "
+                f"expected fewer than the text model's {facts.n_layers}: llama.cpp adds nothing to "
+                "its last one"
+            )
         return facts
 
     def _turns(self, facts: ModelFacts) -> list[float]:

@@ -11,7 +11,9 @@ from reap2gguf.messages import shown
 from reap2gguf.models.deepseek2 import DeepseekV2, DeepseekV3, Glm4MoeLite
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.glm4_moe import Glm4Moe
+from reap2gguf.models.granite_moe import GraniteMoe, GraniteMoeShared
 from reap2gguf.models.lfm2_moe import Lfm2Moe
+from reap2gguf.models.mixtral import Mixtral
 from reap2gguf.models.olmoe import Olmoe
 from reap2gguf.models.qwen2_moe import Qwen2Moe
 from reap2gguf.models.qwen3_5_moe import Qwen35Moe
@@ -27,10 +29,14 @@ ARCHITECTURES: dict[str, type[MoeModel]] = {
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
     "Glm4MoeForCausalLM": Glm4Moe,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    # one architecture of GGUF files: what is read from these may have shared experts
+    "GraniteMoeForCausalLM": GraniteMoe,
+    "GraniteMoeSharedForCausalLM": GraniteMoeShared,
     "Lfm2MoeForCausalLM": Lfm2Moe,
+    "MixtralForCausalLM": Mixtral,
     "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
-    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen3NextForCausalLM": Qwen3Next,
     "Qwen3OmniMoeForConditionalGeneration": Qwen3OmniMoe,

@@ -80,12 +80,14 @@ class TokenizerFamily:
         replaced_special: Special tokens by kind that a header names whatever the files say.
         space_prefix: Whether a header repeats `add_prefix_space` of tokenizer_config.json, as
             llama.cpp's converter does for Llama and what it derives from it.
+        sentencepiece: Whether they may also be SentencePiece models, which split no text.
     """
 
     pre_tokenizers: PreTokenizers
     added_special: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     replaced_special: Mapping[str, str] = field(default_factory=dict)
     space_prefix: bool = False
+    sentencepiece: bool = False
 
 
 QWEN = TokenizerFamily(QWEN_PRE_TOKENIZERS)
@@ -111,8 +113,10 @@ _FAMILIES: Mapping[str, TokenizerFamily] = {
     "lfm2_moe": TokenizerFamily({LLAMA3_STEPS: "lfm2"}),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "kimi_linear": TokenizerFamily({KIMI_STEPS: "kimi-k2"}),
     "olmoe": TokenizerFamily({(GPT2_PATTERN,): "olmo"}),
     "granitemoe": TokenizerFamily({(ONE_DIGIT, GPT2_PATTERN): "refact"}, space_prefix=True),
+    "mixtral": TokenizerFamily({}, space_prefix=True, sentencepiece=True),
     "qwen3_omni_moe": TokenizerFamily(
         {}, replaced_special={"bos": "<|im_end|>", "eos": "<|im_end|>"}
     ),
@@ -123,3 +127,9 @@ def tokenizer_family(model_type: str) -> TokenizerFamily:
     """What the tokenizers of models of a `model_type` may be: its own ways, and those of Qwen."""
     own = _FAMILIES.get(model_type, QWEN)
     return replace(own, pre_tokenizers={**QWEN_PRE_TOKENIZERS, **own.pre_tokenizers})
+
+
+def known_patterns() -> frozenset[tuple[str, ...]]:
+    """The ways of splitting text that the tokenizers of any family have."""
+    own = (pattern for family in _FAMILIES.values() for pattern in family.pre_tokenizers)
+    return frozenset([*QWEN_PRE_TOKENIZERS, *own])

@@ -1,4 +1,4 @@
-"""Which code computes linear attention (Gated DeltaNet, of Qwen3.5), and what it costs.
+"""Which code computes Gated DeltaNet, the linear attention of Qwen3-Next and Qwen3.5, and its cost.
 
 transformers uses the package flash-linear-attention on a GPU if it is installed, else its own
 reference code. Nothing here loads torch: `doctor` and `plan` use it. Figures: bench/RESULTS.md.

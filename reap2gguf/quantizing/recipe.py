@@ -7,6 +7,7 @@ file_type = "Q4_K_M"               # llama.cpp's mixture; also general.file_type
 match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name
 type = "Q8_0"
 optional = true                    # only some architectures have such a tensor
+fallback = true                    # rows that its blocks do not fill get llama.cpp's other type
 override = true                    # of --tensor-type: rules below may be left without tensors
 """
 
@@ -49,7 +50,8 @@ _RULE_TEXTS = {
     "type": "a GGML tensor type, such as Q8_0",
 }
 _RECIPE_KEYS = {*_RECIPE_TEXTS, "rules"}
-_RULE_KEYS = {*_RULE_TEXTS, "optional", "override"}
+_RULE_FLAGS = ("optional", "fallback", "override")
+_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS}
 # llama-quantize takes these names for the medium mixtures as well
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
@@ -67,6 +69,7 @@ class Rule:
     tensor_type: GGMLQuantizationType
     optional: bool = False
     override: bool = False
+    fallback: bool = False  # as llama-quantize does with any type: Q5_1 for Q5_K, for example
 
     @property
     def title(self) -> str:
@@ -131,7 +134,7 @@ class Recipe:
             yield from ("", "[[rules]]")
             yield f"match = {toml_string(rule.match)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
-            yield from (f"{key} = true" for key in ("optional", "override") if getattr(rule, key))
+            yield from (f"{key} = true" for key in _RULE_FLAGS if getattr(rule, key))
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -279,7 +282,7 @@ def _rule(values: Any, where: str) -> Rule:
     _refuse_unknown(values, _RULE_KEYS, where)
     match, tensor_type = (_text(values, key, where, _RULE_TEXTS) for key in _RULE_TEXTS)
     check_glob(match, f"{where}: match")
-    flags = {key: values.get(key, False) for key in ("optional", "override")}
+    flags = {key: values.get(key, False) for key in _RULE_FLAGS}
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise RecipeError(f"{where}: {key} is {shown(value)}, expected true or false")

@@ -15,7 +15,7 @@ from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.quantizing.file_types import Part
-from reap2gguf.quantizing.mixture import MixtureChooser, part_of
+from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -136,8 +136,12 @@ def resolve(
         if winner is not None:
             winners.add(winner)
             rule = recipe.rules[winner]
-            _check_rows(tensor, rule, recipe)
-            resolved[tensor.name] = ResolvedTensor(tensor, rule.tensor_type, rule.match)
+            tensor_type = rule.tensor_type
+            if rule.fallback:
+                tensor_type = fitting(tensor_type, tensor.n_columns)
+            else:
+                _check_rows(tensor, rule, recipe)
+            resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, rule.match)
         else:
             tensor_type = chooser.choose(tensor) if whole is None else whole
             resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, None)

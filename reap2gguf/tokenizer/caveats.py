@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.checkpoint.config import read_json, read_optional
 from reap2gguf.messages import shown
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
+from reap2gguf.tokenizer.special_names import ENDS_BY_GROUP, ENDS_BY_NAME, ORDINARY_IN_QWEN
+from reap2gguf.tokenizer.tokenizer_files import RANKS_FILE, tokenizer_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -22,6 +24,10 @@ NFC_CAVEAT = (
 ORDINARY_CAVEAT = (
     f"the text {ORDINARY_IN_QWEN} is one token for llama.cpp, which takes that token of the "
     "vocabulary for a special one, and several tokens for transformers"
+)
+RANKS_CAVEAT = (
+    f"the tokenizer is a {RANKS_FILE}, which transformers reads with Python code of the source: "
+    "copy its tokenization_*.py into the pruned checkpoint to load the tokenizer there"
 )
 # transformers 5 builds these classes from the vocabulary and merges alone, and splits text in the
 # class's own way, here by llama.cpp's name of it
@@ -46,7 +52,10 @@ _WITHOUT_A_NAME = "Qwen2Tokenizer"  # where neither config names a class
 
 
 def tokenizer_caveats(
-    folder: Path, pre: str, vocabulary: Vocabulary, ends: Collection[int | None] = ()
+    folder: Path,
+    pre: str,
+    vocabulary: Vocabulary | SpmVocabulary,
+    ends: Collection[int | None] = (),
 ) -> tuple[str, ...]:
     """Differences that remain, one sentence each.
 
@@ -54,9 +63,19 @@ def tokenizer_caveats(
     are the header's ends of text, of turn and of message. Raises CheckpointError if a config
     cannot be read.
     """
+    if isinstance(vocabulary, SpmVocabulary):
+        return (*_spm_caveats(vocabulary), *_end_caveats(folder, vocabulary.tokens, ends))
     found = [NFC_CAVEAT] if vocabulary.normalizes else []
     if (differs := PRE_TOKENIZERS[pre].differs) is not None:
         found.append(differs)
+        if unreached := len(vocabulary.unreached):
+            found.append(
+                f"no merge leads to {unreached:,} tokens of the vocabulary, so llama.cpp never "
+                "makes them: a word that is such a token gets other ids there"
+            )
+    if tokenizer_path(folder).name == RANKS_FILE:
+        found.append(RANKS_CAVEAT)
+        return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
     if vocabulary.hides_ordinary:
         found.append(ORDINARY_CAVEAT)
     name = _class_in_transformers(read_optional(folder, "config.json"), folder)
@@ -68,15 +87,26 @@ def tokenizer_caveats(
             f"tokenizer.json splits it like {pre}; calibration and GGUF follow tokenizer.json; if "
             "that was saved by mistake, use the one of the base model"
         )
-    return (*found, *_end_caveats(folder, vocabulary, ends))
+    return (*found, *_end_caveats(folder, vocabulary.tokens, ends))
 
 
-def _end_caveats(
-    folder: Path, vocabulary: Vocabulary, known: Collection[int | None]
-) -> Iterator[str]:
+def _spm_caveats(vocabulary: SpmVocabulary) -> Iterator[str]:
+    """Where llama.cpp puts a space before a text, and tokenizer.json does not."""
+    if not vocabulary.prepends_after_special:
+        yield (
+            "llama.cpp puts a space before what follows a special token, and tokenizer.json only "
+            "before a whole text: after a special token text gets other token ids there"
+        )
+    if not vocabulary.prepends_always:
+        yield (
+            "llama.cpp puts a space before each text, and tokenizer.json does not where it begins "
+            "with one: such a text has one space more there"
+        )
+
+
+def _end_caveats(folder: Path, tokens: list[str], known: Collection[int | None]) -> Iterator[str]:
     """The tokens at which transformers ends an answer, and llama.cpp does not."""
     name, wanted = _ends_in_transformers(folder)
-    tokens = vocabulary.tokens
     ends = _ends_in_llama_cpp(tokens).union(known)
     more = [i for i in dict.fromkeys(wanted) if 0 <= i < len(tokens) and i not in ends]
     if not more:

@@ -10,7 +10,9 @@ from gguf import GGUFWriter, Keys
 from reap2gguf.errors import CheckpointError
 from reap2gguf.tokenizer.caveats import tokenizer_caveats
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer, header_value
-from reap2gguf.tokenizer.probe import check_against_library
+from reap2gguf.tokenizer.probe import check_against_library, check_spm_against_library
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary
+from reap2gguf.tokenizer.tokenizer_files import tokenizer_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +41,10 @@ def check_tokenizer(folder: Path, vocab_size: int, family: TokenizerFamily) -> t
             "config.json, expected one: llama.cpp would end each answer at token 11; set eos_token "
             "in tokenizer_config.json"
         )
-    check_against_library(vocabulary, folder / "tokenizer.json", pre)
+    if isinstance(vocabulary, SpmVocabulary):
+        check_spm_against_library(vocabulary, tokenizer_path(folder))
+    else:
+        check_against_library(vocabulary, tokenizer_path(folder), pre)
     keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
     ends = [header_value(writer, key) for key in keys]
     return tokenizer_caveats(folder, pre, vocabulary, ends)

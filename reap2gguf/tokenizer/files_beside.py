@@ -15,14 +15,13 @@ from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
-    from reap2gguf.tokenizer.vocabulary import AddedToken
+    from reap2gguf.tokenizer.added_tokens import AddedToken
 
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FLAGS = ("lstrip", "rstrip", "single_word")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # settings of tokenizer_config.json -> the values with which ids are those of tokenizer.json
 _SETTINGS: dict[str, tuple[Any, ...]] = {
-    "add_prefix_space": (None, False),
     "split_special_tokens": (None, False),
     "fast_tokenizer_files": (None, [], ["tokenizer.json"]),  # another file would be read
 }
@@ -32,14 +31,15 @@ _HELP = (
 )
 
 
-def check_files_beside(folder: Path, added: list[AddedToken]) -> None:
+def check_files_beside(folder: Path, added: list[AddedToken], space_prefix: bool = False) -> None:
     """Refuse files beside `tokenizer.json` that change ids, or name tokens that it does not have.
 
-    `added` are the added tokens of `tokenizer.json`. Raises CheckpointError for files that
+    `added` are the added tokens of `tokenizer.json`, `space_prefix` says whether it puts a space
+    before a text. Raises CheckpointError for files that
     disagree, and UnsupportedModelError for a setting that llama.cpp does not support.
     """
     config, special, ids = (read_optional(folder, name) for name in (_CONFIG, _MAP, _ADDED))
-    for key, allowed in _SETTINGS.items():
+    for key, allowed in (_SETTINGS | {"add_prefix_space": (None, space_prefix)}).items():
         if config.get(key) not in allowed:
             raise UnsupportedModelError(
                 f"{folder / _CONFIG}: {key} is {shown(config[key])}, expected "

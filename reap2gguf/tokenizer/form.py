@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.advice import HELP
 from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import NO_NORMALIZER, PRE_TOKENIZERS
-from reap2gguf.tokenizer.settings import BYTE_LEVEL_AFTER, HELP, check_settings, unknown
+from reap2gguf.tokenizer.settings import BYTE_LEVEL_AFTER, check_settings, unknown
 from reap2gguf.tokenizer.steps import split_patterns, steps_of
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def check_form(tokenizer: dict[str, Any], where: Path, pre_tokenizers: PreTokeni
     check_settings(model, _MODEL | {"ignore_merges": (*_ANY_FLAG, None)}, "BPE", where, "model")
     check_settings(tokenizer.get("decoder"), BYTE_LEVEL_AFTER, "ByteLevel", where, "decoder")
     ignores = PRE_TOKENIZERS[name].ignore_merges
-    if bool(model.get("ignore_merges")) is not ignores:
+    if bool(model.get("ignore_merges")) is not ignores and PRE_TOKENIZERS[name].differs is None:
         _check_whole_words(tokenizer["model"], where, ignores)
     return name
 

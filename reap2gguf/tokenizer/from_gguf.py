@@ -1,7 +1,7 @@
 """A `tokenizer.json` made from the header of a GGUF file, for files that come without one.
 
-Texts are split by llama.cpp's own patterns, merged by the merges of the header, and not normalized,
-as in llama.cpp. Chat templates are left out.
+Texts are split by llama.cpp's own patterns, merged by the merges of the header or joined by its
+scores, and not normalized, as in llama.cpp. Chat templates are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from gguf import Keys, TokenType
 from reap2gguf.atomic import write_whole
 from reap2gguf.errors import ArtifactError, UnsupportedModelError
 from reap2gguf.messages import shown
-from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from reap2gguf.tokenizer.pre_tokenizers import (
+    PRE_TOKENIZERS,
+    PreTokenizer,
+    pattern_for_library,
+)
+from reap2gguf.tokenizer.sentencepiece import BYTE_TOKENS, SPACE, SPACE_FIRST
 
 if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
@@ -25,6 +30,15 @@ _BYTE_LEVEL = {
     "add_prefix_space": False,
     "trim_offsets": True,
     "use_regex": False,
+}
+_MODEL = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
 }
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
 
@@ -37,8 +51,9 @@ def header_tokens(header: GgufHeader) -> list[str]:
 def write_tokenizer(header: GgufHeader, folder: Path) -> None:
     """Write the tokenizer of a GGUF file into a folder that is there, as transformers reads it.
 
-    Raises UnsupportedModelError for a kind of tokenizer that is not byte-level BPE, or that
-    splits text in a way that is not known; ArtifactError for a broken header.
+    Raises UnsupportedModelError for a kind of tokenizer that is neither byte-level BPE nor
+    SentencePiece, or that splits text in a way that is not known; ArtifactError for a broken
+    header.
     """
     write_whole(folder / "tokenizer.json", json.dumps(tokenizer_json(header), ensure_ascii=False))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "backend": "tokenizers"}
@@ -49,11 +64,12 @@ def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
     """The contents of the file; raises as `write_tokenizer` does."""
     metadata, keys = header.metadata, Keys.Tokenizer
     model, pre = metadata.get(keys.MODEL), metadata.get(keys.PRE)
-    if model != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+    is_known = model == "llama" or (model == "gpt2" and isinstance(pre, str))
+    if not is_known or (model == "gpt2" and pre not in PRE_TOKENIZERS):
         raise UnsupportedModelError(
             f"{header.path}: its tokenizer is {shown(model)} with the pre-tokenizer {shown(pre)}, "
-            f"expected gpt2 with one of {', '.join(PRE_TOKENIZERS)}; name the checkpoint that it "
-            "was made from with --reference"
+            f"expected llama, or gpt2 with one of {', '.join(PRE_TOKENIZERS)}; name the checkpoint "
+            "that it was made from with --reference"
         )
     tokens = header_tokens(header)
     types = metadata.get(keys.TOKEN_TYPE)
@@ -65,16 +81,22 @@ def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ArtifactError(f"{header.path}: {keys.LIST} has a token twice")
-    kind = PRE_TOKENIZERS[pre]
+    added = [
+        _added(index, token, types[index] != TokenType.USER_DEFINED)
+        for index, token in enumerate(tokens)
+        if types[index] in _ADDED or (model == "llama" and types[index] == TokenType.UNKNOWN)
+    ]
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    if model == "llama":
+        return whole | _spm(header, tokens, types, vocabulary)
+    return whole | _byte_level_bpe(header, tokens, vocabulary, PRE_TOKENIZERS[str(pre)])
+
+
+def _byte_level_bpe(
+    header: GgufHeader, tokens: list[str], vocabulary: dict[str, int], kind: PreTokenizer
+) -> dict[str, Any]:
+    """The parts that split a text into words, and merge the bytes of each."""
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            _added(index, token, types[index] == TokenType.CONTROL)
-            for index, token in enumerate(tokens)
-            if types[index] in _ADDED
-        ],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -83,18 +105,62 @@ def tokenizer_json(header: GgufHeader) -> dict[str, Any]:
         "post_processor": _beginning(header, tokens, kind.adds_bos),
         "decoder": {**_BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
+            **_MODEL,
             "ignore_merges": kind.ignore_merges,
             "vocab": vocabulary,
             "merges": _merges(header, vocabulary),
         },
     }
+
+
+def _spm(
+    header: GgufHeader, tokens: list[str], types: list[Any], vocabulary: dict[str, int]
+) -> dict[str, Any]:
+    """The parts that join the characters of a whole text, the best score first."""
+    scores = header.metadata.get(Keys.Tokenizer.SCORES)
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ArtifactError(
+            f"{header.path}: {Keys.Tokenizer.SCORES} does not have a score for each of "
+            f"{len(tokens):,} tokens"
+        )
+    if missing := [token for token in BYTE_TOKENS if token not in vocabulary]:
+        raise ArtifactError(f"{header.path}: no token {missing[0]}, expected one for each byte")
+    puts_space = header.metadata.get(Keys.Tokenizer.ADD_PREFIX, True) is True
+    decoders = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        *[{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * puts_space,
+    ]
+    ordinary = {
+        text: float(score)
+        for text, score, kind in zip(tokens, scores, types, strict=True)
+        if kind == TokenType.NORMAL
+    }
+    return {
+        **SPACE_FIRST[puts_space],
+        "post_processor": _beginning(header, tokens, True),
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            **_MODEL,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges_of_scores(ordinary),
+        },
+    }
+
+
+def _merges_of_scores(scores: dict[str, float]) -> list[list[str]]:
+    """Each way in which a token is made of two, in the order in which transformers sorts them."""
+    found = [
+        (score, left, right)
+        for text, score in scores.items()
+        for left, right in ((text[:at], text[at:]) for at in range(1, len(text)))
+        if left in scores and right in scores
+    ]
+    found.sort(key=lambda pair: (pair[0], len(pair[1]), len(pair[2])), reverse=True)
+    return [[left, right] for _, left, right in found]
 
 
 def _added(index: int, text: str, special: bool) -> dict[str, Any]:
@@ -105,7 +171,7 @@ def _added(index: int, text: str, special: bool) -> dict[str, Any]:
 def _split(pattern: str) -> dict[str, Any]:
     return {
         "type": "Split",
-        "pattern": {"Regex": pattern},
+        "pattern": {"Regex": pattern_for_library(pattern)},
         "behavior": "Isolated",
         "invert": False,
     }

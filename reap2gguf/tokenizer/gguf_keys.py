@@ -25,41 +25,60 @@ from reap2gguf.tokenizer.files_beside import check_files_beside
 from reap2gguf.tokenizer.form import check_form
 from reap2gguf.tokenizer.post_processor import added_by_post_processor, has_step
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.tokenizer_files import loaded_templates, read_tokenizer_json
+from reap2gguf.tokenizer.sentencepiece import SpmVocabulary, is_sentencepiece, read_spm
+from reap2gguf.tokenizer.tokenizer_files import (
+    loaded_templates,
+    read_tokenizer_json,
+    tokenizer_path,
+)
 from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     from reap2gguf.models.tokenizer_families import TokenizerFamily
+    from reap2gguf.tokenizer.added_tokens import AddedToken
 
+SPM_PRE = "default"  # what llama.cpp's converter calls the splitting of a SentencePiece model
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # gguf-py reads `bos_token_id` ...
 
 
 def add_tokenizer(
     writer: GGUFWriter, folder: Path, vocab_size: int, family: TokenizerFamily
-) -> tuple[str, Vocabulary]:
+) -> tuple[str, Vocabulary | SpmVocabulary]:
     """Add the tokenizer of the checkpoint in `folder`: tokens, types, merges, template.
 
     Returns llama.cpp's name of its pre-tokenizer and its vocabulary. Raises CheckpointError if the
     files are broken or disagree, and UnsupportedModelError if llama.cpp would make other ids.
     """
-    path = folder / "tokenizer.json"
+    path = tokenizer_path(folder)
     tokenizer = read_tokenizer_json(folder)
-    pre = check_form(tokenizer, path, family.pre_tokenizers)
+    has_file = path.name == "tokenizer.json"
+    config = read_optional(folder, "tokenizer_config.json")
+    vocabulary: Vocabulary | SpmVocabulary
+    if family.sentencepiece and is_sentencepiece(tokenizer):
+        pre, vocabulary = SPM_PRE, read_spm(tokenizer, folder, config, vocab_size)
+    else:
+        pre = check_form(tokenizer, path, family.pre_tokenizers)
+        vocabulary = read_vocabulary(tokenizer, vocab_size, path)
     before = added_by_post_processor(tokenizer, path)
-    vocabulary = read_vocabulary(tokenizer, vocab_size, path)
-    check_files_beside(folder, vocabulary.added)
+    is_spm = isinstance(vocabulary, SpmVocabulary)
+    puts_space = isinstance(vocabulary, SpmVocabulary) and vocabulary.space_prefix
+    if has_file:  # else it is made of the files beside it
+        check_files_beside(folder, vocabulary.added, puts_space)
     templates = loaded_templates(folder)
     _check_config_ids(folder)
-    space = read_optional(folder, "tokenizer_config.json").get("add_prefix_space")
-    if family.space_prefix and isinstance(space, bool):
-        writer.add_add_space_prefix(space)
-    writer.add_tokenizer_model("gpt2")
+    if family.space_prefix and isinstance(config.get("add_prefix_space"), bool):
+        writer.add_add_space_prefix(config["add_prefix_space"])
+    writer.add_tokenizer_model("llama" if is_spm else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
+    if isinstance(vocabulary, SpmVocabulary):
+        writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    if isinstance(vocabulary, Vocabulary) and not has_file:
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
     try:
         # gguf-py knows where merges and special ids are stored; it prefers other chat templates
-        special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+        special = SpecialVocab(folder, load_merges=has_file and not is_spm, n_vocab=vocab_size)
         special.chat_template = templates if isinstance(templates, str) else None
         if isinstance(templates, dict):
             # sorted, as gguf-py takes the names in the order of a set, which is no fixed order
@@ -71,7 +90,7 @@ def add_tokenizer(
             has_template = has_step(tokenizer, "TemplateProcessing")
             nothing = {"eos": False} if has_template else {"bos": False, "eos": False}
             special.add_special_token |= nothing
-        special.special_token_ids |= _family_ids(special, family, pre, vocabulary, path)
+        special.special_token_ids |= _family_ids(special, family, pre, vocabulary.added, path)
         special.add_to_gguf(writer, quiet=True)
         if named := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
             named.value.sort()
@@ -82,10 +101,14 @@ def add_tokenizer(
 
 
 def _family_ids(
-    special: SpecialVocab, family: TokenizerFamily, pre: str, vocabulary: Vocabulary, path: Path
+    special: SpecialVocab,
+    family: TokenizerFamily,
+    pre: str,
+    added: list[AddedToken],
+    path: Path,
 ) -> dict[str, int]:
     """The ids of special tokens that the family names, beside or in place of those of the files."""
-    ids = {token.text: token.index for token in vocabulary.added}
+    ids = {token.text: token.index for token in added}
     found = {}
     for kind, text in family.added_special.get(pre, {}).items():
         if text not in ids:
@@ -115,7 +138,8 @@ def _check_config_ids(folder: Path) -> None:
 
 def _check_added_ids(writer: GGUFWriter, before: list[int], pre: str, folder: Path) -> None:
     """Refuse a header by which llama.cpp would add other ids to a text than the post-processor."""
-    adds_bos = header_value(writer, Keys.Tokenizer.ADD_BOS, PRE_TOKENIZERS[pre].adds_bos)
+    usual = pre == SPM_PRE or PRE_TOKENIZERS[pre].adds_bos
+    adds_bos = header_value(writer, Keys.Tokenizer.ADD_BOS, usual)
     bos = [header_value(writer, Keys.Tokenizer.BOS_ID)] if adds_bos else []
     adds_eos = header_value(writer, Keys.Tokenizer.ADD_EOS, False)
     if bos != before or adds_eos:

@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-from gguf import TokenType
-
 from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.pre_tokenizers import PreTokenizer, split_words
-from reap2gguf.tokenizer.vocabulary import HIDES_S, SPECIAL_BY_NAME
+from reap2gguf.tokenizer.special_split import SpecialTokens
 
 _UNRANKED = 2**62
-_SPECIAL_TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 
 
 class LlamaBpe:
@@ -40,20 +37,13 @@ class LlamaBpe:
         for rank, pair in enumerate(merges):
             self._ranks.setdefault(pair, rank)
         self._pre = pre_tokenizer
-        hidden = "</s>" if any(text in self._ids for text in HIDES_S) else None
-        special = [
-            text
-            for text, kind in zip(tokens, types, strict=True)
-            if (kind in _SPECIAL_TYPES or text in SPECIAL_BY_NAME) and text != hidden
-        ]
-        # the longest first; which of two equally long ones comes first is not defined
-        self._special = sorted(special, key=lambda text: -len(text.encode()))
+        self._special = SpecialTokens(tokens, types)
         self._known: dict[str, list[int]] = {}  # words that were merged before
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are recognised, none is added."""
         ids: list[int] = []
-        for piece in self._partition(text):
+        for piece in self._special.partition(text):
             if isinstance(piece, int):
                 ids.append(piece)
                 continue
@@ -62,25 +52,6 @@ class LlamaBpe:
                     self._known[word] = list(self._merge(word))
                 ids += self._known[word]
         return ids
-
-    def _partition(self, text: str) -> list[str | int]:
-        """Text between special tokens, and their ids: each token takes what earlier ones left."""
-        pieces: list[str | int] = [text] if text else []
-        for special in self._special:
-            if special not in text:
-                continue
-            index = self._ids[special]
-            cut: list[str | int] = []
-            for piece in pieces:
-                if isinstance(piece, int) or special not in piece:
-                    cut.append(piece)
-                    continue
-                first, *others = piece.split(special)
-                cut.append(first)
-                for other in others:
-                    cut += [index, other]
-            pieces = [piece for piece in cut if piece != ""]
-        return pieces
 
     def _merge(self, word: str) -> Iterator[int]:
         """The ids of one word: its bytes, merged as long as a pair has a rank."""

@@ -3,18 +3,22 @@ r"""Cuts a long text into pieces that a tokenizer may encode one by one, in thre
 The ids of the pieces, one after another, are those of the whole text. A cut lies where
 
 - an ASCII letter is followed by a space and another ASCII letter (before the space), or
-- a line break is followed by a letter or digit, or
+- a line break that follows something else than white space is followed by a letter or digit, or
 - a Chinese character is followed by one mark of Chinese punctuation.
 
-The patterns of `QWEN_PRE_TOKENIZERS` begin a new word at each of these, whatever stands around:
+All known ways of splitting text begin a new word at each of these, whatever stands around:
 
-- Letters are matched by `\p{L}+` or as the end of `'s`, and neither takes a space or punctuation.
-- A line break is the last character of `\s*[\r\n]+` or `[\r\n]*`: both take it before `\s+` can,
-  the only alternative whose end depends on what follows. None goes on from it to a letter.
+- A run of letters takes no space and no punctuation, and only a space or punctuation before it. In
+  patterns that list scripts, letters and Chinese characters are taken by steps of their own.
+- A line break is taken by itself, or at the end of `\s*[\r\n]+` or `[\r\n]*`, which no pattern
+  continues to a letter; or by `\s+`, whose end depends on what follows only where several white
+  spaces stand together.
+- Digits that are split off before are words already.
 
 So each word lies on one side of the cut, and BPE merges inside words. Normalization form C composes
-nothing with a space, a line break or that punctuation. A tokenizer of another form, or with an
-added token that has such a place inside, is given the whole text.
+nothing with a space, a line break or that punctuation. A tokenizer of another form, such as one of
+SentencePiece, which splits nothing, or with an added token that has such a place inside, is given
+the whole text.
 """
 
 from __future__ import annotations
@@ -26,14 +30,23 @@ from typing import Any
 
 from tokenizers import Tokenizer as Encoder
 
-from reap2gguf.models.tokenizer_families import QWEN_PRE_TOKENIZERS
+from reap2gguf.models.tokenizer_families import known_patterns
+from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, pattern_for_library
+from reap2gguf.tokenizer.steps import split_patterns, steps_of
 
 PIECE = 2**14  # characters of a piece, about
 _CUT = re.compile(
-    r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\n)(?=[^\W_])|(?<=[\u4e00-\u9fa5])(?=[，。、；：？！])"
+    r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W_])|(?<=[\u4e00-\u9fa5])(?=[，。、；：？！])"
 )
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+# of published tokenizers, and of those made from GGUF files
+KNOWN_PATTERNS = frozenset(
+    [
+        *known_patterns(),
+        *(tuple(map(pattern_for_library, kind.splits)) for kind in PRE_TOKENIZERS.values()),
+    ]
+)
 _NORMALIZERS = (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []})
 
 
@@ -60,16 +73,14 @@ def _state(part: Any) -> Any:
 
 
 def _splits_words(part: Any) -> bool:
-    """Whether a pre-tokenizer is one of the patterns above, then bytes."""
-    steps = part.get("pretokenizers") if isinstance(part, dict) else None
-    if not isinstance(steps, list) or len(steps) < 2:
-        return False
-    *splits, last = steps
-    patterns = tuple(step.get("pattern", {}).get("Regex") for step in splits)
+    """Whether a pre-tokenizer is one of the known ways of splitting text, then bytes."""
+    *splits, last = steps_of(part) or [{}]
+    has_split = any(step.get("type") == "Split" for step in splits)
     return (
-        patterns in QWEN_PRE_TOKENIZERS
-        and all(_SPLIT.items() <= step.items() for step in splits)
+        split_patterns(part) in KNOWN_PATTERNS
+        and all(step.get("type") == "Digits" or _SPLIT.items() <= step.items() for step in splits)
         and _BYTE_LEVEL.items() <= last.items()
+        and last.get("use_regex", True) is not has_split
     )
 
 

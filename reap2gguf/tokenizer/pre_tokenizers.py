@@ -125,8 +125,14 @@ def split_words(text: str, splits: tuple[str, ...]) -> list[str]:
 
 
 def pattern_for_library(pattern: str) -> str:
-    """A pattern of llama.cpp as the tokenizers library reads it."""
-    return pattern.replace(r"\p{Han}", f"[{_HAN}]")
+    """A pattern as the tokenizers library reads it, that splits text there as llama.cpp does.
+
+    In a class that lists characters, llama.cpp finds no space beyond ASCII.
+    """
+    if r"\p{" in pattern:
+        return pattern.replace(r"\p{Han}", f"[{_HAN}]")
+    spaces = "".join(sorted(_WIDE_SPACES))
+    return re.sub(r"\[([^\]]*[^\x00-\x7f][^\]]*)\]", rf"[\1&&[^{spaces}]]", pattern)
 
 
 def is_settled(text: str) -> bool:

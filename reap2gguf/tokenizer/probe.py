@@ -7,20 +7,29 @@ All texts are in NFC, since llama.cpp does not normalize; see `caveats`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 from tokenizers import Tokenizer as Library
 
+from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.added_tokens import AddedToken, is_nfc
 from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
+from reap2gguf.tokenizer.llama_spm import LlamaSpm
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
-from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, Vocabulary, is_nfc
+from reap2gguf.tokenizer.sentencepiece import SPACE, SPACE_FIRST, SpmVocabulary
+from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
+from reap2gguf.tokenizer.tokenizer_files import load_library
+
+if TYPE_CHECKING:
+    from reap2gguf.tokenizer.vocabulary import Vocabulary
 
 HARD_CASES = (
     # languages
@@ -78,10 +87,8 @@ def check_against_library(vocabulary: Vocabulary, path: Path, pre: str) -> None:
     pre-tokenizer. Raises CheckpointError if the library cannot load the file or numbers its tokens
     otherwise, and UnsupportedModelError that names the first text with other words or ids.
     """
+    library = load_library(path.parent)
     with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
-        library = Library.from_file(str(path))
-        library.no_padding()  # a file may ask for padding to any length, which would be allocated
-        library.no_truncation()
         n_tokens = library.get_vocab_size(with_added_tokens=True)
         ids = {token.text: library.token_to_id(token.text) for token in vocabulary.added}
     _check_ids(vocabulary, ids, n_tokens, path)
@@ -90,17 +97,50 @@ def check_against_library(vocabulary: Vocabulary, path: Path, pre: str) -> None:
         if PRE_TOKENIZERS[pre].differs is None:
             _compare(text, _words(library, text, path), _llama_words(text, pre), path)
     ours = LlamaBpe(vocabulary.tokens, vocabulary.types, vocabulary.merges, PRE_TOKENIZERS[pre])
-    texts = [*HARD_CASES, *_from_vocabulary(vocabulary), *_with_added(vocabulary)]
+    texts = [*HARD_CASES, *_from_vocabulary(vocabulary), *_with_added(vocabulary.added)]
+    other = vocabulary.unreached if PRE_TOKENIZERS[pre].differs else frozenset()
     for text in [*texts, "\n".join(texts)]:
         if PRE_TOKENIZERS[pre].differs and _words(library, text, path) != _llama_words(text, pre):
             continue  # the user is told where
+        with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
+            theirs = library.encode(text, add_special_tokens=False).ids
+        if other.isdisjoint(theirs):
+            _compare(text, theirs, ours.encode(text), path)
+
+
+def check_spm_against_library(vocabulary: SpmVocabulary, path: Path) -> None:
+    """Refuse a SentencePiece tokenizer of which the library and llama.cpp make different ids.
+
+    Compared is how characters are joined, with a space put before each text as llama.cpp does it;
+    the user is told where the file does that otherwise. Raises as `check_against_library` does.
+    """
+    description = read_json(path, MAX_TOKENIZER_BYTES) | SPACE_FIRST[vocabulary.space_prefix]
+    with panics_as(CheckpointError, f"{path}: no usable tokenizer"):
+        library = Library.from_str(json.dumps(description))
+        library.no_padding()
+        library.no_truncation()
+        n_tokens = library.get_vocab_size(with_added_tokens=True)
+        ids = {token.text: library.token_to_id(token.text) for token in vocabulary.added}
+    _check_ids(vocabulary, ids, n_tokens, path)
+    ours = LlamaSpm(vocabulary.tokens, vocabulary.types, vocabulary.scores, vocabulary.space_prefix)
+    normal = [
+        text.replace(SPACE, " ")
+        for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind == TokenType.NORMAL
+    ]
+    drawn = [text for text in normal[:: len(normal) // _MOST_TOKENS + 1] if is_settled(text)]
+    texts = [*HARD_CASES, *drawn, " ".join(drawn), *_with_added(vocabulary.added)]
+    for text in [*texts, "\n".join(texts)]:
         with panics_as(CheckpointError, f"{path}: the tokenizer fails on a text"):
             theirs = library.encode(text, add_special_tokens=False).ids
         _compare(text, theirs, ours.encode(text), path)
 
 
 def _check_ids(
-    vocabulary: Vocabulary, in_library: dict[str, int | None], n_tokens: int, path: Path
+    vocabulary: Vocabulary | SpmVocabulary,
+    in_library: dict[str, int | None],
+    n_tokens: int,
+    path: Path,
 ) -> None:
     """Compare the ids of added tokens with those that the library gives them.
 
@@ -180,9 +220,8 @@ def _from_vocabulary(vocabulary: Vocabulary) -> Iterator[str]:
     yield " ".join(found)
 
 
-def _with_added(vocabulary: Vocabulary) -> Iterator[str]:
+def _with_added(added: list[AddedToken]) -> Iterator[str]:
     """Texts with added tokens in them: between words and spaces, twice, and cut off."""
-    added = vocabulary.added
     for token in added[:: len(added) // _MOST_ADDED + 1]:
         it = token.text
         text = f"a{it}b {it} 1{it}{it}\n{it}\n {it[:-1]} {it[1:]} '{it}s  {it}"

@@ -8,11 +8,8 @@ from typing import Any
 
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.advice import HELP
 
-HELP = (
-    "llama.cpp would tokenize differently from the model, so nothing is written; use the "
-    "tokenizer.json of the model that this one was made from"
-)
 # of a ByteLevel step after splitting, and for texts made of ids, nothing of these changes an id
 BYTE_LEVEL_AFTER = dict.fromkeys(
     ("add_prefix_space", "trim_offsets", "use_regex"), (True, False, None)

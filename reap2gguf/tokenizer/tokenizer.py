@@ -14,13 +14,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer as Encoder
 
+from reap2gguf.checkpoint.config import read_optional
 from reap2gguf.errors import CalibrationError, CheckpointError
 from reap2gguf.tokenizer.panics import panics_as
 from reap2gguf.tokenizer.pieces import PIECE, cuts_anywhere, next_cut, pieces
 from reap2gguf.tokenizer.templates import ChatTemplate
-from reap2gguf.tokenizer.tokenizer_files import check_template_files
+from reap2gguf.tokenizer.tokenizer_files import (
+    RANKS_FILE,
+    check_template_files,
+    load_library,
+    loaded_templates,
+    tokenizer_path,
+)
 
 TokenIds = npt.NDArray[np.int64]
 _GROUP = 2**20  # characters that the library gets at once: enough for all processors
@@ -35,26 +41,16 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         check_template_files(folder)
-        path = folder / "tokenizer.json"
+        made = tokenizer_path(folder).name == RANKS_FILE
+        self._chat = _template_of_files(folder) if made else _template_of_transformers(folder)
+        # the GGUF file is made of tokenizer.json; classes of transformers may do otherwise
+        self._encoder = load_library(folder)
         with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
-            loaded: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        if not loaded.is_fast or not path.is_file():
-            raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
-        with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
-            # the GGUF file is made of tokenizer.json; classes of transformers may do otherwise
-            self._encoder = Encoder.from_file(str(path))
-            self._encoder.no_padding()
-            self._encoder.no_truncation()
             self._in_pieces = cuts_anywhere(self._encoder)
             # what the tokenizer puts before each text: one BOS token or nothing
             prefix = self._encoder.encode("").ids
         self.bos: int | None = prefix[0] if prefix else None
-        self._chat = _chat_template(loaded, folder)
 
     def encode(self, text: str, at_least: int | None = None) -> TokenIds:
         """Token ids of a text, shape (n,). Special tokens in it are recognised, none is added.
@@ -184,14 +180,36 @@ def _read_ahead(
             before = None if group is None or job is None else (group, job)
 
 
-def _chat_template(tokenizer: Any, folder: Path) -> ChatTemplate | None:
-    templates = tokenizer.chat_template
+def _template_of_transformers(folder: Path) -> ChatTemplate | None:
+    """The chat template that transformers loads; CheckpointError if there is no fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
+        loaded: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    if not loaded.is_fast or not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder}: has no tokenizer.json (a fast tokenizer is needed)")
+    templates = loaded.chat_template
     if templates is None:
         return None
     texts = templates.values() if isinstance(templates, dict) else [templates]
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{folder}: its chat template is not text")
-    return ChatTemplate(templates, tokenizer.special_tokens_map)
+    return ChatTemplate(templates, loaded.special_tokens_map)
+
+
+def _template_of_files(folder: Path) -> ChatTemplate | None:
+    """The chat template of a tokenizer that transformers loads with code of the checkpoint only."""
+    templates = loaded_templates(folder)
+    config = read_optional(folder, "tokenizer_config.json")
+    named = {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key.endswith("_token")
+    }
+    special = {key: text for key, text in named.items() if isinstance(text, str)}
+    return None if templates is None else ChatTemplate(templates, special)
 
 
 def _text_of(content: Any) -> str:

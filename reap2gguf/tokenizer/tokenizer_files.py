@@ -6,27 +6,107 @@ read other files beside it, chat templates among them, and check little of what 
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from string import ascii_letters, digits
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.companions import TEMPLATES_FOLDER, Purpose, companions
-from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json
-from reap2gguf.errors import CheckpointError
+from reap2gguf.checkpoint.config import MAX_TOKENIZER_BYTES, read_json, read_optional
+from reap2gguf.errors import CheckpointError, UnsupportedModelError
+from reap2gguf.files import TooLargeError, read_entry
 from reap2gguf.messages import shown
+from reap2gguf.tokenizer.panics import panics_as
+from reap2gguf.tokenizer.ranks import tokenizer_of_ranks
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
+RANKS_FILE = "tiktoken.model"
+_RANKS_CLASS = "TikTokenTokenizer"  # of Moonshot AI's models
+_N_RESERVED = 258  # ids after the ranks that this class gives to special tokens, at most
 
 MAX_TEMPLATE_BYTES = 2**20  # the longest templates of real models have about 20 kB
 
 
+def tokenizer_path(folder: Path) -> Path:
+    """The file that holds the vocabulary: `tokenizer.json`, or ranks where only they are there."""
+    path, ranks = folder / "tokenizer.json", folder / RANKS_FILE
+    return ranks if ranks.is_file() and not path.is_file() else path
+
+
 def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `tokenizer.json`; CheckpointError if it is missing or broken."""
-    path = folder / "tokenizer.json"
+    """The checkpoint's `tokenizer.json`, or what it would be for one that has ranks only.
+
+    It is not to be changed. Raises CheckpointError if the files are missing or broken.
+    """
+    path = tokenizer_path(folder)
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: no tokenizer.json; save the tokenizer with a fast tokenizer's "
             "save_pretrained() first"
         )
-    return read_json(path, MAX_TOKENIZER_BYTES)
+    if path.name != RANKS_FILE:
+        return read_json(path, MAX_TOKENIZER_BYTES)
+    settings, config = (read_optional(folder, f"{n}.json") for n in ("tokenizer_config", "config"))
+    if settings.get("tokenizer_class") != _RANKS_CLASS:
+        raise UnsupportedModelError(
+            f"{folder / 'tokenizer_config.json'}: tokenizer_class is "
+            f"{shown(settings.get('tokenizer_class'))} beside {RANKS_FILE}, expected "
+            f"{_RANKS_CLASS}: how another class splits text is not known, as its code is not run; "
+            "save the tokenizer as tokenizer.json"
+        )
+    try:
+        data = read_entry(path, MAX_TOKENIZER_BYTES)
+    except (OSError, TooLargeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    special = tuple(_named(settings.get("added_tokens_decoder"), folder).items())
+    text = config.get("text_config")
+    sizes = (part.get("vocab_size") for part in (config, text) if isinstance(part, dict))
+    vocab_size = next((size for size in sizes if type(size) is int), None)
+    return _of_ranks(data, special, vocab_size, path)
+
+
+@lru_cache(maxsize=1)  # it takes seconds, and is asked for again and again
+def _of_ranks(
+    data: bytes, special: tuple[tuple[int, str], ...], vocab_size: int | None, path: Path
+) -> dict[str, Any]:
+    n_ranks = sum(1 for line in data.splitlines() if line)
+    left = _N_RESERVED if vocab_size is None else vocab_size - n_ranks
+    return tokenizer_of_ranks(data, dict(special), min(max(left, 0), _N_RESERVED), path)
+
+
+def _named(decoder: Any, folder: Path) -> dict[int, str]:
+    """The texts of `added_tokens_decoder` by id."""
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    named = {
+        int(index): entry["content"]
+        for index, entry in entries
+        if index.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    }
+    if len(named) != len(entries) or not named:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is {shown(decoder)}, "
+            f"expected texts by id, as {RANKS_FILE} does not have the special tokens"
+        )
+    return named
+
+
+def load_library(folder: Path) -> Library:
+    """The tokenizer in the tokenizers library, without padding and truncation.
+
+    Raises CheckpointError if it cannot be loaded.
+    """
+    from tokenizers import Tokenizer
+
+    path = tokenizer_path(folder)
+    made = None if path.name != RANKS_FILE else json.dumps(read_tokenizer_json(folder))
+    with panics_as(CheckpointError, f"{folder}: no usable tokenizer"):
+        found = Tokenizer.from_file(str(path)) if made is None else Tokenizer.from_str(made)
+        found.no_padding()  # a file may ask for padding to any length, which would be allocated
+        found.no_truncation()
+    return found
 
 
 def special_tokens(folder: Path) -> dict[int, str]:

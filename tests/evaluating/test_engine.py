@@ -30,12 +30,15 @@ from reap2gguf.progress import CallbackProgress, Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_weights, plain
+from tests.families.granite import TinyGraniteMoeShared
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 SPECS: dict[str, Any] = {
     "qwen3": TinyQwen3Moe(hidden=256, width=256, dense_layers=(0,)),
     "qwen3, tied and fused": TinyQwen3Moe(hidden=256, width=256, fused=True, tied=True),
     "qwen3.5": TinyQwen35Moe(hidden=256, width=256),
+    # logits are divided; rows are in another order in a file, and two matrices one in the folder
+    "granite": TinyGraniteMoeShared(hidden=256, width=256, shared_width=256, tied=False),
 }
 FILES = ("Q8_0", "Q4_K_M")
 PAIRS: list[Pair] = [

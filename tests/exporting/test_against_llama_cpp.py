@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tests.exporting.files import (
     stored,
     write_small_tokenizer,
 )
+from tests.families.glm import GLM45
 from tests.tiny import TinyQwen3Moe
 
 
@@ -340,3 +341,15 @@ def test_shipped_recipes_are_llama_quantize_with_overrides(
 ) -> None:
     theirs = quantized(load_recipe(name).file_type, True, name)
     assert stored(exported.with_imatrix[name]) == stored(theirs)
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if n not in ("bf16", "q8_0")])
+def test_recipes_for_rows_that_their_types_do_not_fill(name: str, tmp_path: Path) -> None:
+    """Experts of 160 columns, dense layers of 288, and an embedding of the MTP block's own."""
+    folder = replace(GLM45, hidden=256, width=160, dense_width=288, vocab=291).write(tmp_path / "m")
+    write_small_tokenizer(folder)
+    imatrix, recipe = random_imatrix(gguf_tensors(folder)), load_recipe(name)
+    files = export_files(folder, tmp_path, [recipe, plain("BF16")], imatrix)
+    target, file_type = tmp_path / "theirs.gguf", recipe.mixture.file_type
+    assert llama_quantize(files["BF16"], target, file_type, mean_squares(imatrix), recipe)
+    assert stored(files[recipe.name]) == stored(target)

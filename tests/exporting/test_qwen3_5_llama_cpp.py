@@ -28,7 +28,7 @@ from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from tests.exporting.files import export_files, plain, stored
-from tests.models.oracles import loaded, mtp_of_llama_cpp
+from tests.models.oracles import llama_model, mtp_of_llama_cpp
 from tests.tiny import ONE_THREAD, TinyQwen35Moe
 from tests.tokens import FULL_VOCAB
 
@@ -201,7 +201,7 @@ def test_the_projector_loads(tmp_path: Path, largest: float) -> None:
         export_side(checkpoint, model, HeaderNames("tiny"), path, side, 2, Silent())
     params = mtmd_cpp.mtmd_context_params_default()
     params.use_gpu, params.n_threads, params.warmup = False, 2, True
-    with loaded(export(folder, tmp_path, "BF16")) as model:
+    with llama_model(export(folder, tmp_path, "BF16")) as model:
         context = mtmd_cpp.mtmd_init_from_file(bytes(path), model, params)
         assert context
         assert mtmd_cpp.mtmd_support_vision(context)

@@ -215,6 +215,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# attention of whole blocks; the published widths of experts and dense layers are none of 256
+WIDE = {"Glm4MoeForCausalLM": {"head_dim": 64, "width": 160, "dense_width": 288}}
+
 _GLM4: dict[str, Row] = {
     **{name: row for name, row in TEXT.items() if name not in ("num_experts",)},
     "num_key_value_heads": Read(1),

@@ -271,6 +271,15 @@ class TinyQwen3Omni(TinyQwen3Vl):
         found["code2wav.decoder.0.conv.weight"] = values.matrix(8, 32, 7)
         return found
 
+    def write(self, folder: Path) -> Path:
+        """The same, with the table of added tokens that published tokenizers have."""
+        super().write(folder)
+        path = folder / "tokenizer_config.json"
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        table = {str(token.pop("id")): token for token in added}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": table}))
+        return folder
+
     def apart(self) -> TinyQwen3Vl:
         names = TinyQwen3Vl.__dataclass_fields__
         return TinyQwen3Vl(**{name: getattr(self, name) for name in names}).apart()
@@ -310,7 +319,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "tied": replace(VL, tied=True),
         "without tower": replace(VL, vision=False),
         "no deepstack": replace(VL, deepstack=()),
-        "wide": replace(VL, hidden=256, width=96, n_layers=2, sections=(6, 5, 5)),
+        "wide": replace(VL, hidden=256, width=96, sections=(6, 5, 5)),
     },
     "Qwen3OmniMoeForConditionalGeneration": {
         "the Hub's": OMNI,
@@ -465,12 +474,3 @@ def qwen3_vl(draw: st.DrawFn, kind: type[TinyQwen3Vl]) -> Drawn:
 
 # what configs are drawn of
 CONFIGS = (qwen3_vl(TinyQwen3Vl), qwen3_vl(TinyQwen3Omni))
-
-# Header keys that differ from those of llama.cpp's converter on purpose, each with the reason.
-_ADDED_TOKENS = "the converter looks for <|im_end|> in added_tokens_decoder alone, which is absent"
-DIFFERENCES = {
-    "Qwen3OmniMoeForConditionalGeneration": {
-        "tokenizer.ggml.bos_token_id": _ADDED_TOKENS,
-        "tokenizer.ggml.eos_token_id": _ADDED_TOKENS,
-    },
-}

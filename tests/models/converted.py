@@ -19,11 +19,16 @@ from typing import Any
 
 from gguf import GGUFReader
 
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.models.description import SideFile
+from reap2gguf.models.table import describe
 from tests.models.layouts import LAYOUTS
 from tests.tiny import REPOSITORY, child_environment
 
 FOLDER = REPOSITORY / "tests" / "data" / "converted"
 KINDS = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16"}
+PROJECTOR = "projector"
+_PROJECTOR_KIND = "MOSTLY_F16"
 _MOST_ITEMS = 16
 # Tests of their own compare the keys `general.*`, the splitting of texts and the template.
 _ELSEWHERE = ("general.", "reap2gguf.", "tokenizer.ggml.pre", "tokenizer.chat_template", "GGUF.")
@@ -39,7 +44,7 @@ from conversion import base, get_model_class
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 for name in ("_set_vocab_glm", "_set_vocab_sentencepiece"):
     setattr(base.TextModel, name, lambda self, *_: self._set_vocab_gpt2())
-get_model_class(architecture)(
+get_model_class(architecture, mmproj=kind == "MOSTLY_F16")(
     Path(folder), gguf.LlamaFileType[kind], Path(output), eager=True
 ).write()
 """
@@ -64,6 +69,12 @@ def contents(path: Path) -> dict[str, Any]:
     return {"keys": dict(sorted(keys.items())), "tensors": dict(sorted(tensors.items()))}
 
 
+def side_files(folder: Path) -> tuple[SideFile, ...]:
+    """The files beside the model's own that this program writes."""
+    with Checkpoint.open(folder) as checkpoint:
+        return describe(checkpoint).side_files(folder, checkpoint.tensors)
+
+
 def _short(value: Any) -> Any:
     """A value of a header; a long list as its length and hash."""
     if isinstance(value, list) and len(value) > _MOST_ITEMS:
@@ -77,7 +88,8 @@ def record(source: Path, architecture: str, layout: str) -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = LAYOUTS[architecture][layout].write(Path(scratch) / "model")
-        for kind, file_type in KINDS.items():
+        kinds = KINDS | ({PROJECTOR: _PROJECTOR_KIND} if side_files(folder) else {})
+        for kind, file_type in kinds.items():
             output = Path(scratch) / f"{kind}.gguf"
             subprocess.run(
                 [sys.executable, "-c", _CONVERT, source, folder, file_type, output, architecture],
@@ -99,14 +111,15 @@ def main() -> None:
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"{architecture}: {error.stderr.decode()[-2000:]}") from error
         path = FOLDER / f"{architecture}.json"
+        parts = [("keys", found["F32"]["keys"])]
+        parts += [(kind, one["tensors"]) for kind, one in found.items()]
+        if PROJECTOR in found:
+            parts.append((f"{PROJECTOR} keys", found[PROJECTOR]["keys"]))
         lines = [
             f' "{part}": {{\n'
             + ",\n".join(f"  {json.dumps(n)}: {json.dumps(v)}" for n, v in entries.items())
             + "\n }"
-            for part, entries in (
-                ("keys", found["F32"]["keys"]),
-                *((kind, one["tensors"]) for kind, one in found.items()),
-            )
+            for part, entries in parts
         ]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         print(path.relative_to(REPOSITORY))

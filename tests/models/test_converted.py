@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.model_files import export_side
+from reap2gguf.models.table import describe
+from reap2gguf.progress import Silent
 from tests.exporting.files import export_files, plain
-from tests.models.converted import FOLDER, KINDS, contents
+from tests.models.converted import FOLDER, KINDS, PROJECTOR, contents, side_files
 from tests.models.layouts import FIRST, Case, every_family
 
 # by architecture: keys that differ on purpose, each with the reason
@@ -43,3 +48,18 @@ def test_keys_and_bytes(case: Case, tmp_path: Path) -> None:
             if ours["keys"].get(key) != theirs["keys"].get(key)
         }
         assert differ == DIFFERENCES.get(case.architecture, {}).keys()
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_projectors(case: Case, tmp_path: Path) -> None:
+    theirs = recorded(case.architecture)
+    folder = case.tiny.write(tmp_path / "model")
+    files = side_files(folder)
+    assert bool(files) is (PROJECTOR in theirs)
+    for side in files:
+        with Checkpoint.open(folder) as checkpoint:
+            model, path = describe(checkpoint), tmp_path / "projector.gguf"
+            export_side(checkpoint, model, HeaderNames("Tiny"), path, side, 2, Silent())
+        ours = contents(path)
+        assert ours["tensors"] == theirs[PROJECTOR]
+        assert ours["keys"] == theirs[f"{PROJECTOR} keys"]

@@ -226,7 +226,7 @@ def test_a_quantizer_drops_leading_sizes_of_one() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("general.architecture", "llama", "architecture 'llama' is not implemented"),
+        ("general.architecture", "falcon", "architecture 'falcon' is not implemented"),
         ("general.architecture", None, "expected the name of an architecture"),
         (Q3 + "block_count", 2**40, "block_count is 1099511627776"),
         (Q3 + "block_count", 0, "block_count is 0"),

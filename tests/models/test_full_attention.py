@@ -11,7 +11,13 @@ from reap2gguf.models.table import ARCHITECTURES
 from tests.models.drawn import ABSENT
 from tests.models.layouts import LAYOUTS
 
-FAMILIES = ("OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+FAMILIES = (
+    "GraniteMoeForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 # whose loaders in llama.cpp are stricter
 STRICT = (
     "OlmoeForCausalLM",

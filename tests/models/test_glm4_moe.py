@@ -85,6 +85,8 @@ def test_what_absent_keys_mean() -> None:
         ({"topk_group": 0}, "topk_group is 0, expected 1"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace is 3, expected an integer from 0"),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types is ['dense'], expected no such key"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, expected no such key"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types is ['sliding_attention', "),
         ({"n_shared_experts": 0}, "n_shared_experts is 0, expected an integer from 1"),
         ({"n_shared_experts": ...}, "n_shared_experts is missing"),
         ({"intermediate_size": ...}, "intermediate_size is missing"),

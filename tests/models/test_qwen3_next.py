@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.description import Dropped, GgufTensor
+from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.qwen3_next import Qwen3Next
+from reap2gguf.models.table import BY_GGUF, describe
+from reap2gguf.observing.decoder import StreamedDecoder
+from reap2gguf.observing.importance import ImportanceObserver
+from tests.exporting.files import export_files, plain
 from tests.families.qwen3_next import NEXT, TinyQwen3Next
 from tests.models.layouts import stored_of
+from tests.models.oracles import mean_kl, mtp_of_llama_cpp, of_transformers, pruned, tokens
+from tests.models.test_from_gguf import header_of as header_of_file
+from tests.observing.llama_collector import collect
+from tests.observing.sweeps import rows_of, run_sweep
 
 PLAIN = replace(NEXT, mtp=False)
 
@@ -180,3 +191,66 @@ def test_layers_that_are_not_evenly_spaced_have_a_caveat() -> None:
     assert "full_attention_interval" not in header_of(model)
     assert any("not evenly spaced" in caveat for caveat in model.caveats())
     assert not any("not evenly spaced" in caveat for caveat in model_of().caveats())
+
+
+@pytest.mark.parametrize("layers", ["lllf", "lffl"])
+def test_the_importance_is_what_llama_imatrix_collects(layers: str, tmp_path: Path) -> None:
+    """The MTP block apart, which llama.cpp computes only when it drafts."""
+    folder = replace(NEXT, layers=layers).write(tmp_path / "model")
+    rows = rows_of(40, 32, 19)
+    theirs = collect(export_files(folder, tmp_path, [plain("F32")])["F32"], rows)
+    observer, _ = run_sweep(ImportanceObserver, folder, rows)
+    ours = observer.entries
+    assert {name for name in ours if not name.startswith("blk.4.")} == set(theirs.sums)
+    for name, sums in theirs.sums.items():
+        assert ours[name].sums.shape == sums.shape
+        np.testing.assert_array_equal(ours[name].counts, theirs.counts[name], err_msg=name)
+        np.testing.assert_allclose(
+            ours[name].sums, sums, rtol=1e-3, atol=1e-4 * sums.max(), err_msg=name
+        )
+    mixed, gates = (ours[f"blk.0.{name}.weight"].sums for name in ("attn_qkv", "attn_gate"))
+    np.testing.assert_array_equal(mixed, gates)
+    in_block = {name.removeprefix("blk.4.") for name in ours if name.startswith("blk.4.")}
+    full = layers.index("f")
+    assert in_block - {"nextn.eh_proj.weight"} == {
+        name.removeprefix(f"blk.{full}.") for name in ours if name.startswith(f"blk.{full}.")
+    }
+
+
+@pytest.mark.parametrize("is_pruned", [False, True], ids=["whole", "pruned"])
+def test_the_mtp_block_predicts_what_llama_cpps_does(is_pruned: bool, tmp_path: Path) -> None:
+    folder = NEXT.write(tmp_path / "model")
+    if is_pruned:
+        folder = pruned(folder, tmp_path / "pruned", 4)
+    row = torch.tensor([tokens(NEXT.vocab)])
+    with Checkpoint.open(folder) as checkpoint:
+        model = describe(checkpoint)
+        decoder = StreamedDecoder(checkpoint, model, torch.float32, torch.device("cpu"))
+        decoder.load_embedding()
+        hidden = decoder.embed(row)
+        for layer in range(model.facts.n_layers):
+            decoder.load_layer(layer)
+            hidden = decoder.run_layer(layer, hidden)
+        decoder.load_ends()
+        decoder.load_layer(model.facts.n_layers)
+        ours = decoder.mtp_logits(decoder.run_mtp(hidden, row))[0, :-1]
+        normed = decoder.final_norm(hidden[0])
+        decoder.close()
+    path = export_files(folder, tmp_path, [plain("F32")])["F32"]
+    theirs = mtp_of_llama_cpp(path, normed, row[0].tolist())
+    assert theirs.std() > 1
+    assert mean_kl(theirs, ours) < 1e-6
+    assert mean_kl(of_transformers(folder, NEXT.vocab)[:-1], theirs) > 0.1  # not the trunk's
+
+
+def test_a_file_of_the_first_converter_is_refused_by_its_tensor() -> None:
+    header = header_of_file(model_of(), stored_of(NEXT.tensors()))
+    tensors = dict(header.tensors)
+    mixed = tensors.pop("blk.0.attn_qkv.weight")
+    gates = tensors.pop("blk.0.attn_gate.weight")
+    rows = mixed.shape[0] + gates.shape[0]
+    name = "blk.0.ssm_in.weight"
+    tensors[name] = replace(mixed, name=name, shape=(rows, mixed.shape[1]))
+    with pytest.raises(UnsupportedModelError, match=r"some\.gguf: tensor 'blk\.0\.ssm_in\.weight'"):
+        model_from_gguf(replace(header, tensors=tensors), BY_GGUF)
+    assert model_from_gguf(header, BY_GGUF).model.facts == model_of().facts

@@ -73,7 +73,7 @@ def test_all_fields() -> None:
     ("text", "message"),
     [
         (HEAD + "rule = 1\n", r"unknown key 'rule', expected file_type, label, rules, title"),
-        (rule(more='kind = "Q8_0"'), "unknown key 'kind', expected match, optional, override, "),
+        (rule(more='kind = "Q8_0"'), "unknown key 'kind', expected fallback, match, optional, ov"),
         (HEAD.replace('"T"', "1"), "title is 1, expected text"),
         (HEAD.replace('"T"', '" "'), "title is ' ', expected text"),
         (HEAD.replace('title = "T"\n', ""), "missing key `title`, what the recipe is"),
@@ -284,6 +284,6 @@ def test_many_rules_with_stars_are_refused_before_they_are_matched() -> None:
     )
     recipe = Recipe("name", "T", "L", "Q4_K_M", rules, "")
     tensors = [GgufTensor(f"blk.{n}.attn_q.weight", (32, 32), (Slab("x"),)) for n in range(1001)]
-    facts: Any = SimpleNamespace(n_heads=1, n_kv_heads=1)
+    facts: Any = SimpleNamespace(gqa=1)
     with pytest.raises(RecipeError, match="1,000 rules for 1,001 tensors, too many to match"):
         resolve(recipe, tensors, facts, 8, has_imatrix=True)

@@ -168,6 +168,27 @@ def test_a_block_that_does_not_divide_the_row_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "width", "expected"),
+    [("Q6_K", 160, "Q8_0"), ("Q5_K", 160, "Q5_1"), ("IQ2_S", 1408, "IQ4_NL"),
+     ("Q5_K", 40, "F16"), ("Q5_K", 256, "Q5_K"), ("Q8_0", 40, "F16")],
+)  # fmt: skip
+def test_a_rule_may_fall_back_as_llama_quantize_does(kind: str, width: int, expected: str) -> None:
+    text = recipe(("blk.*.ffn_down_exps.weight", kind)).as_toml() + "fallback = true\n"
+    asked = parse_recipe(text, "mine", "mine.toml")
+    assert asked.as_toml() == text
+    found = kind_names(asked, tensors_of(n_layers=2, width=width))
+    assert {kind for name, kind in found.items() if "ffn_down_exps" in name} == {expected}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_for_rows_of_any_length(name: str) -> None:
+    """Experts of GLM-4.5-Air have 1,408 columns, no multiple of 256."""
+    found = kind_names(load_recipe(name), tensors_of(n_layers=2, hidden=2880, width=1408))
+    of_experts = {kind for name, kind in found.items() if "ffn_down_exps" in name}
+    assert of_experts <= {"Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "BF16"}
+
+
+@pytest.mark.parametrize(
     ("file_type", "attention", "output"),
     [
         ("Q8_0", "Q8_0", "Q8_0"),

@@ -15,8 +15,9 @@ from reap2gguf.tokenizer.byte_symbols import byte_symbols
 from reap2gguf.tokenizer.caveats import NFC_CAVEAT, ORDINARY_CAVEAT, tokenizer_caveats
 from reap2gguf.tokenizer.check import check_tokenizer
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
+from reap2gguf.tokenizer.special_names import ENDS_BY_GROUP, ENDS_BY_NAME
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-from reap2gguf.tokenizer.vocabulary import ENDS_BY_GROUP, ENDS_BY_NAME, Vocabulary
+from reap2gguf.tokenizer.vocabulary import Vocabulary
 from tests.tokenizer.mutations import Draft
 from tests.tokenizer.small import (
     QWEN2,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from reap2gguf.errors import CheckpointError, Reap2ggufError
+from reap2gguf.tokenizer.added_tokens import AddedToken
 from reap2gguf.tokenizer.files_beside import check_files_beside
-from reap2gguf.tokenizer.vocabulary import AddedToken
 
 ADDED = [
     AddedToken("<e>", 9, special=True, normalized=False),

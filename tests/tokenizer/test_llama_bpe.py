@@ -22,8 +22,9 @@ from reap2gguf.models.tokenizer_families import (
 )
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS, is_settled, split_words
+from reap2gguf.tokenizer.special_names import SPECIAL_BY_NAME
 from reap2gguf.tokenizer.steps import split_patterns
-from reap2gguf.tokenizer.vocabulary import SPECIAL_BY_NAME, read_vocabulary
+from reap2gguf.tokenizer.vocabulary import read_vocabulary
 from tests.tiny import EXAMPLE
 from tests.tokenizer.small import (
     QWEN2,

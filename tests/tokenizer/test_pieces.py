@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
 
-from reap2gguf.models.tokenizer_families import QWEN
-from reap2gguf.tokenizer.pieces import cuts_anywhere, next_cut, pieces
+from reap2gguf.tokenizer.pieces import KNOWN_PATTERNS, cuts_anywhere, next_cut, pieces
 from tests.tiny import EXAMPLE
+from tests.tokenizer.small_spm import spm_tokenizer
+from tests.tokenizer.test_llama_bpe import STEPS, crossing_merges, of_family
 
-PATTERNS = sorted(QWEN.pre_tokenizers)
+PATTERNS = sorted(KNOWN_PATTERNS)
 # what a pattern or a normal form might take together with a neighbour
 PARTS = (
     *("a", "Z", "the", " word", " ", "  ", "\n", "\r", "\r\n", "\n\n", "\t", "\u00a0", "\u2028"),
@@ -59,6 +60,7 @@ PARTS = (
         "Ⅷ",
     ),
 )
+CUTS = ("a| b", ".\n|1", "b\n|é", "\u0301\n|好", "中|。", "'s| it")
 texts = st.lists(st.sampled_from(PARTS), max_size=40).map("".join)
 
 
@@ -69,8 +71,10 @@ def values() -> dict[str, Any]:
 
 @cache
 def encoder(patterns: tuple[str, ...], normalizer: str | None = "NFC") -> Encoder:
-    """The example's tokenizer, splitting by other patterns."""
+    """A tokenizer that splits by some patterns, and whose merges join what none of them does."""
     changed = values()
+    vocab, merges = crossing_merges(False)
+    changed["model"] |= {"vocab": vocab, "merges": merges}
     split, byte_level = changed["pre_tokenizer"]["pretokenizers"]
     splits = [{**split, "pattern": {"Regex": pattern}} for pattern in patterns]
     changed["pre_tokenizer"]["pretokenizers"] = [*splits, byte_level]
@@ -87,8 +91,10 @@ def all_pieces(text: str) -> list[str]:
     return list(pieces(text, 1))
 
 
-@pytest.mark.parametrize("normalizer", ["NFC", None])
-@pytest.mark.parametrize("patterns", PATTERNS)
+@pytest.mark.parametrize(
+    ("patterns", "normalizer"),
+    [*((patterns, "NFC") for patterns in PATTERNS), (PATTERNS[0], None), (PATTERNS[-1], None)],
+)
 @settings(deadline=None, max_examples=60)
 @given(text=texts | st.text(max_size=60))
 def test_pieces_have_the_ids_of_the_whole(
@@ -101,7 +107,11 @@ def test_pieces_have_the_ids_of_the_whole(
 
 
 @settings(deadline=None)
-@given(before=texts, after=texts, cut=st.sampled_from(["a| b", "\n|1", "\n|é", "中|。", "'s| it"]))
+@given(
+    before=texts,
+    after=texts,
+    cut=st.sampled_from(["a| b", ".\n|1", "b\n|é", "\u0301\n|好", "中|。", "'s| it"]),
+)
 def test_each_kind_of_cut_beside_anything(before: str, after: str, cut: str) -> None:
     left, right = cut.split("|")
     left, right = before + left, right + after
@@ -137,7 +147,15 @@ def test_pieces_are_as_long_as_asked(text: str, size: int) -> None:
     assert all(one and other for one, other in pairwise(found))
 
 
-def test_both_tiny_models_can_be_cut() -> None:
+@pytest.mark.parametrize("name", STEPS)
+def test_published_tokenizers_are_cut(name: str) -> None:
+    of = Encoder.from_str(json.dumps(of_family(name)))
+    assert cuts_anywhere(of)
+    text = (EXAMPLE / "README.md").read_text()
+    assert [one for piece in all_pieces(text) for one in ids(of, piece)] == ids(of, text)
+
+
+def test_all_patterns_can_be_cut() -> None:
     assert cuts_anywhere(Encoder.from_file(str(EXAMPLE / "tokenizer.json")))
     for patterns in PATTERNS:
         assert cuts_anywhere(encoder(patterns))
@@ -145,14 +163,19 @@ def test_both_tiny_models_can_be_cut() -> None:
 
 def test_what_is_not_known_is_not_cut() -> None:
     assert not cuts_anywhere(encoder((r"\s+|\S+",)))
+    assert not cuts_anywhere(Encoder.from_str(json.dumps(spm_tokenizer())))
     assert not cuts_anywhere(encoder(PATTERNS[0], "NFKC"))
     for change in (
         {"pre_tokenizer": None},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
         {"model": values()["model"] | {"dropout": 0.1}},
         {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "added_tokens": []},
     ):
         assert not cuts_anywhere(Encoder.from_str(json.dumps(values() | change)))
+    for step, settings_of_step in ((0, {"behavior": "Removed"}), (1, {"use_regex": True})):
+        changed = values()
+        changed["pre_tokenizer"]["pretokenizers"][step] |= settings_of_step
+        assert not cuts_anywhere(Encoder.from_str(json.dumps(changed)))
     prefixed = values()
     prefixed["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
     assert not cuts_anywhere(Encoder.from_str(json.dumps(prefixed)))

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.tokenizer_families import QWEN
+from reap2gguf.tokenizer.added_tokens import is_nfc
 from reap2gguf.tokenizer.probe import HARD_CASES, check_against_library
-from reap2gguf.tokenizer.vocabulary import is_nfc, read_vocabulary
+from reap2gguf.tokenizer.vocabulary import read_vocabulary
 from tests.tokenizer.mutations import HARMLESS, Draft
 from tests.tokenizer.small import added, byte_level, llama_cpp_tokenizer, write
 

@@ -10,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from reap2gguf.errors import CheckpointError, Reap2ggufError, UnsupportedModelError
+from reap2gguf.tokenizer.added_tokens import MOST_ADDED
 from reap2gguf.tokenizer.llama_bpe import LlamaBpe
 from reap2gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from reap2gguf.tokenizer.vocabulary import MOST_ADDED, Vocabulary, read_vocabulary
+from reap2gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from tests.tokenizer.small import SMALL_SIZE, added, tokenizer
 
 WHERE = Path("m/tokenizer.json")
