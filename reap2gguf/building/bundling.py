@@ -319,10 +319,11 @@ def _pruning_record(parts: _Parts, model: MoeModel) -> PruningRecord:
 def _mtp_record(parts: _Parts, model: MoeModel) -> MtpRecord:
     """What happened to a multi-token-prediction block."""
     if model.facts.has_mtp:
-        return MtpRecord("pruned" if parts.is_pruned else "kept")
+        state = "pruned" if parts.is_pruned else "kept"
+        return MtpRecord(state, in_gguf=model.mtp_in_gguf)
     names = parts.source.checkpoint.tensors
     drops = any(isinstance(model.role(name), Dropped) for name in names)
-    return MtpRecord("dropped" if drops else "none")
+    return MtpRecord("dropped" if drops else "none", in_gguf=model.mtp_in_gguf)
 
 
 def _calibration_record(parts: _Parts) -> CalibrationRecord:

@@ -164,7 +164,7 @@ def use_section(manifest: Manifest, names: CardNames, samples: bool) -> str:
     model = argument(record.first)
     projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
     lines = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]
-    if manifest.pruning.mtp.is_there:
+    if manifest.pruning.mtp.drafts:
         draft = f"--spec-type draft-mtp --spec-draft-n-max {DRAFTED}"
         lines.append(f"llama-server -m {model}{projector} {draft}")
     lines.append("reap2gguf chat .")
@@ -180,7 +180,7 @@ def _uses(manifest: Manifest, samples: bool) -> Iterator[str]:
     """What to know about projector, MTP block, sampling and other programs."""
     if manifest.side_files:
         yield "Images need the projector: `--mmproj`. With `-hf`, llama.cpp downloads it itself."
-    has_mtp = manifest.pruning.mtp.is_there
+    has_mtp = manifest.pruning.mtp.drafts
     if has_mtp:
         yield (
             "The MTP block in the files can draft tokens (speculative decoding): with "

@@ -52,7 +52,7 @@ def modelfile(manifest: Manifest, source: Path) -> str:
         "",
         *_parameters(source),
     ]
-    if manifest.pruning.mtp.is_there:
+    if manifest.pruning.mtp.drafts:
         lines += [
             "# The file has an MTP block. If your version of Ollama can draft tokens with it:",
             f"# PARAMETER draft_num_predict {DRAFTED}",

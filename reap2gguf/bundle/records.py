@@ -44,11 +44,17 @@ class MtpRecord:
     hits_before: int = 0
     hits_after: int = 0
     n_tokens: int = 0
+    in_gguf: bool = True  # whether GGUF files of the architecture have such a block
 
     @property
     def is_there(self) -> bool:
-        """Whether the files have the block."""
+        """Whether the safetensors have the block."""
         return self.state in ("pruned", "kept")
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the GGUF files have the block."""
+        return self.is_there and self.in_gguf
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class MoeModel(ABC):
 
     model_type: ClassVar[str]
     gguf_arch: ClassVar[str]  # general.architecture
+    mtp_in_gguf: ClassVar[bool] = True  # whether GGUF files have a multi-token-prediction block
     norm_module: ClassVar[str] = "norm"  # after the last layer, in transformers' model
 
     def __init__(
@@ -179,7 +180,7 @@ class MoeModel(ABC):
         One less than the facts' where no file holds the MTP block: it is observed and pruned like
         the others, and stays in the safetensors.
         """
-        return self.facts.n_blocks
+        return self.facts.n_layers + (self.facts.has_mtp and self.mtp_in_gguf)
 
     def is_beside_gguf(self, name: str) -> bool:
         """Whether a stored tensor is of a block that no GGUF file holds."""

@@ -328,6 +328,7 @@ class DeepseekV3(Deepseek2):
     """One DeepSeek-V3, DeepSeek-R1, Moonlight or Kimi-K2."""
 
     model_type: ClassVar[str] = "deepseek_v3"
+    mtp_in_gguf = False  # as in files of llama.cpp's converter
     count_keys = ("n_routed_experts", "num_local_experts")
     fact_keys = (
         *Deepseek2.fact_keys,
@@ -339,10 +340,6 @@ class DeepseekV3(Deepseek2):
     )
     # transformers' value of an absent key
     defaults: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 128}
-
-    @property
-    def n_gguf_blocks(self) -> int:
-        return self.facts.n_layers  # llama.cpp's converter leaves the MTP block out
 
     def trunk_moe_layers(self) -> tuple[int, ...]:
         return self.counted_layers(3)

@@ -45,7 +45,7 @@ def _llama_cpp(manifest: Manifest) -> list[str]:
     model = argument(record.first)
     projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
     found = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]
-    if manifest.pruning.mtp.is_there:
+    if manifest.pruning.mtp.drafts:
         draft = f"--spec-type draft-mtp --spec-draft-n-max {_DRAFTED}"
         found.append(f"llama-server -m {model}{projector} {draft}")
     return found

@@ -247,6 +247,8 @@ def _of_model(manifest: Manifest, model: MoeModel) -> Iterator[str]:
     if (pruning.mtp.state == with_mtp) != facts.has_mtp:
         expected = with_mtp if facts.has_mtp else "none or dropped"
         yield _wrong("pruning.mtp.state", pruning.mtp.state, f"{expected}, as the model has it")
+    in_gguf = pruning.mtp.in_gguf
+    yield from _differs("pruning.mtp.in_gguf", in_gguf, model.mtp_in_gguf, "the architecture")
 
 
 def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) -> Iterator[str]:

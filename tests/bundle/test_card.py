@@ -11,6 +11,7 @@ from reap2gguf.bundle.card import gguf_body, gguf_card, hf_body, hf_card, local_
 from reap2gguf.bundle.card_files import CardNames
 from reap2gguf.bundle.front_matter import PrunedFrom, pruned_values
 from reap2gguf.bundle.manifest import ComponentRecord, Manifest, SideRecord
+from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.source_card import SourceCard, read_card
 from tests.conftest import Bundle
 
@@ -90,6 +91,19 @@ def multimodal(manifest: Manifest) -> Manifest:
         source=replace(manifest.source, architecture="Qwen3_5MoeForConditionalGeneration"),
         side_files=(SideRecord("mmproj-example-F16.gguf", "vision projector", 5, {}),),
     )
+
+
+def test_files_without_the_mtp_block_draft_nothing(multimodal: Manifest, tmp_path: Path) -> None:
+    """As of a DeepSeek-V3: the safetensors alone have the block."""
+    source = tmp_path / "none"
+    assert "--spec-type draft-mtp" in gguf_card(multimodal, source)
+    mtp = replace(multimodal.pruning.mtp, in_gguf=False)
+    without = replace(multimodal, pruning=replace(multimodal.pruning, mtp=mtp))
+    card = gguf_card(without, source)
+    assert "draft" not in card
+    assert "| multi-token prediction (MTP) | pruned" in card
+    assert "draft_num_predict" not in modelfile(without, tmp_path)
+    assert "--speculative-config" in hf_card(without, source)
 
 
 def test_tables_have_a_header(built: Bundle) -> None:
