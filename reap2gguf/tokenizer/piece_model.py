@@ -6,6 +6,7 @@ types, and the settings that change how text is split.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from gguf import TokenType
 
 from reap2gguf.errors import CheckpointError
+from reap2gguf.files import TooLargeError, read_entry
 
 MAX_MODEL_BYTES = 2**26  # the largest of real models have about 5 MB
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -45,12 +47,9 @@ class PieceModel:
 def read_piece_model(path: Path) -> PieceModel:
     """The model in a file. Raises CheckpointError if it is not one."""
     try:
-        size = path.stat().st_size
-        if size > MAX_MODEL_BYTES:
-            raise CheckpointError(f"{path}: {size:,} bytes, expected at most {MAX_MODEL_BYTES:,}")
-        return _model(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return _model(read_entry(path, MAX_MODEL_BYTES))
+    except (OSError, TooLargeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
     except (ValueError, struct.error, IndexError) as error:
         raise CheckpointError(f"{path}: no SentencePiece model ({error})") from error
 
@@ -82,11 +81,10 @@ def _piece(data: bytes) -> Piece:
     score, kind = fields.get(2, b"\0\0\0\0"), fields.get(3, 1)
     if kind not in _TYPES:
         raise ValueError(f"a piece has the type {kind!r}")
-    return Piece(
-        _as_bytes(fields.get(1, b"")).decode(),
-        struct.unpack("<f", _as_bytes(score))[0],
-        TokenType(int(kind)),
-    )
+    value = struct.unpack("<f", _as_bytes(score))[0]
+    if not math.isfinite(value):
+        raise ValueError(f"a piece has the score {value}")
+    return Piece(_as_bytes(fields.get(1, b"")).decode(), value, TokenType(int(kind)))
 
 
 def _as_bytes(value: int | bytes) -> bytes:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from contextlib import suppress
+import math
+import os
 from pathlib import Path
 
 import pytest
 from gguf import TokenType
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reap2gguf.errors import CheckpointError
@@ -55,6 +56,7 @@ def test_settings_that_are_left_out_are_those_of_sentencepiece(tmp_path: Path) -
         (b"\xff" * 11, "more than ten bytes"),
         (b"\x08\x01", "a number where a text was expected"),
         (piece_model([("a", 0.0, 9)]), "a piece has the type 9"),
+        (piece_model([("a", float("nan"), 1)]), "a piece has the score nan"),
         (b"\x0a\x03\x0a\x01\xff", "no SentencePiece model"),
     ],
 )
@@ -66,20 +68,44 @@ def test_what_is_no_model_is_refused(data: bytes, message: str, tmp_path: Path) 
     assert str(path) in str(raised.value)
 
 
-@given(data=st.binary(max_size=60))
-def test_any_bytes_are_a_model_or_refused(
+SMALL = piece_model([("<unk>", 0.0, 2), ("▁a", -1.0, 1), ("<0x0A>", 0.0, 6), ("b", -2.5, 1)])
+
+
+@st.composite
+def spoiled(draw: st.DrawFn) -> bytes:
+    """A true file with some bytes replaced, and cut."""
+    data = bytearray(SMALL)
+    for _ in range(draw(st.integers(1, 4))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.integers(0, len(data)))])
+
+
+@settings(max_examples=400)
+@given(data=st.binary(max_size=60) | spoiled())
+def test_any_bytes_are_a_model_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
-    path = tmp_path_factory.mktemp("any") / "tokenizer.model"
+    path = tmp_path_factory.getbasetemp() / "any.model"
     path.write_bytes(data)
-    with suppress(CheckpointError):
-        assert read_piece_model(path).pieces
+    try:
+        found = read_piece_model(path)
+    except CheckpointError as error:
+        message = str(error)
+        assert str(path) in message
+        assert message.replace(str(path), "").isprintable()
+    else:
+        assert 0 < len(found.pieces) <= len(data)
+        assert all(math.isfinite(piece.score) for piece in found.pieces)
 
 
 def test_a_file_beyond_reason_or_none(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_piece_model(path)
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="a pipe, expected a file"):
+        read_piece_model(path)
+    path.unlink()
     with path.open("wb") as file:
         file.truncate(MAX_MODEL_BYTES + 1)
     with pytest.raises(CheckpointError, match="67,108,865 bytes, expected at most 67,108,864"):
