@@ -141,9 +141,9 @@ def test_a_file_that_changes_before_the_record(
 ) -> None:
     write = pipeline.write_record
 
-    def after_damage(plan: Any, work: Workdir, evidence: Any) -> Any:
+    def after_damage(plan: Any, work: Workdir, evidence: Any, written: Any) -> Any:
         damage(work.gguf / f"{NAME}-BF16.gguf", keep_time=False)
-        return write(plan, work, evidence)
+        return write(plan, work, evidence, written)
 
     monkeypatch.setattr(pipeline, "write_record", after_damage)
     with pytest.raises(OutputError, match="was changed by another program"):
