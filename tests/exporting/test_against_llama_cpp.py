@@ -29,6 +29,7 @@ from tests.exporting.files import (
     write_small_tokenizer,
 )
 from tests.families.glm import GLM45
+from tests.families.mla import TinyMla
 from tests.tiny import TinyQwen3Moe
 
 
@@ -222,6 +223,8 @@ LAYOUTS = {
         dense_layers=(0,),
     ),
     "narrow-tied-eight-experts": TinyQwen3Moe(vocab=291, tied=True),
+    # matrices of each head, whose rows fill blocks of 256 in one of two
+    "latent-attention": TinyMla(n_layers=2, hidden=512, rank=256, nope=192, width=96, vocab=291),
 }
 
 
