@@ -225,6 +225,7 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
         np.testing.assert_allclose(entry.sums, sums, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "n_experts"), [("cfcf", 3), ("fccf", 3), ("cfcf", 8)])
 def test_types_are_llama_cpp_s(layers: str, n_experts: int, tmp_path: Path) -> None:
     """Its quantizer counts heads in the first layer, which has none where it is a convolution."""

@@ -31,7 +31,10 @@ WIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("n_experts", [8, 16, 64])
+COUNTS = [8, pytest.param(16, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("n_experts", COUNTS)
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_types_are_those_llama_cpp_chooses(case: Case, n_experts: int, tmp_path: Path) -> None:
     sizes = {"hidden": 256, "width": 512, "n_experts": n_experts} | WIDE.get(case.architecture, {})
