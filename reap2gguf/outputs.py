@@ -17,6 +17,7 @@ from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.options import check_path
 
 _JOURNAL, _STATE = ".journal", ".state"  # progress, beside the output
+_WEIGHTS = (".gguf", ".safetensors")  # of which the later parts of a model are not named
 _OUTPUT_ENDINGS = (".gguf", ".dat", ".safetensors")  # of the files that commands write
 
 
@@ -61,6 +62,28 @@ def keep_inputs(outputs: Iterable[Path], inputs: Sequence[Path], folder: Path) -
                 f"output {output}: writing it would replace a file of the model {folder}; pass "
                 "another output"
             )
+
+
+def result_file(path: object, models: Iterable[str | Path], text: str | None) -> Path:
+    """A file of figures about `models`, which are files, folders or names on the Hub.
+
+    Raises UsageError if it would replace one of them, weights that lie there, or the file of the
+    text that is scored; and what `output_file` raises.
+    """
+    output = output_file(path)
+    for model in (os.path.expanduser(os.fspath(one)) for one in models):
+        inside = os.path.isdir(model) and os.path.isfile(os.path.join(model, output.name))
+        if _is_same(output, Path(model, output.name) if inside else Path(model)):
+            raise UsageError(f"output {output}: it is of the model {model}; pass another output")
+    if output.suffix in _WEIGHTS and output.exists():
+        raise UsageError(
+            f"output {output}: writing it would replace a file of a model; pass another output"
+        )
+    if text is not None and _is_replaced(Path(text).expanduser(), output):
+        raise UsageError(
+            f"output {output}: writing it would replace the text {text}; pass another output"
+        )
+    return output
 
 
 def _real(path: Path) -> Path:

@@ -10,12 +10,11 @@ from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import ComputeOptions, check_bool, check_number, given_or_new
-from reap2gguf.outputs import drop_states, output_file
+from reap2gguf.outputs import drop_states, result_file
 from reap2gguf.progress import working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.comparing.opening import Opened
@@ -53,7 +52,12 @@ def compare(
         check_number("chunks", chunks, 2)
     if not models:
         raise UsageError("no model to compare; pass GGUF files or folders")
-    drawn, target = (None if path is None else _output(path, models) for path in (picture, output))
+    given = models if reference is None else (*models, reference)
+    drawn, target = (
+        None if path is None else result_file(path, given, text) for path in (picture, output)
+    )
+    if drawn is not None and drawn == target:
+        raise UsageError(f"output {target}: the picture is written there; pass another output")
     compute = given_or_new("compute", compute, ComputeOptions)
     shown = to_progress(progress)
     with ExitStack() as stack:
@@ -82,18 +86,6 @@ def compare(
         result.save(target)
         drop_states(target)
     return result
-
-
-def _output(path: PathLike, models: Sequence[PathLike]) -> Path:
-    """A file to write. Raises UsageError if it is a model, or a file of one."""
-    found = output_file(path)
-    for model in (os.fspath(one) for one in models):
-        place = os.path.expanduser(model)
-        inside = os.path.isfile(os.path.join(place, found.name)) and os.path.isdir(place)
-        same = os.path.join(place, found.name) if inside else place
-        if os.path.exists(same) and found.exists() and os.path.samefile(same, found):
-            raise UsageError(f"output {found}: it is of the model {model}; pass another output")
-    return found
 
 
 def _reference(opened: Sequence[Opened], wanted: str | None) -> Opened:

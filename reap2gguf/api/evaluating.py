@@ -14,7 +14,7 @@ from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.files import is_plain
 from reap2gguf.machine import processes
 from reap2gguf.options import ComputeOptions, check_bool, check_path, given_or_new
-from reap2gguf.outputs import drop_states, output_file
+from reap2gguf.outputs import drop_states, result_file
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Evaluation
@@ -51,10 +51,10 @@ def evaluate(
     options = given_or_new("options", options, EvaluateOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     target = None if output is None else check_path("output", output)
-    if target is not None and processes().is_first:
-        output_file(target)
-    check_options(options, target)
     given = [check_path("variant", path) for path in variants]
+    if target is not None and processes().is_first:
+        _check_output(target, [model, *given, *([] if source is None else [source])], options)
+    check_options(options, target)
     if update and (given or not _is_bundle(model)):
         raise UsageError(f"{model}: not a bundle; update writes into a bundle alone")
     shown = to_progress(progress)
@@ -76,6 +76,16 @@ def evaluate(
         found.save(target)
         drop_states(target)
     return found
+
+
+def _check_output(target: Path, models: Sequence[PathLike], options: EvaluateOptions) -> None:
+    """Raise UsageError if the output is an input, or lies in a folder of a bundle."""
+    result_file(target, models, options.text)
+    if _is_bundle(target.parent):
+        raise UsageError(
+            f"output {target}: is in a folder of a bundle, whose files are all verified; pass "
+            "another output"
+        )
 
 
 def _is_bundle(model: PathLike) -> bool:

@@ -368,6 +368,8 @@ def test_an_output_is_no_model(files: Path, tmp_path: Path) -> None:
             with pytest.raises(UsageError, match="it is of the model"):
                 compared(model, quality=False, **{what: output})
     assert ours.read_bytes() == before
+    with pytest.raises(UsageError, match="the picture is written there"):
+        compared(ours, quality=False, picture=tmp_path / "a", output=tmp_path / "a")
 
 
 def test_two_models_are_shown_by_perplexity(three: reap2gguf.ModelComparison, files: Path) -> None:

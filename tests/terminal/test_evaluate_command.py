@@ -95,6 +95,23 @@ def test_what_does_not_fit_is_one_line(built: Bundle, tmp_path: Path) -> None:
     assert "only variants of one model" in failure(EXAMPLE, other)
 
 
+def test_no_input_is_replaced(built: Bundle, tmp_path: Path) -> None:
+    file = next(path for path in built.gguf.glob("*.gguf") if "imatrix" not in path.name)
+    copy, part, text = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "text.txt"
+    for path in (copy, part):
+        shutil.copy(file, path)
+    text.write_text("several words of a text " * 100)
+    model = EXAMPLE, built.hf, copy
+    for output in (copy, part, text):
+        before = output.read_bytes()
+        assert "pass another output" in failure(*model, "--text", text, "-o", output)
+        assert output.read_bytes() == before
+    for folder in (built.hf, built.gguf):
+        inside = folder / "evaluation.json"
+        assert "is in a folder of a bundle" in failure(built.gguf, "-o", inside)
+        assert not inside.exists()
+
+
 def test_lines_have_every_figure() -> None:
     lines = list(evaluation_lines(EVALUATION))
     text = "\n".join(lines)

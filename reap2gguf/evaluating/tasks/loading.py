@@ -101,12 +101,16 @@ def _manager_of(spec: TaskSpec) -> Manager:
     """The index of the user's folder, alone if it has all that is named, since that is quicker."""
     from lm_eval.tasks import TaskManager
 
-    if spec.folder is not None:
+    if spec.folder is None:
+        return TaskManager()
+    try:
         own = TaskManager(include_path=str(spec.folder), include_defaults=False)
         if all(_matches(own, name) for name in spec.names) and _is_closed(own, spec.names):
             return own
         return TaskManager(include_path=str(spec.folder))
-    return TaskManager()
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # of broken files
+        reason = next(broken_files(spec.folder), None) or shown(str(error))
+        raise EvaluationError(f"{spec.folder}: holds a broken task file: {reason}") from error
 
 
 def _is_closed(manager: Manager, names: Iterable[str]) -> bool:

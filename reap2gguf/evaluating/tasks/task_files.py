@@ -20,6 +20,7 @@ from reap2gguf.messages import shown
 _MAX_BYTES = 2**20  # lm-eval's own largest has 0.2 MB
 _MOST_INCLUDES = 64
 _FLAGS = ("unsafe_code", "trust_remote_code", "hf_evaluate")
+_NAME_KEYS = ("task", "group", "tag")
 _CODE_KEYS = ("class", "custom_dataset", "use_prompt")
 
 
@@ -37,7 +38,8 @@ _Loader.add_constructor("!function", lambda loader, node: _Code(loader.construct
 def read_task_file(path: Path) -> dict[str, Any]:
     """The values of one file, without those that it includes.
 
-    Raises EvaluationError if the file is too large, not YAML, or not a mapping.
+    Raises EvaluationError if the file is too large, not YAML, not a mapping, or has a number for a
+    name.
     """
     try:
         text = read_entry(path, _MAX_BYTES).decode("utf-8")
@@ -53,6 +55,11 @@ def read_task_file(path: Path) -> dict[str, Any]:
         raise EvaluationError(
             f"{path}: holds a {type(values).__name__}, expected the keys of a task, such as `task`"
         )
+    for key in _NAME_KEYS:
+        if not isinstance(values.get(key), str | list | type(None)):
+            raise EvaluationError(
+                f"{path}: `{key}` is {shown(values[key])}, expected a name; put it in quotes"
+            )
     return values
 
 

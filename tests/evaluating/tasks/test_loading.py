@@ -85,6 +85,14 @@ def test_a_broken_file_is_named_where_a_task_is_missing(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("index")
+@pytest.mark.parametrize("named", ["first", "gsm8k"])
+def test_a_number_for_a_name(folder: Path, named: str) -> None:
+    (folder / "third.yaml").write_text("task: 5\ndataset_path: json\n")
+    words = refused(EvaluationError, folder, named)
+    assert "third.yaml: `task` is 5, expected a name; put it in quotes" in words
+
+
+@pytest.mark.usefixtures("index")
 def test_tasks_that_generate_are_refused_before_anything_is_fetched(folder: Path) -> None:
     words = refused(EvaluationError, folder, "first", "gsm8k")
     assert words.startswith("gsm8k: the model has to write text")

@@ -59,6 +59,8 @@ def test_all_that_runs_code_is_found(tmp_path: Path, text: str, words: str) -> N
         ("task: \x01", "not a task file in YAML"),
         ("include: nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("include: {a: 1}", "includes {'a': 1}, expected names of files"),
+        ("task: 5", "`task` is 5, expected a name; put it in quotes"),
+        ("tag: {a: 1}", "`tag` is {'a': 1}, expected a name; put it in quotes"),
         ("[" * 1100, "not a task file in YAML"),
         ("a: " + "x" * 2**20, "is this a task file"),
     ],
