@@ -20,7 +20,8 @@ MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
 _MOST_TENSORS = 200_000
 _MOST_BITS = 64
-_LARGEST_FIGURE = 1e12  # of an evaluation: a larger perplexity or rate is none
+_LARGEST_FIGURE = 1e12  # of an evaluation: a larger rate or score is none
+LARGEST_PERPLEXITY = 1e300  # an exponential: a broken model's is large
 MTP_STATES = ("none", "pruned", "kept", "dropped")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,4}", re.ASCII)
 
@@ -125,7 +126,7 @@ def _check_evaluation(evaluation: Evaluation) -> None:
     for variant in evaluation.variants:
         _within("n_experts", variant.n_experts, 1, MAX_EXPERTS)
         _figure("bits_per_weight", variant.bits_per_weight, 0, _MOST_BITS)
-        _estimated("perplexity", variant.perplexity, 0)
+        _estimated("perplexity", variant.perplexity, 0, LARGEST_PERPLEXITY)
     for one in evaluation.comparisons:
         _check_divergence(one.divergence)
     for task in evaluation.tasks:
@@ -144,12 +145,13 @@ def _check_divergence(found: Divergence) -> None:
     _figure("maximum", found.maximum, -1)
     _estimated("same_top", found.same_top, 0, 1)
     _estimated("rms_probability", found.rms_probability, 0, 1)
-    _estimated("perplexity_ratio", found.perplexity_ratio, 0)
+    _estimated("perplexity_ratio", found.perplexity_ratio, 0, LARGEST_PERPLEXITY)
 
 
 def _estimated(name: str, found: Estimate, low: float, high: float | None = None) -> None:
     _figure(name, found.value, low, high)
-    _figure(f"the error of {name}", found.error, 0)
+    most = LARGEST_PERPLEXITY if high == LARGEST_PERPLEXITY else None
+    _figure(f"the error of {name}", found.error, 0, most)
 
 
 def _figure(name: str, value: float, low: float, high: float | None = None) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = "-"
 _MOST_DECIMALS = 6
+_WITHOUT_EXPONENT = 1e9
 _BESIDE_LLAMA_CPP = (
     "llama.cpp rounds activations while it computes, and this evaluation does not, so its own "
     "figures can differ by some tenths of a percent."
@@ -38,6 +39,8 @@ def figure(found: Estimate | None, factor: float = 1.0, unit: str = "") -> str:
     if found is None:
         return NOT_MEASURED
     value, error = found.value * factor, found.error * factor
+    if max(value, error) > _WITHOUT_EXPONENT:  # a perplexity of a broken model
+        return f"{value:.3e} ± {error:.1e}{unit}"
     decimals = 4
     if error > 0:
         decimals = min(max(1 - math.floor(math.log10(error)), 0), _MOST_DECIMALS)

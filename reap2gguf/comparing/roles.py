@@ -12,6 +12,7 @@ Role = Literal[
     "embedding",
     "attention",
     "DeltaNet",
+    "convolution",
     "router",
     "experts gate",
     "experts up",
@@ -29,7 +30,8 @@ _OUTSIDE: dict[str, Role] = {"token_embd": "embedding", "output": "output"}
 # the first that fits, of what follows `blk.N.`
 _INSIDE: dict[str, Role] = {
     r"\w*norm(_\w+)?\.": "norms",
-    r"ssm_|shortconv\.|time_mix": "DeltaNet",
+    r"ssm_|time_mix": "DeltaNet",
+    r"shortconv\.": "convolution",
     r"ffn_\w+_(sh|ch)exps?\b": "shared expert",
     r"ffn_gate_inp|exp_probs_b": "router",
     r"ffn_gate_exps|ffn_gate_up_exps": "experts gate",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from reap2gguf.bundle.bounds import LARGEST_PERPLEXITY
 from reap2gguf.bundle.evaluation import Divergence, Estimate
 
 Doubles = npt.NDArray[np.float64]
@@ -31,9 +32,15 @@ class TokenPair:
 
 
 def perplexity(nll: Doubles) -> Estimate:
-    """exp(mean) of the negative log-likelihoods (S,) of the right tokens."""
+    """exp(mean) of the negative log-likelihoods (S,) of the right tokens.
+
+    Raises OverflowError where it, or its error, is larger than a record may say.
+    """
     value = math.exp(nll.mean())
-    return Estimate(value, value * _error_of_mean(nll))
+    found = Estimate(value, value * _error_of_mean(nll))
+    if max(found.value, found.error) > LARGEST_PERPLEXITY:
+        raise OverflowError
+    return found
 
 
 def divergence(pair: TokenPair) -> Divergence:

@@ -126,6 +126,9 @@ EMBEDDING = TensorRule("{text}embed_tokens.weight", "token_embd.weight", "V H")
 NORM = TensorRule("{text}norm.weight", "output_norm.weight", "H")
 HEAD = TensorRule("{head}lm_head.weight", "output.weight", "V H")
 # Within a layer.
+# Old versions of transformers saved it, and so do the published Moonlight and Kimi-K2. It follows
+# from the config: transformers ignores it, and llama.cpp's converter leaves it out.
+ROTARY_BUFFER = "self_attn.rotary_emb.inv_freq"
 ATTN_NORM = TensorRule("input_layernorm.weight", "attn_norm.weight", "H")
 ATTENTION = (
     TensorRule("self_attn.q_proj.weight", "attn_q.weight", "Q H"),

@@ -53,6 +53,7 @@ from reap2gguf.models.rules import (
     EMBEDDING,
     HEAD,
     NORM,
+    ROTARY_BUFFER,
     MtpLayout,
     TensorRule,
     nested,
@@ -323,6 +324,8 @@ class DecoderModel(MoeModel):
         layer, rest = self._place(name)
         if layer is None:
             return None
+        if rest == ROTARY_BUFFER:
+            return Carried()
         if rule := self._in_blocks[layer].get(rest):
             if (axis := rule.axis_of_experts) is not None:
                 return Router(layer, axis)

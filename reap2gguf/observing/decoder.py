@@ -372,7 +372,9 @@ class StreamedDecoder:
     def why_not_finite(self, index: int) -> str:
         """Why what layer `index` computes is not finite: a weight by name, or an overflow."""
         names = [n for n in self.weights.tensors if self.model.role(n).layer == index]
-        if index == 0:
+        if index == self.model.facts.mtp_layer:  # it reads what the model's head reads
+            names.append(self.model.norm_name)
+        if index in (0, self.model.facts.mtp_layer):
             names.append(self.model.embedding_name)
         if bad := first_not_finite(self.weights, names):
             return (

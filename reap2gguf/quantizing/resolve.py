@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.quantizing.recipe import Recipe, Rule
 
+_SMALLEST_BLOCK = 32
 _MAX_STEPS = 4_000_000  # a rule and each of its stars, with a tensor: some seconds
 
 
@@ -181,10 +182,11 @@ def _fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
 def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
     block = GGML_QUANT_SIZES[rule.tensor_type][0]
     if tensor.n_columns % block:
+        fits = tensor.n_columns % _SMALLEST_BLOCK == 0
+        other = "a type with blocks of 32, such as Q8_0 or IQ4_NL" if fits else "F16, BF16 or F32"
         raise RecipeError(
             f"recipe {recipe.name!r}: {rule.title}: {rule.tensor_type.name} has blocks of "
-            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose a type with blocks "
-            "of 32, such as Q8_0 or IQ4_NL"
+            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose {other}"
         )
 
 

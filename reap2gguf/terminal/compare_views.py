@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.messages import parameters, size
+from reap2gguf.terminal.evaluate_views import figure
 
 if TYPE_CHECKING:
     from reap2gguf.comparing.compared import ComparedModel, ModelComparison
@@ -99,7 +100,7 @@ def _figures(found: ModelComparison, label: str) -> list[str]:
     perplexity, divergence = found.perplexity(label), found.divergence(label)
     if perplexity is None:
         return ["-", "", ""]
-    first = f"{perplexity.value:.4f} ± {perplexity.error:.4f}"
+    first = figure(perplexity, 4)
     if divergence is None:
         return [first, "reference", ""]
     mean, top = divergence.mean, divergence.same_top

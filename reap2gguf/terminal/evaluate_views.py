@@ -12,6 +12,8 @@ from reap2gguf.terminal.task_views import task_lines
 if TYPE_CHECKING:
     from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation, Speed
 
+_WITHOUT_EXPONENT = 1e9
+
 
 def evaluation_lines(evaluation: Evaluation, width: int | None = None) -> Iterator[str]:
     """All that was measured, in tables, which tasks keep within `width` letters.
@@ -118,6 +120,8 @@ def table_lines(rows: Sequence[Sequence[str]], n_names: int = 1) -> Iterator[str
 
 def figure(found: Estimate, digits: int) -> str:
     """A value with its standard error."""
+    if max(found.value, found.error) > _WITHOUT_EXPONENT:  # a perplexity of a broken model
+        return f"{found.value:.{digits}e} ± {found.error:.{digits}e}"
     return f"{found.value:.{digits}f} ± {found.error:.{digits}f}"
 
 

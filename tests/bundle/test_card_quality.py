@@ -142,6 +142,7 @@ def test_figures_have_two_digits_of_error() -> None:
     assert figure(Estimate(812.5, 41.2)) == "812 ± 41"
     assert figure(Estimate(1.5, 0.0)) == "1.5000 ± 0.0000"
     assert figure(Estimate(1e-9, 1e-10)) == "0.000000 ± 0.000000"
+    assert figure(Estimate(9.0497e22, 2.43e22)) == "9.050e+22 ± 2.4e+22"
     assert figure(None) == "-"
 
 

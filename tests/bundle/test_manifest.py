@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
@@ -22,6 +23,7 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.errors import ArtifactError
+from reap2gguf.evaluating.figures import perplexity
 from tests.evaluations import EXAMPLE
 
 RECIPE = 'title = "Q4"\n[[rule]]\nlayers = [0, 1]\ntensors = "größe \\\\ \\"x\\""\n'
@@ -368,7 +370,8 @@ DIVERGENCE = ("comparisons", 0, "divergence")
         (("variants", 0, "n_experts"), 0, "n_experts is 0"),
         (("variants", 0, "bits_per_weight"), 65.0, "bits_per_weight is 65.0"),
         (("variants", 0, "perplexity", "value"), -1.0, "perplexity is -1.0"),
-        (("variants", 0, "perplexity", "value"), 1e13, "perplexity is"),
+        (("variants", 0, "perplexity", "value"), 1e301, "perplexity is"),
+        (("variants", 0, "perplexity", "error"), 1e301, "the error of perplexity is"),
         (("variants", 0, "perplexity", "error"), -0.1, "the error of perplexity is -0.1"),
         (("variants",), EXAMPLE.as_json()["variants"] * 2, "the same variant twice"),
         ((*DIVERGENCE, "same_top", "value"), 1.5, "same_top is 1.5"),
@@ -386,6 +389,17 @@ def test_figures_that_no_evaluation_has(
     replace(sample(), evaluation=EXAMPLE).save(tmp_path)
     changed(tmp_path, "evaluation", *path, value=value)
     assert words in refusal(tmp_path)
+
+
+def test_the_perplexity_of_a_broken_model_is_read_again(tmp_path: Path) -> None:
+    """A model that is sure of wrong tokens has one of any size, and its bundle stays a bundle."""
+    found = perplexity(np.array([600.0, 680.0]))
+    assert found.value > 1e270
+    first, *others = EXAMPLE.variants
+    evaluation = replace(EXAMPLE, variants=(replace(first, perplexity=found), *others))
+    manifest = replace(sample(), evaluation=evaluation)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
 
 
 @pytest.mark.parametrize(

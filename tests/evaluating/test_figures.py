@@ -27,6 +27,12 @@ def test_perplexity_is_that_of_llama_perplexity() -> None:
     assert found.error == pytest.approx(error * math.exp(mean))
 
 
+def test_a_perplexity_that_no_record_may_hold_is_an_error() -> None:
+    for nll in ([800.0, 800.0], [692.0, 692.0], [0.0, 1380.0]):
+        with pytest.raises(OverflowError):
+            perplexity(np.array(nll))
+
+
 def test_figures_of_a_comparison_by_hand() -> None:
     reference = np.log([2.0, 4.0, 8.0, 2.0])
     other = np.log([4.0, 4.0, 4.0, 4.0])

@@ -113,7 +113,8 @@ def test_a_tensor_that_no_rule_explains_is_refused(case: Case) -> None:
     for name in (
         "weight",
         prefix + "extra.weight",
-        prefix + "self_attn.rotary_emb.inv_freq",
+        prefix + "rotary_emb.inv_freq",
+        last + "self_attn.rotary_emb.inv_freq",
         prefix + "mlp.experts.0.gate_up_proj.weight",
         prefix + "mlp.experts.01.up_proj.weight",
         last + "input_layernorm.weight",
@@ -121,6 +122,18 @@ def test_a_tensor_that_no_rule_explains_is_refused(case: Case) -> None:
         stored = {**case.stored, **stored_of({name: torch.ones(2)})}
         with pytest.raises(UnknownTensorError, match=re.escape(repr(name))):
             case.model.check_tensors(stored)
+
+
+@every_layout
+def test_frequencies_that_old_versions_of_transformers_saved_are_carried(case: Case) -> None:
+    """Moonlight and Kimi-K2 have them in every layer; transformers and llama.cpp read none."""
+    prefixes = [case.model.block_prefix(layer) for layer in range(case.model.facts.n_layers)]
+    names = [prefix + "self_attn.rotary_emb.inv_freq" for prefix in prefixes]
+    stored = {**case.stored, **stored_of(dict.fromkeys(names, torch.ones(2)))}
+    case.model.check_tensors(stored)
+    assert {case.model.role(name) for name in names} == {Carried()}
+    made = [(tensor.name, tensor.slabs) for tensor in case.model.gguf_tensors(stored)]
+    assert made == [(tensor.name, tensor.slabs) for tensor in tensors(case)]
 
 
 @every_layout

@@ -18,6 +18,7 @@ from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.loader import WeightLoader
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.observing.spool import DeviceSpool
+from tests.families.glm import GLM45
 from tests.observing.sweeps import CPU, Listener, rows_of, run_sweep
 from tests.tiny import TinyQwen3Moe
 
@@ -135,6 +136,16 @@ def test_the_weight_that_is_not_finite_is_named(name: str, fused: bool, tmp_path
     tensors[name].view(-1)[-1] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ObservationError, match=f"layer 1: .* '{name}' of {folder} holds NaN"):
+        run_sweep(SaliencyObserver, folder, rows_of(8, 8))
+
+
+def test_the_norm_before_an_mtp_block_is_named_where_it_is_not_finite(tmp_path: Path) -> None:
+    folder = GLM45.write(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    match = r"layer 3: .* 'model\.norm\.weight' of .* holds NaN"
+    with pytest.raises(ObservationError, match=match):
         run_sweep(SaliencyObserver, folder, rows_of(8, 8))
 
 

@@ -168,6 +168,15 @@ def test_a_block_that_does_not_divide_the_row_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "width", "advice"),
+    [("Q6_K", 160, "a type with blocks of 32, such as Q8_0"), ("Q8_0", 40, "F16, BF16 or F32$")],
+)
+def test_the_type_that_is_advised_fits_the_rows(kind: str, width: int, advice: str) -> None:
+    with pytest.raises(RecipeError, match=f"rows of {width}; choose {advice}"):
+        resolved(recipe(("blk.*.ffn_down_exps.weight", kind)), tensors_of(width=width))
+
+
+@pytest.mark.parametrize(
     ("kind", "width", "expected"),
     [("Q6_K", 160, "Q8_0"), ("Q5_K", 160, "Q5_1"), ("IQ2_S", 1408, "IQ4_NL"),
      ("Q5_K", 40, "F16"), ("Q5_K", 256, "Q5_K"), ("Q8_0", 40, "F16")],

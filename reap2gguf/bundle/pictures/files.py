@@ -44,6 +44,7 @@ _ROLES = (
     ("router", ("ffn_gate_inp", "exp_probs_b")),
     ("attention", ("attn_",)),
     ("linear attention", ("ssm_",)),
+    ("convolution", ("shortconv.",)),
     ("MTP", ("nextn.",)),
 )
 _OUTSIDE = (("embeddings", ("token_embd",)), ("output", ("output.",)))

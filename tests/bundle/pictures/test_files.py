@@ -15,6 +15,7 @@ from reap2gguf.bundle.pictures.files import (
     quality_picture,
 )
 from tests.bundle.pictures.test_experts import opened
+from tests.models.layouts import FIRST, Case
 
 SHAPES = {
     "token_embd.weight": (1000, 64),
@@ -66,6 +67,18 @@ def test_bits_are_means_over_the_weights() -> None:
     assert attention[1].bits / attention[1].weights == (q * 4.5 + v * 6.5625) / (q + v)
     assert table["embeddings"][-1].weights == math.prod(SHAPES["token_embd.weight"])
     assert table["experts: down"][0].bits / table["experts: down"][0].weights == 6.5625
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_every_matrix_of_a_known_family_is_in_the_picture(case: Case) -> None:
+    """Vectors and single convolution kernels are too small to be seen."""
+    shapes = {one.name: one.shape for one in case.model.gguf_tensors(case.stored)}
+    matrices = {
+        name
+        for name, shape in shapes.items()
+        if math.prod(shape) > max(shape) and name.endswith("weight")
+    }
+    assert dict(files._placed(shapes)).keys() == matrices
 
 
 def test_files_are_drawn_under_one_another() -> None:
