@@ -10,7 +10,7 @@ from reap2gguf.building.adding import Addition, extend, open_reference
 from reap2gguf.building.bundle_files import is_changed
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.workdir import Workdir
-from reap2gguf.bundle.evaluation_update import updated
+from reap2gguf.bundle.evaluation_update import outdated_groups, updated
 from reap2gguf.bundle.opening import open_bundle
 from reap2gguf.errors import UsageError
 
@@ -73,6 +73,11 @@ def _updated(earlier: Evaluation, newer: Evaluation, progress: Progress) -> Eval
         progress.note(
             f"the earlier figures of {', '.join(dropped)} are removed: they are of another text, "
             "engine or type than the new ones; measure all variants together to have both"
+        )
+    if groups := outdated_groups(earlier, found):
+        progress.note(
+            f"the earlier figures of {', '.join(groups)} are removed: a task in it is no longer "
+            "what it was; measure the whole group to have them again"
         )
     kept = [
         what

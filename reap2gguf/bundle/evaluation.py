@@ -112,6 +112,8 @@ class TaskScore:
     n_items: int
     n_shots: int = 0
     group: str = ""  # the group of tasks that this task or group is a part of, if any
+    # of what was asked and how it is judged: scores of another one do not compare
+    definition: str = ""
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,7 @@ def _task(values: Mapping[str, Any]) -> TaskScore:
         _count(values["n_items"]),
         _count(values["n_shots"]),
         _text(values["group"]),
+        _text(values.get("definition", "")),
     )
 
 

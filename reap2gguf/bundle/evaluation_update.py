@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from reap2gguf.bundle.evaluation import Evaluation, TaskScore
 
@@ -62,17 +62,54 @@ def _with_other_variants(earlier: Evaluation, newer: Evaluation) -> Evaluation:
 def _tasks(earlier: Sequence[TaskScore], newer: Sequence[TaskScore]) -> list[TaskScore]:
     """Scores in the order of variants: the source first, from which all others differ.
 
-    A variant that was not asked again keeps its score if it was asked as many questions with as
-    many examples, since others cannot stand beside the new scores.
+    A variant that was not asked again keeps its score if it was asked the same questions, with as
+    many examples, and judged in the same way, since others cannot stand beside the new scores. A
+    group keeps its score as long as all its tasks are what they were; they stay its parts.
     """
     again = {(one.task, one.variant) for one in newer}
-    asked = {one.task: (one.n_items, one.n_shots) for one in newer}
+    asked = {one.task: _asked(one) for one in newer}
+    changed = {one.task for one in earlier if asked.get(one.task, _asked(one)) != _asked(one)}
+    parents = {one.task: one.group for one in earlier}
+    outdated = _groups_of(changed, parents) - asked.keys()
     kept = [
         one
         for one in earlier
-        if (one.task, one.variant) not in again
-        and asked.get(one.task, (one.n_items, one.n_shots)) == (one.n_items, one.n_shots)
+        if (one.task, one.variant) not in again and one.task not in changed | outdated
     ]
-    found = [*kept, *newer]
+    stay = {one.task for one in kept}
+    # a group that is asked again names its members
+    gone = outdated | asked.keys()
+    found = [
+        *(replace(one, group="" if one.group in gone else one.group) for one in kept),
+        *(_in_group(one, parents.get(one.task, ""), stay - asked.keys()) for one in newer),
+    ]
     names = list(dict.fromkeys(("source", "pruned", *(one.variant for one in found))))
     return sorted(found, key=lambda one: names.index(one.variant))
+
+
+def outdated_groups(earlier: Evaluation, found: Evaluation) -> list[str]:
+    """Groups whose scores an update removed, since a task of theirs was measured and is another."""
+    names = {one.task for one in found.tasks}
+    groups = {one.group for one in earlier.tasks}
+    return sorted({one.task for one in earlier.tasks} & groups - names)
+
+
+def _asked(one: TaskScore) -> tuple[int, int, str]:
+    return one.n_items, one.n_shots, one.definition
+
+
+def _groups_of(tasks: Iterable[str], parents: Mapping[str, str]) -> set[str]:
+    """All groups that tasks are in, at any depth."""
+    found: set[str] = set()
+    waiting = [parents[name] for name in tasks]
+    while waiting:
+        name = waiting.pop()
+        if name and name not in found:
+            found.add(name)
+            waiting.append(parents.get(name, ""))
+    return found
+
+
+def _in_group(one: TaskScore, group: str, stay: Collection[str]) -> TaskScore:
+    """A task that was asked alone, in the group that stays."""
+    return replace(one, group=group) if not one.group and group in stay else one

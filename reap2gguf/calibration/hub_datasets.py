@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -35,32 +36,51 @@ if TYPE_CHECKING:
     from reap2gguf.calibration.spec import Component
 
 BUFFER = 10_000  # records that wait to be drawn
-_SAVE = "save its records as JSONL or Parquet and pass the file"
-_MISSING = (
-    "no such file or folder here and no such dataset on the Hub (or it is private: run "
-    "`hf auth login`)"
-)
+_PRIVATE = "(or it is private: run `hf auth login`)"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How notes and errors name a dataset, and what they advise where it cannot be had."""
+
+    subject: str
+    instead: str  # what a user can do without this dataset
+    missing: str  # what it means that the Hub does not have it
+
+
+def _of_calibration(component: Component) -> Wording:
+    return Wording(
+        f"calibration {component.name}",
+        "save its records as JSONL or Parquet and pass the file",
+        f"no such file or folder here and no such dataset on the Hub {_PRIVATE}",
+    )
 
 
 def open_dataset(
-    component: Component, seed: int | None, note: Note, sleep: Sleep = time.sleep
+    component: Component,
+    seed: int | None,
+    note: Note,
+    sleep: Sleep = time.sleep,
+    wording: Wording | None = None,
 ) -> tuple[str, Iterator[Record]]:
     """The commit of a dataset, and its records in the order in which they are drawn.
 
-    They are drawn by `seed`; without one they come in the order of the dataset.
+    They are drawn by `seed`; without one they come in the order of the dataset. Without `wording`
+    it is named as a component of a calibration.
 
     No record is read before the iterator is asked for one. Raises CalibrationError if there is no
     such dataset, subset or split, it may not be read, or the Hub cannot be reached in five tries;
     OutputError if the Hub's cache cannot be written. The iterator raises the same errors.
     """
+    words = wording or _of_calibration(component)
 
     def refusal(error: BaseException) -> Reap2ggufError | None:
-        return _refusal(error, component)
+        return _refusal(error, component, words)
 
     retry = Retry(
-        f"calibration {component.name}",
+        words.subject,
         refusal,
-        f"check the network, or {_SAVE}",
+        f"check the network, or {words.instead}",
         note,
         sleep,
         error_class=CalibrationError,
@@ -130,30 +150,33 @@ def _dataset_errors() -> tuple[type[Exception], ...]:
     return (DatasetsError, *request_errors(), *others)
 
 
-def _refusal(error: BaseException, component: Component) -> Reap2ggufError | None:
+def _refusal(error: BaseException, component: Component, wording: Wording) -> Reap2ggufError | None:
     """What to report if another try would fail like this one; None if it may pass."""
-    where = f"calibration {component.name}"
+    where = wording.subject
     for cause in causes(error):
         if refusal := cache_refusal(cause):
             return OutputError(f"{where}: {refusal}")
-        words = _hub_words(cause, component) or _datasets_words(cause, component)
+        words = _hub_words(cause, component, wording)
+        words = words or _datasets_words(cause, component, wording)
         if words:
             return CalibrationError(f"{where}: {words}")
     if is_transport(error):
         return None
-    return CalibrationError(f"{where}: cannot be read as records ({first_line(error)}); {_SAVE}")
+    return CalibrationError(
+        f"{where}: cannot be read as records ({first_line(error)}); {wording.instead}"
+    )
 
 
-def _hub_words(cause: BaseException, component: Component) -> str | None:
+def _hub_words(cause: BaseException, component: Component, wording: Wording) -> str | None:
     """What one error of the Hub means; None if it may pass, or is not the Hub's."""
     words = {
-        Problem.INVALID_NAME: _MISSING,
+        Problem.INVALID_NAME: wording.missing,
         Problem.NO_TOKEN: "not logged in to the Hub: run `hf auth login`",
         Problem.GATED: "gated on the Hub; accept its terms there and run `hf auth login`",
-        Problem.NO_REPOSITORY: _MISSING,
+        Problem.NO_REPOSITORY: wording.missing,
         Problem.NO_REVISION: f"no revision {component.revision!r} on the Hub",
         Problem.OFFLINE: (
-            f"HF_HUB_OFFLINE is set, and its records are not cached; unset it, or {_SAVE}"
+            f"HF_HUB_OFFLINE is set, and its records are not cached; unset it, or {wording.instead}"
         ),
         Problem.REFUSED: (
             f"the Hub refuses it (HTTP {status_of(cause)}); if it is private, run `hf auth login`"
@@ -165,15 +188,15 @@ def _hub_words(cause: BaseException, component: Component) -> str | None:
     return None if problem is None else words.get(problem)
 
 
-def _datasets_words(cause: BaseException, component: Component) -> str | None:
+def _datasets_words(cause: BaseException, component: Component, wording: Wording) -> str | None:
     """What an error of `datasets` means; most are plain errors, known by their texts alone."""
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     text = " ".join(str(cause).split())
     if isinstance(cause, DatasetNotFoundError):
-        return _MISSING
+        return wording.missing
     if isinstance(cause, DataFilesNotFoundError) or type(cause).__name__ == "EmptyDatasetError":
-        return f"holds no files that can be read as records; {_SAVE}"
+        return f"holds no files that can be read as records; {wording.instead}"
     if isinstance(cause, RuntimeError) and "scripts are no longer supported" in text:
         return (
             "needs a script, and scripts are not run; the Hub may have its records as "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.evaluation import TextRecord
-from reap2gguf.calibration.hub_datasets import open_dataset
+from reap2gguf.calibration.hub_datasets import Wording, open_dataset
 from reap2gguf.calibration.rows import chunk_text
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.spec import Component
@@ -33,6 +33,11 @@ HELD_OUT = "held-out"  # a text of this project, which no mix of it holds
 WIKITEXT2 = "wikitext2"  # the raw test set, by which most perplexities are published
 _HELD_OUT_FILE = "held-out.txt"
 _WIKITEXT = Component("Salesforce/wikitext", subset="wikitext-2-raw-v1", split="test")
+_WORDING = Wording(
+    f"text {WIKITEXT2} ({_WIKITEXT.dataset} on the Hub)",
+    f"score another text: {HELD_OUT}, which is shipped, or a file of your own",
+    "no such dataset on the Hub; check HF_ENDPOINT",
+)
 _LEAST_CHUNKS = 2  # as in llama-perplexity: an error needs more than one
 
 
@@ -67,7 +72,7 @@ def read_text(name: str, note: Note) -> tuple[str, str]:
 
 def _wikitext(note: Note) -> str:
     """The lines of the raw test set as its file has them, which the dataset strips where empty."""
-    _, records = open_dataset(_WIKITEXT, None, note)
+    _, records = open_dataset(_WIKITEXT, None, note, wording=_WORDING)
     return "".join(str(record["text"]) or " \n" for record in records)
 
 

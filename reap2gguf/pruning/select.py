@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Scores = npt.NDArray[np.float64]
 Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the kept experts, ascending
 DEFAULT_COMPRESSION = 0.25
+_FUSED = (*(2**n for n in range(9)), 288, 512, 576)  # counts of experts, ascending
 
 
 def _mean(sums: Scores, count: npt.NDArray[np.int64]) -> Scores:
@@ -152,10 +153,23 @@ def select_experts(
 
 
 def friendly_count(target: Target, needed: int) -> int:
-    """The nearest count that vLLM has fast kernels for: a multiple of 16, or of 8 below 16.
-
-    llama.cpp's fused top-k on CUDA takes powers of two, 288 and 576 alone.
-    """
+    """The nearest count that vLLM has fast kernels for: a multiple of 16, or of 8 below 16."""
     step = 16 if target.n_kept >= 16 else 8
     nearest = max(step, round(target.n_kept / step) * step)
     return nearest if needed <= nearest <= target.n_experts else target.n_kept
+
+
+def is_fused(n_experts: int) -> bool:
+    """Whether llama.cpp's fused top-k on CUDA takes a count (ggml/src/ggml-cuda/topk-moe.cu).
+
+    It never takes a router with groups of experts.
+    """
+    return n_experts in _FUSED
+
+
+def fused_counts(target: Target, needed: int) -> list[int]:
+    """The nearest such counts below and above the kept experts that a pruned model can have."""
+    possible = [count for count in _FUSED if needed <= count < target.n_experts]
+    below = [count for count in possible if count < target.n_kept]
+    above = [count for count in possible if count > target.n_kept]
+    return below[-1:] + above[:1]

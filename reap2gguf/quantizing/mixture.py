@@ -87,15 +87,25 @@ class MixtureChooser:
         self._n_values = sum(part_of(tensor.name) is Part.ATTN_V for tensor in tensors)
         self._met: Counter[Part] = Counter()
 
+    def fitted(self, tensor: GgufTensor, wanted: Type) -> Type:
+        """The type of a tensor that no rule overrides: `wanted`, as far as its rows fit."""
+        base = self._mixture.base
+        if self._is_output(tensor) and tensor.n_columns % GGML_QUANT_SIZES[base][0]:
+            wanted = Type.Q8_0
+        return fitting(wanted, tensor.n_columns)
+
+    def _is_output(self, tensor: GgufTensor) -> bool:
+        part = part_of(tensor.name)
+        return part is Part.OUTPUT or (self._tied and part is Part.TOKEN_EMBD)
+
     def choose(self, tensor: GgufTensor) -> Type:
-        """The type of one tensor that no rule overrides."""
+        """The type that the mixture gives a tensor, whatever the length of its rows."""
         mixture = self._mixture
         part = part_of(tensor.name)
         if mixture.base in (Type.F32, Type.F16, Type.BF16):
             return mixture.base
-        if part is Part.OUTPUT or (self._tied and part is Part.TOKEN_EMBD):
-            fills = tensor.n_columns % GGML_QUANT_SIZES[mixture.base][0] == 0
-            return fitting(mixture.output if fills else Type.Q8_0, tensor.n_columns)
+        if self._is_output(tensor):
+            return mixture.output
         place = self._place(part, tensor)
         tensor_type = self._for_eight_experts(part) or next(
             (
@@ -108,7 +118,7 @@ class MixtureChooser:
         weighted = NEEDS_IMPORTANCE | mixture.needs_importance
         if tensor_type in weighted and tensor.name.endswith(_WITHOUT_IMPORTANCE):
             tensor_type = mixture.output  # llama-quantize refuses to write such a file
-        return fitting(tensor_type, tensor.n_columns)
+        return tensor_type
 
     def _place(self, part: Part, tensor: GgufTensor) -> Place:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)

@@ -32,6 +32,7 @@ class ResolvedTensor:
     tensor: GgufTensor
     tensor_type: Type
     rule: str | None
+    wanted: Type | None = None  # the type that was meant, if rows do not fill its blocks
 
     @property
     def n_bytes(self) -> int:
@@ -137,15 +138,19 @@ def resolve(
         if winner is not None:
             winners.add(winner)
             rule = recipe.rules[winner]
-            tensor_type = rule.tensor_type
+            wanted = rule.tensor_type
             if rule.fallback:
-                tensor_type = fitting(tensor_type, tensor.n_columns)
+                tensor_type = fitting(wanted, tensor.n_columns)
             else:
                 _check_rows(tensor, rule, recipe)
-            resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, rule.match)
+                tensor_type = wanted
+            match: str | None = rule.match
         else:
-            tensor_type = chooser.choose(tensor) if whole is None else whole
-            resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, None)
+            wanted = chooser.choose(tensor) if whole is None else whole
+            tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
+            match = None
+        meant = None if wanted is tensor_type else wanted
+        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, match, meant)
     _refuse_idle_rules(recipe, winners, tensors)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
 

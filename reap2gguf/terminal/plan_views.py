@@ -14,7 +14,8 @@ from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.messages import duration, parameters, quantity, size
-from reap2gguf.pruning.select import friendly_count
+from reap2gguf.pruning.select import friendly_count, is_fused
+from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
@@ -101,12 +102,7 @@ def _model(plan: Plan) -> Iterator[str]:
             f"the source was pruned before: it has {target.n_experts} of the "
             f"{plan.history.n_experts} experts of {plan.history.label}"
         )
-    friendly = friendly_count(target, facts.experts_per_token)
-    if target.prunes and friendly != target.n_kept and facts.n_experts >= 32:
-        yield (
-            f"vLLM has no fused kernels for {target.n_kept} experts, but for {friendly}: "
-            f"--keep-experts {friendly}"
-        )
+    yield from expert_count_lines(plan)
     if plan.mtp != "none":
         yield f"multi-token-prediction block: {plan.mtp}"
 
@@ -166,6 +162,8 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
+        for line in odd_row_lines(recipe):
+            yield from _wrapped(line, "    ")
         if with_tensors:
             yield from _type_lines(recipe)
     for side in plan.side_files:
@@ -289,6 +287,8 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
             "per_token": facts.experts_per_token,
             "layers": len(facts.moe_layers),
             "friendly": friendly_count(plan.target, facts.experts_per_token),
+            "groups": facts.n_groups,
+            "fused_top_k": facts.n_groups == 1 and is_fused(plan.target.n_kept),
         },
         "original": None
         if plan.history is None
@@ -319,6 +319,9 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
                 "bits_per_weight": round(recipe.bits_per_weight, 4),
                 "tensors": {
                     name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()
+                },
+                "fallbacks": {
+                    entry.tensor.name: entry.wanted.name for entry in recipe.table if entry.wanted
                 },
             }
             for recipe in plan.recipes

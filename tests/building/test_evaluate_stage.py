@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.needs.memory import evaluation_needs
+from reap2gguf.building.needs.room import room_needs
 from reap2gguf.building.needs.scoring import MOST_CHUNKS, chunks_to_score
 from reap2gguf.building.pipeline import build
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.manifest import Manifest
+from reap2gguf.errors import OutputError
+from reap2gguf.observing import spool
 from reap2gguf.observing.budget import Budget, Need, fit, layer_bytes
 from reap2gguf.options import BuildOptions, CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
@@ -198,3 +202,38 @@ def test_on_a_gpu_the_heads_take_what_is_free(model: Path, tmp_path: Path) -> No
     vocabulary, n_variants = plan.model.facts.vocab_size, plan.n_variants
     assert needs.gpu_memory_bytes >= 4 * (n_variants + 2) * 4096 * vocabulary
     assert needs.gpu_memory_bytes >= needs.evaluation.device_bytes
+
+
+@pytest.mark.usefixtures("few")
+def test_hidden_states_that_wait_on_the_disk_are_counted_by_plan_and_build(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all variants, beside all that the build has made by then."""
+    monkeypatch.setattr("reap2gguf.building.needs.memory.CHUNK", 64)
+    on_disk = ComputeOptions("cpu", spool="disk")
+    plan = make_plan(replace(options(model, tmp_path / "out", evaluate="always"), compute=on_disk))
+    needed, checked = needs_on(plan).disk, room_needs(plan)
+    assert needed.scoring == checked.scoring > 0
+    assert needed.room_bytes == needed.final_bytes + needed.scoring
+    assert checked.room_bytes == checked.final_bytes + checked.scoring
+    assert needs_on(plan).peak_bytes >= needed.room_bytes
+    assert not needs_on(plan, laptop(disk_free_bytes=needed.room_bytes)).lacks_disk
+    assert needs_on(plan, laptop(disk_free_bytes=needed.room_bytes - 1)).lacks_disk
+
+    made: list[int] = []
+
+    def reserved(folder: Path, n_bytes: int) -> BinaryIO:
+        made.append(n_bytes)
+        return reserve(folder, n_bytes)
+
+    reserve = spool._reserve
+    monkeypatch.setattr(spool, "_reserve", reserved)
+    usage = shutil.disk_usage(tmp_path)
+    little = usage._replace(free=checked.room_bytes - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("reap2gguf.building.workdir.shutil.disk_usage", lambda path: little)
+        with pytest.raises(OutputError, match=f"the build writes {checked.room_bytes:,} bytes"):
+            build(plan, Silent())
+    assert not made
+    build(make_plan(plan.options), Silent())
+    assert sum(made[plan.n_sweeps :]) == needed.scoring

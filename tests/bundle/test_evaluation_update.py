@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from reap2gguf.bundle.evaluation import Estimate, Evaluation, TaskScore
-from reap2gguf.bundle.evaluation_update import updated
+from reap2gguf.bundle.evaluation_update import outdated_groups, updated
 from tests.evaluations import EXAMPLE, Q4, Q8
 
 NOTHING = Evaluation("llama.cpp", None, device="cuda", dtype="bfloat16")
@@ -83,3 +83,59 @@ def test_nothing_earlier_but_a_speed() -> None:
     earlier = replace(NOTHING, speeds=EXAMPLE.speeds)
     found = updated(earlier, replace(EXAMPLE, speeds=()))
     assert found == EXAMPLE
+
+
+GROUPED = ("source", "pruned")
+
+
+def grouped(
+    task: str, group: str = "", definition: str = "a", score: float = 0.5, n: int = 250
+) -> list[TaskScore]:
+    found = scores(task, *GROUPED, score=score, n=n)
+    return [replace(one, group=group, definition=definition) for one in found]
+
+
+def kept_of(*newer: list[TaskScore]) -> dict[str, tuple[str, str, float]]:
+    """A group in a group and two tasks, and what an update makes of them."""
+    earlier = [
+        *grouped("all", n=500), *grouped("half", "all"), *grouped("one", "half"),
+        *grouped("two", "all"),
+    ]  # fmt: skip
+    before = Evaluation("streamed", None, tasks=earlier)
+    found = updated(before, replace(NOTHING, tasks=[one for ones in newer for one in ones]))
+    told = {one.task: (one.group, one.definition, one.score.value) for one in found.tasks}
+    assert len(found.tasks) == len(GROUPED) * len(told), "of all variants, or of none"
+    gone = sorted({one.task for one in earlier} - told.keys())
+    assert outdated_groups(before, found) == gone
+    return told
+
+
+def test_the_score_of_a_group_goes_where_a_task_of_it_is_another_one() -> None:
+    found = kept_of(grouped("one", definition="b", score=0.9))
+    assert found == {"one": ("", "b", 0.9), "two": ("", "a", 0.5)}
+    found = kept_of(grouped("two", n=10))
+    assert found == {"two": ("", "a", 0.5), "half": ("", "a", 0.5), "one": ("half", "a", 0.5)}
+
+
+def test_a_task_that_is_the_same_stays_in_its_group() -> None:
+    found = kept_of(grouped("one", score=0.6))
+    assert found["one"] == ("half", "a", 0.6)
+    assert found["all"] == ("", "a", 0.5)
+    assert found["half"] == ("all", "a", 0.5)
+
+
+def test_a_group_that_is_asked_again_says_itself_what_it_holds() -> None:
+    found = kept_of(grouped("all", definition="b"), grouped("two", "all", "b", 0.9))
+    assert found == {
+        "all": ("", "b", 0.5), "two": ("all", "b", 0.9), "half": ("", "a", 0.5),
+        "one": ("half", "a", 0.5),
+    }  # fmt: skip
+
+
+def test_a_variant_keeps_no_score_of_another_definition() -> None:
+    again = [one for one in grouped("one", definition="b") if one.variant == "pruned"]
+    before = Evaluation("streamed", None, tasks=grouped("one"))
+    assert list(updated(before, replace(NOTHING, tasks=again)).tasks) == again
+    same = [replace(one, definition="a") for one in again]
+    found = updated(before, replace(NOTHING, tasks=same)).tasks
+    assert [one.variant for one in found] == ["source", "pruned"]

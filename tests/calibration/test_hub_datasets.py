@@ -254,6 +254,22 @@ def test_a_hub_that_stays_away(client: Client) -> None:
     ]
 
 
+def test_a_text_to_score_is_not_called_a_calibration(client: Client) -> None:
+    command = ("evaluate", EXAMPLE, "--text", "wikitext2", "--device", "cpu")
+    subject = "text wikitext2 (Salesforce/wikitext on the Hub): "
+    code, told = client.run(*command)
+    assert (code, told) == (2, f"Error: {subject}no such dataset on the Hub; check HF_ENDPOINT\n")
+    client.hub.faults.append(Fault(503, where="/api/datasets/", times=99))
+    code, told = client.run(*command)
+    client.hub.faults.clear()
+    *notes, last = told.splitlines()
+    assert (code, sum(subject in note for note in notes)) == (2, 4), told
+    assert "calibration" not in told
+    assert last.startswith(f"Error: {subject}the Hub cannot be reached in 5 tries (")
+    assert last.endswith("check the network, or score another text: held-out, which is shipped, "
+                         "or a file of your own")  # fmt: skip
+
+
 def test_rows_are_packed_as_far_as_needed(client: Client) -> None:
     """Of 24 to 26 tokens a sample, 64 are two and the beginning of a third."""
     rows, _, (note,) = client.ask(f"{MOT}[code]:4", 7, pack=True)

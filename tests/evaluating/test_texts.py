@@ -84,10 +84,21 @@ def test_wikitext_is_the_raw_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dataset has the lines of `wiki.test.raw`, but those of a space alone as nothing."""
     asked = []
 
-    def dataset(component: Any, seed: int | None, note: Any) -> tuple[str, Iterator[Any]]:
+    def dataset(component: Any, seed: int | None, note: Any, **_: Any) -> tuple[str, Iterator[Any]]:
         asked.append((component.dataset, component.subset, component.split, seed))
         return "commit", iter([{"text": ""}, {"text": " = Title = \n"}, {"text": ""}])
 
     monkeypatch.setattr(texts, "open_dataset", dataset)
     assert read_text(WIKITEXT2, print) == ("wikitext2", " \n = Title = \n \n")
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None)]
+
+
+def test_wikitext_without_a_network_is_named_as_the_text_that_it_is() -> None:
+    """Tests run without a network: HF_HUB_OFFLINE is set."""
+    with pytest.raises(CalibrationError) as refused:
+        read_text(WIKITEXT2, print)
+    assert str(refused.value) == (
+        "text wikitext2 (Salesforce/wikitext on the Hub): HF_HUB_OFFLINE is set, and its records "
+        "are not cached; unset it, or score another text: held-out, which is shipped, or a file "
+        "of your own"
+    )

@@ -18,6 +18,8 @@ from reap2gguf.pruning.select import (
     Target,
     choose_target,
     friendly_count,
+    fused_counts,
+    is_fused,
     select_experts,
 )
 from reap2gguf.terminal.click_options import METHODS
@@ -178,6 +180,25 @@ def test_observations_of_another_model(facts: ModelFacts) -> None:
 )
 def test_friendly_counts(total: int, kept: int, friendly: int) -> None:
     assert friendly_count(Target(total, kept), needed=4) == friendly
+
+
+@pytest.mark.parametrize(
+    ("total", "kept", "needed", "counts"),
+    [
+        (256, 192, 8, [128]), (128, 96, 8, [64]), (512, 384, 10, [288]), (768, 544, 8, [512, 576]),
+        (768, 600, 8, [576]), (60, 45, 4, [32]), (16, 12, 10, []), (256, 20, 8, [16, 32]),
+        (384, 288, 8, [256]), (1024, 700, 8, [576]),
+    ],
+)  # fmt: skip
+def test_counts_of_the_fused_top_k(total: int, kept: int, needed: int, counts: list[int]) -> None:
+    assert fused_counts(Target(total, kept), needed) == counts
+    assert all(is_fused(count) for count in counts)
+
+
+def test_llama_cpp_fuses_these_counts_alone() -> None:
+    """`ggml_cuda_should_use_topk_moe` in ggml/src/ggml-cuda/topk-moe.cu."""
+    powers = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert [n for n in range(1, 1025) if is_fused(n)] == sorted([*powers, 288, 576])
 
 
 def test_scores_follow_the_example(example: Path) -> None:

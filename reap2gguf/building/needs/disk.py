@@ -33,6 +33,7 @@ class DiskNeeds:
     shared: int  # texts and observations, which stay for other builds
     spool: int  # hidden states that wait on the disk
     state: int  # one saved state of a calibration pass
+    scoring: int = 0  # hidden states of all variants, on the disk while quality is measured
     depth: int = 1  # layers that a batch goes through before its hidden states wait again
 
     @property
@@ -43,7 +44,7 @@ class DiskNeeds:
     @property
     def room_bytes(self) -> int:
         """What a build cannot do without, at its peak: saved states are left out."""
-        return max(self.final_bytes, self.hf + self.shared + self.spool)
+        return max(self.final_bytes + self.scoring, self.hf + self.shared + self.spool)
 
     @property
     def state_bytes(self) -> int:
@@ -63,7 +64,7 @@ class DiskNeeds:
 
     def peak_bytes(self, sweeps: Mapping[str, tuple[float, int]], overlaps: bool = False) -> int:
         """The most that is there at a time, given the seconds and layers of each pass."""
-        peak = self.final_bytes
+        peak = self.final_bytes + self.scoring
         for name, (seconds, n_layers) in sweeps.items():
             beside = self.spool + self.state * states_kept(seconds, n_layers, self.state)
             written = self.hf + (self.gguf if overlaps else 0)
@@ -82,8 +83,13 @@ def states_kept(seconds: float, n_layers: int, n_bytes: int) -> int:
     return min(_STATES, (n_layers - 1) // layers_between)
 
 
-def disk_needs(plan: Plan, amount: Amount, sweeps: SweepNeeds) -> DiskNeeds:
-    """Sizes of tensors are exact, all others close upper bounds."""
+def disk_needs(
+    plan: Plan, amount: Amount, sweeps: SweepNeeds, evaluation: SweepNeeds | None
+) -> DiskNeeds:
+    """Sizes of tensors are exact, all others close upper bounds.
+
+    `evaluation` is what the last stage takes; None if quality is not measured.
+    """
     facts = plan.model.facts
     companions = sum(file.stat().st_size for file in companion_files(plan.source.folder))
     companions += plan.source.later_bytes
@@ -101,6 +107,7 @@ def disk_needs(plan: Plan, amount: Amount, sweeps: SweepNeeds) -> DiskNeeds:
         gguf=gguf,
         shared=texts + (observed if plan.observes else 0),
         spool=sweeps.spool_bytes if plan.n_sweeps else 0,
+        scoring=0 if evaluation is None else evaluation.spool_bytes,
         depth=1 if sweeps.budget is None else sweeps.budget.depth,
         state=sweeps.hidden_bytes if plan.n_sweeps else 0,
     )

@@ -54,6 +54,7 @@ class Estimate:
     host: Host
     amount: Amount
     sweeps: SweepNeeds
+    evaluation: SweepNeeds | None  # of the stage that measures quality; None: it is left out
     disk: DiskNeeds
     reused: Reused
     has_device: bool = True  # whether the GPU that the figures are for is there
@@ -85,11 +86,6 @@ class Estimate:
         return max(self.sweeps.device_bytes + self._export.device, evaluating)
 
     @cached_property
-    def evaluation(self) -> SweepNeeds | None:
-        """What the stage takes that measures quality; None if it is left out."""
-        return evaluation_needs(self.plan, self.sizes, self.n_scored_chunks, self.machine)
-
-    @cached_property
     def _export(self) -> ExportMemory:
         plan, machine = self.plan, self.machine
         device, has_gpu = plan.options.compute.device, machine.device == "cuda"
@@ -102,8 +98,6 @@ class Estimate:
         free = self.machine.disk_free_bytes + self.reused.written_bytes
         overlaps = self.host.cores > 1 and self.disk.overlapping_bytes <= free
         found = self.disk.peak_bytes(self._passes, overlaps)
-        if self.evaluation is not None:
-            found = max(found, self.disk.final_bytes + self.evaluation.spool_bytes)
         return found if found <= free else self.disk.room_bytes
 
     @property
@@ -231,19 +225,15 @@ class Estimate:
 
     def with_amount(self, amount: Amount) -> Estimate:
         """The same build with less text."""
-        sweeps = sweep_needs(self.plan, self.sizes, amount, self.machine)
-        disk = disk_needs(self.plan, amount, sweeps)
-        return replace(self, amount=amount, sweeps=sweeps, disk=disk)
+        sweeps, evaluation, disk = _needs(self.plan, self.sizes, amount, self.machine)
+        return replace(self, amount=amount, sweeps=sweeps, evaluation=evaluation, disk=disk)
 
     def rented(self, gpu: str) -> Estimate:
         """The same build from scratch on a usual rented machine with a GPU of a name in GPUS.
 
         Raises UsageError for another name.
         """
-        machine, host = rented_machine(gpu)
-        sweeps = sweep_needs(self.plan, self.sizes, self.amount, machine)
-        disk = disk_needs(self.plan, self.amount, sweeps)
-        return Estimate(self.plan, self.sizes, machine, host, self.amount, sweeps, disk, Reused())
+        return _rented(self.plan, self.sizes, self.amount, gpu)
 
 
 def estimate(
@@ -262,15 +252,16 @@ def estimate(
     if machine.device == "cuda" and machine.gpu is None:
         machine = replace(machine, gpu=as_gpu(H100))
     sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
-    sweeps = sweep_needs(plan, sizes, amount, machine)
+    sweeps, evaluation, disk = _needs(plan, sizes, amount, machine)
     host = Host(
         speed,
         machine.cores,
         None if machine.device == "cpu" or machine.gpu is None else gpu_factor(machine.gpu.name),
         max(0, machine.memory_free_bytes - sweeps.host_bytes - _FOR_FILES),
     )
-    disk = disk_needs(plan, amount, sweeps)
-    return Estimate(plan, sizes, machine, host, amount, sweeps, disk, reused, has_device)
+    return Estimate(
+        plan, sizes, machine, host, amount, sweeps, evaluation, disk, reused, has_device
+    )
 
 
 def rented_estimate(plan: Plan, reused: Reused, gpu: str) -> Estimate:
@@ -279,8 +270,20 @@ def rented_estimate(plan: Plan, reused: Reused, gpu: str) -> Estimate:
     Nothing is measured, and of `reused` only the texts count: a rented machine has no earlier
     build. Raises UsageError for a name that is not in the table.
     """
+    return _rented(plan, Sizes(plan), amount_of(plan, reused.texts), gpu)
+
+
+def _rented(plan: Plan, sizes: Sizes, amount: Amount, gpu: str) -> Estimate:
     machine, host = rented_machine(gpu)
-    sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
+    return Estimate(
+        plan, sizes, machine, host, amount, *_needs(plan, sizes, amount, machine), Reused()
+    )
+
+
+def _needs(
+    plan: Plan, sizes: Sizes, amount: Amount, machine: Machine
+) -> tuple[SweepNeeds, SweepNeeds | None, DiskNeeds]:
+    """What the passes take, what measuring quality takes, and the disk of both."""
     sweeps = sweep_needs(plan, sizes, amount, machine)
-    disk = disk_needs(plan, amount, sweeps)
-    return Estimate(plan, sizes, machine, host, amount, sweeps, disk, Reused())
+    evaluation = evaluation_needs(plan, sizes, planned_chunks(plan, amount), machine)
+    return sweeps, evaluation, disk_needs(plan, amount, sweeps, evaluation)

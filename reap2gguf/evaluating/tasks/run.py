@@ -19,9 +19,11 @@ of MMLU): a scorer may compute what they share once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.errors import EvaluationError, Reap2ggufError
+from reap2gguf.evaluating.tasks.definitions import definitions_of
 from reap2gguf.evaluating.tasks.encoding import Encoded, encode, encoder_of
 from reap2gguf.evaluating.tasks.harness import harness
 from reap2gguf.evaluating.tasks.loading import Loaded, load_tasks
@@ -59,6 +61,7 @@ def run_tasks(
         encoder = encoder_of(tokenizer_folder, spec.max_length)
         loaded = load_tasks(spec, progress)
         encoded = _ask(loaded, encoder, spec, progress)
+        definitions = definitions_of(loaded)
     scores = score(encoded.rows)
     found: list[TaskScore] = []
     with (
@@ -69,7 +72,8 @@ def run_tasks(
         for name in variant_names:
             bar.at(name)
             answers = answers_of(encoded, scores, name)
-            found += play(loaded, encoded, answers, name, spec.limit, progress)
+            for one in play(loaded, encoded, answers, name, spec.limit, progress):
+                found.append(replace(one, definition=definitions[one.task]))
             bar.advance()
     return found
 

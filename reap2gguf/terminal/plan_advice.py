@@ -1,0 +1,58 @@
+"""What a plan says of counts of experts that are fast elsewhere, and of rows that fit no blocks."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from reap2gguf.pruning.select import friendly_count, fused_counts, is_fused
+
+if TYPE_CHECKING:
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+_FEWEST = 32  # experts of a source that is worth the advice
+_SHOWN_NAMES = 2
+
+
+def expert_count_lines(plan: Plan) -> Iterator[str]:
+    """Where vLLM and llama.cpp are slower with the experts that stay, and with how many not."""
+    facts, target = plan.model.facts, plan.target
+    if not target.prunes or facts.n_experts < _FEWEST:
+        return
+    kept, needed = target.n_kept, facts.experts_per_token
+    friendly = friendly_count(target, needed)
+    if friendly != kept:
+        yield (
+            f"vLLM has no fused kernels for {kept} experts, but for {friendly}: "
+            f"--keep-experts {friendly}"
+        )
+    if facts.n_groups > 1:
+        yield (
+            f"llama.cpp on CUDA never fuses the top-k of a router with groups of experts "
+            f"({facts.n_groups} here), whatever the count"
+        )
+    elif not is_fused(kept):
+        counts = fused_counts(target, needed)
+        instead = f", but that of {' or '.join(map(str, counts))}" if counts else ""
+        yield f"llama.cpp on CUDA does not fuse the top-k of {kept} experts{instead}"
+
+
+def odd_row_lines(recipe: ResolvedRecipe) -> Iterator[str]:
+    """The types that tensors get since their rows do not fill the blocks of the one meant."""
+    groups: dict[tuple[int, str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for entry in recipe.table:
+        if entry.wanted is not None:
+            name = re.sub(r"^blk\.\d+\.", "", entry.tensor.name).removesuffix(".weight")
+            key = entry.tensor.n_columns, entry.tensor_type.name, entry.wanted.name
+            groups[key][name] += 1
+    for (columns, found, wanted), names in groups.items():
+        some = ", ".join(list(names)[:_SHOWN_NAMES]) + (
+            ", ..." if len(names) > _SHOWN_NAMES else ""
+        )
+        yield (
+            f"rows of {columns:,} do not fill blocks of {wanted}: {sum(names.values())} tensors "
+            f"({some}) are {found}"
+        )
