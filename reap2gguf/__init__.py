@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
+    from reap2gguf.api.imatrices import imatrix_statistics
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.evaluating.options import EvaluateOptions
+    from reap2gguf.gguf_files.activation_statistics import ImatrixStatistics
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import (
@@ -66,6 +68,7 @@ __all__ = [
     "Evaluation",
     "Imatrix",
     "ImatrixInspection",
+    "ImatrixStatistics",
     "ModelComparison",
     "Observations",
     "ObservationsInspection",
@@ -85,6 +88,7 @@ __all__ = [
     "evaluate",
     "example",
     "imatrix",
+    "imatrix_statistics",
     "inspect",
     "make_bundle",
     "observe",
@@ -101,6 +105,7 @@ _HOMES = {
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
+    "api.imatrices": ("imatrix_statistics",),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
     "api.stages": (
@@ -121,6 +126,7 @@ _HOMES = {
     "comparing.compared": ("ModelComparison",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "evaluating.options": ("EvaluateOptions",),
+    "gguf_files.activation_statistics": ("ImatrixStatistics",),
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": (
