@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
-    from reap2gguf.api.imatrices import imatrix_statistics
+    from reap2gguf.api.imatrices import imatrix_statistics, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.slicing import SlicedImatrix
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.comparing.compared import ModelComparison
@@ -79,6 +80,7 @@ __all__ = [
     "Reap2ggufError",
     "RecipeText",
     "Selection",
+    "SlicedImatrix",
     "VerificationError",
     "VerifyReport",
     "add",
@@ -98,6 +100,7 @@ __all__ = [
     "quantize",
     "report",
     "select",
+    "slice_imatrix",
     "verify",
 ]
 _HOMES = {
@@ -105,7 +108,7 @@ _HOMES = {
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
-    "api.imatrices": ("imatrix_statistics",),
+    "api.imatrices": ("imatrix_statistics", "slice_imatrix"),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
     "api.stages": (
@@ -120,6 +123,7 @@ _HOMES = {
     ),
     "artifacts.observations": ("Observations",),
     "building.needs.estimate": ("Estimate",),
+    "building.slicing": ("SlicedImatrix",),
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "bundle.evaluation": ("Evaluation",),

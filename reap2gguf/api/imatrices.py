@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.bundle.layout import MANIFEST_FILE
+from reap2gguf.errors import UsageError
+from reap2gguf.files import is_plain
 from reap2gguf.options import check_number, check_path
+from reap2gguf.outputs import keep_inputs, output_file
 
 if TYPE_CHECKING:
     from reap2gguf.api.opening import PathLike
+    from reap2gguf.building.slicing import SlicedImatrix
     from reap2gguf.gguf_files.activation_statistics import ImatrixStatistics
     from reap2gguf.gguf_files.imatrix import Imatrix
 
@@ -26,6 +31,53 @@ def imatrix_statistics(what: PathLike | Imatrix, *, below: int = 100) -> Imatrix
     check_number("below", below, 1)
     imatrix = what if isinstance(what, Imatrix) else _load("imatrix", what)
     return activation_statistics.imatrix_statistics(imatrix, below)
+
+
+def slice_imatrix(
+    what: PathLike | Imatrix, kept: PathLike, output: PathLike | None = None
+) -> SlicedImatrix:
+    """Cut a matrix of the unpruned model to the experts that a pruned model keeps.
+
+    `what` is a matrix, or a `.gguf` or `.dat` file of one; `kept` is either folder of a bundle, or
+    one that `prune` wrote. Names and shapes are then those of the pruned model. With `output`, a
+    `.gguf` file, both formats are written. Raises ArtifactError for a matrix of another model,
+    UsageError for a folder without a record of kept experts, and OutputError.
+    """
+    from reap2gguf.building.pruned_models import read_pruned
+    from reap2gguf.building.slicing import slice_to
+    from reap2gguf.gguf_files.imatrix import Imatrix
+
+    folder = Path(os.path.realpath(check_path("kept", kept)))
+    inputs = [] if isinstance(what, Imatrix) else [check_path("imatrix", what)]
+    written = _output(output, inputs, folder)
+    imatrix = what if isinstance(what, Imatrix) else _load("imatrix", what)
+    sliced = slice_to(imatrix, read_pruned(folder), str(inputs[0]) if inputs else "imatrix")
+    _save(sliced.imatrix, written)
+    return sliced
+
+
+def _output(output: PathLike | None, inputs: list[Path], folder: Path | None) -> Path | None:
+    """Where to write. What would replace an input, or spoil a bundle, is refused."""
+    if output is None:
+        return None
+    path = output_file(output)
+    if path.suffix == ".dat":
+        raise UsageError(f"{path}: name the .gguf file; the .dat is written beside it")
+    if is_plain(path.parent / MANIFEST_FILE):
+        raise UsageError(
+            f"{path}: {path.parent} is a bundle, and its files are those that were built; write to "
+            "another folder"
+        )
+    both = [path, output_file(path.with_suffix(".dat"))]
+    keep_inputs(both, inputs, path if folder is None else folder)
+    return path
+
+
+def _save(imatrix: Imatrix, path: Path | None) -> None:
+    from reap2gguf.gguf_files.imatrix import save_both
+
+    if path is not None:
+        save_both(imatrix, path)
 
 
 def _load(name: str, path: PathLike) -> Imatrix:

@@ -10,9 +10,9 @@ import click
 
 import reap2gguf
 from reap2gguf.terminal.click_options import json_option, output_options
-from reap2gguf.terminal.console import say_all, say_json
-from reap2gguf.terminal.help import Number, command, option
-from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.console import say, say_all, say_json
+from reap2gguf.terminal.help import PRUNE, WRITE, Number, command, option
+from reap2gguf.terminal.option_types import FilePath, FolderPath
 from reap2gguf.terminal.stage_commands import imatrix as compute
 from reap2gguf.terminal.suggestions import Group
 
@@ -89,5 +89,43 @@ def imatrix_show(file: Path, below: int, with_experts: bool, as_csv: bool, as_js
         say_all(imatrix_views.as_lines(found, file.name, with_experts))
 
 
-for subcommand in (compute, imatrix_show):
+@command("slice")
+@click.argument("file", type=FilePath)
+@option(
+    "--kept",
+    section=PRUNE,
+    type=FolderPath,
+    required=True,
+    metavar="FOLDER",
+    help="The pruned model: a folder of a bundle, or one that `prune` wrote.",
+)
+@option(
+    "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
+)
+@json_option
+@output_options
+def imatrix_slice(file: Path, kept: Path, output: Path, as_json: bool) -> None:
+    """Cut a matrix to the kept experts.
+
+    FILE, .gguf or .dat, is an importance matrix of the model before pruning, such as one that its
+    publisher offers. What is written fits the pruned model: its experts, and its names of gate and
+    up projections. Also writes a .dat file beside OUTPUT.
+
+    \b
+    Example:
+      reap2gguf imatrix slice Qwen3-30B-A3B.imatrix --kept build/Qwen3-30B-A3B-REAP-0.25 \\
+          -o imatrix.gguf
+    """
+    from reap2gguf.terminal import imatrix_views
+
+    sliced = reap2gguf.slice_imatrix(file, kept, output)
+    if as_json:
+        say_json({"output": str(output), **imatrix_views.sliced_as_values(sliced)})
+        return
+    for line in imatrix_views.sliced_notes(sliced, str(file)):
+        say(line)
+    say(f"{output}: {sliced.coverage.line}", "result")
+
+
+for subcommand in (compute, imatrix_show, imatrix_slice):
     imatrix.add_command(subcommand)

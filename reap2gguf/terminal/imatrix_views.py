@@ -7,7 +7,7 @@ import io
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.gguf_files.activation_statistics import (
     ExpertHits,
@@ -15,6 +15,9 @@ from reap2gguf.gguf_files.activation_statistics import (
     TensorStatistics,
     tensor_kind,
 )
+
+if TYPE_CHECKING:
+    from reap2gguf.building.slicing import SlicedImatrix
 
 _COLUMNS = 80  # of text that is not a table
 _LEAST_NAME = 14
@@ -126,3 +129,27 @@ def as_table(found: ImatrixStatistics) -> list[str]:
 def as_values(found: ImatrixStatistics) -> dict[str, Any]:
     """Statistics for programs."""
     return asdict(found)
+
+
+def sliced_notes(sliced: SlicedImatrix, where: str) -> Iterator[str]:
+    """What was cut, and what was left out."""
+    if sliced.n_before != sliced.n_after:
+        yield f"{where}: {sliced.n_after} of {sliced.n_before} experts per layer are kept"
+    elif sliced.n_before is not None:
+        yield f"{where}: has the experts of the pruned model already, so none are cut"
+    if sliced.left_out:
+        yield (
+            f"{where}: {len(sliced.left_out):,} entries are left out, such as "
+            f"{sliced.left_out[0]}: the model has no such tensor"
+        )
+
+
+def sliced_as_values(sliced: SlicedImatrix) -> dict[str, Any]:
+    """A cut matrix for programs."""
+    return {
+        "entries": len(sliced.imatrix.entries),
+        "experts_before": sliced.n_before,
+        "experts_after": sliced.n_after,
+        "left_out": list(sliced.left_out),
+        "coverage": asdict(sliced.coverage),
+    }

@@ -12,6 +12,7 @@ import reap2gguf
 from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix import load_imatrix, save_dat
 from reap2gguf.terminal import imatrix_commands
+from tests.conftest import Bundle
 from tests.test_cli import run
 from tests.tiny import REPOSITORY
 
@@ -106,3 +107,18 @@ def test_show_refuses_what_is_no_matrix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="below"):
         reap2gguf.imatrix_statistics(FILE, below=0)
     assert reap2gguf.imatrix_statistics(load_imatrix(FILE)) == reap2gguf.imatrix_statistics(FILE)
+
+
+def test_slice(built: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "cut.gguf"
+    result = run("imatrix", "slice", FILE, "--kept", built.gguf, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert f"{FILE}: 12 of 16 experts per layer are kept" in result.output
+    assert f"{output}: covers " in result.output
+    assert {one.name for one in tmp_path.iterdir()} == {"cut.gguf", "cut.dat"}
+    result = run("imatrix", "slice", output, "--kept", built.hf, "-o", tmp_path / "b.gguf")
+    assert "has the experts of the pruned model already, so none are cut" in result.output
+    words = ("imatrix", "slice", FILE, "--kept", built.hf, "-o", output, "--json")
+    values = json.loads(run(*words).output)
+    assert (values["experts_before"], values["experts_after"], values["entries"]) == (16, 12, 32)
+    assert values["coverage"]["n_tensors"] == 28
