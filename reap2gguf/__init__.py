@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
-    from reap2gguf.api.imatrices import imatrix_statistics, slice_imatrix
+    from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from reap2gguf.evaluating.options import EvaluateOptions
     from reap2gguf.gguf_files.activation_statistics import ImatrixStatistics
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import (
         BuildOptions,
@@ -70,6 +71,7 @@ __all__ = [
     "Imatrix",
     "ImatrixInspection",
     "ImatrixStatistics",
+    "MergedImatrix",
     "ModelComparison",
     "Observations",
     "ObservationsInspection",
@@ -93,6 +95,7 @@ __all__ = [
     "imatrix_statistics",
     "inspect",
     "make_bundle",
+    "merge_imatrices",
     "observe",
     "options_like",
     "plan",
@@ -108,7 +111,7 @@ _HOMES = {
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
-    "api.imatrices": ("imatrix_statistics", "slice_imatrix"),
+    "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
     "api.stages": (
@@ -132,6 +135,7 @@ _HOMES = {
     "evaluating.options": ("EvaluateOptions",),
     "gguf_files.activation_statistics": ("ImatrixStatistics",),
     "gguf_files.imatrix": ("Imatrix",),
+    "gguf_files.imatrix_merge": ("MergedImatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": (
         "BuildOptions",

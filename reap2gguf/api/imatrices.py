@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.slicing import SlicedImatrix
     from reap2gguf.gguf_files.activation_statistics import ImatrixStatistics
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
 
 
 def imatrix_statistics(what: PathLike | Imatrix, *, below: int = 100) -> ImatrixStatistics:
@@ -54,6 +56,40 @@ def slice_imatrix(
     sliced = slice_to(imatrix, read_pruned(folder), str(inputs[0]) if inputs else "imatrix")
     _save(sliced.imatrix, written)
     return sliced
+
+
+def merge_imatrices(
+    what: Sequence[PathLike | Imatrix], output: PathLike | None = None
+) -> MergedImatrix:
+    """Add matrices of one model that were computed on different texts.
+
+    Each is a matrix, or a `.gguf` or `.dat` file of one. With `output`, a `.gguf` file, both
+    formats are written. Raises ArtifactError for matrices of different models, UsageError for fewer
+    than two, and OutputError.
+    """
+    from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_merge import merge
+
+    if isinstance(what, str | Path | Imatrix) or len(what) < 2:
+        raise UsageError("one importance matrix, expected two or more to merge")
+    paths = {at: check_path("imatrix", x) for at, x in enumerate(what) if not _is_matrix(x)}
+    files = list(paths.values())
+    if twice := [path for path in files if files.count(path) > 1]:
+        raise UsageError(f"{twice[0]}: is given twice, and its text would count twice")
+    written = _output(output, files, None)
+    given = []
+    for at, one in enumerate(what):
+        where = str(paths.get(at, f"imatrix {at + 1}"))
+        given.append((where, one if isinstance(one, Imatrix) else _load("imatrix", one)))
+    merged = merge(given)
+    _save(merged.imatrix, written)
+    return merged
+
+
+def _is_matrix(one: object) -> bool:
+    from reap2gguf.gguf_files.imatrix import Imatrix
+
+    return isinstance(one, Imatrix)
 
 
 def _output(output: PathLike | None, inputs: list[Path], folder: Path | None) -> Path | None:

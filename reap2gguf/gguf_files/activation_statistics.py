@@ -94,7 +94,7 @@ def imatrix_statistics(imatrix: Imatrix, below: int) -> ImatrixStatistics:
     of_experts = [one for name, one in imatrix.entries.items() if is_of_experts(name)]
     counted = [one for one in of_experts if len(one.counts) > 1]
     return ImatrixStatistics(
-        imatrix.dataset,
+        ", ".join(imatrix.datasets),
         imatrix.n_chunks,
         imatrix.chunk_size,
         tuple(sorted(tensors, key=lambda one: (tensor_kind(one.name), -one.total))),

@@ -62,7 +62,8 @@ def fit(imatrix: Imatrix, shapes: Shapes, where: str) -> FittedImatrix:
                 "another model"
             )
     # headers, manifest and cards repeat the name of the text
-    made = replace(imatrix, entries=entries, dataset=one_line(imatrix.dataset))
+    dataset, *more = map(one_line, (imatrix.dataset, *imatrix.more_datasets))
+    made = replace(imatrix, entries=entries, dataset=dataset, more_datasets=tuple(more))
     return FittedImatrix(made, tuple(left_out))
 
 

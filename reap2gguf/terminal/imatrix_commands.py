@@ -127,5 +127,34 @@ def imatrix_slice(file: Path, kept: Path, output: Path, as_json: bool) -> None:
     say(f"{output}: {sliced.coverage.line}", "result")
 
 
-for subcommand in (compute, imatrix_show, imatrix_slice):
+@command("merge")
+@click.argument("files", type=FilePath, nargs=-1, required=True)
+@option(
+    "-o", "--output", section=WRITE, type=FilePath, required=True, help="imatrix.gguf to write."
+)
+@json_option
+@output_options
+def imatrix_merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
+    """Add matrices of one model.
+
+    FILES are importance matrices of the same model, computed on different texts: two or more, all
+    .gguf or all .dat. Sums and tokens are added. Also writes a .dat file beside OUTPUT.
+
+    \b
+    Example:
+      reap2gguf imatrix merge code.gguf prose.gguf -o imatrix.gguf
+    """
+    from reap2gguf.terminal import imatrix_views
+
+    merged = reap2gguf.merge_imatrices(files, output)
+    if as_json:
+        say_json({"output": str(output), **imatrix_views.merged_as_values(merged)})
+        return
+    for line in imatrix_views.merged_notes(merged):
+        say(line)
+    made = merged.imatrix
+    say(f"{output}: {len(made.entries)} matrices over {made.n_chunks:,} chunks", "result")
+
+
+for subcommand in (compute, imatrix_show, imatrix_slice, imatrix_merge):
     imatrix.add_command(subcommand)

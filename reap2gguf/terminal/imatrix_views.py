@@ -18,6 +18,7 @@ from reap2gguf.gguf_files.activation_statistics import (
 
 if TYPE_CHECKING:
     from reap2gguf.building.slicing import SlicedImatrix
+    from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
 
 _COLUMNS = 80  # of text that is not a table
 _LEAST_NAME = 14
@@ -152,4 +153,25 @@ def sliced_as_values(sliced: SlicedImatrix) -> dict[str, Any]:
         "experts_after": sliced.n_after,
         "left_out": list(sliced.left_out),
         "coverage": asdict(sliced.coverage),
+    }
+
+
+def merged_notes(merged: MergedImatrix) -> Iterator[str]:
+    """What some of the matrices lack."""
+    for where, names in merged.lacking:
+        yield (
+            f"{where}: has no entry for {len(names):,} tensors of the others, such as {names[0]}; "
+            "theirs are taken"
+        )
+
+
+def merged_as_values(merged: MergedImatrix) -> dict[str, Any]:
+    """A sum of matrices for programs."""
+    made = merged.imatrix
+    return {
+        "entries": len(made.entries),
+        "datasets": list(made.datasets),
+        "chunks": made.n_chunks,
+        "chunk_size": made.chunk_size,
+        "lacking": {where: list(names) for where, names in merged.lacking},
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import reap2gguf
 from reap2gguf.errors import UsageError
-from reap2gguf.gguf_files.imatrix import load_imatrix, save_dat
+from reap2gguf.gguf_files.imatrix import load_imatrix, save_both, save_dat
 from reap2gguf.terminal import imatrix_commands
 from tests.conftest import Bundle
 from tests.test_cli import run
@@ -122,3 +123,20 @@ def test_slice(built: Bundle, tmp_path: Path) -> None:
     values = json.loads(run(*words).output)
     assert (values["experts_before"], values["experts_after"], values["entries"]) == (16, 12, 32)
     assert values["coverage"]["n_tensors"] == 28
+
+
+def test_merge(tmp_path: Path) -> None:
+    one, two, output = (tmp_path / f"{name}.gguf" for name in ("one", "two", "sum"))
+    matrix = load_imatrix(FILE)
+    save_both(matrix, one)
+    entries = {name: entry for name, entry in matrix.entries.items() if "attn_q" not in name}
+    save_both(replace(matrix, entries=entries, dataset="more.txt"), two)
+    result = run("imatrix", "merge", one, two, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert f"{two}: has no entry for 4 tensors of the others, such as blk.0.attn_q.weight" in (
+        result.output
+    )
+    assert f"{output}: 32 matrices over 482 chunks" in result.output
+    values = json.loads(run("imatrix", "merge", one, two, "-o", output, "--json").output)
+    assert (values["datasets"], values["chunks"]) == (["calib.txt", "more.txt"], 482)
+    assert run("imatrix", "merge", one, "-o", output).exit_code == 2
