@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
+    from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.slicing import SlicedImatrix
     from reap2gguf.building.stage import BuildResult
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.comparing.compared import ModelComparison
     from reap2gguf.errors import Reap2ggufError, VerificationError
     from reap2gguf.evaluating.options import EvaluateOptions
+    from reap2gguf.gguf_files.activation_statistics import ImatrixStatistics
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
     from reap2gguf.options import (
         BuildOptions,
@@ -66,6 +70,8 @@ __all__ = [
     "Evaluation",
     "Imatrix",
     "ImatrixInspection",
+    "ImatrixStatistics",
+    "MergedImatrix",
     "ModelComparison",
     "Observations",
     "ObservationsInspection",
@@ -76,6 +82,7 @@ __all__ = [
     "Reap2ggufError",
     "RecipeText",
     "Selection",
+    "SlicedImatrix",
     "VerificationError",
     "VerifyReport",
     "add",
@@ -85,8 +92,10 @@ __all__ = [
     "evaluate",
     "example",
     "imatrix",
+    "imatrix_statistics",
     "inspect",
     "make_bundle",
+    "merge_imatrices",
     "observe",
     "options_like",
     "plan",
@@ -94,6 +103,7 @@ __all__ = [
     "quantize",
     "report",
     "select",
+    "slice_imatrix",
     "verify",
 ]
 _HOMES = {
@@ -101,6 +111,7 @@ _HOMES = {
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
+    "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
     "api.stages": (
@@ -115,13 +126,16 @@ _HOMES = {
     ),
     "artifacts.observations": ("Observations",),
     "building.needs.estimate": ("Estimate",),
+    "building.slicing": ("SlicedImatrix",),
     "building.stage": ("BuildResult",),
     "building.plan": ("Plan",),
     "bundle.evaluation": ("Evaluation",),
     "comparing.compared": ("ModelComparison",),
     "errors": ("Reap2ggufError", "VerificationError"),
     "evaluating.options": ("EvaluateOptions",),
+    "gguf_files.activation_statistics": ("ImatrixStatistics",),
     "gguf_files.imatrix": ("Imatrix",),
+    "gguf_files.imatrix_merge": ("MergedImatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
     "options": (
         "BuildOptions",

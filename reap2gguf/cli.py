@@ -22,6 +22,7 @@ from reap2gguf.terminal.console import LogHandler, abandon, is_verbose, quiet_li
 from reap2gguf.terminal.doctor_command import doctor
 from reap2gguf.terminal.evaluate_command import evaluate
 from reap2gguf.terminal.example_command import example
+from reap2gguf.terminal.imatrix_commands import imatrix
 from reap2gguf.terminal.inspect_command import inspect_command
 from reap2gguf.terminal.interrupts import INTERRUPTED, interrupts
 from reap2gguf.terminal.jobs_command import jobs
@@ -30,7 +31,7 @@ from reap2gguf.terminal.mixes_command import mixes
 from reap2gguf.terminal.publish_commands import push
 from reap2gguf.terminal.recipe_commands import recipes
 from reap2gguf.terminal.report_command import report
-from reap2gguf.terminal.stage_commands import imatrix, observe, prune, quantize
+from reap2gguf.terminal.stage_commands import observe, prune, quantize
 from reap2gguf.terminal.suggestions import Group, option_message
 
 _RESUMABLE = ("build", "add", "observe", "imatrix", "quantize", "push")

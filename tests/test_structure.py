@@ -129,6 +129,16 @@ COVERED_BY = [
         ("terminal/stage_commands.py",),
     ),
     (
+        "building/test_slicing.py",
+        "models are read to cut a matrix to them",
+        ("building/pruned_models.py",),
+    ),
+    (
+        "terminal/test_imatrix_commands.py",
+        "files are shown, cut and added as it is typed",
+        ("api/imatrices.py", "terminal/imatrix_views.py"),
+    ),
+    (
         "test_resources.py",
         "the example as it is written",
         ("api/example.py", "terminal/example_command.py"),

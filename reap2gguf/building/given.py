@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+from reap2gguf.gguf_files.imatrix_coverage import shapes_of
+from reap2gguf.gguf_files.imatrix_fit import fit
 from reap2gguf.messages import one_line, shown
-from reap2gguf.models.description import sums_shape
 from reap2gguf.pruning.select import select_experts
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.pruning.select import Target
-
-_OTHER_MODEL = "it is of another model, such as the one before pruning"
 
 
 @dataclass(frozen=True)
@@ -92,37 +89,9 @@ def read_imatrix(path: Path, tensors: Sequence[GgufTensor]) -> GivenImatrix:
     """
     file, sha256 = _named(path)
     found = load_imatrix(file)
-    return GivenImatrix(one_line(path.name), sha256, fitted(found, tensors, str(path)))
-
-
-def fitted(imatrix: Imatrix, tensors: Iterable[GgufTensor], where: str) -> Imatrix:
-    """The matrix with one row of sums per expert of each tensor.
-
-    A `.dat` file has all experts of a tensor in one row. Raises ArtifactError for a tensor that the
-    model does not have, or with another number of values.
-    """
-    shapes = {tensor.name: sums_shape(tensor.name, tensor.shape) for tensor in tensors}
-    entries = {}
-    for name, entry in imatrix.entries.items():
-        if name not in shapes:
-            raise ArtifactError(
-                f"{where}: has an entry for {shown(name)}, which the model does not have; it is of "
-                "another model"
-            )
-        n_matrices, n_columns = shapes[name]
-        rows, width = entry.sums.shape
-        counts = entry.counts
-        if rows > n_matrices == 1 and (counts == counts[0]).all():
-            counts, rows, width = counts[:1], 1, rows * width  # older files count for each head
-        if rows * width != n_matrices * n_columns or width % n_columns:
-            raise ArtifactError(
-                f"{where}: {name} has {rows} x {width} values, expected {n_matrices} x "
-                f"{n_columns}; {_OTHER_MODEL}"
-            )
-        sums = entry.sums.reshape(n_matrices, n_columns)
-        entries[name] = replace(entry, sums=sums, counts=np.repeat(counts, width // n_columns))
-    # headers, manifest and cards repeat the name of the text
-    return replace(imatrix, entries=entries, dataset=one_line(imatrix.dataset))
+    return GivenImatrix(
+        one_line(path.name), sha256, fit(found, shapes_of(tensors), str(path)).imatrix
+    )
 
 
 def keep_given(folders: BundleFolders, given: Iterable[Path | None], writes_hf: bool) -> None:

@@ -182,7 +182,7 @@ def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> Calibr
     """The record of a calibration with what the file of an importance matrix says of itself."""
     return replace(
         record,
-        imatrix_text=given.imatrix.dataset,
+        imatrix_text=", ".join(given.imatrix.datasets),
         imatrix_chunks=given.imatrix.n_chunks,
         imatrix_chunk_size=given.imatrix.chunk_size,
         imatrix_file=given.file,

@@ -76,6 +76,12 @@ class Imatrix:
     dataset: str
     n_chunks: int
     chunk_size: int
+    more_datasets: tuple[str, ...] = ()  # of a matrix that is the sum of several
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All texts; none that are not named."""
+        return tuple(text for text in (self.dataset, *self.more_datasets) if text)
 
     def expert_entries(self) -> Iterator[ImatrixEntry]:
         """One entry per layer of experts: all matrices of an expert see the same tokens.
@@ -129,9 +135,8 @@ def save_gguf(imatrix: Imatrix, path: Path) -> None:
     # an imatrix has a type instead of an architecture
     writer.kv_data[0].clear()
     writer.add_type("imatrix")
-    writer.add_key_value(
-        "imatrix.datasets", [imatrix.dataset], GGUFValueType.ARRAY, GGUFValueType.STRING
-    )
+    datasets = [imatrix.dataset, *imatrix.more_datasets]
+    writer.add_key_value("imatrix.datasets", datasets, GGUFValueType.ARRAY, GGUFValueType.STRING)
     writer.add_uint32("imatrix.chunk_count", imatrix.n_chunks)
     writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
     for name, array in _gguf_tensors(imatrix):
@@ -180,7 +185,7 @@ def _load_gguf(path: Path) -> Imatrix:
         _chunk_number(path, key, header.metadata.get(key, 0)) for key in _CHUNK_KEYS
     )
     datasets = header.metadata.get("imatrix.datasets") or [""]
-    if not isinstance(datasets, list) or not isinstance(datasets[0], str):
+    if not isinstance(datasets, list) or not all(isinstance(text, str) for text in datasets):
         raise ArtifactError(f"{path}: imatrix.datasets is {shown(datasets)}, expected texts")
     entries: dict[str, ImatrixEntry] = {}
     for tensor in header.tensors:
@@ -190,7 +195,7 @@ def _load_gguf(path: Path) -> Imatrix:
         if len(entries) == _MAX_ENTRIES:
             raise ArtifactError(f"{path}: over {_MAX_ENTRIES:,} entries; this is not an imatrix")
         entries[name] = _gguf_entry(header, name)
-    return Imatrix(entries, datasets[0], n_chunks, chunk_size)
+    return Imatrix(entries, datasets[0], n_chunks, chunk_size, tuple(datasets[1:]))
 
 
 def _gguf_entry(header: GgufHeader, name: str) -> ImatrixEntry:

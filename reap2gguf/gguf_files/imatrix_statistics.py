@@ -49,7 +49,7 @@ def inspect_imatrix(imatrix: Imatrix) -> ImatrixInspection:
     for name, entry in imatrix.entries.items():
         groups.setdefault(_BLOCK.sub("blk.*.", name), []).append(entry)
     return ImatrixInspection(
-        imatrix.dataset,
+        ", ".join(imatrix.datasets),
         imatrix.n_chunks,
         imatrix.chunk_size,
         tuple(_group(name, entries) for name, entries in sorted(groups.items())),

@@ -110,7 +110,7 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
     say(f"{output}: {kept}", "result")
 
 
-@command()
+@command("compute")
 @model_argument("hf_dir")
 @option("--text", section=CALIBRATION, type=FilePath, required=True, help="Plain text to read.")
 @option(
@@ -155,7 +155,7 @@ def imatrix(
 
     \b
     Example:
-      reap2gguf imatrix ./Qwen3-30B-A3B-REAP --text calibration.txt -o imatrix.gguf
+      reap2gguf imatrix compute ./Qwen3-30B-A3B-REAP --text calibration.txt -o imatrix.gguf
     """
 
     result = reap2gguf.imatrix(

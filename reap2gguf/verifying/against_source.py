@@ -78,7 +78,7 @@ class OpenSource:
     def pruned_by_record(self, folder: Path) -> PrunedSource:
         """What a folder of `prune` must hold, by its record of kept experts."""
         try:
-            kept = _read_kept(folder)
+            kept = read_kept(folder)
         except ArtifactError as error:
             return PrunedSource(None, (str(error),))
         view, violations = _prune(self.checkpoint, kept, "")
@@ -108,7 +108,7 @@ def _prune(
         return None, [f"{checkpoint.folder.name} (the source): {error}"]
 
 
-def _read_kept(folder: Path) -> Kept:
+def read_kept(folder: Path) -> Kept:
     """The experts of each layer in `kept_experts.json`; ArtifactError if it is malformed."""
     path = folder / KEPT_FILE
     try:

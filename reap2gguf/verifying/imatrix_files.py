@@ -54,7 +54,7 @@ def check_imatrix(
     numbers = {
         "imatrix.chunk_count": (imatrix.n_chunks, calibration.imatrix_chunks),
         "imatrix.chunk_size": (imatrix.chunk_size, calibration.imatrix_chunk_size),
-        "imatrix.datasets": (imatrix.dataset, calibration.imatrix_text),
+        "imatrix.datasets": (", ".join(imatrix.datasets), calibration.imatrix_text),
     }
     for what, (found, expected) in numbers.items():
         if found != expected:
