@@ -129,9 +129,14 @@ class ExpertLayout:
     ) -> tuple[Slab, ...]:
         count = facts.n_experts
         fused = self.fused(projection)
-        name = _with_suffix(stored, f"{prefix}{self.path}.{self.stored_name(fused)}")
+        plain = f"{prefix}{self.path}.{self.stored_name(fused)}"
+        name = _with_suffix(stored, plain)
         if name is None:
             base, own = prefix + self._path_apart, self.stored_name(projection)
+            others = (f"{prefix}{self.path}.{other}" for other in self._fused)
+            other = next((one for one in others if one in stored), None)
+            if other and f"{base}.0.{own}.weight" not in stored:
+                raise missing(f"{plain}.weight" if other.endswith(".weight") else plain)
             slabs = tuple(Slab(f"{base}.{e}.{own}.weight") for e in range(count))
             for slab in slabs:
                 _check_shape(stored, slab.stored, _matrix(projection, facts))

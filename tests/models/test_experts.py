@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from reap2gguf.observing.targets import layer_targets
 from reap2gguf.progress import Silent
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.verifying.hf_folder import check_folder
-from tests.models.layouts import stored_of
+from tests.models.layouts import CASES, Case, stored_of
 from tests.models.synthetic import RENAMED, SyntheticMoe, TinySynthetic
 
 TINY = TinySynthetic(mtp=False)
@@ -48,6 +49,20 @@ LAYOUTS = {
     "2D without a gate": replace(RENAMED, projections=("up", "down")),
     "3D without a gate": replace(FUSED, projections=("up", "down")),
 }
+
+
+def fused_names(case: Case) -> list[str]:
+    """The stored tensors that hold a projection of all experts of a layer."""
+    roles = {name: case.model.role(name) for name in case.stored}
+    return [n for n, role in roles.items() if isinstance(role, Expert) and role.expert is None]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if fused_names(case)], ids=str)
+def test_a_fused_tensor_that_is_missing_is_named(case: Case) -> None:
+    name = fused_names(case)[0]
+    stored = {n: tensor for n, tensor in case.stored.items() if n != name}
+    with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' is missing"):
+        case.model.gguf_tensors(stored)
 
 
 def experts_of(tensors: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
