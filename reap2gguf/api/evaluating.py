@@ -58,6 +58,10 @@ def evaluate(
     if update and (given or not _is_bundle(model)):
         raise UsageError(f"{model}: not a bundle; update writes into a bundle alone")
     shown = to_progress(progress)
+    if update and processes().is_first:
+        from reap2gguf.building.measured import check_recordable
+
+        check_recordable(Path(model).expanduser(), compute, shown)
     with ExitStack() as stack:
         opened = _open(stack, model, given, source, follow_links, shown)
         from reap2gguf.evaluating.whole import WholeEvaluation

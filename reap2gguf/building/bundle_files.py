@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord
     from reap2gguf.progress import Progress
 
-_ADVICE = "nothing was added; `reap2gguf verify` checks the whole bundle"
+_ADVICE = "nothing was added or changed; `reap2gguf verify` checks the whole bundle"
 
 
 @dataclass(frozen=True)

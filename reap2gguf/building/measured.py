@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.building.add import recover
 from reap2gguf.building.adding import Addition, extend, open_reference
-from reap2gguf.building.bundle_files import is_changed
+from reap2gguf.building.bundle_files import check_bundle_files, is_changed
 from reap2gguf.building.finished import Inputs
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.bundle.evaluation_update import outdated_groups, updated
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
     from reap2gguf.verifying.context import Reference
+
+
+def check_recordable(bundle: Path, compute: ComputeOptions, progress: Progress) -> None:
+    """Refuse a bundle that `record_evaluation` would refuse after hours of measuring.
+
+    Raises VerificationError if its files are others than were verified.
+    """
+    recover(bundle)
+    opened = open_bundle(bundle)
+    work = Workdir(opened.folders.output, opened.folders.name, opened.hf is not None)
+    with work.locked():
+        work.finish_interrupted()
+        manifest = open_bundle(bundle).manifest
+        check_bundle_files(work, manifest, manifest.gguf, (), compute.threads, progress)
 
 
 def record_evaluation(

@@ -323,7 +323,7 @@ def _too_little(need: Need, memory: Memory, least: float) -> UsageError:
         return UsageError(
             f"--memory {size_text(memory.limit)} is too small; this model needs at least "
             f"{_rounded_up(memory.limit + more)} for {what}; raise it, or use a smaller "
-            "--max-length"
+            "--max-length (--chunk of texts that are scored)"
         )
     return UsageError(
         f"not enough memory: {size_text(max(0, memory.free))} free, and a calibration pass "

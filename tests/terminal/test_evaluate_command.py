@@ -68,6 +68,12 @@ def test_a_bundle_gets_the_figures(built: Bundle, tmp_path: Path) -> None:
     assert kept.as_json() == found
     assert "perplexity" in (folder / "README.md").read_text()
     assert "update writes into a bundle alone" in failure(EXAMPLE, built.hf, "--update")
+    with (folder / "calibration.txt").open("a") as file:
+        file.write("more")
+    result = run("evaluate", folder, "--source", EXAMPLE, "--update", *SMALL)
+    assert result.exit_code == 1, result.output
+    assert "calibration.txt has a different SHA-256" in result.output
+    assert "Evaluating" not in result.output  # nothing is measured for it
 
 
 def failure(*arguments: object) -> str:
@@ -91,6 +97,7 @@ def test_what_does_not_fit_is_one_line(built: Bundle, tmp_path: Path) -> None:
     assert "none.gguf: cannot be read" in failure(EXAMPLE, tmp_path / "none.gguf")
     (tmp_path / "short.txt").write_text("a few words")
     assert "do not fill one chunk of 64" in failure(EXAMPLE, "--text", tmp_path / "short.txt")
+    assert "or use a smaller --max-length (--chunk of" in failure(EXAMPLE, "--memory", "9MiB")
     other = TinyQwen3Moe(n_layers=3, vocab=4096).write(tmp_path / "other")
     assert "only variants of one model" in failure(EXAMPLE, other)
 

@@ -73,12 +73,19 @@ def _fits(parts: Sequence[Part], limits: Limits) -> bool:
     )
 
 
+def is_constant(logits: Floats) -> npt.NDArray[np.bool_]:
+    """Which rows of logits (n, V) have one value for all tokens, which no model computes."""
+    found: npt.NDArray[np.bool_] = (logits == logits[:, :1]).all(axis=1) & (logits.shape[1] > 1)
+    return found
+
+
 def likelihoods(logits: Floats, targets: Tokens) -> tuple[Doubles, Tokens]:
     """Negative log-likelihoods in nats of the targets (n,), and the likeliest tokens (n,).
 
     Logits are (n, V). Exponentials are of float32 and their sum of float64, as in llama-perplexity.
-    A value that is not finite gives a likelihood that is not. Of several likeliest tokens the
-    lowest number counts. Memory: a few MiB.
+    A value that is not finite gives a likelihood that is not, and so does one value for all tokens:
+    where weights are quantized, llama.cpp makes 0 of a hidden state that is NaN. Of several
+    likeliest tokens the lowest number counts. Memory: a few MiB.
     """
     nll, top = np.empty(len(logits)), np.empty(len(logits), dtype=np.int64)
     step = max(1, _SLICE_BYTES // (4 * logits.shape[1]))
@@ -90,4 +97,5 @@ def likelihoods(logits: Floats, targets: Tokens) -> tuple[Doubles, Tokens]:
             total = np.exp(part - highest).sum(axis=1, dtype=np.float64)
             right = np.take_along_axis(part, targets[own, None], axis=1) - highest
             nll[own] = np.log(total) - right[:, 0]
+        nll[own][is_constant(part)] = np.nan
     return nll, top

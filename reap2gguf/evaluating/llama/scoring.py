@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.errors import ArtifactError, UsageError
+from reap2gguf.evaluating.llama.batches import is_constant
 from reap2gguf.evaluating.llama.model import LlamaModel, LlamaOptions
 from reap2gguf.evaluating.scores import VariantScores
 
@@ -69,7 +70,8 @@ class LlamaLogits:
     - Tokens come first and the whole vocabulary of each: `HeadSums.add` takes all of `read(n)` as
       one block from token 0 on, beside the logits (n, V) of the streamed variants.
     - An array is the caller's own: it stays as it is, and may be changed.
-    - Values are as llama.cpp computes them; those that are not finite raise ArtifactError.
+    - Values are as llama.cpp computes them; those that are not finite, or the same for all tokens,
+      raise ArtifactError.
     - llama.cpp computes ahead by one call and then waits until its logits are taken. Memory here:
       the chunk that is asked for; there: see `llama_scores`.
     - Use it as a context manager, or `close` it, which ends the process at any point.
@@ -122,7 +124,7 @@ class LlamaLogits:
             self._left -= n
             self._to_come -= n
             at += n
-        if not np.isfinite(found).all():
+        if not np.isfinite(found).all() or is_constant(found).any():
             raise _not_finite(self.path)
         return found
 
@@ -187,6 +189,6 @@ def _checked(model: LlamaModel, rows: Sequence[ScoredRow]) -> npt.NDArray[np.int
 
 def _not_finite(path: Path) -> ArtifactError:
     return ArtifactError(
-        f"{path}: llama.cpp computes logits that are not finite; check the file with "
-        "`reap2gguf verify`"
+        f"{path}: llama.cpp computes logits that are not finite, or the same for all "
+        "tokens; check the file with `reap2gguf verify`"
     )

@@ -64,7 +64,7 @@ def test_likelihoods_are_those_of_a_softmax(vocab: int) -> None:
 
 
 def test_a_value_that_is_not_finite_is_seen_in_its_likelihood() -> None:
-    logits = np.zeros((3, 4), dtype=np.float32)
-    logits[0, 2], logits[1, 3] = np.nan, np.inf
-    nll, _ = likelihoods(logits, np.array([0, 0, 0]))
-    assert np.isfinite(nll).tolist() == [False, False, True]
+    logits = np.zeros((4, 4), dtype=np.float32)
+    logits[0, 2], logits[1, 3], logits[2, 1] = np.nan, np.inf, 1
+    nll, _ = likelihoods(logits, np.array([0, 0, 0, 0]))
+    assert np.isfinite(nll).tolist() == [False, False, True, False]  # the last: all the same

@@ -241,6 +241,22 @@ def test_logits_that_are_not_finite_are_an_error(small: Path, tmp_path: Path) ->
         logits.read(1)
 
 
+def test_zeros_that_llama_cpp_makes_of_nan_are_an_error(example: Path, tmp_path: Path) -> None:
+    path = export(example, tmp_path, "Q4_K_M").rename(tmp_path / "x.gguf")
+    down = next(t for t in GGUFReader(path).tensors if t.name == "blk.3.ffn_down_exps.weight")
+    with path.open("r+b") as file:
+        file.seek(down.data_offset)
+        file.write(b"\xff" * int(down.n_bytes))
+    rows = text_rows(example, 1, 64)
+    with pytest.raises(ArtifactError, match=r"x\.gguf: llama\.cpp computes .* the same for all"):
+        llama_scores(path, rows, ONE_THREAD, Silent())
+    with (
+        llama_logits(path, rows, ONE_THREAD) as logits,
+        pytest.raises(ArtifactError, match="the same for all tokens"),
+    ):
+        logits.read(9)
+
+
 def test_without_llama_cpp_python_the_error_names_the_command(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
