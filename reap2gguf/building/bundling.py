@@ -341,7 +341,7 @@ def _calibration_record(parts: _Parts) -> CalibrationRecord:
         imatrix_chunk_size=None,
     )
     if parts.imatrix is not None:
-        found = with_given_imatrix(found, parts.imatrix)
+        found = with_given_imatrix(found, parts.imatrix, parts.view.kept)
     if parts.text is not None:
         found = replace(found, imatrix_sha256=hash_file(parts.text).sha256)
     return found

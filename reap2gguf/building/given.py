@@ -16,8 +16,8 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
-from reap2gguf.gguf_files.imatrix_coverage import shapes_of
-from reap2gguf.gguf_files.imatrix_fit import fit
+from reap2gguf.gguf_files.imatrix_coverage import ImatrixCoverage, coverage, shapes_of
+from reap2gguf.gguf_files.imatrix_fit import cut, fit, n_experts_in, n_experts_of, with_experts
 from reap2gguf.messages import one_line, shown
 from reap2gguf.pruning.select import select_experts
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.layout import BundleFolders
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.description import GgufTensor, ModelFacts
-    from reap2gguf.pruning.select import Target
+    from reap2gguf.pruning.select import Kept, Target
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,37 @@ class GivenObservations:
 
 @dataclass(frozen=True)
 class GivenImatrix:
-    """A file with an importance matrix, and the matrix in the shapes of the model."""
+    """A file with an importance matrix, and the matrix in the shapes of the model.
+
+    One of the model before pruning has all its experts, until it is known which ones stay.
+    """
 
     file: str
     sha256: str
     imatrix: Imatrix
+    coverage: ImatrixCoverage  # of the model before pruning, if it is of that one
+    cut_from: int | None = None  # experts per layer, if there are more than the result has
+    left_out: tuple[str, ...] = ()  # entries of tensors that the model does not have
+
+    def of(self, kept: Kept) -> Imatrix:
+        """The matrix of the result, which keeps these experts."""
+        return self.imatrix if self.cut_from is None else cut(self.imatrix, kept, self.file)
+
+    @property
+    def notes(self) -> list[str]:
+        """What it covers, and what is done with it."""
+        lines = [f"{self.file}: {self.coverage.line}"]
+        if self.cut_from is not None:
+            lines.append(
+                f"{self.file}: is of the model before pruning, with {self.cut_from} experts per "
+                "layer; it is cut to those that stay"
+            )
+        if self.left_out:
+            lines.append(
+                f"{self.file}: {len(self.left_out):,} entries are left out, such as "
+                f"{self.left_out[0]}: the model has no such tensor"
+            )
+        return lines
 
 
 def read_observations(
@@ -82,15 +108,32 @@ def check_same_model(seen: Observations, checkpoint: Checkpoint, where: str) -> 
         )
 
 
-def read_imatrix(path: Path, tensors: Sequence[GgufTensor]) -> GivenImatrix:
+def read_imatrix(
+    path: Path,
+    tensors: Sequence[GgufTensor],
+    n_before: int | None = None,
+    mtp_block: int | None = None,
+) -> GivenImatrix:
     """An importance matrix that fits the tensors of a model, from a file of either format.
 
+    With `n_before`, it may be of the model before pruning, which has so many experts per layer.
     Raises ArtifactError if it is broken or of another model.
     """
     file, sha256 = _named(path)
     found = load_imatrix(file)
+    shapes = shapes_of(tensors)
+    n_found = n_experts_in(found, shapes, str(path))
+    is_whole = n_found is not None and n_found == n_before != n_experts_of(shapes)
+    if is_whole and n_found is not None:
+        shapes = with_experts(shapes, n_found)
+    fitted = fit(found, shapes, str(path))
     return GivenImatrix(
-        one_line(path.name), sha256, fit(found, shapes_of(tensors), str(path)).imatrix
+        one_line(path.name),
+        sha256,
+        fitted.imatrix,
+        coverage(fitted.imatrix, shapes, mtp_block),
+        n_found if is_whole else None,
+        fitted.left_out,
     )
 
 

@@ -34,5 +34,12 @@ class GivenImportance(Importance):
 
     def compute(self) -> Mapping[str, Any]:
         make_folder(self.run.work.gguf)
-        save_both(self._given.imatrix, self.path)
-        return {"seals": self.run.seal(self.outputs)}
+        imatrix = self._given.of(self._pruned.kept)
+        n_unseen = sum(imatrix.unseen_experts().values())
+        if n_unseen and self._given.cut_from is not None:
+            self.run.progress.note(
+                f"{self._given.file}: {n_unseen:,} of the experts that stay were never hit; they "
+                "are quantized with equal weights"
+            )
+        save_both(imatrix, self.path)
+        return {"seals": self.run.seal(self.outputs), "unseen_experts": n_unseen}

@@ -30,6 +30,7 @@ from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.errors import CalibrationError, RecipeError, UsageError
+from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
@@ -204,7 +205,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
-    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix, tensors)
+    imatrix = None
+    if options.imatrix is not None:
+        of = model.facts.n_experts, model.facts.mtp_layer
+        imatrix = read_imatrix(options.imatrix, tensors, *of)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -227,6 +231,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     )
     for recipe in recipes:
         _check_importance(recipe, plan)
+    if imatrix is not None:
+        check_coverage(imatrix.coverage, str(options.imatrix))
+        for line in imatrix.notes:
+            note(line)
     if plan.reads_calibration and not asked.is_checked:
         check_calibration(plan.calibration, plan.files)
     return plan

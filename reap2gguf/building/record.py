@@ -175,10 +175,12 @@ def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
         imatrix_text_chunks=0 if chunks is None else chunks.n_of_text,
         imatrix_unseen=int(evidence.importance.get("unseen_experts", 0)),  # none of a given matrix
     )
-    return record if given is None else with_given_imatrix(record, given)
+    return record if given is None else with_given_imatrix(record, given, evidence.kept)
 
 
-def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> CalibrationRecord:
+def with_given_imatrix(
+    record: CalibrationRecord, given: GivenImatrix, kept: Kept
+) -> CalibrationRecord:
     """The record of a calibration with what the file of an importance matrix says of itself."""
     return replace(
         record,
@@ -187,7 +189,8 @@ def with_given_imatrix(record: CalibrationRecord, given: GivenImatrix) -> Calibr
         imatrix_chunk_size=given.imatrix.chunk_size,
         imatrix_file=given.file,
         imatrix_text_chunks=0,
-        imatrix_unseen=sum(given.imatrix.unseen_experts().values()),
+        imatrix_unseen=sum(given.of(kept).unseen_experts().values()),
+        imatrix_cut_from=given.cut_from,
     )
 
 

@@ -101,6 +101,10 @@ def check_bounds(manifest: Manifest) -> None:
     elif pruning.n_kept < pruning.n_experts:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
     _check_calibration(manifest.calibration)
+    if (cut_from := manifest.calibration.imatrix_cut_from) is not None:
+        if manifest.calibration.imatrix_file is None or not pruning.n_kept < pruning.n_experts:
+            raise ValueError(f"imatrix_cut_from is {cut_from}, expected null: no matrix was cut")
+        _within("imatrix_cut_from", cut_from, pruning.n_experts, pruning.n_experts)
     if manifest.evaluation is not None:
         _check_evaluation(manifest.evaluation)
 

@@ -34,10 +34,16 @@ def imatrix_text(manifest: Manifest) -> str:
             f"{_chunks(calibration)} of\n`{CALIBRATION_FILE}`; {dat}"
         )
     text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
+    cut = ""
+    if calibration.imatrix_cut_from is not None:
+        cut = (
+            f"It was made of the model before pruning: of {calibration.imatrix_cut_from} experts "
+            "per layer, it has\nthose that were kept. "
+        )
     return (
         f"`{IMATRIX_FILE}` is an importance matrix that was not computed in this build: it comes "
         f"from the file\n{code(calibration.imatrix_file)}, which records {_chunks(calibration)} of "
-        f"{text}. {dat}{_given_text(manifest)}"
+        f"{text}. {cut}{dat}{_given_text(manifest)}"
     )
 
 

@@ -118,7 +118,8 @@ class CalibrationRecord:
     """The calibration texts, and how they were cut into rows; None for what is not known.
 
     That is so for what a build did not do itself: observations and an importance matrix may be
-    given as files. `imatrix_file` is the name of the file that was given.
+    given as files. `imatrix_file` is the name of the file that was given; one of the model before
+    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept.
     """
 
     spec: str | None
@@ -134,6 +135,7 @@ class CalibrationRecord:
     imatrix_text_chunks: int = 0  # of the whole text, of which chunks are some; 0: not recorded
     imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
     imatrix_file: str | None = None
+    imatrix_cut_from: int | None = None
 
 
 @dataclass(frozen=True)

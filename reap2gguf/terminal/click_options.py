@@ -279,7 +279,8 @@ build_options = together(
         section=CALIBRATION,
         type=FilePath,
         metavar="FILE",
-        help="Use an importance matrix of the result, .gguf or .dat, and skip computing one.",
+        help="Use an importance matrix, .gguf or .dat, of the result or of MODEL before pruning, "
+        "and skip computing one.",
     ),
     option(
         "--imatrix-text",

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.needs.disk import side_bytes
@@ -113,7 +114,8 @@ def _calibration(plan: Plan, needs: Estimate) -> str:
     if plan.observations is not None:
         parts.append(f"observations: {plan.observations.file}, reused")
     if plan.imatrix is not None:
-        parts.append(f"importance matrix: {plan.imatrix.file}, reused")
+        cut = "" if plan.imatrix.cut_from is None else " and cut to the experts that stay"
+        parts.append(f"importance matrix: {plan.imatrix.file}, reused{cut}")
     if plan.reads_calibration:
         parts.append(_text(plan, needs))
     return f"calibration: {', '.join(parts)}"
@@ -298,6 +300,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "warnings": plan.warnings,
         "observations": None if plan.observations is None else plan.observations.file,
         "imatrix": None if plan.imatrix is None else plan.imatrix.file,
+        "imatrix_coverage": None if plan.imatrix is None else asdict(plan.imatrix.coverage),
         "calibration": {
             "spec": plan.calibration.label,
             "rows": needs.amount.n_rows,

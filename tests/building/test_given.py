@@ -16,6 +16,7 @@ from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import given_stage, pipeline
 from reap2gguf.building.plan import make_plan
+from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import CalibrationError, Reap2ggufError, UsageError
 from reap2gguf.gguf_files.imatrix import ImatrixEntry, load_imatrix, save_both
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -245,12 +246,66 @@ def test_observations_of_another_model_are_refused(parts: Parts, tmp_path: Path)
     assert str(parts.observations) in found
 
 
-def test_an_imatrix_of_the_model_before_pruning_is_refused(parts: Parts, tmp_path: Path) -> None:
+def test_an_imatrix_of_the_model_before_pruning_is_cut(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a build that ranks experts, and in one that is given all; resumed, and in the record."""
     with reap2gguf_imatrix(parts.model, tmp_path / "whole.gguf") as imatrix:
-        for file in (imatrix, imatrix.with_suffix(".dat")):
-            found = refusal(parts.model, tmp_path / "out", imatrix=file)
-            assert "it is of another model, such as the one before pruning" in found
-            assert str(file) in found
+        given: dict[str, Any] = {"imatrix": imatrix}
+    with monkeypatch.context() as patch:
+        refuse_at(patch, given_stage, "save_both")
+        with pytest.raises(KeyboardInterrupt):
+            build(parts.model, tmp_path / "out", **given)
+    result = build(parts.model, tmp_path / "out", **given)
+    assert stages_reused(result)["observe"]
+    cut = reap2gguf.slice_imatrix(imatrix, result.gguf_folder).imatrix
+    found = load_imatrix(result.gguf_folder / "imatrix.gguf")
+    assert found.entries.keys() == cut.entries.keys()
+    for name, entry in found.entries.items():
+        np.testing.assert_array_equal(entry.sums, cut.entries[name].sums)
+        np.testing.assert_array_equal(entry.counts, cut.entries[name].counts)
+    record = result.manifest.calibration
+    assert (record.imatrix_file, record.imatrix_cut_from) == ("whole.gguf", 8)
+    assert result.manifest.options is not None
+    (asked,) = [one for one in result.manifest.options.inputs if one.option == "--imatrix"]
+    assert asked.sha256 == hash_file(imatrix).sha256
+    card = " ".join((result.gguf_folder / "README.md").read_text().split())
+    assert "It was made of the model before pruning: of 8 experts per layer, it has those" in card
+    assert not violations(result, parts.model)
+    assert not build(parts.model, tmp_path / "out", **given).stages
+    older = parts.both | {"imatrix": imatrix.with_suffix(".dat"), "calibration": parts.nothing}
+    other = build(parts.model, tmp_path / "older", **older)
+    assert not violations(other, parts.model)
+    of_dat = load_imatrix(other.gguf_folder / "imatrix.gguf")
+    for name, entry in of_dat.entries.items():
+        np.testing.assert_allclose(entry.importance(), cut.entries[name].importance(), rtol=1e-5)
+
+
+def test_what_a_given_imatrix_covers_is_said(parts: Parts, tmp_path: Path) -> None:
+    with reap2gguf_imatrix(parts.model, tmp_path / "whole.gguf") as path:
+        whole = load_imatrix(path)
+    counts = {name: entry.counts.copy() for name, entry in whole.entries.items()}
+    counts["blk.0.ffn_up_exps.weight"][:2] = 0
+    some = {name: replace(one, counts=counts[name]) for name, one in whole.entries.items()}
+    spare = ImatrixEntry("output.weight", np.ones((1, 64), np.float32), np.array([1]))
+    save_both(replace(whole, entries={**some, spare.name: spare}), path)
+    lines: list[str] = []
+    plan = make_plan(options(parts.model, tmp_path / "out", imatrix=path), lines.append)
+    assert plan.imatrix is not None
+    text = "\n".join(lines)
+    assert "experts (one per tensor) were never hit and are quantized with equal weights" in text
+    assert "whole.gguf: is of the model before pruning, with 8 experts per layer; it is cut" in text
+    values = plan_as_json(plan, estimate(plan))["imatrix_coverage"]
+    assert values["n_unseen"] >= 2
+    assert "reused and cut to the experts that stay" in " ".join(
+        "\n".join(plan_lines(plan, estimate(plan))).split()
+    )
+    few = {name: one for name, one in whole.entries.items() if "attn" in name}
+    save_both(replace(whole, entries=few), path)
+    found = refusal(parts.model, tmp_path / "out", imatrix=path)
+    assert found.startswith(f"{path}: covers ")
+    assert "have no entry, such as blk.0.ffn_down_exps.weight; expected at least 80%" in found
+    assert "add several with `reap2gguf imatrix merge`, or leave it out" in found
 
 
 def test_an_imatrix_of_another_model_is_refused(parts: Parts, tmp_path: Path) -> None:
