@@ -33,6 +33,11 @@ COVERED_BY = [
         ("building/needs/scoring.py",),
     ),
     (
+        "quantizing/test_overrides.py",
+        "roles become patterns, and patterns rules",
+        ("quantizing/role_settings.py",),
+    ),
+    (
         "terminal/test_evaluate_command.py",
         "bundles and files as they are named",
         (

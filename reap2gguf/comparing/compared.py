@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import write_whole
-from reap2gguf.comparing.roles import ROLES, Role
+from reap2gguf.models.roles import ROLES, Role
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import Keys, LlamaFileType
 
-from reap2gguf.comparing.roles import ROLES, Role, linear_blocks, role_of
 from reap2gguf.models.description import Carried, Dropped, experts_of
 from reap2gguf.models.gguf_keys import block_of
+from reap2gguf.models.roles import ROLES, Role, linear_blocks, role_of
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint

@@ -1,8 +1,11 @@
-"""`--tensor-type PATTERN=TYPE`: types for some tensors, before the rules of a recipe.
+"""`--tensor-type PATTERN=TYPE` and `--set ROLE=TYPE`: types that come before a recipe's rules.
 
 PATTERN is a glob on GGUF tensor names, as in a recipe. A plain word without `*`, `?`, `[` or a dot
 finds every tensor with it in its name, as llama-quantize's option of this name does: `attn_v` is
-`*attn_v*`.
+`*attn_v*`, and `output` is `*output*`. Other words for roles, such as `experts.down`, are roles.
+
+`--set` takes roles, `output` too, and globs, but no parts of names (`role_settings.py`). Both take
+layers after an @: `experts.down@0-3=Q6_K`.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from collections.abc import Sequence
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.messages import shown
-from reap2gguf.quantizing.recipe import Rule, check_glob, tensor_type_named
+from reap2gguf.models.roles import ROLE_WORDS
+from reap2gguf.quantizing.recipe import Rule, tensor_type_named
+from reap2gguf.quantizing.selector import check_glob, check_layers
 
 _MOST_OVERRIDES = 200
 _WORD = re.compile(r"[A-Za-z0-9_-]+")
+_ROLES = ROLE_WORDS.keys() - {"output"}  # llama-quantize finds attn_output by this word as well
 
 
 def read_overrides(texts: Sequence[str]) -> tuple[Rule, ...]:
@@ -35,6 +41,11 @@ def _override(text: str) -> Rule:
             f"--tensor-type {shown(text)} is not PATTERN=TYPE, such as attn_v=Q5_K or "
             "blk.*.attn_v.weight=Q5_K"
         )
-    match = f"*{pattern.lower()}*" if _WORD.fullmatch(pattern) else pattern
+    pattern, at, layers = pattern.partition("@")
+    role = pattern.lower() if pattern.lower() in _ROLES else ""
+    match = role or (f"*{pattern.lower()}*" if _WORD.fullmatch(pattern) else pattern)
     check_glob(match, "--tensor-type: pattern")
-    return Rule(match, tensor_type_named(name, f"--tensor-type {pattern}: type"), override=True)
+    if at:
+        check_layers(layers, f"--tensor-type {shown(text)}: layers")
+    tensor_type = tensor_type_named(name, f"--tensor-type {pattern}: type")
+    return Rule(match, tensor_type, override=True, layers=layers)

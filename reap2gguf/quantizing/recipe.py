@@ -3,22 +3,24 @@
 title = "Unsloth-style 4-bit"
 label = "IQ4_K_M"                  # the end of the file name
 file_type = "Q4_K_M"               # llama.cpp's mixture; also general.file_type
+extends = "q4km"                   # a shipped recipe or a file type, whose rules come last
 [[rules]]                          # first match wins; a rule that matches nothing is an error
-match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name
+match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name, or a role such as shared_expert
 type = "Q8_0"
+layers = "0-3"                     # only in these layers
 optional = true                    # only some architectures have such a tensor
 fallback = true                    # rows that its blocks do not fill get llama.cpp's other type
 override = true                    # of --tensor-type: rules below may be left without tensors
+inherited = true                   # of the recipe in `extends`: rules above may take all it has
 """
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,12 @@ from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
-from reap2gguf.quantizing.toml_text import parse_toml, read_toml_file, toml_string
+from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
+from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
 from reap2gguf.resources import shipped_folder
 
 _MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_MAX_STARS = 16  # of a glob: each one is tried at every letter of a name
-_GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
 # keys that a recipe and a rule must have, and what each is
 _RECIPE_TEXTS = {
     "title": "what the recipe is, in a few words",
@@ -46,12 +47,12 @@ _RECIPE_TEXTS = {
     "file_type": "llama.cpp's mixture, such as Q4_K_M",
 }
 _RULE_TEXTS = {
-    "match": "a glob on GGUF tensor names, such as blk.*.attn_v.weight",
+    "match": "a glob on GGUF tensor names, such as blk.*.attn_v.weight, or a role such as experts",
     "type": "a GGML tensor type, such as Q8_0",
 }
-_RECIPE_KEYS = {*_RECIPE_TEXTS, "rules"}
-_RULE_FLAGS = ("optional", "fallback", "override")
-_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS}
+_RECIPE_KEYS = {*_RECIPE_TEXTS, "extends", "rules"}
+_RULE_FLAGS = ("optional", "fallback", "override", "inherited")
+_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, "layers"}
 # llama-quantize takes these names for the medium mixtures as well
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
@@ -60,9 +61,10 @@ _MOST_IN_TITLE = 3  # overrides
 
 @dataclass(frozen=True)
 class Rule:
-    """One exception: tensors whose GGUF name fits `match` get `tensor_type`.
+    """One exception: tensors that `match` and `layers` select get `tensor_type`.
 
-    With `override` it was put before a recipe's own rules, and may take all tensors of one.
+    With `override` it was put before a recipe's own rules, and may take all tensors of one; with
+    `inherited` it is of a recipe that this one extends, and may lose all tensors.
     """
 
     match: str
@@ -70,22 +72,27 @@ class Rule:
     optional: bool = False
     override: bool = False
     fallback: bool = False  # as llama-quantize does with any type: Q5_1 for Q5_K, for example
+    layers: str = ""  # "" is all
+    inherited: bool = False
+    where: str = field(default="", compare=False)  # file and line, for errors
+
+    @cached_property
+    def selector(self) -> Selector:
+        """The tensors that the rule is for."""
+        return Selector(self.match, self.layers)
 
     @property
     def title(self) -> str:
         """What errors call it."""
         if self.override:
-            return f"--tensor-type {self.match}={self.tensor_type.name}"
-        return f"rule {self.match!r}"
+            layers = f"@{self.layers}" if self.layers else ""
+            option = "--set" if self.selector.is_role else "--tensor-type"
+            return f"{option} {self.match}{layers}={self.tensor_type.name}"
+        return f"rule {self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
 
-    def fits(self, name: str) -> bool:
-        """Whether a GGUF tensor's name is one that the rule is for."""
-        return self._pattern.fullmatch(name) is not None
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        # fnmatch keeps only so many, and a recipe may have more rules
-        return re.compile(fnmatch.translate(self.match))
+    def place(self, recipe: str) -> str:
+        """How errors about the rule begin: its file and line, or the recipe's name."""
+        return self.where or f"recipe {recipe!r}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Recipe:
         """The same recipe with rules before its own; name, title and source say so."""
         if not overrides:
             return self
-        words = [f"{rule.match}={rule.tensor_type.name}" for rule in overrides]
+        words = [f"{rule.selector.words}={rule.tensor_type.name}" for rule in overrides]
         if (more := len(words) - _MOST_IN_TITLE) > 0:
             words = [*words[:_MOST_IN_TITLE], f"{more} more"]
         changed = replace(
@@ -134,6 +141,8 @@ class Recipe:
             yield from ("", "[[rules]]")
             yield f"match = {toml_string(rule.match)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
+            if rule.layers:
+                yield f"layers = {toml_string(rule.layers)}"
             yield from (f"{key} = true" for key in _RULE_FLAGS if getattr(rule, key))
 
 
@@ -207,20 +216,51 @@ def _of_file_type(name: str) -> Recipe:
 
 
 def parse_recipe(source: str, name: str, where: str) -> Recipe:
-    """A recipe from its text; RecipeError names `where` and the key that is wrong."""
+    """A recipe from its text; RecipeError names `where`, the line and the key that is wrong.
+
+    With `extends`, the rules of that recipe follow, and the `source` holds them, so that it means
+    the same wherever it is read.
+    """
     values = parse_toml(source, where, RecipeError)
-    _refuse_unknown(values, _RECIPE_KEYS, where)
+    lines = SourceLines(source, "rules")
+
+    def at(key: str) -> str:
+        return f"{where}, line {lines.top[key]}" if key in lines.top else where
+
+    _refuse_unknown(values, _RECIPE_KEYS, at)
     rules = values.get("rules", [])
     if not isinstance(rules, list) or len(rules) > _MAX_RULES:
         raise RecipeError(f"{where}: rules must be at most {_MAX_RULES} [[rules]] tables")
-    title, label, file_type = (_text(values, key, where, _RECIPE_TEXTS) for key in _RECIPE_TEXTS)
-    check_label(label, where)
+    base = None
+    if "extends" in values:
+        base = _extended(_text(values, "extends", at, {}), at("extends"))
+        values = {"label": base.label, "file_type": base.file_type, **values}
+    title, label, file_type = (_text(values, key, at, _RECIPE_TEXTS) for key in _RECIPE_TEXTS)
+    check_label(label, at("label"))
     try:
         mixture_named(file_type)
     except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
-    parsed = tuple(_rule(rule, f"{where}: rule {i + 1}") for i, rule in enumerate(rules))
-    return Recipe(name, title, label, file_type, parsed, source)
+        raise RecipeError(f"{at('file_type')}: {error}") from error
+    known = lines if lines.has_all(len(rules)) else None
+    parsed = tuple(_rule(rule, i, where, known) for i, rule in enumerate(rules))
+    if base is None:
+        return Recipe(name, title, label, file_type, parsed, source)
+    inherited = tuple(replace(rule, inherited=True) for rule in base.rules)
+    recipe = Recipe(name, title, label, file_type, (*parsed, *inherited), "")
+    return replace(recipe, source=recipe.as_toml())
+
+
+def _extended(name: str, where: str) -> Recipe:
+    """The recipe that `extends` names."""
+    if name.endswith(".toml"):
+        raise RecipeError(
+            f"{where}: extends is {shown(name)}, expected a name that `reap2gguf recipes list` "
+            "prints; copy the rules of other files"
+        )
+    try:
+        return load_recipe(name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: extends: {error}") from error
 
 
 def load_recipes(
@@ -276,30 +316,27 @@ def check_label(label: str, where: str) -> None:
         )
 
 
-def _rule(values: Any, where: str) -> Rule:
+def _rule(values: Any, position: int, where: str, lines: SourceLines | None) -> Rule:
+    def at(key: str | None = None) -> str:
+        line = "" if lines is None else f", line {lines.of_table(position, key)}"
+        return f"{where}{line}: rule {position + 1}"
+
     if not isinstance(values, dict):
-        raise RecipeError(f"{where}: expected a [[rules]] table")
-    _refuse_unknown(values, _RULE_KEYS, where)
-    match, tensor_type = (_text(values, key, where, _RULE_TEXTS) for key in _RULE_TEXTS)
-    check_glob(match, f"{where}: match")
+        raise RecipeError(f"{at()}: expected a [[rules]] table")
+    _refuse_unknown(values, _RULE_KEYS, at)
+    match, tensor_type = (_text(values, key, at, _RULE_TEXTS) for key in _RULE_TEXTS)
+    check_glob(match, f"{at('match')}: match")
+    layers = ""
+    if "layers" in values:
+        layers = _text(values, "layers", at, {})
+        check_layers(layers, f"{at('layers')}: layers")
     flags = {key: values.get(key, False) for key in _RULE_FLAGS}
     for key, value in flags.items():
         if not isinstance(value, bool):
-            raise RecipeError(f"{where}: {key} is {shown(value)}, expected true or false")
-    return Rule(match, tensor_type_named(tensor_type, f"{where}: type"), **flags)
-
-
-def check_glob(match: str, where: str) -> None:
-    """Raise RecipeError, which begins with `where`, for a text that no rule can match with."""
-    if not _GLOB.fullmatch(match):
-        raise RecipeError(
-            f"{where} {shown(match)} is not a glob on GGUF tensor names, such as "
-            "blk.*.attn_v.weight"
-        )
-    if (n_stars := match.count("*")) > _MAX_STARS:
-        raise RecipeError(
-            f"{where} {shown(match)} has {n_stars} stars, expected at most {_MAX_STARS}"
-        )
+            raise RecipeError(f"{at(key)}: {key} is {shown(value)}, expected true or false")
+    kind = tensor_type_named(tensor_type, f"{at('type')}: type")
+    place = "" if lines is None else f"{where}, line {lines.of_table(position)}"
+    return Rule(match, kind, **flags, layers=layers, where=place)
 
 
 def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:
@@ -325,17 +362,23 @@ def _foreign_hint(tensor_type: str) -> str:
     return ""
 
 
-def _text(values: Mapping[str, Any], key: str, where: str, known: Mapping[str, str]) -> str:
+def _text(
+    values: Mapping[str, Any], key: str, at: Callable[[str], str], known: Mapping[str, str]
+) -> str:
+    """A text of a table; `at` says where a key stands, and `known` what it is."""
     if key not in values:
-        raise RecipeError(f"{where}: missing key `{key}`, {known[key]}")
+        raise RecipeError(f"{at(key)}: missing key `{key}`, {known[key]}")
     value = values[key]
     if not isinstance(value, str) or not value.strip():
-        raise RecipeError(f"{where}: {key} is {shown(value)}, expected text")
+        raise RecipeError(f"{at(key)}: {key} is {shown(value)}, expected text")
     return value
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> None:
+def _refuse_unknown(values: Mapping[str, Any], known: set[str], at: Callable[[str], str]) -> None:
     if unknown := sorted(values.keys() - known):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(
-            f"{where}: unknown key {shown(unknown[0])}, expected {', '.join(sorted(known))}"
+            f"{at(unknown[0])}: unknown key {shown(unknown[0])}, expected "
+            f"{', '.join(sorted(known))}{hint}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -14,8 +14,10 @@ from gguf import GGMLQuantizationType as Type
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE
 from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.models.roles import Spot, spots
 from reap2gguf.quantizing.file_types import Part
 from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
+from reap2gguf.quantizing.selector import advice
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
@@ -130,11 +132,12 @@ def resolve(
             f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors, "
             "too many to match; use fewer rules, with few stars each"
         )
+    places = spots([tensor.name for tensor in tensors])
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
         whole = _fixed_type(tensor, recipe)
-        winner = _winner(recipe, tensor, whole)
+        winner = _winner(recipe, places[tensor.name], whole)
         if winner is not None:
             winners.add(winner)
             rule = recipe.rules[winner]
@@ -144,21 +147,21 @@ def resolve(
             else:
                 _check_rows(tensor, rule, recipe)
                 tensor_type = wanted
-            match: str | None = rule.match
+            match: str | None = rule.selector.words
         else:
             wanted = chooser.choose(tensor) if whole is None else whole
             tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
             match = None
         meant = None if wanted is tensor_type else wanted
         resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, match, meant)
-    _refuse_idle_rules(recipe, winners, tensors)
+    _refuse_idle_rules(recipe, winners, tensors, places)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
 
 
-def _winner(recipe: Recipe, tensor: GgufTensor, fixed: Type | None) -> int | None:
+def _winner(recipe: Recipe, spot: Spot, fixed: Type | None) -> int | None:
     """The first rule for a tensor; a tensor of a fixed type ignores rules for other types."""
     for position, rule in enumerate(recipe.rules):
-        if rule.fits(tensor.name) and (fixed is None or rule.tensor_type is fixed):
+        if rule.selector.fits(spot) and (fixed is None or rule.tensor_type is fixed):
             return position
     return None
 
@@ -190,46 +193,62 @@ def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
         fits = tensor.n_columns % _SMALLEST_BLOCK == 0
         other = "a type with blocks of 32, such as Q8_0 or IQ4_NL" if fits else "F16, BF16 or F32"
         raise RecipeError(
-            f"recipe {recipe.name!r}: {rule.title}: {rule.tensor_type.name} has blocks of "
-            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose {other}"
+            f"{rule.place(recipe.name)}: {rule.title}: {rule.tensor_type.name} has blocks of "
+            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose {other}, or add "
+            "`fallback = true`"
         )
 
 
-def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[GgufTensor]) -> None:
-    decided = winners | _winners_without_overrides(recipe, tensors)
+def _refuse_idle_rules(
+    recipe: Recipe,
+    winners: set[int],
+    tensors: Sequence[GgufTensor],
+    places: Mapping[str, Spot],
+) -> None:
+    decided = winners | _winners_without_overrides(recipe, tensors, places)
     for position, rule in enumerate(recipe.rules):
         if position in decided:
             continue
-        reached = [t for t in tensors if rule.fits(t.name)]
+        reached = [t for t in tensors if rule.selector.fits(places[t.name])]
+        if reached and rule.inherited:
+            continue
+        where = f"{rule.place(recipe.name)}: {rule.title}"
         if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
-                f"recipe {recipe.name!r}: {rule.title} asks for {rule.tensor_type.name}, "
-                f"but llama.cpp never quantizes what it matches, such as {reached[0].name}; remove "
-                "it"
+                f"{where} asks for {rule.tensor_type.name}, but llama.cpp never quantizes what it "
+                f"matches, such as {reached[0].name}; remove it"
             )
         if reached:
             raise RecipeError(
-                f"recipe {recipe.name!r}: {rule.title} is shadowed: earlier rules take "
-                f"every tensor it matches, such as {reached[0].name}; move it up or remove it"
-            )
-        if not rule.optional and rule.override:
-            raise RecipeError(
-                f"{rule.title}: matches no tensor of this model; PATTERN is a word such as attn_v, "
-                "which finds every tensor with it in its name, or a glob such as "
-                "blk.*.attn_v.weight"
+                f"{where} is shadowed: earlier rules take every tensor it matches, such as "
+                f"{reached[0].name}; move it up or remove it"
             )
         if not rule.optional:
-            raise RecipeError(
-                f"recipe {recipe.name!r}: {rule.title} matches no tensor of this model; "
-                "correct it, or mark it `optional = true` if only other models have such a tensor"
-            )
+            raise RecipeError(_unmatched(rule, where, list(places.values())))
 
 
-def _winners_without_overrides(recipe: Recipe, tensors: Sequence[GgufTensor]) -> set[int]:
+def _unmatched(rule: Rule, where: str, places: Sequence[Spot]) -> str:
+    """What is said of a rule that no tensor of the model fits."""
+    hint = f"; {found}" if (found := advice(rule.selector, places)) else ""
+    if rule.override:
+        return (
+            f"{rule.title}: matches no tensor of this model{hint}; PATTERN is a word such as "
+            "attn_v, which finds every tensor with it in its name, a glob such as "
+            "blk.*.attn_v.weight, or a role such as experts.down"
+        )
+    return (
+        f"{where} matches no tensor of this model{hint}; correct it, or mark it "
+        "`optional = true` if only other models have such a tensor"
+    )
+
+
+def _winners_without_overrides(
+    recipe: Recipe, tensors: Sequence[GgufTensor], places: Mapping[str, Spot]
+) -> set[int]:
     """Positions of the recipe's own rules that would decide if nothing were put before them."""
     own = {place: rule for place, rule in enumerate(recipe.rules) if not rule.override}
     if len(own) == len(recipe.rules):
         return set()
-    alone, places = replace(recipe, rules=tuple(own.values())), list(own)
-    found = (_winner(alone, tensor, _fixed_type(tensor, recipe)) for tensor in tensors)
-    return {places[winner] for winner in found if winner is not None}
+    alone, positions = replace(recipe, rules=tuple(own.values())), list(own)
+    found = (_winner(alone, places[tensor.name], _fixed_type(tensor, recipe)) for tensor in tensors)
+    return {positions[winner] for winner in found if winner is not None}

@@ -28,6 +28,8 @@ _QUOTED = re.compile(
 )
 _MANY_PARTS = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){16}")
 
+_KEY = re.compile(r"[ \t]*([\w-]+)[ \t]*=")
+
 
 def read_toml_file(path: Path, what: str, error_class: type[Reap2ggufError]) -> str:
     """The text of a TOML file, at most 256 KiB; `what` it should be.
@@ -50,6 +52,36 @@ def parse_toml(text: str, where: str, error_class: type[Reap2ggufError]) -> dict
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise error_class(f"{where}: not valid TOML ({error})") from error
+
+
+class SourceLines:
+    """On which lines of a TOML text its keys and its [[tables]] of one name stand.
+
+    tomllib does not say. Texts that write the tables in another way, such as `rules = [{...}]`,
+    have no lines here, and never wrong ones: `has_all` compares the numbers of tables.
+    """
+
+    def __init__(self, text: str, table: str) -> None:
+        self.top: dict[str, int] = {}
+        self._tables: list[tuple[int, dict[str, int]]] = []
+        header = re.compile(rf"\s*\[\[\s*{re.escape(table)}\s*\]\]")
+        keys = self.top
+        plain = _QUOTED.sub(lambda found: "\n" * found[0].count("\n") or "q", text)
+        for number, line in enumerate(plain.split("\n"), start=1):
+            if header.match(line):
+                keys = {}
+                self._tables.append((number, keys))
+            elif key := _KEY.match(line):
+                keys.setdefault(key[1], number)
+
+    def has_all(self, n_tables: int) -> bool:
+        """Whether every table's line is known."""
+        return len(self._tables) == n_tables
+
+    def of_table(self, position: int, key: str | None = None) -> int:
+        """The line of a table's key, or of its beginning."""
+        first, keys = self._tables[position]
+        return keys.get(key, first) if key is not None else first
 
 
 def toml_string(text: str) -> str:

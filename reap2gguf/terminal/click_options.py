@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from click.core import ParameterSource
@@ -205,14 +206,41 @@ output_options = together(
     ),
 )
 
-tensor_type_option = option(
-    "--tensor-type",
-    "tensor_types",
-    section=WRITE,
-    multiple=True,
-    metavar="PATTERN=TYPE",
-    help="Give matching tensors another type, before the recipe's rules: a word such as "
-    "attn_v=Q5_K, or a glob such as blk.0.*=Q8_0. Repeat it; the first match wins.",
+
+def _with_sets(function: F) -> F:
+    """Put what `--set` was given before the patterns of `--tensor-type`, as patterns."""
+
+    @wraps(function)
+    def with_sets(*args: Any, **arguments: Any) -> Any:
+        if sets := arguments.pop("sets"):
+            from reap2gguf.quantizing.role_settings import roles_as_patterns
+
+            arguments["tensor_types"] = (*roles_as_patterns(sets), *arguments["tensor_types"])
+        return function(*args, **arguments)
+
+    return cast(F, with_sets)
+
+
+tensor_type_option = together(
+    option(
+        "--tensor-type",
+        "tensor_types",
+        section=WRITE,
+        multiple=True,
+        metavar="PATTERN=TYPE",
+        help="Give matching tensors another type, before the recipe's rules: a word such as "
+        "attn_v=Q5_K, or a glob such as blk.0.*=Q8_0. Repeat it; the first match wins.",
+    ),
+    option(
+        "--set",
+        "sets",
+        section=WRITE,
+        multiple=True,
+        metavar="ROLE[@LAYERS]=TYPE",
+        help="The same by role, before --tensor-type: attention, experts, experts.down, "
+        "shared_expert and so on, such as experts.down=Q6_K or attention@0-3=Q8_0.",
+    ),
+    _with_sets,
 )
 
 label_option = option(

@@ -94,6 +94,7 @@ def recipes_check(
     Example:
       reap2gguf recipes check my-recipe.toml ./Qwen3-30B-A3B
       reap2gguf recipes check Q4_K_M ./Qwen3-30B-A3B --tensor-type attn_v=Q8_0
+      reap2gguf recipes check Q4_K_M --set experts.down=q6_k --set attention@0-1=q8_0
     """
     from reap2gguf.building.plan import make_plan
     from reap2gguf.options import BuildOptions, one_recipe

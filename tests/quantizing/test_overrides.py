@@ -9,6 +9,7 @@ from reap2gguf.models.reference import REFERENCE_FACTS, reference_tensors
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, load_recipes, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.quantizing.role_settings import roles_as_patterns
 
 
 def types(recipe: Recipe) -> dict[str, str]:
@@ -118,3 +119,44 @@ def test_a_rule_that_was_shadowed_before_still_is() -> None:
     recipe = parse_recipe(text, "mine", "mine").with_overrides(read_overrides(["attn_q=q6_k"]))
     with pytest.raises(RecipeError, match=r"rule 'blk\.0\.attn_v\.weight' is shadowed"):
         types(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "match", "layers"),
+    [
+        ("experts.down=q6_k", "experts.down", ""),
+        ("Experts.Down@0-3=q6_k", "experts.down", "0-3"),
+        ("attention@-4:=q6_k", "attention", "-4:"),
+        ("output=q6_k", "output.weight", ""),
+        ("blk.*.attn_v.weight@1,3=q6_k", "blk.*.attn_v.weight", "1,3"),
+    ],
+)
+def test_a_role_may_be_set(text: str, match: str, layers: str) -> None:
+    (rule,) = read_overrides(roles_as_patterns([text]))
+    assert (rule.match, rule.layers, rule.tensor_type.name) == (match, layers, "Q6_K")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("experts.down", "--set 'experts.down' is not ROLE=TYPE, such as experts.down=Q6_K"),
+        ("expert.down=q8_0", "'expert.down' is not a role \\(did you mean experts.down"),
+        ("attn_v=q8_0", "'attn_v' is not a role.*; --tensor-type takes parts of names"),
+        ("experts@x=q8_0", "layers is 'x', expected numbers and ranges"),
+        ("experts=q4_k_m", "experts: type 'q4_k_m' is not a GGML tensor type; Q4_K_M is a file"),
+        ("mtp=q8_0", "--set mtp=Q8_0: matches no tensor of this model"),
+        ("experts@48=q8_0", "--set experts@48=Q8_0: matches no .* has experts in layers 0-47"),
+        ("router=q8_0", "llama.cpp never quantizes what it matches"),
+    ],
+)
+def test_a_wrong_role(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        types(overridden("q4km", *roles_as_patterns([text])))
+
+
+def test_roles_of_an_override_are_kept_in_the_recipe() -> None:
+    recipe = overridden("unsloth-iq4km", *roles_as_patterns(["experts.down@0-3=q6_k"]))
+    kinds = types(recipe)
+    assert [kinds[f"blk.{n}.ffn_down_exps.weight"] for n in (0, 3, 4)] == ["Q6_K", "Q6_K", "Q5_K"]
+    assert recipe.title.endswith(", with experts.down in layers 0-3=Q6_K")
+    assert types(parse_recipe(recipe.source, recipe.name, "manifest")) == kinds

@@ -69,6 +69,14 @@ def test_check_for_programs_with_an_override() -> None:
     assert values["notes"] == []
 
 
+def test_check_for_programs_with_a_role_that_is_set() -> None:
+    command = ("recipes", "check", "Q4_K_M", "--set", "attention@0=f16", "--json")
+    types = json.loads(run(*command, "--tensor-type", "attn_v=q8_0").stdout)["types"]
+    assert (types["blk.0.attn_v.weight"], types["blk.1.attn_v.weight"]) == ("F16", "Q8_0")
+    for command in (("plan",), ("recipes", "check", "Q4_K_M")):
+        one_line(run(*command, "--set", "expert=q8_0"), "did you mean experts?")
+
+
 def test_an_unknown_name_is_one_line() -> None:
     one_line(run("recipes", "show", "q5km2"), "did you mean Q5_K_M?")
     one_line(run("recipes", "check", "q4km,q8_0"), "expected one recipe for one file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reap2gguf.comparing.roles import linear_blocks, role_of
+from reap2gguf.models.roles import linear_blocks, role_of
 from tests.models.layouts import CASES, Case
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from reap2gguf.models.gguf_keys import block_of
@@ -68,3 +69,52 @@ def role_of(name: str, linear: Collection[int] = (), mtp: Collection[int] = ()) 
         (role for pattern, role in _INSIDE.items() if re.match(pattern, rest)), "other"
     )
     return "DeltaNet" if role == "attention" and block in linear else role
+
+
+# What recipes call the roles. MTP blocks have tensors of the other roles too: `mtp` finds all of
+# them, and the other words find those of MTP blocks as well.
+ROLE_WORDS: dict[str, frozenset[Role]] = {
+    "attention": frozenset({"attention"}),
+    "deltanet": frozenset({"DeltaNet"}),
+    "experts": frozenset({"experts gate", "experts up", "experts down"}),
+    "experts.gate": frozenset({"experts gate"}),
+    "experts.up": frozenset({"experts up"}),
+    "experts.down": frozenset({"experts down"}),
+    "shared_expert": frozenset({"shared expert"}),
+    "dense_ffn": frozenset({"dense FFN"}),
+    "router": frozenset({"router"}),
+    "embedding": frozenset({"embedding"}),
+    "output": frozenset({"output"}),
+    "mtp": frozenset({"MTP"}),
+}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where in its model a GGUF tensor stands: what the rules of recipes ask of it."""
+
+    name: str
+    block: int | None  # the N of blk.N
+    roles: frozenset[Role]
+    n_layers: int  # of the model, without MTP blocks, which follow
+
+    @property
+    def role(self) -> Role:
+        """The one role by which tensors are counted: MTP for all of an MTP block."""
+        return "MTP" if "MTP" in self.roles else next(iter(self.roles))
+
+
+def spots(names: Collection[str]) -> dict[str, Spot]:
+    """The spot of every tensor of one model, by name. MTP blocks have tensors called `nextn`."""
+    blocks = {name: block_of(name) for name in names}
+    linear = linear_blocks(names)
+    numbers = [block for block in blocks.values() if block is not None]
+    mtp = {block for name, block in blocks.items() if block is not None and ".nextn." in name}
+    n_layers = min(mtp, default=max(numbers, default=-1) + 1)
+    found = {}
+    for name, block in blocks.items():
+        roles: set[Role] = {role_of(name, linear)}
+        if block in mtp:
+            roles.add("MTP")
+        found[name] = Spot(name, block, frozenset(roles), n_layers)
+    return found
