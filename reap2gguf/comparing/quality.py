@@ -19,7 +19,7 @@ from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError, Usa
 from reap2gguf.evaluating.gguf_weights import GgufWeights
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.scoring import Scorer
-from reap2gguf.evaluating.texts import EvaluationText, cut_text, read_text
+from reap2gguf.evaluating.texts import EvaluationText, cut_text, fitting_chunk, read_text
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.hub.gguf_file import HubGgufHeader
 from reap2gguf.messages import shown
@@ -137,7 +137,8 @@ def _rows(
             assert reference.header is not None
             write_tokenizer(reference.header, folder)
         tokenizer = Tokenizer(folder)
-        size = min(question.chunk_size, reference.model.facts.context_length)
+        context = reference.model.facts.context_length
+        size = fitting_chunk(question.chunk_size, context, progress.note)
         return cut_text(label, text, tokenizer, vocabulary, size, question.n_chunks)
 
 

@@ -76,6 +76,13 @@ def _wikitext(note: Note) -> str:
     return "".join(str(record["text"]) or " \n" for record in records)
 
 
+def fitting_chunk(size: int, context: int, note: Note) -> int:
+    """Tokens of a chunk that a model's context takes; what does not fit is said."""
+    if size > context:
+        note(f"chunks have {context:,} tokens, since the context of the model is no longer")
+    return min(size, context)
+
+
 def cut_text(
     label: str,
     text: str,

@@ -93,7 +93,7 @@ class WholeEvaluation:
         """The text, cut into chunks."""
         label, content = texts.read_text(name, self.progress.note)
         facts = self.variants[0].model.facts
-        size = min(self.options.chunk, facts.context_length)
+        size = texts.fitting_chunk(self.options.chunk, facts.context_length, self.progress.note)
         with (
             working(self.progress, f"Reading {label}"),
             closing(Tokenizer(self.tokenizer)) as tokenizer,

@@ -52,6 +52,15 @@ def test_a_bundle_without_its_source(built: Bundle) -> None:
     assert "source  " not in result.output
 
 
+def test_a_chunk_longer_than_the_context_is_said(tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("several words of a text " * 2000)
+    for command in ("evaluate", "compare"):
+        result = run(command, EXAMPLE, "--text", text, "--chunk", 9999, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert "chunks have 2,048 tokens, since the context" in result.output
+
+
 def test_single_files(built: Bundle) -> None:
     file = next(path for path in built.gguf.glob("*.gguf") if "imatrix" not in path.name)
     found = evaluated(EXAMPLE, built.hf, file)
