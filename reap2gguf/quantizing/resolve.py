@@ -210,8 +210,9 @@ def _refuse_idle_rules(
         if position in decided:
             continue
         reached = [t for t in tensors if rule.selector.fits(places[t.name])]
-        if reached and rule.inherited:
-            continue
+        narrowed = rule.optional and any(one.layers for one in recipe.rules[:position])
+        if reached and (rule.inherited or narrowed):
+            continue  # a model of few layers may leave nothing
         where = f"{rule.place(recipe.name)}: {rule.title}"
         if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(

@@ -56,7 +56,7 @@ def test_every_shipped_recipe_resolves_for_the_example(path: Path, example: Path
         tensors = model.gguf_tensors(checkpoint.tensors)
     resolved = resolve(recipe, tensors, model.facts, model.facts.n_experts, has_imatrix=True)
     assert [entry.tensor for entry in resolved.table] == list(tensors)
-    assert 3 < resolved.bits_per_weight < 16.1
+    assert 2.5 < resolved.bits_per_weight < 16.1
 
 
 def test_labels_of_shipped_recipes_differ() -> None:

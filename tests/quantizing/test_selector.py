@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from gguf import GGML_QUANT_SIZES
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.models.description import GgufTensor
 from reap2gguf.models.reference import REFERENCE_FACTS, reference_tensors
 from reap2gguf.models.roles import ROLE_WORDS, Spot, spots
-from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe
+from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import resolve
 from reap2gguf.quantizing.selector import Selector, check_layers, layers_text
 from tests.models.layouts import CASES, Case
@@ -243,3 +244,14 @@ def test_texts_of_several_lines_do_not_shift_lines() -> None:
 def test_role_words_are_no_names_of_tensors() -> None:
     names = {tensor.name for tensor in reference_tensors()}
     assert not names & ROLE_WORDS.keys()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_shipped_recipe_resolves_on_every_family(case: Case) -> None:
+    """Rows that no block of the type fills get llama.cpp's other type."""
+    tensors, facts = case.model.gguf_tensors(case.stored), case.model.facts
+    for name in shipped_recipes():
+        resolved = resolve(load_recipe(name), tensors, facts, facts.n_experts, has_imatrix=True)
+        for entry in resolved.table:
+            block = GGML_QUANT_SIZES[entry.tensor_type][0]
+            assert entry.tensor.n_columns % block == 0, (name, entry.tensor.name)
