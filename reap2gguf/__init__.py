@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
+    from reap2gguf.api.fitting import FitResult, fit_recipe
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
     from reap2gguf.api.stages import (
@@ -64,6 +65,7 @@ __all__ = [
     "Estimate",
     "EvaluateOptions",
     "Evaluation",
+    "FitResult",
     "Imatrix",
     "ImatrixInspection",
     "ModelComparison",
@@ -84,6 +86,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "example",
+    "fit_recipe",
     "imatrix",
     "inspect",
     "make_bundle",
@@ -101,6 +104,7 @@ _HOMES = {
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
+    "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
     "api.stages": (

@@ -35,7 +35,7 @@ from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.quantizing.toml_text import parse_toml, read_toml_file, toml_string
 from reap2gguf.resources import shipped_folder
 
-_MAX_RULES = 1000
+MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_STARS = 16  # of a glob: each one is tried at every letter of a name
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
@@ -211,8 +211,8 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
     values = parse_toml(source, where, RecipeError)
     _refuse_unknown(values, _RECIPE_KEYS, where)
     rules = values.get("rules", [])
-    if not isinstance(rules, list) or len(rules) > _MAX_RULES:
-        raise RecipeError(f"{where}: rules must be at most {_MAX_RULES} [[rules]] tables")
+    if not isinstance(rules, list) or len(rules) > MAX_RULES:
+        raise RecipeError(f"{where}: rules must be at most {MAX_RULES} [[rules]] tables")
     title, label, file_type = (_text(values, key, where, _RECIPE_TEXTS) for key in _RECIPE_TEXTS)
     check_label(label, where)
     try:

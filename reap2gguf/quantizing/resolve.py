@@ -131,7 +131,7 @@ def resolve(
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
-        whole = _fixed_type(tensor, recipe)
+        whole = fixed_type(tensor, recipe)
         winner = _winner(recipe, tensor, whole)
         if winner is not None:
             winners.add(winner)
@@ -168,7 +168,7 @@ def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1, tensor.name)
 
 
-def _fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
+def fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
     """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
     if tensor.always_f32:
         return Type.F32
@@ -194,7 +194,7 @@ def _refuse_idle_rules(recipe: Recipe, winners: set[int], tensors: Sequence[Gguf
         if position in decided:
             continue
         reached = [t for t in tensors if rule.fits(t.name)]
-        if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
+        if reached and all(fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
                 f"recipe {recipe.name!r}: {rule.title} asks for {rule.tensor_type.name}, "
                 f"but llama.cpp never quantizes what it matches, such as {reached[0].name}; remove "
@@ -224,5 +224,5 @@ def _winners_without_overrides(recipe: Recipe, tensors: Sequence[GgufTensor]) ->
     if len(own) == len(recipe.rules):
         return set()
     alone, places = replace(recipe, rules=tuple(own.values())), list(own)
-    found = (_winner(alone, tensor, _fixed_type(tensor, recipe)) for tensor in tensors)
+    found = (_winner(alone, tensor, fixed_type(tensor, recipe)) for tensor in tensors)
     return {places[winner] for winner in found if winner is not None}
