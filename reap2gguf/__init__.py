@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
+    from reap2gguf.api.fitting import FitResult, fit_recipe
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
@@ -68,6 +69,7 @@ __all__ = [
     "Estimate",
     "EvaluateOptions",
     "Evaluation",
+    "FitResult",
     "Imatrix",
     "ImatrixInspection",
     "ImatrixStatistics",
@@ -91,6 +93,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "example",
+    "fit_recipe",
     "imatrix",
     "imatrix_statistics",
     "inspect",
@@ -112,6 +115,7 @@ _HOMES = {
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
+    "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
     "api.stages": (

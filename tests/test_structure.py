@@ -325,6 +325,11 @@ COVERED_BY = [
         ),
     ),
     (
+        "fitting/test_fitted.py",
+        "recipes that are made for a model, and the files that they make",
+        ("api/fitting.py",),
+    ),
+    (
         "models/test_contract.py",
         "what every architecture answers",
         ("models/description.py", "observing/targets.py"),

@@ -38,7 +38,7 @@ from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
 from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
 from reap2gguf.resources import shipped_folder
 
-_MAX_RULES = 1000
+MAX_RULES = 1000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # keys that a recipe and a rule must have, and what each is
 _RECIPE_TEXTS = {
@@ -229,8 +229,8 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
 
     _refuse_unknown(values, _RECIPE_KEYS, at)
     rules = values.get("rules", [])
-    if not isinstance(rules, list) or len(rules) > _MAX_RULES:
-        raise RecipeError(f"{where}: rules must be at most {_MAX_RULES} [[rules]] tables")
+    if not isinstance(rules, list) or len(rules) > MAX_RULES:
+        raise RecipeError(f"{where}: rules must be at most {MAX_RULES} [[rules]] tables")
     base = None
     if "extends" in values:
         base = _extended(_text(values, "extends", at, {}), at("extends"))

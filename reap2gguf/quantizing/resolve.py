@@ -136,7 +136,7 @@ def resolve(
     winners: set[int] = set()
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
-        whole = _fixed_type(tensor, recipe)
+        whole = fixed_type(tensor, recipe)
         winner = _winner(recipe, places[tensor.name], whole)
         if winner is not None:
             winners.add(winner)
@@ -177,7 +177,7 @@ def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1, tensor.name)
 
 
-def _fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
+def fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
     """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
     if tensor.always_f32:
         return Type.F32
@@ -214,7 +214,7 @@ def _refuse_idle_rules(
         if reached and (rule.inherited or narrowed):
             continue  # a model of few layers may leave nothing
         where = f"{rule.place(recipe.name)}: {rule.title}"
-        if reached and all(_fixed_type(tensor, recipe) is not None for tensor in reached):
+        if reached and all(fixed_type(tensor, recipe) is not None for tensor in reached):
             raise RecipeError(
                 f"{where} asks for {rule.tensor_type.name}, but llama.cpp never quantizes what it "
                 f"matches, such as {reached[0].name}; remove it"
@@ -251,5 +251,5 @@ def _winners_without_overrides(
     if len(own) == len(recipe.rules):
         return set()
     alone, positions = replace(recipe, rules=tuple(own.values())), list(own)
-    found = (_winner(alone, places[tensor.name], _fixed_type(tensor, recipe)) for tensor in tensors)
+    found = (_winner(alone, places[tensor.name], fixed_type(tensor, recipe)) for tensor in tensors)
     return {positions[winner] for winner in found if winner is not None}

@@ -1,18 +1,29 @@
-"""`reap2gguf recipes`: list, show and check."""
+"""`reap2gguf recipes`: list, show, check and fit."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from reap2gguf.terminal.click_options import json_option, output_options, tensor_type_option
-from reap2gguf.terminal.console import say, say_all, say_json
-from reap2gguf.terminal.help import command, option
+from reap2gguf.messages import size
+from reap2gguf.terminal.click_options import (
+    follow_links_option,
+    json_option,
+    model_argument,
+    output_options,
+    tensor_type_option,
+)
+from reap2gguf.terminal.compute_options import llama_cpp_option, threads_option
+from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.terminal.help import WRITE, Number, command, option
+from reap2gguf.terminal.option_types import FilePath, SizeType
 from reap2gguf.terminal.suggestions import Group
 
 
 @click.group(cls=Group)
 def recipes() -> None:
-    """List, show and check recipes.
+    """List, show, check and make recipes.
 
     A recipe says which quant type each tensor gets. Every file type of llama.cpp, such as Q5_K_M,
     is one.
@@ -117,5 +128,79 @@ def recipes_check(
         say(line)
 
 
-for subcommand in (recipes_list, recipes_show, recipes_check):
+@command("fit")
+@model_argument()
+@option(
+    "--imatrix",
+    section=WRITE,
+    type=FilePath,
+    required=True,
+    metavar="FILE",
+    help="Importance matrix of MODEL, .gguf or .dat.",
+)
+@option(
+    "--target-size",
+    section=WRITE,
+    type=SizeType(),
+    metavar="SIZE",
+    help="Size of the GGUF file, e.g. 12GiB; the header counts.",
+)
+@option(
+    "--target-bpw",
+    section=WRITE,
+    type=Number(0.1, 16.0),
+    metavar="BITS",
+    help="Bits per weight, in place of --target-size.",
+)
+@option(
+    "-o", "--output", section=WRITE, type=FilePath, required=True, help="Recipe (.toml) to write."
+)
+@threads_option
+@llama_cpp_option
+@follow_links_option
+@output_options
+def recipes_fit(
+    model: str,
+    imatrix: Path,
+    target_size: int | None,
+    target_bpw: float | None,
+    output: Path,
+    threads: int,
+    follow_links: bool,
+) -> None:
+    """Make a recipe whose file has a given size.
+
+    Measures what each type loses of each tensor of MODEL, on sampled rows, and gives every tensor
+    the type with which the file loses least. A file beside OUTPUT, whose name ends in
+    .type-errors.json, keeps the measurements, so that another target takes seconds.
+
+    \b
+    Example:
+      reap2gguf recipes fit ./Qwen3-30B-A3B --imatrix imatrix.gguf \\
+          --target-size 12GiB -o 12g.toml
+      reap2gguf quantize ./Qwen3-30B-A3B --imatrix imatrix.gguf \\
+          --recipe 12g.toml -o 12g.gguf
+    """
+    import reap2gguf
+
+    if (target_size is None) == (target_bpw is None):
+        raise click.UsageError("pass --target-size or --target-bpw, one of them")
+    found = reap2gguf.fit_recipe(
+        model,
+        output,
+        imatrix=imatrix,
+        target_size=target_size,
+        target_bpw=target_bpw,
+        threads=threads,
+        follow_links=follow_links,
+        progress=terminal_progress(),
+    )
+    say(
+        f"{output}: a file of {size(found.n_bytes)}, {found.bits_per_weight:.2f} bpw, "
+        f"{found.n_rules} rules",
+        "result",
+    )
+
+
+for subcommand in (recipes_list, recipes_show, recipes_check, recipes_fit):
     recipes.add_command(subcommand)

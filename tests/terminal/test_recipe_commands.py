@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from reap2gguf.gguf_files.imatrix import save_gguf
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
+from tests.exporting.files import gguf_tensors, random_imatrix
 from tests.test_cli import one_line, run
+from tests.tiny import TinyQwen3Moe
 
 
 def test_the_list_has_recipes_file_types_and_bits() -> None:
@@ -80,3 +83,20 @@ def test_check_for_programs_with_a_role_that_is_set() -> None:
 def test_an_unknown_name_is_one_line() -> None:
     one_line(run("recipes", "show", "q5km2"), "did you mean Q5_K_M?")
     one_line(run("recipes", "check", "q4km,q8_0"), "expected one recipe for one file")
+
+
+def test_fit_makes_a_recipe_of_this_size(tmp_path: Path) -> None:
+    TinyQwen3Moe().write(tmp_path / "model")
+    save_gguf(random_imatrix(gguf_tensors(tmp_path / "model")), tmp_path / "imatrix.gguf")
+    given = ("recipes", "fit", tmp_path / "model", "--imatrix", tmp_path / "imatrix.gguf")
+    path = tmp_path / "mine.toml"
+    one_line(run(*given, "-o", path), "pass --target-size or --target-bpw, one of them")
+    both = ("--target-size", "1GiB", "--target-bpw", 4, "-o", path)
+    one_line(run(*given, *both), "pass --target-size or --target-bpw, one of them")
+    one_line(run(*given, "--target-size", "1KiB", "-o", path), "pass a larger target")
+    done = run(*given, "--target-bpw", 6, "--threads", 1, "-o", path)
+    assert done.exit_code == 0, done.output
+    assert f"{path}: a file of " in done.stdout
+    lines = run("recipes", "check", path, tmp_path / "model").stdout.splitlines()
+    bits = float(lines[-1].split(", ")[-1].split()[0])
+    assert 5.9 < bits <= 6

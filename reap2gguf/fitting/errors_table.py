@@ -1,0 +1,191 @@
+"""What each type loses of each tensor, measured on sampled rows.
+
+Rows are quantized with the importance of their columns, as an export does it, and dequantized. The
+error is that of the products of matrix and input, if the inputs of different columns do not depend
+on each other: the squared differences, times the mean square of what multiplies the column, over
+the squared values with the same factor. An expert counts as often as it was used.
+
+Memory: each thread holds one run of rows, at most 2^18 values as float32, four times; of a tensor
+that is stored in another order than GGUF's, one matrix. The table has a number for each tensor and
+type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+
+from reap2gguf.atomic import write_whole
+from reap2gguf.errors import CheckpointError
+from reap2gguf.exporting.row_ranges import BlockMaker, RowRange
+from reap2gguf.files import plain_size
+from reap2gguf.ggml import NEEDS_IMPORTANCE, TINY
+from reap2gguf.gguf_files.rows import rows_per_matrix
+
+if TYPE_CHECKING:
+    from reap2gguf.ggml import Floats
+    from reap2gguf.gguf_files.imatrix import ImatrixEntry
+    from reap2gguf.models.description import GgufTensor
+    from reap2gguf.progress import Progress
+
+# What is measured, from most bits to fewest. A type of less than 2 bits is slow to prepare.
+_NAMES = (
+    "BF16 Q8_0 Q6_K Q5_1 Q5_K Q5_0 Q4_1 Q4_K Q4_0 IQ4_NL IQ4_XS Q3_K IQ3_S IQ3_XXS Q2_K IQ2_S "
+    "IQ2_XS IQ2_XXS"
+)
+TYPES = tuple(Type[name] for name in _NAMES.split())
+SMALLEST_TYPES = (Type.IQ1_M, Type.IQ1_S)
+_SAMPLED = 2**18  # values of a tensor
+_MAX_RUNS = 16  # that they are read in, spread over the tensor
+_MAX_CACHE_BYTES = 2**26
+FORMAT = 1
+
+Errors = Mapping[str, Mapping[str, float]]  # tensor -> type -> relative squared error
+
+
+def types_for(tensor: GgufTensor, is_weighted: bool, types: Sequence[Type]) -> list[Type]:
+    """Those of some types that a tensor can have."""
+    return [
+        one
+        for one in types
+        if tensor.n_columns % GGML_QUANT_SIZES[one][0] == 0
+        and (is_weighted or one not in NEEDS_IMPORTANCE)
+    ]
+
+
+def sampled_rows(tensor: GgufTensor) -> Iterator[RowRange]:
+    """Runs of rows, spread evenly over a tensor's matrices and rows: all rows of a small one."""
+    n_rows, n_matrices = rows_per_matrix(tensor), len(tensor.slabs)
+    n_runs = min(_MAX_RUNS, n_matrices * n_rows)
+    per_run = max(1, min(_SAMPLED, math.prod(tensor.shape)) // (n_runs * tensor.n_columns))
+    done = 0
+    for run in range(n_runs):
+        matrix, row = divmod(run * n_matrices * n_rows // n_runs, n_rows)
+        first = max(done, matrix * n_rows + row)
+        last = min(first + per_run, (matrix + 1) * n_rows)  # of one matrix
+        if first < last:
+            start = matrix * n_rows
+            yield RowRange(tensor, matrix, tensor.slabs[matrix], first - start, last - start)
+            done = last
+
+
+def measure(
+    maker: BlockMaker,
+    tensors: Sequence[GgufTensor],
+    types: Sequence[Type],
+    n_threads: int,
+    progress: Progress,
+    known: Errors,
+) -> dict[str, dict[str, float]]:
+    """The errors of all tensors in the types that they can have; those of `known` are taken.
+
+    A type that cannot hold a tensor's values has no entry in a tensor's errors but infinity. Raises
+    CheckpointError for values that are not finite.
+    """
+    found = {tensor.name: dict(known.get(tensor.name, {})) for tensor in tensors}
+    todo = []
+    for tensor in tensors:
+        can = types_for(tensor, tensor.name in maker.importance, types)
+        if missing := [one for one in can if one.name not in found[tensor.name]]:
+            todo.append((tensor, missing))
+    if not todo:
+        return found
+    with (
+        progress.task("Measuring types", len(todo), "tensors") as task,
+        ThreadPoolExecutor(n_threads) as pool,
+    ):
+        jobs = {pool.submit(_measure_one, maker, *one): one[0].name for one in todo}
+        try:
+            for job in as_completed(jobs):
+                found[jobs[job]].update(job.result())
+                task.advance()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+def _measure_one(maker: BlockMaker, tensor: GgufTensor, types: Sequence[Type]) -> dict[str, float]:
+    """The relative errors of one tensor."""
+    lost, whole = dict.fromkeys((one.name for one in types), 0.0), 0.0
+    entry = maker.importance.get(tensor.name)
+    for rows in sampled_rows(tensor):
+        values = maker.read(rows)
+        weights = _weights(entry, rows)
+        whole += _energy(values, weights)
+        for one in types:
+            lost[one.name] += _lost(maker, rows, values, one, weights)
+    return {name: amount / whole if whole else 0.0 for name, amount in lost.items()}
+
+
+def _lost(
+    maker: BlockMaker, rows: RowRange, values: Floats, tensor_type: Type, weights: Floats
+) -> float:
+    """The error of a range of rows in a type; infinity if the type cannot hold them."""
+    try:
+        raw = maker.quantize(rows, values, tensor_type)
+        if 0 < float(np.abs(values).max()) < TINY:
+            maker.check_precision(rows, values, tensor_type, raw)
+    except CheckpointError:
+        return math.inf
+    return _energy(maker.quantizer.dequantize(raw, tensor_type) - values, weights)
+
+
+def _energy(values: Floats, weights: Floats) -> float:
+    """The squares of values (R, C), times the weight of their column, added up."""
+    return float(np.square(values, dtype=np.float64).sum(axis=0) @ weights)
+
+
+def _weights(entry: ImatrixEntry | None, rows: RowRange) -> Floats:
+    """What an error in each column (C,) weighs: the mean square of its input, for each token."""
+    n_columns = rows.tensor.n_columns
+    if entry is None:
+        return np.ones(n_columns, np.float32)
+    row = rows.matrix * n_columns // entry.sums.shape[1]
+    share = max(int(entry.counts[row]), 1) / max(int(entry.counts.sum()), 1)
+    return entry.importance_of(rows.matrix, n_columns) * np.float32(share)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A file that keeps the errors that were measured, and what they are of."""
+
+    path: Path
+    key: str
+
+    def load(self, note: Callable[[str], None]) -> Errors:
+        """What it holds; nothing, with a note, if it is of something else or cannot be read."""
+        if not self.path.exists():
+            return {}
+        try:
+            if plain_size(self.path) > _MAX_CACHE_BYTES:
+                raise ValueError(f"over {_MAX_CACHE_BYTES:,} bytes")
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            if values["key"] != self.key:
+                note(f"{self.path}: of another model, imatrix or libggml; measuring again")
+                return {}
+            errors = {
+                str(name): {str(one): float(error) for one, error in by_type.items()}
+                for name, by_type in values["errors"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            note(f"{self.path}: cannot be read ({type(error).__name__}); measuring again")
+            return {}
+        if any(not error >= 0 for by_type in errors.values() for error in by_type.values()):
+            note(f"{self.path}: holds errors that are not positive numbers; measuring again")
+            return {}
+        return errors
+
+    def save(self, errors: Errors) -> None:
+        """Write it, whole or not at all. Raises OutputError if the disk refuses."""
+        text = json.dumps({"key": self.key, "errors": errors}, indent=1, sort_keys=True)
+        write_whole(self.path, f"{text}\n")
