@@ -76,6 +76,7 @@ def role_of(name: str, linear: Collection[int] = (), mtp: Collection[int] = ()) 
 ROLE_WORDS: dict[str, frozenset[Role]] = {
     "attention": frozenset({"attention"}),
     "deltanet": frozenset({"DeltaNet"}),
+    "convolution": frozenset({"convolution"}),
     "experts": frozenset({"experts gate", "experts up", "experts down"}),
     "experts.gate": frozenset({"experts gate"}),
     "experts.up": frozenset({"experts up"}),

@@ -191,11 +191,12 @@ def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
     block = GGML_QUANT_SIZES[rule.tensor_type][0]
     if tensor.n_columns % block:
         fits = tensor.n_columns % _SMALLEST_BLOCK == 0
-        other = "a type with blocks of 32, such as Q8_0 or IQ4_NL" if fits else "F16, BF16 or F32"
+        other = "F16, BF16 or F32"
+        if fits:
+            other = "a type with blocks of 32, such as Q8_0 or IQ4_NL, or add `fallback = true`"
         raise RecipeError(
             f"{rule.place(recipe.name)}: {rule.title}: {rule.tensor_type.name} has blocks of "
-            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose {other}, or add "
-            "`fallback = true`"
+            f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose {other}"
         )
 
 

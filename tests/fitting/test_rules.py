@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reap2gguf.fitting.rules import layer_globs, rules_of
+from reap2gguf.models.roles import spots
 
 NAMES = ("attn_q.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 SOME = st.sampled_from([Type.Q4_K, Type.Q6_K, Type.IQ3_S])
@@ -18,11 +19,16 @@ SOME = st.sampled_from([Type.Q4_K, Type.Q6_K, Type.IQ3_S])
 def test_the_first_rule_that_fits_gives_the_type(layers: dict[tuple[int, str], Type]) -> None:
     types = {f"blk.{layer}.{name}": one for (layer, name), one in layers.items()}
     types["output.weight"] = Type.Q6_K
-    rules = rules_of(types)
+    rules, places = rules_of(types), spots(types)
     for name, tensor_type in types.items():
-        assert next(rule.tensor_type for rule in rules if rule.fits(name)) is tensor_type
+        assert (
+            next(rule.tensor_type for rule in rules if rule.selector.fits(places[name]))
+            is tensor_type
+        )
     for rule in rules:  # none is idle
-        assert any(next(one for one in rules if one.fits(name)) is rule for name in types)
+        assert any(
+            next(one for one in rules if one.selector.fits(places[name])) is rule for name in types
+        )
 
 
 @given(st.sets(st.integers(0, 250), min_size=1))

@@ -77,7 +77,8 @@ def test_layers_are_written_as_they_are_read() -> None:
 # every matrix of every family that is stored in another type than F32, and its role
 MATRICES = {
     "attention": "attn_(q|k|v|output|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)",
-    "deltanet": "attn_qkv|attn_gate|ssm_(alpha|beta|ba|out)|shortconv.(in|out)_proj",
+    "deltanet": "attn_qkv|attn_gate|ssm_(alpha|beta|ba|out)",
+    "convolution": r"shortconv\.(in|out)_proj",
     "experts.gate": "ffn_gate_exps",
     "experts.up": "ffn_up_exps",
     "experts.down": "ffn_down_exps",
