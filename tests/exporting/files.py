@@ -19,6 +19,7 @@ from reap2gguf.exporting.model_files import WeightedBy, export_model
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor
+from reap2gguf.models.roles import spots
 from reap2gguf.models.table import describe
 from reap2gguf.progress import Silent
 from reap2gguf.quantizing.recipe import Recipe
@@ -118,7 +119,8 @@ def llama_quantize(
     recipe: Recipe | None = None,
 ) -> bool:
     """Quantize with llama.cpp; False if it refuses."""
-    params = _quantize_params(file_type, importance, recipe)
+    overrides = {} if recipe is None else types_by_rule(source, recipe)
+    params = _quantize_params(file_type, importance, overrides)
     return llama_cpp.llama_model_quantize(bytes(source), bytes(target), params) == 0
 
 
@@ -151,7 +153,7 @@ def types_of_llama_cpp(
 def _quantize_params(
     file_type: int,
     importance: Mapping[str, np.ndarray] | None = None,
-    recipe: Recipe | None = None,
+    overrides: Mapping[str, int] | None = None,
 ) -> llama_cpp.llama_model_quantize_params:
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = 2
@@ -165,19 +167,25 @@ def _quantize_params(
         ]
         data.append(llama_cpp.llama_model_imatrix_data())
         params.imatrix = (llama_cpp.llama_model_imatrix_data * len(data))(*data)
-    if recipe is not None:
-        overrides = [
-            llama_cpp.llama_model_tensor_override(_regex(rule.match).encode(), rule.tensor_type)
-            for rule in recipe.rules
+    if overrides:
+        listed = [
+            llama_cpp.llama_model_tensor_override(f"^{re.escape(name)}$".encode(), kind)
+            for name, kind in overrides.items()
         ]
-        overrides.append(llama_cpp.llama_model_tensor_override())
-        array = (llama_cpp.llama_model_tensor_override * len(overrides))(*overrides)
-        params.tt_overrides = array
+        listed.append(llama_cpp.llama_model_tensor_override())
+        params.tt_overrides = (llama_cpp.llama_model_tensor_override * len(listed))(*listed)
     return params
 
 
-def _regex(glob: str) -> str:
-    return "^" + ".*".join(re.escape(piece) for piece in glob.split("*")) + "$"
+def types_by_rule(source: Path, recipe: Recipe) -> dict[str, int]:
+    """The type of every tensor of a file for which a recipe has a rule: that of the first one."""
+    names = [tensor.name for tensor in GGUFReader(source).tensors]
+    return {
+        name: rule.tensor_type
+        for name, place in spots(names).items()
+        for rule in reversed(recipe.rules)
+        if rule.selector.fits(place)
+    }
 
 
 def stored(path: Path) -> Stored:

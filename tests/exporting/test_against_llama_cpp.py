@@ -355,4 +355,10 @@ def test_recipes_for_rows_that_their_types_do_not_fill(name: str, tmp_path: Path
     files = export_files(folder, tmp_path, [recipe, plain("BF16")], imatrix)
     target, file_type = tmp_path / "theirs.gguf", recipe.mixture.file_type
     assert llama_quantize(files["BF16"], target, file_type, mean_squares(imatrix), recipe)
-    assert stored(files[recipe.name]) == stored(target)
+    ours, theirs = stored(files[recipe.name]), stored(target)
+    if name in ("small-iq2", "small-iq3"):
+        # of these two no importance is measured, which their file type needs: they get another type
+        for unweighted in ("embed_tokens", "shared_head_head"):
+            one = f"blk.{GLM45.n_layers}.nextn.{unweighted}.weight"
+            assert ours.pop(one)[0] != theirs.pop(one)[0]
+    assert ours == theirs
