@@ -51,6 +51,7 @@ from reap2gguf.models.rules import (
     TensorRule,
 )
 from reap2gguf.models.scored_router import (
+    NOT_NORMALISED,
     Scores,
     read_groups,
     read_n_shared,
@@ -311,11 +312,7 @@ class DeepseekV2(Deepseek2):
         return {**super().config_values(), _DENSE_KEY: self.n_dense}
 
     def caveats(self) -> tuple[str, ...]:
-        caveat = (
-            "the router's softmax runs over all experts and is not normalised after the choice: "
-            "without the removed ones, those that stay get larger weights"
-        )
-        return (*super().caveats(), caveat)
+        return (*super().caveats(), NOT_NORMALISED)
 
     @classmethod
     def config_from_gguf(cls, keys: GgufKeys) -> dict[str, Any]:
