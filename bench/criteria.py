@@ -24,8 +24,9 @@ from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.opening import OpenVariants, pairs_of
 from reap2gguf.evaluating.variants import Variant
-from reap2gguf.options import METHODS, CalibrationOptions, ComputeOptions
+from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.methods import METHODS
 from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.tokenizer.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.options import METHODS, check_choice, check_path
+from reap2gguf.options import check_choice, check_path
+from reap2gguf.pruning.methods import METHODS
 
 if TYPE_CHECKING:
     from reap2gguf.api.opening import PathLike

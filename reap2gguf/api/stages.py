@@ -13,7 +13,6 @@ from reap2gguf.api.peers import Peers
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
-    METHODS,
     MTP_CHOICES,
     CalibrationOptions,
     CheckQuants,
@@ -31,6 +30,7 @@ from reap2gguf.options import (
 )
 from reap2gguf.outputs import output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
+from reap2gguf.pruning.methods import METHODS
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations

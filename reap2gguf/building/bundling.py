@@ -70,7 +70,7 @@ from reap2gguf.messages import one_line, shown
 from reap2gguf.models.description import Dropped
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
-from reap2gguf.options import METHODS
+from reap2gguf.pruning.methods import METHODS
 from reap2gguf.pruning.select import Target, select_experts
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, written_names

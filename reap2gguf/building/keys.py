@@ -22,6 +22,7 @@ from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.checkpoint.companions import Purpose, companions
+from reap2gguf.choosing.names import AUTO
 from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
@@ -41,6 +42,7 @@ OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
+CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
 EVALUATE_FORMAT = 1  # what is measured, and how
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
@@ -50,6 +52,12 @@ class BuildKeys:
     """The keys of one plan; each stage's holds those before it that it depends on."""
 
     plan: Plan
+
+    def of(self, plan: Plan) -> BuildKeys:
+        """The keys of another plan for the same source, which is not read again."""
+        found = BuildKeys(plan)
+        vars(found)["fingerprint"] = self.fingerprint  # where `cached_property` keeps it
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -167,7 +175,8 @@ class BuildKeys:
             plan.name,
             plan.source.label,
             plan.source.revision,
-            plan.method,
+            # what was asked for: it is the same before a choice and after
+            self._choosing if plan.chooses else plan.method,
             self._history,
             plan.target.n_kept,
             plan.mtp,
@@ -179,6 +188,19 @@ class BuildKeys:
         """The files that take the place of stages: cards name them."""
         given = (self.plan.observations, self.plan.imatrix)
         return [None if one is None else (one.file, one.sha256) for one in given]
+
+    @property
+    def _choosing(self) -> tuple[object, ...]:
+        """What a choice of a method depends on, besides the calibration."""
+        plan = self.plan
+        text = plan.options.choose_text
+        other = None if text is None else (text.name, plan.files.text(text).sha256)
+        return AUTO, CHOOSE_FORMAT, plan.candidates, other
+
+    def choose(self, observations: str, texts: Sequence[str]) -> str:
+        """The key of a choice; `texts` are the hashes of the tokens that it is made on."""
+        n_kept = self.plan.target.n_kept
+        return stage_key(self._choosing, observations, texts, n_kept, *self._computing)
 
     @property
     def _history(self) -> dict[str, Any] | None:

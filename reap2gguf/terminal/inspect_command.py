@@ -10,7 +10,7 @@ import click
 
 import reap2gguf
 from reap2gguf.messages import shown
-from reap2gguf.options import METHODS
+from reap2gguf.pruning.methods import METHODS
 from reap2gguf.terminal.click_options import json_option, output_options
 from reap2gguf.terminal.console import say_all, say_json
 from reap2gguf.terminal.help import PRUNE, command, option

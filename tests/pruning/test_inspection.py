@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.errors import ArtifactError
 from reap2gguf.models.description import ModelFacts
-from reap2gguf.options import METHODS
 from reap2gguf.pruning.coverage import Coverage
 from reap2gguf.pruning.inspection import Enough, inspect_bundle, inspect_observations
+from reap2gguf.pruning.methods import METHODS
 from reap2gguf.pruning.select import CRITERIA, Target, kept_at, select_experts
 from tests.bundle.test_manifest import sample
 from tests.pruning.test_select import facts

@@ -13,6 +13,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.models.table import describe
+from reap2gguf.pruning.methods import METHODS
 from reap2gguf.pruning.select import (
     CRITERIA,
     Target,
@@ -22,7 +23,6 @@ from reap2gguf.pruning.select import (
     is_fused,
     select_experts,
 )
-from reap2gguf.terminal.click_options import METHODS
 from tests.tiny import TinyQwen3Moe
 
 

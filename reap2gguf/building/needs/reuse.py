@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.choose_stage import Choose, candidates_of
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, Reused
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = 4  # stages
+_BEFORE_EXPORT = 5  # stages
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -51,7 +53,7 @@ def _find(plan: Plan) -> Reused:
             found = texts.read()
         if found is None:
             return Reused(written_bytes=work.written_bytes())
-        texts.result = found
+        texts.result = found = texts.divided(found)
     try:
         done = tuple(_done(run, texts)) if _may_reuse(run) else ()
     except (Reap2ggufError, OSError):
@@ -94,6 +96,13 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
         if not _is_done(observed):
             return
         yield observed.name
+    if plan.chooses:
+        kept, sha256 = candidates_of(plan, needed(texts), observed)
+        choose = Choose(run, needed(texts), kept, sha256)
+        if not _is_done(choose):
+            return
+        yield choose.name
+        plan = run.settle(replace(plan, choice=choose.result))
     pruned = PrunedView(plan.checkpoint, plan.model, _kept(plan, observed))
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         yield prune.name
