@@ -28,7 +28,7 @@ from reap2gguf.artifacts.texts import ObservationRows, Row
 from reap2gguf.calibration.rows import chunk_text
 from reap2gguf.calibration.spec import decide
 from reap2gguf.choosing.holdout import hold_out
-from reap2gguf.choosing.measure import measure
+from reap2gguf.choosing.measure import Measurement
 from reap2gguf.choosing.names import CANDIDATES
 from reap2gguf.choosing.texts import MeasuredText, held_out_text, other_text, scored_half
 from reap2gguf.evaluating.engine import evaluate_variants
@@ -121,8 +121,9 @@ class Bench:
         candidates = {name: self.selected(seen, name, drop) for name in CANDIDATES}
         texts = held_out_text("calibration", held), self._other(self.source.model.facts.vocab_size)
         weights, model = self.source.weights, self.source.model
-        choice = measure(weights, model, candidates, *texts, self.compute, Silent())
-        return choice.chosen
+        asked = Measurement(weights, model, candidates, *texts)
+        scores = evaluate_variants(asked.variants, asked.rows, asked.pairs, self.compute, Silent())
+        return asked.choice(scores).chosen
 
     def measure(self, kept: Mapping[tuple[int, str], Kept], found: Measured) -> None:
         """Put perplexities and divergences of all pruned models into `found`."""

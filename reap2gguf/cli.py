@@ -36,6 +36,7 @@ from reap2gguf.terminal.stage_commands import observe, prune, quantize
 from reap2gguf.terminal.suggestions import Group, option_message
 
 _RESUMABLE = ("build", "add", "observe", "imatrix", "quantize", "push")
+_RESUMABLE_WITH_OUTPUT = ("evaluate", "compare", "choose")  # keep progress beside the output
 
 
 class _Group(Group):

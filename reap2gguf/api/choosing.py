@@ -92,7 +92,8 @@ def choose(
     asked = _Asked.of(calibration, text, output, observations)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         from reap2gguf.choosing.candidates import kept_by
-        from reap2gguf.choosing.measure import measure
+        from reap2gguf.choosing.measure import Measurement
+        from reap2gguf.evaluating.engine import evaluate_variants
         from reap2gguf.pruning.select import choose_target
 
         keep_files(opened, asked.outputs, asked.inputs)
@@ -104,7 +105,9 @@ def choose(
         observing = time.monotonic()
         kept = kept_by(names, seen, target, opened.model.facts)
         where = asked.resuming(compute, f"{target.n_kept} {names} {held_out.sha256}")
-        record = measure(opened.checkpoint, opened.model, kept, held_out, other, where, shown)
+        measured = Measurement(opened.checkpoint, opened.model, kept, held_out, other)
+        scores = evaluate_variants(measured.variants, measured.rows, measured.pairs, where, shown)
+        record = measured.choice(scores)
         seconds = {"observing": observing - begun, "measuring": time.monotonic() - observing}
     found = Choice(
         record.chosen, target.n_experts, target.n_kept, kept[record.chosen], record, seconds

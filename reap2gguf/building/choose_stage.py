@@ -24,7 +24,7 @@ from reap2gguf.checkpoint.config import read_json
 from reap2gguf.choosing.candidates import kept_by
 from reap2gguf.choosing.checks import check_unseen
 from reap2gguf.choosing.lines import choice_lines
-from reap2gguf.choosing.measure import measure
+from reap2gguf.choosing.measure import Measurement
 from reap2gguf.choosing.texts import ONLY_HELD_OUT, MeasuredText, held_out_text, other_text
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
@@ -86,18 +86,16 @@ class Choose(Stage[ChoiceRecord]):
             )
 
     def compute(self) -> Mapping[str, Any]:
-        run, plan = self.run, self.run.plan
-        if self._other is None:
+        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+
+        run, plan, other = self.run, self.run.plan, self._other
+        if other is None:
             run.progress.note(f"choose: {ONLY_HELD_OUT}")
-        record = measure(
-            plan.checkpoint,
-            plan.model,
-            self._kept,
-            self._held_out,
-            self._other,
-            self.compute_options,
-            run.progress,
+        asked = Measurement(plan.checkpoint, plan.model, self._kept, self._held_out, other)
+        scores = evaluate_variants(
+            asked.variants, asked.rows, asked.pairs, self.compute_options, run.progress
         )
+        record = asked.choice(scores)
         if run.is_first:
             write_whole(self.path, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
         return {}

@@ -16,12 +16,8 @@ _NONE = "-"
 def choice_lines(found: ChoiceRecord, seconds: Mapping[str, float] | None = None) -> Iterator[str]:
     """All of a choice. `seconds` by candidate: what it takes beyond the observation."""
     yield from table_lines(found, seconds or {})
-    yield why_line(found)
-
-
-def why_line(found: ChoiceRecord) -> str:
-    """Which candidate was taken, and by which rule."""
-    return f"chosen: {found.chosen} ({RULE_ALONE if found.other is None else RULE})"
+    yield f"chosen: {found.chosen}"
+    yield f"rule: {RULE_ALONE if found.other is None else RULE}"
 
 
 def table_lines(found: ChoiceRecord, seconds: Mapping[str, float]) -> Iterator[str]:

@@ -6,7 +6,9 @@ Candidates that keep the same experts are one variant. Memory and time are those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from reap2gguf.choosing.candidates import first_with_same
@@ -17,41 +19,50 @@ from reap2gguf.pruning.view import PrunedView
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.bundle.evaluation import Kind
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.choosing.texts import MeasuredText
+    from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores
     from reap2gguf.models.contract import MoeModel
-    from reap2gguf.options import ComputeOptions
-    from reap2gguf.progress import Progress
     from reap2gguf.pruning.select import Kept
 
 
-def measure(
-    checkpoint: Checkpoint,
-    model: MoeModel,
-    kept: Mapping[str, Kept],
-    held_out: MeasuredText,
-    other: MeasuredText | None,
-    options: ComputeOptions,
-    progress: Progress,
-) -> ChoiceRecord:
-    """Measure what each candidate costs, and choose.
+@dataclass(frozen=True)
+class Measurement:
+    """What `evaluate_variants` is asked, and the choice that its scores make."""
 
-    Every process of torchrun computes its share and returns the same. Raises what
-    `evaluate_variants` raises.
-    """
-    from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+    source: Weights
+    model: MoeModel  # of the source
+    kept: Mapping[str, Kept]  # by candidate, the experts that stay
+    held_out: MeasuredText
+    other: MeasuredText | None
 
-    same = first_with_same(kept)
-    names = list(dict.fromkeys(same.values()))
-    variants = [_variant(SOURCE, "source", checkpoint, model)]
-    for name in names:
-        view = PrunedView(checkpoint, model, kept[name])
-        variants.append(_variant(name, "pruned", view, view.model))
-    rows = [*held_out.rows, *(() if other is None else other.rows)]
-    pairs = [(SOURCE, name) for name in names]
-    scores = evaluate_variants(variants, rows, pairs, options, progress)
-    return choice_of_scores(scores, same, held_out, other)
+    @cached_property
+    def same(self) -> Mapping[str, str]:
+        """By candidate, the one that is measured for it."""
+        return first_with_same(self.kept)
+
+    @cached_property
+    def variants(self) -> Sequence[Variant]:
+        """The source, and every pruned model once."""
+        found = [_variant(SOURCE, "source", self.source, self.model)]
+        for name in dict.fromkeys(self.same.values()):
+            view = PrunedView(self.source, self.model, self.kept[name])
+            found.append(_variant(name, "pruned", view, view.model))
+        return found
+
+    @property
+    def rows(self) -> Sequence[ScoredRow]:
+        """Those of both texts."""
+        return [*self.held_out.rows, *(() if self.other is None else self.other.rows)]
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """Each pruned model is compared with the source."""
+        return [(SOURCE, one.name) for one in self.variants[1:]]
+
+    def choice(self, scores: Scores) -> ChoiceRecord:
+        """All candidates, and the best one. Raises EvaluationError for a broken one."""
+        return choice_of_scores(scores, self.same, self.held_out, self.other)
 
 
 def _variant(name: str, kind: Kind, weights: Weights, model: MoeModel) -> Variant:
