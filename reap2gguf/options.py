@@ -15,15 +15,8 @@ from typing import TypeVar
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.methods import METHODS
 
-METHODS = (
-    "reap",
-    "frequency",
-    "ean_sum",
-    "ean_mean",
-    "weighted_ean_sum",
-    "weighted_frequency",
-)
 MTP_CHOICES = ("prune", "drop")
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")

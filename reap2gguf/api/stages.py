@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
 from reap2gguf.errors import OutputError, UsageError
-from reap2gguf.machine import processes
+from reap2gguf.machine import available_threads, processes
 from reap2gguf.options import (
-    METHODS,
     MTP_CHOICES,
     CalibrationOptions,
     CheckQuants,
@@ -31,6 +30,7 @@ from reap2gguf.options import (
 )
 from reap2gguf.outputs import output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
+from reap2gguf.pruning.methods import METHODS
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -122,7 +122,7 @@ def observe(
 
 def select(
     model: PathLike,
-    observations: Observations | PathLike,
+    observations: Observations | PathLike | None = None,
     *,
     keep_experts: int | None = None,
     compression: float | None = None,
@@ -132,17 +132,18 @@ def select(
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
-    Raises ArtifactError if the observations are of another model, UsageError for a number of
-    experts that the model cannot run with.
+    Methods that rank experts by their weights alone take no observations. Raises ArtifactError if
+    the observations are of another model, UsageError for a number of experts that the model cannot
+    run with.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
     with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
-        return _select(opened, observations, keep_experts, compression, method)
+        return _select(opened, observations, keep_experts, compression, method, Silent())
 
 
 def prune(
     model: PathLike,
-    observations: Observations | PathLike,
+    observations: Observations | PathLike | None,
     output: PathLike,
     *,
     keep_experts: int | None = None,
@@ -154,15 +155,16 @@ def prune(
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    Raises what `select` raises, OutputError if the folder exists or cannot be written, and
-    VerificationError if what was written is not what was planned.
+    `observations` is None for methods that rank experts by their weights alone. Raises what
+    `select` raises, OutputError if the folder exists or cannot be written, and VerificationError if
+    what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
-        selection = _select(opened, observations, keep_experts, compression, method)
+        selection = _select(opened, observations, keep_experts, compression, method, shown)
         for line in selection.notes:
             shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
@@ -337,18 +339,26 @@ def _export(
 
 def _select(
     opened: OpenModel,
-    observations: Observations | PathLike,
+    observations: Observations | PathLike | None,
     keep_experts: int | None,
     compression: float | None,
     method: str,
+    progress: Progress,
 ) -> Selection:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.given import check_same_model
+    from reap2gguf.building.given import check_needs_observations, check_same_model
     from reap2gguf.pruning.coverage import selection_notes
-    from reap2gguf.pruning.select import choose_target, select_experts
+    from reap2gguf.pruning.select import choose_target, keep_best, select_experts
+    from reap2gguf.pruning.weight_scores import weight_scores
 
     check_choice("method", method, METHODS)
+    check_needs_observations(method, observations)
     target = choose_target(opened.model.facts, keep_experts, compression)
+    if observations is None:
+        facts, threads = opened.model.facts, available_threads()
+        scores = weight_scores(opened.checkpoint, opened.model, method, progress, threads)
+        kept = keep_best(scores, target, facts)
+        return Selection(method, target.n_experts, target.n_kept, kept)
     seen = (
         observations
         if isinstance(observations, Observations)

@@ -70,7 +70,7 @@ from reap2gguf.messages import one_line, shown
 from reap2gguf.models.description import Dropped
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
-from reap2gguf.options import METHODS
+from reap2gguf.pruning.methods import METHODS, OBSERVED
 from reap2gguf.pruning.select import Target, select_experts
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, written_names
@@ -244,6 +244,11 @@ def _observed(
         return None
     if method == NO_METHOD:
         raise UsageError(f"--observations {path}: nothing was pruned, so they chose no experts")
+    if method not in OBSERVED:
+        raise UsageError(
+            f"--observations {path}: experts were chosen by {method}, which reads none; leave it "
+            "out"
+        )
     file = Path(os.path.realpath(path))
     seen = Observations.load(file)
     check_same_model(seen, source.checkpoint, str(path))

@@ -37,6 +37,7 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.methods import is_from_weights
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
@@ -74,8 +75,13 @@ class Plan:
 
     @property
     def observes(self) -> bool:
-        """Whether the build ranks the experts itself."""
-        return self.target.prunes and self.observations is None
+        """Whether the build observes the experts, in order to rank them."""
+        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+
+    @property
+    def ranks_by_weights(self) -> bool:
+        """Whether the build ranks the experts by their weights alone."""
+        return self.target.prunes and is_from_weights(self.options.method)
 
     @property
     def reads_rows(self) -> bool:
@@ -289,6 +295,8 @@ def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
         return True
+    if is_from_weights(options.method):
+        return False
     return options.observations is None and options.compression != 0
 
 

@@ -149,7 +149,8 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
 def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, Any]) -> MtpRecord:
     in_gguf = plan.model.mtp_in_gguf
     # a pass that was not made here has not asked it on the same rows
-    if not plan.model.facts.has_mtp or plan.observations or plan.imatrix:
+    is_asked = plan.observes or not plan.target.prunes
+    if not plan.model.facts.has_mtp or not is_asked or plan.imatrix:
         return MtpRecord(plan.mtp, in_gguf=in_gguf)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after

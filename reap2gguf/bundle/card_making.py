@@ -14,11 +14,13 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
+from reap2gguf.pruning.methods import OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.options_record import OptionsRecord
 
+_AIMER = "https://arxiv.org/abs/2603.18492"
 _MOST_IDS = 20_000  # in a card; more are only in the manifest
 _LISTED = ("reap2gguf", "ggml", "torch", "transformers", "python", "reap2gguf commit")
 _REAP_CITATION = """\
@@ -121,6 +123,8 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 def _observed(manifest: Manifest) -> str:
     """What ranked the experts: a calibration pass, here or before."""
     pruning = manifest.pruning
+    if is_from_weights(pruning.method):
+        return "The experts were ranked by their weights alone: no text was read for it."
     if not pruning.n_tokens:
         return "What the experts were ranked on is not recorded."
     skipped = ""
@@ -194,13 +198,17 @@ def _score(method: str) -> str:
             "An expert's score is the mean of its gate weight times the norm of its output, over "
             "all tokens routed to it ([REAP](https://arxiv.org/abs/2510.13999))."
         )
-    return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
+    if not (words := words_of(method)):
+        return f"Experts were ranked by {code(method)}."
+    routed = "" if is_from_weights(method) else ", over all tokens routed to it"
+    source = f" ([AIMER]({_AIMER}))" if method == "aimer" else ""
+    return f"An expert's score is {words}{routed} ({code(method)}){source}."
 
 
 def caveats_section(manifest: Manifest, caveats: Iterable[str]) -> str:
     """What a user should know; `caveats` are safe Markdown, one sentence or more each."""
     lines = [f"- {caveat}" for caveat in caveats]
-    if manifest.pruning.method != NO_METHOD:
+    if manifest.pruning.method in OBSERVED:
         lines.append(
             "- Experts were chosen by the calibration texts above. Languages and topics that "
             "these lack may have lost more than the figures show."

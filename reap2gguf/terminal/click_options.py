@@ -13,11 +13,11 @@ from click.core import ParameterSource
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
-    METHODS,
     MTP_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
+from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     collect_compute,
@@ -41,7 +41,6 @@ from reap2gguf.terminal.help import (
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
 
-# the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
 
 
@@ -110,7 +109,8 @@ pruning_options = together(
         type=click.Choice(METHODS),
         default="reap",
         metavar="NAME",
-        help=f"How to rank the experts: {', '.join(METHODS)}.",
+        help=f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by "
+        f"their weights alone: {', '.join(FROM_WEIGHTS)}.",
     ),
     option(
         "--mtp",

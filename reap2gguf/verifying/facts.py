@@ -28,7 +28,8 @@ from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import DEVICES, DTYPES, METHODS, MTP_CHOICES
+from reap2gguf.options import DEVICES, DTYPES, MTP_CHOICES
+from reap2gguf.pruning.methods import METHODS, OBSERVED
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -56,7 +57,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    observed_here = pruning.method != NO_METHOD and pruning.observations_file is None
+    observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
