@@ -115,7 +115,8 @@ def norms_of(outputs: Tensor) -> Tensor:
     """The L2 norm and the largest magnitude of each row of outputs (S, H): (2, S) float32."""
     norms = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
     torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32, out=norms[0])
-    torch.linalg.vector_norm(outputs, torch.inf, dim=-1, dtype=torch.float32, out=norms[1])
+    # torch's own maximum norm takes 20 times as long on a CPU, and the magnitudes take memory
+    torch.maximum(outputs.amax(-1), -outputs.amin(-1), out=norms[1])
     return norms
 
 
