@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
+from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
-from reap2gguf.machine import available_threads, processes
+from reap2gguf.machine import processes
 from reap2gguf.options import (
     MTP_CHOICES,
     CalibrationOptions,
@@ -30,7 +31,6 @@ from reap2gguf.options import (
 )
 from reap2gguf.outputs import output_file, output_path
 from reap2gguf.progress import Progress, Silent, working
-from reap2gguf.pruning.methods import METHODS
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -39,17 +39,6 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The experts that each layer keeps."""
-
-    method: str  # the criterion
-    n_experts: int  # per layer, before
-    n_kept: int  # per layer, after
-    kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
-    notes: tuple[str, ...] = ()  # tokens per expert, and warnings about scores that are noisy
 
 
 @dataclass(frozen=True)
@@ -127,18 +116,22 @@ def select(
     keep_experts: int | None = None,
     compression: float | None = None,
     method: str = "reap",
+    protect: str = "",
+    protect_super_experts: bool = False,
     mtp: str = "prune",
     follow_links: bool = False,
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
-    Methods that rank experts by their weights alone take no observations. Raises ArtifactError if
-    the observations are of another model, UsageError for a number of experts that the model cannot
-    run with.
+    Methods that rank experts by their weights alone take no observations. `protect` names experts
+    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). Raises ArtifactError if the
+    observations are of another model, UsageError for a number of experts that the model cannot run
+    with, and for protected experts that do not exist or fit.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
+    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
     with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
-        return _select(opened, observations, keep_experts, compression, method, Silent())
+        return chosen(opened, observations, wanted, Silent())
 
 
 def prune(
@@ -149,6 +142,8 @@ def prune(
     keep_experts: int | None = None,
     compression: float | None = None,
     method: str = "reap",
+    protect: str = "",
+    protect_super_experts: bool = False,
     mtp: str = "prune",
     follow_links: bool = False,
     progress: ProgressLike = None,
@@ -161,16 +156,18 @@ def prune(
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
-        selection = _select(opened, observations, keep_experts, compression, method, shown)
+        selection = chosen(opened, observations, wanted, shown)
         for line in selection.notes:
             shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
 
         checkpoint, name = opened.checkpoint, opened.source.label
-        prune_to_folder(checkpoint, opened.model, selection.kept, method, output, shown, name)
+        where = output, shown, name, selection.protected
+        prune_to_folder(checkpoint, opened.model, selection.kept, method, *where)
     return PruneResult(output, selection)
 
 
@@ -335,40 +332,6 @@ def _export(
         checked=compute.check_quants.share,
     )
     remove(path)
-
-
-def _select(
-    opened: OpenModel,
-    observations: Observations | PathLike | None,
-    keep_experts: int | None,
-    compression: float | None,
-    method: str,
-    progress: Progress,
-) -> Selection:
-    from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.given import check_needs_observations, check_same_model
-    from reap2gguf.pruning.coverage import selection_notes
-    from reap2gguf.pruning.select import choose_target, keep_best, select_experts
-    from reap2gguf.pruning.weight_scores import weight_scores
-
-    check_choice("method", method, METHODS)
-    check_needs_observations(method, observations)
-    target = choose_target(opened.model.facts, keep_experts, compression)
-    if observations is None:
-        facts, threads = opened.model.facts, available_threads()
-        scores = weight_scores(opened.checkpoint, opened.model, method, progress, threads)
-        kept = keep_best(scores, target, facts)
-        return Selection(method, target.n_experts, target.n_kept, kept)
-    seen = (
-        observations
-        if isinstance(observations, Observations)
-        else Observations.load(Path(os.path.realpath(observations)))  # the user named it
-    )
-    where = "observations" if isinstance(observations, Observations) else str(observations)
-    check_same_model(seen, opened.checkpoint, where)
-    kept = select_experts(seen, method, target, opened.model.facts)
-    notes = tuple(selection_notes(seen, kept))
-    return Selection(method, target.n_experts, target.n_kept, kept, notes)
 
 
 def _resuming(

@@ -17,6 +17,7 @@ from reap2gguf.building.keys import WEIGHTS_FORMAT, stage_key
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
 from reap2gguf.pruning.methods import is_from_weights
+from reap2gguf.pruning.protection import ProtectedExperts, protected_experts
 from reap2gguf.pruning.select import keep_best, select_experts
 from reap2gguf.pruning.weight_scores import weight_scores
 
@@ -37,6 +38,7 @@ def chosen_experts(run: Run, seen: Observations | None) -> Kept:
     plan = run.plan
     if (kept := _without_weights(plan, seen)) is not None:
         return kept
+    protected = protected_of(plan, seen).all
     key = _scores_key(run)
     scores = _stored_scores(run.work.root / _SCORES_FILE, key)
     if scores is None:
@@ -44,15 +46,25 @@ def chosen_experts(run: Run, seen: Observations | None) -> Kept:
         scores = weight_scores(plan.checkpoint, plan.model, plan.method, run.progress, threads)
         layers = {str(layer): values.tolist() for layer, values in scores.items()}
         write_whole(run.work.root / _SCORES_FILE, json.dumps({"key": key, "layers": layers}))
-    return keep_best(scores, plan.target, plan.model.facts)
+    return keep_best(scores, plan.target, plan.model.facts, protected)
+
+
+def protected_of(plan: Plan, seen: Observations | None) -> ProtectedExperts:
+    """The experts that stay whatever they score. Raises what `protected_experts` raises."""
+    if not plan.target.prunes:
+        return ProtectedExperts()
+    return protected_experts(plan.options.protection, seen, plan.target, plan.model.facts)
 
 
 def known_choice(run: Run, seen: Observations | None) -> Kept | None:
     """The experts that a build will keep, as far as no weights have to be read for it."""
     if (kept := _without_weights(run.plan, seen)) is not None:
         return kept
+    plan = run.plan
     scores = _stored_scores(run.work.root / _SCORES_FILE, _scores_key(run))
-    return None if scores is None else keep_best(scores, run.plan.target, run.plan.model.facts)
+    if scores is None:
+        return None
+    return keep_best(scores, plan.target, plan.model.facts, protected_of(plan, seen).all)
 
 
 def _without_weights(plan: Plan, seen: Observations | None) -> Kept | None:
@@ -62,7 +74,8 @@ def _without_weights(plan: Plan, seen: Observations | None) -> Kept | None:
     if is_from_weights(plan.method):
         return None
     assert seen is not None
-    return select_experts(seen, plan.method, plan.target, plan.model.facts)
+    protected = protected_of(plan, seen).all
+    return select_experts(seen, plan.method, plan.target, plan.model.facts, protected)
 
 
 def _scores_key(run: Run) -> str:

@@ -169,6 +169,7 @@ class BuildKeys:
             plan.source.label,
             plan.source.revision,
             plan.method,
+            (plan.options.protect, plan.options.protect_super_experts),
             self._history,
             plan.target.n_kept,
             plan.mtp,

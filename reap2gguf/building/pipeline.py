@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from reap2gguf.building.choosing import chosen_experts
+from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.given_stage import GivenImportance
@@ -40,6 +40,7 @@ from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.coverage import selection_notes
+from reap2gguf.pruning.protection import ProtectedExperts, protection_notes
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
@@ -87,8 +88,13 @@ def _run_stages(run: Run) -> BuildResult | None:
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
     kept = run.agree(lambda: chosen_experts(run, _observations(plan, observed)))
-    if run.is_first and (seen := _observations(plan, observed)) is not None:
-        for line in selection_notes(seen, kept):
+    seen = _observations(plan, observed) if run.is_first else None
+    protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
+    if run.is_first:
+        for line in (
+            *(() if seen is None else selection_notes(seen, kept)),
+            *protection_notes(protected, plan.options.protection),
+        ):
             run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     importance = (
@@ -106,10 +112,11 @@ def _run_stages(run: Run) -> BuildResult | None:
     evaluate = run.do(Evaluate(run, pruned, export, verify, n_chunks)) if n_chunks else None
 
     evidence = Evidence(
-        _observations(plan, observed),
+        seen,
         observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
         importance.texts,
         kept,
+        protected,
         pruned,
         importance.facts,
         verify.result.passed,

@@ -113,6 +113,21 @@ pruning_options = together(
         f"their weights alone: {', '.join(FROM_WEIGHTS)}.",
     ),
     option(
+        "--protect",
+        section=PRUNE,
+        default="",
+        show_default=False,
+        metavar="LAYER:EXPERT,...",
+        help="Experts that stay whatever they score: 3:17, ranges as in 0-3:5-8, or '*:3' for "
+        "every layer.",
+    ),
+    option(
+        "--protect-super-experts",
+        section=PRUNE,
+        is_flag=True,
+        help="Keep the few experts whose outputs have outliers, on which attention may depend.",
+    ),
+    option(
         "--mtp",
         section=PRUNE,
         type=click.Choice(MTP_CHOICES),
@@ -370,6 +385,8 @@ def collect(
         output=arguments["output"],
         name=arguments["name"],
         method=arguments["method"],
+        protect=arguments["protect"],
+        protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(

@@ -83,6 +83,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "name": (None, manifest.name),
         "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
+        "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
+        "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
         "device": DEVICES[1:],
@@ -120,6 +122,13 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
+    for name, protected in (
+        ("protected", pruning.protected),
+        ("super_experts", pruning.super_experts),
+    ):
+        for layer, ids in protected.items():
+            if missing := sorted(set(ids) - set(pruning.kept.get(layer, ()))):
+                yield _wrong(f"pruning.{name} of layer {layer}", missing, "experts that were kept")
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,111 @@ def test_methods_and_observations_that_exclude_each_other(tiny: Path, tmp_path: 
         reap2gguf.select(tiny, observations, method="aimer")
     with pytest.raises(UsageError, match=r"--method msan ranks experts by observations, and none"):
         reap2gguf.prune(tiny, None, tmp_path / "pruned", method="msan")
+
+
+def test_protected_experts_stay(tiny: Path, tmp_path: Path) -> None:
+    """Those with the lowest scores are protected; the bundle says so and can be made again."""
+    plain = build(tiny, tmp_path / "plain", keep_experts=4)
+    lost = {
+        layer: sorted(set(range(8)) - set(ids))[:2]
+        for layer, ids in plain.manifest.pruning.kept.items()
+    }
+    named = ",".join(f"{layer}:{one}" for layer, ids in lost.items() for one in ids)
+    result = build(tiny, tmp_path / "out", keep_experts=4, protect=named)
+    pruning = result.manifest.pruning
+    assert pruning.protected == {layer: tuple(ids) for layer, ids in lost.items()}
+    assert pruning.super_experts == {}
+    assert Manifest.load(result.gguf_folder) == result.manifest
+    for layer, ids in lost.items():
+        assert set(ids) <= set(pruning.kept[layer])
+        assert len(pruning.kept[layer]) == 4
+    with open_source(str(tiny), Silent()) as source:
+        report = verify_bundle(result.gguf_folder, 2, Silent(), Strictness(True, source))
+    assert not report.violations
+    card = (result.gguf_folder / "README.md").read_text()
+    assert "Experts that stay whatever they score: 4 named by hand (layer 0: " in card
+    assert f"--protect {named}" in card
+    changes = {"model": str(tiny), "calibration": options(tiny, tmp_path).calibration}
+    like = reap2gguf.options_like(result.gguf_folder, **changes)
+    assert like.protect == named
+    observations = result.gguf_folder / "observations.safetensors"
+    chosen = reap2gguf.select(tiny, observations, keep_experts=4, protect=named)
+    assert chosen.kept == pruning.kept
+    assert chosen.protected == pruning.protected
+    assert "protected: 4 experts that --protect names" in chosen.notes
+
+
+def test_a_manifest_that_protects_what_is_gone(tiny: Path, tmp_path: Path) -> None:
+    result = build(tiny, tmp_path / "out", keep_experts=4, protect="0:1")
+    gone = next(one for one in range(8) if one not in result.manifest.pruning.kept[0])
+    path = result.gguf_folder / "reap2gguf.json"
+    text = path.read_text()
+    path.write_text(text.replace('"protected": {\n   "0": [ 1 ]', f'"protected": {{"0": [{gone}]'))
+    assert path.read_text() != text
+    report = verify_bundle(result.gguf_folder, 2, Silent(), Strictness(False, None))
+    assert any("pruning.protected of layer 0" in line for line in report.violations)
+
+
+def test_super_experts_stay(tiny: Path, tmp_path: Path) -> None:
+    seen = reap2gguf.observe(
+        tiny,
+        tmp_path / "observations.safetensors",
+        calibration=options(tiny, tmp_path).calibration,
+        compute=options(tiny, tmp_path).compute,
+    )
+    worst = reap2gguf.select(tiny, seen, keep_experts=2).kept
+    lost = next(one for one in range(8) if one not in worst[0])
+    peaks = seen.layers[0].output_max
+    assert peaks is not None
+    peaks[lost] = 1e6
+    seen.save(tmp_path / "observations.safetensors")
+    result = build(
+        tiny,
+        tmp_path / "out",
+        keep_experts=2,
+        observations=tmp_path / "observations.safetensors",
+        protect_super_experts=True,
+    )
+    pruning = result.manifest.pruning
+    assert pruning.super_experts == {0: (lost,)}
+    assert lost in pruning.kept[0]
+    card = (result.gguf_folder / "README.md").read_text()
+    assert f"1 with outliers in their outputs (super experts) (layer 0: {lost})" in card
+    assert "--protect-super-experts" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protect": "0:8"}, "the model has no expert 8"),
+        ({"protect": "2:0"}, "the model has no experts in that layer"),
+        ({"protect": "0:0-6"}, "7 experts are protected and 6 stay"),
+        ({"protect": "zero"}, "expected LAYER:EXPERT"),
+        ({"protect_super_experts": True, "method": "aimer"}, "finds them by observations"),
+    ],
+)
+def test_protections_that_are_not_possible(
+    changes: dict[str, object], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        make_plan(options(tiny, tmp_path, keep_experts=6, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_names_what_is_protected(tiny: Path, tmp_path: Path) -> None:
+    changes = {"protect": "0:1", "protect_super_experts": True}
+    plan = make_plan(options(tiny, tmp_path, **changes))
+    lines = plan_lines(plan, estimate(plan))
+    assert any("protected, whatever they score: 0:1" in line for line in lines)
+    assert any("super experts are protected" in line for line in lines)
+
+
+def test_prune_records_what_was_protected(tiny: Path, tmp_path: Path) -> None:
+    changes = {"method": "aimer", "keep_experts": 4, "protect": "0:0-1"}
+    result = reap2gguf.prune(tiny, None, tmp_path / "pruned", **changes)
+    record = json.loads((result.folder / "kept_experts.json").read_text())
+    assert record["protected"] == {"0": [0, 1]}
+    assert {0, 1} <= set(record["kept_experts"]["0"])
 
 
 def test_prune_without_observations(tiny: Path, tmp_path: Path) -> None:
