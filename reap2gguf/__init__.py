@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.reporting import report
+    from reap2gguf.api.selecting import Selection
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
-        Selection,
         imatrix,
         observe,
         prune,
@@ -122,10 +122,10 @@ _HOMES = {
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
     "api.reporting": ("report",),
+    "api.selecting": ("Selection",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
-        "Selection",
         "imatrix",
         "observe",
         "prune",

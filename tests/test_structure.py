@@ -33,7 +33,6 @@ COVERED_BY = [
         ("choosing/checks.py",),
     ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
-    ("choosing/test_names.py", "candidates are some of the methods", ("pruning/methods.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
         "building/test_choose_stage.py",
@@ -187,7 +186,7 @@ COVERED_BY = [
     (
         "building/test_bundling.py",
         "the command is typed there",
-        ("terminal/bundle_command.py",),
+        ("building/pruned_choice.py", "terminal/bundle_command.py"),
     ),
     (
         "building/test_given.py",
@@ -321,7 +320,9 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
+        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "hub/opened.py",
+       ),
     ),
     (
         "terminal/test_inspect_command.py",
@@ -374,6 +375,7 @@ COVERED_BY = [
             "observing/compute/triton_convolution.py",
             "observing/compute/triton_experts.py",
             "observing/compute/triton_kernels.py",
+            "observing/compute/triton_saliency.py",
         ),
     ),
     (

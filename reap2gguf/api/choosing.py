@@ -18,6 +18,7 @@ from reap2gguf.options import (
     CalibrationOptions,
     ComputeOptions,
     Resume,
+    check_bool,
     check_choice,
     check_counts,
     check_path,
@@ -25,6 +26,7 @@ from reap2gguf.options import (
 )
 from reap2gguf.outputs import drop_states, output_file
 from reap2gguf.progress import working
+from reap2gguf.pruning.protection import Protection, read_pinned
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
     from reap2gguf.choosing.holdout import Split
+    from reap2gguf.choosing.measure import Measurement
     from reap2gguf.choosing.texts import MeasuredText
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.progress import Progress
@@ -67,6 +70,8 @@ def choose(
     observations: PathLike | None = None,
     calibration: CalibrationOptions | None = None,
     mtp: str = "prune",
+    protect: str = "",
+    protect_super_experts: bool = False,
     compute: ComputeOptions | None = None,
     output: PathLike | None = None,
     follow_links: bool = False,
@@ -78,36 +83,38 @@ def choose(
     models of all `candidates` (names of methods; None: the usual ones) are measured in one sweep,
     on the rows that were held out and on a `text` of another domain; by default one that travels
     with the package. `observations` is a file where the observations are kept: one that is there is
-    used, if it is of the same rows. `output` is a JSON file to write; with it an interrupted call
-    resumes. Nothing is pruned: `prune` does that with the observations and the method, and `build`
-    with the method "auto" does it all.
+    used, if it is of the same rows. Protected experts stay, whatever a candidate says. `output` is
+    a JSON file to write; with it an interrupted call resumes. Nothing is pruned: `prune` does that
+    with the observations and the method, and `build` with the method "auto" does it all.
 
     Raises CalibrationError, ObservationError, EvaluationError, ArtifactError for observations of
     other rows, UsageError, OutputError, and what opening a model raises.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
     check_counts(keep_experts, compression)
+    check_bool("protect_super_experts", protect_super_experts)
+    protection = Protection(read_pinned(protect), protect_super_experts)
     names, shown = check_candidates(candidates), to_progress(progress)
     compute = given_or_new("compute", compute, ComputeOptions)
     asked = _Asked.of(calibration, text, output, observations)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         from reap2gguf.choosing.candidates import kept_by
         from reap2gguf.choosing.measure import Measurement
-        from reap2gguf.evaluating.engine import evaluate_variants
+        from reap2gguf.pruning.protection import protected_experts
         from reap2gguf.pruning.select import choose_target
 
         keep_files(opened, asked.outputs, asked.inputs)
         opened.check_tokenizer()
-        target = choose_target(opened.model.facts, keep_experts, compression)
+        facts = opened.model.facts
+        target = choose_target(facts, keep_experts, compression)
         split, held_out, other = asked.read(opened, shown)
         begun = time.monotonic()
         seen = asked.observed(opened, split.seen, compute, shown)
         observing = time.monotonic()
-        kept = kept_by(names, seen, target, opened.model.facts)
-        where = asked.resuming(compute, f"{target.n_kept} {names} {held_out.sha256}")
+        protected = protected_experts(protection, seen, target, facts).all
+        kept = kept_by(names, seen, target, facts, protected)
         measured = Measurement(opened.checkpoint, opened.model, kept, held_out, other)
-        scores = evaluate_variants(measured.variants, measured.rows, measured.pairs, where, shown)
-        record = measured.choice(scores)
+        record = asked.chosen(measured, opened.checkpoint.fingerprint(), compute, shown)
         seconds = {"observing": observing - begun, "measuring": time.monotonic() - observing}
     found = Choice(
         record.chosen, target.n_experts, target.n_kept, kept[record.chosen], record, seconds
@@ -209,6 +216,22 @@ class _Asked:
         if path is not None and processes().is_first:
             seen.save(path)
         return seen
+
+    def chosen(
+        self,
+        asked: Measurement,
+        fingerprint: str,
+        compute: ComputeOptions,
+        progress: Progress,
+    ) -> ChoiceRecord:
+        """The best of several candidates; `fingerprint` is that of the model."""
+        from reap2gguf.evaluating.engine import evaluate_variants
+        from reap2gguf.evaluating.scoring import key_of, rows_sha256
+
+        key = key_of(fingerprint, list(asked.kept.items()), rows_sha256(asked.rows))
+        where = self.resuming(compute, key)
+        scores = evaluate_variants(asked.variants, asked.rows, asked.pairs, where, progress)
+        return asked.choice(scores)
 
     def resuming(self, compute: ComputeOptions, key: str) -> ComputeOptions:
         """Keep the progress between layers beside the output."""

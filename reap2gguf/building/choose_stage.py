@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import write_whole
+from reap2gguf.building.choosing import protected_of
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import needed
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
@@ -44,18 +45,15 @@ class Choose(Stage[ChoiceRecord]):
     is_sweep = True
     libraries: ClassVar[Sequence[str]] = COMPUTING
 
-    def __init__(
-        self, run: Run, texts: ReadTexts, kept: Mapping[str, Kept], observations: str
-    ) -> None:
-        """`kept`: the experts of each candidate; `observations`: the hash of what ranked them."""
+    def __init__(self, run: Run, texts: ReadTexts, kept: Mapping[str, Kept]) -> None:
+        """`kept`: by candidate, the experts that stay."""
         super().__init__(run)
         self._texts = texts
         self._kept = kept
-        self._observations = observations
 
     def make_key(self) -> str:
         texts = [text.sha256 for text in (self._held_out, self._other) if text is not None]
-        return self.run.keys.choose(self._observations, texts)
+        return self.run.keys.choose(self._kept, texts)
 
     @property
     def path(self) -> Path:
@@ -120,23 +118,21 @@ def observations_sha256(plan: Plan, observed: Observe | None) -> str:
 
 def choose_method(run: Run, texts: ReadTexts, observed: Observe | None) -> Plan:
     """The plan with the method that is best; the run goes on with it. All processes call this."""
-    kept, sha256 = run.agree(lambda: candidates_of(run.plan, texts, observed))
-    stage = run.do(Choose(run, texts, kept, sha256))
+    kept = run.agree(lambda: candidates_of(run.plan, texts, observed))
+    stage = run.do(Choose(run, texts, kept))
     record = run.agree(lambda: stage.result)
     for line in choice_lines(record):
         run.progress.note(line)
     return run.settle(replace(run.plan, choice=record))
 
 
-def candidates_of(
-    plan: Plan, texts: ReadTexts, observed: Observe | None
-) -> tuple[Mapping[str, Kept], str]:
-    """By candidate, the experts that stay, and the hash of what ranked them.
+def candidates_of(plan: Plan, texts: ReadTexts, observed: Observe | None) -> dict[str, Kept]:
+    """By candidate, the experts that stay.
 
     Raises ArtifactError for given observations that may have read the rows that are held out.
     """
     seen, rows = needed(observations_of(plan, observed)), needed(texts.result.rows)
     if plan.observations is not None:
         check_unseen(seen, rows, plan.observations.file)
-    kept = kept_by(plan.candidates, seen, plan.target, plan.model.facts)
-    return kept, observations_sha256(plan, observed)
+    protected = protected_of(plan, seen).all
+    return kept_by(plan.candidates, seen, plan.target, plan.model.facts, protected)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 # key, so what users have is made again, and all that depends on it. Leave it where only the speed,
 # a message or a library changes.
 TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
-OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
+OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
+WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
 EVALUATE_FORMAT = 1  # what is measured, and how
@@ -177,6 +178,7 @@ class BuildKeys:
             plan.source.revision,
             # what was asked for: it is the same before a choice and after
             self._choosing if plan.chooses else plan.method,
+            (plan.options.protect, plan.options.protect_super_experts),
             self._history,
             plan.target.n_kept,
             plan.mtp,
@@ -197,10 +199,13 @@ class BuildKeys:
         other = None if text is None else (text.name, plan.files.text(text).sha256)
         return AUTO, CHOOSE_FORMAT, plan.candidates, other
 
-    def choose(self, observations: str, texts: Sequence[str]) -> str:
-        """The key of a choice; `texts` are the hashes of the tokens that it is made on."""
-        n_kept = self.plan.target.n_kept
-        return stage_key(self._choosing, observations, texts, n_kept, *self._computing)
+    def choose(self, kept: Mapping[str, Kept], texts: Sequence[str]) -> str:
+        """The key of a choice among candidates, by the experts that each keeps.
+
+        `texts` are the hashes of the tokens that it is made on.
+        """
+        candidates = [(name, sorted(experts.items())) for name, experts in kept.items()]
+        return stage_key(CHOOSE_FORMAT, self._source, candidates, texts, *self._computing)
 
     @property
     def _history(self) -> dict[str, Any] | None:

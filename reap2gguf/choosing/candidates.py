@@ -10,14 +10,18 @@ from reap2gguf.pruning.select import select_experts
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.models.description import ModelFacts
-    from reap2gguf.pruning.select import Kept, Target
+    from reap2gguf.pruning.select import Kept, Protected, Target
 
 
 def kept_by(
-    names: Sequence[str], observations: Observations, target: Target, facts: ModelFacts
+    names: Sequence[str],
+    observations: Observations,
+    target: Target,
+    facts: ModelFacts,
+    protected: Protected | None = None,
 ) -> dict[str, Kept]:
     """By candidate, the experts that stay. Raises ArtifactError as `select_experts` does."""
-    return {name: select_experts(observations, name, target, facts) for name in names}
+    return {name: select_experts(observations, name, target, facts, protected) for name in names}
 
 
 def first_with_same(kept: Mapping[str, Kept]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from reap2gguf.terminal.pruning_options import (
     choose_text_option,
     count_options,
     mtp_option,
+    protect_options,
 )
 
 
@@ -33,6 +34,7 @@ from reap2gguf.terminal.pruning_options import (
 @count_options
 @candidates_option
 @choose_text_option
+@protect_options
 @mtp_option
 @calibration_options
 @option(
@@ -73,7 +75,10 @@ def choose(
       reap2gguf choose ./Qwen3-30B-A3B --compression 0.25 --candidates reap,weighted_ean_sum \\
           --observations observations.safetensors -o choice.json
     """
-    taken = ("keep_experts", "compression", "candidates", "observations", "mtp", "follow_links")
+    taken = (
+        *("keep_experts", "compression", "candidates", "observations", "mtp", "follow_links"),
+        *("protect", "protect_super_experts"),
+    )
     found = reap2gguf.choose(
         model,
         **{name: arguments.pop(name) for name in taken},

@@ -343,6 +343,8 @@ def collect(
         method=arguments["method"],
         candidates=_candidates(arguments),
         choose_text=arguments["choose_text"],
+        protect=arguments["protect"],
+        protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(

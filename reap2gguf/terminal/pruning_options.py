@@ -6,7 +6,7 @@ import click
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
 from reap2gguf.options import MTP_CHOICES
-from reap2gguf.pruning.methods import METHODS, OBSERVED
+from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
 from reap2gguf.terminal.option_types import FilePath
 
@@ -28,12 +28,35 @@ count_options = together(
     ),
 )
 
+protect_options = together(
+    option(
+        "--protect",
+        section=PRUNE,
+        default="",
+        show_default=False,
+        metavar="LAYER:EXPERT,...",
+        help="Experts that stay whatever they score: 3:17, ranges as in 0-3:5-8, or '*:3' for "
+        "every layer.",
+    ),
+    option(
+        "--protect-super-experts",
+        section=PRUNE,
+        is_flag=True,
+        help="Keep the few experts whose outputs have outliers, on which attention may depend.",
+    ),
+)
+
 mtp_option = option(
     "--mtp",
     section=PRUNE,
     type=click.Choice(MTP_CHOICES),
     default="prune",
     help="Multi-token-prediction block: prune it like the layers, or drop it.",
+)
+
+_RANKED_BY = (
+    f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by their "
+    f"weights alone: {', '.join(FROM_WEIGHTS)}"
 )
 
 pruning_options = together(
@@ -44,8 +67,9 @@ pruning_options = together(
         type=click.Choice(METHODS),
         default="reap",
         metavar="NAME",
-        help=f"How to rank the experts: {', '.join(METHODS)}.",
+        help=f"{_RANKED_BY}.",
     ),
+    protect_options,
     mtp_option,
 )
 
@@ -53,7 +77,7 @@ candidates_option = option(
     "--candidates",
     section=PRUNE,
     metavar="NAME,...",
-    help=f"Methods that are measured: names with commas of {', '.join(OBSERVED)}, or all.",
+    help="Criteria that are measured, with commas, or all of them.",
     default_text=",".join(CANDIDATES),
 )
 
@@ -74,10 +98,10 @@ build_pruning_options = together(
         type=click.Choice(BUILD_METHODS),
         default="reap",
         metavar="NAME",
-        help=f"How to rank the experts: {', '.join(METHODS)}; or {AUTO}, which measures several "
-        "and takes the best.",
+        help=f"{_RANKED_BY}; or {AUTO}, which measures several and takes the best.",
     ),
     candidates_option,
     choose_text_option,
+    protect_options,
     mtp_option,
 )

@@ -31,7 +31,7 @@ from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEVICES, DTYPES, MTP_CHOICES
-from reap2gguf.pruning.methods import METHODS
+from reap2gguf.pruning.methods import METHODS, OBSERVED
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -60,7 +60,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
     yield from _check_choice(manifest)
-    observed_here = pruning.method != NO_METHOD and pruning.observations_file is None
+    observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
         held = manifest.choice.held_out if manifest.choice else None
         n_rows, n_tokens = (held.n_rows, held.n_tokens) if held else (0, 0)
@@ -88,8 +88,8 @@ def _check_choice(manifest: Manifest) -> Iterator[str]:
     yield from _differs("pruning.method", method, taken, "its choice")
     yield from _differs("choice.chosen", taken, best(choice.candidates).name, "the rule")
     for one in choice.candidates:
-        if one.name not in METHODS:
-            yield _wrong("choice.candidates", one.name, f"one of {', '.join(METHODS)}")
+        if one.name not in OBSERVED:
+            yield _wrong("choice.candidates", one.name, f"one of {', '.join(OBSERVED)}")
 
 
 def check_options(manifest: Manifest) -> Iterator[str]:
@@ -103,6 +103,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "method": _asked_methods(manifest),
         "candidates": (_candidates(manifest),),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
+        "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
+        "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
         "device": DEVICES[1:],
@@ -154,6 +156,13 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
+    for name, protected in (
+        ("protected", pruning.protected),
+        ("super_experts", pruning.super_experts),
+    ):
+        for layer, ids in protected.items():
+            if missing := sorted(set(ids) - set(pruning.kept.get(layer, ()))):
+                yield _wrong(f"pruning.{name} of layer {layer}", missing, "experts that were kept")
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
