@@ -102,6 +102,37 @@ class RoutedRows:
         return torch.div(chosen, top_k, rounding_mode="floor"), self.gates.reshape(-1)[chosen]
 
 
+class Rows(Protocol):
+    """Rows of a layer, a batch at a time."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def target_square(self) -> float:
+        """Sum of squares of the targets, which errors are relative to."""
+
+    def __iter__(self) -> Iterator[RoutedRows]: ...
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Rows in memory."""
+
+    batches: Sequence[RoutedRows]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.batches))
+
+    @property
+    def target_square(self) -> float:
+        return sum(rows.target_square for rows in self.batches)
+
+    def __iter__(self) -> Iterator[RoutedRows]:
+        return iter(self.batches)
+
+
 @dataclass(frozen=True)
 class Features:
     """Phi of some rows, in parts: its products are computed expert by expert.
@@ -111,7 +142,7 @@ class Features:
     """
 
     experts: Experts
-    rows: Sequence[RoutedRows]
+    rows: Rows
     device: torch.device
     work: torch.dtype
     each: Map
@@ -122,7 +153,7 @@ class Features:
 
     @property
     def n_rows(self) -> int:
-        return sum(map(len, self.rows))
+        return self.rows.n_rows
 
     def columns(self, expert: int) -> slice:
         """The columns of one expert."""
@@ -207,11 +238,6 @@ class Features:
                 left = left - self.predict(rows, change)
             total += float(left.double().square().sum())
         return total
-
-    @property
-    def target_square(self) -> float:
-        """Sum of squares of the targets, which errors are relative to."""
-        return sum(rows.target_square for rows in self.rows)
 
 
 def product(left: Tensor, right: Tensor, work: torch.dtype) -> Tensor:

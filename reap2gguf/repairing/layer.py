@@ -14,7 +14,6 @@ layer whose error there does not fall keeps its weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.repairing.gram import gram_of
+from reap2gguf.repairing.record import LayerFit
 
 if TYPE_CHECKING:
     from reap2gguf.repairing.features import Features, RoutedRows
@@ -30,18 +30,6 @@ RepairKind = Literal["ridge", "scale"]
 ALPHAS = (1.0, 0.3, 0.1, 0.03)  # the strongest ridge first: of equal errors it wins
 _SCALE_ALPHA = 1e-3  # keeps the number of an expert that no token reaches at 1
 _PIECE = 2048  # rows whose outputs of all their experts are formed at once
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """What a layer's repair came to."""
-
-    alpha: float | None  # None: the layer keeps its weights
-    # errors on the rows that were held out, relative to the target: sqrt(|E|^2 / |T|^2)
-    error_before: float
-    error_after: float  # of weights as they are stored
-    n_fitted: int  # tokens
-    n_held_out: int
 
 
 Round = Callable[[Tensor], Tensor]  # weights (E F, H) as they will be stored
@@ -67,7 +55,7 @@ def fit_layer(
         error = held_out.squared_error((weights - original).to(fitted.work))
         if error < (before if best is None else best[0]):
             best = error, alpha, weights
-    scale = held_out.target_square
+    scale = held_out.rows.target_square
     fit = LayerFit(
         None if best is None else best[1],
         _relative(before, scale),

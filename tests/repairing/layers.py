@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reap2gguf.repairing.features import Features, RoutedRows
+from reap2gguf.repairing.features import Features, HeldRows, RoutedRows
 
 N_EXPERTS, WIDTH, HIDDEN, TOP_K = 5, 6, 10, 2
 
@@ -80,5 +80,5 @@ def random_layer(
         inputs, errors = normal(length, HIDDEN), normal(length, HIDDEN)
         batches.append(RoutedRows.of(inputs, torch.from_numpy(index), gates, errors, N_EXPERTS))
         indices.append(index)
-    features = Features(experts, batches, torch.device("cpu"), torch.float64, map)
+    features = Features(experts, HeldRows(batches), torch.device("cpu"), torch.float64, map)
     return Layer(features, indices, original)

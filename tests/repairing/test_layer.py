@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from reap2gguf.repairing.features import HeldRows
 from reap2gguf.repairing.layer import ALPHAS, fit_layer, scales, split_rows
 from tests.repairing.layers import N_EXPERTS, TOP_K, WIDTH, Layer, random_layer
 
@@ -18,9 +19,11 @@ def same(weights: torch.Tensor) -> torch.Tensor:
 
 def halves(layer: Layer) -> tuple[Layer, Layer]:
     """The first batch, and the others."""
-    rows, index = layer.features.rows, layer.index
+    rows, index = list(layer.features.rows), layer.index
     return tuple(
-        replace(layer, features=replace(layer.features, rows=rows[part]), index=index[part])
+        replace(
+            layer, features=replace(layer.features, rows=HeldRows(rows[part])), index=index[part]
+        )
         for part in (slice(1), slice(1, None))
     )  # type: ignore[return-value]
 
@@ -35,7 +38,7 @@ def with_truth(layer: Layer, noise: float, seed: int = 7) -> Layer:
         errors = torch.from_numpy(own + noise * generator.normal(size=own.shape))
         rows.append(replace(one, errors=errors, target_square=float(errors.square().sum())))
         first += len(one)
-    return replace(layer, features=replace(layer.features, rows=rows))
+    return replace(layer, features=replace(layer.features, rows=HeldRows(rows)))
 
 
 def test_alpha_is_the_one_of_the_least_error_on_rows_that_were_held_out() -> None:
@@ -113,7 +116,7 @@ def test_a_scale_repair_multiplies_whole_experts() -> None:
         rows.append(
             replace(one, errors=-0.2 * sums, target_square=float((0.8 * sums).square().sum()))
         )
-    fitted, held = halves(replace(layer, features=replace(layer.features, rows=rows)))
+    fitted, held = halves(replace(layer, features=replace(layer.features, rows=HeldRows(rows))))
     fit, weights = fit_layer(fitted.features, held.features, layer.original, same, "scale", "")
     assert weights is not None
     ratio = (weights / layer.original).view(N_EXPERTS, -1)
