@@ -45,7 +45,13 @@ for family in (deepseek, glm, granite, lfm2, mixtral, olmoe, qwen2, qwen3_next):
     MODELS |= first_of(family)
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("qwen3", "qwen3.5 with MTP and a shared expert", "DeepseekV3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in MODELS],
+)
 def test_a_repair_is_the_ridge_regression_of_what_transformers_computes(
     name: str, tmp_path: Path
 ) -> None:
