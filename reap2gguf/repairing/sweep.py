@@ -24,14 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reap2gguf.errors import ObservationError, UnsupportedModelError, UsageError
+from reap2gguf.errors import ObservationError
 from reap2gguf.evaluating.run import narrowed
-from reap2gguf.machine import processes
 from reap2gguf.observing.allocator import frees_at_once
 from reap2gguf.observing.compute.experts import watch
 from reap2gguf.observing.compute.ranks import Ranks
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
-from reap2gguf.observing.loader import TORCH_TYPES
+from reap2gguf.observing.loader import TORCH_TYPES, WeightLoader
 from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.spool import open_spool
 from reap2gguf.observing.sweep import Sweep, gpu_errors, open_sweep
@@ -46,6 +45,7 @@ from reap2gguf.repairing.budget import RepairPlan, plan_repair
 from reap2gguf.repairing.capture import Sides, capture
 from reap2gguf.repairing.features import Features, ModuleExperts
 from reap2gguf.repairing.layer import fit_layer
+from reap2gguf.repairing.limits import check_repairable, check_rows, repaired_layers
 from reap2gguf.repairing.stored import new_tensors
 
 if TYPE_CHECKING:
@@ -59,16 +59,7 @@ if TYPE_CHECKING:
     from reap2gguf.repairing.layer import RepairKind
     from reap2gguf.repairing.record import LayerFit, RepairedLayer, RepairFolder
 
-LEAST_ROWS = 16  # an eighth of them is held out
 _TITLE = "Repairing experts"
-
-
-def repaired_layers(model: MoeModel) -> list[int]:
-    """The layers that a repair changes: those with experts, but for a multi-token-prediction block.
-
-    Its block is left out because it is trained on what the others pass on, and used for speed.
-    """
-    return [layer for layer in model.facts.moe_layers if layer != model.facts.mtp_layer]
 
 
 def repair(
@@ -86,7 +77,8 @@ def repair(
     Raises UsageError for too few rows, too little memory or several processes,
     UnsupportedModelError for experts that it is not defined for, and what a sweep raises.
     """
-    _check(pruned.source_model, rows)
+    check_repairable(pruned.source_model)
+    check_rows(len(rows))
     device, dtype = resolve_device(options)
     if device.type == "cuda":
         torch.set_num_threads(options.threads)  # on a CPU the crew sets them
@@ -105,36 +97,13 @@ def repair(
         context = SweepContext(decoder, observer, Ranks(), progress)
         plan = plan_repair(context, original, rows, options, kind, way)
         with open_sweep(context, plan.sweep, options, _RepairRun) as run:
-            run.work = _Work(pruned, original, folder, kind, plan, options)
+            run.work = _Work(pruned, original, folder, kind, plan, options, threads)
             for line in opening_notes(context, plan.sweep.budget, run.spool.n_bytes):
                 progress.note(line)
             progress.note(plan.note)
             run.begin(run.plan.first_layer)
             run.all_layers(_TITLE)
     return folder.load_all(repaired_layers(pruned.model))
-
-
-def check_repairable(model: MoeModel) -> None:
-    """Raise UnsupportedModelError for a model whose experts a repair is not defined for."""
-    name = model.facts.architecture
-    if model.module_is_as_stored:
-        raise UnsupportedModelError(
-            f"{name}: --repair is not defined for experts that transformers keeps in the layout "
-            "they are stored in; leave it out"
-        )
-
-
-def _check(model: MoeModel, rows: Sequence[Row]) -> None:
-    check_repairable(model)
-    if processes().size > 1:
-        raise UsageError(
-            "--repair computes in one process; run the build without torchrun, or leave it out"
-        )
-    if len(rows) < LEAST_ROWS:
-        raise UsageError(
-            f"--repair: the calibration has {len(rows)} rows, expected at least {LEAST_ROWS}, of "
-            "which every eighth is held out; pass more --samples or a longer text"
-        )
 
 
 class _Repaired(LayerObserver):
@@ -185,6 +154,7 @@ class _Work:
     kind: RepairKind
     plan: RepairPlan
     options: ComputeOptions
+    threads: SharedThreads
 
 
 class _RepairRun(Sweep):
@@ -278,7 +248,7 @@ class _RepairRun(Sweep):
         model = weights.model
         targets = layer_targets(weights, model, index, torch.float32, widen_experts=True)
         name = f"{model.experts_path(index)}.down_proj"
-        loader = self.decoder.loader
+        loader = WeightLoader(weights, self.decoder.device, self.work.threads.readers)
         loader.ask(name, {name: targets[name]})
         return loader.take(name)[name]
 

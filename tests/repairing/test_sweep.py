@@ -14,14 +14,15 @@ from reap2gguf.errors import UsageError
 from reap2gguf.observing import state
 from reap2gguf.options import Resume
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import write_pruned
 from reap2gguf.repairing.gram import WAYS
-from reap2gguf.repairing.record import RepairFolder
-from reap2gguf.repairing.sweep import LEAST_ROWS, repaired_layers
+from reap2gguf.repairing.limits import LEAST_ROWS, repaired_layers
+from reap2gguf.repairing.record import LayerFit, RepairFolder
 from reap2gguf.repairing.view import RepairedView
 from tests.families import deepseek, glm, granite, lfm2, mixtral, olmoe, qwen2, qwen3_next
 from tests.repairing.repairs import CPU, files, pruned_view, repaired, rows_of, values
-from tests.repairing.witness import calls, expected_repair
+from tests.repairing.witness import Expected, calls, expected_repair, targets
 from tests.tiny import TinyQwen3Moe, TinyQwen35Moe
 
 ROWS = rows_of()
@@ -55,38 +56,42 @@ FAST = ("qwen3", "qwen3.5 with MTP and a shared expert", "DeepseekV3ForCausalLM"
 def test_a_repair_is_the_ridge_regression_of_what_transformers_computes(
     name: str, tmp_path: Path
 ) -> None:
-    source = MODELS[name].write(tmp_path / "model")
-    written = tmp_path / "pruned"
+    source, written = MODELS[name].write(tmp_path / "model"), tmp_path / "repaired"
     with pruned_view(source) as view:
         found, folder = repaired(view, tmp_path / "repair")
         layers = repaired_layers(view.model)
         assert list(found) == layers
-        first = layers[0]
-        written.mkdir()
-        write_pruned(view, written, Silent())
-        path = f"{first}.{view.model.experts_path(first)}"
         with folder.open(layers) as stored:
-            slabs = view.model.expert_tensors(first, view.tensors)["down"].slabs
             after = RepairedView(view, stored)
-            down = [
-                matrix.T if slab.transposed else matrix
-                for slab in slabs
-                for matrix in [after.read_float32(slab.stored, index=slab.index)]
-            ]
-            changed = set(stored.tensors)
-    expected = expected_repair(calls(source, ROWS, path), calls(written, ROWS, path), IS_HELD)
-    fit = found[first].fit
-    assert fit.error_before == pytest.approx(expected.before, rel=1e-4)
+            written.mkdir()
+            write_pruned(after, written, Silent())
+            for layer in (layers[0], layers[-1]):
+                path = f"{layer}.{view.model.experts_path(layer)}"
+                # in transformers, the layers before have their new weights
+                pruned = calls(written, ROWS, path)
+                target = targets(source, pruned.inputs, path)
+                expected = expected_repair(target, pruned, down_of(view, layer), IS_HELD)
+                is_bfloat16 = "BF16" in {view.tensors[name].dtype for name in stored.tensors}
+                compare(found[layer].fit, down_of(after, layer), expected, is_bfloat16)
+
+
+def down_of(view: PrunedView, layer: int) -> np.ndarray:
+    """The stored `down_proj` of a layer, (E, H, F)."""
+    slabs = view.model.expert_tensors(layer, view.tensors)["down"].slabs
+    matrices = [(view.read_float32(slab.stored, index=slab.index), slab) for slab in slabs]
+    return np.stack([one.T if slab.transposed else one for one, slab in matrices]).astype(float)
+
+
+def compare(fit: LayerFit, down: np.ndarray, expected: Expected, is_bfloat16: bool) -> None:
     assert fit.alpha is not None
+    assert fit.error_before == pytest.approx(expected.before, rel=1e-4)
     best = min(expected.after.values())
     assert expected.after[fit.alpha] == pytest.approx(best, rel=1e-3)
     assert fit.error_after == pytest.approx(best, rel=2e-3)
     # within half a unit in the last place of what is stored, and the rounding of float32 inputs
-    unit = 2.0**-8 if view.tensors[slabs[0].stored].dtype == "BF16" else 1e-5
+    unit = 2.0**-8 if is_bfloat16 else 1e-5
     wanted = expected.down[fit.alpha]
-    difference = np.abs(np.stack(down) - wanted)
-    assert (difference <= unit * np.abs(wanted) + 2e-5).mean() > 0.999
-    assert {slab.stored for slab in slabs} <= changed
+    assert (np.abs(down - wanted) <= unit * np.abs(wanted) + 2e-5).mean() > 0.999
 
 
 @pytest.fixture(scope="module")

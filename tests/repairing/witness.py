@@ -1,7 +1,4 @@
-"""The repair of the first MoE layer, computed with transformers' own models and numpy alone.
-
-No layer before it has experts, so its input is that of the original model, whatever was repaired.
-"""
+"""The repair of a layer, computed with transformers' own models and numpy alone."""
 
 from __future__ import annotations
 
@@ -55,6 +52,18 @@ def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
     )
 
 
+def targets(folder: Path, inputs: np.ndarray, path: str) -> np.ndarray:
+    """What the experts of a model give on inputs (N, H), by its own routing: (N, H)."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    modules = dict(whole.named_modules())
+    name = next(name for name in modules if name.endswith(path))
+    kept: list[torch.Tensor] = []
+    modules[name].register_forward_hook(lambda module, arguments, output: kept.append(output))
+    with torch.inference_mode():
+        modules[name.rpartition(".")[0]](torch.from_numpy(inputs).float()[None])
+    return kept[0].double().numpy()
+
+
 @dataclass
 class Expected:
     """Errors on the rows that were held out, and the new weights (E, H, F), by alpha."""
@@ -64,16 +73,21 @@ class Expected:
     down: dict[float, np.ndarray]
 
 
-def expected_repair(original: Calls, pruned: Calls, is_held: np.ndarray) -> Expected:
-    """Ridge regression towards the original weights, alpha by alpha; `is_held` (N,) bool."""
-    n_experts, hidden, width = pruned.down.shape
+def expected_repair(
+    target: np.ndarray, pruned: Calls, down: np.ndarray, is_held: np.ndarray
+) -> Expected:
+    """Ridge regression towards the original weights, alpha by alpha.
+
+    target: (N, H)    down: the original weights (E, H, F)    is_held: (N,) bool
+    """
+    n_experts, hidden, width = down.shape
     phi = np.zeros((len(pruned.inputs), n_experts, width))
     for expert in range(n_experts):
         gates = np.where(pruned.index == expert, pruned.gates, 0).sum(axis=1)
         phi[:, expert] = gates[:, None] * pruned.activations[expert]
     phi = phi.reshape(len(phi), -1)
-    start = pruned.down.transpose(0, 2, 1).reshape(-1, hidden)
-    fitted, held, target = phi[~is_held], phi[is_held], original.outputs
+    start = down.transpose(0, 2, 1).reshape(-1, hidden)
+    fitted, held = phi[~is_held], phi[is_held]
     gram, right = fitted.T @ fitted, fitted.T @ target[~is_held]
     scale = np.linalg.norm(target[is_held])
     found = Expected(np.linalg.norm(target[is_held] - held @ start) / scale, {}, {})
