@@ -89,6 +89,16 @@ COVERED_BY = [
         ("api/reporting.py",),
     ),
     (
+        "repairing/test_gram.py",
+        "the Gram matrix is made of features",
+        ("repairing/features.py",),
+    ),
+    (
+        "repairing/test_sweep.py",
+        "what is captured and how it is stored, for every family",
+        ("repairing/capture.py", "repairing/stored.py"),
+    ),
+    (
         "observing/test_loader.py",
         "loaders read with them",
         ("observing/readers.py",),

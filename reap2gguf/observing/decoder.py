@@ -269,9 +269,10 @@ class StreamedDecoder:
     def run_layer(self, index: int, hidden: Tensor) -> Tensor:
         """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded."""
         arguments = self._arguments[hidden.shape[1]][index]
-        return self._by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+        return self.by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
 
-    def _by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
+    def by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
+        """`function` of slices of the rows of hidden states (B, T, H), joined."""
         if self.crew is None:
             return function(slice(None))
         return self.crew.by_rows(function, hidden.shape)
@@ -312,7 +313,7 @@ class StreamedDecoder:
             output: Tensor = block(self._norm(hidden[rows]), embedded, **arguments)
             return output
 
-        return self._by_rows(run, hidden)
+        return self.by_rows(run, hidden)
 
     @torch.inference_mode()
     def mtp_logits(self, hidden: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class PrunedView(Weights):
         self.folder = source.folder
         self.config = model.pruned_config(self.n_kept)
         self._source = source
+        self.source_model = model
         self._origins: dict[str, _Origin] = {}
         tensors: dict[str, StoredTensor] = {}
         for name, origin in _origins(source, model, kept):
