@@ -40,6 +40,7 @@ from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.minimum import check_minimum
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
@@ -233,6 +234,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         _check_importance(recipe, plan)
     if imatrix is not None:
         check_coverage(imatrix.coverage, str(options.imatrix))
+        check_given_minimum(plan, None)
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -301,6 +303,20 @@ def _check_importance(recipe: ResolvedRecipe, plan: Plan) -> None:
             f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "
             f"importance matrix, and {why}; give it a type of more bits, such as Q4_K, in a rule"
         )
+
+
+def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
+    """Raise RecipeError if a given importance matrix has less than a recipe asks for.
+
+    One of the model before pruning has more experts than will stay: it is asked when it is known
+    which ones (`kept`).
+    """
+    given = plan.imatrix
+    if given is None or (given.cut_from is not None and kept is None):
+        return
+    for recipe in plan.recipes:
+        if recipe.asks_importance:
+            check_minimum(recipe, given.of(kept or {}), given.file)
 
 
 def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:

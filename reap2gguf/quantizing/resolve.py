@@ -12,8 +12,9 @@ from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.errors import RecipeError
-from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.models.description import is_of_experts
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.deciding import fixed_type, refuse_idle_rules, winner
 from reap2gguf.quantizing.file_types import Part
@@ -21,6 +22,7 @@ from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
+    from reap2gguf.quantizing.minimum import Minimum
     from reap2gguf.quantizing.recipe import Recipe, Rule
 
 _SMALLEST_BLOCK = 32
@@ -35,6 +37,7 @@ class ResolvedTensor:
     tensor_type: Type
     by: Rule | None
     wanted: Type | None = None  # the type that was meant, if rows do not fill its blocks
+    minimum: Minimum | None = None  # of importance that the recipe asks for
 
     @property
     def rule(self) -> str | None:
@@ -88,6 +91,11 @@ class ResolvedRecipe:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
+
+    @property
+    def asks_importance(self) -> bool:
+        """Whether it asks for a minimum of importance."""
+        return any(entry.minimum is not None and entry.minimum.share > 0 for entry in self.table)
 
     def tensor_types(self) -> dict[str, Type]:
         """Tensor name to type."""
@@ -158,9 +166,21 @@ def resolve(
             tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
             by = None
         meant = None if wanted is tensor_type else wanted
-        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, by, meant)
+        minimum = _minimum(tensor, tensor_type, by, recipe)
+        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, by, meant, minimum)
     refuse_idle_rules(recipe, winners, tensors, places)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
+
+
+def _minimum(
+    tensor: GgufTensor, tensor_type: Type, by: Rule | None, recipe: Recipe
+) -> Minimum | None:
+    """What a recipe asks of a tensor's importance; nothing where that changes no byte."""
+    if tensor_type.name in UNWEIGHTED_TYPES:
+        return None
+    if by is not None and by.minimum is not None:
+        return by.minimum
+    return recipe.minimum if is_of_experts(tensor.name) else None
 
 
 def _n_blocks(tensors: Sequence[GgufTensor]) -> int:

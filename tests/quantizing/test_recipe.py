@@ -73,7 +73,7 @@ def test_all_fields() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEAD + "rule = 1\n", "unknown key 'rule', expected extends, file_type, label, rules, t"),
+        (HEAD + "rule = 1\n", "unknown key 'rule', expected extends, file_type, label, min_"),
         (rule(more='kind = "Q8_0"'), "unknown key 'kind', expected fallback, inherited, layers"),
         (HEAD.replace('"T"', "1"), "title is 1, expected text"),
         (HEAD.replace('"T"', '" "'), "title is ' ', expected text"),
