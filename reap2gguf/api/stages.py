@@ -307,7 +307,7 @@ def _export(
     from reap2gguf.exporting.row_ranges import check_imatrix
     from reap2gguf.gguf_files.imatrix_coverage import shapes_of
     from reap2gguf.gguf_files.imatrix_fit import fit
-    from reap2gguf.quantizing.minimum import check_minimum
+    from reap2gguf.quantizing.minimum import check_minimum, check_needed
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -321,6 +321,9 @@ def _export(
     types = {tensor: {kind} for tensor, kind in recipe.tensor_types().items()}
     # the export checks it too, but later: an error is to come before the line about quantizers
     tensors = opened.model.gguf_tensors(checkpoint.tensors)
+    if imatrix is None:
+        why = "none is given; compute one with `reap2gguf imatrix` and pass --imatrix"
+        check_needed(recipe, (), why)
     check_imatrix(tensors, types, imatrix)
     by_expert = None  # a .dat file has all experts of a tensor in one row
     if weighted_by is not None:

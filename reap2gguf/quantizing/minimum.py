@@ -1,4 +1,4 @@
-"""How much importance a recipe asks for: `min_coverage` and `min_tokens`.
+"""How much importance a recipe asks for: what its types need, `min_coverage` and `min_tokens`.
 
 `min_coverage = 0.9` with `min_tokens = 100` asks that, of every tensor of routed experts, nine in
 ten experts have seen 100 tokens of the importance matrix. In a rule it is asked of the tensors that
@@ -8,7 +8,7 @@ expert. Tensors whose type no matrix changes are not asked about.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,22 @@ def check_weighted(
         raise RecipeError(
             f"{at(key)}: {key} has no effect, since no importance matrix changes the bytes of "
             f"{kind.name}; remove it"
+        )
+
+
+def check_needed(recipe: ResolvedRecipe, weighted: Collection[str], why: str) -> None:
+    """Raise RecipeError for a type that needs importance, of a tensor that has none.
+
+    `weighted` are the names of those that have some; `why` others have none.
+    """
+    if unweighted := sorted({*recipe.needs_importance()} - set(weighted)):
+        entry = next(one for one in recipe.table if one.tensor.name == unweighted[0])
+        where = f"recipe {recipe.name}"
+        if entry.by is not None:
+            where = f"{entry.by.place(recipe.name)}: {entry.by.title}"
+        raise RecipeError(
+            f"{where}: {entry.tensor.name} gets {entry.tensor_type.name}, which needs an "
+            f"importance matrix, and {why}; give it a type of more bits, such as Q4_K, in a rule"
         )
 
 

@@ -20,6 +20,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,6 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.files import is_plain
-from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
@@ -37,6 +37,7 @@ from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.quantizing.minimum import MINIMUM_KEYS, Minimum, check_weighted, read_minimum
 from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
 from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
+from reap2gguf.quantizing.type_names import tensor_type_named
 from reap2gguf.resources import shipped_folder
 
 MAX_RULES = 1000
@@ -56,6 +57,8 @@ _RULE_FLAGS = ("optional", "fallback", "override", "inherited")
 _RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, *MINIMUM_KEYS, "layers"}
 # llama-quantize takes these names for the medium mixtures as well
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+# what the recipes that are being read extend, from the first on
+_extending: ContextVar[tuple[object, ...]] = ContextVar("extending", default=())
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
 _MOST_IN_TITLE = 3  # overrides
 
@@ -227,6 +230,11 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
     the same wherever it is read.
     """
     values = parse_toml(source, where, RecipeError)
+    if not values:
+        raise RecipeError(
+            f"{where}: is empty, expected a recipe; `reap2gguf recipes show q4km --toml` prints "
+            "one to begin with"
+        )
     lines = SourceLines(source, "rules")
 
     def at(key: str) -> str:
@@ -263,8 +271,16 @@ def _extended(name: str, where: str) -> Recipe:
             f"{where}: extends is {shown(name)}, expected a name that `reap2gguf recipes list` "
             "prints; copy the rules of other files"
         )
+    earlier = _extending.get()
     try:
-        return load_recipe(name)
+        meant = _identity(name)
+        if meant in earlier:
+            raise RecipeError(f"{shown(name)} is extended by itself in the end; remove `extends`")
+        here = _extending.set((*earlier, meant))
+        try:
+            return load_recipe(name)
+        finally:
+            _extending.reset(here)
     except RecipeError as error:
         raise RecipeError(f"{where}: extends: {error}") from error
 
@@ -347,29 +363,6 @@ def _rule(
     own = read_minimum(values, at, of_recipe) if values.keys() & {*MINIMUM_KEYS} else None
     place = "" if lines is None else f"{where}, line {lines.of_table(position)}"
     return Rule(match, kind, **flags, layers=layers, minimum=own, where=place)
-
-
-def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:
-    """A tensor type by its name, in any case. Raises RecipeError, which begins with `where`."""
-    known = {storable.name for storable in STORABLE}
-    upper = name.upper().replace("-", "_")
-    if upper not in known:
-        if upper in REFUSED and upper in GGMLQuantizationType.__members__:
-            raise RecipeError(f"{where} {shown(name)} is not supported: {REFUSED[upper]}")
-        hint = _foreign_hint(upper)
-        raise RecipeError(f"{where} {shown(name)} is not a GGML tensor type{hint}")
-    return GGMLQuantizationType[upper]
-
-
-def _foreign_hint(tensor_type: str) -> str:
-    """File types and ik_llama.cpp's types are what people confuse with tensor types."""
-    if re.fullmatch(r"Q\d_K_[SML]", tensor_type):
-        return f"; {tensor_type} is a file type, the tensor type is {tensor_type[:4]}"
-    if tensor_type == "MXFP4_MOE":
-        return "; MXFP4_MOE is a file type, the tensor type is MXFP4"
-    if re.fullmatch(r"IQ\d_K[ST]{0,2}", tensor_type):
-        return "; it exists only in ik_llama.cpp, and llama.cpp cannot load it"
-    return ""
 
 
 def _text(
