@@ -330,6 +330,16 @@ COVERED_BY = [
         ("api/fitting.py",),
     ),
     (
+        "quantizing/test_recipe.py",
+        "types as recipes name them",
+        ("quantizing/type_names.py",),
+    ),
+    (
+        "quantizing/test_role_table.py",
+        "tables and sizes as they are asked for",
+        ("api/recipes.py", "exporting/file_size.py"),
+    ),
+    (
         "models/test_contract.py",
         "what every architecture answers",
         ("models/description.py", "observing/targets.py"),
