@@ -418,7 +418,7 @@ COVERED_BY = [
     (
         "exporting/test_against_llama_cpp.py",
         "tables and rules of llama.cpp, compared with it type by type",
-        ("quantizing/file_types.py", "quantizing/mixture.py"),
+        ("quantizing/mixture.py",),
     ),
     (
         "tokenizer/test_gguf_keys.py",
