@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
+    from reap2gguf.api.selecting import Selection
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
-        Selection,
         imatrix,
         observe,
         prune,
@@ -125,10 +125,10 @@ _HOMES = {
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
+    "api.selecting": ("Selection",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
-        "Selection",
         "imatrix",
         "observe",
         "prune",

@@ -169,7 +169,7 @@ COVERED_BY = [
     (
         "building/test_bundling.py",
         "the command is typed there",
-        ("terminal/bundle_command.py",),
+        ("building/pruned_choice.py", "terminal/bundle_command.py"),
     ),
     (
         "building/test_given.py",
@@ -303,7 +303,9 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
+        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "hub/opened.py",
+       ),
     ),
     (
         "terminal/test_inspect_command.py",
@@ -366,6 +368,7 @@ COVERED_BY = [
             "observing/compute/triton_convolution.py",
             "observing/compute/triton_experts.py",
             "observing/compute/triton_kernels.py",
+            "observing/compute/triton_saliency.py",
         ),
     ),
     (

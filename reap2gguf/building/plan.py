@@ -37,6 +37,8 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.methods import is_from_weights
+from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
@@ -75,8 +77,13 @@ class Plan:
 
     @property
     def observes(self) -> bool:
-        """Whether the build ranks the experts itself."""
-        return self.target.prunes and self.observations is None
+        """Whether the build observes the experts, in order to rank them."""
+        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+
+    @property
+    def ranks_by_weights(self) -> bool:
+        """Whether the build ranks the experts by their weights alone."""
+        return self.target.prunes and is_from_weights(self.options.method)
 
     @property
     def reads_rows(self) -> bool:
@@ -206,6 +213,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
+    _check_protection(options, observations, model, target)
     imatrix = None
     if options.imatrix is not None:
         of = model.facts.n_experts, model.facts.mtp_layer
@@ -288,10 +296,23 @@ def _observations(
     return read_observations(options.observations, checkpoint, model.facts, *how)
 
 
+def _check_protection(
+    options: BuildOptions, given: GivenObservations | None, model: MoeModel, target: Target
+) -> None:
+    """Refuse protected experts that do not exist or fit, as far as they are known before a pass."""
+    protection, seen = options.protection, None if given is None else given.seen
+    if seen is None and not is_from_weights(options.method):
+        protection = replace(protection, super_experts=False)  # they are found when it has observed
+    if target.prunes:
+        protected_experts(protection, seen, target, model.facts)
+
+
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
         return True
+    if is_from_weights(options.method):
+        return False
     return options.observations is None and options.compression != 0
 
 

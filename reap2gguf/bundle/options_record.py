@@ -47,4 +47,6 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    protect: str = ""
+    protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it
