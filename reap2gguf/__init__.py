@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.fitting import FitResult, fit_recipe
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
     from reap2gguf.api.selecting import Selection
     from reap2gguf.api.stages import (
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     )
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+    from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
@@ -84,6 +86,8 @@ __all__ = [
     "PruneResult",
     "QuantizeResult",
     "Reap2ggufError",
+    "RecipeDifference",
+    "RecipeTable",
     "RecipeText",
     "Selection",
     "SlicedImatrix",
@@ -93,6 +97,7 @@ __all__ = [
     "build",
     "choose",
     "compare",
+    "compare_recipes",
     "estimate",
     "evaluate",
     "example",
@@ -107,6 +112,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "recipe_table",
     "report",
     "select",
     "slice_imatrix",
@@ -121,6 +127,7 @@ _HOMES = {
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
+    "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
     "api.selecting": ("Selection",),
     "api.stages": (
@@ -154,6 +161,7 @@ _HOMES = {
     ),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
+    "quantizing.role_table": ("RecipeDifference", "RecipeTable"),
     "verifying.report": ("VerifyReport",),
 }
 
