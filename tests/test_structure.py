@@ -32,6 +32,11 @@ COVERED_BY = [
         "which observations rank candidates",
         ("choosing/checks.py",),
     ),
+    (
+        "choosing/test_choosing.py",
+        "the candidate that is repaired",
+        ("choosing/repaired.py",),
+    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (

@@ -24,8 +24,8 @@ from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.choosing.candidates import kept_by
 from reap2gguf.choosing.checks import check_unseen
+from reap2gguf.choosing.choosing import Chooser
 from reap2gguf.choosing.lines import choice_lines
-from reap2gguf.choosing.measure import Measurement
 from reap2gguf.choosing.texts import ONLY_HELD_OUT, MeasuredText, held_out_text, other_text
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 
@@ -89,11 +89,14 @@ class Choose(Stage[ChoiceRecord]):
         run, plan, other = self.run, self.run.plan, self._other
         if other is None:
             run.progress.note(f"choose: {ONLY_HELD_OUT}")
-        asked = Measurement(plan.checkpoint, plan.model, self._kept, self._held_out, other)
-        scores = evaluate_variants(
-            asked.variants, asked.rows, asked.pairs, self.compute_options, run.progress
+        chooser = Chooser(plan.checkpoint, plan.model, self._kept, self._held_out, other)
+        options = self.compute_options
+        record, _ = chooser.choose(
+            lambda asked: evaluate_variants(
+                asked.variants, asked.rows, asked.pairs, options, run.progress
+            ),
+            None,
         )
-        record = asked.choice(scores)
         if run.is_first:
             write_whole(self.path, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
         return {}

@@ -30,7 +30,7 @@ from reap2gguf.bundle.options_record import (
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.choosing.names import AUTO, check_candidates
+from reap2gguf.choosing.names import AUTO, BEST_REPAIRED, check_candidates
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
@@ -97,7 +97,8 @@ class Plan:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The methods that it measures."""
-        return check_candidates(self.options.candidates) if self.chooses else ()
+        named = check_candidates(self.options.candidates) if self.chooses else ()
+        return tuple(name for name in named if name != BEST_REPAIRED)
 
     @property
     def asks_mtp(self) -> bool:

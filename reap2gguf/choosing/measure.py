@@ -1,4 +1,4 @@
-"""All candidates in one sweep: views of the source, each with the experts that it keeps.
+"""Candidates in one sweep: views of the source, each with the experts that it keeps.
 
 Candidates that keep the same experts are one variant. Memory and time are those of an evaluation
 (`evaluating/engine.py`): two layers, and the hidden states of all variants.
@@ -12,43 +12,34 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from reap2gguf.choosing.candidates import first_with_same
-from reap2gguf.choosing.figures import SOURCE, choice_of_scores
+from reap2gguf.choosing.figures import SOURCE
 from reap2gguf.evaluating.variants import Variant
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
-    from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.bundle.evaluation import Kind
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.choosing.texts import MeasuredText
-    from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores
+    from reap2gguf.evaluating.scores import Pair, ScoredRow
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.select import Kept
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `evaluate_variants` is asked, and the choice that its scores make."""
+    """What `evaluate_variants` is asked: pruned models beside their source, on one or two texts."""
 
     source: Weights
     model: MoeModel  # of the source
-    kept: Mapping[str, Kept]  # by candidate, the experts that stay
+    views: Mapping[str, PrunedView]  # by candidate
     held_out: MeasuredText
     other: MeasuredText | None
 
     @cached_property
-    def same(self) -> Mapping[str, str]:
-        """By candidate, the one that is measured for it."""
-        return first_with_same(self.kept)
-
-    @cached_property
     def variants(self) -> Sequence[Variant]:
-        """The source, and every pruned model once."""
-        found = [_variant(SOURCE, "source", self.source, self.model)]
-        for name in dict.fromkeys(self.same.values()):
-            view = PrunedView(self.source, self.model, self.kept[name])
-            found.append(_variant(name, "pruned", view, view.model))
-        return found
+        """The source, and every pruned model."""
+        pruned = [_variant(name, "pruned", one, one.model) for name, one in self.views.items()]
+        return [_variant(SOURCE, "source", self.source, self.model), *pruned]
 
     @property
     def rows(self) -> Sequence[ScoredRow]:
@@ -58,11 +49,15 @@ class Measurement:
     @property
     def pairs(self) -> Sequence[Pair]:
         """Each pruned model is compared with the source."""
-        return [(SOURCE, one.name) for one in self.variants[1:]]
+        return [(SOURCE, name) for name in self.views]
 
-    def choice(self, scores: Scores) -> ChoiceRecord:
-        """All candidates, and the best one. Raises EvaluationError for a broken one."""
-        return choice_of_scores(scores, self.same, self.held_out, self.other)
+
+def pruned_views(
+    source: Weights, model: MoeModel, kept: Mapping[str, Kept]
+) -> dict[str, PrunedView]:
+    """A view for each candidate, but for those that keep the same experts as an earlier one."""
+    names = dict.fromkeys(first_with_same(kept).values())
+    return {name: PrunedView(source, model, kept[name]) for name in names}
 
 
 def _variant(name: str, kind: Kind, weights: Weights, model: MoeModel) -> Variant:
