@@ -30,9 +30,8 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ObservationRows
 from reap2gguf.calibration.rows import chunk_text
 from reap2gguf.calibration.spec import decide
-from reap2gguf.choosing.choosing import Chooser
 from reap2gguf.choosing.holdout import hold_out
-from reap2gguf.choosing.measure import Measurement
+from reap2gguf.choosing.measure import Chooser, Measurement
 from reap2gguf.choosing.names import AUTO, CANDIDATES, REPAIRED, criteria_of, split_name
 from reap2gguf.choosing.texts import MeasuredText, held_out_text, other_text, scored_half
 from reap2gguf.evaluating.engine import evaluate_variants

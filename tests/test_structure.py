@@ -33,9 +33,14 @@ COVERED_BY = [
         ("choosing/checks.py",),
     ),
     (
-        "choosing/test_choosing.py",
+        "choosing/test_repaired_candidate.py",
         "the candidate that is repaired",
         ("choosing/repaired.py",),
+    ),
+    (
+        "repairing/test_sweep.py",
+        "what a repair refuses",
+        ("repairing/limits.py",),
     ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),

@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
-    from reap2gguf.choosing.choosing import Chooser
     from reap2gguf.choosing.holdout import Split
-    from reap2gguf.choosing.measure import Measurement
+    from reap2gguf.choosing.measure import Chooser, Measurement
     from reap2gguf.choosing.texts import MeasuredText
     from reap2gguf.evaluating.scores import Scores
     from reap2gguf.hub.opened import OpenModel
@@ -106,7 +105,7 @@ def choose(
     asked = _Asked.of(calibration, text, output, observations)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         from reap2gguf.choosing.candidates import kept_by
-        from reap2gguf.choosing.choosing import Chooser
+        from reap2gguf.choosing.measure import Chooser
         from reap2gguf.pruning.protection import protected_experts
         from reap2gguf.pruning.select import choose_target
 

@@ -24,8 +24,8 @@ from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.choosing.candidates import kept_by
 from reap2gguf.choosing.checks import check_unseen
-from reap2gguf.choosing.choosing import Chooser
 from reap2gguf.choosing.lines import choice_lines
+from reap2gguf.choosing.measure import Chooser
 from reap2gguf.choosing.texts import ONLY_HELD_OUT, MeasuredText, held_out_text, other_text
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 

@@ -83,9 +83,8 @@ class ReadTexts(Stage[Texts]):
 
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
-        if self.run.is_first or self.path.is_file():
-            return self.divided(Texts.load(self.path))
-        return self.divided(self.read())
+        is_there = self.run.is_first or self.path.is_file()
+        return self.divided(Texts.load(self.path) if is_there else self.read())
 
     def divided(self, texts: Texts) -> Texts:
         """The texts, without the rows that are held out where a method is chosen by them."""

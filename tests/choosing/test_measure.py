@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.choosing.choosing import Chooser
-from reap2gguf.choosing.measure import Measurement
+from reap2gguf.choosing.measure import Chooser, Measurement
 from reap2gguf.choosing.texts import MeasuredText, scored_half
 from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.scores import Scores

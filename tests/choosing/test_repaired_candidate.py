@@ -12,9 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import read_header
-from reap2gguf.choosing.choosing import Chooser
 from reap2gguf.choosing.figures import SOURCE
-from reap2gguf.choosing.measure import Measurement
+from reap2gguf.choosing.measure import Chooser, Measurement
 from reap2gguf.choosing.repaired import why_not_repaired
 from reap2gguf.choosing.texts import MeasuredText, scored_half
 from reap2gguf.evaluating.engine import evaluate_variants
