@@ -30,7 +30,7 @@ class GivenImportance(Importance):
         self._given = given
 
     def make_key(self) -> str:
-        return stage_key(self.run.keys.pruned(self._pruned.kept), self._given.sha256)
+        return stage_key(self.run.keys.pruned(self._pruned), self._given.sha256)
 
     def compute(self) -> Mapping[str, Any]:
         make_folder(self.run.work.gguf)

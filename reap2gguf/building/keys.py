@@ -30,7 +30,7 @@ from reap2gguf.pruning.write import companion_files
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
-    from reap2gguf.pruning.select import Kept
+    from reap2gguf.pruning.view import PrunedView
 
 # Raise one of these where a change of the program makes other results of the same inputs: where an
 # earlier result was wrong, or lacks something that later stages read. A higher number is another
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # a message or a library changes.
 TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
 OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
+REPAIR_FORMAT = 1  # which weights a repair gives, and the files of them
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
@@ -127,10 +128,18 @@ class BuildKeys:
             self.plan.mtp,
         )
 
-    def pruned(self, kept: Kept) -> str:
-        """The key of the pruned model, in whatever format."""
-        kept_experts = sorted(kept.items())
-        return stage_key(PRUNE_FORMAT, self._source, kept_experts, self._companions, self.plan.mtp)
+    def repair(self, pruned: PrunedView, rows: ObservationRows) -> str:
+        """The key of a repair of the pruned model on the rows."""
+        kind = self.plan.options.repair
+        text = rows.label, rows.sha256, self.plan.max_length
+        return stage_key(REPAIR_FORMAT, self.pruned(pruned), kind, *text, *self._computing)
+
+    def pruned(self, pruned: PrunedView) -> str:
+        """The key of the pruned model, in whatever format; repaired or not."""
+        kept_experts = sorted(pruned.kept.items())
+        changed = (pruned.identity,) if pruned.identity else ()
+        inputs = self._source, kept_experts, self._companions, self.plan.mtp, *changed
+        return stage_key(PRUNE_FORMAT, *inputs)
 
     def imatrix(self, pruned: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         """The key of the importance matrix."""
@@ -172,6 +181,7 @@ class BuildKeys:
             plan.target.n_kept,
             plan.mtp,
             *self._computing,
+            *((REPAIR_FORMAT, plan.options.repair) if plan.repairs else ()),
         )
 
     @property

@@ -43,6 +43,7 @@ from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+from reap2gguf.repairing.limits import check_repairable
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
@@ -78,10 +79,21 @@ class Plan:
         return self.target.prunes and self.observations is None
 
     @property
+    def repairs(self) -> bool:
+        """Whether the kept experts get new weights."""
+        return self.target.prunes and self.options.repair != "none"
+
+    @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
-        asks_mtp = self.imatrix is None and self.model.facts.has_mtp
-        return self.observes or (asks_mtp and not self.target.prunes)
+        """Whether rows of the calibration are needed: to rank or repair experts, or to ask an MTP
+        block."""
+        return self.observes or self.repairs or (self.asks_mtp and not self.target.prunes)
+
+    @property
+    def asks_mtp(self) -> bool:
+        """Whether an MTP block is asked after pruning; it was asked on the same rows before."""
+        here = self.observes or not self.target.prunes
+        return here and self.imatrix is None and self.model.facts.has_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -97,7 +109,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + (self.imatrix is None)
+        return self.observes + self.repairs + (self.imatrix is None)
 
     @property
     def n_variants(self) -> int:
@@ -195,6 +207,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if options.repair != "none":
+        _check_repair(model, target)
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -275,6 +289,16 @@ def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target)
     return PrunedView(checkpoint, model, first_ones)
 
 
+def _check_repair(model: MoeModel, target: Target) -> None:
+    """Raise UsageError or UnsupportedModelError where a repair is not defined."""
+    if not target.prunes:
+        raise UsageError(
+            "--repair: all experts are kept, so there is nothing to repair; leave it out, or "
+            "remove some with --compression"
+        )
+    check_repairable(model)
+
+
 def _observations(
     options: BuildOptions, checkpoint: Checkpoint, model: MoeModel, target: Target
 ) -> GivenObservations | None:
@@ -289,7 +313,8 @@ def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
         return True
-    return options.observations is None and options.compression != 0
+    needs_rows = options.observations is None or options.repair != "none"
+    return needs_rows and options.compression != 0
 
 
 def _check_importance(recipe: ResolvedRecipe, plan: Plan) -> None:

@@ -37,6 +37,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
+from reap2gguf.repairing.limits import check_rows
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
@@ -86,9 +87,9 @@ class ReadTexts(Stage[Texts]):
         return self.read()
 
     def read(self) -> Texts:
-        """Draw and tokenize all texts. Raises CalibrationError."""
+        """Draw and tokenize all texts. Raises CalibrationError, UsageError for too few rows."""
         plan = self.run.plan
-        return read_texts(
+        found = read_texts(
             Tokenizer(plan.source.folder),
             plan.calibration,
             plan.max_length,
@@ -101,6 +102,9 @@ class ReadTexts(Stage[Texts]):
             has_rows=plan.reads_rows,
             has_chunks=plan.imatrix is None,
         )
+        if plan.repairs:
+            check_rows(len(needed(found.rows).rows))
+        return found
 
     def made_with(self) -> Mapping[str, str]:
         return self.result.made_with
@@ -165,7 +169,7 @@ class Prune(Stage[None]):
         self._pruned = pruned
 
     def make_key(self) -> str:
-        return self.run.keys.pruned(self._pruned.kept)
+        return self.run.keys.pruned(self._pruned)
 
     @property
     def outputs(self) -> Sequence[Path]:
@@ -220,12 +224,12 @@ class Importance(Stage[Imatrix]):
     @property
     def _probe(self) -> Sequence[Row]:
         """Rows to ask an MTP block on; none if it was not asked before pruning on the same rows."""
-        if self.texts.rows is None or not self.run.plan.reads_rows:
+        if self.texts.rows is None or not self.run.plan.asks_mtp:
             return ()
         return mtp_probe(self.run.plan.model, self.texts.rows)
 
     def make_key(self) -> str:
-        pruned = self.run.keys.pruned(self._pruned.kept)
+        pruned = self.run.keys.pruned(self._pruned)
         return self.run.keys.imatrix(pruned, self._chunks, self._probe)
 
     @property

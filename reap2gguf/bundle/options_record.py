@@ -47,4 +47,5 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    repair: str = "none"
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it

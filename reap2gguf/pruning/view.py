@@ -7,7 +7,7 @@ architecture says of its tensors, and which experts are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,6 +72,16 @@ class PrunedView(Weights):
             self._origins[name] = origin
         self.tensors = tensors
         self.model = describe(self)
+
+    @property
+    def replaced(self) -> Collection[str]:
+        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """A hash of what those tensors hold; "" where there are none."""
+        return ""
 
     @property
     def source(self) -> Weights:

@@ -15,6 +15,7 @@ from reap2gguf.options import (
     EVALUATE_CHOICES,
     METHODS,
     MTP_CHOICES,
+    REPAIR_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
@@ -119,6 +120,17 @@ pruning_options = together(
         default="prune",
         help="Multi-token-prediction block: prune it like the layers, or drop it.",
     ),
+)
+
+repair_option = option(
+    "--repair",
+    section=PRUNE,
+    is_flag=False,
+    flag_value="ridge",
+    type=click.Choice(REPAIR_CHOICES),
+    default="none",
+    help="Fit the kept experts' down_proj to what all experts gave on the calibration text: ridge "
+    "(for --repair alone), or scale, which is one number per expert.",
 )
 
 seed_option = option(
@@ -264,6 +276,7 @@ follow_links_option = option(
 build_options = together(
     model_argument(required=False),
     pruning_options,
+    repair_option,
     option(
         "-r",
         "--recipe",
@@ -371,6 +384,7 @@ def collect(
         name=arguments["name"],
         method=arguments["method"],
         mtp=arguments["mtp"],
+        repair=arguments["repair"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
             arguments["spec"],

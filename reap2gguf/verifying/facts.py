@@ -82,6 +82,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "name": (None, manifest.name),
         "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
+        "repair": ("none" if pruning.repair is None else pruning.repair.kind,),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
         "device": DEVICES[1:],
@@ -270,7 +271,9 @@ def check_passed(manifest: Manifest, n_stored: int | None) -> Iterator[str]:
     """
     found = manifest.verification.get("passed")
     passed = found if isinstance(found, list) else []
-    lines = [] if n_stored is None else [[passed_folder(n_stored)]]
+    repair = manifest.pruning.repair
+    n_repaired = 0 if repair is None else repair.n_tensors
+    lines = [] if n_stored is None else [[passed_folder(n_stored, n_repaired)]]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file

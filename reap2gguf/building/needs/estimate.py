@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
 
-ALL = ("texts", "observe", "prune", "imatrix", "export", "verify", "evaluate")  # stages
+ALL = ("texts", "observe", "repair", "prune", "imatrix", "export", "verify", "evaluate")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least
@@ -126,7 +126,7 @@ class Estimate:
         facts = self.plan.model.facts
         return {
             name: (self.stages[name], facts.n_blocks)
-            for name in ("observe", "imatrix")
+            for name in ("observe", "repair", "imatrix")
             if self.stages[name]
         }
 
