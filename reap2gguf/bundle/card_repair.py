@@ -59,8 +59,8 @@ def _method(repair: RepairRecord) -> str:
     if repair.kind == "scale":
         return (
             "The repair multiplies the `down_proj` of each remaining expert by one number. Layer "
-            "by layer, the numbers are the least squares between what the experts give with the new "
-            "routing and what the layer of the source gives on the same input."
+            "by layer, the numbers are the least squares between what the experts give with the "
+            "new routing and what the layer of the source gives on the same input."
         )
     return (
         "The repair moves the `down_proj` of the remaining experts, layer by layer, by ridge "
