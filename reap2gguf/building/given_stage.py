@@ -13,7 +13,7 @@ from reap2gguf.gguf_files.imatrix import save_both
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.stage import Run
-    from reap2gguf.building.stages import ReadTexts
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.pruning.view import PrunedView
 
 
@@ -28,6 +28,10 @@ class GivenImportance(Importance):
     ) -> None:
         super().__init__(run, pruned, texts)
         self._given = given
+
+    @property
+    def label(self) -> str:
+        return self._given.file
 
     def make_key(self) -> str:
         return stage_key(self.run.keys.pruned(self._pruned), self._given.sha256)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import remove
 from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.stages import ReadTexts, needed
+from reap2gguf.building.text_stage import ReadTexts, needed
 from reap2gguf.bundle.records import RepairedLayerRecord, RepairRecord
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairedLayer, RepairFolder

@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from reap2gguf.artifacts.made_with import COMPUTING, TOKENIZING
+from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import Seal, read_seals, written_seals
 from reap2gguf.building.stage import Run, Stage
+from reap2gguf.building.text_stage import ReadTexts, needed
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
-from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
@@ -37,8 +37,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
-from reap2gguf.repairing.limits import check_rows
-from reap2gguf.tokenizer.tokenizer import Tokenizer
+from reap2gguf.quantizing.minimum import check_minimum
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
 
@@ -47,67 +46,6 @@ if TYPE_CHECKING:
     from reap2gguf.options import ComputeOptions
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-
-
-T = TypeVar("T")
-
-
-def needed(found: T | None) -> T:
-    """What a stage reads of the texts; a plan that has the stage has it too."""
-    assert found is not None
-    return found
-
-
-class ReadTexts(Stage[Texts]):
-    """Tokenizes all text, so that one that is too short is refused before the long work."""
-
-    name = "texts"
-    is_shared = True
-    libraries = TOKENIZING
-
-    def make_key(self) -> str:
-        return self.run.keys.texts
-
-    @property
-    def path(self) -> Path:
-        return self.run.work.shared_file("texts", self.run.keys.texts)
-
-    @property
-    def outputs(self) -> Sequence[Path]:
-        return (self.path,)
-
-    def compute(self) -> Mapping[str, Any]:
-        self.run.work.share(self.read().save, self.path)
-        return {}
-
-    def load(self) -> Texts:
-        # a process on another machine may not see the file; the same inputs make the same again
-        if self.run.is_first or self.path.is_file():
-            return Texts.load(self.path)
-        return self.read()
-
-    def read(self) -> Texts:
-        """Draw and tokenize all texts. Raises CalibrationError, UsageError for too few rows."""
-        plan = self.run.plan
-        found = read_texts(
-            Tokenizer(plan.source.folder),
-            plan.calibration,
-            plan.max_length,
-            plan.options.imatrix_text,
-            self.run.keys.chunk,
-            plan.model.facts.vocab_size,
-            self.run.progress,
-            plan.files,
-            plan.options.imatrix_chunks,
-            has_rows=plan.reads_rows,
-            has_chunks=plan.imatrix is None,
-        )
-        if plan.repairs:
-            check_rows(len(needed(found.rows).rows))
-        return found
-
-    def made_with(self) -> Mapping[str, str]:
-        return self.result.made_with
 
 
 class Observe(Stage[Observations]):
@@ -206,6 +144,11 @@ class Importance(Stage[Imatrix]):
         self._pruned = pruned
         self._texts = texts
         self._growing: Imatrix | None = None  # while it is computed, and after
+
+    @property
+    def label(self) -> str:
+        """What errors call the matrix."""
+        return f"the importance matrix ({self._chunks.summary})"
 
     @property
     def matrix(self) -> Imatrix:
@@ -322,6 +265,12 @@ class Export(Stage[None]):
         where = compute.device, compute.threads, has_gpu
         return export_memory(self._pruned, recipes, *where).ram
 
+    @property
+    def after(self) -> Sequence[Stage[Any]]:
+        """A recipe that asks for importance must know all of it before anything is written."""
+        asks = any(recipe.asks_importance for recipe in self.run.plan.recipes)
+        return (self._importance,) if asks else ()
+
     def clear(self) -> None:
         folder = self.run.work.gguf
         for file in folder.iterdir() if folder.is_dir() else ():
@@ -329,6 +278,8 @@ class Export(Stage[None]):
                 remove(file)
 
     def compute(self) -> Mapping[str, Any]:
+        for recipe in self.run.plan.recipes if self.after else ():
+            check_minimum(recipe, self._importance.matrix, self._importance.label)
         make_folder(self.run.work.gguf)
         with Hashes() as hashes:
             self._write(hashes)

@@ -115,6 +115,9 @@ class PruningRecord:
     coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
     observations_file: str | None = None
     repair: RepairRecord | None = None  # None: the kept experts are those of the source
+    # layer -> source ids of experts that stay whatever they score: named ones, and super experts
+    protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
 from reap2gguf.observing.loader import TORCH_TYPES, WeightLoader
 from reap2gguf.observing.observer import Arrays, LayerObserver
 from reap2gguf.observing.spool import open_spool
-from reap2gguf.observing.sweep import Sweep, gpu_errors, open_sweep
+from reap2gguf.observing.sweep import Sweep, open_sweep
 from reap2gguf.observing.sweep_plan import (
     SweepContext,
+    gpu_errors,
     limit_gpu_memory,
     opening_notes,
     resolve_device,
