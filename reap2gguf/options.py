@@ -19,6 +19,7 @@ from reap2gguf.machine import available_threads
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
+REPAIR_CHOICES = ("none", "ridge", "scale")
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -292,6 +293,7 @@ class BuildOptions:
     protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
+    repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
     calibration: CalibrationOptions = CalibrationOptions()
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
@@ -323,6 +325,7 @@ class BuildOptions:
         self._check_choosing()
         read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
+        check_choice("repair", self.repair, REPAIR_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:

@@ -37,17 +37,12 @@ COVERED_BY = [
         "the candidate that is repaired",
         ("choosing/repaired.py",),
     ),
-    (
-        "repairing/test_sweep.py",
-        "what a repair refuses",
-        ("repairing/limits.py",),
-    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
         "building/test_choose_stage.py",
-        "both cards of a bundle whose method was chosen",
-        ("bundle/card_candidates.py",),
+        "cards and manifest of a bundle whose method was chosen",
+        ("bundle/card_candidates.py", "verifying/choice.py"),
     ),
     (
         "terminal/test_choose_command.py",
@@ -99,6 +94,11 @@ COVERED_BY = [
         ("api/reporting.py",),
     ),
     (
+        "building/test_pipeline.py",
+        "every build reads its texts",
+        ("building/text_stage.py",),
+    ),
+    (
         "repairing/test_gram.py",
         "the Gram matrix is made of features",
         ("repairing/features.py",),
@@ -107,6 +107,11 @@ COVERED_BY = [
         "repairing/test_sweep.py",
         "what is captured and how it is stored, for every family",
         ("repairing/capture.py", "repairing/stored.py"),
+    ),
+    (
+        "building/test_repair_stage.py",
+        "whole bundles with a repair: their cards, and what is wrong with changed ones",
+        ("bundle/card_repair.py", "verifying/repaired.py"),
     ),
     (
         "observing/test_loader.py",
@@ -217,7 +222,7 @@ COVERED_BY = [
         "building/test_pipeline.py",
         "the parts of a build, which is compared byte by byte",
         (
-            "building/plan.py", "building/prune_folder.py",
+            "building/asked.py", "building/plan.py", "building/prune_folder.py",
             "building/record.py", "building/stages.py", "options.py", "terminal/views.py",
         ),
     ),

@@ -13,7 +13,7 @@ from reap2gguf.gguf_files.imatrix import save_both
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
     from reap2gguf.building.stage import Run
-    from reap2gguf.building.stages import ReadTexts
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.pruning.view import PrunedView
 
 
@@ -34,7 +34,7 @@ class GivenImportance(Importance):
         return self._given.file
 
     def make_key(self) -> str:
-        return stage_key(self.run.keys.pruned(self._pruned.kept), self._given.sha256)
+        return stage_key(self.run.keys.pruned(self._pruned), self._given.sha256)
 
     def compute(self) -> Mapping[str, Any]:
         make_folder(self.run.work.gguf)

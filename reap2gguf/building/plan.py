@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
@@ -27,11 +26,16 @@ from reap2gguf.bundle.options_record import (
     OBSERVATIONS_OPTION,
     InputRecord,
 )
-from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
-from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.choosing.names import AUTO, BEST_REPAIRED, check_candidates
-from reap2gguf.errors import CalibrationError, UsageError
+from reap2gguf.choosing.names import (
+    AUTO,
+    BEST_REPAIRED,
+    check_candidates,
+    criteria_of,
+    split_name,
+)
+from reap2gguf.choosing.repaired import why_not_repaired
+from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -43,19 +47,19 @@ from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_minimum, check_needed
-from reap2gguf.quantizing.overrides import read_overrides
-from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+from reap2gguf.repairing.limits import check_repairable
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
-    from reap2gguf.quantizing.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,11 @@ class Plan:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The methods that it measures."""
+        """What it measures. None is repaired where a repair was asked for, or is not defined."""
         named = check_candidates(self.options.candidates) if self.chooses else ()
-        return tuple(name for name in named if name != BEST_REPAIRED)
+        if self.options.repair != "none" or why_not_repaired(self.model):
+            return criteria_of(named)
+        return named
 
     @property
     def asks_mtp(self) -> bool:
@@ -107,10 +113,24 @@ class Plan:
         return self.observes or (asks and not self.target.prunes)
 
     @property
+    def repairs(self) -> bool:
+        """Whether the kept experts get new weights, or may get them: before a choice is made."""
+        return self.target.prunes and self.repair != "none"
+
+    @property
+    def repair(self) -> str:
+        """How the kept experts are repaired, or may be: none, ridge or scale."""
+        if self.options.repair != "none" or not self.chooses:
+            return self.options.repair
+        if self.choice is not None:
+            return "ridge" if split_name(self.choice.chosen)[1] else "none"
+        return "ridge" if BEST_REPAIRED in self.candidates else "none"
+
+    @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
-        cost on some of them, or to ask an MTP block."""
-        return self.chooses or self.asks_mtp
+        """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
+        methods cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.repairs or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -126,7 +146,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + (self.imatrix is None)
+        return self.observes + self.repairs + (self.imatrix is None)
 
     @property
     def n_variants(self) -> int:
@@ -200,7 +220,7 @@ class Plan:
     def method(self) -> str:
         """How experts are ranked, or NO_METHOD where none is removed; AUTO until that is chosen."""
         if self.choice is not None:
-            return self.choice.chosen
+            return split_name(self.choice.chosen)[0]
         return self.options.method if self.target.prunes else NO_METHOD
 
     @property
@@ -222,13 +242,15 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     `note` receives each failed request to the Hub.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
-    asked = _read_options(options)
+    asked = read_options(options)
     source = resolve_source(options.model, note, options.follow_links)
     checkpoint = source.open(note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if options.repair != "none":
+        _check_repair(model, target)
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -277,40 +299,20 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     return plan
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What the options say by themselves, before any model is looked at."""
-
-    recipes: Sequence[Recipe]
-    calibration: Calibration
-    files: ScannedFiles
-    is_checked: bool  # whether the calibration has been checked
-
-
-def _read_options(options: BuildOptions) -> _Asked:
-    """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
-    overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, options.labels, overrides)
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
-    calibration, files = decide(options.calibration), ScannedFiles()
-    if is_checked := _surely_reads(options):
-        check_calibration(calibration, files)
-    for text in (options.imatrix_text, options.choose_text):
-        if text is not None:
-            _check_there(text)
-            files.text(text)
-    return _Asked(recipes, calibration, files, is_checked)
-
-
 def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
     """The model with the first experts of each layer: of the sizes that any choice has."""
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     return PrunedView(checkpoint, model, first_ones)
+
+
+def _check_repair(model: MoeModel, target: Target) -> None:
+    """Raise UsageError or UnsupportedModelError where a repair is not defined."""
+    if not target.prunes:
+        raise UsageError(
+            "--repair: all experts are kept, so there is nothing to repair; leave it out, or "
+            "remove some with --compression"
+        )
+    check_repairable(model)
 
 
 def _observations(
@@ -333,16 +335,6 @@ def _check_protection(
         protection = replace(protection, super_experts=False)  # they are found when it has observed
     if target.prunes:
         protected_experts(protection, seen, target, model.facts)
-
-
-def _surely_reads(options: BuildOptions) -> bool:
-    """Whether a build reads its calibration whatever the model is."""
-    if options.imatrix is None and options.imatrix_text is None:
-        return True
-    if is_from_weights(options.method):
-        return False
-    ranks = options.observations is None or options.method == AUTO
-    return ranks and options.compression != 0
 
 
 def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
@@ -392,9 +384,3 @@ def with_all_values(plan: Plan, note: Note) -> Plan:
         if not any(line in side.notes for side in plan.side_files):
             note(line)
     return replace(plan, side_files=sides)
-
-
-def _check_there(text: Path) -> None:
-    """Refuse a missing text before anything else is read."""
-    if not os.path.exists(os.path.expanduser(text)):
-        raise CalibrationError(f"{text}: no such file; pass a text file")

@@ -19,6 +19,7 @@ from reap2gguf.bundle.card_candidates import candidates_section
 from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
 from reap2gguf.bundle.card_making import caveats_section, experts_section, method_section
 from reap2gguf.bundle.card_quality import quality_section
+from reap2gguf.bundle.card_repair import repair_summary
 from reap2gguf.bundle.front_matter import PrunedFrom, as_yaml, new_front_matter, pruned_values
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
@@ -195,7 +196,8 @@ def _summary(manifest: Manifest) -> str:
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "
         f"{pruning.experts_per_token} active per token. {parameters(manifest.n_parameters)} of "
-        f"{parameters(source.n_parameters)} parameters remain.{_earlier(manifest)}"
+        f"{parameters(source.n_parameters)} parameters remain.{repair_summary(manifest)}"
+        f"{_earlier(manifest)}"
     )
 
 
@@ -227,6 +229,7 @@ def _facts_table(manifest: Manifest) -> str:
         ("active experts per token", str(pruning.experts_per_token)),
         ("parameters", f"{manifest.n_parameters:,}"),
         *([("pruning method", inline(pruning.method))] if pruning.method != NO_METHOD else []),
+        *([("repair", inline(pruning.repair.kind))] if pruning.repair is not None else []),
         ("calibration", calibration_facts(manifest)),
         *coverage_rows(pruning),
         *([("importance matrix", importance(manifest))] if manifest.has_imatrix else []),

@@ -71,6 +71,30 @@ class CoverageRecord:
 
 
 @dataclass(frozen=True)
+class RepairedLayerRecord:
+    """What the repair of a layer came to."""
+
+    alpha: float | None  # the strength of the ridge; None: the layer keeps its weights
+    # errors on text that was held out, relative to what the source's layer gives
+    error_before: float
+    error_after: float
+    sha256: str  # of the new tensors with their names, types and shapes; "" if there are none
+
+
+@dataclass(frozen=True)
+class RepairRecord:
+    """How the kept experts' `down_proj` was fitted to what all experts gave."""
+
+    kind: str  # ridge, or scale: one number per expert
+    calibration: str  # the text
+    calibration_sha256: str
+    n_fitted: int  # tokens of it
+    n_held_out: int
+    n_tensors: int  # that have new values
+    layers: Mapping[int, RepairedLayerRecord]
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
@@ -90,6 +114,7 @@ class PruningRecord:
     mtp: MtpRecord = MtpRecord()
     coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
     observations_file: str | None = None
+    repair: RepairRecord | None = None  # None: the kept experts are those of the source
     # layer -> source ids of experts that stay whatever they score: named ones, and super experts
     protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
     super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)

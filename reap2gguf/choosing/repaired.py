@@ -7,22 +7,24 @@ takes or drops it. The rows that are held out to choose are not read by the repa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.choosing.names import REPAIRED
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.evaluating.scores import Scores
 from reap2gguf.repairing.limits import check_repairable, check_rows
 
 if TYPE_CHECKING:
+    from reap2gguf.evaluating.scores import Scores
     from reap2gguf.models.contract import MoeModel
 
 
-def why_not_repaired(model: MoeModel, n_rows: int) -> str:
+def why_not_repaired(model: MoeModel, n_rows: int | None = None) -> str:
     """Why a repair is not defined for a model, or cannot be fitted on so few rows; "" if it can."""
     try:
         check_repairable(model)
-        check_rows(n_rows)
+        if n_rows is not None:
+            check_rows(n_rows)
     except Reap2ggufError as error:
         return f"no candidate is repaired: {error}"
     return ""
@@ -35,8 +37,8 @@ def repaired_name(name: str) -> str:
 
 def joined_scores(first: Scores, second: Scores) -> Scores:
     """What two sweeps found on the same rows; both have measured the source."""
-    return Scores(
-        first.rows,
-        {**second.variants, **first.variants},
-        {**second.divergences, **first.divergences},
+    return replace(
+        first,
+        variants={**second.variants, **first.variants},
+        divergences={**second.divergences, **first.divergences},
     )

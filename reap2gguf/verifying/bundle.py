@@ -28,6 +28,7 @@ from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
 from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.verifying.against_source import read_repair
 from reap2gguf.verifying.context import (
     Check,
     Opened,
@@ -63,6 +64,12 @@ from reap2gguf.verifying.hf_folder import (
     compare_files,
     compare_folder,
     open_folder,
+)
+from reap2gguf.verifying.repaired import (
+    NEEDS_FOLDER,
+    NOT_REPEATED,
+    check_repaired,
+    with_repaired,
 )
 from reap2gguf.verifying.report import Findings, Level, VerifyReport, with_error
 from reap2gguf.verifying.shards import check_config_text, check_shards
@@ -189,8 +196,13 @@ def _check_pruned_folder(
         )
     pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
-    if pruned.view is not None:
-        found.violations += check_pruned(folder, pruned.view, progress, n_threads)
+    view = pruned.view
+    if view is not None and (repair := read_repair(folder)) is not None:
+        found.take(check_repaired(repair, *opened, True), folder.name)
+        found.not_checked.append(NOT_REPEATED)
+        view = with_repaired(view, repair, opened[0])
+    if view is not None:
+        found.violations += check_pruned(folder, view, progress, n_threads)
         found.reach(Level.EXACT, shards)
 
 
@@ -248,7 +260,9 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
         if opened is not None:
             check.take(_check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
         reference: Reference | None = opened
-        if reference is None and pruned.view is not None:
+        if reference is None and check.manifest.pruning.repair is not None:
+            found.not_checked.append(NEEDS_FOLDER)
+        elif reference is None and pruned.view is not None:
             reference = (pruned.view, pruned.view.model)
         if reference is not None:
             _check_plan(check, reference)
@@ -293,8 +307,14 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     yield from check_hf_facts(check.manifest, checkpoint, model)
     yield from check_shards(checkpoint)
     yield from check_config_text(checkpoint)
-    if not check.strictness.reads_values:
+    repair, reads_values = check.manifest.pruning.repair, check.strictness.reads_values
+    if repair is not None:
+        yield from check_repaired(repair, checkpoint, model, reads_values)
+    if not reads_values:
         return
+    if repair is not None:
+        check.found.not_checked.append(NOT_REPEATED)
+        view = None if view is None else with_repaired(view, repair, checkpoint)
     if view is None:
         yield from check_folder(checkpoint, model, check.progress, check.n_threads)
     else:
