@@ -65,7 +65,8 @@ def prune_to_folder(
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(source, model.facts.architecture, has_vision)
-        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, KEPT_FILE, repair is not None)
+        named = KEPT_FILE, repair is not None
+        card = short_card(folder.name, checkpoint.folder / CARD_FILE, about, *named)
         write_whole(made / CARD_FILE, card)
         if violations := check_pruned(made, pruned, progress, threads):
             raise VerificationError(violations)

@@ -60,8 +60,8 @@ def short_card(
     front = as_yaml(pruned_values(read_card(source_card), pruned))
     source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
     repaired = (
-        " The `down_proj` of the remaining experts was repaired: it is not the source's, and the file "
-        "says by how much it changed what each layer gives."
+        " The `down_proj` of the remaining experts was repaired: it is not the source's, and the "
+        "file says by how much it changed what each layer gives."
     )
     return (
         f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
