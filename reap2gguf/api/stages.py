@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     MTP_CHOICES,
+    REPAIR_CHOICES,
     CalibrationOptions,
     CheckQuants,
     ComputeOptions,
@@ -34,10 +36,12 @@ from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.opened import OpenModel
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
@@ -145,18 +149,26 @@ def prune(
     protect: str = "",
     protect_super_experts: bool = False,
     mtp: str = "prune",
+    repair: str = "none",
+    calibration: CalibrationOptions | None = None,
+    compute: ComputeOptions | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    `observations` is None for methods that rank experts by their weights alone. Raises what
-    `select` raises, OutputError if the folder exists or cannot be written, and VerificationError if
-    what was written is not what was planned.
+    `observations` is None for methods that rank experts by their weights alone. A repair, "ridge"
+    or "scale", fits the kept experts on the calibration text, and `compute` says where; an
+    interrupted one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select`
+    raises, CalibrationError, ObservationError, OutputError if the folder exists or cannot be
+    written, and VerificationError if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    check_choice("repair", repair, REPAIR_CHOICES)
     wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    options = given_or_new("calibration", calibration, CalibrationOptions)
+    compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
@@ -164,11 +176,51 @@ def prune(
         for line in selection.notes:
             shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
+        from reap2gguf.pruning.view import PrunedView
 
-        checkpoint, name = opened.checkpoint, opened.source.label
-        where = output, shown, name, selection.protected
-        prune_to_folder(checkpoint, opened.model, selection.kept, method, *where)
+        checkpoint, source = opened.checkpoint, opened.model
+        pruned = PrunedView(checkpoint, source, selection.kept)
+        where = output, shown, opened.source.label, selection.protected
+        if repair == "none":
+            prune_to_folder(checkpoint, source, pruned, method, *where)
+        else:
+            with _repaired(opened, pruned, output, (repair, options, compute), shown) as made:
+                prune_to_folder(checkpoint, source, made[0], method, *where, made[1])
     return PruneResult(output, selection)
+
+
+def _repaired(
+    opened: OpenModel,
+    pruned: PrunedView,
+    output: Path,
+    how: tuple[str, CalibrationOptions, ComputeOptions],
+    shown: Progress,
+) -> AbstractContextManager[tuple[PrunedView, RepairRecord]]:
+    """The repaired model; `how` is the kind of repair, its text, and where it is computed."""
+    from reap2gguf.calibration.drawing import observation_rows
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.sources import check_calibration
+    from reap2gguf.calibration.spec import decide
+    from reap2gguf.repairing.limits import check_repairable, check_rows
+
+    kind, options, compute = how
+    if pruned.n_kept == opened.model.facts.n_experts:
+        raise UsageError("--repair: all experts are kept, so there is nothing to repair")
+    check_repairable(opened.model)
+    decided, files = decide(options), ScannedFiles()
+    check_calibration(decided, files)
+    opened.check_tokenizer()
+    from reap2gguf.building.repair_folder import RepairWork, repaired_beside
+    from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+    facts = opened.model.facts
+    length = min(decided.max_length, facts.context_length)
+    with working(shown, "Reading the calibration text"):
+        tokenizer = Tokenizer(opened.source.folder)
+        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
+    check_rows(len(rows.rows))
+    work = RepairWork(kind, rows, compute)
+    return repaired_beside(output, pruned, opened.checkpoint, work, shown)
 
 
 def imatrix(

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import remove, rename
+from reap2gguf.building.repair_folder import record_of
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.text_stage import ReadTexts, needed
-from reap2gguf.bundle.records import RepairedLayerRecord, RepairRecord
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairedLayer, RepairFolder
 from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
+    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.repairing.layer import RepairKind
 
@@ -104,19 +105,5 @@ class Repair(Stage[Repaired]):
     @cached_property
     def record(self) -> RepairRecord:
         """What the manifest says of it."""
-        fits = {layer: one.fit for layer, one in self.result.layers.items()}
-        first = next(iter(fits.values()))
-        return RepairRecord(
-            self.run.plan.repair,
-            self._rows.label,
-            self._rows.sha256,
-            first.n_fitted,
-            first.n_held_out,
-            len(self.result.view.replaced),
-            {
-                layer: RepairedLayerRecord(
-                    one.fit.alpha, one.fit.error_before, one.fit.error_after, one.sha256
-                )
-                for layer, one in self.result.layers.items()
-            },
-        )
+        kind, found = self.run.plan.repair, self.result
+        return record_of(kind, self._rows, found.layers, len(found.view.replaced))

@@ -53,13 +53,20 @@ def local_names(manifest: Manifest) -> CardNames:
     return CardNames(manifest.name, gguf_name(manifest.name))
 
 
-def short_card(name: str, source_card: Path, pruned: PrunedFrom, kept_file: str) -> str:
+def short_card(
+    name: str, source_card: Path, pruned: PrunedFrom, kept_file: str, is_repaired: bool = False
+) -> str:
     """The card of a pruned checkpoint that is no bundle: where it comes from, and its licence."""
     front = as_yaml(pruned_values(read_card(source_card), pruned))
     source = hub_link(pruned.source) if repository(pruned.source) else code(pruned.source)
+    repaired = (
+        " The `down_proj` of the remaining experts was repaired: it is not the source's, and the "
+        "file says by how much it changed what each layer gives."
+    )
     return (
         f"{front}# {inline(name)}\n\n{source} without the experts that matter least, pruned by "
-        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps.\n"
+        f"reap2gguf. `{kept_file}` lists the experts that each layer keeps."
+        f"{repaired if is_repaired else ''}\n"
     )
 
 
