@@ -37,6 +37,11 @@ COVERED_BY = [
         "the candidate that is repaired",
         ("choosing/repaired.py",),
     ),
+    (
+        "building/test_repair_stage.py",
+        "what a bundle records",
+        ("building/repair_record.py",),
+    ),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (

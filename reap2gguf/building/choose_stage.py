@@ -19,9 +19,8 @@ from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import remove, write_whole
 from reap2gguf.building.choosing import protected_of
 from reap2gguf.building.keys import stage_key
-from reap2gguf.building.repair_stage import REPAIRED_CANDIDATE
-from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.text_stage import needed
+from reap2gguf.building.repair_record import REPAIRED_CANDIDATE
+from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.choosing.candidates import kept_by

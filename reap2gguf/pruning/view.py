@@ -20,7 +20,6 @@ from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import UsageError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
-from reap2gguf.models.table import describe
 
 if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
@@ -52,7 +51,7 @@ class PrunedView(Weights):
         """`model` describes the source; a block that it drops is not in the view.
 
         Raises UsageError if `kept` does not fit the model, UnknownTensorError for a source tensor
-        that no rule explains, and CheckpointError as `describe` does.
+        that no rule explains, and CheckpointError as `MoeModel.of` does.
         """
         self.n_kept = _check_kept(kept, model.facts)
         self.kept = kept
@@ -71,7 +70,7 @@ class PrunedView(Weights):
             tensors[name] = StoredTensor(name, stored.dtype, shape)
             self._origins[name] = origin
         self.tensors = tensors
-        self.model = describe(self)
+        self.model = type(model).of(self)  # pruning keeps the architecture
 
     @property
     def replaced(self) -> Collection[str]:
