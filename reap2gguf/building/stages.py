@@ -34,6 +34,7 @@ from reap2gguf.exporting.model_files import (
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
@@ -275,6 +276,7 @@ class Importance(Stage[Imatrix]):
             "mtp_hits": report.mtp_hits,
             "mtp_tokens": report.mtp_tokens,
             "unseen_experts": sum(imatrix.unseen_experts().values()),
+            "expert_tokens": layer_hits(imatrix),
             "seals": self.run.seal(self.outputs),
         }
 

@@ -213,3 +213,18 @@ def test_diff_for_programs() -> None:
     assert second["n_bytes"] - first["n_bytes"] == change < 0
     assert sum(one["n_tensors"] for one in values["changes"]) == values["n_changed"]
     one_line(run("recipes", "diff", "q8_0", "q4kmm"), "did you mean q4km?")
+
+
+def test_show_prints_what_a_recipe_asks_of_importance(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'title = "T"\nextends = "q4km"\nmin_coverage = 0.95\nmin_tokens = 100\n'
+        '[[rules]]\nmatch = "experts.up"\ntype = "Q5_K"\nmin_coverage = 1\nmin_tokens = 1\n'
+    )
+    lines = run("recipes", "show", path).stdout.splitlines()
+    asked = "0.95 of experts with 100 tokens"
+    assert f"  the importance matrix must have {asked}, in every tensor of experts" in lines
+    assert lines[-1].endswith(" Q5_K  (with 1 of experts with any token of importance)")
+    values = json.loads(run("recipes", "show", path, "--json").stdout)
+    assert (values["min_coverage"], values["min_tokens"]) == (0.95, 100)
+    assert (values["rules"][0]["min_coverage"], values["rules"][0]["min_tokens"]) == (1, 1)
