@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
+    from reap2gguf.api.choosing import Choice, choose
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
+    from reap2gguf.api.selecting import Selection
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
-        Selection,
         imatrix,
         observe,
         prune,
@@ -67,6 +68,7 @@ __all__ = [
     "BundleInspection",
     "CalibrationOptions",
     "CheckQuants",
+    "Choice",
     "ComputeOptions",
     "Estimate",
     "EvaluateOptions",
@@ -93,6 +95,7 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "choose",
     "compare",
     "compare_recipes",
     "estimate",
@@ -117,6 +120,7 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
+    "api.choosing": ("Choice", "choose"),
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
@@ -125,10 +129,10 @@ _HOMES = {
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
+    "api.selecting": ("Selection",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
-        "Selection",
         "imatrix",
         "observe",
         "prune",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 32  # of a tensor in a file
 _UNQUANTIZED = ("F32", "F16", "BF16")
+# no choices for any model: MXFP4 and NVFP4 are for experts alone, and three values need training
+_SPECIAL = ("MXFP4_MOE", "NVFP4", "TQ1_0", "TQ2_0")
 _SOME = "Q4_K_M"  # a file type that quantizes, to ask which tensors no recipe decides about
 
 
@@ -132,5 +134,5 @@ def _nearest(tensors: Sequence[GgufTensor], facts: ModelFacts, bits: float) -> s
 def _quantizing_mixtures() -> Iterator[str]:
     """File types that quantize, without those that ask for importance where others do not."""
     for name, mixture in MIXTURES.items():
-        if name not in _UNQUANTIZED and not mixture.needs_importance and name != "MXFP4_MOE":
+        if name not in _UNQUANTIZED and not mixture.needs_importance and name not in _SPECIAL:
             yield name

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
+from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
@@ -18,8 +20,12 @@ from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.coverage import coverage_record, importance_record, selection_notes
-from reap2gguf.pruning.select import select_experts
+from reap2gguf.pruning.coverage import (
+    coverage_record,
+    importance_record,
+    observed_notes,
+    selection_notes,
+)
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = 4  # stages
+_BEFORE_EXPORT = 5  # stages
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -48,7 +54,7 @@ def _find(plan: Plan) -> Reused:
     if (finished := _in_finished_bundle(run)) is not None:
         return finished
     texts = ReadTexts(run) if plan.reads_texts else None
-    known = _given_coverage(plan)
+    known = _given_coverage(run)
     found = _shared_texts(texts) if texts is not None and _may_reuse(run) else None
     is_there = found is not None
     if texts is not None:
@@ -56,7 +62,7 @@ def _find(plan: Plan) -> Reused:
             found = texts.read()
         if found is None:
             return Reused(written_bytes=work.written_bytes(), coverage=known)
-        texts.result = found
+        texts.result = found = texts.divided(found)
     done: list[str] = ["texts"] if is_there else []
     try:
         if _may_reuse(run):
@@ -106,9 +112,17 @@ def _add_done(
         if not _is_done(observed):
             return known
         done.append(observed.name)
-    kept = _kept(plan, observed)
-    if observed is not None:
-        known = _observed(observed.result, kept)
+    seen = observations_of(plan, observed)
+    if plan.chooses:
+        choose = Choose(run, needed(texts), candidates_of(plan, needed(texts), observed))
+        if not _is_done(choose):
+            return _observed(seen, None)
+        done.append(choose.name)
+        plan = run.settle(replace(plan, choice=choose.result))
+    kept = known_choice(run, seen)
+    known = replace(_observed(seen, kept), importance=known.importance)
+    if kept is None:
+        return known
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         done.append(prune.name)
@@ -130,29 +144,27 @@ def _add_done(
     return known
 
 
-def _given_coverage(plan: Plan) -> KnownCoverage:
+def _given_coverage(run: Run) -> KnownCoverage:
     """What given files say, before anything of an earlier run is looked at."""
-    known, kept = KnownCoverage(), None
-    if plan.observations is not None:
-        kept = _kept(plan, None)
-        known = _observed(plan.observations.seen, kept)
+    plan = run.plan
+    seen = observations_of(plan, None)
+    kept = None
+    if (seen is not None or not plan.target.prunes) and not plan.chooses:
+        kept = known_choice(run, seen)
+    known = _observed(seen, kept)
     if plan.imatrix is not None and (kept is not None or plan.imatrix.cut_from is None):
         hits = layer_hits(plan.imatrix.of(kept or {}))
         known = replace(known, importance=importance_record(hits))
     return known
 
 
-def _observed(seen: Observations, kept: Kept) -> KnownCoverage:
-    return KnownCoverage(coverage_record(seen, kept), tuple(selection_notes(seen, kept)))
-
-
-def _kept(plan: Plan, observed: Observe | None) -> Kept:
-    """The experts that the pipeline will keep."""
-    given = None if plan.observations is None else plan.observations.seen
-    seen = given if observed is None else observed.result
+def _observed(seen: Observations | None, kept: Kept | None) -> KnownCoverage:
+    """The tokens by which experts are ranked, and what they mean for the choice if it is known."""
     if seen is None:
-        return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(seen, plan.method, plan.target, plan.model.facts)
+        return KnownCoverage()
+    if kept is None:
+        return KnownCoverage(None, tuple(observed_notes(seen)))
+    return KnownCoverage(coverage_record(seen, kept), tuple(selection_notes(seen, kept)))
 
 
 def _is_done(stage: Stage[Any]) -> bool:
