@@ -104,7 +104,7 @@ def test_progress_is_a_function_of_events(steps: Steps) -> None:
 
 def test_the_tokens_of_experts_are_told(steps: Steps) -> None:
     hits = layer_hits(steps.imatrix)
-    notes = [event.title for event in steps.events if event.kind == "note"]
+    notes = [event.text for event in steps.events if event.kind == "note"]
     assert f"imatrix: {hits_line(hits)}" in notes
     assert {len(tokens) for tokens in hits.values()} == {6}
 

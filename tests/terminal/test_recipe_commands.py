@@ -14,7 +14,7 @@ from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 from tests.exporting.files import gguf_tensors, random_imatrix
 from tests.test_cli import one_line, run
-from tests.tiny import EXAMPLE, TinyQwen3Moe
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
 
 
 def test_the_list_has_recipes_file_types_and_bits() -> None:
@@ -228,3 +228,11 @@ def test_show_prints_what_a_recipe_asks_of_importance(tmp_path: Path) -> None:
     values = json.loads(run("recipes", "show", path, "--json").stdout)
     assert (values["min_coverage"], values["min_tokens"]) == (0.95, 100)
     assert (values["rules"][0]["min_coverage"], values["rules"][0]["min_tokens"]) == (1, 1)
+
+
+@pytest.mark.parametrize("words", ["show Q4_K_M", "diff Q4_K_M unsloth-q4kxl"])
+def test_the_tables_of_the_page_are_what_is_printed(words: str) -> None:
+    page = (REPOSITORY / "docs" / "recipes.md").read_text()
+    command = f"```bash\nreap2gguf recipes {words} examples/tiny-qwen3-moe\n```\n\n```text\n"
+    printed = page.split(command)[1].split("```")[0]
+    assert printed == run("recipes", *words.split(), EXAMPLE).stdout
