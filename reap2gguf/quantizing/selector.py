@@ -20,7 +20,7 @@ from reap2gguf.models.roles import ROLE_WORDS, Spot
 
 _MAX_STARS = 16  # of a glob: each one is tried at every letter of a name
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
-_MAX_PARTS = 200  # of a list of layers
+MAX_PARTS = 200  # of a list of layers
 _LAYERS = re.compile(r"(?P<first>-?\d{1,5})(?P<more>:|-(?P<last>\d{1,5}))?")
 
 
@@ -95,8 +95,8 @@ def check_glob(match: str, where: str) -> None:
 def check_layers(layers: str, where: str) -> None:
     """Raise RecipeError, which begins with `where`, for a text that names no layers."""
     parts = layers.split(",")
-    if len(parts) > _MAX_PARTS:
-        raise RecipeError(f"{where} has {len(parts):,} parts, expected at most {_MAX_PARTS}")
+    if len(parts) > MAX_PARTS:
+        raise RecipeError(f"{where} has {len(parts):,} parts, expected at most {MAX_PARTS}")
     for part in parts:
         parsed = _LAYERS.fullmatch(part.strip())
         if parsed is None or (parsed["last"] is not None and parsed["first"].startswith("-")):
