@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _PER_RANGE = 0.15  # what a range of layers costs, where a rule costs one
 _ANY = "*"
+_FOR_ANY = 0.5  # and what a rule costs more that says nothing about its tensors
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class _Choice:
     @property
     def cost(self) -> float:
         n_ranges = self.selector.layers.count(",") + 1 if self.selector.layers else 0
-        return 1 + _PER_RANGE * n_ranges
+        return 1 + _PER_RANGE * n_ranges + (_FOR_ANY if self.selector.match == _ANY else 0)
 
 
 def cover(

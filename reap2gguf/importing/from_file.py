@@ -122,6 +122,7 @@ class _Base:
     recipe: Recipe
     n_wrong: int
     how: str | None  # None: some are not; else "", or with what all are
+    with_imatrix: bool  # whether the file was made with an importance matrix, if this is its base
 
 
 def counted(number: int, noun: str) -> str:
@@ -205,10 +206,10 @@ class _Search:
         types = resolve(recipe, *self._model, has_imatrix).tensor_types()
         return {name for name, kind in self._free.items() if types[name] is not kind}
 
-    def _needed(self, recipe: Recipe) -> set[str]:
+    def _needed(self, recipe: Recipe, with_imatrix: bool) -> set[str]:
         """The same, without an importance matrix too, unless the file was made with one."""
         wrong = self._wrong(recipe, True)
-        return wrong if self._with_imatrix else wrong | self._wrong(recipe, False)
+        return wrong if with_imatrix else wrong | self._wrong(recipe, False)
 
     def _bases(self) -> Iterator[_Base]:
         plain = [replace(load_recipe(name), name=name) for name in MIXTURES]
@@ -221,7 +222,8 @@ class _Search:
             how = None
             if not with_ or not without:
                 how = "" if with_ == without else _HOW[not with_]
-            yield _Base(recipe, len(with_ if self._with_imatrix else with_ | without), how)
+            weighted = self._with_imatrix or how == _HOW[True]
+            yield _Base(recipe, len(with_ if weighted else with_ | without), how, weighted)
 
     def _rank(self, base: _Base) -> tuple[bool, int, bool, bool, bool]:
         """The order in which bases are tried and named."""
@@ -239,11 +241,11 @@ class _Search:
         Rules change what the file type counts, and so the types of other tensors: those get rules
         in the next round.
         """
-        needed = self._needed(base.recipe)
+        needed = self._needed(base.recipe, base.with_imatrix)
         while True:
             rules = cover(self._places, self._free, needed)
             recipe = self._with_rules(base.recipe, rules)
-            if not (wrong := self._needed(recipe)):
+            if not (wrong := self._needed(recipe, base.with_imatrix)):
                 return rules, recipe
             assert not wrong <= needed, f"{self._name}: {sorted(wrong)[0]} did not get its type"
             needed |= wrong

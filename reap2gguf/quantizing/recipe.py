@@ -7,6 +7,7 @@ extends = "q4km"                   # a shipped recipe or a file type, whose rule
 [[rules]]                          # first match wins; a rule that matches nothing is an error
 match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name, or a role such as shared_expert
 type = "Q8_0"
+regex = "attn_[qkv]"               # in place of match: searched for in the name (`name_regex.py`)
 layers = "0-3"                     # only in these layers
 optional = true                    # only some architectures have such a tensor
 fallback = true                    # rows that its blocks do not fill get llama.cpp's other type
@@ -34,7 +35,7 @@ from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
-from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
+from reap2gguf.quantizing.selector import Selector, check_glob, check_layers, check_regex
 from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
 from reap2gguf.resources import shipped_folder
 
@@ -52,7 +53,7 @@ _RULE_TEXTS = {
 }
 _RECIPE_KEYS = {*_RECIPE_TEXTS, "extends", "rules"}
 _RULE_FLAGS = ("optional", "fallback", "override", "inherited")
-_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, "layers"}
+_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, "layers", "regex"}
 # llama-quantize takes these names for the medium mixtures as well
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
@@ -74,12 +75,13 @@ class Rule:
     fallback: bool = False  # as llama-quantize does with any type: Q5_1 for Q5_K, for example
     layers: str = ""  # "" is all
     inherited: bool = False
+    is_regex: bool = False  # `match` is searched for in names
     where: str = field(default="", compare=False)  # file and line, for errors
 
     @cached_property
     def selector(self) -> Selector:
         """The tensors that the rule is for."""
-        return Selector(self.match, self.layers)
+        return Selector(self.match, self.layers, self.is_regex)
 
     @property
     def title(self) -> str:
@@ -88,7 +90,8 @@ class Rule:
             layers = f"@{self.layers}" if self.layers else ""
             option = "--set" if self.selector.is_role else "--tensor-type"
             return f"{option} {self.match}{layers}={self.tensor_type.name}"
-        return f"rule {self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
+        kind = "regex " if self.is_regex else ""
+        return f"rule {kind}{self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
 
     def place(self, recipe: str) -> str:
         """How errors about the rule begin: its file and line, or the recipe's name."""
@@ -139,7 +142,7 @@ class Recipe:
             yield f"{key} = {toml_string(getattr(self, key))}"
         for rule in self.rules:
             yield from ("", "[[rules]]")
-            yield f"match = {toml_string(rule.match)}"
+            yield f"{rule.selector.key} = {toml_string(rule.match)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
             if rule.layers:
                 yield f"layers = {toml_string(rule.layers)}"
@@ -324,8 +327,12 @@ def _rule(values: Any, position: int, where: str, lines: SourceLines | None) -> 
     if not isinstance(values, dict):
         raise RecipeError(f"{at()}: expected a [[rules]] table")
     _refuse_unknown(values, _RULE_KEYS, at)
-    match, tensor_type = (_text(values, key, at, _RULE_TEXTS) for key in _RULE_TEXTS)
-    check_glob(match, f"{at('match')}: match")
+    is_regex = "regex" in values
+    if is_regex and "match" in values:
+        raise RecipeError(f"{at('regex')}: has both match and regex; remove one of them")
+    key = "regex" if is_regex else "match"
+    match, tensor_type = (_text(values, one, at, _RULE_TEXTS) for one in (key, "type"))
+    (check_regex if is_regex else check_glob)(match, f"{at(key)}: {key}")
     layers = ""
     if "layers" in values:
         layers = _text(values, "layers", at, {})
@@ -336,7 +343,7 @@ def _rule(values: Any, position: int, where: str, lines: SourceLines | None) -> 
             raise RecipeError(f"{at(key)}: {key} is {shown(value)}, expected true or false")
     kind = tensor_type_named(tensor_type, f"{at('type')}: type")
     place = "" if lines is None else f"{where}, line {lines.of_table(position)}"
-    return Rule(match, kind, **flags, layers=layers, where=place)
+    return Rule(match, kind, **flags, layers=layers, is_regex=is_regex, where=place)
 
 
 def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:

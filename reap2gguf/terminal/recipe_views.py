@@ -96,7 +96,7 @@ def recipe_lines(recipe: Recipe) -> Iterable[str]:
     yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
     for rule in recipe.rules:
         only = "  (if the model has it)" if rule.optional else ""
-        yield f"  {rule.match:<28} {rule.tensor_type.name}{only}"
+        yield f"  {rule.selector.words:<28} {rule.tensor_type.name}{only}"
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
@@ -107,7 +107,11 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
         "label": recipe.label,
         "file_type": recipe.file_type,
         "rules": [
-            {"match": rule.match, "type": rule.tensor_type.name, "optional": rule.optional}
+            {
+                rule.selector.key: rule.match,
+                "type": rule.tensor_type.name,
+                "optional": rule.optional,
+            }
             for rule in recipe.rules
         ],
         "toml": recipe.source,
