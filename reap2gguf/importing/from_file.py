@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGMLQuantizationType as Type
 from gguf import Keys
@@ -100,6 +100,31 @@ class FoundRecipe:
     def as_toml(self) -> str:
         """The recipe as TOML, with comments."""
         return "\n".join(self._lines()) + "\n"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for programs."""
+        return {
+            "file": self.file,
+            "what": self.what,
+            "same_as": list(self.same_as),
+            "base": self.base,
+            "label": self.recipe.label,
+            "file_type": self.recipe.file_type,
+            "rules": [
+                {
+                    "match": rule.selector.match,
+                    "layers": rule.selector.layers,
+                    "type": rule.tensor_type.name,
+                    "tensors": len(rule.names),
+                }
+                for rule in self.rules
+            ],
+            "notes": list(self.notes()),
+            "types": {name: kind.name for name, kind in self.tensor_types.items()},
+            "unwritable": list(self.unwritable),
+            "fixed": list(self.fixed),
+            "toml": self.as_toml(),
+        }
 
     def _lines(self) -> Iterator[str]:
         yield f"# {self.file}: {self.what}"

@@ -36,7 +36,13 @@ from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.quantizing.selector import Selector, check_glob, check_layers, check_regex
-from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
+from reap2gguf.quantizing.toml_text import (
+    SourceLines,
+    parse_toml,
+    read_toml_file,
+    toml_pattern,
+    toml_string,
+)
 from reap2gguf.resources import shipped_folder
 
 MAX_RULES = 1000
@@ -55,7 +61,7 @@ _RECIPE_KEYS = {*_RECIPE_TEXTS, "extends", "rules"}
 _RULE_FLAGS = ("optional", "fallback", "override", "inherited")
 _RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, "layers", "regex"}
 # llama-quantize takes these names for the medium mixtures as well
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
 _MOST_IN_TITLE = 3  # overrides
 
@@ -142,7 +148,7 @@ class Recipe:
             yield f"{key} = {toml_string(getattr(self, key))}"
         for rule in self.rules:
             yield from ("", "[[rules]]")
-            yield f"{rule.selector.key} = {toml_string(rule.match)}"
+            yield f"{rule.selector.key} = {toml_pattern(rule.match)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
             if rule.layers:
                 yield f"layers = {toml_string(rule.layers)}"
@@ -181,7 +187,7 @@ def find_recipe(name: str) -> Path | str:
 def _known_names() -> dict[str, Path | str]:
     """What each name without hyphens and underscores means; shipped recipes come first."""
     file_types = {_bare(name): name for name in MIXTURES}
-    aliases = {_bare(alias): name for alias, name in _ALIASES.items()}
+    aliases = {_bare(alias): name for alias, name in ALIASES.items()}
     shipped = {_bare(name): path for name, path in shipped_recipes().items()}
     meant = {bare: shipped.get(_bare(name), name) for bare, name in aliases.items()}
     return {**meant, **file_types, **shipped}
