@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.reader import GgufHeader
     from reap2gguf.models.description import GgufTensor, ModelFacts
 
-_MOST_BASES = 8  # of which rules are written, to see which needs the fewest
+_MOST_BASES = 6  # of which rules are written, to see which needs the fewest
 _LABEL = re.compile(r"[-.]((?:UD-)?(?:I?Q\d|TQ\d|MXFP4|NVFP4|BF16|F16|F32)[A-Za-z0-9_.-]{0,40})$")
 _RECIPE_KEY = "reap2gguf.recipe"  # of this program's own files
 _HOW = {True: "with an importance matrix", False: "without an importance matrix"}
@@ -138,6 +138,8 @@ class FoundRecipe:
             if rule.selector.layers:
                 yield f"layers = {toml_string(rule.selector.layers)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
+            if self.unwritable:
+                yield "fallback = true"
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class _Search:
         base, rules, recipe = min(extended, key=lambda one: len(one[1]))
         how = base.how if base.recipe.name in same else None
         types = resolve(recipe, *self._model, True).tensor_types()
-        found = FoundRecipe(
+        return FoundRecipe(
             self._name,
             base.recipe.name,
             same,
@@ -212,15 +214,18 @@ class _Search:
             recipe,
             tuple(rules),
             self._types,
-            {name: kind for name, kind in self._types.items() if kind not in STORABLE},
+            self._unwritable,
             {
                 name: kind
                 for name, kind in self._types.items()
                 if name not in self._free and kind in STORABLE and types[name] is not kind
             },
-            tuple(self._wrong(recipe, False)),
+            tuple(sorted(self._wrong(recipe, False))),
         )
-        return found
+
+    @cached_property
+    def _unwritable(self) -> dict[str, Type]:
+        return {name: kind for name, kind in self._types.items() if kind not in STORABLE}
 
     @property
     def _model(self) -> tuple[Sequence[GgufTensor], ModelFacts, int]:
@@ -276,8 +281,11 @@ class _Search:
             needed |= wrong
 
     def _with_rules(self, base: Recipe, rules: Sequence[CoverRule]) -> Recipe:
+        # of a tensor whose type cannot be written, the rows may not fill another one's blocks
+        loose = len(self._unwritable) > 0
         own = [
-            Rule(one.selector.match, one.tensor_type, layers=one.selector.layers) for one in rules
+            Rule(one.selector.match, one.tensor_type, fallback=loose, layers=one.selector.layers)
+            for one in rules
         ]
         inherited = [replace(rule, inherited=True) for rule in base.rules]
         title = f"Types of {self._name}"
