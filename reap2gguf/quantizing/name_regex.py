@@ -259,7 +259,7 @@ class NameRegex:
 
     def _state(self) -> int:
         if len(self._letters) >= _MOST_STATES:
-            raise RegexError("too many repeats")
+            raise RegexError("too many parts and repeats; write it shorter")
         self._letters.append(None)
         self._empty.append([])
         return len(self._letters) - 1
