@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.models.roles import ROLE_WORDS
@@ -39,6 +39,7 @@ class _Choice:
     selector: Selector
     tensor_type: Type
     bits: int
+    inside: int = -1  # all tensors in the layers of the selector
 
     @property
     def cost(self) -> float:
@@ -200,17 +201,34 @@ class _Cover:
                 for layer, of_layer in self._layers.items()
                 if any(a <= layer <= b for a, b in some)
             )
-            yield _Choice(Selector(match, text), kind, bits & inside)
+            yield _Choice(Selector(match, text), kind, bits & inside, inside)
 
     def _shortened(self, choices: list[_Choice]) -> list[_Choice]:
         """Fewer rules to the same effect: none that is needless, and wide ones at the end."""
-        choices = self._without_needless(choices)
+        choices = self._narrowed(self._without_needless(choices))
         for match, bits in self._matches.items():
             for kind in self._of_type:
                 wide = _Choice(Selector(match), kind, bits)
                 shorter = self._without_needless([*choices, wide])
                 if _cost(shorter) < _cost(choices):
                     choices = shorter
+        return self._narrowed(choices)
+
+    def _narrowed(self, choices: list[_Choice]) -> list[_Choice]:
+        """The same rules for as few tensors as they are needed for: words that say more."""
+        for place, (one, bits) in enumerate([*self._first_matches(choices)]):
+            wanted = bits & self._needed
+            found = min(
+                (
+                    replace(one, selector=replace(one.selector, match=match), bits=matched)
+                    for match, matching in self._matches.items()
+                    if not wanted & ~(matched := matching & one.inside)
+                ),
+                key=lambda other: other.bits.bit_count(),
+            )
+            narrower = [*choices[:place], found, *choices[place + 1 :]]
+            if found.bits.bit_count() < one.bits.bit_count() and self._is_right(narrower):
+                choices = narrower
         return choices
 
     def _without_needless(self, choices: list[_Choice]) -> list[_Choice]:

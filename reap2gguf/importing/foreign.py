@@ -143,6 +143,10 @@ def list_items(line: str) -> Iterator[str]:
 
 def _of_command(command: Command, where: str, base: str | None) -> ForeignRecipe:
     read = _Read(where, list(command.notes))
+    if command.leaves_output:
+        read.notes.append(
+            "--leave-output-tensor keeps the type of the file that is read: taken for BF16"
+        )
     types: dict[str, Type] = {}
     for option, value in command.options:
         if option == "--tensor-type":
@@ -178,8 +182,7 @@ def _of_command(command: Command, where: str, base: str | None) -> ForeignRecipe
 def _first(command: Command, types: dict[str, Type], base: Recipe) -> Iterator[ForeignRule]:
     """Rules that come before all patterns."""
     if command.leaves_output:
-        kind = Type[base.file_type] if base.file_type in _UNQUANTIZED else Type.BF16
-        yield ForeignRule("--leave-output-tensor", Rule(OUTPUT, kind, optional=True))
+        yield ForeignRule("--leave-output-tensor", Rule(OUTPUT, Type.BF16, optional=True))
     elif (found := types.get("--output-tensor-type")) is not None:
         rule = Rule(OUTPUT, found, optional=True)
         yield ForeignRule(f"--output-tensor-type {found.name}", rule)

@@ -106,7 +106,7 @@ def test_patterns_do_not_count_where_nothing_is_quantized() -> None:
     found = read_foreign("--tensor-type a=q8_0 --output-tensor-type q6_K in.gguf F16", "here")
     assert [one.text for one in found.rules] == ["--output-tensor-type Q6_K"]
     assert "no pattern counts in a file of F16" in found.notes[-1]
-    assert rules("--leave-output-tensor m.gguf F32") == [("output.weight", "", "F32")]
+    assert rules("--leave-output-tensor m.gguf F32") == [("output.weight", "", "BF16")]
 
 
 def test_types_of_another_order() -> None:
