@@ -330,6 +330,16 @@ COVERED_BY = [
         ("api/fitting.py",),
     ),
     (
+        "importing/test_foreign.py",
+        "types by the names that other programs have for them",
+        ("importing/foreign_types.py",),
+    ),
+    (
+        "terminal/test_recipe_makers.py",
+        "the functions as the commands call them",
+        ("api/foreign_recipes.py",),
+    ),
+    (
         "models/test_contract.py",
         "what every architecture answers",
         ("models/description.py", "observing/targets.py"),

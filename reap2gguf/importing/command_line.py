@@ -49,12 +49,11 @@ _FLAGS_ELSEWHERE = {
     "--partial-requant": "it changes no type",
 }
 _FLAGS = ("--leave-output-tensor", "--pure")
-_REFUSED = (
-    "--attn-q-type", "--attn-k-type", "--attn-v-type", "--attn-qkv-type", "--attn-output-type",
-    "--ffn-gate-type", "--ffn-down-type", "--ffn-up-type", "--ffn-gate-inp-type",
-    "--extra-output-tensor", "--per-layer-token-embedding-type", "--repack", "--repack-pattern",
-    "--symmetric-q40", "--slow-iq2ks", "--ignore-imatrix-rules", "--help",
-)  # fmt: skip
+_REFUSED = re.compile(
+    r"--(attn-(q|k|v|qkv|output)|ffn-(gate|down|up|gate-inp)|per-layer-token-embedding)-type"
+    r"|--(extra-output-tensor|repack|repack-pattern|symmetric-q40|slow-iq2ks)"
+    r"|--(ignore-imatrix-rules|help)"
+)
 
 
 @dataclass
@@ -164,7 +163,7 @@ def _parsed(words: list[str], where: str) -> Command:
 
 
 def _unknown(word: str, where: str) -> RecipeError:
-    if word in _REFUSED:
+    if _REFUSED.fullmatch(word):
         return RecipeError(
             f"{where}: {word} is not supported, as no recipe says what it does; remove it, or "
             "write what it does to types as --custom-q PATTERN=TYPE"

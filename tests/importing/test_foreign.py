@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.importing.foreign import ForeignRecipe, read_foreign
+from reap2gguf.quantizing.file_types import MIXTURES
 from tests.importing.test_command_line import SCRIPT
 
 
@@ -157,3 +160,20 @@ def test_only_one_output_type_is_kept_for_tied_embeddings() -> None:
     assert found.name == "Q5_K"
     for other in ("--token-embedding-type q8_0 m.gguf Q4_0", "--pure m.gguf Q4_0", "m.gguf F16"):
         assert tied(other).tied_output is None
+
+
+_PIECES = st.sampled_from(
+    ["llama-quantize", "--tensor-type", "--custom-q", "--pure", "attn_v=q8_0", "a(=q4_K", "=", ",",
+     "\n", " ", "#", "'", '"', "\\", "$x", "x=", "$(", ")", "Q4_K_M", "15", "m.gguf", "|", "{9}"]
+)  # fmt: skip
+
+
+@given(st.lists(_PIECES | st.text(max_size=3), max_size=14).map("".join))
+def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
+    try:
+        found = read_foreign(text, "here")
+    except RecipeError as error:
+        assert "\n" not in str(error)
+        return
+    assert found.base.name in MIXTURES
+    assert all(one.rule.match for one in found.rules)
