@@ -11,7 +11,8 @@ from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED
-from reap2gguf.quantizing.recipe import ALIASES, tensor_type_named
+from reap2gguf.quantizing.recipe import ALIASES
+from reap2gguf.quantizing.type_names import tensor_type_named
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Type

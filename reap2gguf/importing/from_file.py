@@ -25,10 +25,11 @@ from reap2gguf.messages import one_line
 from reap2gguf.models.from_gguf import model_from_gguf
 from reap2gguf.models.roles import spots
 from reap2gguf.models.table import BY_GGUF
+from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.quantizing.recipe import Recipe, Rule, load_recipe, shipped_recipes
-from reap2gguf.quantizing.resolve import fixed_type, resolve
+from reap2gguf.quantizing.resolve import resolve
 from reap2gguf.quantizing.toml_text import toml_string
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def _title(name: str) -> str:
+    if name == "NVFP4":
+        return f"the file type {name}"  # llama-quantize does not make it
     return f"llama-quantize's {name}" if name in MIXTURES else f"the recipe {name}"
 
 

@@ -12,9 +12,10 @@ from reap2gguf.importing.foreign import EMBEDDING, OUTPUT, ForeignRecipe, Foreig
 from reap2gguf.importing.from_file import counted
 from reap2gguf.messages import one_line
 from reap2gguf.models.roles import spots
+from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.mixture import fitting
 from reap2gguf.quantizing.recipe import Recipe, Rule
-from reap2gguf.quantizing.resolve import ResolvedRecipe, fixed_type, resolve
+from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.quantizing.toml_text import toml_pattern, toml_string
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ def test_types_of_another_order() -> None:
         ("a=", "line 1: 'a=' is not PATTERN=TYPE"),
         ("a=q4_k_m", "here, line 1: a: type 'q4_k_m' is not a GGML tensor type; Q4_K_M is a file"),
         ("\na(=q8_0", r"here, line 2: pattern 'a\(' is not a regular expression on tensor names"),
-        ("a=tq1_0", "here, line 1: a: type 'tq1_0' is not supported: it holds three values"),
+        ("a=q1_0", "here, line 1: a: type 'q1_0' is not supported: it holds only the sign"),
         (
             "a=iq4_ks,b=iq4_ks,c=iq5_k_r4",
             r"here: iq4_ks \(2 rules\), iq5_k_r4 exist only in ik_llama.cpp, .*; write types of",
@@ -139,7 +139,7 @@ def test_types_of_another_order() -> None:
             "llama-quantize m.gguf IQ4_KSS",
             "file type 'IQ4_KSS' exists only in .*; pass --base with",
         ),
-        ("llama-quantize m.gguf TQ1_0", "file type 'TQ1_0' is not supported: it holds three"),
+        ("llama-quantize m.gguf Q1_0", "file type 'Q1_0' is not supported: it holds only the"),
         ("llama-quantize --tensor-type a=q8_0 m.gguf", "names no file type such as Q4_K_M"),
         ("llama-quantize m.gguf out.gguf 999", "names no file type"),
         ("a=q8_0\n" * 1001, "over 1,000 rules"),

@@ -18,7 +18,13 @@ from reap2gguf.importing.from_file import recipe_of_header
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
-from tests.exporting.files import export_files, gguf_tensors, random_imatrix, types_of_llama_cpp
+from tests.exporting.files import (
+    export_files,
+    gguf_tensors,
+    plain,
+    random_imatrix,
+    types_of_llama_cpp,
+)
 from tests.importing.headers import Unquantized, is_exact, types_in, unquantized
 from tests.models.layouts import FIRST, Case
 from tests.models.test_types import WIDE
@@ -64,12 +70,16 @@ _HOW = [
 def test_files_of_llama_quantize(model: Unquantized, name: str, has_imatrix: bool) -> None:
     number = int(MIXTURES[name].file_type)
     importance = model.importance if has_imatrix else None
-    types = types_of_llama_cpp(model.path, number, importance)
+    if name == "NVFP4":  # which llama-quantize refuses to make
+        types = model.types_by(plain(name).as_toml(), has_imatrix)
+    else:
+        types = types_of_llama_cpp(model.path, number, importance)
     header = model.with_types(types, **{"general.file_type": number})
     found = recipe_of_header(header, f"Tiny-{name}.gguf")
     assert is_exact(found, header, model)
     assert found.same_as[0] == found.base == name
-    assert f"those of llama-quantize's {name}" in found.as_toml().splitlines()[0]
+    whose = "the file type" if name == "NVFP4" else "llama-quantize's"
+    assert f"those of {whose} {name}" in found.as_toml().splitlines()[0]
     assert found.recipe.label == name
     if found.how != "with an importance matrix":
         assert model.types_by(found.as_toml(), has_imatrix=False) == types_in(header)
@@ -87,13 +97,13 @@ def test_files_of_llama_quantize(model: Unquantized, name: str, has_imatrix: boo
 def test_a_file_type_that_asks_for_importance(model: Unquantized) -> None:
     """Q4_0 has Q4_1 in the first layers with an importance matrix, and not without."""
     number = int(MIXTURES["Q4_0"].file_type)
-    plain = dict(types_of_llama_cpp(model.path, number, None))
-    without = recipe_of_header(model.with_types(plain), "a.gguf")
+    unweighted = types_of_llama_cpp(model.path, number, None)
+    without = recipe_of_header(model.with_types(unweighted), "a.gguf")
     assert "those of llama-quantize's Q4_0" in without.what
     weighted = types_of_llama_cpp(model.path, number, model.importance)
     if model.facts.gguf_arch != "qwen3moe":
         return  # too few layers for a difference
-    assert weighted != plain
+    assert weighted != unweighted
     assert "without an importance matrix" in without.what
     assert [rule.tensor_type.name for rule in without.rules] == ["Q4_0"]
     # keys of llama-quantize say how such a file was made
@@ -218,11 +228,11 @@ def test_the_toml_is_short_and_says_what_rules_cover(model: Unquantized) -> None
 
 def test_types_that_are_read_and_not_written(model: Unquantized) -> None:
     some = [one for one in model.header.tensors if one.endswith("ffn_down_exps.weight")]
-    header = model.with_types({name: "TQ1_0" for name in some})
+    header = model.with_types({name: "Q1_0" for name in some})
     found = recipe_of_header(header, "x.gguf")
     assert [*found.unwritable] == some
-    (note,) = (one for one in found.notes() if "TQ1_0" in one)
-    assert note.startswith(f"{len(some)} tensors of TQ1_0, such as {some[0]}: reap2gguf reads")
+    (note,) = (one for one in found.notes() if "Q1_0" in one)
+    assert note.startswith(f"{len(some)} tensors of Q1_0, such as {some[0]}: reap2gguf reads")
     assert f"# {note}" in found.as_toml().splitlines()
     made = model.types_by(found.as_toml())
     expected = types_in(header)
@@ -232,10 +242,10 @@ def test_types_that_are_read_and_not_written(model: Unquantized) -> None:
 
 
 def test_rows_that_only_such_types_fill(tmp_path: Path) -> None:
-    """Blocks of NVFP4 have 16 values; a rule for the whole role must not ask more of these rows."""
-    model = unquantized(TinyQwen3Moe(hidden=256, width=48, head_dim=64, n_layers=2), tmp_path)
+    """Blocks of Q8_1 have 32 values; a rule for the whole role must not ask more of these rows."""
+    model = unquantized(TinyQwen3Moe(hidden=256, width=96, head_dim=64, n_layers=2), tmp_path)
     types = {one.name: "Q5_K" for one in model.tensors if "_exps" in one.name}
-    types |= {name: "NVFP4" for name in types if "_down_" in name}
+    types |= {name: "Q8_1" for name in types if "_down_" in name}
     header = model.with_types({**types, "token_embd.weight": "Q5_K", "output.weight": "Q5_K"})
     found = recipe_of_header(header, "x.gguf")
     made = model.types_by(found.as_toml())
