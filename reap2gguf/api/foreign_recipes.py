@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.api.opening import PathLike, ProgressLike, open_named, to_progress
+from reap2gguf.api.opening import PathLike, ProgressLike, to_progress
 from reap2gguf.errors import SourceError, UsageError
 from reap2gguf.outputs import output_file, result_file
 from reap2gguf.progress import working
@@ -48,16 +49,15 @@ def import_recipe(
     output: PathLike | None = None,
     *,
     base: str | None = None,
-    follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> ImportedRecipe:
     """A recipe out of a text for llama-quantize of llama.cpp or ik_llama.cpp.
 
     `text`, or the file at a Path, is a command with `--tensor-type`, `--custom-q` and the like, a
     shell script with one command, or a list of PATTERN=TYPE in lines or with commas. With `model`,
-    a checkpoint or a GGUF file, each rule is compared with its tensors, and those that decide
-    nothing are left out. `base` names the file type or recipe for tensors that no rule matches, in
-    place of the text's. `output` is a .toml file to write.
+    a folder, a GGUF file or either on the Hub, each rule is compared with its tensors, and those
+    that decide nothing are left out. `base` names the file type or recipe for tensors that no rule
+    matches, in place of the text's. `output` is a .toml file to write.
 
     Raises RecipeError for a text that says no recipe, and for types that only ik_llama.cpp has;
     UsageError, OutputError, and what opening a model raises.
@@ -69,7 +69,7 @@ def import_recipe(
     shown = to_progress(progress)
     where = str(text) if isinstance(text, Path) else _TEXT
     foreign = read_foreign(text_of_file(text) if isinstance(text, Path) else text, where, base)
-    tensors = None if model is None else _tensors(os.fspath(model), follow_links, shown)
+    tensors = None if model is None else _tensors(model, shown)
     name = "imported" if target is None else target.stem
     found = imported(foreign, name, tensors)
     _write(target, found.as_toml())
@@ -111,20 +111,11 @@ def _header(name: str, progress: Progress) -> GgufHeader:
     return open_hub_gguf(*on_hub, progress.note)
 
 
-def _tensors(name: str, follow_links: bool, progress: Progress) -> ModelTensors:
-    """The tensors of a checkpoint, or of a GGUF file whatever its types."""
-    from reap2gguf.hub.gguf_file import hub_gguf_name
+def _tensors(name: PathLike, progress: Progress) -> ModelTensors:
+    """The tensors of a model: of a checkpoint, or of a GGUF file whatever its types."""
+    from reap2gguf.api.recipes import open_described
     from reap2gguf.importing.imported import ModelTensors
 
-    path = Path(os.path.expanduser(name))
-    if os.path.isfile(path) or (not os.path.isdir(path) and hub_gguf_name(name)):
-        from reap2gguf.models.from_gguf import model_from_gguf
-        from reap2gguf.models.table import BY_GGUF
-
-        with working(progress, f"Reading {name}"):
-            found = model_from_gguf(_header(name, progress), BY_GGUF)
-        model = found.model
-        return ModelTensors(path.name, model.gguf_tensors(found.template), model.facts)
-    with open_named(name, progress, follow_links=follow_links) as opened:
-        tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
-        return ModelTensors(opened.source.label, tensors, opened.model.facts)
+    with ExitStack() as stack:
+        found = open_described(name, stack, progress)
+        return ModelTensors(found.opened.label, found.tensors, found.model.facts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 import reap2gguf
-from reap2gguf.terminal.click_options import follow_links_option, json_option, output_options
+from reap2gguf.terminal.click_options import json_option, output_options
 from reap2gguf.terminal.console import say, say_all, say_json, screen_progress
 from reap2gguf.terminal.help import WRITE, Command, command, option
 from reap2gguf.terminal.option_types import FilePath
@@ -71,7 +71,6 @@ class _WithText(Command):
     default_text="the text's, else by its types",
 )
 @_output_option
-@follow_links_option
 @json_option
 @output_options
 def recipes_import(
@@ -79,16 +78,15 @@ def recipes_import(
     model: str | None,
     base: str | None,
     output: Path | None,
-    follow_links: bool,
     as_json: bool,
 ) -> None:
     """Turn a llama-quantize command into TOML.
 
     TEXT is a llama-quantize command, a shell script with one, or a list of PATTERN=TYPE for
     ik_llama.cpp's --custom-q, in lines or with commas; or a file with any of these, or - for
-    standard input. With MODEL, a checkpoint or a GGUF file, the rules are compared with its
-    tensors: it says how many each rule decides, which rules decide nothing, and what no rule
-    matches. Types that only ik_llama.cpp has are refused.
+    standard input. With MODEL (a folder, a GGUF file, or a name on the Hub) the rules are compared
+    with its tensors: it says how many each rule decides, which rules decide nothing, and what no
+    rule matches. Types that only ik_llama.cpp has are refused.
 
     \b
     Example:
@@ -100,7 +98,6 @@ def recipes_import(
         model,
         output,
         base=base,
-        follow_links=follow_links,
         progress=screen_progress(),
     )
     if as_json:
