@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _MOST_BASES = 6  # of which rules are written, to see which needs the fewest
 _LABEL = re.compile(r"[-.]((?:UD-)?(?:I?Q\d|TQ\d|MXFP4|NVFP4|BF16|F16|F32)[A-Za-z0-9_.-]{0,40})$")
+_MOST_NAMED = 3  # other recipes with the same types
 _RECIPE_KEY = "reap2gguf.recipe"  # of this program's own files
 _HOW = {True: "with an importance matrix", False: "without an importance matrix"}
 
@@ -68,13 +69,15 @@ class FoundRecipe:
         if self.same_as:
             first, *others = map(_title, self.same_as)
             how = f", {self.how}" if self.how else ""
-            more = f" (and of {', '.join(others)})" if others else ""
+            more = f" (and of {', '.join(others[:_MOST_NAMED])})" if others else ""
             return f"its types are those of {first}{how}{more}"
         n_tensors = len(self.tensor_types)
+        given = n_tensors - self.n_decided - len(self.unwritable) - len(self.fixed)
+        verb = "gives" if len(self.rules) == 1 else "give"
+        more = f", and {counted(len(self.rules), 'rule')} {verb} {self.n_decided:,} theirs"
         return (
-            f"{_title(self.base)} gives {n_tensors - self.n_decided:,} of "
-            f"{counted(n_tensors, 'tensor')} their types, {counted(len(self.rules), 'rule')} the "
-            f"other {self.n_decided:,}"
+            f"{_title(self.base)} gives {given:,} of {counted(n_tensors, 'tensor')} their types"
+            f"{more if self.rules else ''}"
         )
 
     def notes(self) -> Iterator[str]:
@@ -204,27 +207,32 @@ class _Search:
     def found(self) -> FoundRecipe:
         """The recipe with the fewest rules of its own."""
         bases = sorted(self._bases(), key=self._rank)
-        same = tuple(base.recipe.name for base in bases if base.how is not None)
-        extended = [(base, *self._extended(base)) for base in bases[:_MOST_BASES]]
+        tried = bases[: 1 if bases[0].how is not None else _MOST_BASES]
+        extended = [(base, *self._extended(base)) for base in tried]
         base, rules, recipe = min(extended, key=lambda one: len(one[1]))
-        how = base.how if base.recipe.name in same else None
-        types = resolve(recipe, *self._model, True).tensor_types()
+        fixed = self._fixed(recipe)
+        is_whole = not self._unwritable and not fixed
         return FoundRecipe(
             self._name,
             base.recipe.name,
-            same,
-            how or "",
+            tuple(one.recipe.name for one in bases if one.how is not None and is_whole),
+            base.how or "",
             recipe,
             tuple(rules),
             self._types,
             self._unwritable,
-            {
-                name: kind
-                for name, kind in self._types.items()
-                if name not in self._free and kind in STORABLE and types[name] is not kind
-            },
+            fixed,
             tuple(sorted(self._wrong(recipe, False))),
         )
+
+    def _fixed(self, recipe: Recipe) -> dict[str, Type]:
+        """Tensors that no recipe decides, and of which llama.cpp's type is not the file's."""
+        types = resolve(recipe, *self._model, True).tensor_types()
+        return {
+            name: kind
+            for name, kind in self._types.items()
+            if name not in self._free and kind in STORABLE and types[name] is not kind
+        }
 
     @cached_property
     def _unwritable(self) -> dict[str, Type]:

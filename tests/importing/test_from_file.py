@@ -231,6 +231,9 @@ def test_types_that_are_read_and_not_written(model: Unquantized) -> None:
     header = model.with_types({name: "Q1_0" for name in some})
     found = recipe_of_header(header, "x.gguf")
     assert [*found.unwritable] == some
+    assert found.same_as == ()
+    others = len(header.tensors) - len(some) - found.n_decided
+    assert f" gives {others} of {len(header.tensors)} tensors their types" in found.what
     (note,) = (one for one in found.notes() if "Q1_0" in one)
     assert note.startswith(f"{len(some)} tensors of Q1_0, such as {some[0]}: reap2gguf reads")
     assert f"# {note}" in found.as_toml().splitlines()
@@ -258,6 +261,7 @@ def test_types_that_no_recipe_decides(model: Unquantized) -> None:
     header = model.with_types({"output_norm.weight": "F16"})
     found = recipe_of_header(header, "x.gguf")
     assert [*found.fixed] == ["output_norm.weight"]
+    assert found.same_as == ()
     assert any("output_norm.weight is F16 in the file" in one for one in found.notes())
 
 

@@ -43,8 +43,8 @@ def test_the_recipe_of_a_file_makes_that_file_again(
     assert printed.exit_code == 0
     lines = printed.stdout.splitlines()
     assert lines[0] == (
-        "# Tiny-Q4_K_L.gguf: llama-quantize's Q4_K_M gives 27 of 39 tensors their types, 1 rule "
-        "the other 12"
+        "# Tiny-Q4_K_L.gguf: llama-quantize's Q4_K_M gives 27 of 39 tensors their types, and 1 "
+        "rule gives 12 theirs"
     )
     assert lines[1:] == [
         'title = "Types of Tiny-Q4_K_L.gguf"', 'label = "Q4_K_L"', 'extends = "Q4_K_M"', "",
