@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.fitting import FitResult, fit_recipe
+    from reap2gguf.api.foreign_recipes import import_recipe, recipe_of
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.recipes import compare_recipes, recipe_table
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+    from reap2gguf.importing.from_file import FoundRecipe
+    from reap2gguf.importing.imported import ImportedRecipe
     from reap2gguf.options import (
         BuildOptions,
         CalibrationOptions,
@@ -74,9 +77,11 @@ __all__ = [
     "EvaluateOptions",
     "Evaluation",
     "FitResult",
+    "FoundRecipe",
     "Imatrix",
     "ImatrixInspection",
     "ImatrixStatistics",
+    "ImportedRecipe",
     "MergedImatrix",
     "ModelComparison",
     "Observations",
@@ -104,6 +109,7 @@ __all__ = [
     "fit_recipe",
     "imatrix",
     "imatrix_statistics",
+    "import_recipe",
     "inspect",
     "make_bundle",
     "merge_imatrices",
@@ -112,6 +118,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "recipe_of",
     "recipe_table",
     "report",
     "select",
@@ -126,6 +133,7 @@ _HOMES = {
     "api.example": ("example",),
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.fitting": ("FitResult", "fit_recipe"),
+    "api.foreign_recipes": ("import_recipe", "recipe_of"),
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
@@ -152,6 +160,8 @@ _HOMES = {
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_merge": ("MergedImatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
+    "importing.from_file": ("FoundRecipe",),
+    "importing.imported": ("ImportedRecipe",),
     "options": (
         "BuildOptions",
         "CalibrationOptions",

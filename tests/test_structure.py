@@ -359,6 +359,16 @@ COVERED_BY = [
         ("api/fitting.py",),
     ),
     (
+        "importing/test_foreign.py",
+        "types by the names that other programs have for them",
+        ("importing/foreign_types.py",),
+    ),
+    (
+        "terminal/test_recipe_makers.py",
+        "the functions as the commands call them",
+        ("api/foreign_recipes.py",),
+    ),
+    (
         "quantizing/test_recipe.py",
         "types as recipes name them",
         ("quantizing/type_names.py",),

@@ -18,6 +18,7 @@ from reap2gguf.terminal.compute_options import llama_cpp_option, threads_option
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath, SizeType
+from reap2gguf.terminal.recipe_makers import recipes_import, recipes_of
 from reap2gguf.terminal.suggestions import Group
 
 
@@ -278,5 +279,8 @@ def recipes_fit(
     )
 
 
-for subcommand in (recipes_list, recipes_show, recipes_diff, recipes_check, recipes_fit):
+for subcommand in (
+    *(recipes_list, recipes_show, recipes_diff, recipes_check, recipes_fit),
+    *(recipes_of, recipes_import),
+):
     recipes.add_command(subcommand)

@@ -122,7 +122,7 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
         **_minimum(recipe.minimum),
         "rules": [
             {
-                "match": rule.match,
+                rule.selector.key: rule.match,
                 "layers": rule.layers,
                 "type": rule.tensor_type.name,
                 "optional": rule.optional,
