@@ -16,8 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
-from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
+from reap2gguf.checkpoint.safetensors_header import (
+    FileTensor,
+    StoredTensor,
+    read_header,
+    read_metadata,
+)
+from reap2gguf.checkpoint.tensor_files import TensorFiles
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
@@ -141,17 +146,17 @@ def _read_layers(path: Path, header: Mapping[str, FileTensor]) -> dict[int, Laye
     if len(header) != len(numbers) * len(_FIELDS):
         _refuse_missing(path, header, numbers)
         raise ArtifactError(f"{path}: holds tensors that are not observations")
-    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+    with TensorFiles(path.parent, {}, header, (path,)) as stored:
         return {number: _read_layer(path, stored, number) for number in numbers}
 
 
-def _refuse_missing(path: Path, header: Mapping[str, FileTensor], numbers: list[int]) -> None:
+def _refuse_missing(path: Path, header: Mapping[str, StoredTensor], numbers: list[int]) -> None:
     for name in (f"layers.{number}.{part}" for number in numbers for part in _FIELDS):
         if name not in header:
             raise ArtifactError(f"{path}: {name} is missing")
 
 
-def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation:
+def _read_layer(path: Path, stored: TensorFiles, number: int) -> LayerObservation:
     names = {part: f"layers.{number}.{part}" for part in _FIELDS}
     _refuse_missing(path, stored.tensors, [number])
     tensors = [stored.tensors[name] for name in names.values()]

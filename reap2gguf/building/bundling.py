@@ -142,7 +142,7 @@ def _bundle(
     if parts.is_pruned:
         if violations := check_pruned(options.folder, view, progress, threads):
             raise VerificationError(violations, _ADVICE)
-        passed.append(passed_folder(len(view.tensors)))
+        passed.append(passed_folder(len(view.stored.tensors)))
     adopted = _adopted(options, manifest, view, progress)
     passed += [passed_file(a.record.file, len(a.record.tensors), Level.VALUES) for a in adopted]
 

@@ -29,6 +29,7 @@ from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEVICES, DTYPES, METHODS, MTP_CHOICES
+from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -205,12 +206,16 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     for name in sorted({CARD_FILE, "config.json"} - hf.files.keys()):
         yield f"{MANIFEST_FILE}: hf.files does not name {name}"
     yield from _check_config(checkpoint, model)
-    yield from check_passed(manifest, len(checkpoint.tensors))
+    yield from check_passed(manifest, len(checkpoint.stored.tensors))
 
 
 def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
     """The config must be one that pruning writes: to prune it to the same count changes nothing."""
-    found, written = checkpoint.config, model.pruned_config(model.facts.n_experts)
+    found, written = checkpoint.stored.config, model.pruned_config(model.facts.n_experts)
+    if checkpoint.stored is not checkpoint:
+        all_experts = tuple(range(model.facts.n_experts))
+        kept = dict.fromkeys(model.facts.moe_layers, all_experts)
+        written = pruned_quantization(written, found, model, kept)
     if found == written:
         return
     where = f"{checkpoint.folder.name}: config.json is not one that pruning writes, by "
