@@ -13,6 +13,7 @@ from reap2gguf.api.peers import Peers
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
+    DEQUANTIZE_CHOICES,
     METHODS,
     MTP_CHOICES,
     CalibrationOptions,
@@ -149,16 +150,21 @@ def prune(
     compression: float | None = None,
     method: str = "reap",
     mtp: str = "prune",
+    dequantize: str | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
+
+    Quantized weights stay as they are stored, unless `dequantize` is "bf16".
 
     Raises what `select` raises, OutputError if the folder exists or cannot be written, and
     VerificationError if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
@@ -168,6 +174,8 @@ def prune(
         from reap2gguf.building.prune_folder import prune_to_folder
 
         checkpoint, name = opened.checkpoint, opened.source.label
+        if dequantize is not None:
+            checkpoint = checkpoint.dequantized()
         prune_to_folder(checkpoint, opened.model, selection.kept, method, output, shown, name)
     return PruneResult(output, selection)
 

@@ -266,6 +266,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
     """The manifest as far as it is known before the files are in their places."""
     view, checkpoint = parts.view, parts.source.checkpoint
     model = _source_model(parts.source, view)
+    stored_as = checkpoint.dequantized() if view.stored is view else checkpoint
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
     folder = FolderRecord(name, n_shards, view.n_parameters, view.n_bytes, {})
@@ -277,7 +278,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
         calibration=_calibration_record(parts),
         hf=folder if parts.is_pruned else None,
         gguf=(),
-        caveats=(*model.caveats(), *caveats),
+        caveats=(*stored_as.caveats, *model.caveats(), *caveats),
         has_observations=parts.seen is not None,
     )
 
@@ -293,7 +294,7 @@ def _source_record(parts: _Parts, model: MoeModel) -> SourceRecord:
         checkpoint.fingerprint(),
         model.facts.architecture,
         checkpoint.n_parameters,
-        checkpoint.n_bytes,
+        checkpoint.n_stored_bytes,
         None if history is None else history.after(kept),
     )
 

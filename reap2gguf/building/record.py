@@ -123,7 +123,7 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         fingerprint=plan.checkpoint.fingerprint(),
         architecture=plan.model.facts.architecture,
         n_parameters=plan.checkpoint.n_parameters,
-        n_bytes=plan.checkpoint.n_bytes,
+        n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
     )
 
@@ -217,6 +217,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
+        dequantize=options.dequantize,
         evaluate=options.evaluate,
     )
 

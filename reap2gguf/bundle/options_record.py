@@ -47,4 +47,5 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it

@@ -198,6 +198,16 @@ class Checkpoint(TensorFiles):
         ]
 
     @property
+    def n_stored_bytes(self) -> int:
+        """Bytes of all tensors in the files, whatever they are read as."""
+        return sum(tensor.n_bytes for tensor in self.files.values())
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a user should know of how the weights are stored, one sentence each."""
+        return () if self.decoding is None else self.decoding.caveats
+
+    @property
     def n_file_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(map(self._size, self.shards))

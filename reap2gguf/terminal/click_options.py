@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from reap2gguf.options import (
     DEFAULT_RECIPE,
+    DEQUANTIZE_CHOICES,
     EVALUATE_CHOICES,
     METHODS,
     MTP_CHOICES,
@@ -118,6 +119,13 @@ pruning_options = together(
         type=click.Choice(MTP_CHOICES),
         default="prune",
         help="Multi-token-prediction block: prune it like the layers, or drop it.",
+    ),
+    option(
+        "--dequantize",
+        section=PRUNE,
+        type=click.Choice(DEQUANTIZE_CHOICES),
+        help="Write the safetensors of a quantized MODEL (FP8, MXFP4, int4) in this type.",
+        default_text="as MODEL stores them",
     ),
 )
 
@@ -371,6 +379,7 @@ def collect(
         name=arguments["name"],
         method=arguments["method"],
         mtp=arguments["mtp"],
+        dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
             arguments["spec"],

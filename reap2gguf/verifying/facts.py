@@ -28,7 +28,7 @@ from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import DEVICES, DTYPES, METHODS, MTP_CHOICES
+from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, METHODS, MTP_CHOICES
 from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
@@ -82,6 +82,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),
         "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
+        "dequantize": (None, *DEQUANTIZE_CHOICES),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
@@ -262,7 +263,7 @@ def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) 
     found = {
         "pruning.n_experts": (manifest.pruning.n_experts, model.facts.n_experts),
         "source.n_parameters": (manifest.source.n_parameters, source.n_parameters),
-        "source.n_bytes": (manifest.source.n_bytes, source.n_bytes),
+        "source.n_bytes": (manifest.source.n_bytes, source.n_stored_bytes),
     }
     for what, (recorded, counted) in found.items():
         yield from _differs(what, recorded, counted, "the source")

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.checkpoint.quantized.finding import Finder
-from reap2gguf.checkpoint.quantized.keys import without_quantization
+from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16, without_quantization
 from reap2gguf.checkpoint.quantized.settings import read_settings
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import FLOATS
@@ -40,6 +40,16 @@ class Decoding:
     def plain_config(self) -> dict[str, Any]:
         """The config as if nothing was quantized."""
         return without_quantization(self.config)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a user should know of the values, one sentence each."""
+        kinds = ", ".join(sorted({weight.kind for weight in self.weights.values()}))
+        twice = (
+            f"the source is quantized ({kinds}): GGUF files are made of its decoded values, so "
+            "they have lost precision twice"
+        )
+        return (twice, WRITTEN_AS_BF16) if self.is_written else (twice,)
 
     def tensors(self, files: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         """What is read, in the order of the files: a weight stands where its values do."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# among the caveats of a model whose safetensors are not stored as the source's are
+WRITTEN_AS_BF16 = "the safetensors hold the decoded values of a quantized source, rounded to BF16"
 ADVICE = (
     "pass the BF16 checkpoint that it was made from, or convert this one to BF16 first: "
     "docs/quantized-sources.md shows how"
