@@ -15,15 +15,9 @@ from typing import TypeVar
 
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.methods import METHODS
+from reap2gguf.pruning.protection import Protection, read_pinned
 
-METHODS = (
-    "reap",
-    "frequency",
-    "ean_sum",
-    "ean_mean",
-    "weighted_ean_sum",
-    "weighted_frequency",
-)
 MTP_CHOICES = ("prune", "drop")
 DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
@@ -294,6 +288,8 @@ class BuildOptions:
     output: Path = Path("build")
     name: str | None = None
     method: str = "reap"
+    protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
+    protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
@@ -321,9 +317,10 @@ class BuildOptions:
         check_counts(self.keep_experts, self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
-        for name in ("fresh", "replace", "check_space", "follow_links"):
+        for name in ("fresh", "replace", "check_space", "follow_links", "protect_super_experts"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, METHODS)
+        read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
@@ -340,6 +337,11 @@ class BuildOptions:
                 "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
                 "there is not computed; pass one of them"
             )
+
+    @property
+    def protection(self) -> Protection:
+        """The experts that stay whatever they score. Raises UsageError if they are malformed."""
+        return Protection(read_pinned(self.protect), self.protect_super_experts)
 
 
 @dataclass(frozen=True)

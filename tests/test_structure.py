@@ -169,7 +169,7 @@ COVERED_BY = [
     (
         "building/test_bundling.py",
         "the command is typed there",
-        ("terminal/bundle_command.py",),
+        ("building/pruned_choice.py", "terminal/bundle_command.py"),
     ),
     (
         "building/test_given.py",
@@ -306,7 +306,9 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
+        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "hub/opened.py",
+       ),
     ),
     (
         "terminal/test_inspect_command.py",
@@ -333,6 +335,16 @@ COVERED_BY = [
         ("api/fitting.py",),
     ),
     (
+        "quantizing/test_recipe.py",
+        "types as recipes name them",
+        ("quantizing/type_names.py",),
+    ),
+    (
+        "quantizing/test_role_table.py",
+        "tables and sizes as they are asked for",
+        ("api/recipes.py", "exporting/file_size.py"),
+    ),
+    (
         "models/test_contract.py",
         "what every architecture answers",
         ("models/description.py", "observing/targets.py"),
@@ -355,7 +367,12 @@ COVERED_BY = [
     (
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
-        ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
+        (
+            "observing/compute/triton_convolution.py",
+            "observing/compute/triton_experts.py",
+            "observing/compute/triton_kernels.py",
+            "observing/compute/triton_saliency.py",
+        ),
     ),
     (
         "comparing/test_compared.py",
@@ -407,7 +424,7 @@ COVERED_BY = [
     (
         "exporting/test_against_llama_cpp.py",
         "tables and rules of llama.cpp, compared with it type by type",
-        ("quantizing/file_types.py", "quantizing/mixture.py"),
+        ("quantizing/mixture.py",),
     ),
     (
         "tokenizer/test_gguf_keys.py",

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 # key, so what users have is made again, and all that depends on it. Leave it where only the speed,
 # a message or a library changes.
 TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
-OBSERVE_FORMAT = 1  # what is summed per expert, and the file of it
+OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
+WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 EVALUATE_FORMAT = 1  # what is measured, and how
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
@@ -171,6 +172,7 @@ class BuildKeys:
             plan.source.label,
             plan.source.revision,
             plan.method,
+            (plan.options.protect, plan.options.protect_super_experts),
             self._history,
             plan.target.n_kept,
             plan.mtp,

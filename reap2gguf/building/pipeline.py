@@ -6,8 +6,9 @@ Stages in braces overlap: GGUF files are written layer by layer as their importa
 the safetensors, and each format is verified when it is written (`together.py`).
 
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
-alone. Given observations, and a given importance matrix, take the place of the stages that make
-them; with both, no text is read. Quality is measured where that is asked for, or costs little.
+alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
+given importance matrix, take the place of the stages that make them; with both, no text is read.
+Quality is measured where that is asked for, or costs little.
 
 `stages.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, `stage.py` says how one
 is reused and resumed. Nothing gets its final name before everything is verified. Started by
@@ -21,12 +22,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
-from reap2gguf.building.plan import with_all_values
+from reap2gguf.building.plan import check_given_minimum, with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
@@ -38,13 +40,12 @@ from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.coverage import selection_notes
-from reap2gguf.pruning.select import select_experts
+from reap2gguf.pruning.protection import ProtectedExperts, protection_notes
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
-    from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (
     *(ReadTexts, Observe, Prune, Importance, Export, Verify),
@@ -86,10 +87,16 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
-    kept = run.agree(lambda: _kept(plan, observed))
-    if run.is_first and (seen := _observations(plan, observed)) is not None:
-        for line in selection_notes(seen, kept):
+    kept = run.agree(lambda: chosen_experts(run, _observations(plan, observed)))
+    seen = _observations(plan, observed) if run.is_first else None
+    protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
+    if run.is_first:
+        for line in (
+            *(() if seen is None else selection_notes(seen, kept)),
+            *protection_notes(protected, plan.options.protection),
+        ):
             run.progress.note(line)
+    run.agree(lambda: check_given_minimum(plan, kept))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     importance = (
         Importance(run, pruned, texts)
@@ -106,10 +113,11 @@ def _run_stages(run: Run) -> BuildResult | None:
     evaluate = run.do(Evaluate(run, pruned, export, verify, n_chunks)) if n_chunks else None
 
     evidence = Evidence(
-        _observations(plan, observed),
+        seen,
         observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
         importance.texts,
         kept,
+        protected,
         pruned,
         importance.facts,
         verify.result.passed,
@@ -120,14 +128,6 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
-
-
-def _kept(plan: Plan, observed: Observe | None) -> Kept:
-    """The experts that stay: the best ones, or all where nothing is pruned."""
-    seen = _observations(plan, observed)
-    if seen is None:
-        return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(seen, plan.method, plan.target, plan.model.facts)
 
 
 def _observations(plan: Plan, observed: Observe | None) -> Observations | None:

@@ -15,11 +15,15 @@ from reap2gguf.bundle.layout import (
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
+from reap2gguf.pruning.methods import OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.options_record import OptionsRecord
+    from reap2gguf.bundle.records import PruningRecord
 
+_AIMER = "https://arxiv.org/abs/2603.18492"
+_MOST_NAMED = 64  # protected experts in a card
 _MOST_IDS = 20_000  # in a card; more are only in the manifest
 _LISTED = ("reap2gguf", "ggml", "torch", "transformers", "python", "reap2gguf commit")
 _REAP_CITATION = """\
@@ -109,7 +113,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 safetensors {_what_is_kept(manifest)}: nothing was retrained. {matrix}
 Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
-
+{_protected(pruning)}
 {calibration_table(manifest)}
 
 {_made_with(manifest)}
@@ -122,6 +126,8 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 def _observed(manifest: Manifest) -> str:
     """What ranked the experts: a calibration pass, here or before."""
     pruning = manifest.pruning
+    if is_from_weights(pruning.method):
+        return "The experts were ranked by their weights alone: no text was read for it."
     if not pruning.n_tokens:
         return "What the experts were ranked on is not recorded."
     skipped = ""
@@ -164,6 +170,10 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
         yield f"--method {argument(options.method)}"
     else:
         yield "--compression 0"
+    if options.protect:
+        yield f"--protect {argument(options.protect)}"
+    if options.protect_super_experts:
+        yield "--protect-super-experts"
     yield f"--mtp {argument(options.mtp)}"
     if options.dequantize is not None:
         yield f"--dequantize {argument(options.dequantize)}"
@@ -203,13 +213,33 @@ def _score(method: str) -> str:
             "An expert's score is the mean of its gate weight times the norm of its output, over "
             "all tokens routed to it ([REAP](https://arxiv.org/abs/2510.13999))."
         )
-    return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
+    if not (words := words_of(method)):
+        return f"Experts were ranked by {code(method)}."
+    routed = "" if is_from_weights(method) else ", over all tokens routed to it"
+    source = f" ([AIMER]({_AIMER}))" if method == "aimer" else ""
+    return f"An expert's score is {words}{routed} ({code(method)}){source}."
+
+
+def _protected(pruning: PruningRecord) -> str:
+    """The experts that stay whatever they score, in a sentence; "" if there are none."""
+    parts = []
+    for experts, what in (
+        (pruning.protected, "named by hand"),
+        (pruning.super_experts, "with outliers in their outputs (super experts)"),
+    ):
+        if total := sum(map(len, experts.values())):
+            layers = "; ".join(f"layer {k}: {_ranges(ids)}" for k, ids in sorted(experts.items()))
+            named = f" ({layers})" if total <= _MOST_NAMED else ""
+            parts.append(f"{total:,} {what}{named}")
+    if not parts:
+        return ""
+    return f"\nExperts that stay whatever they score: {', and '.join(parts)}.\n"
 
 
 def caveats_section(manifest: Manifest, caveats: Iterable[str]) -> str:
     """What a user should know; `caveats` are safe Markdown, one sentence or more each."""
     lines = [f"- {caveat}" for caveat in caveats]
-    if manifest.pruning.method != NO_METHOD:
+    if manifest.pruning.method in OBSERVED:
         lines.append(
             "- Experts were chosen by the calibration texts above. Languages and topics that "
             "these lack may have lost more than the figures show."

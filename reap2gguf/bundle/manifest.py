@@ -173,6 +173,8 @@ def _check_names(manifest: Manifest) -> None:
 def _decode(values: dict[str, Any]) -> Manifest:
     pruning = dict(values["pruning"])
     pruning["kept"] = kept_layers(pruning["kept"])
+    for name in ("protected", "super_experts"):
+        pruning[name] = kept_layers(pruning.get(name, {}), name)
     pruning["mtp"] = _record(MtpRecord, pruning["mtp"])
     if pruning.get("coverage") is not None:
         pruning["coverage"] = _record(CoverageRecord, pruning["coverage"])

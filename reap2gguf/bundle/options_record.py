@@ -48,4 +48,6 @@ class OptionsRecord:
     dtype: str
     inputs: Sequence[InputRecord] = ()
     dequantize: str | None = None  # the type that a quantized source's safetensors were written in
+    protect: str = ""
+    protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it

@@ -14,11 +14,11 @@ from reap2gguf.options import (
     DEFAULT_RECIPE,
     DEQUANTIZE_CHOICES,
     EVALUATE_CHOICES,
-    METHODS,
     MTP_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
+from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     collect_compute,
@@ -42,7 +42,6 @@ from reap2gguf.terminal.help import (
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
 
-# the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
 
 
@@ -111,7 +110,23 @@ pruning_options = together(
         type=click.Choice(METHODS),
         default="reap",
         metavar="NAME",
-        help=f"How to rank the experts: {', '.join(METHODS)}.",
+        help=f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by "
+        f"their weights alone: {', '.join(FROM_WEIGHTS)}.",
+    ),
+    option(
+        "--protect",
+        section=PRUNE,
+        default="",
+        show_default=False,
+        metavar="LAYER:EXPERT,...",
+        help="Experts that stay whatever they score: 3:17, ranges as in 0-3:5-8, or '*:3' for "
+        "every layer.",
+    ),
+    option(
+        "--protect-super-experts",
+        section=PRUNE,
+        is_flag=True,
+        help="Keep the few experts whose outputs have outliers, on which attention may depend.",
     ),
     option(
         "--mtp",
@@ -378,6 +393,8 @@ def collect(
         output=arguments["output"],
         name=arguments["name"],
         method=arguments["method"],
+        protect=arguments["protect"],
+        protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
         dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],

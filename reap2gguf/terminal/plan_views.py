@@ -98,6 +98,13 @@ def _model(plan: Plan) -> Iterator[str]:
     )
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
+    if plan.ranks_by_weights:
+        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
+    if plan.target.prunes:
+        if plan.options.protect:
+            yield f"protected, whatever they score: {plan.options.protect}"
+        if plan.options.protect_super_experts:
+            yield "super experts are protected, by the outliers that are observed of them"
     if plan.history is not None:
         yield (
             f"the source was pruned before: it has {target.n_experts} of the "

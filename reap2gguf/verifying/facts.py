@@ -28,7 +28,8 @@ from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, METHODS, MTP_CHOICES
+from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES
+from reap2gguf.pruning.methods import METHODS, OBSERVED
 from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
@@ -57,7 +58,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    observed_here = pruning.method != NO_METHOD and pruning.observations_file is None
+    observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
         for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
             found = sum(getattr(part, what) for part in calibration.components)
@@ -84,6 +85,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
         "dequantize": (None, *DEQUANTIZE_CHOICES),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
+        "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
+        "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
         "device": DEVICES[1:],
@@ -121,6 +124,13 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
+    for name, protected in (
+        ("protected", pruning.protected),
+        ("super_experts", pruning.super_experts),
+    ):
+        for layer, ids in protected.items():
+            if missing := sorted(set(ids) - set(pruning.kept.get(layer, ()))):
+                yield _wrong(f"pruning.{name} of layer {layer}", missing, "experts that were kept")
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:

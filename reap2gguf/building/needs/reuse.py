@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, Reused
@@ -16,12 +17,10 @@ from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
-    from reap2gguf.pruning.select import Kept
 
 _BEFORE_EXPORT = 4  # stages
 
@@ -94,7 +93,11 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
         if not _is_done(observed):
             return
         yield observed.name
-    pruned = PrunedView(plan.checkpoint, plan.model, _kept(plan, observed))
+    given = None if plan.observations is None else plan.observations.seen
+    kept = known_choice(run, given if observed is None else observed.result)
+    if kept is None:
+        return
+    pruned = PrunedView(plan.checkpoint, plan.model, kept)
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         yield prune.name
     importance = (
@@ -107,15 +110,6 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
     for stage in stages:
         if _is_done(stage):
             yield stage.name
-
-
-def _kept(plan: Plan, observed: Observe | None) -> Kept:
-    """The experts that the pipeline will keep."""
-    given = None if plan.observations is None else plan.observations.seen
-    seen = given if observed is None else observed.result
-    if seen is None:
-        return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(seen, plan.method, plan.target, plan.model.facts)
 
 
 def _is_done(stage: Stage[Any]) -> bool:
