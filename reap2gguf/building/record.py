@@ -224,7 +224,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
-        dequantize=options.dequantize,
+        dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
     )
 

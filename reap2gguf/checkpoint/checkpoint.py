@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,18 +78,9 @@ class Checkpoint(TensorFiles):
                     f"{shard}: holds {shown(min(twice))}, which another shard holds"
                 )
             tensors |= header
-        notes: tuple[str, ...] = ()
         if mapped is not None:
             compare_index(folder, mapped, tensors)
-        elif len(shards) > 1:
-            instead = f"the headers of its {len(shards)} shards are used instead"
-            notes = (f"{folder}: no {INDEX_NAME}; {instead}",)
-        elif shards[0].name == SINGLE_NAME and (folder / INDEX_NAME).is_file():
-            unread = f"{INDEX_NAME} and the shards that it names are not"
-            notes = (f"{folder}: {SINGLE_NAME} is used, as in transformers, and {unread}",)
-        if (folder / ADAPTER_CONFIG).is_file():
-            beside = f"an adapter ({ADAPTER_CONFIG}) lies beside the weights and is not applied"
-            notes += (f"{folder}: {beside}",)
+        notes = tuple(_notes(folder, shards, is_mapped=mapped is not None))
         decoding = read_decoding(config, tensors, folder)
         if decoding is not None:
             config = decoding.plain_config
@@ -244,6 +235,19 @@ class Checkpoint(TensorFiles):
         if self._hub is not None and shard.name in self._hub:
             return self._hub.blob(shard.name)
         return cached_blob(shard)
+
+
+def _notes(folder: Path, shards: tuple[Path, ...], is_mapped: bool) -> Iterator[str]:
+    """What the user should know of a folder; `is_mapped`: its index is used."""
+    if not is_mapped and len(shards) > 1:
+        instead = f"the headers of its {len(shards)} shards are used instead"
+        yield f"{folder}: no {INDEX_NAME}; {instead}"
+    elif not is_mapped and shards[0].name == SINGLE_NAME and (folder / INDEX_NAME).is_file():
+        unread = f"{INDEX_NAME} and the shards that it names are not"
+        yield f"{folder}: {SINGLE_NAME} is used, as in transformers, and {unread}"
+    if (folder / ADAPTER_CONFIG).is_file():
+        beside = f"an adapter ({ADAPTER_CONFIG}) lies beside the weights and is not applied"
+        yield f"{folder}: {beside}"
 
 
 def _headers(

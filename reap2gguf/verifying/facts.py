@@ -23,6 +23,7 @@ from reap2gguf.bundle.layout import (
     side_file,
 )
 from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
@@ -83,7 +84,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),
         "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
-        "dequantize": (None, *DEQUANTIZE_CHOICES),
+        "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
         "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
