@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.|$)")
 _PATTERN = "re:"  # what a regular expression of compressed-tensors begins with
-_NUMBER_IN_PATTERN = re.compile(r"experts\W{0,3}(\[|\(|\\d|\d)")
+# one expert or some, and not `\d+` or `[0-9]+`, which are any
+_NUMBER_IN_PATTERN = re.compile(r"experts[^\w\[(]{0,3}(\[(?!0-9\]\+)\d|\((\?:)?\d|\d)")
 
 
 def pruned_quantization(

@@ -30,6 +30,10 @@ GIVEN = [
     "model.layers.7.mlp.experts.3",  # no such layer
     "re:.*self_attn.*",
     "re:.*mlp.experts.*",
+    r"re:.*mlp\.experts\.\d+\.(gate|up)_proj",
+    "re:.*mlp.experts.[0-9]+.down_proj",
+    r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    r"re:.*experts\.(gate|up)_proj",
 ]
 EXPECTED = [
     "lm_head",
@@ -39,6 +43,10 @@ EXPECTED = [
     "model.layers.7.mlp.experts.3",
     "re:.*self_attn.*",
     "re:.*mlp.experts.*",
+    r"re:.*mlp\.experts\.\d+\.(gate|up)_proj",
+    "re:.*mlp.experts.[0-9]+.down_proj",
+    r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    r"re:.*experts\.(gate|up)_proj",
 ]
 
 

@@ -90,7 +90,8 @@ class CodedWeight(ABC):
     ) -> None:
         """Fill the 1D `buffer` with bytes of the decoded rows as `dtype`, F32 or BF16.
 
-        Memory: 8 MiB, or twice a row. Raises as `decode` does.
+        Memory: 24 MiB, or five float32 rows if that is more, and of MXFP4 the codes of one matrix.
+        Raises as `decode` does.
         """
         width = self._row_bytes(dtype)
         step = max(1, _VALUES // self.n_columns)

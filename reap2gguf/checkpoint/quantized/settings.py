@@ -73,7 +73,8 @@ def _blocks(read: ConfigReader, key: str) -> Blocks:
 def _compressed(read: ConfigReader) -> Settings:
     """The settings of compressed-tensors, whose groups of modules may differ."""
     for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
-        if read.values.get(key):
+        value = read.values.get(key)
+        if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
             raise UnsupportedModelError(
                 f"{read.where}: {key} is set, which is not decoded; {ADVICE}"
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,15 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.quantized import coded
 from reap2gguf.checkpoint.quantized.coded import pairs_table, to_bfloat16
 from tests.families.qwen_vl import TinyQwen3Vl
-from tests.quantized import as_compressed_fp8, as_fp8, as_mxfp4, as_packed
-from tests.tiny import TinyQwen3Moe
+from tests.quantized import (
+    as_compressed_fp8,
+    as_fp8,
+    as_mxfp4,
+    as_packed,
+    compressed_section,
+    fp8_section,
+)
+from tests.tiny import TinyQwen3Moe, save_sharded
 
 CASES = [
     as_fp8(TinyQwen3Moe(), (24, 20)),
@@ -45,6 +55,50 @@ def test_ranges(
                 weights.read_bytes(name, first, part)
                 np.testing.assert_array_equal(part, whole[first:last])
             monkeypatch.undo()
+
+
+LARGE: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+    "fp8": (
+        fp8_section((128, 128)),
+        {
+            "a.weight": torch.zeros(2048, 4096).to(torch.float8_e4m3fn),
+            "a.weight_scale_inv": torch.ones(16, 32),
+        },
+    ),
+    "int4": (
+        compressed_section("pack-quantized", num_bits=4, strategy="group", group_size=32),
+        {
+            "a.weight_packed": torch.zeros(2048, 512).int(),
+            "a.weight_scale": torch.ones(2048, 128).bfloat16(),
+            "a.weight_shape": torch.tensor([2048, 4096]),
+        },
+    ),
+    "mxfp4": (
+        {"quant_method": "mxfp4"},
+        {
+            "a_blocks": torch.zeros(4, 1024, 64, 16, dtype=torch.uint8),
+            "a_scales": torch.full((4, 1024, 64), 120, dtype=torch.uint8),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_memory(name: str, tmp_path: Path) -> None:
+    """Eight million values, of which one million are decoded at a time."""
+    section, tensors = LARGE[name]
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    save_sharded(tensors, tmp_path, 1)
+    with Checkpoint.open(tmp_path) as opened:
+        for weights in (opened, opened.dequantized()):
+            ((weight, tensor),) = weights.tensors.items()
+            assert tensor.n_elements == 2**23
+            buffer = np.empty(tensor.n_bytes, np.uint8)
+            tracemalloc.start()
+            weights.read_bytes(weight, 0, buffer)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak < 24 * 2**20
 
 
 def test_bfloat16() -> None:

@@ -113,6 +113,7 @@ DAMAGED: dict[str, tuple[Any, Damage, str]] = {
         INT4, say(format="nvfp4-pack-quantized"), "the format 'nvfp4-pack-quantized', which is not"
     ),
     "rotated": (CHANNELS, say(transform_config={"a": 1}), "transform_config is set"),
+    "sparse": (CHANNELS, say(sparsity_config={"format": "sparse-24"}), "sparsity_config is set"),
     "8-bit numbers": (
         CHANNELS, put(Q, lambda t: t.float().to(torch.int8)), "is stored as I8"
     ),

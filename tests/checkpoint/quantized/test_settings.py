@@ -21,7 +21,8 @@ _FLOATS = {"num_bits": 8, "type": "float"}
             Settings("compressed-tensors", float8=Blocks(1, None)),
         ),
         (
-            compressed_section("naive-quantized", strategy="tensor", **_FLOATS),
+            compressed_section("naive-quantized", strategy="tensor", **_FLOATS)
+            | {"sparsity_config": {"format": "dense"}},
             Settings("compressed-tensors", float8=Blocks(None, None)),
         ),
         (
