@@ -21,6 +21,7 @@ from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
     CALIBRATION_OPTION,
+    CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
     OBSERVATIONS_OPTION,
@@ -29,6 +30,7 @@ from reap2gguf.bundle.options_record import (
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
+from reap2gguf.choosing.names import AUTO, check_candidates
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
@@ -37,7 +39,7 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import is_from_weights
+from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
@@ -49,6 +51,7 @@ from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
@@ -74,6 +77,7 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
     def observes(self) -> bool:
@@ -86,10 +90,26 @@ class Plan:
         return self.target.prunes and is_from_weights(self.options.method)
 
     @property
+    def chooses(self) -> bool:
+        """Whether the build measures which method is best."""
+        return self.target.prunes and self.options.method == AUTO
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The methods that it measures."""
+        return check_candidates(self.options.candidates) if self.chooses else ()
+
+    @property
+    def asks_mtp(self) -> bool:
+        """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
+        asks = self.imatrix is None and self.model.facts.has_mtp
+        return self.observes or (asks and not self.target.prunes)
+
+    @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
-        asks_mtp = self.imatrix is None and self.model.facts.has_mtp
-        return self.observes or (asks_mtp and not self.target.prunes)
+        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
+        cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -158,6 +178,9 @@ class Plan:
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
             found.append(InputRecord(IMATRIX_TEXT_OPTION, text.name, sha256))
+        if self.chooses and (text := self.options.choose_text) is not None:
+            sha256 = self.files.text(text).sha256
+            found.append(InputRecord(CHOOSE_TEXT_OPTION, text.name, sha256))
         return tuple(found)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
@@ -174,7 +197,9 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are ranked, or NO_METHOD where none is removed."""
+        """How experts are ranked, or NO_METHOD where none is removed; AUTO until that is chosen."""
+        if self.choice is not None:
+            return self.choice.chosen
         return self.options.method if self.target.prunes else NO_METHOD
 
     @property
@@ -288,9 +313,10 @@ def _read_options(options: BuildOptions) -> _Asked:
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
-    if options.imatrix_text is not None:
-        _check_there(options.imatrix_text)
-        files.text(options.imatrix_text)
+    for text in (options.imatrix_text, options.choose_text):
+        if text is not None:
+            _check_there(text)
+            files.text(text)
     return _Asked(recipes, calibration, files, is_checked)
 
 
@@ -306,7 +332,8 @@ def _observations(
     """Observations in place of those that would be made. Raises what `read_observations` does."""
     if options.observations is None:
         return None
-    how = target, options.method
+    # any method tells whether they are of this model
+    how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
 
 
@@ -327,7 +354,8 @@ def _surely_reads(options: BuildOptions) -> bool:
         return True
     if is_from_weights(options.method):
         return False
-    return options.observations is None and options.compression != 0
+    ranks = options.observations is None or options.method == AUTO
+    return ranks and options.compression != 0
 
 
 def check_given_minimum(plan: Plan, kept: Kept | None) -> None:

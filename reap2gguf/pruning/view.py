@@ -7,7 +7,7 @@ architecture says of its tensors, and which experts are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -131,6 +131,7 @@ class PrunedView(_Slices):
         """
         self.n_kept = _check_kept(kept, model.facts)
         self.kept = kept
+        self.source_model = model
         found = {one.name: one.origin for one in _sliced(source, source, model, kept)}
         super().__init__(source, found)
         self.config = model.pruned_config(self.n_kept)
@@ -140,8 +141,25 @@ class PrunedView(_Slices):
         self.model = describe(self)
 
     @property
+    def replaced(self) -> Collection[str]:
+        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """A hash of what those tensors hold; "" where there are none."""
+        return ""
+
+    @property
     def stored(self) -> Weights:
-        return self if self._files is None else self._files
+        if self._files is None:
+            return self
+        if self.replaced:
+            raise UnsupportedModelError(
+                f"{self.folder}: the weights are quantized, and new ones cannot be stored among "
+                "them; pass --dequantize bf16"
+            )
+        return self._files
 
     def parts(self, name: str) -> tuple[str, ...]:
         return self._parts.get(name, (name,))

@@ -10,15 +10,13 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
+from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
     DEFAULT_RECIPE,
-    DEQUANTIZE_CHOICES,
     EVALUATE_CHOICES,
-    MTP_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
-from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     collect_compute,
@@ -33,7 +31,6 @@ from reap2gguf.terminal.help import (
     CHECKS,
     MODEL,
     MOST,
-    PRUNE,
     WRITE,
     F,
     Number,
@@ -41,6 +38,7 @@ from reap2gguf.terminal.help import (
     together,
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
+from reap2gguf.terminal.pruning_options import build_pruning_options
 
 _DEFAULTS = CalibrationOptions()
 
@@ -87,62 +85,6 @@ def model_argument(
 
 
 _MODEL = "reap2gguf.model"
-
-pruning_options = together(
-    option(
-        "--keep-experts",
-        section=PRUNE,
-        type=int,
-        metavar="N",
-        help="Number of experts to keep per layer.",
-    ),
-    option(
-        "--compression",
-        section=PRUNE,
-        type=float,
-        metavar="R",
-        help="Share of experts to remove, in place of --keep-experts: floor(E x R) per layer.",
-        default_text="0.25",
-    ),
-    option(
-        "--method",
-        section=PRUNE,
-        type=click.Choice(METHODS),
-        default="reap",
-        metavar="NAME",
-        help=f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by "
-        f"their weights alone: {', '.join(FROM_WEIGHTS)}.",
-    ),
-    option(
-        "--protect",
-        section=PRUNE,
-        default="",
-        show_default=False,
-        metavar="LAYER:EXPERT,...",
-        help="Experts that stay whatever they score: 3:17, ranges as in 0-3:5-8, or '*:3' for "
-        "every layer.",
-    ),
-    option(
-        "--protect-super-experts",
-        section=PRUNE,
-        is_flag=True,
-        help="Keep the few experts whose outputs have outliers, on which attention may depend.",
-    ),
-    option(
-        "--mtp",
-        section=PRUNE,
-        type=click.Choice(MTP_CHOICES),
-        default="prune",
-        help="Multi-token-prediction block: prune it like the layers, or drop it.",
-    ),
-    option(
-        "--dequantize",
-        section=PRUNE,
-        type=click.Choice(DEQUANTIZE_CHOICES),
-        help="Write the safetensors of a quantized MODEL (FP8, MXFP4, int4) in this type.",
-        default_text="as MODEL stores them",
-    ),
-)
 
 seed_option = option(
     "--seed",
@@ -286,7 +228,7 @@ follow_links_option = option(
 
 build_options = together(
     model_argument(required=False),
-    pruning_options,
+    build_pruning_options,
     option(
         "-r",
         "--recipe",
@@ -376,6 +318,12 @@ build_options = together(
 )
 
 
+def _candidates(arguments: dict[str, Any]) -> tuple[str, ...] | None:
+    """The methods that were named; None for the usual ones."""
+    named = arguments["candidates"]
+    return None if named is None else check_candidates(named)
+
+
 def collect(
     arguments: dict[str, Any],
     fresh: bool = False,
@@ -393,6 +341,8 @@ def collect(
         output=arguments["output"],
         name=arguments["name"],
         method=arguments["method"],
+        candidates=_candidates(arguments),
+        choose_text=arguments["choose_text"],
         protect=arguments["protect"],
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],

@@ -16,7 +16,6 @@ from reap2gguf.terminal.click_options import (
     label_option,
     model_argument,
     output_options,
-    pruning_options,
     seed_option,
     tensor_type_option,
 )
@@ -31,6 +30,7 @@ from reap2gguf.terminal.compute_options import (
 from reap2gguf.terminal.console import say, terminal_progress
 from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
+from reap2gguf.terminal.pruning_options import pruning_options
 
 
 @command()
