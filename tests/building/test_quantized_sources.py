@@ -7,6 +7,7 @@ with the source's own bytes, and with what transformers loads of the pruned fold
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ import transformers
 from safetensors.torch import load_file
 
 from reap2gguf.api.builds import verify
+from reap2gguf.api.evaluating import evaluate
 from reap2gguf.building.pipeline import BuildResult
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.comparing.contents import contents_of_checkpoint
+from reap2gguf.evaluating.options import EvaluateOptions
 from reap2gguf.models.table import describe
-from tests.building.builds import build
+from reap2gguf.options import ComputeOptions
+from tests.building.builds import PROSE, build
 from tests.families.qwen_vl import TinyQwen3Vl
 from tests.models.converted import contents
 from tests.models.converted_quantized import CASES
@@ -174,6 +179,47 @@ def test_transformers_loads_both(
                     found = rounded.read(f"{at}{expert}.down_proj.weight")
                     theirs = weights[f"{at}down_proj"][expert].view(torch.int16)
                     np.testing.assert_array_equal(found.view(np.int16), theirs.numpy())
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    """A source in FP8 and its pruned folder have the perplexities of their decoded values."""
+    case = BUILT["Qwen3-30B-A3B-FP8"]
+    folder, result = made(case, tmp_path / "quantized", recipes=("bf16",))
+    assert result.hf_folder is not None
+    pairs = []
+    for number, one in enumerate((folder, result.hf_folder)):
+        with Checkpoint.open(one) as opened:
+            values = {n: torch.from_numpy(opened.read_float32(n)) for n in opened.tensors}
+            bits = 8 * opened.n_bytes / opened.n_parameters
+            assert 8 < bits < 16
+        plain = tmp_path / str(number)
+        shutil.copytree(
+            one, plain, ignore=shutil.ignore_patterns("*.safetensors", "reap2gguf.json")
+        )
+        config = json.loads((plain / "config.json").read_text())
+        del config["quantization_config"]
+        (plain / "config.json").write_text(json.dumps(config))
+        save_sharded(values, plain, 1)
+        pairs.append((plain, bits))
+    options = EvaluateOptions(str(PROSE), chunk=64, chunks=2)
+    compute = ComputeOptions(device="cpu")
+    found = evaluate(folder, result.hf_folder, options=options, compute=compute)
+    expected = evaluate(*(plain for plain, _ in pairs), options=options, compute=compute)
+    for ours, theirs, (_, bits) in zip(found.variants, expected.variants, pairs, strict=True):
+        assert ours.perplexity == theirs.perplexity
+        assert ours.bits_per_weight == pytest.approx(bits)
+    assert [one.divergence for one in found.comparisons] == [
+        one.divergence for one in expected.comparisons
+    ]
+
+
+def test_contents(tmp_path: Path) -> None:
+    """`compare` counts the bytes that are stored, scales included."""
+    for name, kind in (("Qwen3-30B-A3B-FP8", "F8_E4M3"), ("W4A16", "INT4"), ("MXFP4", "MXFP4")):
+        with Checkpoint.open(BUILT[name].write(tmp_path / name)) as opened:
+            found = contents_of_checkpoint(opened, describe(opened))
+            assert kind in found.total.types
+            assert opened.n_bytes - 64 <= found.total.n_bytes <= opened.n_bytes
 
 
 def test_names_in_the_config(tmp_path: Path) -> None:
