@@ -305,7 +305,10 @@ COVERED_BY = [
     (
         "checkpoint/test_checkpoint.py",
         "the parts of a checkpoint's folder",
-        ("checkpoint/entries.py", "checkpoint/index.py", "checkpoint/weights.py"),
+        (
+            "checkpoint/entries.py", "checkpoint/index.py", "checkpoint/tensor_files.py",
+            "checkpoint/weights.py",
+        ),
     ),
     (
         "exporting/test_gguf_export.py",

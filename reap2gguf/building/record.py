@@ -127,7 +127,7 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         fingerprint=plan.checkpoint.fingerprint(),
         architecture=plan.model.facts.architecture,
         n_parameters=plan.checkpoint.n_parameters,
-        n_bytes=plan.checkpoint.n_bytes,
+        n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
     )
 
@@ -236,6 +236,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
+        dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
         candidates=",".join(plan.candidates) or None,
         choose_text=None if options.choose_text is None else options.choose_text.name,

@@ -107,7 +107,7 @@ def _model(plan: Plan) -> Iterator[str]:
         f"{parameters(plan.checkpoint.n_parameters)} parameters remain"
     )
     if unfetched := plan.checkpoint.unfetched_bytes:
-        cached = plan.checkpoint.n_bytes - unfetched
+        cached = plan.checkpoint.n_stored_bytes - unfetched
         in_cache = f"; {size(cached)} are in the cache" if cached > 0 else ""
         yield f"{size(unfetched)} of weights will be fetched from the Hub{in_cache}"
     yield (
@@ -413,7 +413,7 @@ def _rented_as_json(name: str, needs: Estimate) -> dict[str, Any]:
         "gpu": name,
         "gpu_memory_bytes": needs.gpu_memory_bytes,
         "memory_bytes": needs.memory_bytes,
-        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_bytes,
+        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_stored_bytes,
         "seconds": round(needs.seconds, 1),
         "fits": needs.fits,
     }
