@@ -120,7 +120,7 @@ def _errors(
     """What each type loses of each tensor: measured, but for what a cache holds."""
     from reap2gguf.building.keys import ggml_identity, stage_key
     from reap2gguf.exporting.row_ranges import BlockMaker
-    from reap2gguf.fitting.errors_table import FORMAT, Cache, measure
+    from reap2gguf.fitting.errors_table import FORMAT, Cache, Where, measure
     from reap2gguf.fitting.fitted import free_tensors
     from reap2gguf.quantizing.quantizer import load_quantizer
 
@@ -130,7 +130,7 @@ def _errors(
     known = cache.load(progress.note)
     maker = BlockMaker(checkpoint, load_quantizer(), given.imatrix.entries)
     free = free_tensors(opened.model.gguf_tensors(checkpoint.tensors))
-    errors = measure(maker, free, types, threads, progress, known)
+    errors = measure(maker, free, types, Where("cpu", threads), progress, known, cache.save)
     if errors != known:
         cache.save(errors)
     return errors
