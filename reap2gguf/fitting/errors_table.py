@@ -104,17 +104,18 @@ def measure(
     known: Errors,
     keep: Callable[[Errors], None] = lambda errors: None,
 ) -> dict[str, dict[str, float]]:
-    """The errors of all tensors in the types that they can have; those of `known` are taken.
+    """The errors of all tensors in the types that they can have, and all of `known`.
 
     A type that cannot hold a tensor's values has no entry in a tensor's errors but infinity. `keep`
     is given what is there, now and then, to be found again after a kill. Raises CheckpointError for
     values that are not finite.
     """
-    found = {tensor.name: dict(known.get(tensor.name, {})) for tensor in tensors}
+    found = {name: dict(by_type) for name, by_type in known.items()}
     todo: list[tuple[GgufTensor, list[Type]]] = []
     for tensor in tensors:
         can = types_for(tensor, tensor.name in host.importance, types)
-        if missing := [one for one in can if one.name not in found[tensor.name]]:
+        there = found.setdefault(tensor.name, {})
+        if missing := [one for one in can if one.name not in there]:
             todo.append((tensor, missing))
     if not todo:
         return found
