@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from reap2gguf.errors import UsageError
+from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.machine import available_threads
 
 METHODS = (
@@ -46,6 +47,7 @@ class CheckQuants(Enum):
 
 
 DEFAULT_RECIPE = "Q4_K_M"
+_DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
@@ -143,14 +145,14 @@ class RecipeText:
     label: str | None = None  # in place of the one in the text
 
 
-def _recipes(given: object) -> tuple[str | RecipeText, ...]:
+def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText, ...]:
     """Recipes by name, path or text. Raise UsageError if they are none."""
     if isinstance(given, str | os.PathLike | RecipeText):
         given = (given,)
     if not isinstance(given, Iterable) or isinstance(given, bytes):
         raise UsageError(f"recipes is {given!r}, expected names or paths of recipes")
     recipes = tuple(given)
-    if not recipes:
+    if not recipes and not may_be_none:
         raise UsageError("recipes is empty, expected at least one recipe, such as Q4_K_M")
     found: list[str | RecipeText] = []
     for recipe in recipes:
@@ -285,7 +287,8 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    recipes: tuple[str | RecipeText, ...] = (DEFAULT_RECIPE,)
+    # with a target size, none unless some are named
+    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -306,10 +309,17 @@ class BuildOptions:
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
+    # at most one of three: a file whose types are chosen in the build
+    target_size: int | None = None  # bytes of the file
+    target_bpw: float | None = None  # bits per weight
+    fit: int | None = None  # bytes of a GPU's memory
+    fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipes", _recipes(self.recipes))
+        has_target = self.target is not None  # or raises UsageError
+        named = () if has_target and self.recipes is _DEFAULT_RECIPES else self.recipes
+        object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
@@ -336,6 +346,11 @@ class BuildOptions:
                 "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
                 "there is not computed; pass one of them"
             )
+
+    @property
+    def target(self) -> SizeTarget | None:
+        """The size of a file whose types are chosen; None if none is asked for."""
+        return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
 
 
 @dataclass(frozen=True)

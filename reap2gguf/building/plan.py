@@ -17,6 +17,7 @@ from reap2gguf.building.given import (
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.sized import LABEL_KEY, SizedFile, plan_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -30,6 +31,7 @@ from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.errors import CalibrationError, RecipeError, UsageError
+from reap2gguf.exporting.header_facts import pruning_values
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -71,6 +73,7 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    sized: SizedFile | None = None  # the last file, if its types are chosen in the build
 
     @property
     def observes(self) -> bool:
@@ -158,6 +161,10 @@ class Plan:
     def side_name(self, side: SideFile) -> str:
         return side_file(side.prefix, self.name)
 
+    def with_types(self, chosen: ResolvedRecipe) -> Plan:
+        """The plan with the recipe of the file whose types were chosen, in place of a guess."""
+        return replace(self, recipes=(*self.recipes[:-1], chosen))
+
     @property
     def warnings(self) -> list[str]:
         """What will mislead users of the bundle though it is right, each with a way out."""
@@ -209,6 +216,13 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if options.imatrix is not None:
         of = model.facts.n_experts, model.facts.mtp_layer
         imatrix = read_imatrix(options.imatrix, tensors, *of)
+    sized = None
+    if (size := options.target) is not None:
+        weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
+        own = pruning_values(source.label, options.method, target.n_experts, pruned.kept)
+        sized, guess = plan_sized(options, size, name, pruned, weighted, own)
+        recipes = (*recipes, guess)
+        _refuse_twice(recipes)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -228,6 +242,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         history=read_history(checkpoint, model.facts, note),
         observations=observations,
         imatrix=imatrix,
+        sized=sized,
     )
     for recipe in recipes:
         _check_importance(recipe, plan)
@@ -253,13 +268,13 @@ class _Asked:
 def _read_options(options: BuildOptions) -> _Asked:
     """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
     overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, options.labels, overrides)
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
+    labels = {
+        name: label
+        for name, label in options.labels.items()
+        if name != LABEL_KEY or options.target is None
+    }
+    recipes = load_recipes(options.recipes, labels, overrides)
+    _refuse_twice(recipes)
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
@@ -267,6 +282,16 @@ def _read_options(options: BuildOptions) -> _Asked:
         _check_there(options.imatrix_text)
         files.text(options.imatrix_text)
     return _Asked(recipes, calibration, files, is_checked)
+
+
+def _refuse_twice(recipes: Sequence[Recipe | ResolvedRecipe]) -> None:
+    """Raise UsageError for two files of one name."""
+    if same := twice([recipe.label for recipe in recipes]):
+        labels = " and ".join(map(repr, dict.fromkeys(same)))
+        raise UsageError(
+            f"two recipes have the label {labels} and so the same file name (where capitals do "
+            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
+        )
 
 
 def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:

@@ -295,7 +295,8 @@ class Export(Stage[None]):
         self._importance = importance
 
     def make_key(self) -> str:
-        return self.run.keys.export(self._importance.key, self._datasets)
+        recipes = self.run.plan.recipes  # those of the run: types may have been chosen in it
+        return self.run.keys.export(self._importance.key, self._datasets, recipes)
 
     @property
     def files(self) -> Mapping[Path, ResolvedRecipe]:

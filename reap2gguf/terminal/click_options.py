@@ -10,6 +10,7 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
+from reap2gguf.fitting.target import DEFAULT_CONTEXT, MOST_BITS
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
@@ -39,7 +40,7 @@ from reap2gguf.terminal.help import (
     option,
     together,
 )
-from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
+from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType, SizeType
 
 # the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
@@ -261,6 +262,39 @@ follow_links_option = option(
     help="Accept *.safetensors that are links, such as to another disk.",
 )
 
+target_options = together(
+    option(
+        "--target-size",
+        section=WRITE,
+        type=SizeType(),
+        metavar="SIZE",
+        help="Choose every tensor's type for a file of this size, e.g. 12GiB; the header counts.",
+    ),
+    option(
+        "--target-bpw",
+        section=WRITE,
+        type=Number(0.1, MOST_BITS),
+        metavar="BITS",
+        help="The same, for a file of so many bits per weight.",
+    ),
+    option(
+        "--fit",
+        section=WRITE,
+        type=SizeType(),
+        metavar="MEMORY",
+        help="The same, for a GPU with so much memory, e.g. 16GB: the KV cache of --fit-context, "
+        "a compute buffer and 512 MiB are subtracted.",
+    ),
+    option(
+        "--fit-context",
+        section=WRITE,
+        type=Number(1),
+        metavar="T",
+        help="Context in tokens that --fit leaves room for.",
+        default_text=str(DEFAULT_CONTEXT),
+    ),
+)
+
 build_options = together(
     model_argument(required=False),
     pruning_options,
@@ -274,8 +308,9 @@ build_options = together(
         metavar="NAME|FILE,...",
         help="Quantization recipes, with commas or repeated: file types such as Q5_K_M, names of "
         "`reap2gguf recipes list`, or TOML files.",
-        default_text=DEFAULT_RECIPE,
+        default_text=f"{DEFAULT_RECIPE}; none with a target size",
     ),
+    target_options,
     tensor_type_option,
     label_option,
     option(
@@ -363,6 +398,10 @@ def collect(
     arguments, revisions = settled(arguments)
     return BuildOptions(
         recipes=arguments["recipes"],
+        target_size=arguments["target_size"],
+        target_bpw=arguments["target_bpw"],
+        fit=arguments["fit"],
+        fit_context=arguments["fit_context"],
         model=arguments["model"],
         labels=dict(arguments["labels"]),
         keep_experts=arguments["keep_experts"],

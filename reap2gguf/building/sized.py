@@ -1,0 +1,133 @@
+"""A file of a build whose types are chosen for a size, once the importance matrix is known.
+
+The plan has a guess in its place: a recipe of the same size and name, made without a look at any
+weight. Its source says what was asked for, so that a bundle is up to date by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from reap2gguf.atomic import make_folder
+from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
+from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.files import file_sha256
+from reap2gguf.fitting.errors_table import FORMAT, Cache, Where
+from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, tensor_bytes
+from reap2gguf.fitting.solving import Measuring, budget_of, guess, header_bytes
+from reap2gguf.gguf_files.imatrix import load_imatrix
+from reap2gguf.messages import size
+from reap2gguf.quantizing.overrides import read_overrides
+from reap2gguf.quantizing.recipe import check_label, load_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gguf import GGMLQuantizationType
+
+    from reap2gguf.building.stage import Run
+    from reap2gguf.fitting.card import CardUse
+    from reap2gguf.fitting.target import SizeTarget
+    from reap2gguf.models.description import HeaderValue
+    from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.view import PrunedView
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
+
+LABEL_KEY = "fit"  # names the file in --label fit=LABEL
+_ROOM = 2**12  # bytes of a header that a plan does not know, such as the names of datasets
+_SOME = "Q4_K_M"
+
+
+@dataclass(frozen=True)
+class SizedFile:
+    """What a file is to be, and what is called so."""
+
+    target: SizeTarget
+    named: Named
+    fixed: Mapping[str, GGMLQuantizationType]  # types that the user gave tensors
+    n_experts: int
+    card: CardUse | None = None  # what was counted, for a GPU
+
+    @property
+    def label(self) -> str:
+        return self.named.label
+
+    def problem(self, view: PrunedView, weighted: Collection[str]) -> Problem:
+        """The model of the file, whose tensors are to get types."""
+        tensors = view.model.gguf_tensors(view.tensors)
+        return Problem(tensors, view.model.facts, self.n_experts, weighted, self.fixed)
+
+
+def plan_sized(
+    options: BuildOptions,
+    target: SizeTarget,
+    name: str,
+    view: PrunedView,
+    weighted: Collection[str],
+    own: Sequence[HeaderValue],
+) -> tuple[SizedFile, ResolvedRecipe]:
+    """What is known of the file before the build, and a guess of its recipe.
+
+    `view` is the model with any experts, `weighted` the tensors that will have importance, `own`
+    what headers say of the pruning. Raises UsageError for a size that no types have, RecipeError
+    for types that tensors cannot have.
+    """
+    label = options.labels.get(LABEL_KEY, target.label)
+    check_label(label, f"--label {LABEL_KEY}")
+    named = Named(target.label.lower(), label, target.words)
+    sized = SizedFile(target, named, {}, view.n_kept)
+    sized = replace(sized, fixed=_fixed(options.tensor_types, sized.problem(view, weighted)))
+    problem = sized.problem(view, weighted)
+    names = HeaderNames(name, None, tuple(own))
+    header = header_bytes(view, view.model, names, named.name, None) + _ROOM
+    budget = budget_of(target, problem, view.model, header)
+    guessed = guess(named, problem, budget).resolved
+    given = {tensor: one.name for tensor, one in sorted(sized.fixed.items())}
+    source = f"# chosen in the build: {target!r}, {given}, format {FIT_FORMAT}\n"
+    recipe = replace(guessed.recipe, source=source)
+    return replace(sized, card=budget.card), replace(guessed, recipe=recipe)
+
+
+def _fixed(tensor_types: Sequence[str], problem: Problem) -> dict[str, GGMLQuantizationType]:
+    """The tensors that the command line gives types, and these types."""
+    if not tensor_types:
+        return {}
+    given = problem.resolve(load_recipe(_SOME).with_overrides(read_overrides(tensor_types)))
+    return {one.tensor.name: one.tensor_type for one in given.table if one.rule is not None}
+
+
+def choose_types(
+    run: Run, sized: SizedFile, view: PrunedView, names: HeaderNames, imatrix_file: Path
+) -> Fitted:
+    """The recipe of the file, with the importance matrix of the model that the build makes.
+
+    What is measured is kept for all builds of this output. Raises what `Measuring.errors`,
+    `budget_of` and `fit` raise.
+    """
+    compute, imatrix = run.plan.options.compute, load_imatrix(imatrix_file)
+    problem = sized.problem(view, imatrix.entries)
+    header = header_bytes(view, view.model, names, sized.named.name, (imatrix, imatrix_file.name))
+    budget = budget_of(sized.target, problem, view.model, header)
+    key = stage_key(FORMAT, run.keys.pruned(view.kept), file_sha256(imatrix_file), ggml_identity())
+    cache = Cache(run.work.shared / "type-errors" / f"{key}.json", key)
+    make_folder(cache.path.parent)
+    where = Where(compute.device, compute.threads)
+    errors = Measuring(view, imatrix, cache, where).errors(problem, budget, run.progress)
+    found = fit(sized.named, problem, errors, budget.types, budget.n_bytes)
+    run.progress.note(_words(sized, found, header))
+    return found
+
+
+def _words(sized: SizedFile, found: Fitted, header: int) -> str:
+    """What was chosen, for people."""
+    n_bytes = header + sum(
+        tensor_bytes(entry.tensor, entry.tensor_type) for entry in found.resolved.table
+    )
+    line = (
+        f"{sized.label}: types chosen for {sized.target.words}: {size(n_bytes)}, "
+        f"{found.resolved.bits_per_weight:.2f} bits per weight, at most {100 * found.gap:.2f} % "
+        "above the least damage"
+    )
+    return line if sized.card is None else f"{line}; counted {sized.card.words}"
