@@ -8,8 +8,9 @@ FOLDER receives a checkpoint of the shape with a few layers and random weights, 
 run left one there: 6.7 GB for 4 layers of Qwen3.5-35B-A3B, of which every fourth has another kind.
 Its table is measured, and the time of the whole model's is that of the layers, times all layers by
 those that were measured, and that of embedding and output, whose samples do not grow with them.
-With layers in the whole model's proportions, that is what the model takes. Opening a GPU is counted
-once. Then the problem of the whole model is solved, layers being copies with 10 % of noise.
+With layers in the whole model's proportions, that is what the model takes. What is done once is
+counted once: tables of the IQ types, comparing kernels with libggml, compiling them for a GPU. Then
+the problem of the whole model is solved, layers being copies with 10 % of noise.
 
 `--solver` solves a random problem of 40 layers, 12 tensors and 20 types for five sizes instead.
 """
@@ -87,13 +88,14 @@ def measured_model(arguments: argparse.Namespace) -> None:
         ends = [one for one in free if not one.name.startswith("blk.")]
         layers = [one for one in free if one.name.startswith("blk.")]
         # what is done once: kernels are compiled, compared with libggml, and loaded
-        _, once = timed(lambda: measure(host, ends[:1], TYPES, where, Silent(), {}))
+        first = [ends[0], layers[0]]  # without importance, and with it
+        _, once = timed(lambda: measure(host, first, TYPES, where, Silent(), {}))
         found, of_ends = timed(lambda: measure(host, ends, TYPES, where, Silent(), {}))
         errors, of_layers = timed(lambda: measure(host, layers, TYPES, where, Silent(), {}))
     n_measured = model.facts.n_layers
     whole = once + of_ends + of_layers * n_all / n_measured
     print(
-        f"{arguments.shape}, {arguments.device}, {arguments.threads} threads: first tensor "
+        f"{arguments.shape}, {arguments.device}, {arguments.threads} threads: first tensors "
         f"{once:.1f} s, ends {of_ends:.1f} s, {len(layers)} tensors of {n_measured} layers "
         f"{of_layers:.1f} s; "
         f"{len(layers) * n_all // n_measured + len(ends)} tensors of {n_all} layers: {whole:.0f} s"

@@ -92,7 +92,7 @@ def fit_recipe(
         cache = Cache(cached, _key(opened, read))
         measuring = Measuring(opened.checkpoint, read.imatrix, cache, where)
         errors = measuring.errors(problem, budget, shown)
-        named = Named(output.stem, target.label, target.words)
+        named = Named(output.stem, target.label, target)
         found = choose_types(named, problem, errors, budget.types, budget.n_bytes)
         check_label(found.recipe.label, str(output))
         write_whole(output, found.recipe.source)

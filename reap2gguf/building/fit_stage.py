@@ -51,9 +51,9 @@ class Fit(Stage[ResolvedRecipe]):
         return (self.run.work.root / "fit.toml",)
 
     def compute(self) -> Mapping[str, Any]:
-        run = self.run
-        imatrix = self._importance.path
-        found = choose_types(run, self._sized, self._pruned, self._names, imatrix)
+        pruned, imatrix = self._pruned, self._importance.path
+        reference = pruned, pruned.model
+        found = choose_types(self.run, self._sized, reference, pruned.kept, self._names, imatrix)
         write_whole(self.outputs[0], found.recipe.source)
         return {"damage": found.damage, "gap": found.gap}
 
@@ -61,4 +61,4 @@ class Fit(Stage[ResolvedRecipe]):
         path = self.outputs[0]
         source = path.read_text(encoding="utf-8")
         recipe = parse_recipe(source, self._sized.named.name, str(path))
-        return self._sized.problem(self._pruned, ()).resolve(recipe)
+        return self._sized.problem((self._pruned, self._pruned.model), ()).resolve(recipe)

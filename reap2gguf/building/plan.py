@@ -161,6 +161,11 @@ class Plan:
     def side_name(self, side: SideFile) -> str:
         return side_file(side.prefix, self.name)
 
+    @property
+    def with_toml(self) -> frozenset[str]:
+        """Names of the recipes that lie beside their files as TOML."""
+        return frozenset(() if self.sized is None else (self.sized.named.name,))
+
     def with_types(self, chosen: ResolvedRecipe) -> Plan:
         """The plan with the recipe of the file whose types were chosen, in place of a guess."""
         return replace(self, recipes=(*self.recipes[:-1], chosen))

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.models.description import HeaderValue
     from reap2gguf.options import BuildOptions
+    from reap2gguf.pruning.select import Kept
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
+    from reap2gguf.verifying.context import Reference
 
 LABEL_KEY = "fit"  # names the file in --label fit=LABEL
 _ROOM = 2**12  # bytes of a header that a plan does not know, such as the names of datasets
@@ -54,10 +56,11 @@ class SizedFile:
     def label(self) -> str:
         return self.named.label
 
-    def problem(self, view: PrunedView, weighted: Collection[str]) -> Problem:
+    def problem(self, reference: Reference, weighted: Collection[str]) -> Problem:
         """The model of the file, whose tensors are to get types."""
-        tensors = view.model.gguf_tensors(view.tensors)
-        return Problem(tensors, view.model.facts, self.n_experts, weighted, self.fixed)
+        weights, model = reference
+        tensors = model.gguf_tensors(weights.tensors)
+        return Problem(tensors, model.facts, self.n_experts, weighted, self.fixed)
 
 
 def plan_sized(
@@ -76,10 +79,12 @@ def plan_sized(
     """
     label = options.labels.get(LABEL_KEY, target.label)
     check_label(label, f"--label {LABEL_KEY}")
-    named = Named(target.label.lower(), label, target.words)
+    named = Named(target.label.lower(), label, target)
     sized = SizedFile(target, named, {}, view.n_kept)
-    sized = replace(sized, fixed=_fixed(options.tensor_types, sized.problem(view, weighted)))
-    problem = sized.problem(view, weighted)
+    sized = replace(
+        sized, fixed=_fixed(options.tensor_types, sized.problem((view, view.model), weighted))
+    )
+    problem = sized.problem((view, view.model), weighted)
     names = HeaderNames(name, None, tuple(own))
     header = header_bytes(view, view.model, names, named.name, None) + _ROOM
     budget = budget_of(target, problem, view.model, header)
@@ -99,22 +104,28 @@ def _fixed(tensor_types: Sequence[str], problem: Problem) -> dict[str, GGMLQuant
 
 
 def choose_types(
-    run: Run, sized: SizedFile, view: PrunedView, names: HeaderNames, imatrix_file: Path
+    run: Run,
+    sized: SizedFile,
+    reference: Reference,
+    kept: Kept,
+    names: HeaderNames,
+    imatrix_file: Path,
 ) -> Fitted:
     """The recipe of the file, with the importance matrix of the model that the build makes.
 
-    What is measured is kept for all builds of this output. Raises what `Measuring.errors`,
-    `budget_of` and `fit` raise.
+    `reference` is that model, with the experts `kept`, and `names` what its headers say. What is
+    measured is kept for all builds of this output. Raises what `Measuring.errors`, `budget_of` and
+    `fit` raise.
     """
     compute, imatrix = run.plan.options.compute, load_imatrix(imatrix_file)
-    problem = sized.problem(view, imatrix.entries)
-    header = header_bytes(view, view.model, names, sized.named.name, (imatrix, imatrix_file.name))
-    budget = budget_of(sized.target, problem, view.model, header)
-    key = stage_key(FORMAT, run.keys.pruned(view.kept), file_sha256(imatrix_file), ggml_identity())
+    problem, (weights, model) = sized.problem(reference, imatrix.entries), reference
+    header = header_bytes(weights, model, names, sized.named.name, (imatrix, imatrix_file.name))
+    budget = budget_of(sized.target, problem, model, header)
+    key = stage_key(FORMAT, run.keys.pruned(kept), file_sha256(imatrix_file), ggml_identity())
     cache = Cache(run.work.shared / "type-errors" / f"{key}.json", key)
     make_folder(cache.path.parent)
     where = Where(compute.device, compute.threads)
-    errors = Measuring(view, imatrix, cache, where).errors(problem, budget, run.progress)
+    errors = Measuring(weights, imatrix, cache, where).errors(problem, budget, run.progress)
     found = fit(sized.named, problem, errors, budget.types, budget.n_bytes)
     run.progress.note(_words(sized, found, header))
     return found

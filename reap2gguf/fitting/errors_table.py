@@ -7,9 +7,9 @@ the squared values with the same factor. An expert counts as often as it was use
 
 A GPU quantizes what it has kernels for, and the same bytes as the processor: the table is the same.
 
-Memory: each thread holds the sampled rows of a tensor, at most 2^18 values as float32, four times;
-of a tensor that is stored in another order than GGUF's, one matrix as well. The table has a number
-for each tensor and type.
+Memory: each thread holds the sampled rows of a tensor, at most 2^18 values as float32, four times,
+and their blocks of all types; of a tensor that is stored in another order than GGUF's, one matrix
+as well. The table has a number for each tensor and type.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from reap2gguf.exporting.device_blocks import making
 from reap2gguf.exporting.row_ranges import RowRange, batched
 from reap2gguf.files import plain_size
 from reap2gguf.ggml import NEEDS_IMPORTANCE, TINY
-from reap2gguf.gguf_files.rows import rows_per_matrix
+from reap2gguf.gguf_files.rows import rows_per_matrix, stored_bytes
 
 if TYPE_CHECKING:
     from reap2gguf.exporting.device_blocks import Making
@@ -51,7 +51,7 @@ _NAMES = (
 )
 TYPES = tuple(Type[name] for name in _NAMES.split())
 SMALLEST_TYPES = (Type.IQ1_M, Type.IQ1_S)
-_SAMPLED = 2**18  # values of a tensor
+SAMPLED = 2**18  # values of a tensor
 _MAX_RUNS = 16  # that they are read in, spread over the tensor
 _MAX_CACHE_BYTES = 2**26
 _SECONDS_KEPT = 10.0  # after which what was measured is kept again
@@ -83,7 +83,7 @@ def sampled_rows(tensor: GgufTensor) -> Iterator[RowRange]:
     """Runs of rows, spread evenly over a tensor's matrices and rows: all rows of a small one."""
     n_rows, n_matrices = rows_per_matrix(tensor), len(tensor.slabs)
     n_runs = min(_MAX_RUNS, n_matrices * n_rows)
-    per_run = max(1, min(_SAMPLED, math.prod(tensor.shape)) // (n_runs * tensor.n_columns))
+    per_run = max(1, min(SAMPLED, math.prod(tensor.shape)) // (n_runs * tensor.n_columns))
     done = 0
     for run in range(n_runs):
         matrix, row = divmod(run * n_matrices * n_rows // n_runs, n_rows)
@@ -120,7 +120,7 @@ def measure(
     if not todo:
         return found
     keys = {(one, tensor.name in host.importance) for tensor, some in todo for one in some}
-    n_values = sum(min(_SAMPLED, math.prod(tensor.shape)) * len(some) for tensor, some in todo)
+    n_values = sum(min(SAMPLED, math.prod(tensor.shape)) * len(some) for tensor, some in todo)
     with (
         progress.task("Measuring types", len(todo), "tensors") as task,
         making(host, where.device, keys, n_values, where.n_threads, progress) as made,
@@ -146,9 +146,9 @@ def _measure_one(
 ) -> dict[str, float]:
     """The relative errors of one tensor."""
     lost, whole = dict.fromkeys((one.name for one in types), 0.0), 0.0
-    entry = host.importance.get(tensor.name)
+    entry, reader = host.importance.get(tensor.name), _Reader(host)
     for batch in batched(host.weights, sampled_rows(tensor), made.batch_bytes):
-        values = [host.read(rows) for rows in batch]
+        values = [reader.read(rows) for rows in batch]
         weights = [_weights(entry, rows) for rows in batch]
         whole += sum(map(_energy, values, weights))
         for one, blocks in _blocks(host, made, batch, types, values).items():
@@ -160,11 +160,37 @@ def _measure_one(
     return {name: amount / whole if whole else 0.0 for name, amount in lost.items()}
 
 
+class _Reader:
+    """Reads runs of rows of a tensor; a matrix that has to be read whole is read once for all."""
+
+    def __init__(self, host: BlockMaker) -> None:
+        self._host = host
+        self._matrix: int | None = None
+        self._values: Floats
+
+    def read(self, rows: RowRange) -> Floats:
+        """The values of a run; runs come in the order of their matrices."""
+        if _is_stored(self._host, rows):
+            return self._host.read(rows)
+        if self._matrix != rows.matrix:
+            self._matrix = rows.matrix
+            self._values = self._host.read(
+                replace(rows, first=0, last=rows_per_matrix(rows.tensor))
+            )
+        return self._values[rows.first : rows.last]
+
+
+def _is_stored(host: BlockMaker, rows: RowRange) -> bool:
+    """Whether a run is stored side by side as GGUF is to hold it."""
+    place = stored_bytes(host.weights, rows.tensor, rows.slab, rows.first, rows.last)
+    return place is not None
+
+
 def _blocks(
     host: BlockMaker, made: Making, batch: Batch, types: Sequence[Type], values: Sequence[Floats]
 ) -> dict[Type, list[Blocks | None]]:
     """Each range of a batch in each type; None for a type that cannot hold its values."""
-    if made.maker is not host:
+    if made.maker is not host and _is_stored(host, batch[0]):
         try:
             found = made.maker.make(batch, types)
         except CheckpointError:

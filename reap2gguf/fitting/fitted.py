@@ -26,6 +26,7 @@ from reap2gguf.quantizing.resolve import ResolvedRecipe, fixed_type, resolve
 
 if TYPE_CHECKING:
     from reap2gguf.fitting.errors_table import Errors
+    from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.models.description import GgufTensor, ModelFacts
 
 ALIGNMENT = 32  # of a tensor in a file
@@ -152,7 +153,14 @@ class Named:
 
     name: str
     label: str
-    aim: str  # what it is fitted to, such as "a file of 12 GiB"
+    target: SizeTarget  # that it is fitted to
+
+    def title(self, bits: float) -> str:
+        """What it is, in a few words, if its file has so many bits per weight."""
+        words = f"{bits:.2f} bits per weight"
+        return "Fitted to " + (
+            words if self.target.bpw is not None else f"{self.target.words}, {words}"
+        )
 
 
 def _as_recipe(
@@ -168,8 +176,8 @@ def _as_recipe(
         )
     n_bytes = sum(tensor_bytes(tensor, chosen[tensor.name]) for tensor in problem.free)
     bits = 8 * (n_bytes + fixed_bytes(problem.tensors)) / problem.n_weights
-    title = f"Fitted to {named.aim}: {bits:.2f} bits per weight"
-    recipe = Recipe(named.name, title, named.label, _nearest(problem, bits), rules, "")
+    base = _nearest(problem, bits)
+    recipe = Recipe(named.name, named.title(bits), named.label, base, rules, "")
     recipe = replace(recipe, source=recipe.as_toml())
     resolved = problem.resolve(recipe)
     for tensor, tensor_type in resolved.tensor_types().items():

@@ -10,7 +10,6 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
-from reap2gguf.fitting.target import DEFAULT_CONTEXT, MOST_BITS
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
@@ -40,7 +39,8 @@ from reap2gguf.terminal.help import (
     option,
     together,
 )
-from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType, SizeType
+from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
+from reap2gguf.terminal.target_options import target_options
 
 # the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
@@ -260,39 +260,6 @@ follow_links_option = option(
     section=MODEL,
     is_flag=True,
     help="Accept *.safetensors that are links, such as to another disk.",
-)
-
-target_options = together(
-    option(
-        "--target-size",
-        section=WRITE,
-        type=SizeType(),
-        metavar="SIZE",
-        help="Choose every tensor's type for a file of this size, e.g. 12GiB; the header counts.",
-    ),
-    option(
-        "--target-bpw",
-        section=WRITE,
-        type=Number(0.1, MOST_BITS),
-        metavar="BITS",
-        help="The same, for a file of so many bits per weight.",
-    ),
-    option(
-        "--fit",
-        section=WRITE,
-        type=SizeType(),
-        metavar="MEMORY",
-        help="The same, for a GPU with so much memory, e.g. 16GB: the KV cache of --fit-context, "
-        "a compute buffer and 512 MiB are subtracted.",
-    ),
-    option(
-        "--fit-context",
-        section=WRITE,
-        type=Number(1),
-        metavar="T",
-        help="Context in tokens that --fit leaves room for.",
-        default_text=str(DEFAULT_CONTEXT),
-    ),
 )
 
 build_options = together(

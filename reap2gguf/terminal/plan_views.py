@@ -21,6 +21,7 @@ from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.sized import SizedFile
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _COLUMNS = 80
@@ -162,6 +163,9 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
         yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
+        if plan.sized is not None and recipe is plan.recipes[-1]:
+            yield from _sized(plan.sized, recipe)
+            continue
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
         for line in odd_row_lines(recipe):
@@ -170,6 +174,17 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
             yield from _type_lines(recipe)
     for side in plan.side_files:
         yield from _wrapped(f"{plan.side_name(side)}  {size(side_bytes(side))}, {side.title}")
+
+
+def _sized(sized: SizedFile, recipe: ResolvedRecipe) -> Iterator[str]:
+    """What is known of a file whose types are chosen in the build."""
+    yield from _wrapped(
+        f"types are chosen when the importance matrix is known, for {sized.target.words}: about "
+        f"{recipe.bits_per_weight:.2f} bits per weight",
+        "    ",
+    )
+    if sized.card is not None:
+        yield from _wrapped(f"counted {sized.card.words}", "    ")
 
 
 def _types(recipe: ResolvedRecipe) -> str:
@@ -313,6 +328,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,
+        "target": _target_as_json(plan),
         "files": [
             {
                 "file": plan.gguf_name(recipe),
@@ -337,6 +353,19 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "problems": list(needs.problems),
         "advice": list(needs.advice),
         "rented": [_rented_as_json(name, needs.rented(name)) for name in GPUS],
+    }
+
+
+def _target_as_json(plan: Plan) -> dict[str, Any] | None:
+    """The file whose types are chosen in the build: its types in `files` are a guess."""
+    if (sized := plan.sized) is None:
+        return None
+    return {
+        "file": plan.gguf_name(plan.recipes[-1]),
+        "size": sized.target.size,
+        "bpw": sized.target.bpw,
+        "memory": sized.target.card,
+        "counted": None if sized.card is None else asdict(sized.card),
     }
 
 

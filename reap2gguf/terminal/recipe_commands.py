@@ -12,7 +12,6 @@ from reap2gguf.terminal.click_options import (
     json_option,
     model_argument,
     output_options,
-    target_options,
     tensor_type_option,
 )
 from reap2gguf.terminal.compute_options import (
@@ -24,6 +23,7 @@ from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath
 from reap2gguf.terminal.suggestions import Group
+from reap2gguf.terminal.target_options import target_options
 
 
 @click.group(cls=Group)

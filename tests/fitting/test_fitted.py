@@ -19,6 +19,7 @@ from reap2gguf.fitting.errors_table import TYPES, Cache
 from reap2gguf.fitting.fitted import Named, Problem, free_tensors
 from reap2gguf.fitting.sensitivity import sensitivities
 from reap2gguf.fitting.solving import Budget, guess
+from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.gguf_files.imatrix import save_gguf
 from reap2gguf.models.table import describe
 from reap2gguf.quantizing.recipe import load_recipe
@@ -161,9 +162,10 @@ def test_types_that_are_given_are_no_choice(model: Model) -> None:
     fixed = {one.name: Type.F16 for one in tensors if "attn_v" in one.name}
     problem = Problem(tensors, facts, facts.n_experts, random_imatrix(tensors).entries, fixed)
     n_bytes = int(4.5 * problem.n_weights / 8)
-    found = guess(Named("x", "X", "4.5 bits"), problem, Budget(n_bytes, TYPES))
+    found = guess(Named("x", "X", SizeTarget(bpw=4.5)), problem, Budget(n_bytes, TYPES))
     types = found.resolved.tensor_types()
     assert {one: types[one] for one in fixed} == fixed
     assert len(fixed) == facts.n_layers
     assert 0.99 * n_bytes < found.resolved.n_bytes <= n_bytes
+    assert found.recipe.title == f"Fitted to {found.resolved.bits_per_weight:.2f} bits per weight"
     assert Type.F16 not in {types[one.name] for one in problem.to_measure()}

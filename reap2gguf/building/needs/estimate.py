@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
 
-ALL = ("texts", "observe", "prune", "imatrix", "export", "verify", "evaluate")  # stages
+ALL = ("texts", "observe", "prune", "imatrix", "fit", "export", "verify", "evaluate")  # stages
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, Reused
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = 4  # stages
+_BEFORE_EXPORT = ("texts", "observe", "prune", "imatrix")
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -68,7 +69,8 @@ def _in_finished_bundle(run: Run) -> Reused | None:
     written += 0 if found.manifest.hf is None else found.manifest.hf.n_bytes
     missing = frozenset(recipe.name for recipe in found.missing)
     # what is added is not measured with the rest
-    stages = (*ALL[:_BEFORE_EXPORT], "evaluate") if missing else ALL
+    done = tuple(name for name in ALL if name != "fit" or run.plan.sized is not None)
+    stages = (*_BEFORE_EXPORT, "evaluate") if missing else done
     return Reused(stages, None, missing, written, found.is_up_to_date)
 
 
@@ -103,7 +105,15 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
         else GivenImportance(run, pruned, texts, plan.imatrix)
     )
     export = Export(run, pruned, importance)
-    stages: tuple[Stage[Any], ...] = (importance, export, Verify(run, pruned, export))
+    if _is_done(importance):
+        yield importance.name
+    if plan.sized is not None:
+        fit = Fit(run, pruned, importance, export.names())
+        if not _is_done(fit):
+            return
+        yield fit.name
+        run.plan = plan.with_types(fit.result)
+    stages: tuple[Stage[Any], ...] = (export, Verify(run, pruned, export))
     for stage in stages:
         if _is_done(stage):
             yield stage.name
