@@ -53,7 +53,8 @@ class CardUse:
         left = self.card - self.cache - self.state - self.compute - self.reserve
         if left < 1:
             raise UsageError(
-                f"{self.words} leave no room for weights; pass a smaller --fit-context"
+                f"there is no room for weights: counted {self.words}; pass a larger --fit or a "
+                "smaller --fit-context"
             )
         return left
 

@@ -75,7 +75,8 @@ def budget_of(target: SizeTarget, problem: Problem, model: MoeModel, header: int
     elif target.size is not None:
         n_bytes = target.size - header
     else:
-        card = card_use(model, target.card or 0, target.context)
+        context = min(target.context, model.facts.context_length)  # that it was trained on
+        card = card_use(model, target.card or 0, context)
         n_bytes = card.left - header
     is_small = 8 * n_bytes < _FEW_BITS * problem.n_weights
     types = (*TYPES, *SMALLEST_TYPES) if is_small else TYPES

@@ -85,7 +85,9 @@ def test_what_llama_cpp_allocates(name: str, tmp_path: Path) -> None:
 def test_a_card_without_room_is_refused(tmp_path: Path) -> None:
     TinyQwen3Moe().write(tmp_path)
     model = planned(tmp_path)
-    with pytest.raises(UsageError, match=r"KV cache .* leave no room .* smaller --fit-context"):
+    with pytest.raises(
+        UsageError, match=r"no room for weights: .*KV cache .*smaller --fit-context"
+    ):
         _ = card_use(model, RESERVE, 512).left
     assert card_use(model, 2**34, 512).left > 2**33
     assert "context of 512 tokens" in card_use(model, 2**34, 512).words
