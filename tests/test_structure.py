@@ -352,7 +352,11 @@ COVERED_BY = [
     (
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
-        ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
+        (
+            "observing/compute/triton_convolution.py",
+            "observing/compute/triton_experts.py",
+            "observing/compute/triton_kernels.py",
+        ),
     ),
     (
         "comparing/test_compared.py",

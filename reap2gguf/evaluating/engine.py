@@ -30,11 +30,12 @@ from reap2gguf.observing.batches import padded_batches
 from reap2gguf.observing.budget import Budget, fit
 from reap2gguf.observing.compute.ranks import Ranks, connect_on, host_peers, join
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
-from reap2gguf.observing.sweep import gpu_errors, open_sweep
+from reap2gguf.observing.sweep import open_sweep
 from reap2gguf.observing.sweep_plan import (
     SweepContext,
     SweepPlan,
     available_memory,
+    gpu_errors,
     groups_of,
     limit_gpu_memory,
     need_of,

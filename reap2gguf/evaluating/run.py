@@ -51,6 +51,7 @@ class Unobserved(LayerObserver):
 class VariantRun(Sweep):
     """A variant's batches, and the spool where their hidden states wait."""
 
+    keeps_output = True  # of which the head computes the scores
     base: VariantRun | None = None  # whose layers this variant has, with fewer experts
     kept: Kept | None = None  # the base's experts that it has
     n_views = 0  # variants that take over its layers

@@ -19,6 +19,7 @@ from reap2gguf.checkpoint.weights import first_not_finite
 from reap2gguf.errors import CheckpointError, UnsupportedModelError
 from reap2gguf.models.loading import text_model
 from reap2gguf.observing.compute.by_device import follow_devices
+from reap2gguf.observing.compute.convolution import fuse_convolutions
 from reap2gguf.observing.compute.crew import Crew
 from reap2gguf.observing.compute.experts import IMPLEMENTATION, register
 from reap2gguf.observing.compute.fused import Shapes, fuse
@@ -116,6 +117,7 @@ class StreamedDecoder:
             self._shapes.prepare(device, dtype, getattr(self._base.config, "head_dim", None))
             for layer in (*self._layers, self._norm):
                 fuse(layer, self._shapes)
+            fuse_convolutions(part for layer in self._layers for part in layer.modules())
 
     @property
     def device(self) -> torch.device:

@@ -19,13 +19,17 @@ _ROW_GROUPS = 128  # parts of a sum over all rows, enough to keep a GPU busy
 
 
 @cache
-def _triton() -> tuple[ModuleType, ModuleType] | None:
-    """The Triton kernels of a layer and of its experts; None if Triton is not installed."""
+def _triton() -> tuple[ModuleType, ModuleType, ModuleType] | None:
+    """Triton kernels of a layer, of experts, of convolutions; None if Triton is not installed."""
     try:
-        from reap2gguf.observing.compute import triton_experts, triton_kernels
+        from reap2gguf.observing.compute import (
+            triton_convolution,
+            triton_experts,
+            triton_kernels,
+        )
     except ImportError:
         return None
-    return triton_kernels, triton_experts
+    return triton_kernels, triton_experts, triton_convolution
 
 
 def has_triton(device: torch.device) -> bool:
@@ -41,6 +45,11 @@ def _kernels_for(values: Tensor) -> ModuleType | None:
 def _expert_kernels_for(values: Tensor) -> ModuleType | None:
     found = _triton() if values.is_cuda else None
     return found and found[1]
+
+
+def _convolution_kernels_for(values: Tensor) -> ModuleType | None:
+    found = _triton() if values.is_cuda else None
+    return found and found[2]
 
 
 def gather(
@@ -177,6 +186,22 @@ def norm_rotary(
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
     return torch.cat((turned, rest), dim=-1)
+
+
+def causal_convolution(values: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Each channel of values (B, T, C) convolved over the tokens up to its own, then SiLU if asked.
+
+    weight: (C, taps), the last tap for the token itself    bias: (C,)
+    """
+    if kernels := _convolution_kernels_for(values):
+        convolved: Tensor = kernels.causal_convolution(values, weight, bias, silu)
+        return convolved
+    taps = weight.shape[-1]
+    padded = torch.nn.functional.pad(values.float(), (0, 0, taps - 1, 0))
+    total = (padded.unfold(1, taps, 1) * weight.float()).sum(-1)
+    if bias is not None:
+        total = total + bias.float()
+    return (torch.nn.functional.silu(total) if silu else total).to(values.dtype)
 
 
 def route(logits: Tensor, top_k: int, renormalized: bool) -> tuple[Tensor, Tensor]:

@@ -49,9 +49,10 @@ def device(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a test's tensors are."""
     if way != "interpreter":
         return way
-    layer, experts = interpreted()
+    layer, experts, convolution = interpreted()
     monkeypatch.setattr(kernels, "_kernels_for", lambda values: layer)
     monkeypatch.setattr(kernels, "_expert_kernels_for", lambda values: experts)
+    monkeypatch.setattr(kernels, "_convolution_kernels_for", lambda values: convolution)
     return "cpu"
 
 
@@ -200,6 +201,28 @@ def test_norm_rotary(device: str, width: int, rotary: int, n_angles: int) -> Non
     (cos_1, cos_2), (sin_1, sin_2) = angles
     turned = (first * cos_1 - second * sin_1, second * cos_2 + first * sin_2)
     assert relative(found, torch.cat((*turned, exact[..., rotary:]), -1)) < 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", [2, 37])  # fewer tokens than taps, and several blocks
+@pytest.mark.parametrize(("biased", "activated"), [(False, True), (True, False)])
+def test_causal_convolution(device: str, length: int, biased: bool, activated: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.randn(3, length, 420, generator=generator).to(torch.bfloat16)
+    values = apart[..., :300].to(device)  # rows lie further apart than they are wide
+    weight = torch.randn(300, 4, generator=generator).to(device)
+    bias = torch.randn(300, generator=generator).to(device) if biased else None
+    found = kernels.causal_convolution(values, weight, bias, activated)
+    exact = torch.nn.functional.conv1d(
+        values.cpu().double().transpose(1, 2),
+        weight.cpu().double()[:, None],
+        None if bias is None else bias.cpu().double(),
+        padding=3,
+        groups=300,
+    )[..., :length].transpose(1, 2)
+    exact = silu(exact) if activated else exact
+    assert found.dtype == torch.bfloat16
+    assert relative(found.cpu(), exact) < 3e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
