@@ -28,6 +28,16 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "building/test_fit_stage.py",
+        "a build of a file for a size, from its plan to its bytes",
+        ("building/sized.py",),
+    ),
+    (
+        "fitting/test_fitted.py",
+        "budgets, and what is refused before anything is measured",
+        ("fitting/solving.py",),
+    ),
+    (
         "building/test_evaluate_stage.py",
         "how much text a build scores",
         ("building/needs/scoring.py",),

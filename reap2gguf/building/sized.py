@@ -7,16 +7,17 @@ weight. Its source says what was asked for, so that a bundle is up to date by th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder
 from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.files import file_sha256
-from reap2gguf.fitting.errors_table import FORMAT, Cache, Where
+from reap2gguf.fitting.errors_table import FORMAT, SAMPLED, Cache, Where
 from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, tensor_bytes
-from reap2gguf.fitting.solving import Measuring, budget_of, guess, header_bytes
+from reap2gguf.fitting.solving import Budget, Measuring, budget_of, guess, header_bytes
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.quantizing.overrides import read_overrides
@@ -51,6 +52,8 @@ class SizedFile:
     fixed: Mapping[str, GGMLQuantizationType]  # types that the user gave tensors
     n_experts: int
     card: CardUse | None = None  # what was counted, for a GPU
+    # how many values are quantized to each type, to measure it
+    sampled: Mapping[GGMLQuantizationType, int] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -92,7 +95,17 @@ def plan_sized(
     given = {tensor: one.name for tensor, one in sorted(sized.fixed.items())}
     source = f"# chosen in the build: {target!r}, {given}, format {FIT_FORMAT}\n"
     recipe = replace(guessed.recipe, source=source)
-    return replace(sized, card=budget.card), replace(guessed, recipe=recipe)
+    sized = replace(sized, card=budget.card, sampled=_sampled(problem, budget))
+    return sized, replace(guessed, recipe=recipe)
+
+
+def _sampled(problem: Problem, budget: Budget) -> dict[GGMLQuantizationType, int]:
+    """How many values are quantized to each type."""
+    found = dict.fromkeys(budget.types, 0)
+    for tensor in problem.to_measure():
+        for one in problem.types_for(tensor, budget.types):
+            found[one] += min(SAMPLED, prod(tensor.shape))
+    return found
 
 
 def _fixed(tensor_types: Sequence[str], problem: Problem) -> dict[str, GGMLQuantizationType]:

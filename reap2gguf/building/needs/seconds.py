@@ -13,8 +13,6 @@ from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.building.needs.scoring import CHUNK, planned_chunks
-from reap2gguf.fitting.errors_table import SAMPLED, TYPES
-from reap2gguf.fitting.fitted import free_tensors
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.sizes import Sizes
     from reap2gguf.building.needs.speed import Speed
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.sized import SizedFile
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
     Recipes = Sequence[ResolvedRecipe]
@@ -150,7 +149,7 @@ def stage_seconds(
     else:
         found["imatrix"] = python * _GIVEN
     if plan.sized is not None:
-        found["fit"] = _fit(plan.recipes[-1], host)
+        found["fit"] = _fit(plan.sized, host)
     gpu_factor = host.gpu_factor if pays_on_gpu else None
     found["export"] = _export(recipes, host, gpu_factor)
     found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
@@ -249,15 +248,14 @@ def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
     }
 
 
-def _fit(recipe: ResolvedRecipe, host: Host) -> float:
+def _fit(sized: SizedFile, host: Host) -> float:
     """Sampled rows of each tensor, quantized to all types and compared, and then the choice."""
-    free = free_tensors([entry.tensor for entry in recipe.table])
-    n_values = sum(min(SAMPLED, prod(tensor.shape)) for tensor in free)
-    seconds = len(TYPES) * n_values * _COMPARED
-    for kind in TYPES:
+    seconds = tables = 0.0
+    for kind, n_values in sized.sampled.items():
+        seconds += n_values * _COMPARED
         if host.gpu_factor is None or kind not in FORMS:
             seconds += host.speed.quantize_seconds(kind, n_values)
-    tables = sum(host.speed.table_seconds(kind) for kind in TYPES)
+        tables += host.speed.table_seconds(kind) if n_values else 0.0
     return seconds / host.parallel + tables + _CHOOSING * host.speed.python
 
 
