@@ -38,6 +38,11 @@ COVERED_BY = [
         ("fitting/solving.py",),
     ),
     (
+        "fitting/test_trading.py",
+        "experts against bits, from Python and on the command line",
+        ("api/budgeting.py", "terminal/budget_command.py"),
+    ),
+    (
         "building/test_evaluate_stage.py",
         "how much text a build scores",
         ("building/needs/scoring.py",),

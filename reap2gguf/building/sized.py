@@ -16,8 +16,8 @@ from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
 from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.files import file_sha256
 from reap2gguf.fitting.errors_table import FORMAT, SAMPLED, Cache, Where
-from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, tensor_bytes
-from reap2gguf.fitting.solving import Budget, Measuring, budget_of, guess, header_bytes
+from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, guess, tensor_bytes
+from reap2gguf.fitting.solving import Budget, Measuring, budget_of, header_bytes
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
 from reap2gguf.quantizing.overrides import read_overrides
@@ -91,7 +91,7 @@ def plan_sized(
     names = HeaderNames(name, None, tuple(own))
     header = header_bytes(view, view.model, names, named.name, None) + _ROOM
     budget = budget_of(target, problem, view.model, header)
-    guessed = guess(named, problem, budget).resolved
+    guessed = guess(named, problem, budget.types, budget.n_bytes).resolved
     given = {tensor: one.name for tensor, one in sorted(sized.fixed.items())}
     source = f"# chosen in the build: {target!r}, {given}, format {FIT_FORMAT}\n"
     recipe = replace(guessed.recipe, source=source)

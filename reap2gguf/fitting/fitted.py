@@ -21,7 +21,7 @@ from reap2gguf.fitting.sensitivity import sensitivities
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.quantizing.file_types import MIXTURES
-from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, load_recipe
+from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, Rule, load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, fixed_type, resolve
 
 if TYPE_CHECKING:
@@ -147,6 +147,11 @@ def fit(
     return Fitted(recipe, resolved, found.damage, found.gap)
 
 
+def guess(named: Named, problem: Problem, types: Sequence[Type], budget: int) -> Fitted:
+    """A recipe of the size, before anything is measured: for plans."""
+    return fit(named, problem, problem.nominal_errors(types), types, budget)
+
+
 @dataclass(frozen=True)
 class Named:
     """What a recipe is called."""
@@ -167,7 +172,7 @@ def _as_recipe(
     named: Named, problem: Problem, chosen: Mapping[str, Type]
 ) -> tuple[Recipe, ResolvedRecipe]:
     """Types as a recipe that gives them, and that recipe applied."""
-    rules = rules_of(chosen)
+    rules = tuple(Rule(*one) for one in rules_of(chosen))
     if len(rules) > MAX_RULES:
         raise RecipeError(
             f"recipe {named.name!r}: needs {len(rules):,} rules, and a recipe has at most "

@@ -15,10 +15,10 @@ from reap2gguf.exporting.header_facts import FileTypes, model_facts
 from reap2gguf.exporting.row_ranges import BlockMaker
 from reap2gguf.fitting.card import CardUse, card_use
 from reap2gguf.fitting.errors_table import SMALLEST_TYPES, TYPES, measure
-from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit
 from reap2gguf.messages import size
 from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.quantizing.recipe import load_recipe
+from reap2gguf.quantizing.resolve import resolve
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Type
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.exporting.header_facts import HeaderNames
     from reap2gguf.fitting.errors_table import Cache, Errors, Where
+    from reap2gguf.fitting.fitted import Problem
     from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.models.contract import MoeModel
@@ -57,11 +58,12 @@ def header_bytes(
     width, so the types do not count.
     """
     tensors = model.gguf_tensors(weights.tensors)
-    some = Problem(tensors, model.facts, model.facts.n_experts, ()).resolve(load_recipe(_SOME))
-    types = FileTypes(recipe, some.llama_file_type, some.tensor_types())
+    facts, some = model.facts, load_recipe(_SOME)
+    resolved = resolve(some, tensors, facts, facts.n_experts, has_imatrix=True)
+    types = FileTypes(recipe, resolved.llama_file_type, resolved.tensor_types())
     imatrix, file = (None, "") if weighted_by is None else weighted_by
-    facts = model_facts(weights, model, names, types, imatrix, file)
-    return len(lay_out(weights.folder, tensors, facts).header)
+    values = model_facts(weights, model, names, types, imatrix, file)
+    return len(lay_out(weights.folder, tensors, values).header)
 
 
 def budget_of(target: SizeTarget, problem: Problem, model: MoeModel, header: int) -> Budget:
@@ -108,12 +110,6 @@ def _too_small(
     if target.size is not None:
         return f"{found}; pass at least --target-size {least + header}B, or prune more experts"
     return f"{found}; pass a larger --target-bpw, or prune more experts"
-
-
-def guess(named: Named, problem: Problem, budget: Budget) -> Fitted:
-    """A recipe of the size, before anything is measured: for plans."""
-    errors = problem.nominal_errors(budget.types)
-    return fit(named, problem, errors, budget.types, budget.n_bytes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`reap2gguf recipes`: list, show, check and fit."""
+"""`reap2gguf recipes`: list, show, check and fit; `budget_command.py` has budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from reap2gguf.messages import size
+from reap2gguf.terminal.budget_command import recipes_budget
 from reap2gguf.terminal.click_options import (
     follow_links_option,
     json_option,
@@ -205,5 +206,5 @@ def recipes_fit(
     )
 
 
-for subcommand in (recipes_list, recipes_show, recipes_check, recipes_fit):
+for subcommand in (recipes_list, recipes_show, recipes_check, recipes_fit, recipes_budget):
     recipes.add_command(subcommand)

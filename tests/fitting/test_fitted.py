@@ -16,9 +16,8 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.fitting.card import card_use
 from reap2gguf.fitting.errors_table import TYPES, Cache
-from reap2gguf.fitting.fitted import Named, Problem, free_tensors
+from reap2gguf.fitting.fitted import Named, Problem, free_tensors, guess
 from reap2gguf.fitting.sensitivity import sensitivities
-from reap2gguf.fitting.solving import Budget, guess
 from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.gguf_files.imatrix import save_gguf
 from reap2gguf.models.table import describe
@@ -163,7 +162,7 @@ def test_types_that_are_given_are_no_choice(model: Model) -> None:
     fixed = {one.name: Type.F16 for one in tensors if "attn_v" in one.name}
     problem = Problem(tensors, facts, facts.n_experts, random_imatrix(tensors).entries, fixed)
     n_bytes = int(4.5 * problem.n_weights / 8)
-    found = guess(Named("x", "X", SizeTarget(bpw=4.5)), problem, Budget(n_bytes, TYPES))
+    found = guess(Named("x", "X", SizeTarget(bpw=4.5)), problem, TYPES, n_bytes)
     types = found.resolved.tensor_types()
     assert {one: types[one] for one in fixed} == fixed
     assert len(fixed) == facts.n_layers
