@@ -13,18 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
 from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.counts import check_counts
+from reap2gguf.pruning.protection import Protection, read_pinned
 
-METHODS = (
-    "reap",
-    "frequency",
-    "ean_sum",
-    "ean_mean",
-    "weighted_ean_sum",
-    "weighted_frequency",
-)
 MTP_CHOICES = ("prune", "drop")
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
@@ -114,26 +109,6 @@ def check_labels(labels: object) -> dict[str, str]:
         if all(isinstance(text, str) for entry in found.items() for text in entry):
             return found
     raise UsageError(f"labels is {labels!r}, expected a mapping from recipes to labels")
-
-
-def check_counts(keep_experts: object, compression: object) -> None:
-    """Raise UsageError for values that fit no model; `choose_target` knows each model's bounds."""
-    if keep_experts is not None and type(keep_experts) is not int:
-        raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
-    is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
-    if compression is not None and not is_number:
-        raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
-    if keep_experts is not None and compression is not None:
-        raise UsageError(
-            "--keep-experts and --compression both set the number of experts; pass one of them"
-        )
-    if keep_experts is not None and keep_experts < 1:
-        raise UsageError(f"--keep-experts {keep_experts}: expected 1 or more")
-    if isinstance(compression, int | float) and not 0 <= compression < 1:
-        hint = (
-            f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
-        )
-        raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
 
 
 @dataclass(frozen=True)
@@ -295,7 +270,11 @@ class BuildOptions:
     compression: float | None = None
     output: Path = Path("build")
     name: str | None = None
-    method: str = "reap"
+    method: str = "reap"  # a criterion, or auto: the best of `candidates`
+    candidates: tuple[str, ...] | None = None  # methods that auto measures; None: CANDIDATES
+    choose_text: Path | None = None  # of another domain, for auto; None: texts of this program
+    protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
+    protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
@@ -329,16 +308,18 @@ class BuildOptions:
         check_counts(self.keep_experts, self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
-        for name in ("fresh", "replace", "check_space", "follow_links"):
+        for name in ("fresh", "replace", "check_space", "follow_links", "protect_super_experts"):
             check_bool(name, getattr(self, name))
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, BUILD_METHODS)
+        self._check_choosing()
+        read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        for name in ("observations", "imatrix", "imatrix_text"):
+        for name in ("observations", "imatrix", "imatrix_text", "choose_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
         if self.imatrix is not None and self.imatrix_text is not None:
@@ -351,6 +332,20 @@ class BuildOptions:
     def target(self) -> SizeTarget | None:
         """The size of a file whose types are chosen; None if none is asked for."""
         return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
+
+    @property
+    def protection(self) -> Protection:
+        """The experts that stay whatever they score. Raises UsageError if they are malformed."""
+        return Protection(read_pinned(self.protect), self.protect_super_experts)
+
+    def _check_choosing(self) -> None:
+        """Candidates by name; refuse what has no effect without `auto`."""
+        if self.candidates is not None:
+            object.__setattr__(self, "candidates", check_candidates(self.candidates))
+        for name in ("candidates", "choose_text"):
+            if self.method != AUTO and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is for --method auto; pass it, or leave this out")
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,35 @@ COVERED_BY = [
     (
         "building/test_fit_stage.py",
         "a build of a file for a size, from its plan to its bytes",
-        ("building/sized.py",),
+        ("building/sized.py", "terminal/target_views.py"),
     ),
     (
         "fitting/test_fitted.py",
         "budgets, and what is refused before anything is measured",
         ("fitting/solving.py",),
     ),
+    ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
     (
         "fitting/test_trading.py",
         "experts against bits, from Python and on the command line",
         ("api/budgeting.py", "terminal/budget_command.py"),
+    ),
+    (
+        "choosing/test_candidates.py",
+        "which observations rank candidates",
+        ("choosing/checks.py",),
+    ),
+    ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
+    ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
+    (
+        "building/test_choose_stage.py",
+        "both cards of a bundle whose method was chosen",
+        ("bundle/card_candidates.py",),
+    ),
+    (
+        "terminal/test_choose_command.py",
+        "as it is typed and as it is called",
+        ("api/choosing.py", "terminal/pruning_options.py"),
     ),
     (
         "building/test_evaluate_stage.py",
@@ -85,6 +103,16 @@ COVERED_BY = [
         "terminal/test_report_command.py",
         "a report is what the command writes",
         ("api/reporting.py",),
+    ),
+    (
+        "repairing/test_gram.py",
+        "the Gram matrix is made of features",
+        ("repairing/features.py",),
+    ),
+    (
+        "repairing/test_sweep.py",
+        "what is captured and how it is stored, for every family",
+        ("repairing/capture.py", "repairing/stored.py"),
     ),
     (
         "observing/test_loader.py",
@@ -184,7 +212,7 @@ COVERED_BY = [
     (
         "building/test_bundling.py",
         "the command is typed there",
-        ("terminal/bundle_command.py",),
+        ("building/pruned_choice.py", "terminal/bundle_command.py"),
     ),
     (
         "building/test_given.py",
@@ -318,7 +346,9 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
+        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "hub/opened.py",
+       ),
     ),
     (
         "terminal/test_inspect_command.py",
@@ -343,6 +373,16 @@ COVERED_BY = [
         "fitting/test_fitted.py",
         "recipes that are made for a model, and the files that they make",
         ("api/fitting.py",),
+    ),
+    (
+        "quantizing/test_recipe.py",
+        "types as recipes name them",
+        ("quantizing/type_names.py",),
+    ),
+    (
+        "quantizing/test_role_table.py",
+        "tables and sizes as they are asked for",
+        ("api/recipes.py", "exporting/file_size.py"),
     ),
     (
         "models/test_contract.py",
@@ -371,6 +411,7 @@ COVERED_BY = [
             "observing/compute/triton_convolution.py",
             "observing/compute/triton_experts.py",
             "observing/compute/triton_kernels.py",
+            "observing/compute/triton_saliency.py",
         ),
     ),
     (
@@ -423,7 +464,7 @@ COVERED_BY = [
     (
         "exporting/test_against_llama_cpp.py",
         "tables and rules of llama.cpp, compared with it type by type",
-        ("quantizing/file_types.py", "quantizing/mixture.py"),
+        ("quantizing/mixture.py",),
     ),
     (
         "tokenizer/test_gguf_keys.py",

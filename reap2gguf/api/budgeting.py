@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from reap2gguf.api.opening import PathLike, ProgressLike, open_named, to_progress
 from reap2gguf.errors import UsageError
 from reap2gguf.options import (
-    METHODS,
     ComputeOptions,
     check_choice,
     check_number,
     check_path,
     given_or_new,
 )
+from reap2gguf.pruning.methods import OBSERVED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +72,7 @@ def weigh_budget(
     target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
     if target is None:
         raise UsageError("pass a target: target_size, target_bpw or fit")
-    check_choice("method", method, METHODS)
+    check_choice("method", method, tuple(OBSERVED))
     check_number("chunks", chunks, 2)
     compute = given_or_new("compute", compute, ComputeOptions)
     seen, given = check_path("observations", observations), check_path("imatrix", imatrix)

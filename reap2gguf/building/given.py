@@ -19,6 +19,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.gguf_files.imatrix_coverage import ImatrixCoverage, coverage, shapes_of
 from reap2gguf.gguf_files.imatrix_fit import cut, fit, n_experts_in, n_experts_of, with_experts
 from reap2gguf.messages import one_line, shown
+from reap2gguf.pruning.methods import FROM_WEIGHTS, is_from_weights
 from reap2gguf.pruning.select import select_experts
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def read_observations(
             f"--observations {path}: they choose the experts to drop, and all "
             f"{target.n_experts} are kept; leave it out, or pass --compression or --keep-experts"
         )
+    check_needs_observations(method, path)
     file, sha256 = _named(path)
     seen = Observations.load(file)
     try:
@@ -95,6 +97,21 @@ def read_observations(
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return GivenObservations(one_line(path.name), sha256, seen)
+
+
+def check_needs_observations(method: str, given: object | None) -> None:
+    """Raise UsageError unless observations are given just where a method reads them."""
+    if is_from_weights(method) and given is not None:
+        raise UsageError(
+            f"--method {method} ranks experts by their weights alone, and --observations were "
+            "given; leave one of both out"
+        )
+    if not is_from_weights(method) and given is None:
+        raise UsageError(
+            f"--method {method} ranks experts by observations, and none were given; pass "
+            "--observations FILE, which `reap2gguf observe` writes, or a method that reads weights "
+            f"alone: {' or '.join(FROM_WEIGHTS)}"
+        )
 
 
 def check_same_model(seen: Observations, checkpoint: Checkpoint, where: str) -> None:

@@ -17,11 +17,12 @@ from reap2gguf.building.given import (
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
-from reap2gguf.building.sized import LABEL_KEY, SizedFile, plan_sized
+from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
     CALIBRATION_OPTION,
+    CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
     OBSERVATIONS_OPTION,
@@ -30,8 +31,8 @@ from reap2gguf.bundle.options_record import (
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.errors import CalibrationError, RecipeError, UsageError
-from reap2gguf.exporting.header_facts import pruning_values
+from reap2gguf.choosing.names import AUTO, check_candidates
+from reap2gguf.errors import CalibrationError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -39,15 +40,19 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.methods import METHODS, is_from_weights
+from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
+from reap2gguf.quantizing.minimum import check_minimum, check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
@@ -74,17 +79,39 @@ class Plan:
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
     sized: SizedFile | None = None  # the last file, if its types are chosen in the build
+    choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
     def observes(self) -> bool:
-        """Whether the build ranks the experts itself."""
-        return self.target.prunes and self.observations is None
+        """Whether the build observes the experts, in order to rank them."""
+        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+
+    @property
+    def ranks_by_weights(self) -> bool:
+        """Whether the build ranks the experts by their weights alone."""
+        return self.target.prunes and is_from_weights(self.options.method)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the build measures which method is best."""
+        return self.target.prunes and self.options.method == AUTO
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The methods that it measures."""
+        return check_candidates(self.options.candidates) if self.chooses else ()
+
+    @property
+    def asks_mtp(self) -> bool:
+        """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
+        asks = self.imatrix is None and self.model.facts.has_mtp
+        return self.observes or (asks and not self.target.prunes)
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
-        asks_mtp = self.imatrix is None and self.model.facts.has_mtp
-        return self.observes or (asks_mtp and not self.target.prunes)
+        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
+        cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -153,6 +180,9 @@ class Plan:
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
             found.append(InputRecord(IMATRIX_TEXT_OPTION, text.name, sha256))
+        if self.chooses and (text := self.options.choose_text) is not None:
+            sha256 = self.files.text(text).sha256
+            found.append(InputRecord(CHOOSE_TEXT_OPTION, text.name, sha256))
         return tuple(found)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
@@ -178,7 +208,9 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are ranked, or NO_METHOD where none is removed."""
+        """How experts are ranked, or NO_METHOD where none is removed; AUTO until that is chosen."""
+        if self.choice is not None:
+            return self.choice.chosen
         return self.options.method if self.target.prunes else NO_METHOD
 
     @property
@@ -217,17 +249,13 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
+    _check_protection(options, observations, model, target)
     imatrix = None
     if options.imatrix is not None:
         of = model.facts.n_experts, model.facts.mtp_layer
         imatrix = read_imatrix(options.imatrix, tensors, *of)
-    sized = None
-    if (size := options.target) is not None:
-        weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
-        own = pruning_values(source.label, options.method, target.n_experts, pruned.kept)
-        sized, guess = plan_sized(options, size, name, pruned, weighted, own)
-        recipes = (*recipes, guess)
-        _refuse_twice(recipes)
+    weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
+    sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -250,9 +278,11 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         sized=sized,
     )
     for recipe in recipes:
-        _check_importance(recipe, plan)
+        why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
+        check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
         check_coverage(imatrix.coverage, str(options.imatrix))
+        check_given_minimum(plan, None)
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -273,30 +303,16 @@ class _Asked:
 def _read_options(options: BuildOptions) -> _Asked:
     """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
     overrides = read_overrides(options.tensor_types)
-    labels = {
-        name: label
-        for name, label in options.labels.items()
-        if name != LABEL_KEY or options.target is None
-    }
-    recipes = load_recipes(options.recipes, labels, overrides)
-    _refuse_twice(recipes)
+    recipes = load_recipes(options.recipes, other_labels(options), overrides)
+    refuse_twice([recipe.label for recipe in recipes])
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
-    if options.imatrix_text is not None:
-        _check_there(options.imatrix_text)
-        files.text(options.imatrix_text)
+    for text in (options.imatrix_text, options.choose_text):
+        if text is not None:
+            _check_there(text)
+            files.text(text)
     return _Asked(recipes, calibration, files, is_checked)
-
-
-def _refuse_twice(recipes: Sequence[Recipe | ResolvedRecipe]) -> None:
-    """Raise UsageError for two files of one name."""
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
 
 
 def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
@@ -311,26 +327,44 @@ def _observations(
     """Observations in place of those that would be made. Raises what `read_observations` does."""
     if options.observations is None:
         return None
-    how = target, options.method
+    # any method tells whether they are of this model
+    how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
+
+
+def _check_protection(
+    options: BuildOptions, given: GivenObservations | None, model: MoeModel, target: Target
+) -> None:
+    """Refuse protected experts that do not exist or fit, as far as they are known before a pass."""
+    protection, seen = options.protection, None if given is None else given.seen
+    if seen is None and not is_from_weights(options.method):
+        protection = replace(protection, super_experts=False)  # they are found when it has observed
+    if target.prunes:
+        protected_experts(protection, seen, target, model.facts)
 
 
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
         return True
-    return options.observations is None and options.compression != 0
+    if is_from_weights(options.method):
+        return False
+    ranks = options.observations is None or options.method == AUTO
+    return ranks and options.compression != 0
 
 
-def _check_importance(recipe: ResolvedRecipe, plan: Plan) -> None:
-    """Refuse a type that needs an importance where the importance matrix will have none."""
-    if unweighted := sorted({*recipe.needs_importance()} - set(plan.weighted)):
-        name, given = unweighted[0], plan.imatrix
-        why = "none is computed for it" if given is None else f"{given.file} has none for it"
-        raise RecipeError(
-            f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "
-            f"importance matrix, and {why}; give it a type of more bits, such as Q4_K, in a rule"
-        )
+def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
+    """Raise RecipeError if a given importance matrix has less than a recipe asks for.
+
+    One of the model before pruning has more experts than will stay: it is asked when it is known
+    which ones (`kept`).
+    """
+    given = plan.imatrix
+    if given is None or (given.cut_from is not None and kept is None):
+        return
+    for recipe in plan.recipes:
+        if recipe.asks_importance:
+            check_minimum(recipe, given.of(kept or {}), given.file)
 
 
 def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:

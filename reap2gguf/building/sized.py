@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.atomic import make_folder
 from reap2gguf.building.keys import FIT_FORMAT, ggml_identity, stage_key
-from reap2gguf.exporting.header_facts import HeaderNames
+from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.files import file_sha256
 from reap2gguf.fitting.errors_table import FORMAT, SAMPLED, Cache, Where
 from reap2gguf.fitting.fitted import Fitted, Named, Problem, fit, guess, tensor_bytes
 from reap2gguf.fitting.solving import Budget, Measuring, budget_of, header_bytes
 from reap2gguf.gguf_files.imatrix import load_imatrix
 from reap2gguf.messages import size
+from reap2gguf.quantizing.labels import refuse_twice
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import check_label, load_recipe
 
@@ -64,6 +65,35 @@ class SizedFile:
         weights, model = reference
         tensors = model.gguf_tensors(weights.tensors)
         return Problem(tensors, model.facts, self.n_experts, weighted, self.fixed)
+
+
+def other_labels(options: BuildOptions) -> dict[str, str]:
+    """The labels of recipes, without that of a file whose types are chosen."""
+    has_size = options.target is not None
+    return {name: one for name, one in options.labels.items() if name != LABEL_KEY or not has_size}
+
+
+def with_sized(
+    options: BuildOptions,
+    source: str,
+    name: str,
+    view: PrunedView,
+    weighted: Collection[str],
+    recipes: tuple[ResolvedRecipe, ...],
+) -> tuple[SizedFile | None, tuple[ResolvedRecipe, ...]]:
+    """The file of a target size, if there is one, and the recipes with a guess of its own.
+
+    `source` is the label of the model before pruning; raises as `plan_sized`, and UsageError for
+    two files of one name.
+    """
+    if (target := options.target) is None:
+        return None, recipes
+    # only the length of these counts
+    own = pruning_values(source, options.method, view.n_kept, view.kept)
+    sized, guessed = plan_sized(options, target, name, view, weighted, own)
+    found = (*recipes, guessed)
+    refuse_twice([recipe.label for recipe in found])
+    return sized, found
 
 
 def plan_sized(

@@ -33,7 +33,7 @@ from reap2gguf.errors import CheckpointError
 from reap2gguf.exporting.device_blocks import making
 from reap2gguf.exporting.row_ranges import RowRange, batched
 from reap2gguf.files import plain_size
-from reap2gguf.ggml import NEEDS_IMPORTANCE, TINY
+from reap2gguf.ggml import NEEDS_IMPORTANCE, is_tiny
 from reap2gguf.gguf_files.rows import rows_per_matrix, stored_bytes
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _quantized(
     """A range of rows in a type; None if the type cannot hold them."""
     try:
         raw = host.quantize(rows, values, tensor_type)
-        if 0 < float(np.abs(values).max()) < TINY:
+        if is_tiny(float(np.abs(values).max()), tensor_type):
             host.check_precision(rows, values, tensor_type, raw)
     except CheckpointError:
         return None

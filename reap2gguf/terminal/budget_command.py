@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reap2gguf.messages import size
-from reap2gguf.options import METHODS
+from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.terminal.click_options import (
     follow_links_option,
     json_option,
@@ -77,10 +77,10 @@ class _Counts(click.ParamType):  # type: ignore[type-arg]
 @option(
     "--method",
     section=PRUNE,
-    type=click.Choice(METHODS),
+    type=click.Choice(tuple(OBSERVED)),
     default="reap",
     metavar="NAME",
-    help=f"How to rank the experts: {', '.join(METHODS)}.",
+    help=f"How to rank the experts: {', '.join(OBSERVED)}.",
 )
 @target_options
 @option(

@@ -17,11 +17,11 @@ from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.messages import duration, parameters, quantity, size
 from reap2gguf.pruning.select import friendly_count, is_fused
 from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
+from reap2gguf.terminal.target_views import sized_lines, target_as_json
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
     from reap2gguf.building.plan import Plan
-    from reap2gguf.building.sized import SizedFile
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _COLUMNS = 80
@@ -97,8 +97,18 @@ def _model(plan: Plan) -> Iterator[str]:
         f"experts: keeps {target.n_kept} of {target.n_experts} in each of "
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token"
     )
+    if plan.chooses:
+        names = ", ".join(plan.candidates)
+        yield f"method: the best of {names}, measured on held-out rows and on another text"
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
+    if plan.ranks_by_weights:
+        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
+    if plan.target.prunes:
+        if plan.options.protect:
+            yield f"protected, whatever they score: {plan.options.protect}"
+        if plan.options.protect_super_experts:
+            yield "super experts are protected, by the outliers that are observed of them"
     if plan.history is not None:
         yield (
             f"the source was pruned before: it has {target.n_experts} of the "
@@ -164,7 +174,8 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
         if plan.sized is not None and recipe is plan.recipes[-1]:
-            yield from _sized(plan.sized, recipe)
+            for line in sized_lines(plan.sized, recipe):
+                yield from _wrapped(line, "    ")
             continue
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
@@ -174,17 +185,6 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
             yield from _type_lines(recipe)
     for side in plan.side_files:
         yield from _wrapped(f"{plan.side_name(side)}  {size(side_bytes(side))}, {side.title}")
-
-
-def _sized(sized: SizedFile, recipe: ResolvedRecipe) -> Iterator[str]:
-    """What is known of a file whose types are chosen in the build."""
-    yield from _wrapped(
-        f"types are chosen when the importance matrix is known, for {sized.target.words}: about "
-        f"{recipe.bits_per_weight:.2f} bits per weight",
-        "    ",
-    )
-    if sized.card is not None:
-        yield from _wrapped(f"counted {sized.card.words}", "    ")
 
 
 def _types(recipe: ResolvedRecipe) -> str:
@@ -328,7 +328,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,
-        "target": _target_as_json(plan),
+        "target": target_as_json(plan),
         "files": [
             {
                 "file": plan.gguf_name(recipe),
@@ -353,19 +353,6 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "problems": list(needs.problems),
         "advice": list(needs.advice),
         "rented": [_rented_as_json(name, needs.rented(name)) for name in GPUS],
-    }
-
-
-def _target_as_json(plan: Plan) -> dict[str, Any] | None:
-    """The file whose types are chosen in the build: its types in `files` are a guess."""
-    if (sized := plan.sized) is None:
-        return None
-    return {
-        "file": plan.gguf_name(plan.recipes[-1]),
-        "size": sized.target.size,
-        "bpw": sized.target.bpw,
-        "memory": sized.target.card,
-        "counted": None if sized.card is None else asdict(sized.card),
     }
 
 

@@ -49,10 +49,11 @@ def device(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a test's tensors are."""
     if way != "interpreter":
         return way
-    layer, experts, convolution = interpreted()
+    layer, experts, convolution, saliency = interpreted()
     monkeypatch.setattr(kernels, "_kernels_for", lambda values: layer)
     monkeypatch.setattr(kernels, "_expert_kernels_for", lambda values: experts)
     monkeypatch.setattr(kernels, "_convolution_kernels_for", lambda values: convolution)
+    monkeypatch.setattr(kernels, "_saliency_kernels_for", lambda values: saliency)
     return "cpu"
 
 
@@ -66,7 +67,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 def test_combine(device: str, width: int, dtype: torch.dtype, error: float) -> None:
     pairs = routed(device, width, dtype)
     outputs, places = pairs["outputs"], pairs["places"]
-    norms = torch.full((len(outputs),), float("nan"), device=device)
+    norms = torch.full((2, len(outputs)), float("nan"), device=device)
     found = kernels.combine(outputs, places, pairs["gates"], norms)
     exact = torch.zeros(N_TOKENS, width, dtype=torch.float64)
     for token in range(N_TOKENS):
@@ -78,7 +79,9 @@ def test_combine(device: str, width: int, dtype: torch.dtype, error: float) -> N
     assert found.dtype == dtype
     assert relative(found.cpu(), exact) < error
     assert bool((found[-2:] == 0).all()), "padding has no experts"
-    assert relative(norms, outputs.double().norm(dim=-1)) < 1e-6
+    assert relative(norms[0], outputs.double().norm(dim=-1)) < 1e-6
+    assert torch.equal(norms[1], outputs.float().abs().amax(-1))
+    torch.testing.assert_close(kernels.norms_of(outputs), norms, rtol=1e-6, atol=0)
     assert torch.equal(found, kernels.combine(outputs, places, pairs["gates"], None))
 
 
@@ -126,15 +129,20 @@ def test_all_square_sums(device: str, width: int, dtype: torch.dtype, n_rows: in
 @pytest.mark.parametrize("way", WAYS)
 def test_saliency_sums(device: str) -> None:
     pairs = routed(device, 64, torch.float32)
-    norms, gates = pairs["outputs"].norm(dim=-1), pairs["pair_gates"]
+    norms, gates = kernels.norms_of(pairs["outputs"]), pairs["pair_gates"]
     sums, peaks = kernels.saliency_sums(norms, gates, pairs["ends"])
+    assert (sums.shape, peaks.shape) == ((N_EXPERTS, 8), (N_EXPERTS, 2))
+    powers = ((1, 1), (1, 0), (0, 1), (2, 0), (0, 2), (2, 1), (1, 2), (2, 2))
     begin = 0
     for expert, end in enumerate(pairs["ends"].tolist()):
-        norm, gate = norms[begin:end].double(), gates[begin:end].double()
-        expected = torch.stack(((norm * gate).sum(), gate.sum(), norm.sum()))
+        (norm, largest), gate = norms[:, begin:end].double(), gates[begin:end].double()
+        expected = torch.stack([(gate**a * norm**b).sum() for a, b in powers])
         torch.testing.assert_close(sums[expert], expected, rtol=1e-12, atol=0)
-        assert peaks[expert] == (norm.max() if end > begin else 0)
+        assert peaks[expert, 0] == (norm.max() if end > begin else 0)
+        assert peaks[expert, 1] == (largest.max() if end > begin else 0)
         begin = end
+    again = kernels.saliency_sums(norms, gates, pairs["ends"])
+    assert all(map(torch.equal, again, (sums, peaks))), "equal inputs give equal bits"
 
 
 @pytest.mark.parametrize("way", WAYS)
