@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reap2gguf.api.budgeting import BudgetResult, weigh_budget
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
     from reap2gguf.api.choosing import Choice, choose
     from reap2gguf.api.comparing import compare
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetResult",
     "BuildOptions",
     "BuildResult",
     "BundleInspection",
@@ -124,8 +126,10 @@ __all__ = [
     "select",
     "slice_imatrix",
     "verify",
+    "weigh_budget",
 ]
 _HOMES = {
+    "api.budgeting": ("BudgetResult", "weigh_budget"),
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
     "api.choosing": ("Choice", "choose"),
     "api.comparing": ("compare",),

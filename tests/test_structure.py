@@ -28,6 +28,22 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "building/test_fit_stage.py",
+        "a build of a file for a size, from its plan to its bytes",
+        ("building/sized.py", "terminal/target_views.py"),
+    ),
+    (
+        "fitting/test_fitted.py",
+        "budgets, and what is refused before anything is measured",
+        ("fitting/solving.py",),
+    ),
+    ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
+    (
+        "fitting/test_trading.py",
+        "experts against bits, from Python and on the command line",
+        ("api/budgeting.py", "terminal/budget_command.py"),
+    ),
+    (
         "choosing/test_candidates.py",
         "which observations rank candidates",
         ("choosing/checks.py",),

@@ -17,6 +17,7 @@ from reap2gguf.building.given import (
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -43,7 +44,7 @@ from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
 from reap2gguf.quantizing.minimum import check_minimum, check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
@@ -77,6 +78,7 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
@@ -190,6 +192,15 @@ class Plan:
         return side_file(side.prefix, self.name)
 
     @property
+    def with_toml(self) -> frozenset[str]:
+        """Names of the recipes that lie beside their files as TOML."""
+        return frozenset(() if self.sized is None else (self.sized.named.name,))
+
+    def with_types(self, chosen: ResolvedRecipe) -> Plan:
+        """The plan with the recipe of the file whose types were chosen, in place of a guess."""
+        return replace(self, recipes=(*self.recipes[:-1], chosen))
+
+    @property
     def warnings(self) -> list[str]:
         """What will mislead users of the bundle though it is right, each with a way out."""
         files = [LabelledFile(self.gguf_name(r), r.label, r.name) for r in self.recipes]
@@ -248,6 +259,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if options.imatrix is not None:
         of = model.facts.n_experts, model.facts.mtp_layer
         imatrix = read_imatrix(options.imatrix, tensors, *of)
+    weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
+    sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -267,6 +280,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         history=read_history(checkpoint, model.facts, note),
         observations=observations,
         imatrix=imatrix,
+        sized=sized,
     )
     for recipe in recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
@@ -303,13 +317,8 @@ class _Asked:
 def _read_options(options: BuildOptions) -> _Asked:
     """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
     overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, options.labels, overrides)
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
+    recipes = load_recipes(options.recipes, other_labels(options), overrides)
+    refuse_twice([recipe.label for recipe in recipes])
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -97,7 +97,9 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
         hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
-        gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
+        gguf=tuple(
+            gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
+        ),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -283,6 +285,7 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
         MODELFILE: modelfile(manifest, source),
         MANIFEST_FILE: manifest.text(),
     }
+    texts |= {one.toml_file: one.recipe_source for one in manifest.gguf if one.has_toml}
     gguf_files = {**files.gguf, **_written(work.gguf, texts | pictures)}
     sums = compose_sums({name: file.sha256 for name, file in gguf_files.items()})
     write_whole(work.gguf / SUMS_FILE, sums)
@@ -338,8 +341,13 @@ def _own_commit() -> str | None:
     return commit
 
 
-def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
-    """The record of a file that was written to `folder` for the bundle `name`."""
+def gguf_record(
+    name: str, recipe: ResolvedRecipe, folder: Path, with_toml: Collection[str] = ()
+) -> GgufRecord:
+    """The record of a file that was written to `folder` for the bundle `name`.
+
+    `with_toml` are names of recipes that lie beside their files.
+    """
     path = folder / model_file(name, recipe.label)
     return GgufRecord(
         file=path.name,
@@ -351,6 +359,7 @@ def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
         n_bytes=path.stat().st_size,
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()},
+        has_toml=recipe.name in with_toml,
     )
 
 

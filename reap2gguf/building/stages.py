@@ -1,7 +1,6 @@
 """The stages of a build up to the export, each declared once: name, outputs, key, function.
 
-`verify_stage.py` has the last one. To add a stage, write its class, put it into `STAGES` and call
-it in `pipeline.py`.
+To add a stage, write its class, put it into `STAGES` and call it in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -306,7 +305,7 @@ class Export(Stage[None]):
         self._importance = importance
 
     def make_key(self) -> str:
-        return self.run.keys.export(self._importance.key, self._datasets)
+        return self.run.keys.export(self._importance.key, self._datasets, self.run.plan.recipes)
 
     @property
     def files(self) -> Mapping[Path, ResolvedRecipe]:

@@ -193,6 +193,12 @@ class GgufRecord:
     parts: Sequence[str] = ()
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
     adopted: bool = False
+    has_toml: bool = False  # whether the recipe lies beside it: its types were chosen for a size
+
+    @property
+    def toml_file(self) -> str:
+        """The recipe's file."""
+        return f"{self.file.removesuffix('.gguf')}.toml"
 
     @property
     def first(self) -> str:

@@ -25,6 +25,7 @@ from reap2gguf.terminal.plan_advice import (
     expert_count_lines,
     odd_row_lines,
 )
+from reap2gguf.terminal.target_views import sized_lines, target_as_json
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
@@ -190,6 +191,10 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
         yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
+        if plan.sized is not None and recipe is plan.recipes[-1]:
+            for line in sized_lines(plan.sized, recipe):
+                yield from _wrapped(line, "    ")
+            continue
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
         for line in odd_row_lines(recipe):
@@ -342,6 +347,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,
+        "target": target_as_json(plan),
         "files": [
             {
                 "file": plan.gguf_name(recipe),

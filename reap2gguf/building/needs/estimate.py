@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import CoverageRecord, ImportanceRecord
 
 # stages
-ALL = ("texts", "observe", "choose", "prune", "imatrix", "export", "verify", "evaluate")
+ALL = ("texts", "observe", "choose", "prune", "imatrix", "fit", "export", "verify", "evaluate")
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
 from reap2gguf.building.choosing import known_choice
+from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = 5  # stages
+_BEFORE_EXPORT = ("texts", "observe", "choose", "prune", "imatrix")
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -82,7 +84,8 @@ def _in_finished_bundle(run: Run) -> Reused | None:
     written += 0 if found.manifest.hf is None else found.manifest.hf.n_bytes
     missing = frozenset(recipe.name for recipe in found.missing)
     # what is added is not measured with the rest
-    stages = (*ALL[:_BEFORE_EXPORT], "evaluate") if missing else ALL
+    done = tuple(name for name in ALL if name != "fit" or run.plan.sized is not None)
+    stages = (*_BEFORE_EXPORT, "evaluate") if missing else done
     importance = found.manifest.calibration.imatrix_coverage
     known = KnownCoverage(found.manifest.pruning.coverage, (), importance)
     return Reused(stages, None, missing, written, found.is_up_to_date, known)
@@ -134,14 +137,27 @@ def _add_done(
     if plan.imatrix is not None:
         found = importance_record(layer_hits(plan.imatrix.of(kept)))
         known = replace(known, importance=found)
-    export = Export(run, pruned, importance)
-    stages: tuple[Stage[Any], ...] = (importance, export, Verify(run, pruned, export))
-    for stage in stages:
-        if _is_done(stage):
-            done.append(stage.name)
+    done += _written(run, pruned, importance)
     if plan.imatrix is None and importance.name in done:
         known = replace(known, importance=importance_record(expert_tokens(importance.facts)))
     return known
+
+
+def _written(
+    run: Run, pruned: PrunedView, importance: Importance | GivenImportance
+) -> Iterator[str]:
+    """The importance matrix and the stages that need it, as far as they are done."""
+    if _is_done(importance):
+        yield importance.name
+    export = Export(run, pruned, importance)
+    if run.plan.sized is not None:
+        fit = Fit(run, pruned, importance, export.names())
+        if not _is_done(fit):
+            return
+        yield fit.name
+        run.plan = run.plan.with_types(fit.result)
+    stages: tuple[Stage[Any], ...] = (export, Verify(run, pruned, export))
+    yield from (stage.name for stage in stages if _is_done(stage))
 
 
 def _given_coverage(run: Run) -> KnownCoverage:
