@@ -15,6 +15,7 @@ from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
+    DEQUANTIZE_CHOICES,
     MTP_CHOICES,
     REPAIR_CHOICES,
     CalibrationOptions,
@@ -152,20 +153,24 @@ def prune(
     repair: str = "none",
     calibration: CalibrationOptions | None = None,
     compute: ComputeOptions | None = None,
+    dequantize: str | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    `observations` is None for methods that rank experts by their weights alone. A repair, "ridge"
-    or "scale", fits the kept experts on the calibration text, and `compute` says where; an
-    interrupted one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select`
-    raises, CalibrationError, ObservationError, OutputError if the folder exists or cannot be
-    written, and VerificationError if what was written is not what was planned.
+    Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
+    for methods that rank experts by their weights alone. A repair, "ridge" or "scale", fits the
+    kept experts on the calibration text, and `compute` says where; an interrupted one resumes from
+    `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises, CalibrationError,
+    ObservationError, OutputError if the folder exists or cannot be written, and VerificationError
+    if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
     check_choice("repair", repair, REPAIR_CHOICES)
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
     wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
     options = given_or_new("calibration", calibration, CalibrationOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
@@ -179,6 +184,8 @@ def prune(
         from reap2gguf.pruning.view import PrunedView
 
         checkpoint, source = opened.checkpoint, opened.model
+        if dequantize is not None:
+            checkpoint = checkpoint.dequantized()
         pruned = PrunedView(checkpoint, source, selection.kept)
         where = output, shown, opened.source.label, selection.protected
         if repair == "none":
@@ -201,12 +208,10 @@ def _repaired(
     from reap2gguf.calibration.scanned_files import ScannedFiles
     from reap2gguf.calibration.sources import check_calibration
     from reap2gguf.calibration.spec import decide
-    from reap2gguf.repairing.limits import check_repairable, check_rows
+    from reap2gguf.repairing.limits import check_repair, check_rows
 
     kind, options, compute = how
-    if pruned.n_kept == opened.model.facts.n_experts:
-        raise UsageError("--repair: all experts are kept, so there is nothing to repair")
-    check_repairable(opened.model)
+    check_repair(pruned.source, opened.model, pruned.n_kept < opened.model.facts.n_experts)
     decided, files = decide(options), ScannedFiles()
     check_calibration(decided, files)
     opened.check_tokenizer()

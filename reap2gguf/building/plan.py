@@ -17,6 +17,8 @@ from reap2gguf.building.given import (
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.plan_sides import planned_side_files
+from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -36,19 +38,18 @@ from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
-from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
 from reap2gguf.quantizing.minimum import check_minimum, check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
-from reap2gguf.repairing.limits import check_repairable
+from reap2gguf.repairing.limits import check_repair
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
@@ -156,7 +158,7 @@ class Plan:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What a user should know of the model and its tokenizer, one sentence each."""
-        return (*self.model.caveats(), *self.tokenizer_caveats)
+        return (*self.checkpoint.caveats, *self.model.caveats(), *self.tokenizer_caveats)
 
     @property
     def max_length(self) -> int:
@@ -196,6 +198,15 @@ class Plan:
         return side_file(side.prefix, self.name)
 
     @property
+    def with_toml(self) -> frozenset[str]:
+        """Names of the recipes that lie beside their files as TOML."""
+        return frozenset(() if self.sized is None else (self.sized.named.name,))
+
+    def with_types(self, chosen: ResolvedRecipe) -> Plan:
+        """The plan with the recipe of the file whose types were chosen, in place of a guess."""
+        return replace(self, recipes=(*self.recipes[:-1], chosen))
+
+    @property
     def warnings(self) -> list[str]:
         """What will mislead users of the bundle though it is right, each with a way out."""
         files = [LabelledFile(self.gguf_name(r), r.label, r.name) for r in self.recipes]
@@ -229,13 +240,18 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """
     asked = _read_options(options)
     source = resolve_source(options.model, note, options.follow_links)
-    checkpoint = source.open(note)
+    checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     if options.repair != "none":
-        _check_repair(model, target)
+        check_repair(checkpoint, model, target.prunes)
+    if options.dequantize and not target.prunes:
+        raise UsageError(
+            "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
+            "pass --keep-experts"
+        )
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -251,7 +267,9 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if options.imatrix is not None:
         of = model.facts.n_experts, model.facts.mtp_layer
         imatrix = read_imatrix(options.imatrix, tensors, *of)
-    sides = _side_files(model, checkpoint)
+    weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
+    sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
+    sides = planned_side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
     plan = Plan(
@@ -270,6 +288,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         history=read_history(checkpoint, model.facts, note),
         observations=observations,
         imatrix=imatrix,
+        sized=sized,
     )
     for recipe in recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
@@ -282,6 +301,15 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if plan.reads_calibration and not asked.is_checked:
         check_calibration(plan.calibration, plan.files)
     return plan
+
+
+def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Checkpoint:
+    """The source, or its values in BF16 if they are quantized and to be written so."""
+    if options.dequantize is None:
+        return checkpoint
+    if checkpoint.decoding is None:
+        note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
+    return checkpoint.dequantized()
 
 
 @dataclass(frozen=True)
@@ -297,13 +325,8 @@ class _Asked:
 def _read_options(options: BuildOptions) -> _Asked:
     """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
     overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, options.labels, overrides)
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
+    recipes = load_recipes(options.recipes, other_labels(options), overrides)
+    refuse_twice([recipe.label for recipe in recipes])
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
@@ -318,16 +341,6 @@ def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target)
     """The model with the first experts of each layer: of the sizes that any choice has."""
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     return PrunedView(checkpoint, model, first_ones)
-
-
-def _check_repair(model: MoeModel, target: Target) -> None:
-    """Raise UsageError or UnsupportedModelError where a repair is not defined."""
-    if not target.prunes:
-        raise UsageError(
-            "--repair: all experts are kept, so there is nothing to repair; leave it out, or "
-            "remove some with --compression"
-        )
-    check_repairable(model)
 
 
 def _observations(
@@ -376,41 +389,6 @@ def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
     for recipe in plan.recipes:
         if recipe.asks_importance:
             check_minimum(recipe, given.of(kept or {}), given.file)
-
-
-def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
-    """The side files, with the types that their values need, as far as these are on this machine.
-
-    Values that are still on the Hub are looked at when the build starts.
-    """
-    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
-    try:
-        return tuple(
-            with_fitting_types(side, checkpoint) if _is_here(side, checkpoint) else side
-            for side in sides
-        )
-    finally:
-        if sides:
-            checkpoint.close()  # a plan holds no open files; a later read opens them again
-
-
-def _is_here(side: SideFile, checkpoint: Checkpoint) -> bool:
-    stored = (slab.stored for tensor in side.tensors for slab in tensor.slabs)
-    return not checkpoint.unfetched(stored)
-
-
-def with_all_values(plan: Plan, note: Note) -> Plan:
-    """The plan with side files whose values have all been looked at; what is missing is fetched.
-
-    Raises what `with_fitting_types` raises, and what fetching raises.
-    """
-    if all(side.is_checked for side in plan.side_files):
-        return plan
-    sides = side_files(plan.model, plan.checkpoint)
-    for line in (line for side in sides for line in side.notes):
-        if not any(line in side.notes for side in plan.side_files):
-            note(line)
-    return replace(plan, side_files=sides)
 
 
 def _check_there(text: Path) -> None:
