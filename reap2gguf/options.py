@@ -25,6 +25,7 @@ METHODS = (
     "weighted_frequency",
 )
 MTP_CHOICES = ("prune", "drop")
+IMATRIX_FROM_CHOICES = ("pruned", "source")
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -297,6 +298,7 @@ class BuildOptions:
     calibration: CalibrationOptions = CalibrationOptions()
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
+    imatrix_from: str = "pruned"  # the model whose sums are taken; source: as it is ranked
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
     imatrix_chunks: int | None = None  # most chunks; None: as many tokens as rows may have
@@ -324,6 +326,7 @@ class BuildOptions:
         check_choice("method", self.method, METHODS)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
+        check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
@@ -335,6 +338,23 @@ class BuildOptions:
             raise UsageError(
                 "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
                 "there is not computed; pass one of them"
+            )
+        if self.imatrix_from == "source":
+            _check_from_source(self)
+
+
+def _check_from_source(options: BuildOptions) -> None:
+    """Raises UsageError for options of a pass that `--imatrix-from source` leaves out."""
+    given = {
+        "--imatrix": options.imatrix,
+        "--imatrix-text": options.imatrix_text,
+        "--imatrix-chunks": options.imatrix_chunks,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"--imatrix-from source and {option} exclude each other: the importance matrix is "
+                "taken on the calibration rows, in the pass that ranks the experts; leave one out"
             )
 
 

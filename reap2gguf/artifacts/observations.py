@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
+from reap2gguf.artifacts.observed_sums import IMATRIX, check_header, is_sum, packed, unpacked
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
@@ -24,6 +25,7 @@ from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Doubles
+    from reap2gguf.gguf_files.imatrix import Imatrix
 
 FORMAT_VERSION = "1"
 _MAX_EXPERTS = 2**16
@@ -63,12 +65,14 @@ class Observations:
     n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted right
     n_mtp_tokens: int = 0  # next-next tokens that it was asked for, on some of the rows
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computed it
+    imatrix: Imatrix | None = None  # of all experts, on the same rows, if it was asked for
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk refuses."""
-        arrays = named_layers(self.layers)
-        metadata = {name: str(getattr(self, name)) for name in _METADATA}
+        sums, said = packed(self.imatrix)
+        metadata = {name: str(getattr(self, name)) for name in _METADATA} | said
         metadata[MADE_WITH] = encode(self.made_with)
+        arrays = named_layers(self.layers) | sums
         write_arrays(path, arrays, metadata | {"format_version": FORMAT_VERSION})
 
     @classmethod
@@ -82,7 +86,8 @@ class Observations:
                     f"{path}: format version {shown(version)}, expected {FORMAT_VERSION!r}; is "
                     "this an observations file? `reap2gguf observe` writes one"
                 )
-            layers = _read_layers(path, header)
+            sums = _read_sums(path, header, metadata.get(IMATRIX))
+            layers = _read_layers(path, {n: one for n, one in header.items() if n not in sums})
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
         try:
@@ -92,16 +97,21 @@ class Observations:
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
         try:
-            check_arrays(metadata, named_layers(layers))
+            check_arrays(metadata, named_layers(layers) | sums)
         except ValueError as error:
             raise ArtifactError(
                 f"{path}: damaged ({error}); remove it and run the same command again"
             ) from error
-        return cls(layers=layers, made_with=made_with, **numbers, **words)  # type: ignore[arg-type]
+        try:
+            imatrix = unpacked(metadata.get(IMATRIX), sums, words["calibration"])
+        except ValueError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        said = {**numbers, **words}
+        return cls(layers=layers, made_with=made_with, imatrix=imatrix, **said)  # type: ignore[arg-type]
 
 
 _METADATA = [
-    entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH)
+    entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH, IMATRIX)
 ]
 _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
@@ -133,6 +143,18 @@ def _whole_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"{name} is {shown(text)}")
     return int(text)
+
+
+def _read_sums(
+    path: Path, header: Mapping[str, FileTensor], said: str | None
+) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an importance matrix; none if the file has none."""
+    try:
+        check_header(header, said)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}; run `reap2gguf observe` again") from error
+    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+        return {name: stored.read(name) for name in header if is_sum(name)}
 
 
 def _read_layers(path: Path, header: Mapping[str, FileTensor]) -> dict[int, LayerObservation]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.layout import OBSERVATIONS_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
@@ -50,6 +51,7 @@ class GivenImatrix:
     coverage: ImatrixCoverage  # of the model before pruning, if it is of that one
     cut_from: int | None = None  # experts per layer, if there are more than the result has
     left_out: tuple[str, ...] = ()  # entries of tensors that the model does not have
+    is_observed: bool = False  # it comes with observations, and is no file of its own
 
     def of(self, kept: Kept) -> Imatrix:
         """The matrix of the result, which keeps these experts."""
@@ -120,21 +122,49 @@ def read_imatrix(
     Raises ArtifactError if it is broken or of another model.
     """
     file, sha256 = _named(path)
-    found = load_imatrix(file)
+    found = _fitted(load_imatrix(file), str(path), tensors, n_before, mtp_block)
+    return replace(found, file=one_line(path.name), sha256=sha256)
+
+
+def imatrix_of(
+    seen: Observations,
+    sha256: str,
+    where: str,
+    tensors: Sequence[GgufTensor],
+    n_before: int,
+    mtp_block: int | None = None,
+) -> GivenImatrix:
+    """The importance matrix that comes with observations, whose file has this hash.
+
+    Raises ArtifactError, which begins with `where`, if they carry none or one of another model.
+    """
+    if seen.imatrix is None:
+        raise ArtifactError(
+            f"{where}: these observations carry no sums for an importance matrix, which "
+            "--imatrix-from source needs; make them again with `reap2gguf observe "
+            "--imatrix-sums`, or leave --imatrix-from out for a second pass"
+        )
+    found = _fitted(seen.imatrix, where, tensors, n_before, mtp_block)
+    return replace(found, file=OBSERVATIONS_FILE, sha256=sha256, is_observed=True)
+
+
+def _fitted(
+    found: Imatrix,
+    where: str,
+    tensors: Sequence[GgufTensor],
+    n_before: int | None,
+    mtp_block: int | None,
+) -> GivenImatrix:
+    """A matrix in the shapes of a model, or of the model before pruning if it is of that one."""
     shapes = shapes_of(tensors)
-    n_found = n_experts_in(found, shapes, str(path))
+    n_found = n_experts_in(found, shapes, where)
     is_whole = n_found is not None and n_found == n_before != n_experts_of(shapes)
     if is_whole and n_found is not None:
         shapes = with_experts(shapes, n_found)
-    fitted = fit(found, shapes, str(path))
-    return GivenImatrix(
-        one_line(path.name),
-        sha256,
-        fitted.imatrix,
-        coverage(fitted.imatrix, shapes, mtp_block),
-        n_found if is_whole else None,
-        fitted.left_out,
-    )
+    fitted = fit(found, shapes, where)
+    covered = coverage(fitted.imatrix, shapes, mtp_block)
+    cut_from = n_found if is_whole else None
+    return GivenImatrix(where, "", fitted.imatrix, covered, cut_from, fitted.left_out)
 
 
 def keep_given(folders: BundleFolders, given: Iterable[Path | None], writes_hf: bool) -> None:

@@ -7,7 +7,8 @@ the safetensors, and each format is verified when it is written (`together.py`).
 
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. Given observations, and a given importance matrix, take the place of the stages that make
-them; with both, no text is read. Quality is measured where that is asked for, or costs little.
+them; with both, no text is read. With `--imatrix-from source` the stage `observe` takes the sums of
+the importance matrix, too. Quality is measured where that is asked for, or costs little.
 
 `stages.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, `stage.py` says how one
 is reused and resumed. Nothing gets its final name before everything is verified. Started by
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
-from reap2gguf.building.given_stage import GivenImportance
+from reap2gguf.building.given_stage import GivenImportance, importance_of
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
 from reap2gguf.building.plan import with_all_values
@@ -91,11 +92,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         for line in selection_notes(seen, kept):
             run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
-    importance = (
-        Importance(run, pruned, texts)
-        if plan.imatrix is None
-        else GivenImportance(run, pruned, texts, plan.imatrix)
-    )
+    importance = importance_of(run, pruned, texts, observed)
     prune = Prune(run, pruned) if plan.writes_hf else None
     export = Export(run, pruned, importance)
     verify = Verify(run, pruned, export, prune)
@@ -116,6 +113,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         {**importance.seals, **verify.result.seals},
         {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
         evaluation=evaluate.result if evaluate else None,
+        given=importance.given if isinstance(importance, GivenImportance) else None,
     )
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])

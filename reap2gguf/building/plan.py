@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
+    imatrix_of,
     keep_given,
     read_imatrix,
     read_observations,
@@ -48,6 +49,7 @@ from reap2gguf.tokenizer.check import check_tokenizer
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.options import BuildOptions
     from reap2gguf.quantizing.recipe import Recipe
 
@@ -78,26 +80,36 @@ class Plan:
         return self.target.prunes and self.observations is None
 
     @property
+    def takes_sums(self) -> bool:
+        """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
+        return self.observes and self.options.imatrix_from == "source"
+
+    @property
+    def computes_imatrix(self) -> bool:
+        """Whether the build makes a calibration pass for the importance matrix alone."""
+        return self.imatrix is None and not self.takes_sums
+
+    @property
     def reads_rows(self) -> bool:
         """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
-        asks_mtp = self.imatrix is None and self.model.facts.has_mtp
+        asks_mtp = self.computes_imatrix and self.model.facts.has_mtp
         return self.observes or (asks_mtp and not self.target.prunes)
 
     @property
     def reads_calibration(self) -> bool:
         """Whether anything is read of the calibration."""
-        has_own_text = self.imatrix is not None or self.options.imatrix_text is not None
+        has_own_text = not self.computes_imatrix or self.options.imatrix_text is not None
         return self.reads_rows or not has_own_text
 
     @property
     def reads_texts(self) -> bool:
         """Whether any text is read at all."""
-        return self.reads_rows or self.imatrix is None
+        return self.reads_rows or self.computes_imatrix
 
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + (self.imatrix is None)
+        return self.observes + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -145,7 +157,7 @@ class Plan:
         if self.observations is not None:
             given = self.observations
             found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
-        if self.imatrix is not None:
+        if self.imatrix is not None and not self.imatrix.is_observed:
             found.append(InputRecord(IMATRIX_OPTION, self.imatrix.file, self.imatrix.sha256))
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
@@ -205,10 +217,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
-    imatrix = None
-    if options.imatrix is not None:
-        of = model.facts.n_experts, model.facts.mtp_layer
-        imatrix = read_imatrix(options.imatrix, tensors, *of)
+    imatrix = _imatrix(options, model.facts, tensors, observations)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -232,7 +241,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     for recipe in recipes:
         _check_importance(recipe, plan)
     if imatrix is not None:
-        check_coverage(imatrix.coverage, str(options.imatrix))
+        check_coverage(imatrix.coverage, str(options.imatrix or options.observations))
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -285,10 +294,26 @@ def _observations(
     return read_observations(options.observations, checkpoint, model.facts, *how)
 
 
+def _imatrix(
+    options: BuildOptions,
+    facts: ModelFacts,
+    tensors: Sequence[GgufTensor],
+    observations: GivenObservations | None,
+) -> GivenImatrix | None:
+    """An importance matrix in place of one that would be computed: a file, or of observations."""
+    of = facts.n_experts, facts.mtp_layer
+    if options.imatrix is not None:
+        return read_imatrix(options.imatrix, tensors, *of)
+    if observations is None or options.imatrix_from != "source":
+        return None
+    where = str(options.observations)
+    return imatrix_of(observations.seen, observations.sha256, where, tensors, *of)
+
+
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
-        return True
+        return options.imatrix_from == "pruned" or options.observations is None
     return options.observations is None and options.compression != 0
 
 

@@ -48,3 +48,4 @@ class OptionsRecord:
     dtype: str
     inputs: Sequence[InputRecord] = ()
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it
+    imatrix_from: str = "pruned"  # older manifests do not say it

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+_OBSERVATIONS_FILE = "observations.safetensors"  # as bundle/layout.py has it
+
 
 @dataclass(frozen=True)
 class EarlierPruning:
@@ -119,7 +121,8 @@ class CalibrationRecord:
 
     That is so for what a build did not do itself: observations and an importance matrix may be
     given as files. `imatrix_file` is the name of the file that was given; one of the model before
-    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept.
+    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept. One that was
+    taken in the pass that ranks the experts has the name of the observations' file.
     """
 
     spec: str | None
@@ -136,6 +139,11 @@ class CalibrationRecord:
     imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
     imatrix_file: str | None = None
     imatrix_cut_from: int | None = None
+
+    @property
+    def is_of_observations(self) -> bool:
+        """Whether the importance matrix came with the observations, of all experts."""
+        return self.imatrix_file == _OBSERVATIONS_FILE
 
 
 @dataclass(frozen=True)

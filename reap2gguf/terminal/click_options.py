@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
+    IMATRIX_FROM_CHOICES,
     METHODS,
     MTP_CHOICES,
     BuildOptions,
@@ -311,6 +312,14 @@ build_options = together(
         "and skip computing one.",
     ),
     option(
+        "--imatrix-from",
+        section=CALIBRATION,
+        type=click.Choice(IMATRIX_FROM_CHOICES),
+        default="pruned",
+        help="Take the importance matrix on the pruned model, in a pass of its own, or on the "
+        "source, in the pass that ranks the experts: one pass instead of two.",
+    ),
+    option(
         "--imatrix-text",
         section=CALIBRATION,
         type=FilePath,
@@ -382,6 +391,7 @@ def collect(
         ),
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
+        imatrix_from=arguments["imatrix_from"],
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],
         imatrix_chunks=arguments["imatrix_chunks"],

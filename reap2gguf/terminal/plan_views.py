@@ -113,6 +113,8 @@ def _calibration(plan: Plan, needs: Estimate) -> str:
     parts = []
     if plan.observations is not None:
         parts.append(f"observations: {plan.observations.file}, reused")
+    if plan.takes_sums:
+        parts.append("importance matrix: of MODEL, taken in the pass that ranks the experts")
     if plan.imatrix is not None:
         cut = "" if plan.imatrix.cut_from is None else " and cut to the experts that stay"
         parts.append(f"importance matrix: {plan.imatrix.file}, reused{cut}")
@@ -299,6 +301,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "caveats": list(plan.caveats),
         "warnings": plan.warnings,
         "observations": None if plan.observations is None else plan.observations.file,
+        "imatrix_from": plan.options.imatrix_from,
         "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "imatrix_coverage": None if plan.imatrix is None else asdict(plan.imatrix.coverage),
         "calibration": {

@@ -28,7 +28,7 @@ from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import DEVICES, DTYPES, METHODS, MTP_CHOICES
+from reap2gguf.options import DEVICES, DTYPES, IMATRIX_FROM_CHOICES, METHODS, MTP_CHOICES
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -83,7 +83,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "observations": (pruning.observations_file,),
-        "imatrix": (calibration.imatrix_file,),
+        "imatrix": (None if calibration.is_of_observations else calibration.imatrix_file,),
+        "imatrix_from": _imatrix_from(manifest),
         "device": DEVICES[1:],
         "dtype": DTYPES[1:],
     }
@@ -108,6 +109,12 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         ratio = Decimal(str(options.compression))  # as typed, as `choose_target` reads it
         kept = pruning.n_experts - math.floor(pruning.n_experts * ratio)
         yield from _differs("options.compression keeps", kept, pruning.n_kept, "pruning.n_kept")
+
+
+def _imatrix_from(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.pruning.method == NO_METHOD:
+        return IMATRIX_FROM_CHOICES  # the source is what is quantized
+    return ("source",) if manifest.calibration.is_of_observations else ("pruned",)
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:

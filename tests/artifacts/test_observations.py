@@ -117,7 +117,7 @@ def test_wrong_version(tmp_path: Path, version: str | None) -> None:
     assert f"format version {version!r}" in refusal(path)
 
 
-NEEDED = [f.name for f in fields(Observations) if f.name not in ("layers", "made_with")]
+NEEDED = [f.name for f in fields(Observations) if f.name not in ("layers", "made_with", "imatrix")]
 
 
 @pytest.mark.parametrize("name", NEEDED)

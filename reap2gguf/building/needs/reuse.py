@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.given_stage import GivenImportance
+from reap2gguf.building.given_stage import importance_of
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, Reused
 from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
+from reap2gguf.building.stages import Export, Observe, Prune, ReadTexts, needed
 from reap2gguf.building.standing import standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
@@ -97,11 +97,7 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
     pruned = PrunedView(plan.checkpoint, plan.model, _kept(plan, observed))
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         yield prune.name
-    importance = (
-        Importance(run, pruned, texts)
-        if plan.imatrix is None
-        else GivenImportance(run, pruned, texts, plan.imatrix)
-    )
+    importance = importance_of(run, pruned, texts, observed)
     export = Export(run, pruned, importance)
     stages: tuple[Stage[Any], ...] = (importance, export, Verify(run, pruned, export))
     for stage in stages:
