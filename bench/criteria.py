@@ -24,8 +24,9 @@ from reap2gguf.evaluating.engine import evaluate_variants
 from reap2gguf.evaluating.measure import evaluation_of_scores
 from reap2gguf.evaluating.opening import OpenVariants, pairs_of
 from reap2gguf.evaluating.variants import Variant
-from reap2gguf.options import METHODS, CalibrationOptions, ComputeOptions
+from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.pruning.select import Kept
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.tokenizer.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def chosen(arguments: argparse.Namespace, compute: ComputeOptions) -> dict[str, 
     number = {"keep_experts": arguments.keep_experts}
     found: dict[str, Kept] = {
         method: reap2gguf.select(arguments.model, seen, method=method, **number).kept
-        for method in METHODS
+        for method in OBSERVED
     }
     total = len(next(iter(seen.layers.values())).count)
     for seed in range(arguments.seeds):

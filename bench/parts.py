@@ -64,7 +64,8 @@ class Stopwatch:
             for name, module in layer.named_children():
                 if name in ATTENTION:
                     self.around(module, "forward", "attention")
-            self.around(layer.get_submodule("mlp.experts"), "forward", "experts")
+                if experts := getattr(module, "experts", None):  # a dense layer has none
+                    self.around(experts, "forward", "experts")
             return layer
 
         StreamedDecoder.load_layer = load_and_mark  # type: ignore[method-assign]

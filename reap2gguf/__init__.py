@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
+    from reap2gguf.api.choosing import Choice, choose
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.fitting import FitResult, fit_recipe
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
+    from reap2gguf.api.selecting import Selection
     from reap2gguf.api.stages import (
         PruneResult,
         QuantizeResult,
-        Selection,
         imatrix,
         observe,
         prune,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     )
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+    from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
@@ -65,6 +68,7 @@ __all__ = [
     "BundleInspection",
     "CalibrationOptions",
     "CheckQuants",
+    "Choice",
     "ComputeOptions",
     "Estimate",
     "EvaluateOptions",
@@ -82,6 +86,8 @@ __all__ = [
     "PruneResult",
     "QuantizeResult",
     "Reap2ggufError",
+    "RecipeDifference",
+    "RecipeTable",
     "RecipeText",
     "Selection",
     "SlicedImatrix",
@@ -89,7 +95,9 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "choose",
     "compare",
+    "compare_recipes",
     "estimate",
     "evaluate",
     "example",
@@ -104,6 +112,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "recipe_table",
     "report",
     "select",
     "slice_imatrix",
@@ -111,17 +120,19 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
+    "api.choosing": ("Choice", "choose"),
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
+    "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
+    "api.selecting": ("Selection",),
     "api.stages": (
         "PruneResult",
         "QuantizeResult",
-        "Selection",
         "imatrix",
         "observe",
         "prune",
@@ -150,6 +161,7 @@ _HOMES = {
     ),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
+    "quantizing.role_table": ("RecipeDifference", "RecipeTable"),
     "verifying.report": ("VerifyReport",),
 }
 

@@ -13,17 +13,11 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.protection import Protection, read_pinned
 
-METHODS = (
-    "reap",
-    "frequency",
-    "ean_sum",
-    "ean_mean",
-    "weighted_ean_sum",
-    "weighted_frequency",
-)
 MTP_CHOICES = ("prune", "drop")
 IMATRIX_FROM_CHOICES = ("pruned", "source")
 EVALUATE_CHOICES = ("auto", "always", "never")
@@ -293,7 +287,11 @@ class BuildOptions:
     compression: float | None = None
     output: Path = Path("build")
     name: str | None = None
-    method: str = "reap"
+    method: str = "reap"  # a criterion, or auto: the best of `candidates`
+    candidates: tuple[str, ...] | None = None  # methods that auto measures; None: CANDIDATES
+    choose_text: Path | None = None  # of another domain, for auto; None: texts of this program
+    protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
+    protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
@@ -321,9 +319,11 @@ class BuildOptions:
         check_counts(self.keep_experts, self.compression)
         check_kind("calibration", self.calibration, CalibrationOptions)
         check_kind("compute", self.compute, ComputeOptions)
-        for name in ("fresh", "replace", "check_space", "follow_links"):
+        for name in ("fresh", "replace", "check_space", "follow_links", "protect_super_experts"):
             check_bool(name, getattr(self, name))
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, BUILD_METHODS)
+        self._check_choosing()
+        read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
@@ -331,31 +331,31 @@ class BuildOptions:
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        for name in ("observations", "imatrix", "imatrix_text"):
+        for name in ("observations", "imatrix", "imatrix_text", "choose_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
+        for name in ("imatrix", "imatrix_text", "imatrix_chunks"):
+            if self.imatrix_from == "source" and getattr(self, name) is not None:
+                raise UsageError(
+                    f"--imatrix-from source and --{name.replace('_', '-')} exclude each other: its "
+                    "sums are of the calibration rows; leave one of them out"
+                )
         if self.imatrix is not None and self.imatrix_text is not None:
-            raise UsageError(
-                "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
-                "there is not computed; pass one of them"
-            )
-        if self.imatrix_from == "source":
-            _check_from_source(self)
+            raise UsageError("--imatrix and --imatrix-text exclude each other; pass one of them")
 
+    @property
+    def protection(self) -> Protection:
+        """The experts that stay whatever they score. Raises UsageError if they are malformed."""
+        return Protection(read_pinned(self.protect), self.protect_super_experts)
 
-def _check_from_source(options: BuildOptions) -> None:
-    """Raises UsageError for options of a pass that `--imatrix-from source` leaves out."""
-    given = {
-        "--imatrix": options.imatrix,
-        "--imatrix-text": options.imatrix_text,
-        "--imatrix-chunks": options.imatrix_chunks,
-    }
-    for option, value in given.items():
-        if value is not None:
-            raise UsageError(
-                f"--imatrix-from source and {option} exclude each other: the importance matrix is "
-                "taken on the calibration rows, in the pass that ranks the experts; leave one out"
-            )
+    def _check_choosing(self) -> None:
+        """Candidates by name; refuse what has no effect without `auto`."""
+        if self.candidates is not None:
+            object.__setattr__(self, "candidates", check_candidates(self.candidates))
+        for name in ("candidates", "choose_text"):
+            if self.method != AUTO and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is for --method auto; pass it, or leave this out")
 
 
 @dataclass(frozen=True)

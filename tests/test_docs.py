@@ -24,8 +24,10 @@ import reap2gguf
 from reap2gguf import errors
 from reap2gguf.building import likeness
 from reap2gguf.calibration.spec import shipped_mixes
+from reap2gguf.choosing.names import AUTO
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
+from reap2gguf.pruning.methods import FROM_WEIGHTS, OBSERVED
 from reap2gguf.quantizing.kernels.compiling import SOURCE
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.quantizing.recipe import load_recipe, parse_recipe, shipped_recipes
@@ -143,9 +145,19 @@ def test_the_tables_of_calibration_are_those_of_the_program() -> None:
     for name, mix in mixes.items():
         n_rows = sum(int(count) for count in re.findall(r":(\d+)", mix.spec))
         assert f"| `{name}` | {n_rows:,} x {mix.max_length:,} |" in text
+
+
+def test_the_tables_of_methods_are_those_of_the_program() -> None:
     (method,) = (option for option in cli.commands["build"].params if option.name == "method")
     assert isinstance(method.type, click.Choice)
-    assert first_cells(text, "method") == list(method.type.choices)
+    text = (DOCS / "pruning-methods.md").read_text()
+    observed, by_weights = text.split("## Weights alone")
+    listed = first_cells(observed, "`--method`"), first_cells(by_weights, "`--method`")
+    assert sorted([*listed[0], *listed[1], AUTO]) == sorted(method.type.choices)
+    rows = re.findall(r"^\| `(\w+)` \| (\d) \| (\d) \| ([\d.]+) \|", observed, re.MULTILINE)
+    formulas = {name: (one.gate, one.norm, one.per) for name, one in OBSERVED.items()}
+    assert {name: (int(a), int(b), float(p)) for name, a, b, p in rows} == formulas
+    assert set(listed[1]) == set(FROM_WEIGHTS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -28,6 +28,23 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "choosing/test_candidates.py",
+        "which observations rank candidates",
+        ("choosing/checks.py",),
+    ),
+    ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
+    ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
+    (
+        "building/test_choose_stage.py",
+        "both cards of a bundle whose method was chosen",
+        ("bundle/card_candidates.py",),
+    ),
+    (
+        "terminal/test_choose_command.py",
+        "as it is typed and as it is called",
+        ("api/choosing.py", "terminal/pruning_options.py"),
+    ),
+    (
         "building/test_evaluate_stage.py",
         "how much text a build scores",
         ("building/needs/scoring.py",),
@@ -70,6 +87,16 @@ COVERED_BY = [
         "terminal/test_report_command.py",
         "a report is what the command writes",
         ("api/reporting.py",),
+    ),
+    (
+        "repairing/test_gram.py",
+        "the Gram matrix is made of features",
+        ("repairing/features.py",),
+    ),
+    (
+        "repairing/test_sweep.py",
+        "what is captured and how it is stored, for every family",
+        ("repairing/capture.py", "repairing/stored.py"),
     ),
     (
         "observing/test_loader.py",
@@ -169,7 +196,7 @@ COVERED_BY = [
     (
         "building/test_bundling.py",
         "the command is typed there",
-        ("terminal/bundle_command.py",),
+        ("building/pruned_choice.py", "terminal/bundle_command.py"),
     ),
     (
         "building/test_given.py",
@@ -303,7 +330,9 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/stages.py", "hub/opened.py"),
+        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+            "hub/opened.py",
+       ),
     ),
     (
         "terminal/test_inspect_command.py",
@@ -330,6 +359,16 @@ COVERED_BY = [
         ("api/fitting.py",),
     ),
     (
+        "quantizing/test_recipe.py",
+        "types as recipes name them",
+        ("quantizing/type_names.py",),
+    ),
+    (
+        "quantizing/test_role_table.py",
+        "tables and sizes as they are asked for",
+        ("api/recipes.py", "exporting/file_size.py"),
+    ),
+    (
         "models/test_contract.py",
         "what every architecture answers",
         ("models/description.py", "observing/targets.py"),
@@ -352,7 +391,12 @@ COVERED_BY = [
     (
         "observing/compute/test_kernels.py",
         "ways to compute the same numbers",
-        ("observing/compute/triton_experts.py", "observing/compute/triton_kernels.py"),
+        (
+            "observing/compute/triton_convolution.py",
+            "observing/compute/triton_experts.py",
+            "observing/compute/triton_kernels.py",
+            "observing/compute/triton_saliency.py",
+        ),
     ),
     (
         "comparing/test_compared.py",

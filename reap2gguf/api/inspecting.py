@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.options import METHODS, check_choice, check_path
+from reap2gguf.options import check_choice, check_path
+from reap2gguf.pruning.methods import OBSERVED
 
 if TYPE_CHECKING:
     from reap2gguf.api.opening import PathLike
@@ -44,7 +45,7 @@ def inspect(
     from reap2gguf.pruning.inspection import RATIOS, inspect_bundle, inspect_observations
 
     if method is not None:
-        check_choice("method", method, METHODS)
+        check_choice("method", method, tuple(OBSERVED))
     chosen = RATIOS if ratios is None else _ratios(ratios)
     if isinstance(what, Imatrix):
         return inspect_imatrix(what)

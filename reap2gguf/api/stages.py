@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
+from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
-    METHODS,
     MTP_CHOICES,
     CalibrationOptions,
     CheckQuants,
@@ -40,17 +40,6 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.opened import OpenModel
     from reap2gguf.quantizing.resolve import ResolvedRecipe
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The experts that each layer keeps."""
-
-    method: str  # the criterion
-    n_experts: int  # per layer, before
-    n_kept: int  # per layer, after
-    kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
-    notes: tuple[str, ...] = ()  # tokens per expert, and warnings about scores that are noisy
 
 
 @dataclass(frozen=True)
@@ -129,53 +118,63 @@ def observe(
 
 def select(
     model: PathLike,
-    observations: Observations | PathLike,
+    observations: Observations | PathLike | None = None,
     *,
     keep_experts: int | None = None,
     compression: float | None = None,
     method: str = "reap",
+    protect: str = "",
+    protect_super_experts: bool = False,
     mtp: str = "prune",
     follow_links: bool = False,
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
-    Raises ArtifactError if the observations are of another model, UsageError for a number of
-    experts that the model cannot run with.
+    Methods that rank experts by their weights alone take no observations. `protect` names experts
+    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). Raises ArtifactError if the
+    observations are of another model, UsageError for a number of experts that the model cannot run
+    with, and for protected experts that do not exist or fit.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
+    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
     with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
-        return _select(opened, observations, keep_experts, compression, method)
+        return chosen(opened, observations, wanted, Silent())
 
 
 def prune(
     model: PathLike,
-    observations: Observations | PathLike,
+    observations: Observations | PathLike | None,
     output: PathLike,
     *,
     keep_experts: int | None = None,
     compression: float | None = None,
     method: str = "reap",
+    protect: str = "",
+    protect_super_experts: bool = False,
     mtp: str = "prune",
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    Raises what `select` raises, OutputError if the folder exists or cannot be written, and
-    VerificationError if what was written is not what was planned.
+    `observations` is None for methods that rank experts by their weights alone. Raises what
+    `select` raises, OutputError if the folder exists or cannot be written, and VerificationError if
+    what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
-        selection = _select(opened, observations, keep_experts, compression, method)
+        selection = chosen(opened, observations, wanted, shown)
         for line in selection.notes:
             shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
 
         checkpoint, name = opened.checkpoint, opened.source.label
-        prune_to_folder(checkpoint, opened.model, selection.kept, method, output, shown, name)
+        where = output, shown, name, selection.protected
+        prune_to_folder(checkpoint, opened.model, selection.kept, method, *where)
     return PruneResult(output, selection)
 
 
@@ -312,6 +311,9 @@ def _export(
     from reap2gguf.exporting.model_files import export_model
     from reap2gguf.exporting.quantizers import note_quantizers
     from reap2gguf.exporting.row_ranges import check_imatrix
+    from reap2gguf.gguf_files.imatrix_coverage import shapes_of
+    from reap2gguf.gguf_files.imatrix_fit import fit
+    from reap2gguf.quantizing.minimum import check_minimum, check_needed
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -324,7 +326,15 @@ def _export(
     imatrix = None if weighted_by is None else weighted_by.imatrix
     types = {tensor: {kind} for tensor, kind in recipe.tensor_types().items()}
     # the export checks it too, but later: an error is to come before the line about quantizers
-    check_imatrix(opened.model.gguf_tensors(checkpoint.tensors), types, imatrix)
+    tensors = opened.model.gguf_tensors(checkpoint.tensors)
+    if imatrix is None:
+        why = "none is given; compute one with `reap2gguf imatrix` and pass --imatrix"
+        check_needed(recipe, (), why)
+    check_imatrix(tensors, types, imatrix)
+    by_expert = None  # a .dat file has all experts of a tensor in one row
+    if weighted_by is not None:
+        by_expert = fit(weighted_by.imatrix, shapes_of(tensors), weighted_by.file).imatrix
+    check_minimum(recipe, by_expert, "" if weighted_by is None else weighted_by.file)
     weighted = () if imatrix is None else imatrix.entries.keys()
     note_quantizers([recipe], weighted, compute.device, progress)
     export_model(
@@ -340,32 +350,6 @@ def _export(
         checked=compute.check_quants.share,
     )
     remove(path)
-
-
-def _select(
-    opened: OpenModel,
-    observations: Observations | PathLike,
-    keep_experts: int | None,
-    compression: float | None,
-    method: str,
-) -> Selection:
-    from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.building.given import check_same_model
-    from reap2gguf.pruning.coverage import selection_notes
-    from reap2gguf.pruning.select import choose_target, select_experts
-
-    check_choice("method", method, METHODS)
-    target = choose_target(opened.model.facts, keep_experts, compression)
-    seen = (
-        observations
-        if isinstance(observations, Observations)
-        else Observations.load(Path(os.path.realpath(observations)))  # the user named it
-    )
-    where = "observations" if isinstance(observations, Observations) else str(observations)
-    check_same_model(seen, opened.checkpoint, where)
-    kept = select_experts(seen, method, target, opened.model.facts)
-    notes = tuple(selection_notes(seen, kept))
-    return Selection(method, target.n_experts, target.n_kept, kept, notes)
 
 
 def _resuming(

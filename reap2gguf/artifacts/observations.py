@@ -1,14 +1,15 @@
 """What a calibration pass observed of every expert, and the file format for it.
 
 Sums are float64 and counts int64: runs over different rows can be added, and every published
-criterion is one of them or a quotient of two (arXiv 2510.13999).
+criterion is one of them or a quotient of two (arXiv 2510.13999, 2606.15716). Files of format 1,
+which earlier versions wrote, have the first five arrays only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
-from reap2gguf.artifacts.observed_sums import IMATRIX, check_header, is_sum, packed, unpacked
+from reap2gguf.artifacts.observed_sums import (
+    IMATRIX,
+    ObservedSums,
+    check_header,
+    is_sum,
+    packed,
+    unpacked,
+)
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
@@ -25,30 +33,36 @@ from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Doubles
-    from reap2gguf.gguf_files.imatrix import Imatrix
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _MAX_EXPERTS = 2**16
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.\w+")
-# the arrays of each layer, and their safetensors dtypes
-_FIELDS = {
-    "count": "I64",
-    "reap_sum": "F64",
-    "gate_sum": "F64",
-    "norm_sum": "F64",
-    "norm_max": "F64",
-}
 
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """Per expert of one layer, over the tokens routed to it. Every array is (E,)."""
+    """Per expert of one layer, over the tokens routed to it. Every array is (E,).
+
+    A norm is the L2 norm of the expert's output, before it is weighted by the gate. The arrays of
+    the second group are None in observations of format 1.
+    """
 
     count: npt.NDArray[np.int64]
-    reap_sum: Doubles  # of gate weight times norm of the expert's output
+    reap_sum: Doubles  # of gate weight times norm
     gate_sum: Doubles
     norm_sum: Doubles
     norm_max: Doubles
+    gate2_sum: Doubles | None = None  # of squared gate weights
+    norm2_sum: Doubles | None = None
+    gate2_norm_sum: Doubles | None = None
+    gate_norm2_sum: Doubles | None = None
+    gate2_norm2_sum: Doubles | None = None
+    output_max: Doubles | None = None  # the largest magnitude of a value of an output
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing that observations of the newest format have."""
+        return all(getattr(self, name) is not None for name in _PARTS[FORMAT_VERSION])
 
 
 @dataclass(frozen=True)
@@ -65,15 +79,17 @@ class Observations:
     n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted right
     n_mtp_tokens: int = 0  # next-next tokens that it was asked for, on some of the rows
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computed it
-    imatrix: Imatrix | None = None  # of all experts, on the same rows, if it was asked for
+    imatrix: ObservedSums | None = None  # of all experts, on the same rows, if it was asked for
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk refuses."""
         sums, said = packed(self.imatrix)
+        arrays = named_layers(self.layers) | sums
+        is_complete = all(seen.is_complete for seen in self.layers.values())
+        version = FORMAT_VERSION if is_complete else _OLD_VERSION
         metadata = {name: str(getattr(self, name)) for name in _METADATA} | said
         metadata[MADE_WITH] = encode(self.made_with)
-        arrays = named_layers(self.layers) | sums
-        write_arrays(path, arrays, metadata | {"format_version": FORMAT_VERSION})
+        write_arrays(path, arrays, metadata | {"format_version": version})
 
     @classmethod
     def load(cls, path: Path) -> Observations:
@@ -81,13 +97,15 @@ class Observations:
         try:
             header, metadata = read_header(path), read_metadata(path)
             version = metadata.get("format_version")
-            if version != FORMAT_VERSION:
+            if version not in _PARTS:
                 raise ArtifactError(
-                    f"{path}: format version {shown(version)}, expected {FORMAT_VERSION!r}; is "
-                    "this an observations file? `reap2gguf observe` writes one"
+                    f"{path}: format version {shown(version)}, expected "
+                    f"{' or '.join(map(repr, _PARTS))}; is this an observations file? "
+                    "`reap2gguf observe` writes one"
                 )
             sums = _read_sums(path, header, metadata.get(IMATRIX))
-            layers = _read_layers(path, {n: one for n, one in header.items() if n not in sums})
+            others = {name: one for name, one in header.items() if name not in sums}
+            layers = _read_layers(path, others, _PARTS[version])
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
         try:
@@ -103,13 +121,19 @@ class Observations:
                 f"{path}: damaged ({error}); remove it and run the same command again"
             ) from error
         try:
-            imatrix = unpacked(metadata.get(IMATRIX), sums, words["calibration"])
+            imatrix = unpacked(metadata.get(IMATRIX), sums)
         except ValueError as error:
             raise ArtifactError(f"{path}: {error}") from error
         said = {**numbers, **words}
         return cls(layers=layers, made_with=made_with, imatrix=imatrix, **said)  # type: ignore[arg-type]
 
 
+# the arrays of each layer, by format version
+_OLD_VERSION = "1"
+_PARTS = {
+    _OLD_VERSION: tuple(part.name for part in fields(LayerObservation) if part.default is MISSING),
+    FORMAT_VERSION: tuple(part.name for part in fields(LayerObservation)),
+}
 _METADATA = [
     entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH, IMATRIX)
 ]
@@ -117,11 +141,12 @@ _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
 
 def named_layers(layers: Mapping[int, LayerObservation]) -> dict[str, npt.NDArray[Any]]:
-    """Every array of every layer, by its name in the file."""
+    """Every array of every layer, by its name in the file; what one layer lacks is left out."""
+    is_complete = all(seen.is_complete for seen in layers.values())
     return {
-        f"layers.{layer}.{entry.name}": getattr(seen, entry.name)
+        f"layers.{layer}.{name}": getattr(seen, name)
         for layer, seen in sorted(layers.items())
-        for entry in fields(seen)
+        for name in _PARTS[FORMAT_VERSION if is_complete else _OLD_VERSION]
     }
 
 
@@ -134,7 +159,9 @@ def grouped_layers(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, LayerObs
     if not all(matches):
         raise ValueError("holds arrays that are not observations")
     return {
-        number: LayerObservation(**{name: arrays[f"layers.{number}.{name}"] for name in _FIELDS})
+        number: LayerObservation(
+            **{name: arrays[f"layers.{number}.{name}"] for name in _PARTS[FORMAT_VERSION]}
+        )
         for number in sorted({int(match[1]) for match in matches if match})
     }
 
@@ -157,29 +184,36 @@ def _read_sums(
         return {name: stored.read(name) for name in header if is_sum(name)}
 
 
-def _read_layers(path: Path, header: Mapping[str, FileTensor]) -> dict[int, LayerObservation]:
+def _read_layers(
+    path: Path, header: Mapping[str, FileTensor], parts: Sequence[str]
+) -> dict[int, LayerObservation]:
     matches = [_NAME.fullmatch(name) for name in header]
     numbers = sorted({int(match[1]) for match in matches if match})
-    if len(header) != len(numbers) * len(_FIELDS):
-        _refuse_missing(path, header, numbers)
+    if len(header) != len(numbers) * len(parts):
+        _refuse_missing(path, header, numbers, parts)
         raise ArtifactError(f"{path}: holds tensors that are not observations")
     with Checkpoint(path.parent, {}, header, (path,)) as stored:
-        return {number: _read_layer(path, stored, number) for number in numbers}
+        return {number: _read_layer(path, stored, number, parts) for number in numbers}
 
 
-def _refuse_missing(path: Path, header: Mapping[str, FileTensor], numbers: list[int]) -> None:
-    for name in (f"layers.{number}.{part}" for number in numbers for part in _FIELDS):
+def _refuse_missing(
+    path: Path, header: Mapping[str, FileTensor], numbers: list[int], parts: Sequence[str]
+) -> None:
+    for name in (f"layers.{number}.{part}" for number in numbers for part in parts):
         if name not in header:
             raise ArtifactError(f"{path}: {name} is missing")
 
 
-def _read_layer(path: Path, stored: Checkpoint, number: int) -> LayerObservation:
-    names = {part: f"layers.{number}.{part}" for part in _FIELDS}
-    _refuse_missing(path, stored.tensors, [number])
+def _read_layer(
+    path: Path, stored: Checkpoint, number: int, parts: Sequence[str]
+) -> LayerObservation:
+    names = {part: f"layers.{number}.{part}" for part in parts}
+    _refuse_missing(path, stored.tensors, [number], parts)
     tensors = [stored.tensors[name] for name in names.values()]
     dtypes = [tensor.dtype for tensor in tensors]
     shapes = {tensor.shape for tensor in tensors}
-    if dtypes != list(_FIELDS.values()) or len(shapes) != 1 or len(tensors[0].shape) != 1:
+    expected = ["I64" if part == "count" else "F64" for part in parts]
+    if dtypes != expected or len(shapes) != 1 or len(tensors[0].shape) != 1:
         raise ArtifactError(
             f"{path}: layer {number} has arrays of different sizes or of the wrong type"
         )

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
-from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import FileTensor
@@ -23,7 +22,25 @@ IMATRIX = "imatrix"  # key of the metadata, and what names of arrays begin with
 _FIELDS = {"sums": "F32", "counts": "I64"}
 
 
-def packed(imatrix: Imatrix | None) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+@dataclass(frozen=True)
+class MatrixSums:
+    """Of one GGUF matrix: sums of squares (n, columns) float32, and counts (n,) int64."""
+
+    name: str
+    sums: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ObservedSums:
+    """The sums of all matrices, by name, and the rows that they were taken on."""
+
+    entries: Mapping[str, MatrixSums]
+    n_chunks: int  # rows
+    chunk_size: int  # tokens of the longest
+
+
+def packed(imatrix: ObservedSums | None) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     """The arrays and the metadata that hold a matrix; both empty for none."""
     if imatrix is None:
         return {}, {}
@@ -41,12 +58,12 @@ def packed(imatrix: Imatrix | None) -> tuple[dict[str, npt.NDArray[Any]], dict[s
     return arrays, {IMATRIX: json.dumps(said)}
 
 
-def _groups(imatrix: Imatrix) -> list[list[ImatrixEntry]]:
+def _groups(imatrix: ObservedSums) -> list[list[MatrixSums]]:
     """Entries of one layer with equal sums together, in the order of the first of each.
 
     By their values, not by the arrays: after a resumed sweep equal sums are different arrays.
     """
-    found: dict[tuple[object, ...], list[ImatrixEntry]] = {}
+    found: dict[tuple[object, ...], list[MatrixSums]] = {}
     for entry in imatrix.entries.values():
         digest = hashlib.sha256(entry.sums.tobytes()).digest()
         layer = tuple(entry.name.split(".")[:2])
@@ -85,20 +102,18 @@ def check_header(header: Mapping[str, FileTensor], text: str | None) -> None:
             raise ValueError(f"{IMATRIX}.{number} has sums {sums} and counts {counts}")
 
 
-def unpacked(
-    text: str | None, arrays: Mapping[str, npt.NDArray[Any]], dataset: str
-) -> Imatrix | None:
+def unpacked(text: str | None, arrays: Mapping[str, npt.NDArray[Any]]) -> ObservedSums | None:
     """The matrix that `packed` made arrays and metadata of. Raises ValueError if it is broken."""
     if text is None:
         return None
-    entries: dict[str, ImatrixEntry] = {}
+    entries: dict[str, MatrixSums] = {}
     for number, names in enumerate(_names(text)):
         sums, counts = (arrays[f"{IMATRIX}.{number}.{field}"] for field in _FIELDS)
         if not np.isfinite(sums).all() or (sums < 0).any() or (counts < 0).any():
             raise ValueError(f"{IMATRIX}.{number} has negative, NaN or infinite values")
-        entries |= {name: ImatrixEntry(name, sums, counts) for name in names}
+        entries |= {name: MatrixSums(name, sums, counts) for name in names}
     said = json.loads(text)
-    return Imatrix(entries, dataset, said["chunks"], said["chunk_size"])
+    return ObservedSums(entries, said["chunks"], said["chunk_size"])
 
 
 def _names(text: str | None) -> list[list[str]]:

@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.artifacts.observations import Observations
 from reap2gguf.atomic import link_or_copy, remove
 from reap2gguf.building.adopting import Adopted, adopt
 from reap2gguf.building.bundle_files import BundleFiles
 from reap2gguf.building.finished import Inputs
-from reap2gguf.building.given import GivenImatrix, check_same_model, read_imatrix
+from reap2gguf.building.given import GivenImatrix, read_imatrix
 from reap2gguf.building.history import read_history
 from reap2gguf.building.naming import check_given_name
+from reap2gguf.building.pruned_choice import Choice, method_of, observed, protected_in
 from reap2gguf.building.record import (
     program_versions,
     side_record,
@@ -54,10 +54,7 @@ from reap2gguf.bundle.manifest import (
     hash_file,
 )
 from reap2gguf.bundle.sums import hash_folder
-from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import (
-    ArtifactError,
-    CheckpointError,
     OutputError,
     UsageError,
     VerificationError,
@@ -66,12 +63,9 @@ from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.exporting.model_files import export_side
 from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.imatrix import save_both
-from reap2gguf.messages import one_line, shown
 from reap2gguf.models.description import Dropped
 from reap2gguf.models.side_values import side_files
 from reap2gguf.models.table import describe
-from reap2gguf.options import METHODS
-from reap2gguf.pruning.select import Target, select_experts
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, written_names
 from reap2gguf.quantizing.labels import twice
@@ -82,10 +76,12 @@ from reap2gguf.verifying.hf_folder import check_pruned
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.models.description import SideFile
     from reap2gguf.options import BundleOptions
     from reap2gguf.progress import Progress
+    from reap2gguf.pruning.select import Kept
     from reap2gguf.verifying.against_source import OpenSource
 
 _TITLE = "made by `quantize`, or by another program"
@@ -103,6 +99,7 @@ class _Parts:
     source: OpenSource
     view: PrunedView  # of the source, with the experts that the folder keeps
     method: str
+    protected: Kept  # experts that were kept whatever they scored
     is_pruned: bool
     seen: tuple[str, str, Observations] | None  # name and hash of the file
     imatrix: GivenImatrix | None
@@ -209,53 +206,22 @@ def _opened(options: BundleOptions, progress: Progress) -> Iterator[_Parts]:
             found = source.pruned_by_record(options.folder)
             if found.view is None:
                 raise VerificationError(list(found.violations), _ADVICE)
-            view, method = found.view, _method(options.folder)
+            view, method = found.view, method_of(options.folder)
         else:
             described = describe(source.checkpoint)
             ids = tuple(range(described.facts.n_experts))
             kept = dict.fromkeys(described.facts.moe_layers, ids)
             view, method = PrunedView(source.checkpoint, described, kept), NO_METHOD
-        seen = _observed(options.observations, source, view, method)
+        protected = protected_in(options.folder, view.kept) if is_pruned else {}
+        seen = None
+        if options.observations is not None:
+            choice = Choice(view.kept, method, protected)
+            facts = _source_model(source, view).facts
+            seen = observed(options.observations, source.checkpoint, choice, facts)
         tensors = view.model.gguf_tensors(view.tensors)
         imatrix = None if options.imatrix is None else read_imatrix(options.imatrix, tensors)
         text = None if options.text is None else Path(os.path.realpath(options.text))
-        yield _Parts(source, view, method, is_pruned, seen, imatrix, text)
-
-
-def _method(folder: Path) -> str:
-    """The method that `prune` recorded."""
-    path = folder / KEPT_FILE
-    try:
-        method = read_json(path).get("method")
-    except CheckpointError as error:
-        raise ArtifactError(str(error)) from error
-    if method not in METHODS:
-        raise ArtifactError(
-            f"{path}: method is {shown(method)}, expected one of {', '.join(METHODS)}"
-        )
-    return str(method)
-
-
-def _observed(
-    path: Path | None, source: OpenSource, view: PrunedView, method: str
-) -> tuple[str, str, Observations] | None:
-    """Observations that chose these experts. Raises ArtifactError if they chose others."""
-    if path is None:
-        return None
-    if method == NO_METHOD:
-        raise UsageError(f"--observations {path}: nothing was pruned, so they chose no experts")
-    file = Path(os.path.realpath(path))
-    seen = Observations.load(file)
-    check_same_model(seen, source.checkpoint, str(path))
-    facts = _source_model(source, view).facts
-    chosen = select_experts(seen, method, Target(facts.n_experts, view.n_kept), facts)
-    if chosen != dict(view.kept):
-        layer = next(one for one, ids in chosen.items() if ids != view.kept[one])
-        raise ArtifactError(
-            f"{path}: by {method}, these observations keep other experts in layer {layer} than the "
-            "pruned folder; pass those that `prune` used, or leave them out"
-        )
-    return one_line(path.name), hash_file(file).sha256, seen
+        yield _Parts(source, view, method, protected, is_pruned, seen, imatrix, text)
 
 
 def _source_model(source: OpenSource, view: PrunedView) -> MoeModel:
@@ -313,6 +279,7 @@ def _pruning_record(parts: _Parts, model: MoeModel) -> PruningRecord:
         n_dropped_rows=0 if seen is None else seen.n_dropped_rows,
         mtp=_mtp_record(parts, model),
         observations_file=file,
+        protected=parts.protected,
     )
 
 

@@ -16,17 +16,22 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.bundle.layout import OBSERVATIONS_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix
 from reap2gguf.gguf_files.imatrix_coverage import ImatrixCoverage, coverage, shapes_of
 from reap2gguf.gguf_files.imatrix_fit import cut, fit, n_experts_in, n_experts_of, with_experts
 from reap2gguf.messages import one_line, shown
+from reap2gguf.pruning.methods import FROM_WEIGHTS, is_from_weights
 from reap2gguf.pruning.select import select_experts
+from reap2gguf.quantizing.minimum import check_minimum
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observed_sums import ObservedSums
     from reap2gguf.bundle.layout import BundleFolders
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.description import GgufTensor, ModelFacts
+    from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Kept, Target
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def read_observations(
             f"--observations {path}: they choose the experts to drop, and all "
             f"{target.n_experts} are kept; leave it out, or pass --compression or --keep-experts"
         )
+    check_needs_observations(method, path)
     file, sha256 = _named(path)
     seen = Observations.load(file)
     try:
@@ -97,6 +103,21 @@ def read_observations(
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
     return GivenObservations(one_line(path.name), sha256, seen)
+
+
+def check_needs_observations(method: str, given: object | None) -> None:
+    """Raise UsageError unless observations are given just where a method reads them."""
+    if is_from_weights(method) and given is not None:
+        raise UsageError(
+            f"--method {method} ranks experts by their weights alone, and --observations were "
+            "given; leave one of both out"
+        )
+    if not is_from_weights(method) and given is None:
+        raise UsageError(
+            f"--method {method} ranks experts by observations, and none were given; pass "
+            "--observations FILE, which `reap2gguf observe` writes, or a method that reads weights "
+            f"alone: {' or '.join(FROM_WEIGHTS)}"
+        )
 
 
 def check_same_model(seen: Observations, checkpoint: Checkpoint, where: str) -> None:
@@ -144,8 +165,53 @@ def imatrix_of(
             "--imatrix-from source needs; make them again with `reap2gguf observe "
             "--imatrix-sums`, or leave --imatrix-from out for a second pass"
         )
-    found = _fitted(seen.imatrix, where, tensors, n_before, mtp_block)
+    found = _fitted(matrix_of(seen.imatrix, seen.calibration), where, tensors, n_before, mtp_block)
     return replace(found, file=OBSERVATIONS_FILE, sha256=sha256, is_observed=True)
+
+
+def matrix_of(sums: ObservedSums, dataset: str) -> Imatrix:
+    """The importance matrix of observed sums: each row is a chunk of its own."""
+    entries = {name: ImatrixEntry(name, one.sums, one.counts) for name, one in sums.entries.items()}
+    return Imatrix(entries, dataset, sums.n_chunks, sums.chunk_size)
+
+
+def given_imatrix(
+    options: BuildOptions,
+    facts: ModelFacts,
+    tensors: Sequence[GgufTensor],
+    observations: GivenObservations | None,
+) -> GivenImatrix | None:
+    """An importance matrix in place of one that would be computed: a file, or of observations.
+
+    Raises what `read_imatrix` and `imatrix_of` raise, and UsageError if no pass would take sums.
+    """
+    of = facts.n_experts, facts.mtp_layer
+    if options.imatrix_from == "source" and is_from_weights(options.method):
+        raise UsageError(
+            f"--imatrix-from source: --method {options.method} ranks the experts by their weights, "
+            "in no pass that could take the sums; leave --imatrix-from out"
+        )
+    if options.imatrix is not None:
+        return read_imatrix(options.imatrix, tensors, *of)
+    if observations is None or options.imatrix_from != "source":
+        return None
+    where = str(options.observations)
+    return imatrix_of(observations.seen, observations.sha256, where, tensors, *of)
+
+
+def check_given_minimum(
+    recipes: Sequence[ResolvedRecipe], given: GivenImatrix, kept: Kept | None
+) -> None:
+    """Raise RecipeError if an importance matrix that is there has less than a recipe asks for.
+
+    One of the model before pruning has more experts than will stay: it is asked when it is known
+    which ones (`kept`).
+    """
+    if given.cut_from is not None and kept is None:
+        return
+    for recipe in recipes:
+        if recipe.asks_importance:
+            check_minimum(recipe, given.of(kept or {}), given.file)
 
 
 def _fitted(

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.atomic import make_folder
-from reap2gguf.building.given import imatrix_of
+from reap2gguf.building.given import check_given_minimum, imatrix_of
 from reap2gguf.building.keys import stage_key
 from reap2gguf.building.stages import Importance, needed
 from reap2gguf.gguf_files.imatrix import save_both
@@ -53,6 +53,13 @@ class GivenImportance(Importance):
         tensors = plan.pruned.model.gguf_tensors(plan.pruned.tensors)
         of = facts.n_experts, facts.mtp_layer
         return imatrix_of(observed.result, observed.sha256, str(observed.path), tensors, *of)
+
+    @property
+    def label(self) -> str:
+        return self.given.file
+
+    def check_minimum(self) -> None:
+        check_given_minimum(self.run.plan.recipes, self.given, self._pruned.kept)
 
     def make_key(self) -> str:
         return stage_key(self.run.keys.pruned(self._pruned.kept), self.given.sha256)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import EarlierPruning, Manifest
 from reap2gguf.errors import ArtifactError
-from reap2gguf.options import METHODS
+from reap2gguf.pruning.methods import METHODS
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint

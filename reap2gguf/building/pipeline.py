@@ -1,19 +1,21 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> { prune, imatrix, export, verify } -> evaluate -> record
+    plan -> texts -> observe -> choose -> { prune, imatrix, export, verify } -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`).
 
+With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
-alone. Given observations, and a given importance matrix, take the place of the stages that make
-them; with both, no text is read. With `--imatrix-from source` the stage `observe` takes the sums of
-the importance matrix, too. Quality is measured where that is asked for, or costs little.
+alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
+given importance matrix, take the place of the stages that make them; with both, no text is read.
+With `--imatrix-from source` the stage `observe` takes the sums of the importance matrix, too.
+Quality is measured where that is asked for, or costs little.
 
-`stages.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, `stage.py` says how one
-is reused and resumed. Nothing gets its final name before everything is verified. Started by
-torchrun, every process runs this list; those that are not the first compute their share of both
-sweeps and leave after the second.
+`stages.py`, `choose_stage.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, and
+`stage.py` says how one is reused and resumed. Nothing gets its final name before everything is
+verified. Started by torchrun, every process runs this list; those that are not the first compute
+their share of the sweeps and leave after the importance matrix.
 """
 
 from __future__ import annotations
@@ -22,6 +24,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.building.choose_stage import (
+    Choose,
+    choose_method,
+    observations_of,
+    observations_sha256,
+)
+from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.given_stage import GivenImportance, importance_of
@@ -39,16 +48,14 @@ from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.machine import processes
 from reap2gguf.progress import Progress, Silent
 from reap2gguf.pruning.coverage import selection_notes
-from reap2gguf.pruning.select import select_experts
+from reap2gguf.pruning.protection import ProtectedExperts, protection_notes
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
-    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
-    from reap2gguf.pruning.select import Kept
 
 STAGES: Sequence[type[Stage[Any]]] = (
-    *(ReadTexts, Observe, Prune, Importance, Export, Verify),
+    *(ReadTexts, Observe, Choose, Prune, Importance, Export, Verify),
     Evaluate,
 )
 
@@ -87,12 +94,21 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
-    kept = run.agree(lambda: _kept(plan, observed))
-    if run.is_first and (seen := _observations(plan, observed)) is not None:
-        for line in selection_notes(seen, kept):
+    if plan.chooses:
+        plan = choose_method(run, needed(texts), observed)
+    kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
+    seen = observations_of(plan, observed) if run.is_first else None
+    protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
+    if run.is_first:
+        for line in (
+            *(() if seen is None else selection_notes(seen, kept)),
+            *protection_notes(protected, plan.options.protection),
+        ):
             run.progress.note(line)
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     importance = importance_of(run, pruned, texts, observed)
+    if isinstance(importance, GivenImportance):
+        run.agree(importance.check_minimum)
     prune = Prune(run, pruned) if plan.writes_hf else None
     export = Export(run, pruned, importance)
     verify = Verify(run, pruned, export, prune)
@@ -103,10 +119,11 @@ def _run_stages(run: Run) -> BuildResult | None:
     evaluate = run.do(Evaluate(run, pruned, export, verify, n_chunks)) if n_chunks else None
 
     evidence = Evidence(
-        _observations(plan, observed),
-        observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
+        seen,
+        observations_sha256(plan, observed),
         importance.texts,
         kept,
+        protected,
         pruned,
         importance.facts,
         verify.result.passed,
@@ -118,18 +135,3 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
-
-
-def _kept(plan: Plan, observed: Observe | None) -> Kept:
-    """The experts that stay: the best ones, or all where nothing is pruned."""
-    seen = _observations(plan, observed)
-    if seen is None:
-        return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(seen, plan.method, plan.target, plan.model.facts)
-
-
-def _observations(plan: Plan, observed: Observe | None) -> Observations | None:
-    """What the build observed, or was given; None where nothing is pruned."""
-    if observed is not None:
-        return observed.result
-    return None if plan.observations is None else plan.observations.seen

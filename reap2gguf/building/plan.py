@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
-    imatrix_of,
+    check_given_minimum,
+    given_imatrix,
     keep_given,
-    read_imatrix,
     read_observations,
 )
 from reap2gguf.building.history import History, read_history
@@ -22,6 +22,7 @@ from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
     CALIBRATION_OPTION,
+    CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
     OBSERVATIONS_OPTION,
@@ -30,7 +31,8 @@ from reap2gguf.bundle.options_record import (
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.errors import CalibrationError, RecipeError, UsageError
+from reap2gguf.choosing.names import AUTO, check_candidates
+from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -38,18 +40,21 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
+from reap2gguf.pruning.methods import METHODS, is_from_weights
+from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
-    from reap2gguf.models.description import GgufTensor, ModelFacts
     from reap2gguf.options import BuildOptions
     from reap2gguf.quantizing.recipe import Recipe
 
@@ -73,11 +78,33 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
     def observes(self) -> bool:
-        """Whether the build ranks the experts itself."""
-        return self.target.prunes and self.observations is None
+        """Whether the build observes the experts, in order to rank them."""
+        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+
+    @property
+    def ranks_by_weights(self) -> bool:
+        """Whether the build ranks the experts by their weights alone."""
+        return self.target.prunes and is_from_weights(self.options.method)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the build measures which method is best."""
+        return self.target.prunes and self.options.method == AUTO
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The methods that it measures."""
+        return check_candidates(self.options.candidates) if self.chooses else ()
+
+    @property
+    def asks_mtp(self) -> bool:
+        """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
+        asks = self.computes_imatrix and self.model.facts.has_mtp
+        return self.observes or (asks and not self.target.prunes)
 
     @property
     def takes_sums(self) -> bool:
@@ -91,9 +118,9 @@ class Plan:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
-        asks_mtp = self.computes_imatrix and self.model.facts.has_mtp
-        return self.observes or (asks_mtp and not self.target.prunes)
+        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
+        cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -162,6 +189,9 @@ class Plan:
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
             found.append(InputRecord(IMATRIX_TEXT_OPTION, text.name, sha256))
+        if self.chooses and (text := self.options.choose_text) is not None:
+            sha256 = self.files.text(text).sha256
+            found.append(InputRecord(CHOOSE_TEXT_OPTION, text.name, sha256))
         return tuple(found)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
@@ -178,7 +208,9 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are ranked, or NO_METHOD where none is removed."""
+        """How experts are ranked, or NO_METHOD where none is removed; AUTO until that is chosen."""
+        if self.choice is not None:
+            return self.choice.chosen
         return self.options.method if self.target.prunes else NO_METHOD
 
     @property
@@ -217,7 +249,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
-    imatrix = _imatrix(options, model.facts, tensors, observations)
+    _check_protection(options, observations, model, target)
+    imatrix = given_imatrix(options, model.facts, tensors, observations)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -239,9 +272,11 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         imatrix=imatrix,
     )
     for recipe in recipes:
-        _check_importance(recipe, plan)
+        why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
+        check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
         check_coverage(imatrix.coverage, str(options.imatrix or options.observations))
+        check_given_minimum(recipes, imatrix, None)
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -272,9 +307,10 @@ def _read_options(options: BuildOptions) -> _Asked:
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
-    if options.imatrix_text is not None:
-        _check_there(options.imatrix_text)
-        files.text(options.imatrix_text)
+    for text in (options.imatrix_text, options.choose_text):
+        if text is not None:
+            _check_there(text)
+            files.text(text)
     return _Asked(recipes, calibration, files, is_checked)
 
 
@@ -290,42 +326,33 @@ def _observations(
     """Observations in place of those that would be made. Raises what `read_observations` does."""
     if options.observations is None:
         return None
-    how = target, options.method
+    # any method tells whether they are of this model
+    how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
 
 
-def _imatrix(
-    options: BuildOptions,
-    facts: ModelFacts,
-    tensors: Sequence[GgufTensor],
-    observations: GivenObservations | None,
-) -> GivenImatrix | None:
-    """An importance matrix in place of one that would be computed: a file, or of observations."""
-    of = facts.n_experts, facts.mtp_layer
-    if options.imatrix is not None:
-        return read_imatrix(options.imatrix, tensors, *of)
-    if observations is None or options.imatrix_from != "source":
-        return None
-    where = str(options.observations)
-    return imatrix_of(observations.seen, observations.sha256, where, tensors, *of)
+def _check_protection(
+    options: BuildOptions, given: GivenObservations | None, model: MoeModel, target: Target
+) -> None:
+    """Refuse protected experts that do not exist or fit, as far as they are known before a pass."""
+    protection, seen = options.protection, None if given is None else given.seen
+    if seen is None and not is_from_weights(options.method):
+        protection = replace(protection, super_experts=False)  # they are found when it has observed
+    if target.prunes:
+        protected_experts(protection, seen, target, model.facts)
 
 
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
-        return options.imatrix_from == "pruned" or options.observations is None
-    return options.observations is None and options.compression != 0
-
-
-def _check_importance(recipe: ResolvedRecipe, plan: Plan) -> None:
-    """Refuse a type that needs an importance where the importance matrix will have none."""
-    if unweighted := sorted({*recipe.needs_importance()} - set(plan.weighted)):
-        name, given = unweighted[0], plan.imatrix
-        why = "none is computed for it" if given is None else f"{given.file} has none for it"
-        raise RecipeError(
-            f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "
-            f"importance matrix, and {why}; give it a type of more bits, such as Q4_K, in a rule"
-        )
+        if is_from_weights(options.method):
+            return True
+        ranks = options.observations is None or options.method == AUTO
+        return options.imatrix_from == "pruned" or ranks
+    if is_from_weights(options.method):
+        return False
+    ranks = options.observations is None or options.method == AUTO
+    return ranks and options.compression != 0
 
 
 def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:

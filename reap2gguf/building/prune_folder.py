@@ -19,6 +19,8 @@ from reap2gguf.pruning.write import KEPT_FILE, write_pruned
 from reap2gguf.verifying.hf_folder import check_pruned
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
@@ -33,10 +35,12 @@ def prune_to_folder(
     folder: Path,
     progress: Progress,
     source: str,
+    protected: Mapping[int, Sequence[int]] | None = None,
 ) -> None:
     """Write the pruned safetensors and which experts they keep, verify them, name the folder.
 
     `source` is the name of the checkpoint; a short card says it, with the source's licence.
+    `protected` are those of the experts that stay whatever they score.
 
     Raises OutputError if the disk refuses, VerificationError if what was written is not what was
     planned.
@@ -49,6 +53,8 @@ def prune_to_folder(
         threads = available_threads()
         write_pruned(pruned, made, progress, n_threads=threads)
         record = {"method": method, "kept_experts": {str(k): v for k, v in sorted(kept.items())}}
+        if protected:
+            record["protected"] = {str(k): v for k, v in sorted(protected.items())}
         write_whole(made / KEPT_FILE, json.dumps(record, indent=1) + "\n")
         has_vision = bool(model.side_files(checkpoint.folder, checkpoint.tensors))
         about = PrunedFrom(source, model.facts.architecture, has_vision)

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.workdir import Workdir
     from reap2gguf.bundle.evaluation import Evaluation
     from reap2gguf.models.description import SideFile
+    from reap2gguf.pruning.protection import ProtectedExperts
     from reap2gguf.pruning.select import Kept
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
@@ -72,6 +73,7 @@ class Evidence:
     observations_sha256: str
     texts: Texts
     kept: Kept
+    protected: ProtectedExperts  # of these
     pruned: PrunedView  # of the source, with these experts
     importance: Mapping[str, Any]  # facts of the importance matrix's sweep
     checks: Sequence[str]  # what was verified, one line each
@@ -103,6 +105,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         made_with=evidence.made_with,
         evaluation=evidence.evaluation,
         has_observations=evidence.observations is not None,
+        choice=plan.choice,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -144,13 +147,16 @@ def _pruning_record(plan: Plan, evidence: Evidence) -> PruningRecord:
         mtp=_mtp_record(plan, seen, evidence.importance),
         coverage=None if seen is None else coverage_record(seen, evidence.kept),
         observations_file=None if plan.observations is None else plan.observations.file,
+        protected=evidence.protected.named,
+        super_experts=evidence.protected.super_experts,
     )
 
 
 def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, Any]) -> MtpRecord:
     in_gguf = plan.model.mtp_in_gguf
     # a pass that was not made here has not asked it on the same rows
-    if not plan.model.facts.has_mtp or plan.observations or not plan.computes_imatrix:
+    is_asked = plan.observes or not plan.target.prunes
+    if not plan.model.facts.has_mtp or not is_asked or not plan.computes_imatrix:
         return MtpRecord(plan.mtp, in_gguf=in_gguf)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after
@@ -205,6 +211,8 @@ def _options_record(plan: Plan) -> OptionsRecord:
         name=options.name,
         method=options.method,
         mtp=options.mtp,
+        protect=options.protect,
+        protect_super_experts=options.protect_super_experts,
         spec=calibration.label,
         samples=calibration.samples,
         max_length=calibration.max_length,
@@ -220,6 +228,8 @@ def _options_record(plan: Plan) -> OptionsRecord:
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
         evaluate=options.evaluate,
+        candidates=",".join(plan.candidates) or None,
+        choose_text=None if options.choose_text is None else options.choose_text.name,
     )
 
 

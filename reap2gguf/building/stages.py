@@ -22,6 +22,7 @@ from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
+from reap2gguf.choosing.holdout import hold_out
 from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
@@ -37,6 +38,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
+from reap2gguf.quantizing.minimum import check_minimum
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
@@ -82,8 +84,15 @@ class ReadTexts(Stage[Texts]):
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
         if self.run.is_first or self.path.is_file():
-            return Texts.load(self.path)
-        return self.read()
+            return self.divided(Texts.load(self.path))
+        return self.divided(self.read())
+
+    def divided(self, texts: Texts) -> Texts:
+        """The texts, without the rows that are held out where a method is chosen by them."""
+        if texts.rows is None or not self.run.plan.chooses:
+            return texts
+        split = hold_out(texts.rows)
+        return replace(texts, rows=split.seen, held=split.held)
 
     def read(self) -> Texts:
         """Draw and tokenize all texts. Raises CalibrationError."""
@@ -135,9 +144,8 @@ class Observe(Stage[Observations]):
 
     def compute(self) -> Mapping[str, Any]:
         run = self.run
-        plan = run.plan
-        options, progress = self.compute_options, run.progress
-        seen = observe(plan.checkpoint, plan.model, self._rows, options, progress, plan.takes_sums)
+        of, options = (run.plan.checkpoint, run.plan.model, self._rows), self.compute_options
+        seen = observe(*of, options, run.progress, run.plan.takes_sums)
         if run.is_first:
             run.work.share(seen.save, self.path)
         return {}
@@ -204,6 +212,11 @@ class Importance(Stage[Imatrix]):
         self._growing: Imatrix | None = None  # while it is computed, and after
 
     @property
+    def label(self) -> str:
+        """What errors call the matrix."""
+        return f"the importance matrix ({self._chunks.summary})"
+
+    @property
     def matrix(self) -> Imatrix:
         """The matrix, each entry from when it is final: a stage beside this one may read it."""
         return self.result if self._growing is None else self._growing
@@ -220,7 +233,7 @@ class Importance(Stage[Imatrix]):
     @property
     def _probe(self) -> Sequence[Row]:
         """Rows to ask an MTP block on; none if it was not asked before pruning on the same rows."""
-        if self.texts.rows is None or not self.run.plan.reads_rows:
+        if self.texts.rows is None or not self.run.plan.asks_mtp:
             return ()
         return mtp_probe(self.run.plan.model, self.texts.rows)
 
@@ -318,6 +331,12 @@ class Export(Stage[None]):
         where = compute.device, compute.threads, has_gpu
         return export_memory(self._pruned, recipes, *where).ram
 
+    @property
+    def after(self) -> Sequence[Stage[Any]]:
+        """A recipe that asks for importance must know all of it before anything is written."""
+        asks = any(recipe.asks_importance for recipe in self.run.plan.recipes)
+        return (self._importance,) if asks else ()
+
     def clear(self) -> None:
         folder = self.run.work.gguf
         for file in folder.iterdir() if folder.is_dir() else ():
@@ -325,6 +344,8 @@ class Export(Stage[None]):
                 remove(file)
 
     def compute(self) -> Mapping[str, Any]:
+        for recipe in self.run.plan.recipes if self.after else ():
+            check_minimum(recipe, self._importance.matrix, self._importance.label)
         make_folder(self.run.work.gguf)
         with Hashes() as hashes:
             self._write(hashes)

@@ -14,11 +14,15 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
+from reap2gguf.pruning.methods import OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.options_record import OptionsRecord
+    from reap2gguf.bundle.records import PruningRecord
 
+_AIMER = "https://arxiv.org/abs/2603.18492"
+_MOST_NAMED = 64  # protected experts in a card
 _MOST_IDS = 20_000  # in a card; more are only in the manifest
 _LISTED = ("reap2gguf", "ggml", "torch", "transformers", "python", "reap2gguf commit")
 _REAP_CITATION = """\
@@ -110,7 +114,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 safetensors keep all other weights of the source byte for byte: nothing was retrained. {matrix}
 Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
-
+{_protected(pruning)}
 {calibration_table(manifest)}
 
 {_made_with(manifest)}
@@ -123,6 +127,8 @@ records versions, hashes, the experts kept in each layer, and the type of each t
 def _observed(manifest: Manifest) -> str:
     """What ranked the experts: a calibration pass, here or before."""
     pruning = manifest.pruning
+    if is_from_weights(pruning.method):
+        return "The experts were ranked by their weights alone: no text was read for it."
     if not pruning.n_tokens:
         return "What the experts were ranked on is not recorded."
     skipped = ""
@@ -131,8 +137,13 @@ def _observed(manifest: Manifest) -> str:
     before = ""
     if pruning.observations_file is not None:
         before = f" Its observations were reused from the file {code(pruning.observations_file)}."
+    held = ""
+    if manifest.choice is not None:
+        text = manifest.choice.held_out
+        held = f" {text.n_rows:,} rows were held out to choose the method, and ranked no experts."
     return (
-        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.{before}"
+        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}."
+        f"{held}{before}"
     )
 
 
@@ -163,8 +174,16 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     if manifest.pruning.method != NO_METHOD:
         yield f"--keep-experts {manifest.pruning.n_kept}"
         yield f"--method {argument(options.method)}"
+        if options.candidates is not None:
+            yield f"--candidates {argument(options.candidates)}"
+        if options.choose_text is not None:
+            yield f"--choose-text {argument(options.choose_text)}"
     else:
         yield "--compression 0"
+    if options.protect:
+        yield f"--protect {argument(options.protect)}"
+    if options.protect_super_experts:
+        yield "--protect-super-experts"
     yield f"--mtp {argument(options.mtp)}"
     if options.observations is not None:
         yield f"--observations {argument(options.observations)}"
@@ -198,13 +217,33 @@ def _score(method: str) -> str:
             "An expert's score is the mean of its gate weight times the norm of its output, over "
             "all tokens routed to it ([REAP](https://arxiv.org/abs/2510.13999))."
         )
-    return f"Experts were ranked by {code(method)}, one of the methods that REAP was compared with."
+    if not (words := words_of(method)):
+        return f"Experts were ranked by {code(method)}."
+    routed = "" if is_from_weights(method) else ", over all tokens routed to it"
+    source = f" ([AIMER]({_AIMER}))" if method == "aimer" else ""
+    return f"An expert's score is {words}{routed} ({code(method)}){source}."
+
+
+def _protected(pruning: PruningRecord) -> str:
+    """The experts that stay whatever they score, in a sentence; "" if there are none."""
+    parts = []
+    for experts, what in (
+        (pruning.protected, "named by hand"),
+        (pruning.super_experts, "with outliers in their outputs (super experts)"),
+    ):
+        if total := sum(map(len, experts.values())):
+            layers = "; ".join(f"layer {k}: {_ranges(ids)}" for k, ids in sorted(experts.items()))
+            named = f" ({layers})" if total <= _MOST_NAMED else ""
+            parts.append(f"{total:,} {what}{named}")
+    if not parts:
+        return ""
+    return f"\nExperts that stay whatever they score: {', and '.join(parts)}.\n"
 
 
 def caveats_section(manifest: Manifest, caveats: Iterable[str]) -> str:
     """What a user should know; `caveats` are safe Markdown, one sentence or more each."""
     lines = [f"- {caveat}" for caveat in caveats]
-    if manifest.pruning.method != NO_METHOD:
+    if manifest.pruning.method in OBSERVED:
         lines.append(
             "- Experts were chosen by the calibration texts above. Languages and topics that "
             "these lack may have lost more than the figures show."

@@ -14,6 +14,7 @@ CALIBRATION_OPTION = "--calibration"
 IMATRIX_TEXT_OPTION = "--imatrix-text"
 OBSERVATIONS_OPTION = "--observations"
 IMATRIX_OPTION = "--imatrix"
+CHOOSE_TEXT_OPTION = "--choose-text"
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,9 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    protect: str = ""
+    protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it
     imatrix_from: str = "pruned"  # older manifests do not say it
+    candidates: str | None = None  # of --method auto, with commas; None: another method
+    choose_text: str | None = None  # the last part of its path

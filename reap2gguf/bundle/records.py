@@ -92,6 +92,9 @@ class PruningRecord:
     mtp: MtpRecord = MtpRecord()
     coverage: CoverageRecord | None = None  # None where nothing was observed, or not recorded
     observations_file: str | None = None
+    # layer -> source ids of experts that stay whatever they score: named ones, and super experts
+    protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,12 @@ from reap2gguf.observing.batches import padded_batches
 from reap2gguf.observing.budget import Budget, fit
 from reap2gguf.observing.compute.ranks import Ranks, connect_on, host_peers, join
 from reap2gguf.observing.decoder import SharedThreads, StreamedDecoder
-from reap2gguf.observing.sweep import gpu_errors, open_sweep
+from reap2gguf.observing.sweep import open_sweep
 from reap2gguf.observing.sweep_plan import (
     SweepContext,
     SweepPlan,
     available_memory,
+    gpu_errors,
     groups_of,
     limit_gpu_memory,
     need_of,
@@ -200,7 +201,7 @@ class _Evaluation:
             return
         for base, other in zip(self._runs, self._variants, strict=True):
             if other.weights is view.source and run.base is None:
-                run.base, run.kept = base, view.kept
+                run.base, run.kept, run.replaced = base, view.kept, view.replaced
                 base.n_views += 1
 
     def all_layers(self) -> None:

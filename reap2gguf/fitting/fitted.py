@@ -17,9 +17,10 @@ from reap2gguf.fitting.rules import rules_of
 from reap2gguf.fitting.sensitivity import sensitivities
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import padded
+from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, load_recipe
-from reap2gguf.quantizing.resolve import ResolvedRecipe, fixed_type, resolve
+from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
 if TYPE_CHECKING:
     from reap2gguf.fitting.errors_table import Errors

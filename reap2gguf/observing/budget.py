@@ -30,6 +30,8 @@ THREAD_BYTES = 8 * 2**20
 # Layers that a batch goes through at once, at most. More make the disk's share hardly smaller, and
 # the progress is saved between two groups of layers.
 MOST_LAYERS = 8
+# With fewer, a GPU waits for the disk: then a batch may be half as large for one layer more.
+_FEW_LAYERS = 4
 CONTEXT_BYTES = 640 * 2**20  # what CUDA and its libraries take of a GPU, tensors aside
 HOST_BYTES = 2 * 2**30  # of the host, left to the rest of the program and to the system
 _SLACK = 0.92  # allocators round up
@@ -222,6 +224,10 @@ def fit(need: Need, device_type: str, memory: Memory, spool: str) -> Budget:
             tokens = _tokens(need, memory.usable, kind, prefetch)
             if tokens >= least and prefetch >= must_prefetch:
                 depth = _depth(need, device_type, memory.usable, kind, prefetch, least)
+                if depth < _FEW_LAYERS:
+                    fewer = max(min(most // 4, least), need.longest_row)
+                    deeper = _depth(need, device_type, memory.usable, kind, prefetch, fewer)
+                    depth = min(deeper, _FEW_LAYERS)
                 tokens = _tokens(need, memory.usable, kind, prefetch, depth)
                 # a batch holds at least one row
                 size = max(_rounded(min(most, tokens)), need.longest_row)

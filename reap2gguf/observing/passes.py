@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.artifacts.observed_sums import MatrixSums, ObservedSums
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.machine import processes
@@ -75,10 +76,10 @@ def observe(
     )
 
 
-def _of_rows(entries: Mapping[str, ImatrixEntry], rows: ObservationRows) -> Imatrix:
-    """An importance matrix of the rows that rank the experts: each is a chunk of its own."""
-    longest = max(map(len, rows.rows), default=0)
-    return Imatrix(entries, rows.label, len(rows.rows), longest)
+def _of_rows(entries: Mapping[str, ImatrixEntry], rows: ObservationRows) -> ObservedSums:
+    """The sums of the rows that rank the experts."""
+    found = {name: MatrixSums(name, one.sums, one.counts) for name, one in entries.items()}
+    return ObservedSums(found, len(rows.rows), max(map(len, rows.rows), default=0))
 
 
 def compute_imatrix(

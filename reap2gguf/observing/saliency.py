@@ -1,4 +1,7 @@
-"""REAP's sums (arXiv 2510.13999): gate weight times norm of the output, over routed tokens."""
+"""Sums over routed tokens: powers of the gate weight times powers of the output's norm.
+
+REAP (arXiv 2510.13999) is one of the criteria that are quotients of them (`pruning/methods.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,14 @@ if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
 
 
+# as `saliency_sums` returns them
+_SUMS = (
+    *("reap_sum", "gate_sum", "norm_sum", "gate2_sum", "norm2_sum"),
+    *("gate2_norm_sum", "gate_norm2_sum", "gate2_norm2_sum"),
+)
+_PEAKS = ("norm_max", "output_max")
+
+
 class SaliencyObserver(LayerObserver):
     """Sums per expert of one layer at a time; float64, so that batches may come in any order."""
 
@@ -37,13 +48,13 @@ class SaliencyObserver(LayerObserver):
     def attach(self, index: int, layer: torch.nn.Module) -> None:
         n_experts = self._model.facts.n_experts
         self._counts = torch.zeros(n_experts, dtype=torch.int64, device=self._device)
-        self._sums = torch.zeros(n_experts, 3, dtype=torch.float64, device=self._device)
-        self._peaks = torch.zeros(n_experts, dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros(n_experts, len(_SUMS), dtype=torch.float64, device=self._device)
+        self._peaks = torch.zeros(n_experts, len(_PEAKS), dtype=torch.float64, device=self._device)
         if index in self._model.facts.moe_layers:
             watch(layer.get_submodule(self._model.experts_path(index)), self)
 
     def see(self, pairs: RoutedPairs) -> None:
-        """Count the pairs of each expert, sum reap, gate and norm, and find the largest norm."""
+        """Count the pairs of each expert, sum gates and norms, and find the largest ones."""
         assert pairs.norms is not None
         sums, peaks = saliency_sums(pairs.norms, pairs.gates, pairs.ends)
         experts = slice(pairs.first_expert, pairs.first_expert + len(pairs.ends))
@@ -75,14 +86,9 @@ class SaliencyObserver(LayerObserver):
         if index not in self._model.facts.moe_layers:
             return
         counts, columns = sums
-        reap, gate, norm = (np.ascontiguousarray(column) for column in columns.T.numpy())
-        seen = LayerObservation(
-            count=counts.numpy(),
-            reap_sum=reap,
-            gate_sum=gate,
-            norm_sum=norm,
-            norm_max=peaks[0].numpy(),
-        )
+        found = np.concatenate((columns.T.numpy(), peaks[0].T.numpy()))
+        named = dict(zip(_SUMS + _PEAKS, map(np.ascontiguousarray, found), strict=True))
+        seen = LayerObservation(count=counts.numpy(), **named)
         _check_finite(index, seen)
         self.layers[index] = seen
 
@@ -95,7 +101,7 @@ class SaliencyObserver(LayerObserver):
 
 def _check_finite(index: int, seen: LayerObservation) -> None:
     """Raise ObservationError if the norm of an expert's output overflows float32."""
-    sums = np.stack([seen.reap_sum, seen.gate_sum, seen.norm_sum, seen.norm_max])
+    sums = np.stack([getattr(seen, name) for name in _SUMS + _PEAKS])
     bad = np.flatnonzero(~np.isfinite(sums).all(axis=0))
     if len(bad):
         raise ObservationError(

@@ -42,6 +42,7 @@ from reap2gguf.observing.sweep_plan import (
     HasRoom,
     SweepContext,
     SweepPlan,
+    gpu_errors,
     limit_gpu_memory,
     opening_notes,
     plan_sweep,
@@ -129,18 +130,6 @@ def sweep(
 
 
 @contextmanager
-def gpu_errors() -> Iterator[None]:
-    """Turn torch's error for a full GPU into one that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ObservationError(
-            "not enough GPU memory for the layers and activations of this pass; use "
-            "--spool host, a smaller --max-length, or --device cpu"
-        ) from error
-
-
-@contextmanager
 def open_sweep(
     context: SweepContext, plan: SweepPlan, options: ComputeOptions, new: type[AnySweep]
 ) -> Iterator[AnySweep]:
@@ -174,6 +163,8 @@ def open_sweep(
 
 class Sweep:
     """A sweep under way: its batches, and the spool where their hidden states wait."""
+
+    keeps_output = False  # the spool gets what comes out of the last layer
 
     def __init__(
         self, context: SweepContext, plan: SweepPlan, keeper: StateKeeper, spool: Spool
@@ -334,7 +325,8 @@ class Sweep:
 
     def _all_batches(self, group: LayerGroup, task: Task) -> list[Tensor]:
         """Per batch, which rows are finite (layers, B). A batch that does not fit is halved."""
-        waiting, done, flags = deque(self.batches), [], []
+        way = self.plan.way(group.layers, self.decoder.device)
+        waiting, done, flags = deque(self.batches[::way]), [], []
         last = group.layers[-1]
         while waiting:
             batch = waiting.popleft()
@@ -350,8 +342,8 @@ class Sweep:
             self._begin_next(last)
             task.advance(batch.n_tokens * self._share * len(group.layers))
         self._begin_next(last)  # a process may have no batch
-        self.batches = done
-        return flags
+        self.batches = done[::way]
+        return flags[::way]
 
     @torch.inference_mode()
     def _through(
@@ -363,7 +355,9 @@ class Sweep:
         the spool keeps the group's input. `n_counted` layers have counted the batch already.
         """
         output, finite = group.run(batch, hidden, n_counted)
-        self.spool.replace(batch.span, finite.all(), output.flatten(0, 1), hidden)
+        is_last = group.layers.stop == self.n_layers
+        if not is_last or self.keeps_output or not batch.observed:  # a probe's hits are counted
+            self.spool.replace(batch.span, finite.all(), output.flatten(0, 1), hidden)
         group.commit()
         return finite
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import ObservationError, UsageError
 from reap2gguf.machine import available_bytes, resident_bytes
 from reap2gguf.observing.batches import AnyRow, Batch, dealt, group, padded_batches
 from reap2gguf.observing.budget import (
@@ -67,6 +68,18 @@ def limit_gpu_memory(device: torch.device, limit: int | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.0)), device)
 
 
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """Turn torch's error for a full GPU into one that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ObservationError(
+            "not enough GPU memory for the layers and activations of this pass; use "
+            "--spool host, a smaller --max-length, or --device cpu"
+        ) from error
+
+
 @dataclass(frozen=True)
 class SweepContext:
     """What a sweep uses from start to end."""
@@ -91,6 +104,16 @@ class SweepPlan:
     n_rows: int  # of the batches; of a resumed sweep, before any were dropped
     has_room: HasRoom  # beside the sweep
     first_layer: int = 0  # where a resumed sweep starts
+
+    def way(self, layers: range, device: torch.device) -> int:
+        """1 if some layers begin with the first batch, -1 if with the last.
+
+        Where a GPU's hidden states wait on a disk, every pass begins with the batches that the one
+        before wrote last: the system has them in memory still, and need not send those to the disk
+        that it has not sent yet.
+        """
+        turns = self.budget.spool == "disk" and device.type == "cuda"
+        return -1 if turns and layers[0] // self.budget.depth % 2 == 0 else 1
 
 
 def plan_sweep(

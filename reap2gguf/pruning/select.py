@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.options import check_counts
+from reap2gguf.pruning.methods import OBSERVED, Formula
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import LayerObservation, Observations
@@ -20,23 +22,47 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float64]
 Kept = Mapping[int, tuple[int, ...]]  # layer -> source ids of the kept experts, ascending
+Protected = Mapping[int, Collection[int]]  # layer -> source ids of experts that must stay
 DEFAULT_COMPRESSION = 0.25
 _FUSED = (*(2**n for n in range(9)), 288, 512, 576)  # counts of experts, ascending
 
 
-def _mean(sums: Scores, count: npt.NDArray[np.int64]) -> Scores:
-    """Sums per routed token; an expert without tokens scores zero."""
-    return sums / np.maximum(count, 1)
+# the sum of gate^a x norm^b of an observation, by (a, b)
+_SUMS = {
+    (1, 1): "reap_sum",
+    (1, 0): "gate_sum",
+    (0, 1): "norm_sum",
+    (2, 0): "gate2_sum",
+    (0, 2): "norm2_sum",
+    (2, 1): "gate2_norm_sum",
+    (1, 2): "gate_norm2_sum",
+    (2, 2): "gate2_norm2_sum",
+}
 
 
-# The names of CerebrasResearch/reap's pruning metrics; the highest scores are kept.
+def scores_by(formula: Formula, seen: LayerObservation) -> Scores:
+    """The score of each expert, (E,); one without tokens scores zero.
+
+    Raises ArtifactError if the observations are of a format that lacks what the formula needs.
+    """
+    powers = (formula.gate, formula.norm)
+    if powers == (0, 0):
+        return seen.count.astype(np.float64)
+    sums: Scores | None = getattr(seen, _SUMS[powers])
+    if sums is None:
+        raise ArtifactError(
+            f"observations: have no {_SUMS[powers]}, as they were made by an earlier version; run "
+            "`reap2gguf observe` again, or choose another --method"
+        )
+    if formula.per == 0:
+        return sums
+    count = np.maximum(seen.count, 1)
+    return sums / (count if formula.per == 1 else count**formula.per)
+
+
+# The highest scores are kept.
 CRITERIA: dict[str, Callable[[LayerObservation], Scores]] = {
-    "reap": lambda seen: _mean(seen.reap_sum, seen.count),
-    "frequency": lambda seen: seen.count.astype(np.float64),
-    "ean_sum": lambda seen: seen.norm_sum,
-    "ean_mean": lambda seen: _mean(seen.norm_sum, seen.count),
-    "weighted_ean_sum": lambda seen: seen.reap_sum,
-    "weighted_frequency": lambda seen: seen.gate_sum,
+    name: partial(scores_by, formula) for name, formula in OBSERVED.items()
 }
 
 
@@ -123,28 +149,50 @@ def _check_groups(facts: ModelFacts, n_kept: int) -> None:
 
 
 def select_experts(
-    observations: Observations, method: str, target: Target, facts: ModelFacts
+    observations: Observations,
+    method: str,
+    target: Target,
+    facts: ModelFacts,
+    protected: Protected | None = None,
 ) -> dict[int, tuple[int, ...]]:
-    """Per layer, the experts with the highest scores; between equal scores, the lower id.
+    """Per layer, the experts with the highest scores by a criterion over observations.
 
-    Where the router has groups, each group keeps the same number.
-
-    Raises ArtifactError if the observations are of another model.
+    As `keep_best`. Raises ArtifactError if the observations are of another model, or lack what the
+    criterion needs.
     """
     if not set(facts.moe_layers) <= set(observations.layers):
         raise ArtifactError(
             f"observations: {len(observations.layers)} layers, expected the model's "
             f"{len(facts.moe_layers)} MoE layers; pass observations of this model"
         )
-    kept: dict[int, tuple[int, ...]] = {}
-    for layer in facts.moe_layers:
-        scores = CRITERIA[method](observations.layers[layer])
-        if scores.shape != (target.n_experts,):
+    scores = {
+        layer: CRITERIA[method](observations.layers[layer]) for layer in sorted(facts.moe_layers)
+    }
+    for layer, found in scores.items():
+        if found.shape != (target.n_experts,):
             raise ArtifactError(
-                f"observations: layer {layer} has {len(scores)} experts, expected "
+                f"observations: layer {layer} has {len(found)} experts, expected "
                 f"{target.n_experts}; pass observations of this model"
             )
-        by_group = scores.reshape(facts.n_groups, -1)
+    return keep_best(scores, target, facts, protected)
+
+
+def keep_best(
+    scores: Mapping[int, Scores],
+    target: Target,
+    facts: ModelFacts,
+    protected: Protected | None = None,
+) -> dict[int, tuple[int, ...]]:
+    """Per layer, the experts with the highest scores (E,); between equal scores, the lower id.
+
+    Where the router has groups, each group keeps the same number. Protected experts stay whatever
+    they score; that there is room for them has been checked.
+    """
+    kept: dict[int, tuple[int, ...]] = {}
+    for layer in facts.moe_layers:
+        ranked = scores[layer].copy()
+        ranked[list((protected or {}).get(layer, ()))] = np.inf
+        by_group = ranked.reshape(facts.n_groups, -1)
         best_first = np.argsort(-by_group, axis=1, kind="stable")
         best = best_first[:, : target.n_kept // facts.n_groups]
         first_ids = np.arange(facts.n_groups)[:, None] * by_group.shape[1]

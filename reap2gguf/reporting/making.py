@@ -15,6 +15,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, repository
+from reap2gguf.pruning.methods import OBSERVED, is_from_weights
 from reap2gguf.reporting.html import (
     Child,
     Html,
@@ -58,6 +59,8 @@ def _calibration(facts: ReportFacts) -> Iterator[tuple[str, Child]]:
     pruning, found = facts.manifest.pruning, facts.manifest.calibration
     if pruning.method == NO_METHOD:
         yield "ranking of the experts", "none: nothing was pruned"
+    elif is_from_weights(pruning.method):
+        yield "ranking of the experts", "by their weights alone: no text was read for it"
     else:
         yield "texts", found.spec or "not known"
         yield "rows", f"{pruning.n_rows:,}" + _dropped(pruning.n_dropped_rows)
@@ -261,7 +264,7 @@ def _files(facts: ReportFacts) -> Iterator[tuple[str, int | None, str | None]]:
     """Name, bytes and hash of what went in and came out."""
     manifest = facts.manifest
     yield "source (fingerprint)", manifest.source.n_bytes, manifest.source.fingerprint
-    if manifest.pruning.method != NO_METHOD:
+    if manifest.pruning.method in OBSERVED:
         yield "calibration rows", None, manifest.calibration.sha256
         yield "observations", None, manifest.pruning.observations_sha256
     if facts.evaluation is not None and facts.evaluation.text is not None:

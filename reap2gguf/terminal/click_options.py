@@ -10,12 +10,11 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
+from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
     IMATRIX_FROM_CHOICES,
-    METHODS,
-    MTP_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
@@ -33,7 +32,6 @@ from reap2gguf.terminal.help import (
     CHECKS,
     MODEL,
     MOST,
-    PRUNE,
     WRITE,
     F,
     Number,
@@ -41,8 +39,8 @@ from reap2gguf.terminal.help import (
     together,
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
+from reap2gguf.terminal.pruning_options import build_pruning_options
 
-# the names of pruning.select.CRITERIA, repeated so that `--help` does not load numpy
 _DEFAULTS = CalibrationOptions()
 
 
@@ -88,39 +86,6 @@ def model_argument(
 
 
 _MODEL = "reap2gguf.model"
-
-pruning_options = together(
-    option(
-        "--keep-experts",
-        section=PRUNE,
-        type=int,
-        metavar="N",
-        help="Number of experts to keep per layer.",
-    ),
-    option(
-        "--compression",
-        section=PRUNE,
-        type=float,
-        metavar="R",
-        help="Share of experts to remove, in place of --keep-experts: floor(E x R) per layer.",
-        default_text="0.25",
-    ),
-    option(
-        "--method",
-        section=PRUNE,
-        type=click.Choice(METHODS),
-        default="reap",
-        metavar="NAME",
-        help=f"How to rank the experts: {', '.join(METHODS)}.",
-    ),
-    option(
-        "--mtp",
-        section=PRUNE,
-        type=click.Choice(MTP_CHOICES),
-        default="prune",
-        help="Multi-token-prediction block: prune it like the layers, or drop it.",
-    ),
-)
 
 seed_option = option(
     "--seed",
@@ -264,7 +229,7 @@ follow_links_option = option(
 
 build_options = together(
     model_argument(required=False),
-    pruning_options,
+    build_pruning_options,
     option(
         "-r",
         "--recipe",
@@ -362,6 +327,12 @@ build_options = together(
 )
 
 
+def _candidates(arguments: dict[str, Any]) -> tuple[str, ...] | None:
+    """The methods that were named; None for the usual ones."""
+    named = arguments["candidates"]
+    return None if named is None else check_candidates(named)
+
+
 def collect(
     arguments: dict[str, Any],
     fresh: bool = False,
@@ -379,6 +350,10 @@ def collect(
         output=arguments["output"],
         name=arguments["name"],
         method=arguments["method"],
+        candidates=_candidates(arguments),
+        choose_text=arguments["choose_text"],
+        protect=arguments["protect"],
+        protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(

@@ -10,7 +10,7 @@ import click
 
 import reap2gguf
 from reap2gguf.messages import shown
-from reap2gguf.options import METHODS
+from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.terminal.click_options import json_option, output_options
 from reap2gguf.terminal.console import say_all, say_json
 from reap2gguf.terminal.help import PRUNE, command, option
@@ -48,9 +48,9 @@ class _Ratios(click.ParamType):  # type: ignore[type-arg]
 @option(
     "--method",
     section=PRUNE,
-    type=click.Choice(METHODS),
+    type=click.Choice(tuple(OBSERVED)),
     metavar="NAME",
-    help=f"How to rank the experts: {', '.join(METHODS)}.",
+    help=f"How to rank the experts: {', '.join(OBSERVED)}.",
     default_text="reap, or the bundle's own",
 )
 @option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")

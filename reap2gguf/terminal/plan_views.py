@@ -96,8 +96,18 @@ def _model(plan: Plan) -> Iterator[str]:
         f"experts: keeps {target.n_kept} of {target.n_experts} in each of "
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token"
     )
+    if plan.chooses:
+        names = ", ".join(plan.candidates)
+        yield f"method: the best of {names}, measured on held-out rows and on another text"
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
+    if plan.ranks_by_weights:
+        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
+    if plan.target.prunes:
+        if plan.options.protect:
+            yield f"protected, whatever they score: {plan.options.protect}"
+        if plan.options.protect_super_experts:
+            yield "super experts are protected, by the outliers that are observed of them"
     if plan.history is not None:
         yield (
             f"the source was pruned before: it has {target.n_experts} of the "

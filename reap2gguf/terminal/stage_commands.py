@@ -16,7 +16,6 @@ from reap2gguf.terminal.click_options import (
     label_option,
     model_argument,
     output_options,
-    pruning_options,
     seed_option,
     tensor_type_option,
 )
@@ -31,6 +30,7 @@ from reap2gguf.terminal.compute_options import (
 from reap2gguf.terminal.console import say, terminal_progress
 from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
+from reap2gguf.terminal.pruning_options import pruning_options
 
 
 @command()
@@ -95,14 +95,13 @@ def observe(
     "--observations",
     section=PRUNE,
     type=FilePath,
-    required=True,
-    help="File that `observe` wrote.",
+    help="File that `observe` wrote; not for methods that read weights alone.",
 )
 @pruning_options
 @option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
 @follow_links_option
 @output_options
-def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
+def prune(model: str, observations: Path | None, output: Path, **pruning: Any) -> None:
     """Remove the least important experts.
 
     Writes the pruned MODEL as a safetensors folder.
@@ -111,6 +110,7 @@ def prune(model: str, observations: Path, output: Path, **pruning: Any) -> None:
     Example:
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --keep-experts 96 -o Qwen3-30B-A3B-REAP
+      reap2gguf prune ./Qwen3-30B-A3B --method aimer -o Qwen3-30B-A3B-AIMER
     """
 
     progress = terminal_progress()

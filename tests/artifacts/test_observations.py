@@ -16,12 +16,13 @@ from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.checkpoint.writer import CHECKSUM
 from reap2gguf.errors import ArtifactError, OutputError
 
-PARTS = ("count", "reap_sum", "gate_sum", "norm_sum", "norm_max")
+PARTS = tuple(part.name for part in fields(LayerObservation))
+OLD_PARTS = ("count", "reap_sum", "gate_sum", "norm_sum", "norm_max")  # of format 1
 
 
 def layer(n_experts: int, seed: int) -> LayerObservation:
     generator = np.random.default_rng(seed)
-    sums = (generator.random(n_experts) for _ in range(4))
+    sums = (generator.random(n_experts) for _ in PARTS[1:])
     return LayerObservation(generator.integers(0, 2**40, n_experts), *sums)
 
 
@@ -110,11 +111,46 @@ def test_saving_leaves_no_other_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("version", ["0", "2", "", None])
+@pytest.mark.parametrize("version", ["0", "3", "", None])
 def test_wrong_version(tmp_path: Path, version: str | None) -> None:
     path = saved(tmp_path)
     rewrite(path, {"format_version": version})
     assert f"format version {version!r}" in refusal(path)
+
+
+def old(seen: Observations) -> Observations:
+    """As an earlier version observed it."""
+    layers = {
+        number: LayerObservation(**{part: getattr(one, part) for part in OLD_PARTS})
+        for number, one in seen.layers.items()
+    }
+    return replace(seen, layers=layers)
+
+
+def test_files_of_format_1_are_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "observations.safetensors"
+    old(sample()).save(path)
+    with safe_open(path, framework="np") as file:
+        assert file.metadata()["format_version"] == "1"
+        assert set(file.keys()) == {f"layers.{n}.{part}" for n in (1, 3, 12) for part in OLD_PARTS}
+    found = Observations.load(path)
+    for number, one in sample().layers.items():
+        for part in OLD_PARTS:
+            assert np.array_equal(getattr(found.layers[number], part), getattr(one, part))
+        assert found.layers[number].output_max is None
+        assert not found.layers[number].is_complete
+    again = tmp_path / "again.safetensors"
+    found.save(again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_arrays_of_the_other_format_are_refused(tmp_path: Path, version: str) -> None:
+    path = tmp_path / "observations.safetensors"
+    (sample() if version == "1" else old(sample())).save(path)
+    rewrite(path, {"format_version": version})
+    expected = "holds tensors that are not observations" if version == "1" else "is missing"
+    assert expected in refusal(path)
 
 
 NEEDED = [f.name for f in fields(Observations) if f.name not in ("layers", "made_with", "imatrix")]

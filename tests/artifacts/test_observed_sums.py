@@ -12,21 +12,21 @@ import pytest
 from safetensors.numpy import load_file
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.artifacts.observed_sums import MatrixSums, ObservedSums
 from reap2gguf.checkpoint.writer import CHECKSUM
-from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from tests.artifacts.test_observations import refusal, rewrite, sample
 
 
-def matrix() -> Imatrix:
+def matrix() -> ObservedSums:
     generator = np.random.default_rng(0)
     inputs = generator.random((4, 8)).astype(np.float32), generator.integers(0, 99, 4)
     others = generator.random((4, 6)).astype(np.float32), generator.integers(0, 99, 4)
     named = {"ffn_gate_exps": inputs, "ffn_up_exps": inputs, "ffn_down_exps": others}
     entries = {
-        f"blk.1.{name}.weight": ImatrixEntry(f"blk.1.{name}.weight", *sums)
+        f"blk.1.{name}.weight": MatrixSums(f"blk.1.{name}.weight", *sums)
         for name, sums in named.items()
     }
-    return Imatrix(entries, sample().calibration, 7, 512)
+    return ObservedSums(entries, 7, 512)
 
 
 def saved(folder: Path) -> Path:

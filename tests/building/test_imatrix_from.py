@@ -13,6 +13,7 @@ import reap2gguf
 from reap2gguf.api.builds import estimate
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.building import given_stage, pipeline
+from reap2gguf.building.given import matrix_of
 from reap2gguf.building.likeness import read_likeness
 from reap2gguf.building.plan import make_plan
 from reap2gguf.bundle.layout import OBSERVATIONS_FILE
@@ -23,6 +24,7 @@ from reap2gguf.gguf_files.imatrix_fit import cut
 from reap2gguf.observing.sweep import Sweep
 from reap2gguf.options import CalibrationOptions, ComputeOptions
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
 from reap2gguf.verifying.against_source import open_source
 from reap2gguf.verifying.bundle import verify_bundle
@@ -81,7 +83,7 @@ def test_one_sweep_makes_both(model: Path, made: pipeline.BuildResult, tmp_path:
     assert (seen.imatrix.n_chunks, seen.imatrix.chunk_size) == (4, 128)
     kept = made.manifest.pruning.kept
     found = load_imatrix(made.gguf_folder / "imatrix.gguf")
-    same(found, cut(seen.imatrix, kept, "cut"))
+    same(found, cut(matrix_of(seen.imatrix, ""), kept, "cut"))
     sliced = reap2gguf.slice_imatrix(whole, made.gguf_folder).imatrix
     shapes = {name: entry.sums.shape for name, entry in sliced.entries.items()}
     assert {name: entry.sums.shape for name, entry in found.entries.items()} == shapes
@@ -168,7 +170,7 @@ def test_given_observations_with_sums(model: Path, observations: Path, tmp_path:
     assert seen.imatrix is not None
     same(
         load_imatrix(result.gguf_folder / "imatrix.gguf"),
-        cut(seen.imatrix, result.manifest.pruning.kept, "cut"),
+        cut(matrix_of(seen.imatrix, ""), result.manifest.pruning.kept, "cut"),
     )
     assert not violations(result, model)
     assert not build(model, tmp_path / "out", **given).stages
@@ -205,6 +207,12 @@ def test_options_of_the_second_pass_are_refused(more: dict[str, Any], tmp_path: 
         options(tmp_path, tmp_path, imatrix_from="source", **more)
     with pytest.raises(UsageError, match="imatrix_from"):
         options(tmp_path, tmp_path, imatrix_from="nothing")
+
+
+def test_a_ranking_by_weights_takes_no_sums(model: Path, tmp_path: Path) -> None:
+    given = {"imatrix_from": "source", "method": next(filter(is_from_weights, METHODS))}
+    with pytest.raises(UsageError, match="ranks the experts by their weights, in no pass"):
+        make_plan(options(model, tmp_path, **given))
 
 
 def test_where_nothing_is_pruned_the_source_is_measured_anyway(model: Path, tmp_path: Path) -> None:

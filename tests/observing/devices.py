@@ -24,8 +24,13 @@ INTERPRETED = pytest.param(
 )
 
 
-def interpreted() -> tuple[ModuleType, ModuleType]:
-    """The kernels of a layer and of its experts, which Triton's interpreter runs."""
-    from reap2gguf.observing.compute import triton_experts, triton_kernels
+def interpreted() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType]:
+    """Kernels of a layer, experts, convolutions and saliency, which Triton's interpreter runs."""
+    from reap2gguf.observing.compute import (
+        triton_convolution,
+        triton_experts,
+        triton_kernels,
+        triton_saliency,
+    )
 
-    return triton_kernels, triton_experts
+    return triton_kernels, triton_experts, triton_convolution, triton_saliency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,24 +28,24 @@ PAIRS = RoutedPairs(
     first_expert=2,
     inputs=torch.ones(3, 4),
     activations=torch.ones(3, 2),
-    norms=torch.tensor([1.0, 2.0, 4.0]),
+    norms=torch.tensor([[1.0, 2.0, 4.0], [0.5, 2.0, 1.0]]),
     gates=torch.tensor([0.5, 0.25, 0.125]),
     ends=torch.tensor([1, 3], dtype=torch.int32),
 )
 
 
 def sums(observer: SaliencyObserver) -> list[list[float]]:
-    """Counts, reap sums and peaks of experts 2 and 3; of the others they are zero."""
+    """Counts, reap sums and largest norms and magnitudes of experts 2 and 3; others have zeros."""
     counts, by_expert = observer.sums()
     (peaks,) = observer.peaks()
-    columns = torch.stack((counts.double(), by_expert[:, 0], peaks))
+    columns = torch.stack((counts.double(), by_expert[:, 0], *peaks.T))
     others = [0, 1, 4, 5, 6, 7]
     assert not columns[:, others].any()
     return columns[:, 2:4].tolist()
 
 
-NOTHING = [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-ONCE = [[1.0, 2.0], [0.5, 1.0], [1.0, 4.0]]
+NOTHING = [[0.0, 0.0]] * 4
+ONCE = [[1.0, 2.0], [0.5, 1.0], [1.0, 4.0], [0.5, 2.0]]
 
 
 def test_a_good_batch_counts_when_it_is_committed(observer: SaliencyObserver) -> None:
@@ -67,9 +68,7 @@ def test_a_bad_batch_adds_nothing(observer: SaliencyObserver) -> None:
 def test_a_bad_batch_adds_nothing_even_if_its_values_are_not_finite(
     observer: SaliencyObserver,
 ) -> None:
-    bad = RoutedPairs(
-        2, PAIRS.inputs, PAIRS.activations, torch.full((3,), float("nan")), PAIRS.gates, PAIRS.ends
-    )
+    bad = replace(PAIRS, norms=torch.full((2, 3), float("nan")))
     observer.see(bad)
     observer.settle(torch.tensor(False))
     observer.commit()

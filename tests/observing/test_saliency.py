@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.errors import ObservationError
 from reap2gguf.observing.saliency import SaliencyObserver
+from reap2gguf.pruning.select import CRITERIA
 from tests.observing.sweeps import rows_of, run_sweep
 from tests.observing.witness import LAYOUTS, Witness
 from tests.tiny import TinyQwen3Moe
@@ -28,10 +32,54 @@ def test_saliency_is_reaps_formula(layout: str, tmp_path: Path) -> None:
         expected = witness.saliency(layer)
         np.testing.assert_array_equal(seen.count, expected.count)
         assert seen.count.sum() == 110 * spec.top_k
-        for name in ("reap_sum", "gate_sum", "norm_sum", "norm_max"):
-            np.testing.assert_allclose(
-                getattr(seen, name), getattr(expected, name), rtol=2e-5, atol=1e-9
-            )
+        for part in fields(seen):
+            found, right = getattr(seen, part.name), getattr(expected, part.name)
+            np.testing.assert_allclose(found, right, rtol=2e-5, atol=1e-9)
+
+
+# by name, the score of an expert from its tokens' gate weights and the norms of its outputs
+NAIVE = {
+    "reap": lambda g, n: mean(a * b for a, b in zip(g, n, strict=True)),
+    "frequency": lambda g, n: len(n),
+    "ean_sum": lambda g, n: sum(n),
+    "ean_mean": lambda g, n: mean(n),
+    "weighted_ean_sum": lambda g, n: sum(a * b for a, b in zip(g, n, strict=True)),
+    "weighted_frequency": lambda g, n: sum(g),
+    "mix25": lambda g, n: NAIVE["reap"](g, n) * len(n) ** 0.25,
+    "mix50": lambda g, n: NAIVE["reap"](g, n) * len(n) ** 0.5,
+    "mix75": lambda g, n: NAIVE["reap"](g, n) * len(n) ** 0.75,
+    "gate_mean": lambda g, n: mean(g),
+    "gate2_sum": lambda g, n: sum(a * a for a in g),
+    "gate2_mean": lambda g, n: mean(a * a for a in g),
+    "norm2_sum": lambda g, n: sum(b * b for b in n),
+    "msan": lambda g, n: mean(b * b for b in n),
+    "gate2_norm_sum": lambda g, n: sum(a * a * b for a, b in zip(g, n, strict=True)),
+    "gate2_norm_mean": lambda g, n: mean(a * a * b for a, b in zip(g, n, strict=True)),
+    "gate_norm2_sum": lambda g, n: sum(a * b * b for a, b in zip(g, n, strict=True)),
+    "gate_norm2_mean": lambda g, n: mean(a * b * b for a, b in zip(g, n, strict=True)),
+    "gate2_norm2_sum": lambda g, n: sum((a * b) ** 2 for a, b in zip(g, n, strict=True)),
+    "gate2_norm2_mean": lambda g, n: mean((a * b) ** 2 for a, b in zip(g, n, strict=True)),
+}
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else 0.0
+
+
+def test_every_criterion_is_its_formula_in_float64(tmp_path: Path) -> None:
+    """A model in float64, token by token, against the sums of a sweep in float32."""
+    folder = TinyQwen3Moe().write(tmp_path / "model")
+    rows = rows_of(40, 40, 23, 7)
+    observer, _ = run_sweep(SaliencyObserver, folder, rows)
+    witness = Witness(folder, rows, torch.float64)
+    assert list(NAIVE) == list(CRITERIA)
+    for layer, seen in observer.layers.items():
+        pairs = witness.gates_and_norms(layer)
+        for name, score in NAIVE.items():
+            expected = [score(gates, norms) for gates, norms in pairs]
+            found = CRITERIA[name](seen)
+            np.testing.assert_allclose(found, expected, rtol=5e-5, atol=1e-9, err_msg=name)
 
 
 def test_2d_and_3d_storage_give_the_same_sums(tmp_path: Path) -> None:

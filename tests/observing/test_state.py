@@ -60,7 +60,7 @@ def run(
 def stop_before(
     layer: int, folder: Path, kind: type[LayerObserver], options: ComputeOptions
 ) -> None:
-    """A sweep that is interrupted when a layer is about to begin."""
+    """A sweep that is interrupted when a layer is about to begin; layers go one by one."""
     begin = Sweep.run_layers
 
     def stop(self: Sweep, layers: range, task: Any) -> None:
@@ -70,6 +70,7 @@ def stop_before(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sweep, "run_layers", stop)
+        patch.setattr(budget, "MOST_LAYERS", 1)
         with pytest.raises(KeyboardInterrupt):
             run(folder, kind, options)
 

@@ -17,7 +17,8 @@ from reap2gguf.observing import budget
 from reap2gguf.observing.decoder import StreamedDecoder
 from reap2gguf.observing.loader import WeightLoader
 from reap2gguf.observing.saliency import SaliencyObserver
-from reap2gguf.observing.spool import DeviceSpool
+from reap2gguf.observing.spool import DeviceSpool, FileSpool, Span
+from reap2gguf.observing.sweep_plan import SweepPlan
 from tests.families.glm import GLM45
 from tests.observing.sweeps import CPU, Listener, rows_of, run_sweep
 from tests.tiny import TinyQwen3Moe
@@ -62,6 +63,35 @@ def test_a_spool_on_disk_changes_nothing(folder: Path, expected: Layers, tmp_pat
         np.testing.assert_array_equal(there.layers[layer].reap_sum, sums.reap_sum)
 
 
+@pytest.fixture
+def turning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes go through the batches as on a GPU whose hidden states wait on a disk."""
+    way = SweepPlan.way
+    monkeypatch.setattr(SweepPlan, "way", lambda plan, at, _: way(plan, at, torch.device("cuda")))
+
+
+@pytest.mark.usefixtures("turning")
+def test_passes_may_turn_at_the_last_batch(
+    folder: Path, expected: Layers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    load = FileSpool.load
+
+    def loaded(spool: FileSpool, span: Span, following: Span | None = None) -> torch.Tensor:
+        begun.append(span[0])
+        return load(spool, span, following)
+
+    monkeypatch.setattr(FileSpool, "load", loaded)
+    monkeypatch.setitem(budget.MOST_TOKENS, "cpu", 18)
+    options = replace(CPU, spool="disk", scratch=tmp_path)
+    observer, _ = run_sweep(SaliencyObserver, folder, ROWS, options)
+    assert_close(observer.layers, expected)
+    first, second = begun[: len(begun) // 2], begun[len(begun) // 2 :]
+    assert len(first) > 2
+    assert first == sorted(first, reverse=True)
+    assert second == sorted(first)
+
+
 def test_bfloat16_stays_near_float32(folder: Path, expected: Layers) -> None:
     half, _ = run_sweep(SaliencyObserver, folder, ROWS, replace(CPU, dtype="bfloat16"))
     for layer, sums in expected.items():
@@ -98,11 +128,14 @@ def test_a_row_that_is_not_finite_counts_nowhere(
     finite: Layers,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Among all others, among a few, and alone in its batch."""
     monkeypatch.setitem(budget.MOST_TOKENS, "cpu", batch_tokens)
     bad = FINITE[17].copy()
     bad[2] = 5
+    if spool == "disk":
+        request.getfixturevalue("turning")
     options = replace(CPU, spool=spool, scratch=tmp_path)
     rows = [*FINITE[:17], bad, *FINITE[17:]]
     observer, report = run_sweep(SaliencyObserver, poisoned, rows, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,19 @@ def test_every_spool_gives_the_same_bits(
         np.testing.assert_array_equal(there.count, here.count)
         np.testing.assert_array_equal(there.reap_sum, here.reap_sum)
         np.testing.assert_array_equal(there.norm_max, here.norm_max)
+
+
+def test_every_sum_of_saliency(example: Path) -> None:
+    """Layer 0, whose inputs differ by rounding alone: every array of the CPU, on the GPU."""
+    first = {}
+    for device in ("cpu", "cuda"):
+        options = ComputeOptions(device, "float32")
+        first[device] = run_sweep(SaliencyObserver, example, ROWS, options)[0].layers[0]
+    assert first["cuda"].is_complete
+    np.testing.assert_array_equal(first["cuda"].count, first["cpu"].count)
+    for part in fields(first["cpu"]):
+        found, expected = (getattr(first[device], part.name) for device in ("cuda", "cpu"))
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6, err_msg=part.name)
 
 
 def test_too_little_memory_is_an_error(example: Path) -> None:

@@ -21,11 +21,23 @@ LAYOUTS = {
 }
 
 
+# powers of gate and norm, and the names of their sums and of the largest values
+_POWERS = ((1, 1), (1, 0), (0, 1), (2, 0), (0, 2), (2, 1), (1, 2), (2, 2))
+_NAMES = (
+    *("reap_sum", "gate_sum", "norm_sum", "gate2_sum", "norm2_sum"),
+    *("gate2_norm_sum", "gate_norm2_sum", "gate2_norm2_sum", "norm_max", "output_max"),
+)
+
+
 class Witness:
     """Runs transformers' model row by row and keeps what enters its modules."""
 
-    def __init__(self, folder: Path, rows: list[np.ndarray]) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    def __init__(
+        self, folder: Path, rows: list[np.ndarray], dtype: torch.dtype = torch.float32
+    ) -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, experts_implementation="eager"
+        )
         self.model = model.requires_grad_(False)
         self.inputs: dict[str, list[torch.Tensor]] = {}
         self.routing: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -68,15 +80,24 @@ class Witness:
             found.append((hidden[token], activations, weights[token, place]))
         return found
 
+    def gates_and_norms(self, layer: int) -> list[tuple[list[float], list[float]]]:
+        """Per expert, of each of its tokens: the gate weight, and the norm of the output."""
+        down = self.model.model.layers[layer].mlp.experts.down_proj
+        return [
+            (gates.tolist(), (activations @ down[expert].T).norm(dim=-1).tolist())
+            for expert, (_, activations, gates) in enumerate(self.expert_pairs(layer))
+        ]
+
     def saliency(self, layer: int) -> LayerObservation:
         """The sums of arXiv 2510.13999, expert by expert."""
         down = self.model.model.layers[layer].mlp.experts.down_proj
         sums = []
         for expert, (_, activations, gates) in enumerate(self.expert_pairs(layer)):
-            norms = (activations @ down[expert].T).norm(dim=-1).double()
-            gates = gates.double()
-            peak = norms.max().item() if len(norms) else 0.0
-            sums.append((len(norms), (gates * norms).sum(), gates.sum(), norms.sum(), peak))
+            outputs = (activations @ down[expert].T).double()
+            norms, gates = outputs.norm(dim=-1), gates.double()
+            products = [gates**a * norms**b for a, b in _POWERS]
+            peaks = [values.max() if len(norms) else 0.0 for values in (norms, outputs.abs())]
+            sums.append((len(norms), *(values.sum() for values in products), *peaks))
         columns = zip(*sums, strict=True)
-        count, reap, gate, norm, peak = (np.array([float(v) for v in c]) for c in columns)
-        return LayerObservation(count.astype(np.int64), reap, gate, norm, peak)
+        count, *others = (np.array([float(v) for v in c]) for c in columns)
+        return LayerObservation(count.astype(np.int64), **dict(zip(_NAMES, others, strict=True)))

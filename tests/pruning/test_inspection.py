@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.errors import ArtifactError
 from reap2gguf.models.description import ModelFacts
-from reap2gguf.options import METHODS
 from reap2gguf.pruning.coverage import Coverage
 from reap2gguf.pruning.inspection import Enough, inspect_bundle, inspect_observations
+from reap2gguf.pruning.methods import OBSERVED
 from reap2gguf.pruning.select import CRITERIA, Target, kept_at, select_experts
 from tests.bundle.test_manifest import sample
 from tests.pruning.test_select import facts
@@ -56,9 +56,9 @@ def test_a_share_is_that_of_the_experts_that_are_selected(data: st.DataObject) -
     values = st.lists(st.floats(0, 1e6), min_size=n_experts, max_size=n_experts)
     counts = st.lists(st.integers(0, 9), min_size=n_experts, max_size=n_experts)
     one = LayerObservation(
-        np.array(data.draw(counts)), *(np.array(data.draw(values)) for _ in range(4))
+        np.array(data.draw(counts)), *(np.array(data.draw(values)) for _ in range(10))
     )
-    method = data.draw(st.sampled_from(METHODS))
+    method = data.draw(st.sampled_from(list(OBSERVED)))
     ratio = data.draw(st.floats(0, 0.99))
     scores = CRITERIA[method](one)
     kept = np.sort(scores)[::-1][: kept_at(ratio, n_experts)]

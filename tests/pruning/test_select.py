@@ -13,6 +13,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.models.description import ModelFacts
 from reap2gguf.models.table import describe
+from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.pruning.select import (
     CRITERIA,
     Target,
@@ -20,9 +21,9 @@ from reap2gguf.pruning.select import (
     friendly_count,
     fused_counts,
     is_fused,
+    keep_best,
     select_experts,
 )
-from reap2gguf.terminal.click_options import METHODS
 from tests.tiny import TinyQwen3Moe
 
 
@@ -121,6 +122,11 @@ SEEN = {
     "reap_sum": [12, 8, 0, 2],
     "gate_sum": [1, 0.5, 0, 0.9],
     "norm_sum": [4, 10, 0, 9],
+    "gate2_sum": [8, 2, 0, 3],
+    "norm2_sum": [16, 6, 0, 5],
+    "gate2_norm_sum": [20, 4, 0, 7],
+    "gate_norm2_sum": [24, 12, 0, 1],
+    "gate2_norm2_sum": [28, 14, 0, 6],
 }
 
 
@@ -133,6 +139,20 @@ SEEN = {
         ("ean_mean", [1, 5, 0, 9]),
         ("weighted_ean_sum", [12, 8, 0, 2]),
         ("weighted_frequency", [1, 0.5, 0, 0.9]),
+        ("mix25", [3 * 4**0.25, 4 * 2**0.25, 0, 2]),
+        ("mix50", [6, 4 * 2**0.5, 0, 2]),
+        ("mix75", [3 * 4**0.75, 4 * 2**0.75, 0, 2]),
+        ("gate_mean", [0.25, 0.25, 0, 0.9]),
+        ("gate2_sum", [8, 2, 0, 3]),
+        ("gate2_mean", [2, 1, 0, 3]),
+        ("norm2_sum", [16, 6, 0, 5]),
+        ("msan", [4, 3, 0, 5]),
+        ("gate2_norm_sum", [20, 4, 0, 7]),
+        ("gate2_norm_mean", [5, 2, 0, 7]),
+        ("gate_norm2_sum", [24, 12, 0, 1]),
+        ("gate_norm2_mean", [6, 6, 0, 1]),
+        ("gate2_norm2_sum", [28, 14, 0, 6]),
+        ("gate2_norm2_mean", [7, 7, 0, 6]),
     ],
 )
 def test_criteria(method: str, scores: list[float]) -> None:
@@ -140,7 +160,31 @@ def test_criteria(method: str, scores: list[float]) -> None:
 
 
 def test_every_criterion_can_be_asked_for() -> None:
-    assert tuple(CRITERIA) == METHODS
+    assert (*CRITERIA, *FROM_WEIGHTS) == METHODS
+
+
+NEW = {name for name, one in OBSERVED.items() if one.gate == 2 or one.norm == 2}
+
+
+@pytest.mark.parametrize("method", OBSERVED)
+def test_observations_of_an_earlier_format(method: str, facts: ModelFacts) -> None:
+    """What they lack is said; all else is chosen as before."""
+    seen = observations(reap_sum=[3, 1, 2, 0, 0, 0, 0, 0], count=[1] * 8)
+    if method not in NEW:
+        assert len(select_experts(seen, method, Target(8, 4), facts)[0]) == 4
+        return
+    with pytest.raises(ArtifactError, match=r"an earlier version; run `reap2gguf observe` again"):
+        select_experts(seen, method, Target(8, 4), facts)
+
+
+def test_protected_experts_stay_whatever_they_score(facts: ModelFacts) -> None:
+    scores = {0: np.arange(8.0)}
+    assert keep_best(scores, Target(8, 3), facts) == {0: (5, 6, 7)}
+    assert keep_best(scores, Target(8, 3), facts, {0: {1, 6}}) == {0: (1, 6, 7)}
+    assert keep_best(scores, Target(8, 3), facts, {3: {1}}) == {0: (5, 6, 7)}
+    grouped = replace(facts, n_groups=2)
+    assert keep_best(scores, Target(8, 4), grouped, {0: {0, 1}}) == {0: (0, 1, 6, 7)}
+    assert scores[0].tolist() == list(range(8)), "the scores are as they were"
 
 
 def test_equal_scores_keep_the_lower_id(facts: ModelFacts) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
+from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.given_stage import importance_of
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, Reused
@@ -16,14 +19,12 @@ from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
 from reap2gguf.progress import Silent
-from reap2gguf.pruning.select import select_experts
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
-    from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = 4  # stages
+_BEFORE_EXPORT = 5  # stages
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -51,7 +52,7 @@ def _find(plan: Plan) -> Reused:
             found = texts.read()
         if found is None:
             return Reused(written_bytes=work.written_bytes())
-        texts.result = found
+        texts.result = found = texts.divided(found)
     try:
         done = tuple(_done(run, texts)) if _may_reuse(run) else ()
     except (Reap2ggufError, OSError):
@@ -94,7 +95,16 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
         if not _is_done(observed):
             return
         yield observed.name
-    pruned = PrunedView(plan.checkpoint, plan.model, _kept(plan, observed))
+    if plan.chooses:
+        choose = Choose(run, needed(texts), candidates_of(plan, needed(texts), observed))
+        if not _is_done(choose):
+            return
+        yield choose.name
+        plan = run.settle(replace(plan, choice=choose.result))
+    kept = known_choice(run, observations_of(plan, observed))
+    if kept is None:
+        return
+    pruned = PrunedView(plan.checkpoint, plan.model, kept)
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         yield prune.name
     importance = importance_of(run, pruned, texts, observed)
@@ -103,15 +113,6 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
     for stage in stages:
         if _is_done(stage):
             yield stage.name
-
-
-def _kept(plan: Plan, observed: Observe | None) -> Kept:
-    """The experts that the pipeline will keep."""
-    given = None if plan.observations is None else plan.observations.seen
-    seen = given if observed is None else observed.result
-    if seen is None:
-        return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    return select_experts(seen, plan.method, plan.target, plan.model.facts)
 
 
 def _is_done(stage: Stage[Any]) -> bool:

@@ -55,7 +55,8 @@ class RoutedPairs:
     first_expert: int  # the pairs are of this expert and the next ones, as many as `ends` has
     inputs: Tensor | None  # (S, H), of the gate and up matrices, unless their squares are there
     activations: Tensor  # (S, F), inputs of the down matrix
-    norms: Tensor | None  # (S,) float32, L2 norms of the outputs before weighting, if wanted
+    # (2, S) float32, if wanted: L2 norms of the outputs before weighting, and largest magnitudes
+    norms: Tensor | None
     gates: Tensor  # (S,), the weights applied
     ends: Tensor  # int32, where each expert's pairs end
     # sums of squares per expert, (E, H) and (E, F), if they are wanted and were computed already
@@ -172,7 +173,7 @@ def _all_at_once(
     outputs = grouped_mm(activations, self.down_proj.transpose(-2, -1), offs=ends)  # (S, H)
     norms = None
     if observer is not None and observer.wants_norms:
-        norms = torch.empty(len(order), dtype=torch.float32, device=order.device)
+        norms = torch.empty(2, len(order), dtype=torch.float32, device=order.device)
     combined = kernels.combine(outputs, places, weights, norms)
     if observer is not None:
         squares = input_squares, activation_squares
@@ -202,9 +203,7 @@ def _one_by_one(
         activations = self._apply_gate(linear(inputs, widened(self.gate_up_proj[expert])))
         outputs = linear(activations, widened(self.down_proj[expert]))
         if observer is not None:
-            norms = None
-            if observer.wants_norms:
-                norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+            norms = kernels.norms_of(outputs) if observer.wants_norms else None
             end = torch.tensor([len(chosen)], dtype=torch.int32)
             observer.see(RoutedPairs(expert, inputs, activations, norms, gates, end))
         return tokens, (outputs * gates[:, None]).to(combined.dtype)

@@ -19,13 +19,18 @@ _ROW_GROUPS = 128  # parts of a sum over all rows, enough to keep a GPU busy
 
 
 @cache
-def _triton() -> tuple[ModuleType, ModuleType] | None:
-    """The Triton kernels of a layer and of its experts; None if Triton is not installed."""
+def _triton() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
+    """Triton kernels of a layer, experts, convolutions, saliency; None if it is not installed."""
     try:
-        from reap2gguf.observing.compute import triton_experts, triton_kernels
+        from reap2gguf.observing.compute import (
+            triton_convolution,
+            triton_experts,
+            triton_kernels,
+            triton_saliency,
+        )
     except ImportError:
         return None
-    return triton_kernels, triton_experts
+    return triton_kernels, triton_experts, triton_convolution, triton_saliency
 
 
 def has_triton(device: torch.device) -> bool:
@@ -41,6 +46,16 @@ def _kernels_for(values: Tensor) -> ModuleType | None:
 def _expert_kernels_for(values: Tensor) -> ModuleType | None:
     found = _triton() if values.is_cuda else None
     return found and found[1]
+
+
+def _convolution_kernels_for(values: Tensor) -> ModuleType | None:
+    found = _triton() if values.is_cuda else None
+    return found and found[2]
+
+
+def _saliency_kernels_for(values: Tensor) -> ModuleType | None:
+    found = _triton() if values.is_cuda else None
+    return found and found[3]
 
 
 def gather(
@@ -92,7 +107,7 @@ def gate_up(hidden: Tensor, matrices: Tensor, order: Tensor, ends: Tensor, top_k
 
 
 def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None) -> Tensor:
-    """The experts' weighted sum (N, H); fills `norms` (S,), the L2 norms of `outputs`, if given.
+    """The experts' weighted sum (N, H); fills `norms` (2, S), if given: see `norms_of`.
 
     outputs: (S, H)    places: (N, K) int32, row in `outputs` or -1    gates: (N, K)
     """
@@ -100,10 +115,19 @@ def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None
         combined: Tensor = kernels.combine(outputs, places, gates, norms)
         return combined
     if norms is not None:
-        torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32, out=norms)
+        norms.copy_(norms_of(outputs))
     padded = torch.cat((outputs, outputs.new_zeros(1, outputs.shape[-1])))  # row -1 is nothing
     total = torch.einsum("nkh,nk->nh", padded[places.long()].float(), gates.float())
     return total.to(outputs.dtype)
+
+
+def norms_of(outputs: Tensor) -> Tensor:
+    """The L2 norm and the largest magnitude of each row of outputs (S, H): (2, S) float32."""
+    norms = torch.empty(2, len(outputs), dtype=torch.float32, device=outputs.device)
+    torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32, out=norms[0])
+    # torch's own maximum norm takes 20 times as long on a CPU, and the magnitudes take memory
+    torch.maximum(outputs.amax(-1), -outputs.amin(-1), out=norms[1])
+    return norms
 
 
 def square_sums(values: Tensor, ends: Tensor) -> Tensor:
@@ -121,18 +145,24 @@ def all_square_sums(values: Tensor) -> Tensor:
 
 
 def saliency_sums(norms: Tensor, gates: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Per expert, float64: sums (E, 3) of gate x norm, gate and norm, and the largest norm (E,).
+    """Per expert, float64: sums (E, 8) of powers of gates and norms, and the largest norms (E, 2).
 
-    norms: (S,) float32    gates: (S,)    ends: (E,) int32, where each expert's pairs end
+    The sums are of gate x norm, gate, norm, gate^2, norm^2, gate^2 x norm, gate x norm^2 and
+    gate^2 x norm^2, where a norm is an L2 norm.
+
+    norms: (2, S) float32, as of `norms_of`    gates: (S,)    ends: (E,) int32, where each
+    expert's pairs end
     """
-    if kernels := _expert_kernels_for(norms):
+    if kernels := _saliency_kernels_for(norms):
         found: tuple[Tensor, Tensor] = kernels.saliency_sums(norms, gates, ends)
         return found
-    exact, weights = norms.double(), gates.double()
+    exact, gate = norms.double(), gates.double()
+    norm, product = exact[0], gate * exact[0]
     lengths = torch.diff(ends, prepend=ends.new_zeros(1)).long()
-    columns = torch.stack((weights * exact, weights, exact), dim=-1)
+    powers = (gate * gate, norm * norm, gate * product, product * norm, product * product)
+    columns = torch.stack((product, gate, norm, *powers), dim=-1)
     sums = torch.segment_reduce(columns, "sum", lengths=lengths, unsafe=True, initial=0)
-    peaks = torch.segment_reduce(exact, "max", lengths=lengths, unsafe=True, initial=0)
+    peaks = torch.segment_reduce(exact.T, "max", lengths=lengths, unsafe=True, initial=0)
     return sums, peaks
 
 
@@ -177,6 +207,22 @@ def norm_rotary(
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
     return torch.cat((turned, rest), dim=-1)
+
+
+def causal_convolution(values: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Each channel of values (B, T, C) convolved over the tokens up to its own, then SiLU if asked.
+
+    weight: (C, taps), the last tap for the token itself    bias: (C,)
+    """
+    if kernels := _convolution_kernels_for(values):
+        convolved: Tensor = kernels.causal_convolution(values, weight, bias, silu)
+        return convolved
+    taps = weight.shape[-1]
+    padded = torch.nn.functional.pad(values.float(), (0, 0, taps - 1, 0))
+    total = (padded.unfold(1, taps, 1) * weight.float()).sum(-1)
+    if bias is not None:
+        total = total + bias.float()
+    return (torch.nn.functional.silu(total) if silu else total).to(values.dtype)
 
 
 def route(logits: Tensor, top_k: int, renormalized: bool) -> tuple[Tensor, Tensor]:

@@ -194,26 +194,28 @@ def _chunk_sums_kernel(
     tl.store(out, tl.sum(total, axis=0), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def _combine_kernel(
     outputs,
     places,
     gates,
     combined,
     norms,
+    n_pairs,
     width,
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     NORMS: tl.constexpr,
 ):
-    """One token: its K outputs, weighted and added, and the norm of each."""
+    """One token: its K outputs, weighted and added, and the norm and largest magnitude of each."""
     token = tl.program_id(0).to(tl.int64)
     choice = tl.arange(0, CHOICES)
     pair = token * TOP_K + choice
     place = tl.load(places + pair, mask=choice < TOP_K, other=-1).to(tl.int64)
     gate = tl.load(gates + pair, mask=place >= 0, other=0.0).to(tl.float32)
     squares = tl.zeros((CHOICES,), dtype=tl.float32)
+    largest = tl.zeros((CHOICES,), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
@@ -222,35 +224,13 @@ def _combine_kernel(
         rows = rows.to(tl.float32)
         if NORMS:
             squares += tl.sum(rows * rows, axis=1)
+            largest = tl.maximum(largest, tl.max(tl.abs(rows), axis=1))
         total = tl.sum(rows * gate[:, None], axis=0)
         out = combined + token * width + columns
         tl.store(out, total.to(combined.dtype.element_ty), mask=inside)
     if NORMS:
         tl.store(norms + place, tl.sqrt(squares), mask=place >= 0)
-
-
-@triton.jit
-def _saliency_kernel(norms, gates, ends, sums, peaks, BLOCK: tl.constexpr):
-    """One expert: sums of gate x norm, gate and norm over its pairs, and the largest norm."""
-    expert = tl.program_id(0)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    last = tl.load(ends + expert)
-    weighted = tl.zeros((BLOCK,), dtype=tl.float64)
-    gate_sum = tl.zeros((BLOCK,), dtype=tl.float64)
-    norm_sum = tl.zeros((BLOCK,), dtype=tl.float64)
-    peak = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(first, last, BLOCK):
-        pairs = start + tl.arange(0, BLOCK)
-        norm = tl.load(norms + pairs, mask=pairs < last, other=0.0)
-        gate = tl.load(gates + pairs, mask=pairs < last, other=0.0).to(tl.float64)
-        peak = tl.maximum(peak, norm)
-        weighted += gate * norm.to(tl.float64)
-        gate_sum += gate
-        norm_sum += norm.to(tl.float64)
-    tl.store(sums + expert * 3, tl.sum(weighted, axis=0))
-    tl.store(sums + expert * 3 + 1, tl.sum(gate_sum, axis=0))
-    tl.store(sums + expert * 3 + 2, tl.sum(norm_sum, axis=0))
-    tl.store(peaks + expert, tl.max(peak, axis=0).to(tl.float64))
+        tl.store(norms + n_pairs + place, largest, mask=place >= 0)
 
 
 def _most_chunks(n_pairs: int, n_experts: int) -> int:
@@ -381,7 +361,7 @@ def gate_up(hidden: Tensor, matrices: Tensor, order: Tensor, ends: Tensor, top_k
 
 
 def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None) -> Tensor:
-    """(N, H) from outputs (S, H), places (N, K) in them and gates (N, K); fills norms (S,)."""
+    """(N, H) from outputs (S, H), places (N, K) in them and gates (N, K); fills norms (2, S)."""
     n_tokens, top_k = places.shape
     width = outputs.shape[-1]
     combined = torch.empty(n_tokens, width, dtype=outputs.dtype, device=outputs.device)
@@ -393,6 +373,7 @@ def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None
         gates,
         combined,
         outputs if norms is None else norms,
+        len(outputs),
         width,
         TOP_K=top_k,
         CHOICES=choices,
@@ -401,12 +382,3 @@ def combine(outputs: Tensor, places: Tensor, gates: Tensor, norms: Tensor | None
         num_warps=4,
     )
     return combined
-
-
-def saliency_sums(norms: Tensor, gates: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (E, 3) of gate x norm, gate and norm, and peaks (E,) of norm, all float64."""
-    n_experts = len(ends)
-    sums = torch.empty(n_experts, 3, dtype=torch.float64, device=norms.device)
-    peaks = torch.empty(n_experts, dtype=torch.float64, device=norms.device)
-    _saliency_kernel[(n_experts,)](norms, gates, ends, sums, peaks, BLOCK=512, num_warps=4)
-    return sums, peaks

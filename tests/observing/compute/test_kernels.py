@@ -49,9 +49,11 @@ def device(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a test's tensors are."""
     if way != "interpreter":
         return way
-    layer, experts = interpreted()
+    layer, experts, convolution, saliency = interpreted()
     monkeypatch.setattr(kernels, "_kernels_for", lambda values: layer)
     monkeypatch.setattr(kernels, "_expert_kernels_for", lambda values: experts)
+    monkeypatch.setattr(kernels, "_convolution_kernels_for", lambda values: convolution)
+    monkeypatch.setattr(kernels, "_saliency_kernels_for", lambda values: saliency)
     return "cpu"
 
 
@@ -65,7 +67,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 def test_combine(device: str, width: int, dtype: torch.dtype, error: float) -> None:
     pairs = routed(device, width, dtype)
     outputs, places = pairs["outputs"], pairs["places"]
-    norms = torch.full((len(outputs),), float("nan"), device=device)
+    norms = torch.full((2, len(outputs)), float("nan"), device=device)
     found = kernels.combine(outputs, places, pairs["gates"], norms)
     exact = torch.zeros(N_TOKENS, width, dtype=torch.float64)
     for token in range(N_TOKENS):
@@ -77,7 +79,9 @@ def test_combine(device: str, width: int, dtype: torch.dtype, error: float) -> N
     assert found.dtype == dtype
     assert relative(found.cpu(), exact) < error
     assert bool((found[-2:] == 0).all()), "padding has no experts"
-    assert relative(norms, outputs.double().norm(dim=-1)) < 1e-6
+    assert relative(norms[0], outputs.double().norm(dim=-1)) < 1e-6
+    assert torch.equal(norms[1], outputs.float().abs().amax(-1))
+    torch.testing.assert_close(kernels.norms_of(outputs), norms, rtol=1e-6, atol=0)
     assert torch.equal(found, kernels.combine(outputs, places, pairs["gates"], None))
 
 
@@ -125,15 +129,20 @@ def test_all_square_sums(device: str, width: int, dtype: torch.dtype, n_rows: in
 @pytest.mark.parametrize("way", WAYS)
 def test_saliency_sums(device: str) -> None:
     pairs = routed(device, 64, torch.float32)
-    norms, gates = pairs["outputs"].norm(dim=-1), pairs["pair_gates"]
+    norms, gates = kernels.norms_of(pairs["outputs"]), pairs["pair_gates"]
     sums, peaks = kernels.saliency_sums(norms, gates, pairs["ends"])
+    assert (sums.shape, peaks.shape) == ((N_EXPERTS, 8), (N_EXPERTS, 2))
+    powers = ((1, 1), (1, 0), (0, 1), (2, 0), (0, 2), (2, 1), (1, 2), (2, 2))
     begin = 0
     for expert, end in enumerate(pairs["ends"].tolist()):
-        norm, gate = norms[begin:end].double(), gates[begin:end].double()
-        expected = torch.stack(((norm * gate).sum(), gate.sum(), norm.sum()))
+        (norm, largest), gate = norms[:, begin:end].double(), gates[begin:end].double()
+        expected = torch.stack([(gate**a * norm**b).sum() for a, b in powers])
         torch.testing.assert_close(sums[expert], expected, rtol=1e-12, atol=0)
-        assert peaks[expert] == (norm.max() if end > begin else 0)
+        assert peaks[expert, 0] == (norm.max() if end > begin else 0)
+        assert peaks[expert, 1] == (largest.max() if end > begin else 0)
         begin = end
+    again = kernels.saliency_sums(norms, gates, pairs["ends"])
+    assert all(map(torch.equal, again, (sums, peaks))), "equal inputs give equal bits"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -200,6 +209,28 @@ def test_norm_rotary(device: str, width: int, rotary: int, n_angles: int) -> Non
     (cos_1, cos_2), (sin_1, sin_2) = angles
     turned = (first * cos_1 - second * sin_1, second * cos_2 + first * sin_2)
     assert relative(found, torch.cat((*turned, exact[..., rotary:]), -1)) < 1e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", [2, 37])  # fewer tokens than taps, and several blocks
+@pytest.mark.parametrize(("biased", "activated"), [(False, True), (True, False)])
+def test_causal_convolution(device: str, length: int, biased: bool, activated: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.randn(3, length, 420, generator=generator).to(torch.bfloat16)
+    values = apart[..., :300].to(device)  # rows lie further apart than they are wide
+    weight = torch.randn(300, 4, generator=generator).to(device)
+    bias = torch.randn(300, generator=generator).to(device) if biased else None
+    found = kernels.causal_convolution(values, weight, bias, activated)
+    exact = torch.nn.functional.conv1d(
+        values.cpu().double().transpose(1, 2),
+        weight.cpu().double()[:, None],
+        None if bias is None else bias.cpu().double(),
+        padding=3,
+        groups=300,
+    )[..., :length].transpose(1, 2)
+    exact = silu(exact) if activated else exact
+    assert found.dtype == torch.bfloat16
+    assert relative(found.cpu(), exact) < 3e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
