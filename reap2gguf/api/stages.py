@@ -262,6 +262,7 @@ def quantize(
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.quantizing.ik.workers import check_installed
     from reap2gguf.quantizing.overrides import read_overrides
     from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
@@ -290,6 +291,7 @@ def quantize(
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
+        check_installed([resolved])
         _export(opened, resolved, output, weighted_by, compute, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)

@@ -44,6 +44,7 @@ from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
+from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
 from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.quantizing.overrides import read_overrides
@@ -271,6 +272,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         observations=observations,
         imatrix=imatrix,
     )
+    check_installed(recipes)
     for recipe in recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
         check_needed(recipe, plan.weighted, why)

@@ -129,7 +129,13 @@ def _local(*files: str) -> str:
 def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:
     """Explains labels that look like a quant type but are not one of llama.cpp's."""
     for record in records:
-        if record.label != record.file_type:
+        if record.is_ik:
+            yield (
+                f"{code(record.file)} loads only in "
+                "[ik_llama.cpp](https://github.com/ikawrakow/ik_llama.cpp): llama.cpp, Ollama and "
+                "other programs do not know its tensor types."
+            )
+        elif record.label != record.file_type:
             seen = hub_note(record.label)
             recipe = "" if record.adopted else ", as its recipe says"
             yield (
@@ -160,8 +166,11 @@ def recommends_sampling(card: str) -> bool:
 
 def use_section(manifest: Manifest, names: CardNames, samples: bool) -> str:
     """How to run the first file with each program, with its projector and its MTP block."""
-    record = manifest.gguf[0]
+    record = next((one for one in manifest.gguf if not one.is_ik), manifest.gguf[0])
     model = argument(record.first)
+    if record.is_ik:
+        commands = f"llama-cli -m {model}\nllama-server -m {model}"
+        return f"## Use it\n\nWith the programs of ik_llama.cpp:\n\n```bash\n{commands}\n```"
     projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
     lines = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]
     if manifest.pruning.mtp.drafts:

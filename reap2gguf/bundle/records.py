@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from reap2gguf.gguf_files.tensor_types import IkType
+
 _OBSERVATIONS_FILE = "observations.safetensors"  # as bundle/layout.py has it
 
 
@@ -188,6 +190,11 @@ class GgufRecord:
     parts: Sequence[str] = ()
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
     adopted: bool = False
+
+    @property
+    def is_ik(self) -> bool:
+        """Whether only ik_llama.cpp loads it."""
+        return not IkType.__members__.keys().isdisjoint(self.tensors.values())
 
     @property
     def first(self) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.observing.budget import MOST_OF_TIME, save_seconds
 from reap2gguf.pruning.write import companion_files
 
