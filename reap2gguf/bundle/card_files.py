@@ -86,13 +86,15 @@ def _size(record: GgufRecord) -> str:
 def _from_the_hub(manifest: Manifest, names: CardNames) -> str:
     """How programs load a file from its repository by its tag, and how to download it."""
     tags = tags_of(labelled_files(manifest.gguf))
-    first, repo = manifest.gguf[0], names.repository
+    first, repo = manifest.main_gguf, names.repository
     lines: list[str] = []
     for record in manifest.gguf:
         lines += [*([""] if lines else []), f"# {one_line(record.label)}, {size(record.n_bytes)}"]
         if names.on_hub:
             lines.append(f"hf download {argument(repo)} {_chosen(record, record is first)}")
         tag = tags[record.first]
+        if record.is_ik:
+            continue  # none of these programs loads it
         if tag.llama_cpp:
             lines.append(f"llama-server -hf {argument(f'{repo}:{tag.llama_cpp}')}")
         if not record.parts:
@@ -166,7 +168,7 @@ def recommends_sampling(card: str) -> bool:
 
 def use_section(manifest: Manifest, names: CardNames, samples: bool) -> str:
     """How to run the first file with each program, with its projector and its MTP block."""
-    record = next((one for one in manifest.gguf if not one.is_ik), manifest.gguf[0])
+    record = manifest.main_gguf
     model = argument(record.first)
     if record.is_ik:
         commands = f"llama-cli -m {model}\nllama-server -m {model}"
@@ -205,7 +207,7 @@ def _uses(manifest: Manifest, samples: bool) -> Iterator[str]:
         )
         sampling = ", with the same sampling"
     also = " and the projector" if manifest.side_files else ""
-    yield f"`{MODELFILE}` is for Ollama: it loads {code(manifest.gguf[0].file)}{also}{sampling}."
+    yield f"`{MODELFILE}` is for Ollama: it loads {code(manifest.main_gguf.file)}{also}{sampling}."
     if manifest.source.architecture.startswith("Qwen3_5"):
         block = " It does not load files with an MTP block." if has_mtp else ""
         yield (

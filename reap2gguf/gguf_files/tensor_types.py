@@ -94,6 +94,11 @@ def type_of_name(name: str) -> GGMLQuantizationType | IkType:
     return GGMLQuantizationType[name]
 
 
+def is_type_name(name: str) -> bool:
+    """Whether a type has this name."""
+    return name in IkType.__members__ or name in GGMLQuantizationType.__members__
+
+
 def block_of(tensor_type: GGMLQuantizationType | IkType) -> tuple[int, int]:
     """Values and bytes of a block."""
     if isinstance(tensor_type, IkType):

@@ -138,11 +138,11 @@ def test_the_header_says_what_loads_it(made: Path) -> None:
 
 @needs_ik
 def test_values_are_compared(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = reap2gguf.verify([str(EXAMPLE), str(made)])
+    report = reap2gguf.verify(EXAMPLE, made)
     assert not report.violations
     assert f"{made.parent.name}/{made.name}" in report.levels
     monkeypatch.setattr(workers, "library_path", lambda: None)
-    report = reap2gguf.verify([str(EXAMPLE), str(made)])
+    report = reap2gguf.verify(EXAMPLE, made)
     assert not report.violations
     assert f"{made.parent.name}/{made.name}" not in report.levels
     assert any("values in IQ4_K not read: " in line for line in report.not_checked)
@@ -157,9 +157,25 @@ def test_a_damaged_file_is_noticed(made: Path, tmp_path: Path) -> None:
     )
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(raw)
-    assert any(
-        "ffn_up_exps" in one for one in reap2gguf.verify([str(EXAMPLE), str(damaged)]).violations
+    assert any("ffn_up_exps" in one for one in reap2gguf.verify(EXAMPLE, damaged).violations)
+
+
+@needs_ik
+def test_a_bundle_says_which_file_loads_where(tmp_path: Path) -> None:
+    """Instructions are for the other file, though it is the second."""
+    options = reap2gguf.BuildOptions(
+        recipes=("ik-iq4ks", "IQ4_XS"), output=tmp_path, name="both", compression=0, imatrix=IMATRIX
     )
+    result = reap2gguf.build(options)
+    assert result is not None
+    names = [record.file for record in result.manifest.gguf]
+    assert names == ["both-ik-IQ4_KS.gguf", "both-IQ4_XS.gguf"]
+    assert [record.is_ik for record in result.manifest.gguf] == [True, False]
+    card = (result.gguf_folder / "README.md").read_text()
+    assert "`both-ik-IQ4_KS.gguf` loads only in [ik_llama.cpp]" in card
+    assert "llama-server -m both-IQ4_XS.gguf" in card
+    assert "FROM ./both-IQ4_XS.gguf" in (result.gguf_folder / "Modelfile").read_text()
+    assert not reap2gguf.verify(result.gguf_folder, source=str(EXAMPLE)).violations
 
 
 @needs_ik
