@@ -10,6 +10,7 @@ from reap2gguf.gguf_files.tensor_types import (
     columns_of,
     file_type_of_number,
     is_ik,
+    is_type_name,
     row_bytes,
     type_of_name,
     type_of_number,
@@ -22,6 +23,7 @@ TYPES = [*(one for one in GGMLQuantizationType if one in GGML_QUANT_SIZES), *IkT
 def test_types_by_number_and_name(one: GGMLQuantizationType | IkType) -> None:
     assert type_of_number(int(one)) is one
     assert type_of_name(one.name) is one
+    assert is_type_name(one.name)
     assert is_ik(one) is isinstance(one, IkType)
 
 
@@ -50,5 +52,6 @@ def test_what_is_not_known() -> None:
         type_of_number(339)  # IQ4_K with rows in another order
     with pytest.raises(ValueError, match="340"):
         file_type_of_number(340)
+    assert not is_type_name("IQ4_K_R4")
     with pytest.raises(KeyError):
         type_of_name("IQ4_K_R4")
