@@ -29,6 +29,22 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 COVERED_BY = [
     ("quantizing/ik/test_workers.py", "the program that they run", ("quantizing/ik/worker.py",)),
     (
+        "building/test_fit_stage.py",
+        "a build of a file for a size, from its plan to its bytes",
+        ("building/sized.py", "terminal/target_views.py"),
+    ),
+    (
+        "fitting/test_fitted.py",
+        "budgets, and what is refused before anything is measured",
+        ("fitting/solving.py",),
+    ),
+    ("pruning/test_select.py", "numbers of experts that no model has", ("pruning/counts.py",)),
+    (
+        "fitting/test_trading.py",
+        "experts against bits, from Python and on the command line",
+        ("api/budgeting.py", "terminal/budget_command.py"),
+    ),
+    (
         "choosing/test_candidates.py",
         "which observations rank candidates",
         ("choosing/checks.py",),
@@ -306,7 +322,10 @@ COVERED_BY = [
     (
         "checkpoint/test_checkpoint.py",
         "the parts of a checkpoint's folder",
-        ("checkpoint/entries.py", "checkpoint/index.py", "checkpoint/weights.py"),
+        (
+            "checkpoint/entries.py", "checkpoint/index.py", "checkpoint/tensor_files.py",
+            "checkpoint/weights.py",
+        ),
     ),
     (
         "exporting/test_gguf_export.py",
@@ -358,6 +377,16 @@ COVERED_BY = [
         "fitting/test_fitted.py",
         "recipes that are made for a model, and the files that they make",
         ("api/fitting.py",),
+    ),
+    (
+        "importing/test_foreign.py",
+        "types by the names that other programs have for them",
+        ("importing/foreign_types.py",),
+    ),
+    (
+        "terminal/test_recipe_makers.py",
+        "the functions as the commands call them",
+        ("api/foreign_recipes.py",),
     ),
     (
         "quantizing/test_recipe.py",

@@ -25,8 +25,13 @@ from reap2gguf.artifacts.observed_sums import (
     packed,
     unpacked,
 )
-from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
+from reap2gguf.checkpoint.safetensors_header import (
+    FileTensor,
+    StoredTensor,
+    read_header,
+    read_metadata,
+)
+from reap2gguf.checkpoint.tensor_files import TensorFiles
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
@@ -180,7 +185,7 @@ def _read_sums(
         check_header(header, said)
     except ValueError as error:
         raise ArtifactError(f"{path}: {error}; run `reap2gguf observe` again") from error
-    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+    with TensorFiles(path.parent, {}, header, (path,)) as stored:
         return {name: stored.read(name) for name in header if is_sum(name)}
 
 
@@ -192,12 +197,12 @@ def _read_layers(
     if len(header) != len(numbers) * len(parts):
         _refuse_missing(path, header, numbers, parts)
         raise ArtifactError(f"{path}: holds tensors that are not observations")
-    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+    with TensorFiles(path.parent, {}, header, (path,)) as stored:
         return {number: _read_layer(path, stored, number, parts) for number in numbers}
 
 
 def _refuse_missing(
-    path: Path, header: Mapping[str, FileTensor], numbers: list[int], parts: Sequence[str]
+    path: Path, header: Mapping[str, StoredTensor], numbers: list[int], parts: Sequence[str]
 ) -> None:
     for name in (f"layers.{number}.{part}" for number in numbers for part in parts):
         if name not in header:
@@ -205,7 +210,7 @@ def _refuse_missing(
 
 
 def _read_layer(
-    path: Path, stored: Checkpoint, number: int, parts: Sequence[str]
+    path: Path, stored: TensorFiles, number: int, parts: Sequence[str]
 ) -> LayerObservation:
     names = {part: f"layers.{number}.{part}" for part in parts}
     _refuse_missing(path, stored.tensors, [number], parts)

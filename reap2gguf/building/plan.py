@@ -18,6 +18,7 @@ from reap2gguf.building.given import (
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -45,7 +46,7 @@ from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
 from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
@@ -79,6 +80,7 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
@@ -162,7 +164,7 @@ class Plan:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What a user should know of the model and its tokenizer, one sentence each."""
-        return (*self.model.caveats(), *self.tokenizer_caveats)
+        return (*self.checkpoint.caveats, *self.model.caveats(), *self.tokenizer_caveats)
 
     @property
     def max_length(self) -> int:
@@ -202,6 +204,15 @@ class Plan:
         return side_file(side.prefix, self.name)
 
     @property
+    def with_toml(self) -> frozenset[str]:
+        """Names of the recipes that lie beside their files as TOML."""
+        return frozenset(() if self.sized is None else (self.sized.named.name,))
+
+    def with_types(self, chosen: ResolvedRecipe) -> Plan:
+        """The plan with the recipe of the file whose types were chosen, in place of a guess."""
+        return replace(self, recipes=(*self.recipes[:-1], chosen))
+
+    @property
     def warnings(self) -> list[str]:
         """What will mislead users of the bundle though it is right, each with a way out."""
         files = [LabelledFile(self.gguf_name(r), r.label, r.name) for r in self.recipes]
@@ -235,11 +246,16 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """
     asked = _read_options(options)
     source = resolve_source(options.model, note, options.follow_links)
-    checkpoint = source.open(note)
+    checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if options.dequantize and not target.prunes:
+        raise UsageError(
+            "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
+            "pass --keep-experts"
+        )
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -252,6 +268,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     observations = _observations(options, checkpoint, model, target)
     _check_protection(options, observations, model, target)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
+    weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
+    sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
     sides = _side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
@@ -271,6 +289,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         history=read_history(checkpoint, model.facts, note),
         observations=observations,
         imatrix=imatrix,
+        sized=sized,
     )
     check_installed(recipes)
     for recipe in recipes:
@@ -286,6 +305,15 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     return plan
 
 
+def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Checkpoint:
+    """The source, or its values in BF16 if they are quantized and to be written so."""
+    if options.dequantize is None:
+        return checkpoint
+    if checkpoint.decoding is None:
+        note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
+    return checkpoint.dequantized()
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What the options say by themselves, before any model is looked at."""
@@ -299,13 +327,8 @@ class _Asked:
 def _read_options(options: BuildOptions) -> _Asked:
     """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
     overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, options.labels, overrides)
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
+    recipes = load_recipes(options.recipes, other_labels(options), overrides)
+    refuse_twice([recipe.label for recipe in recipes])
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
@@ -386,9 +409,9 @@ def with_all_values(plan: Plan, note: Note) -> Plan:
     if all(side.is_checked for side in plan.side_files):
         return plan
     sides = side_files(plan.model, plan.checkpoint)
-    for line in (line for side in sides for line in side.notes):
-        if not any(line in side.notes for side in plan.side_files):
-            note(line)
+    said = {line for side in plan.side_files for line in side.notes}
+    for line in (line for side in sides for line in side.notes if line not in said):
+        note(line)
     return replace(plan, side_files=sides)
 
 
