@@ -416,6 +416,5 @@ def with_all_values(plan: Plan, note: Note) -> Plan:
 
 
 def _check_there(text: Path) -> None:
-    """Refuse a missing text before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")
