@@ -113,7 +113,7 @@ class BuildKeys:
             hashes,
             str(text),
             self.plan.reads_rows,
-            self.plan.imatrix is None,
+            self.plan.computes_imatrix,
             calibration.samples,
             calibration.seed,
             calibration.pack,
@@ -141,7 +141,13 @@ class BuildKeys:
             calibration.seed,
             *self._computing,
             self.plan.mtp,
+            *self._sums,
         )
+
+    @property
+    def _sums(self) -> list[str]:
+        """What only observations with the sums of an importance matrix depend on."""
+        return ["with imatrix", str(IMATRIX_FORMAT)] if self.plan.takes_sums else []
 
     def repair(self, pruned: PrunedView, rows: ObservationRows) -> str:
         """The key of a repair of the pruned model on the rows."""
@@ -205,6 +211,7 @@ class BuildKeys:
             plan.mtp,
             *self._computing,
             *((REPAIR_FORMAT, plan.options.repair) if plan.repairs else ()),
+            *self._sums,
         )
 
     @property

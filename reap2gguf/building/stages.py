@@ -73,9 +73,8 @@ class Observe(Stage[Observations]):
 
     def compute(self) -> Mapping[str, Any]:
         run = self.run
-        seen = observe(
-            run.plan.checkpoint, run.plan.model, self._rows, self.compute_options, run.progress
-        )
+        of, options = (run.plan.checkpoint, run.plan.model, self._rows), self.compute_options
+        seen = observe(*of, options, run.progress, run.plan.takes_sums)
         if run.is_first:
             run.work.share(seen.save, self.path)
         return {}

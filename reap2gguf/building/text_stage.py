@@ -73,7 +73,7 @@ class ReadTexts(Stage[Texts]):
             plan.files,
             plan.options.imatrix_chunks,
             has_rows=plan.reads_rows,
-            has_chunks=plan.imatrix is None,
+            has_chunks=plan.computes_imatrix,
         )
         if plan.repairs:
             check_rows(len(needed(found.rows).rows))
