@@ -121,6 +121,11 @@ COVERED_BY = [
         ("repairing/capture.py", "repairing/stored.py"),
     ),
     (
+        "building/test_repair_folder.py",
+        "folders that are pruned and repaired",
+        ("api/repairs.py",),
+    ),
+    (
         "building/test_repair_stage.py",
         "whole bundles with a repair: their cards, and what is wrong with changed ones",
         ("bundle/card_repair.py", "verifying/repaired.py"),

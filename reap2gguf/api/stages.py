@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
+from reap2gguf.api.repairs import repaired_model
 from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
@@ -38,12 +38,10 @@ from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.opened import OpenModel
-    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
@@ -198,41 +196,9 @@ def prune(
         if repair == "none":
             prune_to_folder(checkpoint, source, pruned, method, *where)
         else:
-            with _repaired(opened, pruned, output, (repair, options, compute), shown) as made:
+            with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
                 prune_to_folder(checkpoint, source, made[0], method, *where, made[1])
     return PruneResult(output, selection)
-
-
-def _repaired(
-    opened: OpenModel,
-    pruned: PrunedView,
-    output: Path,
-    how: tuple[str, CalibrationOptions, ComputeOptions],
-    shown: Progress,
-) -> AbstractContextManager[tuple[PrunedView, RepairRecord]]:
-    """The repaired model; `how` is the kind of repair, its text, and where it is computed."""
-    from reap2gguf.calibration.drawing import observation_rows
-    from reap2gguf.calibration.scanned_files import ScannedFiles
-    from reap2gguf.calibration.sources import check_calibration
-    from reap2gguf.calibration.spec import decide
-    from reap2gguf.repairing.limits import check_repair, check_rows
-
-    kind, options, compute = how
-    check_repair(pruned.source, opened.model, pruned.n_kept < opened.model.facts.n_experts)
-    decided, files = decide(options), ScannedFiles()
-    check_calibration(decided, files)
-    opened.check_tokenizer()
-    from reap2gguf.building.repair_folder import RepairWork, repaired_beside
-    from reap2gguf.tokenizer.tokenizer import Tokenizer
-
-    facts = opened.model.facts
-    length = min(decided.max_length, facts.context_length)
-    with working(shown, "Reading the calibration text"):
-        tokenizer = Tokenizer(opened.source.folder)
-        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
-    check_rows(len(rows.rows))
-    work = RepairWork(kind, rows, compute)
-    return repaired_beside(output, pruned, opened.checkpoint, work, shown)
 
 
 def imatrix(

@@ -135,6 +135,11 @@ class PruningRecord:
     protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
     super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
+    @property
+    def n_repaired(self) -> int:
+        """Tensors whose values are not the source's."""
+        return 0 if self.repair is None else self.repair.n_tensors
+
 
 @dataclass(frozen=True)
 class ComponentRecord:

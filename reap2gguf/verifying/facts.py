@@ -106,7 +106,6 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "candidates": (_candidates(manifest),),
         "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
-        "repair": ("none" if pruning.repair is None else pruning.repair.kind,),
         "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
         "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
@@ -323,8 +322,7 @@ def check_passed(manifest: Manifest, n_stored: int | None) -> Iterator[str]:
     """
     found = manifest.verification.get("passed")
     passed = found if isinstance(found, list) else []
-    n_new = 0 if manifest.pruning.repair is None else manifest.pruning.repair.n_tensors
-    lines = [] if n_stored is None else [[passed_folder(n_stored, n_new)]]
+    lines = [] if n_stored is None else [[passed_folder(n_stored, manifest.pruning.n_repaired)]]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file
