@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
+from reap2gguf.api.repairs import repaired_model
 from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
+    DEQUANTIZE_CHOICES,
     MTP_CHOICES,
     REPAIR_CHOICES,
     CalibrationOptions,
     CheckQuants,
     ComputeOptions,
     Resume,
+    check_bool,
     check_choice,
     check_labels,
     check_number,
@@ -36,12 +38,10 @@ from reap2gguf.progress import Progress, Silent, working
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
-    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.hub.opened import OpenModel
-    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
@@ -70,10 +70,13 @@ def observe(
     calibration: CalibrationOptions | None = None,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
+    imatrix_sums: bool = False,
     progress: ProgressLike = None,
 ) -> Observations:
     """Record what each expert of MODEL does on calibration text, and write it to `output`.
 
+    With `imatrix_sums` the file also has the sums of an importance matrix of all experts, for
+    builds with `imatrix_from="source"`.
     An interrupted call resumes from the layer that `OUTPUT.state` holds. Every process of torchrun
     returns the sums of all; the first one writes them. Raises CalibrationError, ObservationError,
     OutputError, and what opening a model raises.
@@ -83,6 +86,7 @@ def observe(
     from reap2gguf.calibration.spec import decide
 
     # what can be refused without torch is refused before it is loaded
+    check_bool("imatrix_sums", imatrix_sums)
     compute = given_or_new("compute", compute, ComputeOptions)
     decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
     files = ScannedFiles()
@@ -104,9 +108,11 @@ def observe(
             tokenizer = Tokenizer(opened.source.folder)
             rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
         peers.make_folder()
-        where = _resuming(compute, output, opened.checkpoint, rows.sha256)
+        key = rows.sha256 + ("with imatrix" if imatrix_sums else "")
+        where = _resuming(compute, output, opened.checkpoint, key)
         with working(shown, "Loading torch and the first layer"):
-            seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
+            of = opened.checkpoint, opened.model, rows
+            seen = passes.observe(*of, where, shown, imatrix_sums)
     for line in observed_notes(seen):
         shown.note(line)
     peers.end(lambda: seen.save(output))
@@ -152,20 +158,24 @@ def prune(
     repair: str = "none",
     calibration: CalibrationOptions | None = None,
     compute: ComputeOptions | None = None,
+    dequantize: str | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    `observations` is None for methods that rank experts by their weights alone. A repair, "ridge"
-    or "scale", fits the kept experts on the calibration text, and `compute` says where; an
-    interrupted one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select`
-    raises, CalibrationError, ObservationError, OutputError if the folder exists or cannot be
-    written, and VerificationError if what was written is not what was planned.
+    Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
+    for methods that rank experts by their weights alone. A repair, "ridge" or "scale", fits the
+    kept experts on the calibration text, and `compute` says where; an interrupted one resumes from
+    `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises, CalibrationError,
+    ObservationError, OutputError if the folder exists or cannot be written, and VerificationError
+    if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
     check_choice("repair", repair, REPAIR_CHOICES)
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
     wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
     options = given_or_new("calibration", calibration, CalibrationOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
@@ -179,48 +189,16 @@ def prune(
         from reap2gguf.pruning.view import PrunedView
 
         checkpoint, source = opened.checkpoint, opened.model
+        if dequantize is not None:
+            checkpoint = checkpoint.dequantized()
         pruned = PrunedView(checkpoint, source, selection.kept)
         where = output, shown, opened.source.label, selection.protected
         if repair == "none":
             prune_to_folder(checkpoint, source, pruned, method, *where)
         else:
-            with _repaired(opened, pruned, output, (repair, options, compute), shown) as made:
+            with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
                 prune_to_folder(checkpoint, source, made[0], method, *where, made[1])
     return PruneResult(output, selection)
-
-
-def _repaired(
-    opened: OpenModel,
-    pruned: PrunedView,
-    output: Path,
-    how: tuple[str, CalibrationOptions, ComputeOptions],
-    shown: Progress,
-) -> AbstractContextManager[tuple[PrunedView, RepairRecord]]:
-    """The repaired model; `how` is the kind of repair, its text, and where it is computed."""
-    from reap2gguf.calibration.drawing import observation_rows
-    from reap2gguf.calibration.scanned_files import ScannedFiles
-    from reap2gguf.calibration.sources import check_calibration
-    from reap2gguf.calibration.spec import decide
-    from reap2gguf.repairing.limits import check_repairable, check_rows
-
-    kind, options, compute = how
-    if pruned.n_kept == opened.model.facts.n_experts:
-        raise UsageError("--repair: all experts are kept, so there is nothing to repair")
-    check_repairable(opened.model)
-    decided, files = decide(options), ScannedFiles()
-    check_calibration(decided, files)
-    opened.check_tokenizer()
-    from reap2gguf.building.repair_folder import RepairWork, repaired_beside
-    from reap2gguf.tokenizer.tokenizer import Tokenizer
-
-    facts = opened.model.facts
-    length = min(decided.max_length, facts.context_length)
-    with working(shown, "Reading the calibration text"):
-        tokenizer = Tokenizer(opened.source.folder)
-        rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
-    check_rows(len(rows.rows))
-    work = RepairWork(kind, rows, compute)
-    return repaired_beside(output, pruned, opened.checkpoint, work, shown)
 
 
 def imatrix(
@@ -307,6 +285,7 @@ def quantize(
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.quantizing.ik.workers import check_installed
     from reap2gguf.quantizing.overrides import read_overrides
     from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
@@ -335,6 +314,7 @@ def quantize(
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
+        check_installed([resolved])
         _export(opened, resolved, output, weighted_by, compute, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)

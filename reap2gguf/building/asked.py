@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.choosing.names import AUTO
-from reap2gguf.errors import CalibrationError, UsageError
+from reap2gguf.errors import CalibrationError
 from reap2gguf.pruning.methods import is_from_weights
-from reap2gguf.quantizing.labels import twice
+from reap2gguf.quantizing.labels import refuse_twice
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 
@@ -33,16 +33,14 @@ class Asked:
     is_checked: bool  # whether the calibration has been checked
 
 
-def read_options(options: BuildOptions) -> Asked:
-    """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
+def read_options(options: BuildOptions, labels: Mapping[str, str]) -> Asked:
+    """What is cheap to check comes first; `labels` are those of recipes, in place of their own.
+
+    Raises RecipeError, CalibrationError or UsageError.
+    """
     overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, options.labels, overrides)
-    if same := twice([recipe.label for recipe in recipes]):
-        labels = " and ".join(map(repr, dict.fromkeys(same)))
-        raise UsageError(
-            f"two recipes have the label {labels} and so the same file name (where capitals do "
-            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
-        )
+    recipes = load_recipes(options.recipes, labels, overrides)
+    refuse_twice([recipe.label for recipe in recipes])
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
@@ -55,10 +53,13 @@ def read_options(options: BuildOptions) -> Asked:
 
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
-    if options.imatrix is None and options.imatrix_text is None:
-        return True
     if options.repair != "none" and options.compression != 0:
         return True
+    if options.imatrix is None and options.imatrix_text is None:
+        if is_from_weights(options.method):
+            return True
+        ranks = options.observations is None or options.method == AUTO
+        return options.imatrix_from == "pruned" or ranks
     if is_from_weights(options.method):
         return False
     ranks = options.observations is None or options.method == AUTO

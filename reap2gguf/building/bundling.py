@@ -70,7 +70,7 @@ from reap2gguf.pruning.view import PrunedView
 from reap2gguf.pruning.write import KEPT_FILE, written_names
 from reap2gguf.quantizing.labels import twice
 from reap2gguf.tokenizer.check import check_tokenizer
-from reap2gguf.verifying.against_source import open_source
+from reap2gguf.verifying.against_source import open_source, read_repair
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_side_file
 from reap2gguf.verifying.hf_folder import check_pruned
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
@@ -139,7 +139,7 @@ def _bundle(
     if parts.is_pruned:
         if violations := check_pruned(options.folder, view, progress, threads):
             raise VerificationError(violations, _ADVICE)
-        passed.append(passed_folder(len(view.tensors)))
+        passed.append(passed_folder(len(view.stored.tensors)))
     adopted = _adopted(options, manifest, view, progress)
     passed += [passed_file(a.record.file, len(a.record.tensors), Level.VALUES) for a in adopted]
 
@@ -200,6 +200,11 @@ def _opened(options: BundleOptions, progress: Progress) -> Iterator[_Parts]:
             f"{options.folder}: has no {KEPT_FILE}, which says what experts of the source it "
             "keeps; leave out --source to bundle GGUF files of this model as it is"
         )
+    if is_pruned and read_repair(options.folder) is not None:
+        raise UsageError(
+            f"{options.folder}: its experts were repaired, which `bundle` cannot record; make the "
+            "bundle with `reap2gguf build --repair`"
+        )
     model = options.source if options.source is not None else str(options.folder)
     with open_source(model, progress) as source:
         if is_pruned:
@@ -232,6 +237,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
     """The manifest as far as it is known before the files are in their places."""
     view, checkpoint = parts.view, parts.source.checkpoint
     model = _source_model(parts.source, view)
+    stored_as = checkpoint.dequantized() if view.stored is view else checkpoint
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
     folder = FolderRecord(name, n_shards, view.n_parameters, view.n_bytes, {})
@@ -243,7 +249,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
         calibration=_calibration_record(parts),
         hf=folder if parts.is_pruned else None,
         gguf=(),
-        caveats=(*model.caveats(), *caveats),
+        caveats=(*stored_as.caveats, *model.caveats(), *caveats),
         has_observations=parts.seen is not None,
     )
 
@@ -259,7 +265,7 @@ def _source_record(parts: _Parts, model: MoeModel) -> SourceRecord:
         checkpoint.fingerprint(),
         model.facts.architecture,
         checkpoint.n_parameters,
-        checkpoint.n_bytes,
+        checkpoint.n_stored_bytes,
         None if history is None else history.after(kept),
     )
 

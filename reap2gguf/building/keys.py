@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
     from reap2gguf.pruning.view import PrunedView
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 # Raise one of these where a change of the program makes other results of the same inputs: where an
 # earlier result was wrong, or lacks something that later stages read. A higher number is another
@@ -43,6 +44,7 @@ OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
 REPAIR_FORMAT = 1  # which weights a repair gives, and the files of them
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
+FIT_FORMAT = 1  # how types are chosen for a size
 WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
@@ -78,8 +80,11 @@ class BuildKeys:
         return _hashes([*published, *named], CheckpointError)
 
     @property
-    def _source(self) -> tuple[str, list[tuple[str, int, int | str]]]:
-        return self.fingerprint, self.plan.checkpoint.stamps()
+    def _source(self) -> tuple[object, ...]:
+        """The source, and what its values are read as."""
+        asked = self.plan.options.dequantize
+        found = self.fingerprint, self.plan.checkpoint.stamps()
+        return found if asked is None else (*found, asked)
 
     @property
     def _card(self) -> list[tuple[str, str]]:
@@ -108,7 +113,7 @@ class BuildKeys:
             hashes,
             str(text),
             self.plan.reads_rows,
-            self.plan.imatrix is None,
+            self.plan.computes_imatrix,
             calibration.samples,
             calibration.seed,
             calibration.pack,
@@ -136,7 +141,13 @@ class BuildKeys:
             calibration.seed,
             *self._computing,
             self.plan.mtp,
+            *self._sums,
         )
+
+    @property
+    def _sums(self) -> list[str]:
+        """What only observations with the sums of an importance matrix depend on."""
+        return ["with imatrix", str(IMATRIX_FORMAT)] if self.plan.takes_sums else []
 
     def repair(self, pruned: PrunedView, rows: ObservationRows, kind: str) -> str:
         """The key of a repair of the pruned model on the rows."""
@@ -145,8 +156,11 @@ class BuildKeys:
 
     def pruned(self, pruned: PrunedView) -> str:
         """The key of the pruned model, in whatever format; repaired or not."""
-        kept_experts = sorted(pruned.kept.items())
-        changed = (pruned.identity,) if pruned.identity else ()
+        return self.pruned_of(pruned.kept, pruned.identity)
+
+    def pruned_of(self, kept: Kept, identity: str = "") -> str:
+        """The same, given the experts and a hash of weights that are not the source's."""
+        kept_experts, changed = sorted(kept.items()), (identity,) if identity else ()
         inputs = self._source, kept_experts, self._companions, self.plan.mtp, *changed
         return stage_key(PRUNE_FORMAT, *inputs)
 
@@ -156,11 +170,14 @@ class BuildKeys:
         text = chunks.label, chunks.tokens_sha256, chunks.chunk_size
         return stage_key(IMATRIX_FORMAT, pruned, *text, rows, *self._computing)
 
-    def export(self, imatrix: str, datasets: Sequence[str]) -> str:
+    def export(
+        self, imatrix: str, datasets: Sequence[str], recipes: Sequence[ResolvedRecipe]
+    ) -> str:
         """The key of the GGUF files; their headers name the datasets of the calibration."""
         plan = self.plan
         names = (plan.name, plan.source.label, plan.method, datasets)
-        return export_key(imatrix, *names, self._card, self._recipes, self._history)
+        sources = [(recipe.name, recipe.label, recipe.source) for recipe in recipes]
+        return export_key(imatrix, *names, self._card, sources, self._history)
 
     @property
     def inputs(self) -> Inputs:
@@ -193,6 +210,7 @@ class BuildKeys:
             plan.mtp,
             *self._computing,
             *((REPAIR_FORMAT, self._asked_repair) if self._asked_repair else ()),
+            *self._sums,
         )
 
     @property
@@ -232,10 +250,6 @@ class BuildKeys:
     def _history(self) -> dict[str, Any] | None:
         """What was pruned before, as the source's manifest says."""
         return None if self.plan.history is None else asdict(self.plan.history)
-
-    @property
-    def _recipes(self) -> list[tuple[str, str, str]]:
-        return [(recipe.name, recipe.label, recipe.source) for recipe in self.plan.recipes]
 
     @property
     def _computing(self) -> tuple[str, str]:

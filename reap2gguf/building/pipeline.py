@@ -4,13 +4,15 @@
       -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
-the safetensors, and each format is verified when it is written (`together.py`).
+the safetensors, and each format is verified when it is written (`together.py`). With a target size,
+`fit` chooses the types of a file between `imatrix` and `export`, and so the export waits.
 
 With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
 The kept experts are repaired where that is asked for: what follows is then of the repaired model.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
+With `--imatrix-from source` the stage `observe` takes the sums of the importance matrix, too.
 Quality is measured where that is asked for, or costs little.
 
 `stages.py`, `choose_stage.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, and
@@ -34,17 +36,18 @@ from reap2gguf.building.choose_stage import (
 from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
-from reap2gguf.building.given_stage import GivenImportance
+from reap2gguf.building.fit_stage import Fit
+from reap2gguf.building.given_stage import GivenImportance, importance_of
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
-from reap2gguf.building.plan import check_given_minimum, with_all_values
+from reap2gguf.building.plan_sides import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.repair_stage import Repair
 from reap2gguf.building.stage import BuildResult, Run, Stage, needed
 from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import refuse_dropping, standing
 from reap2gguf.building.text_stage import ReadTexts
-from reap2gguf.building.together import do_together
+from reap2gguf.building.together import do_after, do_together
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.exporting.quantizers import note_quantizers
@@ -63,6 +66,14 @@ STAGES: Sequence[type[Stage[Any]]] = (
 )
 
 
+def stages_of(plan: Plan) -> Sequence[type[Stage[Any]]]:
+    """The stages of a build, in their order."""
+    if plan.sized is None:
+        return STAGES
+    after = STAGES.index(Export)
+    return (*STAGES[:after], Fit, *STAGES[after:])
+
+
 def build(plan: Plan, progress: Progress) -> BuildResult | None:
     """Run every stage of a plan and give the bundle its final names.
 
@@ -73,9 +84,9 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     if not processes().is_first:
         with plan.checkpoint:
-            return _run_stages(Run(plan, work, Silent(), STAGES))
+            return _run_stages(Run(plan, work, Silent(), stages_of(plan)))
     with work.locked(), plan.checkpoint:
-        run = Run(plan, work, progress, STAGES)
+        run = Run(plan, work, progress, stages_of(plan))
         run.prepare()
         with run.held:
             return _run_stages(run)
@@ -109,20 +120,25 @@ def _run_stages(run: Run) -> BuildResult | None:
             *protection_notes(protected, plan.options.protection),
         ):
             run.progress.note(line)
-    run.agree(lambda: check_given_minimum(plan, kept))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     repaired = run.do(Repair(run, pruned, needed(texts))) if plan.repairs else None
     if repaired is not None:
         pruned = repaired.result.view
-    importance = (
-        Importance(run, pruned, texts)
-        if plan.imatrix is None
-        else GivenImportance(run, pruned, texts, plan.imatrix)
-    )
+    importance = importance_of(run, pruned, texts, observed)
+    if isinstance(importance, GivenImportance):
+        run.agree(importance.check_minimum)
     prune = Prune(run, pruned) if plan.writes_hf else None
+    written = [prune] if prune else []
     export = Export(run, pruned, importance)
     verify = Verify(run, pruned, export, prune)
-    do_together(run, importance, *([prune] if prune else []), export, verify)
+    if plan.sized is None:
+        do_together(run, importance, *written, export, verify)
+    else:  # types are chosen with the whole importance matrix, so the files wait for it
+        do_together(run, importance, *written)
+        if run.is_first:
+            fit = run.do(Fit(run, pruned, importance, export.names()))
+            run.plan = plan = plan.with_types(fit.result)
+            do_after(run, export, verify)
     if not run.is_first:
         return None
     n_chunks = chunks_of(plan, texts.result if texts else None)
@@ -145,6 +161,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         },
         evaluation=evaluate.result if evaluate else None,
         repair=repaired.record if repaired else None,
+        given=importance.given if isinstance(importance, GivenImportance) else None,
     )
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])

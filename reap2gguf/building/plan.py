@@ -10,12 +10,15 @@ from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
+    check_given_minimum,
+    given_imatrix,
     keep_given,
-    read_imatrix,
     read_observations,
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.plan_sides import planned_side_files
+from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
@@ -40,17 +43,17 @@ from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
-from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.methods import METHODS, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
+from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings
-from reap2gguf.quantizing.minimum import check_minimum, check_needed
+from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
-from reap2gguf.repairing.limits import check_repairable
+from reap2gguf.repairing.limits import check_repair
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
@@ -81,6 +84,7 @@ class Plan:
     history: History | None = None  # of a source that this program has pruned before
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    sized: SizedFile | None = None  # the last file, if its types are chosen in the build
     choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
@@ -109,7 +113,7 @@ class Plan:
     @property
     def asks_mtp(self) -> bool:
         """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
-        asks = self.imatrix is None and self.model.facts.has_mtp
+        asks = self.computes_imatrix and self.model.facts.has_mtp
         return self.observes or (asks and not self.target.prunes)
 
     @property
@@ -127,6 +131,16 @@ class Plan:
         return "ridge" if BEST_REPAIRED in self.candidates else "none"
 
     @property
+    def takes_sums(self) -> bool:
+        """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
+        return self.observes and self.options.imatrix_from == "source"
+
+    @property
+    def computes_imatrix(self) -> bool:
+        """Whether the build makes a calibration pass for the importance matrix alone."""
+        return self.imatrix is None and not self.takes_sums
+
+    @property
     def reads_rows(self) -> bool:
         """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
         methods cost on some of them, or to ask an MTP block."""
@@ -135,18 +149,18 @@ class Plan:
     @property
     def reads_calibration(self) -> bool:
         """Whether anything is read of the calibration."""
-        has_own_text = self.imatrix is not None or self.options.imatrix_text is not None
+        has_own_text = not self.computes_imatrix or self.options.imatrix_text is not None
         return self.reads_rows or not has_own_text
 
     @property
     def reads_texts(self) -> bool:
         """Whether any text is read at all."""
-        return self.reads_rows or self.imatrix is None
+        return self.reads_rows or self.computes_imatrix
 
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + self.repairs + (self.imatrix is None)
+        return self.observes + self.repairs + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -171,7 +185,7 @@ class Plan:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What a user should know of the model and its tokenizer, one sentence each."""
-        return (*self.model.caveats(), *self.tokenizer_caveats)
+        return (*self.checkpoint.caveats, *self.model.caveats(), *self.tokenizer_caveats)
 
     @property
     def max_length(self) -> int:
@@ -194,7 +208,7 @@ class Plan:
         if self.observations is not None:
             given = self.observations
             found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
-        if self.imatrix is not None:
+        if self.imatrix is not None and not self.imatrix.is_observed:
             found.append(InputRecord(IMATRIX_OPTION, self.imatrix.file, self.imatrix.sha256))
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
@@ -209,6 +223,15 @@ class Plan:
 
     def side_name(self, side: SideFile) -> str:
         return side_file(side.prefix, self.name)
+
+    @property
+    def with_toml(self) -> frozenset[str]:
+        """Names of the recipes that lie beside their files as TOML."""
+        return frozenset(() if self.sized is None else (self.sized.named.name,))
+
+    def with_types(self, chosen: ResolvedRecipe) -> Plan:
+        """The plan with the recipe of the file whose types were chosen, in place of a guess."""
+        return replace(self, recipes=(*self.recipes[:-1], chosen))
 
     @property
     def warnings(self) -> list[str]:
@@ -242,15 +265,20 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     `note` receives each failed request to the Hub.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
-    asked = read_options(options)
+    asked = read_options(options, other_labels(options))
     source = resolve_source(options.model, note, options.follow_links)
-    checkpoint = source.open(note)
+    checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     if options.repair != "none":
-        _check_repair(model, target)
+        check_repair(checkpoint, model, target.prunes)
+    if options.dequantize and not target.prunes:
+        raise UsageError(
+            "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
+            "pass --keep-experts"
+        )
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -262,11 +290,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     keep_given(folders, (options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
     _check_protection(options, observations, model, target)
-    imatrix = None
-    if options.imatrix is not None:
-        of = model.facts.n_experts, model.facts.mtp_layer
-        imatrix = read_imatrix(options.imatrix, tensors, *of)
-    sides = _side_files(model, checkpoint)
+    imatrix = given_imatrix(options, model.facts, tensors, observations)
+    weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
+    sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
+    sides = planned_side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
     plan = Plan(
@@ -285,13 +312,15 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         history=read_history(checkpoint, model.facts, note),
         observations=observations,
         imatrix=imatrix,
+        sized=sized,
     )
+    check_installed(recipes)
     for recipe in recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
         check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
-        check_coverage(imatrix.coverage, str(options.imatrix))
-        check_given_minimum(plan, None)
+        check_coverage(imatrix.coverage, str(options.imatrix or options.observations))
+        check_given_minimum(recipes, imatrix, None)
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -299,20 +328,19 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     return plan
 
 
+def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Checkpoint:
+    """The source, or its values in BF16 if they are quantized and to be written so."""
+    if options.dequantize is None:
+        return checkpoint
+    if checkpoint.decoding is None:
+        note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
+    return checkpoint.dequantized()
+
+
 def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
     """The model with the first experts of each layer: of the sizes that any choice has."""
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
     return PrunedView(checkpoint, model, first_ones)
-
-
-def _check_repair(model: MoeModel, target: Target) -> None:
-    """Raise UsageError or UnsupportedModelError where a repair is not defined."""
-    if not target.prunes:
-        raise UsageError(
-            "--repair: all experts are kept, so there is nothing to repair; leave it out, or "
-            "remove some with --compression"
-        )
-    check_repairable(model)
 
 
 def _observations(
@@ -335,52 +363,3 @@ def _check_protection(
         protection = replace(protection, super_experts=False)  # they are found when it has observed
     if target.prunes:
         protected_experts(protection, seen, target, model.facts)
-
-
-def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
-    """Raise RecipeError if a given importance matrix has less than a recipe asks for.
-
-    One of the model before pruning has more experts than will stay: it is asked when it is known
-    which ones (`kept`).
-    """
-    given = plan.imatrix
-    if given is None or (given.cut_from is not None and kept is None):
-        return
-    for recipe in plan.recipes:
-        if recipe.asks_importance:
-            check_minimum(recipe, given.of(kept or {}), given.file)
-
-
-def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:
-    """The side files, with the types that their values need, as far as these are on this machine.
-
-    Values that are still on the Hub are looked at when the build starts.
-    """
-    sides = model.side_files(checkpoint.folder, checkpoint.tensors)
-    try:
-        return tuple(
-            with_fitting_types(side, checkpoint) if _is_here(side, checkpoint) else side
-            for side in sides
-        )
-    finally:
-        if sides:
-            checkpoint.close()  # a plan holds no open files; a later read opens them again
-
-
-def _is_here(side: SideFile, checkpoint: Checkpoint) -> bool:
-    stored = (slab.stored for tensor in side.tensors for slab in tensor.slabs)
-    return not checkpoint.unfetched(stored)
-
-
-def with_all_values(plan: Plan, note: Note) -> Plan:
-    """The plan with side files whose values have all been looked at; what is missing is fetched.
-
-    Raises what `with_fitting_types` raises, and what fetching raises.
-    """
-    if all(side.is_checked for side in plan.side_files):
-        return plan
-    sides = side_files(plan.model, plan.checkpoint)
-    for line in (line for side in sides for line in side.notes):
-        if not any(line in side.notes for side in plan.side_files):
-            note(line)
-    return replace(plan, side_files=sides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -46,7 +46,8 @@ from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
-from reap2gguf.pruning.coverage import coverage_record
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
+from reap2gguf.pruning.coverage import coverage_record, importance_record
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Evidence:
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
     evaluation: Evaluation | None = None  # None: not measured
     repair: RepairRecord | None = None  # None: the kept experts are as they were
+    given: GivenImatrix | None = None  # an importance matrix that no pass of its own made
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedView) -> Manifest:
@@ -98,7 +100,9 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
         hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
-        gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
+        gguf=tuple(
+            gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
+        ),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -128,7 +132,7 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         fingerprint=plan.checkpoint.fingerprint(),
         architecture=plan.model.facts.architecture,
         n_parameters=plan.checkpoint.n_parameters,
-        n_bytes=plan.checkpoint.n_bytes,
+        n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
     )
 
@@ -158,7 +162,7 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
     in_gguf = plan.model.mtp_in_gguf
     # a pass that was not made here has not asked it on the same rows
     is_asked = plan.observes or not plan.target.prunes
-    if not plan.model.facts.has_mtp or not is_asked or plan.imatrix:
+    if not plan.model.facts.has_mtp or not is_asked or not plan.computes_imatrix:
         return MtpRecord(plan.mtp, in_gguf=in_gguf)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after
@@ -167,7 +171,7 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
 
 
 def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
-    texts, seen, given = evidence.texts, plan.observations, plan.imatrix
+    texts, seen, given = evidence.texts, plan.observations, evidence.given
     rows, chunks = texts.rows, texts.chunks
     own = rows if seen is None else None  # the rows that ranked the experts, if that was done here
     record = CalibrationRecord(
@@ -183,14 +187,23 @@ def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
         components=() if rows is None else rows.components,
         imatrix_text_chunks=0 if chunks is None else chunks.n_of_text,
         imatrix_unseen=int(evidence.importance.get("unseen_experts", 0)),  # none of a given matrix
+        imatrix_coverage=importance_record(expert_tokens(evidence.importance)),
     )
     return record if given is None else with_given_imatrix(record, given, evidence.kept)
+
+
+def expert_tokens(facts: Mapping[str, Any]) -> dict[int, Sequence[int]]:
+    """The tokens that each expert saw, by layer, of the facts that the importance matrix's stage
+    left: JSON, in which keys are texts. Empty where the stage did not know them."""
+    found = facts.get("expert_tokens", {})
+    return {int(layer): tuple(tokens) for layer, tokens in found.items()}
 
 
 def with_given_imatrix(
     record: CalibrationRecord, given: GivenImatrix, kept: Kept
 ) -> CalibrationRecord:
     """The record of a calibration with what the file of an importance matrix says of itself."""
+    imatrix = given.of(kept)
     return replace(
         record,
         imatrix_text=", ".join(given.imatrix.datasets),
@@ -198,7 +211,8 @@ def with_given_imatrix(
         imatrix_chunk_size=given.imatrix.chunk_size,
         imatrix_file=given.file,
         imatrix_text_chunks=0,
-        imatrix_unseen=sum(given.of(kept).unseen_experts().values()),
+        imatrix_unseen=sum(imatrix.unseen_experts().values()),
+        imatrix_coverage=importance_record(layer_hits(imatrix)),
         imatrix_cut_from=given.cut_from,
     )
 
@@ -222,12 +236,14 @@ def _options_record(plan: Plan) -> OptionsRecord:
         pack=calibration.pack,
         observations=None if options.observations is None else options.observations.name,
         imatrix=None if options.imatrix is None else options.imatrix.name,
+        imatrix_from=options.imatrix_from,
         imatrix_text=None if text is None else text.name,
         chunk=options.chunk,
         imatrix_chunks=options.imatrix_chunks,
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
+        dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
         repair=options.repair,
         candidates=",".join(plan.candidates) or None,
@@ -275,6 +291,7 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
         MODELFILE: modelfile(manifest, source),
         MANIFEST_FILE: manifest.text(),
     }
+    texts |= {one.toml_file: one.recipe_source for one in manifest.gguf if one.has_toml}
     gguf_files = {**files.gguf, **_written(work.gguf, texts | pictures)}
     sums = compose_sums({name: file.sha256 for name, file in gguf_files.items()})
     write_whole(work.gguf / SUMS_FILE, sums)
@@ -330,8 +347,13 @@ def _own_commit() -> str | None:
     return commit
 
 
-def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
-    """The record of a file that was written to `folder` for the bundle `name`."""
+def gguf_record(
+    name: str, recipe: ResolvedRecipe, folder: Path, with_toml: Collection[str] = ()
+) -> GgufRecord:
+    """The record of a file that was written to `folder` for the bundle `name`.
+
+    `with_toml` are names of recipes that lie beside their files.
+    """
     path = folder / model_file(name, recipe.label)
     return GgufRecord(
         file=path.name,
@@ -343,6 +365,7 @@ def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
         n_bytes=path.stat().st_size,
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()},
+        has_toml=recipe.name in with_toml,
     )
 
 

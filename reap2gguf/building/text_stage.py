@@ -64,7 +64,7 @@ class ReadTexts(Stage[Texts]):
             plan.files,
             plan.options.imatrix_chunks,
             has_rows=plan.reads_rows,
-            has_chunks=plan.imatrix is None,
+            has_chunks=plan.computes_imatrix,
         )
         if plan.repairs and plan.options.repair != "none":  # a choice goes on without a repair
             check_rows(len(needed(found.rows).rows))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import CALIBRATION_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE
+from reap2gguf.bundle.layout import (
+    CALIBRATION_FILE,
+    IMATRIX_DAT_FILE,
+    IMATRIX_FILE,
+    MANIFEST_FILE,
+)
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import code, hub_link, inline, table
 from reap2gguf.pruning.methods import is_from_weights
@@ -35,6 +41,12 @@ def imatrix_text(manifest: Manifest) -> str:
             f"{_chunks(calibration)} of\n`{CALIBRATION_FILE}`; {dat}"
         )
     text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
+    if calibration.is_of_observations:
+        return (
+            f"`{IMATRIX_FILE}` is an importance matrix of the model before pruning, taken in the "
+            f"pass that ranked the experts, on\n{_rows(calibration)} of {text}. Of "
+            f"{calibration.imatrix_cut_from} experts per layer, it has those that were kept. {dat}"
+        )
     cut = ""
     if calibration.imatrix_cut_from is not None:
         cut = (
@@ -66,6 +78,14 @@ def _chunks(calibration: CalibrationRecord) -> str:
     return f"{count:,} of {total:,} {size}, spread over the text,"
 
 
+def _rows(calibration: CalibrationRecord) -> str:
+    """How many rows an importance matrix was taken on that came with the observations."""
+    return (
+        f"{calibration.imatrix_chunks or 0:,} rows of at most "
+        f"{calibration.imatrix_chunk_size or 0:,} tokens"
+    )
+
+
 def coverage_rows(pruning: PruningRecord) -> list[tuple[str, str]]:
     """A row that says how many tokens the experts were ranked by."""
     if (coverage := pruning.coverage) is None:
@@ -83,15 +103,51 @@ def coverage_rows(pruning: PruningRecord) -> list[tuple[str, str]]:
 
 
 def importance(manifest: Manifest) -> str:
+    """How much the importance matrix was computed on, and how much of it the experts saw."""
     calibration, pruning = manifest.calibration, manifest.pruning
-    text = _chunks(calibration).rstrip(",")
+    is_of_rows = calibration.is_of_observations
+    text = _rows(calibration) if is_of_rows else _chunks(calibration).rstrip(",")
+    n_experts = pruning.n_kept * len(pruning.kept)
+    if (covered := calibration.imatrix_coverage) is not None:
+        n_experts = sum(map(len, covered.tokens.values()))
+        text += f"; median {covered.median:,} tokens per expert, fewest {covered.fewest:,}"
+        if covered.n_few:
+            text += (
+                f"; {covered.n_few:,} of {n_experts:,} experts ({covered.n_few / n_experts:.1%}) "
+                f"saw under {covered.few_below:,} tokens"
+            )
     if calibration.imatrix_unseen:
-        n_experts = pruning.n_kept * len(pruning.kept)
         text += (
             f"; no token reached {calibration.imatrix_unseen:,} of {n_experts:,} experts, which "
-            "are quantized unweighted"
+            "are quantized unweighted, as by llama-quantize"
         )
     return text
+
+
+def importance_table(manifest: Manifest) -> str:
+    """Tokens of the importance matrix per layer, folded; "" where they are not known."""
+    covered = manifest.calibration.imatrix_coverage
+    if covered is None:
+        return ""
+    rows = [
+        (
+            str(layer),
+            f"{min(tokens):,}",
+            f"{int(median(tokens)):,}",
+            _of(sum(count < covered.few_below for count in tokens), len(tokens)),
+            str(sum(count == 0 for count in tokens)),
+        )
+        for layer, tokens in sorted(covered.tokens.items())
+    ]
+    few = f"under {covered.few_below:,} tokens"
+    found = table(("layer", "fewest tokens", "median", few, "never hit"), rows)
+    summary = "<summary>Tokens of the importance matrix that the experts saw</summary>"
+    more = f"`{MANIFEST_FILE}` has the tokens of every expert."
+    return f"<details>\n{summary}\n\n{found}\n\n{more}\n\n</details>"
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} ({count / total:.1%})"
 
 
 def calibration_facts(manifest: Manifest) -> str:

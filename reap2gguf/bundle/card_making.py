@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.card_calibration import calibration_table
-from reap2gguf.bundle.card_repair import kept_weights, repair_section
+from reap2gguf.bundle.card_repair import changed_weights, repair_section
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
     OBSERVATIONS_FILE,
@@ -15,6 +15,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
+from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.pruning.methods import OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def method_section(manifest: Manifest) -> str:
         matrix = "The\nimportance matrix was computed on the source."
     if not manifest.has_imatrix:
         matrix = ""
+    elif manifest.calibration.is_of_observations:
+        matrix = "The\nimportance matrix was taken on the source, by the pass that ranked experts."
     elif manifest.calibration.imatrix_file is not None:
         matrix = "The\nimportance matrix was not computed in this build."
     if pruning.method == NO_METHOD:
@@ -106,7 +109,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 {calibration_table(manifest)}
 
 {_made_with(manifest)}"""
-    rest = f"{kept_weights(manifest)} {matrix}"
+    rest = f"The pruned\nsafetensors {_what_is_kept(manifest)}{changed_weights(manifest)} {matrix}"
     repaired = f"\n\n{found}" if (found := repair_section(manifest)) else ""
     return f"""## How it was made
 
@@ -187,6 +190,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     if options.protect_super_experts:
         yield "--protect-super-experts"
     yield f"--mtp {argument(options.mtp)}"
+    if options.dequantize is not None:
+        yield f"--dequantize {argument(options.dequantize)}"
     if options.observations is not None:
         yield f"--observations {argument(options.observations)}"
     yield f"--calibration {argument(options.spec)}"
@@ -196,6 +201,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     yield f"--seed {options.seed}"
     if options.imatrix is not None:
         yield f"--imatrix {argument(options.imatrix)}"
+    if options.imatrix_from != "pruned":
+        yield f"--imatrix-from {argument(options.imatrix_from)}"
     if options.imatrix_text is not None:
         yield f"--imatrix-text {argument(options.imatrix_text)}"
     yield f"--chunk {options.chunk}"
@@ -209,6 +216,12 @@ def _from_source(manifest: Manifest) -> str:
     if manifest.hf is None:
         return "The GGUF files were made from the weights of the source as they are:"
     return "The safetensors keep the weights of the source byte for byte:"
+
+
+def _what_is_kept(manifest: Manifest) -> str:
+    if WRITTEN_AS_BF16 in manifest.caveats:
+        return "hold all other weights of the source, decoded and rounded to BF16"
+    return "keep all other weights of the source byte for byte"
 
 
 def _score(method: str) -> str:

@@ -24,18 +24,13 @@ def repair_summary(manifest: Manifest) -> str:
     )
 
 
-def kept_weights(manifest: Manifest) -> str:
-    """What of the source's weights is as it was, for the section of the method."""
-    repair = manifest.pruning.repair
-    if repair is None:
-        return (
-            "The pruned\nsafetensors keep all other weights of the source byte for byte: nothing "
-            "was retrained."
-        )
+def changed_weights(manifest: Manifest) -> str:
+    """The end of the sentence that says what the other weights are."""
+    if manifest.pruning.repair is None:
+        return ": nothing was retrained."
     return (
-        "The pruned\nsafetensors keep the other weights of the source byte for byte, but for the "
-        "`down_proj` of the remaining\nexperts, which was repaired; nothing was trained by "
-        "gradients."
+        ", but for the\n`down_proj` of the remaining experts, which was repaired; nothing was "
+        "trained by gradients."
     )
 
 

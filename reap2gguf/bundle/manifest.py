@@ -9,10 +9,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gguf import GGMLQuantizationType
-
 from reap2gguf.atomic import write_whole
-from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers, layer_number
+from reap2gguf.bundle.bounds import (
+    at_most,
+    check_bounds,
+    check_sizes,
+    kept_layers,
+    layer_number,
+    layer_tokens,
+)
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
@@ -25,6 +30,7 @@ from reap2gguf.bundle.records import (
     FileRecord,
     FolderRecord,
     GgufRecord,
+    ImportanceRecord,
     MtpRecord,
     PruningRecord,
     RepairedLayerRecord,
@@ -35,6 +41,7 @@ from reap2gguf.bundle.records import (
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
+from reap2gguf.gguf_files.tensor_types import is_type_name
 from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_LAYERS
 
@@ -48,6 +55,7 @@ __all__ = [
     "FileRecord",
     "FolderRecord",
     "GgufRecord",
+    "ImportanceRecord",
     "Manifest",
     "MtpRecord",
     "PruningRecord",
@@ -118,6 +126,11 @@ class Manifest:
         return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
+    def main_gguf(self) -> GgufRecord:
+        """The file that instructions name: the first that llama.cpp loads, if there is one."""
+        return next((one for one in self.gguf if not one.is_ik), self.gguf[0])
+
+    @property
     def has_imatrix(self) -> bool:
         """Whether the bundle has an importance matrix."""
         return self.calibration.imatrix_chunks is not None
@@ -168,7 +181,7 @@ def _check_names(manifest: Manifest) -> None:
     for record in records:
         names += [record.file, *getattr(record, "parts", ())]
         for tensor_type in record.tensors.values():
-            if tensor_type not in GGMLQuantizationType.__members__:
+            if not is_type_name(tensor_type):
                 raise ValueError(f"unknown tensor type {shown(tensor_type)}")
     for name in names:
         if not isinstance(name, str) or not is_plain_name(name):
@@ -190,6 +203,9 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source["earlier"] = _earlier_pruning(source["earlier"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
+    if (covered := calibration.get("imatrix_coverage")) is not None:
+        covered = {**covered, "tokens": layer_tokens(covered["tokens"])}
+        calibration["imatrix_coverage"] = _record(ImportanceRecord, covered)
     if not isinstance(values["name"], str):
         raise TypeError("name is not a string")
     return Manifest(

@@ -49,8 +49,10 @@ class OptionsRecord:
     dtype: str
     inputs: Sequence[InputRecord] = ()
     repair: str = "none"
+    dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     protect: str = ""
     protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it
+    imatrix_from: str = "pruned"  # older manifests do not say it
     candidates: str | None = None  # of --method auto, with commas; None: another method
     choose_text: str | None = None  # the last part of its path

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from reap2gguf.gguf_files.tensor_types import IkType
+
+_OBSERVATIONS_FILE = "observations.safetensors"  # as bundle/layout.py has it
+
 
 @dataclass(frozen=True)
 class EarlierPruning:
@@ -95,6 +99,18 @@ class RepairRecord:
 
 
 @dataclass(frozen=True)
+class ImportanceRecord:
+    """How many tokens of the importance matrix each expert saw, in the layers that have experts."""
+
+    fewest: int  # tokens of the expert with the fewest
+    median: int  # tokens, rounded down
+    n_unseen: int  # experts that no token reached, which are quantized with equal weights
+    n_few: int  # experts with fewer than `few_below` tokens, the unseen ones included
+    few_below: int
+    tokens: Mapping[int, Sequence[int]]  # layer -> tokens by expert, in the result's order
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
@@ -118,6 +134,11 @@ class PruningRecord:
     # layer -> source ids of experts that stay whatever they score: named ones, and super experts
     protected: Mapping[int, Sequence[int]] = field(default_factory=dict)
     super_experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def n_repaired(self) -> int:
+        """Tensors whose values are not the source's."""
+        return 0 if self.repair is None else self.repair.n_tensors
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,8 @@ class CalibrationRecord:
 
     That is so for what a build did not do itself: observations and an importance matrix may be
     given as files. `imatrix_file` is the name of the file that was given; one of the model before
-    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept.
+    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept. One that was
+    taken in the pass that ranks the experts has the name of the observations' file.
     """
 
     spec: str | None
@@ -164,6 +186,18 @@ class CalibrationRecord:
     imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
     imatrix_file: str | None = None
     imatrix_cut_from: int | None = None
+    imatrix_coverage: ImportanceRecord | None = None  # None: tokens per expert are not known
+
+    @property
+    def is_of_observations(self) -> bool:
+        """Whether the importance matrix came with the observations, of all experts."""
+        return self.imatrix_file == _OBSERVATIONS_FILE
+
+    def asked_from(self, keeps_all: bool) -> tuple[str, ...]:
+        """What --imatrix-from may have been; with all experts, the source is what is quantized."""
+        if keeps_all:
+            return ("pruned", "source")
+        return ("source",) if self.is_of_observations else ("pruned",)
 
 
 @dataclass(frozen=True)
@@ -205,6 +239,17 @@ class GgufRecord:
     parts: Sequence[str] = ()
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
     adopted: bool = False
+    has_toml: bool = False  # whether the recipe lies beside it: its types were chosen for a size
+
+    @property
+    def toml_file(self) -> str:
+        """The recipe's file."""
+        return f"{self.file.removesuffix('.gguf')}.toml"
+
+    @property
+    def is_ik(self) -> bool:
+        """Whether only ik_llama.cpp loads it."""
+        return not IkType.__members__.keys().isdisjoint(self.tensors.values())
 
     @property
     def first(self) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gguf import Keys, LlamaFileType
+from gguf import Keys
 
+from reap2gguf.gguf_files.tensor_types import file_type_of_number
 from reap2gguf.models.description import Carried, Dropped, experts_of
 from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.models.roles import ROLES, Role, linear_blocks, role_of
@@ -137,14 +138,17 @@ def contents_of_checkpoint(checkpoint: Checkpoint, model: MoeModel) -> Contents:
     counted: list[_Counted] = []
     for tensor in tensors:
         first = stored[tensor.slabs[0].stored]
-        n_bytes = math.prod(tensor.shape) * first.item_bytes
+        # of a tensor that several are made of, the share of each
+        n_bytes = math.prod(tensor.shape) * checkpoint.stored_bytes(first.name) // first.n_elements
         role = role_of(tensor.name, linear, mtp)
-        counted.append(_Counted(tensor.name, role, tensor.shape, first.dtype, n_bytes))
+        kind = checkpoint.kind(first.name)
+        counted.append(_Counted(tensor.name, role, tensor.shape, kind, n_bytes))
     for name, found in stored.items():
         if isinstance(model.role(name), Carried | Dropped):
             is_head = name.endswith("lm_head.weight")
             role = "output" if is_head else "vision"
-            counted.append(_Counted(name, role, found.shape, found.dtype, found.n_bytes))
+            n_bytes = checkpoint.stored_bytes(name)
+            counted.append(_Counted(name, role, found.shape, checkpoint.kind(name), n_bytes))
     most = Counter({one.tensor_type: 0 for one in counted})
     for one in counted:
         most[one.tensor_type] += one.n_bytes
@@ -214,7 +218,7 @@ def _count(metadata: Mapping[str, Any], key: str, arch: str) -> int | None:
 
 def _file_type(value: Any) -> str:
     try:
-        name: str = LlamaFileType(value).name
+        name: str = file_type_of_number(value).name
     except ValueError:
         return "unknown"
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")

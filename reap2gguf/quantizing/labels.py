@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.gguf_files.split import parse_part_name
 
 # what a path holds if llama.cpp does not take the file for a model
@@ -32,6 +33,7 @@ _HUB_LABEL = re.compile(rf"(?:UD-)?(?:{'|'.join(_HUB_TYPES.split())})(?:_[A-Z]+)
 _OTHER_ENDINGS = ("MIX", "MIXED", "CUSTOM", "OWN")  # for labels that both rules tell apart
 
 
+IK_LABEL = "ik-"  # begins the labels of files that only ik_llama.cpp loads
 _PART_NUMBER = re.compile(r"(?:.*-)?\d+-of-\d+", re.ASCII)
 
 
@@ -47,6 +49,21 @@ def label_fault(label: str) -> str | None:
     return None
 
 
+def check_ik_label(label: str, is_ik: bool, where: str) -> None:
+    """Raise RecipeError unless a file's name says whether only ik_llama.cpp loads it."""
+    if label.startswith(IK_LABEL) is is_ik:
+        return
+    if is_ik:
+        raise RecipeError(
+            f"{where}: label {label!r} does not say that only ik_llama.cpp loads such a file; let "
+            f"it begin with {IK_LABEL!r}"
+        )
+    raise RecipeError(
+        f"{where}: label {label!r} begins with {IK_LABEL!r}, as of files that only ik_llama.cpp "
+        "loads; choose another"
+    )
+
+
 def twice(labels: Sequence[str]) -> tuple[str, str] | None:
     """Two labels that are the same, or differ in capitals alone; None if there are none."""
     seen: dict[str, str] = {}
@@ -54,6 +71,16 @@ def twice(labels: Sequence[str]) -> tuple[str, str] | None:
         if (first := seen.setdefault(label.lower(), label)) != label or labels.count(label) > 1:
             return first, label
     return None
+
+
+def refuse_twice(labels: Sequence[str]) -> None:
+    """Raise UsageError for two files of one name."""
+    if same := twice(labels):
+        both = " and ".join(map(repr, dict.fromkeys(same)))
+        raise UsageError(
+            f"two recipes have the label {both} and so the same file name (where capitals do "
+            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
+        )
 
 
 def llama_cpp_finds(files: Iterable[str], tag: str) -> str | None:

@@ -7,6 +7,7 @@ extends = "q4km"                   # a shipped recipe or a file type, whose rule
 [[rules]]                          # first match wins; a rule that matches nothing is an error
 match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name, or a role such as shared_expert
 type = "Q8_0"
+regex = "attn_[qkv]"               # in place of match: searched for in the name (`name_regex.py`)
 layers = "0-3"                     # only in these layers
 optional = true                    # only some architectures have such a tensor
 fallback = true                    # rows that its blocks do not fill get llama.cpp's other type
@@ -32,11 +33,17 @@ from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.files import is_plain
 from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
-from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
-from reap2gguf.quantizing.labels import label_fault
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES, REFUSED, Mixture, mixture_named
+from reap2gguf.quantizing.labels import IK_LABEL, check_ik_label, label_fault
 from reap2gguf.quantizing.minimum import MINIMUM_KEYS, Minimum, check_weighted, read_minimum
-from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
-from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
+from reap2gguf.quantizing.selector import Selector, check_glob, check_layers, check_regex
+from reap2gguf.quantizing.toml_text import (
+    SourceLines,
+    parse_toml,
+    read_toml_file,
+    toml_pattern,
+    toml_string,
+)
 from reap2gguf.quantizing.type_names import tensor_type_named
 from reap2gguf.resources import shipped_folder
 
@@ -54,9 +61,9 @@ _RULE_TEXTS = {
 }
 _RECIPE_KEYS = {*_RECIPE_TEXTS, *MINIMUM_KEYS, "extends", "rules"}
 _RULE_FLAGS = ("optional", "fallback", "override", "inherited")
-_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, *MINIMUM_KEYS, "layers"}
+_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, *MINIMUM_KEYS, "layers", "regex"}
 # llama-quantize takes these names for the medium mixtures as well
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # what the recipes that are being read extend, from the first on
 _extending: ContextVar[tuple[object, ...]] = ContextVar("extending", default=())
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
@@ -78,13 +85,14 @@ class Rule:
     fallback: bool = False  # as llama-quantize does with any type: Q5_1 for Q5_K, for example
     layers: str = ""  # "" is all
     inherited: bool = False
+    is_regex: bool = False  # `match` is searched for in names
     minimum: Minimum | None = None  # of importance; None: the recipe's
     where: str = field(default="", compare=False)  # file and line, for errors
 
     @cached_property
     def selector(self) -> Selector:
         """The tensors that the rule is for."""
-        return Selector(self.match, self.layers)
+        return Selector(self.match, self.layers, self.is_regex)
 
     @property
     def title(self) -> str:
@@ -93,7 +101,8 @@ class Rule:
             layers = f"@{self.layers}" if self.layers else ""
             option = "--set" if self.selector.is_role else "--tensor-type"
             return f"{option} {self.match}{layers}={self.tensor_type.name}"
-        return f"rule {self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
+        kind = "regex " if self.is_regex else ""
+        return f"rule {kind}{self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
 
     def place(self, recipe: str) -> str:
         """How errors about the rule begin: its file and line, or the recipe's name."""
@@ -116,9 +125,15 @@ class Recipe:
     def mixture(self) -> Mixture:
         return mixture_named(self.file_type)
 
+    @property
+    def is_ik(self) -> bool:
+        """Whether only ik_llama.cpp loads its files."""
+        return self.file_type in IK_MIXTURES
+
     def with_label(self, label: str) -> Recipe:
         """The same recipe for files of another label. Raises RecipeError if it cannot be one."""
         check_label(label, f"recipe {self.name!r}")
+        check_ik_label(label, self.is_ik, f"recipe {self.name!r}")
         return replace(self, label=label)
 
     def with_overrides(self, overrides: Sequence[Rule]) -> Recipe:
@@ -146,7 +161,7 @@ class Recipe:
         yield from () if self.minimum is None else self.minimum.toml_lines()
         for rule in self.rules:
             yield from ("", "[[rules]]")
-            yield f"match = {toml_string(rule.match)}"
+            yield f"{rule.selector.key} = {toml_pattern(rule.match)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
             if rule.layers:
                 yield f"layers = {toml_string(rule.layers)}"
@@ -185,8 +200,8 @@ def find_recipe(name: str) -> Path | str:
 
 def _known_names() -> dict[str, Path | str]:
     """What each name without hyphens and underscores means; shipped recipes come first."""
-    file_types = {_bare(name): name for name in MIXTURES}
-    aliases = {_bare(alias): name for alias, name in _ALIASES.items()}
+    file_types = {_bare(name): name for name in (*MIXTURES, *IK_MIXTURES)}
+    aliases = {_bare(alias): name for alias, name in ALIASES.items()}
     shipped = {_bare(name): path for name, path in shipped_recipes().items()}
     meant = {bare: shipped.get(_bare(name), name) for bare, name in aliases.items()}
     return {**meant, **file_types, **shipped}
@@ -219,7 +234,10 @@ def load_recipe(name: str | RecipeText) -> Recipe:
 
 def _of_file_type(name: str) -> Recipe:
     """llama.cpp's own mixture, without exceptions."""
-    recipe = Recipe(name, f"{name}, llama.cpp's own mixture", name, name, (), "")
+    label, title = name, f"{name}, llama.cpp's own mixture"
+    if name in IK_MIXTURES:
+        label, title = f"{IK_LABEL}{name}", f"{name}, which only ik_llama.cpp loads"
+    recipe = Recipe(name, title, label, name, (), "")
     return replace(recipe, source=recipe.as_toml())
 
 
@@ -256,7 +274,9 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
         raise RecipeError(f"{at('file_type')}: {error}") from error
     minimum = read_minimum(values, at, None if base is None else base.minimum)
     known = lines if lines.has_all(len(rules)) else None
-    parsed = tuple(_rule(rule, i, where, known, minimum) for i, rule in enumerate(rules))
+    is_ik = file_type in IK_MIXTURES
+    check_ik_label(label, is_ik, at("label"))
+    parsed = tuple(_rule(rule, i, where, known, minimum, is_ik) for i, rule in enumerate(rules))
     if base is None:
         return Recipe(name, title, label, file_type, parsed, source, minimum)
     inherited = tuple(replace(rule, inherited=True) for rule in base.rules)
@@ -339,7 +359,12 @@ def check_label(label: str, where: str) -> None:
 
 
 def _rule(
-    values: Any, position: int, where: str, lines: SourceLines | None, of_recipe: Minimum | None
+    values: Any,
+    position: int,
+    where: str,
+    lines: SourceLines | None,
+    of_recipe: Minimum | None,
+    is_ik: bool,
 ) -> Rule:
     def at(key: str | None = None) -> str:
         line = "" if lines is None else f", line {lines.of_table(position, key)}"
@@ -348,8 +373,12 @@ def _rule(
     if not isinstance(values, dict):
         raise RecipeError(f"{at()}: expected a [[rules]] table")
     _refuse_unknown(values, _RULE_KEYS, at)
-    match, tensor_type = (_text(values, key, at, _RULE_TEXTS) for key in _RULE_TEXTS)
-    check_glob(match, f"{at('match')}: match")
+    is_regex = "regex" in values
+    if is_regex and "match" in values:
+        raise RecipeError(f"{at('regex')}: has both match and regex; remove one of them")
+    key = "regex" if is_regex else "match"
+    match, tensor_type = (_text(values, one, at, _RULE_TEXTS) for one in (key, "type"))
+    (check_regex if is_regex else check_glob)(match, f"{at(key)}: {key}")
     layers = ""
     if "layers" in values:
         layers = _text(values, "layers", at, {})
@@ -358,11 +387,11 @@ def _rule(
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise RecipeError(f"{at(key)}: {key} is {shown(value)}, expected true or false")
-    kind = tensor_type_named(tensor_type, f"{at('type')}: type")
+    kind = tensor_type_named(tensor_type, f"{at('type')}: type", is_ik)
     check_weighted(values, kind, at)
     own = read_minimum(values, at, of_recipe) if values.keys() & {*MINIMUM_KEYS} else None
     place = "" if lines is None else f"{where}, line {lines.of_table(position)}"
-    return Rule(match, kind, **flags, layers=layers, minimum=own, where=place)
+    return Rule(match, kind, **flags, layers=layers, is_regex=is_regex, minimum=own, where=place)
 
 
 def _text(

@@ -14,6 +14,7 @@ from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
+    IMATRIX_FROM_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
@@ -39,6 +40,7 @@ from reap2gguf.terminal.help import (
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
 from reap2gguf.terminal.pruning_options import build_pruning_options
+from reap2gguf.terminal.target_options import target_options
 
 _DEFAULTS = CalibrationOptions()
 
@@ -239,8 +241,9 @@ build_options = together(
         metavar="NAME|FILE,...",
         help="Quantization recipes, with commas or repeated: file types such as Q5_K_M, names of "
         "`reap2gguf recipes list`, or TOML files.",
-        default_text=DEFAULT_RECIPE,
+        default_text=f"{DEFAULT_RECIPE}; none with a target size",
     ),
+    target_options,
     tensor_type_option,
     label_option,
     option(
@@ -274,6 +277,14 @@ build_options = together(
         metavar="FILE",
         help="Use an importance matrix, .gguf or .dat, of the result or of MODEL before pruning, "
         "and skip computing one.",
+    ),
+    option(
+        "--imatrix-from",
+        section=CALIBRATION,
+        type=click.Choice(IMATRIX_FROM_CHOICES),
+        default="pruned",
+        help="Take the importance matrix on the pruned model, in a pass of its own, or on the "
+        "source, in the pass that ranks the experts: one pass instead of two.",
     ),
     option(
         "--imatrix-text",
@@ -334,6 +345,10 @@ def collect(
     arguments, revisions = settled(arguments)
     return BuildOptions(
         recipes=arguments["recipes"],
+        target_size=arguments["target_size"],
+        target_bpw=arguments["target_bpw"],
+        fit=arguments["fit"],
+        fit_context=arguments["fit_context"],
         model=arguments["model"],
         labels=dict(arguments["labels"]),
         keep_experts=arguments["keep_experts"],
@@ -347,6 +362,7 @@ def collect(
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
         repair=arguments["repair"],
+        dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
             arguments["spec"],
@@ -358,6 +374,7 @@ def collect(
         ),
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
+        imatrix_from=arguments["imatrix_from"],
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],
         imatrix_chunks=arguments["imatrix_chunks"],

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.reference import REFERENCE_FACTS, REFERENCE_NAME, reference_tensors
-from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
+from reap2gguf.quantizing.ik.workers import EXTRA
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
 if TYPE_CHECKING:
+    from reap2gguf.quantizing.minimum import Minimum
     from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable, RoleChange, RoleRow
 
 _PER_LINE = 6  # file types
@@ -76,6 +78,11 @@ def list_lines() -> Iterable[str]:
     for start in range(0, len(cells), _PER_LINE):
         yield "   ".join(cells[start : start + _PER_LINE])
     yield ""
+    yield f"FILE TYPES OF IK_LLAMA.CPP, which alone loads them; to make them, `{EXTRA}`"
+    cells = [f"{name:<{longest}} {reference_bits(load_recipe(name)):>4.1f}" for name in IK_MIXTURES]
+    for start in range(0, len(cells), _PER_LINE):
+        yield "   ".join(cells[start : start + _PER_LINE])
+    yield ""
     yield f"BITS are per weight, for {REFERENCE_NAME}; `reap2gguf recipes check` has other models'."
 
 
@@ -85,6 +92,7 @@ def list_as_json() -> dict[str, Any]:
         "reference": REFERENCE_NAME,
         "recipes": [_summary(load_recipe(name)) for name in shipped_recipes()],
         "file_types": [{**_summary(load_recipe(name)), "name": name} for name in MIXTURES],
+        "ik_file_types": [{**_summary(load_recipe(name)), "name": name} for name in IK_MIXTURES],
     }
 
 
@@ -102,9 +110,13 @@ def recipe_lines(recipe: Recipe) -> Iterable[str]:
     """A recipe rule by rule."""
     yield f"{recipe.name}: {recipe.title}"
     yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
+    if recipe.minimum is not None:
+        asked = recipe.minimum.words
+        yield f"  the importance matrix must have {asked}, in every tensor of experts"
     for rule in recipe.rules:
         only = "  (if the model has it)" if rule.optional else ""
-        yield f"  {rule.selector.words:<28} {rule.tensor_type.name}{only}"
+        asks = "" if rule.minimum is None else f"  (with {rule.minimum.words} of importance)"
+        yield f"  {rule.selector.words:<28} {rule.tensor_type.name}{only}{asks}"
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
@@ -114,17 +126,24 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
         "title": recipe.title,
         "label": recipe.label,
         "file_type": recipe.file_type,
+        **_minimum(recipe.minimum),
         "rules": [
             {
-                "match": rule.match,
+                rule.selector.key: rule.match,
                 "layers": rule.layers,
                 "type": rule.tensor_type.name,
                 "optional": rule.optional,
+                **_minimum(rule.minimum),
             }
             for rule in recipe.rules
         ],
         "toml": recipe.source,
     }
+
+
+def _minimum(found: Minimum | None) -> dict[str, Any]:
+    """The keys of a recipe or a rule that has one."""
+    return {} if found is None else {"min_coverage": found.share, "min_tokens": found.tokens}
 
 
 def table_lines(table: RecipeTable) -> Iterator[str]:

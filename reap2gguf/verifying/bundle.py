@@ -28,6 +28,7 @@ from reap2gguf.files import is_own_file
 from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
 from reap2gguf.pruning.write import KEPT_FILE, companion_files
+from reap2gguf.verifying import repaired
 from reap2gguf.verifying.against_source import read_repair
 from reap2gguf.verifying.context import (
     Check,
@@ -64,12 +65,6 @@ from reap2gguf.verifying.hf_folder import (
     compare_files,
     compare_folder,
     open_folder,
-)
-from reap2gguf.verifying.repaired import (
-    NEEDS_FOLDER,
-    NOT_REPEATED,
-    check_repaired,
-    with_repaired,
 )
 from reap2gguf.verifying.report import Findings, Level, VerifyReport, with_error
 from reap2gguf.verifying.shards import check_config_text, check_shards
@@ -169,7 +164,9 @@ def _check_pair(
     for header, value in zip(headers, values, strict=True):
         found.violations += [*header, *value]
     exact = {path for check in checks if check.is_exact for path in check.files}
-    for path in files:
+    unread = {path: check.unreadable for check in checks for path in check.files}
+    found.not_checked += [f"{path.name}: {why}" for path, why in unread.items() if why]
+    for path in (path for path in files if not unread.get(path)):
         found.reach(Level.EXACT if path in exact else Level.VALUES, [path])
 
 
@@ -198,9 +195,9 @@ def _check_pruned_folder(
     found.violations += pruned.violations
     view = pruned.view
     if view is not None and (repair := read_repair(folder)) is not None:
-        found.take(check_repaired(repair, *opened, True), folder.name)
-        found.not_checked.append(NOT_REPEATED)
-        view = with_repaired(view, repair, opened[0])
+        found.take(repaired.check_repaired(repair, *opened, True), folder.name)
+        found.not_checked.append(repaired.NOT_REPEATED)
+        view = repaired.with_repaired(view, repair, opened[0])
     if view is not None:
         found.violations += check_pruned(folder, view, progress, n_threads)
         found.reach(Level.EXACT, shards)
@@ -261,7 +258,7 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
             check.take(_check_hf_contents(check, opened, pruned.view), opened[0].folder.name)
         reference: Reference | None = opened
         if reference is None and check.manifest.pruning.repair is not None:
-            found.not_checked.append(NEEDS_FOLDER)
+            found.not_checked.append(repaired.NEEDS_FOLDER)
         elif reference is None and pruned.view is not None:
             reference = (pruned.view, pruned.view.model)
         if reference is not None:
@@ -274,6 +271,7 @@ def _check_both(check: Check, hf: Path | None, gguf: Path | None) -> None:
     else:
         found.not_checked.append("cards and Modelfile not compared: the manifest is not sound")
     check.take(check_options(check.manifest), MANIFEST_FILE)
+    check.take(repaired.check_option(check.manifest), MANIFEST_FILE)
     _say_what_is_missing(check, hf, gguf, reference)
 
 
@@ -309,12 +307,12 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
     yield from check_config_text(checkpoint)
     repair, reads_values = check.manifest.pruning.repair, check.strictness.reads_values
     if repair is not None:
-        yield from check_repaired(repair, checkpoint, model, reads_values)
+        yield from repaired.check_repaired(repair, checkpoint, model, reads_values)
     if not reads_values:
         return
     if repair is not None:
-        check.found.not_checked.append(NOT_REPEATED)
-        view = None if view is None else with_repaired(view, repair, checkpoint)
+        check.found.not_checked.append(repaired.NOT_REPEATED)
+        view = None if view is None else repaired.with_repaired(view, repair, checkpoint)
     if view is None:
         yield from check_folder(checkpoint, model, check.progress, check.n_threads)
     else:

@@ -14,8 +14,10 @@ from reap2gguf.messages import shown
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import tensors_sha256
 from reap2gguf.repairing.view import RepairedView
+from reap2gguf.verifying.choice import asked_repairs
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
@@ -62,6 +64,13 @@ def check_repaired(
             f"{where}: the repair is recorded to have given {repair.n_tensors} tensors, expected "
             f"{n_tensors}"
         )
+
+
+def check_option(manifest: Manifest) -> Iterator[str]:
+    """The option that asked for a repair, against what is recorded of one."""
+    options, (expected,) = manifest.options, asked_repairs(manifest)
+    if options is not None and options.repair != expected:
+        yield f"options.repair is {shown(options.repair)}, expected {expected}"
 
 
 def with_repaired(view: PrunedView, repair: RepairRecord, folder: Checkpoint) -> PrunedView:

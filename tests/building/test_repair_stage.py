@@ -86,7 +86,7 @@ def test_two_runs_and_runs_that_are_interrupted_give_the_same_bytes(
         patch.setattr(RepairFolder, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             build(model, tmp_path, **CHANGES)
-    for kind in (stages.Importance, stages.Export, Verify):
+    for kind in (stages.Export, Verify):
         with monkeypatch.context() as patch:
             stop_at(patch, kind)
             with pytest.raises(KeyboardInterrupt):

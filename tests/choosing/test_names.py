@@ -44,7 +44,7 @@ def test_a_repaired_candidate_is_named_after_its_criterion() -> None:
 
 def test_options_without_auto_are_refused() -> None:
     for changes in ({"candidates": ("reap",)}, {"choose_text": "text.txt"}):
-        with pytest.raises(UsageError, match="is for --method auto"):
+        with pytest.raises(UsageError, match="is for the method auto"):
             BuildOptions(**changes)  # type: ignore[arg-type]
     options = BuildOptions(method=AUTO, candidates="reap,frequency")  # type: ignore[arg-type]
     assert options.candidates == ("reap", "frequency")
