@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.fitting import FitResult, fit_recipe
+    from reap2gguf.api.foreign_recipes import import_recipe, recipe_of
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.recipes import compare_recipes, recipe_table
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+    from reap2gguf.importing.from_file import FoundRecipe
+    from reap2gguf.importing.imported import ImportedRecipe
     from reap2gguf.options import (
         BuildOptions,
         CalibrationOptions,
@@ -76,9 +79,11 @@ __all__ = [
     "EvaluateOptions",
     "Evaluation",
     "FitResult",
+    "FoundRecipe",
     "Imatrix",
     "ImatrixInspection",
     "ImatrixStatistics",
+    "ImportedRecipe",
     "MergedImatrix",
     "ModelComparison",
     "Observations",
@@ -106,6 +111,7 @@ __all__ = [
     "fit_recipe",
     "imatrix",
     "imatrix_statistics",
+    "import_recipe",
     "inspect",
     "make_bundle",
     "merge_imatrices",
@@ -114,6 +120,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "recipe_of",
     "recipe_table",
     "report",
     "select",
@@ -130,6 +137,7 @@ _HOMES = {
     "api.example": ("example",),
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.fitting": ("FitResult", "fit_recipe"),
+    "api.foreign_recipes": ("import_recipe", "recipe_of"),
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
@@ -156,6 +164,8 @@ _HOMES = {
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_merge": ("MergedImatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
+    "importing.from_file": ("FoundRecipe",),
+    "importing.imported": ("ImportedRecipe",),
     "options": (
         "BuildOptions",
         "CalibrationOptions",

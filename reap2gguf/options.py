@@ -21,6 +21,7 @@ from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
+DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -276,6 +277,7 @@ class BuildOptions:
     protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
+    dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
@@ -314,6 +316,8 @@ class BuildOptions:
         self._check_choosing()
         read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
+        if self.dequantize is not None:
+            check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:

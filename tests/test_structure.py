@@ -321,7 +321,10 @@ COVERED_BY = [
     (
         "checkpoint/test_checkpoint.py",
         "the parts of a checkpoint's folder",
-        ("checkpoint/entries.py", "checkpoint/index.py", "checkpoint/weights.py"),
+        (
+            "checkpoint/entries.py", "checkpoint/index.py", "checkpoint/tensor_files.py",
+            "checkpoint/weights.py",
+        ),
     ),
     (
         "exporting/test_gguf_export.py",
@@ -373,6 +376,16 @@ COVERED_BY = [
         "fitting/test_fitted.py",
         "recipes that are made for a model, and the files that they make",
         ("api/fitting.py",),
+    ),
+    (
+        "importing/test_foreign.py",
+        "types by the names that other programs have for them",
+        ("importing/foreign_types.py",),
+    ),
+    (
+        "terminal/test_recipe_makers.py",
+        "the functions as the commands call them",
+        ("api/foreign_recipes.py",),
     ),
     (
         "quantizing/test_recipe.py",

@@ -78,8 +78,11 @@ class BuildKeys:
         return _hashes([*published, *named], CheckpointError)
 
     @property
-    def _source(self) -> tuple[str, list[tuple[str, int, int | str]]]:
-        return self.fingerprint, self.plan.checkpoint.stamps()
+    def _source(self) -> tuple[object, ...]:
+        """The source, and what its values are read as."""
+        asked = self.plan.options.dequantize
+        found = self.fingerprint, self.plan.checkpoint.stamps()
+        return found if asked is None else (*found, asked)
 
     @property
     def _card(self) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
 from reap2gguf.choosing.names import AUTO, check_candidates
-from reap2gguf.errors import CalibrationError
+from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -152,7 +152,7 @@ class Plan:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What a user should know of the model and its tokenizer, one sentence each."""
-        return (*self.model.caveats(), *self.tokenizer_caveats)
+        return (*self.checkpoint.caveats, *self.model.caveats(), *self.tokenizer_caveats)
 
     @property
     def max_length(self) -> int:
@@ -234,11 +234,16 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     """
     asked = _read_options(options)
     source = resolve_source(options.model, note, options.follow_links)
-    checkpoint = source.open(note)
+    checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if options.dequantize and not target.prunes:
+        raise UsageError(
+            "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
+            "pass --keep-experts"
+        )
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -288,6 +293,15 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     if plan.reads_calibration and not asked.is_checked:
         check_calibration(plan.calibration, plan.files)
     return plan
+
+
+def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Checkpoint:
+    """The source, or its values in BF16 if they are quantized and to be written so."""
+    if options.dequantize is None:
+        return checkpoint
+    if checkpoint.decoding is None:
+        note(f"--dequantize: {checkpoint.folder.name} is not quantized, so it changes nothing")
+    return checkpoint.dequantized()
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,11 @@ from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.memory import export_memory
-from reap2gguf.exporting.model_files import (
-    WeightedBy,
-    export_model,
-    export_side,
-)
+from reap2gguf.exporting.model_files import WeightedBy, export_model, export_side
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
@@ -212,8 +209,7 @@ class Importance(Stage[Imatrix]):
         self._growing: Imatrix | None = None  # while it is computed, and after
 
     @property
-    def label(self) -> str:
-        """What errors call the matrix."""
+    def label(self) -> str:  # in errors
         return f"the importance matrix ({self._chunks.summary})"
 
     @property
@@ -282,6 +278,7 @@ class Importance(Stage[Imatrix]):
             "mtp_hits": report.mtp_hits,
             "mtp_tokens": report.mtp_tokens,
             "unseen_experts": sum(imatrix.unseen_experts().values()),
+            "expert_tokens": layer_hits(imatrix),
             "seals": self.run.seal(self.outputs),
         }
 

@@ -48,6 +48,7 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     protect: str = ""
     protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it

@@ -352,6 +352,7 @@ def collect(
         protect=arguments["protect"],
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
+        dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
             arguments["spec"],

@@ -14,9 +14,17 @@ from reap2gguf.building.needs.rented import GPUS, H100
 from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
+from reap2gguf.gguf_files.imatrix_coverage import FEW
 from reap2gguf.messages import duration, parameters, quantity, size
 from reap2gguf.pruning.select import friendly_count, is_fused
-from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
+from reap2gguf.terminal.imatrix_views import expert_lines
+from reap2gguf.terminal.plan_advice import (
+    coverage_as_json,
+    coverage_lines,
+    covered_experts,
+    expert_count_lines,
+    odd_row_lines,
+)
 from reap2gguf.terminal.target_views import sized_lines, target_as_json
 
 if TYPE_CHECKING:
@@ -36,7 +44,7 @@ def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Itera
 
     `with_tensors`: the type of every kind of tensor, too.
     """
-    return _lines(plan, needs, with_tensors, _quantizers(plan).line)
+    return _lines(plan, needs, with_tensors, _quantizers(plan).line, with_coverage=True)
 
 
 def _quantizers(plan: Plan) -> Quantizers:
@@ -44,7 +52,11 @@ def _quantizers(plan: Plan) -> Quantizers:
 
 
 def _lines(
-    plan: Plan, needs: Estimate, with_tensors: bool = False, quantizers: str = ""
+    plan: Plan,
+    needs: Estimate,
+    with_tensors: bool = False,
+    quantizers: str = "",
+    with_coverage: bool = False,
 ) -> Iterator[str]:
     yield f"{plan.source.label} -> {plan.name}"
     for caveat in plan.caveats:  # first, since 24 lines of a terminal show the last ones
@@ -52,10 +64,16 @@ def _lines(
     for line in _model(plan):
         yield from _wrapped(line)
     yield from _wrapped(_calibration(plan, needs))
+    if with_coverage:
+        for line in coverage_lines(needs.reused.coverage):
+            yield from _wrapped(line)
     yield from _wrapped(_quality(plan, needs))
     for warning in plan.warnings:
         yield from _wrapped(f"warning: {warning}")
     yield from _files(plan, with_tensors)
+    if with_tensors and (covered := covered_experts(plan, needs.reused.coverage)):
+        yield "  tokens of the importance matrix per expert:"
+        yield from (f"    {line}" for line in expert_lines(covered, FEW))
     if quantizers and not needs.reused.is_up_to_date:
         yield from _wrapped(quantizers)
     for line in _needs(needs):
@@ -90,7 +108,7 @@ def _model(plan: Plan) -> Iterator[str]:
         f"{parameters(plan.checkpoint.n_parameters)} parameters remain"
     )
     if unfetched := plan.checkpoint.unfetched_bytes:
-        cached = plan.checkpoint.n_bytes - unfetched
+        cached = plan.checkpoint.n_stored_bytes - unfetched
         in_cache = f"; {size(cached)} are in the cache" if cached > 0 else ""
         yield f"{size(unfetched)} of weights will be fetched from the Hub{in_cache}"
     yield (
@@ -316,6 +334,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "observations": None if plan.observations is None else plan.observations.file,
         "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "imatrix_coverage": None if plan.imatrix is None else asdict(plan.imatrix.coverage),
+        "coverage": coverage_as_json(needs.reused.coverage),
         "calibration": {
             "spec": plan.calibration.label,
             "rows": needs.amount.n_rows,
@@ -400,7 +419,7 @@ def _rented_as_json(name: str, needs: Estimate) -> dict[str, Any]:
         "gpu": name,
         "gpu_memory_bytes": needs.gpu_memory_bytes,
         "memory_bytes": needs.memory_bytes,
-        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_bytes,
+        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_stored_bytes,
         "seconds": round(needs.seconds, 1),
         "fits": needs.fits,
     }

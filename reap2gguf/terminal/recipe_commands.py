@@ -23,6 +23,7 @@ from reap2gguf.terminal.compute_options import (
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
 from reap2gguf.terminal.help import WRITE, command, option
 from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.recipe_makers import recipes_import, recipes_of
 from reap2gguf.terminal.suggestions import Group
 from reap2gguf.terminal.target_options import target_options
 
@@ -284,6 +285,6 @@ def recipes_fit(
 
 for subcommand in (
     *(recipes_list, recipes_show, recipes_diff, recipes_check, recipes_fit),
-    recipes_budget,
+    *(recipes_of, recipes_import, recipes_budget),
 ):
     recipes.add_command(subcommand)

@@ -130,7 +130,7 @@ def stage_seconds(
     if plan.reads_texts:
         found["texts"] = _texts(plan, amount, host)
     # the first pass reads the weights from the disk; later ones find what stays in memory
-    reading = _read_seconds(source.n_bytes, host, is_first=True)
+    reading = _read_seconds(source.n_stored_bytes, host, is_first=True)
     waiting = max(reading, source.unfetched_bytes / host.download_bytes)
     if plan.observes:
         passing = _pass(plan, sizes, amount.n_tokens, amount, host)
@@ -231,7 +231,10 @@ def _evaluate(plan: Plan, sizes: Sizes, amount: Amount, recipes: Recipes, host: 
     n_variants = 1 + plan.writes_hf + len(recipes)
     passing = _scoring(plan, sizes, amount, n_variants, n_tokens, host)
     n_weights = sum(prod(entry.tensor.shape) for recipe in recipes for entry in recipe.table)
-    reading = _read_seconds(plan.checkpoint.n_bytes, host) + _DEQUANTIZE * n_weights / host.parallel
+    reading = (
+        _read_seconds(plan.checkpoint.n_stored_bytes, host)
+        + _DEQUANTIZE * n_weights / host.parallel
+    )
     return max(passing, reading) + python * n_variants * _PASS
 
 
