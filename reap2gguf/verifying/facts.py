@@ -109,7 +109,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
         "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
-        "imatrix": (calibration.imatrix_file,),
+        "imatrix": (None if calibration.is_of_observations else calibration.imatrix_file,),
+        "imatrix_from": calibration.asked_from(pruning.method == NO_METHOD),
         "device": DEVICES[1:],
         "dtype": DTYPES[1:],
     }
