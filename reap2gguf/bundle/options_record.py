@@ -48,6 +48,7 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    repair: str = "none"
     dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     protect: str = ""
     protect_super_experts: bool = False

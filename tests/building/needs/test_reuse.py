@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reap2gguf.building import stages
+from reap2gguf.building import text_stage
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage
 from reap2gguf.building.needs.reuse import find_reused
 from reap2gguf.building.plan import make_plan
@@ -65,7 +65,7 @@ def test_a_build_that_starts_from_scratch(
     plan = make_plan(options(tiny, out))
     assert set(ALL) - set(find_reused(plan).stages) == {"fit"}, "no size was asked for"
     with monkeypatch.context() as patch:
-        refuse_at(patch, stages, "read_texts")
+        refuse_at(patch, text_stage, "read_texts")
         with pytest.raises(KeyboardInterrupt):
             build(tiny, out, fresh=True)
     assert find_reused(plan).stages == ()
