@@ -291,6 +291,7 @@ class BuildOptions:
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
     calibration: CalibrationOptions = CalibrationOptions()
+    kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
     imatrix_text: Path | None = None
@@ -325,7 +326,7 @@ class BuildOptions:
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        for name in ("observations", "imatrix", "imatrix_text"):
+        for name in ("kept", "observations", "imatrix", "imatrix_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
         if self.imatrix is not None and self.imatrix_text is not None:

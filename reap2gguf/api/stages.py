@@ -118,18 +118,20 @@ def select(
     method: str = "reap",
     protect: str = "",
     protect_super_experts: bool = False,
+    kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
     follow_links: bool = False,
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
     Methods that rank experts by their weights alone take no observations. `protect` names experts
-    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). Raises ArtifactError if the
-    observations are of another model, UsageError for a number of experts that the model cannot run
-    with, and for protected experts that do not exist or fit.
+    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). `kept` names all experts
+    that stay, by layer or in a file such as `prune` writes, in place of every choice. Raises
+    ArtifactError if observations or `kept` are of another model, UsageError for a number of experts
+    that the model cannot run with, and for protected experts that do not exist or fit.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
-    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
     with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
         return chosen(opened, observations, wanted, Silent())
 
@@ -144,19 +146,20 @@ def prune(
     method: str = "reap",
     protect: str = "",
     protect_super_experts: bool = False,
+    kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    `observations` is None for methods that rank experts by their weights alone. Raises what
-    `select` raises, OutputError if the folder exists or cannot be written, and VerificationError if
-    what was written is not what was planned.
+    `observations` is None for methods that rank experts by their weights alone, and with `kept`.
+    Raises what `select` raises, OutputError if the folder exists or cannot be written, and
+    VerificationError if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
-    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
@@ -167,7 +170,7 @@ def prune(
 
         checkpoint, name = opened.checkpoint, opened.source.label
         where = output, shown, name, selection.protected
-        prune_to_folder(checkpoint, opened.model, selection.kept, method, *where)
+        prune_to_folder(checkpoint, opened.model, selection.kept, selection.method, *where)
     return PruneResult(output, selection)
 
 

@@ -16,7 +16,6 @@ from reap2gguf.atomic import write_whole
 from reap2gguf.building.keys import WEIGHTS_FORMAT, stage_key
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
-from reap2gguf.pruning.methods import is_from_weights
 from reap2gguf.pruning.protection import ProtectedExperts, protected_experts
 from reap2gguf.pruning.select import keep_best, select_experts
 from reap2gguf.pruning.weight_scores import weight_scores
@@ -51,7 +50,7 @@ def chosen_experts(run: Run, seen: Observations | None) -> Kept:
 
 def protected_of(plan: Plan, seen: Observations | None) -> ProtectedExperts:
     """The experts that stay whatever they score. Raises what `protected_experts` raises."""
-    if not plan.target.prunes:
+    if not plan.target.prunes or plan.given_kept is not None:
         return ProtectedExperts()
     return protected_experts(plan.options.protection, seen, plan.target, plan.model.facts)
 
@@ -71,7 +70,9 @@ def _without_weights(plan: Plan, seen: Observations | None) -> Kept | None:
     """The experts that stay, unless they are ranked by their weights."""
     if not plan.target.prunes:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
-    if is_from_weights(plan.method):
+    if plan.given_kept is not None:
+        return plan.given_kept.kept
+    if plan.ranks_by_weights:
         return None
     assert seen is not None
     protected = protected_of(plan, seen).all

@@ -15,6 +15,11 @@ from reap2gguf.building.given import (
     read_imatrix,
     read_observations,
 )
+from reap2gguf.building.given_kept import (
+    GivenKept,
+    read_kept_map,
+    refuse_beside_kept,
+)
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
@@ -23,6 +28,7 @@ from reap2gguf.bundle.options_record import (
     CALIBRATION_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
+    KEPT_OPTION,
     OBSERVATIONS_OPTION,
     InputRecord,
 )
@@ -37,7 +43,7 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import is_from_weights
+from reap2gguf.pruning.methods import GIVEN, is_from_weights
 from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
@@ -50,6 +56,7 @@ from reap2gguf.tokenizer.check import check_tokenizer
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.models.description import ModelFacts
     from reap2gguf.options import BuildOptions
     from reap2gguf.quantizing.recipe import Recipe
 
@@ -71,18 +78,21 @@ class Plan:
     files: ScannedFiles  # of the calibration
     tokenizer_caveats: tuple[str, ...] = ()
     history: History | None = None  # of a source that this program has pruned before
+    given_kept: GivenKept | None = None  # None: the build chooses the experts
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
 
     @property
     def observes(self) -> bool:
         """Whether the build observes the experts, in order to rank them."""
-        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+        is_chosen = self.given_kept is not None or self.observations is not None
+        return self.target.prunes and not is_chosen and not self.ranks_by_weights
 
     @property
     def ranks_by_weights(self) -> bool:
         """Whether the build ranks the experts by their weights alone."""
-        return self.target.prunes and is_from_weights(self.options.method)
+        is_given = self.given_kept is not None
+        return self.target.prunes and not is_given and is_from_weights(self.options.method)
 
     @property
     def reads_rows(self) -> bool:
@@ -149,6 +159,9 @@ class Plan:
         reads = self.reads_calibration
         hashes = local_hashes(self.calibration, self.files) if reads else []
         found = [InputRecord(CALIBRATION_OPTION, name, sha256) for name, sha256 in hashes]
+        if self.given_kept is not None:
+            kept = self.given_kept
+            found.append(InputRecord(KEPT_OPTION, kept.file, kept.sha256))
         if self.observations is not None:
             given = self.observations
             found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
@@ -173,8 +186,10 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are ranked, or NO_METHOD where none is removed."""
-        return self.options.method if self.target.prunes else NO_METHOD
+        """How experts are chosen, or NO_METHOD where none is removed."""
+        if not self.target.prunes:
+            return NO_METHOD
+        return self.options.method if self.given_kept is None else GIVEN
 
     @property
     def mtp(self) -> str:
@@ -201,7 +216,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
+    given_kept = _given_kept(options, model.facts)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if given_kept is not None:
+        target = given_kept.target
     pruned = _with_first_experts(checkpoint, model, target)
     tensors = pruned.model.gguf_tensors(pruned.tensors)
     recipes = tuple(
@@ -210,7 +228,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     )
     name = bundle_name(options, source, target, note)
     folders = BundleFolders(options.output, name)
-    keep_given(folders, (options.observations, options.imatrix), target.prunes)
+    keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
     _check_protection(options, observations, model, target)
     imatrix = None
@@ -234,6 +252,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         files=asked.files,
         tokenizer_caveats=caveats,
         history=read_history(checkpoint, model.facts, note),
+        given_kept=given_kept,
         observations=observations,
         imatrix=imatrix,
     )
@@ -283,6 +302,20 @@ def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target)
     return PrunedView(checkpoint, model, first_ones)
 
 
+def _given_kept(options: BuildOptions, facts: ModelFacts) -> GivenKept | None:
+    """A map of the experts that stay. Raises what `read_kept_map` raises."""
+    if options.kept is None:
+        return None
+    refuse_beside_kept(options, options.observations)
+    found = read_kept_map(options.kept, facts)
+    if not found.target.prunes:
+        raise UsageError(
+            f"--kept {options.kept}: it keeps all {facts.n_experts} experts of each layer; leave "
+            "it out, and pass --compression 0"
+        )
+    return found
+
+
 def _observations(
     options: BuildOptions, checkpoint: Checkpoint, model: MoeModel, target: Target
 ) -> GivenObservations | None:
@@ -308,7 +341,7 @@ def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
         return True
-    if is_from_weights(options.method):
+    if is_from_weights(options.method) or options.kept is not None:
         return False
     return options.observations is None and options.compression != 0
 

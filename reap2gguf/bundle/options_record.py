@@ -12,6 +12,7 @@ from dataclasses import dataclass
 # options that name local files
 CALIBRATION_OPTION = "--calibration"
 IMATRIX_TEXT_OPTION = "--imatrix-text"
+KEPT_OPTION = "--kept"
 OBSERVATIONS_OPTION = "--observations"
 IMATRIX_OPTION = "--imatrix"
 
@@ -47,6 +48,7 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
+    kept: str | None = None  # the last part of its path
     protect: str = ""
     protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it

@@ -13,11 +13,9 @@ from click.core import ParameterSource
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
-    MTP_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
-from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.compute_options import (
     check_quants_option,
     collect_compute,
@@ -32,7 +30,6 @@ from reap2gguf.terminal.help import (
     CHECKS,
     MODEL,
     MOST,
-    PRUNE,
     WRITE,
     F,
     Number,
@@ -40,6 +37,7 @@ from reap2gguf.terminal.help import (
     together,
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
+from reap2gguf.terminal.pruning_options import pruning_options
 
 _DEFAULTS = CalibrationOptions()
 
@@ -86,55 +84,6 @@ def model_argument(
 
 
 _MODEL = "reap2gguf.model"
-
-pruning_options = together(
-    option(
-        "--keep-experts",
-        section=PRUNE,
-        type=int,
-        metavar="N",
-        help="Number of experts to keep per layer.",
-    ),
-    option(
-        "--compression",
-        section=PRUNE,
-        type=float,
-        metavar="R",
-        help="Share of experts to remove, in place of --keep-experts: floor(E x R) per layer.",
-        default_text="0.25",
-    ),
-    option(
-        "--method",
-        section=PRUNE,
-        type=click.Choice(METHODS),
-        default="reap",
-        metavar="NAME",
-        help=f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by "
-        f"their weights alone: {', '.join(FROM_WEIGHTS)}.",
-    ),
-    option(
-        "--protect",
-        section=PRUNE,
-        default="",
-        show_default=False,
-        metavar="LAYER:EXPERT,...",
-        help="Experts that stay whatever they score: 3:17, ranges as in 0-3:5-8, or '*:3' for "
-        "every layer.",
-    ),
-    option(
-        "--protect-super-experts",
-        section=PRUNE,
-        is_flag=True,
-        help="Keep the few experts whose outputs have outliers, on which attention may depend.",
-    ),
-    option(
-        "--mtp",
-        section=PRUNE,
-        type=click.Choice(MTP_CHOICES),
-        default="prune",
-        help="Multi-token-prediction block: prune it like the layers, or drop it.",
-    ),
-)
 
 seed_option = option(
     "--seed",
@@ -397,6 +346,7 @@ def collect(
             arguments["pack"],
             revisions,
         ),
+        kept=arguments["kept"],
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
         imatrix_text=arguments["imatrix_text"],

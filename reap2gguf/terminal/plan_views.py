@@ -98,6 +98,8 @@ def _model(plan: Plan) -> Iterator[str]:
     )
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
+    if plan.given_kept is not None:
+        yield f"the experts that stay are those of {plan.given_kept.file}: no pass observes them"
     if plan.ranks_by_weights:
         yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
     if plan.target.prunes:

@@ -16,7 +16,6 @@ from reap2gguf.terminal.click_options import (
     label_option,
     model_argument,
     output_options,
-    pruning_options,
     seed_option,
     tensor_type_option,
 )
@@ -31,6 +30,7 @@ from reap2gguf.terminal.compute_options import (
 from reap2gguf.terminal.console import say, terminal_progress
 from reap2gguf.terminal.help import CALIBRATION, PRUNE, WRITE, Number, command, option
 from reap2gguf.terminal.option_types import FilePath, FolderPath
+from reap2gguf.terminal.pruning_options import pruning_options
 
 
 @command()
@@ -86,7 +86,7 @@ def observe(
     "--observations",
     section=PRUNE,
     type=FilePath,
-    help="File that `observe` wrote; not for methods that read weights alone.",
+    help="File that `observe` wrote; not for methods that read weights alone, nor with --kept.",
 )
 @pruning_options
 @option("-o", "--output", section=WRITE, type=FolderPath, required=True, help="Folder to write.")
@@ -102,6 +102,7 @@ def prune(model: str, observations: Path | None, output: Path, **pruning: Any) -
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --keep-experts 96 -o Qwen3-30B-A3B-REAP
       reap2gguf prune ./Qwen3-30B-A3B --method aimer -o Qwen3-30B-A3B-AIMER
+      reap2gguf prune ./Qwen3-30B-A3B --kept kept_experts.json -o Qwen3-30B-A3B-again
     """
 
     progress = terminal_progress()

@@ -29,7 +29,7 @@ from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEVICES, DTYPES, MTP_CHOICES
-from reap2gguf.pruning.methods import METHODS, OBSERVED
+from reap2gguf.pruning.methods import GIVEN, METHODS, OBSERVED, RECORDED
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -54,7 +54,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     """
     pruning, calibration = manifest.pruning, manifest.calibration
     yield from _check_kept(pruning)
-    methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
+    methods = RECORDED if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
     observed_here = pruning.method in OBSERVED and pruning.observations_file is None
@@ -81,7 +81,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
     expected: dict[str, tuple[Any, ...]] = {
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),
-        "method": METHODS if pruning.method == NO_METHOD else (pruning.method,),
+        "method": METHODS if pruning.method in (NO_METHOD, GIVEN) else (pruning.method,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
         "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
