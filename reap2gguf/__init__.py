@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.fitting import FitResult, fit_recipe
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
     from reap2gguf.api.selecting import Selection
     from reap2gguf.api.stages import (
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     )
     from reap2gguf.progress import ProgressEvent
     from reap2gguf.pruning.inspection import BundleInspection, ObservationsInspection
+    from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable
     from reap2gguf.verifying.report import VerifyReport
 
 __version__ = "0.1.0"
@@ -82,6 +84,8 @@ __all__ = [
     "PruneResult",
     "QuantizeResult",
     "Reap2ggufError",
+    "RecipeDifference",
+    "RecipeTable",
     "RecipeText",
     "Selection",
     "SlicedImatrix",
@@ -90,6 +94,7 @@ __all__ = [
     "add",
     "build",
     "compare",
+    "compare_recipes",
     "estimate",
     "evaluate",
     "example",
@@ -104,6 +109,7 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "recipe_table",
     "report",
     "select",
     "slice_imatrix",
@@ -117,6 +123,7 @@ _HOMES = {
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
+    "api.recipes": ("compare_recipes", "recipe_table"),
     "api.reporting": ("report",),
     "api.selecting": ("Selection",),
     "api.stages": (
@@ -150,6 +157,7 @@ _HOMES = {
     ),
     "progress": ("ProgressEvent",),
     "pruning.inspection": ("BundleInspection", "ObservationsInspection"),
+    "quantizing.role_table": ("RecipeDifference", "RecipeTable"),
     "verifying.report": ("VerifyReport",),
 }
 

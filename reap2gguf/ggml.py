@@ -36,10 +36,11 @@ STORABLE = frozenset(
     for name in (
         "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0",
         "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
-        "IQ1_M", "IQ1_S", "MXFP4",
+        "IQ1_M", "IQ1_S", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0",
     )
 )  # fmt: skip
-TINY = 2.0**-10  # rows without a larger value are looked at for what they lose
+_TINY = 2.0**-10  # rows without a larger value are looked at for what they lose
+_TINY_OF_NVFP4 = 2.0**-5  # whose scales have steps of 2**-9
 _MORE_ERROR = 0.05  # than twice the usual one
 # Types that libggml quantizes to garbage, or not at all, without an importance matrix.
 NEEDS_IMPORTANCE = frozenset(
@@ -47,7 +48,7 @@ NEEDS_IMPORTANCE = frozenset(
     for name in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 )
 # no importance matrix changes their bytes
-UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "MXFP4")
+UNWEIGHTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 
 
 class _TypeTraits(ctypes.Structure):
@@ -133,7 +134,7 @@ class Ggml:
         is compared with that of the same values times a power of two, which is exact.
         """
         largest = float(np.abs(rows).max()) if rows.size else 0.0
-        if not 0 < largest < TINY:
+        if not is_tiny(largest, tensor_type):
             return
         scaled = np.ldexp(rows.astype(np.float64), -math.frexp(largest)[1]).astype(np.float32)
         usual = self._error(scaled, self._quantize(scaled, tensor_type, importance), tensor_type)
@@ -194,6 +195,12 @@ class Ggml:
                 "install libggml-python>=0.20.2"
             )
         return traits
+
+
+def is_tiny(largest: float, tensor_type: GGMLQuantizationType) -> bool:
+    """Whether a type may lose rows that have no larger value: `check_precision` tells."""
+    is_coarse = tensor_type is GGMLQuantizationType.NVFP4
+    return 0 < largest < (_TINY_OF_NVFP4 if is_coarse else _TINY)
 
 
 def load_ggml() -> Ggml:

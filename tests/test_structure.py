@@ -336,6 +336,16 @@ COVERED_BY = [
         ("api/fitting.py",),
     ),
     (
+        "quantizing/test_recipe.py",
+        "types as recipes name them",
+        ("quantizing/type_names.py",),
+    ),
+    (
+        "quantizing/test_role_table.py",
+        "tables and sizes as they are asked for",
+        ("api/recipes.py", "exporting/file_size.py"),
+    ),
+    (
         "models/test_contract.py",
         "what every architecture answers",
         ("models/description.py", "observing/targets.py"),
@@ -415,7 +425,7 @@ COVERED_BY = [
     (
         "exporting/test_against_llama_cpp.py",
         "tables and rules of llama.cpp, compared with it type by type",
-        ("quantizing/file_types.py", "quantizing/mixture.py"),
+        ("quantizing/mixture.py",),
     ),
     (
         "tokenizer/test_gguf_keys.py",

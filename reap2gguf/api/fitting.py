@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,19 +138,17 @@ def _errors(
 
 def _header_bytes(opened: OpenModel, name: str, given: GivenImatrix) -> int:
     """Bytes before the first tensor, in the file that `quantize` writes with a recipe."""
-    from reap2gguf.exporting.header import lay_out
-    from reap2gguf.exporting.header_facts import FileTypes, HeaderNames, model_facts
+    from reap2gguf.exporting.file_size import planned_file
     from reap2gguf.quantizing.recipe import load_recipe
     from reap2gguf.quantizing.resolve import resolve
 
-    model, checkpoint = opened.model, opened.checkpoint
-    tensors = model.gguf_tensors(checkpoint.tensors)
+    model, facts = opened.model, opened.model.facts
     # numbers of types have a fixed width, so any recipe's header is as long
-    some = resolve(load_recipe("Q4_K_M"), tensors, model.facts, model.facts.n_experts, True)
-    types = FileTypes(name, some.llama_file_type, some.tensor_types())
-    names = HeaderNames(opened.source.short_name)
-    facts = model_facts(checkpoint, model, names, types, given.imatrix, given.file)
-    return len(lay_out(checkpoint.folder, tensors, facts).header)
+    recipe = replace(load_recipe("Q4_K_M"), name=name)
+    tensors = model.gguf_tensors(opened.checkpoint.tensors)
+    some = resolve(recipe, tensors, facts, facts.n_experts, True)
+    title, checkpoint = opened.source.short_name, opened.checkpoint
+    return len(planned_file(checkpoint, model, title, some, given.imatrix, given.file).header)
 
 
 def _room(opened: OpenModel) -> int:

@@ -307,6 +307,9 @@ def _export(
     from reap2gguf.exporting.model_files import export_model
     from reap2gguf.exporting.quantizers import note_quantizers
     from reap2gguf.exporting.row_ranges import check_imatrix
+    from reap2gguf.gguf_files.imatrix_coverage import shapes_of
+    from reap2gguf.gguf_files.imatrix_fit import fit
+    from reap2gguf.quantizing.minimum import check_minimum, check_needed
 
     name = opened.source.short_name
     fingerprint = opened.checkpoint.fingerprint()
@@ -319,7 +322,15 @@ def _export(
     imatrix = None if weighted_by is None else weighted_by.imatrix
     types = {tensor: {kind} for tensor, kind in recipe.tensor_types().items()}
     # the export checks it too, but later: an error is to come before the line about quantizers
-    check_imatrix(opened.model.gguf_tensors(checkpoint.tensors), types, imatrix)
+    tensors = opened.model.gguf_tensors(checkpoint.tensors)
+    if imatrix is None:
+        why = "none is given; compute one with `reap2gguf imatrix` and pass --imatrix"
+        check_needed(recipe, (), why)
+    check_imatrix(tensors, types, imatrix)
+    by_expert = None  # a .dat file has all experts of a tensor in one row
+    if weighted_by is not None:
+        by_expert = fit(weighted_by.imatrix, shapes_of(tensors), weighted_by.file).imatrix
+    check_minimum(recipe, by_expert, "" if weighted_by is None else weighted_by.file)
     weighted = () if imatrix is None else imatrix.entries.keys()
     note_quantizers([recipe], weighted, compute.device, progress)
     export_model(

@@ -48,6 +48,7 @@ from reap2gguf.exporting.quantizers import note_quantizers
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
 from reap2gguf.machine import peak_bytes
+from reap2gguf.quantizing.minimum import check_minimum
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf, GgufCheck, check_ggufs
 from reap2gguf.verifying.hf_folder import open_folder
@@ -194,6 +195,8 @@ def _export(run: _Run, files: Mapping[Path, ResolvedRecipe], hashes: Hashes) -> 
     imatrix = _imatrix(addition)
     weighted_by = None if imatrix is None else WeightedBy(imatrix)
     compute = run.compute
+    for recipe in files.values():
+        check_minimum(recipe, imatrix, IMATRIX_FILE)
     weighted = () if imatrix is None else imatrix.entries.keys()
     note_quantizers(addition.recipes, weighted, compute.device, run.progress)
     export_model(

@@ -29,6 +29,10 @@ class GivenImportance(Importance):
         super().__init__(run, pruned, texts)
         self._given = given
 
+    @property
+    def label(self) -> str:
+        return self._given.file
+
     def make_key(self) -> str:
         return stage_key(self.run.keys.pruned(self._pruned.kept), self._given.sha256)
 

@@ -28,7 +28,7 @@ from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
-from reap2gguf.building.plan import with_all_values
+from reap2gguf.building.plan import check_given_minimum, with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
@@ -96,6 +96,7 @@ def _run_stages(run: Run) -> BuildResult | None:
             *protection_notes(protected, plan.options.protection),
         ):
             run.progress.note(line)
+    run.agree(lambda: check_given_minimum(plan, kept))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     importance = (
         Importance(run, pruned, texts)

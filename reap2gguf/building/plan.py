@@ -35,7 +35,7 @@ from reap2gguf.bundle.options_record import (
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.errors import CalibrationError, RecipeError, UsageError
+from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -48,6 +48,7 @@ from reap2gguf.pruning.protection import protected_experts
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
+from reap2gguf.quantizing.minimum import check_minimum, check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
@@ -257,9 +258,11 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         imatrix=imatrix,
     )
     for recipe in recipes:
-        _check_importance(recipe, plan)
+        why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
+        check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
         check_coverage(imatrix.coverage, str(options.imatrix))
+        check_given_minimum(plan, None)
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -346,15 +349,18 @@ def _surely_reads(options: BuildOptions) -> bool:
     return options.observations is None and options.compression != 0
 
 
-def _check_importance(recipe: ResolvedRecipe, plan: Plan) -> None:
-    """Refuse a type that needs an importance where the importance matrix will have none."""
-    if unweighted := sorted({*recipe.needs_importance()} - set(plan.weighted)):
-        name, given = unweighted[0], plan.imatrix
-        why = "none is computed for it" if given is None else f"{given.file} has none for it"
-        raise RecipeError(
-            f"recipe {recipe.name}: {name} gets {recipe.tensor_types()[name].name}, which needs an "
-            f"importance matrix, and {why}; give it a type of more bits, such as Q4_K, in a rule"
-        )
+def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
+    """Raise RecipeError if a given importance matrix has less than a recipe asks for.
+
+    One of the model before pruning has more experts than will stay: it is asked when it is known
+    which ones (`kept`).
+    """
+    given = plan.imatrix
+    if given is None or (given.cut_from is not None and kept is None):
+        return
+    for recipe in plan.recipes:
+        if recipe.asks_importance:
+            check_minimum(recipe, given.of(kept or {}), given.file)
 
 
 def _side_files(model: MoeModel, checkpoint: Checkpoint) -> tuple[SideFile, ...]:

@@ -37,6 +37,7 @@ from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
+from reap2gguf.quantizing.minimum import check_minimum
 from reap2gguf.tokenizer.tokenizer import Tokenizer
 from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
@@ -204,6 +205,11 @@ class Importance(Stage[Imatrix]):
         self._growing: Imatrix | None = None  # while it is computed, and after
 
     @property
+    def label(self) -> str:
+        """What errors call the matrix."""
+        return f"the importance matrix ({self._chunks.summary})"
+
+    @property
     def matrix(self) -> Imatrix:
         """The matrix, each entry from when it is final: a stage beside this one may read it."""
         return self.result if self._growing is None else self._growing
@@ -318,6 +324,12 @@ class Export(Stage[None]):
         where = compute.device, compute.threads, has_gpu
         return export_memory(self._pruned, recipes, *where).ram
 
+    @property
+    def after(self) -> Sequence[Stage[Any]]:
+        """A recipe that asks for importance must know all of it before anything is written."""
+        asks = any(recipe.asks_importance for recipe in self.run.plan.recipes)
+        return (self._importance,) if asks else ()
+
     def clear(self) -> None:
         folder = self.run.work.gguf
         for file in folder.iterdir() if folder.is_dir() else ():
@@ -325,6 +337,8 @@ class Export(Stage[None]):
                 remove(file)
 
     def compute(self) -> Mapping[str, Any]:
+        for recipe in self.run.plan.recipes if self.after else ():
+            check_minimum(recipe, self._importance.matrix, self._importance.label)
         make_folder(self.run.work.gguf)
         with Hashes() as hashes:
             self._write(hashes)

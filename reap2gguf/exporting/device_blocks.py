@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import DependencyError
-from reap2gguf.ggml import TINY
+from reap2gguf.ggml import is_tiny
 from reap2gguf.gguf_files.rows import stored_bytes
 from reap2gguf.options import ComputeOptions
 from reap2gguf.quantizing.kernels.cuda import load_gpu
@@ -92,10 +92,10 @@ class DeviceBlocks:
         if made is None:
             return self.host.make(batch, wanted)
         for rows, part in zip(batch, made.parts, strict=True):
-            if 0 < float(made.largest[part].max()) < TINY:
-                values = made.stored[part]
-                for tensor_type, data in made.blocks.items():
-                    self.host.check_precision(rows, values, tensor_type, data[part])
+            largest = float(made.largest[part].max())
+            for tensor_type, data in made.blocks.items():
+                if is_tiny(largest, tensor_type):
+                    self.host.check_precision(rows, made.stored[part], tensor_type, data[part])
         on_host = [one for one in wanted if one not in made.blocks]
         return dict(made.blocks) | (self.host.make(batch, on_host) if on_host else {})
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from reap2gguf.errors import ArtifactError, CheckpointError
-from reap2gguf.ggml import NEEDS_IMPORTANCE, TINY, UNWEIGHTED_TYPES
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES, is_tiny
 from reap2gguf.gguf_files.growing import entry_shape
 from reap2gguf.gguf_files.rows import (
     expect_rows,
@@ -143,7 +143,7 @@ class BlockMaker:
                 raise self.not_finite(rows)
             for tensor_type, parts in made.items():
                 data = self.quantize(rows, values, tensor_type)
-                if 0 < largest < TINY:
+                if is_tiny(largest, tensor_type):
                     self.check_precision(rows, values.values, tensor_type, data)
                 parts.append(data)
         return {

@@ -28,7 +28,7 @@ from reap2gguf.atomic import write_whole
 from reap2gguf.errors import CheckpointError
 from reap2gguf.exporting.row_ranges import BlockMaker, RowRange
 from reap2gguf.files import plain_size
-from reap2gguf.ggml import NEEDS_IMPORTANCE, TINY
+from reap2gguf.ggml import NEEDS_IMPORTANCE, is_tiny
 from reap2gguf.gguf_files.rows import rows_per_matrix
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _lost(
     """The error of a range of rows in a type; infinity if the type cannot hold them."""
     try:
         raw = maker.quantize(rows, values, tensor_type)
-        if 0 < float(np.abs(values).max()) < TINY:
+        if is_tiny(float(np.abs(values).max()), tensor_type):
             maker.check_precision(rows, values, tensor_type, raw)
     except CheckpointError:
         return math.inf

@@ -17,9 +17,10 @@ from reap2gguf.fitting.rules import rules_of
 from reap2gguf.fitting.sensitivity import sensitivities
 from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import padded
+from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, load_recipe
-from reap2gguf.quantizing.resolve import ResolvedRecipe, fixed_type, resolve
+from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
 if TYPE_CHECKING:
     from reap2gguf.fitting.errors_table import Errors
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 32  # of a tensor in a file
 _UNQUANTIZED = ("F32", "F16", "BF16")
+# no choices for any model: MXFP4 and NVFP4 are for experts alone, and three values need training
+_SPECIAL = ("MXFP4_MOE", "NVFP4", "TQ1_0", "TQ2_0")
 _SOME = "Q4_K_M"  # a file type that quantizes, to ask which tensors no recipe decides about
 
 
@@ -131,5 +134,5 @@ def _nearest(tensors: Sequence[GgufTensor], facts: ModelFacts, bits: float) -> s
 def _quantizing_mixtures() -> Iterator[str]:
     """File types that quantize, without those that ask for importance where others do not."""
     for name, mixture in MIXTURES.items():
-        if name not in _UNQUANTIZED and not mixture.needs_importance and name != "MXFP4_MOE":
+        if name not in _UNQUANTIZED and not mixture.needs_importance and name not in _SPECIAL:
             yield name

@@ -169,6 +169,14 @@ MIXTURES: dict[str, Mixture] = {
         output=Type.Q8_0,
         experts_alone=True,
     ),
+    # llama-quantize does not make this one: NVFP4 where MXFP4_MOE has MXFP4
+    "NVFP4": Mixture(
+        _F.MOSTLY_NVFP4,
+        Type.Q8_0,
+        [(part, _has_experts, Type.NVFP4) for part in Part],
+        output=Type.Q8_0,
+        experts_alone=True,
+    ),
     "Q3_K_L": Mixture(
         _F.MOSTLY_Q3_K_L,
         Type.Q3_K,
@@ -289,6 +297,8 @@ MIXTURES: dict[str, Mixture] = {
         eight_expert_output=_Q5,
         low_bit=True,
     ),
+    "TQ2_0": Mixture(_F.MOSTLY_TQ2_0, Type.TQ2_0, [(Part.TOKEN_EMBD, _always, Type.Q4_K)]),
+    "TQ1_0": Mixture(_F.MOSTLY_TQ1_0, Type.TQ1_0, [(Part.TOKEN_EMBD, _always, Type.Q4_K)]),
     "IQ1_M": Mixture(
         _F.MOSTLY_IQ1_M,
         Type.IQ1_M,
@@ -308,14 +318,8 @@ MIXTURES: dict[str, Mixture] = {
 }
 
 
-_TERNARY = (
-    "it holds three values per block, for models that were trained with ternary weights, and no "
-    "model that reap2gguf supports was; use IQ1_M"
-)
 # what else llama.cpp has a name for, and why no file can be made of it
 REFUSED: dict[str, str] = {
-    "TQ1_0": _TERNARY,
-    "TQ2_0": _TERNARY,
     "Q1_0": (
         "it holds only the sign of a weight, for models that were trained with such weights, and "
         "no model that reap2gguf supports was; use IQ1_M"
@@ -323,10 +327,6 @@ REFUSED: dict[str, str] = {
     "Q2_0": (
         "the gguf package, which reap2gguf reads and writes files with, does not have its tensor "
         "type; use Q2_K_S or IQ2_M"
-    ),
-    "NVFP4": (
-        "llama-quantize does not make it: such files come from checkpoints that are stored in "
-        "NVFP4; use MXFP4_MOE"
     ),
     "COPY": "it quantizes nothing, and copies tensors of a GGUF file as they are; use BF16",
 }

@@ -41,8 +41,7 @@ _FALLBACK = {
     **dict.fromkeys(
         ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], Type.IQ4_NL
     ),
-    "Q2_K": Type.Q4_0,
-    "Q3_K": Type.Q4_0,
+    **dict.fromkeys(["Q2_K", "Q3_K", "TQ1_0", "TQ2_0"], Type.Q4_0),
     "Q4_K": Type.Q5_0,
     "Q5_K": Type.Q5_1,
     "Q6_K": Type.Q8_0,

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from reap2gguf.errors import RecipeError
 from reap2gguf.messages import shown
 from reap2gguf.models.roles import ROLE_WORDS
-from reap2gguf.quantizing.recipe import Rule, tensor_type_named
+from reap2gguf.quantizing.recipe import Rule
 from reap2gguf.quantizing.selector import check_glob, check_layers
+from reap2gguf.quantizing.type_names import tensor_type_named
 
 _MOST_OVERRIDES = 200
 _WORD = re.compile(r"[A-Za-z0-9_-]+")

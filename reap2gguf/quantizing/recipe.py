@@ -20,6 +20,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +30,14 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.files import is_plain
-from reap2gguf.ggml import STORABLE
 from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
+from reap2gguf.quantizing.minimum import MINIMUM_KEYS, Minimum, check_weighted, read_minimum
 from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
 from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
+from reap2gguf.quantizing.type_names import tensor_type_named
 from reap2gguf.resources import shipped_folder
 
 MAX_RULES = 1000
@@ -50,11 +52,13 @@ _RULE_TEXTS = {
     "match": "a glob on GGUF tensor names, such as blk.*.attn_v.weight, or a role such as experts",
     "type": "a GGML tensor type, such as Q8_0",
 }
-_RECIPE_KEYS = {*_RECIPE_TEXTS, "extends", "rules"}
+_RECIPE_KEYS = {*_RECIPE_TEXTS, *MINIMUM_KEYS, "extends", "rules"}
 _RULE_FLAGS = ("optional", "fallback", "override", "inherited")
-_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, "layers"}
+_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, *MINIMUM_KEYS, "layers"}
 # llama-quantize takes these names for the medium mixtures as well
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+# what the recipes that are being read extend, from the first on
+_extending: ContextVar[tuple[object, ...]] = ContextVar("extending", default=())
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
 _MOST_IN_TITLE = 3  # overrides
 
@@ -74,6 +78,7 @@ class Rule:
     fallback: bool = False  # as llama-quantize does with any type: Q5_1 for Q5_K, for example
     layers: str = ""  # "" is all
     inherited: bool = False
+    minimum: Minimum | None = None  # of importance; None: the recipe's
     where: str = field(default="", compare=False)  # file and line, for errors
 
     @cached_property
@@ -105,6 +110,7 @@ class Recipe:
     file_type: str
     rules: tuple[Rule, ...]
     source: str
+    minimum: Minimum | None = None  # of importance of the experts
 
     @property
     def mixture(self) -> Mixture:
@@ -137,6 +143,7 @@ class Recipe:
     def _toml_lines(self) -> Iterator[str]:
         for key in _RECIPE_TEXTS:
             yield f"{key} = {toml_string(getattr(self, key))}"
+        yield from () if self.minimum is None else self.minimum.toml_lines()
         for rule in self.rules:
             yield from ("", "[[rules]]")
             yield f"match = {toml_string(rule.match)}"
@@ -144,6 +151,7 @@ class Recipe:
             if rule.layers:
                 yield f"layers = {toml_string(rule.layers)}"
             yield from (f"{key} = true" for key in _RULE_FLAGS if getattr(rule, key))
+            yield from () if rule.minimum is None else rule.minimum.toml_lines()
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -222,6 +230,11 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
     the same wherever it is read.
     """
     values = parse_toml(source, where, RecipeError)
+    if not values:
+        raise RecipeError(
+            f"{where}: is empty, expected a recipe; `reap2gguf recipes show q4km --toml` prints "
+            "one to begin with"
+        )
     lines = SourceLines(source, "rules")
 
     def at(key: str) -> str:
@@ -241,12 +254,13 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
         mixture_named(file_type)
     except RecipeError as error:
         raise RecipeError(f"{at('file_type')}: {error}") from error
+    minimum = read_minimum(values, at, None if base is None else base.minimum)
     known = lines if lines.has_all(len(rules)) else None
-    parsed = tuple(_rule(rule, i, where, known) for i, rule in enumerate(rules))
+    parsed = tuple(_rule(rule, i, where, known, minimum) for i, rule in enumerate(rules))
     if base is None:
-        return Recipe(name, title, label, file_type, parsed, source)
+        return Recipe(name, title, label, file_type, parsed, source, minimum)
     inherited = tuple(replace(rule, inherited=True) for rule in base.rules)
-    recipe = Recipe(name, title, label, file_type, (*parsed, *inherited), "")
+    recipe = Recipe(name, title, label, file_type, (*parsed, *inherited), "", minimum)
     return replace(recipe, source=recipe.as_toml())
 
 
@@ -257,8 +271,16 @@ def _extended(name: str, where: str) -> Recipe:
             f"{where}: extends is {shown(name)}, expected a name that `reap2gguf recipes list` "
             "prints; copy the rules of other files"
         )
+    earlier = _extending.get()
     try:
-        return load_recipe(name)
+        meant = _identity(name)
+        if meant in earlier:
+            raise RecipeError(f"{shown(name)} is extended by itself in the end; remove `extends`")
+        here = _extending.set((*earlier, meant))
+        try:
+            return load_recipe(name)
+        finally:
+            _extending.reset(here)
     except RecipeError as error:
         raise RecipeError(f"{where}: extends: {error}") from error
 
@@ -316,7 +338,9 @@ def check_label(label: str, where: str) -> None:
         )
 
 
-def _rule(values: Any, position: int, where: str, lines: SourceLines | None) -> Rule:
+def _rule(
+    values: Any, position: int, where: str, lines: SourceLines | None, of_recipe: Minimum | None
+) -> Rule:
     def at(key: str | None = None) -> str:
         line = "" if lines is None else f", line {lines.of_table(position, key)}"
         return f"{where}{line}: rule {position + 1}"
@@ -335,31 +359,10 @@ def _rule(values: Any, position: int, where: str, lines: SourceLines | None) -> 
         if not isinstance(value, bool):
             raise RecipeError(f"{at(key)}: {key} is {shown(value)}, expected true or false")
     kind = tensor_type_named(tensor_type, f"{at('type')}: type")
+    check_weighted(values, kind, at)
+    own = read_minimum(values, at, of_recipe) if values.keys() & {*MINIMUM_KEYS} else None
     place = "" if lines is None else f"{where}, line {lines.of_table(position)}"
-    return Rule(match, kind, **flags, layers=layers, where=place)
-
-
-def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:
-    """A tensor type by its name, in any case. Raises RecipeError, which begins with `where`."""
-    known = {storable.name for storable in STORABLE}
-    upper = name.upper().replace("-", "_")
-    if upper not in known:
-        if upper in REFUSED and upper in GGMLQuantizationType.__members__:
-            raise RecipeError(f"{where} {shown(name)} is not supported: {REFUSED[upper]}")
-        hint = _foreign_hint(upper)
-        raise RecipeError(f"{where} {shown(name)} is not a GGML tensor type{hint}")
-    return GGMLQuantizationType[upper]
-
-
-def _foreign_hint(tensor_type: str) -> str:
-    """File types and ik_llama.cpp's types are what people confuse with tensor types."""
-    if re.fullmatch(r"Q\d_K_[SML]", tensor_type):
-        return f"; {tensor_type} is a file type, the tensor type is {tensor_type[:4]}"
-    if tensor_type == "MXFP4_MOE":
-        return "; MXFP4_MOE is a file type, the tensor type is MXFP4"
-    if re.fullmatch(r"IQ\d_K[ST]{0,2}", tensor_type):
-        return "; it exists only in ik_llama.cpp, and llama.cpp cannot load it"
-    return ""
+    return Rule(match, kind, **flags, layers=layers, minimum=own, where=place)
 
 
 def _text(

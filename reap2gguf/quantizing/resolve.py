@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,17 @@ from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.errors import RecipeError
-from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.reader import row_bytes
-from reap2gguf.models.roles import Spot, spots
+from reap2gguf.models.description import is_of_experts
+from reap2gguf.models.roles import spots
+from reap2gguf.quantizing.deciding import fixed_type, refuse_idle_rules, winner
 from reap2gguf.quantizing.file_types import Part
 from reap2gguf.quantizing.mixture import MixtureChooser, fitting, part_of
-from reap2gguf.quantizing.selector import advice
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import GgufTensor, ModelFacts
+    from reap2gguf.quantizing.minimum import Minimum
     from reap2gguf.quantizing.recipe import Recipe, Rule
 
 _SMALLEST_BLOCK = 32
@@ -33,8 +35,14 @@ class ResolvedTensor:
 
     tensor: GgufTensor
     tensor_type: Type
-    rule: str | None
+    by: Rule | None
     wanted: Type | None = None  # the type that was meant, if rows do not fill its blocks
+    minimum: Minimum | None = None  # of importance that the recipe asks for
+
+    @property
+    def rule(self) -> str | None:
+        """What the rule matches."""
+        return None if self.by is None else self.by.selector.words
 
     @property
     def n_bytes(self) -> int:
@@ -83,6 +91,11 @@ class ResolvedRecipe:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.n_bytes / sum(prod(entry.tensor.shape) for entry in self.table)
+
+    @property
+    def asks_importance(self) -> bool:
+        """Whether it asks for a minimum of importance."""
+        return any(entry.minimum is not None and entry.minimum.share > 0 for entry in self.table)
 
     def tensor_types(self) -> dict[str, Type]:
         """Tensor name to type."""
@@ -137,33 +150,37 @@ def resolve(
     resolved: dict[str, ResolvedTensor] = {}
     for tensor in sorted(tensors, key=_quantize_order):
         whole = fixed_type(tensor, recipe)
-        winner = _winner(recipe, places[tensor.name], whole)
-        if winner is not None:
-            winners.add(winner)
-            rule = recipe.rules[winner]
+        first = winner(recipe, places[tensor.name], whole)
+        if first is not None:
+            winners.add(first)
+            rule = recipe.rules[first]
             wanted = rule.tensor_type
             if rule.fallback:
                 tensor_type = fitting(wanted, tensor.n_columns)
             else:
                 _check_rows(tensor, rule, recipe)
                 tensor_type = wanted
-            match: str | None = rule.selector.words
+            by: Rule | None = rule
         else:
             wanted = chooser.choose(tensor) if whole is None else whole
             tensor_type = chooser.fitted(tensor, wanted) if whole is None else whole
-            match = None
+            by = None
         meant = None if wanted is tensor_type else wanted
-        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, match, meant)
-    _refuse_idle_rules(recipe, winners, tensors, places)
+        minimum = _minimum(tensor, tensor_type, by, recipe)
+        resolved[tensor.name] = ResolvedTensor(tensor, tensor_type, by, meant, minimum)
+    refuse_idle_rules(recipe, winners, tensors, places)
     return ResolvedRecipe(recipe, tuple(resolved[tensor.name] for tensor in tensors))
 
 
-def _winner(recipe: Recipe, spot: Spot, fixed: Type | None) -> int | None:
-    """The first rule for a tensor; a tensor of a fixed type ignores rules for other types."""
-    for position, rule in enumerate(recipe.rules):
-        if rule.selector.fits(spot) and (fixed is None or rule.tensor_type is fixed):
-            return position
-    return None
+def _minimum(
+    tensor: GgufTensor, tensor_type: Type, by: Rule | None, recipe: Recipe
+) -> Minimum | None:
+    """What a recipe asks of a tensor's importance; nothing where that changes no byte."""
+    if tensor_type.name in UNWEIGHTED_TYPES:
+        return None
+    if by is not None and by.minimum is not None:
+        return by.minimum
+    return recipe.minimum if is_of_experts(tensor.name) else None
 
 
 def _n_blocks(tensors: Sequence[GgufTensor]) -> int:
@@ -177,16 +194,6 @@ def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
     return (int(layer[1]) if layer else -1, tensor.name)
 
 
-def fixed_type(tensor: GgufTensor, recipe: Recipe) -> Type | None:
-    """The type of a tensor that no quantizer touches; None where a type is to be chosen."""
-    if tensor.always_f32:
-        return Type.F32
-    if tensor.never_quantized:
-        base = recipe.mixture.base
-        return base if base in (Type.F32, Type.F16, Type.BF16) else Type.BF16
-    return None
-
-
 def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
     block = GGML_QUANT_SIZES[rule.tensor_type][0]
     if tensor.n_columns % block:
@@ -198,59 +205,3 @@ def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
             f"{rule.place(recipe.name)}: {rule.title}: {rule.tensor_type.name} has blocks of "
             f"{block}, and {tensor.name} has rows of {tensor.n_columns}; choose {other}"
         )
-
-
-def _refuse_idle_rules(
-    recipe: Recipe,
-    winners: set[int],
-    tensors: Sequence[GgufTensor],
-    places: Mapping[str, Spot],
-) -> None:
-    decided = winners | _winners_without_overrides(recipe, tensors, places)
-    for position, rule in enumerate(recipe.rules):
-        if position in decided:
-            continue
-        reached = [t for t in tensors if rule.selector.fits(places[t.name])]
-        narrowed = rule.optional and any(one.layers for one in recipe.rules[:position])
-        if reached and (rule.inherited or narrowed):
-            continue  # a model of few layers may leave nothing
-        where = f"{rule.place(recipe.name)}: {rule.title}"
-        if reached and all(fixed_type(tensor, recipe) is not None for tensor in reached):
-            raise RecipeError(
-                f"{where} asks for {rule.tensor_type.name}, but llama.cpp never quantizes what it "
-                f"matches, such as {reached[0].name}; remove it"
-            )
-        if reached:
-            raise RecipeError(
-                f"{where} is shadowed: earlier rules take every tensor it matches, such as "
-                f"{reached[0].name}; move it up or remove it"
-            )
-        if not rule.optional:
-            raise RecipeError(_unmatched(rule, where, list(places.values())))
-
-
-def _unmatched(rule: Rule, where: str, places: Sequence[Spot]) -> str:
-    """What is said of a rule that no tensor of the model fits."""
-    hint = f"; {found}" if (found := advice(rule.selector, places)) else ""
-    if rule.override:
-        return (
-            f"{rule.title}: matches no tensor of this model{hint}; PATTERN is a word such as "
-            "attn_v, which finds every tensor with it in its name, a glob such as "
-            "blk.*.attn_v.weight, or a role such as experts.down"
-        )
-    return (
-        f"{where} matches no tensor of this model{hint}; correct it, or mark it "
-        "`optional = true` if only other models have such a tensor"
-    )
-
-
-def _winners_without_overrides(
-    recipe: Recipe, tensors: Sequence[GgufTensor], places: Mapping[str, Spot]
-) -> set[int]:
-    """Positions of the recipe's own rules that would decide if nothing were put before them."""
-    own = {place: rule for place, rule in enumerate(recipe.rules) if not rule.override}
-    if len(own) == len(recipe.rules):
-        return set()
-    alone, positions = replace(recipe, rules=tuple(own.values())), list(own)
-    found = (_winner(alone, places[tensor.name], fixed_type(tensor, recipe)) for tensor in tensors)
-    return {positions[winner] for winner in found if winner is not None}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,13 +51,36 @@ class Selector:
 
     def _has_layer(self, spot: Spot) -> bool:
         assert spot.block is not None
-        for first, last in self._ranges:
-            low = first if first >= 0 else spot.n_layers + first
-            high = spot.n_layers - 1 if last is None else last
-            high = high if high >= 0 else spot.n_layers + high
-            if low <= spot.block <= high:
-                return True
-        return False
+        return any(low <= spot.block <= high for low, high in self._bounds(spot.n_layers))
+
+    def advice(self, spots: Collection[Spot]) -> str:
+        """What may be wrong with it if it finds no tensor of a model."""
+        anywhere = Selector(self.match)
+        if self.layers and any(anywhere.fits(spot) for spot in spots):
+            having = {spot.block for spot in spots if anywhere.fits(spot)} - {None}
+            if not having:
+                return f"{self.match} is in no layer; remove `layers`"
+            return f"the model has {self.match} in layers {layers_text(having)}"
+        if not self.is_role and "*" not in self.match:
+            near = difflib.get_close_matches(self.match, ROLE_WORDS, n=1, cutoff=0.7)
+            if near:
+                return f"did you mean the role {near[0]}?"
+        return ""
+
+    def _bounds(self, n_layers: int) -> Iterator[tuple[int, int]]:
+        """The first and the last layer of each range, in a model of `n_layers`."""
+        for first, last in self._ranges if self.layers else ():
+            high = n_layers - 1 if last is None else last
+            yield (
+                first if first >= 0 else n_layers + first,
+                high if high >= 0 else n_layers + high,
+            )
+
+    def ends(self, n_layers: int) -> set[int]:
+        """The layers next to where its ranges begin and end, in a model of `n_layers`."""
+        bounds = self._bounds(n_layers)
+        found = {layer for low, high in bounds for layer in (low - 1, low, high, high + 1)}
+        return {layer for layer in found if 0 <= layer < n_layers}
 
     @cached_property
     def _ranges(self) -> list[tuple[int, int | None]]:
@@ -109,20 +132,6 @@ def check_layers(layers: str, where: str) -> None:
                 f"{where} is {shown(layers)}: {part.strip()} ends before it begins; write the "
                 "smaller number first"
             )
-
-
-def advice(selector: Selector, spots: Collection[Spot]) -> str:
-    """What may be wrong with a selector that finds no tensor of a model."""
-    if selector.layers and any(Selector(selector.match).fits(spot) for spot in spots):
-        having = {spot.block for spot in spots if Selector(selector.match).fits(spot)} - {None}
-        if not having:
-            return f"{selector.match} is in no layer; remove `layers`"
-        return f"the model has {selector.match} in layers {layers_text(having)}"
-    if not selector.is_role and "*" not in selector.match:
-        near = difflib.get_close_matches(selector.match, ROLE_WORDS, n=1, cutoff=0.7)
-        if near:
-            return f"did you mean the role {near[0]}?"
-    return ""
 
 
 def layers_text(numbers: Collection[int | None]) -> str:

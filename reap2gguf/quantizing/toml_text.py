@@ -28,6 +28,7 @@ _QUOTED = re.compile(
 )
 _MANY_PARTS = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){16}")
 
+_PLACE = re.compile(r" \(at line (\d+), column (\d+)\)$")  # in tomllib's errors
 _KEY = re.compile(r"[ \t]*([\w-]+)[ \t]*=")
 
 
@@ -45,13 +46,23 @@ def read_toml_file(path: Path, what: str, error_class: type[Reap2ggufError]) -> 
 
 
 def parse_toml(text: str, where: str, error_class: type[Reap2ggufError]) -> dict[str, Any]:
-    """The values of a TOML text. Raises `error_class`, which names `where`."""
+    """The values of a TOML text. Raises `error_class`, which names `where` and the line."""
     if _MANY_PARTS.search(_QUOTED.sub("q", text)):
         raise error_class(f"{where}: not valid TOML (a key of over 16 parts)")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
-        raise error_class(f"{where}: not valid TOML ({error})") from error
+        raise error_class(_wrong_toml(where, str(error))) from error
+
+
+def _wrong_toml(where: str, problem: str) -> str:
+    """tomllib's words, with the line where other errors have it, and what to do."""
+    twice = problem.startswith(("Cannot overwrite", "Cannot declare"))
+    advice = "; it stands there for the second time, so remove one of both" if twice else ""
+    if found := _PLACE.search(problem):
+        where, problem = f"{where}, line {found[1]}", problem[: found.start()]
+        problem += f" at column {found[2]}"
+    return f"{where}: not valid TOML ({problem}){advice}"
 
 
 class SourceLines:

@@ -1,4 +1,4 @@
-"""`reap2gguf recipes`: list, show, check and fit."""
+"""`reap2gguf recipes`: list, show, compare, check and fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reap2gguf.terminal.suggestions import Group
 
 @click.group(cls=Group)
 def recipes() -> None:
-    """List, show, check and make recipes.
+    """List, show, compare and make recipes.
 
     A recipe says which quant type each tensor gets. Every file type of llama.cpp, such as Q5_K_M,
     is one.
@@ -56,34 +56,110 @@ def recipes_list(as_json: bool) -> None:
         say_all(list_lines())
 
 
+unweighted_option = option(
+    "--no-imatrix",
+    "unweighted",
+    section=WRITE,
+    is_flag=True,
+    help="Show the types of a file that is made without an importance matrix.",
+)
+
+
 @command("show")
 @click.argument("name")
+@click.argument("model", required=False)
+@tensor_type_option
+@unweighted_option
 @option("--toml", "as_toml", is_flag=True, help="Print TOML, to start a recipe of your own.")
 @json_option
 @output_options
-def recipes_show(name: str, as_toml: bool, as_json: bool) -> None:
-    """Show a recipe, rule by rule.
+def recipes_show(
+    name: str,
+    model: str | None,
+    tensor_types: tuple[str, ...],
+    unweighted: bool,
+    as_toml: bool,
+    as_json: bool,
+) -> None:
+    """Show a recipe, or what it gives a model.
 
-    NAME is an included recipe, a file type such as Q5_K_M, or a TOML file.
+    NAME is an included recipe, a file type such as Q5_K_M, or a TOML file. Without MODEL, prints
+    its rules. With MODEL (a folder, a GGUF file, or a name on the Hub) prints the types by role and
+    layers, with elements, bits per weight and sizes, and the size of the whole file; a star marks
+    tensors whose rows do not fill the blocks of the type that was meant. Reads headers only.
 
     \b
     Example:
       reap2gguf recipes show unsloth-iq4km
       reap2gguf recipes show unsloth-iq4km --toml > my-recipe.toml
+      reap2gguf recipes show unsloth-iq4km ./Qwen3-30B-A3B
+      reap2gguf recipes show Q4_K_M Qwen/Qwen3-30B-A3B --set experts.down=q6_k
     """
+    import reap2gguf
+    from reap2gguf.quantizing.overrides import read_overrides
     from reap2gguf.quantizing.recipe import load_recipe
-    from reap2gguf.terminal.recipe_views import recipe_as_json, recipe_lines
+    from reap2gguf.terminal import recipe_views
 
-    recipe = load_recipe(name)
     if as_toml and as_json:
         raise click.UsageError("--toml and --json exclude each other")
+    if model is not None and as_toml:
+        raise click.UsageError("--toml prints the recipe alone; leave MODEL out")
+    if model is None and unweighted:
+        raise click.UsageError("--no-imatrix is about the types of a model; pass MODEL")
+    if model is not None:
+        table = reap2gguf.recipe_table(
+            name,
+            model,
+            tensor_types=tensor_types,
+            weighted=not unweighted,
+            progress=terminal_progress(),
+        )
+        if as_json:
+            say_json(recipe_views.table_as_json(table))
+        else:
+            say_all(recipe_views.table_lines(table))
+        return
+    recipe = load_recipe(name).with_overrides(read_overrides(tensor_types))
     if as_toml:
         # each line is made safe: a comment of a file may hold what moves the cursor
         say_all(recipe.source.splitlines())
     elif as_json:
-        say_json(recipe_as_json(recipe))
+        say_json(recipe_views.recipe_as_json(recipe))
     else:
-        say_all(recipe_lines(recipe))
+        say_all(recipe_views.recipe_lines(recipe))
+
+
+@command("diff")
+@click.argument("first")
+@click.argument("second")
+@click.argument("model", required=False)
+@unweighted_option
+@json_option
+@output_options
+def recipes_diff(
+    first: str, second: str, model: str | None, unweighted: bool, as_json: bool
+) -> None:
+    """Show where two recipes differ for a model.
+
+    FIRST and SECOND are recipes as for `recipes show`; MODEL is the bundled example by default.
+    Prints the tensors that get another type, by role and layers, with bits per weight and the
+    change of size, then both files. Reads headers only.
+
+    \b
+    Example:
+      reap2gguf recipes diff Q4_K_M unsloth-q4kxl ./Qwen3-30B-A3B
+      reap2gguf recipes diff Q4_K_M my-recipe.toml Qwen3-30B-A3B-Q8_0.gguf
+    """
+    import reap2gguf
+    from reap2gguf.terminal import recipe_views
+
+    found = reap2gguf.compare_recipes(
+        first, second, model, weighted=not unweighted, progress=terminal_progress()
+    )
+    if as_json:
+        say_json(recipe_views.difference_as_json(found))
+    else:
+        say_all(recipe_views.difference_lines(found))
 
 
 @command("check")
@@ -202,5 +278,5 @@ def recipes_fit(
     )
 
 
-for subcommand in (recipes_list, recipes_show, recipes_check, recipes_fit):
+for subcommand in (recipes_list, recipes_show, recipes_diff, recipes_check, recipes_fit):
     recipes.add_command(subcommand)

@@ -1,12 +1,14 @@
-"""Recipes as text and as JSON: the list, one recipe, and its types for a model."""
+"""Recipes as text and as JSON: the list, one recipe, its types for a model, and differences."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.reference import REFERENCE_FACTS, REFERENCE_NAME, reference_tensors
@@ -14,7 +16,13 @@ from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
+if TYPE_CHECKING:
+    from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable, RoleChange, RoleRow
+
 _PER_LINE = 6  # file types
+_COLUMNS = 80  # of what is not a table
+_FEW = 100_000  # elements, which are not rounded
+_NAMES, _LAYERS = 27, 18  # letters of a column, before it is broken into lines
 
 
 @dataclass
@@ -96,7 +104,7 @@ def recipe_lines(recipe: Recipe) -> Iterable[str]:
     yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
     for rule in recipe.rules:
         only = "  (if the model has it)" if rule.optional else ""
-        yield f"  {rule.match:<28} {rule.tensor_type.name}{only}"
+        yield f"  {rule.selector.words:<28} {rule.tensor_type.name}{only}"
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
@@ -107,11 +115,184 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
         "label": recipe.label,
         "file_type": recipe.file_type,
         "rules": [
-            {"match": rule.match, "type": rule.tensor_type.name, "optional": rule.optional}
+            {
+                "match": rule.match,
+                "layers": rule.layers,
+                "type": rule.tensor_type.name,
+                "optional": rule.optional,
+            }
             for rule in recipe.rules
         ],
         "toml": recipe.source,
     }
+
+
+def table_lines(table: RecipeTable) -> Iterator[str]:
+    """The types that a model's tensors get, one line per role, layers and type, and the sizes."""
+    yield f"{table.recipe} for {table.model}: {table.title}"
+    rows = [
+        [
+            *_which(row),
+            row.tensor_type + ("*" if row.wanted else ""),
+            _elements(row.n_weights),
+            f"{row.bits_per_weight:.3f}",
+            size(row.n_bytes),
+        ]
+        for row in table.rows
+    ]
+    head = ["ROLE", "TENSORS", "LAYERS", "TYPE", "ELEMENTS", "BPW", "SIZE"]
+    yield from _columns(head, rows, n_left=4)
+    for row in {(row.tensor_type, row.reason): row for row in table.rows if row.wanted}.values():
+        yield from _wrapped(f"* {row.tensor_type} in place of {row.wanted}: {row.reason}")
+    if table.needs_imatrix:
+        name = table.needs_imatrix[0]
+        yield from _wrapped(
+            f"{len(table.needs_imatrix):,} tensors need an importance matrix, such as {name} "
+            f"({table.tensor_types[name]})"
+        )
+    yield from _wrapped(
+        f"{table.recipe}: {parameters(table.n_weights)} weights in {size(table.n_bytes)}, "
+        f"{table.bits_per_weight:.2f} bits per weight; the file has {size(table.n_file_bytes)}, "
+        f"{table.file_bits_per_weight:.2f} with its header"
+    )
+
+
+def table_as_json(table: RecipeTable) -> dict[str, Any]:
+    """The same for programs, with the type of every tensor."""
+    values = asdict(table)
+    return {
+        **{name: value for name, value in values.items() if name not in ("rows", "tensor_types")},
+        **_bits_of(table),
+        "rows": [
+            {**asdict(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in table.rows
+        ],
+        "types": values["tensor_types"],
+    }
+
+
+def _bits_of(table: RecipeTable) -> dict[str, float]:
+    return {
+        "bits_per_weight": round(table.bits_per_weight, 4),
+        "file_bits_per_weight": round(table.file_bits_per_weight, 4),
+    }
+
+
+def difference_lines(found: RecipeDifference) -> Iterator[str]:
+    """What two recipes give a model differently, and the size of each."""
+    first, second = found.first, found.second
+    yield f"{first.recipe} and {second.recipe} for {found.model}"
+    if found.is_equal:
+        yield f"equal: all {first.n_tensors:,} tensors have the same type in both"
+    else:
+        rows = [
+            [
+                *_which(change),
+                *change.types,
+                *(f"{bits:.3f}" for bits in change.bits_per_weight),
+                _signed(change.n_bytes[1] - change.n_bytes[0]),
+            ]
+            for change in found.changes
+        ]
+        head = ["ROLE", "TENSORS", "LAYERS", "FIRST", "SECOND", "BPW", "BPW", "SIZE"]
+        yield from _columns(head, rows, n_left=5)
+        same = first.n_tensors - found.n_changed
+        yield f"{found.n_changed:,} tensors differ, {same:,} have the same type in both"
+    for table in (first, second):
+        yield (
+            f"{table.recipe}: {table.bits_per_weight:.2f} bits per weight, the file has "
+            f"{size(table.n_file_bytes)}"
+        )
+    bits = second.bits_per_weight - first.bits_per_weight
+    n_bytes = second.n_file_bytes - first.n_file_bytes
+    share = n_bytes / first.n_file_bytes
+    yield f"difference: {bits:+.2f} bits per weight, {_signed(n_bytes)} ({share:+.1%})"
+
+
+def difference_as_json(found: RecipeDifference) -> dict[str, Any]:
+    """The same for programs."""
+    changes = [
+        {
+            "role": one.role,
+            "tensors": list(one.tensors),
+            "layers": one.layers,
+            "is_everywhere": one.is_everywhere,
+            "types": list(one.types),
+            "n_tensors": one.n_tensors,
+            "n_weights": one.n_weights,
+            "n_bytes": list(one.n_bytes),
+            "bits_per_weight": [round(bits, 4) for bits in one.bits_per_weight],
+        }
+        for one in found.changes
+    ]
+    return {
+        "model": found.model,
+        "equal": found.is_equal,
+        "n_changed": found.n_changed,
+        "n_tensors": found.first.n_tensors,
+        "recipes": [
+            {
+                "recipe": table.recipe,
+                "label": table.label,
+                "file_type": table.file_type,
+                "n_bytes": table.n_bytes,
+                "n_file_bytes": table.n_file_bytes,
+                **_bits_of(table),
+            }
+            for table in (found.first, found.second)
+        ],
+        "changes": changes,
+    }
+
+
+def _which(row: RoleRow | RoleChange) -> tuple[str, str, str]:
+    """Role, names and layers of a row's tensors."""
+    layers = "all" if row.is_everywhere and row.layers else row.layers or "-"
+    return row.role, ", ".join(row.tensors), layers
+
+
+def _elements(count: int) -> str:
+    return f"{count:,}" if count < _FEW else parameters(count)
+
+
+def _signed(n_bytes: int) -> str:
+    return f"{'-' if n_bytes < 0 else '+'}{size(abs(n_bytes))}"
+
+
+def _columns(head: list[str], rows: list[list[str]], n_left: int) -> Iterator[str]:
+    """Rows below their heads; the second and the third column are broken into lines.
+
+    The first `n_left` columns are flush left.
+    """
+    broken = [
+        [row[:1], _broken(row[1], ", ", _NAMES), _broken(row[2], ",", _LAYERS)]
+        + [[cell] for cell in row[3:]]
+        for row in rows
+    ]
+    cells = [[[cell] for cell in head], *broken]
+    widths = [max(len(text) for row in cells for text in row[i]) for i in range(len(head))]
+    for row in cells:
+        for texts in zip_longest(*row, fillvalue=""):
+            yield "  ".join(
+                text.ljust(width) if i < n_left else text.rjust(width)
+                for i, (text, width) in enumerate(zip(texts, widths, strict=True))
+            ).rstrip()
+
+
+def _broken(text: str, separator: str, width: int) -> list[str]:
+    """A list in lines of at most `width` letters, as far as its members are that short."""
+    lines = [""]
+    for member in text.split(separator):
+        longer = f"{lines[-1]}{separator}{member}" if lines[-1] else member
+        if lines[-1] and len(longer) > width:
+            lines[-1] += separator.rstrip()
+            lines.append(member)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def check_lines(recipe: ResolvedRecipe, model: str) -> Iterable[str]:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 # Quantized as quickly as they are read, and by no importance matrix: always compared by bytes.
 EXACT_TYPES = frozenset(
-    GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "MXFP4")
+    GGMLQuantizationType[name]
+    for name in ("F32", "F16", "BF16", "Q8_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0")
 )
 # Those, and the types that the compiled kernels make in at most 12 ns a weight. The types that
 # remain have codebooks, and take 27 to 70 ns, or are made by libggml.

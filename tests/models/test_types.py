@@ -45,6 +45,8 @@ def test_types_are_those_llama_cpp_chooses(case: Case, n_experts: int, tmp_path:
         tensors = model.gguf_tensors(checkpoint.tensors)
     importance = mean_squares(random_imatrix(tensors))
     for name, mixture in MIXTURES.items():
+        if name == "NVFP4":
+            continue  # llama-quantize does not make it
         resolved = resolve(plain(name), tensors, model.facts, n_experts, True)
         ours = {one: kind.name for one, kind in resolved.tensor_types().items()}
         theirs = types_of_llama_cpp(bf16, mixture.file_type, importance)

@@ -219,6 +219,9 @@ def test_shipped_recipes_are_for_rows_of_any_length(name: str) -> None:
         ("Q5_0", "Q5_0", "Q8_0"),
         ("Q5_1", "Q5_1", "Q8_0"),
         ("MXFP4_MOE", "Q8_0", "Q8_0"),
+        ("NVFP4", "Q8_0", "Q8_0"),
+        ("TQ1_0", "Q4_0", "Q8_0"),
+        ("TQ2_0", "Q4_0", "Q8_0"),
         ("BF16", "BF16", "BF16"),
     ],
 )

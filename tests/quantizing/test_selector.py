@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
-from gguf import GGML_QUANT_SIZES
 
+import reap2gguf
 from reap2gguf.errors import RecipeError
 from reap2gguf.models.description import GgufTensor
 from reap2gguf.models.reference import REFERENCE_FACTS, reference_tensors
 from reap2gguf.models.roles import ROLE_WORDS, Spot, spots
-from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
 from reap2gguf.quantizing.selector import Selector, check_layers, layers_text
 from tests.models.layouts import CASES, Case
+from tests.tiny import EXAMPLE
 
 HEAD = 'title = "T"\nlabel = "L"\nfile_type = "Q4_K_M"\n\n'
 
@@ -167,7 +168,16 @@ def test_own_rules_come_before_those_of_the_extended_recipe() -> None:
 RULE = '[[rules]]\nmatch = "attention"\ntype = "Q8_0"\n'  # lines 5 to 7
 # a recipe's text and what is said of it, where it is read or on a model
 MALFORMED = [
-    (HEAD + "[[rules]\n", "mine.toml: not valid TOML .*line 5"),
+    ("", "mine.toml: is empty, expected a recipe; `reap2gguf recipes show q4km --toml` prints"),
+    (HEAD + "[[rules]\n", "mine.toml, line 5: not valid TOML .* at column 8"),
+    (
+        HEAD + 'label = "M"\n',
+        "line 5: not valid TOML .*; it stands there for the second t",
+    ),
+    (
+        HEAD + RULE + 'type = "Q4_K"\n',
+        "line 8: not valid TOML .*; it stands there for the second t",
+    ),
     (HEAD + "extend = 'q4km'\n", "line 5: unknown key 'extend', .*; did you mean extends?"),
     (HEAD + "extends = 'q4kmm'\n", "line 5: extends: no recipe 'q4kmm'; did you mean q4km?"),
     (HEAD + "extends = 'my.toml'\n", "line 5: extends is 'my.toml', expected a name"),
@@ -177,6 +187,13 @@ MALFORMED = [
     (HEAD + RULE + "layers = '3-'\n", "line 8: rule 1: layers is '3-', expected numbers"),
     (HEAD + RULE + "layers = '5-3'\n", "line 8: rule 1: layers is '5-3': 5-3 ends before"),
     (HEAD + RULE + "layers = 3\n", "line 8: rule 1: layers is 3, expected text"),
+    (HEAD + RULE.replace("Q8_0", "Q9_K"), "line 7: rule 1: type 'Q9_K' is not .*; did you mean Q"),
+    (
+        HEAD + RULE + "min_coverage = 2\n",
+        "line 8: rule 1: min_coverage has no effect, since",
+    ),
+    (HEAD + "min_coverage = 2\n", "line 5: min_coverage is 2, expected a share of experts from 0"),
+    (HEAD + "min_tokens = 2\n", "line 5: min_tokens says nothing without min_coverage, .*; add it"),
     (HEAD + RULE.replace("Q8_0", "Q4_K_M"), "line 7: rule 1: type 'Q4_K_M' is not .* type is Q4_K"),
     (HEAD + RULE.replace("attention", "(a)"), r"line 6: rule 1: match '\(a\)' is not a glob"),
     (HEAD + RULE.replace('type = "Q8_0"', ""), "line 5: rule 1: missing key `type`"),
@@ -247,12 +264,29 @@ def test_role_words_are_no_names_of_tensors() -> None:
     assert not names & ROLE_WORDS.keys()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_shipped_recipe_resolves_on_every_family(case: Case) -> None:
-    """Rows that no block of the type fills get llama.cpp's other type."""
-    tensors, facts = case.model.gguf_tensors(case.stored), case.model.facts
-    for name in shipped_recipes():
-        resolved = resolve(load_recipe(name), tensors, facts, facts.n_experts, has_imatrix=True)
-        for entry in resolved.table:
-            block = GGML_QUANT_SIZES[entry.tensor_type][0]
-            assert entry.tensor.n_columns % block == 0, (name, entry.tensor.name)
+def test_a_recipe_may_not_extend_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.toml").write_text(f'title = "T"\nextends = "{other}"\n')
+    found = {path.stem: path for path in tmp_path.iterdir()}
+    monkeypatch.setattr("reap2gguf.quantizing.recipe.shipped_recipes", lambda: found)
+    with pytest.raises(RecipeError, match=r"line 2: extends: \S+one\.toml, line 2: .* by itself"):
+        load_recipe("one")
+    with pytest.raises(RecipeError, match=r"^mine\.toml, line 1: .*'(one|two)' is extended by it"):
+        parse('extends = "two"\ntitle = "T"\n')
+    # nothing is left of the attempt
+    (tmp_path / "two.toml").write_text(HEAD)
+    assert load_recipe("one").label == "L"
+
+
+def test_a_type_that_needs_importance_names_its_rule(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(HEAD + RULE.replace("Q8_0", "IQ2_XS"))
+    message = (
+        rf"^{re.escape(str(path))}, line 5: rule 'attention': blk\.0\.attn_k\.weight gets IQ2_XS, "
+        "which needs an importance matrix, and none is given; compute one with `reap2gguf imatrix`"
+    )
+    with pytest.raises(RecipeError, match=message):
+        reap2gguf.quantize(EXAMPLE, str(path), tmp_path / "model.gguf")
+    with pytest.raises(RecipeError, match=r"^recipe IQ2_XS: .* gets IQ2_XS, which needs"):
+        reap2gguf.quantize(EXAMPLE, "IQ2_XS", tmp_path / "model.gguf")
+    assert [one.name for one in tmp_path.iterdir()] == ["mine.toml"]

@@ -99,7 +99,7 @@ def test_the_options_of_build_stand_in_sections() -> None:
 
 
 def test_a_command_with_one_section_calls_it_options() -> None:
-    assert "Options:\n" in help_of("recipes", "show")
+    assert "Options:\n" in help_of("recipes", "list")
 
 
 @pytest.mark.parametrize(

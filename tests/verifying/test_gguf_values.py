@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.errors import CheckpointError
 from reap2gguf.ggml import NEEDS_IMPORTANCE, STORABLE, load_ggml
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.gguf_files.reader import read_gguf_header
@@ -134,7 +135,15 @@ def each_type(types: list[GGMLQuantizationType]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("tensor_type", each_type(EXACT + BOUNDED))
+def test_a_type_that_loses_small_rows_is_not_made(hard_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="are too small for NVFP4, which would lose"):
+        make(hard_folder, tmp_path, GGMLQuantizationType.NVFP4, None)
+
+
+SOUND = [one for one in EXACT if one.name != "NVFP4"]
+
+
+@pytest.mark.parametrize("tensor_type", each_type(SOUND + BOUNDED))
 @pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
 def test_what_quantizing_makes_is_sound(
     tensor_type: GGMLQuantizationType, weighted: bool, hard_folder: Path, tmp_path: Path

@@ -44,6 +44,9 @@ NANOSECONDS = {
     "F16": 0.5,
     "Q8_0": 0.6,
     "MXFP4": 5.2,
+    "NVFP4": 10.4,
+    "TQ2_0": 2.4,
+    "TQ1_0": 3.3,
     "Q4_0": 2.9,
     "Q5_0": 3.1,
     "Q4_1": 9.5,
@@ -104,7 +107,7 @@ class Speed:
 
 def _class_of(tensor_type: Type) -> str:
     name = tensor_type.name
-    if name in ("F32", "MXFP4", "IQ1_M", "IQ1_S"):
+    if name in ("F32", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "IQ1_M", "IQ1_S"):
         return "ggml"
     if name in ("F16", "BF16", "Q8_0"):
         return "plain"

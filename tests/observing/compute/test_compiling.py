@@ -71,6 +71,10 @@ class Tuner:
         self.fn = fn
         self.nargs = {"pointer": "x", "size": 3}
         self.timed_after: list[int] = []
+        self.timed: list[str] = []
+
+    def do_bench(self, kernel: Any, quantiles: Any) -> None:
+        self.timed.append("long")
 
     def prune_configs(self, kwargs: dict[str, Any]) -> list[Variant]:
         return [Variant(number) for number in range(N_VARIANTS)]
@@ -78,6 +82,7 @@ class Tuner:
     def run(self, **kwargs: Any) -> None:
         for _ in self.prune_configs(kwargs):
             self.timed_after.append(len(self.fn.compiled))
+            self.do_bench(self.fn, quantiles=None)
 
 
 @pytest.fixture
@@ -85,13 +90,21 @@ def tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     triton, autotuner = ModuleType("triton"), ModuleType("triton.runtime.autotuner")
     triton.AsyncCompileMode = Mode  # type: ignore[attr-defined]
     autotuner.Autotuner = Tuner  # type: ignore[attr-defined]
+    tuner = Tuner(Kernel())
+    triton.testing = ModuleType("triton.testing")  # type: ignore[attr-defined]
+
+    def do_bench(kernel: Any, quantiles: Any, warmup: int, rep: int) -> None:
+        assert kernel is tuner.fn
+        tuner.timed.append(f"{warmup} and {rep} ms")
+
+    triton.testing.do_bench = do_bench
     for name, module in {
         "triton": triton,
         "triton.runtime": ModuleType("triton.runtime"),
         "triton.runtime.autotuner": autotuner,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return Tuner(Kernel())
+    return tuner
 
 
 def test_all_are_compiled_at_the_same_time_before_one_is_timed(tuner: Tuner) -> None:
@@ -99,6 +112,7 @@ def test_all_are_compiled_at_the_same_time_before_one_is_timed(tuner: Tuner) -> 
         tuner.run(grid=(1,), warmup=False)
     assert tuner.timed_after == [N_VARIANTS] * N_VARIANTS
     assert sorted(tuner.fn.compiled) == list(range(N_VARIANTS))
+    assert set(tuner.timed) == {"2 and 10 ms"}
 
 
 def test_triton_is_as_before_afterwards(tuner: Tuner) -> None:
@@ -108,6 +122,7 @@ def test_triton_is_as_before_afterwards(tuner: Tuner) -> None:
     assert Tuner.prune_configs is before
     tuner.run(grid=(1,), warmup=False)
     assert tuner.timed_after == [0] * N_VARIANTS
+    assert set(tuner.timed) == {"long"}
 
 
 def test_an_old_triton_is_left_alone(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
