@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reap2gguf.api.fitting import FitResult, fit_recipe
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
+    from reap2gguf.api.observations import merge_observations
     from reap2gguf.api.recipes import compare_recipes, recipe_table
     from reap2gguf.api.reporting import report
     from reap2gguf.api.selecting import Selection
@@ -104,6 +105,7 @@ __all__ = [
     "inspect",
     "make_bundle",
     "merge_imatrices",
+    "merge_observations",
     "observe",
     "options_like",
     "plan",
@@ -124,6 +126,7 @@ _HOMES = {
     "api.fitting": ("FitResult", "fit_recipe"),
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
+    "api.observations": ("merge_observations",),
     "api.reporting": ("report",),
     "api.selecting": ("Selection",),
     "api.stages": (

@@ -312,6 +312,11 @@ COVERED_BY = [
         ),
     ),
     (
+        "terminal/test_observations_commands.py",
+        "files are merged and shown as it is typed",
+        ("api/observations.py", "terminal/observations_views.py"),
+    ),
+    (
         "terminal/test_inspect_command.py",
         "an inspection is what is printed of it",
         ("api/inspecting.py", "terminal/inspect_views.py"),
