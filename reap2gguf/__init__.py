@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
+    from reap2gguf.api.choosing import Choice, choose
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
@@ -68,6 +69,7 @@ __all__ = [
     "BundleInspection",
     "CalibrationOptions",
     "CheckQuants",
+    "Choice",
     "ComputeOptions",
     "Estimate",
     "EvaluateOptions",
@@ -94,6 +96,7 @@ __all__ = [
     "VerifyReport",
     "add",
     "build",
+    "choose",
     "compare",
     "compare_recipes",
     "estimate",
@@ -119,6 +122,7 @@ __all__ = [
 ]
 _HOMES = {
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
+    "api.choosing": ("Choice", "choose"),
     "api.comparing": ("compare",),
     "api.evaluating": ("evaluate",),
     "api.example": ("example",),

@@ -17,6 +17,7 @@ from reap2gguf.machine import processes
 from reap2gguf.terminal.add_command import add
 from reap2gguf.terminal.build_commands import HAS_BEGUN, build, plan_command, verify
 from reap2gguf.terminal.bundle_command import bundle
+from reap2gguf.terminal.choose_command import choose
 from reap2gguf.terminal.compare_command import compare
 from reap2gguf.terminal.console import LogHandler, abandon, is_verbose, quiet_libraries, say
 from reap2gguf.terminal.doctor_command import doctor
@@ -36,6 +37,7 @@ from reap2gguf.terminal.stage_commands import observe, prune, quantize
 from reap2gguf.terminal.suggestions import Group, option_message
 
 _RESUMABLE = ("build", "add", "observe", "imatrix", "quantize", "push")
+_RESUMABLE_WITH_OUTPUT = ("evaluate", "compare", "choose")  # keep progress beside the output
 
 
 class _Group(Group):
@@ -74,7 +76,11 @@ def _say_interrupted(ctx: click.Context) -> None:
         is_here = sys.argv[1:3] == ["jobs", "here"]
         is_resumable = is_here or ctx.invoked_subcommand in _RESUMABLE
         advice = ""
-        if ctx.invoked_subcommand in ("evaluate", "compare"):  # keep progress beside the output
+        if ctx.invoked_subcommand in (
+            "evaluate",
+            "compare",
+            "choose",
+        ):  # keep progress beside the output
             is_resumable = any(word.startswith(("-o", "--output")) for word in sys.argv)
             advice = " Nothing is kept of it: only a run with --output FILE can be resumed."
         if is_resumable:
@@ -170,8 +176,8 @@ def help_command(ctx: click.Context, words: tuple[str, ...]) -> None:
 
 for command in (
     *(build, plan_command, add, verify, observe, observations, prune, imatrix, quantize),
-    *(recipes, doctor),
-    *(evaluate, compare, inspect_command, report, bundle, chat, serve, push, example, mixes, jobs),
+    *(recipes, doctor, choose, evaluate, compare, inspect_command, report, bundle, chat, serve),
+    *(push, example, mixes, jobs),
     help_command,
 ):
     cli.add_command(command)

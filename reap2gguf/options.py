@@ -13,9 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
 from reap2gguf.machine import available_threads
-from reap2gguf.pruning.methods import METHODS
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
@@ -286,7 +286,9 @@ class BuildOptions:
     compression: float | None = None
     output: Path = Path("build")
     name: str | None = None
-    method: str = "reap"
+    method: str = "reap"  # a criterion, or auto: the best of `candidates`
+    candidates: tuple[str, ...] | None = None  # methods that auto measures; None: CANDIDATES
+    choose_text: Path | None = None  # of another domain, for auto; None: texts of this program
     protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
@@ -318,7 +320,8 @@ class BuildOptions:
         check_kind("compute", self.compute, ComputeOptions)
         for name in ("fresh", "replace", "check_space", "follow_links", "protect_super_experts"):
             check_bool(name, getattr(self, name))
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, BUILD_METHODS)
+        self._check_choosing()
         read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
@@ -326,7 +329,7 @@ class BuildOptions:
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        for name in ("kept", "observations", "imatrix", "imatrix_text"):
+        for name in ("kept", "observations", "imatrix", "imatrix_text", "choose_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
         if self.imatrix is not None and self.imatrix_text is not None:
@@ -339,6 +342,15 @@ class BuildOptions:
     def protection(self) -> Protection:
         """The experts that stay whatever they score. Raises UsageError if they are malformed."""
         return Protection(read_pinned(self.protect), self.protect_super_experts)
+
+    def _check_choosing(self) -> None:
+        """Candidates by name; refuse what has no effect without `auto`."""
+        if self.candidates is not None:
+            object.__setattr__(self, "candidates", check_candidates(self.candidates))
+        for name in ("candidates", "choose_text"):
+            if self.method != AUTO and getattr(self, name) is not None:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is for --method auto; pass it, or leave this out")
 
 
 @dataclass(frozen=True)

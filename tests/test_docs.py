@@ -24,6 +24,7 @@ import reap2gguf
 from reap2gguf import errors
 from reap2gguf.building import likeness
 from reap2gguf.calibration.spec import shipped_mixes
+from reap2gguf.choosing.names import AUTO
 from reap2gguf.cli import cli
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.pruning.methods import FROM_WEIGHTS, OBSERVED
@@ -152,7 +153,7 @@ def test_the_tables_of_methods_are_those_of_the_program() -> None:
     text = (DOCS / "pruning-methods.md").read_text()
     observed, by_weights = text.split("## Weights alone")
     listed = first_cells(observed, "`--method`"), first_cells(by_weights, "`--method`")
-    assert sorted(listed[0] + listed[1]) == sorted(method.type.choices)
+    assert sorted([*listed[0], *listed[1], AUTO]) == sorted(method.type.choices)
     rows = re.findall(r"^\| `(\w+)` \| (\d) \| (\d) \| ([\d.]+) \|", observed, re.MULTILINE)
     formulas = {name: (one.gate, one.norm, one.per) for name, one in OBSERVED.items()}
     assert {name: (int(a), int(b), float(p)) for name, a, b, p in rows} == formulas

@@ -28,6 +28,23 @@ MOST_UNFORMATTED = 3  # `# fmt: skip` in the package
 # Modules without a test file of their own name: the file that tests them, why there, and which.
 COVERED_BY = [
     (
+        "choosing/test_candidates.py",
+        "which observations rank candidates",
+        ("choosing/checks.py",),
+    ),
+    ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
+    ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
+    (
+        "building/test_choose_stage.py",
+        "both cards of a bundle whose method was chosen",
+        ("bundle/card_candidates.py",),
+    ),
+    (
+        "terminal/test_choose_command.py",
+        "as it is typed and as it is called",
+        ("api/choosing.py", "terminal/pruning_options.py"),
+    ),
+    (
         "building/test_evaluate_stage.py",
         "how much text a build scores",
         ("building/needs/scoring.py",),
@@ -70,6 +87,16 @@ COVERED_BY = [
         "terminal/test_report_command.py",
         "a report is what the command writes",
         ("api/reporting.py",),
+    ),
+    (
+        "repairing/test_gram.py",
+        "the Gram matrix is made of features",
+        ("repairing/features.py",),
+    ),
+    (
+        "repairing/test_sweep.py",
+        "what is captured and how it is stored, for every family",
+        ("repairing/capture.py", "repairing/stored.py"),
     ),
     (
         "observing/test_loader.py",

@@ -73,6 +73,7 @@ class Texts:
     rows: ObservationRows | None
     chunks: ImatrixChunks | None
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what tokenized it
+    held: Sequence[Row] = ()  # that no pass reads, to choose a method by; never in a file
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk fails."""

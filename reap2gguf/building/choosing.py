@@ -16,6 +16,7 @@ from reap2gguf.atomic import write_whole
 from reap2gguf.building.keys import WEIGHTS_FORMAT, stage_key
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import CheckpointError
+from reap2gguf.pruning.methods import is_from_weights
 from reap2gguf.pruning.protection import ProtectedExperts, protected_experts
 from reap2gguf.pruning.select import keep_best, select_experts
 from reap2gguf.pruning.weight_scores import weight_scores
@@ -72,7 +73,7 @@ def _without_weights(plan: Plan, seen: Observations | None) -> Kept | None:
         return dict.fromkeys(plan.model.facts.moe_layers, tuple(range(plan.target.n_kept)))
     if plan.given_kept is not None:
         return plan.given_kept.kept
-    if plan.ranks_by_weights:
+    if is_from_weights(plan.method):
         return None
     assert seen is not None
     protected = protected_of(plan, seen).all

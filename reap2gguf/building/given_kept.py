@@ -20,6 +20,7 @@ from reap2gguf.pruning.select import choose_target
 
 if TYPE_CHECKING:
     from reap2gguf.models.description import ModelFacts
+    from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Kept, Target
 
 _LAYERS = "kept_experts"  # the key of the file of `prune`, and of a list in a manifest's `pruning`
@@ -33,6 +34,23 @@ class GivenKept:
     sha256: str
     kept: Kept  # ascending ids
     target: Target
+
+
+def given_kept_of(options: BuildOptions, facts: ModelFacts) -> GivenKept | None:
+    """The map that a build was given, if any. Raises what `read_kept_map` raises.
+
+    UsageError beside options that choose experts too, and for a map that keeps all of them.
+    """
+    if options.kept is None:
+        return None
+    refuse_beside_kept(options, options.observations)
+    found = read_kept_map(options.kept, facts)
+    if not found.target.prunes:
+        raise UsageError(
+            f"--kept {options.kept}: it keeps all {facts.n_experts} experts of each layer; leave "
+            "it out, and pass --compression 0"
+        )
+    return found
 
 
 def read_kept_map(path: Path, facts: ModelFacts) -> GivenKept:

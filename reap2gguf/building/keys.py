@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.checkpoint.companions import Purpose, companions
+from reap2gguf.choosing.names import AUTO
 from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
@@ -42,6 +43,7 @@ PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as sa
 IMATRIX_FORMAT = 1  # what is summed per matrix
 WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
+CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
 EVALUATE_FORMAT = 1  # what is measured, and how
 VERIFY_FORMAT = 1  # what is compared before a bundle is finished
 
@@ -51,6 +53,12 @@ class BuildKeys:
     """The keys of one plan; each stage's holds those before it that it depends on."""
 
     plan: Plan
+
+    def of(self, plan: Plan) -> BuildKeys:
+        """The keys of another plan for the same source, which is not read again."""
+        found = BuildKeys(plan)
+        vars(found)["fingerprint"] = self.fingerprint  # where `cached_property` keeps it
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -168,7 +176,8 @@ class BuildKeys:
             plan.name,
             plan.source.label,
             plan.source.revision,
-            plan.method,
+            # what was asked for: it is the same before a choice and after
+            self._choosing if plan.chooses else plan.method,
             (plan.options.protect, plan.options.protect_super_experts),
             self._history,
             plan.target.n_kept,
@@ -181,6 +190,22 @@ class BuildKeys:
         """The files that take the place of stages: cards name them."""
         given = (self.plan.given_kept, self.plan.observations, self.plan.imatrix)
         return [None if one is None else (one.file, one.sha256) for one in given]
+
+    @property
+    def _choosing(self) -> tuple[object, ...]:
+        """What a choice of a method depends on, besides the calibration."""
+        plan = self.plan
+        text = plan.options.choose_text
+        other = None if text is None else (text.name, plan.files.text(text).sha256)
+        return AUTO, CHOOSE_FORMAT, plan.candidates, other
+
+    def choose(self, kept: Mapping[str, Kept], texts: Sequence[str]) -> str:
+        """The key of a choice among candidates, by the experts that each keeps.
+
+        `texts` are the hashes of the tokens that it is made on.
+        """
+        candidates = [(name, sorted(experts.items())) for name, experts in kept.items()]
+        return stage_key(CHOOSE_FORMAT, self._source, candidates, texts, *self._computing)
 
     @property
     def _history(self) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from reap2gguf.bundle.layout import MANIFEST_FILE
 from reap2gguf.bundle.manifest import Manifest
 from reap2gguf.bundle.options_record import (
     CALIBRATION_OPTION,
+    CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
     KEPT_OPTION,
@@ -45,6 +46,7 @@ _FILES = {
     "observations": OBSERVATIONS_OPTION,
     "imatrix": IMATRIX_OPTION,
     "imatrix_text": IMATRIX_TEXT_OPTION,
+    "choose_text": CHOOSE_TEXT_OPTION,
 }
 _COMPARED = ("device", "inputs")  # not taken over: compared with the new build's
 

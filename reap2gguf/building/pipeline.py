@@ -1,19 +1,20 @@
 """A build, from a checkpoint to a verified bundle: the table of contents of the program.
 
-    plan -> texts -> observe -> { prune, imatrix, export, verify } -> evaluate -> record
+    plan -> texts -> observe -> choose -> { prune, imatrix, export, verify } -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
 the safetensors, and each format is verified when it is written (`together.py`).
 
+With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
 Quality is measured where that is asked for, or costs little.
 
-`stages.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, `stage.py` says how one
-is reused and resumed. Nothing gets its final name before everything is verified. Started by
-torchrun, every process runs this list; those that are not the first compute their share of both
-sweeps and leave after the second.
+`stages.py`, `choose_stage.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, and
+`stage.py` says how one is reused and resumed. Nothing gets its final name before everything is
+verified. Started by torchrun, every process runs this list; those that are not the first compute
+their share of the sweeps and leave after the importance matrix.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.building.choose_stage import (
+    Choose,
+    choose_method,
+    observations_of,
+    observations_sha256,
+)
 from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
@@ -44,11 +51,10 @@ from reap2gguf.pruning.protection import ProtectedExperts, protection_notes
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
-    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
 
 STAGES: Sequence[type[Stage[Any]]] = (
-    *(ReadTexts, Observe, Prune, Importance, Export, Verify),
+    *(ReadTexts, Observe, Choose, Prune, Importance, Export, Verify),
     Evaluate,
 )
 
@@ -87,8 +93,10 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     texts = run.do(ReadTexts(run)) if plan.reads_texts else None
     observed = run.do(Observe(run, needed(texts))) if plan.observes else None
-    kept = run.agree(lambda: chosen_experts(run, _observations(plan, observed)))
-    seen = _observations(plan, observed) if run.is_first else None
+    if plan.chooses:
+        plan = choose_method(run, needed(texts), observed)
+    kept = run.agree(lambda: chosen_experts(run, observations_of(plan, observed)))
+    seen = observations_of(plan, observed) if run.is_first else None
     protected = protected_of(plan, seen) if run.is_first else ProtectedExperts()
     if run.is_first:
         for line in (
@@ -114,7 +122,7 @@ def _run_stages(run: Run) -> BuildResult | None:
 
     evidence = Evidence(
         seen,
-        observed.sha256 if observed else plan.observations.sha256 if plan.observations else "",
+        observations_sha256(plan, observed),
         importance.texts,
         kept,
         protected,
@@ -128,10 +136,3 @@ def _run_stages(run: Run) -> BuildResult | None:
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])
     return BuildResult.of(run.work, manifest, run.costs)
-
-
-def _observations(plan: Plan, observed: Observe | None) -> Observations | None:
-    """What the build observed, or was given; None where nothing is pruned."""
-    if observed is not None:
-        return observed.result
-    return None if plan.observations is None else plan.observations.seen

@@ -17,8 +17,7 @@ from reap2gguf.building.given import (
 )
 from reap2gguf.building.given_kept import (
     GivenKept,
-    read_kept_map,
-    refuse_beside_kept,
+    given_kept_of,
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
@@ -26,6 +25,7 @@ from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.options_record import (
     CALIBRATION_OPTION,
+    CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
     KEPT_OPTION,
@@ -35,6 +35,7 @@ from reap2gguf.bundle.options_record import (
 from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
 from reap2gguf.calibration.spec import Calibration, decide
+from reap2gguf.choosing.names import AUTO, check_candidates
 from reap2gguf.errors import CalibrationError, UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
@@ -43,8 +44,8 @@ from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.side_values import side_files, with_fitting_types
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import GIVEN, is_from_weights
-from reap2gguf.pruning.protection import protected_experts
+from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
+from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, twice
@@ -55,9 +56,9 @@ from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
-    from reap2gguf.models.description import ModelFacts
     from reap2gguf.options import BuildOptions
     from reap2gguf.quantizing.recipe import Recipe
 
@@ -82,6 +83,7 @@ class Plan:
     given_kept: GivenKept | None = None  # None: the build chooses the experts
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
+    choice: ChoiceRecord | None = None  # of a method, once it was made
 
     @property
     def observes(self) -> bool:
@@ -96,10 +98,26 @@ class Plan:
         return self.target.prunes and not is_given and is_from_weights(self.options.method)
 
     @property
+    def chooses(self) -> bool:
+        """Whether the build measures which method is best."""
+        return self.target.prunes and self.options.method == AUTO
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The methods that it measures."""
+        return check_candidates(self.options.candidates) if self.chooses else ()
+
+    @property
+    def asks_mtp(self) -> bool:
+        """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
+        asks = self.imatrix is None and self.model.facts.has_mtp
+        return self.observes or (asks and not self.target.prunes)
+
+    @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, or to ask an MTP block."""
-        asks_mtp = self.imatrix is None and self.model.facts.has_mtp
-        return self.observes or (asks_mtp and not self.target.prunes)
+        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
+        cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -171,6 +189,9 @@ class Plan:
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
             found.append(InputRecord(IMATRIX_TEXT_OPTION, text.name, sha256))
+        if self.chooses and (text := self.options.choose_text) is not None:
+            sha256 = self.files.text(text).sha256
+            found.append(InputRecord(CHOOSE_TEXT_OPTION, text.name, sha256))
         return tuple(found)
 
     def gguf_name(self, recipe: ResolvedRecipe) -> str:
@@ -187,7 +208,9 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are chosen, or NO_METHOD where none is removed."""
+        """How experts are chosen, or NO_METHOD where none is removed; AUTO until that is chosen."""
+        if self.choice is not None:
+            return self.choice.chosen
         if not self.target.prunes:
             return NO_METHOD
         return self.options.method if self.given_kept is None else GIVEN
@@ -217,7 +240,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
-    given_kept = _given_kept(options, model.facts)
+    given_kept = given_kept_of(options, model.facts)
     target = choose_target(model.facts, options.keep_experts, options.compression)
     if given_kept is not None:
         target = given_kept.target
@@ -231,7 +254,9 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     folders = BundleFolders(options.output, name)
     keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
-    _check_protection(options, observations, model, target)
+    seen = None if observations is None else observations.seen
+    if target.prunes and given_kept is None:
+        check_protection(options.protection, seen, options.method, target, model.facts)
     imatrix = None
     if options.imatrix is not None:
         of = model.facts.n_experts, model.facts.mtp_layer
@@ -293,9 +318,10 @@ def _read_options(options: BuildOptions) -> _Asked:
     calibration, files = decide(options.calibration), ScannedFiles()
     if is_checked := _surely_reads(options):
         check_calibration(calibration, files)
-    if options.imatrix_text is not None:
-        _check_there(options.imatrix_text)
-        files.text(options.imatrix_text)
+    for text in (options.imatrix_text, options.choose_text):
+        if text is not None:
+            _check_there(text)
+            files.text(text)
     return _Asked(recipes, calibration, files, is_checked)
 
 
@@ -305,39 +331,15 @@ def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target)
     return PrunedView(checkpoint, model, first_ones)
 
 
-def _given_kept(options: BuildOptions, facts: ModelFacts) -> GivenKept | None:
-    """A map of the experts that stay. Raises what `read_kept_map` raises."""
-    if options.kept is None:
-        return None
-    refuse_beside_kept(options, options.observations)
-    found = read_kept_map(options.kept, facts)
-    if not found.target.prunes:
-        raise UsageError(
-            f"--kept {options.kept}: it keeps all {facts.n_experts} experts of each layer; leave "
-            "it out, and pass --compression 0"
-        )
-    return found
-
-
 def _observations(
     options: BuildOptions, checkpoint: Checkpoint, model: MoeModel, target: Target
 ) -> GivenObservations | None:
     """Observations in place of those that would be made. Raises what `read_observations` does."""
     if options.observations is None:
         return None
-    how = target, options.method
+    # any method tells whether they are of this model
+    how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
-
-
-def _check_protection(
-    options: BuildOptions, given: GivenObservations | None, model: MoeModel, target: Target
-) -> None:
-    """Refuse protected experts that do not exist or fit, as far as they are known before a pass."""
-    protection, seen = options.protection, None if given is None else given.seen
-    if seen is None and not is_from_weights(options.method):
-        protection = replace(protection, super_experts=False)  # they are found when it has observed
-    if target.prunes:
-        protected_experts(protection, seen, target, model.facts)
 
 
 def _surely_reads(options: BuildOptions) -> bool:
@@ -346,7 +348,8 @@ def _surely_reads(options: BuildOptions) -> bool:
         return True
     if is_from_weights(options.method) or options.kept is not None:
         return False
-    return options.observations is None and options.compression != 0
+    ranks = options.observations is None or options.method == AUTO
+    return ranks and options.compression != 0
 
 
 def check_given_minimum(plan: Plan, kept: Kept | None) -> None:

@@ -104,6 +104,7 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         made_with=evidence.made_with,
         evaluation=evidence.evaluation,
         has_observations=evidence.observations is not None,
+        choice=plan.choice,
     )
     return _write(plan, work, evidence, manifest)
 
@@ -226,6 +227,8 @@ def _options_record(plan: Plan) -> OptionsRecord:
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
         evaluate=options.evaluate,
+        candidates=",".join(plan.candidates) or None,
+        choose_text=None if options.choose_text is None else options.choose_text.name,
     )
 
 

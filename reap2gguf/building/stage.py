@@ -202,6 +202,12 @@ class Run:
         """Whether this process writes and reports; the others only help it to compute."""
         return processes().is_first
 
+    def settle(self, plan: Plan) -> Plan:
+        """Go on with a plan of which more is known; keys that are made from now on depend on it."""
+        self.plan = plan
+        self.keys = self.keys.of(plan)
+        return plan
+
     def prepare(self) -> None:
         """Make the folders, or find those of an interrupted build of the same source.
 

@@ -22,15 +22,12 @@ from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.drawing import read_texts
+from reap2gguf.choosing.holdout import hold_out
 from reap2gguf.disk.hashing import Hashes
 from reap2gguf.exporting.header_facts import HeaderNames, pruning_values
 from reap2gguf.exporting.journal import ExportJournal
 from reap2gguf.exporting.memory import export_memory
-from reap2gguf.exporting.model_files import (
-    WeightedBy,
-    export_model,
-    export_side,
-)
+from reap2gguf.exporting.model_files import WeightedBy, export_model, export_side
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
@@ -83,8 +80,15 @@ class ReadTexts(Stage[Texts]):
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
         if self.run.is_first or self.path.is_file():
-            return Texts.load(self.path)
-        return self.read()
+            return self.divided(Texts.load(self.path))
+        return self.divided(self.read())
+
+    def divided(self, texts: Texts) -> Texts:
+        """The texts, without the rows that are held out where a method is chosen by them."""
+        if texts.rows is None or not self.run.plan.chooses:
+            return texts
+        split = hold_out(texts.rows)
+        return replace(texts, rows=split.seen, held=split.held)
 
     def read(self) -> Texts:
         """Draw and tokenize all texts. Raises CalibrationError."""
@@ -226,7 +230,7 @@ class Importance(Stage[Imatrix]):
     @property
     def _probe(self) -> Sequence[Row]:
         """Rows to ask an MTP block on; none if it was not asked before pruning on the same rows."""
-        if self.texts.rows is None or not self.run.plan.reads_rows:
+        if self.texts.rows is None or not self.run.plan.asks_mtp:
             return ()
         return mtp_probe(self.run.plan.model, self.texts.rows)
 

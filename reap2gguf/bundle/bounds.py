@@ -13,6 +13,7 @@ from reap2gguf.messages import shown
 from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS, MAX_LAYERS
 
 if TYPE_CHECKING:
+    from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
     from reap2gguf.bundle.manifest import CalibrationRecord, CoverageRecord, Manifest
 
@@ -107,6 +108,8 @@ def check_bounds(manifest: Manifest) -> None:
         _within("imatrix_cut_from", cut_from, pruning.n_experts, pruning.n_experts)
     if manifest.evaluation is not None:
         _check_evaluation(manifest.evaluation)
+    if manifest.choice is not None:
+        _check_choice(manifest.choice)
 
 
 def _check_calibration(calibration: CalibrationRecord) -> None:
@@ -140,6 +143,17 @@ def _check_evaluation(evaluation: Evaluation) -> None:
     _once("variant", [one.name for one in evaluation.variants])
     _once("comparison", [(one.variant, one.reference) for one in evaluation.comparisons])
     _once("score", [(one.task, one.variant, one.metric) for one in evaluation.tasks])
+
+
+def _check_choice(choice: ChoiceRecord) -> None:
+    """Figures of candidates that cards can show."""
+    for text in filter(None, (choice.held_out, choice.other)):
+        _estimated("perplexity", text.perplexity, 0, LARGEST_PERPLEXITY)
+    for one in choice.candidates:
+        for figures in filter(None, (one.held_out, one.other)):
+            _estimated("perplexity", figures.perplexity, 0, LARGEST_PERPLEXITY)
+            _estimated("divergence", figures.divergence, -1)
+            _estimated("behind", figures.behind, -1)
 
 
 def _check_divergence(found: Divergence) -> None:

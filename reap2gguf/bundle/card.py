@@ -15,6 +15,7 @@ from reap2gguf.bundle.card_calibration import (
     imatrix_text,
     importance,
 )
+from reap2gguf.bundle.card_candidates import candidates_section
 from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
 from reap2gguf.bundle.card_making import caveats_section, experts_section, method_section
 from reap2gguf.bundle.card_quality import quality_section
@@ -90,6 +91,7 @@ GGUF files for llama.cpp, Ollama and LM Studio are in {names.link(names.gguf)}."
         f"## In numbers\n\n{_facts_table(manifest)}",
         use,
         quality_section(manifest, of_files=False),
+        candidates_section(manifest),
         experts_section(manifest),
         caveats_section(manifest, ()),
         method_section(manifest),
@@ -168,6 +170,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
         f"{imatrix_text(manifest)}{check}",
         use_section(manifest, names, samples),
         quality_section(manifest, of_files=True),
+        candidates_section(manifest),
         experts_section(manifest),
         f"## In numbers\n\n{_facts_table(manifest)}",
         caveats_section(manifest, caveats(manifest)),

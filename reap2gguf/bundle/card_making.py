@@ -137,8 +137,13 @@ def _observed(manifest: Manifest) -> str:
     before = ""
     if pruning.observations_file is not None:
         before = f" Its observations were reused from the file {code(pruning.observations_file)}."
+    held = ""
+    if manifest.choice is not None:
+        text = manifest.choice.held_out
+        held = f" {text.n_rows:,} rows were held out to choose the method, and ranked no experts."
     return (
-        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}.{before}"
+        f"A calibration pass ran the source model on {pruning.n_tokens:,} tokens{skipped}."
+        f"{held}{before}"
     )
 
 
@@ -171,6 +176,10 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     elif manifest.pruning.method != NO_METHOD:
         yield f"--keep-experts {manifest.pruning.n_kept}"
         yield f"--method {argument(options.method)}"
+        if options.candidates is not None:
+            yield f"--candidates {argument(options.candidates)}"
+        if options.choose_text is not None:
+            yield f"--choose-text {argument(options.choose_text)}"
     else:
         yield "--compression 0"
     if options.protect:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from reap2gguf.atomic import write_whole
+from reap2gguf.bundle.estimate import Estimate as Estimate
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.messages import shown
@@ -32,17 +33,6 @@ _LONGEST_PROMPT = 2**20  # characters
 _MOST_TOKENS = 2**18  # of a prompt
 _MAX_COUNT = 2**63
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its standard error."""
-
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.error:.4f}"
 
 
 @dataclass(frozen=True)

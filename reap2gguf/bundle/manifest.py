@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
+from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
 from reap2gguf.bundle.options_record import InputRecord, OptionsRecord
@@ -96,6 +97,7 @@ class Manifest:
     options: OptionsRecord | None = None  # None: written before options were recorded
     evaluation: Evaluation | None = None  # None: quality was not measured
     has_observations: bool = False  # whether the GGUF folder has those of `pruning`
+    choice: ChoiceRecord | None = None  # None: the method was named, or nothing was pruned
     pictures: Sequence[str] = ()  # in the GGUF folder, some of them also beside the safetensors
 
     @property
@@ -199,6 +201,7 @@ def _decode(values: dict[str, Any]) -> Manifest:
         options=_options_record(values.get("options")),
         evaluation=_evaluation(values.get("evaluation")),
         has_observations=_flag("has_observations", values.get("has_observations", False)),
+        choice=_choice(values.get("choice")),
         pictures=_pictures(values.get("pictures", [])),
         made_with=_made_with(values.get("made_with", {})),
         written_by=_version(values.get("written_by", "")),
@@ -221,6 +224,14 @@ def _evaluation(values: Any) -> Evaluation | None:
         raise TypeError(f"evaluation is {shown(values)}, expected a record")
     _made_with({"evaluation": values["made_with"]})
     return evaluation_of(values)
+
+
+def _choice(values: Any) -> ChoiceRecord | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise TypeError(f"choice is {shown(values)}, expected a record")
+    return choice_of(values)
 
 
 def _flag(name: str, value: Any) -> bool:

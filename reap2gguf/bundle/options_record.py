@@ -15,6 +15,7 @@ IMATRIX_TEXT_OPTION = "--imatrix-text"
 KEPT_OPTION = "--kept"
 OBSERVATIONS_OPTION = "--observations"
 IMATRIX_OPTION = "--imatrix"
+CHOOSE_TEXT_OPTION = "--choose-text"
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,5 @@ class OptionsRecord:
     protect: str = ""
     protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it
+    candidates: str | None = None  # of --method auto, with commas; None: another method
+    choose_text: str | None = None  # the last part of its path

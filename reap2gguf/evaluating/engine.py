@@ -201,7 +201,7 @@ class _Evaluation:
             return
         for base, other in zip(self._runs, self._variants, strict=True):
             if other.weights is view.source and run.base is None:
-                run.base, run.kept = base, view.kept
+                run.base, run.kept, run.replaced = base, view.kept, view.replaced
                 base.n_views += 1
 
     def all_layers(self) -> None:

@@ -48,19 +48,20 @@ def divergence(pair: TokenPair) -> Divergence:
     ordered = np.sort(pair.divergence)
     change = np.exp(-pair.other_nll) - np.exp(-pair.reference_nll)
     return Divergence(
-        mean=_mean(pair.divergence),
+        mean=mean_of(pair.divergence),
         median=_quantile(ordered, 0.5),
         p90=_quantile(ordered, 0.9),
         p99=_quantile(ordered, 0.99),
         p999=_quantile(ordered, 0.999),
         maximum=float(ordered[-1]),
-        same_top=_mean(pair.same_top.astype(np.float64)),
+        same_top=mean_of(pair.same_top.astype(np.float64)),
         rms_probability=_root_mean_square(change),
         perplexity_ratio=_perplexity_ratio(pair),
     )
 
 
-def _mean(values: Doubles) -> Estimate:
+def mean_of(values: Doubles) -> Estimate:
+    """The mean of at least two values, and its standard error."""
     return Estimate(float(values.mean()), _error_of_mean(values))
 
 

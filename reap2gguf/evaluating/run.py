@@ -6,7 +6,7 @@ are not read: they are taken over from that variant's layer, in place, when it h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +54,7 @@ class VariantRun(Sweep):
     keeps_output = True  # of which the head computes the scores
     base: VariantRun | None = None  # whose layers this variant has, with fewer experts
     kept: Kept | None = None  # the base's experts that it has
+    replaced: Collection[str] = ()  # tensors that it does not share with the base
     n_views = 0  # variants that take over its layers
     begin_next: Callable[[], None] = staticmethod(lambda: None)  # begins to read what comes next
     _held: tuple[int, int] | None = None  # a layer whose weights wait, and for how many views
@@ -81,7 +82,21 @@ class VariantRun(Sweep):
             return super()._load(index)
         tensors, is_last = self.base.hand_over(index)
         shapes, kept = self.decoder.layer_shapes(index), (self.kept or {}).get(index, ())
-        return self.decoder.place_layer(index, narrowed(tensors, shapes, kept, is_last))
+        found = narrowed(tensors, shapes, kept, is_last)
+        if self.replaced:
+            found |= self._own(index)
+        return self.decoder.place_layer(index, found)
+
+    def _own(self, index: int) -> Tensors:
+        """The weights of a layer that are not the base's, read at once."""
+        targets = {
+            name: target
+            for name, target in self.decoder.targets(index).items()
+            if any(run.stored in self.replaced for run in target.runs)
+        }
+        key = f"layer {index}, replaced"
+        self.decoder.loader.ask(key, targets)
+        return self.decoder.loader.take(key)
 
     def _drop(self, index: int) -> None:
         if self.n_views:

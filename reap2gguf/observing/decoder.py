@@ -191,12 +191,12 @@ class StreamedDecoder:
 
     def layer_bytes(self, index: int) -> int:
         """Memory of layer `index`, whatever type its weights are stored in."""
-        return target_bytes(self._targets(index))
+        return target_bytes(self.targets(index))
 
     def ask_layer(self, index: int) -> None:
         """Begin to read the weights of layer `index`, if there is one."""
         if index < len(self._layers):
-            self.loader.ask(f"layer {index}", self._targets(index), shared=True)
+            self.loader.ask(f"layer {index}", self.targets(index), shared=True)
 
     def complete_layer(self, index: int) -> None:
         """Wait until layer `index`, if it was asked for, is read; a GPU computes meanwhile."""
@@ -204,7 +204,7 @@ class StreamedDecoder:
 
     def fetch_layer(self, index: int) -> None:
         """Begin to download what a layer needs, if it is still on the Hub."""
-        targets = self._targets(index).values()
+        targets = self.targets(index).values()
         self.weights.fetch_ahead({run.stored for target in targets for run in target.runs})
 
     def load_layer(self, index: int) -> torch.nn.Module:
@@ -269,9 +269,10 @@ class StreamedDecoder:
     def run_layer(self, index: int, hidden: Tensor) -> Tensor:
         """Layer `index` on hidden states (B, T, H), for a T that was embedded or recorded."""
         arguments = self._arguments[hidden.shape[1]][index]
-        return self._by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
+        return self.by_rows(lambda rows: self._call_layer(index, hidden[rows], arguments), hidden)
 
-    def _by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
+    def by_rows(self, function: Callable[[slice], Tensor], hidden: Tensor) -> Tensor:
+        """`function` of slices of the rows of hidden states (B, T, H), joined."""
         if self.crew is None:
             return function(slice(None))
         return self.crew.by_rows(function, hidden.shape)
@@ -312,7 +313,7 @@ class StreamedDecoder:
             output: Tensor = block(self._norm(hidden[rows]), embedded, **arguments)
             return output
 
-        return self._by_rows(run, hidden)
+        return self.by_rows(run, hidden)
 
     @torch.inference_mode()
     def mtp_logits(self, hidden: Tensor) -> Tensor:
@@ -352,7 +353,7 @@ class StreamedDecoder:
             torch.set_default_dtype(before)
         return block.eval()
 
-    def _targets(self, index: int) -> dict[str, Target]:
+    def targets(self, index: int) -> dict[str, Target]:
         """What layer `index` is read from.
 
         A CPU keeps experts as they are stored and widens them one at a time.

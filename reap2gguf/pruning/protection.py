@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.messages import shown
+from reap2gguf.pruning.methods import is_from_weights
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -174,6 +175,22 @@ def protected_experts(
                     "or keep more with --keep-experts or --compression"
                 )
     return found
+
+
+def check_protection(
+    protection: Protection,
+    seen: Observations | None,
+    method: str,
+    target: Target,
+    facts: ModelFacts,
+) -> None:
+    """Refuse protected experts that do not exist or fit, as far as that is known before a pass.
+
+    Raises what `protected_experts` raises.
+    """
+    if seen is None and not is_from_weights(method):
+        protection = replace(protection, super_experts=False)  # found when it has been observed
+    protected_experts(protection, seen, target, facts)
 
 
 def protection_notes(found: ProtectedExperts, protection: Protection) -> list[str]:

@@ -7,7 +7,7 @@ architecture says of its tensors, and which experts are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,6 +59,7 @@ class PrunedView(Weights):
         self.folder = source.folder
         self.config = model.pruned_config(self.n_kept)
         self._source = source
+        self.source_model = model
         self._origins: dict[str, _Origin] = {}
         tensors: dict[str, StoredTensor] = {}
         for name, origin in _origins(source, model, kept):
@@ -71,6 +72,16 @@ class PrunedView(Weights):
             self._origins[name] = origin
         self.tensors = tensors
         self.model = describe(self)
+
+    @property
+    def replaced(self) -> Collection[str]:
+        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """A hash of what those tensors hold; "" where there are none."""
+        return ""
 
     @property
     def source(self) -> Weights:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
+from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
@@ -37,7 +38,7 @@ from reap2gguf.terminal.help import (
     together,
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
-from reap2gguf.terminal.pruning_options import pruning_options
+from reap2gguf.terminal.pruning_options import build_pruning_options
 
 _DEFAULTS = CalibrationOptions()
 
@@ -227,7 +228,7 @@ follow_links_option = option(
 
 build_options = together(
     model_argument(required=False),
-    pruning_options,
+    build_pruning_options,
     option(
         "-r",
         "--recipe",
@@ -317,6 +318,12 @@ build_options = together(
 )
 
 
+def _candidates(arguments: dict[str, Any]) -> tuple[str, ...] | None:
+    """The methods that were named; None for the usual ones."""
+    named = arguments["candidates"]
+    return None if named is None else check_candidates(named)
+
+
 def collect(
     arguments: dict[str, Any],
     fresh: bool = False,
@@ -334,6 +341,8 @@ def collect(
         output=arguments["output"],
         name=arguments["name"],
         method=arguments["method"],
+        candidates=_candidates(arguments),
+        choose_text=arguments["choose_text"],
         protect=arguments["protect"],
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],

@@ -40,7 +40,8 @@ SECTIONS = (
 COMMAND_HEADINGS: Final[Mapping[str, Sequence[str]]] = {
     "The whole job": ("plan", "build", "add"),
     "Step by step": (
-        *("observe", "observations", "inspect", "prune", "imatrix", "quantize", "bundle"),
+        *("observe", "observations", "inspect", "choose", "prune", "imatrix", "quantize"),
+        "bundle",
     ),
     "With a finished bundle": ("verify", "evaluate", "compare", "report", "chat", "serve", "push"),
     "Recipes, texts and help": ("recipes", "mixes", "example", "help"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def result_as_json(result: BuildResult, log: Path | None = None) -> dict[str, An
             for stage in result.stages
         ],
         "verified": list(manifest.verification["passed"]),
+        "choice": None if manifest.choice is None else asdict(manifest.choice),
         "evaluation": None if manifest.evaluation is None else manifest.evaluation.as_json(),
     }
 

@@ -96,6 +96,9 @@ def _model(plan: Plan) -> Iterator[str]:
         f"experts: keeps {target.n_kept} of {target.n_experts} in each of "
         f"{len(facts.moe_layers)} MoE layers, {facts.experts_per_token} active per token"
     )
+    if plan.chooses:
+        names = ", ".join(plan.candidates)
+        yield f"method: the best of {names}, measured on held-out rows and on another text"
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
     if plan.given_kept is not None:

@@ -1,23 +1,24 @@
-"""The options that say which experts go, for every command that removes some."""
+"""Options that say what is pruned, and by which method."""
 
 from __future__ import annotations
 
 import click
 
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
 from reap2gguf.options import MTP_CHOICES
 from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
 from reap2gguf.terminal.option_types import FilePath
 
-pruning_options = together(
-    option(
-        "--kept",
-        section=PRUNE,
-        type=FilePath,
-        metavar="FILE",
-        help="Keep the experts that a JSON file names: kept_experts.json of `prune`, or ids by "
-        "layer.",
-    ),
+kept_option = option(
+    "--kept",
+    section=PRUNE,
+    type=FilePath,
+    metavar="FILE",
+    help="Keep the experts that a JSON file names: kept_experts.json of `prune`, or ids by layer.",
+)
+
+count_options = together(
     option(
         "--keep-experts",
         section=PRUNE,
@@ -33,15 +34,9 @@ pruning_options = together(
         help="Share of experts to remove, in place of --keep-experts: floor(E x R) per layer.",
         default_text="0.25",
     ),
-    option(
-        "--method",
-        section=PRUNE,
-        type=click.Choice(METHODS),
-        default="reap",
-        metavar="NAME",
-        help=f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by "
-        f"their weights alone: {', '.join(FROM_WEIGHTS)}.",
-    ),
+)
+
+protect_options = together(
     option(
         "--protect",
         section=PRUNE,
@@ -57,11 +52,66 @@ pruning_options = together(
         is_flag=True,
         help="Keep the few experts whose outputs have outliers, on which attention may depend.",
     ),
+)
+
+mtp_option = option(
+    "--mtp",
+    section=PRUNE,
+    type=click.Choice(MTP_CHOICES),
+    default="prune",
+    help="Multi-token-prediction block: prune it like the layers, or drop it.",
+)
+
+_RANKED_BY = (
+    f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by their "
+    f"weights alone: {', '.join(FROM_WEIGHTS)}"
+)
+
+pruning_options = together(
+    kept_option,
+    count_options,
     option(
-        "--mtp",
+        "--method",
         section=PRUNE,
-        type=click.Choice(MTP_CHOICES),
-        default="prune",
-        help="Multi-token-prediction block: prune it like the layers, or drop it.",
+        type=click.Choice(METHODS),
+        default="reap",
+        metavar="NAME",
+        help=f"{_RANKED_BY}.",
     ),
+    protect_options,
+    mtp_option,
+)
+
+candidates_option = option(
+    "--candidates",
+    section=PRUNE,
+    metavar="NAME,...",
+    help="Criteria that are measured, with commas, or all of them.",
+    default_text=",".join(CANDIDATES),
+)
+
+choose_text_option = option(
+    "--choose-text",
+    section=PRUNE,
+    type=FilePath,
+    metavar="FILE",
+    help="Text of another domain that they are measured on too.",
+    default_text="prose, mathematics, science and languages, which are built in",
+)
+
+build_pruning_options = together(
+    kept_option,
+    count_options,
+    option(
+        "--method",
+        section=PRUNE,
+        type=click.Choice(BUILD_METHODS),
+        default="reap",
+        metavar="NAME",
+        help=f"{_RANKED_BY}; or {AUTO}, which measures several and takes the best.",
+    ),
+    candidates_option,
+    choose_text_option,
+    protect_options,
+    mtp_option,
 )

@@ -44,6 +44,9 @@ def result_lines(result: BuildResult) -> Iterable[str]:
         for check in manifest.verification["passed"]:
             yield f"  verified  {check}"
         yield ""
+    if (choice := manifest.choice) is not None:
+        yield f"  method    {choice.chosen}, the best of {len(choice.candidates)} measured"
+        yield ""
     if manifest.evaluation is not None and manifest.evaluation.variants:
         for line in quality_lines(manifest.evaluation):
             yield f"  quality   {line}"

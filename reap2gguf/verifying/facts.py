@@ -23,13 +23,15 @@ from reap2gguf.bundle.layout import (
     side_file,
 )
 from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.choosing.names import AUTO, BUILD_METHODS
+from reap2gguf.choosing.rule import best
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEVICES, DTYPES, MTP_CHOICES
-from reap2gguf.pruning.methods import GIVEN, METHODS, OBSERVED, RECORDED
+from reap2gguf.pruning.methods import GIVEN, OBSERVED, RECORDED
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -57,9 +59,13 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     methods = RECORDED if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
+    yield from _check_choice(manifest)
     observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
-        for what, total in (("rows", pruning.n_rows), ("tokens", pruning.n_tokens)):
+        held = manifest.choice.held_out if manifest.choice else None
+        n_rows, n_tokens = (held.n_rows, held.n_tokens) if held else (0, 0)
+        totals = (("rows", pruning.n_rows + n_rows), ("tokens", pruning.n_tokens + n_tokens))
+        for what, total in totals:
             found = sum(getattr(part, what) for part in calibration.components)
             yield from _differs(f"pruning.n_{what}", total, found, "the sum of its components")
     files = [record.file for record in manifest.gguf]
@@ -73,6 +79,19 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         )
 
 
+def _check_choice(manifest: Manifest) -> Iterator[str]:
+    """The method that was taken, against the rule and what was measured."""
+    choice = manifest.choice
+    if choice is None:
+        return
+    taken, method = choice.chosen, manifest.pruning.method
+    yield from _differs("pruning.method", method, taken, "its choice")
+    yield from _differs("choice.chosen", taken, best(choice.candidates).name, "the rule")
+    for one in choice.candidates:
+        if one.name not in OBSERVED:
+            yield _wrong("choice.candidates", one.name, f"one of {', '.join(OBSERVED)}")
+
+
 def check_options(manifest: Manifest) -> Iterator[str]:
     """The options that `--like` takes over, against what came of them."""
     options, pruning, calibration = manifest.options, manifest.pruning, manifest.calibration
@@ -81,7 +100,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
     expected: dict[str, tuple[Any, ...]] = {
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),
-        "method": METHODS if pruning.method in (NO_METHOD, GIVEN) else (pruning.method,),
+        "method": _asked_methods(manifest),
+        "candidates": (_candidates(manifest),),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
         "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
@@ -111,6 +131,20 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         ratio = Decimal(str(options.compression))  # as typed, as `choose_target` reads it
         kept = pruning.n_experts - math.floor(pruning.n_experts * ratio)
         yield from _differs("options.compression keeps", kept, pruning.n_kept, "pruning.n_kept")
+
+
+def _asked_methods(manifest: Manifest) -> tuple[str, ...]:
+    """The methods that may have been asked for."""
+    if manifest.choice is not None:
+        return (AUTO,)
+    method = manifest.pruning.method
+    return BUILD_METHODS if method in (NO_METHOD, GIVEN) else (method,)
+
+
+def _candidates(manifest: Manifest) -> str | None:
+    """The candidates as the options record them."""
+    choice = manifest.choice
+    return None if choice is None else ",".join(one.name for one in choice.candidates)
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:

@@ -132,7 +132,7 @@ def test_without_a_file_the_recipe_is_q4_k_m(asked: Any) -> None:
         ("recipies = 'q8_0'", "build.toml: unknown key 'recipies', did you mean recipe?"),
         (
             "zzzzzzzz = 1",
-            "unknown key 'zzzzzzzz', expected one of calibration, check-quants, chunk",
+            "unknown key 'zzzzzzzz', expected one of calibration, candidates, check-quants",
         ),
         ("config = 'x'", "unknown key 'config'"),
         ("like = 'x'", "unknown key 'like'"),

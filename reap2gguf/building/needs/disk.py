@@ -84,11 +84,16 @@ def states_kept(seconds: float, n_layers: int, n_bytes: int) -> int:
 
 
 def disk_needs(
-    plan: Plan, amount: Amount, sweeps: SweepNeeds, evaluation: SweepNeeds | None
+    plan: Plan,
+    amount: Amount,
+    sweeps: SweepNeeds,
+    evaluation: SweepNeeds | None,
+    choosing: SweepNeeds | None = None,
 ) -> DiskNeeds:
     """Sizes of tensors are exact, all others close upper bounds.
 
-    `evaluation` is what the last stage takes; None if quality is not measured.
+    `evaluation` is what the last stage takes; None if quality is not measured. `choosing` is the
+    same of the stage that chooses a method.
     """
     facts = plan.model.facts
     companions = sum(file.stat().st_size for file in companion_files(plan.source.folder))
@@ -107,7 +112,7 @@ def disk_needs(
         gguf=gguf,
         shared=texts + (observed if plan.observes else 0),
         spool=sweeps.spool_bytes if plan.n_sweeps else 0,
-        scoring=0 if evaluation is None else evaluation.spool_bytes,
+        scoring=max(0 if one is None else one.spool_bytes for one in (evaluation, choosing)),
         depth=1 if sweeps.budget is None else sweeps.budget.depth,
         state=sweeps.hidden_bytes if plan.n_sweeps else 0,
     )

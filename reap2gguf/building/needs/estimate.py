@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.needs.amount import Amount, amount_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import Machine, this_machine
-from reap2gguf.building.needs.memory import SweepNeeds, evaluation_needs, peak_ram, sweep_needs
+from reap2gguf.building.needs.memory import (
+    SweepNeeds,
+    choosing_needs,
+    evaluation_needs,
+    peak_ram,
+    sweep_needs,
+)
 from reap2gguf.building.needs.rented import H100, as_gpu, gpu_factor, rented_machine
 from reap2gguf.building.needs.scoring import planned_chunks
 from reap2gguf.building.needs.seconds import Host, critical_path, stage_seconds
@@ -23,7 +29,8 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
 
-ALL = ("texts", "observe", "prune", "imatrix", "export", "verify", "evaluate")  # stages
+# stages
+ALL = ("texts", "observe", "choose", "prune", "imatrix", "export", "verify", "evaluate")
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least
@@ -55,6 +62,7 @@ class Estimate:
     amount: Amount
     sweeps: SweepNeeds
     evaluation: SweepNeeds | None  # of the stage that measures quality; None: it is left out
+    choosing: SweepNeeds | None  # of the one that chooses a method; None: it was named
     disk: DiskNeeds
     reused: Reused
     has_device: bool = True  # whether the GPU that the figures are for is there
@@ -75,15 +83,20 @@ class Estimate:
         pays = export_pays_on_gpu(self.plan.recipes, self.plan.options.compute.device)
         on_gpu = self.machine.device == "cuda" and pays
         found = peak_ram(self.plan, self.machine, self.sweeps, self._export.ram, on_gpu)
-        return found if self.evaluation is None else max(found, self.evaluation.host_bytes)
+        return max([found, *(one.host_bytes for one in self._scoring)])
 
     @property
     def gpu_memory_bytes(self) -> int:
         """The most memory of the GPU at a time; 0 on a CPU."""
         if self.machine.device == "cpu":
             return 0
-        evaluating = 0 if self.evaluation is None else self.evaluation.device_bytes
-        return max(self.sweeps.device_bytes + self._export.device, evaluating)
+        own = self.sweeps.device_bytes + self._export.device
+        return max([own, *(one.device_bytes for one in self._scoring)])
+
+    @property
+    def _scoring(self) -> Sequence[SweepNeeds]:
+        """The stages in which several forms of the model are scored."""
+        return [one for one in (self.evaluation, self.choosing) if one is not None]
 
     @cached_property
     def _export(self) -> ExportMemory:
@@ -158,6 +171,8 @@ class Estimate:
             found.append("--device cuda: there is no GPU here; the figures are for an H100")
         if self.sweeps.problem:
             found.append(self.sweeps.problem)
+        elif self.choosing is not None and self.choosing.problem:
+            found.append(f"{self.choosing.problem}; or pass fewer --candidates, or one --method")
         elif self.evaluation is not None and self.evaluation.problem:
             found.append(f"{self.evaluation.problem}; or pass --evaluate never")
         return [*found, *self._disk_problems()]
@@ -225,8 +240,16 @@ class Estimate:
 
     def with_amount(self, amount: Amount) -> Estimate:
         """The same build with less text."""
-        sweeps, evaluation, disk = _needs(self.plan, self.sizes, amount, self.machine)
-        return replace(self, amount=amount, sweeps=sweeps, evaluation=evaluation, disk=disk)
+        needs = _needs(self.plan, self.sizes, amount, self.machine)
+        sweeps, evaluation, choosing, disk = needs
+        return replace(
+            self,
+            amount=amount,
+            sweeps=sweeps,
+            evaluation=evaluation,
+            choosing=choosing,
+            disk=disk,
+        )
 
     def rented(self, gpu: str) -> Estimate:
         """The same build from scratch on a usual rented machine with a GPU of a name in GPUS.
@@ -252,7 +275,7 @@ def estimate(
     if machine.device == "cuda" and machine.gpu is None:
         machine = replace(machine, gpu=as_gpu(H100))
     sizes, amount = Sizes(plan), amount_of(plan, reused.texts)
-    sweeps, evaluation, disk = _needs(plan, sizes, amount, machine)
+    sweeps, evaluation, choosing, disk = _needs(plan, sizes, amount, machine)
     host = Host(
         speed,
         machine.cores,
@@ -260,7 +283,7 @@ def estimate(
         max(0, machine.memory_free_bytes - sweeps.host_bytes - _FOR_FILES),
     )
     return Estimate(
-        plan, sizes, machine, host, amount, sweeps, evaluation, disk, reused, has_device
+        plan, sizes, machine, host, amount, sweeps, evaluation, choosing, disk, reused, has_device
     )
 
 
@@ -282,8 +305,9 @@ def _rented(plan: Plan, sizes: Sizes, amount: Amount, gpu: str) -> Estimate:
 
 def _needs(
     plan: Plan, sizes: Sizes, amount: Amount, machine: Machine
-) -> tuple[SweepNeeds, SweepNeeds | None, DiskNeeds]:
-    """What the passes take, what measuring quality takes, and the disk of both."""
+) -> tuple[SweepNeeds, SweepNeeds | None, SweepNeeds | None, DiskNeeds]:
+    """What the passes take, what measuring quality and choosing a method take, and the disk."""
     sweeps = sweep_needs(plan, sizes, amount, machine)
     evaluation = evaluation_needs(plan, sizes, planned_chunks(plan, amount), machine)
-    return sweeps, evaluation, disk_needs(plan, amount, sweeps, evaluation)
+    choosing = choosing_needs(plan, sizes, amount, machine)
+    return sweeps, evaluation, choosing, disk_needs(plan, amount, sweeps, evaluation, choosing)

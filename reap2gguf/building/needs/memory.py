@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.needs.scoring import CHUNK
+from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.errors import UsageError
 from reap2gguf.evaluating.head_cut import Cut, HeadShape
@@ -95,6 +95,26 @@ def evaluation_needs(
         kind.n_threads,
     )
     return _fitted(plan, need, kind, machine, 1, heads)
+
+
+def choosing_needs(plan: Plan, sizes: Sizes, amount: Amount, machine: Machine) -> SweepNeeds | None:
+    """What the stage takes that chooses a method; None if the method was named.
+
+    All candidates are views of the source, which share its layers and its head.
+    """
+    if not plan.chooses:
+        return None
+    n_here, n_variants = processes().on_machine, 1 + len(plan.candidates)
+    kind = _kind(plan, sizes, machine, n_here)
+    embedding = plan.checkpoint.tensors[plan.model.embedding_name].n_elements * kind.itemsize
+    layers = sizes.layers(kind.itemsize, kind.on_gpu)
+    trunk = {n: layers[n] for n in range(plan.model.facts.n_layers) if n in layers}
+    n_positions = -(-chosen_tokens(amount) * n_variants // processes().size)
+    need = kind.need(trunk, embedding, n_positions, max(amount.longest_row, CHUNK))
+    # as in `evaluating/engine.py`: a third layer, if several views are made of one
+    need = replace(need, layer=int(1.5 * need.layer) if n_variants > 2 else need.layer)
+    heads = HeadShape(plan.model.facts.vocab_size, kind.hidden_bytes, 1, n_variants, kind.n_threads)
+    return _fitted(plan, need, kind, machine, n_here, heads)
 
 
 def _kind(plan: Plan, sizes: Sizes, machine: Machine, n_here: int) -> Kind:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.artifacts.texts import Texts
+from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
 from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
@@ -22,7 +24,7 @@ from reap2gguf.pruning.view import PrunedView
 if TYPE_CHECKING:
     from reap2gguf.building.plan import Plan
 
-_BEFORE_EXPORT = 4  # stages
+_BEFORE_EXPORT = 5  # stages
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -50,7 +52,7 @@ def _find(plan: Plan) -> Reused:
             found = texts.read()
         if found is None:
             return Reused(written_bytes=work.written_bytes())
-        texts.result = found
+        texts.result = found = texts.divided(found)
     try:
         done = tuple(_done(run, texts)) if _may_reuse(run) else ()
     except (Reap2ggufError, OSError):
@@ -93,8 +95,13 @@ def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
         if not _is_done(observed):
             return
         yield observed.name
-    given = None if plan.observations is None else plan.observations.seen
-    kept = known_choice(run, given if observed is None else observed.result)
+    if plan.chooses:
+        choose = Choose(run, needed(texts), candidates_of(plan, needed(texts), observed))
+        if not _is_done(choose):
+            return
+        yield choose.name
+        plan = run.settle(replace(plan, choice=choose.result))
+    kept = known_choice(run, observations_of(plan, observed))
     if kept is None:
         return
     pruned = PrunedView(plan.checkpoint, plan.model, kept)

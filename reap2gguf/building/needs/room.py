@@ -11,7 +11,7 @@ from reap2gguf.building.exact import tokens_at_most
 from reap2gguf.building.needs.amount import most_of
 from reap2gguf.building.needs.disk import DiskNeeds, disk_needs
 from reap2gguf.building.needs.machine import this_machine
-from reap2gguf.building.needs.memory import evaluation_needs, sweep_needs
+from reap2gguf.building.needs.memory import choosing_needs, evaluation_needs, sweep_needs
 from reap2gguf.building.needs.scoring import planned_chunks
 from reap2gguf.building.needs.sizes import Sizes
 from reap2gguf.building.workdir import Room
@@ -42,7 +42,9 @@ def room_needs(plan: Plan) -> DiskNeeds:
     amount = most_of(plan, tokens_at_most(plan))
     sizes, n_chunks = Sizes(plan), planned_chunks(plan, amount)
     sweeps = sweep_needs(plan, sizes, amount, machine)
-    return disk_needs(plan, amount, sweeps, evaluation_needs(plan, sizes, n_chunks, machine))
+    evaluation = evaluation_needs(plan, sizes, n_chunks, machine)
+    choosing = choosing_needs(plan, sizes, amount, machine)
+    return disk_needs(plan, amount, sweeps, evaluation, choosing)
 
 
 def check_room(plan: Plan, work: Workdir, progress: Progress) -> Room:

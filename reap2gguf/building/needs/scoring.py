@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from reap2gguf.choosing import amounts
+
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.needs.amount import Amount
@@ -44,3 +46,9 @@ def chunks_of(plan: Plan, texts: Texts | None) -> int:
     read = [*(rows.rows if rows else ()), *(chunks.chunks if chunks else ())]
     n_tokens = sum(len(row) for row in read)
     return chunks_to_score(plan.options.evaluate, n_tokens, plan.n_variants)
+
+
+def chosen_tokens(amount: Amount) -> int:
+    """Tokens that a method is chosen on, about: rows that are held out, and the other text."""
+    held = min(amount.n_tokens // (amounts.ONE_IN - 1), amounts.MOST_HELD_TOKENS)
+    return held + amounts.MOST_CHUNKS * amounts.CHUNK

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from reap2gguf.building.needs.scoring import CHUNK, planned_chunks
+from reap2gguf.building.needs.scoring import CHUNK, chosen_tokens, planned_chunks
 from reap2gguf.observing.linear_attention import installed_version
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 from reap2gguf.verifying.exactness import QUICK_TYPES
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
     Recipes = Sequence[ResolvedRecipe]
 
-STAGES = ("start", "texts", "observe", "prune", "imatrix", "export", "verify", "evaluate", "finish")
+STAGES = (
+    *("start", "texts", "observe", "choose", "prune"),
+    *("imatrix", "export", "verify", "evaluate", "finish"),
+)
 
 # Seconds on the reference machine of speed.py, of Python code where nothing else is said.
 _IMPORTS = 2.1  # torch, transformers and the rest
@@ -132,6 +135,7 @@ def stage_seconds(
         found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
         waiting = _read_seconds(plan.pruned.n_bytes, host)
+    found["choose"] = _choose(plan, sizes, amount, host)
     if plan.writes_hf:
         copied = plan.hf_bytes
         found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
@@ -217,17 +221,34 @@ def _evaluate(plan: Plan, sizes: Sizes, amount: Amount, recipes: Recipes, host: 
     n_tokens = CHUNK * planned_chunks(plan, amount)
     if not n_tokens:
         return 0.0
-    facts, python = plan.model.facts, host.speed.python
+    python = host.speed.python
     n_variants = 1 + plan.writes_hf + len(recipes)
-    passing = n_variants * _pass(plan, sizes, n_tokens, replace(amount, probe_tokens=0), host)
-    flops = n_variants * n_tokens * facts.vocab_size * facts.hidden_size  # of half of the tokens
-    if host.gpu_factor is not None:
-        passing += flops / _H100_FLOPS * host.gpu_factor
-    else:
-        passing += flops / (_EFFICIENCY * host.speed.flops) / host.parallel
+    passing = _scoring(plan, sizes, amount, n_variants, n_tokens, host)
     n_weights = sum(prod(entry.tensor.shape) for recipe in recipes for entry in recipe.table)
     reading = _read_seconds(plan.checkpoint.n_bytes, host) + _DEQUANTIZE * n_weights / host.parallel
     return max(passing, reading) + python * n_variants * _PASS
+
+
+def _choose(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
+    """All candidates through all layers, as views of a source that is read once."""
+    if not plan.chooses:
+        return 0.0
+    n_variants = 1 + len(plan.candidates)
+    passing = _scoring(plan, sizes, amount, n_variants, chosen_tokens(amount), host)
+    reading = _read_seconds(plan.checkpoint.n_bytes, host)
+    return max(passing, reading) + host.speed.python * n_variants * _PASS
+
+
+def _scoring(
+    plan: Plan, sizes: Sizes, amount: Amount, n_variants: int, n_tokens: int, host: Host
+) -> float:
+    """Seconds of variants through all layers, and of the logits of half of their tokens."""
+    facts, scored = plan.model.facts, replace(amount, probe_tokens=0)
+    passing = n_variants * _pass(plan, sizes, n_tokens, scored, host)
+    flops = n_variants * n_tokens * facts.vocab_size * facts.hidden_size
+    if host.gpu_factor is not None:
+        return passing + flops / _H100_FLOPS * host.gpu_factor
+    return passing + flops / (_EFFICIENCY * host.speed.flops) / host.parallel
 
 
 def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:

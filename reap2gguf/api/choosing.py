@@ -1,0 +1,257 @@
+"""Choosing a method of pruning by what each of several costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
+from reap2gguf.choosing.names import check_candidates
+from reap2gguf.machine import processes
+from reap2gguf.options import (
+    MTP_CHOICES,
+    CalibrationOptions,
+    ComputeOptions,
+    Resume,
+    check_bool,
+    check_choice,
+    check_counts,
+    check_path,
+    given_or_new,
+)
+from reap2gguf.outputs import drop_states, output_file
+from reap2gguf.progress import working
+from reap2gguf.pruning.protection import Protection, read_pinned
+
+if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.artifacts.texts import ObservationRows
+    from reap2gguf.bundle.choice import ChoiceRecord
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.spec import Calibration
+    from reap2gguf.choosing.holdout import Split
+    from reap2gguf.choosing.measure import Measurement
+    from reap2gguf.choosing.texts import MeasuredText
+    from reap2gguf.hub.opened import OpenModel
+    from reap2gguf.progress import Progress
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that was taken, the experts that it keeps, and what was measured."""
+
+    method: str
+    n_experts: int  # per layer, before
+    n_kept: int  # per layer, after
+    kept: Mapping[int, tuple[int, ...]]  # layer -> ids of the experts in the source, ascending
+    record: ChoiceRecord  # all candidates, with what each costs
+    seconds: Mapping[str, float]  # what "observing" and "measuring" took
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        values: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))
+        return values
+
+
+def choose(
+    model: PathLike,
+    *,
+    keep_experts: int | None = None,
+    compression: float | None = None,
+    candidates: str | Iterable[str] | None = None,
+    text: PathLike | None = None,
+    observations: PathLike | None = None,
+    calibration: CalibrationOptions | None = None,
+    mtp: str = "prune",
+    protect: str = "",
+    protect_super_experts: bool = False,
+    compute: ComputeOptions | None = None,
+    output: PathLike | None = None,
+    follow_links: bool = False,
+    progress: ProgressLike = None,
+) -> Choice:
+    """Measure which method of pruning MODEL to a number of experts costs least.
+
+    One row in eight of the calibration is held out, and the others are observed. Then the pruned
+    models of all `candidates` (names of methods; None: the usual ones) are measured in one sweep,
+    on the rows that were held out and on a `text` of another domain; by default one that travels
+    with the package. `observations` is a file where the observations are kept: one that is there is
+    used, if it is of the same rows. Protected experts stay, whatever a candidate says. `output` is
+    a JSON file to write; with it an interrupted call resumes. Nothing is pruned: `prune` does that
+    with the observations and the method, and `build` with the method "auto" does it all.
+
+    Raises CalibrationError, ObservationError, EvaluationError, ArtifactError for observations of
+    other rows, UsageError, OutputError, and what opening a model raises.
+    """
+    check_choice("mtp", mtp, MTP_CHOICES)
+    check_counts(keep_experts, compression)
+    check_bool("protect_super_experts", protect_super_experts)
+    protection = Protection(read_pinned(protect), protect_super_experts)
+    names, shown = check_candidates(candidates), to_progress(progress)
+    compute = given_or_new("compute", compute, ComputeOptions)
+    asked = _Asked.of(calibration, text, output, observations)
+    with open_named(model, shown, mtp == "prune", follow_links) as opened:
+        from reap2gguf.choosing.candidates import kept_by
+        from reap2gguf.choosing.measure import Measurement
+        from reap2gguf.pruning.protection import protected_experts
+        from reap2gguf.pruning.select import choose_target
+
+        keep_files(opened, asked.outputs, asked.inputs)
+        opened.check_tokenizer()
+        facts = opened.model.facts
+        target = choose_target(facts, keep_experts, compression)
+        split, held_out, other = asked.read(opened, shown)
+        begun = time.monotonic()
+        seen = asked.observed(opened, split.seen, compute, shown)
+        observing = time.monotonic()
+        protected = protected_experts(protection, seen, target, facts).all
+        kept = kept_by(names, seen, target, facts, protected)
+        measured = Measurement(opened.checkpoint, opened.model, kept, held_out, other)
+        record = asked.chosen(measured, opened.checkpoint.fingerprint(), compute, shown)
+        seconds = {"observing": observing - begun, "measuring": time.monotonic() - observing}
+    found = Choice(
+        record.chosen, target.n_experts, target.n_kept, kept[record.chosen], record, seconds
+    )
+    asked.write(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The texts and files of a choice, checked before any model is opened."""
+
+    calibration: Calibration
+    files: ScannedFiles
+    text: Path | None
+    output: Path | None
+    observations: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        calibration: CalibrationOptions | None,
+        text: PathLike | None,
+        output: PathLike | None,
+        observations: PathLike | None,
+    ) -> _Asked:
+        """Raises CalibrationError, UsageError or OutputError for what cannot be used."""
+        from reap2gguf.calibration.scanned_files import ScannedFiles
+        from reap2gguf.calibration.sources import check_calibration
+        from reap2gguf.calibration.spec import decide
+
+        decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
+        files = ScannedFiles()
+        check_calibration(decided, files)
+        path = None if text is None else check_path("text", text).expanduser()
+        if path is not None:
+            files.text(path)
+        made = [None if one is None else _output(one) for one in (output, observations)]
+        return cls(decided, files, path, *made)
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [one for one in (self.output, self.observations) if one is not None]
+
+    @property
+    def inputs(self) -> list[Path]:
+        return [*self.files.paths, *([] if self.text is None else [self.text])]
+
+    def read(
+        self, opened: OpenModel, progress: Progress
+    ) -> tuple[Split, MeasuredText, MeasuredText | None]:
+        """The rows to observe, those that are held out, and the text of another domain."""
+        from reap2gguf.calibration.drawing import observation_rows
+        from reap2gguf.choosing.holdout import hold_out
+        from reap2gguf.choosing.texts import ONLY_HELD_OUT, held_out_text, other_text
+        from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+        facts, decided = opened.model.facts, self.calibration
+        length = min(decided.max_length, facts.context_length)
+        with (
+            working(progress, "Reading the calibration text"),
+            closing(Tokenizer(opened.source.folder)) as tokenizer,
+        ):
+            found = observation_rows(
+                tokenizer, decided, length, facts.vocab_size, progress, self.files
+            )
+            context = facts.context_length
+            other = other_text(self.text, decided, tokenizer, facts.vocab_size, context)
+        if other is None:
+            progress.note(ONLY_HELD_OUT)
+        split = hold_out(found)
+        return split, held_out_text(found.label, split.held), other
+
+    def observed(
+        self,
+        opened: OpenModel,
+        rows: ObservationRows,
+        compute: ComputeOptions,
+        progress: Progress,
+    ) -> Observations:
+        """Those of the file, or new ones, which the file keeps."""
+        from reap2gguf.artifacts.observations import Observations
+        from reap2gguf.building.given import check_same_model
+        from reap2gguf.choosing.checks import check_unseen
+        from reap2gguf.observing import passes
+
+        path = self.observations
+        if path is not None and path.exists():
+            seen = Observations.load(path)
+            check_same_model(seen, opened.checkpoint, str(path))
+            check_unseen(seen, rows, str(path))
+            progress.note(f"{path}: reused")
+            return seen
+        key = f"{opened.checkpoint.fingerprint()} {rows.sha256}"
+        with working(progress, "Loading torch and the first layer"):
+            seen = passes.observe(
+                opened.checkpoint, opened.model, rows, self.resuming(compute, key), progress
+            )
+        if path is not None and processes().is_first:
+            seen.save(path)
+        return seen
+
+    def chosen(
+        self,
+        asked: Measurement,
+        fingerprint: str,
+        compute: ComputeOptions,
+        progress: Progress,
+    ) -> ChoiceRecord:
+        """The best of several candidates; `fingerprint` is that of the model."""
+        from reap2gguf.evaluating.engine import evaluate_variants
+        from reap2gguf.evaluating.scoring import key_of, rows_sha256
+
+        key = key_of(fingerprint, list(asked.kept.items()), rows_sha256(asked.rows))
+        where = self.resuming(compute, key)
+        scores = evaluate_variants(asked.variants, asked.rows, asked.pairs, where, progress)
+        return asked.choice(scores)
+
+    def resuming(self, compute: ComputeOptions, key: str) -> ComputeOptions:
+        """Keep the progress between layers beside the output."""
+        from reap2gguf.artifacts.made_with import COMPUTING, versions
+
+        if self.output is None:
+            return compute
+        state = self.output.with_name(f"{self.output.name}.state")
+        resume = Resume(state, key, versions(COMPUTING))
+        return replace(compute, scratch=self.output.parent, resume=resume)
+
+    def write(self, found: Choice) -> None:
+        """Write the output; its saved progress is no longer needed."""
+        from reap2gguf.atomic import write_whole
+
+        if self.output is not None and processes().is_first:
+            write_whole(self.output, json.dumps(found.as_json(), indent=1) + "\n")
+            drop_states(self.output)
+
+
+def _output(path: PathLike) -> Path:
+    """A file to write: the first process checks that it can."""
+    return output_file(path) if processes().is_first else check_path("output", path)

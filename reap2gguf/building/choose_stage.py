@@ -1,0 +1,138 @@
+"""The stage that chooses a method: after the observation, and before anything is pruned.
+
+Candidates rank the same observations; each one's pruned model is measured as a view of the source,
+on rows of the calibration that were held out and on a text of another domain. Nothing is written
+but the record, so another build of the same inputs makes the same choice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from reap2gguf.artifacts.made_with import COMPUTING
+from reap2gguf.atomic import write_whole
+from reap2gguf.building.choosing import protected_of
+from reap2gguf.building.stage import Run, Stage
+from reap2gguf.building.stages import needed
+from reap2gguf.bundle.choice import ChoiceRecord, choice_of
+from reap2gguf.checkpoint.config import read_json
+from reap2gguf.choosing.candidates import kept_by
+from reap2gguf.choosing.checks import check_unseen
+from reap2gguf.choosing.lines import choice_lines
+from reap2gguf.choosing.measure import Measurement
+from reap2gguf.choosing.texts import ONLY_HELD_OUT, MeasuredText, held_out_text, other_text
+from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.plan import Plan
+    from reap2gguf.building.stages import Observe, ReadTexts
+    from reap2gguf.pruning.select import Kept
+
+CHOICE_FILE = "choice.json"
+
+
+class Choose(Stage[ChoiceRecord]):
+    """Measures every candidate in one sweep, and takes the best."""
+
+    name = "choose"
+    is_sweep = True
+    libraries: ClassVar[Sequence[str]] = COMPUTING
+
+    def __init__(self, run: Run, texts: ReadTexts, kept: Mapping[str, Kept]) -> None:
+        """`kept`: by candidate, the experts that stay."""
+        super().__init__(run)
+        self._texts = texts
+        self._kept = kept
+
+    def make_key(self) -> str:
+        texts = [text.sha256 for text in (self._held_out, self._other) if text is not None]
+        return self.run.keys.choose(self._kept, texts)
+
+    @property
+    def path(self) -> Path:
+        return self.run.work.root / CHOICE_FILE
+
+    @property
+    def outputs(self) -> Sequence[Path]:
+        return (self.path,)
+
+    @cached_property
+    def _held_out(self) -> MeasuredText:
+        """The rows that were held out."""
+        texts = self._texts.result
+        return held_out_text(needed(texts.rows).label, texts.held)
+
+    @cached_property
+    def _other(self) -> MeasuredText | None:
+        """The text of another domain. Raises CalibrationError."""
+        plan = self.run.plan
+        facts = plan.model.facts
+        with closing(Tokenizer(plan.source.folder)) as tokenizer:
+            return other_text(
+                plan.options.choose_text,
+                plan.calibration,
+                tokenizer,
+                facts.vocab_size,
+                facts.context_length,
+            )
+
+    def compute(self) -> Mapping[str, Any]:
+        from reap2gguf.evaluating.engine import evaluate_variants  # loads torch
+
+        run, plan, other = self.run, self.run.plan, self._other
+        if other is None:
+            run.progress.note(f"choose: {ONLY_HELD_OUT}")
+        asked = Measurement(plan.checkpoint, plan.model, self._kept, self._held_out, other)
+        scores = evaluate_variants(
+            asked.variants, asked.rows, asked.pairs, self.compute_options, run.progress
+        )
+        record = asked.choice(scores)
+        if run.is_first:
+            write_whole(self.path, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
+        return {}
+
+    def load(self) -> ChoiceRecord:
+        return choice_of(read_json(self.path))
+
+
+def observations_of(plan: Plan, observed: Observe | None) -> Observations | None:
+    """What a build observed, or was given; None where nothing is pruned."""
+    if observed is not None:
+        return observed.result
+    return None if plan.observations is None else plan.observations.seen
+
+
+def observations_sha256(plan: Plan, observed: Observe | None) -> str:
+    """The hash of the observations' file; "" where there is none."""
+    if observed is not None:
+        return observed.sha256
+    return "" if plan.observations is None else plan.observations.sha256
+
+
+def choose_method(run: Run, texts: ReadTexts, observed: Observe | None) -> Plan:
+    """The plan with the method that is best; the run goes on with it. All processes call this."""
+    kept = run.agree(lambda: candidates_of(run.plan, texts, observed))
+    stage = run.do(Choose(run, texts, kept))
+    record = run.agree(lambda: stage.result)
+    for line in choice_lines(record):
+        run.progress.note(line)
+    return run.settle(replace(run.plan, choice=record))
+
+
+def candidates_of(plan: Plan, texts: ReadTexts, observed: Observe | None) -> dict[str, Kept]:
+    """By candidate, the experts that stay.
+
+    Raises ArtifactError for given observations that may have read the rows that are held out.
+    """
+    seen, rows = needed(observations_of(plan, observed)), needed(texts.result.rows)
+    if plan.observations is not None:
+        check_unseen(seen, rows, plan.observations.file)
+    protected = protected_of(plan, seen).all
+    return kept_by(plan.candidates, seen, plan.target, plan.model.facts, protected)

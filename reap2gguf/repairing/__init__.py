@@ -1,0 +1,1 @@
+"""Repairs what pruning broke: the kept experts' `down_proj`, layer by layer, in closed form."""

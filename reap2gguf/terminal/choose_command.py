@@ -1,0 +1,96 @@
+"""`reap2gguf choose`: which method of pruning costs least on this model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import reap2gguf
+from reap2gguf.choosing.lines import choice_lines
+from reap2gguf.messages import duration
+from reap2gguf.options import CalibrationOptions
+from reap2gguf.terminal.click_options import (
+    calibration_options,
+    follow_links_option,
+    json_option,
+    model_argument,
+    output_options,
+)
+from reap2gguf.terminal.compute_options import collect_compute, compute_options, threads_option
+from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
+from reap2gguf.terminal.help import CALIBRATION, WRITE, command, option
+from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.pruning_options import (
+    candidates_option,
+    choose_text_option,
+    count_options,
+    mtp_option,
+    protect_options,
+)
+
+
+@command()
+@model_argument()
+@count_options
+@candidates_option
+@choose_text_option
+@protect_options
+@mtp_option
+@calibration_options
+@option(
+    "--observations",
+    section=CALIBRATION,
+    type=FilePath,
+    metavar="FILE",
+    help="Keep the observations in FILE, or use those that an earlier `choose` kept there.",
+)
+@compute_options
+@threads_option
+@option("-o", "--output", section=WRITE, type=FilePath, metavar="FILE", help="JSON file to write.")
+@follow_links_option
+@json_option
+@output_options
+def choose(
+    model: str,
+    spec: str,
+    samples: int | None,
+    max_length: int | None,
+    seed: int,
+    pack: bool | None,
+    output: Path | None,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Measure which pruning method costs least.
+
+    Observes MODEL once, on all calibration rows but one in eight. Then the pruned models of all
+    candidates go through the layers together, on the rows that were held out and on a text of
+    another domain. Taken is the method with the lowest KL divergence from MODEL on the held-out
+    rows, among those that are not worse on the other text than the best one there, by more than two
+    standard errors. Nothing is pruned: `reap2gguf build --method auto` does that too.
+
+    \b
+    Example:
+      reap2gguf choose ./Qwen3-30B-A3B --compression 0.5 --calibration text.txt
+      reap2gguf choose ./Qwen3-30B-A3B --compression 0.25 --candidates reap,weighted_ean_sum \\
+          --observations observations.safetensors -o choice.json
+    """
+    taken = (
+        *("keep_experts", "compression", "candidates", "observations", "mtp", "follow_links"),
+        *("protect", "protect_super_experts"),
+    )
+    found = reap2gguf.choose(
+        model,
+        **{name: arguments.pop(name) for name in taken},
+        text=arguments.pop("choose_text"),
+        calibration=CalibrationOptions(spec, samples, max_length, seed, pack),
+        compute=collect_compute(arguments),
+        output=output,
+        progress=terminal_progress(),
+    )
+    if as_json:
+        say_json(found.as_json())
+        return
+    say_all(choice_lines(found.record))
+    observing, measuring = (duration(found.seconds[one]) for one in ("observing", "measuring"))
+    say(f"cost: {observing} to observe, {measuring} to measure all candidates", "result")

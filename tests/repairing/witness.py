@@ -1,0 +1,99 @@
+"""The repair of a layer, computed with transformers' own models and numpy alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+
+@dataclass
+class Calls:
+    """What the experts of one module were called with, and what they gave."""
+
+    inputs: np.ndarray  # (N, H) float64
+    index: np.ndarray  # (N, K)
+    gates: np.ndarray  # (N, K)
+    outputs: np.ndarray  # (N, H)
+    activations: list[np.ndarray]  # per expert (N, F), of every input
+    down: np.ndarray  # (E, H, F)
+
+
+def calls(folder: Path, rows: list[np.ndarray], path: str) -> Calls:
+    """Run transformers' whole model on rows; `path` is that of the experts in the text model."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    experts = next(part for name, part in whole.named_modules() if name.endswith(path))
+    kept: list[Any] = []
+
+    def keep(module: Any, arguments: Any, keywords: Any, output: torch.Tensor) -> None:
+        kept.append((*arguments, *keywords.values(), output))
+
+    handle = experts.register_forward_hook(keep, with_kwargs=True)
+    with torch.inference_mode():
+        for row in rows:
+            whole(torch.from_numpy(row)[None])
+        handle.remove()
+        inputs, index, gates, outputs = (torch.cat(one) for one in zip(*kept, strict=True))
+        activations = []
+        for matrix in experts.gate_up_proj:
+            gate, up = (inputs @ matrix.T).chunk(2, dim=-1)
+            activations.append((experts.act_fn(gate) * up).double().numpy())
+    return Calls(
+        inputs.double().numpy(),
+        index.numpy(),
+        gates.double().numpy(),
+        outputs.double().numpy(),
+        activations,
+        experts.down_proj.detach().double().numpy(),
+    )
+
+
+def targets(folder: Path, inputs: np.ndarray, path: str) -> np.ndarray:
+    """What the experts of a model give on inputs (N, H), by its own routing: (N, H)."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    modules = dict(whole.named_modules())
+    name = next(name for name in modules if name.endswith(path))
+    kept: list[torch.Tensor] = []
+    modules[name].register_forward_hook(lambda module, arguments, output: kept.append(output))
+    with torch.inference_mode():
+        modules[name.rpartition(".")[0]](torch.from_numpy(inputs).float()[None])
+    return kept[0].double().numpy()
+
+
+@dataclass
+class Expected:
+    """Errors on the rows that were held out, and the new weights (E, H, F), by alpha."""
+
+    before: float
+    after: dict[float, float]
+    down: dict[float, np.ndarray]
+
+
+def expected_repair(
+    target: np.ndarray, pruned: Calls, down: np.ndarray, is_held: np.ndarray
+) -> Expected:
+    """Ridge regression towards the original weights, alpha by alpha.
+
+    target: (N, H)    down: the original weights (E, H, F)    is_held: (N,) bool
+    """
+    n_experts, hidden, width = down.shape
+    phi = np.zeros((len(pruned.inputs), n_experts, width))
+    for expert in range(n_experts):
+        gates = np.where(pruned.index == expert, pruned.gates, 0).sum(axis=1)
+        phi[:, expert] = gates[:, None] * pruned.activations[expert]
+    phi = phi.reshape(len(phi), -1)
+    start = down.transpose(0, 2, 1).reshape(-1, hidden)
+    fitted, held = phi[~is_held], phi[is_held]
+    gram, right = fitted.T @ fitted, fitted.T @ target[~is_held]
+    scale = np.linalg.norm(target[is_held])
+    found = Expected(np.linalg.norm(target[is_held] - held @ start) / scale, {}, {})
+    for alpha in (0.03, 0.1, 0.3, 1.0):
+        shift = alpha * np.trace(gram) / len(gram)
+        moved = np.linalg.solve(gram + shift * np.eye(len(gram)), right + shift * start)
+        found.after[alpha] = float(np.linalg.norm(target[is_held] - held @ moved) / scale)
+        found.down[alpha] = moved.reshape(n_experts, width, hidden).transpose(0, 2, 1)
+    return found
