@@ -35,6 +35,7 @@ from reap2gguf.pruning.methods import GIVEN, OBSERVED, RECORDED
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.protected import check_asked, check_protected
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
 if TYPE_CHECKING:
@@ -103,8 +104,6 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "method": _asked_methods(manifest),
         "candidates": (_candidates(manifest),),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
-        "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
-        "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
         "device": DEVICES[1:],
@@ -124,6 +123,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
             "chunk": (max(options.chunk, n_tokens),),
             "imatrix_chunks": (None, max(options.imatrix_chunks or 0, n_chunks)),
         }
+    yield from check_asked(pruning, options)
     for name, values in expected.items():
         if (found := getattr(options, name)) not in values:
             yield _wrong(f"options.{name}", found, " or ".join(map(str, values)))
@@ -156,13 +156,7 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
-    for name, protected in (
-        ("protected", pruning.protected),
-        ("super_experts", pruning.super_experts),
-    ):
-        for layer, ids in protected.items():
-            if missing := sorted(set(ids) - set(pruning.kept.get(layer, ()))):
-                yield _wrong(f"pruning.{name} of layer {layer}", missing, "experts that were kept")
+    yield from check_protected(pruning)
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:
