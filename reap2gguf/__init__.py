@@ -16,12 +16,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reap2gguf.api.budgeting import BudgetResult, weigh_budget
     from reap2gguf.api.builds import add, build, estimate, make_bundle, options_like, plan, verify
     from reap2gguf.api.choosing import Choice, choose
     from reap2gguf.api.comparing import compare
     from reap2gguf.api.evaluating import evaluate
     from reap2gguf.api.example import example
     from reap2gguf.api.fitting import FitResult, fit_recipe
+    from reap2gguf.api.foreign_recipes import import_recipe, recipe_of
     from reap2gguf.api.imatrices import imatrix_statistics, merge_imatrices, slice_imatrix
     from reap2gguf.api.inspecting import inspect
     from reap2gguf.api.observations import merge_observations
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from reap2gguf.gguf_files.imatrix import Imatrix
     from reap2gguf.gguf_files.imatrix_merge import MergedImatrix
     from reap2gguf.gguf_files.imatrix_statistics import ImatrixInspection
+    from reap2gguf.importing.from_file import FoundRecipe
+    from reap2gguf.importing.imported import ImportedRecipe
     from reap2gguf.options import (
         BuildOptions,
         CalibrationOptions,
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BudgetResult",
     "BuildOptions",
     "BuildResult",
     "BundleInspection",
@@ -75,9 +80,11 @@ __all__ = [
     "EvaluateOptions",
     "Evaluation",
     "FitResult",
+    "FoundRecipe",
     "Imatrix",
     "ImatrixInspection",
     "ImatrixStatistics",
+    "ImportedRecipe",
     "MergedImatrix",
     "ModelComparison",
     "Observations",
@@ -105,6 +112,7 @@ __all__ = [
     "fit_recipe",
     "imatrix",
     "imatrix_statistics",
+    "import_recipe",
     "inspect",
     "make_bundle",
     "merge_imatrices",
@@ -114,13 +122,16 @@ __all__ = [
     "plan",
     "prune",
     "quantize",
+    "recipe_of",
     "recipe_table",
     "report",
     "select",
     "slice_imatrix",
     "verify",
+    "weigh_budget",
 ]
 _HOMES = {
+    "api.budgeting": ("BudgetResult", "weigh_budget"),
     "api.builds": ("add", "build", "estimate", "make_bundle", "options_like", "plan", "verify"),
     "api.choosing": ("Choice", "choose"),
     "api.comparing": ("compare",),
@@ -128,6 +139,7 @@ _HOMES = {
     "api.example": ("example",),
     "api.imatrices": ("imatrix_statistics", "merge_imatrices", "slice_imatrix"),
     "api.fitting": ("FitResult", "fit_recipe"),
+    "api.foreign_recipes": ("import_recipe", "recipe_of"),
     "api.inspecting": ("inspect",),
     "api.recipes": ("compare_recipes", "recipe_table"),
     "api.observations": ("merge_observations",),
@@ -155,6 +167,8 @@ _HOMES = {
     "gguf_files.imatrix": ("Imatrix",),
     "gguf_files.imatrix_merge": ("MergedImatrix",),
     "gguf_files.imatrix_statistics": ("ImatrixInspection",),
+    "importing.from_file": ("FoundRecipe",),
+    "importing.imported": ("ImportedRecipe",),
     "options": (
         "BuildOptions",
         "CalibrationOptions",

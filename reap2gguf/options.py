@@ -15,10 +15,13 @@ from typing import TypeVar
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, check_candidates
 from reap2gguf.errors import UsageError
+from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.machine import available_threads
+from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
+DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -40,6 +43,7 @@ class CheckQuants(Enum):
 
 
 DEFAULT_RECIPE = "Q4_K_M"
+_DEFAULT_RECIPES = (DEFAULT_RECIPE,)  # this object: none was named
 _Kind = TypeVar("_Kind")
 
 
@@ -108,26 +112,6 @@ def check_labels(labels: object) -> dict[str, str]:
     raise UsageError(f"labels is {labels!r}, expected a mapping from recipes to labels")
 
 
-def check_counts(keep_experts: object, compression: object) -> None:
-    """Raise UsageError for values that fit no model; `choose_target` knows each model's bounds."""
-    if keep_experts is not None and type(keep_experts) is not int:
-        raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
-    is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
-    if compression is not None and not is_number:
-        raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
-    if keep_experts is not None and compression is not None:
-        raise UsageError(
-            "--keep-experts and --compression both set the number of experts; pass one of them"
-        )
-    if keep_experts is not None and keep_experts < 1:
-        raise UsageError(f"--keep-experts {keep_experts}: expected 1 or more")
-    if isinstance(compression, int | float) and not 0 <= compression < 1:
-        hint = (
-            f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
-        )
-        raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
-
-
 @dataclass(frozen=True)
 class RecipeText:
     """A recipe as TOML text, such as a manifest records it."""
@@ -137,14 +121,14 @@ class RecipeText:
     label: str | None = None  # in place of the one in the text
 
 
-def _recipes(given: object) -> tuple[str | RecipeText, ...]:
+def _recipes(given: object, may_be_none: bool = False) -> tuple[str | RecipeText, ...]:
     """Recipes by name, path or text. Raise UsageError if they are none."""
     if isinstance(given, str | os.PathLike | RecipeText):
         given = (given,)
     if not isinstance(given, Iterable) or isinstance(given, bytes):
         raise UsageError(f"recipes is {given!r}, expected names or paths of recipes")
     recipes = tuple(given)
-    if not recipes:
+    if not recipes and not may_be_none:
         raise UsageError("recipes is empty, expected at least one recipe, such as Q4_K_M")
     found: list[str | RecipeText] = []
     for recipe in recipes:
@@ -279,7 +263,8 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    recipes: tuple[str | RecipeText, ...] = (DEFAULT_RECIPE,)
+    # with a target size, none unless some are named
+    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -292,6 +277,7 @@ class BuildOptions:
     protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
+    dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
     kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
@@ -305,10 +291,17 @@ class BuildOptions:
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
+    # at most one of three: a file whose types are chosen in the build
+    target_size: int | None = None  # bytes of the file
+    target_bpw: float | None = None  # bits per weight
+    fit: int | None = None  # bytes of a GPU's memory
+    fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
     evaluate: str = "auto"  # whether quality is measured: auto, always or never
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipes", _recipes(self.recipes))
+        has_target = self.target is not None  # or raises UsageError
+        named = () if has_target and self.recipes is _DEFAULT_RECIPES else self.recipes
+        object.__setattr__(self, "recipes", _recipes(named, may_be_none=has_target))
         object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types))
         object.__setattr__(self, "labels", check_labels(self.labels))
         if self.model is not None:
@@ -324,6 +317,8 @@ class BuildOptions:
         self._check_choosing()
         read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
+        if self.dequantize is not None:
+            check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
@@ -337,6 +332,11 @@ class BuildOptions:
                 "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
                 "there is not computed; pass one of them"
             )
+
+    @property
+    def target(self) -> SizeTarget | None:
+        """The size of a file whose types are chosen; None if none is asked for."""
+        return SizeTarget.of(self.target_size, self.target_bpw, self.fit, self.fit_context)
 
     @property
     def protection(self) -> Protection:

@@ -27,6 +27,7 @@ from reap2gguf import (
 from reap2gguf.building.keys import BuildKeys
 from reap2gguf.building.plan import make_plan
 from reap2gguf.errors import ArtifactError, CheckpointError, OutputError, UsageError
+from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 from reap2gguf.options import AddOptions
 from tests.tiny import EXAMPLE, TinyQwen3Moe, child_environment
 
@@ -99,6 +100,13 @@ def test_progress_is_a_function_of_events(steps: Steps) -> None:
     assert all(isinstance(event, ProgressEvent) for event in steps.events)
     titles = {event.title for event in steps.events if event.kind == "begin"}
     assert {"Observing experts", "Importance matrix", "Writing GGUF"} <= titles
+
+
+def test_the_tokens_of_experts_are_told(steps: Steps) -> None:
+    hits = layer_hits(steps.imatrix)
+    notes = [event.text for event in steps.events if event.kind == "note"]
+    assert f"imatrix: {hits_line(hits)}" in notes
+    assert {len(tokens) for tokens in hits.values()} == {6}
 
 
 def test_observations_may_be_a_file(steps: Steps) -> None:

@@ -20,12 +20,12 @@ from reap2gguf.options import (
     Resume,
     check_bool,
     check_choice,
-    check_counts,
     check_path,
     given_or_new,
 )
 from reap2gguf.outputs import drop_states, output_file
 from reap2gguf.progress import working
+from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 if TYPE_CHECKING:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.errors import UsageError
-from reap2gguf.options import check_number, check_path, check_threads
+from reap2gguf.options import DEVICES, check_choice, check_path, check_threads
 from reap2gguf.outputs import output_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gguf import GGMLQuantizationType
-
     from reap2gguf.building.given import GivenImatrix
-    from reap2gguf.fitting.errors_table import Errors
     from reap2gguf.fitting.fitted import Fitted
+    from reap2gguf.fitting.solving import Budget
     from reap2gguf.hub.opened import OpenModel
-    from reap2gguf.progress import Progress
 
 _CACHE = "type-errors.json"  # ends the name of the file with the measurements, beside recipes
-_FEW_BITS = 2.6  # below it, types of less than 2 bits are measured too
-_MOST_BITS = 16.0
 _HEADER_ROOM = 2**12  # for what a build adds to a header, beside the ids of experts
 _ID_BYTES = 8  # of an expert that a build keeps, once for the source and once for the original
 
@@ -41,6 +35,7 @@ class FitResult:
     n_rules: int
     gap: float  # by which share the damage is above the least possible one, at most
     tensor_types: Mapping[str, str]  # GGUF tensor name -> GGML type, such as Q4_K
+    counted: str | None = None  # of a GPU's memory, what is no weights: one sentence
 
 
 def fit_recipe(
@@ -50,105 +45,75 @@ def fit_recipe(
     imatrix: PathLike,
     target_size: int | None = None,
     target_bpw: float | None = None,
+    fit: int | None = None,
+    fit_context: int | None = None,
+    device: str = "auto",
     threads: int | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> FitResult:
     """Write a recipe whose GGUF file of MODEL has a size and as little damage as is known.
 
-    The size is given in bytes of the whole file, or in bits per weight, of which one is needed. The
-    type of every tensor is chosen by what each type loses of it, measured on sampled rows with the
-    importance matrix. `MODEL.type-errors.json` beside `output` keeps what was measured for the next
-    call. Raises UsageError for a size that no types have, ArtifactError, OutputError, and what
-    opening a model raises.
+    One target is needed: `target_size` in bytes of the whole file, `target_bpw` in bits per weight,
+    or `fit`, the bytes of a GPU's memory, which is to hold a context of `fit_context` tokens too
+    (8192). The type of every tensor is chosen by what each type loses of it, measured on sampled
+    rows with the importance matrix; `device` is what quantizes them. `MODEL.type-errors.json`
+    beside `output` keeps what was measured for the next call. Raises UsageError for a size that no
+    types have, before anything is measured, ArtifactError, OutputError, and what opening a model
+    raises.
     """
     from reap2gguf.atomic import write_whole
     from reap2gguf.building.given import read_imatrix
+    from reap2gguf.fitting.errors_table import Cache, Where
+    from reap2gguf.fitting.fitted import Named, Problem
+    from reap2gguf.fitting.fitted import fit as choose_types
+    from reap2gguf.fitting.solving import Measuring, budget_of
+    from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.quantizing.recipe import check_label
 
     output, given = output_file(output), check_path("imatrix", imatrix)
     if output.suffix != ".toml":
         raise UsageError(f"output {output}: the name of a recipe's file must end in .toml")
-    _check_target(target_size, target_bpw)
-    shown, threads = to_progress(progress), check_threads(threads)
+    target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
+    if target is None:
+        raise UsageError("pass a target: target_size, target_bpw or fit")
+    check_choice("device", device, DEVICES)
+    where, shown = Where(device, check_threads(threads)), to_progress(progress)
     with open_named(model, shown, follow_links=follow_links) as opened:
         cached = output_file(output.with_name(f"{opened.source.short_name}.{_CACHE}"))
         keep_files(opened, [output, cached], [given])
         opened.check_tokenizer()
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         read = read_imatrix(given, tensors)
-        n_weights = sum(prod(tensor.shape) for tensor in tensors)
+        facts = opened.model.facts
+        problem = Problem(tensors, facts, facts.n_experts, read.imatrix.entries)
         header = _header_bytes(opened, output.stem, read)
-        budget = int((target_bpw or 0) * n_weights / 8)
-        if target_size is not None:
-            budget = target_size - header - _room(opened)
-        types = _types(8 * budget / n_weights)
-        errors = _errors(opened, read, types, cached, threads, shown)
-        from reap2gguf.fitting.fitted import fit
-
-        found = fit(output.stem, tensors, opened.model.facts, errors, types, budget)
+        budget = budget_of(target, problem, opened.model, header + _room(opened))
+        cache = Cache(cached, _key(opened, read))
+        measuring = Measuring(opened.checkpoint, read.imatrix, cache, where)
+        errors = measuring.errors(problem, budget, shown)
+        named = Named(output.stem, target.label, target)
+        found = choose_types(named, problem, errors, budget.types, budget.n_bytes)
         check_label(found.recipe.label, str(output))
         write_whole(output, found.recipe.source)
-    return _result(output, found, header)
+    return _result(output, found, header, budget)
 
 
-def _check_target(target_size: int | None, target_bpw: float | None) -> None:
-    """Raise UsageError unless there is one target, and it is a sensible number."""
-    if (target_size is None) == (target_bpw is None):
-        raise UsageError("pass either a target size or target bits per weight, one of them")
-    if target_size is not None:
-        check_number("target_size", target_size, 1, 2**60)
-    elif not (isinstance(target_bpw, int | float) and 0 < target_bpw <= _MOST_BITS):
-        raise UsageError(f"target_bpw is {target_bpw!r}, expected more than 0, at most 16")
-
-
-def _types(bits: float) -> tuple[GGMLQuantizationType, ...]:
-    """Types to choose from."""
-    from reap2gguf.fitting.errors_table import SMALLEST_TYPES, TYPES
-
-    return TYPES if bits > _FEW_BITS else (*TYPES, *SMALLEST_TYPES)
-
-
-def _errors(
-    opened: OpenModel,
-    given: GivenImatrix,
-    types: tuple[GGMLQuantizationType, ...],
-    cached: Path,
-    threads: int,
-    progress: Progress,
-) -> Errors:
-    """What each type loses of each tensor: measured, but for what a cache holds."""
+def _key(opened: OpenModel, given: GivenImatrix) -> str:
+    """What measurements depend on."""
     from reap2gguf.building.keys import ggml_identity, stage_key
-    from reap2gguf.exporting.row_ranges import BlockMaker
-    from reap2gguf.fitting.errors_table import FORMAT, Cache, measure
-    from reap2gguf.fitting.fitted import free_tensors
-    from reap2gguf.quantizing.quantizer import load_quantizer
+    from reap2gguf.fitting.errors_table import FORMAT
 
-    checkpoint = opened.checkpoint
-    key = stage_key(FORMAT, checkpoint.fingerprint(), given.sha256, ggml_identity())
-    cache = Cache(cached, key)
-    known = cache.load(progress.note)
-    maker = BlockMaker(checkpoint, load_quantizer(), given.imatrix.entries)
-    free = free_tensors(opened.model.gguf_tensors(checkpoint.tensors))
-    errors = measure(maker, free, types, threads, progress, known)
-    if errors != known:
-        cache.save(errors)
-    return errors
+    return stage_key(FORMAT, opened.checkpoint.fingerprint(), given.sha256, ggml_identity())
 
 
 def _header_bytes(opened: OpenModel, name: str, given: GivenImatrix) -> int:
     """Bytes before the first tensor, in the file that `quantize` writes with a recipe."""
-    from reap2gguf.exporting.file_size import planned_file
-    from reap2gguf.quantizing.recipe import load_recipe
-    from reap2gguf.quantizing.resolve import resolve
+    from reap2gguf.exporting.header_facts import HeaderNames
+    from reap2gguf.fitting.solving import header_bytes
 
-    model, facts = opened.model, opened.model.facts
-    # numbers of types have a fixed width, so any recipe's header is as long
-    recipe = replace(load_recipe("Q4_K_M"), name=name)
-    tensors = model.gguf_tensors(opened.checkpoint.tensors)
-    some = resolve(recipe, tensors, facts, facts.n_experts, True)
-    title, checkpoint = opened.source.short_name, opened.checkpoint
-    return len(planned_file(checkpoint, model, title, some, given.imatrix, given.file).header)
+    names = HeaderNames(opened.source.short_name)
+    return header_bytes(opened.checkpoint, opened.model, names, name, (given.imatrix, given.file))
 
 
 def _room(opened: OpenModel) -> int:
@@ -157,7 +122,7 @@ def _room(opened: OpenModel) -> int:
     return _HEADER_ROOM + _ID_BYTES * facts.n_experts * len(facts.moe_layers)
 
 
-def _result(path: Path, found: Fitted, header: int) -> FitResult:
+def _result(path: Path, found: Fitted, header: int, budget: Budget) -> FitResult:
     from reap2gguf.fitting.fitted import tensor_bytes
 
     resolved = found.resolved
@@ -170,4 +135,5 @@ def _result(path: Path, found: Fitted, header: int) -> FitResult:
         n_rules=len(found.recipe.rules),
         gap=found.gap,
         tensor_types={name: one.name for name, one in resolved.tensor_types().items()},
+        counted=None if budget.card is None else budget.card.words,
     )

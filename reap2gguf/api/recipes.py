@@ -44,7 +44,7 @@ def recipe_table(
     asked = _load(recipe, overrides)
     check_bool("weighted", weighted)
     with ExitStack() as stack:
-        opened = _open(model, stack, to_progress(progress))
+        opened = open_described(model, stack, to_progress(progress))
         return _table(opened, opened.resolve(asked, weighted))
 
 
@@ -63,7 +63,7 @@ def compare_recipes(
     asked = _load(first), _load(second)
     check_bool("weighted", weighted)
     with ExitStack() as stack:
-        opened = _open(model, stack, to_progress(progress))
+        opened = open_described(model, stack, to_progress(progress))
         resolved = opened.resolve(asked[0], weighted), opened.resolve(asked[1], weighted)
         tables = _table(opened, resolved[0]), _table(opened, resolved[1])
     from reap2gguf.quantizing.role_table import difference
@@ -79,7 +79,7 @@ def _load(recipe: PathLike, overrides: Sequence[str] = ()) -> Recipe:
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
     """A model whose tensors are known."""
 
     opened: Opened
@@ -109,7 +109,7 @@ class _Described:
         return header.n_bytes - stored + made
 
 
-def _open(model: PathLike | None, stack: ExitStack, progress: Progress) -> _Described:
+def open_described(model: PathLike | None, stack: ExitStack, progress: Progress) -> Described:
     """The first model that a name stands for, with its tensors."""
     from reap2gguf.comparing.opening import open_all
     from reap2gguf.resources import example_checkpoint
@@ -127,10 +127,10 @@ def _open(model: PathLike | None, stack: ExitStack, progress: Progress) -> _Desc
     else:
         assert opened.checkpoint is not None
         stored = opened.checkpoint.tensors
-    return _Described(opened, opened.model, opened.model.gguf_tensors(stored))
+    return Described(opened, opened.model, opened.model.gguf_tensors(stored))
 
 
-def _table(opened: _Described, resolved: ResolvedRecipe) -> RecipeTable:
+def _table(opened: Described, resolved: ResolvedRecipe) -> RecipeTable:
     from reap2gguf.quantizing.role_table import table_of
 
     return table_of(resolved, opened.opened.label, opened.file_bytes(resolved))

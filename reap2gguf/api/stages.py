@@ -14,6 +14,7 @@ from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
+    DEQUANTIZE_CHOICES,
     MTP_CHOICES,
     CalibrationOptions,
     CheckQuants,
@@ -148,17 +149,21 @@ def prune(
     protect_super_experts: bool = False,
     kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
+    dequantize: str | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
 ) -> PruneResult:
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
-    `observations` is None for methods that rank experts by their weights alone, and with `kept`.
-    Raises what `select` raises, OutputError if the folder exists or cannot be written, and
-    VerificationError if what was written is not what was planned.
+    Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
+    for methods that rank experts by their weights alone, and with `kept`. Raises what `select`
+    raises, OutputError if the folder exists or cannot be written, and VerificationError if what was
+    written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
     wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
@@ -169,6 +174,8 @@ def prune(
         from reap2gguf.building.prune_folder import prune_to_folder
 
         checkpoint, name = opened.checkpoint, opened.source.label
+        if dequantize is not None:
+            checkpoint = checkpoint.dequantized()
         where = output, shown, name, selection.protected
         prune_to_folder(checkpoint, opened.model, selection.kept, selection.method, *where)
     return PruneResult(output, selection)

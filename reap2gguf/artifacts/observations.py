@@ -17,8 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
-from reap2gguf.checkpoint.checkpoint import Checkpoint
-from reap2gguf.checkpoint.safetensors_header import FileTensor, read_header, read_metadata
+from reap2gguf.checkpoint.safetensors_header import (
+    FileTensor,
+    StoredTensor,
+    read_header,
+    read_metadata,
+)
+from reap2gguf.checkpoint.tensor_files import TensorFiles
 from reap2gguf.checkpoint.writer import check_arrays, write_arrays
 from reap2gguf.errors import ArtifactError, CheckpointError
 from reap2gguf.messages import shown
@@ -163,12 +168,12 @@ def _read_layers(
     if len(header) != len(numbers) * len(parts):
         _refuse_missing(path, header, numbers, parts)
         raise ArtifactError(f"{path}: holds tensors that are not observations")
-    with Checkpoint(path.parent, {}, header, (path,)) as stored:
+    with TensorFiles(path.parent, {}, header, (path,)) as stored:
         return {number: _read_layer(path, stored, number, parts) for number in numbers}
 
 
 def _refuse_missing(
-    path: Path, header: Mapping[str, FileTensor], numbers: list[int], parts: Sequence[str]
+    path: Path, header: Mapping[str, StoredTensor], numbers: list[int], parts: Sequence[str]
 ) -> None:
     for name in (f"layers.{number}.{part}" for number in numbers for part in parts):
         if name not in header:
@@ -176,7 +181,7 @@ def _refuse_missing(
 
 
 def _read_layer(
-    path: Path, stored: Checkpoint, number: int, parts: Sequence[str]
+    path: Path, stored: TensorFiles, number: int, parts: Sequence[str]
 ) -> LayerObservation:
     names = {part: f"layers.{number}.{part}" for part in parts}
     _refuse_missing(path, stored.tensors, [number], parts)

@@ -81,6 +81,7 @@ class Addition:
     order: Sequence[str] = ()  # file names of the new bundle, as far as they have an order
     inputs: Inputs = field(default_factory=lambda: Inputs(""))  # of the new bundle
     exact: frozenset[str] = frozenset()  # names of recipes whose files are quantized again
+    with_toml: frozenset[str] = frozenset()  # names of recipes that lie beside their files
     evaluation: Evaluation | None = None  # in place of the one in the manifest
 
     @property
@@ -274,7 +275,7 @@ def _manifest(
     old, work = addition.manifest, addition.work
     records = {record.file: record for record in addition.stay}
     for path, recipe in files.items():
-        record = gguf_record(old.name, recipe, work.gguf)
+        record = gguf_record(old.name, recipe, work.gguf, addition.with_toml)
         records[path.name] = replace(record, made_by=_versions(old))
     records |= {one.record.file: one.record for one in addition.adopted}
     ordered = [records.pop(name) for name in addition.order if name in records]

@@ -139,7 +139,7 @@ def _bundle(
     if parts.is_pruned:
         if violations := check_pruned(options.folder, view, progress, threads):
             raise VerificationError(violations, _ADVICE)
-        passed.append(passed_folder(len(view.tensors)))
+        passed.append(passed_folder(len(view.stored.tensors)))
     adopted = _adopted(options, manifest, view, progress)
     passed += [passed_file(a.record.file, len(a.record.tensors), Level.VALUES) for a in adopted]
 
@@ -232,6 +232,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
     """The manifest as far as it is known before the files are in their places."""
     view, checkpoint = parts.view, parts.source.checkpoint
     model = _source_model(parts.source, view)
+    stored_as = checkpoint.dequantized() if view.stored is view else checkpoint
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
     n_shards = sum(file.endswith(".safetensors") for file in written_names(view))
     folder = FolderRecord(name, n_shards, view.n_parameters, view.n_bytes, {})
@@ -243,7 +244,7 @@ def _manifest(parts: _Parts, name: str) -> Manifest:
         calibration=_calibration_record(parts),
         hf=folder if parts.is_pruned else None,
         gguf=(),
-        caveats=(*model.caveats(), *caveats),
+        caveats=(*stored_as.caveats, *model.caveats(), *caveats),
         has_observations=parts.seen is not None,
     )
 
@@ -259,7 +260,7 @@ def _source_record(parts: _Parts, model: MoeModel) -> SourceRecord:
         checkpoint.fingerprint(),
         model.facts.architecture,
         checkpoint.n_parameters,
-        checkpoint.n_bytes,
+        checkpoint.n_stored_bytes,
         None if history is None else history.after(kept),
     )
 

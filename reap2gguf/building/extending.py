@@ -5,16 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from reap2gguf import __version__
 from reap2gguf.artifacts.made_with import other_versions
 from reap2gguf.building.adding import Addition, extend, open_reference
 from reap2gguf.building.exact import exact_recipes
 from reap2gguf.building.record import program_versions
+from reap2gguf.building.sized import choose_types
 from reap2gguf.building.stage import BuildResult
+from reap2gguf.bundle.layout import IMATRIX_FILE
+from reap2gguf.exporting.header_facts import HeaderNames
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
     from reap2gguf.building.stage import Run
     from reap2gguf.building.standing import Standing
+    from reap2gguf.bundle.manifest import Manifest
+    from reap2gguf.pruning.select import Kept
+    from reap2gguf.verifying.context import Reference
 
 
 def extend_finished(run: Run, found: Standing) -> BuildResult:
@@ -25,14 +32,34 @@ def extend_finished(run: Run, found: Standing) -> BuildResult:
     _report(run, found)
     if found.is_up_to_date:
         return BuildResult.of(run.work, found.manifest)
-    work, plan, manifest = run.work, run.plan, found.manifest
-    compute, addition = plan.options.compute, _addition(run, found)
+    plan, manifest = run.plan, found.manifest
     if manifest.hf is None:
-        kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
-        view = PrunedView(plan.checkpoint, plan.model, kept)
-        return extend(addition, (view, view.model), compute, run.progress)
-    with open_reference(manifest, work.final_hf) as reference:
-        return extend(addition, reference, compute, run.progress)
+        view = PrunedView(plan.checkpoint, plan.model, _kept(manifest))
+        return _extend(run, found, (view, view.model))
+    with open_reference(manifest, run.work.final_hf) as reference:
+        return _extend(run, found, reference)
+
+
+def _extend(run: Run, found: Standing, reference: Reference) -> BuildResult:
+    found = _with_types(run, found, reference)
+    return extend(_addition(run, found), reference, run.plan.options.compute, run.progress)
+
+
+def _with_types(run: Run, found: Standing, reference: Reference) -> Standing:
+    """The types of a file that is to have a size, chosen now if the file is missing."""
+    plan, manifest = run.plan, found.manifest
+    if plan.sized is None or not any(one is plan.recipes[-1] for one in found.missing):
+        return found
+    names, imatrix = HeaderNames.of(manifest, __version__), run.work.final_gguf / IMATRIX_FILE
+    kept = _kept(manifest)
+    chosen = choose_types(run, plan.sized, reference, kept, names, imatrix).resolved
+    missing = [chosen if one is plan.recipes[-1] else one for one in found.missing]
+    run.plan = plan.with_types(chosen)
+    return replace(found, missing=missing)
+
+
+def _kept(manifest: Manifest) -> Kept:
+    return {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
 
 
 def _others(run: Run, found: Standing) -> list[str]:
@@ -71,4 +98,5 @@ def _addition(run: Run, found: Standing) -> Addition:
         order=[*stay, *made] if _others(run, found) else [*made],
         inputs=replace(run.keys.inputs, recipes={**kept, **made}),
         exact=exact_recipes(plan, plan.options.compute.likely_device == "cuda"),
+        with_toml=plan.with_toml,
     )

@@ -9,6 +9,7 @@ from reap2gguf.atomic import make_folder
 from reap2gguf.building.keys import stage_key
 from reap2gguf.building.stages import Importance
 from reap2gguf.gguf_files.imatrix import save_both
+from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 
 if TYPE_CHECKING:
     from reap2gguf.building.given import GivenImatrix
@@ -40,10 +41,17 @@ class GivenImportance(Importance):
         make_folder(self.run.work.gguf)
         imatrix = self._given.of(self._pruned.kept)
         n_unseen = sum(imatrix.unseen_experts().values())
+        hits = layer_hits(imatrix)
         if n_unseen and self._given.cut_from is not None:
             self.run.progress.note(
                 f"{self._given.file}: {n_unseen:,} of the experts that stay were never hit; they "
                 "are quantized with equal weights"
             )
+        if hits and self._given.cut_from is not None:
+            self.run.progress.note(f"{self._given.file}: of those that stay, {hits_line(hits)}")
         save_both(imatrix, self.path)
-        return {"seals": self.run.seal(self.outputs), "unseen_experts": n_unseen}
+        return {
+            "seals": self.run.seal(self.outputs),
+            "unseen_experts": n_unseen,
+            "expert_tokens": hits,
+        }

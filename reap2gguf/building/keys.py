@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 # Raise one of these where a change of the program makes other results of the same inputs: where an
 # earlier result was wrong, or lacks something that later stages read. A higher number is another
@@ -41,6 +42,7 @@ TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cuttin
 OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
+FIT_FORMAT = 1  # how types are chosen for a size
 WEIGHTS_FORMAT = 1  # how experts are scored by their weights alone
 EXPORT_FORMAT = 1  # headers and tensors of GGUF files
 CHOOSE_FORMAT = 1  # which rows are held out, what is measured on which texts, and the rule
@@ -76,8 +78,11 @@ class BuildKeys:
         return _hashes([*published, *named], CheckpointError)
 
     @property
-    def _source(self) -> tuple[str, list[tuple[str, int, int | str]]]:
-        return self.fingerprint, self.plan.checkpoint.stamps()
+    def _source(self) -> tuple[object, ...]:
+        """The source, and what its values are read as."""
+        asked = self.plan.options.dequantize
+        found = self.fingerprint, self.plan.checkpoint.stamps()
+        return found if asked is None else (*found, asked)
 
     @property
     def _card(self) -> list[tuple[str, str]]:
@@ -147,11 +152,14 @@ class BuildKeys:
         text = chunks.label, chunks.tokens_sha256, chunks.chunk_size
         return stage_key(IMATRIX_FORMAT, pruned, *text, rows, *self._computing)
 
-    def export(self, imatrix: str, datasets: Sequence[str]) -> str:
+    def export(
+        self, imatrix: str, datasets: Sequence[str], recipes: Sequence[ResolvedRecipe]
+    ) -> str:
         """The key of the GGUF files; their headers name the datasets of the calibration."""
         plan = self.plan
         names = (plan.name, plan.source.label, plan.method, datasets)
-        return export_key(imatrix, *names, self._card, self._recipes, self._history)
+        sources = [(recipe.name, recipe.label, recipe.source) for recipe in recipes]
+        return export_key(imatrix, *names, self._card, sources, self._history)
 
     @property
     def inputs(self) -> Inputs:
@@ -211,10 +219,6 @@ class BuildKeys:
     def _history(self) -> dict[str, Any] | None:
         """What was pruned before, as the source's manifest says."""
         return None if self.plan.history is None else asdict(self.plan.history)
-
-    @property
-    def _recipes(self) -> list[tuple[str, str, str]]:
-        return [(recipe.name, recipe.label, recipe.source) for recipe in self.plan.recipes]
 
     @property
     def _computing(self) -> tuple[str, str]:

@@ -3,7 +3,8 @@
     plan -> texts -> observe -> choose -> { prune, imatrix, export, verify } -> evaluate -> record
 
 Stages in braces overlap: GGUF files are written layer by layer as their importance is known, beside
-the safetensors, and each format is verified when it is written (`together.py`).
+the safetensors, and each format is verified when it is written (`together.py`). With a target size,
+`fit` chooses the types of a file between `imatrix` and `export`, and so the export waits.
 
 With `--method auto` a stage measures which method of pruning is best, and the plan goes on with it.
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
@@ -32,6 +33,7 @@ from reap2gguf.building.choose_stage import (
 from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
+from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
@@ -40,7 +42,7 @@ from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
 from reap2gguf.building.standing import refuse_dropping, standing
-from reap2gguf.building.together import do_together
+from reap2gguf.building.together import do_after, do_together
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.exporting.quantizers import note_quantizers
@@ -59,6 +61,14 @@ STAGES: Sequence[type[Stage[Any]]] = (
 )
 
 
+def stages_of(plan: Plan) -> Sequence[type[Stage[Any]]]:
+    """The stages of a build, in their order."""
+    if plan.sized is None:
+        return STAGES
+    after = STAGES.index(Export)
+    return (*STAGES[:after], Fit, *STAGES[after:])
+
+
 def build(plan: Plan, progress: Progress) -> BuildResult | None:
     """Run every stage of a plan and give the bundle its final names.
 
@@ -69,9 +79,9 @@ def build(plan: Plan, progress: Progress) -> BuildResult | None:
     work = Workdir(plan.options.output, plan.name, plan.writes_hf)
     if not processes().is_first:
         with plan.checkpoint:
-            return _run_stages(Run(plan, work, Silent(), STAGES))
+            return _run_stages(Run(plan, work, Silent(), stages_of(plan)))
     with work.locked(), plan.checkpoint:
-        run = Run(plan, work, progress, STAGES)
+        run = Run(plan, work, progress, stages_of(plan))
         run.prepare()
         return _run_stages(run)
 
@@ -112,9 +122,17 @@ def _run_stages(run: Run) -> BuildResult | None:
         else GivenImportance(run, pruned, texts, plan.imatrix)
     )
     prune = Prune(run, pruned) if plan.writes_hf else None
+    written = [prune] if prune else []
     export = Export(run, pruned, importance)
     verify = Verify(run, pruned, export, prune)
-    do_together(run, importance, *([prune] if prune else []), export, verify)
+    if plan.sized is None:
+        do_together(run, importance, *written, export, verify)
+    else:  # types are chosen with the whole importance matrix, so the files wait for it
+        do_together(run, importance, *written)
+        if run.is_first:
+            fit = run.do(Fit(run, pruned, importance, export.names()))
+            run.plan = plan = plan.with_types(fit.result)
+            do_after(run, export, verify)
     if not run.is_first:
         return None
     n_chunks = chunks_of(plan, texts.result if texts else None)

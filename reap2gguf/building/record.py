@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -46,7 +46,8 @@ from reap2gguf.bundle.options_record import OptionsRecord
 from reap2gguf.bundle.sums import compose_sums
 from reap2gguf.errors import VerificationError
 from reap2gguf.ggml import load_ggml
-from reap2gguf.pruning.coverage import coverage_record
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
+from reap2gguf.pruning.coverage import coverage_record, importance_record
 from reap2gguf.verifying.report import passed_summary
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedV
         pruning=_pruning_record(plan, evidence),
         calibration=_calibration_record(plan, evidence),
         hf=_folder_record(work, evidence.pruned) if plan.writes_hf else None,
-        gguf=tuple(gguf_record(plan.name, recipe, work.gguf) for recipe in plan.recipes),
+        gguf=tuple(
+            gguf_record(plan.name, recipe, work.gguf, plan.with_toml) for recipe in plan.recipes
+        ),
         side_files=tuple(side_record(plan.name, side, work.gguf) for side in plan.side_files),
         verification={"summary": passed_summary(passed), "passed": passed},
         caveats=plan.caveats,
@@ -126,7 +129,7 @@ def _source_record(plan: Plan, kept: Kept) -> SourceRecord:
         fingerprint=plan.checkpoint.fingerprint(),
         architecture=plan.model.facts.architecture,
         n_parameters=plan.checkpoint.n_parameters,
-        n_bytes=plan.checkpoint.n_bytes,
+        n_bytes=plan.checkpoint.n_stored_bytes,
         earlier=None if plan.history is None else plan.history.after(kept),
     )
 
@@ -180,14 +183,23 @@ def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
         components=() if rows is None else rows.components,
         imatrix_text_chunks=0 if chunks is None else chunks.n_of_text,
         imatrix_unseen=int(evidence.importance.get("unseen_experts", 0)),  # none of a given matrix
+        imatrix_coverage=importance_record(expert_tokens(evidence.importance)),
     )
     return record if given is None else with_given_imatrix(record, given, evidence.kept)
+
+
+def expert_tokens(facts: Mapping[str, Any]) -> dict[int, Sequence[int]]:
+    """The tokens that each expert saw, by layer, of the facts that the importance matrix's stage
+    left: JSON, in which keys are texts. Empty where the stage did not know them."""
+    found = facts.get("expert_tokens", {})
+    return {int(layer): tuple(tokens) for layer, tokens in found.items()}
 
 
 def with_given_imatrix(
     record: CalibrationRecord, given: GivenImatrix, kept: Kept
 ) -> CalibrationRecord:
     """The record of a calibration with what the file of an importance matrix says of itself."""
+    imatrix = given.of(kept)
     return replace(
         record,
         imatrix_text=", ".join(given.imatrix.datasets),
@@ -195,7 +207,8 @@ def with_given_imatrix(
         imatrix_chunk_size=given.imatrix.chunk_size,
         imatrix_file=given.file,
         imatrix_text_chunks=0,
-        imatrix_unseen=sum(given.of(kept).unseen_experts().values()),
+        imatrix_unseen=sum(imatrix.unseen_experts().values()),
+        imatrix_coverage=importance_record(layer_hits(imatrix)),
         imatrix_cut_from=given.cut_from,
     )
 
@@ -226,6 +239,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         device=options.compute.likely_device,
         dtype=options.compute.likely_dtype,
         inputs=plan.inputs,
+        dequantize=None if plan.checkpoint.decoding is None else options.dequantize,
         evaluate=options.evaluate,
         candidates=",".join(plan.candidates) or None,
         choose_text=None if options.choose_text is None else options.choose_text.name,
@@ -272,6 +286,7 @@ def write_texts(work: Workdir, manifest: Manifest, files: BundleFiles, source: P
         MODELFILE: modelfile(manifest, source),
         MANIFEST_FILE: manifest.text(),
     }
+    texts |= {one.toml_file: one.recipe_source for one in manifest.gguf if one.has_toml}
     gguf_files = {**files.gguf, **_written(work.gguf, texts | pictures)}
     sums = compose_sums({name: file.sha256 for name, file in gguf_files.items()})
     write_whole(work.gguf / SUMS_FILE, sums)
@@ -327,8 +342,13 @@ def _own_commit() -> str | None:
     return commit
 
 
-def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
-    """The record of a file that was written to `folder` for the bundle `name`."""
+def gguf_record(
+    name: str, recipe: ResolvedRecipe, folder: Path, with_toml: Collection[str] = ()
+) -> GgufRecord:
+    """The record of a file that was written to `folder` for the bundle `name`.
+
+    `with_toml` are names of recipes that lie beside their files.
+    """
     path = folder / model_file(name, recipe.label)
     return GgufRecord(
         file=path.name,
@@ -340,6 +360,7 @@ def gguf_record(name: str, recipe: ResolvedRecipe, folder: Path) -> GgufRecord:
         n_bytes=path.stat().st_size,
         bits_per_weight=round(recipe.bits_per_weight, 4),
         tensors={name: tensor_type.name for name, tensor_type in recipe.tensor_types().items()},
+        has_toml=recipe.name in with_toml,
     )
 
 

@@ -1,7 +1,6 @@
 """The stages of a build up to the export, each declared once: name, outputs, key, function.
 
-`verify_stage.py` has the last one. To add a stage, write its class, put it into `STAGES` and call
-it in `pipeline.py`.
+To add a stage, write its class, put it into `STAGES` and call it in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from reap2gguf.exporting.model_files import WeightedBy, export_model, export_sid
 from reap2gguf.ggml import load_ggml
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix, save_both
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.observing.passes import announced_entries, compute_imatrix, imatrix_of, observe
 from reap2gguf.observing.probe import mtp_probe
 from reap2gguf.pruning.write import HELD_BYTES, write_pruned
@@ -209,8 +209,7 @@ class Importance(Stage[Imatrix]):
         self._growing: Imatrix | None = None  # while it is computed, and after
 
     @property
-    def label(self) -> str:
-        """What errors call the matrix."""
+    def label(self) -> str:  # in errors
         return f"the importance matrix ({self._chunks.summary})"
 
     @property
@@ -279,6 +278,7 @@ class Importance(Stage[Imatrix]):
             "mtp_hits": report.mtp_hits,
             "mtp_tokens": report.mtp_tokens,
             "unseen_experts": sum(imatrix.unseen_experts().values()),
+            "expert_tokens": layer_hits(imatrix),
             "seals": self.run.seal(self.outputs),
         }
 
@@ -305,7 +305,7 @@ class Export(Stage[None]):
         self._importance = importance
 
     def make_key(self) -> str:
-        return self.run.keys.export(self._importance.key, self._datasets)
+        return self.run.keys.export(self._importance.key, self._datasets, self.run.plan.recipes)
 
     @property
     def files(self) -> Mapping[Path, ResolvedRecipe]:

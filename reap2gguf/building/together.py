@@ -39,15 +39,32 @@ def do_together(run: Run, leader: Stage[Any], *others: Stage[Any]) -> None:
         return
     names = [one.name for one in run.order]
     stages = sorted([leader, *others], key=lambda stage: names.index(stage.name))
-    if run.plan.options.compute.threads == 1 or not run.room.overlaps:
+    if _one_by_one(run):
         for stage in stages:
             run.do(stage)
             if stage is leader:
                 run.dismiss()
         return
+    _beside(run, stages, leader)
+
+
+def do_after(run: Run, *stages: Stage[Any]) -> None:
+    """The same in the first process alone, for stages that follow the sweep."""
+    if _one_by_one(run):
+        for stage in stages:
+            run.do(stage)
+    else:
+        _beside(run, stages, None)
+
+
+def _one_by_one(run: Run) -> bool:
+    return run.plan.options.compute.threads == 1 or not run.room.overlaps
+
+
+def _beside(run: Run, stages: Sequence[Stage[Any]], leader: Stage[Any] | None) -> None:
     found = [stage for stage in stages if run.open(stage)]
     run.joint.begin([stage.name for stage in found])
-    _Threads(run, [stage for stage in found if stage is not leader]).work(
+    _Threads(run, [stage for stage in found if stage is not leader], leader is not None).work(
         leader if leader in found else None
     )
 
@@ -55,8 +72,10 @@ def do_together(run: Run, leader: Stage[Any], *others: Stage[Any]) -> None:
 class _Threads:
     """The threads of stages that run beside the leader."""
 
-    def __init__(self, run: Run, stages: Sequence[Stage[Any]]) -> None:
+    def __init__(self, run: Run, stages: Sequence[Stage[Any]], has_others: bool) -> None:
+        """`has_others`: the other processes of torchrun have not been dismissed yet."""
         self._run = run
+        self._has_others = has_others
         self._waiting = deque(stages)  # to be started, in this order
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
@@ -67,7 +86,8 @@ class _Threads:
             if leader is not None:
                 leader.beside = self._start
                 self._compute(leader)
-            self._run.dismiss()
+            if self._has_others:
+                self._run.dismiss()
             self._start(lambda n_bytes: True)
             self._run.joint.wait(self._run.joint.running)
         except BaseException as error:  # noqa: BLE001 - the first is raised by `work`

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from reap2gguf.messages import shown
@@ -15,8 +16,14 @@ from reap2gguf.models.description import MAX_EXPERTS, MAX_EXPERTS_OF_ALL_LAYERS,
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
     from reap2gguf.bundle.evaluation import Divergence, Estimate, Evaluation
-    from reap2gguf.bundle.manifest import CalibrationRecord, CoverageRecord, Manifest
+    from reap2gguf.bundle.manifest import (
+        CalibrationRecord,
+        CoverageRecord,
+        Manifest,
+    )
+    from reap2gguf.bundle.records import ImportanceRecord
 
+_MOST_TOKENS = 2**53  # that one expert saw
 MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
 _MOST_TENSORS = 200_000
@@ -32,16 +39,34 @@ def kept_layers(values: Any, name: str = "kept") -> dict[int, tuple[int, ...]]:
 
     Counts are checked before any id is read.
     """
+    found = _by_layer(values, name, "expert ids")
+    return {_layer(key): tuple(map(_expert_id, ids)) for key, ids in found.items()}
+
+
+def layer_tokens(values: Any) -> dict[int, tuple[int, ...]]:
+    """Tokens of each expert by layer, from JSON. Raises as `kept_layers` does."""
+    found = _by_layer(values, "tokens", "numbers of tokens")
+    return {_layer(key): tuple(map(_token_count, tokens)) for key, tokens in found.items()}
+
+
+def _by_layer(values: Any, name: str, what: str) -> dict[str, list[Any]]:
+    """Lists by layer of which there are not too many; what is in them is not read."""
     if not isinstance(values, dict):
-        raise TypeError(f"{name} is {shown(values)}, expected expert ids by layer")
+        raise TypeError(f"{name} is {shown(values)}, expected {what} by layer")
     at_most(name, values, MAX_LAYERS + 1)
-    if not all(isinstance(ids, list) for ids in values.values()):
-        raise TypeError(f"{name} holds something else than lists of expert ids")
-    if (n_ids := sum(map(len, values.values()))) > MAX_EXPERTS_OF_ALL_LAYERS:
+    if not all(isinstance(found, list) for found in values.values()):
+        raise TypeError(f"{name} holds something else than lists of {what}")
+    if (count := sum(map(len, values.values()))) > MAX_EXPERTS_OF_ALL_LAYERS:
         raise ValueError(
-            f"{name} holds {n_ids:,} expert ids, expected at most {MAX_EXPERTS_OF_ALL_LAYERS:,}"
+            f"{name} holds {count:,} {what}, expected at most {MAX_EXPERTS_OF_ALL_LAYERS:,}"
         )
-    return {_layer(key): tuple(map(_expert_id, ids)) for key, ids in values.items()}
+    return values
+
+
+def _token_count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _MOST_TOKENS:
+        raise ValueError(f"{shown(value)} is not a number of tokens")
+    return value
 
 
 def _layer(key: str) -> int:
@@ -101,7 +126,11 @@ def check_bounds(manifest: Manifest) -> None:
         _within("n_shards", manifest.hf.n_shards, 1, MOST_FILES)
     elif pruning.n_kept < pruning.n_experts:
         raise ValueError("hf is null, expected the record of the pruned safetensors")
-    _check_calibration(manifest.calibration)
+    _check_calibration(calibration)
+    if calibration.imatrix_coverage is not None:
+        if not manifest.has_imatrix:
+            raise ValueError("imatrix_coverage is of an unknown importance matrix, expected null")
+        _check_importance(calibration.imatrix_coverage, calibration.imatrix_unseen)
     if (cut_from := manifest.calibration.imatrix_cut_from) is not None:
         if manifest.calibration.imatrix_file is None or not pruning.n_kept < pruning.n_experts:
             raise ValueError(f"imatrix_cut_from is {cut_from}, expected null: no matrix was cut")
@@ -189,6 +218,24 @@ def _check_coverage(coverage: CoverageRecord) -> None:
     _within("n_unseen", coverage.n_unseen, 0, coverage.n_thin)
     _within("n_thin_kept", coverage.n_thin_kept, 0, coverage.n_thin)
     _within("n_unseen_kept", coverage.n_unseen_kept, 0, coverage.n_unseen)
+
+
+def _check_importance(found: ImportanceRecord, n_unseen: int) -> None:
+    """The tokens of an importance matrix, counted as they are; a layer has some experts."""
+    if not all(found.tokens.values()):
+        raise ValueError("tokens holds a layer without experts")
+    every = [count for tokens in found.tokens.values() for count in tokens]
+    if not every:
+        raise ValueError("tokens is empty, expected those of each expert")
+    for name, value, expected in (
+        ("fewest", found.fewest, min(every)),
+        ("median", found.median, int(median(every))),
+        ("n_few", found.n_few, sum(count < found.few_below for count in every)),
+        ("n_unseen", found.n_unseen, sum(count == 0 for count in every)),
+        ("imatrix_unseen", n_unseen, sum(count == 0 for count in every)),
+    ):
+        if value != expected:
+            raise ValueError(f"{name} is {shown(value)}, expected {expected:,} by the tokens")
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:

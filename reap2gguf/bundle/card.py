@@ -14,6 +14,7 @@ from reap2gguf.bundle.card_calibration import (
     coverage_rows,
     imatrix_text,
     importance,
+    importance_table,
 )
 from reap2gguf.bundle.card_candidates import candidates_section
 from reap2gguf.bundle.card_files import CardNames, caveats, files_section, use_section
@@ -173,6 +174,7 @@ def gguf_body(manifest: Manifest, names: CardNames, samples: bool = False) -> st
         candidates_section(manifest),
         experts_section(manifest),
         f"## In numbers\n\n{_facts_table(manifest)}",
+        importance_table(manifest),
         caveats_section(manifest, caveats(manifest)),
         method_section(manifest),
     )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.layout import CALIBRATION_FILE, IMATRIX_DAT_FILE, IMATRIX_FILE
+from reap2gguf.bundle.layout import (
+    CALIBRATION_FILE,
+    IMATRIX_DAT_FILE,
+    IMATRIX_FILE,
+    MANIFEST_FILE,
+)
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import code, hub_link, inline, table
 from reap2gguf.pruning.methods import observes_nothing
@@ -83,15 +89,50 @@ def coverage_rows(pruning: PruningRecord) -> list[tuple[str, str]]:
 
 
 def importance(manifest: Manifest) -> str:
+    """How much the importance matrix was computed on, and how much of it the experts saw."""
     calibration, pruning = manifest.calibration, manifest.pruning
     text = _chunks(calibration).rstrip(",")
+    n_experts = pruning.n_kept * len(pruning.kept)
+    if (covered := calibration.imatrix_coverage) is not None:
+        n_experts = sum(map(len, covered.tokens.values()))
+        text += f"; median {covered.median:,} tokens per expert, fewest {covered.fewest:,}"
+        if covered.n_few:
+            text += (
+                f"; {covered.n_few:,} of {n_experts:,} experts ({covered.n_few / n_experts:.1%}) "
+                f"saw under {covered.few_below:,} tokens"
+            )
     if calibration.imatrix_unseen:
-        n_experts = pruning.n_kept * len(pruning.kept)
         text += (
             f"; no token reached {calibration.imatrix_unseen:,} of {n_experts:,} experts, which "
-            "are quantized unweighted"
+            "are quantized unweighted, as by llama-quantize"
         )
     return text
+
+
+def importance_table(manifest: Manifest) -> str:
+    """Tokens of the importance matrix per layer, folded; "" where they are not known."""
+    covered = manifest.calibration.imatrix_coverage
+    if covered is None:
+        return ""
+    rows = [
+        (
+            str(layer),
+            f"{min(tokens):,}",
+            f"{int(median(tokens)):,}",
+            _of(sum(count < covered.few_below for count in tokens), len(tokens)),
+            str(sum(count == 0 for count in tokens)),
+        )
+        for layer, tokens in sorted(covered.tokens.items())
+    ]
+    few = f"under {covered.few_below:,} tokens"
+    found = table(("layer", "fewest tokens", "median", few, "never hit"), rows)
+    summary = "<summary>Tokens of the importance matrix that the experts saw</summary>"
+    more = f"`{MANIFEST_FILE}` has the tokens of every expert."
+    return f"<details>\n{summary}\n\n{found}\n\n{more}\n\n</details>"
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} ({count / total:.1%})"
 
 
 def calibration_facts(manifest: Manifest) -> str:

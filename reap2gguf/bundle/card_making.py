@@ -14,6 +14,7 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.bundle.markdown import argument, code, inline, picture, repository, table
+from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.pruning.methods import GIVEN, OBSERVED, is_from_weights, words_of
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 
 {_observed(manifest)}
 {_score(pruning.method)} were removed from each layer. The pruned
-safetensors keep all other weights of the source byte for byte: nothing was retrained. {matrix}
+safetensors {_what_is_kept(manifest)}: nothing was retrained. {matrix}
 Calibration used text only. `{MANIFEST_FILE}`
 records versions, hashes, the experts kept in each layer, and the type of each tensor.
 {_protected(pruning)}
@@ -187,6 +188,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     if options.protect_super_experts:
         yield "--protect-super-experts"
     yield f"--mtp {argument(options.mtp)}"
+    if options.dequantize is not None:
+        yield f"--dequantize {argument(options.dequantize)}"
     if options.observations is not None:
         yield f"--observations {argument(options.observations)}"
     yield f"--calibration {argument(options.spec)}"
@@ -209,6 +212,12 @@ def _from_source(manifest: Manifest) -> str:
     if manifest.hf is None:
         return "The GGUF files were made from the weights of the source as they are:"
     return "The safetensors keep the weights of the source byte for byte:"
+
+
+def _what_is_kept(manifest: Manifest) -> str:
+    if WRITTEN_AS_BF16 in manifest.caveats:
+        return "hold all other weights of the source, decoded and rounded to BF16"
+    return "keep all other weights of the source byte for byte"
 
 
 def _score(method: str) -> str:

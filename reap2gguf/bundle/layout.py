@@ -8,6 +8,7 @@ OUTPUT/NAME-GGUF/          everything for llama.cpp
 OUTPUT/NAME-GGUF/README.md        its card
 OUTPUT/NAME-GGUF/reap2gguf.json
 OUTPUT/NAME-GGUF/NAME-LABEL.gguf  one file per recipe
+OUTPUT/NAME-GGUF/NAME-LABEL.toml  its recipe, where the build chose the types for a size
 OUTPUT/NAME-GGUF/mmproj-NAME-F16.gguf   the vision projector, if the model has one
 OUTPUT/NAME-GGUF/imatrix.gguf     the importance matrix, and imatrix.dat for ik_llama.cpp
 OUTPUT/NAME-GGUF/calibration.txt  the text it was computed on

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from gguf import GGMLQuantizationType
 
 from reap2gguf.atomic import write_whole
-from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers
+from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers, layer_tokens
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
 from reap2gguf.bundle.layout import MANIFEST_FILE, PICTURES
@@ -25,6 +25,7 @@ from reap2gguf.bundle.records import (
     FileRecord,
     FolderRecord,
     GgufRecord,
+    ImportanceRecord,
     MtpRecord,
     PruningRecord,
     SideRecord,
@@ -45,6 +46,7 @@ __all__ = [
     "FileRecord",
     "FolderRecord",
     "GgufRecord",
+    "ImportanceRecord",
     "Manifest",
     "MtpRecord",
     "PruningRecord",
@@ -185,6 +187,9 @@ def _decode(values: dict[str, Any]) -> Manifest:
         source["earlier"] = _earlier_pruning(source["earlier"])
     calibration = dict(values["calibration"])
     calibration["components"] = component_records(calibration["components"])
+    if (covered := calibration.get("imatrix_coverage")) is not None:
+        covered = {**covered, "tokens": layer_tokens(covered["tokens"])}
+        calibration["imatrix_coverage"] = _record(ImportanceRecord, covered)
     if not isinstance(values["name"], str):
         raise TypeError("name is not a string")
     return Manifest(

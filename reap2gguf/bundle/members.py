@@ -48,6 +48,7 @@ def gguf_members(manifest: Manifest) -> set[str]:
         own.add(OBSERVATIONS_FILE)
     if manifest.has_imatrix:
         own |= {IMATRIX_DAT_FILE, IMATRIX_FILE}
+    own |= {record.toml_file for record in manifest.gguf if record.has_toml}
     return models | sides | own | ({CALIBRATION_FILE} if manifest.has_text else set())
 
 

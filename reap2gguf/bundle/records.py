@@ -71,6 +71,18 @@ class CoverageRecord:
 
 
 @dataclass(frozen=True)
+class ImportanceRecord:
+    """How many tokens of the importance matrix each expert saw, in the layers that have experts."""
+
+    fewest: int  # tokens of the expert with the fewest
+    median: int  # tokens, rounded down
+    n_unseen: int  # experts that no token reached, which are quantized with equal weights
+    n_few: int  # experts with fewer than `few_below` tokens, the unseen ones included
+    few_below: int
+    tokens: Mapping[int, Sequence[int]]  # layer -> tokens by expert, in the result's order
+
+
+@dataclass(frozen=True)
 class PruningRecord:
     """Which experts were kept, and the observations that decided it.
 
@@ -139,6 +151,7 @@ class CalibrationRecord:
     imatrix_unseen: int = 0  # experts, of all layers, that no token of the chunks reached
     imatrix_file: str | None = None
     imatrix_cut_from: int | None = None
+    imatrix_coverage: ImportanceRecord | None = None  # None: tokens per expert are not known
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,12 @@ class GgufRecord:
     parts: Sequence[str] = ()
     made_by: Mapping[str, str] = field(default_factory=dict)  # versions, if not the bundle's
     adopted: bool = False
+    has_toml: bool = False  # whether the recipe lies beside it: its types were chosen for a size
+
+    @property
+    def toml_file(self) -> str:
+        """The recipe's file."""
+        return f"{self.file.removesuffix('.gguf')}.toml"
 
     @property
     def first(self) -> str:

@@ -4,87 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from reap2gguf.checkpoint.config import MAX_CONFIG_BYTES, read_json
 from reap2gguf.checkpoint.entries import check_entries
 from reap2gguf.checkpoint.index import INDEX_NAME, SINGLE_NAME, compare_index, find_shards
 from reap2gguf.checkpoint.mistaken import ADAPTER_CONFIG, what_to_pass
+from reap2gguf.checkpoint.quantized.decoding import Decoding, read_decoding
 from reap2gguf.checkpoint.safetensors_header import FileTensor, parse_header, read_header
-from reap2gguf.checkpoint.weights import Weights
+from reap2gguf.checkpoint.tensor_files import RemoteShards, TensorFiles
 from reap2gguf.errors import CheckpointError, SourceError
-from reap2gguf.files import cached_blob, expect_range, open_entry, read_entry
+from reap2gguf.files import cached_blob, read_entry
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from reap2gguf.checkpoint.quantized.coded import CodedWeight
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.progress import Progress
 
-_READ_BYTES = 2**30  # the kernel moves at most 2 GiB per call
 _SAMPLE_BYTES = 2**14
 _SAMPLES_PER_FILE = 64
 _TENSOR_SAMPLE_BYTES = 2**12
 
 
-class RemoteShards(Protocol):
-    """Shards that are not in the folder yet, as on the Hub: what a checkpoint needs of them.
-
-    Shards are known by their file names; `in` says whether there is one of that name.
-    """
-
-    def __contains__(self, name: object, /) -> bool: ...
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-
-    def blob(self, name: str) -> str:
-        """The hash of a file."""
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Which of these files are not downloaded yet."""
-
-    def headers(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The first bytes of files, with the whole header in them."""
-
-    def report_to(self, progress: Progress) -> None:
-        """Where downloads are shown from now on."""
-
-    def expect(self, paths: Iterable[Path]) -> None:
-        """Begin to download files that will be read soon; returns at once."""
-
-    def wait_for(self, path: Path) -> None:
-        """Return when a file is downloaded; CancelledError if the download is given up."""
-
-    def close(self) -> None:
-        """Give up what is being downloaded."""
-
-    def closed(self) -> AbstractContextManager[None]:
-        """A block in which nothing is downloaded."""
-
-
 @dataclass
-class Checkpoint(Weights):
-    """An opened checkpoint folder. Reads are positioned, so threads may share one.
+class Checkpoint(TensorFiles):
+    """An opened checkpoint folder.
 
-    Files that are still on the Hub are fetched when a tensor of them is read or expected.
+    Quantized weights are decoded by the rows that a read asks for, and `config` does not mention
+    them; `stored` has both as they are in the files.
     """
 
-    folder: Path
-    config: dict[str, Any]
-    tensors: Mapping[str, FileTensor]
-    shards: tuple[Path, ...]
     notes: tuple[str, ...] = ()  # what the user should know of the folder
-    follow_links: bool = False  # whether shards may be links to any place
-    _hub: RemoteShards | None = None
-    _descriptors: dict[Path, int] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    decoding: Decoding | None = None  # of quantized weights; None if there are none
+
+    def __post_init__(self) -> None:
+        decoding = self.decoding
+        self.tensors = self.files if decoding is None else decoding.tensors(self.files)
 
     @classmethod
     def open(
@@ -115,47 +78,67 @@ class Checkpoint(Weights):
                     f"{shard}: holds {shown(min(twice))}, which another shard holds"
                 )
             tensors |= header
-        notes: tuple[str, ...] = ()
         if mapped is not None:
             compare_index(folder, mapped, tensors)
-        elif len(shards) > 1:
-            instead = f"the headers of its {len(shards)} shards are used instead"
-            notes = (f"{folder}: no {INDEX_NAME}; {instead}",)
-        elif shards[0].name == SINGLE_NAME and (folder / INDEX_NAME).is_file():
-            unread = f"{INDEX_NAME} and the shards that it names are not"
-            notes = (f"{folder}: {SINGLE_NAME} is used, as in transformers, and {unread}",)
-        if (folder / ADAPTER_CONFIG).is_file():
-            beside = f"an adapter ({ADAPTER_CONFIG}) lies beside the weights and is not applied"
-            notes += (f"{folder}: {beside}",)
-        return cls(folder, config, tensors, shards, notes, follow_links, hub)
+        notes = tuple(_notes(folder, shards, is_mapped=mapped is not None))
+        decoding = read_decoding(config, tensors, folder)
+        if decoding is not None:
+            config = decoding.plain_config
+        opened = cls(folder, config, tensors, shards, follow_links, hub)
+        return replace(opened, notes=notes, decoding=decoding)
+
+    @property
+    def stored(self) -> Weights:
+        is_plain = self.decoding is None or self.decoding.is_written
+        return self if is_plain else self._as_in_files
+
+    @cached_property
+    def _as_in_files(self) -> TensorFiles:
+        config = self.config if self.decoding is None else self.decoding.config
+        shared = self._descriptors, self._lock
+        return TensorFiles(
+            self.folder, config, self.files, self.shards, self.follow_links, self._hub, *shared
+        )
+
+    def dequantized(self) -> Checkpoint:
+        """The same checkpoint as if it was stored in BF16; open files are shared."""
+        if self.decoding is None:
+            return self
+        return replace(self, decoding=self.decoding.written())
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return (name,) if self.stored is self else self._parts(name)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """The tensors of the files that hold a tensor."""
+        return (name,) if self.decoding is None else self.decoding.parts(name)
+
+    def weight_name(self, part: str) -> str:
+        return part if self.decoding is None else self.decoding.weight_names.get(part, part)
+
+    def kind(self, name: str) -> str:
+        weight = self._coded(name)
+        return super().kind(name) if weight is None or self.stored is self else weight.kind
 
     def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
+        weight = self._coded(name)
+        if weight is None:
+            super().read_bytes(name, first, buffer)
+            return
         self._check_range(name, first, buffer.nbytes)
-        tensor = self.tensors[name]
-        view, position = buffer.data, tensor.offset + first
-        descriptor = self._descriptor(tensor.path)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done : done + _READ_BYTES]], position + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{tensor.path}: tensor {name!r} cannot be read ({error.strerror})"
-                ) from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{tensor.path}: ends inside tensor {name!r}: {done:,} of {len(view):,} bytes; "
-                    "the file was cut while it was in use"
-                )
-            done += count
+        weight.read_bytes(self._as_in_files, self.tensors[name].dtype, first, buffer)
 
     def expect_bytes(self, name: str, first: int, n_bytes: int) -> None:
-        self._check_range(name, first, n_bytes)
-        tensor = self.tensors[name]
-        if self._hub is not None and self._hub.missing([tensor.path.name]):
-            self._hub.expect([tensor.path])
+        if weight := self._coded(name):
+            self._check_range(name, first, n_bytes)
+            codes = weight.codes_of_bytes(self.tensors[name].dtype, first, n_bytes)
+            self._as_in_files.expect_bytes(weight.values, *codes)
         else:
-            expect_range(self._descriptor(tensor.path), tensor.offset + first, n_bytes)
+            super().expect_bytes(name, first, n_bytes)
+
+    def _coded(self, name: str) -> CodedWeight | None:
+        """A weight that has to be decoded."""
+        return None if self.decoding is None else self.decoding.weights.get(name)
 
     def fingerprint(self) -> str:
         """A hash that differs between checkpoints: of config, sizes, and bytes of every tensor.
@@ -167,7 +150,7 @@ class Checkpoint(Weights):
         digest = hashlib.sha256()
         digest.update(self._config_bytes())
         tensors: dict[Path, list[FileTensor]] = {}
-        for tensor in self.tensors.values():
+        for tensor in self.files.values():
             tensors.setdefault(tensor.path, []).append(tensor)
         for shard in self.shards:
             size = self._size(shard)
@@ -206,6 +189,16 @@ class Checkpoint(Weights):
         ]
 
     @property
+    def n_stored_bytes(self) -> int:
+        """Bytes of all tensors in the files, whatever they are read as."""
+        return sum(tensor.n_bytes for tensor in self.files.values())
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a user should know of how the weights are stored, one sentence each."""
+        return () if self.decoding is None else self.decoding.caveats
+
+    @property
     def n_file_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(map(self._size, self.shards))
@@ -221,7 +214,8 @@ class Checkpoint(Weights):
         """The files of these tensors that are still to be downloaded."""
         if self._hub is None:
             return []
-        return self._hub.missing(sorted({self.tensors[name].path.name for name in names}))
+        parts = (part for name in names for part in self._parts(name))
+        return self._hub.missing(sorted({self.files[part].path.name for part in parts}))
 
     def report_to(self, progress: Progress) -> None:
         """Where downloads of shards are shown from now on."""
@@ -229,11 +223,7 @@ class Checkpoint(Weights):
             self._hub.report_to(progress)
 
     def fetch_ahead(self, names: Iterable[str]) -> None:
-        if self._hub is not None:
-            self._hub.expect({self.tensors[name].path for name in names})
-
-    def without_fetching(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._hub is None else self._hub.closed()
+        super().fetch_ahead(part for name in names for part in self._parts(name))
 
     def _size(self, shard: Path) -> int:
         if self._hub is not None and shard.name in self._hub:
@@ -246,34 +236,18 @@ class Checkpoint(Weights):
             return self._hub.blob(shard.name)
         return cached_blob(shard)
 
-    def close(self) -> None:
-        """Close the shard files; a later read opens them again."""
-        if self._hub is not None:
-            self._hub.close()
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _descriptor(self, path: Path) -> int:
-        if self._hub is not None and path not in self._descriptors:
-            self._hub.wait_for(path)
-        with self._lock:
-            if path not in self._descriptors:
-                try:
-                    with open_entry(path, self.follow_links) as file:
-                        self._descriptors[path] = os.dup(file.fileno())
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{path}: cannot be read ({error.strerror or error})"
-                    ) from error
-            return self._descriptors[path]
+def _notes(folder: Path, shards: tuple[Path, ...], is_mapped: bool) -> Iterator[str]:
+    """What the user should know of a folder; `is_mapped`: its index is used."""
+    if not is_mapped and len(shards) > 1:
+        instead = f"the headers of its {len(shards)} shards are used instead"
+        yield f"{folder}: no {INDEX_NAME}; {instead}"
+    elif not is_mapped and shards[0].name == SINGLE_NAME and (folder / INDEX_NAME).is_file():
+        unread = f"{INDEX_NAME} and the shards that it names are not"
+        yield f"{folder}: {SINGLE_NAME} is used, as in transformers, and {unread}"
+    if (folder / ADAPTER_CONFIG).is_file():
+        beside = f"an adapter ({ADAPTER_CONFIG}) lies beside the weights and is not applied"
+        yield f"{folder}: {beside}"
 
 
 def _headers(

@@ -54,7 +54,31 @@ class Weights(ABC):
 
     folder: Path  # holds the tokenizer and the other small files of the model
     config: dict[str, Any]  # config.json; not to be changed
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]  # a quantized weight is one of its decoded values
+
+    @property
+    def stored(self) -> Weights:
+        """The same model as its files have it: quantized weights in their parts, and their config.
+
+        Where nothing is quantized, these weights themselves.
+        """
+        return self
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The tensors of `stored` that hold a tensor."""
+        return (name,)
+
+    def weight_name(self, part: str) -> str:
+        """The tensor that a tensor of `stored` is a part of."""
+        return part
+
+    def kind(self, name: str) -> str:
+        """What type a tensor's values are stored as, such as "BF16" or "MXFP4"."""
+        return self.tensors[name].dtype
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor as it is stored, with its scales."""
+        return sum(self.stored.tensors[part].n_bytes for part in self.parts(name))
 
     @abstractmethod
     def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
@@ -100,22 +124,20 @@ class Weights(ABC):
         for first in range(0, self.tensors[one].n_elements, step):
             parts: list[Floats] = []
             for name in (one, other):
-                tensor = self.tensors[name]
-                count = min(step, tensor.n_elements - first)
-                raw = np.empty(count * tensor.item_bytes, dtype=np.uint8)
-                self.read_bytes(name, first * tensor.item_bytes, raw)
-                parts.append(to_float32(raw.view(NUMPY_TYPES[tensor.dtype]), tensor.dtype, name))
+                count = min(step, self.tensors[name].n_elements - first)
+                parts.append(self.read_values(name, first, count))
             if not np.array_equal(parts[0], parts[1]):
                 return False
         return True
 
     @cached_property
     def n_bytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(tensor.n_bytes for tensor in self.tensors.values())
+        """Bytes of all tensors together, as they are stored."""
+        return sum(tensor.n_bytes for tensor in self.stored.tensors.values())
 
     @cached_property
     def n_parameters(self) -> int:
+        """How many numbers they are; scales of quantized weights do not count."""
         return sum(tensor.n_elements for tensor in self.tensors.values())
 
     def read(
@@ -136,6 +158,13 @@ class Weights(ABC):
     ) -> npt.NDArray[np.float32]:
         """The same rows converted exactly to float32."""
         return to_float32(self.read(name, first, last, index), self.tensors[name].dtype, name)
+
+    def read_values(self, name: str, first: int, count: int) -> Floats:
+        """`count` neighbouring values as float32, from number `first` of the whole tensor on."""
+        tensor = self._tensor(name)
+        raw = np.empty(count * tensor.item_bytes, dtype=np.uint8)
+        self.read_bytes(name, first * tensor.item_bytes, raw)
+        return to_float32(raw.view(NUMPY_TYPES[tensor.dtype]), tensor.dtype, name)
 
     def expect(
         self, name: str, first: int = 0, last: int | None = None, index: int | None = None

@@ -137,14 +137,17 @@ def contents_of_checkpoint(checkpoint: Checkpoint, model: MoeModel) -> Contents:
     counted: list[_Counted] = []
     for tensor in tensors:
         first = stored[tensor.slabs[0].stored]
-        n_bytes = math.prod(tensor.shape) * first.item_bytes
+        # of a tensor that several are made of, the share of each
+        n_bytes = math.prod(tensor.shape) * checkpoint.stored_bytes(first.name) // first.n_elements
         role = role_of(tensor.name, linear, mtp)
-        counted.append(_Counted(tensor.name, role, tensor.shape, first.dtype, n_bytes))
+        kind = checkpoint.kind(first.name)
+        counted.append(_Counted(tensor.name, role, tensor.shape, kind, n_bytes))
     for name, found in stored.items():
         if isinstance(model.role(name), Carried | Dropped):
             is_head = name.endswith("lm_head.weight")
             role = "output" if is_head else "vision"
-            counted.append(_Counted(name, role, found.shape, found.dtype, found.n_bytes))
+            n_bytes = checkpoint.stored_bytes(name)
+            counted.append(_Counted(name, role, found.shape, checkpoint.kind(name), n_bytes))
     most = Counter({one.tensor_type: 0 for one in counted})
     for one in counted:
         most[one.tensor_type] += one.n_bytes

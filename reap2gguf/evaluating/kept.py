@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.evaluation import Evaluation, evaluation_of
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.checkpoint.safetensors_header import read_header, read_metadata
+from reap2gguf.checkpoint.tensor_files import TensorFiles
 from reap2gguf.checkpoint.writer import CHECKSUM, check_arrays, write_arrays
 from reap2gguf.errors import CheckpointError
 from reap2gguf.evaluating.scores import Pair, ScoredRow, Scores, VariantScores
@@ -54,7 +54,7 @@ def load_scores(
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in header.items()}
         if metadata.get(_KEY) != key or CHECKSUM not in metadata or found != expected:
             return None
-        with Checkpoint(path.parent, {}, header, (path,)) as stored:
+        with TensorFiles(path.parent, {}, header, (path,)) as stored:
             arrays = {name: stored.read(name) for name in header}
         check_arrays(metadata, arrays)
         doubles: Any = arrays

@@ -186,13 +186,18 @@ def all_ranges(tensors: Sequence[GgufTensor]) -> Iterator[RowRange]:
 def batches(
     weights: Weights, tensors: Sequence[GgufTensor], most_bytes: int = 0
 ) -> Iterator[Batch]:
-    """All ranges, as many together as lie in one tensor and have so many bytes as they are stored.
+    """All ranges, as many together as `batched` puts into a batch."""
+    return batched(weights, all_ranges(tensors), most_bytes)
+
+
+def batched(weights: Weights, ranges: Iterable[RowRange], most_bytes: int) -> Iterator[Batch]:
+    """Ranges, as many together as lie in one tensor and have so many bytes as they are stored.
 
     A range that has more, or that is not stored as it is, is a batch of its own.
     """
     batch: list[RowRange] = []
     dtype, n_bytes = "", 0
-    for rows in all_ranges(tensors):
+    for rows in ranges:
         stored = stored_bytes(weights, rows.tensor, rows.slab, rows.first, rows.last)
         count = most_bytes + 1 if stored is None else stored.count
         name = "" if stored is None else stored.dtype

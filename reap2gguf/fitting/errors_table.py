@@ -5,33 +5,40 @@ error is that of the products of matrix and input, if the inputs of different co
 on each other: the squared differences, times the mean square of what multiplies the column, over
 the squared values with the same factor. An expert counts as often as it was used.
 
-Memory: each thread holds one run of rows, at most 2^18 values as float32, four times; of a tensor
-that is stored in another order than GGUF's, one matrix. The table has a number for each tensor and
-type.
+A GPU quantizes what it has kernels for, and the same bytes as the processor: the table is the same.
+
+Memory: each thread holds the sampled rows of a tensor, at most 2^18 values as float32, four times,
+and their blocks of all types; of a tensor that is stored in another order than GGUF's, one matrix
+as well. The table has a number for each tensor and type.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.atomic import write_whole
 from reap2gguf.errors import CheckpointError
-from reap2gguf.exporting.row_ranges import BlockMaker, RowRange
+from reap2gguf.exporting.device_blocks import making
+from reap2gguf.exporting.row_ranges import RowRange, batched
 from reap2gguf.files import plain_size
 from reap2gguf.ggml import NEEDS_IMPORTANCE, is_tiny
-from reap2gguf.gguf_files.rows import rows_per_matrix
+from reap2gguf.gguf_files.rows import rows_per_matrix, stored_bytes
 
 if TYPE_CHECKING:
+    from reap2gguf.exporting.device_blocks import Making
+    from reap2gguf.exporting.row_ranges import Batch, BlockMaker
     from reap2gguf.ggml import Floats
     from reap2gguf.gguf_files.imatrix import ImatrixEntry
     from reap2gguf.models.description import GgufTensor
@@ -44,12 +51,22 @@ _NAMES = (
 )
 TYPES = tuple(Type[name] for name in _NAMES.split())
 SMALLEST_TYPES = (Type.IQ1_M, Type.IQ1_S)
-_SAMPLED = 2**18  # values of a tensor
+SAMPLED = 2**18  # values of a tensor
 _MAX_RUNS = 16  # that they are read in, spread over the tensor
 _MAX_CACHE_BYTES = 2**26
+_SECONDS_KEPT = 10.0  # after which what was measured is kept again
 FORMAT = 1
 
 Errors = Mapping[str, Mapping[str, float]]  # tensor -> type -> relative squared error
+Blocks = npt.NDArray[np.uint8]  # (rows, bytes of a row)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What measures: auto, cpu or cuda, and how many threads."""
+
+    device: str
+    n_threads: int
 
 
 def types_for(tensor: GgufTensor, is_weighted: bool, types: Sequence[Type]) -> list[Type]:
@@ -66,7 +83,7 @@ def sampled_rows(tensor: GgufTensor) -> Iterator[RowRange]:
     """Runs of rows, spread evenly over a tensor's matrices and rows: all rows of a small one."""
     n_rows, n_matrices = rows_per_matrix(tensor), len(tensor.slabs)
     n_runs = min(_MAX_RUNS, n_matrices * n_rows)
-    per_run = max(1, min(_SAMPLED, math.prod(tensor.shape)) // (n_runs * tensor.n_columns))
+    per_run = max(1, min(SAMPLED, math.prod(tensor.shape)) // (n_runs * tensor.n_columns))
     done = 0
     for run in range(n_runs):
         matrix, row = divmod(run * n_matrices * n_rows // n_runs, n_rows)
@@ -79,65 +96,125 @@ def sampled_rows(tensor: GgufTensor) -> Iterator[RowRange]:
 
 
 def measure(
-    maker: BlockMaker,
+    host: BlockMaker,
     tensors: Sequence[GgufTensor],
     types: Sequence[Type],
-    n_threads: int,
+    where: Where,
     progress: Progress,
     known: Errors,
+    keep: Callable[[Errors], None] = lambda errors: None,
 ) -> dict[str, dict[str, float]]:
-    """The errors of all tensors in the types that they can have; those of `known` are taken.
+    """The errors of all tensors in the types that they can have, and all of `known`.
 
-    A type that cannot hold a tensor's values has no entry in a tensor's errors but infinity. Raises
-    CheckpointError for values that are not finite.
+    A type that cannot hold a tensor's values has no entry in a tensor's errors but infinity. `keep`
+    is given what is there, now and then, to be found again after a kill. Raises CheckpointError for
+    values that are not finite.
     """
-    found = {tensor.name: dict(known.get(tensor.name, {})) for tensor in tensors}
-    todo = []
+    found = {name: dict(by_type) for name, by_type in known.items()}
+    todo: list[tuple[GgufTensor, list[Type]]] = []
     for tensor in tensors:
-        can = types_for(tensor, tensor.name in maker.importance, types)
-        if missing := [one for one in can if one.name not in found[tensor.name]]:
+        can = types_for(tensor, tensor.name in host.importance, types)
+        there = found.setdefault(tensor.name, {})
+        if missing := [one for one in can if one.name not in there]:
             todo.append((tensor, missing))
     if not todo:
         return found
+    keys = {(one, tensor.name in host.importance) for tensor, some in todo for one in some}
+    n_values = sum(min(SAMPLED, math.prod(tensor.shape)) * len(some) for tensor, some in todo)
     with (
         progress.task("Measuring types", len(todo), "tensors") as task,
-        ThreadPoolExecutor(n_threads) as pool,
+        making(host, where.device, keys, n_values, where.n_threads, progress) as made,
+        ThreadPoolExecutor(made.n_threads) as pool,
     ):
-        jobs = {pool.submit(_measure_one, maker, *one): one[0].name for one in todo}
+        jobs = {pool.submit(_measure_one, host, made, *one): one[0].name for one in todo}
+        kept = time.monotonic()
         try:
             for job in as_completed(jobs):
                 found[jobs[job]].update(job.result())
                 task.advance()
+                if time.monotonic() - kept > _SECONDS_KEPT:
+                    keep(found)
+                    kept = time.monotonic()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return found
 
 
-def _measure_one(maker: BlockMaker, tensor: GgufTensor, types: Sequence[Type]) -> dict[str, float]:
+def _measure_one(
+    host: BlockMaker, made: Making, tensor: GgufTensor, types: Sequence[Type]
+) -> dict[str, float]:
     """The relative errors of one tensor."""
     lost, whole = dict.fromkeys((one.name for one in types), 0.0), 0.0
-    entry = maker.importance.get(tensor.name)
-    for rows in sampled_rows(tensor):
-        values = maker.read(rows)
-        weights = _weights(entry, rows)
-        whole += _energy(values, weights)
-        for one in types:
-            lost[one.name] += _lost(maker, rows, values, one, weights)
+    entry, reader = host.importance.get(tensor.name), _Reader(host)
+    for batch in batched(host.weights, sampled_rows(tensor), made.batch_bytes):
+        values = [reader.read(rows) for rows in batch]
+        weights = [_weights(entry, rows) for rows in batch]
+        whole += sum(map(_energy, values, weights))
+        for one, blocks in _blocks(host, made, batch, types, values).items():
+            for raw, true, factors in zip(blocks, values, weights, strict=True):
+                away = math.inf
+                if raw is not None:
+                    away = _energy(host.quantizer.dequantize(raw, one) - true, factors)
+                lost[one.name] += away
     return {name: amount / whole if whole else 0.0 for name, amount in lost.items()}
 
 
-def _lost(
-    maker: BlockMaker, rows: RowRange, values: Floats, tensor_type: Type, weights: Floats
-) -> float:
-    """The error of a range of rows in a type; infinity if the type cannot hold them."""
+class _Reader:
+    """Reads runs of rows of a tensor; a matrix that has to be read whole is read once for all."""
+
+    def __init__(self, host: BlockMaker) -> None:
+        self._host = host
+        self._matrix: int | None = None
+        self._values: Floats
+
+    def read(self, rows: RowRange) -> Floats:
+        """The values of a run; runs come in the order of their matrices."""
+        if _is_stored(self._host, rows):
+            return self._host.read(rows)
+        if self._matrix != rows.matrix:
+            self._matrix = rows.matrix
+            self._values = self._host.read(
+                replace(rows, first=0, last=rows_per_matrix(rows.tensor))
+            )
+        return self._values[rows.first : rows.last]
+
+
+def _is_stored(host: BlockMaker, rows: RowRange) -> bool:
+    """Whether a run is stored side by side as GGUF is to hold it."""
+    place = stored_bytes(host.weights, rows.tensor, rows.slab, rows.first, rows.last)
+    return place is not None
+
+
+def _blocks(
+    host: BlockMaker, made: Making, batch: Batch, types: Sequence[Type], values: Sequence[Floats]
+) -> dict[Type, list[Blocks | None]]:
+    """Each range of a batch in each type; None for a type that cannot hold its values."""
+    if made.maker is not host and _is_stored(host, batch[0]):
+        try:
+            found = made.maker.make(batch, types)
+        except CheckpointError:
+            pass  # some type cannot: the processor says which
+        else:
+            ends = np.cumsum([rows.last - rows.first for rows in batch])[:-1]
+            return {one: [*np.split(data, ends)] for one, data in found.items()}
+    return {
+        one: [_quantized(host, *part, one) for part in zip(batch, values, strict=True)]
+        for one in types
+    }
+
+
+def _quantized(
+    host: BlockMaker, rows: RowRange, values: Floats, tensor_type: Type
+) -> Blocks | None:
+    """A range of rows in a type; None if the type cannot hold them."""
     try:
-        raw = maker.quantize(rows, values, tensor_type)
+        raw = host.quantize(rows, values, tensor_type)
         if is_tiny(float(np.abs(values).max()), tensor_type):
-            maker.check_precision(rows, values, tensor_type, raw)
+            host.check_precision(rows, values, tensor_type, raw)
     except CheckpointError:
-        return math.inf
-    return _energy(maker.quantizer.dequantize(raw, tensor_type) - values, weights)
+        return None
+    return raw
 
 
 def _energy(values: Floats, weights: Floats) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.errors import RecipeError
+from reap2gguf.fitting.errors_table import types_for
 from reap2gguf.fitting.knapsack import choose
 from reap2gguf.fitting.rules import rules_of
 from reap2gguf.fitting.sensitivity import sensitivities
@@ -19,11 +22,12 @@ from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES
-from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, load_recipe
+from reap2gguf.quantizing.recipe import MAX_RULES, Recipe, Rule, load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
 if TYPE_CHECKING:
     from reap2gguf.fitting.errors_table import Errors
+    from reap2gguf.fitting.target import SizeTarget
     from reap2gguf.models.description import GgufTensor, ModelFacts
 
 ALIGNMENT = 32  # of a tensor in a file
@@ -41,6 +45,59 @@ class Fitted:
     resolved: ResolvedRecipe
     damage: float  # weighted relative errors, added up
     gap: float  # by which share no choice can be better, at most
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model whose tensors are to get types."""
+
+    tensors: Sequence[GgufTensor]
+    facts: ModelFacts
+    n_experts: int  # of a layer of the result
+    weighted: Collection[str]  # tensors that have importance
+    fixed: Mapping[str, Type] = field(default_factory=dict)  # types that are not to be chosen
+
+    @cached_property
+    def free(self) -> list[GgufTensor]:
+        """The tensors whose type a recipe gives."""
+        return free_tensors(self.tensors)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    def types_for(self, tensor: GgufTensor, types: Sequence[Type]) -> list[Type]:
+        """The types that a tensor may get."""
+        if (one := self.fixed.get(tensor.name)) is not None:
+            return [one]
+        return types_for(tensor, tensor.name in self.weighted, types)
+
+    def to_measure(self) -> list[GgufTensor]:
+        """The tensors whose types are a choice."""
+        return [tensor for tensor in self.free if tensor.name not in self.fixed]
+
+    def resolve(self, recipe: Recipe) -> ResolvedRecipe:
+        """A recipe applied to the model."""
+        return resolve(recipe, self.tensors, self.facts, self.n_experts, has_imatrix=True)
+
+    def least_bytes(self, types: Sequence[Type]) -> int:
+        """Bytes of all tensors, each in its smallest type."""
+        sizes = (
+            min(tensor_bytes(tensor, one) for one in self.types_for(tensor, types))
+            for tensor in self.free
+        )
+        return fixed_bytes(self.tensors) + sum(sizes)
+
+    def nominal_errors(self, types: Sequence[Type]) -> dict[str, dict[str, float]]:
+        """Errors of values that were not looked at: a bit of a type halves them."""
+        of_type = {}
+        for one in types:
+            block, n_bytes = GGML_QUANT_SIZES[one]
+            of_type[one.name] = 2.0 ** (-16 * n_bytes / block)
+        return {
+            tensor.name: {one.name: of_type[one.name] for one in self.types_for(tensor, types)}
+            for tensor in self.to_measure()
+        }
 
 
 def free_tensors(tensors: Sequence[GgufTensor]) -> list[GgufTensor]:
@@ -63,71 +120,85 @@ def tensor_bytes(tensor: GgufTensor, tensor_type: Type) -> int:
 
 
 def fit(
-    name: str,
-    tensors: Sequence[GgufTensor],
-    facts: ModelFacts,
-    errors: Errors,
-    types: Sequence[Type],
-    budget: int,
+    named: Named, problem: Problem, errors: Errors, types: Sequence[Type], budget: int
 ) -> Fitted:
-    """The recipe called `name` with the least damage, whose tensors have at most `budget` bytes.
+    """The recipe with the least damage, whose tensors have at most `budget` bytes.
 
-    `errors` has the tensors that are free, and each one's possible types among `types`. Raises
-    UsageError if the budget is too small, and RecipeError if the types do not fit into rules.
+    `errors` has the tensors whose types are a choice, and each one's possible types among `types`.
+    Raises UsageError if the budget is too small, and RecipeError if the types do not fit into
+    rules.
     """
-    free = free_tensors(tensors)
+    free = problem.free
+    columns = [*types, *sorted({*problem.fixed.values()} - {*types})]
     weights = sensitivities(tensor.name for tensor in free)
-    shape = len(free), len(types)
+    shape = len(free), len(columns)
     sizes, damages = np.zeros(shape, np.int64), np.full(shape, np.inf)
     for row, tensor in enumerate(free):
-        for column, one in enumerate(types):
-            error = errors[tensor.name].get(one.name, math.inf)
+        for one in problem.types_for(tensor, types):
+            column = columns.index(one)
+            error = 0.0  # of a type that is no choice
+            if tensor.name not in problem.fixed:
+                error = errors[tensor.name].get(one.name, math.inf)
             if math.isfinite(error):
                 sizes[row, column] = tensor_bytes(tensor, one)
                 damages[row, column] = weights[tensor.name] * error
-    found = choose(sizes, damages, budget - fixed_bytes(tensors))
-    chosen = {tensor.name: types[column] for tensor, column in zip(free, found.chosen, strict=True)}
-    recipe, resolved = _as_recipe(name, tensors, facts, chosen)
+    found = choose(sizes, damages, budget - fixed_bytes(problem.tensors))
+    chosen = {
+        tensor.name: columns[column] for tensor, column in zip(free, found.chosen, strict=True)
+    }
+    recipe, resolved = _as_recipe(named, problem, chosen)
     return Fitted(recipe, resolved, found.damage, found.gap)
 
 
+def guess(named: Named, problem: Problem, types: Sequence[Type], budget: int) -> Fitted:
+    """A recipe of the size, before anything is measured: for plans."""
+    return fit(named, problem, problem.nominal_errors(types), types, budget)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a recipe is called."""
+
+    name: str
+    label: str
+    target: SizeTarget  # that it is fitted to
+
+    def title(self, bits: float) -> str:
+        """What it is, in a few words, if its file has so many bits per weight."""
+        words = f"{bits:.2f} bits per weight"
+        return "Fitted to " + (
+            words if self.target.bpw is not None else f"{self.target.words}, {words}"
+        )
+
+
 def _as_recipe(
-    name: str, tensors: Sequence[GgufTensor], facts: ModelFacts, chosen: Mapping[str, Type]
+    named: Named, problem: Problem, chosen: Mapping[str, Type]
 ) -> tuple[Recipe, ResolvedRecipe]:
     """Types as a recipe that gives them, and that recipe applied."""
-    rules = rules_of(chosen)
+    rules = tuple(Rule(*one) for one in rules_of(chosen))
     if len(rules) > MAX_RULES:
         raise RecipeError(
-            f"recipe {name!r}: needs {len(rules):,} rules, and a recipe has at most {MAX_RULES:,}; "
-            "the layers of this model got too many different types; pass another target"
+            f"recipe {named.name!r}: needs {len(rules):,} rules, and a recipe has at most "
+            f"{MAX_RULES:,}; the layers of this model got too many different types; pass another "
+            "target"
         )
-    n_bytes = sum(tensor_bytes(tensor, chosen[tensor.name]) for tensor in free_tensors(tensors))
-    n_weights = sum(prod(tensor.shape) for tensor in tensors)
-    bits = 8 * (n_bytes + fixed_bytes(tensors)) / n_weights
-    base = _nearest(tensors, facts, bits)
-    recipe = Recipe(
-        name,
-        f"Fitted to {bits:.2f} bits per weight",
-        f"FIT-{bits:.2f}BPW",
-        base,
-        rules,
-        "",
-    )
+    n_bytes = sum(tensor_bytes(tensor, chosen[tensor.name]) for tensor in problem.free)
+    bits = 8 * (n_bytes + fixed_bytes(problem.tensors)) / problem.n_weights
+    base = _nearest(problem, bits)
+    recipe = Recipe(named.name, named.title(bits), named.label, base, rules, "")
     recipe = replace(recipe, source=recipe.as_toml())
-    resolved = resolve(recipe, tensors, facts, facts.n_experts, has_imatrix=True)
+    resolved = problem.resolve(recipe)
     for tensor, tensor_type in resolved.tensor_types().items():
         expected = chosen.get(tensor, tensor_type)
         assert tensor_type is expected, f"{tensor}: {tensor_type.name}, chose {expected.name}"
     return recipe, resolved
 
 
-def _nearest(tensors: Sequence[GgufTensor], facts: ModelFacts, bits: float) -> str:
+def _nearest(problem: Problem, bits: float) -> str:
     """The file type whose own mixture has the most similar size."""
     return min(
         _quantizing_mixtures(),
-        key=lambda name: abs(
-            resolve(load_recipe(name), tensors, facts, facts.n_experts, True).bits_per_weight - bits
-        ),
+        key=lambda name: abs(problem.resolve(load_recipe(name)).bits_per_weight - bits),
     )
 
 

@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from reap2gguf.quantizing.recipe import Rule
-
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
-def rules_of(types: Mapping[str, GGMLQuantizationType]) -> tuple[Rule, ...]:
-    """Rules that give each of these tensors its type.
+def rules_of(types: Mapping[str, GGMLQuantizationType]) -> list[tuple[str, GGMLQuantizationType]]:
+    """Globs and types of rules that give each of these tensors its type.
 
     The type that most layers have is the last rule of a tensor's name, for all layers; those of
     other layers come before it.
@@ -27,15 +25,15 @@ def rules_of(types: Mapping[str, GGMLQuantizationType]) -> tuple[Rule, ...]:
         if match := _LAYER.fullmatch(name):
             layers.setdefault(match[2], {})[int(match[1])] = tensor_type
         else:
-            found.append(Rule(name, tensor_type))
+            found.append((name, tensor_type))
     for name, by_layer in layers.items():
         usual = Counter(by_layer.values()).most_common(1)[0][0]
         others = sorted({*by_layer.values()} - {usual}, key=lambda one: one.name)
         for tensor_type in others:
             numbers = [layer for layer, one in by_layer.items() if one is tensor_type]
-            found += [Rule(f"blk.{glob}.{name}", tensor_type) for glob in layer_globs(numbers)]
-        found.append(Rule(f"blk.*.{name}", usual))
-    return tuple(found)
+            found += [(f"blk.{glob}.{name}", tensor_type) for glob in layer_globs(numbers)]
+        found.append((f"blk.*.{name}", usual))
+    return found
 
 
 def layer_globs(layers: list[int]) -> Iterator[str]:

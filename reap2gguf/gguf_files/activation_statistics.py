@@ -101,7 +101,7 @@ def imatrix_statistics(imatrix: Imatrix, below: int) -> ImatrixStatistics:
         _layers(tensors),
         tuple(sorted(imatrix.entries.keys() - found.keys())),
         below,
-        tuple(_hits(one, below) for one in sorted(counted, key=_place)),
+        tuple(expert_hits(one, below) for one in sorted(counted, key=_place)),
         tuple(one.name for one in sorted(of_experts, key=_place) if len(one.counts) == 1),
     )
 
@@ -190,15 +190,21 @@ def _layer(layer: int, tensors: Sequence[TensorStatistics]) -> LayerStatistics:
     return LayerStatistics(layer, total, z_density, cosine)
 
 
-def _hits(entry: ImatrixEntry, below: int) -> ExpertHits:
-    counts, n_below = entry.counts, int((entry.counts < below).sum())
+def expert_hits(entry: ImatrixEntry, below: int) -> ExpertHits:
+    """The tokens of the experts of one tensor."""
+    return expert_hits_of(entry.name, entry.counts.tolist(), below)
+
+
+def expert_hits_of(name: str, tokens: Sequence[int], below: int) -> ExpertHits:
+    """The same of numbers of tokens, in the order of the experts."""
+    n_below = sum(count < below for count in tokens)
     return ExpertHits(
-        entry.name,
-        _layer_of(entry.name),
-        tuple(counts.tolist()),
-        int((counts == 0).sum()),
+        name,
+        _layer_of(name),
+        tuple(tokens),
+        sum(count == 0 for count in tokens),
         n_below,
-        n_below / len(counts),
-        int(counts.min()),
-        int(np.median(counts)),
+        n_below / len(tokens),
+        min(tokens),
+        int(np.median(tokens)),
     )

@@ -78,7 +78,7 @@ def needs_of(plan: Plan) -> Needs:
         if on_gpu
         else estimate(plan, nothing, *rented_cpu(_CORES))
     )
-    source = plan.checkpoint.n_bytes
+    source = plan.checkpoint.n_stored_bytes
     transfers = source / _DOWNLOAD_BYTES + needed.disk_bytes / _UPLOAD_BYTES
     return Needs(
         int(_SPARE * needed.gpu_memory_bytes),

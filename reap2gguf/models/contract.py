@@ -222,14 +222,6 @@ class MoeModel(ABC):
     def expert_shapes(self, layer: int) -> Mapping[str, tuple[int, ...]]:
         """Stored names and shapes of the experts of a MoE layer, one tensor per expert."""
 
-    def weight_of(self, name: str) -> tuple[str, Part]:
-        """The weight that a stored tensor is a part of, and which part.
-
-        Quantized checkpoints store a weight as several tensors, such as values and scales. Here
-        every tensor is a weight of its own.
-        """
-        return name, "weight"
-
     def renumbered(self, name: str, expert: int) -> str:
         """The stored name of a 2D expert tensor with another expert's number."""
         return re.sub(r"(?<=\.experts\.)\d+(?=\.)", str(expert), name)
@@ -300,7 +292,7 @@ class MoeModel(ABC):
         self.gguf_metadata()  # refuses values that could not be written later
         if foreign := foreign_layout(stored):
             raise UnknownTensorError(foreign)
-        self._refuse_quantized(stored)
+        refuse_quantized(stored, self.reader.where, self.config)
         roles = {name: self.role(name) for name in stored}
         self._check_expert_axes(stored, roles)
         _check_experts_present(roles, self.facts.n_experts)
@@ -325,16 +317,6 @@ class MoeModel(ABC):
                 raise missing(name)
         for layer in range(self.n_gguf_blocks, self.facts.n_blocks):
             self.expert_tensors(layer, stored)
-
-    def _refuse_quantized(self, stored: Mapping[str, StoredTensor]) -> None:
-        for name in stored:
-            weight, _ = self.weight_of(name)
-            if weight != name:
-                raise UnsupportedModelError(
-                    f"tensor {name!r} is part of the quantized weight {weight!r}; dequantize the "
-                    "checkpoint to BF16 first"
-                )
-        refuse_quantized(stored, self.reader.where, self.config)
 
     def _check_expert_axes(
         self, stored: Mapping[str, StoredTensor], roles: Mapping[str, Role]

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from reap2gguf.errors import CheckpointError
 
 Projection = Literal["gate", "up", "down", "gate_up"]
-Part = Literal["weight", "bias", "scale"]
+Part = Literal["weight", "bias"]
 Floats = npt.NDArray[np.float32]
 
 # Bounds on the numbers of a config: well above any model, and low enough to count up to.
@@ -79,7 +79,7 @@ class ModelFacts:
 class Expert:
     """Stored values of one expert, or (`expert` None) of all experts of a layer on axis 0.
 
-    `part` distinguishes weights, biases and the scales of quantized weights.
+    `part` distinguishes weights and biases.
     """
 
     layer: int

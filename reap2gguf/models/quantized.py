@@ -1,17 +1,18 @@
-"""Quantized checkpoints, which are refused, and the key that merged ones keep from their past."""
+"""Quantized checkpoints that are refused, and the key that merged ones keep from their past."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.checkpoint.quantized.keys import ADVICE, sections_of, without_quantization
 from reap2gguf.errors import UnsupportedModelError
 from reap2gguf.messages import shown
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.safetensors_header import StoredTensor
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+__all__ = ["leftover_caveats", "quantization_keys", "refuse_quantized", "without_quantization"]
 FLOATS = ("F32", "F16", "BF16")  # what weights may be stored as
 # what the tensors beside a quantized weight are called: by FP8, compressed-tensors, GPTQ, AWQ,
 # bitsandbytes and MLX
@@ -43,15 +44,15 @@ _COMPANION_PARTS = (".quant_state.",)
 
 
 def quantization_keys(config: Mapping[str, Any]) -> dict[str, str]:
-    """The keys that say a config's model is quantized, nested ones included, and the method."""
-    found = {}
-    sections = {"": config} | {k: v for k, v in config.items() if isinstance(v, Mapping)}
-    for name, section in sections.items():
-        for key in QUANTIZATION_KEYS:
-            if name != key and (value := section.get(key)) is not None:
-                method = value.get("quant_method") if isinstance(value, Mapping) else value
-                found[f"{name}.{key}" if name else key] = shown(method)
-    return found
+    """The keys that say that a config's model is quantized, nested ones included, and the method.
+
+    >>> quantization_keys({"quantization_config": {"quant_method": "fp8"}})
+    {'quantization_config': "'fp8'"}
+    """
+    return {
+        key: shown(value.get("quant_method") if isinstance(value, Mapping) else value)
+        for key, value in sections_of(config).items()
+    }
 
 
 def leftover_caveats(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -84,16 +85,6 @@ def refuse_quantized(
         stored = "" if is_companion else f" is stored as {tensor.dtype}"
         belongs = " belongs to a quantized weight" if is_companion else ""
         raise UnsupportedModelError(
-            f"{where}: tensor {name!r}{stored}{belongs}: the weights are quantized{said}; pass the "
-            "BF16 checkpoint that they were made from (often the same name without -FP8 or -AWQ), "
-            "or convert this one to BF16 first: docs/quantized-sources.md shows how"
+            f"{where}: tensor {name!r}{stored}{belongs}: the weights are quantized{said} in a way "
+            f"that is not decoded; {ADVICE}"
         )
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys that say that its model is quantized."""
-    return {
-        key: without_quantization(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in QUANTIZATION_KEYS
-    }

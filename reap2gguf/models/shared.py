@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,11 +21,9 @@ from reap2gguf.models.description import (
     MAX_WIDTH,
     Carried,
     Dropped,
-    Expert,
     GgufTensor,
     HeaderValue,
     ModelFacts,
-    Part,
     Plain,
     Projection,
     Role,
@@ -89,8 +86,6 @@ class DecoderModel(MoeModel):
     text_sections: ClassVar[tuple[str, ...]] = ()
     carried_prefixes: ClassVar[tuple[str, ...]] = ()  # of names that no text model's GGUF holds
     head_prefix: ClassVar[str] = ""  # what the stored name of the output matrix begins with
-    # what the names of a quantized weight's tensors end with beyond the weight's own name
-    part_suffixes: ClassVar[Mapping[str, Part]] = {}
 
     @abstractmethod
     def rules(self, layer: int) -> tuple[TensorRule, ...]:
@@ -282,12 +277,6 @@ class DecoderModel(MoeModel):
     def _layer_name(self) -> re.Pattern[str]:
         return re.compile(rf"{re.escape(self.text_prefix)}layers\.{INDEX}\.(.+)")
 
-    def weight_of(self, name: str) -> tuple[str, Part]:
-        for suffix, part in self.part_suffixes.items():
-            if name.endswith(suffix):
-                return name.removesuffix(suffix), part
-        return name, "weight"
-
     def role(self, name: str) -> Role:
         found = self._roles.get(name)
         if found is None:
@@ -300,8 +289,7 @@ class DecoderModel(MoeModel):
         return {}
 
     def _role_or_error(self, name: str) -> Role:
-        weight, part = self.weight_of(name)
-        role = self._role(weight)
+        role = self._role(name)
         if role is None:
             file = f"{type(self).__module__.replace('.', '/')}.py"
             raise UnknownTensorError(
@@ -309,8 +297,6 @@ class DecoderModel(MoeModel):
                 f"{self.facts.n_layers} layers; nothing is skipped silently, so remove it or add "
                 f"a rule for it to {file}"
             )
-        if isinstance(role, Expert) and part != "weight":
-            return replace(role, part=part)
         return role
 
     def _role(self, name: str) -> Role | None:

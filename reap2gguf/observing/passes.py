@@ -13,6 +13,7 @@ from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
+from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 from reap2gguf.machine import processes
 from reap2gguf.models.description import sums_shape
 from reap2gguf.observing.probe import mtp_probe
@@ -106,6 +107,8 @@ def compute_imatrix(
     imatrix = imatrix_of(observer.entries, chunks)
     if unseen := imatrix.unseen_experts():
         progress.note(f"imatrix: {_unweighted(imatrix, unseen)}")
+    if hits := layer_hits(imatrix):
+        progress.note(f"imatrix: {hits_line(hits)}")
     return imatrix, report
 
 

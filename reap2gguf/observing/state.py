@@ -26,8 +26,8 @@ from torch import Tensor
 
 from reap2gguf.artifacts.made_with import MADE_WITH, computing, decode, encode, other_versions
 from reap2gguf.atomic import output_errors, part_of, remove, rename
-from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
+from reap2gguf.checkpoint.tensor_files import TensorFiles
 from reap2gguf.checkpoint.writer import array_bytes, stored_array, write_safetensors
 from reap2gguf.errors import CheckpointError
 from reap2gguf.observing.batches import Batch
@@ -49,7 +49,7 @@ class SweepState:
     layer: int
     batches: list[Batch]
     sums: Arrays
-    _file: Checkpoint
+    _file: TensorFiles
 
     def hidden(self, index: int, dtype: torch.dtype) -> Tensor:
         """The hidden states of batch `index`, (n, H), on the host."""
@@ -151,7 +151,7 @@ class StateKeeper:
                 )
                 return None
             with ExitStack() as stack:
-                file = Checkpoint(self._path.parent, {}, tensors, (self._path,))
+                file = TensorFiles(self._path.parent, {}, tensors, (self._path,))
                 stack.callback(file.close)
                 state = _state(file, metadata, width, dtype)
                 # a sweep that starts from the first layer replaces them, layer by layer
@@ -230,7 +230,7 @@ def _write(
 
 
 def _state(
-    file: Checkpoint, metadata: dict[str, str], width: int, dtype: torch.dtype
+    file: TensorFiles, metadata: dict[str, str], width: int, dtype: torch.dtype
 ) -> SweepState:
     """The state in a file. Raises ValueError or KeyError if its parts do not fit together."""
     tensors = file.tensors
@@ -249,7 +249,7 @@ def _state(
     return SweepState(int(metadata["layer"]), batches, sums, file)
 
 
-def _long(file: Checkpoint, name: str, n_axes: int) -> Tensor:
+def _long(file: TensorFiles, name: str, n_axes: int) -> Tensor:
     tensor = file.tensors[name]
     _expect(tensor, "I64", tensor.shape)
     if len(tensor.shape) != n_axes:

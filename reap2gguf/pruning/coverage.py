@@ -8,14 +8,14 @@ real error is larger. Memory: one number per expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from reap2gguf.bundle.manifest import CoverageRecord
+from reap2gguf.bundle.manifest import CoverageRecord, ImportanceRecord
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
@@ -74,6 +74,21 @@ def coverage_record(observations: Observations, kept: Kept) -> CoverageRecord:
         n_thin=every.n_thin,
         n_thin_kept=stay.n_thin,
         thin_below=THIN,
+    )
+
+
+def importance_record(tokens: Mapping[int, Sequence[int]]) -> ImportanceRecord | None:
+    """The tokens of an importance matrix by layer and expert, for a manifest; None without any."""
+    if not tokens:
+        return None
+    every = Coverage.of(np.concatenate([np.asarray(one, np.int64) for one in tokens.values()]))
+    return ImportanceRecord(
+        fewest=every.fewest,
+        median=every.median,
+        n_unseen=every.n_unseen,
+        n_few=every.n_thin,
+        few_below=THIN,
+        tokens={layer: tuple(one) for layer, one in tokens.items()},
     )
 
 

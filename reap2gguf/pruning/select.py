@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.options import check_counts
+from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.methods import OBSERVED, Formula
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ architecture says of its tensors, and which experts are kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import UnsupportedModelError, UsageError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
 from reap2gguf.models.table import describe
+from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
     from reap2gguf.models.contract import MoeModel
@@ -36,52 +37,18 @@ class _Origin:
     axis: int = 0  # all axes before it have size 1
 
 
-class PrunedView(Weights):
-    """The weights that the pruned checkpoint will have, read from the source.
+class _Slices(Weights):
+    """Tensors that are tensors of a source under another name, or some of their entries."""
 
-    It is named after views in databases and in numpy: it looks like the thing itself and has no
-    bytes of its own. `model` would be wrong, since a MoeModel explains tensors and does not read
-    them, and `checkpoint` would be wrong, since no folder has to exist.
-
-    Names, shapes, order and config are those that `write_pruned` writes. `folder` is the source's,
-    whose tokenizer and other small files the pruned checkpoint shares. Memory: one entry per
-    tensor; a read holds what it returns. It is closed with its source.
-    """
-
-    def __init__(self, source: Weights, model: MoeModel, kept: Kept) -> None:
-        """`model` describes the source; a block that it drops is not in the view.
-
-        Raises UsageError if `kept` does not fit the model, UnknownTensorError for a source tensor
-        that no rule explains, and CheckpointError as `describe` does.
-        """
-        self.n_kept = _check_kept(kept, model.facts)
-        self.kept = kept
+    def __init__(self, source: Weights, origins: Mapping[str, _Origin]) -> None:
         self.folder = source.folder
-        self.config = model.pruned_config(self.n_kept)
         self._source = source
-        self.source_model = model
-        self._origins: dict[str, _Origin] = {}
-        tensors: dict[str, StoredTensor] = {}
-        for name, origin in _origins(source, model, kept):
-            stored = source.tensors[origin.name]
-            shape = stored.shape
-            if origin.entries is not None:
-                axis = origin.axis
-                shape = (*shape[:axis], len(origin.entries), *shape[axis + 1 :])
-            tensors[name] = StoredTensor(name, stored.dtype, shape)
-            self._origins[name] = origin
-        self.tensors = tensors
-        self.model = describe(self)
-
-    @property
-    def replaced(self) -> Collection[str]:
-        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
-        return ()
-
-    @property
-    def identity(self) -> str:
-        """A hash of what those tensors hold; "" where there are none."""
-        return ""
+        self._origins = origins
+        self.tensors = {
+            name: StoredTensor(name, stored.dtype, _shape(stored.shape, origin))
+            for name, origin in origins.items()
+            for stored in (source.tensors[origin.name],)
+        }
 
     @property
     def source(self) -> Weights:
@@ -92,6 +59,9 @@ class PrunedView(Weights):
         origin = self._origins[name]
         at = entry if origin.entries is None else origin.entries[entry]
         return self._source.origin(origin.name, at)
+
+    def kind(self, name: str) -> str:
+        return self._source.kind(self._origins[name].name)
 
     def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
         self._check_range(name, first, buffer.nbytes)
@@ -139,22 +109,124 @@ class PrunedView(Weights):
             first += run
 
 
-def _origins(source: Weights, model: MoeModel, kept: Kept) -> Iterator[tuple[str, _Origin]]:
-    """Name and origin of every pruned tensor, in the source's order."""
+class PrunedView(_Slices):
+    """The weights that the pruned checkpoint will have, read from the source.
+
+    It is named after views in databases and in numpy: it looks like the thing itself and has no
+    bytes of its own. `model` would be wrong, since a MoeModel explains tensors and does not read
+    them, and `checkpoint` would be wrong, since no folder has to exist.
+
+    Names, shapes, order and config are those of the checkpoint that `write_pruned` writes, as it is
+    opened; `stored` has those of its files, where they are others. `folder` is the source's,
+    whose tokenizer and other small files the pruned checkpoint shares. Memory: one entry per
+    tensor; a read holds what it returns. It is closed with its source.
+    """
+
+    def __init__(self, source: Weights, model: MoeModel, kept: Kept) -> None:
+        """`model` describes the source; a block that it drops is not in the view.
+
+        Raises UsageError if `kept` does not fit the model, UnknownTensorError for a source tensor
+        that no rule explains, UnsupportedModelError if what is stored cannot be sliced, and
+        CheckpointError as `describe` does.
+        """
+        self.n_kept = _check_kept(kept, model.facts)
+        self.kept = kept
+        self.source_model = model
+        found = {one.name: one.origin for one in _sliced(source, source, model, kept)}
+        super().__init__(source, found)
+        self.config = model.pruned_config(self.n_kept)
+        self._parts: dict[str, tuple[str, ...]] = {}
+        self._weight_names: dict[str, str] = {}
+        self._files = None if source.stored is source else self._sliced_files(model)
+        self.model = describe(self)
+
+    @property
+    def replaced(self) -> Collection[str]:
+        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
+        return ()
+
+    @property
+    def identity(self) -> str:
+        """A hash of what those tensors hold; "" where there are none."""
+        return ""
+
+    @property
+    def stored(self) -> Weights:
+        if self._files is None:
+            return self
+        if self.replaced:
+            raise UnsupportedModelError(
+                f"{self.folder}: the weights are quantized, and new ones cannot be stored among "
+                "them; pass --dequantize bf16"
+            )
+        return self._files
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return self._parts.get(name, (name,))
+
+    def weight_name(self, part: str) -> str:
+        return self._weight_names.get(part, part)
+
+    def _sliced_files(self, model: MoeModel) -> Weights:
+        """What the files will hold: parts of quantized weights, sliced as they are stored."""
+        stored = self._source.stored
+        origins: dict[str, _Origin] = {}
+        for one in _sliced(stored, self._source, model, self.kept):
+            origins[one.name] = one.origin
+            self._weight_names[one.name] = one.weight
+            self._parts[one.weight] = (*self._parts.get(one.weight, ()), one.name)
+        found = _Slices(stored, origins)
+        found.config = pruned_quantization(self.config, stored.config, model, self.kept)
+        return found
+
+
+def _shape(shape: tuple[int, ...], origin: _Origin) -> tuple[int, ...]:
+    """A tensor's shape with the entries that remain."""
+    if origin.entries is None:
+        return shape
+    return (*shape[: origin.axis], len(origin.entries), *shape[origin.axis + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class _Sliced:
+    """A pruned tensor, or a part of one."""
+
+    name: str
+    origin: _Origin
+    weight: str  # the pruned tensor that it is, or is a part of
+
+
+def _sliced(stored: Weights, source: Weights, model: MoeModel, kept: Kept) -> Iterator[_Sliced]:
+    """Every pruned tensor of `stored`, in its order.
+
+    `stored` is the source, or the source as its files have it: there, each part of a quantized
+    weight is treated as the weight is.
+    """
     new_ids = {layer: {old: new for new, old in enumerate(ids)} for layer, ids in kept.items()}
-    for name in source.tensors:
-        role = model.role(name)
+    for name in stored.tensors:
+        weight = source.weight_name(name)
+        role = model.role(weight)
         if isinstance(role, Dropped):
             continue
         if isinstance(role, Expert) and role.expert is not None:
-            if role.expert in new_ids[role.layer]:
-                new_id = new_ids[role.layer][role.expert]
-                yield model.renumbered(name, new_id), _Origin(name, None)
-        elif isinstance(role, Expert | Router):
+            new_id = new_ids[role.layer].get(role.expert)
+            if new_id is not None:
+                new_name, new_weight = (model.renumbered(one, new_id) for one in (name, weight))
+                yield _Sliced(new_name, _Origin(name, None), new_weight)
+            continue
+        origin = _Origin(name, None)
+        if isinstance(role, Expert | Router):
             axis = role.axis if isinstance(role, Router) else 0
-            yield name, _Origin(name, tuple(kept[role.layer]), axis)
-        else:
-            yield name, _Origin(name, None)
+            is_part = stored is not source and len(source.parts(weight)) > 1
+            if is_part and isinstance(role, Router):
+                raise UnsupportedModelError(
+                    f"{source.folder}: the router {weight!r} is quantized, so its rows cannot be "
+                    "taken out of what is stored; pass --dequantize bf16"
+                )
+            if not is_part or stored.tensors[name].shape[:1] == (model.facts.n_experts,):
+                origin = _Origin(name, tuple(kept[role.layer]), axis)
+            # else it is one scale of all experts
+        yield _Sliced(name, origin, weight)
 
 
 def _check_kept(kept: Kept, facts: ModelFacts) -> int:

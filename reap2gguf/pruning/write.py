@@ -1,7 +1,8 @@
 """Writes the pruned checkpoint: the tensors of the pruned view, its config, and small files.
 
 Works on bytes: nothing is converted, and names, layouts and dtypes are the source's, except that
-kept experts get new numbers. Memory: 1 MiB for each thread, of which there are at most 16.
+kept experts get new numbers. Quantized weights stay as they are stored, and so do their scales.
+Memory: 1 MiB for each thread, of which there are at most 16.
 """
 
 from __future__ import annotations
@@ -46,17 +47,18 @@ def write_pruned(
     Shards that an interrupted call with the same arguments finished are not written again. With
     `hashes`, the shards are hashed while they are written. Raises OutputError if the disk refuses.
     """
-    with progress.task("Writing safetensors", pruned.n_bytes, "bytes") as task:
+    stored = pruned.stored
+    with progress.task("Writing safetensors", stored.n_bytes, "bytes") as task:
         write_checkpoint(
             folder,
-            list(pruned.tensors.values()),
-            pruned,
+            list(stored.tensors.values()),
+            stored,
             max_shard_bytes,
             task.advance,
             n_threads,
             hashes,
         )
-    write_whole(folder / "config.json", config_text(pruned.config))
+    write_whole(folder / "config.json", config_text(stored.config))
     for file in companion_files(pruned.folder):
         copy_whole(file, folder / file.name)
 
@@ -68,7 +70,7 @@ def config_text(config: Mapping[str, Any]) -> str:
 
 def written_names(pruned: Weights) -> set[str]:
     """The names of the files that `write_pruned` writes with its default size of shards."""
-    n_shards = len(plan_shards(pruned.tensors.values()))
+    n_shards = len(plan_shards(pruned.stored.tensors.values()))
     names = {"config.json", *shard_names(n_shards)} | ({INDEX_NAME} if n_shards > 1 else set())
     return names | {file.name for file in companion_files(pruned.folder)}
 

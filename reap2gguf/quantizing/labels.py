@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.split import parse_part_name
 
 # what a path holds if llama.cpp does not take the file for a model
@@ -54,6 +55,16 @@ def twice(labels: Sequence[str]) -> tuple[str, str] | None:
         if (first := seen.setdefault(label.lower(), label)) != label or labels.count(label) > 1:
             return first, label
     return None
+
+
+def refuse_twice(labels: Sequence[str]) -> None:
+    """Raise UsageError for two files of one name."""
+    if same := twice(labels):
+        both = " and ".join(map(repr, dict.fromkeys(same)))
+        raise UsageError(
+            f"two recipes have the label {both} and so the same file name (where capitals do "
+            "not count, as on macOS); give one of them another with --label RECIPE=LABEL"
+        )
 
 
 def llama_cpp_finds(files: Iterable[str], tag: str) -> str | None:

@@ -7,6 +7,7 @@ extends = "q4km"                   # a shipped recipe or a file type, whose rule
 [[rules]]                          # first match wins; a rule that matches nothing is an error
 match = "blk.*.ffn_*_shexp.weight" # glob on the GGUF tensor name, or a role such as shared_expert
 type = "Q8_0"
+regex = "attn_[qkv]"               # in place of match: searched for in the name (`name_regex.py`)
 layers = "0-3"                     # only in these layers
 optional = true                    # only some architectures have such a tensor
 fallback = true                    # rows that its blocks do not fill get llama.cpp's other type
@@ -35,8 +36,14 @@ from reap2gguf.options import RecipeText
 from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
 from reap2gguf.quantizing.labels import label_fault
 from reap2gguf.quantizing.minimum import MINIMUM_KEYS, Minimum, check_weighted, read_minimum
-from reap2gguf.quantizing.selector import Selector, check_glob, check_layers
-from reap2gguf.quantizing.toml_text import SourceLines, parse_toml, read_toml_file, toml_string
+from reap2gguf.quantizing.selector import Selector, check_glob, check_layers, check_regex
+from reap2gguf.quantizing.toml_text import (
+    SourceLines,
+    parse_toml,
+    read_toml_file,
+    toml_pattern,
+    toml_string,
+)
 from reap2gguf.quantizing.type_names import tensor_type_named
 from reap2gguf.resources import shipped_folder
 
@@ -54,9 +61,9 @@ _RULE_TEXTS = {
 }
 _RECIPE_KEYS = {*_RECIPE_TEXTS, *MINIMUM_KEYS, "extends", "rules"}
 _RULE_FLAGS = ("optional", "fallback", "override", "inherited")
-_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, *MINIMUM_KEYS, "layers"}
+_RULE_KEYS = {*_RULE_TEXTS, *_RULE_FLAGS, *MINIMUM_KEYS, "layers", "regex"}
 # llama-quantize takes these names for the medium mixtures as well
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # what the recipes that are being read extend, from the first on
 _extending: ContextVar[tuple[object, ...]] = ContextVar("extending", default=())
 CUSTOM = "+custom"  # ends the name of a recipe that has overrides
@@ -78,13 +85,14 @@ class Rule:
     fallback: bool = False  # as llama-quantize does with any type: Q5_1 for Q5_K, for example
     layers: str = ""  # "" is all
     inherited: bool = False
+    is_regex: bool = False  # `match` is searched for in names
     minimum: Minimum | None = None  # of importance; None: the recipe's
     where: str = field(default="", compare=False)  # file and line, for errors
 
     @cached_property
     def selector(self) -> Selector:
         """The tensors that the rule is for."""
-        return Selector(self.match, self.layers)
+        return Selector(self.match, self.layers, self.is_regex)
 
     @property
     def title(self) -> str:
@@ -93,7 +101,8 @@ class Rule:
             layers = f"@{self.layers}" if self.layers else ""
             option = "--set" if self.selector.is_role else "--tensor-type"
             return f"{option} {self.match}{layers}={self.tensor_type.name}"
-        return f"rule {self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
+        kind = "regex " if self.is_regex else ""
+        return f"rule {kind}{self.match!r}" + (f" in layers {self.layers!r}" if self.layers else "")
 
     def place(self, recipe: str) -> str:
         """How errors about the rule begin: its file and line, or the recipe's name."""
@@ -146,7 +155,7 @@ class Recipe:
         yield from () if self.minimum is None else self.minimum.toml_lines()
         for rule in self.rules:
             yield from ("", "[[rules]]")
-            yield f"match = {toml_string(rule.match)}"
+            yield f"{rule.selector.key} = {toml_pattern(rule.match)}"
             yield f"type = {toml_string(rule.tensor_type.name)}"
             if rule.layers:
                 yield f"layers = {toml_string(rule.layers)}"
@@ -186,7 +195,7 @@ def find_recipe(name: str) -> Path | str:
 def _known_names() -> dict[str, Path | str]:
     """What each name without hyphens and underscores means; shipped recipes come first."""
     file_types = {_bare(name): name for name in MIXTURES}
-    aliases = {_bare(alias): name for alias, name in _ALIASES.items()}
+    aliases = {_bare(alias): name for alias, name in ALIASES.items()}
     shipped = {_bare(name): path for name, path in shipped_recipes().items()}
     meant = {bare: shipped.get(_bare(name), name) for bare, name in aliases.items()}
     return {**meant, **file_types, **shipped}
@@ -348,8 +357,12 @@ def _rule(
     if not isinstance(values, dict):
         raise RecipeError(f"{at()}: expected a [[rules]] table")
     _refuse_unknown(values, _RULE_KEYS, at)
-    match, tensor_type = (_text(values, key, at, _RULE_TEXTS) for key in _RULE_TEXTS)
-    check_glob(match, f"{at('match')}: match")
+    is_regex = "regex" in values
+    if is_regex and "match" in values:
+        raise RecipeError(f"{at('regex')}: has both match and regex; remove one of them")
+    key = "regex" if is_regex else "match"
+    match, tensor_type = (_text(values, one, at, _RULE_TEXTS) for one in (key, "type"))
+    (check_regex if is_regex else check_glob)(match, f"{at(key)}: {key}")
     layers = ""
     if "layers" in values:
         layers = _text(values, "layers", at, {})
@@ -362,7 +375,7 @@ def _rule(
     check_weighted(values, kind, at)
     own = read_minimum(values, at, of_recipe) if values.keys() & {*MINIMUM_KEYS} else None
     place = "" if lines is None else f"{where}, line {lines.of_table(position)}"
-    return Rule(match, kind, **flags, layers=layers, minimum=own, where=place)
+    return Rule(match, kind, **flags, layers=layers, is_regex=is_regex, minimum=own, where=place)
 
 
 def _text(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from reap2gguf.quantizing.recipe import Recipe, Rule
 
 _SMALLEST_BLOCK = 32
-_MAX_STEPS = 4_000_000  # a rule and each of its stars, with a tensor: some seconds
+_MAX_STEPS = 4_000_000  # what rules cost (`Selector.cost`), for each tensor: some seconds
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ def resolve(
         gqa=facts.gqa,
         has_imatrix=has_imatrix,
     )
-    n_steps = sum(1 + rule.match.count("*") for rule in recipe.rules) * len(tensors)
+    n_steps = sum(rule.selector.cost for rule in recipe.rules) * len(tensors)
     if n_steps > _MAX_STEPS:
         raise RecipeError(
             f"recipe {recipe.name!r}: {len(recipe.rules):,} rules for {len(tensors):,} tensors, "
-            "too many to match; use fewer rules, with few stars each"
+            "too many to match; use fewer rules, with few stars or short regular expressions"
         )
     places = spots([tensor.name for tensor in tensors])
     winners: set[int] = set()

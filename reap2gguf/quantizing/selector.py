@@ -1,4 +1,4 @@
-"""Which tensors a rule of a recipe is for: a glob on names or the word of a role, and layers.
+"""Which tensors a rule is for: a glob or a regular expression on names, or a role; and layers.
 
 Layers are written as `"3"`, `"0-3"`, `"8:"` (from 8 to the last), `"-4:"` (the last four), `"-1"`
 or as a list of these with commas. They count decoder layers; an MTP block has the number after the
@@ -11,16 +11,17 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.messages import shown
 from reap2gguf.models.roles import ROLE_WORDS, Spot
+from reap2gguf.quantizing.name_regex import NameRegex, RegexError
 
 _MAX_STARS = 16  # of a glob: each one is tried at every letter of a name
 _GLOB = re.compile(r"[A-Za-z0-9_.*?\[\]!-]{1,200}")
-_MAX_PARTS = 200  # of a list of layers
+MAX_PARTS = 200  # of a list of layers
 _LAYERS = re.compile(r"(?P<first>-?\d{1,5})(?P<more>:|-(?P<last>\d{1,5}))?")
 
 
@@ -30,21 +31,37 @@ class Selector:
 
     match: str
     layers: str = ""
+    is_regex: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is called in TOML."""
+        return "regex" if self.is_regex else "match"
 
     @property
     def words(self) -> str:
         """What errors and tables call it."""
-        return f"{self.match} in layers {self.layers}" if self.layers else self.match
+        match = f"/{self.match}/" if self.is_regex else self.match
+        return f"{match} in layers {self.layers}" if self.layers else match
+
+    @property
+    def cost(self) -> int:
+        """How much work it is to match a name, where comparing it with one text is 1."""
+        if self.is_regex:
+            return 1 + self._regex.n_states // 8
+        return 1 + self.match.count("*")
 
     @property
     def is_role(self) -> bool:
         """Whether it finds tensors by their role, not by their name."""
-        return self.match in ROLE_WORDS
+        return not self.is_regex and self.match in ROLE_WORDS
 
     def fits(self, spot: Spot) -> bool:
         """Whether a tensor is one of those."""
         if self.layers and not (spot.block is not None and self._has_layer(spot)):
             return False
+        if self.is_regex:
+            return self._regex.found_in(spot.name)
         if (roles := ROLE_WORDS.get(self.match)) is not None:
             return not roles.isdisjoint(spot.roles)
         return self._pattern.fullmatch(spot.name) is not None
@@ -55,13 +72,13 @@ class Selector:
 
     def advice(self, spots: Collection[Spot]) -> str:
         """What may be wrong with it if it finds no tensor of a model."""
-        anywhere = Selector(self.match)
+        anywhere = replace(self, layers="")
         if self.layers and any(anywhere.fits(spot) for spot in spots):
             having = {spot.block for spot in spots if anywhere.fits(spot)} - {None}
             if not having:
-                return f"{self.match} is in no layer; remove `layers`"
-            return f"the model has {self.match} in layers {layers_text(having)}"
-        if not self.is_role and "*" not in self.match:
+                return f"{anywhere.words} is in no layer; remove `layers`"
+            return f"the model has {anywhere.words} in layers {layers_text(having)}"
+        if not self.is_role and not self.is_regex and "*" not in self.match:
             near = difflib.get_close_matches(self.match, ROLE_WORDS, n=1, cutoff=0.7)
             if near:
                 return f"did you mean the role {near[0]}?"
@@ -101,6 +118,10 @@ class Selector:
         # fnmatch keeps only so many, and a recipe may have more rules
         return re.compile(fnmatch.translate(self.match))
 
+    @cached_property
+    def _regex(self) -> NameRegex:
+        return NameRegex(self.match)
+
 
 def check_glob(match: str, where: str) -> None:
     """Raise RecipeError, which begins with `where`, for a text that no rule can match with."""
@@ -115,11 +136,21 @@ def check_glob(match: str, where: str) -> None:
         )
 
 
+def check_regex(pattern: str, where: str) -> None:
+    """Raise RecipeError, which begins with `where`, for a pattern that cannot be searched for."""
+    try:
+        NameRegex(pattern)
+    except RegexError as error:
+        raise RecipeError(
+            f"{where} {shown(pattern)} is not a regular expression on tensor names: {error}"
+        ) from error
+
+
 def check_layers(layers: str, where: str) -> None:
     """Raise RecipeError, which begins with `where`, for a text that names no layers."""
     parts = layers.split(",")
-    if len(parts) > _MAX_PARTS:
-        raise RecipeError(f"{where} has {len(parts):,} parts, expected at most {_MAX_PARTS}")
+    if len(parts) > MAX_PARTS:
+        raise RecipeError(f"{where} has {len(parts):,} parts, expected at most {MAX_PARTS}")
     for part in parts:
         parsed = _LAYERS.fullmatch(part.strip())
         if parsed is None or (parsed["last"] is not None and parsed["first"].startswith("-")):

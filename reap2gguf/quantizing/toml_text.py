@@ -103,3 +103,13 @@ def toml_string(text: str) -> str:
     """
     # JSON escapes what TOML wants escaped, except for one control character
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def toml_pattern(text: str) -> str:
+    r"""The same for a pattern, as a literal string where it has backslashes.
+
+    >>> toml_pattern(r"blk\.0\."), toml_pattern("a")
+    ("'blk\\.0\\.'", '"a"')
+    """
+    is_literal = "\\" in text and "'" not in text and text.isascii() and text.isprintable()
+    return f"'{text}'" if is_literal else toml_string(text)

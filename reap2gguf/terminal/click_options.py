@@ -39,6 +39,7 @@ from reap2gguf.terminal.help import (
 )
 from reap2gguf.terminal.option_types import FilePath, FolderPath, LabelType
 from reap2gguf.terminal.pruning_options import build_pruning_options
+from reap2gguf.terminal.target_options import target_options
 
 _DEFAULTS = CalibrationOptions()
 
@@ -239,8 +240,9 @@ build_options = together(
         metavar="NAME|FILE,...",
         help="Quantization recipes, with commas or repeated: file types such as Q5_K_M, names of "
         "`reap2gguf recipes list`, or TOML files.",
-        default_text=DEFAULT_RECIPE,
+        default_text=f"{DEFAULT_RECIPE}; none with a target size",
     ),
+    target_options,
     tensor_type_option,
     label_option,
     option(
@@ -334,6 +336,10 @@ def collect(
     arguments, revisions = settled(arguments)
     return BuildOptions(
         recipes=arguments["recipes"],
+        target_size=arguments["target_size"],
+        target_bpw=arguments["target_bpw"],
+        fit=arguments["fit"],
+        fit_context=arguments["fit_context"],
         model=arguments["model"],
         labels=dict(arguments["labels"]),
         keep_experts=arguments["keep_experts"],
@@ -346,6 +352,7 @@ def collect(
         protect=arguments["protect"],
         protect_super_experts=arguments["protect_super_experts"],
         mtp=arguments["mtp"],
+        dequantize=arguments["dequantize"],
         evaluate=arguments["evaluate"],
         calibration=CalibrationOptions(
             arguments["spec"],

@@ -29,6 +29,7 @@ _LIKE = "reap2gguf.like"
 _NOT_KEYS = ("config", "like", "help")
 _COMMANDS = ("build", "plan")  # one file serves both
 _ONE_OF = ("keep_experts", "compression")  # say the same in two ways
+_SIZES = ("target_size", "target_bpw", "fit")  # say the same in three ways
 
 
 def _use_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -176,12 +177,12 @@ def settled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     """
     ctx = click.get_current_context()
     found = dict(arguments)
-    given = [name for name in _ONE_OF if _source(ctx, name) is ParameterSource.COMMANDLINE]
-    for name in _ONE_OF:
-        if given and name not in given and _source(ctx, name) is ParameterSource.DEFAULT_MAP:
-            found[name] = None
+    _let_command_line_win(ctx, found)
     like: Likeness | None = ctx.meta.get(_LIKE)
     if like is None:
+        has_size = any(found[name] is not None for name in _SIZES)
+        if has_size and _source(ctx, "recipes") is ParameterSource.DEFAULT:
+            found["recipes"] = ()
         return found, {}
     if _source(ctx, "recipes") is ParameterSource.DEFAULT:
         like.check_recipes()
@@ -191,6 +192,18 @@ def settled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     ) is ParameterSource.DEFAULT_MAP and "spec" not in ctx.meta.get(_CONFIG, {})
     like.check(found, takes_calibration)
     return found, like.revisions if takes_calibration else {}
+
+
+def _let_command_line_win(ctx: click.Context, found: dict[str, Any]) -> None:
+    """Drop what a file says in another way than the command line."""
+    for group in (_ONE_OF, _SIZES):
+        given = [name for name in group if _source(ctx, name) is ParameterSource.COMMANDLINE]
+        for name in group:
+            if given and name not in given and _source(ctx, name) is ParameterSource.DEFAULT_MAP:
+                found[name] = None
+    of_file = _source(ctx, "fit_context") is ParameterSource.DEFAULT_MAP
+    if of_file and found["fit"] is None and "fit" in ctx.meta.get(_CONFIG, {}):
+        found["fit_context"] = None
 
 
 def _source(ctx: click.Context, name: str) -> ParameterSource | None:

@@ -38,7 +38,7 @@ def as_lines(found: ImatrixStatistics, title: str, with_experts: bool = False) -
             yield f"{layer.layer:>5} {numbers}"
     if found.experts:
         yield ""
-        yield from _expert_lines(found.experts, found.below, with_experts)
+        yield from expert_lines(found.experts, found.below, with_experts)
     yield ""
     for line in _notes(found):
         yield from textwrap.wrap(line, _COLUMNS)
@@ -61,7 +61,9 @@ def _tensor_lines(tensors: Iterable[TensorStatistics]) -> Iterator[str]:
         )
 
 
-def _expert_lines(experts: Iterable[ExpertHits], below: int, with_experts: bool) -> Iterator[str]:
+def expert_lines(
+    experts: Iterable[ExpertHits], below: int, with_experts: bool = False
+) -> Iterator[str]:
     """A row for the tensors of a layer whose experts saw the same tokens."""
     rows: dict[tuple[int | None, tuple[int, ...]], list[ExpertHits]] = {}
     for one in experts:

@@ -1,20 +1,39 @@
-"""What a plan says of counts of experts that are fast elsewhere, and of rows that fit no blocks."""
+"""What a plan says of counts of experts that are fast elsewhere, of rows that fit no blocks, and of
+the tokens that experts have seen."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from reap2gguf.gguf_files.activation_statistics import expert_hits_of
+from reap2gguf.gguf_files.imatrix_coverage import FEW, hits_line
 from reap2gguf.pruning.select import friendly_count, fused_counts, is_fused
 
 if TYPE_CHECKING:
+    from reap2gguf.building.needs.estimate import KnownCoverage
     from reap2gguf.building.plan import Plan
+    from reap2gguf.gguf_files.activation_statistics import ExpertHits
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 _FEWEST = 32  # experts of a source that is worth the advice
 _SHOWN_NAMES = 2
+
+
+def choice_lines(plan: Plan) -> Iterator[str]:
+    """What chooses the experts without observations, and which stay whatever they score."""
+    if plan.given_kept is not None:
+        yield f"the experts that stay are those of {plan.given_kept.file}: no pass observes them"
+    if plan.ranks_by_weights:
+        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
+    if plan.target.prunes:
+        if plan.options.protect:
+            yield f"protected, whatever they score: {plan.options.protect}"
+        if plan.options.protect_super_experts:
+            yield "super experts are protected, by the outliers that are observed of them"
 
 
 def expert_count_lines(plan: Plan) -> Iterator[str]:
@@ -56,3 +75,31 @@ def odd_row_lines(recipe: ResolvedRecipe) -> Iterator[str]:
             f"rows of {columns:,} do not fill blocks of {wanted}: {sum(names.values())} tensors "
             f"({some}) are {found}"
         )
+
+
+def coverage_lines(known: KnownCoverage) -> Iterator[str]:
+    """How many tokens the experts have seen, where that is known before the build."""
+    for line in known.observed_lines:
+        yield line if line.startswith("warning: ") else f"observed {line}"
+    if known.importance is not None:
+        yield f"importance matrix: {hits_line(known.importance.tokens)}"
+
+
+def covered_experts(plan: Plan, known: KnownCoverage) -> list[ExpertHits]:
+    """The tokens of the experts of every tensor, or of one tensor of each layer."""
+    if plan.imatrix is not None and plan.imatrix.cut_from is None:
+        return list(plan.imatrix.coverage.experts)
+    if known.importance is None:
+        return []
+    return [
+        expert_hits_of(f"blk.{layer}.ffn_down_exps.weight", tokens, FEW)
+        for layer, tokens in known.importance.tokens.items()
+    ]
+
+
+def coverage_as_json(known: KnownCoverage) -> dict[str, Any]:
+    """The same for programs, with the tokens of every expert."""
+    return {
+        "observations": None if known.observed is None else asdict(known.observed),
+        "imatrix": None if known.importance is None else asdict(known.importance),
+    }

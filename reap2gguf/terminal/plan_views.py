@@ -14,9 +14,19 @@ from reap2gguf.building.needs.rented import GPUS, H100
 from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
+from reap2gguf.gguf_files.imatrix_coverage import FEW
 from reap2gguf.messages import duration, parameters, quantity, size
 from reap2gguf.pruning.select import friendly_count, is_fused
-from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
+from reap2gguf.terminal.imatrix_views import expert_lines
+from reap2gguf.terminal.plan_advice import (
+    choice_lines,
+    coverage_as_json,
+    coverage_lines,
+    covered_experts,
+    expert_count_lines,
+    odd_row_lines,
+)
+from reap2gguf.terminal.target_views import sized_lines, target_as_json
 
 if TYPE_CHECKING:
     from reap2gguf.building.needs.estimate import Estimate
@@ -35,7 +45,7 @@ def plan_lines(plan: Plan, needs: Estimate, with_tensors: bool = False) -> Itera
 
     `with_tensors`: the type of every kind of tensor, too.
     """
-    return _lines(plan, needs, with_tensors, _quantizers(plan).line)
+    return _lines(plan, needs, with_tensors, _quantizers(plan).line, with_coverage=True)
 
 
 def _quantizers(plan: Plan) -> Quantizers:
@@ -43,7 +53,11 @@ def _quantizers(plan: Plan) -> Quantizers:
 
 
 def _lines(
-    plan: Plan, needs: Estimate, with_tensors: bool = False, quantizers: str = ""
+    plan: Plan,
+    needs: Estimate,
+    with_tensors: bool = False,
+    quantizers: str = "",
+    with_coverage: bool = False,
 ) -> Iterator[str]:
     yield f"{plan.source.label} -> {plan.name}"
     for caveat in plan.caveats:  # first, since 24 lines of a terminal show the last ones
@@ -51,10 +65,16 @@ def _lines(
     for line in _model(plan):
         yield from _wrapped(line)
     yield from _wrapped(_calibration(plan, needs))
+    if with_coverage:
+        for line in coverage_lines(needs.reused.coverage):
+            yield from _wrapped(line)
     yield from _wrapped(_quality(plan, needs))
     for warning in plan.warnings:
         yield from _wrapped(f"warning: {warning}")
     yield from _files(plan, with_tensors)
+    if with_tensors and (covered := covered_experts(plan, needs.reused.coverage)):
+        yield "  tokens of the importance matrix per expert:"
+        yield from (f"    {line}" for line in expert_lines(covered, FEW))
     if quantizers and not needs.reused.is_up_to_date:
         yield from _wrapped(quantizers)
     for line in _needs(needs):
@@ -89,7 +109,7 @@ def _model(plan: Plan) -> Iterator[str]:
         f"{parameters(plan.checkpoint.n_parameters)} parameters remain"
     )
     if unfetched := plan.checkpoint.unfetched_bytes:
-        cached = plan.checkpoint.n_bytes - unfetched
+        cached = plan.checkpoint.n_stored_bytes - unfetched
         in_cache = f"; {size(cached)} are in the cache" if cached > 0 else ""
         yield f"{size(unfetched)} of weights will be fetched from the Hub{in_cache}"
     yield (
@@ -101,15 +121,7 @@ def _model(plan: Plan) -> Iterator[str]:
         yield f"method: the best of {names}, measured on held-out rows and on another text"
     if not target.prunes:
         yield "nothing is pruned: no pass to rank experts, and no copy of the safetensors"
-    if plan.given_kept is not None:
-        yield f"the experts that stay are those of {plan.given_kept.file}: no pass observes them"
-    if plan.ranks_by_weights:
-        yield f"experts are ranked by their weights alone ({plan.method}): no pass observes them"
-    if plan.target.prunes:
-        if plan.options.protect:
-            yield f"protected, whatever they score: {plan.options.protect}"
-        if plan.options.protect_super_experts:
-            yield "super experts are protected, by the outliers that are observed of them"
+    yield from choice_lines(plan)
     if plan.history is not None:
         yield (
             f"the source was pruned before: it has {target.n_experts} of the "
@@ -174,6 +186,10 @@ def _files(plan: Plan, with_tensors: bool) -> Iterator[str]:
         yield f"  {plan.name}/  {size(plan.hf_bytes)} of safetensors"
     for recipe in plan.recipes:
         yield f"  {plan.gguf_name(recipe)}  {size(recipe.n_bytes)}"
+        if plan.sized is not None and recipe is plan.recipes[-1]:
+            for line in sized_lines(plan.sized, recipe):
+                yield from _wrapped(line, "    ")
+            continue
         bits = f"{recipe.file_type}, {recipe.bits_per_weight:.2f} bits per weight: "
         yield from _wrapped(bits + _types(recipe), "    ")
         for line in odd_row_lines(recipe):
@@ -313,6 +329,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "observations": None if plan.observations is None else plan.observations.file,
         "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "imatrix_coverage": None if plan.imatrix is None else asdict(plan.imatrix.coverage),
+        "coverage": coverage_as_json(needs.reused.coverage),
         "calibration": {
             "spec": plan.calibration.label,
             "rows": needs.amount.n_rows,
@@ -325,6 +342,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "side_files": [plan.side_name(side) for side in plan.side_files],
         "parameters": {"source": plan.checkpoint.n_parameters, "kept": plan.n_parameters},
         "safetensors_bytes": plan.hf_bytes,
+        "target": target_as_json(plan),
         "files": [
             {
                 "file": plan.gguf_name(recipe),
@@ -396,7 +414,7 @@ def _rented_as_json(name: str, needs: Estimate) -> dict[str, Any]:
         "gpu": name,
         "gpu_memory_bytes": needs.gpu_memory_bytes,
         "memory_bytes": needs.memory_bytes,
-        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_bytes,
+        "disk_bytes": needs.peak_bytes + needs.plan.checkpoint.n_stored_bytes,
         "seconds": round(needs.seconds, 1),
         "fits": needs.fits,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
-from reap2gguf.options import MTP_CHOICES
+from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES
 from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
 from reap2gguf.terminal.option_types import FilePath
@@ -62,6 +62,14 @@ mtp_option = option(
     help="Multi-token-prediction block: prune it like the layers, or drop it.",
 )
 
+dequantize_option = option(
+    "--dequantize",
+    section=PRUNE,
+    type=click.Choice(DEQUANTIZE_CHOICES),
+    help="Write the safetensors of a quantized MODEL (FP8, MXFP4, int4) in this type.",
+    default_text="as MODEL stores them",
+)
+
 _RANKED_BY = (
     f"How to rank the experts, by what is observed of them: {', '.join(OBSERVED)}; or by their "
     f"weights alone: {', '.join(FROM_WEIGHTS)}"
@@ -80,6 +88,7 @@ pruning_options = together(
     ),
     protect_options,
     mtp_option,
+    dequantize_option,
 )
 
 candidates_option = option(
@@ -114,4 +123,5 @@ build_pruning_options = together(
     choose_text_option,
     protect_options,
     mtp_option,
+    dequantize_option,
 )

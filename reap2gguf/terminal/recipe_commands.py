@@ -1,4 +1,4 @@
-"""`reap2gguf recipes`: list, show, compare, check and fit."""
+"""`reap2gguf recipes`: list, show, compare, check and fit; `budget_command.py` has budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from reap2gguf.messages import size
+from reap2gguf.terminal.budget_command import recipes_budget
 from reap2gguf.terminal.click_options import (
     follow_links_option,
     json_option,
@@ -14,11 +15,17 @@ from reap2gguf.terminal.click_options import (
     output_options,
     tensor_type_option,
 )
-from reap2gguf.terminal.compute_options import llama_cpp_option, threads_option
+from reap2gguf.terminal.compute_options import (
+    llama_cpp_option,
+    quantizing_device_option,
+    threads_option,
+)
 from reap2gguf.terminal.console import say, say_all, say_json, terminal_progress
-from reap2gguf.terminal.help import WRITE, Number, command, option
-from reap2gguf.terminal.option_types import FilePath, SizeType
+from reap2gguf.terminal.help import WRITE, command, option
+from reap2gguf.terminal.option_types import FilePath
+from reap2gguf.terminal.recipe_makers import recipes_import, recipes_of
 from reap2gguf.terminal.suggestions import Group
+from reap2gguf.terminal.target_options import target_options
 
 
 @click.group(cls=Group)
@@ -214,23 +221,11 @@ def recipes_check(
     metavar="FILE",
     help="Importance matrix of MODEL, .gguf or .dat.",
 )
-@option(
-    "--target-size",
-    section=WRITE,
-    type=SizeType(),
-    metavar="SIZE",
-    help="Size of the GGUF file, e.g. 12GiB; the header counts.",
-)
-@option(
-    "--target-bpw",
-    section=WRITE,
-    type=Number(0.1, 16.0),
-    metavar="BITS",
-    help="Bits per weight, in place of --target-size.",
-)
+@target_options
 @option(
     "-o", "--output", section=WRITE, type=FilePath, required=True, help="Recipe (.toml) to write."
 )
+@quantizing_device_option
 @threads_option
 @llama_cpp_option
 @follow_links_option
@@ -240,7 +235,10 @@ def recipes_fit(
     imatrix: Path,
     target_size: int | None,
     target_bpw: float | None,
+    fit: int | None,
+    fit_context: int | None,
     output: Path,
+    device: str,
     threads: int,
     follow_links: bool,
 ) -> None:
@@ -254,23 +252,30 @@ def recipes_fit(
     Example:
       reap2gguf recipes fit ./Qwen3-30B-A3B --imatrix imatrix.gguf \\
           --target-size 12GiB -o 12g.toml
+      reap2gguf recipes fit ./Qwen3-30B-A3B --imatrix imatrix.gguf \\
+          --fit 16GB --fit-context 16384 -o 16gb.toml
       reap2gguf quantize ./Qwen3-30B-A3B --imatrix imatrix.gguf \\
           --recipe 12g.toml -o 12g.gguf
     """
     import reap2gguf
 
-    if (target_size is None) == (target_bpw is None):
-        raise click.UsageError("pass --target-size or --target-bpw, one of them")
+    if [target_size, target_bpw, fit].count(None) != 2:
+        raise click.UsageError("pass one of --target-size, --target-bpw and --fit")
     found = reap2gguf.fit_recipe(
         model,
         output,
         imatrix=imatrix,
         target_size=target_size,
         target_bpw=target_bpw,
+        fit=fit,
+        fit_context=fit_context,
+        device=device,
         threads=threads,
         follow_links=follow_links,
         progress=terminal_progress(),
     )
+    if found.counted is not None:
+        say(f"counted {found.counted}")
     say(
         f"{output}: a file of {size(found.n_bytes)}, {found.bits_per_weight:.2f} bpw, "
         f"{found.n_rules} rules",
@@ -278,5 +283,8 @@ def recipes_fit(
     )
 
 
-for subcommand in (recipes_list, recipes_show, recipes_diff, recipes_check, recipes_fit):
+for subcommand in (
+    *(recipes_list, recipes_show, recipes_diff, recipes_check, recipes_fit),
+    *(recipes_of, recipes_import, recipes_budget),
+):
     recipes.add_command(subcommand)

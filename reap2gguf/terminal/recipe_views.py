@@ -17,6 +17,7 @@ from reap2gguf.quantizing.recipe import Recipe, load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
 if TYPE_CHECKING:
+    from reap2gguf.quantizing.minimum import Minimum
     from reap2gguf.quantizing.role_table import RecipeDifference, RecipeTable, RoleChange, RoleRow
 
 _PER_LINE = 6  # file types
@@ -102,9 +103,13 @@ def recipe_lines(recipe: Recipe) -> Iterable[str]:
     """A recipe rule by rule."""
     yield f"{recipe.name}: {recipe.title}"
     yield f"  file type {recipe.file_type}, files end in -{recipe.label}.gguf"
+    if recipe.minimum is not None:
+        asked = recipe.minimum.words
+        yield f"  the importance matrix must have {asked}, in every tensor of experts"
     for rule in recipe.rules:
         only = "  (if the model has it)" if rule.optional else ""
-        yield f"  {rule.selector.words:<28} {rule.tensor_type.name}{only}"
+        asks = "" if rule.minimum is None else f"  (with {rule.minimum.words} of importance)"
+        yield f"  {rule.selector.words:<28} {rule.tensor_type.name}{only}{asks}"
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
@@ -114,17 +119,24 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
         "title": recipe.title,
         "label": recipe.label,
         "file_type": recipe.file_type,
+        **_minimum(recipe.minimum),
         "rules": [
             {
-                "match": rule.match,
+                rule.selector.key: rule.match,
                 "layers": rule.layers,
                 "type": rule.tensor_type.name,
                 "optional": rule.optional,
+                **_minimum(rule.minimum),
             }
             for rule in recipe.rules
         ],
         "toml": recipe.source,
     }
+
+
+def _minimum(found: Minimum | None) -> dict[str, Any]:
+    """The keys of a recipe or a rule that has one."""
+    return {} if found is None else {"min_coverage": found.share, "min_tokens": found.tokens}
 
 
 def table_lines(table: RecipeTable) -> Iterator[str]:

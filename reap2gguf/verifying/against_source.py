@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.layout import MANIFEST_FILE
-from reap2gguf.checkpoint.config import read_json
+from reap2gguf.checkpoint.config import read_json, read_optional
+from reap2gguf.checkpoint.quantized.keys import sections_of
 from reap2gguf.errors import ArtifactError, CheckpointError, Reap2ggufError
 from reap2gguf.files import cached_blob
 from reap2gguf.hub.source import resolve_source
@@ -70,6 +71,12 @@ class OpenSource:
         kept = {layer: tuple(ids) for layer, ids in manifest.pruning.kept.items()}
         state = manifest.pruning.mtp.state
         view, violations = _prune(checkpoint, kept, state)
+        if manifest.hf is not None and checkpoint.decoding is not None:
+            n_bytes = manifest.hf.n_bytes
+            if view is None or view.n_bytes != n_bytes:
+                other, found = _prune(checkpoint.dequantized(), kept, state)
+                if other is not None and other.n_bytes == n_bytes:
+                    view, violations = other, found
         if view is not None:
             model = describe(checkpoint, state != "dropped")
             violations += check_source_facts(manifest, checkpoint, model)
@@ -78,10 +85,13 @@ class OpenSource:
     def pruned_by_record(self, folder: Path) -> PrunedSource:
         """What a folder of `prune` must hold, by its record of kept experts."""
         try:
-            kept = read_kept(folder)
-        except ArtifactError as error:
+            kept, config = read_kept(folder), read_optional(folder, "config.json")
+        except (ArtifactError, CheckpointError) as error:
             return PrunedSource(None, (str(error),))
-        view, violations = _prune(self.checkpoint, kept, "")
+        checkpoint = self.checkpoint
+        if not sections_of(config):
+            checkpoint = checkpoint.dequantized()  # it was pruned so, if it was quantized
+        view, violations = _prune(checkpoint, kept, "")
         return PrunedSource(view, tuple(violations))
 
 

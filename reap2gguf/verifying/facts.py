@@ -23,6 +23,7 @@ from reap2gguf.bundle.layout import (
     side_file,
 )
 from reap2gguf.bundle.manifest import NO_METHOD
+from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS
 from reap2gguf.choosing.rule import best
 from reap2gguf.errors import RecipeError
@@ -30,8 +31,9 @@ from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
-from reap2gguf.options import DEVICES, DTYPES, MTP_CHOICES
+from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES
 from reap2gguf.pruning.methods import GIVEN, OBSERVED, RECORDED
+from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
@@ -103,6 +105,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "name": (None, manifest.name),
         "method": _asked_methods(manifest),
         "candidates": (_candidates(manifest),),
+        "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "observations": (pruning.observations_file,),
         "imatrix": (calibration.imatrix_file,),
@@ -243,12 +246,16 @@ def check_hf_facts(manifest: Manifest, checkpoint: Checkpoint, model: MoeModel) 
     for name in sorted({CARD_FILE, "config.json"} - hf.files.keys()):
         yield f"{MANIFEST_FILE}: hf.files does not name {name}"
     yield from _check_config(checkpoint, model)
-    yield from check_passed(manifest, len(checkpoint.tensors))
+    yield from check_passed(manifest, len(checkpoint.stored.tensors))
 
 
 def _check_config(checkpoint: Checkpoint, model: MoeModel) -> Iterator[str]:
     """The config must be one that pruning writes: to prune it to the same count changes nothing."""
-    found, written = checkpoint.config, model.pruned_config(model.facts.n_experts)
+    found, written = checkpoint.stored.config, model.pruned_config(model.facts.n_experts)
+    if checkpoint.stored is not checkpoint:
+        all_experts = tuple(range(model.facts.n_experts))
+        kept = dict.fromkeys(model.facts.moe_layers, all_experts)
+        written = pruned_quantization(written, found, model, kept)
     if found == written:
         return
     where = f"{checkpoint.folder.name}: config.json is not one that pruning writes, by "
@@ -295,7 +302,7 @@ def check_source_facts(manifest: Manifest, source: Checkpoint, model: MoeModel) 
     found = {
         "pruning.n_experts": (manifest.pruning.n_experts, model.facts.n_experts),
         "source.n_parameters": (manifest.source.n_parameters, source.n_parameters),
-        "source.n_bytes": (manifest.source.n_bytes, source.n_bytes),
+        "source.n_bytes": (manifest.source.n_bytes, source.n_stored_bytes),
     }
     for what, (recorded, counted) in found.items():
         yield from _differs(what, recorded, counted, "the source")

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _PART_BYTES = 2**23  # that a thread takes at a time
 _BLOCK_BYTES = 2**20  # a multiple of every type's size
-# the bits of the exponent: all of them are set in NaN and infinity only
-_EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+# the bits of the exponent: all of them are set in NaN and infinity only; of FP8, all but the sign
+_NOT_FINITE = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E4M3": 0x7F}
 _Raw = npt.NDArray[np.uint8]
 
 
@@ -49,9 +49,10 @@ class Values:
         self, checkpoint: Checkpoint, model: MoeModel, expected: Weights | None = None
     ) -> None:
         """`model` describes the folder. Tensors that `expected` does not have are only checked."""
-        self._checkpoint = checkpoint
+        self._opened = checkpoint
+        self._checkpoint = checkpoint.stored
         self._model = model
-        self._expected = expected
+        self._expected = None if expected is None else expected.stored
         self._own = threading.local()
 
     def check(
@@ -133,11 +134,11 @@ class Values:
         )
 
     def _not_finite(self, stored: StoredTensor, first: int, raw: _Raw, is_planned: bool) -> str:
-        role = self._model.role(stored.name)
+        role = self._model.role(self._opened.weight_name(stored.name))
         which = ""
         if not is_planned and isinstance(role, Expert) and role.expert is None:
-            exponent = _EXPONENTS[stored.dtype]
-            bad = (_bits(stored, raw) & exponent) == exponent
+            mask = _NOT_FINITE[stored.dtype]
+            bad = (_bits(stored, raw) & mask) == mask
             value = first // stored.item_bytes + int(np.argmax(bad))
             which = f" for expert {value * stored.shape[0] // stored.n_elements}"
         return f"{self._where(stored)} holds NaN or infinite values{which}"
@@ -173,9 +174,9 @@ def _bits(stored: StoredTensor, raw: _Raw) -> npt.NDArray[np.unsignedinteger]:
 
 def _is_finite(stored: StoredTensor, raw: _Raw, scratch: _Raw) -> bool:
     """Whether all values are finite; those that are no floats are. `scratch` is as long."""
-    exponent = _EXPONENTS.get(stored.dtype)
-    if exponent is None or raw.size == 0:
+    mask = _NOT_FINITE.get(stored.dtype)
+    if mask is None or raw.size == 0:
         return True
     masked = _bits(stored, scratch)
-    np.bitwise_and(_bits(stored, raw), masked.dtype.type(exponent), out=masked)
-    return int(masked.max()) != exponent
+    np.bitwise_and(_bits(stored, raw), masked.dtype.type(mask), out=masked)
+    return int(masked.max()) != mask

@@ -14,7 +14,7 @@ from reap2gguf.verifying.folder_values import Values
 from reap2gguf.verifying.shards import check_config_text, check_shards
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.safetensors_header import FileTensor
+    from reap2gguf.checkpoint.safetensors_header import StoredTensor
     from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.progress import Progress
@@ -55,7 +55,7 @@ def check_folder(
     """
     with progress.task("Verifying safetensors", checkpoint.n_bytes, "bytes") as task:
         values = Values(checkpoint, model)
-        yield from values.check(checkpoint.tensors.values(), n_threads, task.advance)
+        yield from values.check(checkpoint.stored.tensors.values(), n_threads, task.advance)
 
 
 def check_pruned(
@@ -67,7 +67,7 @@ def check_pruned(
     if checkpoint is not None and model is not None:
         with checkpoint:
             violations += check_shards(checkpoint)
-            if checkpoint.config == pruned.config:  # else that is the violation
+            if checkpoint.stored.config == pruned.stored.config:  # else that is the violation
                 violations += check_config_text(checkpoint)
             violations += compare_folder(checkpoint, pruned, model, progress, n_threads)
     return violations
@@ -81,18 +81,18 @@ def compare_folder(
     n_threads: int = 1,
 ) -> Iterator[str]:
     """Violations in an opened folder that must be `expected`: config, tensors, and every byte."""
-    where = checkpoint.folder.name
-    if checkpoint.config != expected.config:
+    where, found, planned = checkpoint.folder.name, checkpoint.stored, expected.stored
+    if found.config != planned.config:
         yield f"{where}: config.json differs from the planned one"
-    elif config_text(checkpoint.config) != config_text(expected.config):
+    elif config_text(found.config) != config_text(planned.config):
         yield f"{where}: config.json has its keys in another order than the planned one"
-    for name in sorted(expected.tensors.keys() - checkpoint.tensors.keys()):
+    for name in sorted(planned.tensors.keys() - found.tensors.keys()):
         yield f"{where}: tensor {name} is missing"
-    for name in sorted(checkpoint.tensors.keys() - expected.tensors.keys()):
+    for name in sorted(found.tensors.keys() - planned.tensors.keys()):
         yield f"{where}: tensor {name} is not in the plan"
-    same: list[FileTensor] = []
-    for name, stored in checkpoint.tensors.items():
-        plan = expected.tensors.get(name)
+    same: list[StoredTensor] = []
+    for name, stored in found.tensors.items():
+        plan = planned.tensors.get(name)
         if plan is None or (stored.dtype, stored.shape) == (plan.dtype, plan.shape):
             same.append(stored)
         else:

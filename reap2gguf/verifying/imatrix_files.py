@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE, MANIFEST_FILE
 from reap2gguf.errors import ArtifactError
 from reap2gguf.gguf_files.imatrix import Imatrix, dat_bytes, load_imatrix
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.messages import shown
 from reap2gguf.models.description import sums_shape
@@ -67,6 +68,12 @@ def check_imatrix(
         yield (
             f"{IMATRIX_FILE}: no token reached {n_unseen} experts, expected "
             f"{calibration.imatrix_unseen} as in {MANIFEST_FILE}"
+        )
+    covered = calibration.imatrix_coverage
+    if covered is not None and covered.tokens != layer_hits(imatrix):
+        yield (
+            f"{IMATRIX_FILE}: its experts saw other numbers of tokens than imatrix_coverage in "
+            f"{MANIFEST_FILE} says"
         )
     mtp_block = max(pruning.kept, default=0) if pruning.mtp.state in ("pruned", "kept") else None
     for name, entry in imatrix.entries.items():

@@ -28,7 +28,7 @@ def check_config_text(checkpoint: Checkpoint) -> Iterator[str]:
     """Violations in the text of config.json: its spaces, and the order of its keys."""
     path = checkpoint.folder / "config.json"
     text = path.read_bytes().decode("utf-8", "replace")
-    yield from compare_text(path, text, config_text(checkpoint.config))
+    yield from compare_text(path, text, config_text(checkpoint.stored.config))
 
 
 def check_shards(checkpoint: Checkpoint) -> Iterator[str]:
@@ -39,7 +39,7 @@ def check_shards(checkpoint: Checkpoint) -> Iterator[str]:
     if names != expected:
         yield f"{folder.name}: the shards are {shown(names)}, expected {shown(expected)}"
         return
-    tensors = checkpoint.tensors
+    tensors = checkpoint.files
     for shard in checkpoint.shards:
         yield from _check_header(shard, [t for t in tensors.values() if t.path == shard])
     path = folder / INDEX_NAME

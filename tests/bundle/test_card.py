@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,6 +14,9 @@ from reap2gguf.bundle.front_matter import PrunedFrom, pruned_values
 from reap2gguf.bundle.manifest import ComponentRecord, Manifest, SideRecord
 from reap2gguf.bundle.modelfile import modelfile
 from reap2gguf.bundle.source_card import SourceCard, read_card
+from reap2gguf.gguf_files.imatrix import load_imatrix
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
+from reap2gguf.pruning.coverage import importance_record
 from tests.conftest import Bundle
 
 
@@ -247,3 +251,43 @@ def test_an_unpruned_model_is_not_tagged_as_pruned() -> None:
     whole = PrunedFrom("a/b", "Qwen3MoeForCausalLM", drops_experts=False)
     assert pruned_values(SourceCard(), whole)["tags"] == ["moe", "qwen3_moe"]
     assert pruned_values(SourceCard(), replace(whole, architecture="; rm"))["tags"] == ["moe"]
+
+
+def test_the_tokens_of_the_importance_matrix(built: Bundle, manifest: Manifest) -> None:
+    hits = layer_hits(load_imatrix(built.gguf / "imatrix.gguf"))
+    covered = manifest.calibration.imatrix_coverage
+    assert covered is not None
+    assert covered.tokens == hits
+    every = np.concatenate(list(hits.values()))
+    few = int((every < 100).sum())
+    text = (built.gguf / "README.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| importance matrix "))
+    assert f"median {int(np.median(every)):,} tokens per expert, fewest {every.min():,}" in row
+    assert (f"; {few} of 48 experts" in row) is (few > 0)
+    folded = text.split("<summary>Tokens of the importance matrix that the experts saw")[1]
+    table = [
+        line.split(" | ") for line in folded.split("</details>")[0].splitlines() if "|" in line
+    ]
+    assert len(table) == 2 + 4
+    for layer, cells in enumerate(table[2:]):
+        below = sum(count < 100 for count in hits[layer])
+        assert cells[1:3] == [f"{min(hits[layer]):,}", f"{int(np.median(hits[layer])):,}"]
+        assert cells[3] == f"{below} of 12 ({below / 12:.1%})"
+    assert "Tokens of the importance matrix" not in (built.hf / "README.md").read_text()
+    unknown = replace(manifest.calibration, imatrix_coverage=None)
+    card = gguf_body(replace(manifest, calibration=unknown), local_names(manifest))
+    assert "Tokens of the importance matrix" not in card
+
+
+def test_experts_of_few_tokens_and_of_none(manifest: Manifest) -> None:
+    tokens = {0: (0, 5, 300), 1: (100, 99, 7)}
+    covered = importance_record(tokens)
+    calibration = replace(manifest.calibration, imatrix_coverage=covered, imatrix_unseen=1)
+    changed = replace(manifest, calibration=calibration)
+    card = gguf_body(changed, local_names(changed))
+    (row,) = (line for line in card.splitlines() if line.startswith("| importance matrix "))
+    assert (
+        "; median 53 tokens per expert, fewest 0; 4 of 6 experts (66.7%) saw under 100 tokens; no "
+        "token reached 1 of 6 experts, which are quantized unweighted, as by llama-quantize"
+    ) in row
+    assert "| 0 | 0 | 5 | 2 of 3 (66.7%) | 1 |" in card

@@ -17,6 +17,7 @@ from reap2gguf.bundle.manifest import (
     FileRecord,
     FolderRecord,
     GgufRecord,
+    ImportanceRecord,
     Manifest,
     PruningRecord,
     SourceRecord,
@@ -24,6 +25,7 @@ from reap2gguf.bundle.manifest import (
 )
 from reap2gguf.errors import ArtifactError
 from reap2gguf.evaluating.figures import perplexity
+from reap2gguf.pruning.coverage import importance_record
 from tests.evaluations import EXAMPLE
 
 RECIPE = 'title = "Q4"\n[[rule]]\nlayers = [0, 1]\ntensors = "größe \\\\ \\"x\\""\n'
@@ -416,3 +418,64 @@ def test_only_known_pictures_are_named(tmp_path: Path, key: str, value: Any) -> 
     assert Manifest.load(tmp_path) == manifest
     changed(tmp_path, key, value=value)
     assert key in refusal(tmp_path) or "picture" in refusal(tmp_path)
+
+
+TOKENS = {0: (0, 7, 300), 1: (100, 99, 5), 10: (1, 2, 3)}
+IMPORTANCE = ImportanceRecord(0, 5, 1, 7, 100, TOKENS)
+
+
+def covered(**changes: Any) -> Manifest:
+    calibration = replace(
+        sample().calibration,
+        imatrix_unseen=1,
+        imatrix_coverage=replace(IMPORTANCE, **changes),
+    )
+    return replace(sample(), calibration=calibration)
+
+
+def test_the_tokens_of_an_importance_matrix(tmp_path: Path) -> None:
+    covered().save(tmp_path)
+    assert Manifest.load(tmp_path) == covered()
+    assert importance_record(TOKENS) == IMPORTANCE
+    assert importance_record({}) is None
+    text = (tmp_path / MANIFEST_FILE).read_text(encoding="utf-8")
+    assert '"10": [ 1, 2, 3 ]' in text
+    changed(tmp_path, "calibration", "imatrix_coverage", remove=True)
+    assert Manifest.load(tmp_path).calibration.imatrix_coverage is None  # of an earlier version
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("fewest", 1, "fewest is 1, expected 0 by the tokens"),
+        ("median", 8, "median is 8, expected 5 by the tokens"),
+        ("n_few", 6, "n_few is 6, expected 7 by the tokens"),
+        ("n_unseen", 0, "n_unseen is 0, expected 1 by the tokens"),
+        ("few_below", 0, "n_few is 7, expected 0"),
+        ("few_below", -1, "few_below is -1"),
+        ("tokens", {}, "tokens is empty"),
+        ("tokens", [], "tokens is [], expected numbers of tokens by layer"),
+        ("tokens", {"0": []}, "a layer without experts"),
+        ("tokens", {"0": [1.5]}, "1.5 is not a number of tokens"),
+        ("tokens", {"0": [-1]}, "-1 is not a number of tokens"),
+        ("tokens", {"0": [2**53]}, "is not a number of tokens"),
+        ("tokens", {"a": [1]}, "'a' is not the number of a layer"),
+        ("tokens", {"0": 5}, "something else than lists of numbers of tokens"),
+        ("tokens", {"0": [0] * 2**18}, "tokens holds 262,144 numbers of tokens, expected at most"),
+        ("x", 1, "unexpected keyword argument"),
+    ],
+)
+def test_tokens_of_the_wrong_kind(tmp_path: Path, key: str, value: Any, words: str) -> None:
+    covered().save(tmp_path)
+    changed(tmp_path, "calibration", "imatrix_coverage", key, value=value)
+    assert words in refusal(tmp_path)
+
+
+def test_tokens_agree_with_what_else_is_said_of_the_matrix(tmp_path: Path) -> None:
+    covered().save(tmp_path)
+    changed(tmp_path, "calibration", "imatrix_unseen", value=0)
+    assert "imatrix_unseen is 0, expected 1 by the tokens" in refusal(tmp_path)
+    covered().save(tmp_path)
+    for key in ("text", "chunks", "chunk_size", "sha256"):
+        changed(tmp_path, "calibration", f"imatrix_{key}", value=None)
+    assert "imatrix_coverage is of an unknown importance matrix" in refusal(tmp_path)

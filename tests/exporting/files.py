@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import llama_cpp  # before the package's libggml: two builds share the name of one library
@@ -119,7 +119,8 @@ def llama_quantize(
     recipe: Recipe | None = None,
 ) -> bool:
     """Quantize with llama.cpp; False if it refuses."""
-    overrides = {} if recipe is None else types_by_rule(source, recipe)
+    found = {} if recipe is None else types_by_rule(source, recipe)
+    overrides = [(f"^{re.escape(name)}$", kind) for name, kind in found.items()]
     params = _quantize_params(file_type, importance, overrides)
     return llama_cpp.llama_model_quantize(bytes(source), bytes(target), params) == 0
 
@@ -130,17 +131,26 @@ _PLANNED = re.compile(
 
 
 def types_of_llama_cpp(
-    source: Path, file_type: int, importance: Mapping[str, np.ndarray]
+    source: Path,
+    file_type: int,
+    importance: Mapping[str, np.ndarray] | None,
+    patterns: Sequence[tuple[str, int]] = (),
+    **options: object,
 ) -> dict[str, str]:
-    """The types that llama.cpp would quantize to: it says them, and quantizes nothing."""
+    """The types that llama.cpp would quantize to: it says them, and quantizes nothing.
+
+    `patterns` are regular expressions with types; `options` are fields of its parameters.
+    """
     said: list[str] = []
 
     @llama_cpp.llama_log_callback
     def listen(level: int, text: bytes, data: object) -> None:
         said.append(text.decode("utf-8", "replace"))
 
-    params = _quantize_params(file_type, importance)
+    params = _quantize_params(file_type, importance, patterns)
     params.dry_run = True
+    for name, value in options.items():
+        setattr(params, name, value)
     llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
     try:
         assert llama_cpp.llama_model_quantize(bytes(source), b"", params) == 0
@@ -153,7 +163,7 @@ def types_of_llama_cpp(
 def _quantize_params(
     file_type: int,
     importance: Mapping[str, np.ndarray] | None = None,
-    overrides: Mapping[str, int] | None = None,
+    overrides: Sequence[tuple[str, int]] = (),
 ) -> llama_cpp.llama_model_quantize_params:
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = 2
@@ -169,8 +179,8 @@ def _quantize_params(
         params.imatrix = (llama_cpp.llama_model_imatrix_data * len(data))(*data)
     if overrides:
         listed = [
-            llama_cpp.llama_model_tensor_override(f"^{re.escape(name)}$".encode(), kind)
-            for name, kind in overrides.items()
+            llama_cpp.llama_model_tensor_override(pattern.encode(), kind)
+            for pattern, kind in overrides
         ]
         listed.append(llama_cpp.llama_model_tensor_override())
         params.tt_overrides = (llama_cpp.llama_model_tensor_override * len(listed))(*listed)

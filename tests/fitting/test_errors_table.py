@@ -14,7 +14,7 @@ from gguf import quants
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.exporting.row_ranges import BlockMaker
-from reap2gguf.fitting.errors_table import TYPES, Cache, measure, sampled_rows, types_for
+from reap2gguf.fitting.errors_table import TYPES, Cache, Where, measure, sampled_rows, types_for
 from reap2gguf.fitting.fitted import free_tensors
 from reap2gguf.gguf_files.rows import read_rows, rows_per_matrix
 from reap2gguf.models.description import GgufTensor, Slab
@@ -24,6 +24,7 @@ from reap2gguf.quantizing.quantizer import load_quantizer
 from tests.exporting.files import random_imatrix
 from tests.tiny import TinyQwen3Moe
 
+ONE = Where("cpu", 1)
 SOME = (Type.Q8_0, Type.Q4_K, Type.IQ3_XXS, Type.IQ4_NL)
 
 
@@ -41,7 +42,7 @@ def maker(
 
 def test_errors_are_those_of_the_products(maker: tuple[BlockMaker, list[GgufTensor]]) -> None:
     blocks, tensors = maker
-    found = measure(blocks, tensors, SOME, 2, Silent(), {})
+    found = measure(blocks, tensors, SOME, Where("cpu", 2), Silent(), {})
     assert {*found} == {tensor.name for tensor in tensors}
     for tensor in tensors:
         entry = blocks.importance.get(tensor.name)
@@ -65,11 +66,11 @@ def test_errors_are_those_of_the_products(maker: tuple[BlockMaker, list[GgufTens
 
 def test_what_is_known_is_not_measured(maker: tuple[BlockMaker, list[GgufTensor]]) -> None:
     blocks, tensors = maker
-    known = measure(blocks, tensors[:2], SOME[:1], 1, Silent(), {})
+    known = measure(blocks, tensors[:2], SOME[:1], ONE, Silent(), {})
     broken = replace(blocks, quantizer=None)  # type: ignore[arg-type]
-    assert measure(broken, tensors[:2], SOME[:1], 1, Silent(), known) == known
+    assert measure(broken, tensors[:2], SOME[:1], ONE, Silent(), known) == known
     with pytest.raises(AttributeError):
-        measure(broken, tensors[:2], SOME[:2], 1, Silent(), known)
+        measure(broken, tensors[:2], SOME[:2], ONE, Silent(), known)
 
 
 def test_types_that_a_tensor_cannot_have() -> None:

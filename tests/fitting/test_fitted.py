@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
 import reap2gguf
 from reap2gguf import FitResult
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.fitting.errors_table import Cache
-from reap2gguf.fitting.fitted import free_tensors
+from reap2gguf.fitting.card import card_use
+from reap2gguf.fitting.errors_table import TYPES, Cache
+from reap2gguf.fitting.fitted import Named, Problem, free_tensors, guess
 from reap2gguf.fitting.sensitivity import sensitivities
+from reap2gguf.fitting.target import SizeTarget
 from reap2gguf.gguf_files.imatrix import save_gguf
 from reap2gguf.models.table import describe
 from reap2gguf.quantizing.recipe import load_recipe
@@ -120,15 +123,49 @@ def test_rows_of_other_widths_and_other_layers(tmp_path: Path) -> None:
 def test_what_is_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end in \.toml"):
         model.fit(tmp_path / "mine.txt", target_bpw=4)
-    with pytest.raises(UsageError, match="one of them"):
+    with pytest.raises(UsageError, match="pass one of a target size"):
         model.fit(tmp_path / "mine.toml", target_bpw=4, target_size=2**20)
-    with pytest.raises(UsageError, match="one of them"):
+    with pytest.raises(UsageError, match="pass a target"):
         model.fit(tmp_path / "mine.toml")
+    with pytest.raises(UsageError, match="--fit-context is the context of --fit"):
+        model.fit(tmp_path / "mine.toml", target_bpw=4, fit_context=4096)
     with pytest.raises(UsageError, match="at most 16"):
         model.fit(tmp_path / "mine.toml", target_bpw=float("nan"))
-    with pytest.raises(UsageError, match="larger target"):
+    with pytest.raises(UsageError, match="pass at least --target-size"):
         model.fit(tmp_path / "mine.toml", target_size=2**10)
+    with pytest.raises(UsageError, match="larger --target-bpw"):
+        model.fit(tmp_path / "mine.toml", target_bpw=1)
+    with pytest.raises(UsageError, match=r"KV cache .* smaller --fit-context"):
+        model.fit(tmp_path / "mine.toml", fit=2**29 + 2**24, fit_context=4096)
     other = written(tmp_path, TinyQwen3Moe())
     with pytest.raises(ArtifactError, match="another model"):
         Model(model.folder, other.imatrix).fit(tmp_path / "mine.toml", target_bpw=4)
     assert not (tmp_path / "mine.toml").exists()
+    assert not [*tmp_path.glob("*.type-errors.json")]  # nothing was measured
+
+
+def test_a_file_and_its_context_fit_a_card(model: Model, tmp_path: Path) -> None:
+    with Checkpoint.open(model.folder) as checkpoint:
+        # of a context of 1024 tokens, the model was trained on 512
+        use = card_use(describe(checkpoint), 534 * 2**20, 512)
+    found = model.fit(tmp_path / "mine.toml", fit=use.card, fit_context=1024)
+    assert found.counted == use.words
+    assert 0.995 * use.left - 2**13 < found.n_bytes <= use.left
+    assert 'label = "FIT-534MiB-1K"' in found.path.read_text()
+
+
+def test_types_that_are_given_are_no_choice(model: Model) -> None:
+    with Checkpoint.open(model.folder) as checkpoint:
+        described = describe(checkpoint)
+        tensors = described.gguf_tensors(checkpoint.tensors)
+    facts = described.facts
+    fixed = {one.name: Type.F16 for one in tensors if "attn_v" in one.name}
+    problem = Problem(tensors, facts, facts.n_experts, random_imatrix(tensors).entries, fixed)
+    n_bytes = int(4.5 * problem.n_weights / 8)
+    found = guess(Named("x", "X", SizeTarget(bpw=4.5)), problem, TYPES, n_bytes)
+    types = found.resolved.tensor_types()
+    assert {one: types[one] for one in fixed} == fixed
+    assert len(fixed) == facts.n_layers
+    assert 0.99 * n_bytes < found.resolved.n_bytes <= n_bytes
+    assert found.recipe.title == f"Fitted to {found.resolved.bits_per_weight:.2f} bits per weight"
+    assert Type.F16 not in {types[one.name] for one in problem.to_measure()}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from reap2gguf.fitting.rules import layer_globs, rules_of
 from reap2gguf.models.roles import spots
+from reap2gguf.quantizing.recipe import Rule
 
 NAMES = ("attn_q.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
 SOME = st.sampled_from([Type.Q4_K, Type.Q6_K, Type.IQ3_S])
@@ -19,7 +20,7 @@ SOME = st.sampled_from([Type.Q4_K, Type.Q6_K, Type.IQ3_S])
 def test_the_first_rule_that_fits_gives_the_type(layers: dict[tuple[int, str], Type]) -> None:
     types = {f"blk.{layer}.{name}": one for (layer, name), one in layers.items()}
     types["output.weight"] = Type.Q6_K
-    rules, places = rules_of(types), spots(types)
+    rules, places = [Rule(*one) for one in rules_of(types)], spots(types)
     for name, tensor_type in types.items():
         assert (
             next(rule.tensor_type for rule in rules if rule.selector.fits(places[name]))
@@ -41,8 +42,8 @@ def test_globs_match_these_layers_and_no_others(layers: set[int]) -> None:
 
 def test_equal_layers_are_one_rule() -> None:
     types = {f"blk.{layer}.attn_q.weight": Type.Q6_K for layer in range(48)}
-    assert [rule.match for rule in rules_of(types)] == ["blk.*.attn_q.weight"]
+    assert [match for match, _ in rules_of(types)] == ["blk.*.attn_q.weight"]
     types["blk.7.attn_q.weight"] = Type.Q8_0
-    assert [rule.match for rule in rules_of(types)] == [
+    assert [match for match, _ in rules_of(types)] == [
         "blk.7.attn_q.weight", "blk.*.attn_q.weight",
     ]  # fmt: skip

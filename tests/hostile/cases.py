@@ -6,13 +6,14 @@ from tests.hostile.artifact_cases import BUNDLES, OBSERVATIONS
 from tests.hostile.config_cases import CONFIGS
 from tests.hostile.gguf_cases import GGUFS, IMATRICES, QUANTIZE
 from tests.hostile.place_cases import ARGUMENTS, PLACES, cache
+from tests.hostile.quantized_cases import QUANTIZED
 from tests.hostile.room import PLAN, Case
 from tests.hostile.shard_cases import INDEXES, SHARDS
 from tests.hostile.text_cases import CALIBRATIONS, HEAD, RECIPES, TOKENIZERS, recipe
 
 CASES = [
     *SHARDS, *INDEXES, *CONFIGS, *GGUFS, *IMATRICES, *OBSERVATIONS, *BUNDLES, *TOKENIZERS,
-    *RECIPES, *CALIBRATIONS, *PLACES, *ARGUMENTS,
+    *RECIPES, *CALIBRATIONS, *PLACES, *ARGUMENTS, *QUANTIZED,
 ]  # fmt: skip
 
 SOUND = [

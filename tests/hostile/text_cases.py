@@ -161,6 +161,10 @@ def rule(match: str, kind: str = "Q8_0", more: str = "") -> str:
     return f'[[rules]]\nmatch = {json.dumps(match)}\ntype = "{kind}"\n{more}'
 
 
+def regex(pattern: str) -> str:
+    return rule(pattern).replace("match =", "regex =")
+
+
 MANY = "".join(rule(f"blk.*.attn_{n}*") for n in range(999))
 PATHOLOGICAL = "*a" * 60 + "*b"
 RECIPES = [
@@ -196,6 +200,16 @@ RECIPES = [
     Case("recipe match pathological", recipe(HEAD + rule(PATHOLOGICAL)), "expected at most 16"),
     Case("recipe match of brackets", recipe(HEAD + rule("[" * 99)), "matches no tensor"),
     Case("recipe match a range", recipe(HEAD + rule("[z-a]*")), "matches no tensor"),
+    Case("recipe regex pathological", recipe(HEAD + regex("(a+)+(a*)*$!")), "matches no tensor"),
+    Case("recipe regex of groups", recipe(HEAD + regex("(" * 400)), "groups within each other"),
+    Case("recipe regex of repeats", recipe(HEAD + regex("((a{99}){99}){99}")), "write it shorter"),
+    Case("recipe regex long", recipe(HEAD + regex("a" * 10**5)), "expected at most 1,500"),
+    Case("import empty", recipe("", "import"), "has no rule"),
+    Case("import not UTF-8", recipe(b"a=q8_0\xff", "import"), "cannot be read"),
+    Case("import huge", lambda room: ["recipes", "import", room.sparse("r", 2**38)], "over"),
+    Case("import many rules", recipe("a=q8_0\n" * 30_000, "import"), "over 1,000 rules"),
+    Case("import of quotes", recipe("--pure " + "'" * 99_999, "import"), "a shell would read"),
+    Case("import of sets", recipe('A="\n' * 50_000 + "--pure", "import"), "names no file type"),
     Case("recipe optional a text", recipe(HEAD + rule("*", more='optional = "a"\n')), "optional"),
     Case("recipe a folder", lambda room: ["recipes", "show", room.copy("qwen3")], "no recipe"),
     Case("recipe no file", lambda room: ["recipes", "show", "a\nb.toml"], "no such recipe file"),

@@ -91,14 +91,21 @@ def record(source: Path, architecture: str, layout: str) -> dict[str, Any]:
         kinds = KINDS | ({PROJECTOR: _PROJECTOR_KIND} if side_files(folder) else {})
         for kind, file_type in kinds.items():
             output = Path(scratch) / f"{kind}.gguf"
-            subprocess.run(
-                [sys.executable, "-c", _CONVERT, source, folder, file_type, output, architecture],
-                env=child_environment({}),
-                check=True,
-                capture_output=True,
-            )
-            found[kind] = contents(output)
+            found[kind] = convert(source, folder, file_type, output, architecture)
     return found
+
+
+def convert(
+    source: Path, folder: Path, file_type: str, output: Path, architecture: str
+) -> dict[str, Any]:
+    """What llama.cpp's converter makes of a folder; CalledProcessError if it fails."""
+    subprocess.run(
+        [sys.executable, "-c", _CONVERT, source, folder, file_type, output, architecture],
+        env=child_environment({}),
+        check=True,
+        capture_output=True,
+    )
+    return contents(output)
 
 
 def main() -> None:

@@ -71,13 +71,13 @@ def test_weights_that_are_quantized(
     has_key: bool, changes: dict[str, torch.Tensor], words: str, tmp_path: Path
 ) -> None:
     folder = quantized(tmp_path / "m", changes)
-    more = {"quantization_config": {"quant_method": "fp8"}} if has_key else {}
+    more = {"quantization_config": {"quant_method": "awq"}} if has_key else {}
     with changed(folder, **more) as checkpoint, pytest.raises(UnsupportedModelError) as caught:
         describe(checkpoint)
     assert words in str(caught.value)
     assert next(iter(changes)) in str(caught.value)
     if "F64" not in words:
-        assert ("quantization_config: 'fp8'" in str(caught.value)) is has_key
+        assert ("quantization_config: 'awq'" in str(caught.value)) is has_key
         assert "pass the BF16 checkpoint" in str(caught.value)
         (page,) = re.findall(r"docs/\S+\.md", str(caught.value))
         assert (REPOSITORY / page).is_file()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from gguf import GGUFValueType
 from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.config import ConfigReader
 from reap2gguf.errors import CheckpointError, UnknownTensorError, UnsupportedModelError
-from reap2gguf.models.description import Dropped, Expert, Part, Plain, Router, experts_of
+from reap2gguf.models.description import Dropped, Plain, Router, experts_of
 from reap2gguf.models.facts import COUNT_KEYS
 from reap2gguf.models.layer_types import moe_layers_after_dense, moe_layers_by_step
 from reap2gguf.models.rules import TensorRule, sizes_of
@@ -283,34 +282,6 @@ def test_an_mtp_block_that_is_dropped() -> None:
 def test_without_an_mtp_block_its_layer_is_unknown() -> None:
     with pytest.raises(UnknownTensorError, match=r"layers\.3\."):
         model_of(replace(BASE, mtp=False)).role("model.layers.3.input_layernorm.weight")
-
-
-class Blocks8(SyntheticMoe):
-    """Stored in 8 bits: values, and a scale per block."""
-
-    part_suffixes: ClassVar[Mapping[str, Part]] = {"_scale_inv": "scale"}
-
-
-def test_parts_of_quantized_weights() -> None:
-    model = model_of(family=Blocks8)
-    expert = MOE + "experts.3.w1.weight"
-    assert model.weight_of(expert) == (expert, "weight")
-    assert model.weight_of(f"{expert}_scale_inv") == (expert, "scale")
-    assert model.role(f"{expert}_scale_inv") == Expert(1, "gate", 3, "scale")
-    assert model.renumbered(f"{expert}_scale_inv", 1) == MOE + "experts.1.w1.weight_scale_inv"
-    plain = "model.layers.1.self_attn.q_proj.weight_scale_inv"
-    assert model.role(plain) == Plain(1)
-    with pytest.raises(UnknownTensorError):
-        model_of().role(plain)
-
-
-def test_quantized_weights_are_refused_by_name() -> None:
-    name = MOE + "experts.3.w1.weight_scale_inv"
-    stored = stored_of(BASE.tensors() | {name: torch.ones(1, 1)})
-    with pytest.raises(UnsupportedModelError) as caught:
-        model_of(family=Blocks8).check_tensors(stored)
-    assert repr(name) in str(caught.value)
-    assert "part of the quantized weight" in str(caught.value)
 
 
 def test_the_error_for_an_unexplained_name_tells_the_file() -> None:

@@ -15,6 +15,7 @@ from reap2gguf.quantizing.recipe import load_recipe
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.quantizing.role_table import RoleRow, difference, table_of
 from reap2gguf.quantizing.selector import Selector
+from tests.loopback_hub.model import layered_files, serving
 from tests.models.layouts import CASES, Case
 from tests.tiny import EXAMPLE, TinyQwen3Moe, TinyQwen35Moe
 
@@ -120,3 +121,21 @@ def test_overrides_are_the_rules_of_their_rows() -> None:
     assert rules[("*attn_v*",)].tensors == ("attn_v",)
     assert all(row.layers == "0" for rule, row in rules.items() if rule == ("blk.0.*",))
     assert table.recipe == "q8_0+custom"
+
+
+def test_models_on_the_hub_are_read_from_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = layered_files(tmp_path / "layers")
+    path = tmp_path / "a-Q8_0.gguf"
+    reap2gguf.quantize(tmp_path / "layers", "q8_0", path, threads=1)
+    here = reap2gguf.recipe_table("Q4_K_M", tmp_path / "layers")
+    with serving({**contents, path.name: path.read_bytes()}, monkeypatch, tmp_path / "cache"):
+        for name in ("owner/name", f"owner/name:{path.name}"):
+            found = reap2gguf.recipe_table("Q4_K_M", name)
+            assert found.model == name
+            assert found.rows == here.rows
+        difference = reap2gguf.compare_recipes("Q4_K_M", "q8_0", "owner/name")
+    # but for names in the header
+    assert difference.second.n_file_bytes == pytest.approx(path.stat().st_size, abs=512)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

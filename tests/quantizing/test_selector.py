@@ -264,6 +264,55 @@ def test_role_words_are_no_names_of_tensors() -> None:
     assert not names & ROLE_WORDS.keys()
 
 
+def test_a_rule_may_have_a_regular_expression() -> None:
+    text = (
+        f"{HEAD}[[rules]]\nregex = '^blk\\.[0-2]\\.attn_[qk]\\.'\nlayers = \"1:\"\ntype = 'Q8_0'\n"
+    )
+    recipe = parse_recipe(text, "mine", "mine.toml")
+    assert parse_recipe(recipe.as_toml(), "mine", "again").rules == recipe.rules
+    kinds = resolve(recipe, reference_tensors(), REFERENCE_FACTS, 128, True).tensor_types()
+    found = {name for name, kind in kinds.items() if kind.name == "Q8_0"}
+    assert found == {f"blk.{layer}.attn_{one}.weight" for layer in (1, 2) for one in "qk"}
+
+
+def test_a_regular_expression_is_no_role() -> None:
+    selector = Selector("experts", is_regex=True)
+    assert not selector.is_role
+    names = ["blk.0.ffn_up_exps.weight", "blk.0.experts.weight"]
+    assert [name for name, spot in spots(names).items() if selector.fits(spot)] == names[1:]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("regex = 'attn_(v'", r"mine.toml, line 6: rule 1: regex 'attn_\(v' is not a .*: expected"),
+        ("regex = 'a'\nmatch = 'b'", "mine.toml, line 6: rule 1: has both match and regex"),
+        ("regex = 3", "mine.toml, line 6: rule 1: regex is 3, expected text"),
+        ("regex = 'nothing'", "line 5: rule regex 'nothing' matches no tensor of this model"),
+        ("regex = 'attn_v'\nlayers = '50'", "the model has /attn_v/ in layers 0-47"),
+    ],
+)
+def test_a_wrong_regular_expression(rule: str, message: str) -> None:
+    text = f"{HEAD}[[rules]]\n{rule}\ntype = 'Q8_0'\n"
+
+    def apply() -> None:
+        recipe = parse_recipe(text, "mine", "mine.toml")
+        resolve(recipe, reference_tensors(), REFERENCE_FACTS, 128, True)
+
+    with pytest.raises(RecipeError, match=message):
+        apply()
+
+
+def test_regular_expressions_count_as_work() -> None:
+    rules = "".join(
+        f"[[rules]]\nregex = '({'a?' * 100})+{n}'\ntype = 'Q8_0'\noptional = true\n"
+        for n in range(300)
+    )
+    recipe = parse_recipe(HEAD + rules, "mine", "mine.toml")
+    with pytest.raises(RecipeError, match="too many to match; use fewer rules, with few stars or"):
+        resolve(recipe, reference_tensors(), REFERENCE_FACTS, 128, True)
+
+
 def test_a_recipe_may_not_extend_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, other in (("one", "two"), ("two", "one")):
         (tmp_path / f"{name}.toml").write_text(f'title = "T"\nextends = "{other}"\n')

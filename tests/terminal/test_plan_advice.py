@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from reap2gguf.building.needs.estimate import KnownCoverage
 from reap2gguf.building.plan import Plan, make_plan
 from reap2gguf.options import BuildOptions, ComputeOptions
+from reap2gguf.pruning.coverage import importance_record
 from reap2gguf.pruning.select import Target
 from reap2gguf.terminal.plan_advice import expert_count_lines, odd_row_lines
-from reap2gguf.terminal.plan_views import plan_as_json, plan_lines
+from reap2gguf.terminal.plan_views import plan_as_json, plan_lines, up_to_date_or_lines
 from tests.building.needs.machines import needs_on
 from tests.models.layouts import FIRST, Case
+from tests.tiny import TinyQwen3Moe
 
 
 def planned(source: Path, output: Path, **changes: Any) -> Plan:
@@ -95,3 +98,31 @@ def test_every_family_says_which_counts_are_fused(case: Case, tmp_path: Path) ->
         assert "does not fuse the top-k of 24 experts, but that of 16" in text
     half = planned(source, tmp_path / "out", keep_experts=16)
     assert plan_as_json(half, needs_on(half))["experts"]["fused_top_k"] is (n_groups == 1)
+
+
+TOKENS = {0: (0, 5, 300), 1: (100, 99, 7)}
+LINES = ("experts: fewest tokens 0, median 9 tokens per expert", "warning: few tokens")
+
+
+def test_the_tokens_of_experts_are_in_the_plan(tmp_path: Path) -> None:
+    plan = planned(TinyQwen3Moe().write(tmp_path / "model"), tmp_path / "out", compression=0.5)
+    needs = needs_on(plan)
+    assert "fewest" not in "\n".join(plan_lines(plan, needs, with_tensors=True))
+    assert plan_as_json(plan, needs)["coverage"] == {"observations": None, "imatrix": None}
+    known = KnownCoverage(None, LINES, importance_record(TOKENS))
+    needs = replace(needs, reused=replace(needs.reused, coverage=known))
+    text = "\n".join(plan_lines(plan, needs))
+    assert "  observed experts: fewest tokens 0, median 9 tokens per expert\n" in text
+    assert "  warning: few tokens\n" in text
+    assert " ".join(text.split()).count("importance matrix: fewest tokens 0, median 53") == 1
+    assert "tokens of the importance matrix per expert:" not in text
+    longer = "\n".join(plan_lines(plan, needs, with_tensors=True))
+    rows = [line.split() for line in longer.splitlines() if line.endswith("   ffn_down_exps")]
+    assert rows == [
+        ["0", "3", "1", "2", "66.67%", "0", "5", "ffn_down_exps"],
+        ["1", "3", "0", "2", "66.67%", "7", "99", "ffn_down_exps"],
+    ]
+    values = plan_as_json(plan, needs)["coverage"]["imatrix"]
+    assert (values["n_unseen"], values["n_few"], values["tokens"]) == (1, 4, TOKENS)
+    # a build says it by itself
+    assert "fewest" not in "\n".join(up_to_date_or_lines(plan, needs))

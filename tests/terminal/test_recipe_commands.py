@@ -14,7 +14,7 @@ from reap2gguf.quantizing.file_types import MIXTURES
 from reap2gguf.quantizing.recipe import load_recipe, shipped_recipes
 from tests.exporting.files import gguf_tensors, random_imatrix
 from tests.test_cli import one_line, run
-from tests.tiny import EXAMPLE, TinyQwen3Moe
+from tests.tiny import EXAMPLE, REPOSITORY, TinyQwen3Moe
 
 
 def test_the_list_has_recipes_file_types_and_bits() -> None:
@@ -213,3 +213,26 @@ def test_diff_for_programs() -> None:
     assert second["n_bytes"] - first["n_bytes"] == change < 0
     assert sum(one["n_tensors"] for one in values["changes"]) == values["n_changed"]
     one_line(run("recipes", "diff", "q8_0", "q4kmm"), "did you mean q4km?")
+
+
+def test_show_prints_what_a_recipe_asks_of_importance(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'title = "T"\nextends = "q4km"\nmin_coverage = 0.95\nmin_tokens = 100\n'
+        '[[rules]]\nmatch = "experts.up"\ntype = "Q5_K"\nmin_coverage = 1\nmin_tokens = 1\n'
+    )
+    lines = run("recipes", "show", path).stdout.splitlines()
+    asked = "0.95 of experts with 100 tokens"
+    assert f"  the importance matrix must have {asked}, in every tensor of experts" in lines
+    assert lines[-1].endswith(" Q5_K  (with 1 of experts with any token of importance)")
+    values = json.loads(run("recipes", "show", path, "--json").stdout)
+    assert (values["min_coverage"], values["min_tokens"]) == (0.95, 100)
+    assert (values["rules"][0]["min_coverage"], values["rules"][0]["min_tokens"]) == (1, 1)
+
+
+@pytest.mark.parametrize("words", ["show Q4_K_M", "diff Q4_K_M unsloth-q4kxl"])
+def test_the_tables_of_the_page_are_what_is_printed(words: str) -> None:
+    page = (REPOSITORY / "docs" / "recipes.md").read_text()
+    command = f"```bash\nreap2gguf recipes {words} examples/tiny-qwen3-moe\n```\n\n```text\n"
+    printed = page.split(command)[1].split("```")[0]
+    assert printed == run("recipes", *words.split(), EXAMPLE).stdout

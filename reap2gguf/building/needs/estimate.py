@@ -28,13 +28,23 @@ from reap2gguf.messages import duration, size
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Texts
     from reap2gguf.building.plan import Plan
+    from reap2gguf.bundle.manifest import CoverageRecord, ImportanceRecord
 
 # stages
-ALL = ("texts", "observe", "choose", "prune", "imatrix", "export", "verify", "evaluate")
+ALL = ("texts", "observe", "choose", "prune", "imatrix", "fit", "export", "verify", "evaluate")
 LONG = 12 * 3600.0  # seconds; a shorter way is looked for
 _FEWER = (512, 256, 128, 64, 32)  # rows
 _MENTIONED = 2**30  # bytes of hidden states, at least
 _FOR_FILES = 2**31  # bytes of free memory that are not counted on to keep files
+
+
+@dataclass(frozen=True)
+class KnownCoverage:
+    """The tokens that experts have before a build begins: by given files, and by earlier runs."""
+
+    observed: CoverageRecord | None = None  # by which experts are ranked
+    observed_lines: tuple[str, ...] = ()  # the same in words, with what it means for the choice
+    importance: ImportanceRecord | None = None  # of the importance matrix, of those that stay
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Reused:
     recipes: frozenset[str] | None = None
     written_bytes: int = 0  # of files that are there already
     is_up_to_date: bool = False  # whether the finished bundle is what the plan makes
+    coverage: KnownCoverage = KnownCoverage()
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,33 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
 from reap2gguf.building.choosing import known_choice
+from reap2gguf.building.fit_stage import Fit
 from reap2gguf.building.given_stage import GivenImportance
 from reap2gguf.building.needs.amount import is_small
-from reap2gguf.building.needs.estimate import ALL, Reused
+from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
+from reap2gguf.building.record import expert_tokens
 from reap2gguf.building.stage import Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
 from reap2gguf.building.standing import standing
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from reap2gguf.progress import Silent
+from reap2gguf.pruning.coverage import (
+    coverage_record,
+    importance_record,
+    observed_notes,
+    selection_notes,
+)
 from reap2gguf.pruning.view import PrunedView
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
+    from reap2gguf.pruning.select import Kept
 
-_BEFORE_EXPORT = 5  # stages
+_BEFORE_EXPORT = ("texts", "observe", "choose", "prune", "imatrix")
 
 
 def find_reused(plan: Plan) -> Reused:
@@ -45,19 +56,23 @@ def _find(plan: Plan) -> Reused:
     if (finished := _in_finished_bundle(run)) is not None:
         return finished
     texts = ReadTexts(run) if plan.reads_texts else None
+    known = _given_coverage(run)
     found = _shared_texts(texts) if texts is not None and _may_reuse(run) else None
     is_there = found is not None
     if texts is not None:
         if found is None and is_small(plan):
             found = texts.read()
         if found is None:
-            return Reused(written_bytes=work.written_bytes())
+            return Reused(written_bytes=work.written_bytes(), coverage=known)
         texts.result = found = texts.divided(found)
+    done: list[str] = ["texts"] if is_there else []
     try:
-        done = tuple(_done(run, texts)) if _may_reuse(run) else ()
+        if _may_reuse(run):
+            known = _add_done(run, texts, done, known)
     except (Reap2ggufError, OSError):
-        done = ()
-    return Reused((("texts",) if is_there else ()) + done, found, None, work.written_bytes())
+        del done[is_there:]
+    written = work.written_bytes()
+    return Reused(tuple(done), found, None, written, coverage=known)
 
 
 def _in_finished_bundle(run: Run) -> Reused | None:
@@ -69,8 +84,11 @@ def _in_finished_bundle(run: Run) -> Reused | None:
     written += 0 if found.manifest.hf is None else found.manifest.hf.n_bytes
     missing = frozenset(recipe.name for recipe in found.missing)
     # what is added is not measured with the rest
-    stages = (*ALL[:_BEFORE_EXPORT], "evaluate") if missing else ALL
-    return Reused(stages, None, missing, written, found.is_up_to_date)
+    done = tuple(name for name in ALL if name != "fit" or run.plan.sized is not None)
+    stages = (*_BEFORE_EXPORT, "evaluate") if missing else done
+    importance = found.manifest.calibration.imatrix_coverage
+    known = KnownCoverage(found.manifest.pruning.coverage, (), importance)
+    return Reused(stages, None, missing, written, found.is_up_to_date, known)
 
 
 def _may_reuse(run: Run) -> bool:
@@ -85,38 +103,84 @@ def _shared_texts(stage: ReadTexts) -> Texts | None:
         return None
 
 
-def _done(run: Run, texts: ReadTexts | None) -> Iterator[str]:
-    """The names of the stages after the texts that are done, up to the first whose key needs more
-    than is there."""
+def _add_done(
+    run: Run, texts: ReadTexts | None, done: list[str], known: KnownCoverage
+) -> KnownCoverage:
+    """Add the names of the stages after the texts that are done, up to the first whose key needs
+    more than is there; what is known of the tokens of experts then."""
     plan = run.plan
     observed = None
     if plan.observes:
         observed = Observe(run, needed(texts))
         if not _is_done(observed):
-            return
-        yield observed.name
+            return known
+        done.append(observed.name)
+    seen = observations_of(plan, observed)
     if plan.chooses:
         choose = Choose(run, needed(texts), candidates_of(plan, needed(texts), observed))
         if not _is_done(choose):
-            return
-        yield choose.name
+            return _observed(seen, None)
+        done.append(choose.name)
         plan = run.settle(replace(plan, choice=choose.result))
-    kept = known_choice(run, observations_of(plan, observed))
+    kept = known_choice(run, seen)
+    known = replace(_observed(seen, kept), importance=known.importance)
     if kept is None:
-        return
+        return known
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
-        yield prune.name
+        done.append(prune.name)
     importance = (
         Importance(run, pruned, texts)
         if plan.imatrix is None
         else GivenImportance(run, pruned, texts, plan.imatrix)
     )
+    if plan.imatrix is not None:
+        found = importance_record(layer_hits(plan.imatrix.of(kept)))
+        known = replace(known, importance=found)
+    done += _written(run, pruned, importance)
+    if plan.imatrix is None and importance.name in done:
+        known = replace(known, importance=importance_record(expert_tokens(importance.facts)))
+    return known
+
+
+def _written(
+    run: Run, pruned: PrunedView, importance: Importance | GivenImportance
+) -> Iterator[str]:
+    """The importance matrix and the stages that need it, as far as they are done."""
+    if _is_done(importance):
+        yield importance.name
     export = Export(run, pruned, importance)
-    stages: tuple[Stage[Any], ...] = (importance, export, Verify(run, pruned, export))
-    for stage in stages:
-        if _is_done(stage):
-            yield stage.name
+    if run.plan.sized is not None:
+        fit = Fit(run, pruned, importance, export.names())
+        if not _is_done(fit):
+            return
+        yield fit.name
+        run.plan = run.plan.with_types(fit.result)
+    stages: tuple[Stage[Any], ...] = (export, Verify(run, pruned, export))
+    yield from (stage.name for stage in stages if _is_done(stage))
+
+
+def _given_coverage(run: Run) -> KnownCoverage:
+    """What given files say, before anything of an earlier run is looked at."""
+    plan = run.plan
+    seen = observations_of(plan, None)
+    kept = None
+    if (seen is not None or not plan.target.prunes) and not plan.chooses:
+        kept = known_choice(run, seen)
+    known = _observed(seen, kept)
+    if plan.imatrix is not None and (kept is not None or plan.imatrix.cut_from is None):
+        hits = layer_hits(plan.imatrix.of(kept or {}))
+        known = replace(known, importance=importance_record(hits))
+    return known
+
+
+def _observed(seen: Observations | None, kept: Kept | None) -> KnownCoverage:
+    """The tokens by which experts are ranked, and what they mean for the choice if it is known."""
+    if seen is None:
+        return KnownCoverage()
+    if kept is None:
+        return KnownCoverage(None, tuple(observed_notes(seen)))
+    return KnownCoverage(coverage_record(seen, kept), tuple(selection_notes(seen, kept)))
 
 
 def _is_done(stage: Stage[Any]) -> bool:

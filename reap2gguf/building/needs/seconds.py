@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from reap2gguf.building.needs.sizes import Sizes
     from reap2gguf.building.needs.speed import Speed
     from reap2gguf.building.plan import Plan
+    from reap2gguf.building.sized import SizedFile
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
     Recipes = Sequence[ResolvedRecipe]
 
 STAGES = (
     *("start", "texts", "observe", "choose", "prune"),
-    *("imatrix", "export", "verify", "evaluate", "finish"),
+    *("imatrix", "fit", "export", "verify", "evaluate", "finish"),
 )
 
 # Seconds on the reference machine of speed.py, of Python code where nothing else is said.
@@ -74,6 +75,8 @@ _BUS_BYTES = 2e10  # per second, to the GPU and back
 _MEMORY_BYTES = 5e9  # per second, to copy or compare what is in memory
 _HELD_BACK = 0.1  # of the memory that is free: what Linux does not write to a disk at once
 _DEQUANTIZE = 0.5e-9  # per weight and core
+_COMPARED = 8e-9  # to read a sampled weight of one type back, and to add its error up
+_CHOOSING = 1.0  # types for all tensors
 _PARALLEL = 0.85  # of the threads, in a pass on a CPU and in an export
 
 # A pass on a CPU, per position and layer.
@@ -127,7 +130,7 @@ def stage_seconds(
     if plan.reads_texts:
         found["texts"] = _texts(plan, amount, host)
     # the first pass reads the weights from the disk; later ones find what stays in memory
-    reading = _read_seconds(source.n_bytes, host, is_first=True)
+    reading = _read_seconds(source.n_stored_bytes, host, is_first=True)
     waiting = max(reading, source.unfetched_bytes / host.download_bytes)
     if plan.observes:
         passing = _pass(plan, sizes, amount.n_tokens, amount, host)
@@ -146,6 +149,8 @@ def stage_seconds(
         found["imatrix"] = max(passing, waiting, spooling) + python * _PASS
     else:
         found["imatrix"] = python * _GIVEN
+    if plan.sized is not None:
+        found["fit"] = _fit(plan.sized, host)
     gpu_factor = host.gpu_factor if pays_on_gpu else None
     found["export"] = _export(recipes, host, gpu_factor)
     found["verify"] = _verify(plan, recipes, sizes, disk, host, gpu_factor)
@@ -159,13 +164,14 @@ def critical_path(stages: Mapping[str, float], host: Host) -> float:
 
     Prune and export share the disk and the processor. A sweep on a GPU needs neither, so the longer
     of the two counts. A sweep on a CPU leaves nothing to an export that computes; the safetensors
-    are written meanwhile. With one thread nothing overlaps.
+    are written meanwhile. An export whose types are chosen after a sweep waits for it. With one
+    thread nothing overlaps.
     """
     prune, imatrix, export = (stages[name] for name in ("prune", "imatrix", "export"))
     alone = sum(stages.values()) - prune - imatrix - export
     if host.cores == 1:
         return alone + prune + imatrix + export
-    if host.gpu_factor is not None:
+    if host.gpu_factor is not None and not stages["fit"]:
         return alone + max(imatrix, prune + export)
     return alone + max(imatrix, prune) + export
 
@@ -225,7 +231,10 @@ def _evaluate(plan: Plan, sizes: Sizes, amount: Amount, recipes: Recipes, host: 
     n_variants = 1 + plan.writes_hf + len(recipes)
     passing = _scoring(plan, sizes, amount, n_variants, n_tokens, host)
     n_weights = sum(prod(entry.tensor.shape) for recipe in recipes for entry in recipe.table)
-    reading = _read_seconds(plan.checkpoint.n_bytes, host) + _DEQUANTIZE * n_weights / host.parallel
+    reading = (
+        _read_seconds(plan.checkpoint.n_stored_bytes, host)
+        + _DEQUANTIZE * n_weights / host.parallel
+    )
     return max(passing, reading) + python * n_variants * _PASS
 
 
@@ -258,6 +267,17 @@ def _quantized(recipes: Recipes) -> dict[tuple[str, GGMLQuantizationType], int]:
         for recipe in recipes
         for entry in recipe.table
     }
+
+
+def _fit(sized: SizedFile, host: Host) -> float:
+    """Sampled rows of each tensor, quantized to all types and compared, and then the choice."""
+    seconds = tables = 0.0
+    for kind, n_values in sized.sampled.items():
+        seconds += n_values * _COMPARED
+        if host.gpu_factor is None or kind not in FORMS:
+            seconds += host.speed.quantize_seconds(kind, n_values)
+        tables += host.speed.table_seconds(kind) if n_values else 0.0
+    return seconds / host.parallel + tables + _CHOOSING * host.speed.python
 
 
 def _export(recipes: Recipes, host: Host, gpu_factor: float | None) -> float:

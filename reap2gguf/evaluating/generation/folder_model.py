@@ -41,7 +41,7 @@ class TransformersGenerator:
             options.device == "auto" and torch.cuda.is_available()
         )
         with Checkpoint.open(folder) as checkpoint:
-            n_bytes = sum(one.n_bytes for one in checkpoint.tensors.values())
+            n_bytes = checkpoint.dequantized().n_bytes  # as transformers does, where it must
         check_fits(folder, n_bytes, "cuda" if on_gpu else "cpu")
         self._folder, self._options = folder, options
         self._tokenizer = Tokenizer(folder)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from reap2gguf.building import stages
-from reap2gguf.building.needs.estimate import ALL
+from reap2gguf.building.needs.estimate import ALL, KnownCoverage
 from reap2gguf.building.needs.reuse import find_reused
 from reap2gguf.building.plan import make_plan
+from reap2gguf.gguf_files.imatrix import load_imatrix, save_both
+from reap2gguf.gguf_files.imatrix_coverage import layer_hits
 from tests.building.builds import build, options, refuse_at, stop_before_export
 
 
@@ -67,3 +69,29 @@ def test_a_build_that_starts_from_scratch(
         with pytest.raises(KeyboardInterrupt):
             build(tiny, out, fresh=True)
     assert find_reused(plan).stages == ()
+
+
+def test_the_tokens_of_experts_are_known_from_what_is_there(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert find_reused(make_plan(options(tiny, out))).coverage == KnownCoverage()
+    stop_before_export(tiny, out, monkeypatch)
+    found = find_reused(make_plan(options(tiny, out, recipes=("bf16",)))).coverage
+    result = build(tiny, out)
+    pruning, calibration = result.manifest.pruning, result.manifest.calibration
+    assert found.observed == pruning.coverage
+    assert found.importance == calibration.imatrix_coverage
+    assert found.observed_lines[0].startswith("experts: fewest tokens ")
+    assert found.importance is not None
+    matrix = load_imatrix(result.gguf_folder / "imatrix.gguf")
+    assert found.importance.tokens == layer_hits(matrix)
+    # of a finished bundle
+    again = find_reused(make_plan(options(tiny, out, recipes=("q8_0", "bf16")))).coverage
+    assert (again.observed, again.importance) == (found.observed, found.importance)
+    # of given files, whatever the output has
+    save_both(matrix, tmp_path / "given.gguf")
+    (observations,) = (out / ".work" / "observations").iterdir()
+    given = {"imatrix": tmp_path / "given.gguf", "observations": observations}
+    theirs = find_reused(make_plan(options(tiny, tmp_path / "new", **given))).coverage
+    assert theirs == found

@@ -1,0 +1,124 @@
+"""A budget for experts and bits together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reap2gguf.api.opening import PathLike, ProgressLike, open_named, to_progress
+from reap2gguf.errors import UsageError
+from reap2gguf.options import (
+    ComputeOptions,
+    check_choice,
+    check_number,
+    check_path,
+    given_or_new,
+)
+from reap2gguf.pruning.methods import OBSERVED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from reap2gguf.checkpoint.checkpoint import Checkpoint
+    from reap2gguf.fitting.trading import Candidate
+    from reap2gguf.models.description import ModelFacts
+    from reap2gguf.pruning.select import Kept
+
+_CHUNK = 512  # tokens, of which half are scored
+_SHARES = (1.0, 0.875, 0.75, 0.625, 0.5)  # of the experts, where no numbers are given
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """What each number of experts costs in a budget, and the number that costs least."""
+
+    candidates: tuple[Candidate, ...]
+    best: Candidate
+    n_scored: int  # tokens on which pruning was measured
+
+
+def weigh_budget(
+    model: PathLike,
+    *,
+    observations: PathLike,
+    imatrix: PathLike,
+    target_size: int | None = None,
+    target_bpw: float | None = None,
+    fit: int | None = None,
+    fit_context: int | None = None,
+    keep_experts: Sequence[int] | None = None,
+    method: str = "reap",
+    text: str = "held-out",
+    chunks: int = 16,
+    compute: ComputeOptions | None = None,
+    follow_links: bool = False,
+    progress: ProgressLike = None,
+) -> BudgetResult:
+    """Weigh dropping experts against fewer bits, for one target; nothing is written.
+
+    For each number in `keep_experts` (by default all, 7/8, 3/4, 5/8 and half of them): the KL
+    divergence that pruning costs, measured on the first `chunks` chunks of a text, and the one that
+    quantizing to the target is predicted to cost. `observations` and `imatrix` are of MODEL, before
+    pruning. Raises UsageError for a number that the model cannot have and if no number fits the
+    target, ArtifactError for files of another model, and what opening a model raises.
+    """
+    from reap2gguf.evaluating.texts import cut_text, fitting_chunk, read_text
+    from reap2gguf.fitting.errors_table import Where
+    from reap2gguf.fitting.target import SizeTarget
+    from reap2gguf.fitting.trading import Source, weigh
+    from reap2gguf.tokenizer.tokenizer import Tokenizer
+
+    target = SizeTarget.of(target_size, target_bpw, fit, fit_context)
+    if target is None:
+        raise UsageError("pass a target: target_size, target_bpw or fit")
+    check_choice("method", method, tuple(OBSERVED))
+    check_number("chunks", chunks, 2)
+    compute = given_or_new("compute", compute, ComputeOptions)
+    seen, given = check_path("observations", observations), check_path("imatrix", imatrix)
+    shown = to_progress(progress)
+    with open_named(model, shown, follow_links=follow_links) as opened:
+        opened.check_tokenizer()
+        facts, folder = opened.model.facts, opened.source.folder
+        counts = _counts(facts, keep_experts)
+        source = Source(opened.checkpoint, opened.model, opened.source.short_name, given)
+        choices = _choices(opened.checkpoint, facts, seen, counts, method)
+        label, content = read_text(text, shown.note)
+        size = fitting_chunk(_CHUNK, facts.context_length, shown.note)
+        cut = cut_text(label, content, Tokenizer(folder), facts.vocab_size, size, chunks)
+        where = Where(compute.device, compute.threads)
+        found = weigh(source, choices, target, cut.rows, compute, where, shown)
+    best = min(found, key=lambda one: (one.damage, -one.n_experts))
+    return BudgetResult(tuple(found), best, cut.record.n_scored)
+
+
+def _counts(facts: ModelFacts, asked: Sequence[int] | None) -> list[int]:
+    """How many experts may stay, the most first. Raises UsageError for a wrong number."""
+    from reap2gguf.pruning.select import choose_target
+
+    if asked is None:
+        asked = [round(share * facts.n_experts) for share in _SHARES]
+        asked = [count for count in asked if count >= facts.experts_per_token]
+    if not asked:
+        raise UsageError("keep_experts is empty, expected numbers of experts, such as 128, 96")
+    return sorted({choose_target(facts, count, None).n_kept for count in asked}, reverse=True)
+
+
+def _choices(
+    checkpoint: Checkpoint, facts: ModelFacts, file: Path, counts: Sequence[int], method: str
+) -> dict[int, Kept]:
+    """The experts that stay, for each number."""
+    from reap2gguf.artifacts.observations import Observations
+    from reap2gguf.building.given import check_same_model
+    from reap2gguf.pruning.select import choose_target, select_experts
+
+    seen = Observations.load(file)
+    check_same_model(seen, checkpoint, str(file))
+    found: dict[int, Kept] = {}
+    for count in counts:
+        target = choose_target(facts, count, None)
+        if target.prunes:
+            found[count] = select_experts(seen, method, target, facts)
+        else:
+            found[count] = dict.fromkeys(facts.moe_layers, tuple(range(count)))
+    return found

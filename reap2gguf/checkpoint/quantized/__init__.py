@@ -1,0 +1,1 @@
+"""Weights that a checkpoint stores as numbers of few bits and their scales, read as floats."""

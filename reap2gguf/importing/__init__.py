@@ -1,0 +1,1 @@
+"""Recipes from outside: from the types of a GGUF file, and from commands of other programs."""

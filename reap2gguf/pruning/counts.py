@@ -1,0 +1,25 @@
+"""How many experts stay, as it is asked for."""
+
+from __future__ import annotations
+
+from reap2gguf.errors import UsageError
+
+
+def check_counts(keep_experts: object, compression: object) -> None:
+    """Raise UsageError for values that fit no model; `choose_target` knows each model's bounds."""
+    if keep_experts is not None and type(keep_experts) is not int:
+        raise UsageError(f"keep_experts is {keep_experts!r}, expected a whole number")
+    is_number = isinstance(compression, int | float) and not isinstance(compression, bool)
+    if compression is not None and not is_number:
+        raise UsageError(f"compression is {compression!r}, expected a number, such as 0.25")
+    if keep_experts is not None and compression is not None:
+        raise UsageError(
+            "--keep-experts and --compression both set the number of experts; pass one of them"
+        )
+    if keep_experts is not None and keep_experts < 1:
+        raise UsageError(f"--keep-experts {keep_experts}: expected 1 or more")
+    if isinstance(compression, int | float) and not 0 <= compression < 1:
+        hint = (
+            f"; for {compression:g} % pass {compression / 100:g}" if 2 <= compression < 100 else ""
+        )
+        raise UsageError(f"--compression {compression:g}: expected 0 or more and less than 1{hint}")
