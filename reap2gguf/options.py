@@ -282,6 +282,7 @@ class BuildOptions:
     repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
+    kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
     imatrix_from: str = "pruned"  # the model whose sums are taken; source: as it is ranked
@@ -329,7 +330,7 @@ class BuildOptions:
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
         object.__setattr__(self, "output", check_path("output", self.output))
-        for name in ("observations", "imatrix", "imatrix_text", "choose_text"):
+        for name in ("kept", "observations", "imatrix", "imatrix_text", "choose_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
         for name in ("imatrix", "imatrix_text", "imatrix_chunks"):
