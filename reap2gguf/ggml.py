@@ -23,6 +23,8 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.errors import DependencyError
+from reap2gguf.gguf_files.tensor_types import IkType, block_of
+from reap2gguf.quantizing.ik.workers import ik_workers
 from reap2gguf.vendor import LIBRARIES, VARIABLE, requested_folder, requested_libggml
 
 Floats = npt.NDArray[np.float32]
@@ -93,6 +95,8 @@ class Ggml:
         """
         self.check_request(rows.shape, tensor_type, importance)
         target = self._quantize(rows, tensor_type, importance)
+        if isinstance(tensor_type, IkType):
+            return target  # its own library has validated it
         if not self._library.ggml_validate_row_data(
             tensor_type.value, target.ctypes.data, target.nbytes
         ):
@@ -109,9 +113,9 @@ class Ggml:
     ) -> None:
         """Raises ValueError if rows of this shape (R, C) cannot be quantized to a type."""
         n_columns = shape[1]
-        if tensor_type not in STORABLE:
+        if not holds_weights(tensor_type):
             raise ValueError(f"{tensor_type.name} cannot hold weights")
-        block = GGML_QUANT_SIZES[tensor_type][0]
+        block = block_of(tensor_type)[0]
         if n_columns % block:
             raise ValueError(
                 f"rows of {n_columns} are not a multiple of {tensor_type.name}'s block {block}"
@@ -154,6 +158,8 @@ class Ggml:
     def _quantize(
         self, rows: Floats, tensor_type: GGMLQuantizationType, importance: Floats | None
     ) -> Bytes:
+        if isinstance(tensor_type, IkType):
+            return ik_workers().quantize(rows, tensor_type, importance)
         n_rows, n_columns = rows.shape
         block, size = GGML_QUANT_SIZES[tensor_type]
         source = np.ascontiguousarray(rows, dtype=np.float32)
@@ -174,6 +180,8 @@ class Ggml:
     def dequantize(self, raw: Bytes, tensor_type: GGMLQuantizationType) -> Floats:
         """The float32 values (R, C) of rows (R, bytes of a row) stored as `tensor_type`."""
         raw = np.ascontiguousarray(raw)
+        if isinstance(tensor_type, IkType):
+            return ik_workers().dequantize(raw, tensor_type)
         if tensor_type is GGMLQuantizationType.F32:
             return raw.view(np.float32)
         if tensor_type is GGMLQuantizationType.F16:
@@ -195,6 +203,11 @@ class Ggml:
                 "install libggml-python>=0.20.2"
             )
         return traits
+
+
+def holds_weights(tensor_type: GGMLQuantizationType) -> bool:
+    """Whether a weight can be stored in a type, by llama.cpp or by ik_llama.cpp alone."""
+    return tensor_type in STORABLE or isinstance(tensor_type, IkType)
 
 
 def is_tiny(largest: float, tensor_type: GGMLQuantizationType) -> bool:

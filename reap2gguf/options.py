@@ -21,6 +21,7 @@ from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
+IMATRIX_FROM_CHOICES = ("pruned", "source")
 DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")
@@ -282,6 +283,7 @@ class BuildOptions:
     kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
     observations: Path | None = None  # that `observe` wrote: they take the place of that stage
     imatrix: Path | None = None  # .gguf or .dat, in place of the one that would be computed
+    imatrix_from: str = "pruned"  # the model whose sums are taken; source: as it is ranked
     imatrix_text: Path | None = None
     chunk: int = 512  # tokens per chunk of the importance matrix
     imatrix_chunks: int | None = None  # most chunks; None: as many tokens as rows may have
@@ -320,6 +322,7 @@ class BuildOptions:
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)
+        check_choice("imatrix_from", self.imatrix_from, IMATRIX_FROM_CHOICES)
         check_number("chunk", self.chunk, 8)
         if self.imatrix_chunks is not None:
             check_number("imatrix_chunks", self.imatrix_chunks, 1)
@@ -327,11 +330,14 @@ class BuildOptions:
         for name in ("kept", "observations", "imatrix", "imatrix_text", "choose_text"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_path(name, path))
+        for name in ("imatrix", "imatrix_text", "imatrix_chunks"):
+            if self.imatrix_from == "source" and getattr(self, name) is not None:
+                raise UsageError(
+                    f"--imatrix-from source and --{name.replace('_', '-')} exclude each other: its "
+                    "sums are of the calibration rows; leave one of them out"
+                )
         if self.imatrix is not None and self.imatrix_text is not None:
-            raise UsageError(
-                "--imatrix and --imatrix-text exclude each other: an importance matrix that is "
-                "there is not computed; pass one of them"
-            )
+            raise UsageError("--imatrix and --imatrix-text exclude each other; pass one of them")
 
     @property
     def target(self) -> SizeTarget | None:

@@ -20,6 +20,7 @@ from reap2gguf.options import (
     CheckQuants,
     ComputeOptions,
     Resume,
+    check_bool,
     check_choice,
     check_labels,
     check_number,
@@ -67,10 +68,13 @@ def observe(
     calibration: CalibrationOptions | None = None,
     compute: ComputeOptions | None = None,
     follow_links: bool = False,
+    imatrix_sums: bool = False,
     progress: ProgressLike = None,
 ) -> Observations:
     """Record what each expert of MODEL does on calibration text, and write it to `output`.
 
+    With `imatrix_sums` the file also has the sums of an importance matrix of all experts, for
+    builds with `imatrix_from="source"`.
     An interrupted call resumes from the layer that `OUTPUT.state` holds. Every process of torchrun
     returns the sums of all; the first one writes them. Raises CalibrationError, ObservationError,
     OutputError, and what opening a model raises.
@@ -80,6 +84,7 @@ def observe(
     from reap2gguf.calibration.spec import decide
 
     # what can be refused without torch is refused before it is loaded
+    check_bool("imatrix_sums", imatrix_sums)
     compute = given_or_new("compute", compute, ComputeOptions)
     decided = decide(given_or_new("calibration", calibration, CalibrationOptions))
     files = ScannedFiles()
@@ -101,9 +106,11 @@ def observe(
             tokenizer = Tokenizer(opened.source.folder)
             rows = observation_rows(tokenizer, decided, length, facts.vocab_size, shown, files)
         peers.make_folder()
-        where = _resuming(compute, output, opened.checkpoint, rows.sha256)
+        key = rows.sha256 + ("with imatrix" if imatrix_sums else "")
+        where = _resuming(compute, output, opened.checkpoint, key)
         with working(shown, "Loading torch and the first layer"):
-            seen = passes.observe(opened.checkpoint, opened.model, rows, where, shown)
+            of = opened.checkpoint, opened.model, rows
+            seen = passes.observe(*of, where, shown, imatrix_sums)
     for line in observed_notes(seen):
         shown.note(line)
     peers.end(lambda: seen.save(output))
@@ -265,6 +272,7 @@ def quantize(
     from reap2gguf.bundle.layout import model_file
     from reap2gguf.exporting.model_files import WeightedBy
     from reap2gguf.gguf_files.imatrix import Imatrix
+    from reap2gguf.quantizing.ik.workers import check_installed
     from reap2gguf.quantizing.overrides import read_overrides
     from reap2gguf.quantizing.recipe import find_recipe, load_recipes
     from reap2gguf.quantizing.resolve import resolve
@@ -293,6 +301,7 @@ def quantize(
         facts = opened.model.facts
         tensors = opened.model.gguf_tensors(opened.checkpoint.tensors)
         resolved = resolve(asked, tensors, facts, facts.n_experts, weighted_by is not None)
+        check_installed([resolved])
         _export(opened, resolved, output, weighted_by, compute, shown)
     types = {tensor: one.name for tensor, one in resolved.tensor_types().items()}
     return QuantizeResult(output, output.stat().st_size, resolved.bits_per_weight, types)

@@ -17,6 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from reap2gguf.artifacts.made_with import MADE_WITH, decode, encode
+from reap2gguf.artifacts.observed_sums import (
+    IMATRIX,
+    ObservedSums,
+    check_header,
+    is_sum,
+    packed,
+    unpacked,
+)
 from reap2gguf.checkpoint.safetensors_header import (
     FileTensor,
     StoredTensor,
@@ -76,13 +84,15 @@ class Observations:
     n_mtp_hits: int = 0  # next-next tokens that an MTP block predicted right
     n_mtp_tokens: int = 0  # next-next tokens that it was asked for, on some of the rows
     made_with: Mapping[str, str] = field(default_factory=dict)  # versions of what computed it
+    imatrix: ObservedSums | None = None  # of all experts, on the same rows, if it was asked for
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises OutputError if the disk refuses."""
-        arrays = named_layers(self.layers)
+        sums, said = packed(self.imatrix)
+        arrays = named_layers(self.layers) | sums
         is_complete = all(seen.is_complete for seen in self.layers.values())
         version = FORMAT_VERSION if is_complete else _OLD_VERSION
-        metadata = {name: str(getattr(self, name)) for name in _METADATA}
+        metadata = {name: str(getattr(self, name)) for name in _METADATA} | said
         metadata[MADE_WITH] = encode(self.made_with)
         write_arrays(path, arrays, metadata | {"format_version": version})
 
@@ -98,7 +108,9 @@ class Observations:
                     f"{' or '.join(map(repr, _PARTS))}; is this an observations file? "
                     "`reap2gguf observe` writes one"
                 )
-            layers = _read_layers(path, header, _PARTS[version])
+            sums = _read_sums(path, header, metadata.get(IMATRIX))
+            others = {name: one for name, one in header.items() if name not in sums}
+            layers = _read_layers(path, others, _PARTS[version])
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
         try:
@@ -108,12 +120,17 @@ class Observations:
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: its metadata is incomplete ({error})") from error
         try:
-            check_arrays(metadata, named_layers(layers))
+            check_arrays(metadata, named_layers(layers) | sums)
         except ValueError as error:
             raise ArtifactError(
                 f"{path}: damaged ({error}); remove it and run the same command again"
             ) from error
-        return cls(layers=layers, made_with=made_with, **numbers, **words)  # type: ignore[arg-type]
+        try:
+            imatrix = unpacked(metadata.get(IMATRIX), sums)
+        except ValueError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        said = {**numbers, **words}
+        return cls(layers=layers, made_with=made_with, imatrix=imatrix, **said)  # type: ignore[arg-type]
 
 
 # the arrays of each layer, by format version
@@ -123,7 +140,7 @@ _PARTS = {
     FORMAT_VERSION: tuple(part.name for part in fields(LayerObservation)),
 }
 _METADATA = [
-    entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH)
+    entry.name for entry in fields(Observations) if entry.name not in ("layers", MADE_WITH, IMATRIX)
 ]
 _NUMBERS = [name for name in _METADATA if name.startswith("n_")]
 
@@ -158,6 +175,18 @@ def _whole_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"{name} is {shown(text)}")
     return int(text)
+
+
+def _read_sums(
+    path: Path, header: Mapping[str, FileTensor], said: str | None
+) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an importance matrix; none if the file has none."""
+    try:
+        check_header(header, said)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}; run `reap2gguf observe` again") from error
+    with TensorFiles(path.parent, {}, header, (path,)) as stored:
+        return {name: stored.read(name) for name in header if is_sum(name)}
 
 
 def _read_layers(

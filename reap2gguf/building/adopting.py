@@ -17,10 +17,11 @@ from gguf import LlamaFileType
 from reap2gguf.bundle.layout import model_file
 from reap2gguf.bundle.manifest import FileRecord, GgufRecord, hash_file
 from reap2gguf.errors import OutputError, UsageError, VerificationError
-from reap2gguf.gguf_files.reader import read_gguf_header, row_bytes
+from reap2gguf.gguf_files.reader import read_gguf_header
 from reap2gguf.gguf_files.split import parse_part_name
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.messages import shown
-from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
 from reap2gguf.quantizing.recipe import check_label
 from reap2gguf.verifying.gguf_file import ExpectedGguf, check_gguf
 
@@ -92,7 +93,7 @@ def adopt(
 def _file_type(path: Path, header: GgufHeader) -> str:
     """The name of the file type in a header."""
     number = header.metadata.get("general.file_type")
-    for name, mixture in MIXTURES.items():
+    for name, mixture in (MIXTURES | IK_MIXTURES).items():
         if isinstance(number, int) and number == mixture.file_type.value:
             return name
     known = number in {one.value for one in LlamaFileType}

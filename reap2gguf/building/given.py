@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.bundle.layout import OBSERVATIONS_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.errors import ArtifactError, UsageError
-from reap2gguf.gguf_files.imatrix import Imatrix, load_imatrix
+from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry, load_imatrix
 from reap2gguf.gguf_files.imatrix_coverage import ImatrixCoverage, coverage, shapes_of
 from reap2gguf.gguf_files.imatrix_fit import cut, fit, n_experts_in, n_experts_of, with_experts
 from reap2gguf.messages import one_line, shown
 from reap2gguf.pruning.methods import FROM_WEIGHTS, is_from_weights
 from reap2gguf.pruning.select import select_experts
+from reap2gguf.quantizing.minimum import check_minimum
 
 if TYPE_CHECKING:
+    from reap2gguf.artifacts.observed_sums import ObservedSums
     from reap2gguf.bundle.layout import BundleFolders
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.description import GgufTensor, ModelFacts
+    from reap2gguf.options import BuildOptions
     from reap2gguf.pruning.select import Kept, Target
+    from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class GivenImatrix:
     coverage: ImatrixCoverage  # of the model before pruning, if it is of that one
     cut_from: int | None = None  # experts per layer, if there are more than the result has
     left_out: tuple[str, ...] = ()  # entries of tensors that the model does not have
+    is_observed: bool = False  # it comes with observations, and is no file of its own
 
     def of(self, kept: Kept) -> Imatrix:
         """The matrix of the result, which keeps these experts."""
@@ -137,21 +143,97 @@ def read_imatrix(
     Raises ArtifactError if it is broken or of another model.
     """
     file, sha256 = _named(path)
-    found = load_imatrix(file)
+    found = _fitted(load_imatrix(file), str(path), tensors, n_before, mtp_block)
+    return replace(found, file=one_line(path.name), sha256=sha256)
+
+
+def imatrix_of(
+    seen: Observations,
+    sha256: str,
+    where: str,
+    tensors: Sequence[GgufTensor],
+    n_before: int,
+    mtp_block: int | None = None,
+) -> GivenImatrix:
+    """The importance matrix that comes with observations, whose file has this hash.
+
+    Raises ArtifactError, which begins with `where`, if they carry none or one of another model.
+    """
+    if seen.imatrix is None:
+        raise ArtifactError(
+            f"{where}: these observations carry no sums for an importance matrix, which "
+            "--imatrix-from source needs; make them again with `reap2gguf observe "
+            "--imatrix-sums`, or leave --imatrix-from out for a second pass"
+        )
+    found = _fitted(matrix_of(seen.imatrix, seen.calibration), where, tensors, n_before, mtp_block)
+    return replace(found, file=OBSERVATIONS_FILE, sha256=sha256, is_observed=True)
+
+
+def matrix_of(sums: ObservedSums, dataset: str) -> Imatrix:
+    """The importance matrix of observed sums: each row is a chunk of its own."""
+    entries = {name: ImatrixEntry(name, one.sums, one.counts) for name, one in sums.entries.items()}
+    return Imatrix(entries, dataset, sums.n_chunks, sums.chunk_size)
+
+
+def given_imatrix(
+    options: BuildOptions,
+    facts: ModelFacts,
+    tensors: Sequence[GgufTensor],
+    observations: GivenObservations | None,
+) -> GivenImatrix | None:
+    """An importance matrix in place of one that would be computed: a file, or of observations.
+
+    Raises what `read_imatrix` and `imatrix_of` raise, and UsageError if no pass would take sums.
+    """
+    of = facts.n_experts, facts.mtp_layer
+    way = f"--method {options.method} ranks the experts by their weights"
+    if options.kept is not None:
+        way = "--kept names the experts"
+    if options.imatrix_from == "source" and (options.kept or is_from_weights(options.method)):
+        raise UsageError(
+            f"--imatrix-from source: {way}, in no pass that could take the sums; leave "
+            "--imatrix-from out"
+        )
+    if options.imatrix is not None:
+        return read_imatrix(options.imatrix, tensors, *of)
+    if observations is None or options.imatrix_from != "source":
+        return None
+    where = str(options.observations)
+    return imatrix_of(observations.seen, observations.sha256, where, tensors, *of)
+
+
+def check_given_minimum(
+    recipes: Sequence[ResolvedRecipe], given: GivenImatrix, kept: Kept | None
+) -> None:
+    """Raise RecipeError if an importance matrix that is there has less than a recipe asks for.
+
+    One of the model before pruning has more experts than will stay: it is asked when it is known
+    which ones (`kept`).
+    """
+    if given.cut_from is not None and kept is None:
+        return
+    for recipe in recipes:
+        if recipe.asks_importance:
+            check_minimum(recipe, given.of(kept or {}), given.file)
+
+
+def _fitted(
+    found: Imatrix,
+    where: str,
+    tensors: Sequence[GgufTensor],
+    n_before: int | None,
+    mtp_block: int | None,
+) -> GivenImatrix:
+    """A matrix in the shapes of a model, or of the model before pruning if it is of that one."""
     shapes = shapes_of(tensors)
-    n_found = n_experts_in(found, shapes, str(path))
+    n_found = n_experts_in(found, shapes, where)
     is_whole = n_found is not None and n_found == n_before != n_experts_of(shapes)
     if is_whole and n_found is not None:
         shapes = with_experts(shapes, n_found)
-    fitted = fit(found, shapes, str(path))
-    return GivenImatrix(
-        one_line(path.name),
-        sha256,
-        fitted.imatrix,
-        coverage(fitted.imatrix, shapes, mtp_block),
-        n_found if is_whole else None,
-        fitted.left_out,
-    )
+    fitted = fit(found, shapes, where)
+    covered = coverage(fitted.imatrix, shapes, mtp_block)
+    cut_from = n_found if is_whole else None
+    return GivenImatrix(where, "", fitted.imatrix, covered, cut_from, fitted.left_out)
 
 
 def keep_given(folders: BundleFolders, given: Iterable[Path | None], writes_hf: bool) -> None:

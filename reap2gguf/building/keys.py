@@ -111,7 +111,7 @@ class BuildKeys:
             hashes,
             str(text),
             self.plan.reads_rows,
-            self.plan.imatrix is None,
+            self.plan.computes_imatrix,
             calibration.samples,
             calibration.seed,
             calibration.pack,
@@ -139,7 +139,13 @@ class BuildKeys:
             calibration.seed,
             *self._computing,
             self.plan.mtp,
+            *self._sums,
         )
+
+    @property
+    def _sums(self) -> list[str]:
+        """What only observations with the sums of an importance matrix depend on."""
+        return ["with imatrix", str(IMATRIX_FORMAT)] if self.plan.takes_sums else []
 
     def pruned(self, kept: Kept) -> str:
         """The key of the pruned model, in whatever format."""
@@ -191,6 +197,7 @@ class BuildKeys:
             plan.target.n_kept,
             plan.mtp,
             *self._computing,
+            *self._sums,
         )
 
     @property

@@ -10,6 +10,7 @@ With `--method auto` a stage measures which method of pruning is best, and the p
 A build that keeps all experts has nothing to observe and nothing to prune: it writes GGUF files
 alone. One that ranks experts by their weights has nothing to observe. Given observations, and a
 given importance matrix, take the place of the stages that make them; with both, no text is read.
+With `--imatrix-from source` the stage `observe` takes the sums of the importance matrix, too.
 Quality is measured where that is asked for, or costs little.
 
 `stages.py`, `choose_stage.py`, `verify_stage.py` and `evaluate_stage.py` declare each stage, and
@@ -34,10 +35,10 @@ from reap2gguf.building.choosing import chosen_experts, protected_of
 from reap2gguf.building.evaluate_stage import Evaluate
 from reap2gguf.building.extending import extend_finished
 from reap2gguf.building.fit_stage import Fit
-from reap2gguf.building.given_stage import GivenImportance
+from reap2gguf.building.given_stage import GivenImportance, importance_of
 from reap2gguf.building.needs.room import check_device, check_room
 from reap2gguf.building.needs.scoring import chunks_of
-from reap2gguf.building.plan import check_given_minimum, with_all_values
+from reap2gguf.building.plan import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.stage import BuildResult, Run, Stage
 from reap2gguf.building.stages import Export, Importance, Observe, Prune, ReadTexts, needed
@@ -114,13 +115,10 @@ def _run_stages(run: Run) -> BuildResult | None:
             *protection_notes(protected, plan.options.protection),
         ):
             run.progress.note(line)
-    run.agree(lambda: check_given_minimum(plan, kept))
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
-    importance = (
-        Importance(run, pruned, texts)
-        if plan.imatrix is None
-        else GivenImportance(run, pruned, texts, plan.imatrix)
-    )
+    importance = importance_of(run, pruned, texts, observed)
+    if isinstance(importance, GivenImportance):
+        run.agree(importance.check_minimum)
     prune = Prune(run, pruned) if plan.writes_hf else None
     written = [prune] if prune else []
     export = Export(run, pruned, importance)
@@ -150,6 +148,7 @@ def _run_stages(run: Run) -> BuildResult | None:
         {**importance.seals, **verify.result.seals},
         {stage.name: stage.made_with() for stage in (texts, observed, importance) if stage},
         evaluation=evaluate.result if evaluate else None,
+        given=importance.given if isinstance(importance, GivenImportance) else None,
     )
     manifest = write_record(plan, run.work, evidence, pruned)
     run.work.finalize(run.keys.inputs, [asdict(cost) for cost in run.costs])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
+    check_given_minimum,
+    given_imatrix,
     keep_given,
-    read_imatrix,
     read_observations,
 )
 from reap2gguf.building.given_kept import (
@@ -49,8 +50,9 @@ from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
 from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
+from reap2gguf.quantizing.ik.workers import check_installed
 from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
-from reap2gguf.quantizing.minimum import check_minimum, check_needed
+from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
@@ -112,8 +114,18 @@ class Plan:
     @property
     def asks_mtp(self) -> bool:
         """Whether an MTP block is asked on rows of the calibration, before pruning and after."""
-        asks = self.imatrix is None and self.model.facts.has_mtp
+        asks = self.computes_imatrix and self.model.facts.has_mtp
         return self.observes or (asks and not self.target.prunes)
+
+    @property
+    def takes_sums(self) -> bool:
+        """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
+        return self.observes and self.options.imatrix_from == "source"
+
+    @property
+    def computes_imatrix(self) -> bool:
+        """Whether the build makes a calibration pass for the importance matrix alone."""
+        return self.imatrix is None and not self.takes_sums
 
     @property
     def reads_rows(self) -> bool:
@@ -124,18 +136,18 @@ class Plan:
     @property
     def reads_calibration(self) -> bool:
         """Whether anything is read of the calibration."""
-        has_own_text = self.imatrix is not None or self.options.imatrix_text is not None
+        has_own_text = not self.computes_imatrix or self.options.imatrix_text is not None
         return self.reads_rows or not has_own_text
 
     @property
     def reads_texts(self) -> bool:
         """Whether any text is read at all."""
-        return self.reads_rows or self.imatrix is None
+        return self.reads_rows or self.computes_imatrix
 
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + (self.imatrix is None)
+        return self.observes + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -186,7 +198,7 @@ class Plan:
         if self.observations is not None:
             given = self.observations
             found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
-        if self.imatrix is not None:
+        if self.imatrix is not None and not self.imatrix.is_observed:
             found.append(InputRecord(IMATRIX_OPTION, self.imatrix.file, self.imatrix.sha256))
         if (text := self.options.imatrix_text) is not None:
             sha256 = self.files.text(text).sha256
@@ -273,10 +285,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     seen = None if observations is None else observations.seen
     if target.prunes and given_kept is None:
         check_protection(options.protection, seen, options.method, target, model.facts)
-    imatrix = None
-    if options.imatrix is not None:
-        of = model.facts.n_experts, model.facts.mtp_layer
-        imatrix = read_imatrix(options.imatrix, tensors, *of)
+    imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
     sides = side_files_here(model, checkpoint)
@@ -301,12 +310,13 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         imatrix=imatrix,
         sized=sized,
     )
+    check_installed(recipes)
     for recipe in recipes:
         why = "none is computed for it" if imatrix is None else f"{imatrix.file} has none for it"
         check_needed(recipe, plan.weighted, why)
     if imatrix is not None:
-        check_coverage(imatrix.coverage, str(options.imatrix))
-        check_given_minimum(plan, None)
+        check_coverage(imatrix.coverage, str(options.imatrix or options.observations))
+        check_given_minimum(recipes, imatrix, None)
         for line in imatrix.notes:
             note(line)
     if plan.reads_calibration and not asked.is_checked:
@@ -368,25 +378,14 @@ def _observations(
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
     if options.imatrix is None and options.imatrix_text is None:
-        return True
+        if is_from_weights(options.method) or options.kept is not None:
+            return True
+        ranks = options.observations is None or options.method == AUTO
+        return options.imatrix_from == "pruned" or ranks
     if is_from_weights(options.method) or options.kept is not None:
         return False
     ranks = options.observations is None or options.method == AUTO
     return ranks and options.compression != 0
-
-
-def check_given_minimum(plan: Plan, kept: Kept | None) -> None:
-    """Raise RecipeError if a given importance matrix has less than a recipe asks for.
-
-    One of the model before pruning has more experts than will stay: it is asked when it is known
-    which ones (`kept`).
-    """
-    given = plan.imatrix
-    if given is None or (given.cut_from is not None and kept is None):
-        return
-    for recipe in plan.recipes:
-        if recipe.asks_importance:
-            check_minimum(recipe, given.of(kept or {}), given.file)
 
 
 def with_all_values(plan: Plan, note: Note) -> Plan:
@@ -397,13 +396,12 @@ def with_all_values(plan: Plan, note: Note) -> Plan:
     if all(side.is_checked for side in plan.side_files):
         return plan
     sides = side_files(plan.model, plan.checkpoint)
-    for line in (line for side in sides for line in side.notes):
-        if not any(line in side.notes for side in plan.side_files):
-            note(line)
+    said = {line for side in plan.side_files for line in side.notes}
+    for line in (line for side in sides for line in side.notes if line not in said):
+        note(line)
     return replace(plan, side_files=sides)
 
 
 def _check_there(text: Path) -> None:
-    """Refuse a missing text before anything else is read."""
     if not os.path.exists(os.path.expanduser(text)):
         raise CalibrationError(f"{text}: no such file; pass a text file")

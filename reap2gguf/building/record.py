@@ -81,6 +81,7 @@ class Evidence:
     seals: Mapping[str, Seal]  # the verified files, by path below the work folder
     made_with: Mapping[str, Mapping[str, str]]  # versions of libraries, by stage
     evaluation: Evaluation | None = None  # None: not measured
+    given: GivenImatrix | None = None  # an importance matrix that no pass of its own made
 
 
 def write_record(plan: Plan, work: Workdir, evidence: Evidence, written: PrunedView) -> Manifest:
@@ -158,7 +159,7 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
     in_gguf = plan.model.mtp_in_gguf
     # a pass that was not made here has not asked it on the same rows
     is_asked = plan.observes or not plan.target.prunes
-    if not plan.model.facts.has_mtp or not is_asked or plan.imatrix:
+    if not plan.model.facts.has_mtp or not is_asked or not plan.computes_imatrix:
         return MtpRecord(plan.mtp, in_gguf=in_gguf)
     hits = int(importance["mtp_hits"])
     if seen is None:  # the same model before and after
@@ -167,7 +168,7 @@ def _mtp_record(plan: Plan, seen: Observations | None, importance: Mapping[str, 
 
 
 def _calibration_record(plan: Plan, evidence: Evidence) -> CalibrationRecord:
-    texts, seen, given = evidence.texts, plan.observations, plan.imatrix
+    texts, seen, given = evidence.texts, plan.observations, evidence.given
     rows, chunks = texts.rows, texts.chunks
     own = rows if seen is None else None  # the rows that ranked the experts, if that was done here
     record = CalibrationRecord(
@@ -233,6 +234,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         pack=calibration.pack,
         observations=None if options.observations is None else options.observations.name,
         imatrix=None if options.imatrix is None else options.imatrix.name,
+        imatrix_from=options.imatrix_from,
         imatrix_text=None if text is None else text.name,
         chunk=options.chunk,
         imatrix_chunks=options.imatrix_chunks,

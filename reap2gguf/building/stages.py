@@ -104,7 +104,7 @@ class ReadTexts(Stage[Texts]):
             plan.files,
             plan.options.imatrix_chunks,
             has_rows=plan.reads_rows,
-            has_chunks=plan.imatrix is None,
+            has_chunks=plan.computes_imatrix,
         )
 
     def made_with(self) -> Mapping[str, str]:
@@ -140,9 +140,8 @@ class Observe(Stage[Observations]):
 
     def compute(self) -> Mapping[str, Any]:
         run = self.run
-        seen = observe(
-            run.plan.checkpoint, run.plan.model, self._rows, self.compute_options, run.progress
-        )
+        of, options = (run.plan.checkpoint, run.plan.model, self._rows), self.compute_options
+        seen = observe(*of, options, run.progress, run.plan.takes_sums)
         if run.is_first:
             run.work.share(seen.save, self.path)
         return {}

@@ -41,6 +41,12 @@ def imatrix_text(manifest: Manifest) -> str:
             f"{_chunks(calibration)} of\n`{CALIBRATION_FILE}`; {dat}"
         )
     text = code(calibration.imatrix_text) if calibration.imatrix_text else "a text it does not name"
+    if calibration.is_of_observations:
+        return (
+            f"`{IMATRIX_FILE}` is an importance matrix of the model before pruning, taken in the "
+            f"pass that ranked the experts, on\n{_rows(calibration)} of {text}. Of "
+            f"{calibration.imatrix_cut_from} experts per layer, it has those that were kept. {dat}"
+        )
     cut = ""
     if calibration.imatrix_cut_from is not None:
         cut = (
@@ -72,6 +78,14 @@ def _chunks(calibration: CalibrationRecord) -> str:
     return f"{count:,} of {total:,} {size}, spread over the text,"
 
 
+def _rows(calibration: CalibrationRecord) -> str:
+    """How many rows an importance matrix was taken on that came with the observations."""
+    return (
+        f"{calibration.imatrix_chunks or 0:,} rows of at most "
+        f"{calibration.imatrix_chunk_size or 0:,} tokens"
+    )
+
+
 def coverage_rows(pruning: PruningRecord) -> list[tuple[str, str]]:
     """A row that says how many tokens the experts were ranked by."""
     if (coverage := pruning.coverage) is None:
@@ -91,7 +105,8 @@ def coverage_rows(pruning: PruningRecord) -> list[tuple[str, str]]:
 def importance(manifest: Manifest) -> str:
     """How much the importance matrix was computed on, and how much of it the experts saw."""
     calibration, pruning = manifest.calibration, manifest.pruning
-    text = _chunks(calibration).rstrip(",")
+    is_of_rows = calibration.is_of_observations
+    text = _rows(calibration) if is_of_rows else _chunks(calibration).rstrip(",")
     n_experts = pruning.n_kept * len(pruning.kept)
     if (covered := calibration.imatrix_coverage) is not None:
         n_experts = sum(map(len, covered.tokens.values()))

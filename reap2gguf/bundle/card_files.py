@@ -86,13 +86,15 @@ def _size(record: GgufRecord) -> str:
 def _from_the_hub(manifest: Manifest, names: CardNames) -> str:
     """How programs load a file from its repository by its tag, and how to download it."""
     tags = tags_of(labelled_files(manifest.gguf))
-    first, repo = manifest.gguf[0], names.repository
+    first, repo = manifest.main_gguf, names.repository
     lines: list[str] = []
     for record in manifest.gguf:
         lines += [*([""] if lines else []), f"# {one_line(record.label)}, {size(record.n_bytes)}"]
         if names.on_hub:
             lines.append(f"hf download {argument(repo)} {_chosen(record, record is first)}")
         tag = tags[record.first]
+        if record.is_ik:
+            continue  # none of these programs loads it
         if tag.llama_cpp:
             lines.append(f"llama-server -hf {argument(f'{repo}:{tag.llama_cpp}')}")
         if not record.parts:
@@ -129,7 +131,13 @@ def _local(*files: str) -> str:
 def _labels(records: Sequence[GgufRecord]) -> Iterator[str]:
     """Explains labels that look like a quant type but are not one of llama.cpp's."""
     for record in records:
-        if record.label != record.file_type:
+        if record.is_ik:
+            yield (
+                f"{code(record.file)} loads only in "
+                "[ik_llama.cpp](https://github.com/ikawrakow/ik_llama.cpp): llama.cpp, Ollama and "
+                "other programs do not know its tensor types."
+            )
+        elif record.label != record.file_type:
             seen = hub_note(record.label)
             recipe = "" if record.adopted else ", as its recipe says"
             yield (
@@ -160,8 +168,11 @@ def recommends_sampling(card: str) -> bool:
 
 def use_section(manifest: Manifest, names: CardNames, samples: bool) -> str:
     """How to run the first file with each program, with its projector and its MTP block."""
-    record = manifest.gguf[0]
+    record = manifest.main_gguf
     model = argument(record.first)
+    if record.is_ik:
+        commands = f"llama-cli -m {model}\nllama-server -m {model}"
+        return f"## Use it\n\nWith the programs of ik_llama.cpp:\n\n```bash\n{commands}\n```"
     projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
     lines = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]
     if manifest.pruning.mtp.drafts:
@@ -196,7 +207,7 @@ def _uses(manifest: Manifest, samples: bool) -> Iterator[str]:
         )
         sampling = ", with the same sampling"
     also = " and the projector" if manifest.side_files else ""
-    yield f"`{MODELFILE}` is for Ollama: it loads {code(manifest.gguf[0].file)}{also}{sampling}."
+    yield f"`{MODELFILE}` is for Ollama: it loads {code(manifest.main_gguf.file)}{also}{sampling}."
     if manifest.source.architecture.startswith("Qwen3_5"):
         block = " It does not load files with an MTP block." if has_mtp else ""
         yield (

@@ -95,6 +95,8 @@ def method_section(manifest: Manifest) -> str:
         matrix = "The\nimportance matrix was computed on the source."
     if not manifest.has_imatrix:
         matrix = ""
+    elif manifest.calibration.is_of_observations:
+        matrix = "The\nimportance matrix was taken on the source, by the pass that ranked experts."
     elif manifest.calibration.imatrix_file is not None:
         matrix = "The\nimportance matrix was not computed in this build."
     if pruning.method == NO_METHOD:
@@ -199,6 +201,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     yield f"--seed {options.seed}"
     if options.imatrix is not None:
         yield f"--imatrix {argument(options.imatrix)}"
+    if options.imatrix_from != "pruned":
+        yield f"--imatrix-from {argument(options.imatrix_from)}"
     if options.imatrix_text is not None:
         yield f"--imatrix-text {argument(options.imatrix_text)}"
     yield f"--chunk {options.chunk}"

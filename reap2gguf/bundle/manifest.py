@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gguf import GGMLQuantizationType
-
 from reap2gguf.atomic import write_whole
 from reap2gguf.bundle.bounds import at_most, check_bounds, check_sizes, kept_layers, layer_tokens
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
@@ -34,6 +32,7 @@ from reap2gguf.bundle.records import (
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.errors import ArtifactError, Reap2ggufError
 from reap2gguf.files import Advance, file_sha256, is_plain_name, plain_size
+from reap2gguf.gguf_files.tensor_types import is_type_name
 from reap2gguf.messages import shown
 
 __all__ = [
@@ -117,6 +116,11 @@ class Manifest:
         return self.source.n_parameters if self.hf is None else self.hf.n_parameters
 
     @property
+    def main_gguf(self) -> GgufRecord:
+        """The file that instructions name: the first that llama.cpp loads, if there is one."""
+        return next((one for one in self.gguf if not one.is_ik), self.gguf[0])
+
+    @property
     def has_imatrix(self) -> bool:
         """Whether the bundle has an importance matrix."""
         return self.calibration.imatrix_chunks is not None
@@ -167,7 +171,7 @@ def _check_names(manifest: Manifest) -> None:
     for record in records:
         names += [record.file, *getattr(record, "parts", ())]
         for tensor_type in record.tensors.values():
-            if tensor_type not in GGMLQuantizationType.__members__:
+            if not is_type_name(tensor_type):
                 raise ValueError(f"unknown tensor type {shown(tensor_type)}")
     for name in names:
         if not isinstance(name, str) or not is_plain_name(name):

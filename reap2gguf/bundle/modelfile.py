@@ -44,7 +44,11 @@ def modelfile(manifest: Manifest, source: Path) -> str:
 
     `source` is the folder of the checkpoint that was pruned, or of the pruned one.
     """
-    name, others = manifest.gguf[0].file, [record.file for record in manifest.gguf[1:]]
+    main = manifest.main_gguf
+    name, others = (
+        main.file,
+        [one.file for one in manifest.gguf if one is not main and not one.is_ik],
+    )
     lines = [
         f"# ollama create {argument(manifest.name.lower())} -f {MODELFILE}",
         *(f"FROM ./{one_line(file)}" for file in (name, *(s.file for s in manifest.side_files))),

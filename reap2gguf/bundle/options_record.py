@@ -54,5 +54,6 @@ class OptionsRecord:
     protect: str = ""
     protect_super_experts: bool = False
     evaluate: str = "never"  # whether quality was measured; older manifests do not say it
+    imatrix_from: str = "pruned"  # older manifests do not say it
     candidates: str | None = None  # of --method auto, with commas; None: another method
     choose_text: str | None = None  # the last part of its path

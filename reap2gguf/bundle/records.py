@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from reap2gguf.gguf_files.tensor_types import IkType
+
+_OBSERVATIONS_FILE = "observations.safetensors"  # as bundle/layout.py has it
+
 
 @dataclass(frozen=True)
 class EarlierPruning:
@@ -134,7 +138,8 @@ class CalibrationRecord:
 
     That is so for what a build did not do itself: observations and an importance matrix may be
     given as files. `imatrix_file` is the name of the file that was given; one of the model before
-    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept.
+    pruning was cut from `imatrix_cut_from` experts per layer to those that were kept. One that was
+    taken in the pass that ranks the experts has the name of the observations' file.
     """
 
     spec: str | None
@@ -152,6 +157,17 @@ class CalibrationRecord:
     imatrix_file: str | None = None
     imatrix_cut_from: int | None = None
     imatrix_coverage: ImportanceRecord | None = None  # None: tokens per expert are not known
+
+    @property
+    def is_of_observations(self) -> bool:
+        """Whether the importance matrix came with the observations, of all experts."""
+        return self.imatrix_file == _OBSERVATIONS_FILE
+
+    def asked_from(self, keeps_all: bool) -> tuple[str, ...]:
+        """What --imatrix-from may have been; with all experts, the source is what is quantized."""
+        if keeps_all:
+            return ("pruned", "source")
+        return ("source",) if self.is_of_observations else ("pruned",)
 
 
 @dataclass(frozen=True)
@@ -199,6 +215,11 @@ class GgufRecord:
     def toml_file(self) -> str:
         """The recipe's file."""
         return f"{self.file.removesuffix('.gguf')}.toml"
+
+    @property
+    def is_ik(self) -> bool:
+        """Whether only ik_llama.cpp loads it."""
+        return not IkType.__members__.keys().isdisjoint(self.tensors.values())
 
     @property
     def first(self) -> str:

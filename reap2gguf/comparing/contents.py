@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gguf import Keys, LlamaFileType
+from gguf import Keys
 
+from reap2gguf.gguf_files.tensor_types import file_type_of_number
 from reap2gguf.models.description import Carried, Dropped, experts_of
 from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.models.roles import ROLES, Role, linear_blocks, role_of
@@ -217,7 +218,7 @@ def _count(metadata: Mapping[str, Any], key: str, arch: str) -> int | None:
 
 def _file_type(value: Any) -> str:
     try:
-        name: str = LlamaFileType(value).name
+        name: str = file_type_of_number(value).name
     except ValueError:
         return "unknown"
     return name.removeprefix("MOSTLY_").removeprefix("ALL_")

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights
 from reap2gguf.errors import ArtifactError
-from reap2gguf.ggml import STORABLE
+from reap2gguf.ggml import holds_weights
 from reap2gguf.messages import shown
 from reap2gguf.models.gguf_keys import block_of
 from reap2gguf.models.table import describe
@@ -130,7 +130,7 @@ class GgufWeights(Weights):
                     f"{where} has the shape {list(info.shape)}, expected {list(tensor.shape)}; it "
                     "is of another model, or of one with another number of experts"
                 )
-            if info.tensor_type not in STORABLE:
+            if not holds_weights(info.tensor_type):
                 raise ArtifactError(
                     f"{where} is {info.tensor_type.name}, which is not a type for weights"
                 )

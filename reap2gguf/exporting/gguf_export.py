@@ -37,7 +37,7 @@ from reap2gguf.exporting.row_ranges import (
     work_through,
 )
 from reap2gguf.files import is_own_file
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.quantizing.quantizer import SAMPLE, load_quantizer
 
 if TYPE_CHECKING:

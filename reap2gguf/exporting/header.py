@@ -16,7 +16,7 @@ from gguf import (
     size_label,
 )
 
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import LOADER, LOADER_KEY, is_ik, row_bytes
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.tokenizer.gguf_keys import add_tokenizer
 
@@ -63,6 +63,8 @@ def _add_keys(writer: GGUFWriter, tokenizer_folder: Path, facts: HeaderFacts) ->
     for value in facts.values:
         writer.add_key_value(value.key, value.value, value.value_type)
     writer.add_file_type(facts.file_type)
+    if any(map(is_ik, facts.tensor_types.values())):
+        writer.add_string(LOADER_KEY, LOADER)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if facts.vocab_size is not None:
         add_tokenizer(writer, tokenizer_folder, facts.vocab_size, facts.tokenizers)

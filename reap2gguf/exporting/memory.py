@@ -8,8 +8,8 @@ from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from reap2gguf.exporting.device_blocks import BATCH_BYTES, device_threads, pays_on_gpu
-from reap2gguf.gguf_files.reader import row_bytes
 from reap2gguf.gguf_files.rows import row_ranges, rows_per_matrix, stored_bytes
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.quantizing.kernels.codebooks import entries_shape
 from reap2gguf.quantizing.kernels.gpu_kernels import FORMS
 

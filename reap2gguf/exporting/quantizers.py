@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from reap2gguf.exporting.awaited import is_weighted
 from reap2gguf.exporting.device_blocks import pays_on_gpu
 from reap2gguf.ggml import load_ggml
+from reap2gguf.gguf_files.tensor_types import LOADER, IkType
 from reap2gguf.options import ComputeOptions
 from reap2gguf.progress import working
 from reap2gguf.quantizing.kernels.compiled import find_kernels
@@ -53,7 +54,7 @@ class Quantizers:
             where = f", on the GPU for {', '.join(self.on_gpu)}" if self.on_gpu else ""
             parts.append(f"kernels ({self.target}){where}")
         if self.by_libggml:
-            parts.append(f"libggml for {', '.join(self.by_libggml)}")
+            parts += _by_library(self.by_libggml)
         if self.differing:
             parts.append(
                 f"libggml, which is slower, for {', '.join(self.differing)}: the kernel does not "
@@ -128,3 +129,12 @@ def _keys(recipes: Iterable[ResolvedRecipe], weighted: Collection[str]) -> set[W
 
 def _names(keys: Iterable[Weighted]) -> tuple[str, ...]:
     return tuple(sorted({tensor_type.name for tensor_type, _ in keys}))
+
+
+def _by_library(types: Sequence[str]) -> Iterator[str]:
+    """Which library makes the types that no kernel makes."""
+    of_ik = [name for name in types if name in IkType.__members__]
+    if others := [name for name in types if name not in of_ik]:
+        yield f"libggml for {', '.join(others)}"
+    if of_ik:
+        yield f"{LOADER}'s libggml for {', '.join(of_ik)}"

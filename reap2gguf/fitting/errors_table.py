@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.atomic import write_whole
@@ -35,6 +34,7 @@ from reap2gguf.exporting.row_ranges import RowRange, batched
 from reap2gguf.files import plain_size
 from reap2gguf.ggml import NEEDS_IMPORTANCE, is_tiny
 from reap2gguf.gguf_files.rows import rows_per_matrix, stored_bytes
+from reap2gguf.gguf_files.tensor_types import block_of
 
 if TYPE_CHECKING:
     from reap2gguf.exporting.device_blocks import Making
@@ -74,8 +74,7 @@ def types_for(tensor: GgufTensor, is_weighted: bool, types: Sequence[Type]) -> l
     return [
         one
         for one in types
-        if tensor.n_columns % GGML_QUANT_SIZES[one][0] == 0
-        and (is_weighted or one not in NEEDS_IMPORTANCE)
+        if tensor.n_columns % block_of(one)[0] == 0 and (is_weighted or one not in NEEDS_IMPORTANCE)
     ]
 
 

@@ -18,7 +18,7 @@ from reap2gguf.fitting.errors_table import types_for
 from reap2gguf.fitting.knapsack import choose
 from reap2gguf.fitting.rules import rules_of
 from reap2gguf.fitting.sensitivity import sensitivities
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.gguf_files.writer import padded
 from reap2gguf.quantizing.deciding import fixed_type
 from reap2gguf.quantizing.file_types import MIXTURES

@@ -23,10 +23,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from reap2gguf.errors import ArtifactError
 from reap2gguf.files import open_plain
+from reap2gguf.gguf_files.tensor_types import block_of, row_bytes, type_of_number
 from reap2gguf.messages import shown
 
 _MAGIC = b"GGUF"
@@ -56,12 +57,6 @@ SCALAR_LAYOUTS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
-
-
-def row_bytes(tensor_type: GGMLQuantizationType, n_columns: int) -> int:
-    """Bytes of a row of `n_columns` values, which must fill whole blocks."""
-    block, size = GGML_QUANT_SIZES[tensor_type]
-    return int(n_columns // block * size)
 
 
 Kind = tuple[GGUFValueType, ...]  # of a scalar, or ARRAY and the type of the items
@@ -329,22 +324,21 @@ def _tensor_info(cursor: _HeaderCursor) -> GgufTensorInfo:
         raise ArtifactError(f"{where} has no values: its sizes are {ne}")
     raw_type = cursor.number("<I")
     try:
-        tensor_type = GGMLQuantizationType(raw_type)
+        tensor_type = type_of_number(raw_type)
     except ValueError as error:
         raise ArtifactError(
-            f"{where} has the unknown type {raw_type}; was the file made by another program "
-            "(ik_llama.cpp has its own types)?"
+            f"{where} has the unknown type {raw_type}; was the file made by another program, or "
+            "with rows in another order (ik_llama.cpp has such types)?"
         ) from error
-    block, size = GGML_QUANT_SIZES[tensor_type]
+    block, _ = block_of(tensor_type)
     if ne[0] % block:
         raise ArtifactError(
             f"{where}: rows of {ne[0]} values are not a multiple of {tensor_type.name}'s block of "
             f"{block}"
         )
     offset = cursor.number("<Q")
-    return GgufTensorInfo(
-        name, tensor_type, tuple(reversed(ne)), offset, math.prod(ne) // block * size
-    )
+    n_bytes = math.prod(ne[1:]) * row_bytes(tensor_type, ne[0])
+    return GgufTensorInfo(name, tensor_type, tuple(reversed(ne)), offset, n_bytes)
 
 
 def _placed(

@@ -52,6 +52,11 @@ class ImportanceObserver(LayerObserver):
         self._by_activations: MatrixNames = ()
         self._watch: LatentWatch | None = None
 
+    @property
+    def sees_experts(self) -> bool:
+        """Whether the layer it is attached to has experts that it sums."""
+        return bool(self._by_inputs)
+
     def last_layer(self) -> int:
         return self._model.facts.n_blocks - 1
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.artifacts.observations import Observations
+from reap2gguf.artifacts.observed_sums import MatrixSums, ObservedSums
 from reap2gguf.gguf_files.growing import GrowingEntries
 from reap2gguf.gguf_files.imatrix import Imatrix, ImatrixEntry
 from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
@@ -35,29 +36,34 @@ def observe(
     rows: ObservationRows,
     compute: ComputeOptions,
     progress: Progress,
+    with_imatrix: bool = False,
 ) -> Observations:
     """Sum what each expert of the unpruned model does on the rows.
 
+    With `with_imatrix`, the squares of what each matrix multiplies are summed in the same sweep.
     Raises ObservationError, CheckpointError, UsageError or OutputError, as `sweep` does.
     """
+    from reap2gguf.observing.importance import ImportanceObserver
+    from reap2gguf.observing.joint import JointObserver
     from reap2gguf.observing.saliency import SaliencyObserver
     from reap2gguf.observing.sweep import sweep
 
     _check_same_rows(rows.sha256)
-    observer = SaliencyObserver(model)
+    saliency = SaliencyObserver(model)
+    joint = JointObserver(model, saliency, ImportanceObserver(model)) if with_imatrix else None
     probe = mtp_probe(model, rows)
     report = sweep(
         checkpoint,
         model,
         rows.rows,
-        observer,
+        joint or saliency,
         compute,
         "Observing experts",
         progress,
         probe,
     )
     return Observations(
-        layers=observer.layers,
+        layers=saliency.layers,
         model_fingerprint=checkpoint.fingerprint(),
         calibration=rows.label,
         calibration_sha256=rows.sha256,
@@ -67,7 +73,14 @@ def observe(
         n_mtp_hits=report.mtp_hits,
         n_mtp_tokens=report.mtp_tokens,
         made_with=versions(COMPUTING),
+        imatrix=None if joint is None else _of_rows(joint.importance.entries, rows),
     )
+
+
+def _of_rows(entries: Mapping[str, ImatrixEntry], rows: ObservationRows) -> ObservedSums:
+    """The sums of the rows that rank the experts."""
+    found = {name: MatrixSums(name, one.sums, one.counts) for name, one in entries.items()}
+    return ObservedSums(found, len(rows.rows), max(map(len, rows.rows), default=0))
 
 
 def compute_imatrix(

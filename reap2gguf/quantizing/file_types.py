@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
 from reap2gguf.errors import RecipeError
+from reap2gguf.gguf_files.tensor_types import IkFileType, IkType
 
 
 class Part(Enum):
@@ -100,7 +101,7 @@ Exemption = tuple[Part, When, Type]
 class Mixture:
     """One file type: its base tensor type, and exceptions of which the first that fits counts."""
 
-    file_type: LlamaFileType
+    file_type: LlamaFileType | IkFileType
     base: Type
     exceptions: Sequence[Exemption] = ()
     output: Type = Type.Q6_K
@@ -318,6 +319,29 @@ MIXTURES: dict[str, Mixture] = {
 }
 
 
+_IK_OUTPUT = {
+    **dict.fromkeys((IkType.IQ4_K, IkType.IQ5_K, IkType.IQ5_KS, IkType.IQ4_KT), Type.Q6_K),
+    **dict.fromkeys((IkType.IQ4_KS, IkType.IQ4_KSS), IkType.IQ5_K),
+    IkType.IQ6_K: IkType.IQ6_K,
+}
+_FINE = (IkType.IQ5_K, IkType.IQ6_K, IkType.IQ4_KT)  # their own type for attention's output
+# File types that only ik_llama.cpp loads: what its llama-quantize gives a model of many experts,
+# but for the smallest, whose first layers get more there.
+IK_MIXTURES: dict[str, Mixture] = {
+    one.name: Mixture(
+        IkFileType[f"MOSTLY_{one.name}"],
+        one,
+        [
+            (Part.ATTN_K, _always, Type.Q8_0),
+            (_V, _always, Type.Q8_0),
+            (_OUT, _always, one if one in _FINE else Type.Q5_K),
+        ],
+        output=_IK_OUTPUT.get(one, IkType.IQ4_K),
+        experts_alone=True,
+    )
+    for one in IkType
+}
+
 # what else llama.cpp has a name for, and why no file can be made of it
 REFUSED: dict[str, str] = {
     "Q1_0": (
@@ -336,6 +360,8 @@ def mixture_named(name: str) -> Mixture:
     """The mixture of a file type; RecipeError lists the known ones, or says why there is none."""
     if name in REFUSED:
         raise RecipeError(f"file_type {name!r} is not supported: {REFUSED[name]}")
+    if name in IK_MIXTURES:
+        return IK_MIXTURES[name]
     if name not in MIXTURES:
         raise RecipeError(f"file_type {name!r}, expected one of {', '.join(MIXTURES)}")
     return MIXTURES[name]

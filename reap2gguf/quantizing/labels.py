@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reap2gguf.errors import UsageError
+from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.gguf_files.split import parse_part_name
 
 # what a path holds if llama.cpp does not take the file for a model
@@ -33,6 +33,7 @@ _HUB_LABEL = re.compile(rf"(?:UD-)?(?:{'|'.join(_HUB_TYPES.split())})(?:_[A-Z]+)
 _OTHER_ENDINGS = ("MIX", "MIXED", "CUSTOM", "OWN")  # for labels that both rules tell apart
 
 
+IK_LABEL = "ik-"  # begins the labels of files that only ik_llama.cpp loads
 _PART_NUMBER = re.compile(r"(?:.*-)?\d+-of-\d+", re.ASCII)
 
 
@@ -46,6 +47,21 @@ def label_fault(label: str) -> str | None:
     if small.count(".gguf") > 1:
         return "holds the ending '.gguf', which the program adds"
     return None
+
+
+def check_ik_label(label: str, is_ik: bool, where: str) -> None:
+    """Raise RecipeError unless a file's name says whether only ik_llama.cpp loads it."""
+    if label.startswith(IK_LABEL) is is_ik:
+        return
+    if is_ik:
+        raise RecipeError(
+            f"{where}: label {label!r} does not say that only ik_llama.cpp loads such a file; let "
+            f"it begin with {IK_LABEL!r}"
+        )
+    raise RecipeError(
+        f"{where}: label {label!r} begins with {IK_LABEL!r}, as of files that only ik_llama.cpp "
+        "loads; choose another"
+    )
 
 
 def twice(labels: Sequence[str]) -> tuple[str, str] | None:

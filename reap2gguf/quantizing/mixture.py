@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
 from reap2gguf.ggml import NEEDS_IMPORTANCE
+from reap2gguf.gguf_files.tensor_types import IkType, block_of
 from reap2gguf.quantizing.file_types import Mixture, Part, Place
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ _FALLBACK = {
         ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"], Type.IQ4_NL
     ),
     **dict.fromkeys(["Q2_K", "Q3_K", "TQ1_0", "TQ2_0"], Type.Q4_0),
+    **{one.name: Type.IQ4_NL for one in IkType},
+    **dict.fromkeys(["IQ5_K", "IQ5_KS"], Type.Q5_1),
+    "IQ6_K": Type.Q8_0,
     "Q4_K": Type.Q5_0,
     "Q5_K": Type.Q5_1,
     "Q6_K": Type.Q8_0,
@@ -59,10 +62,10 @@ def part_of(name: str) -> Part:
 
 def fitting(tensor_type: Type, n_columns: int) -> Type:
     """`tensor_type`, or the type llama.cpp falls back to where rows do not fill its blocks."""
-    if n_columns % GGML_QUANT_SIZES[tensor_type][0] == 0:
+    if n_columns % block_of(tensor_type)[0] == 0:
         return tensor_type
     fallback = _FALLBACK.get(tensor_type.name, tensor_type)
-    return fallback if n_columns % GGML_QUANT_SIZES[fallback][0] == 0 else Type.F16
+    return fallback if n_columns % block_of(fallback)[0] == 0 else Type.F16
 
 
 class MixtureChooser:
@@ -89,7 +92,7 @@ class MixtureChooser:
     def fitted(self, tensor: GgufTensor, wanted: Type) -> Type:
         """The type of a tensor that no rule overrides: `wanted`, as far as its rows fit."""
         base = self._mixture.base
-        if self._is_output(tensor) and tensor.n_columns % GGML_QUANT_SIZES[base][0]:
+        if self._is_output(tensor) and tensor.n_columns % block_of(base)[0]:
             wanted = Type.Q8_0
         return fitting(wanted, tensor.n_columns)
 

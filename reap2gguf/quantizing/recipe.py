@@ -33,8 +33,8 @@ from reap2gguf.errors import RecipeError, UsageError
 from reap2gguf.files import is_plain
 from reap2gguf.messages import shown
 from reap2gguf.options import RecipeText
-from reap2gguf.quantizing.file_types import MIXTURES, REFUSED, Mixture, mixture_named
-from reap2gguf.quantizing.labels import label_fault
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES, REFUSED, Mixture, mixture_named
+from reap2gguf.quantizing.labels import IK_LABEL, check_ik_label, label_fault
 from reap2gguf.quantizing.minimum import MINIMUM_KEYS, Minimum, check_weighted, read_minimum
 from reap2gguf.quantizing.selector import Selector, check_glob, check_layers, check_regex
 from reap2gguf.quantizing.toml_text import (
@@ -125,9 +125,15 @@ class Recipe:
     def mixture(self) -> Mixture:
         return mixture_named(self.file_type)
 
+    @property
+    def is_ik(self) -> bool:
+        """Whether only ik_llama.cpp loads its files."""
+        return self.file_type in IK_MIXTURES
+
     def with_label(self, label: str) -> Recipe:
         """The same recipe for files of another label. Raises RecipeError if it cannot be one."""
         check_label(label, f"recipe {self.name!r}")
+        check_ik_label(label, self.is_ik, f"recipe {self.name!r}")
         return replace(self, label=label)
 
     def with_overrides(self, overrides: Sequence[Rule]) -> Recipe:
@@ -194,7 +200,7 @@ def find_recipe(name: str) -> Path | str:
 
 def _known_names() -> dict[str, Path | str]:
     """What each name without hyphens and underscores means; shipped recipes come first."""
-    file_types = {_bare(name): name for name in MIXTURES}
+    file_types = {_bare(name): name for name in (*MIXTURES, *IK_MIXTURES)}
     aliases = {_bare(alias): name for alias, name in ALIASES.items()}
     shipped = {_bare(name): path for name, path in shipped_recipes().items()}
     meant = {bare: shipped.get(_bare(name), name) for bare, name in aliases.items()}
@@ -228,7 +234,10 @@ def load_recipe(name: str | RecipeText) -> Recipe:
 
 def _of_file_type(name: str) -> Recipe:
     """llama.cpp's own mixture, without exceptions."""
-    recipe = Recipe(name, f"{name}, llama.cpp's own mixture", name, name, (), "")
+    label, title = name, f"{name}, llama.cpp's own mixture"
+    if name in IK_MIXTURES:
+        label, title = f"{IK_LABEL}{name}", f"{name}, which only ik_llama.cpp loads"
+    recipe = Recipe(name, title, label, name, (), "")
     return replace(recipe, source=recipe.as_toml())
 
 
@@ -265,7 +274,9 @@ def parse_recipe(source: str, name: str, where: str) -> Recipe:
         raise RecipeError(f"{at('file_type')}: {error}") from error
     minimum = read_minimum(values, at, None if base is None else base.minimum)
     known = lines if lines.has_all(len(rules)) else None
-    parsed = tuple(_rule(rule, i, where, known, minimum) for i, rule in enumerate(rules))
+    is_ik = file_type in IK_MIXTURES
+    check_ik_label(label, is_ik, at("label"))
+    parsed = tuple(_rule(rule, i, where, known, minimum, is_ik) for i, rule in enumerate(rules))
     if base is None:
         return Recipe(name, title, label, file_type, parsed, source, minimum)
     inherited = tuple(replace(rule, inherited=True) for rule in base.rules)
@@ -348,7 +359,12 @@ def check_label(label: str, where: str) -> None:
 
 
 def _rule(
-    values: Any, position: int, where: str, lines: SourceLines | None, of_recipe: Minimum | None
+    values: Any,
+    position: int,
+    where: str,
+    lines: SourceLines | None,
+    of_recipe: Minimum | None,
+    is_ik: bool,
 ) -> Rule:
     def at(key: str | None = None) -> str:
         line = "" if lines is None else f", line {lines.of_table(position, key)}"
@@ -371,7 +387,7 @@ def _rule(
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise RecipeError(f"{at(key)}: {key} is {shown(value)}, expected true or false")
-    kind = tensor_type_named(tensor_type, f"{at('type')}: type")
+    kind = tensor_type_named(tensor_type, f"{at('type')}: type", is_ik)
     check_weighted(values, kind, at)
     own = read_minimum(values, at, of_recipe) if values.keys() & {*MINIMUM_KEYS} else None
     place = "" if lines is None else f"{where}, line {lines.of_table(position)}"

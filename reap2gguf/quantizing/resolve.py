@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as Type
+from gguf import LlamaFileType
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import NEEDS_IMPORTANCE, UNWEIGHTED_TYPES
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import block_of, row_bytes
 from reap2gguf.models.description import is_of_experts
 from reap2gguf.models.roles import spots
 from reap2gguf.quantizing.deciding import fixed_type, refuse_idle_rules, winner
@@ -195,7 +195,7 @@ def _quantize_order(tensor: GgufTensor) -> tuple[int, str]:
 
 
 def _check_rows(tensor: GgufTensor, rule: Rule, recipe: Recipe) -> None:
-    block = GGML_QUANT_SIZES[rule.tensor_type][0]
+    block = block_of(rule.tensor_type)[0]
     if tensor.n_columns % block:
         fits = tensor.n_columns % _SMALLEST_BLOCK == 0
         other = "F16, BF16 or F32"

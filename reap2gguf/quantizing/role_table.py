@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from gguf import GGML_QUANT_SIZES
-
+from reap2gguf.gguf_files.tensor_types import block_of
 from reap2gguf.models.roles import ROLE_WORDS, ROLES, Role, spots
 from reap2gguf.quantizing.selector import layers_text
 
@@ -255,7 +254,7 @@ def _reason(entry: ResolvedTensor) -> str:
     """Why a tensor did not get the type that was meant for it."""
     if entry.wanted is None:
         return ""
-    block = GGML_QUANT_SIZES[entry.wanted][0]
+    block = block_of(entry.wanted)[0]
     return (
         f"rows of {entry.tensor.n_columns:,} do not fill the blocks of {block} that "
         f"{entry.wanted.name} has"

@@ -9,14 +9,20 @@ from gguf import GGMLQuantizationType
 
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import STORABLE
+from reap2gguf.gguf_files.tensor_types import IkType
 from reap2gguf.messages import shown
 from reap2gguf.quantizing.file_types import REFUSED
 
 
-def tensor_type_named(name: str, where: str) -> GGMLQuantizationType:
-    """A tensor type by its name, in any case. Raises RecipeError, which begins with `where`."""
+def tensor_type_named(name: str, where: str, is_ik: bool = False) -> GGMLQuantizationType:
+    """A tensor type by its name, in any case. Raises RecipeError, which begins with `where`.
+
+    With `is_ik` those of ik_llama.cpp are known as well.
+    """
     known = {storable.name for storable in STORABLE}
     upper = name.upper().replace("-", "_")
+    if is_ik and upper in IkType.__members__:
+        return IkType[upper]
     if upper not in known:
         if upper in REFUSED and upper in GGMLQuantizationType.__members__:
             raise RecipeError(f"{where} {shown(name)} is not supported: {REFUSED[upper]}")
@@ -31,8 +37,11 @@ def _foreign_hint(tensor_type: str) -> str:
         return f"{tensor_type} is a file type, the tensor type is {tensor_type[:4]}"
     if tensor_type == "MXFP4_MOE":
         return "MXFP4_MOE is a file type, the tensor type is MXFP4"
-    if re.fullmatch(r"IQ\d_K[ST]{0,2}", tensor_type):
-        return "it exists only in ik_llama.cpp, and llama.cpp cannot load it"
+    if re.fullmatch(r"IQ\d_K[STL]{0,2}", tensor_type):
+        return (
+            "it exists only in ik_llama.cpp, and llama.cpp cannot load it; recipes of a file type "
+            "of ik_llama.cpp may have it, such as ik-iq4k"
+        )
     return ""
 
 

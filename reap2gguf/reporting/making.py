@@ -92,6 +92,8 @@ def _importance(found: CalibrationRecord) -> Child:
     length = f" of {found.imatrix_chunk_size:,} tokens" if found.imatrix_chunk_size else ""
     name = found.imatrix_text or "a text without a name"
     text = f"{found.imatrix_chunks:,}{of} chunks{length}, of {name}"
+    if found.is_of_observations:
+        return f"{text}; taken on the source, in the pass that ranked the experts"
     if found.imatrix_file is not None:
         return together(text, "; it was not computed here but given as ", code(found.imatrix_file))
     return text

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+from reap2gguf.gguf_files.tensor_types import block_of, type_of_name
 from reap2gguf.messages import size
 from reap2gguf.reporting.charts import figure
 from reap2gguf.reporting.facts import ROLES, TensorSize, in_layer, layer_of, role_of
@@ -45,7 +44,7 @@ def precision(facts: ReportFacts) -> Html:
 
 def bits_of(tensor_type: str) -> float:
     """Bits per weight of a tensor type, scales included."""
-    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor_type]]
+    block, n_bytes = block_of(type_of_name(tensor_type))
     return float(8 * n_bytes / block)
 
 

@@ -41,7 +41,7 @@ def _program(name: str, *lines: str) -> Html:
 
 
 def _llama_cpp(manifest: Manifest) -> list[str]:
-    record = manifest.gguf[0]
+    record = manifest.main_gguf
     model = argument(record.first)
     projector = "".join(f" --mmproj {argument(side.file)}" for side in manifest.side_files)
     found = [f"llama-cli -m {model}", f"llama-server -m {model}{projector}"]

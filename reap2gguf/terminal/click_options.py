@@ -14,6 +14,7 @@ from reap2gguf.choosing.names import check_candidates
 from reap2gguf.options import (
     DEFAULT_RECIPE,
     EVALUATE_CHOICES,
+    IMATRIX_FROM_CHOICES,
     BuildOptions,
     CalibrationOptions,
 )
@@ -278,6 +279,14 @@ build_options = together(
         "and skip computing one.",
     ),
     option(
+        "--imatrix-from",
+        section=CALIBRATION,
+        type=click.Choice(IMATRIX_FROM_CHOICES),
+        default="pruned",
+        help="Take the importance matrix on the pruned model, in a pass of its own, or on the "
+        "source, in the pass that ranks the experts: one pass instead of two.",
+    ),
+    option(
         "--imatrix-text",
         section=CALIBRATION,
         type=FilePath,
@@ -365,6 +374,7 @@ def collect(
         kept=arguments["kept"],
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
+        imatrix_from=arguments["imatrix_from"],
         imatrix_text=arguments["imatrix_text"],
         chunk=arguments["chunk"],
         imatrix_chunks=arguments["imatrix_chunks"],

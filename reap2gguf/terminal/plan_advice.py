@@ -1,5 +1,5 @@
-"""What a plan says of counts of experts that are fast elsewhere, of rows that fit no blocks, and of
-the tokens that experts have seen."""
+"""What a plan says of counts of experts that are fast elsewhere, of rows that fit no blocks, of the
+tokens that experts have seen, and of what is measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.gguf_files.activation_statistics import expert_hits_of
 from reap2gguf.gguf_files.imatrix_coverage import FEW, hits_line
 from reap2gguf.pruning.select import friendly_count, fused_counts, is_fused
 
 if TYPE_CHECKING:
-    from reap2gguf.building.needs.estimate import KnownCoverage
+    from reap2gguf.building.needs.estimate import Estimate, KnownCoverage
     from reap2gguf.building.plan import Plan
     from reap2gguf.gguf_files.activation_statistics import ExpertHits
     from reap2gguf.quantizing.resolve import ResolvedRecipe
@@ -103,3 +104,15 @@ def coverage_as_json(known: KnownCoverage) -> dict[str, Any]:
         "observations": None if known.observed is None else asdict(known.observed),
         "imatrix": None if known.importance is None else asdict(known.importance),
     }
+
+
+def quality_line(plan: Plan, needs: Estimate) -> str:
+    """Whether perplexity and KL divergence are measured, and on how much text."""
+    if not (n_chunks := needs.n_scored_chunks):
+        why = "" if plan.options.evaluate == "never" else "; --evaluate always measures it"
+        return f"quality: not measured{why}"
+    pruned = ", the pruned model" if plan.writes_hf else ""
+    return (
+        f"quality: the source{pruned} and every GGUF file are measured on {n_chunks} chunks of "
+        f"{CHUNK} tokens"
+    )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.building.needs.disk import side_bytes
 from reap2gguf.building.needs.rented import GPUS, H100
-from reap2gguf.building.needs.scoring import CHUNK
 from reap2gguf.calibration.spec import DEFAULT_MIX
 from reap2gguf.exporting.quantizers import Quantizers, quantizers_of
 from reap2gguf.gguf_files.imatrix_coverage import FEW
@@ -25,6 +24,7 @@ from reap2gguf.terminal.plan_advice import (
     covered_experts,
     expert_count_lines,
     odd_row_lines,
+    quality_line,
 )
 from reap2gguf.terminal.target_views import sized_lines, target_as_json
 
@@ -68,7 +68,7 @@ def _lines(
     if with_coverage:
         for line in coverage_lines(needs.reused.coverage):
             yield from _wrapped(line)
-    yield from _wrapped(_quality(plan, needs))
+    yield from _wrapped(quality_line(plan, needs))
     for warning in plan.warnings:
         yield from _wrapped(f"warning: {warning}")
     yield from _files(plan, with_tensors)
@@ -137,24 +137,14 @@ def _calibration(plan: Plan, needs: Estimate) -> str:
     parts = []
     if plan.observations is not None:
         parts.append(f"observations: {plan.observations.file}, reused")
+    if plan.takes_sums:
+        parts.append("importance matrix: of MODEL, taken in the pass that ranks the experts")
     if plan.imatrix is not None:
         cut = "" if plan.imatrix.cut_from is None else " and cut to the experts that stay"
         parts.append(f"importance matrix: {plan.imatrix.file}, reused{cut}")
     if plan.reads_calibration:
         parts.append(_text(plan, needs))
     return f"calibration: {', '.join(parts)}"
-
-
-def _quality(plan: Plan, needs: Estimate) -> str:
-    """Whether perplexity and KL divergence are measured, and on how much text."""
-    if not (n_chunks := needs.n_scored_chunks):
-        why = "" if plan.options.evaluate == "never" else "; --evaluate always measures it"
-        return f"quality: not measured{why}"
-    pruned = ", the pruned model" if plan.writes_hf else ""
-    return (
-        f"quality: the source{pruned} and every GGUF file are measured on {n_chunks} chunks of "
-        f"{CHUNK} tokens"
-    )
 
 
 def _text(plan: Plan, needs: Estimate) -> str:
@@ -327,6 +317,7 @@ def plan_as_json(plan: Plan, needs: Estimate) -> dict[str, Any]:
         "caveats": list(plan.caveats),
         "warnings": plan.warnings,
         "observations": None if plan.observations is None else plan.observations.file,
+        "imatrix_from": plan.options.imatrix_from,
         "imatrix": None if plan.imatrix is None else plan.imatrix.file,
         "imatrix_coverage": None if plan.imatrix is None else asdict(plan.imatrix.coverage),
         "coverage": coverage_as_json(needs.reused.coverage),

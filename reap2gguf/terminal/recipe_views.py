@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.reference import REFERENCE_FACTS, REFERENCE_NAME, reference_tensors
-from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
+from reap2gguf.quantizing.ik.workers import EXTRA
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 
@@ -77,6 +78,11 @@ def list_lines() -> Iterable[str]:
     for start in range(0, len(cells), _PER_LINE):
         yield "   ".join(cells[start : start + _PER_LINE])
     yield ""
+    yield f"FILE TYPES OF IK_LLAMA.CPP, which alone loads them; to make them, `{EXTRA}`"
+    cells = [f"{name:<{longest}} {reference_bits(load_recipe(name)):>4.1f}" for name in IK_MIXTURES]
+    for start in range(0, len(cells), _PER_LINE):
+        yield "   ".join(cells[start : start + _PER_LINE])
+    yield ""
     yield f"BITS are per weight, for {REFERENCE_NAME}; `reap2gguf recipes check` has other models'."
 
 
@@ -86,6 +92,7 @@ def list_as_json() -> dict[str, Any]:
         "reference": REFERENCE_NAME,
         "recipes": [_summary(load_recipe(name)) for name in shipped_recipes()],
         "file_types": [{**_summary(load_recipe(name)), "name": name} for name in MIXTURES],
+        "ik_file_types": [{**_summary(load_recipe(name)), "name": name} for name in IK_MIXTURES],
     }
 
 

@@ -36,6 +36,13 @@ from reap2gguf.terminal.pruning_options import pruning_options
 @command()
 @model_argument()
 @calibration_options
+@option(
+    "--imatrix-sums",
+    section=CALIBRATION,
+    is_flag=True,
+    help="Take the sums of an importance matrix as well, of all experts, for `build "
+    "--imatrix-from source`.",
+)
 @compute_options
 @threads_option
 @option(
@@ -50,6 +57,7 @@ def observe(
     max_length: int | None,
     seed: int,
     pack: bool | None,
+    imatrix_sums: bool,
     output: Path,
     follow_links: bool,
     **compute: Any,
@@ -74,6 +82,7 @@ def observe(
         calibration=calibration,
         compute=collect_compute(compute),
         follow_links=follow_links,
+        imatrix_sums=imatrix_sums,
         progress=terminal_progress(),
     )
     counts = f"{seen.n_rows} rows, {seen.n_tokens:,} tokens, {len(seen.layers)} layers"

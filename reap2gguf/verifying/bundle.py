@@ -162,7 +162,9 @@ def _check_pair(
     for header, value in zip(headers, values, strict=True):
         found.violations += [*header, *value]
     exact = {path for check in checks if check.is_exact for path in check.files}
-    for path in files:
+    unread = {path: check.unreadable for check in checks for path in check.files}
+    found.not_checked += [f"{path.name}: {why}" for path, why in unread.items() if why]
+    for path in (path for path in files if not unread.get(path)):
         found.reach(Level.EXACT if path in exact else Level.VALUES, [path])
 
 

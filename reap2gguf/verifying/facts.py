@@ -108,7 +108,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "observations": (pruning.observations_file,),
-        "imatrix": (calibration.imatrix_file,),
+        "imatrix": (None if calibration.is_of_observations else calibration.imatrix_file,),
+        "imatrix_from": calibration.asked_from(pruning.method == NO_METHOD),
         "device": DEVICES[1:],
         "dtype": DTYPES[1:],
     }

@@ -30,6 +30,7 @@ from reap2gguf.verifying.gguf_values import (
     check_values,
     compare_files,
     compare_values,
+    unreadable,
 )
 from reap2gguf.verifying.report import with_error
 
@@ -81,6 +82,11 @@ class GgufCheck:
         """The file, or all of its parts."""
         parts = self.header.parts if isinstance(self.header, SplitHeader) else ()
         return [part.path for part in parts] or [self.path]
+
+    @property
+    def unreadable(self) -> str:
+        """Why values of some types cannot be read here; "" if all can."""
+        return "" if self.header is None else unreadable(self.header)
 
     def header_violations(self, opened: tuple[Weights, MoeModel] | None) -> Iterator[str]:
         """Violations of the header, against `expected` and the model that the file was made from.

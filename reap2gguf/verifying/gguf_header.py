@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from gguf import GGMLQuantizationType, GGUFValueType, Keys, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType, Keys
 
 from reap2gguf import __version__
 from reap2gguf.errors import ArtifactError, Reap2ggufError
@@ -25,9 +25,10 @@ from reap2gguf.exporting.header_facts import (
 from reap2gguf.files import open_plain
 from reap2gguf.gguf_files.reader import parse_gguf_header
 from reap2gguf.gguf_files.split import SplitHeader
+from reap2gguf.gguf_files.tensor_types import file_type_of_number, type_of_name
 from reap2gguf.gguf_files.writer import HeaderWriter
 from reap2gguf.messages import shown
-from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import GgufRecord, Manifest, SideRecord
@@ -91,7 +92,7 @@ def expected_gguf(manifest: Manifest, record: GgufRecord) -> ExpectedGguf:
     types, n_kept = types_by_tensor(record.tensors), manifest.pruning.n_kept
     if record.adopted:
         return ExpectedGguf(types, n_kept)
-    mixture = MIXTURES.get(record.file_type)
+    mixture = (MIXTURES | IK_MIXTURES).get(record.file_type)
     version = manifest.versions_of(record).get("reap2gguf", "")
     return ExpectedGguf(
         types,
@@ -114,7 +115,7 @@ def expected_side(manifest: Manifest, record: SideRecord) -> ExpectedGguf:
 
 def types_by_tensor(names: Mapping[str, str]) -> dict[str, GGMLQuantizationType]:
     """The types of tensors, which a manifest records by name."""
-    return {tensor: GGMLQuantizationType[name] for tensor, name in names.items()}
+    return {tensor: type_of_name(name) for tensor, name in names.items()}
 
 
 def check_known_keys(
@@ -154,7 +155,7 @@ def check_model_keys(
     tokenizer's.
     """
     tensors = model.gguf_tensors(weights.tensors)
-    file_type, in_file = LlamaFileType(expected.file_type or 0), _types_for(header, tensors)
+    file_type, in_file = file_type_of_number(expected.file_type or 0), _types_for(header, tensors)
     types = FileTypes(expected.recipe or "", file_type, in_file)
     facts = model_facts(weights, model, expected.names or _UNNAMED, types, imatrix)
     strict = expected.is_whole or any(key.startswith(_OWN) for key in header.metadata)

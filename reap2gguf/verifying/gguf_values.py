@@ -28,8 +28,10 @@ from reap2gguf.exporting.row_ranges import (
     check_imatrix,
     work_through,
 )
-from reap2gguf.ggml import STORABLE
+from reap2gguf.ggml import holds_weights
 from reap2gguf.gguf_files.rows import MAX_VALUES
+from reap2gguf.gguf_files.tensor_types import is_ik
+from reap2gguf.quantizing.ik.workers import is_installed, needs_package
 from reap2gguf.quantizing.quantizer import load_quantizer
 from reap2gguf.verifying.comparison import Comparison, Original
 from reap2gguf.verifying.device_comparison import comparing_on, wanted
@@ -46,13 +48,30 @@ if TYPE_CHECKING:
 _MAX_ROW = 2**22  # values; a row is read at once
 
 
+def unreadable(header: GgufHeader) -> str:
+    """Why values of a file cannot be read here, though they are sound types; "" if they can.
+
+    Its other tensors are compared.
+    """
+    kinds = sorted({one.tensor_type.name for one in header.tensors.values() if _is_unread(one)})
+    if not kinds:
+        return ""
+    return f"values in {', '.join(kinds)} not read: {needs_package('this')}"
+
+
+def _is_unread(info: GgufTensorInfo) -> bool:
+    return is_ik(info.tensor_type) and not is_installed()
+
+
 def check_values(header: GgufHeader, n_threads: int, progress: Progress) -> Iterator[str]:
     """Violations without weights to compare with: NaN and infinity."""
     quantizer = load_quantizer()
 
     def check(info: GgufTensorInfo) -> str | None:
         where = f"{header.path.name}: {info.name}"
-        if info.tensor_type not in STORABLE:
+        if _is_unread(info):
+            return None
+        if not holds_weights(info.tensor_type):
             return f"{where} is {info.tensor_type.name}, which is not a type for weights"
         if info.shape[-1] > _MAX_ROW:
             return f"{where} has rows of {info.shape[-1]:,} values"
@@ -90,7 +109,11 @@ class FileValues:
     def storable(self) -> list[GgufTensor]:
         """Tensors of types that can be read."""
         infos = self.header.tensors
-        return [one for one in self.tensors if infos[one.name].tensor_type in STORABLE]
+        return [
+            one
+            for one in self.tensors
+            if holds_weights(infos[one.name].tensor_type) and not _is_unread(infos[one.name])
+        ]
 
     @property
     def was_weighted(self) -> bool:
@@ -163,7 +186,7 @@ def _refusals(file: FileValues) -> Compared:
     where, imatrix, found = file.header.path.name, file.exactness.imatrix, Compared([])
     types = {tensor.name: file.header.tensors[tensor.name].tensor_type for tensor in file.tensors}
     for name, tensor_type in types.items():
-        if tensor_type not in STORABLE:
+        if not holds_weights(tensor_type):
             problem = f"{name} is {tensor_type.name}, which is not a type for weights"
             found.violations.append(f"{where}: {problem}")
     if file.exactness.every_type and file.was_weighted and imatrix is None:

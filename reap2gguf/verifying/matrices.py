@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
+
+from reap2gguf.gguf_files.tensor_types import block_of
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Floats
@@ -46,6 +48,21 @@ _BOUNDS = {
     "IQ2_XXS": 0.95,
     "IQ1_M": 0.93,
     "IQ1_S": 0.95,
+    "IQ6_K": 0.05,
+    "IQ5_K": 0.1,
+    "IQ5_KS": 0.1,
+    "IQ4_K": 0.18,
+    "IQ4_KS": 0.2,
+    "IQ4_KSS": 0.35,
+    "IQ4_KT": 0.3,
+    "IQ3_K": 0.4,
+    "IQ3_KS": 0.5,
+    "IQ3_KT": 0.5,
+    "IQ2_KL": 0.5,
+    "IQ2_K": 0.95,
+    "IQ2_KS": 0.95,
+    "IQ2_KT": 0.95,
+    "IQ1_KT": 0.95,
 }
 _UNKNOWN_IMPORTANCE = 4.0  # times the bound, where it cannot be known what was unimportant
 _MOST_UNKNOWN = 0.65  # of that
@@ -108,7 +125,7 @@ class RowErrors:
         Rows so small or large that float32 cannot square them are named too, if they differ.
         """
         n_rows = len(self.size)
-        per_block = max(1, int(GGML_QUANT_SIZES[tensor_type][0]) // _GROUP)
+        per_block = max(1, block_of(tensor_type)[0] // _GROUP)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             block = self.size.reshape(n_rows, -1, per_block)
             scale = (block + block.mean(axis=2, keepdims=True)).reshape(n_rows, -1)

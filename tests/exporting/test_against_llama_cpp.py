@@ -118,6 +118,7 @@ def _tensor(name: str, *shape: int) -> GgufTensor:
 SLOW_TO_START = ("IQ2_XXS", "IQ1_M", "IQ1_S")
 BY_LLAMA_QUANTIZE = [name for name in MIXTURES if name != "NVFP4"]  # which it refuses to make
 QUICK = [name for name in BY_LLAMA_QUANTIZE if name not in SLOW_TO_START]
+SHIPPED = [name for name in shipped_recipes() if not load_recipe(name).is_ik]
 # llama.cpp quantizes models with rows of 256 to these without an importance matrix
 UNWEIGHTED = [n for n in QUICK if not n.startswith(("IQ2", "IQ3_X")) and n != "Q2_K_S"]
 FILE_TYPES = [
@@ -249,7 +250,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     imatrix = random_imatrix(gguf_tensors(folder))
     recipes = [plain(name) for name in QUICK]
     if request.param.hidden == 256:
-        recipes += [load_recipe(name) for name in shipped_recipes()]
+        recipes += [load_recipe(name) for name in SHIPPED]
     (root / "with").mkdir()
     (root / "without").mkdir()
     with_imatrix = export_files(folder, root / "with", recipes, imatrix)
@@ -341,7 +342,7 @@ def test_bytes_without_an_imatrix(
 
 
 @pytest.mark.parametrize("exported", [LAYOUTS["wide"]], ids=["wide"], indirect=True)
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_are_llama_quantize_with_overrides(
     exported: Exported, quantized: Callable[..., Path], name: str
 ) -> None:
@@ -349,7 +350,7 @@ def test_shipped_recipes_are_llama_quantize_with_overrides(
     assert stored(exported.with_imatrix[name]) == stored(theirs)
 
 
-@pytest.mark.parametrize("name", [n for n in shipped_recipes() if n not in ("bf16", "q8_0")])
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n not in ("bf16", "q8_0")])
 def test_recipes_for_rows_that_their_types_do_not_fill(name: str, tmp_path: Path) -> None:
     """Experts of 160 columns, dense layers of 288, and an embedding of the MTP block's own."""
     folder = replace(GLM45, hidden=256, width=160, dense_width=288, vocab=291).write(tmp_path / "m")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from reap2gguf.errors import ArtifactError
 from reap2gguf.gguf_files import reader
-from reap2gguf.gguf_files.reader import read_gguf_header, row_bytes
+from reap2gguf.gguf_files.reader import read_gguf_header
+from reap2gguf.gguf_files.tensor_types import row_bytes
 
 U32, U64, STRING, ARRAY = 4, 10, 8, 9
 REUSED_FOLDER = settings(

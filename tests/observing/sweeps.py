@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from reap2gguf.checkpoint.checkpoint import Checkpoint
+from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.table import describe
 from reap2gguf.observing.observer import LayerObserver
 from reap2gguf.observing.sweep import SweepReport, sweep
@@ -36,7 +37,7 @@ def rows_of(*lengths: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def run_sweep(
-    kind: type[Observer],
+    kind: Callable[[MoeModel], Observer],
     folder: Path,
     rows: Sequence[np.ndarray],
     options: ComputeOptions = CPU,

@@ -14,15 +14,15 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from gguf import GGML_QUANT_SIZES
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
-from reap2gguf.ggml import STORABLE
+from reap2gguf.ggml import holds_weights
+from reap2gguf.gguf_files.tensor_types import block_of, is_ik
 from reap2gguf.models.contract import MoeModel
 from reap2gguf.models.description import GgufTensor
 from reap2gguf.models.table import ARCHITECTURES
 from reap2gguf.quantizing.deciding import fixed_type
-from reap2gguf.quantizing.file_types import MIXTURES
+from reap2gguf.quantizing.file_types import IK_MIXTURES, MIXTURES
 from reap2gguf.quantizing.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from tests.building.builds import options
@@ -31,7 +31,7 @@ from tests.tiny import EXAMPLE, REPOSITORY
 
 sys.path.append(str(REPOSITORY / "bench"))
 SHAPES: Mapping[str, Any] = import_module("sparse_checkpoint").SHAPES
-NAMES = (*shipped_recipes(), *MIXTURES)
+NAMES = (*shipped_recipes(), *MIXTURES, *IK_MIXTURES)
 # of each way of storing experts and attention, the smallest; all others take a minute together
 FAST = ("qwen3.5-35b-a3b", "mixtral-8x7b", "granite-3.1-1b-a400m", "lfm2-8b-a1b", "moonlight-16b")
 # names that promise more bits than the one before
@@ -41,6 +41,7 @@ ORDERS = (
     [f"unsloth-q{bits}kxl" for bits in (2, 3, 4, 5, 6)],
     ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "BF16", "F32"),
     ("IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ4_XS"),
+    ("IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K"),
 )
 
 
@@ -54,9 +55,10 @@ def lint(recipe: Recipe, model: MoeModel, tensors: Sequence[GgufTensor]) -> Reso
     facts = model.facts
     found = resolve(recipe, tensors, facts, facts.n_experts, has_imatrix=True)
     for entry in found.table:
-        block = GGML_QUANT_SIZES[entry.tensor_type][0]
+        block = block_of(entry.tensor_type)[0]
         assert entry.tensor.n_columns % block == 0, (recipe.name, entry)
-        assert entry.tensor_type in STORABLE
+        assert holds_weights(entry.tensor_type)
+        assert recipe.is_ik or not is_ik(entry.tensor_type)
         if (whole := fixed_type(entry.tensor, recipe)) is not None:
             assert entry.tensor_type is whole
     assert {*found.needs_importance()} <= {*model.weighted_matrices()}, recipe.name
@@ -115,10 +117,12 @@ def test_a_shipped_recipe_is_written_for_any_model(name: str) -> None:
         assert not rule.inherited
 
 
-@pytest.mark.parametrize("name", [*shipped_recipes(), "IQ1_S", "Q2_K_S", "MXFP4_MOE"])
-def test_all_plan_on_the_example(name: str) -> None:
+@pytest.mark.parametrize("name", [*shipped_recipes(), "IQ1_S", "Q2_K_S", "MXFP4_MOE", "IQ2_KL"])
+def test_all_plan_on_the_example(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from reap2gguf.building.plan import make_plan
+    from reap2gguf.quantizing.ik import workers
 
+    monkeypatch.setattr(workers, "is_installed", lambda: True)  # a plan quantizes nothing
     plan = make_plan(options(EXAMPLE, REPOSITORY / "build", recipes=(name,)))
     (recipe,) = plan.recipes
     assert recipe.n_bytes > 0

@@ -141,7 +141,7 @@ def _guessed(plan: Plan) -> Amount:
     asked = -(-calibration.samples * length // size) * size
     if plan.options.imatrix_chunks is not None:
         asked = plan.options.imatrix_chunks * size
-    if plan.imatrix is not None:
+    if not plan.computes_imatrix:
         n_chunk_tokens = 0
     elif text is not None:
         in_text = int(plan.files.text(text).path.stat().st_size / _BYTES_PER_TOKEN)
@@ -152,7 +152,7 @@ def _guessed(plan: Plan) -> Amount:
     return Amount(
         max(1, n_rows) if plan.reads_rows else 0,
         max(1, n_tokens) if plan.reads_rows else 0,
-        max(size, n_chunk_tokens) if plan.imatrix is None else 0,
+        max(size, n_chunk_tokens) if plan.computes_imatrix else 0,
         min(PROBE_TOKENS, n_tokens) if plan.model.facts.has_mtp else 0,
         max(length, size),
         _text_bytes(plan),

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.observing.budget import MOST_OF_TIME, save_seconds
 from reap2gguf.pruning.write import companion_files
 
@@ -103,6 +103,9 @@ def disk_needs(
     files = sum(recipe.n_bytes for recipe in plan.recipes)
     files += sum(side_bytes(side) for side in plan.side_files)
     observed = _OBSERVED_BYTES * facts.n_experts * len(facts.moe_layers)
+    if plan.takes_sums:  # gate and up share theirs
+        width = facts.hidden_size + facts.expert_width
+        observed += 4 * len(facts.moe_layers) * (facts.n_experts + _COUNTED) * width
     # a header holds the tokenizer
     gguf = files + companions * len(plan.recipes) + imatrix + amount.text_bytes + _CARD_BYTES
     gguf += observed if plan.target.prunes else 0

@@ -10,7 +10,7 @@ from reap2gguf.artifacts.texts import Texts
 from reap2gguf.building.choose_stage import Choose, candidates_of, observations_of
 from reap2gguf.building.choosing import known_choice
 from reap2gguf.building.fit_stage import Fit
-from reap2gguf.building.given_stage import GivenImportance
+from reap2gguf.building.given_stage import importance_of
 from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
 from reap2gguf.building.record import expert_tokens
@@ -129,11 +129,7 @@ def _add_done(
     pruned = PrunedView(plan.checkpoint, plan.model, kept)
     if plan.writes_hf and _is_done(prune := Prune(run, pruned)):
         done.append(prune.name)
-    importance = (
-        Importance(run, pruned, texts)
-        if plan.imatrix is None
-        else GivenImportance(run, pruned, texts, plan.imatrix)
-    )
+    importance = importance_of(run, pruned, texts, observed)
     if plan.imatrix is not None:
         found = importance_record(layer_hits(plan.imatrix.of(kept)))
         known = replace(known, importance=found)
@@ -143,9 +139,7 @@ def _add_done(
     return known
 
 
-def _written(
-    run: Run, pruned: PrunedView, importance: Importance | GivenImportance
-) -> Iterator[str]:
+def _written(run: Run, pruned: PrunedView, importance: Importance) -> Iterator[str]:
     """The importance matrix and the stages that need it, as far as they are done."""
     if _is_done(importance):
         yield importance.name

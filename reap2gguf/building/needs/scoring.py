@@ -35,14 +35,14 @@ def chunks_to_score(choice: str, n_tokens: int, n_variants: int) -> int:
 
 def planned_chunks(plan: Plan, amount: Amount) -> int:
     """The same of a plan, by what is known of its texts."""
-    n_tokens = amount.n_tokens * plan.observes + amount.n_chunk_tokens * (plan.imatrix is None)
+    n_tokens = amount.n_tokens * plan.observes + amount.n_chunk_tokens * plan.computes_imatrix
     return chunks_to_score(plan.options.evaluate, n_tokens, plan.n_variants)
 
 
 def chunks_of(plan: Plan, texts: Texts | None) -> int:
     """The same of a plan whose texts were read."""
     rows = texts.rows if texts is not None and plan.observes else None
-    chunks = texts.chunks if texts is not None and plan.imatrix is None else None
+    chunks = texts.chunks if texts is not None and plan.computes_imatrix else None
     read = [*(rows.rows if rows else ()), *(chunks.chunks if chunks else ())]
     n_tokens = sum(len(row) for row in read)
     return chunks_to_score(plan.options.evaluate, n_tokens, plan.n_variants)

@@ -134,6 +134,8 @@ def stage_seconds(
     waiting = max(reading, source.unfetched_bytes / host.download_bytes)
     if plan.observes:
         passing = _pass(plan, sizes, amount.n_tokens, amount, host)
+        if plan.takes_sums:
+            passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
         spooling = _spooling(plan, amount.n_tokens, amount, disk, host)
         found["observe"] = max(passing, waiting, spooling) + python * _FIRST_PASS
         found["observe"] += _GPU_START if host.gpu_factor is not None else 0.0
@@ -142,7 +144,7 @@ def stage_seconds(
     if plan.writes_hf:
         copied = plan.hf_bytes
         found["prune"] = copied / speed.write_bytes + _read_seconds(copied, host) / 2
-    if plan.imatrix is None:
+    if plan.computes_imatrix:
         passing = _pass(plan, sizes, amount.n_chunk_tokens, amount, host)
         passing *= _IMATRIX if host.gpu_factor is None else _IMATRIX_ON_GPU
         spooling = _spooling(plan, amount.n_chunk_tokens, amount, disk, host)

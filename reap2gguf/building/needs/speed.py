@@ -66,6 +66,24 @@ NANOSECONDS = {
     "IQ1_M": 561.9,
     "IQ1_S": 126.0,
 }
+# The same of types that ik_llama.cpp's library makes.
+_IK_NANOSECONDS = {
+    "IQ2_K": 330.0,
+    "IQ3_K": 119.0,
+    "IQ4_K": 179.0,
+    "IQ5_K": 218.0,
+    "IQ6_K": 452.0,
+    "IQ4_KS": 300.0,
+    "IQ2_KS": 1000.0,
+    "IQ4_KSS": 2000.0,
+    "IQ5_KS": 417.0,
+    "IQ2_KT": 11_300.0,
+    "IQ3_KT": 13_400.0,
+    "IQ4_KT": 22_900.0,
+    "IQ3_KS": 230.0,
+    "IQ2_KL": 265.0,
+    "IQ1_KT": 2600.0,
+}
 _IQ_TABLES = {"IQ3_S": 0.25, "IQ3_XXS": 0.15, "IQ2_S": 3.9, "IQ2_XS": 2.0, "IQ2_XXS": 1.0}
 TABLE_SECONDS = {**_IQ_TABLES, "IQ1_M": 8.1, "IQ1_S": 8.1}
 # The type that is measured for each class; other types of a class are scaled with it. Without
@@ -98,7 +116,7 @@ class Speed:
     def quantize_seconds(self, tensor_type: Type, n_weights: int) -> float:
         """Seconds of one core to quantize, tables aside."""
         factor = self.quantize[_class_of(tensor_type)]
-        return n_weights * NANOSECONDS.get(tensor_type.name, 100.0) * 1e-9 * factor
+        return n_weights * (NANOSECONDS | _IK_NANOSECONDS)[tensor_type.name] * 1e-9 * factor
 
     def table_seconds(self, tensor_type: Type) -> float:
         """Seconds in which a type's tables are made."""
@@ -107,7 +125,15 @@ class Speed:
 
 def _class_of(tensor_type: Type) -> str:
     name = tensor_type.name
-    if name in ("F32", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "IQ1_M", "IQ1_S"):
+    if name in _IK_NANOSECONDS or name in (
+        "F32",
+        "MXFP4",
+        "NVFP4",
+        "TQ1_0",
+        "TQ2_0",
+        "IQ1_M",
+        "IQ1_S",
+    ):
         return "ggml"
     if name in ("F16", "BF16", "Q8_0"):
         return "plain"

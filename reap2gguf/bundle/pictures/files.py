@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.bundle.pictures.canvas import (
     BLUE,
@@ -24,6 +23,7 @@ from reap2gguf.bundle.pictures.canvas import (
     steps,
 )
 from reap2gguf.bundle.pictures.sizes import Level, Series, SizePoint, sizes_picture
+from reap2gguf.gguf_files.tensor_types import block_of, type_of_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,7 +187,7 @@ def _placed(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, tuple[st
 
 
 def _bits_of(tensor_type: str) -> float:
-    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor_type]]
+    block, n_bytes = block_of(type_of_name(tensor_type))
     return float(8 * n_bytes / block)
 
 

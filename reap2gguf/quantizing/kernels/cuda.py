@@ -25,7 +25,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from reap2gguf.ggml import NEEDS_IMPORTANCE, load_ggml
-from reap2gguf.gguf_files.reader import row_bytes
+from reap2gguf.gguf_files.tensor_types import row_bytes
 from reap2gguf.progress import working
 from reap2gguf.quantizing.kernels.codebooks import codebook
 from reap2gguf.quantizing.kernels.driver import CudaError, Driver, Function, Memory, Stream

@@ -63,7 +63,7 @@ def test_a_build_that_starts_from_scratch(
     out = tmp_path / "out"
     build(tiny, out)
     plan = make_plan(options(tiny, out))
-    assert find_reused(plan).stages == ALL
+    assert set(ALL) - set(find_reused(plan).stages) == {"fit"}, "no size was asked for"
     with monkeypatch.context() as patch:
         refuse_at(patch, stages, "read_texts")
         with pytest.raises(KeyboardInterrupt):
