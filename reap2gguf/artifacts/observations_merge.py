@@ -29,7 +29,8 @@ def merge_observed(given: Sequence[tuple[str, Observations]]) -> Observations:
 
     What one of them lacks, because it is of an earlier format or without sums of an importance
     matrix, the sum lacks too. Raises ArtifactError if they are not of the same model, layers and
-    experts, or count more than a file can hold; UsageError for fewer than two, and for two that were made on the same rows.
+    experts, or count more than a file can hold; UsageError for fewer than two, and for two that
+    were made on the same rows.
     """
     if len(given) < 2:
         raise UsageError("one file of observations, expected two or more to merge")
