@@ -21,6 +21,7 @@ from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
+REPAIR_CHOICES = ("none", "ridge", "scale")
 IMATRIX_FROM_CHOICES = ("pruned", "source")
 DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
@@ -278,6 +279,7 @@ class BuildOptions:
     protect: str = ""  # LAYER:EXPERT,... that stay whatever they score
     protect_super_experts: bool = False  # whether experts with outliers in their outputs stay
     mtp: str = "prune"  # what to do with a multi-token-prediction block: prune or drop
+    repair: str = "none"  # how the kept experts make up for the others: none, ridge or scale
     dequantize: str | None = None  # type of a quantized source's safetensors; None: as it has them
     calibration: CalibrationOptions = CalibrationOptions()
     kept: Path | None = None  # a map of the experts that stay, such as `prune` writes
@@ -319,6 +321,7 @@ class BuildOptions:
         self._check_choosing()
         read_pinned(self.protect)
         check_choice("mtp", self.mtp, MTP_CHOICES)
+        check_choice("repair", self.repair, REPAIR_CHOICES)
         if self.dequantize is not None:
             check_choice("dequantize", self.dequantize, DEQUANTIZE_CHOICES)
         check_choice("evaluate", self.evaluate, EVALUATE_CHOICES)

@@ -106,6 +106,11 @@ COVERED_BY = [
         ("api/reporting.py",),
     ),
     (
+        "building/test_pipeline.py",
+        "every build reads its texts",
+        ("building/plan_sides.py", "building/text_stage.py"),
+    ),
+    (
         "repairing/test_gram.py",
         "the Gram matrix is made of features",
         ("repairing/features.py",),
@@ -114,6 +119,16 @@ COVERED_BY = [
         "repairing/test_sweep.py",
         "what is captured and how it is stored, for every family",
         ("repairing/capture.py", "repairing/stored.py"),
+    ),
+    (
+        "building/test_repair_folder.py",
+        "folders that are pruned and repaired",
+        ("api/repairs.py",),
+    ),
+    (
+        "building/test_repair_stage.py",
+        "whole bundles with a repair: their cards, and what is wrong with changed ones",
+        ("bundle/card_repair.py", "verifying/repaired.py"),
     ),
     (
         "observing/test_loader.py",

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.api.opening import PathLike, ProgressLike, keep_files, open_named, to_progress
 from reap2gguf.api.peers import Peers
+from reap2gguf.api.repairs import repaired_model
 from reap2gguf.api.selecting import Selection, Wanted, chosen
 from reap2gguf.errors import OutputError, UsageError
 from reap2gguf.machine import processes
 from reap2gguf.options import (
     DEQUANTIZE_CHOICES,
     MTP_CHOICES,
+    REPAIR_CHOICES,
     CalibrationOptions,
     CheckQuants,
     ComputeOptions,
@@ -156,6 +158,9 @@ def prune(
     protect_super_experts: bool = False,
     kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
+    repair: str = "none",
+    calibration: CalibrationOptions | None = None,
+    compute: ComputeOptions | None = None,
     dequantize: str | None = None,
     follow_links: bool = False,
     progress: ProgressLike = None,
@@ -163,15 +168,20 @@ def prune(
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
     Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
-    for methods that rank experts by their weights alone, and with `kept`. Raises what `select`
-    raises, OutputError if the folder exists or cannot be written, and VerificationError if what was
-    written is not what was planned.
+    for methods that rank experts by their weights alone, and with `kept`. A repair, "ridge" or
+    "scale", fits the kept experts on the calibration text, and `compute` says where; an interrupted
+    one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises,
+    CalibrationError, ObservationError, OutputError if the folder exists or cannot be written, and
+    VerificationError if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
+    check_choice("repair", repair, REPAIR_CHOICES)
     if dequantize is not None:
         check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
     wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
+    options = given_or_new("calibration", calibration, CalibrationOptions)
+    compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
         if output.exists():
             raise OutputError(f"{output}: exists already; pass another output or move it away")
@@ -179,12 +189,19 @@ def prune(
         for line in selection.notes:
             shown.note(line)
         from reap2gguf.building.prune_folder import prune_to_folder
+        from reap2gguf.pruning.view import PrunedView
 
-        checkpoint, name = opened.checkpoint, opened.source.label
+        checkpoint, source = opened.checkpoint, opened.model
         if dequantize is not None:
             checkpoint = checkpoint.dequantized()
-        where = output, shown, name, selection.protected
-        prune_to_folder(checkpoint, opened.model, selection.kept, selection.method, *where)
+        pruned = PrunedView(checkpoint, source, selection.kept)
+        where = output, shown, opened.source.label, selection.protected
+        method = selection.method
+        if repair == "none":
+            prune_to_folder(checkpoint, source, pruned, method, *where)
+        else:
+            with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
+                prune_to_folder(checkpoint, source, made[0], method, *where, made[1])
     return PruneResult(output, selection)
 
 

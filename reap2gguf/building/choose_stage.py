@@ -19,7 +19,7 @@ from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import write_whole
 from reap2gguf.building.choosing import protected_of
 from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.stages import needed
+from reap2gguf.building.text_stage import needed
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.choosing.candidates import kept_by
@@ -32,7 +32,8 @@ from reap2gguf.tokenizer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.building.plan import Plan
-    from reap2gguf.building.stages import Observe, ReadTexts
+    from reap2gguf.building.stages import Observe
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.pruning.select import Kept
 
 CHOICE_FILE = "choice.json"

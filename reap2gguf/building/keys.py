@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row
     from reap2gguf.building.plan import Plan
     from reap2gguf.pruning.select import Kept
+    from reap2gguf.pruning.view import PrunedView
     from reap2gguf.quantizing.resolve import ResolvedRecipe
 
 # Raise one of these where a change of the program makes other results of the same inputs: where an
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # a message or a library changes.
 TEXTS_FORMAT = 2  # how texts become rows and chunks: samples, templates, cutting, drawing
 OBSERVE_FORMAT = 2  # what is summed per expert, and the file of it
+REPAIR_FORMAT = 1  # which weights a repair gives, and the files of them
 PRUNE_FORMAT = 1  # how tensors, config and files of the model are written as safetensors
 IMATRIX_FORMAT = 1  # what is summed per matrix
 FIT_FORMAT = 1  # how types are chosen for a size
@@ -147,10 +149,21 @@ class BuildKeys:
         """What only observations with the sums of an importance matrix depend on."""
         return ["with imatrix", str(IMATRIX_FORMAT)] if self.plan.takes_sums else []
 
-    def pruned(self, kept: Kept) -> str:
-        """The key of the pruned model, in whatever format."""
-        kept_experts = sorted(kept.items())
-        return stage_key(PRUNE_FORMAT, self._source, kept_experts, self._companions, self.plan.mtp)
+    def repair(self, pruned: PrunedView, rows: ObservationRows) -> str:
+        """The key of a repair of the pruned model on the rows."""
+        kind = self.plan.options.repair
+        text = rows.label, rows.sha256, self.plan.max_length
+        return stage_key(REPAIR_FORMAT, self.pruned(pruned), kind, *text, *self._computing)
+
+    def pruned(self, pruned: PrunedView) -> str:
+        """The key of the pruned model, in whatever format; repaired or not."""
+        return self.pruned_of(pruned.kept, pruned.identity)
+
+    def pruned_of(self, kept: Kept, identity: str = "") -> str:
+        """The same, given the experts and a hash of weights that are not the source's."""
+        kept_experts, changed = sorted(kept.items()), (identity,) if identity else ()
+        inputs = self._source, kept_experts, self._companions, self.plan.mtp, *changed
+        return stage_key(PRUNE_FORMAT, *inputs)
 
     def imatrix(self, pruned: str, chunks: ImatrixChunks, probe: Sequence[Row]) -> str:
         """The key of the importance matrix."""
@@ -197,6 +210,7 @@ class BuildKeys:
             plan.target.n_kept,
             plan.mtp,
             *self._computing,
+            *((REPAIR_FORMAT, plan.options.repair) if plan.repairs else ()),
             *self._sums,
         )
 

@@ -22,6 +22,7 @@ from reap2gguf.building.given_kept import (
 )
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
+from reap2gguf.building.plan_sides import planned_side_files
 from reap2gguf.building.sized import SizedFile, other_labels, with_sized
 from reap2gguf.bundle.layout import BundleFolders, model_file, side_file
 from reap2gguf.bundle.manifest import NO_METHOD
@@ -43,7 +44,6 @@ from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
-from reap2gguf.models.side_values import side_files, side_files_here
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
 from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
@@ -56,6 +56,7 @@ from reap2gguf.quantizing.minimum import check_needed
 from reap2gguf.quantizing.overrides import read_overrides
 from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
+from reap2gguf.repairing.limits import check_repair
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ class Plan:
         return self.observes or (asks and not self.target.prunes)
 
     @property
+    def repairs(self) -> bool:
+        """Whether the kept experts get new weights."""
+        return self.target.prunes and self.options.repair != "none"
+
+    @property
     def takes_sums(self) -> bool:
         """Whether the pass that ranks the experts takes the sums of the importance matrix, too."""
         return self.observes and self.options.imatrix_from == "source"
@@ -129,9 +135,9 @@ class Plan:
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows of the calibration are needed: to rank experts, to choose by what methods
-        cost on some of them, or to ask an MTP block."""
-        return self.chooses or self.asks_mtp
+        """Whether rows of the calibration are needed: to rank or repair experts, to choose by what
+        methods cost on some of them, or to ask an MTP block."""
+        return self.chooses or self.repairs or self.asks_mtp
 
     @property
     def reads_calibration(self) -> bool:
@@ -147,7 +153,7 @@ class Plan:
     @property
     def n_sweeps(self) -> int:
         """How many calibration passes the build makes."""
-        return self.observes + self.computes_imatrix
+        return self.observes + self.repairs + self.computes_imatrix
 
     @property
     def n_variants(self) -> int:
@@ -267,6 +273,8 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     target = choose_target(model.facts, options.keep_experts, options.compression)
     if given_kept is not None:
         target = given_kept.target
+    if options.repair != "none":
+        check_repair(checkpoint, model, target.prunes)
     if options.dequantize and not target.prunes:
         raise UsageError(
             "--dequantize: no expert is removed, so no safetensors are written; leave it out, or "
@@ -288,7 +296,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
-    sides = side_files_here(model, checkpoint)
+    sides = planned_side_files(model, checkpoint)
     for line in (line for side in sides for line in side.notes):
         note(line)
     plan = Plan(
@@ -377,6 +385,8 @@ def _observations(
 
 def _surely_reads(options: BuildOptions) -> bool:
     """Whether a build reads its calibration whatever the model is."""
+    if options.repair != "none" and options.compression != 0:
+        return True
     if options.imatrix is None and options.imatrix_text is None:
         if is_from_weights(options.method) or options.kept is not None:
             return True
@@ -386,20 +396,6 @@ def _surely_reads(options: BuildOptions) -> bool:
         return False
     ranks = options.observations is None or options.method == AUTO
     return ranks and options.compression != 0
-
-
-def with_all_values(plan: Plan, note: Note) -> Plan:
-    """The plan with side files whose values have all been looked at; what is missing is fetched.
-
-    Raises what `with_fitting_types` raises, and what fetching raises.
-    """
-    if all(side.is_checked for side in plan.side_files):
-        return plan
-    sides = side_files(plan.model, plan.checkpoint)
-    said = {line for side in plan.side_files for line in side.notes}
-    for line in (line for side in sides for line in side.notes if line not in said):
-        note(line)
-    return replace(plan, side_files=sides)
 
 
 def _check_there(text: Path) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,6 +181,7 @@ class Run:
     room: Room = field(default_factory=Room)  # on the disk
     costs: list[StageCost] = field(default_factory=list)
     joint: Joint = field(default_factory=Joint)  # of the stages that run now
+    held: ExitStack = field(default_factory=ExitStack)  # closes files that stages have opened
 
     def __post_init__(self) -> None:
         self.listener = self.progress

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from reap2gguf.bundle.card_calibration import calibration_table
+from reap2gguf.bundle.card_repair import changed_weights, repair_section
 from reap2gguf.bundle.layout import (
     MANIFEST_FILE,
     OBSERVATIONS_FILE,
@@ -108,13 +109,14 @@ Calibration used text only. `{MANIFEST_FILE}` records versions, hashes and the t
 {calibration_table(manifest)}
 
 {_made_with(manifest)}"""
+    rest = f"The pruned\nsafetensors {_what_is_kept(manifest)}{changed_weights(manifest)} {matrix}"
+    repaired = f"\n\n{found}" if (found := repair_section(manifest)) else ""
     return f"""## How it was made
 
 {_observed(manifest)}
-{_score(pruning.method)} were removed from each layer. The pruned
-safetensors {_what_is_kept(manifest)}: nothing was retrained. {matrix}
+{_score(pruning.method)} were removed from each layer. {rest}
 Calibration used text only. `{MANIFEST_FILE}`
-records versions, hashes, the experts kept in each layer, and the type of each tensor.
+records versions, hashes, the experts kept in each layer, and the type of each tensor.{repaired}
 {_protected(pruning)}
 {calibration_table(manifest)}
 
@@ -185,6 +187,8 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
             yield f"--choose-text {argument(options.choose_text)}"
     else:
         yield "--compression 0"
+    if options.repair != "none" and manifest.pruning.method != NO_METHOD:
+        yield f"--repair {argument(options.repair)}"
     if options.protect:
         yield f"--protect {argument(options.protect)}"
     if options.protect_super_experts:
@@ -266,6 +270,11 @@ def caveats_section(manifest: Manifest, caveats: Iterable[str]) -> str:
         lines.append(
             "- Experts were chosen by the calibration texts above. Languages and topics that "
             "these lack may have lost more than the figures show."
+        )
+    if manifest.pruning.repair is not None:
+        lines.append(
+            "- The repair was fitted on the calibration text. Measure it on text of your own "
+            "domain, beside the same model without it."
         )
     if manifest.side_files:
         lines.append("- Calibration and evaluation used text only: images were not measured.")

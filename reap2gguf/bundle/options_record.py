@@ -50,6 +50,7 @@ class OptionsRecord:
     dtype: str
     inputs: Sequence[InputRecord] = ()
     kept: str | None = None  # the last part of its path
+    repair: str = "none"
     dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     protect: str = ""
     protect_super_experts: bool = False

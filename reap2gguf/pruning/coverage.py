@@ -106,6 +106,14 @@ def coverage_line(found: Coverage) -> str:
     )
 
 
+def recorded_line(found: CoverageRecord) -> str:
+    """The coverage that a manifest records, in one line."""
+    return (
+        f"experts: fewest tokens {found.fewest:,}, median {found.median:,} tokens per expert; of "
+        f"those that stay, {found.n_thin_kept:,} saw fewer than {found.thin_below:,}"
+    )
+
+
 def observed_notes(observations: Observations) -> list[str]:
     """What to tell of observations before experts are chosen: coverage, and a warning if thin."""
     found = coverage(observations)

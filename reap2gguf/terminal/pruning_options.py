@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from reap2gguf.choosing.names import AUTO, BUILD_METHODS, CANDIDATES
-from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES
+from reap2gguf.options import DEQUANTIZE_CHOICES, MTP_CHOICES, REPAIR_CHOICES
 from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
 from reap2gguf.terminal.option_types import FilePath
@@ -60,6 +60,17 @@ mtp_option = option(
     type=click.Choice(MTP_CHOICES),
     default="prune",
     help="Multi-token-prediction block: prune it like the layers, or drop it.",
+)
+
+repair_option = option(
+    "--repair",
+    section=PRUNE,
+    is_flag=False,
+    flag_value="ridge",
+    type=click.Choice(REPAIR_CHOICES),
+    default="none",
+    help="Fit the kept experts' down_proj to what all experts gave on the calibration text: ridge "
+    "(for --repair alone), or scale, which is one number per expert.",
 )
 
 dequantize_option = option(
@@ -123,5 +134,6 @@ build_pruning_options = together(
     choose_text_option,
     protect_options,
     mtp_option,
+    repair_option,
     dequantize_option,
 )

@@ -316,7 +316,7 @@ def check_passed(manifest: Manifest, n_stored: int | None) -> Iterator[str]:
     """
     found = manifest.verification.get("passed")
     passed = found if isinstance(found, list) else []
-    lines = [] if n_stored is None else [[passed_folder(n_stored)]]
+    lines = [] if n_stored is None else [[passed_folder(n_stored, manifest.pruning.n_repaired)]]
     records: list[GgufRecord | SideRecord] = [*manifest.gguf, *manifest.side_files]
     for record in records:
         levels = (Level.VALUES, Level.EXACT)  # a build chooses by the size of a file

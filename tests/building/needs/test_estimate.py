@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import reap2gguf
-from reap2gguf.building import pipeline, stages
+from reap2gguf.building import pipeline, text_stage
 from reap2gguf.building.needs.amount import Amount
 from reap2gguf.building.needs.disk import states_kept
 from reap2gguf.building.needs.estimate import ALL, LONG, Estimate, Reused
@@ -312,7 +312,7 @@ def test_a_gpu_that_is_not_here(
     assert needs.problems == ["--device cuda: there is no GPU here; the figures are for an H100"]
     assert needs.machine.gpu is not None
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refuse_at(monkeypatch, stages, "read_texts")
+    refuse_at(monkeypatch, text_stage, "read_texts")
     with pytest.raises(UsageError, match="torch sees no CUDA device"):
         pipeline.build(plan, Silent())
     assert not (tmp_path / "out").exists()
