@@ -196,12 +196,11 @@ def prune(
             checkpoint = checkpoint.dequantized()
         pruned = PrunedView(checkpoint, source, selection.kept)
         where = output, shown, opened.source.label, selection.protected
-        method = selection.method
         if repair == "none":
-            prune_to_folder(checkpoint, source, pruned, method, *where)
+            prune_to_folder(checkpoint, source, pruned, selection.method, *where)
         else:
             with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
-                prune_to_folder(checkpoint, source, made[0], method, *where, made[1])
+                prune_to_folder(checkpoint, source, made[0], selection.method, *where, made[1])
     return PruneResult(output, selection)
 
 

@@ -49,8 +49,8 @@ class OptionsRecord:
     device: str
     dtype: str
     inputs: Sequence[InputRecord] = ()
-    kept: str | None = None  # the last part of its path
     repair: str = "none"
+    kept: str | None = None  # the last part of its path
     dequantize: str | None = None  # the type that a quantized source's safetensors were written in
     protect: str = ""
     protect_super_experts: bool = False
