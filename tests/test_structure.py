@@ -221,7 +221,10 @@ COVERED_BY = [
     (
         "test_docs.py",
         "every error is drawn, every option is documented",
-        ("errors.py", "terminal/click_options.py", "terminal/compute_options.py"),
+        (
+            "errors.py", "terminal/click_options.py", "terminal/compute_options.py",
+            "terminal/pruning_options.py",
+        ),
     ),
     (
         "test_doctor.py",
@@ -376,9 +379,15 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+        (
+            "api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
             "hub/opened.py",
-       ),
+        ),
+    ),
+    (
+        "terminal/test_observations_commands.py",
+        "files are merged and shown as it is typed",
+        ("api/observations.py", "terminal/observations_views.py"),
     ),
     (
         "terminal/test_inspect_command.py",

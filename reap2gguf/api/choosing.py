@@ -245,7 +245,9 @@ class _Asked:
             where = self.resuming(compute, key)
             return evaluate_variants(asked.variants, asked.rows, asked.pairs, where, progress)
 
-        if repairs is not None and (why := why_not_repaired(chooser.model, len(repairs.rows))):
+        if repairs is not None and (
+            why := why_not_repaired(checkpoint, chooser.model, len(repairs.rows))
+        ):
             progress.note(why)
             repairs = None
         if repairs is None:

@@ -56,11 +56,11 @@ def _surely_reads(options: BuildOptions) -> bool:
     if options.repair != "none" and options.compression != 0:
         return True
     if options.imatrix is None and options.imatrix_text is None:
-        if is_from_weights(options.method):
+        if is_from_weights(options.method) or options.kept is not None:
             return True
         ranks = options.observations is None or options.method == AUTO
         return options.imatrix_from == "pruned" or ranks
-    if is_from_weights(options.method):
+    if is_from_weights(options.method) or options.kept is not None:
         return False
     ranks = options.observations is None or options.method == AUTO
     return ranks and options.compression != 0

@@ -128,7 +128,7 @@ class Choose(Stage[ChoiceRecord]):
         run, plan = self.run, self.run.plan
         if BEST_REPAIRED not in plan.candidates:
             return False
-        if why := why_not_repaired(plan.model, len(self._rows.rows)):
+        if why := why_not_repaired(plan.checkpoint, plan.model, len(self._rows.rows)):
             run.progress.note(f"choose: {why}")
         return not why
 

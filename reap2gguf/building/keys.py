@@ -216,7 +216,7 @@ class BuildKeys:
     @property
     def _given(self) -> list[tuple[str, str] | None]:
         """The files that take the place of stages: cards name them."""
-        given = (self.plan.observations, self.plan.imatrix)
+        given = (self.plan.given_kept, self.plan.observations, self.plan.imatrix)
         return [None if one is None else (one.file, one.sha256) for one in given]
 
     @property

@@ -15,6 +15,10 @@ from reap2gguf.building.given import (
     keep_given,
     read_observations,
 )
+from reap2gguf.building.given_kept import (
+    GivenKept,
+    given_kept_of,
+)
 from reap2gguf.building.history import History, read_history
 from reap2gguf.building.naming import bundle_name
 from reap2gguf.building.plan_sides import planned_side_files
@@ -26,6 +30,7 @@ from reap2gguf.bundle.options_record import (
     CHOOSE_TEXT_OPTION,
     IMATRIX_OPTION,
     IMATRIX_TEXT_OPTION,
+    KEPT_OPTION,
     OBSERVATIONS_OPTION,
     InputRecord,
 )
@@ -45,8 +50,8 @@ from reap2gguf.hub.source import Source, resolve_source
 from reap2gguf.models.description import Dropped, SideFile
 from reap2gguf.models.table import describe
 from reap2gguf.models.transformers_config import check_with_transformers
-from reap2gguf.pruning.methods import METHODS, is_from_weights
-from reap2gguf.pruning.protection import protected_experts
+from reap2gguf.pruning.methods import GIVEN, METHODS, is_from_weights
+from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
@@ -82,6 +87,7 @@ class Plan:
     files: ScannedFiles  # of the calibration
     tokenizer_caveats: tuple[str, ...] = ()
     history: History | None = None  # of a source that this program has pruned before
+    given_kept: GivenKept | None = None  # None: the build chooses the experts
     observations: GivenObservations | None = None  # None: the build makes them
     imatrix: GivenImatrix | None = None  # None: the build computes it
     sized: SizedFile | None = None  # the last file, if its types are chosen in the build
@@ -90,23 +96,26 @@ class Plan:
     @property
     def observes(self) -> bool:
         """Whether the build observes the experts, in order to rank them."""
-        return self.target.prunes and self.observations is None and not self.ranks_by_weights
+        is_chosen = self.given_kept is not None or self.observations is not None
+        return self.target.prunes and not is_chosen and not self.ranks_by_weights
 
     @property
     def ranks_by_weights(self) -> bool:
         """Whether the build ranks the experts by their weights alone."""
-        return self.target.prunes and is_from_weights(self.options.method)
+        is_given = self.given_kept is not None
+        return self.target.prunes and not is_given and is_from_weights(self.options.method)
 
     @property
     def chooses(self) -> bool:
         """Whether the build measures which method is best."""
-        return self.target.prunes and self.options.method == AUTO
+        is_chosen = self.given_kept is not None
+        return self.target.prunes and not is_chosen and self.options.method == AUTO
 
     @property
     def candidates(self) -> tuple[str, ...]:
         """What it measures. None is repaired where a repair was asked for, or is not defined."""
         named = check_candidates(self.options.candidates) if self.chooses else ()
-        if self.options.repair != "none" or why_not_repaired(self.model):
+        if self.options.repair != "none" or why_not_repaired(self.checkpoint, self.model):
             return criteria_of(named)
         return named
 
@@ -205,6 +214,9 @@ class Plan:
         reads = self.reads_calibration
         hashes = local_hashes(self.calibration, self.files) if reads else []
         found = [InputRecord(CALIBRATION_OPTION, name, sha256) for name, sha256 in hashes]
+        if self.given_kept is not None:
+            kept = self.given_kept
+            found.append(InputRecord(KEPT_OPTION, kept.file, kept.sha256))
         if self.observations is not None:
             given = self.observations
             found.append(InputRecord(OBSERVATIONS_OPTION, given.file, given.sha256))
@@ -241,10 +253,12 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """How experts are ranked, or NO_METHOD where none is removed; AUTO until that is chosen."""
+        """How experts are chosen, or NO_METHOD where none is removed; AUTO until that is chosen."""
         if self.choice is not None:
             return split_name(self.choice.chosen)[0]
-        return self.options.method if self.target.prunes else NO_METHOD
+        if not self.target.prunes:
+            return NO_METHOD
+        return self.options.method if self.given_kept is None else GIVEN
 
     @property
     def mtp(self) -> str:
@@ -271,7 +285,10 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
     check_with_transformers(model)
     caveats = check_tokenizer(checkpoint.folder, model.facts.vocab_size, model.tokenizers)
+    given_kept = given_kept_of(options, model.facts)
     target = choose_target(model.facts, options.keep_experts, options.compression)
+    if given_kept is not None:
+        target = given_kept.target
     if options.repair != "none":
         check_repair(checkpoint, model, target.prunes)
     if options.dequantize and not target.prunes:
@@ -287,9 +304,11 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     )
     name = bundle_name(options, source, target, note)
     folders = BundleFolders(options.output, name)
-    keep_given(folders, (options.observations, options.imatrix), target.prunes)
+    keep_given(folders, (options.kept, options.observations, options.imatrix), target.prunes)
     observations = _observations(options, checkpoint, model, target)
-    _check_protection(options, observations, model, target)
+    seen = None if observations is None else observations.seen
+    if target.prunes and given_kept is None:
+        check_protection(options.protection, seen, options.method, target, model.facts)
     imatrix = given_imatrix(options, model.facts, tensors, observations)
     weighted = pruned.model.weighted_matrices() if imatrix is None else imatrix.imatrix.entries
     sized, recipes = with_sized(options, source.label, name, pruned, weighted, recipes)
@@ -310,6 +329,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
         files=asked.files,
         tokenizer_caveats=caveats,
         history=read_history(checkpoint, model.facts, note),
+        given_kept=given_kept,
         observations=observations,
         imatrix=imatrix,
         sized=sized,
@@ -352,14 +372,3 @@ def _observations(
     # any method tells whether they are of this model
     how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
-
-
-def _check_protection(
-    options: BuildOptions, given: GivenObservations | None, model: MoeModel, target: Target
-) -> None:
-    """Refuse protected experts that do not exist or fit, as far as they are known before a pass."""
-    protection, seen = options.protection, None if given is None else given.seen
-    if seen is None and not is_from_weights(options.method):
-        protection = replace(protection, super_experts=False)  # they are found when it has observed
-    if target.prunes:
-        protected_experts(protection, seen, target, model.facts)

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 
 from reap2gguf.choosing.names import REPAIRED
 from reap2gguf.errors import Reap2ggufError
-from reap2gguf.repairing.limits import check_repairable, check_rows
+from reap2gguf.repairing.limits import check_repair, check_rows
 
 if TYPE_CHECKING:
+    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.evaluating.scores import Scores
     from reap2gguf.models.contract import MoeModel
 
 
-def why_not_repaired(model: MoeModel, n_rows: int | None = None) -> str:
+def why_not_repaired(source: Weights, model: MoeModel, n_rows: int | None = None) -> str:
     """Why a repair is not defined for a model, or cannot be fitted on so few rows; "" if it can."""
     try:
-        check_repairable(model)
+        check_repair(source, model, True)
         if n_rows is not None:
             check_rows(n_rows)
     except Reap2ggufError as error:

@@ -10,7 +10,7 @@ from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.choosing.names import AUTO, BEST_REPAIRED, BUILD_METHODS, split_name
 from reap2gguf.choosing.rule import best
 from reap2gguf.messages import shown
-from reap2gguf.pruning.methods import OBSERVED
+from reap2gguf.pruning.methods import GIVEN, OBSERVED
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
@@ -38,7 +38,7 @@ def asked_methods(manifest: Manifest) -> tuple[str, ...]:
     if manifest.choice is not None:
         return (AUTO,)
     method = manifest.pruning.method
-    return BUILD_METHODS if method == NO_METHOD else (method,)
+    return BUILD_METHODS if method in (NO_METHOD, GIVEN) else (method,)
 
 
 def asked_repairs(manifest: Manifest) -> tuple[str, ...]:

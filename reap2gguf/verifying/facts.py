@@ -30,16 +30,13 @@ from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES
-from reap2gguf.pruning.methods import METHODS, OBSERVED
+from reap2gguf.pruning.methods import OBSERVED, RECORDED
 from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
-from reap2gguf.verifying.choice import (
-    asked_candidates,
-    asked_methods,
-    check_choice,
-)
+from reap2gguf.verifying.choice import asked_candidates, asked_methods, check_choice
+from reap2gguf.verifying.protected import check_asked, check_protected
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
 if TYPE_CHECKING:
@@ -61,7 +58,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     """
     pruning, calibration = manifest.pruning, manifest.calibration
     yield from _check_kept(pruning)
-    methods = METHODS if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
+    methods = RECORDED if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
     yield from check_choice(manifest)
@@ -96,8 +93,6 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         "candidates": asked_candidates(manifest),
         "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
-        "protect": (None,) if pruning.protected and not options.protect else (options.protect,),
-        "protect_super_experts": (options.protect_super_experts or bool(pruning.super_experts),),
         "observations": (pruning.observations_file,),
         "imatrix": (None if calibration.is_of_observations else calibration.imatrix_file,),
         "imatrix_from": calibration.asked_from(pruning.method == NO_METHOD),
@@ -118,6 +113,7 @@ def check_options(manifest: Manifest) -> Iterator[str]:
             "chunk": (max(options.chunk, n_tokens),),
             "imatrix_chunks": (None, max(options.imatrix_chunks or 0, n_chunks)),
         }
+    yield from check_asked(pruning, options)
     for name, values in expected.items():
         if (found := getattr(options, name)) not in values:
             yield _wrong(f"options.{name}", found, " or ".join(map(str, values)))
@@ -136,13 +132,7 @@ def _check_kept(pruning: PruningRecord) -> Iterator[str]:
             yield _wrong(f"pruning.kept of layer {layer}", f"{len(ids)} experts", f"{n_kept}")
         elif any(a >= b for a, b in pairwise(ids)):
             yield _wrong(f"pruning.kept of layer {layer}", list(ids), "ascending numbers")
-    for name, protected in (
-        ("protected", pruning.protected),
-        ("super_experts", pruning.super_experts),
-    ):
-        for layer, ids in protected.items():
-            if missing := sorted(set(ids) - set(pruning.kept.get(layer, ()))):
-                yield _wrong(f"pruning.{name} of layer {layer}", missing, "experts that were kept")
+    yield from check_protected(pruning)
 
 
 def _check_names(manifest: Manifest, record: GgufRecord) -> Iterator[str]:

@@ -104,7 +104,7 @@ def test_the_best_criterion_is_repaired_and_taken_or_dropped_by_the_same_rule(
 
 def test_a_model_that_cannot_be_repaired_is_measured_without(source: Checkpoint) -> None:
     model = describe(source)
-    assert why_not_repaired(model, LEAST_ROWS) == ""
-    why = why_not_repaired(model, LEAST_ROWS - 1)
+    assert why_not_repaired(source, model, LEAST_ROWS) == ""
+    why = why_not_repaired(source, model, LEAST_ROWS - 1)
     assert why.startswith("no candidate is repaired: --repair: the calibration has 15 rows")
     source.close()
