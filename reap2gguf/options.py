@@ -21,8 +21,7 @@ from reap2gguf.pruning.counts import check_counts
 from reap2gguf.pruning.protection import Protection, read_pinned
 
 MTP_CHOICES = ("prune", "drop")
-REPAIR_CHOICES = ("none", "ridge", "scale")
-IMATRIX_FROM_CHOICES = ("pruned", "source")
+REPAIR_CHOICES, IMATRIX_FROM_CHOICES = ("none", "ridge", "scale"), ("pruned", "source")
 DEQUANTIZE_CHOICES = ("bf16",)
 EVALUATE_CHOICES = ("auto", "always", "never")
 DEVICES = ("auto", "cpu", "cuda")

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import write_whole
 from reap2gguf.building.choosing import protected_of
-from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.text_stage import needed
+from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.bundle.choice import ChoiceRecord, choice_of
 from reap2gguf.checkpoint.config import read_json
 from reap2gguf.choosing.candidates import kept_by

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from reap2gguf.artifacts.made_with import COMPUTING
 from reap2gguf.atomic import remove
-from reap2gguf.building.repair_folder import record_of
-from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.text_stage import ReadTexts, needed
+from reap2gguf.building.repair_record import record_of
+from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairedLayer, RepairFolder
 from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.repairing.layer import RepairKind

@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from reap2gguf.artifacts.made_with import TOKENIZING
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.stage import Stage
+from reap2gguf.building.stage import Stage, needed
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.choosing.holdout import hold_out
 from reap2gguf.repairing.limits import check_rows
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-
-T = TypeVar("T")
-
-
-def needed(found: T | None) -> T:
-    """What a stage reads of the texts; a plan that has the stage has it too."""
-    assert found is not None
-    return found
 
 
 class ReadTexts(Stage[Texts]):

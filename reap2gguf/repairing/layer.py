@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reap2gguf.repairing.gram import gram_of
-from reap2gguf.repairing.record import LayerFit
+from reap2gguf.repairing.outcome import LayerFit
 
 if TYPE_CHECKING:
     from reap2gguf.repairing.features import Features, RoutedRows
