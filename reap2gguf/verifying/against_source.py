@@ -20,9 +20,8 @@ from reap2gguf.files import cached_blob
 from reap2gguf.hub.source import resolve_source
 from reap2gguf.messages import shown
 from reap2gguf.models.table import describe
-from reap2gguf.pruning.view import PrunedView
+from reap2gguf.pruning.view import PrunedView, RepairedView
 from reap2gguf.pruning.write import KEPT_FILE
-from reap2gguf.repairing.view import RepairedView
 from reap2gguf.verifying.context import PrunedSource
 from reap2gguf.verifying.facts import check_source_facts
 
