@@ -275,7 +275,7 @@ def test_types_of_ik_llama_cpp(model: Unquantized, name: str) -> None:
     assert is_exact(found, header, model)
     assert found.rules == ()
     assert found.recipe.label == "ik-IQ4_K_L"
-    some = [one for one in types if one.endswith("attn_output.weight")]
+    some = [one for one in types if one.endswith("ffn_down_exps.weight")]
     changed = model.with_types({**types, **dict.fromkeys(some, "IQ5_K")})
     other = recipe_of_header(changed, "x.gguf")
     assert is_exact(other, changed, model)
