@@ -265,8 +265,7 @@ class ComputeOptions:
 class BuildOptions:
     """The arguments of `build` and `plan`."""
 
-    # with a target size, none unless some are named
-    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES
+    recipes: tuple[str | RecipeText, ...] = _DEFAULT_RECIPES  # with a target size, what is named
     model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # by recipe, in place of its own
     keep_experts: int | None = None
@@ -295,8 +294,7 @@ class BuildOptions:
     check_space: bool = True  # whether free disk space is checked before the work
     follow_links: bool = False  # whether weights in a folder may be links to any place
     tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE each, before the rules of every recipe
-    # at most one of three: a file whose types are chosen in the build
-    target_size: int | None = None  # bytes of the file
+    target_size: int | None = None  # bytes of a file whose types are chosen in the build
     target_bpw: float | None = None  # bits per weight
     fit: int | None = None  # bytes of a GPU's memory
     fit_context: int | None = None  # tokens that it holds beside the file; None: 8192
@@ -349,7 +347,7 @@ class BuildOptions:
 
     @property
     def protection(self) -> Protection:
-        """The experts that stay whatever they score. Raises UsageError if they are malformed."""
+        """The experts that stay whatever they score."""
         return Protection(read_pinned(self.protect), self.protect_super_experts)
 
     def _check_choosing(self) -> None:

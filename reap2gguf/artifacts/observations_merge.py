@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from reap2gguf.artifacts.observations import LayerObservation, Observations
+from reap2gguf.artifacts.observed_sums import MatrixSums, ObservedSums
 from reap2gguf.errors import ArtifactError, UsageError
 from reap2gguf.messages import shown
 
@@ -26,9 +27,10 @@ _MOST_VERSIONS = 100  # letters of the versions of one library
 def merge_observed(given: Sequence[tuple[str, Observations]]) -> Observations:
     """The sum of observations, each with the name of its file.
 
-    If one of them is of an earlier format, the sum has what that format has. Raises ArtifactError
-    if they are not of the same model, layers and experts, or count more than a file can hold;
-    UsageError for fewer than two, and for two that were made on the same rows.
+    What one of them lacks, because it is of an earlier format or without sums of an importance
+    matrix, the sum lacks too. Raises ArtifactError if they are not of the same model, layers and
+    experts, or count more than a file can hold; UsageError for fewer than two, and for two that
+    were made on the same rows.
     """
     if len(given) < 2:
         raise UsageError("one file of observations, expected two or more to merge")
@@ -51,6 +53,7 @@ def merge_observed(given: Sequence[tuple[str, Observations]]) -> Observations:
         n_mtp_hits=sum(one.n_mtp_hits for one in seen),
         n_mtp_tokens=sum(one.n_mtp_tokens for one in seen),
         made_with=_versions([one.made_with for one in seen]),
+        imatrix=_added_sums(given),
     )
 
 
@@ -95,6 +98,37 @@ def _added(layers: Sequence[LayerObservation]) -> LayerObservation:
             with np.errstate(over="ignore"):  # what overflows is refused
                 found[part.name] = np.add.reduce(arrays)
     return LayerObservation(**found)
+
+
+def _added_sums(given: Sequence[tuple[str, Observations]]) -> ObservedSums | None:
+    """The sums of an importance matrix, where all of the files have them; else None.
+
+    Raises ArtifactError for matrices of different names or shapes, and for sums beyond float32.
+    """
+    parts = [(file, one.imatrix) for file, one in given if one.imatrix is not None]
+    if len(parts) < len(given):
+        return None
+    (first_file, first), *others = parts
+    entries = {}
+    for name, entry in first.entries.items():
+        sums, counts = entry.sums.astype(np.float64), entry.counts.copy()
+        for file, other in others:
+            found = other.entries.get(name)
+            is_same = found is not None and found.sums.shape == sums.shape
+            if found is None or not is_same or other.entries.keys() != first.entries.keys():
+                raise ArtifactError(
+                    f"{file}: has other sums of the importance matrix than {first_file}, such as "
+                    f"of {shown(name)}; observe both with the same version and options"
+                )
+            sums += found.sums
+            counts += found.counts
+        if sums.max(initial=0) > np.finfo(np.float32).max:
+            raise ArtifactError(
+                f"{name}: the merged sums of the importance matrix overflow float32"
+            )
+        entries[name] = MatrixSums(name, sums.astype(np.float32), counts)
+    n_chunks = sum(one.n_chunks for _, one in parts)
+    return ObservedSums(entries, n_chunks, max(one.chunk_size for _, one in parts))
 
 
 def _is_finite(layer: LayerObservation) -> bool:

@@ -181,14 +181,14 @@ def _command(manifest: Manifest, options: OptionsRecord) -> Iterator[str]:
     elif manifest.pruning.method != NO_METHOD:
         yield f"--keep-experts {manifest.pruning.n_kept}"
         yield f"--method {argument(options.method)}"
-        if options.repair != "none":
-            yield f"--repair {argument(options.repair)}"
         if options.candidates is not None:
             yield f"--candidates {argument(options.candidates)}"
         if options.choose_text is not None:
             yield f"--choose-text {argument(options.choose_text)}"
     else:
         yield "--compression 0"
+    if options.repair != "none" and manifest.pruning.method != NO_METHOD:
+        yield f"--repair {argument(options.repair)}"
     if options.protect:
         yield f"--protect {argument(options.protect)}"
     if options.protect_super_experts:

@@ -109,7 +109,7 @@ def merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
     if as_json:
         say_json({"output": str(output), **observations_views.about(merged)})
         return
-    for line in observations_views.merge_notes(merged):
+    for line in observations_views.merge_notes(merged, files):
         say(line)
     counts = f"{merged.n_rows:,} rows, {merged.n_tokens:,} tokens, {len(merged.layers)} layers"
     say(f"{output}: {counts} of {len(files)} files", "result")

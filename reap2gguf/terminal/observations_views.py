@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reap2gguf.artifacts.observed_sums import IMATRIX
+from reap2gguf.checkpoint.safetensors_header import read_metadata
 from reap2gguf.pruning.coverage import observed_notes
 from reap2gguf.terminal import inspect_views
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from reap2gguf.artifacts.observations import Observations
     from reap2gguf.pruning.inspection import ObservationsInspection
 
@@ -81,9 +85,16 @@ def unseen_experts(seen: Observations) -> Mapping[int, list[int]]:
     }
 
 
-def merge_notes(seen: Observations) -> list[str]:
-    """What to tell of observations that lack something."""
-    return [] if all(one.is_complete for one in seen.layers.values()) else [_OLD]
+def merge_notes(seen: Observations, files: Sequence[Path] = ()) -> list[str]:
+    """What to tell of observations that lack something, which some of `files` may have."""
+    notes = [] if all(one.is_complete for one in seen.layers.values()) else [_OLD]
+    if seen.imatrix is None and files:
+        lacking = [file for file in files if IMATRIX not in read_metadata(file)]
+        if len(lacking) < len(files):
+            notes.append(
+                f"{lacking[0]}: has no sums of an importance matrix, so the merged file has none"
+            )
+    return notes
 
 
 def about(seen: Observations) -> dict[str, Any]:
@@ -97,6 +108,7 @@ def about(seen: Observations) -> dict[str, Any]:
         "n_dropped_rows": seen.n_dropped_rows,
         "n_layers": len(seen.layers),
         "is_complete": all(one.is_complete for one in seen.layers.values()),
+        "has_imatrix": seen.imatrix is not None,
         "made_with": dict(seen.made_with),
     }
 

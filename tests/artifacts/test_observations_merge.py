@@ -11,6 +11,7 @@ import pytest
 import reap2gguf
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from reap2gguf.artifacts.observations_merge import merge_observed
+from reap2gguf.artifacts.observed_sums import MatrixSums, ObservedSums
 from reap2gguf.errors import ArtifactError, OutputError, UsageError
 from reap2gguf.observing.saliency import SaliencyObserver
 from reap2gguf.pruning.methods import OBSERVED
@@ -101,6 +102,35 @@ def test_versions_and_rows() -> None:
     assert merged.made_with == {"reap2gguf": "0.1.0", "torch": "2.13.0, 2.14.0", "x": "1"}
     assert (merged.n_rows, merged.n_dropped_rows, merged.n_tokens) == (16, 2, 2**41)
     assert merged.calibration_sha256 not in (sample().calibration_sha256, "aa" * 32)
+
+
+def with_sums(seen: Observations, factor: float, names: str = "ab") -> Observations:
+    entries = {
+        name: MatrixSums(name, np.full((2, 4), factor, np.float32), np.array([3, 5]))
+        for name in names
+    }
+    return replace(seen, imatrix=ObservedSums(entries, 7, int(factor)))
+
+
+def test_sums_of_an_importance_matrix(tmp_path: Path) -> None:
+    one, two = with_sums(sample(), 1.5), with_sums(changed(), 100.25)
+    merged = merge_observed([("one", one), ("two", two)])
+    assert merged.imatrix is not None
+    assert (merged.imatrix.n_chunks, merged.imatrix.chunk_size) == (14, 100)
+    for entry in merged.imatrix.entries.values():
+        np.testing.assert_array_equal(entry.sums, np.full((2, 4), 101.75, np.float32))
+        np.testing.assert_array_equal(entry.counts, [6, 10])
+    merged.save(tmp_path / "merged.safetensors")
+    loaded = Observations.load(tmp_path / "merged.safetensors")
+    assert loaded.imatrix is not None
+    assert loaded.imatrix.entries.keys() == {"a", "b"}
+    assert merge_observed([("one", one), ("plain", changed())]).imatrix is None
+    with pytest.raises(ArtifactError, match="other: has other sums of the importance matrix"):
+        merge_observed([("one", one), ("other", with_sums(changed(), 1, "ac"))])
+    with pytest.raises(ArtifactError, match="other: has other sums of the importance matrix"):
+        merge_observed([("one", one), ("other", with_sums(changed(), 1, "abc"))])
+    with pytest.raises(ArtifactError, match="overflow float32"):
+        merge_observed([("a", with_sums(sample(), 3e38)), ("b", with_sums(changed(), 3e38))])
 
 
 def changed(**values: object) -> Observations:

@@ -13,6 +13,7 @@ import pytest
 import reap2gguf
 from reap2gguf.artifacts.observations import LayerObservation, Observations
 from tests.artifacts.test_observations import old
+from tests.artifacts.test_observations_merge import with_sums
 from tests.test_cli import run
 
 COUNTS = {0: [500, 0, 100, 40], 1: [10, 20, 30, 1_000_000], 2: [0, 0, 5, 6]}
@@ -89,6 +90,20 @@ def test_merge(seen: Path, tmp_path: Path) -> None:
     assert found["calibration"] == "prose + code"
     assert found["output"] == str(again)
     assert again.read_bytes() == output.read_bytes()
+
+
+def test_merged_sums_of_an_importance_matrix(seen: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    with_sums(observed("code"), 2.0).save(other)
+    output = tmp_path / "both.safetensors"
+    result = run("observations", "merge", seen, other, "-o", output)
+    assert "seen.safetensors: has no sums of an importance matrix" in " ".join(
+        result.output.split()
+    )
+    assert Observations.load(output).imatrix is None
+    with_sums(observed(), 3.0).save(seen)
+    result = run("observations", "merge", seen, other, "-o", output, "--json")
+    assert json.loads(result.output)["has_imatrix"]
 
 
 def test_files_that_do_not_fit(seen: Path, tmp_path: Path) -> None:
