@@ -589,9 +589,12 @@ NOT_DECLARED = {
 FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
+    "ik-llama-cpp-python": "its library is loaded by ctypes, in processes of its own",
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
 }
+# of distributions that need not be installed: their modules have other names
+OF_MODULES = {"ik_llama_cpp": "ik-llama-cpp-python"}
 COMMANDS = {
     "ruff",
     "mypy",
@@ -774,7 +777,8 @@ def used(paths: list[Path]) -> dict[str, str]:
     found = {}
     for path in paths:
         for module in {full.partition(".")[0] for full in imported(path)} - own:
-            distributions = names.get(module, [module])  # the module's name if it is not installed
+            # the module's name if it is not installed
+            distributions = names.get(module, [OF_MODULES.get(module, module)])
             found[canonical(distributions[0])] = str(path.relative_to(REPOSITORY))
     return found
 
