@@ -354,10 +354,9 @@ class BuildOptions:
         """Candidates by name; refuse what has no effect without `auto`."""
         if self.candidates is not None:
             object.__setattr__(self, "candidates", check_candidates(self.candidates))
-        for name in ("candidates", "choose_text"):
-            if self.method != AUTO and getattr(self, name) is not None:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} is for --method auto; pass it, or leave this out")
+        for name in ("candidates", "choose_text") if self.method != AUTO else ():
+            if getattr(self, name) is not None:
+                raise UsageError(f"{name} is for the method auto; pass it, or leave this out")
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,23 @@ COVERED_BY = [
         "which observations rank candidates",
         ("choosing/checks.py",),
     ),
+    (
+        "choosing/test_repaired_candidate.py",
+        "the candidate that is repaired",
+        ("choosing/repaired.py",),
+    ),
+    (
+        "building/test_repair_stage.py",
+        "what a bundle records",
+        ("building/repair_record.py",),
+    ),
+    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
         "building/test_choose_stage.py",
-        "both cards of a bundle whose method was chosen",
-        ("bundle/card_candidates.py",),
+        "cards and manifest of a bundle whose method was chosen",
+        ("bundle/card_candidates.py", "verifying/choice.py"),
     ),
     (
         "terminal/test_choose_command.py",
@@ -242,7 +253,7 @@ COVERED_BY = [
         "building/test_pipeline.py",
         "the parts of a build, which is compared byte by byte",
         (
-            "building/plan.py", "building/prune_folder.py",
+            "building/asked.py", "building/plan.py", "building/prune_folder.py",
             "building/record.py", "building/stages.py", "options.py", "terminal/views.py",
         ),
     ),
@@ -578,9 +589,12 @@ NOT_DECLARED = {
 FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
+    "ik-llama-cpp-python": "its library is loaded by ctypes, in processes of its own",
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
 }
+# of distributions that need not be installed: their modules have other names
+OF_MODULES = {"ik_llama_cpp": "ik-llama-cpp-python"}
 COMMANDS = {
     "ruff",
     "mypy",
@@ -763,7 +777,8 @@ def used(paths: list[Path]) -> dict[str, str]:
     found = {}
     for path in paths:
         for module in {full.partition(".")[0] for full in imported(path)} - own:
-            distributions = names.get(module, [module])  # the module's name if it is not installed
+            # the module's name if it is not installed
+            distributions = names.get(module, [OF_MODULES.get(module, module)])
             found[canonical(distributions[0])] = str(path.relative_to(REPOSITORY))
     return found
 

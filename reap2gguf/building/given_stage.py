@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from reap2gguf.atomic import make_folder
 from reap2gguf.building.given import check_given_minimum, imatrix_of
 from reap2gguf.building.keys import stage_key
+from reap2gguf.building.stage import needed
 from reap2gguf.building.stages import Importance
-from reap2gguf.building.text_stage import needed
 from reap2gguf.gguf_files.imatrix import save_both
 from reap2gguf.gguf_files.imatrix_coverage import hits_line, layer_hits
 

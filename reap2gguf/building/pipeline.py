@@ -43,10 +43,10 @@ from reap2gguf.building.needs.scoring import chunks_of
 from reap2gguf.building.plan_sides import with_all_values
 from reap2gguf.building.record import Evidence, write_record
 from reap2gguf.building.repair_stage import Repair
-from reap2gguf.building.stage import BuildResult, Run, Stage
+from reap2gguf.building.stage import BuildResult, Run, Stage, needed
 from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import refuse_dropping, standing
-from reap2gguf.building.text_stage import ReadTexts, needed
+from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.together import do_after, do_together
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reap2gguf.building.asked import read_options
 from reap2gguf.building.given import (
     GivenImatrix,
     GivenObservations,
@@ -35,11 +34,16 @@ from reap2gguf.bundle.options_record import (
     OBSERVATIONS_OPTION,
     InputRecord,
 )
-from reap2gguf.calibration.scanned_files import ScannedFiles
 from reap2gguf.calibration.sources import check_calibration, local_hashes
-from reap2gguf.calibration.spec import Calibration, decide
-from reap2gguf.choosing.names import AUTO, check_candidates
-from reap2gguf.errors import CalibrationError, UsageError
+from reap2gguf.choosing.names import (
+    AUTO,
+    BEST_REPAIRED,
+    check_candidates,
+    criteria_of,
+    split_name,
+)
+from reap2gguf.choosing.repaired import why_not_repaired
+from reap2gguf.errors import UsageError
 from reap2gguf.gguf_files.imatrix_coverage import check_coverage
 from reap2gguf.hub.retry import Note, ignore_note
 from reap2gguf.hub.source import Source, resolve_source
@@ -51,20 +55,19 @@ from reap2gguf.pruning.protection import check_protection
 from reap2gguf.pruning.select import Kept, Target, choose_target
 from reap2gguf.pruning.view import PrunedView
 from reap2gguf.quantizing.ik.workers import check_installed
-from reap2gguf.quantizing.labels import LabelledFile, label_warnings, refuse_twice
+from reap2gguf.quantizing.labels import LabelledFile, label_warnings
 from reap2gguf.quantizing.minimum import check_needed
-from reap2gguf.quantizing.overrides import read_overrides
-from reap2gguf.quantizing.recipe import load_recipes
 from reap2gguf.quantizing.resolve import ResolvedRecipe, resolve
 from reap2gguf.repairing.limits import check_repair
 from reap2gguf.tokenizer.check import check_tokenizer
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.choice import ChoiceRecord
+    from reap2gguf.calibration.scanned_files import ScannedFiles
+    from reap2gguf.calibration.spec import Calibration
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.options import BuildOptions
-    from reap2gguf.quantizing.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,16 @@ class Plan:
     @property
     def chooses(self) -> bool:
         """Whether the build measures which method is best."""
-        return self.target.prunes and self.options.method == AUTO
+        is_chosen = self.given_kept is not None
+        return self.target.prunes and not is_chosen and self.options.method == AUTO
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The methods that it measures."""
-        return check_candidates(self.options.candidates) if self.chooses else ()
+        """What it measures. None is repaired where a repair was asked for, or is not defined."""
+        named = check_candidates(self.options.candidates) if self.chooses else ()
+        if self.options.repair != "none" or why_not_repaired(self.checkpoint, self.model):
+            return criteria_of(named)
+        return named
 
     @property
     def asks_mtp(self) -> bool:
@@ -120,8 +127,17 @@ class Plan:
 
     @property
     def repairs(self) -> bool:
-        """Whether the kept experts get new weights."""
-        return self.target.prunes and self.options.repair != "none"
+        """Whether the kept experts get new weights, or may get them: before a choice is made."""
+        return self.target.prunes and self.repair != "none"
+
+    @property
+    def repair(self) -> str:
+        """How the kept experts are repaired, or may be: none, ridge or scale."""
+        if self.options.repair != "none" or not self.chooses:
+            return self.options.repair
+        if self.choice is not None:
+            return "ridge" if split_name(self.choice.chosen)[1] else "none"
+        return "ridge" if BEST_REPAIRED in self.candidates else "none"
 
     @property
     def takes_sums(self) -> bool:
@@ -239,7 +255,7 @@ class Plan:
     def method(self) -> str:
         """How experts are chosen, or NO_METHOD where none is removed; AUTO until that is chosen."""
         if self.choice is not None:
-            return self.choice.chosen
+            return split_name(self.choice.chosen)[0]
         if not self.target.prunes:
             return NO_METHOD
         return self.options.method if self.given_kept is None else GIVEN
@@ -263,7 +279,7 @@ def make_plan(options: BuildOptions, note: Note = ignore_note) -> Plan:
     `note` receives each failed request to the Hub.
     Raises SourceError, CheckpointError, UnsupportedModelError, RecipeError or UsageError.
     """
-    asked = _read_options(options)
+    asked = read_options(options, other_labels(options))
     source = resolve_source(options.model, note, options.follow_links)
     checkpoint = _as_asked(source.open(note), options, note)
     model = describe(checkpoint, keep_mtp=options.mtp == "prune")
@@ -341,31 +357,6 @@ def _as_asked(checkpoint: Checkpoint, options: BuildOptions, note: Note) -> Chec
     return checkpoint.dequantized()
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What the options say by themselves, before any model is looked at."""
-
-    recipes: Sequence[Recipe]
-    calibration: Calibration
-    files: ScannedFiles
-    is_checked: bool  # whether the calibration has been checked
-
-
-def _read_options(options: BuildOptions) -> _Asked:
-    """What is cheap to check comes first. Raises RecipeError, CalibrationError or UsageError."""
-    overrides = read_overrides(options.tensor_types)
-    recipes = load_recipes(options.recipes, other_labels(options), overrides)
-    refuse_twice([recipe.label for recipe in recipes])
-    calibration, files = decide(options.calibration), ScannedFiles()
-    if is_checked := _surely_reads(options):
-        check_calibration(calibration, files)
-    for text in (options.imatrix_text, options.choose_text):
-        if text is not None:
-            _check_there(text)
-            files.text(text)
-    return _Asked(recipes, calibration, files, is_checked)
-
-
 def _with_first_experts(checkpoint: Checkpoint, model: MoeModel, target: Target) -> PrunedView:
     """The model with the first experts of each layer: of the sizes that any choice has."""
     first_ones: Kept = {layer: tuple(range(target.n_kept)) for layer in model.facts.moe_layers}
@@ -381,23 +372,3 @@ def _observations(
     # any method tells whether they are of this model
     how = target, METHODS[0] if options.method == AUTO else options.method
     return read_observations(options.observations, checkpoint, model.facts, *how)
-
-
-def _surely_reads(options: BuildOptions) -> bool:
-    """Whether a build reads its calibration whatever the model is."""
-    if options.repair != "none" and options.compression != 0:
-        return True
-    if options.imatrix is None and options.imatrix_text is None:
-        if is_from_weights(options.method) or options.kept is not None:
-            return True
-        ranks = options.observations is None or options.method == AUTO
-        return options.imatrix_from == "pruned" or ranks
-    if is_from_weights(options.method) or options.kept is not None:
-        return False
-    ranks = options.observations is None or options.method == AUTO
-    return ranks and options.compression != 0
-
-
-def _check_there(text: Path) -> None:
-    if not os.path.exists(os.path.expanduser(text)):
-        raise CalibrationError(f"{text}: no such file; pass a text file")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, cast
 
 from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.atomic import make_folder, remove
-from reap2gguf.bundle.records import RepairedLayerRecord, RepairRecord
+from reap2gguf.building.repair_record import record_of
 from reap2gguf.options import ComputeOptions, Resume
 from reap2gguf.repairing.limits import repaired_layers
-from reap2gguf.repairing.record import RepairedLayer, RepairFolder
+from reap2gguf.repairing.record import RepairFolder
 from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
+    from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
@@ -32,27 +33,6 @@ class RepairWork:
     kind: str  # ridge or scale
     rows: ObservationRows
     compute: ComputeOptions
-
-
-def record_of(
-    kind: str, rows: ObservationRows, layers: Mapping[int, RepairedLayer], n_tensors: int
-) -> RepairRecord:
-    """What is recorded of a repair; `n_tensors` have new values."""
-    first = next(iter(layers.values())).fit
-    return RepairRecord(
-        kind,
-        rows.label,
-        rows.sha256,
-        first.n_fitted,
-        first.n_held_out,
-        n_tensors,
-        {
-            layer: RepairedLayerRecord(
-                one.fit.alpha, one.fit.error_before, one.fit.error_after, one.sha256
-            )
-            for layer, one in layers.items()
-        },
-    )
 
 
 @contextmanager

@@ -360,3 +360,9 @@ class Run:
             self.marks.begin(stage.name, NOTHING, undone)
             stage.clear()
         self.marks.begin(stage.name, stage.key, undone)
+
+
+def needed(found: T | None) -> T:
+    """What a stage reads of the texts; a plan that has the stage has it too."""
+    assert found is not None
+    return found

@@ -16,8 +16,7 @@ from reap2gguf.artifacts.observations import Observations
 from reap2gguf.artifacts.texts import ImatrixChunks, ObservationRows, Row, Texts
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.seals import Seal, read_seals, written_seals
-from reap2gguf.building.stage import Run, Stage
-from reap2gguf.building.text_stage import ReadTexts, needed
+from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.bundle.front_matter import PrunedFrom, hub_datasets
 from reap2gguf.bundle.layout import IMATRIX_DAT_FILE, IMATRIX_FILE
 from reap2gguf.bundle.manifest import hash_file
@@ -38,6 +37,7 @@ from reap2gguf.verifying.exactness import Exactness
 from reap2gguf.verifying.gguf_file import ExpectedGguf
 
 if TYPE_CHECKING:
+    from reap2gguf.building.text_stage import ReadTexts
     from reap2gguf.models.description import SideFile
     from reap2gguf.options import ComputeOptions
     from reap2gguf.pruning.view import PrunedView

@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from reap2gguf.artifacts.made_with import TOKENIZING
 from reap2gguf.artifacts.texts import Texts
-from reap2gguf.building.stage import Stage
+from reap2gguf.building.stage import Stage, needed
 from reap2gguf.calibration.drawing import read_texts
 from reap2gguf.choosing.holdout import hold_out
 from reap2gguf.repairing.limits import check_rows
 from reap2gguf.tokenizer.tokenizer import Tokenizer
-
-T = TypeVar("T")
-
-
-def needed(found: T | None) -> T:
-    """What a stage reads of the texts; a plan that has the stage has it too."""
-    assert found is not None
-    return found
 
 
 class ReadTexts(Stage[Texts]):
@@ -48,9 +40,8 @@ class ReadTexts(Stage[Texts]):
 
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
-        if self.run.is_first or self.path.is_file():
-            return self.divided(Texts.load(self.path))
-        return self.divided(self.read())
+        is_there = self.run.is_first or self.path.is_file()
+        return self.divided(Texts.load(self.path) if is_there else self.read())
 
     def divided(self, texts: Texts) -> Texts:
         """The texts, without the rows that are held out where a method is chosen by them."""
@@ -75,7 +66,7 @@ class ReadTexts(Stage[Texts]):
             has_rows=plan.reads_rows,
             has_chunks=plan.computes_imatrix,
         )
-        if plan.repairs:
+        if plan.repairs and plan.options.repair != "none":  # a choice goes on without a repair
             check_rows(len(needed(found.rows).rows))
         return found
 

@@ -24,19 +24,18 @@ from reap2gguf.bundle.layout import (
 )
 from reap2gguf.bundle.manifest import NO_METHOD
 from reap2gguf.checkpoint.quantized.keys import WRITTEN_AS_BF16
-from reap2gguf.choosing.names import AUTO, BUILD_METHODS
-from reap2gguf.choosing.rule import best
 from reap2gguf.errors import RecipeError
 from reap2gguf.ggml import UNWEIGHTED_TYPES
 from reap2gguf.gguf_files.split import SplitHeader, part_name
 from reap2gguf.messages import shown
 from reap2gguf.models.side_values import side_files
 from reap2gguf.options import DEQUANTIZE_CHOICES, DEVICES, DTYPES, MTP_CHOICES
-from reap2gguf.pruning.methods import GIVEN, OBSERVED, RECORDED
+from reap2gguf.pruning.methods import OBSERVED, RECORDED
 from reap2gguf.pruning.quantization import pruned_quantization
 from reap2gguf.quantizing.file_types import mixture_named
 from reap2gguf.quantizing.recipe import Recipe, parse_recipe
 from reap2gguf.quantizing.resolve import resolve
+from reap2gguf.verifying.choice import asked_candidates, asked_methods, check_choice
 from reap2gguf.verifying.protected import check_asked, check_protected
 from reap2gguf.verifying.report import Level, passed_file, passed_folder, passed_summary
 
@@ -62,7 +61,7 @@ def check_record(manifest: Manifest) -> Iterator[str]:
     methods = RECORDED if pruning.n_kept < pruning.n_experts else (NO_METHOD,)
     if pruning.method not in methods:
         yield _wrong("pruning.method", pruning.method, f"one of {', '.join(methods)}")
-    yield from _check_choice(manifest)
+    yield from check_choice(manifest)
     observed_here = pruning.method in OBSERVED and pruning.observations_file is None
     if calibration.components and observed_here:
         held = manifest.choice.held_out if manifest.choice else None
@@ -82,19 +81,6 @@ def check_record(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_choice(manifest: Manifest) -> Iterator[str]:
-    """The method that was taken, against the rule and what was measured."""
-    choice = manifest.choice
-    if choice is None:
-        return
-    taken, method = choice.chosen, manifest.pruning.method
-    yield from _differs("pruning.method", method, taken, "its choice")
-    yield from _differs("choice.chosen", taken, best(choice.candidates).name, "the rule")
-    for one in choice.candidates:
-        if one.name not in OBSERVED:
-            yield _wrong("choice.candidates", one.name, f"one of {', '.join(OBSERVED)}")
-
-
 def check_options(manifest: Manifest) -> Iterator[str]:
     """The options that `--like` takes over, against what came of them."""
     options, pruning, calibration = manifest.options, manifest.pruning, manifest.calibration
@@ -103,8 +89,8 @@ def check_options(manifest: Manifest) -> Iterator[str]:
     expected: dict[str, tuple[Any, ...]] = {
         "keep_experts": (None, pruning.n_kept),
         "name": (None, manifest.name),
-        "method": _asked_methods(manifest),
-        "candidates": (_candidates(manifest),),
+        "method": asked_methods(manifest),
+        "candidates": asked_candidates(manifest),
         "dequantize": DEQUANTIZE_CHOICES if WRITTEN_AS_BF16 in manifest.caveats else (None,),
         "mtp": MTP_CHOICES if pruning.mtp.state == "none" else (_MTP_OPTIONS[pruning.mtp.state],),
         "observations": (pruning.observations_file,),
@@ -135,20 +121,6 @@ def check_options(manifest: Manifest) -> Iterator[str]:
         ratio = Decimal(str(options.compression))  # as typed, as `choose_target` reads it
         kept = pruning.n_experts - math.floor(pruning.n_experts * ratio)
         yield from _differs("options.compression keeps", kept, pruning.n_kept, "pruning.n_kept")
-
-
-def _asked_methods(manifest: Manifest) -> tuple[str, ...]:
-    """The methods that may have been asked for."""
-    if manifest.choice is not None:
-        return (AUTO,)
-    method = manifest.pruning.method
-    return BUILD_METHODS if method in (NO_METHOD, GIVEN) else (method,)
-
-
-def _candidates(manifest: Manifest) -> str | None:
-    """The candidates as the options record them."""
-    choice = manifest.choice
-    return None if choice is None else ",".join(one.name for one in choice.candidates)
 
 
 def _check_kept(pruning: PruningRecord) -> Iterator[str]:

@@ -14,6 +14,7 @@ from reap2gguf.messages import shown
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import tensors_sha256
 from reap2gguf.repairing.view import RepairedView
+from reap2gguf.verifying.choice import asked_repairs
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
@@ -67,8 +68,7 @@ def check_repaired(
 
 def check_option(manifest: Manifest) -> Iterator[str]:
     """The option that asked for a repair, against what is recorded of one."""
-    repair, options = manifest.pruning.repair, manifest.options
-    expected = "none" if repair is None else repair.kind
+    options, (expected,) = manifest.options, asked_repairs(manifest)
     if options is not None and options.repair != expected:
         yield f"options.repair is {shown(options.repair)}, expected {expected}"
 

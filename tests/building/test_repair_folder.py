@@ -10,8 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import reap2gguf
+from reap2gguf.building.bundling import bundle
 from reap2gguf.errors import OutputError, UsageError
-from reap2gguf.options import CalibrationOptions, ComputeOptions
+from reap2gguf.options import BundleOptions, CalibrationOptions, ComputeOptions
+from reap2gguf.progress import Silent
 from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.repairing.record import RepairFolder
 from tests.building.builds import PROSE
@@ -90,3 +92,10 @@ def test_what_cannot_be_repaired_is_refused(model: Path, seen: Path, tmp_path: P
     (tmp_path / "there").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         prune(model, seen, tmp_path / "there")
+
+
+def test_a_repaired_folder_is_no_part_of_a_bundle(model: Path, seen: Path, tmp_path: Path) -> None:
+    prune(model, seen, tmp_path / "pruned")
+    asked = BundleOptions(tmp_path / "pruned", (tmp_path / "some.gguf",), source=str(model))
+    with pytest.raises(UsageError, match="its experts were repaired, which `bundle` cannot record"):
+        bundle(asked, Silent())

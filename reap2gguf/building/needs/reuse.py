@@ -15,10 +15,10 @@ from reap2gguf.building.needs.amount import is_small
 from reap2gguf.building.needs.estimate import ALL, KnownCoverage, Reused
 from reap2gguf.building.record import expert_tokens
 from reap2gguf.building.repair_stage import Repair
-from reap2gguf.building.stage import Run, Stage
+from reap2gguf.building.stage import Run, Stage, needed
 from reap2gguf.building.stages import Export, Importance, Observe, Prune
 from reap2gguf.building.standing import standing
-from reap2gguf.building.text_stage import ReadTexts, needed
+from reap2gguf.building.text_stage import ReadTexts
 from reap2gguf.building.verify_stage import Verify
 from reap2gguf.building.workdir import Workdir
 from reap2gguf.errors import Reap2ggufError

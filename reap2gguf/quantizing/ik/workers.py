@@ -199,9 +199,13 @@ def _start(library: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-S", str(Path(worker.__file__)), str(library)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=environment, bufsize=0,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        bufsize=0,
+    )
 
 
 def _exchange(
