@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -20,9 +20,9 @@ def pruning(**changes: object) -> PruningRecord:
 
 
 def options(**changes: object) -> OptionsRecord:
-    found = sample().options
-    assert found is not None
-    return replace(found, **changes)  # type: ignore[arg-type]
+    values = {field.name: None for field in fields(OptionsRecord)}
+    asked = {"protect": "", "protect_super_experts": False}
+    return OptionsRecord(**values | asked | changes)  # type: ignore[arg-type]
 
 
 def test_what_fits() -> None:
