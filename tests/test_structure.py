@@ -49,12 +49,23 @@ COVERED_BY = [
         "which observations rank candidates",
         ("choosing/checks.py",),
     ),
+    (
+        "choosing/test_repaired_candidate.py",
+        "the candidate that is repaired",
+        ("choosing/repaired.py",),
+    ),
+    (
+        "building/test_repair_stage.py",
+        "what a bundle records",
+        ("building/repair_record.py",),
+    ),
+    ("repairing/test_record.py", "files of layers hold them", ("repairing/fit.py",)),
     ("choosing/test_holdout.py", "how many rows are held out", ("choosing/amounts.py",)),
     ("bundle/test_choice.py", "records hold estimates", ("bundle/estimate.py",)),
     (
         "building/test_choose_stage.py",
-        "both cards of a bundle whose method was chosen",
-        ("bundle/card_candidates.py",),
+        "cards and manifest of a bundle whose method was chosen",
+        ("bundle/card_candidates.py", "verifying/choice.py"),
     ),
     (
         "terminal/test_choose_command.py",
@@ -113,7 +124,7 @@ COVERED_BY = [
     (
         "repairing/test_gram.py",
         "the Gram matrix is made of features",
-        ("repairing/features.py", "repairing/outcome.py"),
+        ("repairing/features.py",),
     ),
     (
         "repairing/test_sweep.py",
@@ -123,7 +134,7 @@ COVERED_BY = [
     (
         "building/test_repair_folder.py",
         "folders that are pruned and repaired",
-        ("api/repairs.py", "building/repair_record.py"),
+        ("api/repairs.py",),
     ),
     (
         "building/test_repair_stage.py",
@@ -210,7 +221,10 @@ COVERED_BY = [
     (
         "test_docs.py",
         "every error is drawn, every option is documented",
-        ("errors.py", "terminal/click_options.py", "terminal/compute_options.py"),
+        (
+            "errors.py", "terminal/click_options.py", "terminal/compute_options.py",
+            "terminal/pruning_options.py",
+        ),
     ),
     (
         "test_doctor.py",
@@ -239,7 +253,7 @@ COVERED_BY = [
         "building/test_pipeline.py",
         "the parts of a build, which is compared byte by byte",
         (
-            "building/plan.py", "building/prune_folder.py",
+            "building/asked.py", "building/plan.py", "building/prune_folder.py",
             "building/record.py", "building/stages.py", "options.py", "terminal/views.py",
         ),
     ),
@@ -365,9 +379,15 @@ COVERED_BY = [
     (
         "test_api.py",
         "the functions as they are called",
-        ("api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
+        (
+            "api/builds.py", "api/opening.py", "api/selecting.py", "api/stages.py",
             "hub/opened.py",
-       ),
+        ),
+    ),
+    (
+        "terminal/test_observations_commands.py",
+        "files are merged and shown as it is typed",
+        ("api/observations.py", "terminal/observations_views.py"),
     ),
     (
         "terminal/test_inspect_command.py",

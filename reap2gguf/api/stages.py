@@ -128,18 +128,20 @@ def select(
     method: str = "reap",
     protect: str = "",
     protect_super_experts: bool = False,
+    kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
     follow_links: bool = False,
 ) -> Selection:
     """Choose the experts to keep by a criterion over observations; nothing is written.
 
     Methods that rank experts by their weights alone take no observations. `protect` names experts
-    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). Raises ArtifactError if the
-    observations are of another model, UsageError for a number of experts that the model cannot run
-    with, and for protected experts that do not exist or fit.
+    that stay whatever they score, such as "3:17,*:5-8" (layer:expert). `kept` names all experts
+    that stay, by layer or in a file such as `prune` writes, in place of every choice. Raises
+    ArtifactError if observations or `kept` are of another model, UsageError for a number of experts
+    that the model cannot run with, and for protected experts that do not exist or fit.
     """
     check_choice("mtp", mtp, MTP_CHOICES)
-    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
     with open_named(model, Silent(), mtp == "prune", follow_links) as opened:
         return chosen(opened, observations, wanted, Silent())
 
@@ -154,6 +156,7 @@ def prune(
     method: str = "reap",
     protect: str = "",
     protect_super_experts: bool = False,
+    kept: Mapping[int, Sequence[int]] | PathLike | None = None,
     mtp: str = "prune",
     repair: str = "none",
     calibration: CalibrationOptions | None = None,
@@ -165,18 +168,18 @@ def prune(
     """Write MODEL without the experts that matter least, as a verified safetensors folder.
 
     Quantized weights stay as they are stored, unless `dequantize` is "bf16". `observations` is None
-    for methods that rank experts by their weights alone. A repair, "ridge" or "scale", fits the
-    kept experts on the calibration text, and `compute` says where; an interrupted one resumes from
-    `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises, CalibrationError,
-    ObservationError, OutputError if the folder exists or cannot be written, and VerificationError
-    if what was written is not what was planned.
+    for methods that rank experts by their weights alone, and with `kept`. A repair, "ridge" or
+    "scale", fits the kept experts on the calibration text, and `compute` says where; an interrupted
+    one resumes from `.OUTPUT.repair`, a folder beside the output. Raises what `select` raises,
+    CalibrationError, ObservationError, OutputError if the folder exists or cannot be written, and
+    VerificationError if what was written is not what was planned.
     """
     output, shown = output_path(output), to_progress(progress)
     check_choice("mtp", mtp, MTP_CHOICES)
     check_choice("repair", repair, REPAIR_CHOICES)
     if dequantize is not None:
         check_choice("dequantize", dequantize, DEQUANTIZE_CHOICES)
-    wanted = Wanted.of(keep_experts, compression, method, protect, protect_super_experts)
+    wanted = Wanted(keep_experts, compression, method, protect, protect_super_experts, kept)
     options = given_or_new("calibration", calibration, CalibrationOptions)
     compute = given_or_new("compute", compute, ComputeOptions)
     with open_named(model, shown, mtp == "prune", follow_links) as opened:
@@ -194,10 +197,10 @@ def prune(
         pruned = PrunedView(checkpoint, source, selection.kept)
         where = output, shown, opened.source.label, selection.protected
         if repair == "none":
-            prune_to_folder(checkpoint, source, pruned, method, *where)
+            prune_to_folder(checkpoint, source, pruned, selection.method, *where)
         else:
             with repaired_model(opened, pruned, output, (repair, options, compute), shown) as made:
-                prune_to_folder(checkpoint, source, made[0], method, *where, made[1])
+                prune_to_folder(checkpoint, source, made[0], selection.method, *where, made[1])
     return PruneResult(output, selection)
 
 

@@ -22,7 +22,7 @@ from reap2gguf.bundle.layout import CARD_FILE
 from reap2gguf.bundle.manifest import hash_file
 from reap2gguf.calibration.sources import local_hashes
 from reap2gguf.checkpoint.companions import Purpose, companions
-from reap2gguf.choosing.names import AUTO
+from reap2gguf.choosing.names import AUTO, BEST_REPAIRED
 from reap2gguf.errors import CheckpointError, Reap2ggufError
 from reap2gguf.files import file_sha256
 from reap2gguf.ggml import load_ggml
@@ -149,9 +149,8 @@ class BuildKeys:
         """What only observations with the sums of an importance matrix depend on."""
         return ["with imatrix", str(IMATRIX_FORMAT)] if self.plan.takes_sums else []
 
-    def repair(self, pruned: PrunedView, rows: ObservationRows) -> str:
+    def repair(self, pruned: PrunedView, rows: ObservationRows, kind: str) -> str:
         """The key of a repair of the pruned model on the rows."""
-        kind = self.plan.options.repair
         text = rows.label, rows.sha256, self.plan.max_length
         return stage_key(REPAIR_FORMAT, self.pruned(pruned), kind, *text, *self._computing)
 
@@ -210,15 +209,24 @@ class BuildKeys:
             plan.target.n_kept,
             plan.mtp,
             *self._computing,
-            *((REPAIR_FORMAT, plan.options.repair) if plan.repairs else ()),
+            *((REPAIR_FORMAT, self._asked_repair) if self._asked_repair else ()),
             *self._sums,
         )
 
     @property
     def _given(self) -> list[tuple[str, str] | None]:
         """The files that take the place of stages: cards name them."""
-        given = (self.plan.observations, self.plan.imatrix)
+        given = (self.plan.given_kept, self.plan.observations, self.plan.imatrix)
         return [None if one is None else (one.file, one.sha256) for one in given]
+
+    @property
+    def _asked_repair(self) -> str:
+        """The repair that was asked for, also as a candidate; "" for none."""
+        plan = self.plan
+        if BEST_REPAIRED in plan.candidates:
+            return BEST_REPAIRED
+        asked = plan.options.repair if plan.target.prunes else "none"
+        return "" if asked == "none" else asked
 
     @property
     def _choosing(self) -> tuple[object, ...]:
@@ -228,13 +236,15 @@ class BuildKeys:
         other = None if text is None else (text.name, plan.files.text(text).sha256)
         return AUTO, CHOOSE_FORMAT, plan.candidates, other
 
-    def choose(self, kept: Mapping[str, Kept], texts: Sequence[str]) -> str:
+    def choose(self, kept: Mapping[str, Kept], texts: Sequence[str], repairs: str) -> str:
         """The key of a choice among candidates, by the experts that each keeps.
 
-        `texts` are the hashes of the tokens that it is made on.
+        `texts` are the hashes of the tokens that it is made on, and `repairs` is that of the rows
+        on which the best one is repaired; "" if none is.
         """
         candidates = [(name, sorted(experts.items())) for name, experts in kept.items()]
-        return stage_key(CHOOSE_FORMAT, self._source, candidates, texts, *self._computing)
+        inputs = self._source, candidates, texts, (REPAIR_FORMAT, repairs)
+        return stage_key(CHOOSE_FORMAT, *inputs, *self._computing)
 
     @property
     def _history(self) -> dict[str, Any] | None:

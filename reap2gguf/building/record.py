@@ -227,6 +227,7 @@ def _options_record(plan: Plan) -> OptionsRecord:
         name=options.name,
         method=options.method,
         mtp=options.mtp,
+        kept=None if options.kept is None else options.kept.name,
         protect=options.protect,
         protect_super_experts=options.protect_super_experts,
         spec=calibration.label,

@@ -13,9 +13,9 @@ from reap2gguf.artifacts.made_with import COMPUTING, versions
 from reap2gguf.atomic import make_folder, remove
 from reap2gguf.building.repair_record import record_of
 from reap2gguf.options import ComputeOptions, Resume
-from reap2gguf.pruning.view import RepairedView
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairFolder
+from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows

@@ -1,4 +1,4 @@
-"""What manifests and folders record of a repair."""
+"""What is recorded of a repair, and where a choice keeps the one of its candidate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from reap2gguf.bundle.records import RepairedLayerRecord, RepairRecord
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
     from reap2gguf.repairing.record import RepairedLayer
+
+REPAIRED_CANDIDATE = ".repaired-candidate"  # a folder; no name of a bundle begins with a dot
 
 
 def record_of(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from reap2gguf.artifacts.made_with import COMPUTING
-from reap2gguf.atomic import remove
-from reap2gguf.building.repair_record import record_of
+from reap2gguf.atomic import remove, rename
+from reap2gguf.building.repair_record import REPAIRED_CANDIDATE, record_of
 from reap2gguf.building.stage import Run, Stage, needed
-from reap2gguf.pruning.view import RepairedView
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import RepairedLayer, RepairFolder
+from reap2gguf.repairing.view import RepairedView
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import ObservationRows
@@ -52,12 +52,17 @@ class Repair(Stage[Repaired]):
         return needed(self._texts.result.rows)
 
     def make_key(self) -> str:
-        return self.run.keys.repair(self._pruned, self._rows)
+        return self.run.keys.repair(self._pruned, self._rows, self.run.plan.repair)
 
     @property
     def path(self) -> Path:
         """The folder of its files."""
         return self.run.work.root / ".repaired"  # no name of a bundle begins with a dot
+
+    @property
+    def candidate(self) -> Path:
+        """The folder of a choice with the files of the candidate that it repaired."""
+        return self.run.work.root / REPAIRED_CANDIDATE
 
     @property
     def outputs(self) -> Sequence[Path]:
@@ -73,7 +78,11 @@ class Repair(Stage[Repaired]):
     def compute(self) -> Mapping[str, Any]:
         from reap2gguf.repairing.sweep import repair  # loads torch
 
-        kind = cast("RepairKind", self.run.plan.options.repair)
+        if not self.path.exists() and self.candidate.is_dir():
+            rename(self.candidate, self.path)  # a choice has repaired it already
+        if self.is_intact():
+            return {}
+        kind = cast("RepairKind", self.run.plan.repair)
         options, progress = self.compute_options, self.run.progress
         repair(self._pruned, self._rows.rows, kind, self._folder, options, progress)
         return {}
@@ -93,5 +102,5 @@ class Repair(Stage[Repaired]):
     @cached_property
     def record(self) -> RepairRecord:
         """What the manifest says of it."""
-        kind, found = self.run.plan.options.repair, self.result
+        kind, found = self.run.plan.repair, self.result
         return record_of(kind, self._rows, found.layers, len(found.view.replaced))

@@ -78,12 +78,6 @@ class BuildResult:
         return cls(hf, work.final_gguf, manifest, tuple(costs))
 
 
-def needed(found: T | None) -> T:
-    """What a stage reads of another one; a plan that has the stage has that one too."""
-    assert found is not None
-    return found
-
-
 class Stage(ABC, Generic[Result]):
     """One stage of a build: what it is called, leaves, depends on and does.
 
@@ -366,3 +360,9 @@ class Run:
             self.marks.begin(stage.name, NOTHING, undone)
             stage.clear()
         self.marks.begin(stage.name, stage.key, undone)
+
+
+def needed(found: T | None) -> T:
+    """What a stage reads of the texts; a plan that has the stage has it too."""
+    assert found is not None
+    return found

@@ -40,9 +40,8 @@ class ReadTexts(Stage[Texts]):
 
     def load(self) -> Texts:
         # a process on another machine may not see the file; the same inputs make the same again
-        if self.run.is_first or self.path.is_file():
-            return self.divided(Texts.load(self.path))
-        return self.divided(self.read())
+        is_there = self.run.is_first or self.path.is_file()
+        return self.divided(Texts.load(self.path) if is_there else self.read())
 
     def divided(self, texts: Texts) -> Texts:
         """The texts, without the rows that are held out where a method is chosen by them."""
@@ -67,7 +66,7 @@ class ReadTexts(Stage[Texts]):
             has_rows=plan.reads_rows,
             has_chunks=plan.computes_imatrix,
         )
-        if plan.repairs:
+        if plan.repairs and plan.options.repair != "none":  # a choice goes on without a repair
             check_rows(len(needed(found.rows).rows))
         return found
 

@@ -28,6 +28,7 @@ MOST_FILES = 20_000  # of a folder, or parts of a file
 _MOST_RECORDS = 1000
 _MOST_TENSORS = 200_000
 _MOST_BITS = 64
+_REPAIR_KINDS = ("ridge", "scale")
 _LARGEST_FIGURE = 1e12  # of an evaluation: a larger rate or score is none
 LARGEST_PERPLEXITY = 1e300  # an exponential: a broken model's is large
 MTP_STATES = ("none", "pruned", "kept", "dropped")
@@ -146,7 +147,7 @@ def check_bounds(manifest: Manifest) -> None:
 
 
 def _check_repair(repair: RepairRecord, kept: Mapping[int, Sequence[int]]) -> None:
-    if repair.kind not in ("ridge", "scale"):
+    if repair.kind not in _REPAIR_KINDS:
         raise ValueError(f"repair is {shown(repair.kind)}, expected ridge or scale")
     if not repair.layers or not repair.layers.keys() <= kept.keys():
         raise ValueError("repair names other layers than those whose experts were pruned")

@@ -41,6 +41,7 @@ from reap2gguf.bundle.sampling import read_sampling
 from reap2gguf.bundle.source_card import read_card
 from reap2gguf.messages import parameters, size
 from reap2gguf.models.loading import classes_for_all, classes_of
+from reap2gguf.pruning.methods import GIVEN
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import (
@@ -200,7 +201,8 @@ def _summary(manifest: Manifest) -> str:
             f"pruned.{_earlier(manifest)}"
         )
     share = 1 - pruning.n_kept / pruning.n_experts
-    method = "REAP" if pruning.method == "reap" else inline(pruning.method)
+    names = {"reap": "REAP", GIVEN: "a given list of experts"}
+    method = names.get(pruning.method, inline(pruning.method))
     return (
         f"{_source_link(manifest)} with {share:.0%} of its experts pruned by {method}: each MoE "
         f"layer keeps {pruning.n_kept} of {pruning.n_experts} experts, "

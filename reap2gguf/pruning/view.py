@@ -17,14 +17,12 @@ import numpy.typing as npt
 
 from reap2gguf.checkpoint.safetensors_header import StoredTensor
 from reap2gguf.checkpoint.weights import Weights
-from reap2gguf.errors import CheckpointError, UnsupportedModelError, UsageError
+from reap2gguf.errors import UnsupportedModelError, UsageError
 from reap2gguf.messages import shown
 from reap2gguf.models.description import Dropped, Expert, ModelFacts, Router
-from reap2gguf.models.table import describe
 from reap2gguf.pruning.quantization import pruned_quantization
 
 if TYPE_CHECKING:
-    from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.pruning.select import Kept
 
@@ -128,7 +126,7 @@ class PrunedView(_Slices):
 
         Raises UsageError if `kept` does not fit the model, UnknownTensorError for a source tensor
         that no rule explains, UnsupportedModelError if what is stored cannot be sliced, and
-        CheckpointError as `describe` does.
+        CheckpointError as `MoeModel.of` does.
         """
         self.n_kept = _check_kept(kept, model.facts)
         self.kept = kept
@@ -139,11 +137,11 @@ class PrunedView(_Slices):
         self._parts: dict[str, tuple[str, ...]] = {}
         self._weight_names: dict[str, str] = {}
         self._files = None if source.stored is source else self._sliced_files(model)
-        self.model = describe(self)
+        self.model = type(model).of(self)  # pruning keeps the architecture
 
     @property
     def replaced(self) -> Collection[str]:
-        """Names of tensors whose values are not the source's; see `RepairedView`."""
+        """Names of tensors whose values are not the source's; see `repairing/view.py`."""
         return ()
 
     @property
@@ -179,78 +177,6 @@ class PrunedView(_Slices):
         found = _Slices(stored, origins)
         found.config = pruned_quantization(self.config, stored.config, model, self.kept)
         return found
-
-
-class RepairedView(PrunedView):
-    """A pruned view with new `down_proj` tensors, from the files of a repair.
-
-    Everything that reads a pruned view reads this one, with the same names, types and shapes.
-    """
-
-    _names: frozenset[str] = frozenset()  # while the view without them is made
-
-    def __init__(
-        self,
-        pruned: PrunedView,
-        replaced: Checkpoint,
-        names: Collection[str] | None = None,
-        identity: str = "",
-    ) -> None:
-        """`names`: the tensors of `replaced` that are taken; None: all of them.
-
-        Raises CheckpointError if one is not a tensor of the view, in type and shape.
-        """
-        super().__init__(pruned.source, pruned.source_model, pruned.kept)
-        self._names = frozenset(replaced.tensors if names is None else names)
-        self._identity = identity
-        for name in sorted(self._names):
-            own, tensor = self.tensors.get(name), replaced.tensors.get(name)
-            if (
-                own is None
-                or tensor is None
-                or (own.dtype, own.shape)
-                != (
-                    tensor.dtype,
-                    tensor.shape,
-                )
-            ):
-                raise CheckpointError(
-                    f"{replaced.folder}: tensor {name!r} is no tensor of the pruned model, or of "
-                    "another type or shape there; run the build again with --fresh"
-                )
-        self._other = replaced
-
-    @property
-    def replaced(self) -> Collection[str]:
-        return self._names
-
-    @property
-    def identity(self) -> str:
-        return self._identity
-
-    def close(self) -> None:
-        """Close the files of the new tensors."""
-        self._other.close()
-
-    def read_bytes(self, name: str, first: int, buffer: npt.NDArray[np.uint8]) -> None:
-        if name in self._names:
-            self._other.read_bytes(name, first, buffer)
-        else:
-            super().read_bytes(name, first, buffer)
-
-    def expect_bytes(self, name: str, first: int, n_bytes: int) -> None:
-        if name in self._names:
-            self._other.expect_bytes(name, first, n_bytes)
-        else:
-            super().expect_bytes(name, first, n_bytes)
-
-    def have_same_values(self, one: str, other: str) -> bool:
-        if one in self._names or other in self._names:
-            return Weights.have_same_values(self, one, other)
-        return super().have_same_values(one, other)
-
-    def fetch_ahead(self, names: Iterable[str]) -> None:
-        super().fetch_ahead([name for name in names if name not in self._names])
 
 
 def _shape(shape: tuple[int, ...], origin: _Origin) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from reap2gguf.checkpoint.checkpoint import Checkpoint
 from reap2gguf.checkpoint.safetensors_header import StoredTensor, read_header, read_metadata
 from reap2gguf.checkpoint.writer import write_safetensors
 from reap2gguf.errors import ArtifactError, CheckpointError
-from reap2gguf.repairing.outcome import LayerFit
+from reap2gguf.repairing.fit import LayerFit
 
 if TYPE_CHECKING:
     from reap2gguf.checkpoint.weights import Weights

@@ -51,15 +51,14 @@ from reap2gguf.repairing.stored import new_tensors
 
 if TYPE_CHECKING:
     from reap2gguf.artifacts.texts import Row
-    from reap2gguf.checkpoint.weights import Weights
     from reap2gguf.models.contract import MoeModel
     from reap2gguf.observing.compute.experts import RoutedPairs
     from reap2gguf.options import ComputeOptions
     from reap2gguf.progress import Progress
     from reap2gguf.pruning.view import PrunedView
     from reap2gguf.repairing.features import Rows
+    from reap2gguf.repairing.fit import LayerFit
     from reap2gguf.repairing.layer import RepairKind
-    from reap2gguf.repairing.outcome import LayerFit
     from reap2gguf.repairing.record import RepairedLayer, RepairFolder
 
 _TITLE = "Repairing experts"
@@ -217,7 +216,7 @@ class _RepairRun(Sweep):
         ):
             rows = capture(sides, self.batches, self.spool, inputs, errors)
             experts = ModuleExperts(sides.pruned_layer.get_submodule(sides.path))
-            original = self._down(sides.index, work.pruned)
+            original = self._down(work.pruned, sides.index)
             n_experts, hidden, width = original.shape
             flat = original.transpose(1, 2).reshape(-1, hidden)
             stored = TORCH_TYPES[self._stored_type(sides.index)]
@@ -246,13 +245,10 @@ class _RepairRun(Sweep):
         slab = weights.model.expert_tensors(index, weights.tensors)["down"].slabs[0]
         return weights.tensors[slab.stored].dtype
 
-    def _down(self, index: int, weights: Weights) -> Tensor:
-        """The `down_proj` of a layer that is stored in some weights, (E, H, F) float32.
-
-        It is where the layer is computed.
-        """
-        pruned, model = self.work.pruned, self.work.pruned.model
-        targets = layer_targets(pruned, model, index, torch.float32, widen_experts=True)
+    def _down(self, weights: PrunedView, index: int) -> Tensor:
+        """The stored `down_proj` of a layer, (E, H, F) float32, where it is computed."""
+        model = weights.model
+        targets = layer_targets(weights, model, index, torch.float32, widen_experts=True)
         name = f"{model.experts_path(index)}.down_proj"
         loader = WeightLoader(weights, self.decoder.device, self.work.threads.readers)
         loader.ask(name, {name: targets[name]})
@@ -261,9 +257,11 @@ class _RepairRun(Sweep):
     @torch.inference_mode()
     def _put_in_place(self, index: int, layer: torch.nn.Module) -> None:
         """Give a layer the weights in its file, if it has any."""
+        from reap2gguf.repairing.view import RepairedView
+
         with self.work.folder.open([index]) as stored:
             if stored.tensors:
-                down = self._down(index, stored)
+                down = self._down(RepairedView(self.work.pruned, stored), index)
                 experts = layer.get_submodule(self.decoder.model.experts_path(index))
                 experts.down_proj.copy_(down)  # type: ignore[operator]
 

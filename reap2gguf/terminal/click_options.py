@@ -372,6 +372,7 @@ def collect(
             arguments["pack"],
             revisions,
         ),
+        kept=arguments["kept"],
         observations=arguments["observations"],
         imatrix=arguments["imatrix"],
         imatrix_from=arguments["imatrix_from"],

@@ -10,6 +10,14 @@ from reap2gguf.pruning.methods import FROM_WEIGHTS, METHODS, OBSERVED
 from reap2gguf.terminal.help import PRUNE, option, together
 from reap2gguf.terminal.option_types import FilePath
 
+kept_option = option(
+    "--kept",
+    section=PRUNE,
+    type=FilePath,
+    metavar="FILE",
+    help="Keep the experts that a JSON file names: kept_experts.json of `prune`, or ids by layer.",
+)
+
 count_options = together(
     option(
         "--keep-experts",
@@ -79,6 +87,7 @@ _RANKED_BY = (
 )
 
 pruning_options = together(
+    kept_option,
     count_options,
     option(
         "--method",
@@ -111,6 +120,7 @@ choose_text_option = option(
 )
 
 build_pruning_options = together(
+    kept_option,
     count_options,
     option(
         "--method",

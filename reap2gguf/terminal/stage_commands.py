@@ -95,7 +95,7 @@ def observe(
     "--observations",
     section=PRUNE,
     type=FilePath,
-    help="File that `observe` wrote; not for methods that read weights alone.",
+    help="File that `observe` wrote; not for methods that read weights alone, nor with --kept.",
 )
 @pruning_options
 @repair_option
@@ -128,6 +128,7 @@ def prune(
       reap2gguf prune ./Qwen3-30B-A3B --observations observations.safetensors \\
           --method weighted_ean_sum --calibration text.txt --repair -o Qwen3-30B-A3B-repaired
       reap2gguf prune ./Qwen3-30B-A3B --method aimer -o Qwen3-30B-A3B-AIMER
+      reap2gguf prune ./Qwen3-30B-A3B --kept kept_experts.json -o Qwen3-30B-A3B-again
     """
 
     progress = terminal_progress()

@@ -29,6 +29,7 @@ from reap2gguf.gguf_files.split import first_parts
 from reap2gguf.messages import one_line
 from reap2gguf.pruning.write import KEPT_FILE, companion_files
 from reap2gguf.verifying import repaired
+from reap2gguf.verifying.against_source import read_repair
 from reap2gguf.verifying.context import (
     Check,
     Opened,
@@ -193,10 +194,10 @@ def _check_pruned_folder(
     pruned = source.pruned_by_record(folder)
     found.violations += pruned.violations
     view = pruned.view
-    if view is not None and (repair := repaired.read_repair(folder)) is not None:
+    if view is not None and (repair := read_repair(folder)) is not None:
         found.take(repaired.check_repaired(repair, *opened, True), folder.name)
         found.not_checked.append(repaired.NOT_REPEATED)
-        view = source.with_repaired(view, repaired.repaired_in(repair, *opened), opened[0])
+        view = repaired.with_repaired(view, repair, opened[0])
     if view is not None:
         found.violations += check_pruned(folder, view, progress, n_threads)
         found.reach(Level.EXACT, shards)
@@ -311,9 +312,7 @@ def _check_hf_contents(check: Check, opened: Opened, view: PrunedView | None) ->
         return
     if repair is not None:
         check.found.not_checked.append(repaired.NOT_REPEATED)
-        if view is not None and (source := check.strictness.source) is not None:
-            names = repaired.repaired_in(repair, checkpoint, model)
-            view = source.with_repaired(view, names, checkpoint)
+        view = None if view is None else repaired.with_repaired(view, repair, checkpoint)
     if view is None:
         yield from check_folder(checkpoint, model, check.progress, check.n_threads)
     else:

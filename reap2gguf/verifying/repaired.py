@@ -7,22 +7,21 @@ same kind of machine, and as long as the build took. All other weights are compa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reap2gguf.bundle.manifest import repair_record
-from reap2gguf.checkpoint.config import read_json
-from reap2gguf.errors import ArtifactError, CheckpointError
+from reap2gguf.errors import CheckpointError
 from reap2gguf.messages import shown
-from reap2gguf.pruning.write import KEPT_FILE
 from reap2gguf.repairing.limits import repaired_layers
 from reap2gguf.repairing.record import tensors_sha256
+from reap2gguf.repairing.view import RepairedView
+from reap2gguf.verifying.choice import asked_repairs
 
 if TYPE_CHECKING:
     from reap2gguf.bundle.manifest import Manifest
     from reap2gguf.bundle.records import RepairRecord
     from reap2gguf.checkpoint.checkpoint import Checkpoint
     from reap2gguf.models.contract import MoeModel
+    from reap2gguf.pruning.view import PrunedView
 
 NOT_REPEATED = (
     "the repair of the experts is not computed again: its weights are compared with the recorded "
@@ -69,26 +68,20 @@ def check_repaired(
 
 def check_option(manifest: Manifest) -> Iterator[str]:
     """The option that asked for a repair, against what is recorded of one."""
-    repair, options = manifest.pruning.repair, manifest.options
-    expected = "none" if repair is None else repair.kind
+    options, (expected,) = manifest.options, asked_repairs(manifest)
     if options is not None and options.repair != expected:
         yield f"options.repair is {shown(options.repair)}, expected {expected}"
 
 
-def repaired_in(repair: RepairRecord, checkpoint: Checkpoint, model: MoeModel) -> set[str]:
-    """All tensors of a folder that a repair has replaced, as far as they are there."""
-    found: set[str] = set()
+def with_repaired(view: PrunedView, repair: RepairRecord, folder: Checkpoint) -> PrunedView:
+    """The pruned source with the repaired weights of a folder, which `check_repaired` checks.
+
+    Raises CheckpointError if they are of another type or shape.
+    """
+    names: set[str] = set()
     for layer, one in repair.layers.items():
-        if one.sha256 and layer in model.facts.moe_layers:
-            found |= repaired_names(checkpoint, model, layer)
-    return found & checkpoint.tensors.keys()
-
-
-def read_repair(folder: Path) -> RepairRecord | None:
-    """The repair in `kept_experts.json`; None without one. Raises ArtifactError."""
-    path = folder / KEPT_FILE
-    try:
-        values = read_json(path).get("repair")
-        return None if values is None else repair_record(values)
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: repair is not a complete record ({shown(error)})") from error
+        if one.sha256 and layer in view.kept:
+            names |= repaired_names(folder, view.model, layer)
+    if missing := names - folder.tensors.keys():
+        raise CheckpointError(f"{folder.folder}: no tensor {min(missing)!r}")
+    return RepairedView(view, folder, names)

@@ -28,6 +28,7 @@ from reap2gguf.pruning.coverage import (
     coverage_record,
     importance_record,
     observed_notes,
+    recorded_line,
     selection_notes,
 )
 from reap2gguf.pruning.view import PrunedView
@@ -89,8 +90,9 @@ def _in_finished_bundle(run: Run) -> Reused | None:
     # what is added is not measured with the rest
     done = tuple(name for name in ALL if name != "fit" or run.plan.sized is not None)
     stages = (*_BEFORE_EXPORT, "evaluate") if missing else done
-    importance = found.manifest.calibration.imatrix_coverage
-    known = KnownCoverage(found.manifest.pruning.coverage, (), importance)
+    observed = found.manifest.pruning.coverage
+    lines = () if observed is None else (recorded_line(observed),)
+    known = KnownCoverage(observed, lines, found.manifest.calibration.imatrix_coverage)
     return Reused(stages, None, missing, written, found.is_up_to_date, known)
 
 

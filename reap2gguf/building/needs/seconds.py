@@ -226,7 +226,7 @@ def _spooling(plan: Plan, n_tokens: int, amount: Amount, disk: DiskNeeds, host: 
 def _repair(plan: Plan, sizes: Sizes, amount: Amount, host: Host) -> float:
     """Two passes over the pruned model and one over the source's experts, and the regressions."""
     passing = _REPAIR_PASSES * _pass(plan, sizes, amount.n_tokens, amount, host)
-    if plan.options.repair == "scale":
+    if plan.repair == "scale":
         return passing
     facts = plan.model.facts
     n = plan.target.n_kept * facts.expert_width

@@ -80,6 +80,7 @@ def test_the_tokens_of_experts_are_known_from_what_is_there(
     found = find_reused(make_plan(options(tiny, out, recipes=("bf16",)))).coverage
     result = build(tiny, out)
     pruning, calibration = result.manifest.pruning, result.manifest.calibration
+    assert found.observed is not None
     assert found.observed == pruning.coverage
     assert found.importance == calibration.imatrix_coverage
     assert found.observed_lines[0].startswith("experts: fewest tokens ")
@@ -89,6 +90,9 @@ def test_the_tokens_of_experts_are_known_from_what_is_there(
     # of a finished bundle
     again = find_reused(make_plan(options(tiny, out, recipes=("q8_0", "bf16")))).coverage
     assert (again.observed, again.importance) == (found.observed, found.importance)
+    (line,) = again.observed_lines
+    assert line.startswith(found.observed_lines[0].split(",")[0].split(" (")[0])
+    assert f"; of those that stay, {found.observed.n_thin_kept} saw fewer than 100" in line
     # of given files, whatever the output has
     save_both(matrix, tmp_path / "given.gguf")
     (observations,) = (out / ".work" / "observations").iterdir()

@@ -1,4 +1,4 @@
-"""What the repair of a layer came to."""
+"""What a layer's repair came to, as its file and the manifest have it."""
 
 from __future__ import annotations
 
