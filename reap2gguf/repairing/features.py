@@ -242,6 +242,8 @@ class Features:
 
 def product(left: Tensor, right: Tensor, work: torch.dtype) -> Tensor:
     """`left` (n, a) transposed times `right` (n, b), summed in the type `work`: (a, b)."""
+    if not len(left):  # no token of a batch is routed to the expert
+        return left.new_zeros(left.shape[1], right.shape[1], dtype=work)
     if left.is_cuda and left.dtype == right.dtype and left.dtype != work:
         return torch.mm(left.t(), right, out_dtype=work)
     return left.to(work).t() @ right.to(work)
