@@ -144,10 +144,12 @@ def test_an_mtp_block_is_pruned_and_not_repaired(tmp_path: Path) -> None:
     assert not reap2gguf.verify(result.gguf_folder, source=str(model)).violations
 
 
-def test_a_manifest_with_a_repair_is_read_as_it_was_written(whole: Any) -> None:
+def test_a_manifest_with_a_repair_is_read_as_it_was_written(model: Path, whole: Any) -> None:
     assert Manifest.load(whole.gguf_folder) == whole.manifest
-    like = reap2gguf.options_like(whole.gguf_folder) if hasattr(reap2gguf, "options_like") else None
-    assert like is None or like.repair == "ridge"
+    like = reap2gguf.options_like(
+        whole.gguf_folder, model=model, calibration=CHANGES["calibration"]
+    )
+    assert like.repair == "ridge"
     assert whole.manifest.options.repair == "ridge"
 
 

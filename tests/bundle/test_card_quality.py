@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -88,6 +89,9 @@ def test_every_number_in_a_table_is_the_manifests(manifest: Manifest, body: Any)
     known |= {expected.n_experts * 4, expected.n_kept * 4}  # of all layers
     known |= {float(n) for ids in expected.kept.values() for n in set(range(16)) - {*ids}}
     known |= {0.0, 1.0, 2.0, 3.0}  # layers
+    seen = manifest.calibration.imatrix_coverage
+    assert seen is not None
+    known |= {float(int(median(tokens))) for tokens in seen.tokens.values()}
     lines = [line for line in card.splitlines() if line.startswith("| ")]
     assert len(lines) > 25
     for line in lines:

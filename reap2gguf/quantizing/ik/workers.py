@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from reap2gguf.errors import DependencyError
 from reap2gguf.gguf_files.tensor_types import LOADER, IkType, columns_of, is_ik, row_bytes
+from reap2gguf.machine import available_threads
 from reap2gguf.quantizing.ik import worker
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def ik_workers() -> IkWorkers:
     path = library_path()
     if path is None:
         raise DependencyError(needs_package(f"a file with types of {LOADER}"))
-    return IkWorkers(path, most=max(1, len(os.sched_getaffinity(0))))
+    return IkWorkers(path, most=available_threads())
 
 
 def _start(library: Path) -> subprocess.Popen[bytes]:
