@@ -40,7 +40,7 @@ EXTRA = "pip install 'reap2gguf[ik]'"
 _MODULE = "ik_llama_cpp"
 _LIBRARIES = ("libggml.so", "libggml.dylib")
 _MOST_VALUES = 2**22  # of a request: 16 MiB of float32
-_RANGE = b"range"
+_LARGE = 1000.0  # values that scales in F16 may not reach
 
 
 class RangeError(ValueError):
@@ -106,6 +106,10 @@ class IkWorkers:
             head = (worker.QUANTIZE, tensor_type, len(sent), n_columns, n_bytes, bool(weights))
             answer = self._ask(head, [_raw(sent, np.float32), weights], tensor_type)
             target[part] = np.frombuffer(answer, np.uint8).reshape(len(sent), n_bytes)
+        # the library validates no types of its own
+        largest = float(np.abs(rows).max(initial=0))
+        if largest > _LARGE and not np.isfinite(self.dequantize(target, tensor_type)).all():
+            raise RangeError(f"values up to {largest:g} are beyond {tensor_type.name}'s range")
         return target
 
     def dequantize(self, raw: Bytes, tensor_type: IkType) -> Floats:
@@ -155,8 +159,6 @@ class IkWorkers:
         kind, data = answer
         if kind == worker.DONE:
             return data
-        if data == _RANGE:
-            raise RangeError(f"values are beyond {tensor_type.name}'s range")
         raise DependencyError(
             f"{self.library}: {tensor_type.name} {data.decode('utf-8', 'replace')}; this version "
             f"of {PACKAGE} has another format"
