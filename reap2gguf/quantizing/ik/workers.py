@@ -106,11 +106,15 @@ class IkWorkers:
             head = (worker.QUANTIZE, tensor_type, len(sent), n_columns, n_bytes, bool(weights))
             answer = self._ask(head, [_raw(sent, np.float32), weights], tensor_type)
             target[part] = np.frombuffer(answer, np.uint8).reshape(len(sent), n_bytes)
-        # the library validates no types of its own
         largest = float(np.abs(rows).max(initial=0))
-        if largest > _LARGE and not np.isfinite(self.dequantize(target, tensor_type)).all():
+        if largest > _LARGE and self._is_lost(rows, target, tensor_type):
             raise RangeError(f"values up to {largest:g} are beyond {tensor_type.name}'s range")
         return target
+
+    def _is_lost(self, rows: Floats, target: Bytes, tensor_type: IkType) -> bool:
+        """Whether any row became NaN, infinite or zero: the library does not say it."""
+        found = self.dequantize(target, tensor_type)
+        return not np.isfinite(found).all() or bool((rows.any(axis=1) & ~found.any(axis=1)).any())
 
     def dequantize(self, raw: Bytes, tensor_type: IkType) -> Floats:
         """Rows (R, bytes of a row) as values (R, C). Raises DependencyError if it fails."""
