@@ -11,6 +11,7 @@ Memory: one request and its answer.
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import sys
 from typing import BinaryIO
@@ -55,8 +56,9 @@ _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 
 def main() -> None:
     """Answer requests until the input ends."""
-    library = _load(sys.argv[1])
-    source, target = sys.stdin.buffer, sys.stdout.buffer
+    target = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # the library prints, which is no answer
+    library, source = _load(sys.argv[1]), sys.stdin.buffer
     while head := source.read(HEAD.size):
         kind, answer = _answer(library, head, source)
         target.write(ANSWER.pack(kind, len(answer)))
