@@ -554,6 +554,7 @@ NOT_DECLARED = {
 FOR_TESTS = ("test", "fuzz")
 FOR_DOCS = ("docs",)
 NOT_IMPORTED = {
+    "ik-llama-cpp-python": "its library is found, and runs in a process of its own",
     "libggml-python": "its library is loaded by ctypes, after a search without an import",
     "flash-linear-attention": "transformers imports it where it is installed",
 }

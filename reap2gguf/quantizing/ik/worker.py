@@ -70,9 +70,14 @@ def _load(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = (
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
-        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    )  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    )
     library.ggml_internal_get_type_traits.restype = _Traits
     library.ggml_internal_get_type_traits.argtypes = (ctypes.c_int,)
     library.ggml_row_size.restype = ctypes.c_size_t

@@ -11,6 +11,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,11 @@ ERRORS = {
 
 
 @pytest.fixture(scope="module")
-def pool() -> IkWorkers:
+def pool() -> Iterator[IkWorkers]:
     path = library_path()
     assert path is not None
-    return IkWorkers(path, 2)
+    with closing(IkWorkers(path, 2)) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
